@@ -1,0 +1,178 @@
+"""How processes reach each other: one bound inbox a process, a PUSH socket for each peer. The only module that knows ZeroMQ.
+
+The scheduler's inbox has a well-known address, and a lock file decides which process may bind it: two live processes can bind the same
+`ipc://` path without an error, so the name alone protects nothing. Every other inbox has a fresh address for each incarnation.
+"""
+
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+import msgspec
+import zmq
+
+from .messages import Message, Role, ToFrontend, ToScheduler, ToTokenizer, ToWorker
+
+TOPOLOGY: Final = {
+    # role: (the union it receives, the roles it sends to)
+    Role.FRONTEND: (ToFrontend, (Role.TOKENIZER, Role.SCHEDULER)),
+    Role.TOKENIZER: (ToTokenizer, (Role.SCHEDULER, Role.FRONTEND)),
+    Role.SCHEDULER: (ToScheduler, (Role.FRONTEND, Role.TOKENIZER, Role.WORKER)),
+    Role.WORKER: (ToWorker, (Role.SCHEDULER,)),
+}
+MAX_FRAME: Final = 64 * 1024 * 1024
+QUEUE_LENGTH: Final = 100_000
+DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""All three can come out of a msgspec decode of hostile bytes."""
+
+M = TypeVar("M")
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+class AlreadyRunning(RuntimeError):
+    """Another scheduler holds the run directory's lock."""
+
+
+def prepare_run_dir(run_dir: str) -> Path:
+    """The directory of the sockets, made private (0700). Raises PermissionError when it belongs to someone else, ValueError when
+    its path is too long for a Unix socket."""
+    path = Path(run_dir).absolute()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"run directory {path} belongs to another user (uid {path.stat().st_uid}); choose another with --run-dir")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o700)
+    if len(str(path)) > 60:
+        raise ValueError(
+            f"run directory {path} has {len(str(path))} characters; socket paths allow at most 60 here, choose a shorter --run-dir"
+        )
+    return path
+
+
+def new_incarnation() -> int:
+    return secrets.randbits(62) | 1
+
+
+def inbox_address(run_dir: Path, role: Role, incarnation: int) -> str:
+    name = "scheduler" if role is Role.SCHEDULER else f"{role.name.lower()}-{incarnation:016x}"
+    return f"ipc://{run_dir}/{name}.sock"
+
+
+def take_epoch(run_dir: Path) -> tuple[int, int]:
+    """The next epoch and the descriptor that holds the scheduler's lock for this process's life. Raises AlreadyRunning."""
+    fd = os.open(run_dir / "scheduler.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise AlreadyRunning(f"a scheduler is already running in {run_dir}; stop it, or choose another --run-dir") from None
+    epoch = int(os.pread(fd, 32, 0) or b"0") + 1
+    os.pwrite(fd, str(epoch).encode(), 0)
+    return epoch, fd
+
+
+class Inbox(Generic[M]):
+    """The bound PULL socket of one process, decoding into the union of its role."""
+
+    def __init__(self, run_dir: Path, role: Role, incarnation: int) -> None:
+        self.address = inbox_address(run_dir, role, incarnation)
+        self.undecodable = 0
+        self._path = self.address.removeprefix("ipc://")
+        self._decoder = msgspec.msgpack.Decoder(TOPOLOGY[role][0])
+        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, QUEUE_LENGTH)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        old = os.umask(0o077)
+        try:
+            self._socket.bind(self.address)
+        finally:
+            os.umask(old)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
+
+    def fileno(self) -> int:
+        """A descriptor for an event loop. It is edge-triggered: after each wake-up `drain` must run until it yields nothing."""
+        return int(self._socket.get(zmq.FD))
+
+    def wake(self) -> None:
+        """End a `wait` in progress; safe from any thread."""
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until a message or a `wake` is there. True when one is, False after `timeout_s`."""
+        events = self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
+        if any(source == self._wake for source, _ in events):
+            os.eventfd_read(self._wake)
+        return bool(events)
+
+    def drain(self, limit: int = 1024) -> Iterator[M]:
+        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped: one bad sender must not stop a service."""
+        for _ in range(limit):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if self._socket.get(zmq.RCVMORE):
+                self._drop_rest()
+                continue
+            try:
+                yield self._decoder.decode(frame)
+            except DECODE_ERRORS:
+                self.undecodable += 1
+
+    def _drop_rest(self) -> None:
+        """MAXMSGSIZE is per frame, so a message here is one frame; more are refused."""
+        self.undecodable += 1
+        while self._socket.get(zmq.RCVMORE):
+            self._socket.recv(zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        os.close(self._wake)
+        Path(self._path).unlink(missing_ok=True)
+
+
+class Outbox:
+    """PUSH sockets by address, made on first use. `send` never blocks: a full or vanished peer is an answer, not a wait."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+
+    def send(self, address: str, message: Message) -> bool:
+        """True when the message is queued. False when the peer's queue is full: its loss must be handled by the caller."""
+        socket = self._sockets.get(address)
+        if socket is None:
+            socket = self._sockets[address] = self._connect(address)
+        try:
+            socket.send(_encoder.encode(message), zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        return True
+
+    def _connect(self, address: str) -> "zmq.Socket[bytes]":
+        if not address.startswith("ipc://"):
+            raise ValueError(f"peer address {address!r} is not an ipc:// address")
+        socket = zmq.Context.instance().socket(zmq.PUSH)
+        socket.set(zmq.SNDHWM, QUEUE_LENGTH)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.RECONNECT_IVL, 20)
+        socket.set(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(address)
+        return socket
+
+    def forget(self, address: str) -> None:
+        """Drop a peer that is gone, with whatever is queued for it."""
+        socket = self._sockets.pop(address, None)
+        if socket is not None:
+            socket.close(linger=0)
+
+    def close(self, linger_ms: int = 0) -> None:
+        for socket in self._sockets.values():
+            socket.close(linger=linger_ms)
+        self._sockets.clear()

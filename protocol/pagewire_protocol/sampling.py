@@ -1,0 +1,57 @@
+"""How the next token is chosen: the part of a request that the worker needs, and the part that only the tokenizer needs.
+
+The split keeps text out of the scheduler and the worker. Limits are stated once, here, and checked again wherever a message is decoded.
+"""
+
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+MAX_LOGPROBS: Final = 20
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_LENGTH: Final = 1024
+MAX_STOP_TOKENS: Final = 128
+GREEDY_BELOW: Final = 1e-5
+"""A temperature under this is greedy, as in vLLM."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the scheduler and the worker need. Defaults are neutral: they leave the model's distribution as it is.
+
+    `seed` is always set by the owner: with it, token `p` of a request is a pure function of (logits, seed, p), so a resumed
+    request continues the same random draw.
+    """
+
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """0 is off."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """Most likely tokens to report beside the sampled one; -1 reports none at all, 0 only the sampled one."""
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the tokenizer needs to turn token ids into the text the client asked for."""
+
+    stop: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    return_prompt_ids: bool = False

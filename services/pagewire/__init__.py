@@ -1,0 +1,5 @@
+"""Pagewire: LLM inference from one host."""
+
+from .version import __version__
+
+__all__ = ["__version__"]

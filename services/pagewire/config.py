@@ -1,0 +1,144 @@
+"""Every setting of every service, read in one place into frozen Structs. A flag is a field; an unknown flag is an error.
+
+Each service takes the Structs it needs and nothing else. `add_flags` turns a Struct into argparse flags and `read` turns parsed
+flags into the Struct, so that a setting is written once.
+"""
+
+import argparse
+import os
+import typing
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+S = TypeVar("S", bound=Struct)
+
+
+def _help(text: str, **bounds: Any) -> Meta:
+    return Meta(description=text, **bounds)
+
+
+def default_run_dir() -> str:
+    return os.environ.get("PAGEWIRE_RUN_DIR") or f"/tmp/pagewire-{os.getuid()}"
+
+
+class RunConfig(Struct, frozen=True):
+    run_dir: Annotated[str, _help("directory of the sockets shared by one stack's processes")] = msgspec.field(
+        default_factory=default_run_dir
+    )
+    name: Annotated[str, _help("this process's name in the stack; default: role and process id")] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = "info"
+
+
+class ModelConfig(Struct, frozen=True):
+    model: Annotated[str, _help("model directory, GGUF file or hub id")] = DEMO_MODEL
+    tokenizer: Annotated[str, _help("tokenizer directory or hub id; default: the model's")] = ""
+    revision: Annotated[str, _help("hub branch, tag or commit")] = ""
+    download_dir: Annotated[str, _help("where downloaded models are kept; default: the hub's cache")] = ""
+    load_format: Annotated[Literal["auto", "safetensors", "gguf", "dummy"], _help("weight format; dummy: random weights N(0, 0.02)")] = (
+        "auto"
+    )
+    skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
+    trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
+    max_model_len: Annotated[int, _help("longest context in tokens; 0: what the model supports and memory holds", ge=0)] = 0
+    seed: Annotated[int, _help("seed of dummy weights and of requests that bring none", ge=0)] = 0
+
+
+class FrontendConfig(Struct, frozen=True):
+    host: Annotated[str, _help("address to listen on")] = "0.0.0.0"
+    port: Annotated[int, _help("port to listen on", ge=0, le=65535)] = 8000
+    served_model_name: Annotated[tuple[str, ...], _help("names the model answers to; default: the model as given")] = ()
+    api_key: Annotated[tuple[str, ...], _help("accepted API keys; also PAGEWIRE_API_KEY or VLLM_API_KEY")] = ()
+    max_body_mb: Annotated[int, _help("largest request body in MiB", ge=1, le=1024)] = 32
+    socket_fd: Annotated[int, _help("a listening socket inherited from the parent process", ge=-1)] = -1
+
+
+class TokenizerConfig(Struct, frozen=True):
+    chat_template: Annotated[str, _help("chat template: a file, or the template itself")] = ""
+
+
+class SchedulerConfig(Struct, frozen=True):
+    max_num_seqs: Annotated[int, _help("most requests in one step", ge=1, le=65536)] = 256
+    max_num_batched_tokens: Annotated[int, _help("most tokens in one step", ge=1, le=1048576)] = 2048
+    enable_prefix_caching: Annotated[bool, _help("share the blocks of equal prefixes")] = True
+    steps_in_flight: Annotated[int, _help("steps sent ahead of their results", ge=1, le=8)] = 2
+    max_queued_tokens: Annotated[int, _help("prompt tokens that may wait before requests get 429", ge=1)] = 4_194_304
+    max_queued_reqs: Annotated[int, _help("requests that may wait before requests get 429", ge=1)] = 16_384
+
+
+class WorkerConfig(Struct, frozen=True):
+    device: Annotated[Literal["auto", "cpu", "cuda", "fake"], _help("where the model runs; fake: a hash instead of a model, for tests")] = (
+        "auto"
+    )
+    dtype: Annotated[Literal["auto", "half", "float16", "bfloat16", "float", "float32"], _help("type of weights and activations")] = "auto"
+    block_size: Annotated[int, _help("tokens in a KV block", ge=1, le=1024)] = 16
+    num_kv_blocks: Annotated[int, _help("KV blocks; 0: from free memory", ge=0)] = 0
+    gpu_memory_utilization: Annotated[float, _help("share of the GPU's memory to use", gt=0, le=1)] = 0.9
+    cpu_kv_cache_gb: Annotated[float, _help("memory for KV blocks on a CPU, in GiB", gt=0)] = 1.0
+    threads: Annotated[int, _help("CPU threads for tensor work; 0: one a core", ge=0)] = 0
+    enforce_eager: Annotated[bool, _help("no CUDA graphs")] = False
+    fake_step_ms: Annotated[float, _help("fake device: time of one step in milliseconds", ge=0)] = 0.0
+    fake_vocab_size: Annotated[int, _help("fake device: vocabulary size", ge=2)] = 49152
+
+
+def _plain(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def _description(annotation: Any) -> str:
+    metas = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Meta)]
+    return (metas[0].description or "") if metas else ""
+
+
+def add_flags(parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()) -> None:
+    """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the namespace."""
+    for struct in structs:
+        hints = typing.get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            if field.name not in skip:
+                _add_flag(parser, field, hints[field.name])
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> None:
+    flag, kind = "--" + field.name.replace("_", "-"), _plain(annotation)
+    origin = typing.get_origin(kind)
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    options["help"] = f"{_description(annotation)} (default: {default!r})".replace("%", "%%")
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif origin is Literal:
+        options["choices"] = typing.get_args(kind)
+    elif origin is tuple:
+        options.update(nargs="+", metavar=field.name.upper())
+    else:
+        options.update(type=kind, metavar=kind.__name__.upper())
+    parser.add_argument(flag, **options)
+
+
+def read(struct: type[S], namespace: argparse.Namespace) -> S:
+    """The Struct with the flags that were given. Raises ValueError naming the flag whose value is out of bounds."""
+    given = {f.name: getattr(namespace, f.name) for f in msgspec.structs.fields(struct) if hasattr(namespace, f.name)}
+    try:
+        return msgspec.convert(given, struct)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        name = text.rpartition("$.")[2].rstrip("`") if "$." in text else ""
+        raise ValueError(f"--{name.replace('_', '-')}: {text.partition(' - at')[0]}") from None
+
+
+def to_flags(config: Struct) -> list[str]:
+    """Command-line flags that `read` turns back into `config`; how a parent hands settings to its child processes."""
+    flags: list[str] = []
+    for field in msgspec.structs.fields(type(config)):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)] if value else []
+        elif value != "":
+            flags.append(f"--{flag}={value}")
+    return flags
