@@ -33,6 +33,11 @@ M = TypeVar("M")
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
+def _socket(kind: int) -> "zmq.Socket[bytes]":
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context[zmq.Socket[bytes]].instance()
+    return context.socket(kind)
+
+
 class AlreadyRunning(RuntimeError):
     """Another scheduler holds the run directory's lock."""
 
@@ -83,7 +88,7 @@ class Inbox(Generic[M]):
         self.undecodable = 0
         self._path = self.address.removeprefix("ipc://")
         self._decoder = msgspec.msgpack.Decoder(TOPOLOGY[role][0])
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket = _socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, QUEUE_LENGTH)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -112,7 +117,7 @@ class Inbox(Generic[M]):
         return bool(events)
 
     def drain(self, limit: int = 1024) -> Iterator[M]:
-        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped: one bad sender must not stop a service."""
+        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped: no sender can stop a service."""
         for _ in range(limit):
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
@@ -158,7 +163,7 @@ class Outbox:
     def _connect(self, address: str) -> "zmq.Socket[bytes]":
         if not address.startswith("ipc://"):
             raise ValueError(f"peer address {address!r} is not an ipc:// address")
-        socket = zmq.Context.instance().socket(zmq.PUSH)
+        socket = _socket(zmq.PUSH)
         socket.set(zmq.SNDHWM, QUEUE_LENGTH)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.RECONNECT_IVL, 20)
