@@ -1,0 +1,112 @@
+"""The `pagewire` command: finds the subcommand and hands it the rest of the line.
+
+Each subcommand's module is imported only when it is called, so that `pagewire --version` and the small services start fast.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, read
+from .version import __version__
+
+COMMANDS = {
+    # command: (module, what it does)
+    "serve": ("launch", "start every service on this machine behind an OpenAI-compatible endpoint"),
+    "chat": ("chat", "talk to a running server in the terminal"),
+    "fetch": ("hub", "download a model and print where its files are"),
+    "bench": ("bench", "measure a running server, or the offline API"),
+    "doctor": ("doctor", "check this machine and say in plain words what is wrong"),
+}
+SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
+    # command: (module, what `run` takes, what it does)
+    "frontend": ("frontend.service", (RunConfig, ModelConfig, FrontendConfig), "HTTP endpoint"),
+    "tokenizer": ("tokenizer.service", (RunConfig, ModelConfig, TokenizerConfig), "text to tokens and back"),
+    "scheduler": ("scheduler.loop", (RunConfig, ModelConfig, SchedulerConfig), "batching and KV blocks"),
+    "worker": ("worker.loop", (RunConfig, ModelConfig, SchedulerConfig, WorkerConfig), "the model on its device"),
+}
+EXPECTED = (ValueError, OSError, MemoryError)
+"""Errors whose message alone tells a person what to do; any other is a defect and keeps its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("--version", "-V"):
+        print(f"pagewire {__version__}")
+        return 0
+    if command in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS and command not in SERVICES:
+        print(f"pagewire: unknown command {command!r}; `pagewire --help` lists them", file=sys.stderr)
+        return 2
+    return _guarded(command, arguments[1:])
+
+
+def usage() -> str:
+    rows = [(name, text) for name, (_, text) in COMMANDS.items()]
+    rows += [(name, f"this service alone: {text}") for name, (_, _, text) in SERVICES.items()]
+    lines = [f"  pagewire {name:<10} {text}" for name, text in rows]
+    return "\n".join(
+        ["usage: pagewire COMMAND [flags]", "", *lines, "", "`pagewire COMMAND --help` lists the flags; `pagewire --version`."]
+    )
+
+
+def _guarded(command: str, arguments: list[str]) -> int:
+    try:
+        if command in SERVICES:
+            return run_service(command, arguments)
+        return importlib.import_module(f".{COMMANDS[command][0]}", __package__).main(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except EXPECTED as error:
+        return report_error(command, error)
+
+
+def report_error(command: str, error: BaseException) -> int:
+    if "--log-level=debug" in sys.argv or ("--log-level", "debug") in zip(sys.argv, sys.argv[1:], strict=False):
+        logging.getLogger("pagewire").exception("details")
+    print(f"pagewire {command}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+    return 1
+
+
+def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"pagewire {command}", description=description, allow_abbrev=False)
+
+
+def parse_structs(command: str, description: str, structs: tuple[type[Any], ...], arguments: list[str]) -> list[Any]:
+    """The Structs as given on the command line. Exits with status 2 and one line on a bad flag or value."""
+    parser = new_parser(command, description)
+    add_flags(parser, *structs)
+    namespace = parser.parse_args(arguments)
+    return read_all(parser.error, structs, namespace)
+
+
+def read_all(refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace) -> list[Any]:
+    try:
+        return [read(struct, namespace) for struct in structs]
+    except ValueError as error:
+        return refuse(str(error))
+
+
+def run_service(command: str, arguments: list[str]) -> int:
+    """One service in this process, until it is told to end."""
+    from .supervisor import die_with_parent
+
+    die_with_parent()
+    module, structs, description = SERVICES[command]
+    configs = parse_structs(command, description, structs, arguments)
+    set_up_logging(configs[0].log_level)
+    return importlib.import_module(f".{module}", __package__).run(*configs)
+
+
+def set_up_logging(level: str) -> None:
+    layout = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=layout, datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("pagewire").setLevel(level.upper())

@@ -1,0 +1,186 @@
+"""`pagewire serve`: one command that brings up every service on this machine and keeps it up.
+
+It opens the listening socket, finds the model's files, hands both to the services and shows how far they are. It holds no request.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from msgspec import structs
+
+from . import hub, stack
+from .cli import new_parser, read_all
+from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, to_flags
+from .progress import Display, Health
+from .supervisor import PARENT_VARIABLE, Supervisor
+
+BACKLOG = 2048
+STRUCTS: tuple[type[Any], ...] = (RunConfig, ModelConfig, FrontendConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
+REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
+
+
+def main(arguments: list[str]) -> int:
+    config = parse(arguments)
+    own = config.run.run_dir == ""
+    run_dir = stack.new_run_dir() if own else stack.prepare_run_dir(config.run.run_dir)
+    assert config.frontend is not None
+    with contextlib.ExitStack() as cleanup:
+        if own:
+            cleanup.callback(stack.remove_run_dir, run_dir)
+        listener = cleanup.enter_context(open_socket(config.frontend.host, config.frontend.port))
+        frontend = structs.replace(config.frontend, socket_fd=listener.fileno(), port=listener.getsockname()[1])
+        run = structs.replace(config.run, run_dir=str(run_dir))
+        return Launch(structs.replace(config, run=run, frontend=frontend)).run()
+
+
+def parse(arguments: list[str]) -> stack.StackConfig:
+    parser = new_parser("serve", "Start every service on this machine behind an OpenAI-compatible endpoint.")
+    parser.add_argument("positional", nargs="?", metavar="MODEL", help="the same as --model")
+    add_flags(parser, *STRUCTS, skip=("socket_fd", "name"))
+    for name in REPLICAS:
+        kind = name.removeprefix("num_")
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, metavar="N", help=f"how many {kind} (default: 1)")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="only 1 for now")
+    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="only 1 for now")
+    parser.add_argument("--quantization", "-q", default=None, metavar="METHOD", help="only what the weights themselves bring, for now")
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
+    if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
+        run = structs.replace(run, run_dir="")
+    counts = {name: getattr(options, name) for name in REPLICAS}
+    return stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if getattr(options, flag) != 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(options, flag)}: only 1 is supported in this version")
+    if options.quantization not in (None, "none", "None"):
+        parser.error(f"--quantization {options.quantization}: not supported in this version; GGUF files bring their own")
+    for name in REPLICAS:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+    if options.positional is not None:
+        if options.positional != getattr(options, "model", options.positional):
+            parser.error(f"two models given: {options.positional} and --model {options.model}")
+        options.model = options.positional
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """The one listening socket that all frontends share. Raises OSError with a line that names the port and what to do."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}: {error.strerror or error}; choose another --host") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port or --host") from None
+    return listener
+
+
+class Launch:
+    """One run of `pagewire serve`, from start to end."""
+
+    def __init__(self, config: stack.StackConfig) -> None:
+        assert config.frontend is not None
+        self.config = config
+        self.began = time.monotonic()
+        self.display = Display(sys.stderr)
+        self.supervisor = Supervisor(stack.early_services(config), self.display.log)
+        self.health = Health(config.frontend.host, config.frontend.port)
+        self.fetch: subprocess.Popen[str] | None = None
+        self.ready = False
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        try:
+            self._find_files()
+            self.health.start()
+            code = self.supervisor.run(self._tick)
+        finally:
+            self.health.stop()
+            self._end_fetch()
+        if self.supervisor.failure:
+            self.display.end(f"pagewire serve: {self.supervisor.failure}")
+        return code
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.supervisor.stop()
+        self.display.end("stopping")
+
+    def _find_files(self) -> None:
+        model = self.config.model
+        if not stack.needs_files(self.config):
+            return self._start_model(model)
+        files = hub.cached(model)
+        tokenizer = hub.cached(hub.tokenizer_model(model)) if model.tokenizer else None
+        if files is not None and (tokenizer is not None or not model.tokenizer):
+            return self._start_model(stack.local_model(model, files, tokenizer))
+        command = [sys.executable, "-m", "pagewire", "fetch", *to_flags(model)]
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        self.fetch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0, env=environment)
+
+    def _start_model(self, model: ModelConfig) -> None:
+        for service in stack.model_services(self.config, model):
+            self.supervisor.add(service)
+
+    def _tick(self) -> None:
+        if self.fetch is not None and self.fetch.poll() is not None:
+            self._on_fetched(self.fetch)
+        if self.ready:
+            return
+        state = self.health.state
+        if state.ready:
+            self._on_ready()
+        elif self.fetch is None:
+            self.display.show(state.stage, state.fraction)
+
+    def _on_fetched(self, fetch: subprocess.Popen[str]) -> None:
+        self.fetch = None
+        output = fetch.communicate()[0].splitlines()
+        if fetch.returncode or not output:
+            return self.supervisor.fail(f"{self.config.model.model} could not be fetched")
+        tokenizer = Path(output[1]) if len(output) > 1 else None
+        self._start_model(stack.local_model(self.config.model, Path(output[0]), tokenizer))
+
+    def _end_fetch(self) -> None:
+        if self.fetch is not None and self.fetch.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.fetch.pid, signal.SIGTERM)
+            self.fetch.communicate()
+
+    def _on_ready(self) -> None:
+        self.ready = True
+        self.supervisor.mark_ready()
+        self.health.stop()
+        self.display.end(f"ready in {time.monotonic() - self.began:.1f} s")
+        print(invitation(self.config), flush=True)
+
+
+def invitation(config: stack.StackConfig) -> str:
+    """The URL, and a command to try it with."""
+    assert config.frontend is not None
+    host = "localhost" if config.frontend.host in ("", "0.0.0.0", "::") else config.frontend.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
+    name = (*config.frontend.served_model_name, config.model.model)[0]
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.frontend.api_key else ""
+    question = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    return f"Pagewire serves {name} at {url}\n  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'"

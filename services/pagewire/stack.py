@@ -1,0 +1,89 @@
+"""What one stack on this machine consists of: its run directory and the command line of each of its services.
+
+Shared by `pagewire serve` and `LLM`. It knows the settings, not the processes.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+from msgspec import Struct, structs
+from pagewire_protocol.channels import prepare_run_dir
+
+from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, to_flags
+from .supervisor import Service
+
+_numbers = itertools.count()
+
+
+class StackConfig(Struct, frozen=True):
+    """Everything that a stack is started with. `frontend` is None when the program itself holds the requests (`LLM`)."""
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    scheduler: SchedulerConfig
+    worker: WorkerConfig
+    frontend: FrontendConfig | None = None
+    num_frontends: int = 1
+    num_tokenizers: int = 1
+    num_workers: int = 1
+
+
+def needs_files(config: StackConfig) -> bool:
+    """Whether any service reads the model's files at all."""
+    return not (config.worker.device == "fake" and config.model.skip_tokenizer_init)
+
+
+def early_services(config: StackConfig) -> list[Service]:
+    """Those that need no model files: they start before a download has ended."""
+    services = []
+    if config.frontend is not None:
+        fd = config.frontend.socket_fd
+        for i in range(config.num_frontends):
+            services.append(_service(config.run, "frontend", i, config.model, config.frontend, fds=(fd,) if fd >= 0 else ()))
+    return [*services, _service(config.run, "scheduler", 0, config.model, config.scheduler)]
+
+
+def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
+    """Workers first, since theirs is the longest way to ready. `model` names local files."""
+    workers = [_service(config.run, "worker", i, model, config.scheduler, config.worker) for i in range(config.num_workers)]
+    return workers + [_service(config.run, "tokenizer", i, model, config.tokenizer) for i in range(config.num_tokenizers)]
+
+
+def local_model(model: ModelConfig, files: Path, tokenizer: Path | None) -> ModelConfig:
+    """`model` with its files in place of its name, so that no service looks for them again."""
+    return structs.replace(model, model=str(files), tokenizer=str(tokenizer or ""), revision="", download_dir="")
+
+
+def _service(run: RunConfig, kind: str, number: int, *configs: Struct, fds: tuple[int, ...] = ()) -> Service:
+    name = f"{kind}-{number}"
+    flags = [flag for config in (structs.replace(run, name=name), *configs) for flag in to_flags(config)]
+    return Service(name, (kind, *flags), fds)
+
+
+def new_run_dir() -> Path:
+    """A private directory of this process's own, `/tmp/pagewire-UID/PID-START-N`; those of dead processes are removed on the way."""
+    root = prepare_run_dir(f"/tmp/pagewire-{os.getuid()}")
+    for old in root.iterdir():
+        if _is_abandoned(old.name):
+            shutil.rmtree(old, ignore_errors=True)
+    return prepare_run_dir(f"{root}/{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}")
+
+
+def remove_run_dir(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(name: str) -> bool:
+    parts = name.split("-")
+    return len(parts) == 3 and all(part.isdecimal() for part in parts) and _start_time(int(parts[0])) != int(parts[1])
+
+
+def _start_time(pid: int) -> int:
+    """When `pid` started, in clock ticks since boot; -1 when there is no such process. Field 22 of proc(5)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return -1

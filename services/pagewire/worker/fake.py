@@ -1,0 +1,163 @@
+"""A stand-in for the model, for tests without torch: the next token is a hash of all tokens before it.
+
+A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or foreign token is seen at once. The runner keeps
+slots as the real one does; it has no KV tensors and no opinion of block tables. Only numpy is needed.
+"""
+
+import time
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from pagewire_protocol.messages import Admission, LogprobColumns, Step, StepResult, WorkerFacts
+
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
+
+FACTOR: Final = 0x9E3779B97F4A7C15
+"""Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] + 1) * FACTOR^(n-1-i) modulo 2^64."""
+MASK: Final = 2**64 - 1
+MIX: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+DEFAULT_BLOCKS: Final = 65_536
+DEFAULT_MODEL_LEN: Final = 32_768
+
+Columns = npt.NDArray[np.uint64]
+
+
+def extend(state: int, token: int) -> int:
+    """The hash of a sequence with one more token; the empty sequence has 0."""
+    return (state * FACTOR + token + 1) & MASK
+
+
+def draw(state: int, vocab_size: int) -> int:
+    """The token that follows a sequence with this hash: splitmix64's finalizer, then modulo."""
+    state = ((state ^ (state >> 30)) * MIX[0]) & MASK
+    state = ((state ^ (state >> 27)) * MIX[1]) & MASK
+    return (state ^ (state >> 31)) % vocab_size
+
+
+def next_token(tokens: list[int], vocab_size: int) -> int:
+    """What the fake model says after `tokens`: the reference that clients check against."""
+    state = 0
+    for token in tokens:
+        state = extend(state, token)
+    return draw(state, vocab_size)
+
+
+def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
+    """The `count` tokens that the fake model says after `tokens`, in time linear in both."""
+    state = 0
+    for token in tokens:
+        state = extend(state, token)
+    said: list[int] = []
+    for _ in range(count):
+        said.append(draw(state, vocab_size))
+        state = extend(state, said[-1])
+    return said
+
+
+def hash_all(tokens: npt.NDArray[np.int32]) -> int:
+    """`extend` over a whole sequence at once. tokens: [n] int32."""
+    powers = np.full(len(tokens), FACTOR, np.uint64)
+    powers[:1] = 1
+    return int((np.cumprod(powers)[::-1] * (tokens.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
+
+
+class FakeRunner:
+    """The interface of the real runner: `facts`, `execute`, `clear`."""
+
+    def __init__(self, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int = 1) -> None:
+        self._incarnation = incarnation
+        self._vocab = np.uint64(config.fake_vocab_size)
+        self._step_s = config.fake_step_ms / 1000
+        self._max_num_seqs, self._block_size = scheduler.max_num_seqs, config.block_size
+        self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
+        self._max_model_len = model.max_model_len or DEFAULT_MODEL_LEN
+        self._state = np.zeros(0, np.uint64)
+        self._known = np.zeros(0, np.int64)
+        self._computed = np.zeros(0, np.int64)
+        self._logprobs = np.zeros(0, np.int32)
+        self._last = np.zeros(0, np.int32)
+        self._grow_to(scheduler.max_num_seqs)
+
+    def facts(self) -> WorkerFacts:
+        return WorkerFacts(
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            max_num_seqs=self._max_num_seqs,
+            max_model_len=min(self._max_model_len, self._num_blocks * self._block_size),
+            vocab_size=int(self._vocab),
+            eos_token_ids=(),
+            device="fake",
+        )
+
+    def clear(self) -> None:
+        self._known[:] = 0
+        self._computed[:] = 0
+        self._last = self._last[:0]
+
+    def execute(self, step: Step) -> StepResult:
+        began = time.monotonic()
+        for admission in step.admit:
+            self._admit(admission)
+        if not step.repeat:
+            self._last = np.frombuffer(step.run_slots, np.int32)
+        slots = self._last
+        self._computed[slots] += 1 if step.repeat else np.frombuffer(step.run_counts, np.int32)
+        slots = slots[self._computed[slots] == self._known[slots]]
+        tokens = self._sample(slots)
+        if self._step_s:
+            time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
+        return StepResult(
+            epoch=step.epoch,
+            incarnation=self._incarnation,
+            n=step.n,
+            slots=slots.tobytes(),
+            tokens=tokens.tobytes(),
+            flags=bytes(len(slots)),
+            logprobs=self._logprob_columns(slots, tokens),
+        )
+
+    def _sample(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """`draw` and `extend` for whole columns; unsigned arithmetic wraps as they do."""
+        state = self._state[slots]
+        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(MIX[0])
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX[1])
+        tokens = (mixed ^ (mixed >> np.uint64(31))) % self._vocab
+        self._state[slots] = state * np.uint64(FACTOR) + tokens + np.uint64(1)
+        self._known[slots] += 1
+        return tokens.astype(np.int32)
+
+    def _admit(self, admission: Admission) -> None:
+        slot = admission.slot
+        if slot >= len(self._known):
+            self._grow_to(slot + 1)
+        tokens = np.frombuffer(admission.prompt + admission.output, np.int32)
+        self._state[slot] = hash_all(tokens)
+        self._known[slot] = len(tokens)
+        self._computed[slot] = admission.computed
+        self._logprobs[slot] = admission.sampling.logprobs
+
+    def _grow_to(self, count: int) -> None:
+        for name in ("_state", "_known", "_computed", "_logprobs"):
+            old: npt.NDArray[np.generic] = getattr(self, name)
+            new = np.zeros(count, old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+    def _logprob_columns(self, slots: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
+        """The chosen token has probability 1 (log 0); as other candidates serve its successors in the vocabulary, at -100."""
+        wanted = self._logprobs[slots]
+        rows = np.flatnonzero(wanted >= 0).astype(np.int32)
+        if not len(rows):
+            return None
+        counts = wanted[rows] + 1
+        ids = [(int(tokens[row]) + max(0, j - 1)) % int(self._vocab) for row, n in zip(rows, counts, strict=True) for j in range(n)]
+        values = [0.0 if j < 2 else -100.0 for n in counts for j in range(n)]
+        ranks = np.ones(len(rows), np.int32)
+        return LogprobColumns(
+            rows.tobytes(),
+            counts.astype(np.int32).tobytes(),
+            ranks.tobytes(),
+            np.array(ids, np.int32).tobytes(),
+            np.array(values, np.float32).tobytes(),
+        )
