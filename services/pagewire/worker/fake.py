@@ -1,7 +1,7 @@
 """A stand-in for the model, for tests without torch: the next token is a hash of all tokens before it.
 
-A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or foreign token is seen at once. The runner keeps
-slots as the real one does; it has no KV tensors and no opinion of block tables. Only numpy is needed.
+A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or foreign token is seen at once. The runner
+keeps slots as the real one does; it has no KV tensors and no opinion of block tables. Only numpy is needed.
 """
 
 import time

@@ -1,0 +1,163 @@
+"""`pagewire chat`: a conversation with a running server in the terminal, answers as they come.
+
+A plain client of the HTTP interface, with nothing but the standard library.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from .cli import new_parser
+
+DEFAULT_URL = "http://localhost:8000"
+CONNECT_S, ANSWER_S = 5, 600
+
+
+class ChatError(Exception):
+    """Something a person can read."""
+
+
+class Client:
+    def __init__(self, url: str, key: str) -> None:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"--url {url}: an address like {DEFAULT_URL} is needed")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+
+    def model(self) -> str:
+        """The first name the server answers to."""
+        with contextlib.closing(self._connect()) as connection:
+            body = json.loads(self._send(connection, "GET", "/v1/models", None).read())
+        return str(body["data"][0]["id"])
+
+    def answer(self, body: dict[str, Any]) -> Iterator[str]:
+        """The pieces of the answer's text. Closing the iterator ends the generation on the server."""
+        with contextlib.closing(self._connect()) as connection:
+            response = self._send(connection, "POST", "/v1/chat/completions", json.dumps({**body, "stream": True}))
+            for line in response:
+                data = line.strip().removeprefix(b"data: ")
+                if data == b"[DONE]":
+                    return
+                if line.startswith(b"data: "):
+                    yield _piece(json.loads(data))
+        raise ChatError("the server broke off the answer")
+
+    def _connect(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=CONNECT_S)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise ChatError(f"no server at {self.url} ({error.strerror or error}); `pagewire serve` starts one") from None
+        connection.sock.settimeout(ANSWER_S)
+        return connection
+
+    def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: str | None) -> http.client.HTTPResponse:
+        connection.request(method, self._path + path, body, self._headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ChatError(explain(response.status, response.read()))
+        return response
+
+
+def _piece(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise ChatError(_message(event) or "the server reported an error")
+    choices = event.get("choices") or [{}]
+    return choices[0].get("delta", {}).get("content") or ""
+
+
+def _message(body: Any) -> str:
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", "")) if isinstance(error, dict) else str(error)
+
+
+def explain(status: int, raw: bytes) -> str:
+    """An HTTP error in plain words."""
+    try:
+        message = _message(json.loads(raw))
+    except ValueError:
+        message = raw.decode(errors="replace").strip()[:200]
+    lead = {
+        401: "the server wants an API key: --api-key, or PAGEWIRE_API_KEY",
+        404: "not found",
+        429: "the server is full, try again in a moment",
+        503: "the server is not ready yet, try again in a moment",
+    }.get(status, f"the server answered {status}")
+    return f"{lead} ({message})" if message else lead
+
+
+class Conversation:
+    def __init__(self, client: Client, model: str, system: str, options: dict[str, Any]) -> None:
+        self._client, self._model, self._options = client, model, options
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    def turn(self, text: str) -> None:
+        """One question and its printed answer. Ctrl-C ends the answer, not the chat; what came of it stays part of the conversation."""
+        body = {"model": self._model, "messages": [*self._messages, {"role": "user", "content": text}], **self._options}
+        said: list[str] = []
+        try:
+            with contextlib.closing(self._client.answer(body)) as pieces:  # type: ignore[type-var]
+                for piece in pieces:
+                    said.append(piece)
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except (ChatError, OSError, http.client.HTTPException, ValueError) as error:
+            print(f"{os.linesep if said else ''}error: {error}", file=sys.stderr, end="", flush=True)
+            if not said:
+                return print()
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
+        print()
+
+    def clear(self) -> None:
+        self._messages = [message for message in self._messages if message["role"] == "system"]
+
+
+def main(arguments: list[str]) -> int:
+    parser = new_parser("chat", "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /clear forgets the conversation.")
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    parser.add_argument("--model", default="", help="default: the first the server names")
+    parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""), help="default: PAGEWIRE_API_KEY")
+    parser.add_argument("--temperature", type=float, default=None)
+    parser.add_argument("--max-tokens", type=int, default=None)
+    options = parser.parse_args(arguments)
+    chosen = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    try:
+        client = Client(options.url, options.api_key)
+        model = options.model or client.model()
+    except (ChatError, OSError, http.client.HTTPException, LookupError) as error:
+        print(f"pagewire chat: {error}", file=sys.stderr)
+        return 1
+    talk = Conversation(client, model, options.system, {key: value for key, value in chosen.items() if value is not None})
+    if sys.stdin.isatty():
+        print(f"{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the chat, /clear starts anew")
+    return _loop(talk)
+
+
+def _loop(talk: Conversation) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing in input())
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        if text == "/clear":
+            talk.clear()
+        elif text:
+            talk.turn(text)
