@@ -1,0 +1,275 @@
+"""Inbox, Outbox, the run directory and the scheduler's lock, over real sockets."""
+
+import os
+import pickle
+import select
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from pagewire_protocol import channels
+from pagewire_protocol.channels import AlreadyRunning, Inbox, Outbox, inbox_address, new_incarnation, prepare_run_dir, take_epoch
+from pagewire_protocol.messages import Goodbye, Role, Roster, Step
+
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A short path: pytest's own temporary directories are too long for a Unix socket."""
+    with tempfile.TemporaryDirectory(prefix="pw-") as name:
+        yield prepare_run_dir(name)
+
+
+@pytest.fixture
+def inbox(run_dir: Path) -> Iterator["Inbox[Any]"]:
+    box: Inbox[Any] = Inbox(run_dir, Role.SCHEDULER, 1)
+    yield box
+    box.close()
+
+
+@pytest.fixture
+def outbox() -> Iterator[Outbox]:
+    box = Outbox()
+    yield box
+    box.close()
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[[str], "zmq.Socket[bytes]"]]:
+    """A PUSH socket that checks nothing: another program on the same path."""
+    made: list[zmq.Socket[bytes]] = []
+
+    def connect(address: str) -> "zmq.Socket[bytes]":
+        socket = zmq.Context.instance().socket(zmq.PUSH)
+        socket.connect(address)
+        made.append(socket)
+        return socket
+
+    yield connect
+    for socket in made:
+        socket.close(linger=0)
+
+
+def take(inbox: "Inbox[Any]", count: int) -> list[Any]:
+    """The next `count` messages."""
+    found: list[Any] = []
+    while len(found) < count:
+        assert inbox.wait(PATIENCE_S), f"{len(found)} of {count} messages came"
+        found += inbox.drain()
+    return found
+
+
+def test_messages_arrive_in_order(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+    assert all(outbox.send(inbox.address, Goodbye(i)) for i in range(1, 301))
+    assert take(inbox, 300) == [Goodbye(i) for i in range(1, 301)]
+    assert inbox.undecodable == 0
+
+
+def test_drain_stops_at_its_limit(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+    for i in range(1, 6):
+        outbox.send(inbox.address, Goodbye(i))
+    got: list[Any] = []
+    while len(got) < 5:
+        assert inbox.wait(PATIENCE_S)
+        part = list(inbox.drain(limit=2))
+        assert len(part) <= 2
+        got += part
+    assert got == [Goodbye(i) for i in range(1, 6)]
+
+
+def test_a_message_of_several_frames_is_refused(inbox: "Inbox[Any]", raw: Callable[[str], Any]) -> None:
+    frame = msgspec.msgpack.encode(Goodbye(1))
+    sender = raw(inbox.address)
+    sender.send_multipart([frame, frame, frame])
+    sender.send(msgspec.msgpack.encode(Goodbye(2)))
+    assert take(inbox, 1) == [Goodbye(2)]
+    assert inbox.undecodable == 1
+
+
+def test_a_pickle_is_dropped_and_never_run(inbox: "Inbox[Any]", raw: Callable[[str], Any], tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(canary),)
+
+    sender = raw(inbox.address)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        sender.send(pickle.dumps(Bomb(), protocol))
+    sender.send(msgspec.msgpack.encode(Goodbye(3)))
+    assert take(inbox, 1) == [Goodbye(3)]
+    assert inbox.undecodable == pickle.HIGHEST_PROTOCOL + 1
+    assert not canary.exists()
+
+
+def test_another_services_message_is_dropped(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+    outbox.send(inbox.address, Step(1, 1))
+    outbox.send(inbox.address, Goodbye(4))
+    assert take(inbox, 1) == [Goodbye(4)]
+    assert inbox.undecodable == 1
+
+
+def test_an_oversize_frame_does_not_arrive_and_harms_no_one_else(
+    run_dir: Path, raw: Callable[[str], Any], outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "MAX_FRAME", 4096)
+    inbox: Inbox[Any] = Inbox(run_dir, Role.TOKENIZER, 7)
+    try:
+        raw(inbox.address).send(b"\xc4" + bytes(8192))
+        outbox.send(inbox.address, a_roster())
+        (got,) = take(inbox, 1)
+        assert got.epoch == 5
+        assert not inbox.undecodable
+    finally:
+        inbox.close()
+
+
+def a_roster() -> Roster:
+    return Roster(5, (), 0, 0, (), False, False)
+
+
+def test_wait_times_out_and_wakes(inbox: "Inbox[Any]") -> None:
+    assert inbox.wait(0.0) is False
+    inbox.wake()
+    inbox.wake()
+    assert inbox.wait(0.0) is True
+    assert inbox.wait(0.0) is False, "wakes do not add up"
+    waker = threading.Thread(target=inbox.wake)
+    waker.start()
+    assert inbox.wait(PATIENCE_S) is True
+    waker.join()
+    assert list(inbox.drain()) == []
+
+
+def test_the_descriptor_is_readable_when_a_message_came(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+    list(inbox.drain())
+    outbox.send(inbox.address, Goodbye(1))
+    readable, _, _ = select.select([inbox.fileno()], [], [], PATIENCE_S)
+    assert readable
+    assert take(inbox, 1) == [Goodbye(1)]
+
+
+def test_sending_to_nobody_never_blocks(run_dir: Path, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "QUEUE_LENGTH", 3)
+    nobody = inbox_address(run_dir, Role.WORKER, 9)
+    answers = [outbox.send(nobody, Goodbye(1)) for _ in range(20)]
+    assert answers[0] is True and answers[-1] is False
+
+
+def test_what_was_queued_for_a_forgotten_peer_is_gone(run_dir: Path, outbox: Outbox) -> None:
+    address = inbox_address(run_dir, Role.WORKER, 10)
+    outbox.send(address, Step(1, 1))
+    outbox.forget(address)
+    outbox.forget(address)
+    inbox: Inbox[Any] = Inbox(run_dir, Role.WORKER, 10)
+    try:
+        outbox.send(address, Step(1, 2))
+        assert take(inbox, 1) == [Step(1, 2)]
+    finally:
+        inbox.close()
+
+
+def test_messages_sent_before_the_receiver_exists_arrive(run_dir: Path, outbox: Outbox) -> None:
+    outbox.send(inbox_address(run_dir, Role.WORKER, 11), Step(1, 1))
+    inbox: Inbox[Any] = Inbox(run_dir, Role.WORKER, 11)
+    try:
+        assert take(inbox, 1) == [Step(1, 1)]
+    finally:
+        inbox.close()
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", ""])
+def test_only_ipc_addresses_are_connected_to(outbox: Outbox, address: str) -> None:
+    with pytest.raises(ValueError, match="ipc://"):
+        outbox.send(address, Goodbye(1))
+
+
+def test_socket_files_are_private_and_removed_on_close(run_dir: Path) -> None:
+    inbox: Inbox[Any] = Inbox(run_dir, Role.FRONTEND, new_incarnation())
+    path = Path(inbox.address.removeprefix("ipc://"))
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    inbox.close()
+    assert not path.exists()
+
+
+def test_binding_leaves_the_umask_alone(run_dir: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        Inbox(run_dir, Role.FRONTEND, 12).close()
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+
+
+def test_every_incarnation_has_its_own_address_but_the_scheduler(run_dir: Path) -> None:
+    for role in (Role.FRONTEND, Role.TOKENIZER, Role.WORKER):
+        assert inbox_address(run_dir, role, 1) != inbox_address(run_dir, role, 2)
+    assert inbox_address(run_dir, Role.SCHEDULER, 1) == inbox_address(run_dir, Role.SCHEDULER, 2)
+    drawn = {new_incarnation() for _ in range(1000)}
+    assert len(drawn) == 1000 and all(1 <= value < 2**63 for value in drawn)
+
+
+def test_the_run_directory_is_made_private() -> None:
+    with tempfile.TemporaryDirectory(prefix="pw-") as name:
+        made = prepare_run_dir(f"{name}/a/b")
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+        made.chmod(0o755)
+        assert stat.S_IMODE(prepare_run_dir(str(made)).stat().st_mode) == 0o700
+
+
+def test_a_path_too_long_for_a_socket_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has \d+ characters.*at most 60.*--run-dir"):
+        prepare_run_dir(str(tmp_path / ("x" * 60)))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory of another user")
+def test_another_users_directory_is_refused() -> None:
+    with tempfile.TemporaryDirectory(prefix="pw-") as name:
+        os.chown(name, 12345, 12345)
+        with pytest.raises(PermissionError, match="another user"):
+            prepare_run_dir(name)
+
+
+def test_two_schedulers_cannot_reign_at_once_and_the_epoch_grows(run_dir: Path) -> None:
+    epoch, lock = take_epoch(run_dir)
+    with pytest.raises(AlreadyRunning, match="already running"):
+        take_epoch(run_dir)
+    os.close(lock)
+    successor, lock = take_epoch(run_dir)
+    os.close(lock)
+    assert successor == epoch + 1
+
+
+def test_the_lock_falls_with_its_process(run_dir: Path) -> None:
+    """kill -9 of the scheduler must not keep its successor out."""
+    program = (
+        "import sys, time; from pathlib import Path; from pagewire_protocol.channels import take_epoch\n"
+        "print(take_epoch(Path(sys.argv[1]))[0], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        epoch = int(first.stdout.readline())
+        with pytest.raises(AlreadyRunning):
+            take_epoch(run_dir)
+        first.kill()
+    successor, lock = take_epoch(run_dir)
+    os.close(lock)
+    assert successor == epoch + 1
+
+
+@pytest.mark.parametrize("content", [b"", b"7", b"7\n"])
+def test_the_lock_file_may_be_empty_or_edited_by_hand(run_dir: Path, content: bytes) -> None:
+    (run_dir / "scheduler.lock").write_bytes(content)
+    epoch, lock = take_epoch(run_dir)
+    os.close(lock)
+    assert epoch == int(content.strip() or b"0") + 1
