@@ -9,7 +9,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pagewire_protocol.messages import Admission, LogprobColumns, Step, StepResult, WorkerFacts
+from pagewire_protocol.messages import Step, StepResult
+from pagewire_protocol.parts import Admission, LogprobColumns, WorkerFacts
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 

@@ -1,0 +1,159 @@
+"""The stack behind `LLM`: the services as child processes, and this program in the place of the frontend.
+
+The program owns its requests by the same rules as the HTTP frontend (`frontend.streams`), in a synchronous loop: nothing moves
+between two calls of `pump`. A thread keeps the services running; it touches no socket.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import structs
+from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
+from pagewire_protocol.messages import Deltas, Roster, ToFrontend
+from pagewire_protocol.parts import Role
+
+from . import hub, stack
+from .config import ModelConfig
+from .frontend.errors import ApiError
+from .frontend.stream import Job, Sink, Stream
+from .frontend.streams import Owner
+from .frontend.tally import Tally
+from .membership import Membership
+from .supervisor import Supervisor
+
+PUMP_S = 0.2
+LINES_KEPT = 20
+
+
+class EngineError(RuntimeError):
+    """The services could not be started or kept running; the message holds their last words."""
+
+
+class Engine:
+    """Services, inbox and owned requests of one `LLM`. Use from one thread at a time; `close` ends everything."""
+
+    def __init__(self, config: stack.StackConfig, say: Callable[[str], None] = lambda _: None) -> None:
+        model = find_files(config, say)
+        self._pid = os.getpid()
+        self._run_dir: Path = stack.new_run_dir()
+        config = structs.replace(config, run=structs.replace(config.run, run_dir=str(self._run_dir)))
+        incarnation = new_incarnation()
+        self._inbox: Inbox[ToFrontend] = Inbox(self._run_dir, Role.FRONTEND, incarnation)
+        self._outbox = Outbox()
+        self._membership = Membership(Role.FRONTEND, f"program-{self._pid}", incarnation, self._inbox, self._outbox, self._run_dir)
+        self.tally = Tally()
+        self.owner = Owner(self._inbox.address, self._outbox.send, time.monotonic, self.tally)
+        self._supervisor = Supervisor([*stack.model_services(config, model), *stack.early_services(config)], _forward)
+        self._thread = threading.Thread(target=self._supervise, name="pagewire", daemon=True)
+        self._fresh = False
+        self._closed = False
+        self._thread.start()
+
+    @property
+    def roster(self) -> Roster | None:
+        return self._membership.roster
+
+    def wait_ready(self, say: Callable[[str], None] = lambda _: None) -> Roster:
+        """Block until a tokenizer and a worker are ready. Raises EngineError when one cannot start."""
+        self._membership.ready()
+        shown = ""
+        while (roster := self._membership.roster) is None or not is_ready(roster):
+            self.pump()
+            stage = describe(self._membership.roster)
+            if stage != shown:
+                shown = stage
+                say(stage)
+        self._supervisor.mark_ready()
+        return roster
+
+    def refresh(self) -> None:
+        """Renew this program's membership, lost when it did something else for a while; call before submitting."""
+        self._fresh = False
+        self._membership.hello()
+        while not self._fresh:
+            self.pump()
+
+    def submit(self, job: Job, sink: Sink) -> Stream | None:
+        """None when the stack cannot take it right now."""
+        try:
+            return self.owner.submit(job, sink)
+        except ApiError as error:
+            if error.status != 503:
+                raise
+            return None
+
+    def pump(self, timeout_s: float = PUMP_S) -> None:
+        """Wait for messages and apply them all. Raises EngineError when the services are gone for good."""
+        self._inbox.wait(timeout_s)
+        for message in self._inbox.drain():
+            match message:
+                case Deltas():
+                    self._on_deltas(message)
+                case Roster():
+                    self._membership.on_roster(message)
+                    self.owner.on_roster(message)
+                    self._fresh = True
+        self._membership.busy = len(self.owner) > 0
+        self._membership.progress += 1
+        self._membership.tick(time.monotonic())
+        self.owner.tick()
+        if not self._thread.is_alive():
+            raise EngineError(self._supervisor.failure or "the services have been shut down")
+
+    def pids(self) -> dict[str, int]:
+        """The services' process ids by name."""
+        return self._supervisor.pids()
+
+    def close(self) -> None:
+        """End the services and remove their run directory. Does nothing the second time, or in a forked copy of the program."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        self._supervisor.stop()
+        self._thread.join()
+        self._inbox.close()
+        self._outbox.close()
+        stack.remove_run_dir(self._run_dir)
+
+    def _on_deltas(self, deltas: Deltas) -> None:
+        try:
+            self.owner.on_deltas(deltas)
+        except (ValueError, TypeError):
+            self.tally.malformed += 1
+
+    def _supervise(self) -> None:
+        try:
+            self._supervisor.run()
+        except BaseException as error:
+            self._supervisor.fail(f"the supervisor failed: {error!r}")
+            raise
+        finally:
+            self._inbox.wake()
+
+
+def is_ready(roster: Roster) -> bool:
+    roles = {peer.role for peer in roster.peers if peer.ready}
+    return Role.TOKENIZER in roles and Role.WORKER in roles
+
+
+def describe(roster: Roster | None) -> str:
+    """What is loading, for people."""
+    waiting = [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND] if roster else []
+    return ", ".join(f"{peer.role.name.lower()}: {peer.stage or 'starting'} {peer.fraction:.0%}" for peer in waiting) or "starting"
+
+
+def find_files(config: stack.StackConfig, say: Callable[[str], None]) -> ModelConfig:
+    """The model with local paths. Raises hub.ModelNotFound."""
+    model = config.model
+    if not stack.needs_files(config):
+        return model
+    tokenizer = hub.resolve(hub.tokenizer_model(model), say) if model.tokenizer else None
+    return stack.local_model(model, hub.resolve(model, say), tokenizer)
+
+
+def _forward(name: str, line: str) -> None:
+    print(f"[{name}] {line}", file=sys.stderr, flush=True)
