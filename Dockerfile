@@ -30,6 +30,7 @@ ENV PATH=/opt/pagewire/bin:$PATH \
     PAGEWIRE_RUN_DIR=/run/pagewire
 WORKDIR /
 COPY --chmod=0755 compose/health.py /usr/local/bin/pagewire-health
+COPY --chmod=0755 compose/entrypoint.sh /usr/local/bin/pagewire-service
 
 # --- builders: nothing of these stages ships but /opt/pagewire and /site ------------------------------------------------
 FROM base AS builder
@@ -72,14 +73,14 @@ COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["pagewire-health", "http"]
-ENTRYPOINT ["pagewire", "frontend"]
+ENTRYPOINT ["pagewire-service", "frontend"]
 
 FROM base AS scheduler
 COPY --from=scheduler-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 HEALTHCHECK --interval=15s --timeout=10s --start-period=30s CMD ["pagewire-health", "scheduler"]
-ENTRYPOINT ["pagewire", "scheduler"]
+ENTRYPOINT ["pagewire-service", "scheduler"]
 
 FROM base AS tokenizer
 COPY --from=tokenizer-deps /opt/pagewire /opt/pagewire
@@ -87,7 +88,7 @@ COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 VOLUME /cache
 HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "tokenizer"]
-ENTRYPOINT ["pagewire", "tokenizer"]
+ENTRYPOINT ["pagewire-service", "tokenizer"]
 
 FROM base AS torch-base
 ARG DEVICE=cpu
@@ -102,7 +103,7 @@ COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 VOLUME /cache
 HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "worker"]
-ENTRYPOINT ["pagewire", "worker"]
+ENTRYPOINT ["pagewire-service", "worker"]
 
 FROM torch-base AS all
 COPY --from=all-deps /opt/pagewire /opt/pagewire

@@ -11,7 +11,6 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-
 from pagewire.config import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -119,10 +118,11 @@ def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:
 
 def test_each_target_starts_its_own_service_as_an_ordinary_user() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    for name, command in {**{name: name for name in OURS}, "all": "serve"}.items():
+    starts = {**{name: f'["pagewire-service", "{name}"]' for name in OURS}, "all": '["pagewire", "serve"]'}
+    for name, start in starts.items():
         stage = re.search(rf"^FROM \S+ AS {name}$(.*?)(?=^FROM |\Z)", text, re.M | re.S)
         assert stage, name
-        assert f'ENTRYPOINT ["pagewire", "{command}"]' in stage[1]
+        assert f"ENTRYPOINT {start}" in stage[1]
         assert "\nUSER pagewire\n" in stage[1]
         assert "\nHEALTHCHECK " in stage[1]
     assert text.rstrip().endswith('ENTRYPOINT ["pagewire", "serve"]'), "the last target is the default one"

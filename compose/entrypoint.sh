@@ -1,0 +1,6 @@
+#!/bin/sh
+# Starts one service under a name that no other container's service has: process ids repeat between containers, host names do not.
+set -eu
+service=$1
+shift
+exec pagewire "$service" --name "$service-$(uname -n)" "$@"
