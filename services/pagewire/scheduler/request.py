@@ -1,0 +1,121 @@
+"""One attempt at a request as the scheduler keeps it, and the refusals that need nothing but the request itself.
+
+Knows tokens and sampling limits; knows no worker's state (its columns while it runs are in `slots.py`).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pagewire_protocol.messages import Finish, Submit
+from pagewire_protocol.sampling import Sampling
+
+from .blocks import extend_chain, root_hash
+
+if TYPE_CHECKING:
+    from .replica import Replica
+
+
+class Phase(IntEnum):
+    WAITING = 0
+    RUNNING = 1
+    """It has a slot and blocks on a worker."""
+    DRAINING = 2
+    """Preempted; its slot is kept until the steps in flight have returned, since their tokens count."""
+    ENDED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    status: int
+    message: str
+    param: str | None = None
+    retry_after_s: int = 0
+
+
+class Request:
+    """`prompt` and `tokens` (prompt, then output) are int32 arrays; while it runs its tokens live in its slot and `tokens` is stale."""
+
+    __slots__ = (
+        "attempt",
+        "blocks",
+        "chain",
+        "chain_block_size",
+        "execution",
+        "handle",
+        "owner",
+        "phase",
+        "priority",
+        "prompt",
+        "replica",
+        "rid",
+        "root",
+        "sampling",
+        "seq",
+        "slot",
+        "tokens",
+    )
+
+    def __init__(self, submit: Submit, owner: int, seq: int) -> None:
+        self.rid, self.attempt, self.handle = submit.rid, submit.attempt, submit.handle
+        self.owner, self.seq, self.priority = owner, seq, submit.priority
+        self.sampling: Sampling = submit.sampling
+        self.prompt: NDArray[np.int32] = np.frombuffer(submit.prompt, np.int32)
+        self.tokens: NDArray[np.int32] = np.frombuffer(submit.prompt + submit.output, np.int32)
+        self.root = root_hash(submit.cache_salt)
+        self.chain: list[bytes] = []
+        self.chain_block_size = 0
+        self.phase, self.execution = Phase.WAITING, 0
+        self.replica: Replica | None = None
+        self.slot = -1
+        self.blocks: list[int] = []
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: the lower priority number, then the earlier arrival."""
+        return self.priority, self.seq
+
+    @property
+    def longest(self) -> int:
+        """Tokens it can grow to."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    def chained(self, block_size: int, tokens: NDArray[np.int32]) -> list[bytes]:
+        """The hashes of the full blocks of `tokens`, which are this request's from its first one on."""
+        if self.chain_block_size != block_size:
+            self.chain, self.chain_block_size = [], block_size
+        extend_chain(self.chain, self.root, tokens, block_size)
+        return self.chain
+
+    def finish_at(self, token: int, output_len: int, eos: frozenset[int]) -> tuple[Finish, int | None] | None:
+        """How the request ends when `token` is its `output_len`-th output token; None when it goes on."""
+        if output_len >= self.sampling.min_tokens:
+            if token in self.sampling.stop_token_ids:
+                return Finish.STOP, token
+            if token in eos and not self.sampling.ignore_eos:
+                return Finish.STOP, None
+        return (Finish.LENGTH, None) if output_len >= self.sampling.max_tokens else None
+
+
+def malformed(submit: Submit) -> Refusal | None:
+    """What is wrong with a submission whoever serves it. Everything else about it is checked before, by its wire type."""
+    if len(submit.prompt) % 4 or len(submit.output) % 4:
+        return Refusal(400, "token ids must be a column of int32: its length is no multiple of 4 bytes", "prompt")
+    if not submit.prompt:
+        return Refusal(400, "the prompt is empty; give at least one token", "prompt")
+    return None
+
+
+def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
+    """A token that the model does not have."""
+    low, high = int(request.tokens.min()), int(request.tokens.max())
+    if low >= 0 and high < vocab_size:
+        return None
+    wrong = low if low < 0 else high
+    return Refusal(400, f"token id {wrong} is outside the model's vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})", "prompt")
