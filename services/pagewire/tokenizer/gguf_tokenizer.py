@@ -1,0 +1,150 @@
+"""Builds a `tokenizers.Tokenizer` from GGUF metadata: byte-level BPE ("gpt2") and sentencepiece BPE with scores ("llama").
+
+It knows the pre-tokenizers that GGUF only names (`tokenizer.ggml.pre`), as the models' own tokenizer.json files define them;
+where a rule is known from llama.cpp alone (src/llama-vocab.cpp), that one.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+PREFIX: Final = "tokenizer.ggml."
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+SPACE: Final = "▁"
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+QWEN2: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CASED: Final = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌ"
+    "ῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK: Final = ("[\r\n]", rf"\s?[{CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+DEFAULT: Final = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+DIGITS_GPT2: Final = (r"\p{N}", GPT2)
+
+SPLITS: Final[dict[str, tuple[str, ...]]] = {
+    "default": DEFAULT,
+    "gpt-2": (GPT2,),
+    "mpt": (GPT2,),
+    "olmo": (GPT2,),
+    "smollm": DIGITS_GPT2,
+    "starcoder": DIGITS_GPT2,
+    "refact": DIGITS_GPT2,
+    "command-r": DIGITS_GPT2,
+    "codeshell": DIGITS_GPT2,
+    "llama-bpe": (LLAMA3,),
+    "llama3": (LLAMA3,),
+    "llama-v3": (LLAMA3,),
+    "dbrx": (LLAMA3,),
+    "smaug-bpe": (LLAMA3,),
+    "qwen2": (QWEN2,),
+    "deepseek-r1-qwen": (QWEN2,),
+    "deepseek-llm": DEEPSEEK,
+}
+WHOLE_WORDS: Final = ("llama-bpe", "llama3", "llama-v3")
+"""A pre-token that is a vocabulary entry is taken whole, whatever the merges say. These also put BOS first by default."""
+COMPOSED: Final = ("qwen2", "deepseek-r1-qwen")
+
+
+class UnsupportedTokenizer(ValueError):
+    """The file names a tokenizer that is not known here."""
+
+
+def build(metadata: dict[str, Any]) -> Tokenizer:
+    """Raises UnsupportedTokenizer, naming what the file asks for and what is supported."""
+    kind = metadata.get(PREFIX + "model")
+    if kind is None or PREFIX + "tokens" not in metadata:
+        raise UnsupportedTokenizer(
+            "the GGUF file has no tokenizer; give one with --tokenizer, or serve token ids with --skip-tokenizer-init"
+        )
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedTokenizer(
+            f"GGUF tokenizer model {kind!r} is not supported (gpt2 and llama are); give a directory with --tokenizer"
+        )
+    tokenizer = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
+    _add_special(tokenizer, metadata)
+    _add_post_processor(tokenizer, metadata, kind)
+    return tokenizer
+
+
+def named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that chat templates may name, e.g. {"bos_token": "<s>"}."""
+    tokens: list[str] = metadata[PREFIX + "tokens"]
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator"}
+    ids = {name: metadata.get(f"{PREFIX}{key}_token_id", -1) for name, key in keys.items()}
+    return {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
+
+
+def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
+    pre = metadata.get(PREFIX + "pre", "default")
+    if pre not in SPLITS:
+        raise UnsupportedTokenizer(
+            f"GGUF pre-tokenizer {pre!r} is not supported ({', '.join(SPLITS)} are); give a directory with --tokenizer"
+        )
+    vocab = {token: index for index, token in enumerate(metadata[PREFIX + "tokens"])}
+    merges = [_pair(merge) for merge in metadata.get(PREFIX + "merges", ())]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
+    if pre in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    # A piece may itself contain a space in files made from sentencepiece models; the separator is the first that leaves two pieces.
+    cut = merge.find(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
+    tokens: list[str] = metadata[PREFIX + "tokens"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    unknown = named_tokens(metadata).get("unk_token")
+    merges = _merges_from_scores(tokens, metadata[PREFIX + "scores"], vocab, metadata.get(PREFIX + "token_type"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", SPACE)
+    prefixed = metadata.get(PREFIX + "add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefixed else replace
+    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefixed else undo)
+    return tokenizer
+
+
+def _merges_from_scores(
+    tokens: list[str], scores: Iterable[float], vocab: dict[str, int], kinds: Iterable[int] | None
+) -> list[tuple[str, str]]:
+    """Sentencepiece joins the neighbours whose union scores best; as merges that is: every split of every piece, best piece first."""
+    ranked = sorted(zip(tokens, scores, kinds or [1] * len(tokens), strict=True), key=lambda entry: -entry[1])
+    merges: list[tuple[str, str]] = []
+    for piece, _score, kind in ranked:
+        if kind == 1:
+            splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab]
+            splits.sort(key=lambda split: (vocab[split[0]], vocab[split[1]]))
+            merges += splits
+    return merges
+
+
+def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    kinds = metadata.get(PREFIX + "token_type", ())
+    wanted = [
+        (token, kind) for token, kind in zip(metadata[PREFIX + "tokens"], kinds, strict=False) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind in wanted if kind != USER_DEFINED])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token, kind in wanted if kind == USER_DEFINED])
+
+
+def _add_post_processor(tokenizer: Tokenizer, metadata: dict[str, Any], kind: str) -> None:
+    named = named_tokens(metadata)
+    first_by_default = kind == "llama" or metadata.get(PREFIX + "pre") in WHOLE_WORDS
+    bos = named.get("bos_token") if metadata.get(PREFIX + "add_bos_token", first_by_default) else None
+    eos = named.get("eos_token") if metadata.get(PREFIX + "add_eos_token", False) else None
+    special = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
+    if special:
+        single = " ".join(filter(None, [f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else ""]))
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)

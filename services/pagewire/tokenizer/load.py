@@ -1,0 +1,109 @@
+"""Finds and builds the tokenizer of a model: its `tokenizers` object, chat template and named special tokens. It knows no requests.
+
+Sources: a directory with tokenizer.json (or one GGUF file), or a GGUF file. Directories with older formats only go through transformers,
+imported then and without torch.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tokenizers import Tokenizer
+
+from . import gguf_metadata, gguf_tokenizer
+
+NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OLD_FORMATS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken", "spiece.model", "sentencepiece.bpe.model")
+
+
+class NoTokenizer(ValueError):
+    """There is no tokenizer that can be used; the text says where it was looked for and what to do."""
+
+
+class Loaded(NamedTuple):
+    tokenizer: Tokenizer
+    chat_template: str
+    """Empty when the model has none."""
+    names: dict[str, str]
+    """What chat templates may name, like bos_token."""
+
+
+def load(path: Path) -> Loaded:
+    """Raises NoTokenizer, OSError."""
+    try:
+        loaded = _load_directory(path) if path.is_dir() else _load_gguf(path)
+    except (gguf_metadata.BadGguf, gguf_tokenizer.UnsupportedTokenizer) as error:
+        raise NoTokenizer(str(error)) from None
+    # A tokenizer.json may carry the training set-up; requests are never cut or padded.
+    loaded.tokenizer.no_truncation()
+    loaded.tokenizer.no_padding()
+    return loaded
+
+
+def _load_gguf(path: Path) -> Loaded:
+    metadata = gguf_metadata.read_metadata(path)
+    template = metadata.get("tokenizer.chat_template", "")
+    return Loaded(gguf_tokenizer.build(metadata), template, gguf_tokenizer.named_tokens(metadata))
+
+
+def _load_directory(path: Path) -> Loaded:
+    config = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
+    template = _template(path, config)
+    if (path / "tokenizer.json").is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise NoTokenizer(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
+        return Loaded(tokenizer, template, _names(config))
+    if any((path / name).is_file() for name in OLD_FORMATS):
+        return _load_with_transformers(path, template)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _load_gguf(ggufs[0])
+    raise NoTokenizer(f"{path} has no tokenizer.json; name a tokenizer with --tokenizer, or serve token ids with --skip-tokenizer-init")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise NoTokenizer(f"{path} is not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _names(config: dict[str, Any]) -> dict[str, str]:
+    values = {name: config.get(name) for name in NAMED}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+def _template(path: Path, config: dict[str, Any]) -> str:
+    """The newest place first: a file of its own, a JSON file, the tokenizer's configuration; of several templates the one named default."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text()
+    found = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else ""
+
+
+def _load_with_transformers(path: Path, template: str) -> Loaded:
+    # transformers looks at these when it is imported; with them it converts old vocabularies without loading torch.
+    os.environ.update(USE_TORCH="0", USE_TF="0", USE_FLAX="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
+    had_torch = "torch" in sys.modules
+    try:
+        from transformers import AutoTokenizer  # type: ignore[import-untyped]
+
+        slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise NoTokenizer(f"{path} has no tokenizer.json, and transformers cannot convert what is there: {error}") from None
+    if "torch" in sys.modules and not had_torch:
+        raise NoTokenizer(f"converting the tokenizer in {path} would load torch into this service; save a tokenizer.json there once")
+    backend = getattr(slow, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise NoTokenizer(f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer")
+    return Loaded(backend, template, _names(dict(slow.special_tokens_map)))

@@ -1,0 +1,120 @@
+"""A drain's Tokens messages as the rows of Deltas: the hot path, once through a tight loop. It knows streams by handle, nothing of sockets.
+
+Rows of several messages are sorted by stream, so that a stream's tokens become one row of the Deltas.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from pagewire_protocol.messages import LogprobColumns, TokenLogprobs, Tokens
+
+from .decode import Decoding
+from .stream import Mail, Stream
+
+log = logging.getLogger("pagewire.tokenizer")
+
+
+class Columns(NamedTuple):
+    handles: list[int]
+    executions: list[int]
+    positions: list[int]
+    tokens: list[int]
+
+
+class Entry(NamedTuple):
+    """Log-probabilities of one row of a step."""
+
+    rank: int
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+Entries = dict[tuple[int, int], Entry]
+"""By handle and position."""
+
+
+def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
+    """All rows, those of a stream together and in order. Raises ValueError when columns differ in length or a token id is none."""
+    types = (np.uint32, np.uint64, np.int32, np.uint32)
+    messages = [
+        [np.frombuffer(column, kind) for column, kind in zip((m.handles, m.executions, m.positions, m.tokens), types, strict=True)]
+        for m in batch
+    ]
+    if any(len({len(column) for column in message}) != 1 for message in messages):
+        raise ValueError("columns of different lengths")
+    top = max(int(message[3].max(initial=0)) for message in messages)
+    if top >= vocab_size:
+        raise ValueError(f"token id {top} with a vocabulary of {vocab_size}")
+    if len(messages) == 1:
+        return Columns(*(column.tolist() for column in messages[0]))
+    joined = [np.concatenate(parts) for parts in zip(*messages, strict=True)]
+    order = np.argsort(joined[0], kind="stable")
+    return Columns(*(column[order].tolist() for column in joined))
+
+
+def entries_of(batch: list[Tokens]) -> Entries:
+    """The log-probabilities by (handle, position). Raises ValueError, IndexError when they do not fit the rows."""
+    found: Entries = {}
+    for message in batch:
+        if message.logprobs is not None:
+            handles, positions = np.frombuffer(message.handles, np.uint32), np.frombuffer(message.positions, np.int32)
+            for row, entry in _entries(message.logprobs):
+                found[int(handles[row]), int(positions[row])] = entry
+    return found
+
+
+def _entries(columns: LogprobColumns) -> list[tuple[int, Entry]]:
+    rows, counts, ranks, ids = (np.frombuffer(c, np.int32).tolist() for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
+    values = np.frombuffer(columns.values, np.float32).tolist()
+    found: list[tuple[int, Entry]] = []
+    start = 0
+    for row, count, rank in zip(rows, counts, ranks, strict=True):
+        found.append((row, Entry(rank, tuple(ids[start : start + count]), tuple(values[start : start + count]))))
+        start += count
+    return found
+
+
+def fill(streams: dict[int, Stream], columns: Columns, entries: Entries, decoding: Decoding) -> tuple[list[Stream], list[Stream]]:
+    """Append to the streams' mails. Returns the streams that met a stop string and those that lost rows; both are gone from `streams`."""
+    met: list[Stream] = []
+    lost: list[Stream] = []
+    previous: Stream | None = None
+    for handle, execution, position, token in zip(*columns, strict=True):
+        stream = streams.get(handle)
+        if stream is None:
+            continue
+        if (stream.position != position or stream.execution != execution) and not _accept(stream, execution, position):
+            if stream.execution == execution and position > stream.position:
+                lost.append(streams.pop(handle))
+            continue
+        text = None if stream.careful else stream.texts[token]
+        if text is None:
+            text = stream.take(token)
+            if stream.found is not None:
+                met.append(streams.pop(handle))
+        else:
+            stream.position = position + 1
+        mail = stream.mail
+        mail.tokens.append(token)
+        if stream is previous:
+            mail.extend_row(-1 + len(mail.rows), text)
+        else:
+            mail.rows.append((stream.owner, stream.attempt, execution, position, text))
+            previous = stream
+        if entries and (entry := entries.get((handle, position))) is not None:
+            _add_logprobs(mail, entry, decoding)
+    return met, lost
+
+
+def _accept(stream: Stream, execution: int, position: int) -> bool:
+    """The first execution seen is the one that counts, and its rows come in order."""
+    if stream.execution < 0:
+        stream.execution = execution
+    return stream.execution == execution and stream.position == position
+
+
+def _add_logprobs(mail: Mail, entry: Entry, decoding: Decoding) -> None:
+    row = len(mail.rows) - 1
+    texts = tuple(decoding.token_bytes(token) for token in entry.ids)
+    mail.logprobs.append(TokenLogprobs(row, mail.counts.get(row, 1) - 1, entry.rank, entry.ids, entry.values, texts))

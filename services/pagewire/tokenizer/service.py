@@ -1,0 +1,184 @@
+"""The tokenizer service: a loop around one inbox. It moves messages between sockets and `Requests`, and decides nothing about them.
+
+The tokenizer is built, and long prompts are encoded, in threads; they hand their results over in a queue and wake the loop.
+"""
+
+import gc
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+
+from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
+from pagewire_protocol.messages import Cancel, End, Finish, Generate, Role, Roster, TokenizerFacts, Tokens, ToTokenizer
+
+from ..config import ModelConfig, RunConfig, TokenizerConfig
+from ..hub import resolve, tokenizer_model
+from ..membership import Membership
+from .decode import Decoding
+from .encode import Encoder
+from .load import Loaded, load
+from .requests import Encoded, Requests, encode
+from .stream import Mail
+from .template import ChatTemplate, read_option
+
+log = logging.getLogger("pagewire.tokenizer")
+BEAT_S = 0.5
+THREADS = 2
+
+
+class Text:
+    """What was loaded: both directions, and what the stack is told about it."""
+
+    def __init__(self, loaded: Loaded | None, option: str = "") -> None:
+        tokenizer = loaded.tokenizer if loaded else None
+        source = read_option(option) if option else loaded.chat_template if loaded else ""
+        template = ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
+        self.encoder, self.decoding = Encoder(tokenizer, template), Decoding(tokenizer)
+        self.facts = TokenizerFacts(tokenizer is not None, template is not None, self.decoding.size)
+
+
+def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
+    """Raises ValueError, OSError."""
+    if model.skip_tokenizer_init:
+        return Text(None)
+    return Text(load(resolve(tokenizer_model(model) if model.tokenizer else model, log.info)), config.chat_template)
+
+
+class Service:
+    def __init__(self, run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> None:
+        run_dir = prepare_run_dir(run.run_dir)
+        incarnation = new_incarnation()
+        self.inbox: Inbox[ToTokenizer] = Inbox(run_dir, Role.TOKENIZER, incarnation)
+        self.outbox = Outbox()
+        name = run.name or f"tokenizer-{os.getpid()}"
+        self.members = Membership(Role.TOKENIZER, name, incarnation, self.inbox, self.outbox, run_dir)
+        self.stopping = False
+        self.requests: Requests | None = None
+        self._model, self._config = model, config
+        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate] | None] = queue.SimpleQueue()
+        self._encoded: queue.SimpleQueue[tuple[Generate, Encoded]] = queue.SimpleQueue()
+        self._loaded: queue.SimpleQueue[Text | Exception] = queue.SimpleQueue()
+
+    def loop(self) -> None:
+        """Until `stop`. Raises what kept the tokenizer from loading."""
+        self.members.loading("loading the tokenizer")
+        for work in (self._load, *[self._encode_long] * THREADS):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        while not self.stopping:
+            self.inbox.wait(BEAT_S)
+            if self.requests is None:
+                self._finish_loading()
+            self._drain()
+            self._send()
+            self.members.progress += 1
+            self.members.busy = bool(self.requests)
+            self.members.tick(time.monotonic())
+        self.members.goodbye()
+
+    def stop(self) -> None:
+        """Ends the loop; safe from a thread or a signal handler."""
+        self.stopping = True
+        self.inbox.wake()
+
+    def close(self) -> None:
+        for _ in range(THREADS):
+            self._to_encode.put(None)
+        self.inbox.close()
+        self.outbox.close(linger_ms=200)
+
+    def _load(self) -> None:
+        try:
+            self._loaded.put(load_text(self._model, self._config))
+        except Exception as error:
+            self._loaded.put(error)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self.stopping:
+            self.inbox.wake()
+
+    def _finish_loading(self) -> None:
+        if self._loaded.empty():
+            return
+        text = self._loaded.get()
+        if isinstance(text, Exception):
+            raise text
+        self.requests = Requests(text.encoder, text.decoding, self.inbox.address, lambda request: self._offload(text.encoder, request))
+        if self.members.roster is not None:
+            self.requests.joined(self.members.roster, False)
+        gc.collect()
+        gc.freeze()
+        self.members.ready(tokenizer=text.facts)
+        log.info("ready: %d tokens, chat template: %s", text.facts.vocab_size, "yes" if text.facts.has_chat_template else "no")
+
+    def _drain(self) -> None:
+        steps: list[Tokens] = []
+        for message in self.inbox.drain():
+            match message:
+                case Tokens():
+                    steps.append(message)
+                case Generate():
+                    self._generate(message)
+                case Cancel() if self.requests is not None:
+                    self.requests.cancel(message)
+                case Roster():
+                    self._joined(message)
+                case _:
+                    pass
+        if self.requests is not None:
+            while not self._encoded.empty():
+                self.requests.encoded(*self._encoded.get())
+            if steps:
+                self.requests.tokens(steps)
+
+    def _generate(self, request: Generate) -> None:
+        if self.requests is not None:
+            self.requests.generate(request)
+            return
+        mail = Mail()
+        message = "this tokenizer is still loading"
+        mail.ended.append(End(request.handle, request.attempt, Finish.REFUSED, status=503, message=message, retry_after_s=1))
+        self.outbox.send(request.reply_to, mail.take())
+
+    def _joined(self, roster: Roster) -> None:
+        new_epoch = self.members.on_roster(roster)
+        if self.requests is not None and self.members.roster is roster:
+            for inbox in self.requests.joined(roster, new_epoch):
+                self.outbox.forget(inbox)
+
+    def _offload(self, encoder: Encoder, request: Generate) -> None:
+        self._to_encode.put((encoder, request))
+
+    def _encode_long(self) -> None:
+        while (job := self._to_encode.get()) is not None:
+            encoder, request = job
+            self._encoded.put((request, encode(encoder, request)))
+            self._wake()
+
+    def _send(self) -> None:
+        requests = self.requests
+        if requests is None:
+            return
+        for inbox, mail in list(requests.mails.items()):
+            if mail and not self.outbox.send(inbox, mail.take()):
+                log.warning("a frontend reads nothing any more; its requests are cancelled")
+                requests.drop_owner(inbox)
+        messages, requests.to_scheduler = requests.to_scheduler, []
+        for message in messages:
+            if not self.outbox.send(self.members.scheduler, message):
+                log.error("the scheduler's queue is full: dropped a %s", type(message).__name__)
+
+
+def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError when the tokenizer cannot be had."""
+    service = Service(run, model, config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    try:
+        service.loop()
+    finally:
+        service.close()
+    return 0
