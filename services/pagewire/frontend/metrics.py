@@ -1,0 +1,102 @@
+"""/metrics in Prometheus' text format. Names that vLLM has are kept, so that its dashboards work; the others begin with `pagewire:`.
+
+The numbers lie in the Tally and in the scheduler's roster; they are read when somebody asks.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from .state import State
+from .tally import Histogram
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+_GAUGES: Final = {
+    "num_requests_running": "Requests in a worker's batch.",
+    "num_requests_waiting": "Requests waiting for a place in the batch.",
+    "kv_cache_usage_perc": "Share of the KV blocks in use; 1 is all.",
+}
+_COUNTERS: Final = {
+    "num_preemptions": "Requests put back to make room for others.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+}
+_NO_NAME: Final = re.compile(r"[^a-zA-Z0-9_]")
+
+
+def render(state: State) -> bytes:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(state))  # type: ignore[arg-type]
+    return generate_latest(registry)
+
+
+class _Collector:
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._labels = {"engine": "0", "model_name": state.names[0]}
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._scheduler()
+        yield from self._requests()
+        yield from self._frontend()
+        yield from self._services()
+
+    def _scheduler(self) -> Iterator[Metric]:
+        roster = self._state.stack.roster
+        stats = {name.removesuffix("_total"): value for name, value in roster.stats.items()} if roster else {}
+        for name, text in _GAUGES.items():
+            yield self._gauge(f"vllm:{name}", text, stats.pop(name, 0.0))
+        for name, text in _COUNTERS.items():
+            yield self._counter(f"vllm:{name}", text, stats.pop(name, 0.0))
+        for name, value in stats.items():
+            yield self._gauge(f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value)
+
+    def _requests(self) -> Iterator[Metric]:
+        tally = self._state.tally
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", tally.generation_tokens)
+        success = CounterMetricFamily("vllm:request_success", "Requests that ended.", labels=[*self._labels, "finished_reason"])
+        for reason, count in tally.reasons.items():
+            success.add_metric([*self._labels.values(), reason], count)
+        yield success
+        yield self._histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", tally.time_to_first_token)
+        yield self._histogram("vllm:inter_token_latency_seconds", "Between two rows of output.", tally.inter_token_latency)
+        yield self._histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", tally.e2e_latency)
+
+    def _frontend(self) -> Iterator[Metric]:
+        state = self._state
+        yield self._gauge("pagewire:frontend_streams", "Requests owned by this process.", len(state.owner))
+        yield self._gauge("pagewire:frontend_streams_parked", "Those of them waiting for the next attempt.", len(state.owner.parked))
+        yield self._gauge("pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s)
+        yield self._counter("pagewire:frontend_resubmissions", "Attempts beyond the first.", state.tally.resubmissions)
+        yield self._counter("pagewire:frontend_malformed_messages", "Messages dropped as malformed.", state.tally.malformed)
+        yield self._counter("pagewire:cached_prompt_tokens", "Prompt tokens that need no computing.", state.tally.cached_tokens)
+        answers = CounterMetricFamily("pagewire:frontend_http_responses", "HTTP answers.", labels=["code"])
+        for status, count in sorted(state.tally.responses.items()):
+            answers.add_metric([str(status)], count)
+        yield answers
+
+    def _services(self) -> Iterator[Metric]:
+        services = GaugeMetricFamily("pagewire:service_ready", "1 when the service is ready.", labels=["role", "name"])
+        for peer in self._state.stack.roster.peers if self._state.stack.roster else ():
+            services.add_metric([peer.role.name.lower(), peer.name], float(peer.ready))
+        yield services
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), histogram.buckets(), histogram.sum)  # type: ignore[arg-type]
+        return family

@@ -1,0 +1,189 @@
+"""The frontend process: its event loop, its listening socket, its inbox, its end. Knows no endpoint."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator
+from typing import Final
+
+import uvloop
+from aiohttp import web
+from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
+from pagewire_protocol.messages import Deltas, Roster, ToFrontend
+from pagewire_protocol.parts import Role
+
+from pagewire.config import FrontendConfig, ModelConfig, RunConfig
+from pagewire.membership import Membership
+
+from .app import make_app
+from .auth import Auth, configured_keys
+from .errors import ApiError
+from .sse import Flusher
+from .stack import Stack
+from .state import State
+from .streams import Owner
+from .tally import Tally
+
+log = logging.getLogger("pagewire.frontend")
+TICK_S: Final = 0.1
+DRAIN_S: Final = 1.0
+"""How long running streams may go on after the signal to end."""
+BACKLOG: Final = 4096
+KEEP_ALIVE_S: Final = 75.0
+_DRAIN_LIMIT: Final = 256
+"""Messages handled before the loop gets a turn."""
+
+
+class StartError(RuntimeError):
+    """The process cannot start, for a reason that its user can mend."""
+
+
+def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
+    """Serve HTTP until SIGTERM or SIGINT; 0 then, 1 when it could not start."""
+    logging.basicConfig(level=run.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        uvloop.run(_main(run, model, config))
+    except (StartError, OSError, ValueError) as error:
+        print(f"pagewire frontend: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> None:
+    keys, names = configured_keys(config.api_key), config.served_model_name or (model.model,)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with contextlib.closing(listening_socket(config)) as listener:
+        async with Service(run, names, Auth(keys), config.max_body_mb << 20).serving(listener) as service:
+            where = listener.getsockname()
+            log.info("listening on %s for model %s, %s", where, names[0], "with API keys" if keys else "without API keys")
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 50, 50)
+            await stop.wait()
+            await service.drain()
+
+
+def listening_socket(config: FrontendConfig) -> socket.socket:
+    """The inherited socket, or a new one. Raises StartError naming the port when it is taken."""
+    if config.socket_fd >= 0:
+        return socket.socket(fileno=config.socket_fd)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host") from None
+
+
+class Service:
+    """The parts of a frontend, wired to the event loop that runs."""
+
+    def __init__(self, run: RunConfig, names: tuple[str, ...], auth: Auth, max_body: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
+        self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
+        self.outbox = Outbox()
+        name = run.name or f"frontend-{os.getpid()}"
+        self.membership = Membership(Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir)
+        tally = Tally()
+        owner = Owner(self.inbox.address, self.outbox.send, time.monotonic, tally)
+        self.state = State(names, auth, owner, Stack(), tally, Flusher(self._loop), max_body, started=int(time.time()))
+        self._inboxes: set[str] = set()
+        self._next_tick = 0.0
+        self._ticker: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def serving(self, listener: socket.socket) -> "AsyncGenerator[Service]":
+        runner = web.AppRunner(
+            make_app(self.state),
+            handle_signals=False,
+            access_log=None,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=KEEP_ALIVE_S,
+            shutdown_timeout=0.3,
+        )
+        await runner.setup()
+        self._runner = runner
+        self._site = web.SockSite(runner, listener, backlog=BACKLOG)
+        await self._site.start()
+        self.membership.hello()
+        self.membership.ready()
+        self._loop.add_reader(self.inbox.fileno(), self._on_inbox)
+        self._on_inbox()
+        self._next_tick = self._loop.time()
+        self._tick()
+        try:
+            yield self
+        finally:
+            await self._close()
+
+    async def drain(self) -> None:
+        """Take no more requests; give those that run a moment, then end them in words."""
+        self.state.stack.draining = True
+        await self._site.stop()
+        deadline = self._loop.time() + DRAIN_S
+        while len(self.state.owner) and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        self.state.owner.fail_all(ApiError(503, "The server is shutting down.", retry_after_s=5))
+        self.state.flusher.flush()
+        await asyncio.sleep(0)
+
+    async def _close(self) -> None:
+        if self._ticker:
+            self._ticker.cancel()
+        await self._runner.cleanup()
+        self._loop.remove_reader(self.inbox.fileno())
+        self.membership.goodbye()
+        self.outbox.close(linger_ms=200)
+        self.inbox.close()
+
+    def _tick(self) -> None:
+        now, state = self._loop.time(), self.state
+        state.lag_s = max(0.0, now - self._next_tick)
+        self._next_tick = now + TICK_S
+        self._ticker = self._loop.call_at(self._next_tick, self._tick)
+        self.membership.busy = bool(len(state.owner))
+        self.membership.progress += 1
+        self.membership.tick(now)
+        state.owner.tick()
+        state.flusher.check()
+        state.flusher.soon()
+
+    def _on_inbox(self) -> None:
+        """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest of the loop."""
+        handled = 0
+        for message in self.inbox.drain(_DRAIN_LIMIT):
+            handled += 1
+            self._handle(message)
+        self.state.flusher.soon()
+        if handled:
+            self._loop.call_soon(self._on_inbox)
+
+    def _handle(self, message: ToFrontend) -> None:
+        match message:
+            case Deltas():
+                try:
+                    self.state.owner.on_deltas(message)
+                except (ValueError, TypeError) as error:
+                    self.state.tally.malformed += 1
+                    log.warning("dropped a malformed message: %s", error)
+            case Roster():
+                self._on_roster(message)
+
+    def _on_roster(self, roster: Roster) -> None:
+        self.membership.on_roster(roster)
+        self.state.stack.on_roster(roster, self.state.clock())
+        self.state.owner.on_roster(roster)
+        inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
+        for gone in self._inboxes - inboxes:
+            self.outbox.forget(gone)
+        self._inboxes = inboxes

@@ -1,0 +1,62 @@
+"""What this frontend knows of the rest of the stack: who is ready, who is still loading, what the model can take."""
+
+import re
+from typing import Any, Final
+
+from pagewire_protocol.messages import Roster
+from pagewire_protocol.parts import Peer, Role
+
+from .errors import ApiError
+from .params import Model
+
+SILENT_S: Final = 10.0
+"""A scheduler that sent no roster for this long is taken for gone; it sends one a second."""
+_PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
+
+
+class Stack:
+    def __init__(self) -> None:
+        self.roster: Roster | None = None
+        self.draining = False
+        self.seen = 0.0
+        """When the last roster came, on the caller's clock."""
+
+    def on_roster(self, roster: Roster, now: float) -> None:
+        if self.roster is None or roster.epoch >= self.roster.epoch:
+            self.roster, self.seen = roster, now
+
+    def model(self) -> Model:
+        roster = self.roster
+        if roster is None:
+            return Model()
+        return Model(roster.max_model_len, roster.vocab_size, roster.has_text, roster.has_chat_template)
+
+    def loading(self, now: float) -> list[dict[str, Any]]:
+        """What generation still waits for; empty when it can begin."""
+        if self.roster is None or now - self.seen > SILENT_S:
+            return [_entry("scheduler", "", "waiting for it to answer", 0.0)]
+        missing: list[dict[str, Any]] = []
+        for role in (Role.TOKENIZER, Role.WORKER):
+            peers = [peer for peer in self.roster.peers if peer.role is role]
+            if not any(peer.ready for peer in peers):
+                missing += [_of_peer(peer) for peer in peers] or [_entry(role.name.lower(), "", "not started yet", 0.0)]
+        return missing
+
+    def ready(self, now: float) -> bool:
+        return not self.draining and not self.loading(now)
+
+    def unavailable(self, now: float) -> ApiError:
+        """Why generation is not possible, for the client."""
+        if self.draining:
+            return ApiError(503, "The server is shutting down.", retry_after_s=5, extra={"status": "draining", "loading": []})
+        missing = self.loading(now)
+        what = "; ".join(f"{item['role']}: {item['stage']} ({100 * item['fraction']:.0f}%)" for item in missing)
+        return ApiError(503, f"The server is loading: {what}.", retry_after_s=2, extra={"status": "loading", "loading": missing})
+
+
+def _of_peer(peer: Peer) -> dict[str, Any]:
+    return _entry(peer.role.name.lower(), peer.name, peer.stage or "starting", peer.fraction)
+
+
+def _entry(role: str, name: str, stage: str, fraction: float) -> dict[str, Any]:
+    return {"role": role, "name": _PATH.sub("…", name), "stage": _PATH.sub("…", stage), "fraction": round(fraction, 3)}

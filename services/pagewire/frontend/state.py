@@ -1,0 +1,45 @@
+"""What the HTTP handlers share: one object per process, made by the service or a test. No globals."""
+
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+from msgspec import Struct
+
+from .auth import Auth
+from .errors import ApiError, unknown_model
+from .sse import Flusher
+from .stack import Stack
+from .streams import Owner
+from .tally import Tally
+
+
+class State(Struct):
+    names: tuple[str, ...]
+    """What the model is called; answers carry the first."""
+    auth: Auth
+    owner: Owner
+    stack: Stack
+    tally: Tally
+    flusher: Flusher
+    max_body: int
+    """Bytes."""
+    clock: Callable[[], float] = time.monotonic
+    started: int = 0
+    """Unix time in seconds."""
+    lag_s: float = 0.0
+    """How late the event loop's last timer was."""
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise unknown_model(name[:256])
+
+    def check_ready(self) -> None:
+        if not self.stack.ready(self.clock()):
+            raise self.unavailable()
+
+    def unavailable(self) -> ApiError:
+        return self.stack.unavailable(self.clock())
+
+
+STATE = web.AppKey("state", State)
