@@ -1,0 +1,55 @@
+"""From samples to figures, and figures to a table."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .load import Sample
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of `values` do not exceed; NaN when there are none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def summarize(samples: list[Sample], input_len: int) -> dict[str, float]:
+    """Throughput in tokens and requests a second, latencies in milliseconds."""
+    good = [sample for sample in samples if not sample.error]
+    seconds = max((s.last for s in good), default=0.0) - min((s.began for s in good), default=0.0)
+    tokens = sum(s.tokens for s in good)
+    figures: dict[str, float] = {
+        "requests": len(good),
+        "failed": len(samples) - len(good),
+        "seconds": seconds,
+        "requests_per_s": len(good) / seconds if seconds else math.nan,
+        "input_tokens_per_s": len(good) * input_len / seconds if seconds else math.nan,
+        "output_tokens_per_s": tokens / seconds if seconds else math.nan,
+        "chunks_per_token": sum(max(0, s.chunks - 1) for s in good) / tokens if tokens else math.nan,
+    }
+    latencies = {
+        "ttft_ms": [1000 * (s.first - s.began) for s in good if s.first],
+        "tpot_ms": [1000 * (s.last - s.first) / (s.tokens - 1) for s in good if s.tokens > 1],
+        "gap_ms": [1000 * gap for s in good for gap in s.gaps],
+    }
+    for name, values in latencies.items():
+        figures |= {f"{name}_p50": percentile(values, 0.5), f"{name}_p99": percentile(values, 0.99)}
+    return figures
+
+
+def table(title: str, figures: dict[str, Any]) -> str:
+    width = max(map(len, figures), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {_number(value)}" for name, value in figures.items())])
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:,.2f}"
+    return str(value)
+
+
+def write_json(path: str, figures: dict[str, Any]) -> None:
+    clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
+    Path(path).write_text(json.dumps(clean, indent=2) + "\n")
