@@ -1,0 +1,135 @@
+"""What the GPU keeps of each slot between steps, so that a step can start before the CPU knows the last step's tokens.
+
+`decode_inputs` turns a list of slots into the rows that the model and the sampler read; `commit` writes the sampled tokens back. Both
+run inside the captured graph of a decode step: they read everything from the device and have fixed shapes. A slot id of -1 is a padding
+row. The `*_reference` functions are the oracles in plain torch.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COPY_CHUNK = 1024
+HEAT, TOP_P, MIN_P = range(3)
+
+
+@dataclass
+class SlotState:
+    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]: temperature, top_p, min_p; seeds int64 [S]."""
+
+    last_token: Tensor
+    computed: Tensor
+    table: Tensor
+    odds: Tensor
+    top_k: Tensor
+    seeds: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, blocks: int, device: str) -> "SlotState":
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        odds = zeros(slots, 3, dtype=torch.float32)
+        return cls(zeros(slots), zeros(slots), zeros(slots, blocks), odds, zeros(slots), zeros(slots, dtype=torch.int64))
+
+
+@dataclass
+class DecodeRows:
+    """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens, top_k int32 [B]; tables int32 [B, M]; odds float32 [3, B]."""
+
+    tokens: Tensor
+    positions: Tensor
+    mapping: Tensor
+    seq_lens: Tensor
+    tables: Tensor
+    odds: Tensor
+    top_k: Tensor
+    seeds: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, blocks: int, device: str) -> "DecodeRows":
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        lengths, tables, top_k = (zeros(*shape, dtype=torch.int32) for shape in ((rows,), (rows, blocks), (rows,)))
+        odds = zeros(3, rows, dtype=torch.float32)
+        return cls(zeros(rows), zeros(rows), zeros(rows), lengths, tables, odds, top_k, zeros(rows))
+
+    def first(self, rows: int) -> "DecodeRows":
+        """A view of the first `rows` rows."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return DecodeRows(**{name: part[:, :rows] if name == "odds" else part[:rows] for name, part in parts.items()})
+
+
+@triton.jit
+def _decode_inputs(
+    slots, last_token, computed, table, odds, top_k, seeds, tokens, positions, mapping, seq_lens, rows, row_odds, row_top_k, row_seeds,
+    columns, odds_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    live = slot >= 0
+    slot = tl.maximum(slot, 0)
+    position = tl.load(computed + slot)
+    block = tl.load(table + slot * columns + position // BLOCK_SIZE).to(tl.int64)
+    length = tl.where(live, position + 1, 0)
+    tl.store(tokens + row, tl.where(live, tl.load(last_token + slot), 0).to(tl.int64))
+    tl.store(positions + row, tl.where(live, position, 0).to(tl.int64))
+    tl.store(mapping + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+    tl.store(seq_lens + row, length)
+    tl.store(row_top_k + row, tl.load(top_k + slot))
+    tl.store(row_seeds + row, tl.load(seeds + slot))
+    tl.store(row_odds + row, tl.load(odds + slot * 3))
+    tl.store(row_odds + odds_stride + row, tl.load(odds + slot * 3 + 1))
+    tl.store(row_odds + 2 * odds_stride + row, tl.load(odds + slot * 3 + 2))
+    used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for start in range(0, used, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = column < used
+        tl.store(rows + row * columns + column, tl.load(table + slot * columns + column, mask=inside), mask=inside)
+
+
+def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeRows) -> None:
+    """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the used part is written; padding rows get token 0,
+    position 0, mapping -1 and length 0."""
+    _decode_inputs[(slots.shape[0],)](
+        slots, state.last_token, state.computed, state.table, state.odds, state.top_k, state.seeds,
+        out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.odds, out.top_k, out.seeds,
+        state.table.shape[1], out.odds.stride(0), BLOCK_SIZE=block_size, CHUNK=COPY_CHUNK
+    )  # fmt: skip
+
+
+def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) -> DecodeRows:
+    """The values that `decode_inputs` writes; block table entries past a row's length are meaningless."""
+    live, slot = slots >= 0, slots.clamp(min=0).long()
+    position = torch.where(live, state.computed[slot], 0).long()
+    tables = state.table[slot]
+    block = tables.gather(1, (position // block_size)[:, None])[:, 0].long()
+    mapping = torch.where(live, block * block_size + position % block_size, -1)
+    tokens = torch.where(live, state.last_token[slot], 0).long()
+    lengths = torch.where(live, position + 1, 0).int()
+    return DecodeRows(tokens, position, mapping, lengths, tables, state.odds[slot].T, state.top_k[slot], state.seeds[slot])
+
+
+@triton.jit
+def _commit(slots, sampled, last_token, computed, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + row, mask=row < n, other=-1).to(tl.int64)
+    live = slot >= 0
+    tl.store(last_token + slot, tl.load(sampled + row, mask=row < n).to(tl.int32), mask=live)
+    tl.store(computed + slot, tl.load(computed + slot, mask=live, other=0) + 1, mask=live)
+
+
+def commit(slots: Tensor, sampled: Tensor, state: SlotState) -> None:
+    """After a decode step: each row's slot gets its sampled token [B] and one more computed token. Slots must differ."""
+    n = slots.shape[0]
+    _commit[(triton.cdiv(n, 256),)](slots, sampled, state.last_token, state.computed, n, BLOCK=256)
+
+
+def commit_reference(slots: Tensor, sampled: Tensor, state: SlotState) -> None:
+    live = slots >= 0
+    state.last_token[slots[live].long()] = sampled[live].int()
+    state.computed[slots[live].long()] += 1

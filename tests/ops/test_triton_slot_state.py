@@ -1,0 +1,53 @@
+"""Slot state kernels against their references, in Triton's interpreter."""
+
+from dataclasses import fields
+
+import torch
+from pagewire_kernels.slot_state import DecodeRows, SlotState, commit, commit_reference, decode_inputs, decode_inputs_reference
+
+SLOTS, COLUMNS, BLOCK = 11, 2500, 16
+POISON = -77
+
+
+def random_state(seed: int) -> SlotState:
+    torch.manual_seed(seed)
+    state = SlotState.empty(SLOTS, COLUMNS, "cpu")
+    state.last_token.random_(0, 50_000)
+    state.computed.random_(0, COLUMNS * BLOCK - 1)
+    state.table.random_(0, 100_000)
+    state.odds.uniform_()
+    state.top_k.random_(0, 50)
+    state.seeds.random_()
+    return state
+
+
+def test_decode_inputs_with_padding_rows_and_long_tables():
+    state = random_state(1)
+    state.computed[3] = 0
+    slots = torch.tensor([7, -1, 3, 0, 10, -1], dtype=torch.int32)
+    whole = DecodeRows.empty(9, COLUMNS, "cpu")
+    for field in fields(whole):
+        getattr(whole, field.name).fill_(POISON)
+    out = whole.first(len(slots))
+    decode_inputs(slots, state, BLOCK, out)
+    expected = decode_inputs_reference(slots, state, BLOCK)
+    for name in ("tokens", "positions", "mapping", "seq_lens"):
+        assert torch.equal(getattr(out, name), getattr(expected, name)), name
+    live = slots >= 0
+    assert torch.equal(out.odds[:, live], expected.odds[:, live])
+    assert torch.equal(out.top_k[live], expected.top_k[live]) and torch.equal(out.seeds[live], expected.seeds[live])
+    for i, length in enumerate(expected.seq_lens.tolist()):
+        used = -(-length // BLOCK)
+        assert torch.equal(out.tables[i, :used], expected.tables[i, :used])
+        assert (out.tables[i, used:] == POISON).all()
+    assert (whole.tokens[len(slots) :] == POISON).all()
+
+
+def test_commit_touches_only_the_rows_it_is_given():
+    state, other = random_state(2), random_state(2)
+    slots = torch.tensor([7, -1, 3, 0], dtype=torch.int32)
+    sampled = torch.tensor([11, 12, 13, 14])
+    commit(slots, sampled, state)
+    commit_reference(slots, sampled, other)
+    assert torch.equal(state.last_token, other.last_token) and torch.equal(state.computed, other.computed)
+    assert state.computed[7] == random_state(2).computed[7] + 1
