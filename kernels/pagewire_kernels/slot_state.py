@@ -18,7 +18,8 @@ HEAT, TOP_P, MIN_P = range(3)
 
 @dataclass
 class SlotState:
-    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]: temperature, top_p, min_p; seeds int64 [S]."""
+    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]: temperature, top_p, min_p; seeds int64
+    [S]."""
 
     last_token: Tensor
     computed: Tensor
@@ -93,8 +94,8 @@ def _decode_inputs(
 
 
 def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeRows) -> None:
-    """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the used part is written; padding rows get token 0,
-    position 0, mapping -1 and length 0."""
+    """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the used part is written. Padding rows get
+    token 0, position 0, mapping -1 and length 0."""
     _decode_inputs[(slots.shape[0],)](
         slots, state.last_token, state.computed, state.table, state.odds, state.top_k, state.seeds,
         out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.odds, out.top_k, out.seeds,
