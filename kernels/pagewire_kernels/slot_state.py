@@ -116,21 +116,25 @@ def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) ->
 
 
 @triton.jit
-def _commit(slots, sampled, last_token, computed, n, BLOCK: tl.constexpr):
+def _commit(slots, sampled, bad, last_token, computed, report, n, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + row, mask=row < n, other=-1).to(tl.int64)
     live = slot >= 0
-    tl.store(last_token + slot, tl.load(sampled + row, mask=row < n).to(tl.int32), mask=live)
+    token = tl.load(sampled + row, mask=row < n, other=0).to(tl.int32)
+    tl.store(last_token + slot, token, mask=live)
     tl.store(computed + slot, tl.load(computed + slot, mask=live, other=0) + 1, mask=live)
+    tl.store(report + row, tl.where(tl.load(bad + row, mask=row < n, other=0) != 0, -1, token), mask=row < n)
 
 
-def commit(slots: Tensor, sampled: Tensor, state: SlotState) -> None:
-    """After a decode step: each row's slot gets its sampled token [B] and one more computed token. Slots must differ."""
+def commit(slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor) -> None:
+    """After a decode step: each row's slot gets its sampled token [B] and one more computed token; `report` [B] int32 gets the token, or -1
+    where the row is `bad` [B] bool. Slots must differ."""
     n = slots.shape[0]
-    _commit[(triton.cdiv(n, 256),)](slots, sampled, state.last_token, state.computed, n, BLOCK=256)
+    _commit[(triton.cdiv(n, 256),)](slots, sampled, bad, state.last_token, state.computed, report, n, BLOCK=256)
 
 
-def commit_reference(slots: Tensor, sampled: Tensor, state: SlotState) -> None:
+def commit_reference(slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor) -> None:
     live = slots >= 0
     state.last_token[slots[live].long()] = sampled[live].int()
     state.computed[slots[live].long()] += 1
+    report.copy_(torch.where(bad, -1, sampled))

@@ -47,7 +47,10 @@ def test_commit_touches_only_the_rows_it_is_given():
     state, other = random_state(2), random_state(2)
     slots = torch.tensor([7, -1, 3, 0], dtype=torch.int32)
     sampled = torch.tensor([11, 12, 13, 14])
-    commit(slots, sampled, state)
-    commit_reference(slots, sampled, other)
+    bad = torch.tensor([False, False, True, False])
+    report, expected = (torch.full((4,), POISON, dtype=torch.int32) for _ in range(2))
+    commit(slots, sampled, bad, state, report)
+    commit_reference(slots, sampled, bad, other, expected)
+    assert torch.equal(report, expected) and report.tolist() == [11, 12, -1, 14]
     assert torch.equal(state.last_token, other.last_token) and torch.equal(state.computed, other.computed)
     assert state.computed[7] == random_state(2).computed[7] + 1
