@@ -1,0 +1,167 @@
+"""The commands of the compose services, run as processes: the entry point, flags and health checks of the images, without an engine."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pagewire import hub
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def interpolate(text: str, environment: dict[str, str]) -> str:
+    """${NAME:-default} as compose reads it."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda m: environment.get(m[1]) or m[2], text)
+
+
+class Stack:
+    """The services of compose/default.yaml as children of the test."""
+
+    def __init__(self, run_dir: str, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        bin_dir = Path(sys.executable).parent
+        self.environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir, "PORT": str(port), "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+        settings = {"MODEL": str(hub.demo_gguf()), "DEVICE": "fake"}
+        self.services: dict[str, Any] = yaml.safe_load(interpolate((ROOT / "compose/default.yaml").read_text(), settings))["services"]
+
+    def start(self, service: str, *more: str) -> subprocess.Popen[bytes]:
+        """As the image does: its entry point with the compose file's command. Later flags win over earlier ones."""
+        words = ["sh", str(ROOT / "compose/entrypoint.sh"), service, *self.services[service]["command"], *more]
+        return subprocess.Popen(words, env=self.environment)
+
+    def up(self) -> None:
+        self.children["frontend"] = self.start("frontend", "--host=127.0.0.1", f"--port={self.port}")
+        for service in ("tokenizer", "scheduler", "worker"):
+            self.children[service] = self.start(service)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            dead = {name: child.returncode for name, child in self.children.items() if child.poll() is not None}
+            assert not dead, f"ended: {dead}"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError("not ready in time")
+
+    def complete(self, prompt: str) -> dict[str, Any]:
+        body = json.dumps({"model": self.model(), "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def model(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:
+            return json.load(answer)["data"][0]["id"]
+
+    def health(self, service: str) -> subprocess.CompletedProcess[str]:
+        """The command of the service's health check."""
+        _, _, *words = self.services[service]["healthcheck"]["test"]
+        program = [sys.executable, str(ROOT / "compose/health.py"), *words]
+        return subprocess.run(program, env=self.environment, capture_output=True, text=True, timeout=30)
+
+    def end(self, name: str) -> int:
+        child = self.children.pop(name)
+        child.send_signal(signal.SIGTERM)
+        return child.wait(timeout=20)
+
+    def down(self) -> None:
+        for child in self.children.values():
+            child.kill()
+        for child in self.children.values():
+            child.wait()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
+        stack = Stack(run_dir, free_port())
+        try:
+            stack.up()
+            stack.wait_ready()
+            yield stack
+        finally:
+            stack.down()
+
+
+def test_a_completion_goes_through_all_four(stack: Stack) -> None:
+    answer = stack.complete("hello")
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert stack.complete("hello")["choices"] == answer["choices"]
+
+
+@pytest.mark.parametrize("service", ["frontend", "tokenizer", "scheduler", "worker"])
+def test_the_health_checks_pass(stack: Stack, service: str) -> None:
+    result = stack.health(service)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_health_check_leaves_no_socket_behind(stack: Stack) -> None:
+    sockets = set(Path(stack.environment["PAGEWIRE_RUN_DIR"]).glob("*.sock"))
+    assert stack.health("worker").returncode == 0
+    assert set(Path(stack.environment["PAGEWIRE_RUN_DIR"]).glob("*.sock")) == sockets
+
+
+def test_a_second_tokenizer_takes_over_while_the_stack_serves(stack: Stack) -> None:
+    """`--scale tokenizer=2`, then the first container is stopped."""
+    before = stack.complete("take over")["choices"]
+    stack.children["second"] = stack.start("tokenizer", "--name=tokenizer-second")
+    deadline = time.monotonic() + PATIENCE_S
+    while "tokenizer-second" not in ready_tokenizers(stack):
+        assert time.monotonic() < deadline, "the second tokenizer did not get ready"
+        time.sleep(0.1)
+    assert stack.end("tokenizer") == 0
+    assert stack.complete("take over")["choices"] == before
+    assert stack.health("tokenizer").returncode == 1, "this container's tokenizer is gone"
+
+
+def ready_tokenizers(stack: Stack) -> str:
+    """What the scheduler lists, asked for as the health check does."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import health; "
+        "health.judge = lambda peers, role, name: ' '.join(p.name for p in peers if p.ready); print(health.ask_scheduler('worker'))"
+    )
+    words = [sys.executable, "-c", program, str(ROOT / "compose")]
+    return subprocess.run(words, env=stack.environment, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_health_says_what_is_wrong_without_a_scheduler() -> None:
+    with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
+        environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir}
+        program = [sys.executable, str(ROOT / "compose/health.py"), "scheduler"]
+        result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 1
+    assert "did not answer" in result.stdout
+
+
+def test_every_service_ends_in_order_on_sigterm(stack: Stack) -> None:
+    """Last, since nothing is left afterwards."""
+    codes = {name: stack.end(name) for name in list(stack.children)}
+    assert set(codes.values()) == {0}, codes
+    with pytest.raises(urllib.error.URLError):
+        stack.model()
