@@ -1,0 +1,394 @@
+"""A scheduler under test with simulated workers and tokenizers around it, all in one thread and without sockets.
+
+The simulated worker executes Steps as a real one must: it keeps tokens by slot, writes for every computed token a hash of all tokens up to
+it into the cell of the block that its table gives (as real keys and values depend on all of them), checks all that it reads back against
+the slot's tokens (so that a wrong, stale or wrongly shared block is seen), and says as next token a hash of all tokens before it. `World.audit` compares the scheduler's books with what was really written.
+"""
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from pagewire.config import SchedulerConfig
+from pagewire.scheduler.blocks import SEALED, WRITABLE
+from pagewire.scheduler.request import Phase
+from pagewire.scheduler.state import Scheduler, Tick
+from pagewire_protocol.messages import (
+    Cancel,
+    End,
+    Goodbye,
+    Hello,
+    Peer,
+    Placed,
+    Role,
+    Roster,
+    Step,
+    StepResult,
+    Submit,
+    TokenizerFacts,
+    Tokens,
+    WorkerFacts,
+    pack,
+)
+from pagewire_protocol.sampling import Sampling
+
+VOCAB = 1000
+
+
+def next_token(tokens, vocab=VOCAB):
+    digest = hashlib.blake2b(np.array(tokens, np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % vocab
+
+
+def expected_output(prompt, sampling, eos=(), vocab=VOCAB):
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < sampling.max_tokens:
+        token = next_token(tokens, vocab)
+        tokens.append(token)
+        made = len(tokens) - len(prompt)
+        if made >= sampling.min_tokens and (token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)):
+            break
+    return tokens[len(prompt) :]
+
+
+def ints(column, code=np.int32):
+    return np.frombuffer(column, code).tolist()
+
+
+class SlotState:
+    def __init__(self, admission):
+        self.tokens = ints(admission.prompt) + ints(admission.output)
+        self.blocks = ints(admission.blocks)
+        self.computed = admission.computed
+        self.execution = admission.execution
+        self.marks = []
+
+    def mark(self, position):
+        """What the cell of `position` must hold."""
+        while len(self.marks) <= position:
+            before = self.marks[-1] if self.marks else 0
+            self.marks.append((before * 1_000_003 + self.tokens[len(self.marks)] + 1) % (2**61 - 1))
+        return self.marks[position]
+
+
+class Shadow:
+    """Where the steps that were sent write, known when they are sent: until a step's result is delivered its blocks belong to its requests."""
+
+    def __init__(self, block_size):
+        self.block_size, self.blocks, self.computed, self.last, self.writes = block_size, {}, {}, [], {}
+
+    def sent(self, step):
+        given = [b for a in step.admit for b in ints(a.blocks)[a.computed // self.block_size :]] + ints(step.grow_blocks)
+        for n, blocks in self.writes.items():
+            assert not blocks & set(given), f"blocks {blocks & set(given)} are given away while step {n}, which writes them, is in flight"
+        for admission in step.admit:
+            self.blocks[admission.slot], self.computed[admission.slot] = ints(admission.blocks), admission.computed
+        for slot, block in zip(ints(step.grow_slots), ints(step.grow_blocks), strict=True):
+            self.blocks[slot].append(block)
+        if not step.repeat:
+            self.last = ints(step.run_slots)
+        counts = [1] * len(self.last) if step.repeat else ints(step.run_counts)
+        self.writes[step.n] = {block for slot, count in zip(self.last, counts, strict=True) for block in self._run(slot, count)}
+
+    def _run(self, slot, count):
+        first, self.computed[slot] = self.computed[slot], self.computed[slot] + count
+        return self.blocks[slot][first // self.block_size : (first + count - 1) // self.block_size + 1]
+
+
+class SimWorker:
+    """`inbox` holds Steps not executed yet, `results` those executed but not delivered."""
+
+    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=()):
+        self.incarnation = 1000 + number
+        self.peer = Peer(Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True)
+        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim")
+        self.slots = {}
+        self.cells = np.full((num_blocks, block_size), -1, np.int64)
+        self.shadow = Shadow(block_size)
+        self.prefixes = [None] * num_blocks
+        self.last = []
+        self.inbox = deque()
+        self.results = deque()
+        self.steps = []
+        self.flag_next = set()
+        self.shuffle = False
+
+    def execute(self):
+        step = self.inbox.popleft()
+        self.steps.append(step)
+        assert step.n == (self.steps[-2].n + 1 if len(self.steps) > 1 else step.n)
+        for slot in ints(step.retire):
+            self.slots.pop(slot, None)
+        for admission in step.admit:
+            assert admission.slot not in self.slots, f"slot {admission.slot} is admitted to twice"
+            assert admission.slot < self.facts.max_num_seqs
+            self.slots[admission.slot] = SlotState(admission)
+        for slot, block in zip(ints(step.grow_slots), ints(step.grow_blocks), strict=True):
+            self.slots[slot].blocks.append(block)
+        if step.repeat:
+            assert not step.run_slots and not step.run_counts
+            counts = [1] * len(self.last)
+        else:
+            self.last, counts = ints(step.run_slots), ints(step.run_counts)
+        assert len(set(self.last)) == len(self.last)
+        self._one_writer(counts)
+        rows = [(slot, self._run(slot, count)) for slot, count in zip(self.last, counts, strict=True)]
+        self._report(step, [(slot, token) for slot, token in rows if token is not None])
+
+    def _one_writer(self, counts):
+        writers = {}
+        for slot, count in zip(self.last, counts, strict=True):
+            state = self.slots[slot]
+            size = self.facts.block_size
+            for position in range(state.computed, state.computed + count):
+                assert position // size < len(state.blocks), f"slot {slot}: no block for position {position}"
+                block = state.blocks[position // size]
+                assert writers.setdefault(block, slot) == slot, f"slots {slot} and {writers[block]} both write block {block}"
+
+    def _run(self, slot, count):
+        state, size = self.slots[slot], self.facts.block_size
+        assert count >= 1 and state.computed + count <= len(state.tokens)
+        for position in range(state.computed, state.computed + count):
+            self.cells[state.blocks[position // size], position % size] = state.mark(position)
+        state.computed += count
+        for position in range(state.computed):
+            block = state.blocks[position // size]
+            assert self.cells[block, position % size] == state.mark(position), f"slot {slot} reads foreign content in block {block}"
+        for i in range((state.computed - count) // size, -(-state.computed // size)):
+            self.prefixes[state.blocks[i]] = tuple(state.tokens[: min((i + 1) * size, state.computed)])
+        if state.computed < len(state.tokens):
+            return None
+        token = next_token(state.tokens)
+        state.tokens.append(token)
+        return token
+
+    def _report(self, step, rows):
+        flags = [1 if slot in self.flag_next else 0 for slot, _ in rows]
+        if any(flags):
+            self.flag_next.clear()
+        order = list(range(len(rows)))
+        if self.shuffle:
+            order.reverse()
+        self.results.append(
+            StepResult(
+                step.epoch,
+                self.incarnation,
+                step.n,
+                pack("i", [rows[i][0] for i in order]),
+                pack("i", [-1 if flags[i] else rows[i][1] for i in order]),
+                bytes(flags[i] for i in order),
+            )
+        )
+
+
+@dataclass
+class Attempt:
+    """What an owner holds of one attempt, and the rules by which it accepts."""
+
+    rid: bytes
+    attempt: int
+    prompt: list
+    output: list
+    sampling: Sampling
+    tokenizer: str
+    execution: int | None = None
+    placed: Placed | None = None
+    ends: list = field(default_factory=list)
+    cancelled: bool = False
+
+
+class World:
+    def __init__(self, epoch=1, **config):
+        self.config = SchedulerConfig(**config)
+        self.scheduler = Scheduler(epoch, self.config)
+        self.now = 100.0
+        self.workers = {}
+        self.tokenizers = {}
+        self.attempts = {}
+        self.rosters = {}
+        self.forgotten = []
+        self._handles = 0
+        self._rids = 0
+        self._names = 0
+        self.tick()
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def send(self, event):
+        for inbox, message in self.scheduler.handle(event):
+            self._receive(inbox, message)
+
+    def tick(self, seconds=0.001):
+        self.now += seconds
+        self.send(Tick(self.now))
+        self.audit()
+
+    def add_worker(self, **facts):
+        self._names += 1
+        worker = SimWorker(self._names, **facts)
+        self.workers[worker.peer.inbox] = worker
+        self.send(Hello(worker.peer, worker.facts))
+        return worker
+
+    def add_tokenizer(self):
+        self._names += 1
+        peer = Peer(Role.TOKENIZER, f"tokenizer-{self._names}", f"ipc:///t{self._names}", 5000 + self._names, True)
+        self.tokenizers[peer.inbox] = peer
+        self.send(Hello(peer, None, TokenizerFacts(True, True, VOCAB)))
+        return peer.inbox
+
+    def kill_worker(self, worker):
+        del self.workers[worker.peer.inbox]
+        self.send(Goodbye(worker.incarnation))
+
+    def kill_tokenizer(self, inbox):
+        peer = self.tokenizers.pop(inbox)
+        for handle in [h for h, a in self.attempts.items() if a.tokenizer == inbox]:
+            self.attempts[handle].cancelled = True
+        self.send(Goodbye(peer.incarnation))
+
+    def submit(self, prompt, tokenizer=None, rid=None, attempt=1, output=(), priority=0, salt="", **sampling):
+        self._handles += 1
+        if rid is None:
+            self._rids += 1
+            rid = self._rids.to_bytes(16, "big")
+        tokenizer = tokenizer or next(iter(self.tokenizers))
+        sampling = Sampling(seed=0, **{"max_tokens": 8, **sampling})
+        handle = self._handles
+        self.attempts[handle] = Attempt(rid, attempt, list(prompt), list(output), sampling, tokenizer)
+        self.send(Submit(rid, attempt, handle, tokenizer, pack("i", prompt), pack("i", output), sampling, priority, salt))
+        return handle
+
+    def cancel(self, handle):
+        attempt = self.attempts[handle]
+        self.send(Cancel(((attempt.rid, attempt.attempt),)))
+
+    def step(self, worker=None):
+        """Every worker with a step executes one and its result is delivered."""
+        for one in [worker] if worker else list(self.workers.values()):
+            if one.inbox:
+                one.execute()
+            if one.results:
+                self.deliver(one)
+        self.tick()
+
+    def deliver(self, worker):
+        result = worker.results.popleft()
+        del worker.shadow.writes[result.n]
+        self.send(result)
+
+    def run(self, limit=2000):
+        """Until nothing moves."""
+        self.tick()
+        for _ in range(limit):
+            if not any(worker.inbox or worker.results for worker in self.workers.values()):
+                return
+            self.step()
+        raise AssertionError(f"still busy after {limit} steps")
+
+    # --- what comes back ----------------------------------------------------------------------------------------------
+
+    def _receive(self, inbox, message):
+        match message:
+            case None:
+                self.forgotten.append(inbox)
+            case Step():
+                if inbox in self.workers:
+                    self.workers[inbox].shadow.sent(message)
+                    self.workers[inbox].inbox.append(message)
+            case Tokens():
+                self._tokens(inbox, message)
+            case Roster():
+                self.rosters[inbox] = message
+
+    def _tokens(self, inbox, message):
+        for placed in message.placed:
+            attempt = self.attempts[placed.handle]
+            assert attempt.placed is None and attempt.attempt == placed.attempt
+            attempt.placed = placed
+        columns = (
+            ints(message.handles, np.uint32),
+            ints(message.attempts, np.uint32),
+            ints(message.executions, np.uint64),
+            ints(message.positions),
+            ints(message.tokens),
+        )
+        for handle, number, execution, position, token in zip(*columns, strict=True):
+            attempt = self.attempts[handle]
+            assert attempt.tokenizer == inbox and attempt.attempt == number and not attempt.ends and not attempt.cancelled
+            assert attempt.placed is not None, "tokens before Placed"
+            assert attempt.execution in (None, execution), "two executions of one attempt"
+            attempt.execution = execution
+            assert position == len(attempt.output), f"position {position} after {len(attempt.output)} tokens"
+            attempt.output.append(token)
+        for end in message.ended:
+            attempt = self.attempts[end.handle]
+            assert attempt.tokenizer == inbox and attempt.attempt == end.attempt and not attempt.ends, "a second End"
+            attempt.ends.append(end)
+
+    def end(self, handle) -> End:
+        (end,) = self.attempts[handle].ends
+        return end
+
+    def output(self, handle):
+        return self.attempts[handle].output
+
+    def expected(self, handle, eos=()):
+        attempt = self.attempts[handle]
+        return expected_output(attempt.prompt, attempt.sampling, eos)
+
+    # --- the law ------------------------------------------------------------------------------------------------------
+
+    def audit(self):
+        self.scheduler.engine.check()
+        for replica in self.scheduler.engine.replicas.values():
+            worker = self.workers.get(replica.inbox)
+            if worker is not None:
+                audit_replica(replica, worker)
+
+    def assert_idle(self):
+        """Nothing runs, waits or is held."""
+        engine = self.scheduler.engine
+        assert not engine.live and engine.queue.count == 0 and engine.queue.tokens == 0 and engine.queue.head() is None
+        for replica in engine.replicas.values():
+            pool = replica.pool
+            assert pool.available == pool.total, f"{pool.total - pool.available} blocks are lost"
+            assert not replica.flights and not replica.pending and not replica.prefill and replica.load == 0
+            assert not replica.slots.decoding.any() and (replica.slots.watched <= 1).all()
+
+
+def audit_replica(replica, worker):
+    """Holders are counted once each, one writer a block, and what the index claims is what was written."""
+    pool = replica.pool
+    holders, writers = [0] * pool.total, [0] * pool.total
+    held = [r.blocks for r in replica.requests() if r.phase is Phase.RUNNING] + [p.blocks for p in replica.pending]
+    for blocks in held:
+        for block in blocks:
+            holders[block] += 1
+            writers[block] += pool._state[block] == WRITABLE
+    for block in range(pool.total):
+        state = pool._state[block]
+        assert writers[block] == (state == WRITABLE), f"block {block}: state {state}, {writers[block]} writers"
+        assert holders[block] == (1 if state == WRITABLE else pool._refs[block] if state == SEALED else 0), (
+            f"block {block}: {holders[block]}"
+        )
+        assert (block in pool._idle) == (state == SEALED and pool._refs[block] == 0)
+    assert len(set(pool._free)) == len(pool._free)
+    in_flight = set().union(*worker.shadow.writes.values())
+    for block in in_flight:
+        assert holders[block], f"block {block} is free while a step that writes it is in flight"
+    for key, block in pool._index.items():
+        assert pool.is_sealed(block) and pool.hash_of(block) == key
+        content = worker.prefixes[block]
+        assert block not in in_flight, f"block {block} is shared while a step that writes it is in flight"
+        assert content is not None and len(content) % replica.block_size == 0, f"block {block} is shared before it was full"
+        assert pool_claim(replica, key) in (None, content), f"block {block} does not hold what its hash says"
+
+
+def pool_claim(replica, key):
+    """The tokens that `key` stands for, where a live request knows it."""
+    for request in replica.requests():
+        if key in request.chain:
+            return tuple(replica.slots.tokens[request.slot, : (request.chain.index(key) + 1) * replica.block_size].tolist())
+    return None

@@ -1,0 +1,152 @@
+"""The scheduler under random clients, workers and deaths; and the proof that this harness sees the bugs it is there for."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from pagewire.scheduler.blocks import BlockPool
+from pagewire.scheduler.replica import Pending, Replica
+from scheduler.scheduler_machine import SchedulerMachine
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=True):
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=seed,
+            database=None,
+            suppress_health_check=QUIET,
+            phases=phases,
+            print_blob=False,
+        ),
+    )
+
+
+def test_random_lives():
+    run_machine(250, 60)
+
+
+def seal_before_the_result(patch):
+    """Blocks are sealed when the step is sent, not when it returns."""
+    original = Replica.place
+
+    def place(self, request, cached):
+        saved = original(self, request, cached)
+        full = len(request.prompt) // self.block_size
+        for i in range(len(cached), full if self.caching else 0):
+            self.pool.seal(request.blocks[i], request.chain[i])
+        self.slots.sealed[request.slot] = max(full, len(cached)) if self.caching else 0
+        return saved
+
+    patch.setattr(Replica, "place", place)
+
+
+def free_before_the_step_returns(patch):
+    patch.setattr(Replica, "_last_step", lambda self, slot: 0)
+
+
+def double_free(patch):
+    original = BlockPool._to_free
+
+    def twice(self, block):
+        original(self, block)
+        if block == 5:
+            self._free.append(block)
+
+    patch.setattr(BlockPool, "_to_free", twice)
+
+
+def release_twice(patch):
+    original = Replica._give_back
+
+    def give_back(self, blocks, n, request):
+        original(self, blocks, n, request)
+        if request is None and len(blocks) > 3:
+            self.pending.append(Pending(n + 1, blocks[-1:], None))
+
+    patch.setattr(Replica, "_give_back", give_back)
+
+
+def rows_by_slot_alone(patch):
+    """Stale rows are taken for the slot's present request."""
+    original = Replica.place
+
+    def place(self, request, cached):
+        saved = original(self, request, cached)
+        self.slots.born[request.slot] = 0
+        return saved
+
+    def withdraw(self, request):
+        if request in self.prefill:
+            self.prefill.remove(request)
+        if request in self.admit:
+            self.admit.remove(request)
+        else:
+            self.retire.append(request.slot)
+
+    patch.setattr(Replica, "place", place)
+    patch.setattr(Replica, "_withdraw", withdraw)
+
+
+def parents_are_forgotten(patch):
+    """A block's hash covers its own tokens only."""
+    from pagewire.scheduler import request as module
+
+    original = module.extend_chain
+
+    def extend(chain, root, tokens, size):
+        while len(chain) < len(tokens) // size:
+            one = []
+            original(one, b"", tokens[len(chain) * size : (len(chain) + 1) * size], size)
+            chain.extend(one)
+
+    patch.setattr(module, "extend_chain", extend)
+
+
+def tokens_after_a_preemption_are_lost(patch):
+    """What the steps in flight sampled for a preempted request is counted by nobody."""
+    original = Replica.preempt
+
+    def preempt(self, request):
+        original(self, request)
+        if request.slot >= 0:
+            self.slots.held[request.slot] -= 1
+
+    patch.setattr(Replica, "preempt", preempt)
+
+
+def all_of_a_cached_prompt_is_skipped(patch):
+    patch.setattr(Replica, "cached_blocks", lambda self, r: self.pool.match(r.chained(self.block_size, r.tokens), len(r.tokens)))
+
+
+BUGS = [
+    seal_before_the_result,
+    free_before_the_step_returns,
+    double_free,
+    release_twice,
+    rows_by_slot_alone,
+    parents_are_forgotten,
+    tokens_after_a_preemption_are_lost,
+    all_of_a_cached_prompt_is_skipped,
+]
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        seal_before_the_result,
+        free_before_the_step_returns,
+        double_free,
+        release_twice,
+        rows_by_slot_alone,
+        parents_are_forgotten,
+    ],
+)
+def test_a_planted_bug_is_caught(bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, ExceptionGroup, LookupError, ValueError)):
+        run_machine(400, 60, phases=(Phase.generate,))
