@@ -1,0 +1,106 @@
+"""The stack around a fake model whose next token is a hash of all before it: every token that arrives is checked."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import urllib.error
+import urllib.request
+from typing import Any
+
+import aiohttp
+import pytest
+from pagewire.worker.fake import chain, next_token
+
+VOCAB = 1000
+
+
+def ask(stack: Any, prompt: list[int], count: int, **extra: Any) -> Any:
+    body = {"prompt": prompt, "max_tokens": count, "return_token_ids": True, **extra}
+    request = urllib.request.Request(f"{stack.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+async def stream(session: aiohttp.ClientSession, url: str, prompt: list[int], count: int) -> tuple[list[int], str]:
+    """The token ids of a streamed completion and why it ended."""
+    body = {"prompt": prompt, "max_tokens": count, "stream": True, "return_token_ids": True}
+    tokens, reason = list[int](), ""
+    async with session.post(f"{url}/completions", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        async for raw in answer.content:
+            if raw.startswith(b"data: {"):
+                event = json.loads(raw[6:])
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    tokens += choice.get("token_ids") or []
+                    reason = choice["finish_reason"] or reason
+    return tokens, reason
+
+
+def test_the_reference_hash_agrees_with_itself() -> None:
+    said = chain([1, 2, 3], 5, VOCAB)
+    tokens = [1, 2, 3]
+    for token in said:
+        assert token == next_token(tokens, VOCAB)
+        tokens.append(token)
+    assert chain([1, 2, 4], 5, VOCAB) != said and chain([2, 1, 3], 5, VOCAB) != said
+
+
+def test_four_services_are_processes_of_their_own(fake_stack: Any) -> None:
+    assert sorted(fake_stack.children().values()) == ["frontend", "scheduler", "tokenizer", "worker"]
+
+
+def test_a_completion_follows_the_chain(fake_stack: Any) -> None:
+    answer = ask(fake_stack, [5, 6, 7], 40)
+    assert answer["choices"][0]["token_ids"] == chain([5, 6, 7], 40, VOCAB)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {**answer["usage"], "prompt_tokens": 3, "completion_tokens": 40}
+
+
+def test_a_stop_token_ends_a_completion(fake_stack: Any) -> None:
+    expected = chain([9, 9], 20, VOCAB)
+    stop = expected[7]
+    answer = ask(fake_stack, [9, 9], 20, stop_token_ids=[stop])
+    assert answer["choices"][0]["token_ids"] == expected[: expected.index(stop) + 1]
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("stop", stop)
+
+
+def test_a_token_outside_the_vocabulary_is_refused_with_the_numbers(fake_stack: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(fake_stack, [1, VOCAB], 4)
+    with caught.value as error:
+        assert error.code == 400
+        assert str(VOCAB) in json.load(error)["error"]["message"]
+
+
+async def test_a_hundred_streams_get_their_own_tokens(fake_stack: Any) -> None:
+    make = random.Random(1)
+    prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 300))] for _ in range(100)]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        answers = await asyncio.gather(*(stream(session, fake_stack.url, prompt, 50) for prompt in prompts))
+    for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
+        assert tokens == chain(prompt, 50, VOCAB)
+        assert reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "worker", "scheduler"])
+async def test_streams_survive_the_death_of_a(kind: str, fake_stack: Any) -> None:
+    """Every stream goes on, with no token lost, doubled or wrong, through kill -9 in the middle."""
+    await asyncio.to_thread(fake_stack.wait_serving)
+    make = random.Random(kind)
+    prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 200))] for _ in range(16)]
+    victim = fake_stack.pid(kind)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        streams = [asyncio.create_task(stream(session, fake_stack.url, prompt, 600)) for prompt in prompts]
+        await asyncio.sleep(0.4)
+        running = sum(not task.done() for task in streams)
+        os.kill(victim, signal.SIGKILL)
+        answers = await asyncio.wait_for(asyncio.gather(*streams), 60)
+    assert running == 16, "the streams ended before the kill: nothing was tested"
+    for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
+        assert tokens == chain(prompt, 600, VOCAB)
+        assert reason == "length"
+    await asyncio.to_thread(fake_stack.wait_serving)
+    assert victim not in fake_stack.children()

@@ -1,0 +1,107 @@
+"""How a stack starts and ends: what it leaves behind, and what it says when it cannot start."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAKE = ("--device", "fake", "--skip-tokenizer-init")
+
+
+def run(*arguments: str, timeout_s: float = 60.0, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pagewire", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **environment}, check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_end_leaves_nothing(number: signal.Signals, start_stack: Callable[..., Any], watch_gone: Callable[..., bool]) -> None:
+    stack = start_stack(*FAKE).wait_ready()
+    children, run_dir = list(stack.children()), stack.run_dir()
+    assert len(children) == 4 and any(run_dir.glob("*.sock"))
+    began = time.monotonic()
+    stack.process.send_signal(number)
+    assert stack.process.wait(10) == 0, "\n".join(stack.lines)
+    assert time.monotonic() - began < 5, "\n".join(stack.lines)
+    assert watch_gone(children, 0.1)
+    assert not run_dir.exists()
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(start_stack: Callable[..., Any], watch_gone: Callable[..., bool]) -> None:
+    stack = start_stack(*FAKE).wait_ready()
+    children, run_dir = list(stack.children()), stack.run_dir()
+    os.kill(stack.process.pid, signal.SIGKILL)
+    assert watch_gone(children, 2)
+    stack.end()
+    start_stack(*FAKE).wait_ready().end()
+    assert not run_dir.exists(), "the next start removes what a killed one left"
+
+
+def test_two_stacks_run_beside_each_other(fake_stack: Any, start_stack: Callable[..., Any]) -> None:
+    other = start_stack(*FAKE, "--num-tokenizers", "2", "--num-workers", "2", "--num-frontends", "2").wait_ready()
+    assert sorted(other.children().values()) == ["frontend", "frontend", "scheduler", "tokenizer", "tokenizer", "worker", "worker"]
+    assert other.run_dir() != fake_stack.run_dir()
+    assert other.end() == 0
+
+
+def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", *FAKE, "--host", "127.0.0.1", "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert str(taken) and "choose another --port" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_model_that_is_not_there_is_one_line() -> None:
+    result = run("serve", "/no/such/model", "--port", "0")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and "/no/such/model does not exist" in result.stderr
+
+
+def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
+    result = run("serve", str(tmp_path), "--skip-tokenizer-init", "--port", "0", "--device", "cpu")
+    assert result.returncode != 0
+    assert "no-such-family" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "--no-such-flag"), "--no-such-flag"),
+        (("serve", "--tensor-parallel-size", "2"), "--tensor-parallel-size 2"),
+        (("serve", "-pp", "2"), "--pipeline-parallel-size 2"),
+        (("serve", "--quantization", "awq"), "--quantization awq"),
+        (("serve", "--max-num-seqs", "0"), "--max-num-seqs"),
+        (("serve", "--num-workers", "0"), "--num-workers 0"),
+        (("serve", "one", "--model", "two"), "two models"),
+        (("worker", "--block-size", "-1"), "--block-size"),
+        (("nonsense",), "unknown command"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_by_name(arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_version_and_help() -> None:
+    from pagewire import __version__
+
+    assert run("--version").stdout.strip() == f"pagewire {__version__}"
+    assert "pagewire serve" in run("--help").stdout
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, pagewire.launch, pagewire.cli; print([m for m in ('torch', 'transformers', 'numpy', 'aiohttp') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
