@@ -1,0 +1,58 @@
+"""The interface of a back end, and the way to get one by name.
+
+A back end is a module with the functions of `Ops`. `reference` states what each computes; here is what a caller may rely on.
+"""
+
+import importlib
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from .batch import Batch
+
+MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
+
+
+class Ops(Protocol):
+    """T tokens, H hidden size, I intermediate size, Hq and Hkv query and KV heads of size D; caches [blocks, Hkv, block_size, D]."""
+
+    def pack_linear(self, weight: Tensor) -> Any:
+        """weight [N, K] in whatever form `linear` is fastest with. The caller drops its own reference."""
+        ...
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] times a packed weight's transpose, plus bias [N] -> [T, N]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); either input may be overwritten."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Queries [T, Hq, D]; qkv may be overwritten."""
+        ...
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+    ) -> Tensor: ...
+
+
+def backend(name: str) -> Ops:
+    """The operations for device `name`, imported on first use. Raises ValueError for a name without a back end."""
+    if name not in MODULES:
+        raise ValueError(f"no kernels for device {name!r}; there are kernels for {', '.join(MODULES)}")
+    return cast(Ops, importlib.import_module(MODULES[name]))

@@ -1,0 +1,91 @@
+"""Oracles: every operation written for reading, in plain torch, for any dtype and device. Slow on purpose; back ends are tested against
+them."""
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, H] over its root mean square, computed in float32 (float64 stays), rounded to x's dtype, times weight [H]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2I] -> [T, I]: silu of the first half times the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotate x [T, heads, D] by position: dimension i turns with i + D/2 (the neox layout). cos_sin [max_pos, D]: cosines, then sines."""
+    half = x.shape[-1] // 2
+    cos, sin = cos_sin[positions].to(x.dtype)[:, None].split(half, dim=-1)
+    first, second = x.split(half, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """Split qkv [T, (Hq+2Hkv)*D], normalise queries and keys by head where weights [D] are given, rotate both, write keys and values into
+    the caches [blocks, Hkv, block_size, D] at `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]."""
+    kv_heads, block_size, size = k_cache.shape[1:]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q, k, v = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    q, k = rope(q, cos_sin, batch.positions), rope(k, cos_sin, batch.positions)
+    for token, slot in enumerate(batch.slot_mapping.tolist()):
+        if slot >= 0:
+            k_cache[slot // block_size, :, slot % block_size] = k[token]
+            v_cache[slot // block_size, :, slot % block_size] = v[token]
+    return q
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, soft_cap: float | None) -> Tensor:
+    """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D]. Softmax in float32 or wider."""
+    n, length, group = len(q), len(k), q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = k.repeat_interleave(group, 1).to(wide), v.repeat_interleave(group, 1).to(wide)
+    scores = torch.einsum("nhd,shd->hns", q.to(wide), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    i = torch.arange(length - n, length, device=q.device)[:, None]
+    j = torch.arange(length, device=q.device)[None]
+    hidden = (j > i) if window is None else (j > i) | (j <= i - window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hns,shd->nhd", weights, v).to(q.dtype)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+) -> Tensor:
+    """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets token i see j with i - w < j <= i."""
+    block_size = k_cache.shape[2]
+    out = torch.zeros_like(q)
+    starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+    for row, length in enumerate(lengths):
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        blocks = batch.block_tables[row, : -(-length // block_size)].long()
+        k, v = (cache[blocks].transpose(1, 2).flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        out[first:last] = attend(q[first:last], k, v, scale, window, soft_cap)
+    return out.flatten(1)

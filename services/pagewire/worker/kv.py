@@ -1,0 +1,97 @@
+"""The arithmetic of memory: what the weights take, how many KV blocks there is room for, how long a context fits. Allocates nothing.
+
+Works on numbers alone, so that it can be tested and printed before anything large happens.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .architecture import Architecture
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+WORKSPACE: Final = 256 * MIB
+"""Activations, gathered blocks and logits of one step on a CPU; generous, so that a start that succeeds keeps running."""
+
+
+class DoesNotFit(ValueError):
+    """The memory is too small; the message has the numbers and what to change."""
+
+
+@dataclass(frozen=True)
+class Sizing:
+    weight_bytes: int
+    block_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        tokens = self.num_blocks * self.block_size
+        return [
+            f"weights {self.weight_bytes / MIB:,.0f} MiB",
+            f"KV cache {self.kv_bytes / MIB:,.0f} MiB: {self.num_blocks:,} blocks of {self.block_size} tokens and "
+            f"{self.block_bytes / 1024:,.0f} KiB, {tokens:,} tokens in all",
+            f"longest context {self.max_model_len:,} tokens, of which {tokens / self.max_model_len:,.1f} fit at a time",
+        ]
+
+
+def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
+    """`head_copy`: a tied head is kept a second time, in the back end's own layout."""
+    extra = arch.vocab_size * arch.hidden_size if arch.tied and head_copy else 0
+    return (arch.parameters + extra) * itemsize
+
+
+def block_bytes(arch: Architecture, block_size: int, itemsize: int) -> int:
+    return 2 * arch.num_layers * arch.num_kv_heads * block_size * arch.head_dim * itemsize
+
+
+def size(
+    arch: Architecture, itemsize: int, *, available: int, kv_bytes: int, blocks: int, block_size: int, max_model_len: int, head_copy: bool
+) -> Sizing:
+    """Split `available` bytes. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as that holds).
+    max_model_len 0: the model's own, or what fits. Raises DoesNotFit."""
+    weights, each = weight_bytes(arch, itemsize, head_copy), block_bytes(arch, block_size, itemsize)
+    count = blocks or kv_bytes // each
+    holds = count * block_size
+    _check_memory(weights, count * each, available)
+    if max_model_len > arch.max_position:
+        raise DoesNotFit(f"--max-model-len {max_model_len:,} is more than the {arch.max_position:,} positions this model was made for")
+    wanted = max_model_len or min(arch.max_position, max(holds, 1))
+    if holds < wanted:
+        needed = -(-wanted // block_size)
+        raise DoesNotFit(
+            f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
+            f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len"
+        )
+    return Sizing(weights, each, count, block_size, wanted)
+
+
+def _check_memory(weights: int, cache: int, available: int) -> None:
+    total = weights + cache + WORKSPACE
+    if total > available:
+        raise DoesNotFit(
+            f"the model needs {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, KV cache {cache / GIB:.2f}, workspace "
+            f"{WORKSPACE / GIB:.2f}) but {available / GIB:.2f} GiB is free; lower --cpu-kv-cache-gb or --num-kv-blocks, use a smaller "
+            f"model or --dtype bfloat16"
+        )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the kernel calls available, or what is left of the control group's limit if less."""
+    free = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)

@@ -1,0 +1,201 @@
+"""Steps to tokens: applies a Step to the slots, runs the model over what the step names, samples, and appends what was sampled.
+
+Knows no sockets, no scheduler and no policy. The fake runner has the same three methods, which are all that the loop uses.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pagewire_kernels.batch import Batch
+from pagewire_protocol.messages import LogprobColumns, Step, StepResult, WorkerFacts, pack
+from torch import Tensor
+
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
+from . import sampler, setup, weights
+from .slots import BadStep, Ints, Slots
+
+NO_SLOTS: Final = np.zeros(0, np.int64)
+
+
+def _column(data: bytes) -> npt.NDArray[np.int32]:
+    return np.frombuffer(data, np.int32)
+
+
+class Runner:
+    """facts() -> WorkerFacts: what it can hold. execute(step: Step) -> StepResult: one forward pass, result complete with epoch,
+    incarnation and n; raises BadStep for a step that contradicts the slots. clear(): forget every request (a new scheduler reigns)."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: ModelConfig,
+        scheduler: SchedulerConfig,
+        config: WorkerConfig,
+        incarnation: int = 1,
+        progress: weights.Progress = lambda stage, fraction: None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not wait for a long step."""
+        self._loaded = setup.load(path, model, config, progress)
+        self._incarnation, self._device, self._tick = incarnation, self._loaded.device, tick
+        self._eos = list(self._loaded.eos_token_ids)
+        self._caches = self._loaded.caches
+        self._slots = Slots(scheduler.max_num_seqs, self._loaded.sizing.max_model_len, config.block_size)
+        self._last = NO_SLOTS
+
+    def facts(self) -> WorkerFacts:
+        sizing = self._loaded.sizing
+        return WorkerFacts(
+            num_blocks=sizing.num_blocks,
+            block_size=sizing.block_size,
+            max_num_seqs=self._slots.count,
+            max_model_len=sizing.max_model_len,
+            vocab_size=self._loaded.decoder.arch.vocab_size,
+            eos_token_ids=tuple(self._eos),
+            device=self._device,
+        )
+
+    def clear(self) -> None:
+        self._slots.clear()
+        self._last = NO_SLOTS
+
+    def execute(self, step: Step) -> StepResult:
+        slots, counts = self._apply(step)
+        first, end = self._slots.take(slots, counts)
+        sampling = np.flatnonzero(end == self._slots.known[slots])
+        sampled = None
+        if len(slots):
+            with torch.inference_mode():
+                sampled = self._run(slots, counts, first, end, sampling)
+        if sampled is None:
+            return StepResult(step.epoch, self._incarnation, step.n, b"", b"", b"")
+        rows = slots[sampling]
+        self._slots.append_tokens(rows, sampled.tokens)
+        return StepResult(
+            step.epoch,
+            self._incarnation,
+            step.n,
+            rows.astype(np.int32).tobytes(),
+            sampled.tokens.tobytes(),
+            sampled.bad.tobytes(),
+            columns(sampled.logprobs),
+        )
+
+    def _apply(self, step: Step) -> tuple[Ints, Ints]:
+        """Retire, admit, grow; (slots, counts) of what is to run."""
+        slots = self._slots
+        slots.retire(_column(step.retire))
+        for admission in step.admit:
+            slots.admit(admission)
+        slots.grow(_column(step.grow_slots), _column(step.grow_blocks))
+        if step.repeat:
+            return self._last, np.ones_like(self._last)
+        run, counts = _column(step.run_slots).astype(np.int64), _column(step.run_counts).astype(np.int64)
+        if len(run) != len(counts):
+            raise BadStep(f"{len(run)} slots to run but {len(counts)} counts")
+        self._last = run
+        return run, counts
+
+    def _run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints) -> sampler.Sampled | None:
+        self._scrub(slots, first, end)
+        rows, positions = _spread(first, counts)
+        ids = self._tensor(self._slots.tokens[slots[rows], positions].astype(np.int64))
+        batch = self._batch(slots, counts, end, rows, positions)
+        everything = len(sampling) == len(positions)
+        wanted = None if everything else self._tensor((np.cumsum(counts) - 1)[sampling])
+        loaded = self._loaded
+        if not len(sampling):
+            wanted = self._tensor(NO_SLOTS)
+        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick)
+        return self._sample(logits, slots[sampling]) if len(sampling) else None
+
+    def _batch(self, slots: Ints, counts: Ints, end: Ints, rows: Ints, positions: Ints) -> Batch:
+        size = self._slots.block_size
+        width = -(-int(end.max()) // size)
+        tables = self._slots.tables[slots, :width]
+        mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
+        starts = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        return Batch(
+            self._tensor(positions),
+            self._tensor(mapping),
+            self._tensor(starts),
+            self._tensor(end.astype(np.int32)),
+            self._tensor(tables),
+            int(counts.max()),
+            int(end.max()),
+        )
+
+    def _scrub(self, slots: Ints, first: Ints, end: Ints) -> None:
+        """Zero each block that this step is the first to write and does not fill: the CPU's batched attention multiplies what lies past
+        the end by zero, and zero times another request's NaN is NaN."""
+        if self._device != "cpu":
+            return
+        size = self._slots.block_size
+        last = (end - 1) // size
+        fresh = np.flatnonzero((first <= last * size) & (end % size != 0))
+        if len(fresh):
+            blocks = self._slots.tables[slots[fresh], last[fresh]].astype(np.int64)
+            self._loaded.cache.index_fill_(2, torch.from_numpy(blocks), 0)
+
+    def _sample(self, logits: Tensor, slots: Ints) -> sampler.Sampled:
+        if self._slots.plain[slots].all():
+            return sampler.greedy(logits)
+        state = self._slots
+        output = state.known[slots] - state.prompt[slots]
+        penalized = (state.presence[slots] != 0) | (state.frequency[slots] != 0) | (state.repetition[slots] != 1)
+        rows = sampler.Rows(
+            temperature=self._tensor(state.temperature[slots]),
+            top_k=self._tensor(state.top_k[slots]),
+            top_p=self._tensor(state.top_p[slots]),
+            min_p=self._tensor(state.min_p[slots]),
+            presence=self._tensor(state.presence[slots]),
+            frequency=self._tensor(state.frequency[slots]),
+            repetition=self._tensor(state.repetition[slots]),
+            seeds=self._tensor(state.seed[slots]),
+            positions=self._tensor(output),
+            logprobs=state.logprobs[slots],
+            forbidden={int(i): self._ends(int(slots[i])) for i in np.flatnonzero(output < state.min_tokens[slots])},
+            history={int(i): self._history(int(slots[i])) for i in np.flatnonzero(penalized)},
+        )
+        return sampler.sample(logits, rows)
+
+    def _ends(self, slot: int) -> list[int]:
+        """The ids that would end the request; ids beyond the vocabulary cannot."""
+        size = self._loaded.decoder.arch.vocab_size
+        return [token for token in (*self._eos, *self._slots.stop_ids[slot]) if token < size]
+
+    def _history(self, slot: int) -> tuple[Tensor, Tensor]:
+        prompt, known = self._slots.prompt[slot], self._slots.known[slot]
+        tokens = self._slots.tokens[slot, :known].astype(np.int64)
+        return self._tensor(tokens[:prompt]), self._tensor(tokens[prompt:])
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._device == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _spread(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """(row, position) of every token of the step, rows in order."""
+    if (counts == 1).all():
+        return np.arange(len(counts)), first
+    rows = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return rows, np.arange(len(rows)) - starts[rows] + first[rows]
+
+
+def columns(found: sampler.Logprobs | None) -> LogprobColumns | None:
+    """The wire form."""
+    if found is None:
+        return None
+    return LogprobColumns(
+        pack("i", found.rows),
+        pack("i", [len(ids) for ids in found.ids]),
+        pack("i", found.ranks),
+        pack("i", [token for ids in found.ids for token in ids]),
+        pack("f", [value for values in found.values for value in values]),
+    )

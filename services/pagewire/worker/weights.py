@@ -1,0 +1,95 @@
+"""Filling a model's weights: from safetensors (one file or sharded, memory-mapped), from GGUF, or with random numbers.
+
+Strict: a tensor that the model does not know, lacks or has in another shape is an error that names it.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .architecture import Config, Unsupported
+from .gguf_file import Gguf
+from .models.decoder import Decoder
+
+Progress = Callable[[str, float], None]
+Named = tuple[str, Tensor]
+DUMMY_STD: Final = 0.02
+GROUP: Final = 16
+"""Tensors dequantized at a time: bounds what waits in float32."""
+IGNORED: Final = "rotary_emb.inv_freq"
+"""A buffer that old checkpoints carry along and that follows from the configuration."""
+
+
+def load(model: Decoder, source: Path | Gguf | None, config: Config, seed: int, progress: Progress) -> None:
+    """Fill and pack `model` from a directory of safetensors, an open GGUF, or (None) at random. Raises Unsupported."""
+    places = dict(model.places())
+    if source is None:
+        _fill_randomly(places, seed, progress)
+    else:
+        tensors = from_gguf(source, config) if isinstance(source, Gguf) else from_safetensors(source)
+        _fill(places, tensors, model.arch.tied, progress)
+    for done in model.pack():
+        progress("packing weights", done)
+
+
+def _fill(places: dict[str, Tensor], tensors: Iterable[Named], tied: bool, progress: Progress) -> None:
+    missing = set(places)
+    for name, tensor in tensors:
+        if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
+            continue
+        place = places.get(name)
+        if place is None:
+            raise Unsupported(f"the checkpoint has a tensor {name} {list(tensor.shape)} that this architecture does not use")
+        if place.shape != tensor.shape:
+            raise Unsupported(f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}")
+        place.copy_(tensor)
+        missing.discard(name)
+        progress("loading weights", 1 - len(missing) / len(places))
+    if missing:
+        raise Unsupported(f"the checkpoint lacks {len(missing)} of {len(places)} tensors, among them {min(missing)}")
+
+
+def _fill_randomly(places: dict[str, Tensor], seed: int, progress: Progress) -> None:
+    """N(0, 0.02), each tensor from a seed of its own so that order does not matter; norms are ones."""
+    for done, (name, place) in enumerate(places.items()):
+        if name.endswith("norm.weight"):
+            place.fill_(1)
+        else:
+            generator = torch.Generator(place.device).manual_seed(zlib.crc32(name.encode()) ^ seed)
+            place.normal_(0, DUMMY_STD, generator=generator)
+        progress("making random weights", done / len(places))
+
+
+def from_safetensors(directory: Path) -> Iterator[Named]:
+    """Every tensor of the index's shards, or of all .safetensors files when there is no index."""
+    from safetensors import safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(directory / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise Unsupported(f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy")
+    for path in files:
+        if not path.is_file():
+            raise Unsupported(f"{index} names {path.name}, which is not there: the download is incomplete")
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file object is no mapping
+                yield name, file.get_tensor(name)
+
+
+def from_gguf(file: Gguf, config: Config) -> Iterator[Named]:
+    """Every weight, dequantized to float32 by as many threads as torch uses."""
+    names = list(file.names())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for first in range(0, len(names), GROUP):
+            group = names[first : first + GROUP]
+            for (_, name), value in zip(group, pool.map(lambda pair: file.weight(pair[0], config), group), strict=True):
+                yield name, torch.from_numpy(value)

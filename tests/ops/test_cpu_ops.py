@@ -1,0 +1,102 @@
+"""The CPU back end against the oracles, over shapes, dtypes, scattered block tables and mixed batches."""
+
+import pytest
+import torch
+from pagewire_kernels import cpu, reference
+from pagewire_kernels.backend import backend
+from pagewire_kernels.batch import Batch, make_batch
+
+BLOCK = 4
+TOLERANCE = {torch.float32: dict(atol=2e-5, rtol=2e-5), torch.bfloat16: dict(atol=4e-2, rtol=4e-2)}
+DTYPES = list(TOLERANCE)
+MIXES = {
+    "one decode": ([1], [9]),
+    "decodes": ([1, 1, 1], [9, 4, 17]),
+    "full blocks": ([1, 1], [8, 8]),
+    "long and short": ([1, 1, 1], [3, 150, 9]),
+    "fresh prompts": ([7, 12], [7, 12]),
+    "chunks": ([5, 3], [20, 9]),
+    "mixed": ([1, 6, 1, 4], [13, 6, 90, 11]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def scattered(counts: list[int], lengths: list[int], blocks: int = 128) -> Batch:
+    free = torch.randperm(blocks).tolist()
+    return make_batch(counts, lengths, [[free.pop() for _ in range(-(-n // BLOCK))] for n in lengths], BLOCK)
+
+
+def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, wanted, **TOLERANCE[wanted.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_activation(dtype):
+    x, residual, weight = torch.randn(5, 48).to(dtype), torch.randn(5, 48).to(dtype), torch.randn(48).to(dtype)
+    close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    close(cpu.silu_mul(x), reference.silu_mul(x))
+    wanted = reference.add_rms_norm(x, residual, weight, 1e-5)
+    for ours, theirs in zip(cpu.add_rms_norm(x, residual.clone(), weight, 1e-5), wanted, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_linear_of_packed_weights(dtype, rows):
+    x, weight, bias = torch.randn(rows, 48).to(dtype), torch.randn(72, 48).to(dtype), torch.randn(72).to(dtype)
+    packed = cpu.pack_linear(weight.clone())
+    tolerance = dict(atol=2e-1, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cpu.linear(x, packed), x @ weight.T, **tolerance)
+    torch.testing.assert_close(cpu.linear(x, packed, bias), x @ weight.T + bias, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rope_and_cache(dtype, qk_norm, padded):
+    heads, kv_heads, size = 6, 2, 16
+    batch = scattered([1, 6, 1], [13, 6, 21])
+    if padded:
+        batch.slot_mapping[2] = -1
+    qkv, cos_sin = torch.randn(8, (heads + 2 * kv_heads) * size).to(dtype), torch.randn(32, size)
+    weights = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if qk_norm else (None, None)
+    ours, theirs = (torch.randn(2, 128, kv_heads, BLOCK, size).to(dtype) for _ in range(2))
+    theirs.copy_(ours)
+    q = cpu.rope_and_cache(qkv.clone(), cos_sin, *weights, 1e-6, ours[0], ours[1], batch)
+    close(q, reference.rope_and_cache(qkv, cos_sin, *weights, 1e-6, theirs[0], theirs[1], batch))
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [None, 5, 64])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention(mix, window, soft_cap, dtype):
+    counts, lengths = MIXES[mix]
+    batch = scattered(counts, lengths)
+    cache = torch.randn(2, 128, 2, BLOCK, 16).to(dtype)
+    q = torch.randn(sum(counts), 6, 16).to(dtype)
+    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap)
+    close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap))
+
+
+def test_attention_never_reads_blocks_of_others():
+    """Everything outside the sequences' own blocks is NaN; nothing of it may arrive."""
+    batch = scattered([1, 1, 4], [8, 32, 12])
+    cache = torch.full((2, 128, 2, BLOCK, 16), float("nan"))
+    for row, length in enumerate([8, 32, 12]):
+        cache[:, batch.block_tables[row, : length // BLOCK].long()] = 1.0
+    out = cpu.paged_attention(torch.randn(6, 6, 16), cache[0], cache[1], batch, 0.25, None)
+    assert torch.isfinite(out).all()
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="no kernels for device 'tpu'"):
+        backend("tpu")
+    assert backend("cpu").linear is cpu.linear
