@@ -1,0 +1,181 @@
+"""Attention of one new token a request over its pages, memory-bound: every key and value is read once.
+
+The query heads of one KV head fill the rows of one tile. A request's context is cut into splits whose number is decided on the device from
+its length, under a grid fixed by the batch size alone, so a captured graph stays valid for any lengths. The split that finishes last merges
+the partial results. Optionally a row starts behind a shared prefix whose partial result another kernel left in the workspace (cascade.py).
+Knows nothing of scheduling; rows of length 0 are padding and give zeros.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_common import LOG2E, MASKED, load_pages, load_rows, page_offsets, scaled_scores, softmax_step
+from .workspace import counters
+
+MAX_SPLITS = 64
+MAX_GRID = 4096
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a request."""
+
+    block_n: int
+    warps: int
+    stages: int
+    chunk: int
+    splits: int
+
+
+@triton.jit
+def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE: tl.constexpr, GP, SB, D, D_PAD):  # fmt: skip
+    """Fold SB partial results, from number `first` on, of the GP heads at `base` into (acc [GP, D_PAD], peak [GP], total [GP])."""
+    s = first + tl.arange(0, SB)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, D_PAD)
+    seen = (s < active)[:, None] & (g < GROUP)[None, :]
+    slot = base + g[None, :] * STRIDE + s[:, None]
+    weight_log = tl.load(lse + slot, mask=seen, other=-1e30, cache_modifier=".cg")
+    tile = tl.load(
+        part + slot[:, :, None] * D + d[None, None, :], mask=seen[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg"
+    )
+    new_peak = tl.maximum(peak, tl.max(weight_log, 0))
+    weight = tl.where(seen, tl.exp2(weight_log - new_peak[None, :]), 0.0)
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weight, 0)
+    acc = acc * shrink[:, None] + tl.sum(tile * weight[:, :, None], 0)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+    """Combine the first `active` partial results of the heads at `base` into out."""
+    acc = tl.zeros([GP, D_PAD], tl.float32)
+    peak = tl.full([GP], MASKED, tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    for first in range(0, active, SB):
+        acc, peak, total = _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE, GP, SB, D, D_PAD)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, D_PAD)
+    result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + out_base + g[:, None] * D + d[None, :], result, mask=(g < GROUP)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, scale_log2, soft_cap, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Online softmax of the rows of q over tokens lo..hi."""
+    acc = tl.zeros([M, D_PAD], tl.float32)
+    peak = tl.full([M], MASKED, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    page = load_pages(table, lo, stop, PAGE, BLOCK_N)
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        offsets = page_offsets(page, n, block_stride, PAGE, D, WIDE)
+        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N)
+        k = load_rows(k_base, offsets, n, stop, D, D_PAD, True)
+        s = scaled_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        visible = n < stop
+        if WINDOW > 0:
+            visible = visible & (n >= visible_from)
+        s = tl.where(visible[None, :], s, MASKED)
+        v = load_rows(v_base, offsets, n, stop, D, D_PAD, True)
+        acc, peak, total = softmax_step(s, v, acc, peak, total, PRECISION)
+    return acc, peak, total
+
+
+@triton.jit
+def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, part, lse, arrived, scale_log2, soft_cap, q_stride, table_stride, block_stride,
+            HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+            BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+            MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) // HKV
+    head = tl.program_id(0) % HKV
+    split = tl.program_id(1)
+    token = row
+    if MIXED:
+        token = tl.load(query_start + row)
+        if tl.load(query_start + row + 1) - token != 1:
+            return
+    length = tl.load(seq_lens + row)
+    g = tl.arange(0, M)
+    d = tl.arange(0, D_PAD)
+    inside = (g < GROUP)[:, None] & (d < D)[None, :]
+    out_base = (token.to(tl.int64) * HKV + head) * GROUP * D
+    if length <= 0:
+        if split == 0:
+            tl.store(out + out_base + g[:, None] * D + d[None, :], tl.zeros([M, D_PAD], out.dtype.element_ty), mask=inside)
+        return
+    visible_from = 0
+    if WINDOW > 0:
+        visible_from = tl.maximum(length - WINDOW, 0)
+    begin = visible_from // 16 * 16
+    prefixes = 0
+    if PREFIXES > 0:
+        common = tl.load(shared + row)
+        prefixes = tl.where(common > 0, PREFIXES, 0)
+        begin = tl.maximum(begin, common)
+    chunk = tl.maximum(CHUNK, tl.cdiv(tl.cdiv(length - begin, SPLITS), BLOCK_N) * BLOCK_N)
+    active = tl.cdiv(length - begin, chunk)
+    lo = begin + split * chunk
+    if lo >= length:
+        return
+    q_at = q + token.to(tl.int64) * q_stride + head * GROUP * D
+    query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
+    page_base = head.to(tl.int64) * (PAGE * D)
+    hi = tl.minimum(lo + chunk, length)
+    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, tables + row.to(tl.int64) * table_stride, lo, hi, hi, visible_from, block_stride,
+                             scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE)  # fmt: skip
+    acc = acc / total[:, None]
+    if active + prefixes == 1:
+        tl.store(out + out_base + g[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        return
+    STRIDE: tl.constexpr = SPLITS + PREFIXES
+    base = (row.to(tl.int64) * HKV + head) * GROUP * STRIDE
+    slot = base + g * STRIDE + prefixes + split
+    tl.store(part + slot[:, None] * D + d[None, :], acc, mask=inside)
+    tl.store(lse + slot, peak + tl.log2(total), mask=g < GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + row * HKV + head, 1) == active - 1:
+        tl.store(arrived + row * HKV + head, 0)
+        _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
+
+
+def pick_config(head_dim: int, page: int, programs: int) -> DecodeConfig:
+    """The launch shape for `programs` = rows * KV heads; measured on an H200 (docs/performance.md)."""
+    splits = max(1, min(MAX_SPLITS, triton.next_power_of_2(MAX_GRID // programs + 1) // 2)) if programs <= MAX_GRID else 1
+    chunk = 64 if programs <= 16 else 128 if programs <= 32 else 256 if programs <= 64 else 512
+    return DecodeConfig(block_n=64, warps=4, stages=3, chunk=chunk, splits=splits)
+
+
+def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,
+                     window: int | None = None, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None, out: torch.Tensor | None = None,
+                     shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
+    """[T, Hq * D]: attention of the last token of each row.
+
+    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32, 0 for padding. Without `query_start`, row i is
+    token i. With it ([B + 1] int32) only rows of exactly one token are computed, and the other rows of `out` stay as they are.
+    `shared`: a cascade.Shared whose partial results join the merge.
+    """
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    group = q.shape[1] // hkv
+    if out is None:
+        out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
+    c = config or pick_config(dim, page, rows * hkv)
+    prefixes = 0 if shared is None else shared.splits
+    if shared is None:
+        part = torch.empty(rows * q.shape[1] * c.splits * dim if c.splits > 1 else 1, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows * q.shape[1] * c.splits, dtype=torch.float32, device=q.device)
+    else:
+        part, lse = shared.part, shared.lse
+    d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
+    _decode[(rows * hkv, c.splits)](
+        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, out, part, lse, counters(q.device, "decode attention", rows * hkv),
+        scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0), k_cache.stride(0),
+        HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page, BLOCK_N=c.block_n, SPLITS=c.splits,
+        PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, MIXED=query_start is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, num_warps=c.warps)  # fmt: skip
+    return out

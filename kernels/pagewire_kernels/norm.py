@@ -1,0 +1,54 @@
+"""RMSNorm, alone and fused with the residual addition before it: one read and one write of each row.
+
+Arithmetic is float32. The sum with the residual is rounded to the residual's dtype before it is normalised, as the plain layers do.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm(x, residual, weight, out, eps, x_stride, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < H
+    value = tl.load(x + row * x_stride + i, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * H + i, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(residual.dtype.element_ty)
+        tl.store(residual + row * H + i, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    tl.store(out + row * H + i, (value * scale * w).to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    if rows:
+        _rms_norm[(rows,)](
+            x,
+            residual,
+            weight,
+            out,
+            eps,
+            x.stride(0),
+            H=width,
+            BLOCK=block,
+            ADD=residual is not None,
+            num_warps=max(1, min(16, block // 512)),
+        )
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, H] / rms(x) * weight [H], in x's dtype."""
+    return _launch(x, None, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual), both [T, H]. The sum is written into `residual`, which must be contiguous."""
+    return _launch(x, residual, weight, eps), residual

@@ -1,0 +1,54 @@
+"""Presence, frequency and repetition penalties from per-slot counts of tokens, in place on the logits; and the counting itself.
+
+Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so that a step sends no history.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _penalize(logits, counts, prompted, slots, presence, frequency, repetition, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    a = tl.load(presence + row)
+    b = tl.load(frequency + row)
+    r = tl.load(repetition + row)
+    if (a == 0.0) & (b == 0.0) & (r == 1.0):
+        return
+    slot = tl.load(slots + row).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < width
+    n = tl.load(counts + slot * width + i, mask=inside, other=0)
+    seen = (n > 0) | (tl.load(prompted + slot * width + i, mask=inside, other=0) != 0)
+    at = logits + row.to(tl.int64) * stride + i
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(seen, tl.where(x > 0, x / r, x * r), x)
+    x -= tl.where(n > 0, a, 0.0) + b * n.to(tl.float32)
+    tl.store(at, x.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _count(counts, slots, tokens, width):
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    token = tl.load(tokens + row).to(tl.int64)
+    if (slot >= 0) & (token >= 0) & (token < width):
+        tl.atomic_add(counts + slot * width + token, 1)
+
+
+def apply_penalties(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor, presence: torch.Tensor,
+                    frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
+    """In place. logits [B, V]; counts int32 [slots, V] of output tokens; prompted uint8 [slots, V]; slots int [B]; the penalties float32 [B].
+
+    Repetition divides positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency look at the output alone.
+    """
+    width = logits.shape[1]
+    _penalize[(logits.shape[0], triton.cdiv(width, 2048))](
+        logits, counts, prompted, slots, presence, frequency, repetition, width, logits.stride(0), BLOCK=2048, num_warps=4
+    )
+
+
+def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Add one for token tokens[i] in row slots[i] of counts; a slot of -1 is padding."""
+    _count[(slots.shape[0],)](counts, slots, tokens, counts.shape[1], num_warps=1)

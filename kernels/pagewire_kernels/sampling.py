@@ -1,0 +1,158 @@
+"""The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the largest, which samples the softmax without a sort.
+
+The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as counter,
+word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request, another batch or another place in it draws the same.
+A row with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of what the ids mean.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .filters import _thresholds
+from .workspace import counters
+
+_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Low bits of a float32 that are always zero in a value that came from the dtype: the search need not look at them."""
+
+
+@dataclass
+class SamplingRows:
+    """One entry a row: temperature (0: greedy), top_p (1: off), min_p (0: off) float32; top_k (0: off) int32; seeds, positions int64."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    filtered: bool = True
+    """False when no row restricts the vocabulary: the search is not even launched."""
+
+
+@dataclass
+class Sampled:
+    """tokens int64 [B]; logprobs float32 [B] of them under the softmax of the logits as given; bad bool [B]: the row holds a NaN."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    bad: torch.Tensor
+
+
+@triton.jit
+def _gumbel(seed, position, first, BLOCK: tl.constexpr):
+    """Noise for the BLOCK vocabulary ids from `first`, a multiple of 4, on."""
+    c0 = first // 4 + tl.arange(0, BLOCK // 4)
+    zero = c0 * 0
+    a, b, c, d = tl.philox(seed, c0, zero + position.to(tl.int32), zero + (position >> 32).to(tl.int32), zero)
+    word = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    u = (word.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    wait = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 2.98e-8)))
+    return -tl.log(wait)
+
+
+@triton.jit
+def _slice(logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr):
+    """Best score and its id, running log-sum-exp (peak, total) and NaN count of the ids lo..hi, each [BLOCK]."""
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
+    peak = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(lo, hi, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + i, mask=i < hi, other=float("-inf")).to(tl.float32)
+        bad = bad | (x != x).to(tl.int32)
+        x = tl.where(x != x, float("-inf"), x)
+        score = x
+        if heat >= 1e-5:
+            score = x / heat + _gumbel(seed, position, start, BLOCK)
+        score = tl.where(x >= threshold, score, float("-inf"))
+        where = tl.where(score > best, i, where)
+        best = tl.maximum(best, score)
+        new_peak = tl.maximum(peak, x)
+        total = total * tl.exp(peak - new_peak) + tl.exp(x - new_peak)
+        peak = new_peak
+    return best, where, peak, total, bad
+
+
+@triton.jit
+def _finish(numbers, ids, logits, tokens, logprobs, bads, row, SLICES: tl.constexpr, S_PAD: tl.constexpr):
+    """Combine the slices of a row: numbers float32 [SLICES, 4] are best, peak, total and NaN count, ids int32 [SLICES]."""
+    s = tl.arange(0, S_PAD)
+    at = numbers + (row * SLICES + s) * 4
+    inside = s < SLICES
+    best = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.load(at + 1, mask=inside, other=-1e30, cache_modifier=".cg")
+    total = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
+    bad = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
+    where = tl.load(ids + row * SLICES + s, mask=inside, other=2147483647, cache_modifier=".cg")
+    token = tl.min(tl.where(best == tl.max(best, 0), where, 2147483647), 0)
+    top = tl.max(peak, 0)
+    log_total = top + tl.log(tl.maximum(tl.sum(total * tl.exp(peak - top), 0), 1e-38))
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(logprobs + row, tl.load(logits + token).to(tl.float32) - log_total)
+    tl.store(bads + row, tl.sum(bad, 0) > 0)
+
+
+@triton.jit
+def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride, SLICES: tl.constexpr,
+            S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    at = logits + row * stride
+    span = tl.cdiv(tl.cdiv(width, SLICES), BLOCK) * BLOCK
+    lo = part * span
+    hi = tl.minimum(lo + span, width)
+    threshold = tl.full([], float("-inf"), tl.float32)
+    if FILTERED:
+        threshold = tl.load(thresholds + row)
+    best, where, peak, total, bad = _slice(
+        at, lo, hi, threshold, tl.load(temperature + row), tl.load(seeds + row), tl.load(positions + row), BLOCK
+    )
+    winner = tl.max(best, 0)
+    token = tl.min(tl.where(best == winner, where, 2147483647), 0)
+    top = tl.max(peak, 0)
+    out = numbers + (row * SLICES + part) * 4
+    tl.store(out, winner)
+    tl.store(out + 1, top)
+    tl.store(out + 2, tl.sum(total * tl.exp(peak - top), 0))
+    tl.store(out + 3, tl.sum(bad, 0).to(tl.float32))
+    tl.store(ids + row * SLICES + part, token)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + row, 1) == SLICES - 1:
+        tl.store(arrived + row, 0)
+        _finish(numbers, ids, at, tokens, logprobs, bads, row, SLICES, S_PAD)
+
+
+def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """float32 [B]: the least logit that top-k, top-p and min-p leave to each row; minus infinity where nothing restricts it."""
+    out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    _thresholds[(logits.shape[0],)](logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, out, logits.shape[1], logits.stride(0),
+                                    SHIFT=_SHIFT[logits.dtype], BLOCK=4096, P=4, num_warps=16)  # fmt: skip
+    return out
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+    """One token a row of logits [B, V] (float32, float16 or bfloat16; rows may be strided)."""
+    count, width = logits.shape
+    device = logits.device
+    block = 1024
+    slices = max(1, min(triton.cdiv(width, block), triton.cdiv(512, count)))
+    tokens = torch.empty(count, dtype=torch.int64, device=device)
+    logprobs = torch.empty(count, dtype=torch.float32, device=device)
+    bad = torch.empty(count, dtype=torch.bool, device=device)
+    numbers = torch.empty(count * slices * 4, dtype=torch.float32, device=device)
+    ids = torch.empty(count * slices, dtype=torch.int32, device=device)
+    least = thresholds(logits, rows) if rows.filtered else None
+    _sample[(count, slices)](logits, least, rows.temperature, rows.seeds, rows.positions, numbers, ids, counters(device, "sampling", count), tokens, logprobs, bad, width,
+                             logits.stride(0), SLICES=slices, S_PAD=triton.next_power_of_2(slices), BLOCK=block, FILTERED=rows.filtered, num_warps=4)  # fmt: skip
+    return Sampled(tokens, logprobs, bad)
+
+
+def top_logprobs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int64 [B, count], logprobs float32 [B, count]) of the most likely tokens, for the few rows that ask for them."""
+    values, ids = torch.topk(logits, count, dim=-1)
+    return ids, values.float() - torch.logsumexp(logits.float(), -1, keepdim=True)

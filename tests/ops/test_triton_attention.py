@@ -1,0 +1,70 @@
+"""Paged attention kernels against the plain oracle, at shapes that do not divide."""
+
+import pytest
+import torch
+from ops.triton_cases import error, paged
+from pagewire_kernels import reference
+from pagewire_kernels.attention_decode import DecodeConfig, decode_attention
+from pagewire_kernels.attention_prefill import PrefillConfig, prefill_attention
+from pagewire_kernels.cuda import paged_attention
+
+SMALL = DecodeConfig(block_n=16, warps=1, stages=2, chunk=16, splits=4)
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "page", "window", "cap"),
+    [
+        (64, 4, 16, None, None),
+        (80, 1, 16, None, 5.0),
+        (96, 3, 8, 20, None),
+        (128, 8, 16, None, None),
+        (64, 3, 32, 33, 3.0),
+        (128, 1, 5, 7, None),
+    ],
+)
+def test_decode(dim: int, group: int, page: int, window: int | None, cap: float | None) -> None:
+    lengths = [1, 37, 64, 65, 150]
+    q, k, v, batch = paged([1] * 5, lengths, 2, group, dim, page)
+    expected = reference.paged_attention(q, k, v, batch, 0.1, window, cap)
+    out = torch.full_like(expected, float("nan"))
+    decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, out=out, config=SMALL)
+    assert error(out, expected) < 1e-5
+    one = DecodeConfig(block_n=32, warps=1, stages=2, chunk=32, splits=1)
+    assert error(decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, config=one), expected) < 1e-5
+
+
+def test_decode_padding_rows_give_zeros() -> None:
+    q, k, v, batch = paged([1, 1, 1], [40, 1, 23], 2, 4, 64, 16)
+    expected = reference.paged_attention(q, k, v, batch, 0.1, None).clone()
+    batch.seq_lens[1] = 0
+    expected[1] = 0
+    out = torch.full_like(expected, float("nan"))
+    decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, out=out)
+    assert error(out, expected) < 1e-5
+    assert out[1].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "page", "window", "cap"),
+    [(64, 4, 16, None, None), (80, 1, 16, None, 5.0), (96, 3, 8, 20, None), (128, 8, 16, None, None), (64, 2, 32, 9, 3.0)],
+)
+def test_prefill(dim: int, group: int, page: int, window: int | None, cap: float | None) -> None:
+    q, k, v, batch = paged([1, 37, 5, 64, 17], [1, 37, 70, 64, 90], 2, group, dim, page)
+    expected = reference.paged_attention(q, k, v, batch, 0.1, window, cap)
+    out = torch.full_like(expected, float("nan"))
+    config = PrefillConfig(block_m=32, block_n=16, warps=1, stages=2)
+    prefill_attention(q, k, v, batch.block_tables, batch.seq_lens, batch.query_start, 0.1, window, cap, out=out, config=config)
+    assert error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_mixed_rows_are_split_between_the_kernels(window: int | None) -> None:
+    q, k, v, batch = paged([1, 19, 1, 1], [77, 50, 130, 1], 2, 4, 64, 16)
+    expected = reference.paged_attention(q, k, v, batch, 0.125, window)
+    assert error(paged_attention(q, k, v, batch, 0.125, window), expected) < 1e-5
+
+
+def test_single_chunk_of_a_long_context_and_half_precision() -> None:
+    q, k, v, batch = paged([20], [200], 1, 4, 64, 16, dtype=torch.float16)
+    expected = reference.paged_attention(q.float(), k.float(), v.float(), batch, 0.125, None)
+    assert error(paged_attention(q, k, v, batch, 0.125, None), expected) < 2e-3
