@@ -10,7 +10,7 @@ Accepted output goes to a Sink. This module does not know HTTP.
 
 from array import array
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
 from pagewire_protocol.parts import End, Finish, Role, Started
@@ -25,8 +25,8 @@ PARK_S: Final = 60.0
 """How long an interrupted request waits for a stack that can take it again."""
 BACKOFF_S: Final = (0.0, 0.0, 0.05, 0.2, 0.5, 1.0)
 """Wait before the next attempt, by strikes."""
-_APPEND: Final[Callable[["array[int]", Any], None]] = array[int].append
-_EXTEND: Final[Callable[["array[int]", Any], None]] = array[int].extend
+_APPEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).append
+_EXTEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).extend
 _REASONS: Final = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
