@@ -4,9 +4,10 @@ Sources: a directory with tokenizer.json (or one GGUF file), or a GGUF file. Dir
 imported then and without torch.
 """
 
+import contextlib
 import json
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -92,18 +93,27 @@ def _template(path: Path, config: dict[str, Any]) -> str:
 
 
 def _load_with_transformers(path: Path, template: str) -> Loaded:
-    # transformers looks at these when it is imported; with them it converts old vocabularies without loading torch.
-    os.environ.update(USE_TORCH="0", USE_TF="0", USE_FLAX="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
-    had_torch = "torch" in sys.modules
     try:
-        from transformers import AutoTokenizer  # type: ignore[import-untyped]
+        with _torch_hidden():
+            from transformers import AutoTokenizer  # type: ignore[import-untyped]
 
-        slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise NoTokenizer(f"{path} has no tokenizer.json, and transformers cannot convert what is there: {error}") from None
-    if "torch" in sys.modules and not had_torch:
-        raise NoTokenizer(f"converting the tokenizer in {path} would load torch into this service; save a tokenizer.json there once")
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise NoTokenizer(f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer")
     return Loaded(backend, template, _names(dict(slow.special_tokens_map)))
+
+
+@contextlib.contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Inside, torch is as if it were not installed: transformers converts vocabularies without it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

@@ -1,0 +1,449 @@
+"""What becomes of requests, message by message, without sockets."""
+
+import re
+from collections.abc import Iterable
+
+import pytest
+from pagewire.tokenizer.decode import Decoding
+from pagewire.tokenizer.encode import LONG, Encoder
+from pagewire.tokenizer.requests import Requests, encode
+from pagewire.tokenizer.template import ChatTemplate
+from pagewire_protocol.messages import (
+    Cancel,
+    Chat,
+    ChatMessage,
+    Deltas,
+    End,
+    Finish,
+    Generate,
+    LogprobColumns,
+    Peer,
+    Placed,
+    Prompt,
+    Role,
+    Roster,
+    Submit,
+    Tokens,
+    pack,
+    unpack,
+)
+from pagewire_protocol.sampling import Sampling, TextOptions
+from tokenizers import Tokenizer
+
+OWNER, OTHER = "ipc:///run/frontend-a.sock", "ipc:///run/frontend-b.sock"
+VOCAB = 500
+X = 1 << 43 | 7
+"""An execution of epoch 1."""
+
+
+def roster(epoch: int = 1, frontends: Iterable[str] = (OWNER, OTHER), max_model_len: int = 64) -> Roster:
+    peers = tuple(Peer(Role.FRONTEND, inbox[-15:], inbox, 5, True) for inbox in frontends)
+    return Roster(epoch, peers, max_model_len, VOCAB, (2,), True, True)
+
+
+class Bench:
+    """Requests with a letterbox on each side."""
+
+    def __init__(self, tokenizer: Tokenizer | None, template: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.offloaded: list[Generate] = []
+        self.encoder = Encoder(tokenizer, ChatTemplate(template, {}) if template else None)
+        self.requests = Requests(self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append)
+        self.requests.joined(roster(), True)
+
+    def generate(self, prompt: Prompt | str = "hi", rid: int = 1, attempt: int = 1, handle: int = 70, **fields) -> None:
+        if isinstance(prompt, str):
+            prompt = Prompt(text=prompt)
+        sampling = fields.pop("sampling", Sampling(3, fields.pop("max_tokens", 8), fields.pop("min_tokens", 0)))
+        options = {name: fields.pop(name) for name in list(fields) if name in TextOptions.__struct_fields__}
+        output = pack("i", fields.pop("output", ()))
+        reply_to = fields.pop("reply_to", OWNER)
+        text = TextOptions(**options)
+        self.requests.generate(Generate(rid.to_bytes(16, "big"), attempt, handle, reply_to, prompt, output, sampling, text, **fields))
+
+    def sent(self) -> list[Submit | Cancel]:
+        sent, self.requests.to_scheduler = self.requests.to_scheduler, []
+        return sent
+
+    def submit(self, *args, **fields) -> Submit:
+        self.generate(*args, **fields)
+        (submit,) = self.sent()
+        assert isinstance(submit, Submit)
+        return submit
+
+    def mail(self, inbox: str = OWNER) -> Deltas:
+        mail = self.requests.mails[inbox]
+        assert mail
+        return mail.take()
+
+    def end(self, inbox: str = OWNER) -> End:
+        (end,) = self.mail(inbox).ended
+        return end
+
+    def ids(self, text: str) -> list[int]:
+        assert self.tokenizer
+        return self.tokenizer.encode(text).ids
+
+
+def step(*rows: tuple[int, int, int], execution: int = X, **fields) -> Tokens:
+    """Rows are (handle, position, token)."""
+    handles, positions, tokens = zip(*rows, strict=True) if rows else ((), (), ())
+    ones = [1] * len(rows)
+    executions = pack("Q", [execution] * len(rows))
+    return Tokens(pack("I", handles), pack("I", ones), executions, pack("i", positions), pack("i", tokens), **fields)
+
+
+def rows(deltas: Deltas) -> list[tuple[int, int, int, int, list[int], str]]:
+    """(handle, attempt, execution, position, tokens, text) of each row."""
+    tokens, start, found = unpack("i", deltas.tokens).tolist(), 0, []
+    columns = [
+        unpack(code, column).tolist()
+        for code, column in zip("IIQi", (deltas.handles, deltas.attempts, deltas.executions, deltas.positions), strict=True)
+    ]
+    for handle, attempt, execution, position, count, text in zip(*columns, unpack("i", deltas.counts), deltas.texts, strict=True):
+        found.append((handle, attempt, execution, position, tokens[start : start + count], text))
+        start += count
+    assert start == len(tokens)
+    return found
+
+
+@pytest.fixture
+def bench(bpe: Tokenizer, template_source: str) -> Bench:
+    return Bench(bpe, template_source)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_becomes_a_submit(bench: Bench):
+    submit = bench.submit("hello 世界", priority=3, cache_salt="s", max_tokens=5)
+    assert unpack("i", submit.prompt).tolist() == bench.ids("hello 世界")
+    assert (submit.rid, submit.attempt, submit.reply_to) == ((1).to_bytes(16, "big"), 1, "ipc:///run/tokenizer.sock")
+    assert (submit.priority, submit.cache_salt, submit.sampling, submit.output) == (3, "s", Sampling(3, 5), b"")
+    assert bench.submit(rid=2).handle != submit.handle
+
+
+def test_chat_is_rendered(bench: Bench):
+    submit = bench.submit(Prompt(chat=Chat((ChatMessage("user", "hey"),))))
+    assert unpack("i", submit.prompt).tolist() == bench.ids("<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_ids_pass(bench: Bench):
+    assert bench.submit(Prompt(ids=pack("i", [5, VOCAB - 1]))).prompt == pack("i", [5, VOCAB - 1])
+
+
+def test_special_tokens_are_added_to_plain_prompts_only_and_on_request(make_gguf, template_source: str):
+    from pagewire.tokenizer.load import load
+
+    bench = Bench(load(make_gguf(tokenizer__ggml__add_bos_token=True)).tokenizer, template_source)
+    assert unpack("i", bench.submit("x").prompt)[0] == 1
+    assert unpack("i", bench.submit("x", rid=2, add_special_tokens=False).prompt)[0] != 1
+    chat = Prompt(chat=Chat((ChatMessage("user", "x"),)))
+    assert unpack("i", bench.submit(chat, rid=3).prompt).tolist().count(1) == 2  # the template's own <|im_start|>s
+
+
+def test_max_tokens_is_what_the_context_leaves(bench: Bench):
+    prompt = Prompt(ids=pack("i", [5] * 60))
+    assert bench.submit(prompt, max_tokens=1, max_tokens_is_rest=True).sampling.max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "rest", "text", "param"),
+    [
+        (60, 5, False, "64 tokens. However, you requested 65 tokens (60 in the prompt, 5 for the completion)", "max_tokens"),
+        (64, 5, False, "64 tokens. However, you requested 69 tokens (64 in the prompt, 5 for the completion)", "prompt"),
+        (70, 1, True, "64 tokens. However, you requested 71 tokens (70 in the prompt, 1 for the completion)", "prompt"),
+        (0, 5, False, "the prompt is empty", "prompt"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(bench: Bench, length: int, max_tokens: int, rest: bool, text: str, param: str):
+    bench.generate(Prompt(ids=pack("i", [5] * length)), max_tokens=max_tokens, max_tokens_is_rest=rest)
+    end = bench.end()
+    assert (end.handle, end.attempt, end.finish, end.status, end.param) == (70, 1, Finish.REFUSED, 400, param)
+    assert text in end.message and not bench.sent() and not len(bench.requests)
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1, 2**31 - 1])
+def test_ids_outside_the_vocabulary_are_refused(bench: Bench, token: int):
+    bench.generate(Prompt(ids=pack("i", [5, token])))
+    assert re.search(rf"token id {token} is outside the model's vocabulary of {VOCAB} tokens", bench.end().message)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt(), "exactly one"),
+        (Prompt(text="a", ids=b""), "exactly one"),
+        (Prompt(ids=b"abc"), "no multiple of 4"),
+        (Prompt(chat=Chat((ChatMessage("user", "x"),), True, True)), "exclude each other"),
+    ],
+)
+def test_malformed_prompts_are_refused(bench: Bench, prompt: Prompt, message: str):
+    bench.generate(prompt)
+    end = bench.end()
+    assert end.status == 400 and message in end.message
+
+
+def test_no_template(bpe: Tokenizer):
+    bench = Bench(bpe)
+    bench.generate(Prompt(chat=Chat((ChatMessage("user", "x"),))))
+    end = bench.end()
+    assert end.status == 400 and "--chat-template" in end.message and end.param == "messages"
+
+
+def test_the_template_s_own_refusal(bpe: Tokenizer):
+    bench = Bench(bpe, "{{ raise_exception('System role not supported') }}")
+    bench.generate(Prompt(chat=Chat((ChatMessage("system", "x"),))))
+    assert bench.end().message == "System role not supported"
+
+
+def test_no_worker_yet(bench: Bench):
+    bench.requests.joined(roster(max_model_len=0), False)
+    bench.generate()
+    end = bench.end()
+    assert end.finish is Finish.REFUSED and end.status == 503 and end.retry_after_s == 1
+
+
+def test_without_a_tokenizer():
+    bench = Bench(None)
+    for prompt in (Prompt(text="x"), Prompt(chat=Chat((ChatMessage("user", "x"),)))):
+        bench.generate(prompt)
+        end = bench.end()
+        assert end.status == 400 and "--skip-tokenizer-init" in end.message
+    handle = bench.submit(Prompt(ids=pack("i", [5, 6]))).handle
+    bench.requests.tokens([step((handle, 0, 499))])
+    assert rows(bench.mail()) == [(70, 1, X, 0, [499], "")]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_placed_becomes_started(bench: Bench):
+    one, two = bench.submit("hello"), bench.submit("hello", rid=2, handle=71, return_prompt_ids=True)
+    bench.requests.tokens([step(placed=(Placed(one.handle, 1, 4), Placed(two.handle, 1, 0), Placed(999, 1, 0)))])
+    first, second = bench.mail().started
+    assert (first.handle, first.attempt, first.cached_tokens, first.prompt_ids) == (70, 1, 4, None)
+    assert first.prompt_tokens == len(bench.ids("hello")) and second.prompt_ids == two.prompt
+
+
+def test_rows_go_to_their_owners(bench: Bench):
+    a, b = bench.ids("ab")
+    one, two = bench.submit().handle, bench.submit(rid=2, handle=71, reply_to=OTHER).handle
+    bench.requests.tokens([step((two, 0, b), (one, 0, a), (999, 0, a))])
+    assert rows(bench.mail()) == [(70, 1, X, 0, [a], "a")]
+    assert rows(bench.mail(OTHER)) == [(71, 1, X, 0, [b], "b")]
+    assert not bench.requests.mails[OWNER]
+
+
+def test_several_steps_in_a_drain_become_one_row_a_stream(bench: Bench):
+    ids = bench.ids("𐌰世")
+    one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
+    steps = [step((one, n, token), (two, n, ids[0])) for n, token in enumerate(ids)]
+    bench.requests.tokens(steps)
+    first, second = rows(bench.mail())
+    assert first == (70, 1, X, 0, ids, "𐌰世")
+    assert second[3:5] == (0, [ids[0]] * len(ids))
+
+
+def test_other_executions_and_repeated_rows_are_dropped_and_gaps_are_lost(bench: Bench):
+    (a,) = bench.ids("a")
+    handle = bench.submit().handle
+    bench.requests.tokens([step((handle, 0, a))])
+    assert rows(bench.mail())
+    bench.requests.tokens([step((handle, 1, a), execution=X + 1), step((handle, 0, a))])
+    assert not bench.requests.mails[OWNER]
+    bench.requests.tokens([step((handle, 2, a))])
+    end = bench.end()
+    assert (end.handle, end.finish) == (70, Finish.LOST) and not len(bench.requests)
+
+
+def test_damaged_columns_lose_every_stream(bench: Bench):
+    handle = bench.submit().handle
+    whole = step((handle, 0, 5))
+    for broken in (Tokens(whole.handles, b"", b"", b"", b""), step((handle, 0, VOCAB)), step((handle, 0, -1))):
+        bench.requests.tokens([broken])
+        assert bench.end().finish is Finish.LOST
+        handle = bench.submit().handle
+
+
+@pytest.mark.parametrize("finish", [Finish.LENGTH, Finish.CANCELLED, Finish.FAILED, Finish.LOST])
+def test_ends_are_passed_on_and_unfinished_text_only_with_a_finished_generation(bench: Bench, finish: Finish):
+    ids = bench.ids("𐌰")
+    handle = bench.submit(stop=("ab",)).handle
+    bench.requests.tokens([step((handle, 0, ids[0]), ended=(End(handle, 1, finish, status=7),))])
+    deltas = bench.mail()
+    assert [row[5] for row in rows(deltas)] == ["\ufffd" if finish is Finish.LENGTH else ""]
+    assert deltas.ended == (End(70, 1, finish, status=7),) and not len(bench.requests)
+
+
+def test_held_text_comes_with_an_end_that_comes_alone(bench: Bench):
+    (a,) = bench.ids("a")
+    handle = bench.submit(stop=("ab",)).handle
+    bench.requests.tokens([step((handle, 0, a))])
+    assert rows(bench.mail())[0][5] == ""
+    bench.requests.tokens([step(ended=(End(handle, 1, Finish.LENGTH),))])
+    assert rows(bench.mail()) == [(70, 1, X, 1, [], "a")]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_counts_and_has_no_text_unless_included(bench: Bench, include: bool):
+    a, b = bench.ids("ab")
+    handle = bench.submit(include_stop=include).handle
+    bench.requests.tokens([step((handle, 0, b)), step((handle, 1, b), ended=(End(handle, 1, Finish.STOP, b),))])
+    deltas = bench.mail()
+    assert rows(deltas) == [(70, 1, X, 0, [b, b], "bb" if include else "b")]
+    assert deltas.ended[0].stop_reason == b != a
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "hello "), (True, "hello ST")])
+def test_a_stop_string_ends_the_request_here(bench: Bench, include: bool, text: str):
+    ids = bench.ids("hello S") + bench.ids("Top")
+    submit = bench.submit(stop=("ST", "never"), include_stop=include)
+    seen, ends = "", []
+    for position, token in enumerate(ids):
+        bench.requests.tokens([step((submit.handle, position, token))])
+        if bench.requests.mails[OWNER]:
+            deltas = bench.mail()
+            seen += "".join(deltas.texts)
+            ends += deltas.ended
+    assert seen == text
+    assert ends == [End(70, 1, Finish.STOP, "ST")]
+    assert bench.sent() == [Cancel(((submit.rid, 1),))] and not len(bench.requests)
+
+
+def test_rows_after_a_stop_string_in_the_same_drain_are_dropped(bench: Bench):
+    a, b = bench.ids("ab")
+    handle = bench.submit(stop=("b",)).handle
+    bench.requests.tokens([step((handle, 0, a)), step((handle, 1, b)), step((handle, 2, a), ended=(End(handle, 1, Finish.LENGTH),))])
+    deltas = bench.mail()
+    assert rows(deltas) == [(70, 1, X, 0, [a, b], "a")]
+    assert deltas.ended == (End(70, 1, Finish.STOP, "b"),)
+
+
+def test_stop_strings_count_after_min_tokens(bench: Bench):
+    a, b = bench.ids("ab")
+    handle = bench.submit(stop=("ab",), min_tokens=3).handle
+    bench.requests.tokens([step((handle, n, token)) for n, token in enumerate([a, b, a, b, a])])
+    assert rows(bench.mail())[0][5] == "abab"
+    bench.requests.tokens([step((handle, 5, b))])
+    deltas = bench.mail()
+    assert deltas.texts == ("",) and deltas.ended[0].stop_reason == "ab"
+
+
+# --- attempts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resubmission_continues_where_the_text_stopped(bench: Bench):
+    """Whatever the place where the first attempt broke off, the text of both together is the same."""
+    ids = bench.ids("x 世界 𐌰 😀 almost EN") + bench.ids("D") + bench.ids("never")
+    expected = "x 世界 𐌰 😀 almost "
+    for broken in range(len(ids)):
+        rid = 100 + broken
+        first = bench.submit(rid=rid, stop=("END",))
+        bench.requests.tokens([step((first.handle, n, token)) for n, token in enumerate(ids[:broken])] or [step()])
+        text = "".join(bench.mail().texts) if broken else ""
+        bench.generate(rid=rid, attempt=2, handle=72, stop=("END",), output=ids[:broken])
+        sent = bench.sent()
+        if isinstance(sent[-1], Submit):
+            bench.requests.tokens([step((sent[-1].handle, n, ids[n]), execution=X + 9) for n in range(broken, len(ids))])
+        deltas = bench.mail()
+        assert text + "".join(deltas.texts) == expected, broken
+        assert deltas.ended == (End(72, 2, Finish.STOP, "END"),)
+        bench.sent()
+
+
+def test_attempts_only_grow(bench: Bench):
+    first = bench.submit(attempt=2)
+    bench.generate(attempt=2)
+    bench.generate(attempt=1)
+    assert not bench.sent()
+    second = bench.submit(attempt=3, handle=75)
+    bench.requests.tokens([step((first.handle, 0, 5)), step((second.handle, 0, 5), execution=X + 1)])
+    assert [row[:3] for row in rows(bench.mail())] == [(75, 3, X + 1)]
+
+
+@pytest.mark.parametrize("output", [[VOCAB], [-1]])
+def test_a_resubmission_with_impossible_tokens_is_refused(bench: Bench, output: list[int]):
+    bench.generate(output=output)
+    assert bench.end().finish is Finish.REFUSED
+
+
+def test_a_new_scheduler_starts_over(bench: Bench):
+    old, kept = bench.submit(), bench.submit(rid=2, handle=71)
+    bench.requests.tokens([step((kept.handle, 0, 5), execution=2 << 43)])
+    bench.mail()
+    assert bench.requests.joined(roster(2, ()), True) == set()
+    assert bench.end() == End(70, 1, Finish.LOST, message="the scheduler was replaced")
+    bench.requests.tokens([step((old.handle, 0, 5))])
+    assert not bench.requests.mails[OWNER] and len(bench.requests) == 1
+
+
+# --- cancellation -----------------------------------------------------------------------------------------------------
+
+
+def test_cancel_goes_to_the_scheduler_which_ends_it(bench: Bench):
+    submit = bench.submit()
+    message = Cancel(((submit.rid, 1),))
+    bench.requests.cancel(message)
+    assert bench.sent() == [message]
+    bench.requests.tokens([step(ended=(End(submit.handle, 1, Finish.CANCELLED),))])
+    assert bench.end().finish is Finish.CANCELLED and not len(bench.requests)
+
+
+def test_long_prompts_are_encoded_elsewhere(bench: Bench):
+    bench.requests.joined(roster(max_model_len=100_000), False)
+    bench.generate("a" * (LONG + 1))
+    assert not bench.sent() and len(bench.requests) == 1
+    (request,) = bench.offloaded
+    bench.requests.encoded(request, encode(bench.encoder, request))
+    (submit,) = bench.sent()
+    assert isinstance(submit, Submit) and len(submit.prompt) > 1000
+
+
+def test_cancel_while_encoding(bench: Bench):
+    bench.generate("a" * (LONG + 1), attempt=2)
+    (request,) = bench.offloaded
+    bench.requests.cancel(Cancel(((request.rid, 1),)))
+    assert len(bench.requests) == 1, "an older attempt's cancellation does not count"
+    bench.requests.cancel(Cancel(((request.rid, 2),)))
+    assert bench.end() == End(70, 2, Finish.CANCELLED)
+    bench.sent()
+    bench.requests.encoded(request, encode(bench.encoder, request))
+    assert not bench.sent() and not len(bench.requests)
+
+
+def test_requests_of_a_frontend_that_is_gone_are_cancelled(bench: Bench):
+    gone, stays = bench.submit(), bench.submit(rid=2, reply_to=OTHER)
+    bench.generate("a" * (LONG + 1), rid=3)
+    assert bench.requests.joined(roster(frontends=(OTHER,)), False) == {OWNER}
+    assert bench.sent() == [Cancel(((gone.rid, 1),))]
+    assert len(bench.requests) == 1 and OWNER not in bench.requests.mails
+    bench.requests.tokens([step((gone.handle, 0, 5), (stays.handle, 0, 5))])
+    assert len(rows(bench.mail(OTHER))) == 1
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
+    ids = bench.ids("世a")
+    one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
+
+    def columns(row: int, token: int) -> LogprobColumns:
+        return LogprobColumns(pack("i", [row]), pack("i", [2]), pack("i", [3]), pack("i", [token, 499]), pack("f", [-0.5, -1.5]))
+
+    steps = [
+        step((one, 0, ids[0]), (two, 0, 5), logprobs=columns(0, ids[0])),
+        step((two, 1, 5), (one, 1, ids[1]), logprobs=columns(1, ids[1])),
+    ]
+    bench.requests.tokens(steps)
+    deltas = bench.mail()
+    first, second = deltas.logprobs
+    at = [row[0] for row in rows(deltas)].index(70)
+    assert (first.row, first.index, first.rank, first.ids, first.values) == (at, 0, 3, (ids[0], 499), (-0.5, -1.5))
+    assert (second.row, second.index) == (at, 1)
+    joined = b"".join(bench.requests._decoding.token_bytes(token) for token in ids)
+    assert joined == "世a".encode() and first.texts == (bench.requests._decoding.token_bytes(ids[0]), b"")
