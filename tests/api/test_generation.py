@@ -300,7 +300,7 @@ def test_openai_client_errors(server) -> None:
     messages = [{"role": "user", "content": "refuse400"}]
     with pytest.raises(openai.BadRequestError) as bad:
         server.client.chat.completions.create(model=MODEL, messages=messages, stream=True)
-    assert bad.value.code == 400 and bad.value.type == "BadRequestError" and "System role" in bad.value.message
+    assert str(bad.value.code) == "400" and bad.value.type == "BadRequestError" and "System role" in bad.value.message
     with pytest.raises(openai.NotFoundError):
         server.client.completions.create(model="other", prompt="hi")
     with pytest.raises(openai.RateLimitError):

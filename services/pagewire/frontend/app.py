@@ -83,7 +83,7 @@ def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
         failure.headers = lambda: {"Allow": allowed}
         return failure
     if error.status == 404:
-        return ApiError(404, f"There is no route {request.method} {request.path[:256]}.")
+        return ApiError(404, "There is no such route; generation is at /v1/completions and /v1/chat/completions.")
     return ApiError(error.status, error.reason)
 
 

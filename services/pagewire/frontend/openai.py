@@ -12,6 +12,8 @@ from msgspec import Raw, Struct
 
 from .errors import ApiError, bad
 
+_NULL: Final = Raw(b"null")
+
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
@@ -28,12 +30,12 @@ class Part(Struct, forbid_unknown_fields=True):
 
     type: str
     text: str | None = None
-    image_url: Raw | None = None
-    input_audio: Raw | None = None
-    audio_url: Raw | None = None
-    video_url: Raw | None = None
-    file: Raw | None = None
-    refusal: Raw | None = None
+    image_url: Raw = _NULL
+    input_audio: Raw = _NULL
+    audio_url: Raw = _NULL
+    video_url: Raw = _NULL
+    file: Raw = _NULL
+    refusal: Raw = _NULL
 
 
 class MessageIn(Struct, forbid_unknown_fields=True):
@@ -79,7 +81,7 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
-    metadata: Raw | None = None
+    metadata: Raw = _NULL
     store: bool | None = None
 
 
@@ -150,6 +152,7 @@ _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
 }
 _fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
 _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
 
 
@@ -166,8 +169,8 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _explained(str(error)) from None
     except msgspec.DecodeError as error:
         raise bad(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
-    except UnicodeDecodeError as error:
-        raise bad(f"The request body is not UTF-8: invalid byte at position {error.start}.") from None
+    except UnicodeDecodeError:
+        raise bad(f"The request body of {len(body)} bytes is not UTF-8.") from None
     except RecursionError:
         raise bad("The request body is nested too deeply.") from None
 
@@ -204,5 +207,8 @@ def _explained(text: str) -> ApiError:
         return bad(f"The parameter `{name}` is not supported.", name[:64])
     if reason.startswith("Expected `null`"):
         return bad(f"The parameter `{where}` is not supported: {reason}.", where[:64])
+    missing = _MISSING.match(reason)
+    if missing and not where:
+        return bad(f"The parameter `{missing.group(1)}` is missing.", missing.group(1))
     param = where.partition(".")[0].partition("[")[0] or None
     return bad(f"`{where}`: {reason}." if where else f"{reason}.", param)

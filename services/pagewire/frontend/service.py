@@ -36,7 +36,7 @@ DRAIN_S: Final = 1.0
 """How long running streams may go on after the signal to end."""
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
-_DRAIN_LIMIT: Final = 256
+_DRAIN_LIMIT: Final = 16
 """Messages handled before the loop gets a turn."""
 
 

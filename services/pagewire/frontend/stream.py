@@ -105,7 +105,7 @@ def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
 
     Raises ValueError or TypeError when the columns do not fit each other."""
     handles, tokens = unpack("I", deltas.handles).tolist(), unpack("i", deltas.tokens)
-    single = len(tokens) == len(handles) and deltas.counts == _ONES[: len(deltas.counts)]
+    single = len(tokens) == len(handles) and deltas.counts == _ONES[: 4 * len(handles)]
     rows = zip(
         handles,
         unpack("I", deltas.attempts).tolist(),

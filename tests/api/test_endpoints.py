@@ -1,0 +1,269 @@
+"""Everything around generation: probes, models, metrics, keys, and the error for each way to be wrong."""
+
+import json
+import re
+
+import pytest
+from api.fake_stack import expected
+from pagewire.frontend.stack import SILENT_S, Stack
+from pagewire_protocol.messages import Roster
+from pagewire_protocol.parts import Peer, Role
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL = "/models/tiny one/"
+LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|/(?:usr|home|opt|root|work|tmp|secret)/")
+
+
+def check_error(answer, status: int, kind: str, param: str | None = None) -> dict:
+    """Both shapes in one body; returns the body."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"].startswith("application/json")
+    body = answer.json()
+    four = {name: body[name] for name in ("message", "type", "param", "code")}
+    assert body["object"] == "error" and body["error"] == four
+    assert four["code"] == status and four["type"] == kind and four["param"] == param and four["message"]
+    assert not LEAK.search(answer.text)
+    return body
+
+
+def refused(answer, param: str, *parts: str) -> None:
+    message = check_error(answer, 400, "BadRequestError", param)["message"]
+    assert all(part in message for part in parts), message
+
+
+# --- probes ---
+
+
+def test_probes_of_a_ready_stack(server) -> None:
+    health = server.http.get("/health")
+    assert health.status_code == 200 and health.content == b""
+    assert server.http.get("/ready").json() == {"status": "ready"}
+    assert server.http.get("/live").json()["status"] == "live"
+    assert re.match(r"\d+\.\d+", server.http.get("/version").json()["version"])
+
+
+def test_while_loading_everything_says_so(serve) -> None:
+    with serve(ready=False) as server:
+        for answer in (server.http.get("/health"), server.http.get("/ready"), server.complete("hi"), server.chat("hi", stream=True)):
+            body = check_error(answer, 503, "ServiceUnavailableError")
+            assert body["status"] == "loading" and "reading weights" in body["message"] and "42%" in body["message"]
+            assert {(row["role"], row["fraction"]) for row in body["loading"]} == {("worker", 0.42), ("tokenizer", 0.42)}
+            assert int(answer.headers["retry-after"]) > 0
+        assert server.http.get("/live").status_code == 200 and server.http.get("/v1/models").json()["data"][0]["max_model_len"] is None
+        server.stack.change(ready=True)
+        server.wait_health(200)
+        assert server.complete("hi").status_code == 200
+
+
+def test_a_silent_scheduler_is_not_ready() -> None:
+    stack = Stack()
+    assert not stack.ready(0.0) and "scheduler: waiting" in stack.unavailable(0.0).message
+    peers = tuple(Peer(role, "x", "ipc:///x", role, True) for role in (Role.TOKENIZER, Role.WORKER))
+    stack.on_roster(Roster(1, peers, 10, 10, (), True, True), 100.0)
+    assert stack.ready(100.0 + SILENT_S) and not stack.ready(100.1 + SILENT_S)
+    stack.draining = True
+    assert not stack.ready(100.0) and "shutting down" in stack.unavailable(100.0).message
+
+
+def test_models(server) -> None:
+    cards = server.http.get("/v1/models").json()
+    assert cards["object"] == "list" and [card["id"] for card in cards["data"]] == [MODEL, "alias"]
+    card = cards["data"][0]
+    assert card["object"] == "model" and card["max_model_len"] == 4096 and card["root"] == MODEL and card["parent"] is None
+    assert isinstance(card["created"], int) and card["owned_by"] and card["permission"]
+    for path in ("%2Fmodels%2Ftiny%20one%2F", "/models/tiny%20one/", "alias"):
+        assert server.http.get("/v1/models/" + path).status_code == 200
+    check_error(server.http.get("/v1/models/tiny"), 404, "NotFoundError", "model")
+
+
+def test_metrics(serve) -> None:
+    with serve(stats={"num_requests_running": 3, "kv_cache_usage_perc": 0.25, "prefix_cache_hits": 7, "steps in flight": 2}) as server:
+        server.complete("stop", max_tokens=8)
+        server.complete("refuse400")
+        text = server.http.get("/metrics").text
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            label = next((sample.labels[k] for k in ("finished_reason", "code", "le", "role") if k in sample.labels), "")
+            samples[sample.name, label] = sample.value
+    assert samples["vllm:num_requests_running", ""] == 3 and samples["vllm:kv_cache_usage_perc", ""] == 0.25
+    assert samples["vllm:prefix_cache_hits_total", ""] == 7 and samples["vllm:num_preemptions_total", ""] == 0
+    assert samples["pagewire:scheduler_steps_in_flight", ""] == 2
+    assert samples["vllm:prompt_tokens_total", ""] == 3 and samples["vllm:generation_tokens_total", ""] == 5
+    assert samples["vllm:request_success_total", "stop"] == 1 and samples["vllm:request_success_total", "error"] == 1
+    assert samples["vllm:time_to_first_token_seconds_count", ""] == 1 == samples["vllm:time_to_first_token_seconds_bucket", "+Inf"]
+    assert samples["vllm:inter_token_latency_seconds_count", ""] == 4 and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
+    assert samples["pagewire:frontend_http_responses_total", "400"] == 1 and samples["pagewire:service_ready", "worker"] == 1
+
+
+# --- requests that are wrong ---
+
+
+def test_unknown_model(server) -> None:
+    for answer in (server.complete("hi", model="X"), server.chat("hi", model="X")):
+        assert check_error(answer, 404, "NotFoundError", "model")["message"] == "The model `X` does not exist."
+    assert server.complete("hi", model=MODEL).status_code == 200
+    assert server.complete("hi", model=MODEL.rstrip("/")).status_code == 404
+
+
+def test_unknown_routes_and_methods(server) -> None:
+    check_error(server.http.get("/v1/nothing"), 404, "NotFoundError")
+    answer = server.http.get("/v1/completions")
+    assert check_error(answer, 405, "MethodNotAllowedError")["message"].endswith("use POST.") and answer.headers["allow"] == "POST"
+    check_error(server.http.post("/health"), 405, "MethodNotAllowedError")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"nonsense",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "zzz": ' + b"[" * 90000,
+        b'{"prompt": "a", "n": 1' + b"0" * 9000 + b"}",
+        b'{"prompt": "a", "best_of": ' + b"[" * 90000,
+        b'{"prompt": "\\ud800"}',
+    ],
+)
+def test_bodies_that_are_no_request(server, body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = server.http.post(path, content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == 400 and not LEAK.search(answer.text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("n", 0, ("1", "128", "got 0")),
+        ("n", 129, ("128", "got 129")),
+        ("n", 2**63, ("n",)),
+        ("n", True, ("int", "bool")),
+        ("max_tokens", 0, ("1", "got 0")),
+        ("max_tokens", -1, ("got -1",)),
+        ("max_tokens", 2**31, ("2147483647",)),
+        ("max_tokens", "9", ("int", "str")),
+        ("temperature", -0.1, ("0", "got -0.1")),
+        ("temperature", 101, ("100", "got 101")),
+        ("top_p", 0, ("above 0",)),
+        ("top_p", 1.1, ("1", "got 1.1")),
+        ("top_k", -2, ("-1", "got -2")),
+        ("min_p", 2, ("1", "got 2")),
+        ("presence_penalty", 3, ("-2", "2", "got 3")),
+        ("frequency_penalty", -3, ("-2", "got -3")),
+        ("repetition_penalty", 0, ("above 0",)),
+        ("min_tokens", 17, ("17", "16")),
+        ("logprobs", 21, ("20", "got 21")),
+        ("logprobs", True, ("bool",)),
+        ("stop", [""], ("1", "1024", "got 0")),
+        ("stop", ["x"] * 17, ("16", "got 17")),
+        ("stop", "x" * 1025, ("1024", "got 1025")),
+        ("stop_token_ids", [-1], ("0", "got -1")),
+        ("stop_token_ids", list(range(129)), ("128", "129")),
+        ("priority", 2**31, ("2147483647",)),
+        ("cache_salt", "x" * 129, ("128", "129")),
+        ("seed", 2**64, ("64-bit",)),
+        ("stream_options", {"include_usage": True}, ("stream=True",)),
+        ("response_format", {"type": "json_object"}, ("json_object", "text")),
+        ("prompt", "", ("empty",)),
+        ("prompt", [], ("empty",)),
+        ("prompt", [[]], ("empty",)),
+        ("prompt", ["a", ""], ("empty",)),
+        ("prompt", ["a", [1]], ("mixes",)),
+        ("prompt", [1, "a"], ("mixes",)),
+        ("prompt", [1, 1000], ("1000", "999")),
+        ("prompt", [-1], ("-1", "999")),
+        ("prompt", [1] * 4097, ("4097", "4096")),
+        ("prompt", ["a"] * 1025, ("1025", "1024")),
+        ("prompt", None, ("prompt",)),
+        ("prompt", {"a": 1}, ("object",)),
+    ],
+)
+def test_values_out_of_range(server, name: str, value: object, parts: tuple[str, ...]) -> None:
+    refused(server.post("/v1/completions", **{"prompt": "hi", name: value}), name, *parts)
+    assert not server.stack.received
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "part"),
+    [
+        ({}, "messages", "missing"),
+        ({"messages": []}, "messages", "got 0"),
+        ({"messages": [{"content": "x"}]}, "messages", "role"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages", "got 0"),
+        ({"messages": [{"role": "user"}]}, "messages", "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "image_url"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls", "tool_calls"),
+        ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs", "logprobs"),
+        ({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
+        ({"messages": [{"role": "user", "content": "x"}], "logprobs": 1}, "logprobs", "bool"),
+        ({"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}, "max_completion_tokens", "got 0"),
+    ],
+)
+def test_chats_that_are_wrong(server, body: dict, param: str, part: str) -> None:
+    refused(server.http.post("/v1/chat/completions", json=body), param, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", []),
+        ("tool_choice", "auto"),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "x"),
+        ("logit_bias", {"5": 1}),
+        ("use_beam_search", True),
+        ("length_penalty", 1.5),
+        ("guided_json", {}),
+        ("prompt_logprobs", 0),
+        ("no_such_thing", None),
+        ("temprature", 1),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(server, name: str, value: object) -> None:
+    refused(server.complete("hi", **{name: value}), name, f"`{name}`", "not supported")
+    refused(server.chat("hi", **{name: value}), name, f"`{name}`", "not supported")
+
+
+def test_neutral_values_of_what_is_not_supported_pass(server) -> None:
+    neutral = {
+        "tools": None,
+        "logit_bias": None,
+        "echo": False,
+        "use_beam_search": False,
+        "best_of": 2,
+        "suffix": None,
+        "length_penalty": 1,
+    }
+    answer = server.complete("hi", n=2, max_tokens=3, temperature=None, stop=None, **neutral)
+    assert answer.status_code == 200 and [choice["text"] for choice in answer.json()["choices"]] == [expected(3)] * 2
+    assert server.complete("hi", best_of=1).status_code == 200
+
+
+def test_a_model_without_a_chat_template(serve) -> None:
+    with serve(has_chat_template=False) as server:
+        refused(server.chat("hi"), "messages", "--chat-template")
+
+
+def test_encodings_and_sizes(serve) -> None:
+    with serve(max_body=1 << 20) as server:
+        for encoding in ("gzip", "deflate, gzip", "br"):
+            answer = server.http.post("/v1/completions", content=b"\x1f\x8b\x08", headers={"Content-Encoding": encoding})
+            check_error(answer, 415, "UnsupportedMediaTypeError")
+        body = json.dumps({"prompt": "x" * (1 << 20)}).encode()
+        answers = [server.http.post("/v1/completions", content=body), server.http.post("/v1/completions", content=iter([body]))]
+        for answer in answers:
+            assert "1048576" in check_error(answer, 413, "RequestEntityTooLargeError")["message"]
+
+
+def test_request_ids(server) -> None:
+    given = "abc-123"
+    answers = [server.http.get("/live", headers={"X-Request-Id": given}), server.http.get("/v1/x", headers={"X-Request-Id": given})]
+    assert [answer.headers["x-request-id"] for answer in answers] == [given, given]
+    made = {server.complete("hi", stream=stream).headers["x-request-id"] for stream in (True, False)}
+    assert len(made) == 2 and all(re.fullmatch("[0-9a-f]{32}", value) for value in made)
+    assert server.http.get("/live", headers={"X-Request-Id": "x" * 129}).headers["x-request-id"] != "x" * 129
