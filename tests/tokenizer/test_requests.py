@@ -425,6 +425,13 @@ def test_requests_of_a_frontend_that_is_gone_are_cancelled(bench: Bench):
     assert len(rows(bench.mail(OTHER))) == 1
 
 
+def test_a_scheduler_that_reads_nothing_refuses(bench: Bench):
+    submit = bench.submit()
+    bench.requests.unsent(Cancel(((submit.rid, 1),)))
+    bench.requests.unsent(submit)
+    assert bench.end().status == 503 and not len(bench.requests)
+
+
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 

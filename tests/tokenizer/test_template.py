@@ -100,7 +100,7 @@ def test_a_runaway_template_is_ended():
     for _ in range(2):
         with pytest.raises(TemplateRefused, match=r"longer than 0\.2 s"):
             template.render(chat())
-    assert ChatTemplate("ok", {}, Watchdog(0.2)).render(chat()) == "ok"
+    assert ChatTemplate("ok", {}, Watchdog(30)).render(chat()) == "ok"
 
 
 def test_a_template_that_does_not_compile():

@@ -66,6 +66,13 @@ class Requests:
                 self._mail(request.reply_to).ended.append(End(request.handle, request.attempt, Finish.CANCELLED))
         self.to_scheduler.append(message)
 
+    def unsent(self, message: Submit | Cancel) -> None:
+        """The scheduler's queue is full. A cancellation is lost without harm: what it meant has ended here, or ends with the scheduler."""
+        stream = self._streams.get(message.handle) if isinstance(message, Submit) else None
+        if stream is not None:
+            text = "the scheduler does not take requests; try again later"
+            self._end(stream, End(0, stream.attempt, Finish.REFUSED, status=503, message=text, retry_after_s=1))
+
     def _is_stale(self, request: Generate) -> bool:
         known = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
         return known is not None and known.attempt >= request.attempt

@@ -169,7 +169,8 @@ class Service:
         messages, requests.to_scheduler = requests.to_scheduler, []
         for message in messages:
             if not self.outbox.send(self.members.scheduler, message):
-                log.error("the scheduler's queue is full: dropped a %s", type(message).__name__)
+                log.error("the scheduler reads nothing: could not send a %s", type(message).__name__)
+                requests.unsent(message)
 
 
 def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
