@@ -1,7 +1,10 @@
 """Both generation endpoints against a scripted stack: shapes, streams, choices, logprobs, usage, accidents."""
 
 import json
+import socket
+import struct
 
+import httpx2 as httpx
 import openai
 import pytest
 from api.fake_stack import expected, tokens_of, word
@@ -70,8 +73,6 @@ def test_continuous_usage(server) -> None:
 
 
 def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:
-    import socket
-
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
     with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
         client.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -276,8 +277,6 @@ def test_one_refused_choice_ends_the_others(server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_cancels(server, stream: bool) -> None:
-    import httpx2 as httpx
-
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.3) as client:
         client.post("/v1/completions", json={"prompt": ["hang", "hang"], "stream": stream})
     server.settle(lambda: len(server.stack.cancels()) == 2)
@@ -313,3 +312,16 @@ def test_openai_client_errors(server) -> None:
 def test_openai_client_models(server) -> None:
     assert [model.id for model in server.client.models.list().data] == [MODEL, "alias"]
     assert server.client.models.retrieve(MODEL).id == MODEL
+
+
+def test_a_client_that_hangs_up_at_done_is_no_error(server, caplog) -> None:
+    body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
+    for _ in range(30):
+        with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            answer = b""
+            while b"[DONE]" not in answer:
+                answer += client.recv(65536)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert server.complete("hi").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

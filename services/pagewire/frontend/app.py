@@ -12,7 +12,7 @@ from aiohttp import web
 from pagewire.version import __version__
 
 from .errors import JSON, ApiError, unknown_model
-from .generate import chat_completions, completions
+from .generate import STREAMING, chat_completions, completions
 from .metrics import CONTENT_TYPE, render
 from .state import STATE, State
 
@@ -51,11 +51,13 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = _error(error)
     except web.HTTPException as error:
         response = _error(_of_http(request, error))
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, ConnectionError):
         state.tally.responded(499)
         raise
     except Exception:
         log.exception("request %s failed", request.path)
+        if STREAMING in request and request.transport:
+            request.transport.abort()
         response = _error(ApiError(500, "The server failed on this request; its log says why."))
     state.tally.responded(response.status)
     return response

@@ -16,6 +16,8 @@ from .stream import Stream
 
 BODY_S: Final = 60.0
 """How long a client may take to send its request."""
+STREAMING: Final = "streaming"
+"""Set on a request whose answer's head may be on its way: no other answer can follow."""
 _EVENTS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -79,6 +81,7 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
 
 async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     """Send the head through aiohttp, then let the reply's outlet write to the transport itself; this task sleeps until the end."""
+    request[STREAMING] = True
     response = web.StreamResponse(headers=_EVENTS)
     chunked = request.version >= (1, 1)
     if chunked:

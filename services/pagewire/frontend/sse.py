@@ -15,9 +15,9 @@ FULL: Final = 1 << 20
 """Bytes waiting for a client from which on it counts as not reading."""
 STUFFED: Final = 64 << 20
 PATIENCE_S: Final = 30.0
-SPACING_S: Final = 20e-6
-"""Least time between two rounds of writes, for each client written to: a write takes about 5 microseconds, so writes get a quarter of a
-core."""
+SPACING_S: Final = 30e-6
+"""Least time between two rounds of writes, for each client written to: a write takes 5 to 8 microseconds, so writes get a quarter of a
+core. An answer's first events do not wait."""
 _TIMER_S: Final = 0.5e-3
 """Shorter waits are not worth a timer, whose grain is a millisecond."""
 _HOLE: Final = "\x00text\x00"
