@@ -97,7 +97,6 @@ class Bar:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.refresh()
             self._bar.close()
 
 

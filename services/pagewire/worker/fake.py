@@ -72,7 +72,12 @@ class FakeRunner:
         self._step_s = config.fake_step_ms / 1000
         self._max_num_seqs, self._block_size = scheduler.max_num_seqs, config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
-        self._max_model_len = model.max_model_len or DEFAULT_MODEL_LEN
+        held = self._num_blocks * self._block_size
+        if model.max_model_len > held:
+            raise ValueError(
+                f"max_model_len {model.max_model_len} does not fit: {self._num_blocks} blocks of {self._block_size} hold {held} tokens"
+            )
+        self._max_model_len = model.max_model_len or min(DEFAULT_MODEL_LEN, held)
         self._state = np.zeros(0, np.uint64)
         self._known = np.zeros(0, np.int64)
         self._computed = np.zeros(0, np.int64)
@@ -85,7 +90,7 @@ class FakeRunner:
             num_blocks=self._num_blocks,
             block_size=self._block_size,
             max_num_seqs=self._max_num_seqs,
-            max_model_len=min(self._max_model_len, self._num_blocks * self._block_size),
+            max_model_len=self._max_model_len,
             vocab_size=int(self._vocab),
             eos_token_ids=(),
             device="fake",

@@ -1,0 +1,72 @@
+"""What a program may pass to LLM, checked before any service is asked."""
+
+from typing import Any
+
+import pytest
+from pagewire import SamplingParams
+from pagewire.prompts import as_chats, as_params, as_prompts
+from pagewire_protocol.columns import pack
+
+
+def test_the_defaults_are_the_ones_people_know() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p, params.max_tokens) == (1, 1.0, 1.0, -1, 0.0, 16)
+    wire = params.sampling(seed=5)
+    assert (wire.seed, wire.top_k, wire.max_tokens, wire.logprobs) == (5, 0, 16, -1)
+    assert {"temperature", "top_k", "stop_token_ids", "ignore_eos"} <= set(SamplingParams.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temperature": -1}, "temperature must be from 0 to 100, got -1"),
+        ({"top_p": 0}, "top_p must be above 0, at most 1, got 0"),
+        ({"top_k": -2}, "top_k must be from -1"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
+        ({"presence_penalty": 3}, "presence_penalty must be from -2 to 2, got 3"),
+        ({"max_tokens": 0}, "max_tokens must be from 1"),
+        ({"min_tokens": 17}, r"min_tokens must be at most max_tokens \(16\), got 17"),
+        ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
+        ({"n": 2, "temperature": 0}, "n must be 1 when using greedy sampling, got 2"),
+        ({"stop": ""}, "stop strings must have 1 to"),
+        ({"stop": "x", "detokenize": False}, "need detokenize"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"use_beam_search": True}, "use_beam_search=True is not supported"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs=1 is not supported"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_numbers(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(**given)
+
+
+def test_an_unknown_parameter_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="no_such"):
+        SamplingParams(no_such=1)  # type: ignore[call-arg]
+
+
+def test_prompts_in_all_their_forms() -> None:
+    assert as_prompts("a")[0].text == "a"
+    assert as_prompts([1, 2])[0].ids == pack("i", [1, 2])
+    mixed = as_prompts(["a", {"prompt": "b"}, {"prompt_token_ids": [3]}, [4, 5]])
+    assert [(p.text, p.ids) for p in mixed] == [("a", None), ("b", None), (None, pack("i", [3])), (None, pack("i", [4, 5]))]
+    for bad, words in [({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data"), ([[]], "prompt 0"), ([[2**40]], "out of range")]:
+        with pytest.raises(ValueError, match=words):
+            as_prompts(bad)
+    with pytest.raises(TypeError, match="int"):
+        as_prompts(3)
+
+
+def test_conversations_alone_and_many() -> None:
+    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert len(as_chats(talk, True, False)) == 1 and len(as_chats([talk, talk], True, False)) == 2
+    chat = as_chats(talk, True, False)[0].chat
+    assert chat is not None and chat.messages[0].content == "ab"
+    with pytest.raises(ValueError, match="tool_calls"):
+        as_chats([{"role": "assistant", "content": "", "tool_calls": [1]}], True, False)
+
+
+def test_one_set_of_parameters_for_all_or_one_for_each() -> None:
+    assert len(as_params(None, 3)) == 3
+    with pytest.raises(ValueError, match="3 prompts but 2 sampling_params"):
+        as_params([SamplingParams(), SamplingParams()], 3)
