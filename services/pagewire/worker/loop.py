@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
@@ -21,12 +23,55 @@ log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
 
 
+class Flight(Protocol):
+    """A step that was launched."""
+
+    def done(self) -> bool: ...
+    def result(self) -> StepResult: ...
+
+
 class Runs(Protocol):
-    """What the loop wants of a runner."""
+    """What the loop wants of a runner. `notify` names a function that a thread may call when a flight is done."""
+
+    def facts(self) -> WorkerFacts: ...
+    def notify(self, wake: Callable[[], None]) -> None: ...
+    def launch(self, step: Step) -> Flight: ...
+    def clear(self) -> None: ...
+
+
+class Executes(Protocol):
+    """A runner that computes while it is called."""
 
     def facts(self) -> WorkerFacts: ...
     def execute(self, step: Step) -> StepResult: ...
     def clear(self) -> None: ...
+
+
+class Landed:
+    """The flight of a step that was over when it began."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class Blocking:
+    """Makes a runner that launches of one that computes while it is called."""
+
+    def __init__(self, runner: Executes) -> None:
+        self._execute = runner.execute
+        self.facts, self.clear = runner.facts, runner.clear
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """Nothing is ever under way between two calls."""
+
+    def launch(self, step: Step) -> Flight:
+        return Landed(self._execute(step))
 
 
 class Stopped(BaseException):
@@ -73,14 +118,21 @@ def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, 
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return FakeRunner(model, scheduler, config, incarnation)
+        return Blocking(FakeRunner(model, scheduler, config, incarnation))
     from ..hub import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
     membership.loading("importing torch")
+    from . import setup
+
+    narrate = _Narrator(membership)
+    if setup.choose_device(config.device) == "cuda":
+        from .cuda import CudaRunner
+
+        return CudaRunner(path, model, scheduler, config, incarnation, narrate)
     from .runner import Runner
 
-    return Runner(path, model, scheduler, config, incarnation, _Narrator(membership), lambda: membership.tick(time.monotonic()))
+    return Blocking(Runner(path, model, scheduler, config, incarnation, narrate, lambda: membership.tick(time.monotonic())))
 
 
 class _Narrator:
@@ -99,19 +151,31 @@ class _Narrator:
 def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest one heard of are ignored."""
     epoch = 0
+    flights: deque[Flight] = deque()
+    runner.notify(inbox.wake)
     while True:
-        membership.busy = inbox.wait(HEARTBEAT_S / 2)
+        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(flights)
         membership.tick(time.monotonic())
         for message in inbox.drain():
             if message.epoch > epoch:
                 epoch = message.epoch
                 runner.clear()
+                flights.clear()
             match message:
                 case Roster():
                     membership.on_roster(message)
                 case Step() if message.epoch == epoch:
-                    if not outbox.send(membership.scheduler, runner.execute(message)):
-                        log.error("the result of step %d is lost: the scheduler's queue is full", message.n)
-                    membership.progress += 1
+                    flights.append(runner.launch(message))
+                    _land(flights, outbox, membership)
                 case Step():
                     log.warning("a step of epoch %d came after epoch %d: ignored", message.epoch, epoch)
+        _land(flights, outbox, membership)
+
+
+def _land(flights: deque[Flight], outbox: Outbox, membership: Membership) -> None:
+    """Send the results that are there, oldest first."""
+    while flights and flights[0].done():
+        result = flights.popleft().result()
+        if not outbox.send(membership.scheduler, result):
+            log.error("the result of step %d is lost: the scheduler's queue is full", result.n)
+        membership.progress += 1

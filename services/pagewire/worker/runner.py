@@ -21,6 +21,32 @@ from .slots import BadStep, Ints, Slots
 NO_SLOTS: Final = np.zeros(0, np.int64)
 
 
+def facts_of(loaded: setup.Loaded, max_num_seqs: int) -> WorkerFacts:
+    return WorkerFacts(
+        num_blocks=loaded.sizing.num_blocks,
+        block_size=loaded.sizing.block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=loaded.sizing.max_model_len,
+        vocab_size=loaded.decoder.arch.vocab_size,
+        eos_token_ids=tuple(loaded.eos_token_ids),
+        device=loaded.device,
+    )
+
+
+def apply_step(slots: Slots, step: Step, last: Ints) -> tuple[Ints, Ints]:
+    """Retire, admit, grow; (slots, counts) of what is to run. `last` is what the step before ran, in case it is to be repeated."""
+    slots.retire(_column(step.retire))
+    for admission in step.admit:
+        slots.admit(admission)
+    slots.grow(_column(step.grow_slots), _column(step.grow_blocks))
+    if step.repeat:
+        return last, np.ones_like(last)
+    run, counts = _column(step.run_slots).astype(np.int64), _column(step.run_counts).astype(np.int64)
+    if len(run) != len(counts):
+        raise BadStep(f"{len(run)} slots to run but {len(counts)} counts")
+    return run, counts
+
+
 def _column(data: bytes) -> npt.NDArray[np.int32]:
     return np.frombuffer(data, np.int32)
 
@@ -48,23 +74,15 @@ class Runner:
         self._last = NO_SLOTS
 
     def facts(self) -> WorkerFacts:
-        sizing = self._loaded.sizing
-        return WorkerFacts(
-            num_blocks=sizing.num_blocks,
-            block_size=sizing.block_size,
-            max_num_seqs=self._slots.count,
-            max_model_len=sizing.max_model_len,
-            vocab_size=self._loaded.decoder.arch.vocab_size,
-            eos_token_ids=tuple(self._eos),
-            device=self._device,
-        )
+        return facts_of(self._loaded, self._slots.count)
 
     def clear(self) -> None:
         self._slots.clear()
         self._last = NO_SLOTS
 
     def execute(self, step: Step) -> StepResult:
-        slots, counts = self._apply(step)
+        slots, counts = apply_step(self._slots, step, self._last)
+        self._last = slots
         first, end = self._slots.take(slots, counts)
         sampling = np.flatnonzero(end == self._slots.known[slots])
         sampled = None
@@ -85,24 +103,9 @@ class Runner:
             columns(sampled.logprobs),
         )
 
-    def _apply(self, step: Step) -> tuple[Ints, Ints]:
-        """Retire, admit, grow; (slots, counts) of what is to run."""
-        slots = self._slots
-        slots.retire(_column(step.retire))
-        for admission in step.admit:
-            slots.admit(admission)
-        slots.grow(_column(step.grow_slots), _column(step.grow_blocks))
-        if step.repeat:
-            return self._last, np.ones_like(self._last)
-        run, counts = _column(step.run_slots).astype(np.int64), _column(step.run_counts).astype(np.int64)
-        if len(run) != len(counts):
-            raise BadStep(f"{len(run)} slots to run but {len(counts)} counts")
-        self._last = run
-        return run, counts
-
     def _run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints) -> sampler.Sampled | None:
         self._scrub(slots, first, end)
-        rows, positions = _spread(first, counts)
+        rows, positions = spread(first, counts)
         ids = self._tensor(self._slots.tokens[slots[rows], positions].astype(np.int64))
         batch = self._batch(slots, counts, end, rows, positions)
         everything = len(sampling) == len(positions)
@@ -179,7 +182,7 @@ class Runner:
         return tensor if self._device == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
-def _spread(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
+def spread(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
     """(row, position) of every token of the step, rows in order."""
     if (counts == 1).all():
         return np.arange(len(counts)), first

@@ -1,0 +1,208 @@
+"""The runner on a GPU: steps are launched ahead and their tokens read back later, so that the GPU never waits for the CPU.
+
+`launch` puts a step on the stream and returns at once; its Flight knows when the result has arrived. Slots are kept twice: as columns on
+the host (lengths and tables, which are known ahead) and on the device (last tokens too, which are not).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pagewire_kernels import cuda as ops
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.messages import LogprobColumns, Step, StepResult, WorkerFacts
+from torch import Tensor
+
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
+from . import setup, weights
+from .graphs import DecodeGraphs
+from .runner import NO_SLOTS, apply_step, facts_of, spread
+from .slots import Ints, Slots
+from .special import Extra, SpecialRows
+from .staging import Uploads, Waiter
+
+RING: Final = 16
+"""Results that may be on their way at once."""
+
+
+def no_tick() -> None:
+    """Launching a step takes no time that a heartbeat could miss."""
+
+
+@dataclass
+class Flight:
+    """A launched step. `report` is pinned memory, meaningful once `event` has happened: a token a row, -1 where logits were not finite."""
+
+    step: Step
+    incarnation: int
+    slots: npt.NDArray[np.int32]
+    report: Tensor
+    event: torch.cuda.Event
+    extra: Extra | None
+
+    def done(self) -> bool:
+        """Raises RuntimeError when the GPU has failed."""
+        return self.event.query()
+
+    def result(self) -> StepResult:
+        tokens = self.report.numpy()[: len(self.slots)]
+        bad = tokens < 0
+        logprobs: LogprobColumns | None = self.extra.columns(tokens) if self.extra else None
+        kept = np.where(bad, 0, tokens).astype(np.int32)
+        step = self.step
+        return StepResult(
+            step.epoch, self.incarnation, step.n, self.slots.tobytes(), kept.tobytes(), bad.view(np.uint8).tobytes(), logprobs
+        )
+
+
+class CudaRunner:
+    """facts, launch, clear: what the loop uses. See `runner.Runner` for what a step means; raises BadStep likewise."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: ModelConfig,
+        scheduler: SchedulerConfig,
+        config: WorkerConfig,
+        incarnation: int = 1,
+        progress: weights.Progress = lambda stage, fraction: None,
+    ) -> None:
+        self._incarnation = incarnation
+        self._loaded = setup.load(path, model, config, progress)
+        sizing = self._loaded.sizing
+        self._slots = Slots(scheduler.max_num_seqs, sizing.max_model_len, config.block_size)
+        with torch.inference_mode():
+            self._state = SlotState.empty(self._slots.count, self._slots.tables.shape[1], "cuda")
+            self._uploads = Uploads("cuda")
+            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager)
+            self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
+            self._graphs.capture_all(lambda fraction: progress("capturing graphs", fraction))
+        self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._waiter: Waiter | None = None
+        self._last = NO_SLOTS
+        self._resident = NO_SLOTS
+        """What the graphs' slot buffer holds."""
+
+    def facts(self) -> WorkerFacts:
+        return facts_of(self._loaded, self._slots.count)
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, from another thread, whenever a flight is done."""
+        self._waiter = Waiter(wake)
+
+    def clear(self) -> None:
+        self._slots.clear()
+        self._last = NO_SLOTS
+
+    def launch(self, step: Step) -> Flight:
+        with torch.inference_mode():
+            slots, counts = apply_step(self._slots, step, self._last)
+            self._last = slots
+            self._mirror(step)
+            first, end = self._slots.take(slots, counts)
+            sampling = end == self._slots.known[slots]
+            rows = slots[sampling]
+            report, extra = self._run(step, slots, counts, first, end, sampling)
+            self._slots.known[rows] += 1
+            return self._flight(step, rows.astype(np.int32), report, extra)
+
+    def _flight(self, step: Step, rows: npt.NDArray[np.int32], report: Tensor | None, extra: Extra | None) -> Flight:
+        host = self._ring[step.n % RING]
+        if report is not None:
+            host[: len(rows)].copy_(report[: len(rows)], non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        if self._waiter is not None:
+            self._waiter.watch(event)
+        return Flight(step, self._incarnation, rows, host, event, extra)
+
+    def _mirror(self, step: Step) -> None:
+        """Bring what the step changed in the host's slots to the device."""
+        slots, state = self._slots, self._state
+        if step.admit:
+            self._admit(np.array([admission.slot for admission in step.admit], np.int64))
+        if step.grow_slots:
+            grown, extra = np.unique(np.frombuffer(step.grow_slots, np.int32).astype(np.int64), return_counts=True)
+            rows, back = spread(np.zeros_like(grown), extra)
+            last = slots.blocks[grown][rows] - 1 - back
+            at = self._uploads.up(np.stack((grown[rows], last, slots.tables[grown[rows], last].astype(np.int64))))
+            state.table[at[0], at[1]] = at[2].int()
+
+    def _admit(self, new: Ints) -> None:
+        slots, state, up = self._slots, self._state, self._uploads.up
+        index = up(new)
+        width = max(1, int(slots.blocks[new].max()))
+        state.table[:, :width][index] = up(slots.tables[new, :width])
+        whole = np.stack((slots.tokens[new, slots.known[new] - 1], slots.computed[new], slots.top_k[new])).astype(np.int32)
+        columns = up(whole)
+        state.last_token[index], state.computed[index], state.top_k[index] = columns[0], columns[1], columns[2]
+        state.odds[index] = up(np.stack((slots.temperature[new], slots.top_p[new], slots.min_p[new]), axis=1).astype(np.float32))
+        state.seeds[index] = up(slots.seed[new])
+        self._special.admit(new)
+
+    def _run(
+        self, step: Step, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
+    ) -> tuple[Tensor | None, Extra | None]:
+        if not len(slots):
+            return None, None
+        if sampling.all() and (counts == 1).all():
+            return self._decode(slots)
+        return self._mixed(slots, counts, first, end, sampling)
+
+    def _filtered(self, slots: Ints) -> bool:
+        columns = self._slots
+        return bool(((columns.top_p[slots] < 1) | (columns.top_k[slots] > 0) | (columns.min_p[slots] > 0)).any())
+
+    def _decode(self, slots: Ints) -> tuple[Tensor, Extra | None]:
+        size = self._graphs.bucket(len(slots))
+        if slots is not self._resident:
+            padded = np.full(len(self._graphs.slots), -1, np.int32)
+            padded[: len(slots)] = slots
+            self._uploads.up(padded, out=self._graphs.slots)
+            self._resident = slots
+        decoded = self._graphs.run(size, self._filtered(slots))
+        return decoded.report, self._special.resample(decoded.logits, slots, decoded.report)
+
+    def _mixed(
+        self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
+    ) -> tuple[Tensor | None, Extra | None]:
+        """A step with prompts in it, run eagerly. Tokens that only the device knows are marked -1 on the way up."""
+        loaded, state, up = self._loaded, self._state, self._uploads.up
+        batch, ids, index = self._batch(slots, counts, first, end)
+        wanted = up((np.cumsum(counts) - 1)[sampling])
+        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, wanted, no_tick)
+        state.computed[index] = batch.seq_lens
+        rows = slots[sampling]
+        if not len(rows):
+            return None, None
+        index = index[up(np.flatnonzero(sampling))]
+        odds = state.odds[index].T.contiguous()
+        positions = up(end[sampling] - 1)
+        sampled = ops.sample(
+            logits, ops.SamplingRows(odds[0], state.top_k[index], odds[1], odds[2], state.seeds[index], positions, self._filtered(rows))
+        )
+        tokens = sampled.tokens.int()
+        report = torch.where(sampled.bad, -1, tokens)
+        state.last_token[index] = tokens
+        return report, self._special.resample(logits, rows, report)
+
+    def _batch(self, slots: Ints, counts: Ints, first: Ints, end: Ints) -> tuple[Batch, Tensor, Tensor]:
+        host, size, up = self._slots, self._slots.block_size, self._uploads.up
+        rows, positions = spread(first, counts)
+        unknown = positions >= self._special.told[slots[rows]]
+        tokens = np.where(unknown, -1, host.tokens[slots[rows], positions]).astype(np.int64)
+        width = -(-int(end.max()) // size)
+        mapping = host.tables[slots[rows], positions // size].astype(np.int64) * size + positions % size
+        flat = up(np.stack((tokens, positions, mapping, slots[rows])))
+        starts = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        index = up(slots)
+        tables = self._state.table[:, :width][index].contiguous()
+        ids = torch.where(flat[0] < 0, self._state.last_token[flat[3]].long(), flat[0])
+        batch = Batch(flat[1], flat[2], up(starts), up(end.astype(np.int32)), tables, int(counts.max()), int(end.max()))
+        return batch, ids, index

@@ -1,0 +1,90 @@
+"""A whole decode step, embedding to slot state, as one captured CUDA graph for each batch size bucket.
+
+A graph reads the slots to run from a fixed buffer and everything else from the slot state, so that replaying it needs at most one small
+copy. Buckets are captured from large to small into one memory pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pagewire_kernels import cuda as ops
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.slot_state import HEAT, MIN_P, TOP_P, DecodeRows, SlotState, commit, decode_inputs
+from torch import Tensor
+
+from .setup import Loaded
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes with a graph of their own, rising: 1, 2, 4, then multiples of 8, of 16 above 256 and of 32 above 512."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+@dataclass
+class Decoded:
+    """logits [B, V]; report int32 [B]: the sampled tokens, -1 where the logits were not finite."""
+
+    logits: Tensor
+    report: Tensor
+
+
+class DecodeGraphs:
+    """`run(rows, filtered)` decodes the first `rows` entries of `slots`, which the caller fills (-1 is padding)."""
+
+    def __init__(self, loaded: Loaded, state: SlotState, most: int, eager: bool) -> None:
+        self._loaded, self._state, self._eager = loaded, state, eager
+        self.slots = torch.full((most,), -1, dtype=torch.int32, device="cuda")
+        self.sizes = buckets(most)
+        self._rows = DecodeRows.empty(most, state.table.shape[1], "cuda")
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device="cuda")
+        self._report = torch.empty(most, dtype=torch.int32, device="cuda")
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def bucket(self, rows: int) -> int:
+        """The smallest captured size that holds `rows`."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        for done, size in enumerate(reversed(self.sizes)):
+            self._capture(size, False)
+            progress(done / len(self.sizes))
+
+    def run(self, size: int, filtered: bool) -> Decoded:
+        """`size` is a bucket; `filtered`: some row restricts the vocabulary."""
+        if self._eager:
+            return self._decode(size, filtered)
+        if (size, filtered) not in self._graphs:
+            self._capture(size, filtered)
+        graph, decoded = self._graphs[size, filtered]
+        graph.replay()
+        return decoded
+
+    def _capture(self, size: int, filtered: bool) -> None:
+        """The slots wait as padding meanwhile: neither the warm-up nor the capture may move a request on."""
+        if self._eager:
+            return
+        waiting = self.slots.clone()
+        self.slots.fill_(-1)
+        self._decode(size, filtered)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            decoded = self._decode(size, filtered)
+        self._graphs[size, filtered] = graph, decoded
+        self.slots.copy_(waiting)
+
+    def _decode(self, size: int, filtered: bool) -> Decoded:
+        loaded, rows, slots = self._loaded, self._rows.first(size), self.slots[:size]
+        decode_inputs(slots, self._state, loaded.sizing.block_size, rows)
+        starts = self._starts[: size + 1]
+        batch = Batch(rows.positions, rows.mapping, starts, rows.seq_lens, rows.tables, 1, loaded.sizing.max_model_len)
+        logits = loaded.decoder(rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None)
+        odds = rows.odds
+        sampling = ops.SamplingRows(odds[HEAT], rows.top_k, odds[TOP_P], odds[MIN_P], rows.seeds, rows.positions, filtered)
+        sampled = ops.sample(logits, sampling)
+        report = self._report[:size]
+        commit(slots, sampled.tokens, sampled.bad, self._state, report)
+        return Decoded(logits, report)
