@@ -3,9 +3,9 @@
     python bench/path.py [--streams 256] [--tokens 1000] [--clients 4] [--json FILE] [flags of pagewire serve]
 
 A fake worker (a hash for a model, the vocabulary of the demo's tokenizer) feeds concurrent HTTP streams, read by client processes of
-their own. The cost of a service is its user and system time from the first tenth of the tokens until every client has read all of its own,
-over the tokens of that time. Two runs, since a service that falls behind merges tokens into fewer messages and chunks, which costs less for each: as fast as
-everything goes, and with a step every 10 ms, where every token is a chunk of its own.
+their own. The cost of a service is its user and system time from the first tenth of the tokens until every client has read all of its
+own, over the tokens of that time. Two runs, since a service that falls behind merges tokens into fewer messages and chunks, which makes
+each cheaper: as fast as everything goes, and with a step every 10 ms, where every token is a chunk of its own.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         asyncio.run(send_all(target, [{"prompt": [1, 2, 3], "max_tokens": 50}] * 8, 8))
         with clients(target, options) as results:
             goal = options.streams * options.tokens
-            wait_until(url, before := delivered(url), goal * 0.1)
+            wait_until(url, delivered(url), goal * 0.1)
             begin, cpu, began = delivered(url), {kind: cpu_seconds(pids[kind]) for kind in KINDS}, time.monotonic()
             samples: list[Sample] = [sample for _ in range(options.clients) for sample in results.get(timeout=300)]
             seconds = time.monotonic() - began
