@@ -4,6 +4,8 @@ import json
 
 import pytest
 from pagewire.frontend import sse
+from pagewire.frontend.responses import completion_logprobs
+from pagewire_protocol.parts import TokenLogprobs
 
 
 class Transport:
@@ -140,3 +142,10 @@ def test_an_overfull_buffer_is_cut_off_at_once(flusher: sse.Flusher) -> None:
     assert transport.aborted
     outlet.detach()
     assert not flusher.attached
+
+
+def test_a_token_without_text_is_called_by_its_id() -> None:
+    entry = TokenLogprobs(row=0, index=0, rank=1, ids=(7, 8), values=(-0.5, float("-inf")), texts=(b"", b""))
+    shown = completion_logprobs([entry], 5)
+    assert shown["tokens"] == ["token_id:7"] and shown["top_logprobs"] == [{"token_id:7": -0.5, "token_id:8": -9999.0}]
+    assert shown["text_offset"] == [5]

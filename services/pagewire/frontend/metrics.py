@@ -47,11 +47,11 @@ class _Collector:
 
     def _scheduler(self) -> Iterator[Metric]:
         roster = self._state.stack.roster
-        stats = {name.removesuffix("_total"): value for name, value in roster.stats.items()} if roster else {}
+        stats = dict(roster.stats) if roster else {}
         for name, text in _GAUGES.items():
             yield self._gauge(f"vllm:{name}", text, stats.pop(name, 0.0))
         for name, text in _COUNTERS.items():
-            yield self._counter(f"vllm:{name}", text, stats.pop(name, 0.0))
+            yield self._counter(f"vllm:{name}", text, stats.pop(name, None) or stats.pop(f"{name}_total", 0.0))
         for name, value in stats.items():
             yield self._gauge(f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value)
 

@@ -96,12 +96,13 @@ class Shape:
         return chat_logprobs(choice.logprobs) if self.plan.chat else completion_logprobs(choice.logprobs, choice.offset)
 
 
-def token_text(entry: TokenLogprobs) -> str:
-    return entry.texts[0].decode("utf-8", "replace")
+def token_text(entry: TokenLogprobs, candidate: int = 0) -> str:
+    """What a candidate is called: its text, or its id where there is no tokenizer to tell."""
+    return entry.texts[candidate].decode("utf-8", "replace") or f"token_id:{entry.ids[candidate]}"
 
 
 def _candidates(entry: TokenLogprobs) -> list[tuple[str, float, bytes]]:
-    return [(raw.decode("utf-8", "replace"), max(value, LOWEST), raw) for raw, value in zip(entry.texts, entry.values, strict=True)]
+    return [(token_text(entry, i), max(value, LOWEST), raw) for i, (raw, value) in enumerate(zip(entry.texts, entry.values, strict=True))]
 
 
 def completion_logprobs(entries: Sequence[TokenLogprobs], offset: int) -> Json:
