@@ -2,7 +2,8 @@
 
 The simulated worker executes Steps as a real one must: it keeps tokens by slot, writes for every computed token a hash of all tokens up to
 it into the cell of the block that its table gives (as real keys and values depend on all of them), checks all that it reads back against
-the slot's tokens (so that a wrong, stale or wrongly shared block is seen), and says as next token a hash of all tokens before it. `World.audit` compares the scheduler's books with what was really written.
+the slot's tokens (so that a wrong, stale or wrongly shared block is seen), and says as next token a hash of all tokens before it.
+`World.audit` compares the scheduler's books with what was really written.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ class SlotState:
 
 
 class Shadow:
-    """Where the steps that were sent write, known when they are sent: until a step's result is delivered its blocks belong to its requests."""
+    """Where the steps that were sent write, known when they are sent: until the result is delivered the blocks are in use."""
 
     def __init__(self, block_size):
         self.block_size, self.blocks, self.computed, self.last, self.writes = block_size, {}, {}, [], {}
@@ -275,7 +276,7 @@ class World:
 
     def deliver(self, worker):
         result = worker.results.popleft()
-        del worker.shadow.writes[result.n]
+        worker.shadow.writes.pop(result.n, None)
         self.send(result)
 
     def run(self, limit=2000):

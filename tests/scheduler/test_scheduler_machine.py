@@ -27,7 +27,7 @@ def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=Tru
 
 
 def test_random_lives():
-    run_machine(250, 60)
+    run_machine(400, 60)
 
 
 def seal_before_the_result(patch):

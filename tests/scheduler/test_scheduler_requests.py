@@ -236,6 +236,7 @@ def test_a_worker_given_up_may_come_back_and_is_emptied_first():
     h = w.submit([1, 2, 3], max_tokens=20)
     w.step()
     w.send(Unreachable(worker.peer.inbox))
+    worker.shadow.writes.clear()
     w.tick()
     assert w.end(h).finish is Finish.LOST
     w.send(Hello(worker.peer, worker.facts))
@@ -275,9 +276,9 @@ def test_stale_results_change_nothing():
     h = w.submit([1, 2, 3], max_tokens=6)
     w.tick()
     worker.execute()
-    result = worker.results.popleft()
-    for _ in range(2):
-        w.send(result)
+    result = worker.results[0]
+    w.deliver(worker)
+    w.send(result)
     w.send(StepResult(7, worker.incarnation, 2, b"", b"", b""))
     w.send(StepResult(1, 12345, 2, b"", b"", b""))
     w.run()
@@ -304,6 +305,10 @@ def test_the_roster_tells_what_the_stack_can_do():
 
 
 def test_frontends_get_statistics_every_second_and_others_do_not():
+    w = World()
+    w.send(Heartbeat("ipc:///early", 4711, 0, False))
+    w.tick()
+    assert w.rosters["ipc:///early"].peers == ()
     w = world()
     w.send(Hello(Peer(Role.FRONTEND, "f", "ipc:///f", 77, True)))
     w.submit([1, 2, 3], max_tokens=8)

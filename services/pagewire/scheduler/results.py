@@ -33,7 +33,6 @@ def absorb(replica: Replica, result: StepResult, out: Outgoing, ended: Ended, fa
     tokens, flags, logprobs = _columns(flight, result)
     hits = _hits(replica, tokens, flags)
     replica.flights.popleft()
-    replica.returned = flight.n
     rows = flight.sampled
     if flags is not None:
         _fail(replica, flight, flags, failed)
@@ -41,6 +40,7 @@ def absorb(replica: Replica, result: StepResult, out: Outgoing, ended: Ended, fa
         keep = replica.slots.born[rows] <= flight.n
         rows, tokens, hits, logprobs = rows[keep], tokens[keep], hits[keep], select(logprobs, keep)
     _record(replica, rows, tokens, hits, logprobs, out, ended, flight)
+    replica.returned = flight.n  # not before: a preempted request whose last row this is must be read before it moves
     replica.settle()
 
 

@@ -179,11 +179,12 @@ class Scheduler:
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
-        inboxes = set(self.peers.inboxes()) if self.peers.changed else set(self._greet)
+        inboxes, self._greet = self._greet, set()
         frontends = set(self.peers.inboxes(Role.FRONTEND))
-        if due:
+        if self.peers.changed:
+            inboxes |= set(self.peers.inboxes())
+        elif due:
             inboxes |= frontends
-        self._greet.clear()
         if inboxes:
             stats = self.stats()
             for inbox in sorted(inboxes):
