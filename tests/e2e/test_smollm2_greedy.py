@@ -1,0 +1,128 @@
+"""The demo model in float32 through the whole stack, against transformers: the same tokens and log-probabilities however the work is cut up.
+
+The oracle is one pass of transformers over prompt and output together: the output is what transformers would generate greedily if and only
+if each of its tokens is the most likely one after all before it. The prompts are varied and two of them are 2,000 tokens long.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pagewire import LLM, SamplingParams
+from pagewire.hub import demo_gguf
+
+STEPS = 64
+TOPICS = (
+    "the sea", "a clock", "winter", "bread", "the moon", "a bridge", "rivers", "a letter", "glass", "trains", "honey", "a garden", "maps",
+    "the desert", "music", "stones",
+)  # fmt: skip
+FIXED = (
+    "Once upon a time",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    "法国的首都是哪里？请用一句话回答。",
+    "今天天气很好，我们去公园散步，看到了很多花。",
+    "🙂🙃😉 What do these emoji mean? 🎉🚀",
+    "SELECT name, COUNT(*) FROM users GROUP BY name HAVING",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Ünïcödé çharacters — “quotes” … naïve café",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "   leading spaces and\t\ttabs\n\n\nand blank lines",
+    "for (int i = 0; i < 10; i++) {",
+    "The quick brown fox jumps over the lazy dog. " * 8,
+    "Q: What is 17 + 25?\nA:",
+    "Привет, как дела? Меня зовут",
+    "import numpy as np\n\nclass Matrix:\n    def __init__(self, rows):\n",
+    "A",
+)
+OPENINGS = ("Write two sentences about {}.", "{} was first", "Dear friend, yesterday {}")
+SHORT = [*FIXED, *(opening.format(topic) for topic in TOPICS for opening in OPENINGS)][:62]
+LONG_TOKENS = 2000
+
+Tokens = list[int]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = demo_gguf()
+    kwargs: dict[str, Any] = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs).eval()
+    return model, AutoTokenizer.from_pretrained(path.parent, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def prompts(oracle: Any) -> list[Tokens]:
+    tokenizer = oracle[1]
+    long = tokenizer(" ".join(SHORT) * 4).input_ids
+    made = [tokenizer(text).input_ids for text in SHORT] + [long[:LONG_TOKENS], long[100 : 100 + LONG_TOKENS]]
+    assert len(made) == 64 and len({tuple(ids) for ids in made}) == 64
+    return made
+
+
+def start(**settings: Any) -> LLM:
+    base: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 4096, "max_num_seqs": 64}
+    return LLM(**{**base, **settings})
+
+
+def generate(llm: LLM, prompts: list[Tokens], logprobs: int | None = None) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=logprobs)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def ids_of(outputs: list[Any]) -> list[Tokens]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[LLM]:
+    with start(enable_prefix_caching=True) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def together(stack: LLM, prompts: list[Tokens]) -> list[Any]:
+    """All 64 at once, with log-probabilities."""
+    return generate(stack, prompts, logprobs=5)
+
+
+def test_tokens_and_logprobs_equal_those_of_transformers(oracle: Any, prompts: list[Tokens], together: list[Any]) -> None:
+    model = oracle[0]
+    for place, (prompt, output) in enumerate(zip(prompts, together, strict=True)):
+        completion = output.outputs[0]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + completion.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+        assert logits.argmax(-1).tolist() == completion.token_ids, f"prompt {place}"
+        expected = torch.log_softmax(logits.double(), -1)
+        for step, given in enumerate(completion.logprobs):
+            for token, entry in given.items():
+                assert entry.logprob == pytest.approx(float(expected[step, token]), abs=1e-4), (place, step, token)
+            assert set(torch.topk(expected[step], 5).indices.tolist()) <= set(given) | {completion.token_ids[step]}
+
+
+def test_cached_prefixes_change_no_token(stack: LLM, prompts: list[Tokens], together: list[Any]) -> None:
+    again = generate(stack, prompts)
+    assert ids_of(again) == ids_of(together)
+    cached = [output.num_cached_tokens for output in again]
+    assert all(count >= (len(ids) - 1) // 16 * 16 for count, ids in zip(cached, prompts, strict=True)) and max(cached) > 1900
+
+
+@pytest.mark.parametrize("budget", [16, 37])
+def test_prefill_chunks_change_no_token(budget: int, prompts: list[Tokens], together: list[Any]) -> None:
+    with start(max_num_batched_tokens=budget, enable_prefix_caching=False) as llm:
+        assert ids_of(generate(llm, prompts)) == ids_of(together)
+
+
+def test_one_at_a_time_changes_no_token(prompts: list[Tokens], together: list[Any]) -> None:
+    with start(max_num_seqs=1, enable_prefix_caching=False) as llm:
+        assert ids_of(generate(llm, prompts)) == ids_of(together)
+
+
+def test_preemption_changes_no_token(prompts: list[Tokens], together: list[Any]) -> None:
+    blocks = 180
+    with start(num_kv_blocks=blocks, max_model_len=2200) as llm:
+        assert ids_of(generate(llm, prompts)) == ids_of(together)
+        stats = llm.stats()
+    assert stats["num_preemptions"] > 0
+    assert stats["kv_blocks_free"] == stats["kv_blocks_total"] == blocks
