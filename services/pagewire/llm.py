@@ -103,6 +103,12 @@ class LLM:
         wire = as_chats(messages, add_generation_prompt, continue_final_message)
         return Batch(self, wire, as_params(sampling_params, len(wire))).run(use_tqdm)
 
+    def stats(self) -> dict[str, float]:
+        """The scheduler's gauges and counters, by the names that /metrics shows."""
+        self._engine.refresh()
+        roster = self._engine.roster
+        return dict(roster.stats) if roster else {}
+
     def pids(self) -> dict[str, int]:
         """The services' process ids by name."""
         return self._engine.pids()
