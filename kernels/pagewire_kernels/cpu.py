@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Batch
-from .cpu_plan import Decode, Plan, Prefill, make_plan
+from .cpu_plan import Group, Plan, make_plan
 
 PACKED_TYPES: Final = (torch.bfloat16, torch.float32)
 PACK_ROWS: Final = 16
@@ -80,54 +80,46 @@ def rope_and_cache(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
 ) -> Tensor:
-    """Sequences with one new token go through batched products over gathered blocks, grouped by length; the others one by one."""
+    """Sequences that are alike (by length when decoding, by position in prompts) go through one batched product over gathered blocks."""
     plan: Plan = batch.plan or make_plan(batch, k_cache)
-    decodes, prefills = plan.work(window, q.dtype)
-    if len(decodes) == 1 and decodes[0].rows is None:
-        return _decode(q, k_cache, v_cache, decodes[0], plan, scale, soft_cap)
-    out = torch.zeros(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
-    for group in decodes:
-        out[group.rows] = _decode(q[group.rows], k_cache, v_cache, group, plan, scale, soft_cap)
-    for item in prefills:
-        out[item.first : item.last] = _prefill(q[item.first : item.last], k_cache, v_cache, item, plan, scale, soft_cap)
+    groups = plan.work(window)
+    if len(groups) == 1 and groups[0].tokens is None:
+        return _attend(q, k_cache, v_cache, groups[0], scale, soft_cap)
+    out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
+    for group in groups:
+        out[group.tokens] = _attend(q[group.tokens], k_cache, v_cache, group, scale, soft_cap)
     return out
 
 
-def _gather(cache: Tensor, index: Tensor, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The (block, head) pairs of `index`, each block_size x D values in one piece, as `shape`."""
-    torch.index_select(cache.view(-1, cache.shape[2] * cache.shape[3]), 0, index, out=buffer)
-    return buffer.view(shape)
+def _gather(cache: Tensor, group: Group) -> Tensor:
+    """[size * Hkv, length, D]: the group's blocks, which lie by head already, each block_size x D values in one piece."""
+    kv_heads, block_size, size = cache.shape[1:]
+    found = torch.index_select(cache.view(-1, block_size * size), 0, group.index).view(group.size * kv_heads, -1, size)
+    found = found[:, : group.length]
+    return found.float() if group.wide else found
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Decode, plan: Plan, scale: float, soft_cap: float | None) -> Tensor:
-    """q [B, Hq, D] -> [B, Hq*D]. The query heads of a KV head are the rows of one product, so that keys are read once."""
-    size, pairs = q.shape[2], group.size * plan.kv_heads
-    shape = (pairs, group.length, size)
-    queries = q.reshape(pairs, -1, size)
-    keys = _gather(k_cache, group.index, group.k_buffer, shape).mT
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, scale: float, soft_cap: float | None) -> Tensor:
+    """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of one product: keys are read once."""
+    kv_heads, size = k_cache.shape[1], q.shape[2]
+    dtype, pairs = q.dtype, group.size * kv_heads
+    heads = q.view(group.size, group.queries, kv_heads, -1, size)
+    queries = heads.permute(0, 2, 1, 3, 4) if group.queries > 1 else heads
+    queries = queries.reshape(pairs, -1, size)
+    queries = queries.float() if group.wide else queries
+    scores = _scores(queries, _gather(k_cache, group).mT, group, scale, soft_cap)
+    out = torch.bmm(torch.softmax(scores, -1), _gather(v_cache, group)).to(dtype)
+    if group.queries > 1:
+        out = out.view(group.size, kv_heads, group.queries, -1, size).transpose(1, 2)
+    return out.reshape(len(q), -1)
+
+
+def _scores(queries: Tensor, keys: Tensor, group: Group, scale: float, soft_cap: float | None) -> Tensor:
+    """queries [pairs, queries * heads, D] times keys [pairs, D, length], scaled, capped and masked."""
+    mask = group.mask
+    if mask is not None and group.queries > 1:
+        mask = mask.repeat_interleave(queries.shape[1] // group.queries, 1)
     if soft_cap is not None:
         scores = torch.tanh(torch.bmm(queries, keys).mul_(scale / soft_cap)).mul_(soft_cap)
-        scores = scores if group.mask is None else scores.add_(group.mask)
-    elif group.mask is None:
-        scores = torch.bmm(queries, keys).mul_(scale)
-    else:
-        scores = torch.baddbmm(group.mask, queries, keys, alpha=scale)
-    values = _gather(v_cache, group.index, group.v_buffer, shape)
-    return torch.bmm(torch.softmax(scores, -1), values).view(group.size, -1)
-
-
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, item: Prefill, plan: Plan, scale: float, soft_cap: float | None) -> Tensor:
-    """q [n, Hq, D] -> [n, Hq*D]."""
-    shape = (plan.kv_heads, -1, q.shape[2])
-    k = _gather(k_cache, item.index, item.k_buffer, shape)[:, : item.length]
-    v = _gather(v_cache, item.index, item.v_buffer, shape)[:, : item.length]
-    queries = q.transpose(0, 1)
-    if soft_cap is not None:
-        scores = torch.matmul(queries.unflatten(0, (plan.kv_heads, -1)), k.mT.unsqueeze(1)).float().mul_(scale / soft_cap)
-        scores = torch.tanh(scores).mul_(soft_cap).add_(item.full_mask(q.dtype))
-        out = torch.matmul(torch.softmax(scores, -1).to(v.dtype), v.unsqueeze(1)).flatten(0, 1)
-    else:
-        out = F.scaled_dot_product_attention(
-            queries[None], k[None], v[None], attn_mask=item.mask, is_causal=item.mask is None, scale=scale, enable_gqa=True
-        )[0]
-    return out.transpose(0, 1).reshape(len(q), -1)
+        return scores if mask is None else scores.add_(mask)
+    return torch.bmm(queries, keys).mul_(scale) if mask is None else torch.baddbmm(mask, queries, keys, alpha=scale)

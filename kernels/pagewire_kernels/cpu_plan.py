@@ -14,37 +14,30 @@ from torch import Tensor
 from .batch import Batch
 
 SHORT_BLOCKS: Final = 16
-"""Sequences up to this many blocks share a group whatever their lengths: another group would cost more than the padding."""
+"""Decoding sequences up to this many blocks share a group whatever their lengths: another group would cost more than the padding."""
+QUERY_CHUNK: Final = 256
+"""Longer prompts are attended in pieces of this many queries, each over the keys up to its end: half the work of a full square."""
+SCORE_LIMIT: Final = 1 << 23
+"""Most scores of a group by KV head: what bounds the memory of a step's attention."""
+WIDE_LIMIT: Final = 1 << 18
+"""Decoding over at most this many key elements runs in float32: below it oneDNN's set-up costs more than the products."""
 
 
 @dataclass(slots=True)
-class Decode:
-    """Sequences of one new token each, padded to one `length`. rows: their tokens in the step, None when they are all of it in order."""
+class Group:
+    """`size` sequences with `queries` new tokens and `length` visible places each, attended by one batched product."""
 
-    rows: Tensor | None
+    tokens: Tensor | slice | None
+    """Where they are in the step; None when they are all of it in order."""
     size: int
+    queries: int
     length: int
     index: Tensor
+    """The (block, head) rows of a cache that hold their keys, [size, Hkv, blocks] in one dimension."""
     mask: Tensor | None
-    """[size * kv_heads, 1, length], 0 or -inf; None when nothing is hidden."""
-    k_buffer: Tensor
-    v_buffer: Tensor
-
-
-@dataclass(slots=True)
-class Prefill:
-    """One sequence's several new tokens. `mask` [n, length] is 0 or -inf; None stands for a plain causal square."""
-
-    first: int
-    last: int
-    length: int
-    index: Tensor
-    mask: Tensor | None
-    k_buffer: Tensor
-    v_buffer: Tensor
-
-    def full_mask(self, dtype: torch.dtype) -> Tensor:
-        return self.mask if self.mask is not None else _additive(np.tri(self.length, dtype=bool), dtype)
+    """[size * Hkv or 1, queries or 1, length], 0 or -inf; None when nothing is hidden."""
+    wide: bool
+    """Compute in float32."""
 
 
 def _additive(visible: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -66,7 +59,7 @@ class Plan:
     lengths: np.ndarray
     tables: np.ndarray
     _rotary: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    _work: dict[tuple[int | None, torch.dtype], tuple[list[Decode], list[Prefill]]] = field(default_factory=dict)
+    _work: dict[int | None, list[Group]] = field(default_factory=dict)
 
     def rotary(self, cos_sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(cosines twice over [T, 1, D], sines [T, 1, D/2], minus sines) in `dtype`."""
@@ -76,15 +69,24 @@ class Plan:
             self._rotary[key] = (torch.cat((cos, cos), -1), sin.contiguous(), -sin)
         return self._rotary[key]
 
-    def work(self, window: int | None, dtype: torch.dtype) -> tuple[list[Decode], list[Prefill]]:
-        key = (window, dtype)
-        if key not in self._work:
+    def work(self, window: int | None) -> list[Group]:
+        """Every new token of the step is in exactly one group."""
+        if window not in self._work:
             counts = np.diff(self.starts)
-            decodes = [self._decode(rows, window) for rows in self._groups(np.flatnonzero(counts == 1), window)]
-            self._work[key] = (decodes, [self._prefill(row, window) for row in np.flatnonzero(counts > 1)])
-        return self._work[key]
+            groups = [self._decode(rows, window) for rows in self._by_length(np.flatnonzero(counts == 1), window)]
+            alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for row in np.flatnonzero(counts > 1):
+                for first in range(0, int(counts[row]), QUERY_CHUNK):
+                    start = int(self.lengths[row] - counts[row]) + first
+                    key = (start, min(QUERY_CHUNK, int(counts[row]) - first))
+                    alike.setdefault(key, []).append((int(row), int(self.starts[row]) + first))
+            for (start, count), members in alike.items():
+                most = max(1, SCORE_LIMIT // (count * (start + count)))
+                groups += [self._prefill(members[i : i + most], start, count, window) for i in range(0, len(members), most)]
+            self._work[window] = groups
+        return self._work[window]
 
-    def _groups(self, rows: np.ndarray, window: int | None) -> list[np.ndarray]:
+    def _by_length(self, rows: np.ndarray, window: int | None) -> list[np.ndarray]:
         """Split by length where padding to the longest would more than double the work."""
         if not len(rows):
             return []
@@ -94,7 +96,7 @@ class Plan:
         classes = np.where(blocks <= SHORT_BLOCKS, 0, np.ceil(np.log2(blocks)))
         return [rows[classes == c] for c in np.unique(classes)]
 
-    def _decode(self, rows: np.ndarray, window: int | None) -> Decode:
+    def _decode(self, rows: np.ndarray, window: int | None) -> Group:
         lengths = self.lengths[rows].astype(np.int64)
         low = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
         first, end = low // self.block_size, -(-lengths // self.block_size)
@@ -102,31 +104,35 @@ class Plan:
         blocks = self.tables[rows[:, None], np.where(columns < end[:, None], columns, first[:, None])]
         at = (columns[:, :, None] * self.block_size + np.arange(self.block_size)).reshape(len(rows), -1)
         visible = (at >= low[:, None]) & (at < lengths[:, None])
-        mask = None if visible.all() else _additive(np.repeat(visible, self.kv_heads, 0)[:, None], self.dtype)
-        tokens = None if len(rows) == len(self.positions) else torch.from_numpy(self.starts[rows].astype(np.int64))
-        index = self._index(blocks)
-        return Decode(tokens, len(rows), at.shape[1], index, mask, self._buffer(index), self._buffer(index))
+        index, wide = self._index(blocks), at.size * self.kv_heads * self.head_dim <= WIDE_LIMIT
+        mask = None if visible.all() else self._mask(np.repeat(visible, self.kv_heads, 0)[:, None], wide)
+        return Group(self._tokens(self.starts[rows], 1), len(rows), 1, at.shape[1], index, mask, wide)
 
-    def _prefill(self, row: int, window: int | None) -> Prefill:
-        first, last = int(self.starts[row]), int(self.starts[row + 1])
-        end = int(self.lengths[row])
-        start = end - (last - first)
+    def _prefill(self, members: list[tuple[int, int]], start: int, count: int, window: int | None) -> Group:
+        """members: (row, first token in the step); each computes the `count` positions from `start` on."""
+        end = start + count
         low = 0 if window is None else max(0, start - window + 1) // self.block_size * self.block_size
-        blocks = self.tables[row, low // self.block_size : -(-end // self.block_size)]
-        mask = None
-        if start or (window is not None and end > window):
-            i, j = np.arange(start, end)[:, None], np.arange(low, end)[None]
-            mask = _additive((j <= i) if window is None else (j <= i) & (j > i - window), self.dtype)
-        index = self._index(blocks[None])
-        return Prefill(first, last, end - low, index, mask, self._buffer(index), self._buffer(index))
+        rows = np.array([row for row, _ in members])
+        blocks = self.tables[rows, low // self.block_size : -(-end // self.block_size)]
+        i, j = np.arange(start, end)[:, None], np.arange(low, end)[None]
+        visible = (j <= i) if window is None else (j <= i) & (j > i - window)
+        tokens = self._tokens(np.array([first for _, first in members]), count)
+        return Group(tokens, len(rows), count, end - low, self._index(blocks), self._mask(visible[None], False), False)
+
+    def _tokens(self, firsts: np.ndarray, count: int) -> Tensor | slice | None:
+        """Runs of `count` tokens each."""
+        if (np.diff(firsts) == count).all():
+            first, last = int(firsts[0]), int(firsts[-1]) + count
+            return None if last - first == len(self.positions) else slice(first, last)
+        return torch.from_numpy((firsts[:, None] + np.arange(count)).reshape(-1).astype(np.int64))
+
+    def _mask(self, visible: np.ndarray, wide: bool) -> Tensor:
+        return _additive(visible, torch.promote_types(self.dtype, torch.float32) if wide else self.dtype)
 
     def _index(self, blocks: np.ndarray) -> Tensor:
         """blocks [B, M] -> (block, head) rows in the order [B, Hkv, M]."""
         pairs = blocks[:, None, :].astype(np.int64) * self.kv_heads + np.arange(self.kv_heads)[None, :, None]
         return torch.from_numpy(pairs.reshape(-1))
-
-    def _buffer(self, index: Tensor) -> Tensor:
-        return torch.empty(len(index), self.block_size * self.head_dim, dtype=self.dtype)
 
 
 def make_plan(batch: Batch, cache: Tensor) -> Plan:

@@ -7,7 +7,7 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import Batch, make_batch
 
 BLOCK = 4
-TOLERANCE = {torch.float32: dict(atol=2e-5, rtol=2e-5), torch.bfloat16: dict(atol=4e-2, rtol=4e-2)}
+TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 4e-2, "rtol": 4e-2}}
 DTYPES = list(TOLERANCE)
 MIXES = {
     "one decode": ([1], [9]),
@@ -51,7 +51,7 @@ def test_norms_and_activation(dtype):
 def test_linear_of_packed_weights(dtype, rows):
     x, weight, bias = torch.randn(rows, 48).to(dtype), torch.randn(72, 48).to(dtype), torch.randn(72).to(dtype)
     packed = cpu.pack_linear(weight.clone())
-    tolerance = dict(atol=2e-1, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=1e-4, rtol=1e-4)
+    tolerance = {"atol": 2e-1, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(cpu.linear(x, packed), x @ weight.T, **tolerance)
     torch.testing.assert_close(cpu.linear(x, packed, bias), x @ weight.T + bias, **tolerance)
 

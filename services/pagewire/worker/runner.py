@@ -82,8 +82,8 @@ class Runner:
 
     def execute(self, step: Step) -> StepResult:
         slots, counts = apply_step(self._slots, step, self._last)
-        self._last = slots
         first, end = self._slots.take(slots, counts)
+        self._last = slots
         sampling = np.flatnonzero(end == self._slots.known[slots])
         sampled = None
         if len(slots):

@@ -1,0 +1,186 @@
+"""Tiny models of every family, made with transformers and saved as users would have them; a harness that runs ours position by position."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.worker import setup
+from pagewire.worker.runner import Runner
+from pagewire_kernels.batch import make_batch
+from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
+from pagewire_protocol.sampling import Sampling
+
+BLOCK = 8
+SIZES = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 21}),
+    "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 24}),
+}
+
+
+def build(variant: str):
+    """A transformers model in float32, random biases and norms included: their defaults of 0 and 1 would hide mistakes."""
+    import transformers
+
+    family, extra = VARIANTS[variant]
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@dataclass
+class Tiny:
+    variant: str
+    path: Path
+    model: torch.nn.Module
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(torch.tensor([tokens])).logits[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(variant) -> Tiny, saved once a session."""
+    made: dict[str, Tiny] = {}
+
+    def make(variant: str) -> Tiny:
+        if variant not in made:
+            path = tmp_path_factory.mktemp(variant)
+            model = build(variant)
+            model.save_pretrained(path)
+            made[variant] = Tiny(variant, path, model)
+        return made[variant]
+
+    return make
+
+
+def worker_config(**settings) -> WorkerConfig:
+    return WorkerConfig(**{"device": "cpu", "dtype": "float32", "block_size": BLOCK, "num_kv_blocks": 160, "threads": 1, **settings})
+
+
+class Harness:
+    """Runs a loaded model on chosen chunks of sequences, over block tables in random order; gives the logits of every position."""
+
+    def __init__(self, path: Path, model: ModelConfig | None = None, **settings) -> None:
+        self._loaded = setup.load(path, model or ModelConfig(), worker_config(**settings), lambda stage, fraction: None)
+        self.free = list(range(self._loaded.sizing.num_blocks))
+        random.Random(3).shuffle(self.free)
+        with torch.inference_mode():
+            self._loaded.cache.fill_(0.5)
+
+    def table(self, tokens: int) -> list[int]:
+        return [self.free.pop() for _ in range(-(-tokens // BLOCK))]
+
+    def step(self, work: list[tuple[list[int], int, int, list[int]]]) -> torch.Tensor:
+        """work: (tokens, first, end, table) of each sequence -> [sum of end - first, V]."""
+        batch = make_batch([end - first for _, first, end, _ in work], [end for _, _, end, _ in work], [w[3] for w in work], BLOCK)
+        ids = torch.tensor([token for tokens, first, end, _ in work for token in tokens[first:end]])
+        with torch.inference_mode():
+            loaded = self._loaded
+            return loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, None, lambda: None)
+
+    def logits(self, tokens: list[int], chunk: int) -> torch.Tensor:
+        table = self.table(len(tokens))
+        firsts = range(0, len(tokens), chunk)
+        return torch.cat([self.step([(tokens, first, min(first + chunk, len(tokens)), table)]) for first in firsts])
+
+
+class Driver:
+    """A scheduler in miniature: places requests in slots of a Runner, runs them, collects their tokens."""
+
+    def __init__(self, path: Path, model: ModelConfig | None = None, max_num_seqs: int = 64, **settings) -> None:
+        config = worker_config(**settings)
+        self.runner = Runner(path, model or ModelConfig(), SchedulerConfig(max_num_seqs=max_num_seqs), config, incarnation=5)
+        self.facts = self.runner.facts()
+        self.block_size = config.block_size
+        self.free = list(range(self.facts.num_blocks))
+        random.Random(4).shuffle(self.free)
+        self.out: dict[int, list[int]] = {}
+        self.held: dict[int, list[int]] = {}
+        self.results: list[StepResult] = []
+
+    def admission(self, slot: int, prompt: list[int], sampling: Sampling, output: tuple[int, ...] = (), room: int = 0) -> Admission:
+        blocks = [self.free.pop() for _ in range(-(-(len(prompt) + len(output) + room) // self.block_size))]
+        self.held[slot], self.out[slot] = blocks, list(output)
+        return Admission(slot, slot, pack("i", prompt), pack("i", output), pack("i", blocks), 0, sampling)
+
+    def step(self, epoch: int = 1, **parts) -> StepResult:
+        result = self.runner.execute(Step(epoch, len(self.results), **parts))
+        self.results.append(result)
+        for slot, token in zip(unpack("i", result.slots), unpack("i", result.tokens), strict=True):
+            self.out[slot].append(token)
+        return result
+
+    def generate(self, prompts: list[list[int]], samplings: list[Sampling], count: int, chunk: int = 10**6) -> list[list[int]]:
+        """`count` tokens for each prompt, all in one batch, prompts in chunks."""
+        slots = list(range(len(prompts)))
+        admit = tuple(self.admission(s, prompts[s], samplings[s], room=count) for s in slots)
+        done = [0] * len(slots)
+        while any(len(self.out[s]) < count for s in slots):
+            run = [s for s in slots if len(self.out[s]) < count]
+            counts = [min(chunk, len(prompts[s]) + len(self.out[s]) - done[s]) for s in run]
+            for s, n in zip(run, counts, strict=True):
+                done[s] += n
+            self.step(admit=admit, run_slots=pack("i", run), run_counts=pack("i", counts))
+            admit = ()
+        self.step(retire=pack("i", slots))
+        for slot in slots:
+            self.free += self.held.pop(slot)
+        return [self.out[s] for s in slots]
+
+
+@pytest.fixture
+def numbers():
+    """numbers(n, seed): token ids of the tiny vocabulary."""
+    return lambda count, seed=0: [random.Random(seed).randrange(3, SIZES["vocab_size"]) for _ in range(count)]
+
+
+@pytest.fixture
+def harness():
+    return Harness
+
+
+@pytest.fixture
+def driver():
+    return Driver
+
+
+@pytest.fixture
+def variants():
+    return VARIANTS

@@ -1,0 +1,156 @@
+"""What files are accepted, and how the others are refused."""
+
+import copy
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from pagewire.config import ModelConfig
+from pagewire.worker import kv, setup
+from pagewire.worker.architecture import Unsupported
+from pagewire.worker.gguf_file import LAYER_NAMES, TOP_NAMES
+from pagewire.worker.models import describe
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Row h*D + i + j*D/2 of a checkpoint goes to h*D + 2*i + j: what converters to GGUF do to Llama's queries and keys."""
+    size = len(weight) // heads
+    out = np.empty_like(weight)
+    for h in range(heads):
+        for i in range(size // 2):
+            for j in range(2):
+                out[h * size + 2 * i + j] = weight[h * size + i + j * size // 2]
+    return out
+
+
+def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
+    """Save a transformers model as GGUF; returns the state that the file holds after quantization."""
+    config, writer, state = model.config, gguf.GGUFWriter(path, kind), {}
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(9)
+    writer.add_token_list([f"token {i}" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    names = {v: k for k, v in (LAYER_NAMES | TOP_NAMES).items()}
+    for name, tensor in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        value, (stem, suffix) = tensor.numpy(), name.rsplit(".", 1)
+        layer = stem.removeprefix("model.layers.").partition(".") if stem.startswith("model.layers.") else None
+        target = f"blk.{layer[0]}.{names[layer[2]]}.{suffix}" if layer else f"{names[stem]}.{suffix}"
+        raw = value
+        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+            raw = permute(value, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if value.ndim == 2 and quantization is not None:
+            raw = gguf.quants.quantize(raw, quantization)
+            value = gguf.quants.dequantize(gguf.quants.quantize(value, quantization), quantization)
+            writer.add_tensor(target, raw, raw_dtype=quantization)
+        else:
+            writer.add_tensor(target, raw)
+        state[name] = torch.from_numpy(np.array(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return state
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("quantization", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness, numbers, tmp_path):
+    path, model, tokens = tmp_path / "tiny.gguf", copy.deepcopy(tiny(variant).model), numbers(50)
+    model.load_state_dict(write_gguf(path, model, variant, quantization), strict=False)
+    model.tie_weights()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    ours = harness(path).logits(tokens, 50)
+    assert (ours - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
+    assert setup.open_model(path, "auto")[2] == (2, 9)
+    assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), "a directory that holds only a GGUF is that GGUF"
+
+
+def test_dummy_weights_follow_the_seed(tiny, harness, numbers):
+    path, tokens = tiny("llama").path, numbers(10)
+    first, again, other = (harness(path, ModelConfig(load_format="dummy", seed=seed)).logits(tokens, 10) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def altered(source, target, **changes):
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized with 'awq'"),
+        ({"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
+        ({"intermediate_size": 64}, "has shape .* where the configuration asks for"),
+        ({"num_hidden_layers": 4}, "lacks 9 of 38 tensors"),
+        ({"num_hidden_layers": 2}, "this architecture does not use"),
+    ],
+)
+def test_refused_by_name(changes, message, tiny, harness, tmp_path):
+    with pytest.raises(Unsupported, match=message):
+        harness(altered(tiny("llama").path, tmp_path, **changes))
+
+
+def test_missing_files_are_refused(tmp_path, harness):
+    with pytest.raises(Unsupported, match=r"no config\.json"):
+        harness(tmp_path)
+    (tmp_path / "junk.gguf").write_bytes(b"nothing of the kind, but long enough for a header")
+    with pytest.raises(Unsupported, match="not a GGUF file"):
+        harness(tmp_path / "junk.gguf")
+
+
+def test_end_of_sequence_ids_of_both_files(tiny, tmp_path):
+    path = altered(tiny("llama").path, tmp_path, eos_token_id=5)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
+    assert setup.open_model(path, "auto")[2] == (5, 7)
+
+
+SIZING = {"available": 8 * kv.GIB, "kv_bytes": kv.GIB, "blocks": 0, "block_size": 16, "max_model_len": 0, "head_copy": True}
+
+
+def arch(tiny):
+    return describe(json.loads((tiny("llama").path / "config.json").read_text()))
+
+
+def test_sizing_arithmetic(tiny):
+    """One block: 2 (K, V) * 3 layers * 2 heads * 16 tokens * 16 * 4 bytes."""
+    sizing = kv.size(arch(tiny), 4, **SIZING)
+    assert sizing.block_bytes == 2 * 3 * 2 * 16 * 16 * 4
+    assert sizing.num_blocks == kv.GIB // sizing.block_bytes
+    assert sizing.max_model_len == 512
+    assert "87,381 blocks of 16 tokens" in sizing.lines()[1]
+
+
+def test_context_shrinks_to_what_fits_unless_asked_for(tiny):
+    small = SIZING | {"blocks": 10}
+    assert kv.size(arch(tiny), 4, **small).max_model_len == 160
+    with pytest.raises(kv.DoesNotFit, match=r"a context of 400 tokens needs 25 KV blocks .* room for 10"):
+        kv.size(arch(tiny), 4, **(small | {"max_model_len": 400}))
+    with pytest.raises(kv.DoesNotFit, match="more than the 512 positions"):
+        kv.size(arch(tiny), 4, **(SIZING | {"max_model_len": 513}))
+
+
+def test_too_little_memory_is_said_with_numbers(tiny):
+    with pytest.raises(kv.DoesNotFit, match=r"needs 1\.25 GiB .* but 1\.00 GiB is free; lower --cpu-kv-cache-gb"):
+        kv.size(arch(tiny), 4, **(SIZING | {"available": kv.GIB}))

@@ -1,0 +1,139 @@
+"""The worker as a process, with this test for a scheduler: hello, loading, ready, steps, epochs, an orderly end."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
+from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
+from pagewire_protocol.messages import Admission, Goodbye, Heartbeat, Hello, Role, Roster, Step, StepResult, pack, unpack
+from pagewire_protocol.sampling import Sampling
+
+PROGRAM = """
+import sys, msgspec
+from pagewire.config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
+from pagewire.worker.loop import run
+parts = msgspec.json.decode(sys.argv[1])
+kinds = (RunConfig, ModelConfig, SchedulerConfig, WorkerConfig)
+sys.exit(run(*(msgspec.convert(part, kind) for part, kind in zip(parts, kinds))))
+"""
+
+
+class Worker:
+    def __init__(self, run_dir, model: str, **settings) -> None:
+        import msgspec
+
+        parts = (RunConfig(run_dir=str(run_dir)), ModelConfig(model=model), SchedulerConfig(max_num_seqs=4), settings)
+        self.directory = prepare_run_dir(str(run_dir))
+        self.inbox = Inbox(self.directory, Role.SCHEDULER, new_incarnation())
+        self.outbox = Outbox()
+        arguments = [sys.executable, "-c", PROGRAM, msgspec.json.encode(parts).decode()]
+        self.process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+        self.address = ""
+        self.seen: list = []
+
+    def wait_for(self, wanted, seconds: float = 60.0):
+        """The first message, old or new, that `wanted` accepts."""
+        checked, until = 0, time.monotonic() + seconds
+        while time.monotonic() < until:
+            for message in self.seen[checked:]:
+                checked += 1
+                if wanted(message):
+                    self.seen = self.seen[checked:]
+                    return message
+            if self.process.poll() is not None and not self.inbox.wait(0):
+                raise AssertionError(f"the worker ended with {self.process.returncode}: {self.process.stderr.read()}")
+            self.inbox.wait(0.1)
+            self.seen += self.inbox.drain()
+        raise AssertionError("the worker did not send what was awaited")
+
+    def send(self, message) -> None:
+        assert self.outbox.send(self.address, message)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+        self.inbox.close()
+        self.outbox.close()
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    started = []
+
+    def make(model: str = DEMO_MODEL, **settings) -> Worker:
+        started.append(Worker(tmp_path_factory.mktemp("run"), model, **settings))
+        return started[-1]
+
+    yield make
+    for worker in started:
+        worker.close()
+
+
+def roster(epoch: int) -> Roster:
+    return Roster(epoch, (), 0, 0, (), False, False)
+
+
+def step(epoch: int, n: int, prompt: list[int]) -> Step:
+    admission = Admission(0, n, pack("i", prompt), b"", pack("i", [3]), 0, Sampling(seed=0, max_tokens=5, temperature=0.0))
+    return Step(epoch, n, admit=(admission,), run_slots=pack("i", [0]), run_counts=pack("i", [len(prompt)]))
+
+
+def test_life_of_a_worker(start, tiny, numbers):
+    reference, prompt = tiny("llama"), numbers(5)
+    worker = start(str(reference.path), device="cpu", dtype="float32", num_kv_blocks=64, threads=1)
+    first = worker.wait_for(lambda m: isinstance(m, Hello))
+    assert first.peer.role is Role.WORKER and not first.peer.ready and first.peer.name == f"worker-{worker.process.pid}"
+    stages = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.stage == "importing torch")
+    assert stages.worker is None
+    ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready)
+    assert ready.worker.num_blocks == 64 and ready.worker.max_num_seqs == 4
+    worker.address = ready.peer.inbox
+    worker.send(roster(3))
+    worker.send(step(3, 1, prompt))
+    result = worker.wait_for(lambda m: isinstance(m, StepResult))
+    wanted = int(reference.logits(prompt)[-1].argmax())
+    assert (result.epoch, result.n, result.incarnation, list(unpack("i", result.tokens))) == (3, 1, ready.peer.incarnation, [wanted])
+    worker.send(step(2, 2, prompt))
+    worker.send(step(4, 3, prompt))
+    result = worker.wait_for(lambda m: isinstance(m, StepResult))
+    assert (result.epoch, result.n) == (4, 3), "an older epoch's step is ignored, a newer one clears slot 0"
+    worker.send(roster(5))
+    worker.send(step(5, 4, prompt))
+    assert worker.wait_for(lambda m: isinstance(m, StepResult)).n == 4
+    assert worker.wait_for(lambda m: isinstance(m, Heartbeat) and m.progress == 3)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(5) == 0
+    assert worker.wait_for(lambda m: isinstance(m, Goodbye)).incarnation == ready.peer.incarnation
+    assert not list(worker.directory.glob("worker-*.sock"))
+
+
+def test_fake_device_needs_no_torch(start):
+    worker = start(device="fake", fake_vocab_size=50)
+    ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready, 20)
+    assert (ready.worker.device, ready.worker.vocab_size) == ("fake", 50)
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.process.wait(5) == 0
+
+
+def test_stopping_while_loading(start, tiny):
+    worker = start(str(tiny("llama").path), device="cpu")
+    worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.stage == "importing torch")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_kv_blocks": 10**9}, "DoesNotFit: the model needs"),
+        ({"dtype": "float32", "cpu_kv_cache_gb": 1e-9}, "DoesNotFit: a context of 1 tokens needs 1 KV blocks"),
+    ],
+)
+def test_failure_names_its_reason_on_the_last_line(settings, reason, start, tiny):
+    worker = start(str(tiny("llama").path), device="cpu", threads=1, **settings)
+    assert worker.process.wait(60) == 1
+    assert reason in worker.process.stderr.read().strip().splitlines()[-1]

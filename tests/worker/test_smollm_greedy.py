@@ -1,0 +1,61 @@
+"""The demo model in float32, token for token against transformers on the same dequantized weights."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pagewire.config import ModelConfig
+from pagewire.worker.gguf_file import Gguf
+from pagewire.worker.weights import from_gguf
+from pagewire_protocol.sampling import Sampling
+
+STEPS = 64
+GREEDY = Sampling(seed=0, max_tokens=STEPS, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def gguf_path() -> Path:
+    given = os.environ.get("PAGEWIRE_TEST_GGUF")
+    if given:
+        return Path(given)
+    from pagewire import hub
+
+    try:
+        return hub.demo_gguf()
+    except hub.ModelNotFound as error:
+        pytest.skip(f"the demo model cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def reference(gguf_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    file = Gguf(gguf_path)
+    config = file.config()
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="eager"))
+    model.load_state_dict(dict(from_gguf(file, config)), strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Four lengths, of ids that follow one another as text does not; the last spans many blocks."""
+    random = torch.Generator().manual_seed(11)
+    return [torch.randint(3, 49_000, (n,), generator=random).tolist() for n in (4, 31, 150, 700)]
+
+
+def test_greedy_equals_transformers(gguf_path, reference, prompts, driver):
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = reference.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        wanted.append(out[0, len(prompt) :].tolist())
+    ours = driver(gguf_path, ModelConfig(max_model_len=1024), num_kv_blocks=400, threads=0)
+    assert ours.generate(prompts, [GREEDY] * len(prompts), STEPS) == wanted
+    assert ours.generate(prompts[2:], [GREEDY] * 2, STEPS, chunk=37) == wanted[2:]
+    assert ours.generate(prompts[:1], [GREEDY], STEPS, chunk=16) == wanted[:1]
