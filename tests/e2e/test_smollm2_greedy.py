@@ -1,4 +1,4 @@
-"""The demo model in float32 through the whole stack against transformers: the same tokens however the work is cut up, and log-probabilities.
+"""The demo model in float32, the whole stack against transformers: the same tokens however the work is cut up, and log-probabilities.
 
 The oracle is one pass of transformers over prompt and output together: the output is what transformers would generate greedily if and only
 if each of its tokens is the most likely one after all before it. The prompts are varied and two of them are 2,000 tokens long.

@@ -33,6 +33,7 @@ class Loop:
         self.inbox.wake()
 
     def forever(self) -> None:
+        self.deliver(self.state.handle(Tick(time.monotonic())))
         while not self.stopping:
             self.inbox.wait(WAIT_S)
             for message in self.inbox.drain():

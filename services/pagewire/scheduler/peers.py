@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Roster, TokenizerFacts, WorkerFacts
 
 SILENCE_S: Final = 10.0
-"""A peer not heard of for this long is dropped."""
+"""A ready peer not heard of for this long is dropped."""
+LOADING_SILENCE_S: Final = 60.0
+"""The same for one that is loading: an import or a large file may hold its interpreter for long."""
 PAUSE_S: Final = 2.0
 """A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that its peers were silent."""
 
@@ -62,7 +64,8 @@ class Peers:
         return known
 
     def expired(self, now: float) -> list[int]:
-        return [k.peer.incarnation for k in self._known.values() if now - k.last_seen > SILENCE_S]
+        limit = {True: SILENCE_S, False: LOADING_SILENCE_S}
+        return [k.peer.incarnation for k in self._known.values() if now - k.last_seen > limit[k.peer.ready]]
 
     def forgive(self, seconds: float) -> None:
         """The scheduler itself stood still for `seconds`: nobody is blamed for a silence it could not hear."""
