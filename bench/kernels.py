@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "kernels"))
 
-from pagewire_kernels import activation, attention_decode, attention_prefill, gemm, norm, rope, sampling
+from pagewire_kernels import activation, attention_decode, attention_prefill, cascade, cuda, gemm, norm, rope, sampling
 from pagewire_kernels.attention_decode import DecodeConfig
 from pagewire_kernels.attention_prefill import PrefillConfig
 from pagewire_kernels.gemm import SkinnyConfig
@@ -41,6 +41,7 @@ class Job:
     target: float | None = None
     configs: list[Any] = field(default_factory=list)
     peer: Callable[[int], Any] | None = None
+    peer_name: str = "cuBLAS"
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -126,20 +127,11 @@ def decode_job(rows: int, length: int, heads: int = 32, dim: int = 128, target: 
         return launch, len(sets), check
 
     configs = []
-    for shape in (
-        (64, 4, 2),
-        (64, 4, 3),
-        (64, 4, 4),
-        (64, 2, 3),
-        (32, 2, 4),
-        (32, 1, 4),
-        (32, 4, 4),
-        (128, 4, 2),
-        (128, 8, 2),
-        (128, 8, 3),
-    ):
-        splits = [(512, 1), (512, 2)] if rows >= 256 else [(512, 1), (512, 2), (256, 4)] if rows >= 64 else [(64, 64), (128, 64), (512, 64)]
-        configs += [DecodeConfig(*shape, *s) for s in splits]
+    many, some, few = [(512, 1), (2048, 2), (4096, 2)], [(512, 1), (512, 8), (1024, 8), (2048, 8)], [(n, 16) for n in (256, 512, 1024)]
+    one = [(n, 64) for n in (64, 128, 256, 512, 1024, 2048) if n <= length // 4]
+    shapes = ((64, 2, 3), (32, 2, 4), (64, 4, 4)) if dim == 128 else ((32, 2, 4), (64, 2, 4), (64, 4, 3), (32, 4, 3), (64, 4, 4), (128, 4, 3), (32, 4, 4), (16, 2, 4), (64, 2, 3))
+    for shape in shapes:
+        configs += [DecodeConfig(*shape, *s) for s in (many if rows >= 256 else some if rows >= 64 else few if rows >= 16 else one)]
     seen = length if window is None else min(window, length)
     return Job(
         "decode",
@@ -173,17 +165,9 @@ def prefill_job(rows: int, count: int, length: int, heads: int = 32, dim: int = 
 
         return launch, len(sets), check
 
-    shapes = (
-        (128, 64, 4, 2),
-        (128, 64, 4, 3),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 128, 4, 2),
-        (128, 32, 4, 3),
-    )
+    shapes = [(64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)]
+    if dim != 128:
+        shapes += [(64, 32, 4, 3), (64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 2)]
     flops = 4.0 * heads * dim * rows * count * (length - count / 2)
     return Job(
         "prefill", f"{rows}x{count} of {length} {heads}q d{dim}", make, flops, "TFLOP/s", target, [PrefillConfig(*s) for s in shapes]
@@ -320,18 +304,63 @@ def sample_job(rows: int, kind: str, width: int = 128256) -> Job:
                 return float("nan")
             if kind.startswith("top"):
                 order = logits.float().sort(-1, descending=True).values
-                order = order[:, :k] if k else order
+                if k:
+                    order = order.masked_fill(order < order[:, k - 1 : k], float("-inf"))
                 probs = (order / heat).softmax(-1)
                 cut = ((probs.cumsum(-1) - probs) < p).sum(-1) - 1
-                exact = order.gather(1, cut[:, None])[:, 0]
-                near = order.gather(1, (cut[:, None] + 1).clamp(max=order.shape[1] - 1))[:, 0]
-                found = sampling.thresholds(logits, args)
-                return worst if bool(((found == exact) | (found == near)).all()) else float("nan")
+                exact = order.gather(1, cut[:, None])
+                found = sampling.thresholds(logits, args)[:, None]
+                stray = (logits >= found) & (logits.float() < exact - 1e-3 * heat)
+                return worst if bool((found <= exact).all()) and not bool(stray.any()) else float("nan")
             return worst
 
         return (lambda i: sampling.sample(logits, args)), check
 
     return simple_job("sample", f"{rows}x{width} {kind}", rows * width * 2.0, run)
+
+
+def cascade_job(rows: int, common: int, own: int, parts: int = 1) -> Job:
+    """`parts` groups of equal size over `rows` rows."""
+    k, v = pool(128)
+    table, size, length = tables(rows, common + own)[0].clone(), rows // parts, common + own
+    for row in range(rows):
+        table[row, : common // PAGE] = table[row // size * size, : common // PAGE]
+    i32 = {"dtype": torch.int32, "device": DEVICE}
+    lens, q = torch.full((rows,), length, **i32), rand(rows, 32, 128)
+    starts = torch.arange(0, rows + 1, size, **i32)
+    groups = cascade.Groups(torch.arange(rows, **i32), starts, torch.full((parts,), common, **i32), torch.full((rows,), common, **i32))
+
+    def plain(i: int) -> torch.Tensor:
+        return attention_decode.decode_attention(q, k, v, table, lens, 128**-0.5)
+
+    def joined(i: int) -> torch.Tensor:
+        return cascade.cascade_attention(q, k, v, table, lens, groups, 128**-0.5)
+
+    job = simple_job("cascade", f"{rows}x({common}+{own}) {parts} groups", (parts * common + rows * own) * HKV * 512.0, lambda: (joined, lambda: error(joined(0), plain(0))))
+    job.peer, job.peer_name = plain, "plain decode"
+    return job
+
+
+def mixed_job(decodes: int, length: int, count: int, context: int) -> Job:
+    """One chunk beside many decode rows: both kernels, against the prefill kernel for all."""
+    k, v = pool(128)
+    i32 = {"dtype": torch.int32, "device": DEVICE}
+    table = torch.randint(0, 36864, (decodes + 1, max(length, context) // PAGE), **i32)
+    lens = torch.tensor([length] * decodes + [context], **i32)
+    starts = torch.tensor([*range(decodes + 1), decodes + count], **i32)
+    q = rand(decodes + count, 32, 128)
+    batch = types.SimpleNamespace(block_tables=table, seq_lens=lens, query_start=starts, max_query_len=count, max_seq_len=context)
+
+    def split(i: int) -> torch.Tensor:
+        return cuda.paged_attention(q, k, v, batch, 128**-0.5, None)
+
+    def alone(i: int) -> torch.Tensor:
+        return attention_prefill.prefill_attention(q, k, v, table, lens, starts, 128**-0.5)
+
+    work = (decodes * length + context) * HKV * 512.0
+    job = simple_job("mixed", f"{decodes}x{length} + {count} of {context}", work, lambda: (split, lambda: error(split(0), alone(0))))
+    job.peer, job.peer_name = alone, "prefill kernel alone"
+    return job
 
 
 def jobs() -> list[Job]:
@@ -341,7 +370,7 @@ def jobs() -> list[Job]:
         decode_job(8, 16384, target=137),
         decode_job(1, 1024, target=10),
     ]
-    found += [decode_job(8, 1024), decode_job(1, 16384), decode_job(8, 32768), decode_job(256, 1024, 16), decode_job(64, 4096, window=1024)]
+    found += [decode_job(8, 1024), decode_job(16, 1024), decode_job(32, 1024), decode_job(1, 16384), decode_job(8, 32768), decode_job(256, 1024, 16), decode_job(64, 4096, window=1024)]
     found += [decode_job(64, 1024, 32, dim) for dim in (64, 80, 96, 256)]
     found += [prefill_job(1, 8192, 8192, target=1200), prefill_job(4, 2048, 2048, target=370), prefill_job(4, 512, 8192, target=620)]
     found += [
@@ -350,6 +379,8 @@ def jobs() -> list[Job]:
         prefill_job(4, 1000, 3000, 32, 64),
         prefill_job(2, 700, 1500, 16, 256),
     ]
+    found += [cascade_job(256, 2048, 64), cascade_job(256, 2048, 64, 8), cascade_job(64, 1024, 512)]
+    found += [mixed_job(64, 1024, 512, 2048), mixed_job(8, 16384, 512, 2048), mixed_job(200, 1024, 1024, 1024)]
     for rows in (1, 2, 4, 8):
         layers = [("o", 4096, 4096), ("qkv", 6144, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("lm_head", 128256, 4096)]
         small = [("0.6B o", 1024, 2048), ("0.6B qkv", 4096, 1024), ("0.6B gate_up", 6144, 1024), ("0.6B down", 1024, 3072)]
@@ -361,7 +392,7 @@ def jobs() -> list[Job]:
 
 def swept(job: Job) -> bool:
     """Launch shapes are searched where there is a target or a peer; other shapes take what those found."""
-    return bool(job.configs) and (job.target is not None or job.name == "gemm" or "d128" in job.shape)
+    return bool(job.configs) and (job.target is not None or job.name in ("gemm", "decode", "prefill"))
 
 
 def warm(part: int, parts: int, work: list[tuple[Job, Any]]) -> None:
@@ -380,7 +411,7 @@ def measure(job: Job, sweep: bool) -> str:
     launch, sets, check = job.make()
     wrong, us = check(), graph_us(launch, sets)
     rate = job.work / us / 1e6
-    peer = f"  cuBLAS {graph_us(job.peer, sets):7.1f}" if job.peer else ""
+    peer = f"  {job.peer_name} {graph_us(job.peer, sets):7.1f}" if job.peer else ""
     target = f"{job.target:6.0f}" if job.target else "     -"
     line = f"{job.name:15s} {job.shape:28s} {us:8.1f} us  target {target}  {rate:7.2f} {job.unit:8s} error {wrong:.1e}{peer}"
     if sweep and swept(job):

@@ -14,51 +14,82 @@ MASKED: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
-def load_pages(table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """int32 [BLOCK_N]: the pages of tokens start..; 0 from `stop` on. Loops load them one tile ahead, so that the tiles of a pipeline do not wait."""
-    n = start + tl.arange(0, BLOCK_N)
+def load_pages(table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PER_PAGE: tl.constexpr):
+    """int32 pages of tokens start.., one a page of the tile or one a token; 0 from `stop` on. Loops load them a tile ahead of their use.
+
+    PER_PAGE asks for whole pages in a tile: PAGE a power of two that divides BLOCK_N, and `start` a multiple of PAGE.
+    """
+    if PER_PAGE:
+        n = start + tl.arange(0, BLOCK_N // PAGE) * PAGE
+    else:
+        n = start + tl.arange(0, BLOCK_N)
     return tl.load(table + n // PAGE, mask=n < stop, other=0)
 
 
 @triton.jit
-def page_offsets(page, n, block_stride, PAGE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
-    """[BLOCK_N]: where the rows of tokens n lie in a cache. WIDE: offsets need 64 bits."""
-    if WIDE:
-        return page.to(tl.int64) * block_stride + (n % PAGE) * D
-    return page * block_stride + (n % PAGE) * D
+def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """load_tile for whole pages: the rows of a page differ by constants, which leaves registers free."""
+    r = tl.arange(0, PAGE)
+    d = tl.arange(0, D_PAD)
+    at = base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
+    if BOUNDED:
+        n = start + (tl.arange(0, BLOCK_N // PAGE) * PAGE)[:, None] + r[None, :]
+        tile = tl.load(at, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0.0)
+    elif D == D_PAD:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(d < D)[None, None, :], other=0.0)
+    return tl.reshape(tile, [BLOCK_N, D_PAD])
 
 
 @triton.jit
-def load_rows(base, offsets, n, stop, D: tl.constexpr, D_PAD: tl.constexpr, BOUNDED: tl.constexpr):
-    """[BLOCK_N, D_PAD] rows of a cache; what lies past `stop` or past D reads as zero."""
+def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """load_tile with a lookup for each token."""
+    n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D_PAD)
-    at = base + offsets[:, None] + d[None, :]
+    at = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
     if BOUNDED:
-        if D == D_PAD:
-            return tl.load(at, mask=(n < stop)[:, None], other=0.0)
         return tl.load(at, mask=(n < stop)[:, None] & (d < D)[None, :], other=0.0)
-    if D == D_PAD:
-        return tl.load(at)
     return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def scaled_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [M, N] scores times log2(e). With CAP, soft_cap * tanh(score / soft_cap) is taken before the change of base."""
+def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, D_PAD] rows of one head's keys or values from token `start` on. `page` comes from load_pages; WIDE: offsets need 64 bits.
+
+    What lies past D reads as zero, and with BOUNDED what lies past `stop`, which may be anything in memory.
+    """
+    if WIDE:
+        page = page.to(tl.int64)
+    if PER_PAGE:
+        return _page_tile(base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, BOUNDED)
+    else:
+        return _row_tile(base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, BOUNDED)
+
+
+@triton.jit
+def raw_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 [M, N], still to be multiplied by `score_scale`. With CAP: soft_cap * tanh(scaled score / soft_cap), already in base 2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
         x = s * (scale_log2 / (1.4426950408889634 * soft_cap))
         s = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
-    else:
-        s = s * scale_log2
     return s
 
 
 @triton.jit
-def softmax_step(s, v, acc, peak, total, PRECISION: tl.constexpr):
-    """Fold scores s [M, N] and values v [N, D] into the running (acc [M, D], peak [M], total [M])."""
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    p = tl.exp2(s - new_peak[:, None])
+def score_scale(scale_log2, CAP: tl.constexpr):
+    """What raw scores are multiplied by inside the exponent, where it costs nothing."""
+    if CAP:
+        return scale_log2 * 0.0 + 1.0
+    return scale_log2
+
+
+@triton.jit
+def softmax_step(s, v, acc, peak, total, scale, PRECISION: tl.constexpr):
+    """Fold scores s [M, N], to be multiplied by `scale`, and values v [N, D] into the running (acc [M, D], peak [M], total [M])."""
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)

@@ -6,18 +6,16 @@ the partial results. Optionally a row starts behind a shared prefix whose partia
 Knows nothing of scheduling; rows of length 0 are padding and give zeros.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention_common import LOG2E, MASKED, load_pages, load_rows, page_offsets, scaled_scores, softmax_step
+from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step
 from .workspace import counters
 
-MAX_SPLITS = 64
-MAX_GRID = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE:
     weight = tl.where(seen, tl.exp2(weight_log - new_peak[None, :]), 0.0)
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weight, 0)
-    acc = acc * shrink[:, None] + tl.sum(tile * weight[:, :, None], 0)
+    acc = acc * shrink[:, None] + tl.sum(tl.where(weight[:, :, None] > 0, tile * weight[:, :, None], 0.0), 0)
     return acc, new_peak, total
 
 
@@ -71,19 +69,19 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, sc
     acc = tl.zeros([M, D_PAD], tl.float32)
     peak = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
-    page = load_pages(table, lo, stop, PAGE, BLOCK_N)
+    scale = score_scale(scale_log2, CAP)
+    page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        offsets = page_offsets(page, n, block_stride, PAGE, D, WIDE)
-        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N)
-        k = load_rows(k_base, offsets, n, stop, D, D_PAD, True)
-        s = scaled_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        k = load_tile(k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True)
+        v = load_tile(v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True)
+        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
+        s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
         visible = n < stop
         if WINDOW > 0:
             visible = visible & (n >= visible_from)
         s = tl.where(visible[None, :], s, MASKED)
-        v = load_rows(v_base, offsets, n, stop, D, D_PAD, True)
-        acc, peak, total = softmax_step(s, v, acc, peak, total, PRECISION)
+        acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
     return acc, peak, total
 
 
@@ -112,7 +110,7 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
     visible_from = 0
     if WINDOW > 0:
         visible_from = tl.maximum(length - WINDOW, 0)
-    begin = visible_from // 16 * 16
+    begin = visible_from // BLOCK_N * BLOCK_N
     prefixes = 0
     if PREFIXES > 0:
         common = tl.load(shared + row)
@@ -144,11 +142,15 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
         _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
 
 
+_TABLE = ((16, (64, 2, 3, 64, 32)), (64, (32, 2, 4, 128, 16)), (128, (32, 2, 4, 256, 16)), (256, (64, 2, 3, 1024, 8)), (1024, (32, 2, 4, 1024, 8)), (4096, (64, 2, 3, 2048, 2)))
+"""Up to so many programs (rows * KV heads): the fields of DecodeConfig."""
+
+
 def pick_config(head_dim: int, page: int, programs: int) -> DecodeConfig:
     """The launch shape for `programs` = rows * KV heads; measured on an H200 (docs/performance.md)."""
-    splits = max(1, min(MAX_SPLITS, triton.next_power_of_2(MAX_GRID // programs + 1) // 2)) if programs <= MAX_GRID else 1
-    chunk = 64 if programs <= 16 else 128 if programs <= 32 else 256 if programs <= 64 else 512
-    return DecodeConfig(block_n=64, warps=4, stages=3, chunk=chunk, splits=splits)
+    fields = next((fields for limit, fields in _TABLE if programs <= limit), (64, 2, 3, 2048, 1))
+    config = DecodeConfig(*fields)
+    return replace(config, block_n=32, warps=4, stages=3) if head_dim > 128 else config
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,

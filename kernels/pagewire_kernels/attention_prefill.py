@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import LOG2E, MASKED, load_pages, load_rows, page_offsets, scaled_scores, softmax_step
+from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class PrefillConfig:
     block_n: int
     warps: int
     stages: int
+    per_page: bool = True
 
 
 @triton.jit
@@ -34,22 +35,22 @@ def _find_request(query_start, block, rows, B_PAD: tl.constexpr, BQ: tl.constexp
 
 
 @triton.jit
-def _span(q, k_base, v_base, table, lo, hi, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def _span(q, k_base, v_base, table, lo, hi, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Fold tokens lo..hi into the running softmax. EDGE: some of them are hidden from some rows, or lie past `stop`."""
-    page = load_pages(table, lo, stop, PAGE, BLOCK_N)
+    scale = score_scale(scale_log2, CAP)
+    page = load_pages(table, lo, stop, PAGE, BLOCK_N, PER_PAGE)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)
-        offsets = page_offsets(page, n, block_stride, PAGE, D, WIDE)
-        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N)
-        k = load_rows(k_base, offsets, n, stop, D, D_PAD, EDGE)
-        s = scaled_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        k = load_tile(k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE)
+        v = load_tile(v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE)
+        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, PER_PAGE)
+        s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
         if EDGE:
+            n = start + tl.arange(0, BLOCK_N)
             visible = n[None, :] <= position[:, None]
             if WINDOW > 0:
                 visible = visible & (n[None, :] > position[:, None] - WINDOW)
             s = tl.where(visible, s, MASKED)
-        v = load_rows(v_base, offsets, n, stop, D, D_PAD, EDGE)
-        acc, peak, total = softmax_step(s, v, acc, peak, total, PRECISION)
+        acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
     return acc, peak, total
 
 
@@ -69,7 +70,7 @@ def _bounds(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, out, scale_log2, soft_cap, q_stride, table_stride, block_stride, rows,
              HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SKIP_ONE: tl.constexpr, PRECISION: tl.constexpr,
-             STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+             STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.num_programs(0) // HKV - 1 - tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -100,10 +101,10 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, out, scale_log2
     peak = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if WINDOW > 0:
-        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, True)  # fmt: skip
+        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
         begin = tl.maximum(begin, clear)
-    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, True)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     acc = acc / total[:, None]
     out_at = at[:, None] * (HKV * GROUP * D) + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
@@ -113,7 +114,7 @@ def pick_config(head_dim: int, page: int, group: int, tokens: int) -> PrefillCon
     """The launch shape; measured on an H200 (docs/performance.md)."""
     if head_dim > 128:
         return PrefillConfig(block_m=64, block_n=32, warps=4, stages=2)
-    return PrefillConfig(block_m=128, block_n=64, warps=4, stages=3)
+    return PrefillConfig(block_m=64, block_n=64, warps=4, stages=3)
 
 
 def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, query_start: torch.Tensor,
@@ -134,5 +135,5 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     _prefill[((q.shape[0] // (block_m // gp) + rows) * hkv,)](
         q, k_cache, v_cache, tables, seq_lens, query_start, out, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0), k_cache.stride(0), rows,
         HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=c.block_n, B_PAD=triton.next_power_of_2(rows),
-        WINDOW=window or 0, CAP=soft_cap is not None, SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, num_warps=c.warps)  # fmt: skip
+        WINDOW=window or 0, CAP=soft_cap is not None, SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0, num_warps=c.warps)  # fmt: skip
     return out

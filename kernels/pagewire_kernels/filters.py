@@ -1,85 +1,106 @@
-"""Top-k, top-p and min-p as one threshold a row, found by search over the ordered bit patterns of the logits; nothing is sorted.
+"""Top-k, top-p and min-p as one threshold a row, found by search over values; nothing is sorted.
 
-A pass counts, or weighs, the tokens at or above a few pivots at once and narrows the interval to the one between two of them. Tokens equal to
-the threshold are all kept. Order of the rules: min-p and top-k on the whole distribution, then top-p on what they left, renormalised.
+A pass over the row counts, or weighs, the tokens at or above a few pivots at once and narrows the interval to the one between two of them.
+Order of the rules: min-p and top-k on the whole distribution, then top-p on what they left, renormalised. Tokens equal to the k-th largest are
+all kept; for top-p so are tokens within TOLERANCE times the temperature below the last one needed, a ratio of 1.0005 in probability.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def ordered(x):
-    """int32 keys in the order of the float32 values x."""
-    i = x.to(tl.int32, bitcast=True)
-    return i ^ ((i >> 31) & 0x7FFFFFFF)
+TOLERANCE: tl.constexpr = tl.constexpr(5e-4)
+MAX_PASSES: tl.constexpr = tl.constexpr(24)
 
 
 @triton.jit
-def from_key(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weigh(logits, width, pivots, floor, peak, scale, SHIFT: tl.constexpr, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr):
-    """float32 [P]: how many tokens (BY_MASS: how much exp((x - peak) * scale)) lie at or above each pivot and at or above `floor`."""
-    total = tl.zeros([P], tl.float32)
-    for start in range(0, width, BLOCK):
+def _weigh(logits, width, p1, p2, p3, p4, peak, scale, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tokens (BY_MASS: how much exp((x - peak) * scale)) lie at or above each of four pivots; float32 scalars."""
+    w1 = tl.zeros([BLOCK], tl.float32)
+    w2 = tl.zeros([BLOCK], tl.float32)
+    w3 = tl.zeros([BLOCK], tl.float32)
+    w4 = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, width, BLOCK, num_stages=4):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(logits + i, mask=i < width, other=float("-inf")).to(tl.float32)
-        weight = tl.where((x >= floor) & (i < width), 1.0, 0.0)
+        weight = 1.0
         if BY_MASS:
-            weight *= tl.exp((x - peak) * scale)
-        above = (ordered(x) >> SHIFT)[:, None] >= pivots[None, :]
-        total += tl.sum(tl.where(above, weight[:, None], 0.0), 0)
-    return total
+            weight = tl.exp((x - peak) * scale)
+        w1 += tl.where(x >= p1, weight, 0.0)
+        w2 += tl.where(x >= p2, weight, 0.0)
+        w3 += tl.where(x >= p3, weight, 0.0)
+        w4 += tl.where(x >= p4, weight, 0.0)
+    return tl.sum(w1, 0), tl.sum(w2, 0), tl.sum(w3, 0), tl.sum(w4, 0)
 
 
 @triton.jit
-def search(logits, width, target, floor, peak, scale, SHIFT: tl.constexpr, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr):
-    """float32: the largest logit such that the tokens at or above it number, or weigh, at least `target`."""
-    lo = (ordered(floor) >> SHIFT).to(tl.int64)
-    hi = (ordered(peak) >> SHIFT).to(tl.int64) + 1
-    while hi - lo > 1:
-        step = tl.maximum((hi - lo) // (P + 1), 1)
-        pivots = tl.minimum(lo + (tl.arange(0, P) + 1) * step, hi)
-        enough = _weigh(logits, width, pivots.to(tl.int32), floor, peak, scale, SHIFT, BY_MASS, BLOCK, P) >= target
-        enough = enough & (pivots < hi)
-        lo = tl.max(tl.where(enough, pivots, lo), 0)
-        hi = tl.min(tl.where(enough, hi, pivots), 0)
-    return from_key((lo << SHIFT).to(tl.int32))
+def _narrow(lo, hi, have, pivot, reached, target):
+    """The interval after one pivot; pivots must come in ascending order."""
+    enough = (reached >= target) & (pivot > lo)
+    below = (reached < target) & (pivot < hi)
+    return tl.where(enough, pivot, lo), tl.where(below, pivot, hi), tl.where(enough, reached, have)
 
 
 @triton.jit
-def _row_peak(logits, width, BLOCK: tl.constexpr):
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, width, BLOCK):
+def _search(logits, width, target, lo, peak, scale, least_step, ulp, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """A value in lo..peak such that the tokens at or above it number, or weigh, at least `target`, and few more would do so.
+
+    The tokens at or above `lo` must reach the target. It ends when the interval holds no two values that are `ulp` (relative) or `least_step`
+    apart, or when the target is met exactly.
+    """
+    hi = peak + tl.maximum(tl.abs(peak), 1.0) * 1e-3
+    have = target + 1.0
+    passes = 0
+    while (hi - lo > tl.maximum(least_step, ulp * tl.minimum(tl.abs(lo), tl.abs(hi)))) & (have != target) & (passes < MAX_PASSES):
+        step = (hi - lo) * 0.2
+        p1 = lo + step
+        p2 = lo + 2.0 * step
+        p3 = lo + 3.0 * step
+        p4 = lo + 4.0 * step
+        r1, r2, r3, r4 = _weigh(logits, width, p1, p2, p3, p4, peak, scale, BY_MASS, BLOCK)
+        lo, hi, have = _narrow(lo, hi, have, p1, r1, target)
+        lo, hi, have = _narrow(lo, hi, have, p2, r2, target)
+        lo, hi, have = _narrow(lo, hi, have, p3, r3, target)
+        lo, hi, have = _narrow(lo, hi, have, p4, r4, target)
+        passes += 1
+    return lo
+
+
+@triton.jit
+def _row_range(logits, width, BLOCK: tl.constexpr):
+    """The largest and the least finite logit of a row, and how many are finite."""
+    high = tl.full([BLOCK], float("-inf"), tl.float32)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, width, BLOCK, num_stages=4):
         i = start + tl.arange(0, BLOCK)
-        best = tl.maximum(best, tl.load(logits + i, mask=i < width, other=float("-inf")).to(tl.float32))
-    return tl.max(best, 0)
+        x = tl.load(logits + i, mask=i < width, other=float("-inf")).to(tl.float32)
+        finite = x > float("-inf")
+        high = tl.maximum(high, x)
+        low = tl.minimum(low, tl.where(finite, x, float("inf")))
+        count += finite.to(tl.int32)
+    return tl.max(high, 0), tl.min(low, 0), tl.sum(count, 0)
 
 
 @triton.jit
-def _thresholds(logits, temperature, top_k, top_p, min_p, out, width, stride, SHIFT: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr):
+def _thresholds(logits, temperature, top_k, top_p, min_p, out, width, stride, ULP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     heat = tl.load(temperature + row)
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    by_k = (k > 0) & (k < width)
-    if (heat < 1e-5) | ((by_k == 0) & (p >= 1.0) & (least <= 0.0)):
+    if (heat < 1e-5) | (((k <= 0) | (k >= width)) & (p >= 1.0) & (least <= 0.0)):
         tl.store(out + row, float("-inf"))
         return
     at = logits + row.to(tl.int64) * stride
     scale = 1.0 / heat
-    peak = _row_peak(at, width, BLOCK)
+    peak, low, finite = _row_range(at, width, BLOCK)
     floor = tl.full([], float("-inf"), tl.float32)
-    if by_k:
-        floor = search(at, width, k.to(tl.float32), floor, peak, 0.0, SHIFT, False, BLOCK, P)
+    if (k > 0) & (k < finite):
+        floor = _search(at, width, k.to(tl.float32), low, peak, 0.0, 1e-7, ULP, False, BLOCK)
     if least > 0.0:
         floor = tl.maximum(floor, peak + heat * tl.log(least))
     if p < 1.0:
-        bottom = tl.full([1], -2147483648, tl.int32)
-        mass = tl.sum(_weigh(at, width, bottom, floor, peak, scale, 0, True, BLOCK, 1), 0)
-        floor = tl.maximum(floor, search(at, width, p * mass, floor, peak, scale, SHIFT, True, BLOCK, P))
+        low = tl.maximum(tl.maximum(low, floor), peak - 40.0 * heat)
+        mass, _, _, _ = _weigh(at, width, low, low, low, low, peak, scale, True, BLOCK)
+        floor = tl.maximum(floor, _search(at, width, p * mass, low, peak, scale, TOLERANCE * heat, ULP, True, BLOCK))
     tl.store(out + row, floor)

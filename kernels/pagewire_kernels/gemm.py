@@ -92,11 +92,16 @@ def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M
 
 def pick_config(rows: int, n: int, k: int) -> SkinnyConfig | None:
     """The launch shape where it beats cuBLAS on an H200 (docs/performance.md), else None."""
-    if rows > MAX_ROWS or k % 512:
+    if rows > MAX_ROWS or k % 1024 or n % 64:
         return None
-    if rows == 1:
-        return SkinnyConfig(block_n=8, block_k=512, splits=1, warps=4, stages=3)
-    return None
+    if rows > 1:
+        splits = 4 if n <= 4096 and k >= 2048 else 1
+        return SkinnyConfig(64, 128, splits, 4, 5) if n * k < 3e7 else None
+    if k > 8192:
+        return SkinnyConfig(8, 512, 1, 4, 3)
+    if n >= 16384 or k in (2048, 3072):
+        return SkinnyConfig(4, 1024, 1, 4, 3)
+    return SkinnyConfig(4, 512, 1, 1, 4)
 
 
 def skinny_linear(

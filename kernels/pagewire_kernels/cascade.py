@@ -1,0 +1,112 @@
+"""Decode attention for rows that share leading blocks: the common blocks are read once a group, the rest by the decode kernel of each row.
+
+The members of a group fill the rows of a tile, as a chunk's tokens do in prefill, and see all common tokens; the partial results go to the
+workspace, where the decode kernel's merge (log-sum-exp) takes them in. Groups are read on the device, so a captured graph serves any
+grouping of its batch size, none at all included. Knows nothing of how groups are found.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_common import LOG2E, MASKED
+from .attention_decode import decode_attention, pick_config
+from .attention_prefill import _find_request, _span
+
+
+@dataclass
+class Groups:
+    """G groups over B rows, all int32. Group g has the rows order[starts[g]..starts[g + 1]], whose first lengths[g] tokens lie in the same blocks.
+
+    order [B], starts [G + 1], lengths [G]; shared [B]: the same length for each row, 0 for a row of no group. A length is a multiple of the
+    block size and less than the length of every member. Unused groups have starts[g] == starts[g + 1].
+    """
+
+    order: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    shared: torch.Tensor
+
+
+@dataclass
+class Shared:
+    """Partial results for the decode kernel: slots 0..splits of each row and head in part [.., D] and lse, float32; lengths: Groups.shared."""
+
+    splits: int
+    lengths: torch.Tensor
+    part: torch.Tensor
+    lse: torch.Tensor
+
+
+@triton.jit
+def _store_partial(part, lse, slot, inside, acc, peak, total, D: tl.constexpr, D_PAD: tl.constexpr):
+    d = tl.arange(0, D_PAD)
+    tl.store(lse + slot, peak + tl.log2(tl.maximum(total, 1e-30)), mask=inside)
+    tl.store(part + slot[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, soft_cap, q_stride, table_stride, block_stride, groups,
+            HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr, G_PAD: tl.constexpr, SPLITS: tl.constexpr, STRIDE: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+            STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
+    BQ: tl.constexpr = BLOCK_M // GP
+    block = tl.program_id(0) // HKV
+    head = tl.program_id(0) % HKV
+    split = tl.program_id(1)
+    group, first_tile = _find_request(starts, block, groups, G_PAD, BQ)
+    first = tl.load(starts + group)
+    count = tl.load(starts + group + 1) - first
+    skipped = (block - first_tile) * BQ
+    if skipped >= count:
+        return
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D_PAD)
+    inside = (skipped + m // GP < count) & (m % GP < GROUP)
+    row = tl.load(order + first + skipped + m // GP, mask=inside, other=0).to(tl.int64)
+    at = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
+    query = tl.load(q + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    length = tl.load(lengths + group)
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    lo = tl.minimum(split * chunk, length)
+    hi = tl.minimum(lo + chunk, length)
+    table = tables + tl.load(order + first).to(tl.int64) * table_stride
+    k_base = k_cache + head.to(tl.int64) * (PAGE * D)
+    v_base = v_cache + head.to(tl.int64) * (PAGE * D)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    peak = tl.full([BLOCK_M], MASKED, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    last = m * 0 + hi - 1
+    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+    slot = ((row * HKV + head) * GROUP + m % GP) * STRIDE + split
+    _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
+
+
+def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits: int, lengths: torch.Tensor) -> Shared:
+    """Workspace for `splits` of the tails and as many of the prefixes as fill the GPU."""
+    tiles = (rows * q.shape[1] // 64 // hkv + groups) * hkv
+    prefixes = max(1, min(8, 512 // tiles))
+    slots = rows * q.shape[1] * (splits + prefixes)
+    part = torch.empty(slots * dim, dtype=torch.float32, device=q.device)
+    return Shared(prefixes, lengths, part, torch.empty(slots, dtype=torch.float32, device=q.device))
+
+
+def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, groups: Groups,
+                      scale: float, soft_cap: float | None = None) -> torch.Tensor:  # fmt: skip
+    """[B, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use decode_attention."""
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    group, count = q.shape[1] // hkv, groups.lengths.shape[0]
+    gp, config = triton.next_power_of_2(group), pick_config(dim, page, rows * hkv)
+    shared = _shared(q, rows, count, hkv, dim, config.splits, groups.shared)
+    block_m, block_n = max(64, gp), 64 if dim <= 128 else 32
+    _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](
+        q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0),
+        k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
+        G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + config.splits, CAP=soft_cap is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if dim <= 128 else 2, WIDE=k_cache.numel() >= 2**31,
+        PER_PAGE=block_n % page == 0 and page & (page - 1) == 0, num_warps=4)  # fmt: skip
+    return decode_attention(q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, shared=shared, config=config)
