@@ -49,7 +49,7 @@ class Gguf:
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 24
         self._bytes = np.memmap(path, np.uint8, "r")
-        self._view = memoryview(self._bytes)
+        self._view = self._bytes.data
         if len(self._view) < 24 or bytes(self._view[:4]) != b"GGUF":
             raise Unsupported(f"{path} is not a GGUF file")
         version, tensors, pairs = struct.unpack_from("<IQQ", self._view, 4)
