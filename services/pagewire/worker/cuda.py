@@ -26,6 +26,7 @@ from .slots import Ints, Slots
 from .special import Extra, SpecialRows
 from .staging import Uploads, Waiter
 
+MIXED_ROWS: Final = (16, 64)
 RING: Final = 16
 """Results that may be on their way at once."""
 
@@ -81,6 +82,7 @@ class CudaRunner:
             self._uploads = Uploads("cuda")
             self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
+            self._warm_up(lambda fraction: progress("compiling kernels", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing graphs", fraction))
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._waiter: Waiter | None = None
@@ -176,7 +178,7 @@ class CudaRunner:
         batch, ids, index = self._batch(slots, counts, first, end)
         wanted = up((np.cumsum(counts) - 1)[sampling])
         logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, wanted, no_tick)
-        state.computed[index] = batch.seq_lens
+        state.computed[index] = batch.seq_lens[: len(index)]
         rows = slots[sampling]
         if not len(rows):
             return None, None
@@ -196,13 +198,39 @@ class CudaRunner:
         rows, positions = spread(first, counts)
         unknown = positions >= self._special.told[slots[rows]]
         tokens = np.where(unknown, -1, host.tokens[slots[rows], positions]).astype(np.int64)
-        width = -(-int(end.max()) // size)
         mapping = host.tables[slots[rows], positions // size].astype(np.int64) * size + positions % size
         flat = up(np.stack((tokens, positions, mapping, slots[rows])))
-        starts = np.zeros(len(slots) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        index = up(slots)
-        tables = self._state.table[:, :width][index].contiguous()
+        columns = np.zeros((3, self._padded(len(slots)) + 1), np.int32)
+        columns[0, : len(slots)], columns[1, : len(slots)] = slots, end
+        columns[2, 1 : len(slots) + 1] = np.cumsum(counts)
+        columns[2, len(slots) + 1 :] = len(positions)
+        padded = up(columns)
+        index = padded[0, : len(slots)].long()
+        tables = self._state.table[padded[0, :-1].long()]
         ids = torch.where(flat[0] < 0, self._state.last_token[flat[3]].long(), flat[0])
-        batch = Batch(flat[1], flat[2], up(starts), up(end.astype(np.int32)), tables, int(counts.max()), int(end.max()))
+        batch = Batch(flat[1], flat[2], padded[2], padded[1, :-1], tables, int(counts.max()), int(end.max()))
         return batch, ids, index
+
+    def _padded(self, rows: int) -> int:
+        """Rows of a mixed batch with padding: few different numbers, since each is a compilation of the attention kernels."""
+        return next((size for size in MIXED_ROWS if rows <= size < self._slots.count), self._slots.count)
+
+    def _warm_up(self, progress: Callable[[float], None]) -> None:
+        """Compile what mixed steps need, with batches that write nowhere, so that no request waits for a compiler."""
+        loaded, vocabulary = self._loaded, 2
+        shapes = sorted({(self._padded(rows), tokens) for rows in (1, self._slots.count) for tokens in (2, 96)})
+        for done, (rows, tokens) in enumerate(shapes):
+            ids = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+            starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device="cuda")
+            lengths = torch.zeros(rows, dtype=torch.int32, device="cuda")
+            starts[0], lengths[0] = 0, tokens
+            if rows > 1:
+                starts[1], lengths[0], lengths[1] = tokens - 1, tokens - 1, 1
+            tables = torch.zeros(rows, self._state.table.shape[1], dtype=torch.int32, device="cuda")
+            batch = Batch(ids, ids - 1, starts, lengths, tables, max(2, tokens - 1), tokens)
+            logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, ids[:vocabulary], no_tick)
+            odds = torch.ones(len(logits), device="cuda")
+            rules = ops.SamplingRows(odds, ids[: len(logits)].int(), odds, odds, ids[: len(logits)], ids[: len(logits)], True)
+            ops.sample(logits, rules)
+            progress(done / len(shapes))
+        torch.cuda.synchronize()
