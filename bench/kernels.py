@@ -129,7 +129,11 @@ def decode_job(rows: int, length: int, heads: int = 32, dim: int = 128, target: 
     configs = []
     many, some, few = [(512, 1), (2048, 2), (4096, 2)], [(512, 1), (512, 8), (1024, 8), (2048, 8)], [(n, 16) for n in (256, 512, 1024)]
     one = [(n, 64) for n in (64, 128, 256, 512, 1024, 2048) if n <= length // 4]
-    shapes = ((64, 2, 3), (32, 2, 4), (64, 4, 4)) if dim == 128 else ((32, 2, 4), (64, 2, 4), (64, 4, 3), (32, 4, 3), (64, 4, 4), (128, 4, 3), (32, 4, 4), (16, 2, 4), (64, 2, 3))
+    shapes = (
+        ((64, 2, 3), (32, 2, 4), (64, 4, 4))
+        if dim == 128
+        else ((32, 2, 4), (64, 2, 4), (64, 4, 3), (32, 4, 3), (64, 4, 4), (128, 4, 3), (32, 4, 4), (16, 2, 4), (64, 2, 3))
+    )
     for shape in shapes:
         configs += [DecodeConfig(*shape, *s) for s in (many if rows >= 256 else some if rows >= 64 else few if rows >= 16 else one)]
     seen = length if window is None else min(window, length)
@@ -167,7 +171,16 @@ def prefill_job(rows: int, count: int, length: int, heads: int = 32, dim: int = 
 
     shapes = [(64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)]
     if dim != 128:
-        shapes += [(64, 32, 4, 3), (64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 2)]
+        shapes += [
+            (64, 32, 4, 3),
+            (64, 32, 4, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 3),
+            (128, 64, 4, 3),
+            (64, 128, 4, 3),
+            (128, 128, 8, 3),
+            (128, 64, 8, 2),
+        ]
     flops = 4.0 * heads * dim * rows * count * (length - count / 2)
     return Job(
         "prefill", f"{rows}x{count} of {length} {heads}q d{dim}", make, flops, "TFLOP/s", target, [PrefillConfig(*s) for s in shapes]
@@ -336,7 +349,12 @@ def cascade_job(rows: int, common: int, own: int, parts: int = 1) -> Job:
     def joined(i: int) -> torch.Tensor:
         return cascade.cascade_attention(q, k, v, table, lens, groups, 128**-0.5)
 
-    job = simple_job("cascade", f"{rows}x({common}+{own}) {parts} groups", (parts * common + rows * own) * HKV * 512.0, lambda: (joined, lambda: error(joined(0), plain(0))))
+    job = simple_job(
+        "cascade",
+        f"{rows}x({common}+{own}) {parts} groups",
+        (parts * common + rows * own) * HKV * 512.0,
+        lambda: (joined, lambda: error(joined(0), plain(0))),
+    )
     job.peer, job.peer_name = plain, "plain decode"
     return job
 
@@ -370,7 +388,15 @@ def jobs() -> list[Job]:
         decode_job(8, 16384, target=137),
         decode_job(1, 1024, target=10),
     ]
-    found += [decode_job(8, 1024), decode_job(16, 1024), decode_job(32, 1024), decode_job(1, 16384), decode_job(8, 32768), decode_job(256, 1024, 16), decode_job(64, 4096, window=1024)]
+    found += [
+        decode_job(8, 1024),
+        decode_job(16, 1024),
+        decode_job(32, 1024),
+        decode_job(1, 16384),
+        decode_job(8, 32768),
+        decode_job(256, 1024, 16),
+        decode_job(64, 4096, window=1024),
+    ]
     found += [decode_job(64, 1024, 32, dim) for dim in (64, 80, 96, 256)]
     found += [prefill_job(1, 8192, 8192, target=1200), prefill_job(4, 2048, 2048, target=370), prefill_job(4, 512, 8192, target=620)]
     found += [

@@ -4,6 +4,9 @@ Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that 
 rather than minus infinity: no NaN arises where a whole tile is masked, and the next visible token wipes out what such a tile left.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 from typing import Final
 
 import triton
@@ -19,15 +22,14 @@ def load_pages(table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PE
 
     PER_PAGE asks for whole pages in a tile: PAGE a power of two that divides BLOCK_N, and `start` a multiple of PAGE.
     """
-    if PER_PAGE:
-        n = start + tl.arange(0, BLOCK_N // PAGE) * PAGE
-    else:
-        n = start + tl.arange(0, BLOCK_N)
+    COUNT: tl.constexpr = BLOCK_N // PAGE if PER_PAGE else BLOCK_N
+    n = start + tl.arange(0, COUNT) * (BLOCK_N // COUNT)
     return tl.load(table + n // PAGE, mask=n < stop, other=0)
 
 
 @triton.jit
-def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+        BOUNDED: tl.constexpr):  # fmt: skip
     """load_tile for whole pages: the rows of a page differ by constants, which leaves registers free."""
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D_PAD)
@@ -43,7 +45,8 @@ def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.
 
 
 @triton.jit
-def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+        BOUNDED: tl.constexpr):  # fmt: skip
     """load_tile with a lookup for each token."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D_PAD)
@@ -54,7 +57,8 @@ def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+        WIDE: tl.constexpr, PER_PAGE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     """[BLOCK_N, D_PAD] rows of one head's keys or values from token `start` on. `page` comes from load_pages; WIDE: offsets need 64 bits.
 
     What lies past D reads as zero, and with BOUNDED what lies past `stop`, which may be anything in memory.

@@ -6,6 +6,9 @@ the partial results. Optionally a row starts behind a shared prefix whose partia
 Knows nothing of scheduling; rows of length 0 are padding and give zeros.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +18,6 @@ import triton.language as tl
 
 from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step
 from .workspace import counters
-
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE:
 
 
 @triton.jit
-def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+        GP: tl.constexpr, SB: tl.constexpr):  # fmt: skip
     """Combine the first `active` partial results of the heads at `base` into out."""
     acc = tl.zeros([GP, D_PAD], tl.float32)
     peak = tl.full([GP], MASKED, tl.float32)
@@ -64,7 +67,9 @@ def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: 
 
 
 @triton.jit
-def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, scale_log2, soft_cap, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, scale_log2, soft_cap, M: tl.constexpr, D: tl.constexpr,
+        D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Online softmax of the rows of q over tokens lo..hi."""
     acc = tl.zeros([M, D_PAD], tl.float32)
     peak = tl.full([M], MASKED, tl.float32)
@@ -86,9 +91,12 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, sc
 
 
 @triton.jit
-def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, part, lse, arrived, scale_log2, soft_cap, q_stride, table_stride, block_stride,
-            HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
-            BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, part, lse, arrived, scale_log2, soft_cap, q_stride,
+        table_stride, block_stride,
+            HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr,
+            D_PAD: tl.constexpr, PAGE: tl.constexpr,
+            BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
+            CAP: tl.constexpr,
             MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -125,7 +133,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
     query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     page_base = head.to(tl.int64) * (PAGE * D)
     hi = tl.minimum(lo + chunk, length)
-    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, tables + row.to(tl.int64) * table_stride, lo, hi, hi, visible_from, block_stride,
+    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, tables + row.to(tl.int64) * table_stride, lo, hi, hi,
+        visible_from, block_stride,
                              scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE)  # fmt: skip
     acc = acc / total[:, None]
     if active + prefixes == 1:
@@ -142,7 +151,14 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
         _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
 
 
-_TABLE = ((16, (64, 2, 3, 64, 32)), (64, (32, 2, 4, 128, 16)), (128, (32, 2, 4, 256, 16)), (256, (64, 2, 3, 1024, 8)), (1024, (32, 2, 4, 1024, 8)), (4096, (64, 2, 3, 2048, 2)))
+_TABLE = (
+    (16, (64, 2, 3, 64, 32)),
+    (64, (32, 2, 4, 128, 16)),
+    (128, (32, 2, 4, 256, 16)),
+    (256, (64, 2, 3, 1024, 8)),
+    (1024, (32, 2, 4, 1024, 4)),
+    (4096, (64, 2, 3, 2048, 2)),
+)
 """Up to so many programs (rows * KV heads): the fields of DecodeConfig."""
 
 
@@ -150,16 +166,18 @@ def pick_config(head_dim: int, page: int, programs: int) -> DecodeConfig:
     """The launch shape for `programs` = rows * KV heads; measured on an H200 (docs/performance.md)."""
     fields = next((fields for limit, fields in _TABLE if programs <= limit), (64, 2, 3, 2048, 1))
     config = DecodeConfig(*fields)
-    return replace(config, block_n=32, warps=4, stages=3) if head_dim > 128 else config
+    return replace(config, block_n=32, stages=4) if head_dim > 128 else config
 
 
-def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,
-                     window: int | None = None, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None, out: torch.Tensor | None = None,
+def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
+        scale: float,
+                     window: int | None = None, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
+                     out: torch.Tensor | None = None,
                      shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
-    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32, 0 for padding. Without `query_start`, row i is
-    token i. With it ([B + 1] int32) only rows of exactly one token are computed, and the other rows of `out` stay as they are.
+    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32, 0 for padding. Without `query_start`,
+    row i is token i. With it ([B + 1] int32) only rows of exactly one token are computed, and the other rows of `out` stay as they are.
     `shared`: a cascade.Shared whose partial results join the merge.
     """
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
@@ -175,9 +193,12 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         part, lse = shared.part, shared.lse
     d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, out, part, lse, counters(q.device, "decode attention", rows * hkv),
+        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, out, part, lse,
+        counters(q.device, "decode attention", rows * hkv),
         scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0), k_cache.stride(0),
-        HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page, BLOCK_N=c.block_n, SPLITS=c.splits,
+        HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
+        BLOCK_N=c.block_n, SPLITS=c.splits,
         PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, MIXED=query_start is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, num_warps=c.warps)  # fmt: skip
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
+        num_warps=c.warps)  # fmt: skip
     return out

@@ -1,9 +1,12 @@
 """Causal attention of many new tokens against cached pages plus themselves, compute-bound; any chunk sizes, many requests in one launch.
 
 Query tokens and the query heads of one KV head fill the rows of one tile together. The grid is an upper bound from the number of tokens and
-rows; each program finds its request from `query_start` on the device. Tiles of the longest contexts come first, so the short ones fill the end
-of the launch. The keys and values of the new tokens are in the pages already (rope.py wrote them).
+rows; each program finds its request from `query_start` on the device. Tiles of the longest contexts come first, so the short ones fill
+the end of the launch. The keys and values of the new tokens are in the pages already (rope.py wrote them).
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 from dataclasses import dataclass
 
@@ -26,16 +29,29 @@ class PrefillConfig:
 
 
 @triton.jit
-def _find_request(query_start, block, rows, B_PAD: tl.constexpr, BQ: tl.constexpr):
-    """The row whose tiles include number `block`, and the number of that row's first tile."""
+def _find_request(query_start, lengths, block, rows, B_PAD: tl.constexpr, BQ: tl.constexpr):
+    """Of the row whose tiles include number `block`: its number, first token, token count, its entry of `lengths`, and the tokens before
+    `block`.
+
+    All rows are looked at at once: three loads that do not wait for each other, where a search would chain them.
+    """
     i = tl.arange(0, B_PAD)
-    first_tile = tl.load(query_start + i, mask=i < rows, other=1 << 30) // BQ + i
+    starts = tl.load(query_start + i, mask=i < rows, other=1 << 30)
+    ends = tl.load(query_start + i + 1, mask=i < rows, other=1 << 30)
+    length = tl.load(lengths + i, mask=i < rows, other=0)
+    first_tile = starts // BQ + i
     row = tl.sum((first_tile <= block).to(tl.int32), 0) - 1
-    return row, tl.load(query_start + row) // BQ + row
+    chosen = i == row
+    start = tl.sum(tl.where(chosen, starts, 0), 0)
+    count = tl.sum(tl.where(chosen, ends, 0), 0) - start
+    skipped = (block - tl.sum(tl.where(chosen, first_tile, 0), 0)) * BQ
+    return row, start, count, tl.sum(tl.where(chosen, length, 0), 0), skipped
 
 
 @triton.jit
-def _span(q, k_base, v_base, table, lo, hi, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def _span(q, k_base, v_base, table, lo, hi, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D: tl.constexpr,
+        D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Fold tokens lo..hi into the running softmax. EDGE: some of them are hidden from some rows, or lie past `stop`."""
     scale = score_scale(scale_log2, CAP)
     page = load_pages(table, lo, stop, PAGE, BLOCK_N, PER_PAGE)
@@ -68,28 +84,23 @@ def _bounds(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, out, scale_log2, soft_cap, q_stride, table_stride, block_stride, rows,
-             HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SKIP_ONE: tl.constexpr, PRECISION: tl.constexpr,
+             HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+             BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SKIP_ONE: tl.constexpr,
+             PRECISION: tl.constexpr,
              STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.num_programs(0) // HKV - 1 - tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
-    row, first_tile = _find_request(query_start, block, rows, B_PAD, BQ)
-    begin_token = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - begin_token
-    skipped = (block - first_tile) * BQ
-    if skipped >= count:
+    row, begin_token, count, length, skipped = _find_request(query_start, seq_lens, block, rows, B_PAD, BQ)
+    if (skipped >= count) | (SKIP_ONE & (count == 1)):
         return
-    if SKIP_ONE:
-        if count == 1:
-            return
     m = tl.arange(0, BLOCK_M)
     t = skipped + m // GP
     d = tl.arange(0, D_PAD)
     inside = ((t < count) & (m % GP < GROUP))[:, None] & (d < D)[None, :]
     at = (begin_token + t).to(tl.int64)
     query = tl.load(q + at[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :], mask=inside, other=0.0)
-    length = tl.load(seq_lens + row)
     first = length - count + skipped
     stop = tl.minimum(first + BQ, length)
     begin, clear, diagonal = _bounds(first, stop - 1, WINDOW, BLOCK_N)
@@ -101,10 +112,13 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, out, scale_log2
     peak = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if WINDOW > 0:
-        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, block_stride, scale_log2, soft_cap, acc,
+            peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
         begin = tl.maximum(begin, clear)
-    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, block_stride, scale_log2, soft_cap, acc,
+        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, block_stride, scale_log2, soft_cap, acc,
+        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     acc = acc / total[:, None]
     out_at = at[:, None] * (HKV * GROUP * D) + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
@@ -113,17 +127,21 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, out, scale_log2
 def pick_config(head_dim: int, page: int, group: int, tokens: int) -> PrefillConfig:
     """The launch shape; measured on an H200 (docs/performance.md)."""
     if head_dim > 128:
-        return PrefillConfig(block_m=64, block_n=32, warps=4, stages=2)
+        return PrefillConfig(block_m=128, block_n=64, warps=8, stages=2)
+    if head_dim <= 64:
+        return PrefillConfig(block_m=128, block_n=64, warps=8, stages=3)
     return PrefillConfig(block_m=64, block_n=64, warps=4, stages=3)
 
 
-def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, query_start: torch.Tensor,
-                      scale: float, window: int | None = None, soft_cap: float | None = None, *, skip_one: bool = False, out: torch.Tensor | None = None,
+def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+                      scale: float, window: int | None = None, soft_cap: float | None = None, *, skip_one: bool = False,
+                      out: torch.Tensor | None = None,
                       config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i] tokens, and see all before them.
 
-    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B], query_start [B + 1] int32. Rows without new tokens
-    are padding; with `skip_one` rows of one token are left to decode attention. Rows of `out` past the last token stay as they are.
+    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B], query_start [B + 1] int32. Rows without new
+    tokens are padding; with `skip_one` rows of one token are left to decode attention. Rows of `out` past the last token stay as they are.
     """
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group = q.shape[1] // hkv
@@ -133,7 +151,11 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
     _prefill[((q.shape[0] // (block_m // gp) + rows) * hkv,)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, out, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0), k_cache.stride(0), rows,
-        HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=c.block_n, B_PAD=triton.next_power_of_2(rows),
-        WINDOW=window or 0, CAP=soft_cap is not None, SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0, num_warps=c.warps)  # fmt: skip
+        q, k_cache, v_cache, tables, seq_lens, query_start, out, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0),
+        k_cache.stride(0), rows,
+        HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=c.block_n,
+        B_PAD=triton.next_power_of_2(rows),
+        WINDOW=window or 0, CAP=soft_cap is not None, SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0,
+        num_warps=c.warps)  # fmt: skip
     return out

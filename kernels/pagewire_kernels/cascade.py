@@ -5,6 +5,9 @@ workspace, where the decode kernel's merge (log-sum-exp) takes them in. Groups a
 grouping of its batch size, none at all included. Knows nothing of how groups are found.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +21,8 @@ from .attention_prefill import _find_request, _span
 
 @dataclass
 class Groups:
-    """G groups over B rows, all int32. Group g has the rows order[starts[g]..starts[g + 1]], whose first lengths[g] tokens lie in the same blocks.
+    """G groups over B rows, all int32. Group g has the rows order[starts[g]..starts[g + 1]], whose first lengths[g] tokens lie in the
+    same blocks.
 
     order [B], starts [G + 1], lengths [G]; shared [B]: the same length for each row, 0 for a row of no group. A length is a multiple of the
     block size and less than the length of every member. Unused groups have starts[g] == starts[g + 1].
@@ -32,7 +36,8 @@ class Groups:
 
 @dataclass
 class Shared:
-    """Partial results for the decode kernel: slots 0..splits of each row and head in part [.., D] and lse, float32; lengths: Groups.shared."""
+    """Partial results for the decode kernel: slots 0..splits of each row and head in part [.., D] and lse, float32; lengths:
+    Groups.shared."""
 
     splits: int
     lengths: torch.Tensor
@@ -48,18 +53,18 @@ def _store_partial(part, lse, slot, inside, acc, peak, total, D: tl.constexpr, D
 
 
 @triton.jit
-def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, soft_cap, q_stride, table_stride, block_stride, groups,
-            HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr, G_PAD: tl.constexpr, SPLITS: tl.constexpr, STRIDE: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, soft_cap, q_stride, table_stride, block_stride,
+        groups,
+            HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+            BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr, G_PAD: tl.constexpr, SPLITS: tl.constexpr, STRIDE: tl.constexpr, CAP: tl.constexpr,
+            PRECISION: tl.constexpr,
             STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
     split = tl.program_id(1)
-    group, first_tile = _find_request(starts, block, groups, G_PAD, BQ)
-    first = tl.load(starts + group)
-    count = tl.load(starts + group + 1) - first
-    skipped = (block - first_tile) * BQ
+    _, first, count, length, skipped = _find_request(starts, lengths, block, groups, G_PAD, BQ)
     if skipped >= count:
         return
     m = tl.arange(0, BLOCK_M)
@@ -68,7 +73,6 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     row = tl.load(order + first + skipped + m // GP, mask=inside, other=0).to(tl.int64)
     at = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
     query = tl.load(q + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    length = tl.load(lengths + group)
     chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     lo = tl.minimum(split * chunk, length)
     hi = tl.minimum(lo + chunk, length)
@@ -80,8 +84,10 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     total = tl.zeros([BLOCK_M], tl.float32)
     whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     last = m * 0 + hi - 1
-    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D,
+        D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D,
+        D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     slot = ((row * HKV + head) * GROUP + m % GP) * STRIDE + split
     _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
 
@@ -95,17 +101,21 @@ def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits:
     return Shared(prefixes, lengths, part, torch.empty(slots, dtype=torch.float32, device=q.device))
 
 
-def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor, groups: Groups,
+def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
+        groups: Groups,
                       scale: float, soft_cap: float | None = None) -> torch.Tensor:  # fmt: skip
-    """[B, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use decode_attention."""
+    """[B, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use
+    decode_attention."""
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
     gp, config = triton.next_power_of_2(group), pick_config(dim, page, rows * hkv)
     shared = _shared(q, rows, count, hkv, dim, config.splits, groups.shared)
     block_m, block_n = max(64, gp), 64 if dim <= 128 else 32
     _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](
-        q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0),
-        k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
+        q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E,
+        soft_cap or 1.0, q.stride(0), tables.stride(0),
+        k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m,
+        BLOCK_N=block_n,
         G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + config.splits, CAP=soft_cap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if dim <= 128 else 2, WIDE=k_cache.numel() >= 2**31,
         PER_PAGE=block_n % page == 0 and page & (page - 1) == 0, num_warps=4)  # fmt: skip

@@ -1,4 +1,5 @@
-"""The operations of the CUDA back end: Triton kernels under the names that every back end has, and the choice between kernels for one operation.
+"""The operations of the CUDA back end: Triton kernels under the names that every back end has, and the choice between kernels for one
+operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for the device or allocates anything but its
 results, grids depend on shapes alone, and lengths are read on the device.
@@ -44,7 +45,8 @@ def paged_attention(
     """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i.
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
-    splits long contexts, and the others to the prefill kernel; when the token count shows that no such row exists, the former is not launched.
+    splits long contexts, and the others to the prefill kernel; when the token count shows that no such row exists, the former is not
+    launched.
     """
     rows = batch.seq_lens.shape[0]
     if batch.max_query_len == 1:

@@ -1,9 +1,13 @@
 """Top-k, top-p and min-p as one threshold a row, found by search over values; nothing is sorted.
 
 A pass over the row counts, or weighs, the tokens at or above a few pivots at once and narrows the interval to the one between two of them.
-Order of the rules: min-p and top-k on the whole distribution, then top-p on what they left, renormalised. Tokens equal to the k-th largest are
-all kept; for top-p so are tokens within TOLERANCE times the temperature below the last one needed, a ratio of 1.0005 in probability.
+Order of the rules: min-p and top-k on the whole distribution, then top-p on what they left, renormalised. Tokens equal to the k-th
+largest are all kept; for top-p so are tokens within TOLERANCE times the temperature below the last one needed, a ratio of 1.0005 in
+probability.
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import triton
 import triton.language as tl
@@ -44,8 +48,8 @@ def _narrow(lo, hi, have, pivot, reached, target):
 def _search(logits, width, target, lo, peak, scale, least_step, ulp, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """A value in lo..peak such that the tokens at or above it number, or weigh, at least `target`, and few more would do so.
 
-    The tokens at or above `lo` must reach the target. It ends when the interval holds no two values that are `ulp` (relative) or `least_step`
-    apart, or when the target is met exactly.
+    The tokens at or above `lo` must reach the target. It ends when the interval holds no two values that are `ulp` (relative) or
+    `least_step` apart, or when the target is met exactly.
     """
     hi = peak + tl.maximum(tl.abs(peak), 1.0) * 1e-3
     have = target + 1.0

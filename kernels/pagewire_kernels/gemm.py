@@ -5,6 +5,9 @@ dimension may be cut into splits; the split that finishes last adds the partial 
 Where cuBLAS is as fast, `linear` leaves the work to it.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +31,8 @@ class SkinnyConfig:
 
 
 @triton.jit
-def _dot_rows(x, weight, n, lo, hi, x_stride, N, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def _dot_rows(x, weight, n, lo, hi, x_stride, N, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        EVEN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """float32 [BN, MP]: weight rows n times the rows of x, over inner elements lo..hi."""
     m = tl.arange(0, MP)
     acc = tl.zeros([BN, MP], tl.float32)
@@ -61,7 +65,8 @@ def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.
 
 
 @triton.jit
-def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr,
+        BK: tl.constexpr,
             SPLITS: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -119,7 +124,8 @@ def skinny_linear(
     part = torch.empty(splits * n * padded, dtype=torch.float32, device=x.device) if splits > 1 else out
     tiles = triton.cdiv(n, c.block_n)
     _skinny[(tiles, splits)](
-        x, weight, bias, out, part, counters(x.device, "skinny gemm", tiles), x.stride(0), n, K=k, M=rows, MP=padded, BN=c.block_n, BK=c.block_k, SPLITS=splits,
+        x, weight, bias, out, part, counters(x.device, "skinny gemm", tiles), x.stride(0), n, K=k, M=rows, MP=padded, BN=c.block_n,
+        BK=c.block_k, SPLITS=splits,
         SPAN=span, EVEN=k % c.block_k == 0 and n % c.block_n == 0, BIAS=bias is not None, STAGES=c.stages, num_warps=c.warps)  # fmt: skip
     return out
 

@@ -3,6 +3,9 @@
 Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so that a step sends no history.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 import torch
 import triton
 import triton.language as tl
@@ -39,9 +42,11 @@ def _count(counts, slots, tokens, width):
 
 def apply_penalties(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor, presence: torch.Tensor,
                     frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
-    """In place. logits [B, V]; counts int32 [slots, V] of output tokens; prompted uint8 [slots, V]; slots int [B]; the penalties float32 [B].
+    """In place. logits [B, V]; counts int32 [slots, V] of output tokens; prompted uint8 [slots, V]; slots int [B]; the penalties float32
+    [B].
 
-    Repetition divides positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency look at the output alone.
+    Repetition divides positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency look at the
+    output alone.
     """
     width = logits.shape[1]
     _penalize[(logits.shape[0], triton.cdiv(width, 2048))](

@@ -3,6 +3,9 @@
 One program handles some heads of one token; q, k and v heads differ only by masks. Arithmetic is float32, rounded once at the end.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
 from typing import Any
 
 import torch
@@ -30,7 +33,8 @@ def _normed(x1, x2, q_weight, k_weight, is_q, is_v, i, inside, eps, D: tl.conste
 
 @triton.jit
 def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, eps, qkv_stride, block_stride,
-                    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+                    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
+                    NORM: tl.constexpr):  # fmt: skip
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
@@ -65,7 +69,8 @@ def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Ten
                    k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Any) -> torch.Tensor:  # fmt: skip
     """q [T, Hq, D]; k and v go to the slots of `batch` (fields positions, slot_mapping, both int64 [T]; a slot of -1 is padding).
 
-    qkv [T, (Hq + 2 Hkv) * D]; cos_sin [positions, D] float32, cosines in the first half of D, sines in the second; both weights [D] or None.
+    qkv [T, (Hq + 2 Hkv) * D]; cos_sin [positions, D] float32, cosines in the first half of D, sines in the second; both weights [D] or
+    None.
     """
     _, hkv, page, dim = k_cache.shape
     tokens, heads = qkv.shape[0], qkv.shape[1] // dim
@@ -74,7 +79,8 @@ def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Ten
     per_program = 4 if tokens <= 64 else 16
     if tokens:
         _rope_and_cache[(tokens, triton.cdiv(heads, per_program))](
-            qkv, cos_sin, q_weight, k_weight, q, k_cache, v_cache, batch.positions, batch.slot_mapping, eps, qkv.stride(0), k_cache.stride(0),
+            qkv, cos_sin, q_weight, k_weight, q, k_cache, v_cache, batch.positions, batch.slot_mapping, eps, qkv.stride(0),
+            k_cache.stride(0),
             HQ=hq, HKV=hkv, D=dim, HALF=triton.next_power_of_2(dim // 2), PAGE=page, HEADS=per_program, NORM=q_weight is not None,
             num_warps=1 if per_program == 4 else 4)  # fmt: skip
     return q

@@ -1,9 +1,14 @@
-"""The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the largest, which samples the softmax without a sort.
+"""The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the largest, which samples the softmax
+without a sort.
 
-The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as counter,
-word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request, another batch or another place in it draws the same.
-A row with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of what the ids mean.
+The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
+counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request, another batch or another place in it
+draws the same. A row with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of what the ids
+mean.
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 from dataclasses import dataclass
 
@@ -109,7 +114,8 @@ def _finish(numbers, ids, logits, tokens, logprobs, bads, row, SLICES: tl.conste
 
 
 @triton.jit
-def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride, SLICES: tl.constexpr,
+def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride,
+        SLICES: tl.constexpr,
             S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -157,8 +163,10 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     numbers = torch.empty(count * slices * 4, dtype=torch.float32, device=device)
     ids = torch.empty(count * slices, dtype=torch.int32, device=device)
     least = thresholds(logits, rows) if rows.filtered else None
-    _sample[(count, slices)](logits, least, rows.temperature, rows.seeds, rows.positions, numbers, ids, counters(device, "sampling", count), tokens, logprobs, bad, width,
-                             logits.stride(0), SLICES=slices, S_PAD=triton.next_power_of_2(slices), BLOCK=block, FILTERED=rows.filtered, FAST=device.type == "cuda", num_warps=4)  # fmt: skip
+    _sample[(count, slices)](logits, least, rows.temperature, rows.seeds, rows.positions, numbers, ids, counters(device, "sampling",
+        count), tokens, logprobs, bad, width,
+                             logits.stride(0), SLICES=slices, S_PAD=triton.next_power_of_2(slices), BLOCK=block, FILTERED=rows.filtered,
+                             FAST=device.type == "cuda", num_warps=4)  # fmt: skip
     return Sampled(tokens, logprobs, bad)
 
 

@@ -15,7 +15,8 @@ _made: dict[tuple[torch.device, str], torch.Tensor] = {}
 def counters(device: torch.device, purpose: str, needed: int) -> torch.Tensor:
     """int32 [COUNTERS] of zeros for one purpose on one device, always the same tensor.
 
-    The first call for a purpose must come before a CUDA graph is captured: inside one, the clearing would become a part of that graph alone.
+    The first call for a purpose must come before a CUDA graph is captured: inside one, the clearing would become a part of that graph
+    alone.
     """
     if needed > COUNTERS:
         raise ValueError(f"{purpose}: {needed} results in one launch, and there are counters for {COUNTERS}; use smaller batches")
