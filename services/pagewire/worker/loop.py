@@ -22,8 +22,8 @@ from ..membership import HEARTBEAT_S, Membership
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
 SPIN_COUNT = "1000"
-"""How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By default they spin for milliseconds: 5% faster
-where cores are idle, tens of times slower where another process wants one."""
+"""How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By default they spin for milliseconds: a few
+percent faster where cores are idle, tens of times slower where another process wants one."""
 
 
 class Flight(Protocol):
