@@ -6,6 +6,7 @@ The table comes last: microseconds, target, rate (KV or weight bytes, or causal 
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "kernels"))
 
-from pagewire_kernels import activation, attention_decode, attention_prefill, cascade, cuda, gemm, norm, rope, sampling
+from pagewire_kernels import activation, attention_decode, attention_prefill, cascade, cuda, gemm, norm, rope, sampling, workspace
 from pagewire_kernels.attention_decode import DecodeConfig
 from pagewire_kernels.attention_prefill import PrefillConfig
 from pagewire_kernels.gemm import SkinnyConfig
@@ -359,6 +360,59 @@ def cascade_job(rows: int, common: int, own: int, parts: int = 1) -> Job:
     return job
 
 
+def layer_job(rows: int, context: int, hidden: int, inner: int, heads: int, label: str) -> Job:
+    """All kernels of one decoder layer in a row; the peer is the same without overlapping launches."""
+
+    @functools.cache
+    def build() -> Any:
+        sets = max(2, int(4e8 / (2 * hidden * (2 * heads * 128 + 3 * inner))))
+        shapes = ((heads + 2 * HKV) * 128, hidden), (hidden, heads * 128), (2 * inner, hidden), (hidden, inner)
+        weights = [[rand(*s) * 0.02 for s in shapes] for _ in range(sets)]
+        table = tables(rows, context)[0]
+        lens = torch.full((rows,), context, dtype=torch.int32, device=DEVICE)
+        slots = table[:, -1].long() * PAGE + PAGE - 1
+        batch = types.SimpleNamespace(positions=lens.long() - 1, slot_mapping=slots, seq_lens=lens, block_tables=table, max_query_len=1)
+        x, residual, w, cos_sin = rand(rows, hidden), rand(rows, hidden), rand(hidden), torch.randn(context, 128, device=DEVICE)
+        (k, v), linear = pool(128), cuda.linear
+
+        def layer(i: int) -> torch.Tensor:
+            qkv_w, o_w, gate_up_w, down_w = weights[i]
+            normed, kept = cuda.add_rms_norm(x, residual, w, 1e-5)
+            q = cuda.rope_and_cache(linear(normed, qkv_w), cos_sin, None, None, 1e-5, k, v, batch)
+            mixed = linear(cuda.paged_attention(q, k, v, batch, 128**-0.5, None), o_w)
+            normed, kept = cuda.add_rms_norm(mixed, kept, w, 1e-5)
+            return linear(cuda.silu_mul(linear(normed, gate_up_w)), down_w)
+
+        def serial(i: int) -> torch.Tensor:
+            for module in (activation, attention_decode, gemm, norm, rope):
+                module.overlap = lambda device: {"PDL": False}
+            try:
+                return layer(i)
+            finally:
+                for module in (activation, attention_decode, gemm, norm, rope):
+                    module.overlap = workspace.overlap
+
+        def check() -> float:
+            kept = residual.clone()
+            one = layer(0)
+            residual.copy_(kept)
+            two = serial(0)
+            residual.copy_(kept)
+            return error(one, two)
+
+        return layer, serial, sets, check
+
+    read = 2.0 * hidden * ((2 * heads + 2 * HKV) * 128 + 3 * inner) + rows * context * HKV * 512.0
+    job = Job(
+        "layer",
+        f"{label} {rows}x{context}",
+        lambda: ((lambda i, config=None: build()[0](i)), build()[2], lambda config=None: build()[3]()),
+        read,
+    )
+    job.peer, job.peer_name = (lambda i: build()[1](i)), "without overlap"
+    return job
+
+
 def mixed_job(decodes: int, length: int, count: int, context: int) -> Job:
     """One chunk beside many decode rows: both kernels, against the prefill kernel for all."""
     k, v = pool(128)
@@ -407,6 +461,9 @@ def jobs() -> list[Job]:
     ]
     found += [cascade_job(256, 2048, 64), cascade_job(256, 2048, 64, 8), cascade_job(64, 1024, 512)]
     found += [mixed_job(64, 1024, 512, 2048), mixed_job(8, 16384, 512, 2048), mixed_job(200, 1024, 1024, 1024)]
+    found += [layer_job(n, 1024, 4096, 14336, 32, "8B") for n in (1, 8, 64)] + [
+        layer_job(n, 1024, 1024, 3072, 16, "0.6B") for n in (1, 8, 64)
+    ]
     for rows in (1, 2, 4, 8):
         layers = [("o", 4096, 4096), ("qkv", 6144, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("lm_head", 128256, 4096)]
         small = [("0.6B o", 1024, 2048), ("0.6B qkv", 4096, 1024), ("0.6B gate_up", 6144, 1024), ("0.6B down", 1024, 3072)]
@@ -422,7 +479,7 @@ def swept(job: Job) -> bool:
 
 
 def warm(part: int, parts: int, work: list[tuple[Job, Any]]) -> None:
-    for job, config in work[part::parts]:
+    for job, config in [w for w in work if w[0].name != "layer"][part::parts]:
         try:
             job.make()[0](0, config)
             torch.cuda.synchronize()

@@ -6,10 +6,16 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .workspace import overlap
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH, in_stride, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, WIDTH, in_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < WIDTH
@@ -24,5 +30,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024 if rows < 64 else 2048
     if rows:
-        _silu_mul[(rows, triton.cdiv(width, block))](gate_up, out, width, gate_up.stride(0), BLOCK=block, num_warps=4)
+        _silu_mul[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, gate_up.stride(0), BLOCK=block, num_warps=4, **overlap(gate_up.device)
+        )
     return out

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step
-from .workspace import counters
+from .workspace import counters, overlap
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
             D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
             CAP: tl.constexpr,
-            MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+            MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
     split = tl.program_id(1)
@@ -136,6 +139,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
     acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, tables + row.to(tl.int64) * table_stride, lo, hi, hi,
         visible_from, block_stride,
                              scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE)  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     acc = acc / total[:, None]
     if active + prefixes == 1:
         tl.store(out + out_base + g[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -200,5 +205,5 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         BLOCK_N=c.block_n, SPLITS=c.splits,
         PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
-        num_warps=c.warps)  # fmt: skip
+        num_warps=c.warps, **overlap(q.device))  # fmt: skip
     return out

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .workspace import counters
+from .workspace import counters, overlap
 
 MAX_ROWS = 8
 
@@ -49,10 +50,21 @@ def _dot_rows(x, weight, n, lo, hi, x_stride, N, K: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
-def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr):
-    """float32 [BN, 1]: weight rows n times the one row of x, over inner elements lo..hi."""
-    acc = tl.zeros([BN, BK], tl.float32)
-    for start in tl.range(lo, hi, BK, num_stages=STAGES):
+def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
+    """float32 [BN, 1]: weight rows n times the one row of x, over inner elements lo..hi.
+
+    The first weights, which no other kernel writes, are asked for before the wait for x. Short products let the next kernel in at once.
+    """
+    k = lo + tl.arange(0, BK)
+    w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < hi)[None, :], other=0.0)
+    if PDL:
+        gdc_wait()
+        if K <= 3072:
+            gdc_launch_dependents()
+    row = tl.load(x + k, mask=k < hi, other=0.0)
+    acc = w.to(tl.float32) * row.to(tl.float32)[None, :]
+    for start in tl.range(lo + BK, hi, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         if EVEN:
             w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :])
@@ -67,7 +79,8 @@ def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.
 @triton.jit
 def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr,
         BK: tl.constexpr,
-            SPLITS: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+            SPLITS: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -75,9 +88,13 @@ def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M
     lo = split * SPAN
     hi = tl.minimum(lo + SPAN, K)
     if MP == 1:
-        acc = _dot_one(x, weight, n, lo, hi, N, K, BN, BK, EVEN, STAGES)
+        acc = _dot_one(x, weight, n, lo, hi, N, K, BN, BK, EVEN, STAGES, PDL)
     else:
+        if PDL:
+            gdc_wait()
         acc = _dot_rows(x, weight, n, lo, hi, x_stride, N, K, M, MP, BN, BK, EVEN, STAGES)
+    if PDL:
+        gdc_launch_dependents()
     last = True
     if SPLITS > 1:
         at = n[:, None] * MP + m[None, :]
@@ -126,7 +143,8 @@ def skinny_linear(
     _skinny[(tiles, splits)](
         x, weight, bias, out, part, counters(x.device, "skinny gemm", tiles), x.stride(0), n, K=k, M=rows, MP=padded, BN=c.block_n,
         BK=c.block_k, SPLITS=splits,
-        SPAN=span, EVEN=k % c.block_k == 0 and n % c.block_n == 0, BIAS=bias is not None, STAGES=c.stages, num_warps=c.warps)  # fmt: skip
+        SPAN=span, EVEN=k % c.block_k == 0 and n % c.block_n == 0, BIAS=bias is not None, STAGES=c.stages, num_warps=c.warps,
+        **overlap(x.device))  # fmt: skip
     return out
 
 

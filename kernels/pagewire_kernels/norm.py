@@ -9,10 +9,16 @@ Arithmetic is float32. The sum with the residual is rounded to the residual's dt
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .workspace import overlap
 
 
 @triton.jit
-def _rms_norm(x, residual, weight, out, eps, x_stride, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm(x, residual, weight, out, eps, x_stride, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < H
@@ -43,6 +49,7 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
             BLOCK=block,
             ADD=residual is not None,
             num_warps=max(1, min(16, block // 512)),
+            **overlap(x.device),
         )
     return out
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .workspace import overlap
 
 
 @triton.jit
@@ -34,7 +37,11 @@ def _normed(x1, x2, q_weight, k_weight, is_q, is_v, i, inside, eps, D: tl.conste
 @triton.jit
 def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, eps, qkv_stride, block_stride,
                     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
-                    NORM: tl.constexpr):  # fmt: skip
+                    NORM: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
@@ -82,5 +89,5 @@ def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Ten
             qkv, cos_sin, q_weight, k_weight, q, k_cache, v_cache, batch.positions, batch.slot_mapping, eps, qkv.stride(0),
             k_cache.stride(0),
             HQ=hq, HKV=hkv, D=dim, HALF=triton.next_power_of_2(dim // 2), PAGE=page, HEADS=per_program, NORM=q_weight is not None,
-            num_warps=1 if per_program == 4 else 4)  # fmt: skip
+            num_warps=1 if per_program == 4 else 4, **overlap(qkv.device))  # fmt: skip
     return q

@@ -1,10 +1,11 @@
-"""Memory that kernels keep between launches: arrival counters for blocks that finish a common result.
+"""What launches share: arrival counters for blocks that finish a common result, and the option to start before the last kernel has ended.
 
 Knows nothing of what is counted. Every kernel leaves the counters at zero, so they are cleared once, when they are made. The kernels
 that share a purpose must run on one stream at a time.
 """
 
-from typing import Final
+import functools
+from typing import Any, Final
 
 import torch
 
@@ -26,3 +27,16 @@ def counters(device: torch.device, purpose: str, needed: int) -> torch.Tensor:
             raise RuntimeError(f"{purpose}: the first call was made while capturing a CUDA graph; run it once before")
         _made[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _made[key]
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel that calls `gdc_wait` first and `gdc_launch_dependents` later, both `if PDL`.
+
+    From compute capability 9.0 on, its blocks are then set up while the kernel before it ends, and wait for its results (programmatic
+    dependent launch). All such kernels must wait in every block, so that waiting for one is waiting for all before it. Long kernels let the
+    next one in near their end: blocks that come earlier fill the multiprocessors unevenly.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
