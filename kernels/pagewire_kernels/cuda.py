@@ -45,15 +45,14 @@ def paged_attention(
     """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i.
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
-    splits long contexts, and the others to the prefill kernel; when the token count shows that no such row exists, the former is not
-    launched.
+    splits long contexts, and the others to the prefill kernel.
     """
     rows = batch.seq_lens.shape[0]
     if batch.max_query_len == 1:
         return decode_attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    mixed = q.shape[0] < rows * batch.max_query_len and rows > 1
-    if mixed:
+    mixed = rows > 1
+    if mixed:  # launched even where no row has one token: two ways to compile the prefill kernel would cost more
         decode_attention(
             q, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, query_start=batch.query_start, out=out
         )

@@ -85,6 +85,45 @@ async def test_a_hundred_streams_get_their_own_tokens(fake_stack: Any) -> None:
         assert reason == "length"
 
 
+def gauges(stack: Any) -> dict[str, float]:
+    """The scheduler's numbers from /metrics, by name without prefix and labels."""
+    with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith(("pagewire:scheduler_", "vllm:num_requests_")))
+    return {name.partition("{")[0].rpartition(":")[2].removeprefix("scheduler_"): float(value) for name, value in pairs}
+
+
+async def test_clients_that_hang_up_leave_nothing_behind_and_disturb_nobody(fake_stack: Any) -> None:
+    """200 streams, of which every second is cut off at a random moment, some before their first token."""
+    await asyncio.to_thread(fake_stack.wait_serving)
+    make = random.Random(7)
+    prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 400))] for _ in range(200)]
+
+    async def one(place: int, session: aiohttp.ClientSession) -> tuple[list[int], str] | None:
+        task = asyncio.create_task(stream(session, fake_stack.url, prompts[place], 300))
+        if place % 2 == 0:
+            return await task
+        done, _ = await asyncio.wait([task], timeout=make.random() ** 2)
+        if done:
+            return task.result()
+        task.cancel()
+        return None
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+        answers = await asyncio.wait_for(asyncio.gather(*(one(i, session) for i in range(200))), 60)
+    assert sum(answer is None for answer in answers) > 50, "too few were cut off: nothing was tested"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer is not None:
+            assert answer == (chain(prompt, 300, VOCAB), "length")
+    for _ in range(50):
+        found = await asyncio.to_thread(gauges, fake_stack)
+        if not found["num_requests_running"] and not found["num_requests_waiting"]:
+            break
+        await asyncio.sleep(0.2)
+    assert (found["num_requests_running"], found["num_requests_waiting"]) == (0, 0)
+    assert found["kv_blocks_free"] == found["kv_blocks_total"] > 0
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "worker", "scheduler"])
 async def test_streams_survive_the_death_of_a(kind: str, fake_stack: Any) -> None:
     """Every stream goes on, with no token lost, doubled or wrong, through kill -9 in the middle."""

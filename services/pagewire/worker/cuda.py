@@ -61,6 +61,11 @@ class Flight:
         )
 
 
+def _widened(columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[n, m] with m made even: each row then starts at a multiple of 16 bytes. Triton compiles a kernel anew for pointers that do not."""
+    return np.pad(columns, ((0, 0), (0, columns.shape[1] % 2)))
+
+
 class CudaRunner:
     """facts, launch, clear: what the loop uses. See `runner.Runner` for what a step means; raises BadStep likewise."""
 
@@ -173,42 +178,52 @@ class CudaRunner:
     def _mixed(
         self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
     ) -> tuple[Tensor | None, Extra | None]:
-        """A step with prompts in it, run eagerly. Tokens that only the device knows are marked -1 on the way up."""
-        loaded, state, up = self._loaded, self._state, self._uploads.up
+        """A step with prompts in it, run eagerly. Rows to sample are padded, by repeating the first, to a number the kernels know."""
+        loaded, state, rows = self._loaded, self._state, slots[sampling]
         batch, ids, index = self._batch(slots, counts, first, end)
-        wanted = up((np.cumsum(counts) - 1)[sampling])
-        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, wanted, no_tick)
+        columns = np.stack(((np.cumsum(counts) - 1)[sampling], rows, end[sampling] - 1))
+        size = self._graphs.bucket(len(rows)) if len(rows) else 0
+        picked = self._uploads.up(_widened(np.concatenate((columns, np.repeat(columns[:, :1], size - len(rows), 1)), 1)))
+        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, picked[0, :size], no_tick)
         state.computed[index] = batch.seq_lens[: len(index)]
-        rows = slots[sampling]
         if not len(rows):
             return None, None
-        index = index[up(np.flatnonzero(sampling))]
-        odds = state.odds[index].T.contiguous()
-        positions = up(end[sampling] - 1)
+        places = picked[1, :size]
+        heat, top_p, min_p = state.odds[places].unbind(1)
         sampled = ops.sample(
-            logits, ops.SamplingRows(odds[0], state.top_k[index], odds[1], odds[2], state.seeds[index], positions, self._filtered(rows))
+            logits,
+            ops.SamplingRows(
+                heat.contiguous(),
+                state.top_k[places],
+                top_p.contiguous(),
+                min_p.contiguous(),
+                state.seeds[places],
+                picked[2, :size],
+                self._filtered(rows),
+            ),
         )
         tokens = sampled.tokens.int()
         report = torch.where(sampled.bad, -1, tokens)
-        state.last_token[index] = tokens
+        state.last_token[places] = tokens
         return report, self._special.resample(logits, rows, report)
 
     def _batch(self, slots: Ints, counts: Ints, first: Ints, end: Ints) -> tuple[Batch, Tensor, Tensor]:
-        host, size, up = self._slots, self._slots.block_size, self._uploads.up
+        host, page, up = self._slots, self._slots.block_size, self._uploads.up
         rows, positions = spread(first, counts)
         unknown = positions >= self._special.told[slots[rows]]
         tokens = np.where(unknown, -1, host.tokens[slots[rows], positions]).astype(np.int64)
-        mapping = host.tables[slots[rows], positions // size].astype(np.int64) * size + positions % size
-        flat = up(np.stack((tokens, positions, mapping, slots[rows])))
-        columns = np.zeros((3, self._padded(len(slots)) + 1), np.int32)
+        mapping = host.tables[slots[rows], positions // page].astype(np.int64) * page + positions % page
+        flat = up(_widened(np.stack((tokens, positions, mapping, slots[rows]))))[:, : len(tokens)]
+        size = self._padded(len(slots))
+        columns = np.zeros((3, size + 4), np.int32)
         columns[0, : len(slots)], columns[1, : len(slots)] = slots, end
         columns[2, 1 : len(slots) + 1] = np.cumsum(counts)
         columns[2, len(slots) + 1 :] = len(positions)
         padded = up(columns)
         index = padded[0, : len(slots)].long()
-        tables = self._state.table[padded[0, :-1].long()]
+        tables = self._state.table[padded[0, :size].long()]
         ids = torch.where(flat[0] < 0, self._state.last_token[flat[3]].long(), flat[0])
-        batch = Batch(flat[1], flat[2], padded[2], padded[1, :-1], tables, int(counts.max()), int(end.max()))
+        batch = Batch(flat[1], flat[2], padded[2, : size + 1], padded[1, :size], tables, int(counts.max()), int(end.max()))
         return batch, ids, index
 
     def _padded(self, rows: int) -> int:
@@ -217,20 +232,19 @@ class CudaRunner:
 
     def _warm_up(self, progress: Callable[[float], None]) -> None:
         """Compile what mixed steps need, with batches that write nowhere, so that no request waits for a compiler."""
-        loaded, vocabulary = self._loaded, 2
-        shapes = sorted({(self._padded(rows), tokens) for rows in (1, self._slots.count) for tokens in (2, 96)})
+        loaded = self._loaded
+        shapes = sorted({(self._padded(rows), tokens) for rows in (1, MIXED_ROWS[-1], self._slots.count) for tokens in (2, 96)})
         for done, (rows, tokens) in enumerate(shapes):
             ids = torch.zeros(tokens, dtype=torch.int64, device="cuda")
-            starts = torch.full((rows + 1,), tokens, dtype=torch.int32, device="cuda")
+            starts = torch.full((rows + 4,), tokens, dtype=torch.int32, device="cuda")[: rows + 1]
             lengths = torch.zeros(rows, dtype=torch.int32, device="cuda")
             starts[0], lengths[0] = 0, tokens
             if rows > 1:
                 starts[1], lengths[0], lengths[1] = tokens - 1, tokens - 1, 1
             tables = torch.zeros(rows, self._state.table.shape[1], dtype=torch.int32, device="cuda")
             batch = Batch(ids, ids - 1, starts, lengths, tables, max(2, tokens - 1), tokens)
-            logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, ids[:vocabulary], no_tick)
-            odds = torch.ones(len(logits), device="cuda")
-            rules = ops.SamplingRows(odds, ids[: len(logits)].int(), odds, odds, ids[: len(logits)], ids[: len(logits)], True)
-            ops.sample(logits, rules)
+            logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, ids[:1], no_tick)
+            odds = torch.ones(1, device="cuda")
+            ops.sample(logits, ops.SamplingRows(odds, ids[:1].int(), odds, odds, ids[:1], ids[:1], True))
             progress(done / len(shapes))
         torch.cuda.synchronize()
