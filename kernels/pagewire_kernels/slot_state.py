@@ -5,6 +5,7 @@ run inside the captured graph of a decode step: they read everything from the de
 row. The `*_reference` functions are the oracles in plain torch.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
 from dataclasses import dataclass, fields
 
 import torch
