@@ -44,6 +44,7 @@ from .parts import (
     Placed,
     Prompt,
     Role,
+    Shared,
     Started,
     TokenizerFacts,
     TokenLogprobs,
@@ -55,8 +56,8 @@ from .sampling import Sampling, TextOptions, TokenId
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "End", "Epoch",
     "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns", "Message",
-    "Peer", "Placed", "Prompt", "Rid", "Role", "Roster", "Started", "Step", "StepResult", "Submit", "ToFrontend", "ToScheduler",
-    "ToTokenizer", "ToWorker", "TokenLogprobs", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
+    "Peer", "Placed", "Prompt", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepResult", "Submit", "ToFrontend",
+    "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
 ]
 # fmt: on
 
@@ -193,7 +194,8 @@ class Step(Message, tag=True, frozen=True):
 
     `run_slots[i]` computes its next `run_counts[i]` tokens; a row that reaches the slot's last known token samples one more, which
     the worker appends to the slot itself. `repeat` runs the previous step's slots again with one token each, columns left empty.
-    An `epoch` above the worker's own clears all its slots first; one below is ignored.
+    `shared` comes only where each row runs one token, and saves work without changing results. Its groups last while steps repeat: tables
+    only grow at their ends meanwhile. An `epoch` above the worker's own clears all its slots first; one below is ignored.
     """
 
     epoch: Epoch
@@ -205,6 +207,7 @@ class Step(Message, tag=True, frozen=True):
     run_slots: RowsI32 = b""
     run_counts: RowsI32 = b""
     repeat: bool = False
+    shared: Shared | None = None
 
 
 # --- to everyone ------------------------------------------------------------------------------------------------------

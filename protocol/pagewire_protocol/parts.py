@@ -141,6 +141,8 @@ class WorkerFacts(Record, frozen=True):
     vocab_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     device: Name
+    cascade: bool = False
+    """It reads blocks that rows of a step have in common once for all of them: steps may bring `Shared`."""
 
 
 class TokenizerFacts(Record, frozen=True):
@@ -161,6 +163,18 @@ class Peer(Record, frozen=True):
     stage: Name = ""
     """What it is doing while not ready, for people."""
     fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
+class Shared(Record, frozen=True):
+    """Groups of rows whose block tables begin with the same blocks.
+
+    Group g consists of the rows `order[starts[g]:starts[g + 1]]`, indices into the step's `run_slots`, whose first `lengths[g]` tokens lie
+    in the same blocks: a multiple of the block size, less than the tokens of each member. A row is in one group at most.
+    """
+
+    order: RowsI32
+    starts: RowsI32
+    lengths: RowsI32
 
 
 class Admission(Record, frozen=True):

@@ -21,7 +21,7 @@ DECODER = msgspec.msgpack.Decoder(ToScheduler)
 def setup(rows, tokenizers, prompt, max_tokens, stop, config):
     scheduler = Scheduler(1, config)
     scheduler.handle(Tick(1.0))
-    facts = WorkerFacts(65_536, 16, rows, 32_768, 49_152, (0, 2), "sim")
+    facts = WorkerFacts(65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True)
     scheduler.handle(Hello(Peer(Role.WORKER, "w", "ipc:///w", 7, True), facts))
     inboxes = [f"ipc:///t{i}" for i in range(tokenizers)]
     for i, inbox in enumerate(inboxes):

@@ -100,15 +100,16 @@ class Shadow:
 class SimWorker:
     """`inbox` holds Steps not executed yet, `results` those executed but not delivered."""
 
-    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=()):
+    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=(), cascade=True):
         self.incarnation = 1000 + number
         self.peer = Peer(Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True)
-        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim")
+        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim", cascade)
         self.slots = {}
         self.cells = np.full((num_blocks, block_size), -1, np.int64)
         self.shadow = Shadow(block_size)
         self.prefixes = [None] * num_blocks
         self.last = []
+        self.shared = None
         self.inbox = deque()
         self.results = deque()
         self.steps = []
@@ -128,12 +129,14 @@ class SimWorker:
         for slot, block in zip(ints(step.grow_slots), ints(step.grow_blocks), strict=True):
             self.slots[slot].blocks.append(block)
         if step.repeat:
-            assert not step.run_slots and not step.run_counts
+            assert not step.run_slots and not step.run_counts and step.shared is None
             counts = [1] * len(self.last)
         else:
-            self.last, counts = ints(step.run_slots), ints(step.run_counts)
+            self.last, counts, self.shared = ints(step.run_slots), ints(step.run_counts), step.shared
         assert len(set(self.last)) == len(self.last)
         self._one_writer(counts)
+        if self.shared is not None:
+            self._truly_shared(counts)
         rows = [(slot, self._run(slot, count)) for slot, count in zip(self.last, counts, strict=True)]
         self._report(step, [(slot, token) for slot, token in rows if token is not None])
 
@@ -146,6 +149,26 @@ class SimWorker:
                 assert position // size < len(state.blocks), f"slot {slot}: no block for position {position}"
                 block = state.blocks[position // size]
                 assert writers.setdefault(block, slot) == slot, f"slots {slot} and {writers[block]} both write block {block}"
+
+    def groups(self):
+        """The present groups: (slots, common tokens)."""
+        if self.shared is None:
+            return []
+        order, starts, lengths = (ints(column) for column in (self.shared.order, self.shared.starts, self.shared.lengths))
+        assert len(starts) == len(lengths) + 1 and starts[0] == 0 and starts[-1] == len(order)
+        return [([self.last[i] for i in order[a:b]], n) for a, b, n in zip(starts, starts[1:], lengths, strict=False)]
+
+    def _truly_shared(self, counts):
+        size, seen = self.facts.block_size, set()
+        assert self.facts.cascade and set(counts) == {1}, "groups in a step that may not have them"
+        for slots, tokens in self.groups():
+            assert len(slots) > 1 and tokens > 0 and tokens % size == 0 and not seen & set(slots) and len(set(slots)) == len(slots)
+            seen |= set(slots)
+            first = self.slots[slots[0]].blocks[: tokens // size]
+            for slot in slots:
+                state = self.slots[slot]
+                assert tokens <= state.computed, f"slot {slot} shares {tokens} tokens but has computed only {state.computed}"
+                assert state.blocks[: tokens // size] == first, f"slot {slot} does not share its first {tokens} tokens"
 
     def _run(self, slot, count):
         state, size = self.slots[slot], self.facts.block_size

@@ -3,11 +3,19 @@
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from pagewire.scheduler import groups
 from pagewire.scheduler.blocks import BlockPool
 from pagewire.scheduler.replica import Pending, Replica
 from scheduler.scheduler_machine import SchedulerMachine
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """The machine's prompts are short and its requests few."""
+    monkeypatch.setattr(groups, "LEAST_ROWS", 2)
+    monkeypatch.setattr(groups, "LEAST_TOKENS", 4)
 
 
 def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=True):

@@ -5,7 +5,7 @@ are there, so lengths run ahead of values: a row that reaches its last known tok
 """
 
 import numpy as np
-from pagewire_protocol.messages import Admission, Step, pack
+from pagewire_protocol.messages import Admission, Shared, Step, pack
 
 from .replica import NO_ROWS, Flight, Replica
 from .request import Phase, Request
@@ -124,10 +124,18 @@ def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: 
         grow_slots=pack("i", [slot for slot, _ in grown]),
         grow_blocks=pack("i", [block for _, block in grown]),
         repeat=repeat,
+        shared=None if repeat else _shared(replica, flight),
         **columns,
     )
     replica.retire, replica.admit = [], []
     return message
+
+
+def _shared(replica: Replica, flight: Flight) -> Shared | None:
+    """Groups of rows with common blocks, for a step of decodes alone."""
+    if replica.prefixes is None or flight.counts is not None or not len(flight.run):
+        return None
+    return replica.prefixes.find(flight.run, replica.slots.sent[flight.run])
 
 
 def _admission(replica: Replica, request: Request) -> Admission:

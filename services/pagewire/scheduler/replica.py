@@ -13,6 +13,7 @@ from pagewire_protocol.messages import WorkerFacts
 from pagewire.config import SchedulerConfig
 
 from .blocks import BlockPool
+from .groups import Prefixes
 from .request import Phase, Request
 from .slots import I32, NEVER, Slots
 
@@ -59,6 +60,8 @@ class Replica:
         self.block_size = facts.block_size
         self.pool = BlockPool(facts.num_blocks)
         self.slots = Slots(min(config.max_num_seqs, facts.max_num_seqs), facts.vocab_size, facts.eos_token_ids)
+        cascade = self.caching and config.enable_cascade and facts.cascade
+        self.prefixes = Prefixes(self.slots.count, self.block_size) if cascade else None
         self.accepting = True
         self.sent = self.returned = 0
         self.flights: deque[Flight] = deque()
@@ -113,6 +116,8 @@ class Replica:
         computed = len(cached) * self.block_size
         request.slot = self.slots.occupy(request, computed, len(request.blocks) * self.block_size)
         self.slots.sealed[request.slot] = len(cached)
+        if self.prefixes is not None:
+            self.prefixes.placed(request.slot, request.blocks)
         request.phase, request.replica = Phase.RUNNING, self
         self.admit.append(request)
         self.prefill.append(request)
