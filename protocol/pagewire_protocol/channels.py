@@ -4,6 +4,7 @@ The scheduler's inbox has a well-known address, and a lock file decides which pr
 `ipc://` path without an error, so the name alone protects nothing. Every other inbox has a fresh address for each incarnation.
 """
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -38,7 +39,7 @@ def _socket(kind: int) -> "zmq.Socket[bytes]":
     return context.socket(kind)
 
 
-class AlreadyRunning(RuntimeError):
+class AlreadyRunning(OSError):
     """Another scheduler holds the run directory's lock."""
 
 
@@ -46,7 +47,10 @@ def prepare_run_dir(run_dir: str) -> Path:
     """The directory of the sockets, made private (0700). Raises PermissionError when it belongs to someone else, ValueError when
     its path is too long for a Unix socket."""
     path = Path(run_dir).absolute()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"run directory {path} cannot be made: {error.strerror}; choose another with --run-dir") from None
     if path.stat().st_uid != os.getuid():
         raise PermissionError(f"run directory {path} belongs to another user (uid {path.stat().st_uid}); choose another with --run-dir")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -67,6 +71,19 @@ def inbox_address(run_dir: Path, role: Role, incarnation: int) -> str:
     return f"ipc://{run_dir}/{name}.sock"
 
 
+def _already_running(run_dir: Path) -> AlreadyRunning:
+    return AlreadyRunning(f"a scheduler is already running in {run_dir}; stop it, or choose another --run-dir")
+
+
+def check_unused(run_dir: Path) -> None:
+    """Raises AlreadyRunning when a live scheduler holds the directory. Takes nothing: the scheduler to come must do that itself."""
+    with contextlib.suppress(FileNotFoundError), (run_dir / "scheduler.lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _already_running(run_dir) from None
+
+
 def take_epoch(run_dir: Path) -> tuple[int, int]:
     """The next epoch and the descriptor that holds the scheduler's lock for this process's life. Raises AlreadyRunning."""
     fd = os.open(run_dir / "scheduler.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -74,7 +91,7 @@ def take_epoch(run_dir: Path) -> tuple[int, int]:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise AlreadyRunning(f"a scheduler is already running in {run_dir}; stop it, or choose another --run-dir") from None
+        raise _already_running(run_dir) from None
     epoch = int(os.pread(fd, 32, 0) or b"0") + 1
     os.pwrite(fd, str(epoch).encode(), 0)
     return epoch, fd

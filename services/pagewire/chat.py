@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .cli import new_parser
 
 DEFAULT_URL = "http://localhost:8000"
 CONNECT_S, ANSWER_S = 5, 600
+COMMAND = re.compile(r"/[a-z]+")
 
 
 class ChatError(Exception):
@@ -100,10 +102,11 @@ class Conversation:
         self._client, self._model, self._options = client, model, options
         self._messages = [{"role": "system", "content": system}] if system else []
 
-    def turn(self, text: str) -> None:
-        """One question and its printed answer. Ctrl-C ends the answer, not the chat; what came of it stays part of the conversation."""
+    def turn(self, text: str) -> bool:
+        """One question and its printed answer; False after an error. Ctrl-C ends the answer, not the chat. What came of an answer stays
+        part of the conversation."""
         body = {"model": self._model, "messages": [*self._messages, {"role": "user", "content": text}], **self._options}
-        said: list[str] = []
+        said, whole = list[str](), True
         try:
             with contextlib.closing(self._client.answer(body)) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
@@ -112,11 +115,14 @@ class Conversation:
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except (ChatError, OSError, http.client.HTTPException, ValueError) as error:
-            print(f"{os.linesep if said else ''}error: {error}", file=sys.stderr, end="", flush=True)
+            print(f"{os.linesep if said else ''}error: {error}", file=sys.stderr, flush=True)
+            whole = False
             if not said:
-                return print()
+                return whole
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
-        print()
+        if whole:
+            print()
+        return whole
 
     def clear(self) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
@@ -128,8 +134,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", default="", help="default: the first the server names")
     parser.add_argument("--system", default="", help="system prompt")
     parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""), help="default: PAGEWIRE_API_KEY")
-    parser.add_argument("--temperature", type=float, default=None)
-    parser.add_argument("--max-tokens", type=int, default=None)
+    parser.add_argument("--temperature", type=float, default=None, help="0: always the likeliest token; default: the server's")
+    parser.add_argument("--max-tokens", type=int, default=None, help="longest answer in tokens; default: what the context has room for")
     options = parser.parse_args(arguments)
     chosen = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
@@ -145,6 +151,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _loop(talk: Conversation) -> int:
+    """Until the input ends. What comes from a pipe is a program's: then one error makes the exit code 1."""
+    status = 0
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     prompt = "> " if sys.stdin.isatty() else ""
@@ -152,12 +160,15 @@ def _loop(talk: Conversation) -> int:
         try:
             text = input(prompt).strip()
         except EOFError:
-            print()
-            return 0
+            print(end="\n" if prompt else "")
+            return status
         except KeyboardInterrupt:
             print()
             continue
         if text == "/clear":
             talk.clear()
-        elif text:
-            talk.turn(text)
+            print("(a new conversation)")
+        elif COMMAND.fullmatch(text):
+            print(f"there is no command {text}; /clear starts anew, Ctrl-D ends the chat")
+        elif text and not talk.turn(text) and not prompt:
+            status = 1

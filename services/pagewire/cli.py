@@ -4,11 +4,12 @@ Each subcommand's module is imported only when it is called, so that `pagewire -
 """
 
 import argparse
+import difflib
 import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, read
 from .version import __version__
@@ -76,8 +77,41 @@ def report_error(command: str, error: BaseException) -> int:
     return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line: a usage text of fifty flags above it would only hide the reason."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments: "):
+            flag = words[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            message = f"{'unknown flag' if flag.startswith('-') else 'one argument too many:'} {flag}{hint}"
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (`{self.prog} --help` lists the flags)\n")
+
+
 def new_parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"pagewire {command}", description=description, allow_abbrev=False)
+    return Parser(f"pagewire {command}", description=description, allow_abbrev=False)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model without its flag, as in `pagewire serve MODEL`; `take_model` reads it."""
+    parser.add_argument("positional", nargs="?", metavar="MODEL", help="the same as --model")
+
+
+def take_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    given = vars(namespace).pop("positional")
+    if given is not None and given != getattr(namespace, "model", given):
+        parser.error(f"two models given: {given} and --model {namespace.model}")
+    if given is not None:
+        namespace.model = given
+
+
+def positive(text: str) -> int:
+    """A flag's number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is needed")
+    return int(text)
 
 
 def parse_structs(command: str, description: str, structs: tuple[type[Any], ...], arguments: list[str]) -> list[Any]:

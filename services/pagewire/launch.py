@@ -19,12 +19,14 @@ from typing import Any
 from msgspec import structs
 
 from . import hub, stack
-from .cli import new_parser, read_all
+from .cli import add_model, new_parser, read_all, take_model
 from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, to_flags
+from .frontend.auth import configured_keys
 from .progress import Display, Health
 from .supervisor import PARENT_VARIABLE, Supervisor
 
 BACKLOG = 2048
+RUN_DIR_HELP = "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
 STRUCTS: tuple[type[Any], ...] = (RunConfig, ModelConfig, FrontendConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
 REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 
@@ -32,8 +34,9 @@ REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 def main(arguments: list[str]) -> int:
     config = parse(arguments)
     own = config.run.run_dir == ""
-    run_dir = stack.new_run_dir() if own else stack.prepare_run_dir(config.run.run_dir)
     assert config.frontend is not None
+    configured_keys(config.frontend.api_key)
+    run_dir = stack.new_run_dir() if own else stack.take_run_dir(config.run.run_dir)
     with contextlib.ExitStack() as cleanup:
         if own:
             cleanup.callback(stack.remove_run_dir, run_dir)
@@ -45,8 +48,9 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> stack.StackConfig:
     parser = new_parser("serve", "Start every service on this machine behind an OpenAI-compatible endpoint.")
-    parser.add_argument("positional", nargs="?", metavar="MODEL", help="the same as --model")
-    add_flags(parser, *STRUCTS, skip=("socket_fd", "name"))
+    add_model(parser)
+    parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
+    add_flags(parser, *STRUCTS, skip=("socket_fd", "name", "run_dir"))
     for name in REPLICAS:
         kind = name.removeprefix("num_")
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, metavar="N", help=f"how many {kind} (default: 1)")
@@ -71,10 +75,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name in REPLICAS:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
-    if options.positional is not None:
-        if options.positional != getattr(options, "model", options.positional):
-            parser.error(f"two models given: {options.positional} and --model {options.model}")
-        options.model = options.positional
+    take_model(parser, options)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -157,7 +158,7 @@ class Launch:
         self.fetch = None
         output = fetch.communicate()[0].splitlines()
         if fetch.returncode or not output:
-            return self.supervisor.fail(f"{self.config.model.model} could not be fetched")
+            return self.supervisor.fail(f"{self.config.model.model} could not be fetched; `pagewire fetch` said above why")
         tokenizer = Path(output[1]) if len(output) > 1 else None
         self._start_model(stack.local_model(self.config.model, Path(output[0]), tokenizer))
 
@@ -181,6 +182,6 @@ def invitation(config: stack.StackConfig) -> str:
     host = "localhost" if config.frontend.host in ("", "0.0.0.0", "::") else config.frontend.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
     name = (*config.frontend.served_model_name, config.model.model)[0]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.frontend.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if configured_keys(config.frontend.api_key) else ""
     question = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
     return f"Pagewire serves {name} at {url}\n  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'"

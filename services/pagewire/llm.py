@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import structs
 
 from .collect import Bar, Collector, Group
-from .config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, read
+from .config import DEMO_MODEL, BadSetting, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, read
 from .engine import Engine, EngineError
 from .frontend.stream import Job, Stream
 from .outputs import RequestOutput
@@ -105,6 +105,7 @@ class LLM:
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
+        self._engine.check_open()
         self._engine.refresh()
         roster = self._engine.roster
         return dict(roster.stats) if roster else {}
@@ -148,8 +149,8 @@ def configure(given: dict[str, Any]) -> StackConfig:
     namespace = argparse.Namespace(**{"log_level": "warning", **given})
     try:
         return StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("--").replace("-", "_", str(error).partition(":")[0].count("-"))) from None
+    except BadSetting as error:
+        raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
 
 
 def _say(line: str) -> None:
@@ -185,6 +186,7 @@ class Batch:
         return Job(group.prompt, sampling, text, max_tokens_is_rest=params.max_tokens is None)
 
     def run(self, use_tqdm: bool | Callable[..., Any] = False) -> list[RequestOutput]:
+        self._engine.check_open()
         bar = Bar(use_tqdm, len(self._groups))
         try:
             self._engine.refresh()

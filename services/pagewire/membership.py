@@ -3,6 +3,7 @@
 Used by every service but the scheduler. It has no thread and no clock of its own: the service's loop calls `tick`.
 """
 
+import logging
 from pathlib import Path
 
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
@@ -19,6 +20,9 @@ from pagewire_protocol.messages import (
 )
 
 HEARTBEAT_S = 1.0
+ALONE_S = 10.0
+"""After so long without a word from a scheduler a person should know."""
+log = logging.getLogger("pagewire.membership")
 
 
 class Membership:
@@ -33,6 +37,8 @@ class Membership:
         self._tokenizer: TokenizerFacts | None = None
         self._stage, self._fraction, self._ready = "starting", 0.0, False
         self._next_beat = 0.0
+        self._run_dir = run_dir
+        self._warn_at: float | None = None
 
     def hello(self) -> None:
         peer = Peer(self._role, self._name, self._inbox.address, self._incarnation, self._ready, self._stage, self._fraction)
@@ -53,8 +59,17 @@ class Membership:
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
+        self._warn_when_alone(now)
         beat = Heartbeat(self._inbox.address, self._incarnation, self.progress, self.busy, self._stage, self._fraction)
         self._send(beat)
+
+    def _warn_when_alone(self, now: float) -> None:
+        """Once: a service whose scheduler lives in another run directory waits for it in vain, but rightly when it only starts late."""
+        if self._warn_at is None:
+            self._warn_at = now + ALONE_S
+        elif now >= self._warn_at and self.roster is None:
+            self._warn_at = float("inf")
+            log.warning("no scheduler has answered in %s for %.0f s; is one running with this --run-dir?", self._run_dir, ALONE_S)
 
     def on_roster(self, roster: Roster) -> bool:
         """Keep the newest roster. True when it comes from a new scheduler, to which this process has then said Hello."""

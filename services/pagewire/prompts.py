@@ -43,7 +43,7 @@ def _as_prompt(prompt: Any, place: int) -> Prompt:
 
 def as_chats(messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> list[Prompt]:
     """One conversation (a list of {"role", "content"}) or a list of conversations."""
-    if not isinstance(messages, Sequence) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError("messages must be a list of {'role': ..., 'content': ...}, or a list of such lists")
     talks = [messages] if isinstance(messages[0], Mapping) else messages
     return [
@@ -58,6 +58,8 @@ def _as_message(message: Any, place: int) -> ChatMessage:
     extra = {key for key, value in message.items() if value is not None} - {"role", "content", "name"}
     if extra:
         raise ValueError(f"conversation {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version")
+    if "content" not in message:
+        raise ValueError(f"conversation {place}: a message needs a role and content, got {message!r:.80}")
     return ChatMessage(message["role"], _content(message.get("content"), place), message.get("name"))
 
 

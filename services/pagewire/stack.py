@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from msgspec import Struct, structs
-from pagewire_protocol.channels import prepare_run_dir
+from pagewire_protocol.channels import check_unused, prepare_run_dir
 
 from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, to_flags
 from .supervisor import Service
@@ -71,6 +71,13 @@ def new_run_dir() -> Path:
         if _is_abandoned(old.name):
             shutil.rmtree(old, ignore_errors=True)
     return prepare_run_dir(f"{root}/{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}")
+
+
+def take_run_dir(given: str) -> Path:
+    """The directory that the user named. Raises AlreadyRunning before any service of a second stack could join the first."""
+    run_dir = prepare_run_dir(given)
+    check_unused(run_dir)
+    return run_dir
 
 
 def remove_run_dir(path: Path) -> None:

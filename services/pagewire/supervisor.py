@@ -188,7 +188,7 @@ class Supervisor:
         name, now = child.service.name, time.monotonic()
         child.deaths.append(now)
         if code > 0 and not self._ready:
-            return self.fail(child.last_line or f"{name} {how_it_ended(code)} without a word")
+            return self.fail(child.last_line.removeprefix("pagewire ") or f"{name} {how_it_ended(code)} without a word")
         if len(child.deaths) == GIVE_UP_DEATHS and now - child.deaths[0] < GIVE_UP_WINDOW_S:
             last = f"; its last line: {child.last_line}" if child.last_line else ""
             return self.fail(f"{name} died {GIVE_UP_DEATHS} times in {now - child.deaths[0]:.0f} s, giving up{last}")

@@ -101,7 +101,10 @@ def test_metrics(serve) -> None:
 
 def test_unknown_model(server) -> None:
     for answer in (server.complete("hi", model="X"), server.chat("hi", model="X")):
-        assert check_error(answer, 404, "NotFoundError", "model")["message"] == "The model `X` does not exist."
+        assert (
+            check_error(answer, 404, "NotFoundError", "model")["message"]
+            == f"The model `X` does not exist; this server has `{MODEL}`, `alias`."
+        )
     assert server.complete("hi", model=MODEL).status_code == 200
     assert server.complete("hi", model=MODEL.rstrip("/")).status_code == 404
 

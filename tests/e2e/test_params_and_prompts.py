@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from pagewire import SamplingParams
+from pagewire.llm import configure
 from pagewire.prompts import as_chats, as_params, as_prompts
 from pagewire_protocol.columns import pack
 
@@ -62,6 +63,9 @@ def test_conversations_alone_and_many() -> None:
     assert len(as_chats(talk, True, False)) == 1 and len(as_chats([talk, talk], True, False)) == 2
     chat = as_chats(talk, True, False)[0].chat
     assert chat is not None and chat.messages[0].content == "ab"
+    for bad in ("hi", [{"role": "user"}], [{"content": "x"}]):
+        with pytest.raises(ValueError, match="role"):
+            as_chats(bad, True, False)
     with pytest.raises(ValueError, match="tool_calls"):
         as_chats([{"role": "assistant", "content": "", "tool_calls": [1]}], True, False)
 
@@ -70,3 +74,20 @@ def test_one_set_of_parameters_for_all_or_one_for_each() -> None:
     assert len(as_params(None, 3)) == 3
     with pytest.raises(ValueError, match="3 prompts but 2 sampling_params"):
         as_params([SamplingParams(), SamplingParams()], 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"device": "gpu"}, "device='gpu': one of auto, cpu, cuda, fake is needed"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0: at least 1 is needed"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5: at most 1.0 is needed"),
+        ({"seed": -1}, "seed=-1: at least 0 is needed"),
+        ({"max_model_len": "x"}, "max_model_len='x': Expected `int`, got `str`"),
+        ({"chat_template": 5}, "chat_template=5: Expected `str`"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_the_words_of_a_program(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        configure(given)
+    assert str(caught.value).startswith(words)

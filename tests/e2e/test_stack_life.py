@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,13 +84,45 @@ def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
         (("serve", "--num-workers", "0"), "--num-workers 0"),
         (("serve", "one", "--model", "two"), "two models"),
         (("worker", "--block-size", "-1"), "--block-size"),
+        (("serve", "--port", "99999"), "--port 99999: at most 65535 is needed"),
+        (("serve", "--device", "gpu"), "--device"),
+        (("serve", "one", "two"), "one argument too many: two"),
+        (("serve", "--api-keys", "x"), "unknown flag --api-keys; did you mean --api-key?"),
+        (("bench", "offline", "--num-prompts", "0"), "--num-prompts: 0: a whole number of at least 1"),
+        (("bench", "serve", "--vocab", "100"), "--vocab: 100: more than 100"),
+        (("fetch", "one", "--model", "two"), "two models"),
         (("nonsense",), "unknown command"),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(arguments: tuple[str, ...], words: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
-    assert words in result.stderr.splitlines()[-1]
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_second_stack_in_a_run_directory_disturbs_nobody(start_stack: Callable[..., Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
+        stack = start_stack(*FAKE, "--run-dir", run_dir).wait_ready()
+        stack.wait_line("curl ")
+        before = len(stack.lines)
+        result = run("serve", *FAKE, "--port", "0", "--run-dir", run_dir)
+        assert result.returncode == 1
+        assert "a scheduler is already running" in result.stderr and len(result.stderr.splitlines()) == 1
+        assert stack.lines[before:] == []
+        assert stack.end() == 0
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("serve", *FAKE, "--port", "0", "--run-dir", str(tmp_path / "file" / "run"))
+    assert result.returncode == 1
+    assert "cannot be made: Not a directory; choose another with --run-dir" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_example_asks_for_a_key_from_the_environment(start_stack: Callable[..., Any]) -> None:
+    stack = start_stack(*FAKE, environment={"PAGEWIRE_API_KEY": "secret"}).wait_ready()
+    assert "Authorization: Bearer YOUR_KEY" in stack.wait_line("curl ")
+    assert stack.end() == 0
 
 
 def test_version_and_help() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from pagewire import LLM, SamplingParams
+from pagewire.llm import EngineError
 from pagewire.worker.fake import chain
 
 VOCAB = 1000
@@ -98,6 +99,14 @@ def test_the_services_end_with_the_program(ending: str, code: int, watch_gone: C
 def test_a_worker_that_cannot_start_is_an_exception_with_its_last_words() -> None:
     with pytest.raises(RuntimeError, match="blocks"):
         LLM(**FAKE, max_model_len=4096, num_kv_blocks=1, block_size=1)
+
+
+def test_after_the_end_the_object_says_so() -> None:
+    llm = LLM(**FAKE)
+    llm.shutdown()
+    for call in (lambda: llm.generate([1, 2]), llm.stats):
+        with pytest.raises(EngineError, match="was shut down"):
+            call()
 
 
 def test_wrong_settings_are_named() -> None:

@@ -16,7 +16,16 @@ import msgspec
 import pytest
 import zmq
 from pagewire_protocol import channels
-from pagewire_protocol.channels import AlreadyRunning, Inbox, Outbox, inbox_address, new_incarnation, prepare_run_dir, take_epoch
+from pagewire_protocol.channels import (
+    AlreadyRunning,
+    Inbox,
+    Outbox,
+    check_unused,
+    inbox_address,
+    new_incarnation,
+    prepare_run_dir,
+    take_epoch,
+)
 from pagewire_protocol.messages import Goodbye, Role, Roster, Step
 
 PATIENCE_S = 10.0
@@ -242,9 +251,11 @@ def test_another_users_directory_is_refused() -> None:
 
 def test_two_schedulers_cannot_reign_at_once_and_the_epoch_grows(run_dir: Path) -> None:
     epoch, lock = take_epoch(run_dir)
-    with pytest.raises(AlreadyRunning, match="already running"):
-        take_epoch(run_dir)
+    for attempt in (take_epoch, check_unused):
+        with pytest.raises(AlreadyRunning, match="already running"):
+            attempt(run_dir)
     os.close(lock)
+    check_unused(run_dir)
     successor, lock = take_epoch(run_dir)
     os.close(lock)
     assert successor == epoch + 1

@@ -166,3 +166,12 @@ def test_a_second_scheduler_says_why_it_does_not_start(run_dir, start):
     _, errors = second.communicate(timeout=20)
     assert second.returncode == 1 and "already running" in errors.splitlines()[-1]
     assert stop(first)[0] == 0
+
+
+def test_a_process_that_hears_no_scheduler_says_so_once(run_dir, caplog):
+    alone = Process(Role.WORKER, run_dir)
+    for now in range(100, 130):
+        alone.membership.tick(float(now))
+    alone.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert str(run_dir) in line and "--run-dir" in line

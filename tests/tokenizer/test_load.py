@@ -58,6 +58,9 @@ def test_a_directory_with_one_gguf(tmp_path: Path, make_gguf):
 
 
 def test_nothing_there(tmp_path: Path):
+    with pytest.raises(NoTokenizer, match="holds no model"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(NoTokenizer, match=r"has no tokenizer\.json; .*--tokenizer.*--skip-tokenizer-init"):
         load(tmp_path)
 

@@ -120,6 +120,21 @@ def test_missing_files_are_refused(tmp_path, harness):
         harness(tmp_path / "junk.gguf")
 
 
+def test_half_a_download_is_named_with_what_to_do(tiny, tmp_path, harness):
+    path = altered(tiny("llama").path, tmp_path)
+    weights = path / "model.safetensors"
+    half = weights.read_bytes()[: weights.stat().st_size // 2]
+    weights.unlink()
+    weights.write_bytes(half)
+    with pytest.raises(Unsupported, match=rf"model\.safetensors \({len(half):,} bytes\) is broken .* fetch it again"):
+        harness(path)
+    whole = tmp_path / "half.gguf"
+    write_gguf(whole, tiny("llama").model, "llama", None)
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    with pytest.raises(Unsupported, match="the download is incomplete"):
+        harness(whole)
+
+
 def test_end_of_sequence_ids_of_both_files(tiny, tmp_path):
     path = altered(tiny("llama").path, tmp_path, eos_token_id=5)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))

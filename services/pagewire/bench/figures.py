@@ -1,12 +1,33 @@
 """From samples to figures, and figures to a table."""
 
+import argparse
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cli import positive
 from .load import Sample
+
+FIRST_ID = 100
+"""Smallest token id of a prompt: ids below are often special."""
+
+
+def add_load(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+    """The flags that both kinds of measurement have."""
+    parser.add_argument("--num-prompts", type=positive, default=num_prompts, help=f"requests to send (default: {num_prompts})")
+    parser.add_argument("--input-len", type=positive, default=128, help="tokens in a prompt (default: 128)")
+    parser.add_argument("--output-len", type=positive, default=64, help="tokens to generate (default: 64)")
+    about = f"prompts are random token ids from {FIRST_ID} to this (default: 16000)"
+    parser.add_argument("--vocab", type=_vocabulary, default=16_000, help=about)
+    parser.add_argument("--json", default="", help="also write the figures to this file")
+
+
+def _vocabulary(text: str) -> int:
+    if positive(text) <= FIRST_ID:
+        raise argparse.ArgumentTypeError(f"{text}: more than {FIRST_ID} is needed")
+    return int(text)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -6,26 +6,21 @@ import sys
 import time
 from typing import Any
 
-from ..cli import new_parser, read_all
+from ..cli import add_model, new_parser, read_all, take_model
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig, add_flags
-from .figures import percentile, table, write_json
+from .figures import FIRST_ID, add_load, percentile, table, write_json
 
 
 def main(arguments: list[str]) -> int:
     parser = new_parser("bench offline", "Generate from random token ids through LLM.")
     structs = (ModelConfig, SchedulerConfig, WorkerConfig)
-    parser.add_argument("positional", nargs="?", metavar="MODEL", help="the same as --model")
+    add_model(parser)
     add_flags(parser, *structs)
-    parser.add_argument("--num-prompts", type=int, default=16)
-    parser.add_argument("--input-len", type=int, default=128, help="tokens in a prompt")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--vocab", type=int, default=16_000, help="prompts are random token ids from 100 to this")
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    add_load(parser, num_prompts=16)
     options = parser.parse_args(arguments)
-    if options.positional:
-        options.model = options.positional
+    take_model(parser, options)
     read_all(parser.error, structs, options)
-    own = ("num_prompts", "input_len", "output_len", "vocab", "json", "positional")
+    own = ("num_prompts", "input_len", "output_len", "vocab", "json")
     settings = {key: value for key, value in vars(options).items() if key not in own}
     figures = measure(settings, options.num_prompts, options.input_len, options.output_len, options.vocab)
     print(table(f"{settings.get('model', 'demo')}: {options.num_prompts} prompts", figures))
@@ -41,7 +36,7 @@ def measure(settings: dict[str, Any], prompts: int, input_len: int, output_len: 
     from ..prompts import as_params, as_prompts
 
     make = random.Random(0)
-    ids = [[make.randrange(100, vocab) for _ in range(input_len)] for _ in range(prompts)]
+    ids = [[make.randrange(FIRST_ID, vocab) for _ in range(input_len)] for _ in range(prompts)]
     began = time.monotonic()
     with LLM(**settings) as llm:
         ready = time.monotonic() - began

@@ -16,8 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from ..cli import new_parser
-from .figures import summarize, table, write_json
+from ..cli import new_parser, positive
+from .figures import FIRST_ID, add_load, summarize, table, write_json
 from .load import Target, send_all
 
 READY_S = 900.0
@@ -49,13 +49,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--url", default="", help="a running server, like http://localhost:8000")
     parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""))
     parser.add_argument("--served-model", default="", help="model name to ask for (default: the first the server names)")
-    parser.add_argument("--num-prompts", type=int, default=64)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--input-len", type=int, default=128, help="tokens in a prompt")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--vocab", type=int, default=16_000, help="prompts are random token ids from 100 to this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    add_load(parser, num_prompts=64)
+    parser.add_argument("--concurrency", type=positive, default=16, help="requests at a time (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
     options, rest = parser.parse_known_args(arguments)
     if options.url and rest:
         parser.error(f"unknown with --url: {' '.join(rest)}")
@@ -63,7 +59,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def body(model: str, make: random.Random, options: argparse.Namespace) -> dict[str, Any]:
-    prompt = [make.randrange(100, options.vocab) for _ in range(options.input_len)]
+    prompt = [make.randrange(FIRST_ID, options.vocab) for _ in range(options.input_len)]
     return {"model": model, "prompt": prompt, "max_tokens": options.output_len, "ignore_eos": True, "temperature": 0}
 
 

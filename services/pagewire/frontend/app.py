@@ -100,7 +100,7 @@ async def models(request: web.Request) -> web.Response:
 async def model(request: web.Request) -> web.Response:
     state, name = request.app[STATE], request.match_info["id"]
     if name not in state.names:
-        raise unknown_model(name[:256])
+        raise unknown_model(name, state.names)
     return _json(_card(state, name))
 
 

@@ -58,5 +58,6 @@ def request_failed(message: str = "The server could not finish this request; try
     return ApiError(500, message, kind="request_failed")
 
 
-def unknown_model(name: str) -> ApiError:
-    return ApiError(404, f"The model `{name}` does not exist.", param="model")
+def unknown_model(name: str, known: tuple[str, ...]) -> ApiError:
+    names = ", ".join(f"`{one}`" for one in known)
+    return ApiError(404, f"The model `{name[:256]}` does not exist; this server has {names}.", param="model")

@@ -158,6 +158,8 @@ _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
 
 def parse(kind: type[R], body: bytes) -> R:
     """The request in `body`. Raises ApiError 400 naming the parameter or the place that is wrong."""
+    if not body.strip():
+        raise bad("The request body is empty; a JSON object is needed.")
     try:
         try:
             return _decoders[kind].decode(body)

@@ -62,7 +62,8 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with contextlib.closing(listening_socket(config)) as listener:
         async with Service(run, names, Auth(keys), config.max_body_mb << 20).serving(listener) as service:
-            where = listener.getsockname()
+            host, port = listener.getsockname()[:2]
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info("listening on %s for model %s, %s", where, names[0], "with API keys" if keys else "without API keys")
             gc.collect()
             gc.freeze()

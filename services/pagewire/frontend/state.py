@@ -32,7 +32,7 @@ class State(Struct):
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
-            raise unknown_model(name[:256])
+            raise unknown_model(name, self.names)
 
     def check_ready(self) -> None:
         if not self.stack.ready(self.clock()):

@@ -27,7 +27,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         head = file.read(4)
         if head != MAGIC:
-            raise BadGguf(f"{path.name} is not a GGUF file: it begins with {head!r}")
+            raise BadGguf(f"{path.name} is not a GGUF file: {f'it begins with {head!r}' if head else 'it is empty'}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             try:
                 return _read_all(buffer)

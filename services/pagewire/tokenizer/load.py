@@ -63,6 +63,10 @@ def _load_directory(path: Path) -> Loaded:
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _load_gguf(ggufs[0])
+    if len(ggufs) > 1:
+        raise NoTokenizer(f"{path} has {len(ggufs)} GGUF files; give one of them, for example {ggufs[0]}")
+    if not (path / "config.json").is_file():
+        raise NoTokenizer(f"{path} holds no model: it has no config.json, no tokenizer.json and no .gguf file")
     raise NoTokenizer(f"{path} has no tokenizer.json; name a tokenizer with --tokenizer, or serve token ids with --skip-tokenizer-init")
 
 

@@ -106,7 +106,10 @@ class Gguf:
             block, size = GGML_QUANT_SIZES[kind]
             row = entry.shape[-1] // block * size
             first = self._data + entry.offset
-            raw = self._bytes[first : first + row * int(np.prod(entry.shape[:-1]))].reshape(*entry.shape[:-1], row)
+            last = first + row * int(np.prod(entry.shape[:-1]))
+            if last > len(self._bytes):
+                raise ValueError(f"it ends at byte {last:,} of a file of {len(self._bytes):,}: the download is incomplete; fetch it again")
+            raw = self._bytes[first:last].reshape(*entry.shape[:-1], row)
             return np.require(dequantize(raw, kind), np.float32, "W").reshape(entry.shape)
         except (NotImplementedError, ValueError, KeyError) as error:
             raise Unsupported(f"tensor {name} of {self._path} (ggml type {entry.kind}) cannot be read: {error}") from None

@@ -68,7 +68,7 @@ def _fill_randomly(places: dict[str, Tensor], seed: int, progress: Progress) -> 
 
 def from_safetensors(directory: Path) -> Iterator[Named]:
     """Every tensor of the index's shards, or of all .safetensors files when there is no index."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -80,9 +80,13 @@ def from_safetensors(directory: Path) -> Iterator[Named]:
     for path in files:
         if not path.is_file():
             raise Unsupported(f"{index} names {path.name}, which is not there: the download is incomplete")
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file object is no mapping
-                yield name, file.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - the file object is no mapping
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise Unsupported(f"{path} ({size:,} bytes) is broken or its download incomplete: {error}; fetch it again") from None
 
 
 def from_gguf(file: Gguf, config: Config) -> Iterator[Named]:
