@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         words = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized arguments: "):
             flag = words[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75)
             hint = f"; did you mean {close[0]}?" if close else ""
             message = f"{'unknown flag' if flag.startswith('-') else 'one argument too many:'} {flag}{hint}"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (`{self.prog} --help` lists the flags)\n")

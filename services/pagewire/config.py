@@ -116,7 +116,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     elif origin is Literal:
         options["choices"] = typing.get_args(kind)
     elif origin is tuple:
-        options.update(nargs="+", metavar=field.name.upper())
+        options.update(nargs="+", action="extend", metavar=field.name.upper())
     else:
         options.update(type=kind, metavar=kind.__name__.upper())
     parser.add_argument(flag, **options)
@@ -163,7 +163,7 @@ def to_flags(config: Struct) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)] if value else []
+            flags += [f"--{flag}={one}" for one in value]
         elif value != "":
             flags.append(f"--{flag}={value}")
     return flags

@@ -183,5 +183,5 @@ def invitation(config: stack.StackConfig) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
     name = (*config.frontend.served_model_name, config.model.model)[0]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if configured_keys(config.frontend.api_key) else ""
-    question = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    question = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64})
     return f"Pagewire serves {name} at {url}\n  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'"

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 from pagewire import SamplingParams
+from pagewire.cli import parse_structs
+from pagewire.config import FrontendConfig, to_flags
 from pagewire.llm import configure
 from pagewire.prompts import as_chats, as_params, as_prompts
 from pagewire_protocol.columns import pack
@@ -91,3 +93,10 @@ def test_a_bad_setting_is_refused_in_the_words_of_a_program(given: dict[str, Any
     with pytest.raises(ValueError) as caught:
         configure(given)
     assert str(caught.value).startswith(words)
+
+
+def test_settings_survive_the_way_to_a_child_process() -> None:
+    given = ["--api-key=-begins-with-a-dash", "--api-key", "one", "two", "--served-model-name", "a", "b"]
+    (config,) = parse_structs("frontend", "", (FrontendConfig,), given)
+    assert config.api_key == ("-begins-with-a-dash", "one", "two") and config.served_model_name == ("a", "b")
+    assert parse_structs("frontend", "", (FrontendConfig,), to_flags(config)) == [config]
