@@ -29,6 +29,8 @@ class Batch:
     max_seq_len: int
     plan: Any = None
     """Derived once a step by the back end that needs it; the caller leaves it empty."""
+    groups: Any = None
+    """A cascade.Groups where rows may have leading blocks in common; only with max_query_len 1. Results are the same without."""
 
 
 def make_batch(counts: list[int], seq_lens: list[int], tables: list[list[int]], block_size: int, device: str = "cpu") -> Batch:

@@ -93,9 +93,9 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
 
 
 def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits: int, lengths: torch.Tensor) -> Shared:
-    """Workspace for `splits` of the tails and as many of the prefixes as fill the GPU."""
+    """Workspace for `splits` of the tails and as many of the prefixes as fill the GPU: a power of two, since each is a compilation."""
     tiles = (rows * q.shape[1] // 64 // hkv + groups) * hkv
-    prefixes = max(1, min(8, 512 // tiles))
+    prefixes = 1 << max(1, min(8, 512 // tiles)).bit_length() - 1
     slots = rows * q.shape[1] * (splits + prefixes)
     part = torch.empty(slots * dim, dtype=torch.float32, device=q.device)
     return Shared(prefixes, lengths, part, torch.empty(slots, dtype=torch.float32, device=q.device))

@@ -12,6 +12,7 @@ from .activation import silu_mul
 from .attention_decode import decode_attention
 from .attention_prefill import prefill_attention
 from .batch import Batch
+from .cascade import cascade_attention
 from .embedding import embedding
 from .gemm import linear
 from .norm import add_rms_norm, rms_norm
@@ -45,9 +46,12 @@ def paged_attention(
     """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i.
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
-    splits long contexts, and the others to the prefill kernel.
+    splits long contexts, and the others to the prefill kernel. Common blocks are read once a group where the batch has groups and the
+    layer no window.
     """
     rows = batch.seq_lens.shape[0]
+    if batch.max_query_len == 1 and batch.groups is not None and window is None:
+        return cascade_attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.groups, scale, soft_cap)
     if batch.max_query_len == 1:
         return decode_attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)

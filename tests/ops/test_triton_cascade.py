@@ -1,10 +1,14 @@
 """Cascade decode against attention row by row: several groups, rows of no group, unused groups, padding."""
 
+import numpy as np
 import pytest
 import torch
 from ops.triton_cases import error, paged
-from pagewire_kernels import reference
+from pagewire.worker.cascade import MOST_GROUPS, GroupBuffers
+from pagewire.worker.slots import BadStep
+from pagewire_kernels import cuda, reference
 from pagewire_kernels.cascade import Groups, cascade_attention
+from pagewire_protocol.messages import Shared, pack
 
 
 def grouped(rows: list[list[int]], lengths: list[int], total: int, unused: int) -> Groups:
@@ -50,3 +54,56 @@ def test_large_group_spans_tiles_and_no_group_is_plain_decode() -> None:
     args = (q, k, v, batch.block_tables, batch.seq_lens)
     assert error(cascade_attention(*args, grouped([list(range(20))], [32], 20, 0), 0.125), expected) < 1e-5
     assert error(cascade_attention(*args, grouped([], [], 20, 2), 0.125), expected) < 1e-5
+
+
+def test_a_batch_with_groups_gives_what_it_gives_without_and_windows_ignore_them() -> None:
+    q, k, v, batch = paged([1] * 5, [40 + i for i in range(5)], 1, 4, 64, 16)
+    batch.block_tables[1:4, :2] = batch.block_tables[0, :2]
+    for window in (None, 7):
+        plain = cuda.paged_attention(q, k, v, batch, 0.125, window)
+        batch.groups = grouped([[3, 0, 1, 2]], [32], 5, 3)
+        assert error(cuda.paged_attention(q, k, v, batch, 0.125, window), plain) < 1e-5
+        batch.groups = None
+
+
+class Direct:
+    """Uploads where host and device are the same."""
+
+    def up(self, values, out):
+        assert values.shape == tuple(out.shape) and values.dtype == np.int32
+        return out.copy_(torch.from_numpy(values))
+
+
+def shared(rows: list[list[int]], lengths: list[int]) -> Shared:
+    starts = np.cumsum([0, *map(len, rows)]).tolist()
+    return Shared(pack("i", [row for group in rows for row in group]), pack("i", starts), pack("i", lengths))
+
+
+def test_buffers_hold_the_groups_of_the_newest_step_alone() -> None:
+    buffers = GroupBuffers(12, "cpu")
+    buffers.load(shared([[9, 2, 3], [0, 4, 5, 6]], [96, 32]), 10, Direct())
+    buffers.load(shared([[1, 2]], [64]), 10, Direct())
+    groups = buffers.first(12)
+    assert groups.order.tolist()[:2] == [1, 2] and groups.shared.tolist() == [0, 64, 64, *[0] * 9]
+    assert groups.starts.tolist() == [0] + [2] * MOST_GROUPS and groups.lengths.tolist() == [64] + [0] * (MOST_GROUPS - 1)
+    assert len(buffers.first(8).shared) == 8
+
+
+def test_groups_beyond_the_buffers_are_decoded_plainly() -> None:
+    buffers = GroupBuffers(32, "cpu")
+    buffers.load(shared([[2 * i, 2 * i + 1] for i in range(10)], [16 * (i + 1) for i in range(10)]), 20, Direct())
+    groups = buffers.first(32)
+    assert groups.starts.tolist() == list(range(0, 2 * MOST_GROUPS + 1, 2))
+    assert groups.shared.tolist() == [16 * (i // 2 + 1) for i in range(16)] + [0] * 16
+
+
+@pytest.mark.parametrize("rows", [[[0, 1], [1, 2]], [[0, 4]], [[-1, 2]]])
+def test_groups_that_name_wrong_rows_are_refused(rows: list[list[int]]) -> None:
+    with pytest.raises(BadStep, match="twice or beyond the step's 4"):
+        GroupBuffers(8, "cpu").load(shared(rows, [16] * len(rows)), 4, Direct())
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 3], [1, 2], [0, 3, 2]])
+def test_groups_that_do_not_add_up_are_refused(starts: list[int]) -> None:
+    with pytest.raises(BadStep, match="do not add up"):
+        GroupBuffers(8, "cpu").load(Shared(pack("i", [0, 1]), pack("i", starts), pack("i", [16] * max(1, len(starts) - 1))), 4, Direct())

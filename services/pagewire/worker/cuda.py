@@ -15,7 +15,7 @@ import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.slot_state import SlotState
-from pagewire_protocol.messages import LogprobColumns, Step, StepResult, WorkerFacts
+from pagewire_protocol.messages import LogprobColumns, Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
@@ -85,7 +85,7 @@ class CudaRunner:
         with torch.inference_mode():
             self._state = SlotState.empty(self._slots.count, self._slots.tables.shape[1], "cuda")
             self._uploads = Uploads("cuda")
-            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager)
+            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager, scheduler.enable_cascade)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
             self._warm_up(lambda fraction: progress("compiling kernels", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing graphs", fraction))
@@ -94,9 +94,11 @@ class CudaRunner:
         self._last = NO_SLOTS
         self._resident = NO_SLOTS
         """What the graphs' slot buffer holds."""
+        self._cascade_size = 0
+        """The bucket of the resident rows where they have blocks in common, else 0."""
 
     def facts(self) -> WorkerFacts:
-        return facts_of(self._loaded, self._slots.count)
+        return facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes))
 
     def notify(self, wake: Callable[[], None]) -> None:
         """`wake` is called, from another thread, whenever a flight is done."""
@@ -158,21 +160,21 @@ class CudaRunner:
         if not len(slots):
             return None, None
         if sampling.all() and (counts == 1).all():
-            return self._decode(slots)
+            return self._decode(slots, step.shared)
         return self._mixed(slots, counts, first, end, sampling)
 
     def _filtered(self, slots: Ints) -> bool:
         columns = self._slots
         return bool(((columns.top_p[slots] < 1) | (columns.top_k[slots] > 0) | (columns.min_p[slots] > 0)).any())
 
-    def _decode(self, slots: Ints) -> tuple[Tensor, Extra | None]:
-        size = self._graphs.bucket(len(slots))
+    def _decode(self, slots: Ints, shared: Shared | None) -> tuple[Tensor, Extra | None]:
         if slots is not self._resident:
             padded = np.full(len(self._graphs.slots), -1, np.int32)
             padded[: len(slots)] = slots
             self._uploads.up(padded, out=self._graphs.slots)
-            self._resident = slots
-        decoded = self._graphs.run(size, self._filtered(slots))
+            self._resident, self._cascade_size = slots, self._graphs.group(shared, len(slots), self._uploads)
+        size = self._cascade_size or self._graphs.bucket(len(slots))
+        decoded = self._graphs.run(size, self._filtered(slots), self._cascade_size > 0)
         return decoded.report, self._special.resample(decoded.logits, slots, decoded.report)
 
     def _mixed(

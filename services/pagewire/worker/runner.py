@@ -21,7 +21,7 @@ from .slots import BadStep, Ints, Slots
 NO_SLOTS: Final = np.zeros(0, np.int64)
 
 
-def facts_of(loaded: setup.Loaded, max_num_seqs: int) -> WorkerFacts:
+def facts_of(loaded: setup.Loaded, max_num_seqs: int, cascade: bool = False) -> WorkerFacts:
     return WorkerFacts(
         num_blocks=loaded.sizing.num_blocks,
         block_size=loaded.sizing.block_size,
@@ -30,6 +30,7 @@ def facts_of(loaded: setup.Loaded, max_num_seqs: int) -> WorkerFacts:
         vocab_size=loaded.decoder.arch.vocab_size,
         eos_token_ids=tuple(loaded.eos_token_ids),
         device=loaded.device,
+        cascade=cascade,
     )
 
 
