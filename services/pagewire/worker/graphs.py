@@ -22,7 +22,7 @@ from .staging import Uploads
 
 CASCADE_STEP: Final = 32
 LEAST_CASCADE: Final = 2 * CASCADE_STEP
-"""Below so many rows common blocks come from the GPU's cache, and plain decoding is about as fast."""
+"""Smaller batches, whose common blocks the GPU's cache is expected to hold, are decoded plainly: fewer kernels to compile at start."""
 
 
 def buckets(most: int) -> list[int]:
