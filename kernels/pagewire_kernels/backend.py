@@ -24,6 +24,10 @@ class Ops(Protocol):
         """x [T, K] times a packed weight's transpose, plus bias [N] -> [T, N]."""
         ...
 
+    def tied_logits(self, x: Tensor, packed: Any, weight: Tensor) -> Tensor:
+        """x [T, H] times the embedding's weight [V, H], which is given packed as well -> [T, V], in x's type or float32."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

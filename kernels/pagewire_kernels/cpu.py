@@ -16,6 +16,9 @@ from .cpu_plan import Group, Plan, make_plan
 PACKED_TYPES: Final = (torch.bfloat16, torch.float32)
 PACK_ROWS: Final = 16
 """The batch size that weights are packed for. The layout oneDNN then picks serves 1 to 2048 rows equally; without a hint it does not."""
+HALVES: Final = (torch.bfloat16, torch.float16)
+EXACT: Final = 8
+"""How many of a row's logits are worth computing exactly."""
 _packed_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
@@ -32,14 +35,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
+    """Logits of x [T, H] by the embedding's weight [V, H], given packed too. From bfloat16 the most likely ones come out in float32:
+    rounded to eight bits, the first few of a row are often equal, and greedy decoding would take the one with the lowest id."""
+    logits = linear(x, packed)
+    if logits.dtype not in HALVES or not len(x):
+        return logits
+    ids = torch.topk(logits, min(EXACT, logits.shape[1]), sorted=False).indices
+    exact = torch.bmm(weight[ids].float(), x.float()[:, :, None])[:, :, 0]
+    return logits.float().scatter_(1, ids, exact)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Overwrites `residual` with the sum."""
-    residual.add_(x)
-    return F.rms_norm(residual, weight.shape, weight, eps), residual
+    """The sum is kept in float32, whatever x is: rounding it in every layer is most of the error of a bfloat16 model, and here it costs
+    nothing. Overwrites `residual` unless it is of a 16-bit type."""
+    total = residual.float() if residual.dtype in HALVES else residual
+    total.add_(x)
+    normed = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
+    return normed.to(x.dtype), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

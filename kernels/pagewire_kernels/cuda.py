@@ -31,6 +31,7 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "silu_mul",
+    "tied_logits",
     "top_logprobs",
 ]
 
@@ -38,6 +39,11 @@ __all__ = [
 def pack_linear(weight: Tensor) -> Tensor:
     """The weight itself, contiguous: both cuBLAS and the skinny kernel read rows of [N, K]."""
     return weight.contiguous()
+
+
+def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
+    """Logits of x [T, H] by the embedding's weight [V, H]; `packed` is the same tensor here."""
+    return linear(x, packed)
 
 
 def paged_attention(

@@ -41,9 +41,30 @@ def test_norms_and_activation(dtype):
     x, residual, weight = torch.randn(5, 48).to(dtype), torch.randn(5, 48).to(dtype), torch.randn(48).to(dtype)
     close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     close(cpu.silu_mul(x), reference.silu_mul(x))
-    wanted = reference.add_rms_norm(x, residual, weight, 1e-5)
-    for ours, theirs in zip(cpu.add_rms_norm(x, residual.clone(), weight, 1e-5), wanted, strict=True):
-        close(ours, theirs)
+    normed, total = cpu.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    wanted, total_wanted = reference.add_rms_norm(x, residual, weight, 1e-5)
+    close(normed, wanted)
+    close(total.to(dtype), total_wanted)
+
+
+def test_the_residual_of_a_16_bit_model_is_kept_in_float32():
+    x, residual = torch.full((1, 8), 1.0).bfloat16(), torch.full((1, 8), 256.0).bfloat16()
+    _, total = cpu.add_rms_norm(x, residual, torch.ones(8).bfloat16(), 1e-5)
+    assert total.dtype == torch.float32 and (total == 257).all()
+
+
+def test_the_first_of_a_rows_logits_are_exact_where_bfloat16_cannot_tell_them_apart():
+    weight = torch.randn(300, 64).bfloat16()
+    weight[200] = weight[7]
+    weight[200, 0] += weight[200, 0].abs() / 64 + 0.01
+    x = (weight[7].float() * 4).bfloat16()[None]
+    x[0, 0] = x[0, 0].abs()
+    logits = cpu.tied_logits(x, cpu.pack_linear(weight.clone()), weight)
+    exact = x.double() @ weight.double().T
+    assert logits.dtype == torch.float32
+    best = exact.topk(4).indices
+    torch.testing.assert_close(logits.gather(1, best).double(), exact.gather(1, best), atol=1e-3, rtol=1e-5)
+    assert logits.argmax() == exact.argmax()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

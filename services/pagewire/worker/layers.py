@@ -73,4 +73,4 @@ class TiedHead:
         self._weight = self._ops.pack_linear(self._embedding.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self._weight)
+        return self._ops.tied_logits(x, self._weight, self._embedding.weight)

@@ -3,6 +3,8 @@
 torch is imported while loading, after the first Hello, so that /health can say what is going on.
 """
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -21,7 +23,9 @@ from ..membership import HEARTBEAT_S, Membership
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
-SPIN_COUNT = "1000"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of mallopt(3)."""
+SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By default they spin for milliseconds: a few
 percent faster where cores are idle, tens of times slower where another process wants one."""
 
@@ -128,6 +132,7 @@ def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, 
     membership.loading("importing torch")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    _keep_memory()
     from . import setup
 
     narrate = _Narrator(membership)
@@ -138,6 +143,14 @@ def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, 
     from .runner import Runner
 
     return Blocking(Runner(path, model, scheduler, config, incarnation, narrate, lambda: membership.tick(time.monotonic())))
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory: by default each large activation is mapped anew and faulted in page by page, a tenth of a prefill."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 1 << 30)
 
 
 class _Narrator:
