@@ -41,6 +41,33 @@ def test_a_wholly_cached_prompt_computes_its_last_token_again():
     assert one(w, PROMPT[:12]) == 8
 
 
+def test_a_prefix_under_way_is_waited_for_and_computed_once():
+    w = world(max_num_batched_tokens=16)
+    long = list(range(3, 43))
+    first, second, third = w.submit(long), w.submit([*long[:36], 60, 61]), w.submit([60, 61, 62])
+    w.tick()
+    assert w.scheduler.stats()["num_requests_running"] == 1
+    w.run()
+    assert [w.output(h) for h in (first, second, third)] == [w.expected(h) for h in (first, second, third)]
+    assert w.attempts[second].placed.cached_tokens == 32  # the last block of 4 was not worth waiting for
+    w.assert_idle()
+    (replica,) = w.scheduler.engine.replicas.values()
+    assert not replica.computing
+
+
+def test_nobody_waits_for_a_prefix_that_was_given_up():
+    w = world(max_num_batched_tokens=16)
+    long = list(range(3, 43))
+    first, second = w.submit(long), w.submit([*long[:36], 60, 61])
+    w.tick()
+    w.cancel(first)
+    w.run()
+    assert w.output(second) == w.expected(second)
+    w.assert_idle()
+    (replica,) = w.scheduler.engine.replicas.values()
+    assert not replica.computing
+
+
 def test_output_is_cached_as_well():
     w = world()
     h = w.submit(PROMPT, max_tokens=12)

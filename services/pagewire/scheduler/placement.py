@@ -58,6 +58,7 @@ class Queue:
 def choose(request: Request, replicas: Sequence[Replica], backlog_limit: int) -> tuple[Replica, list[int]] | None:
     """The worker for `request` and the blocks it has of it already: the longest cached prefix, then the least load. None when it must wait.
 
+    A request waits while blocks that it could share are being computed; those behind it lose nothing: that prefill goes before theirs.
     A worker takes new requests only while its unstarted prefill is less than a step's worth, so that late arrivals of higher priority and
     prefixes that are just being computed are still considered."""
     ready = [r for r in replicas if r.accepting and holds(r, request) and r.slots.free and r.backlog() < backlog_limit]
@@ -72,8 +73,8 @@ def choose(request: Request, replicas: Sequence[Replica], backlog_limit: int) ->
             scored.append((-len(cached) * replica.block_size if near else 0, replica.load, replica, cached))
     if not scored:
         return None
-    best = min(scored, key=lambda entry: entry[:2])
-    return best[2], best[3]
+    _, _, replica, cached = min(scored, key=lambda entry: entry[:2])
+    return None if replica.is_computing(request, cached) else (replica, cached)
 
 
 def holds(replica: Replica, request: Request) -> bool:

@@ -17,6 +17,8 @@ from .groups import Prefixes
 from .request import Phase, Request
 from .slots import I32, NEVER, Slots
 
+WORTH_WAITING: Final = 16
+"""Blocks in common with a prefill under way for which a request waits, rather than compute them beside it."""
 NO_ROWS: Final = np.zeros(0, np.int32)
 
 
@@ -70,6 +72,8 @@ class Replica:
         self.admit: list[Request] = []
         self.retire: list[int] = []
         self.requeued: list[Request] = []
+        self.computing: set[bytes] = set()
+        """Hashes of blocks that placed requests will seal."""
         self.last_run: I32 = NO_ROWS
         self.last_bytes = b""
 
@@ -97,6 +101,12 @@ class Replica:
             return []
         return self.pool.match(request.chained(self.block_size, request.tokens), (len(request.tokens) - 1) // self.block_size)
 
+    def is_computing(self, request: Request, cached: list[int]) -> bool:
+        """Whether the blocks that follow `cached` in `request` are on their way for another request, and enough of them to wait for."""
+        chain, first = request.chain, len(cached)
+        last = first + WORTH_WAITING - 1
+        return last < len(chain) and chain[first] in self.computing and chain[last] in self.computing
+
     def has_room(self, request: Request, cached: list[int]) -> bool:
         """A free slot, and blocks for all its tokens with some left for others to grow, so that it does not cause a preemption at once."""
         if not self.slots.free:
@@ -110,7 +120,7 @@ class Replica:
     def place(self, request: Request, cached: list[int]) -> int:
         """Take slot and blocks for `request`, whose Admission goes out with the next step. Returns the tokens the cache saves."""
         if self.caching:
-            request.chained(self.block_size, request.tokens)
+            self.computing.update(request.chained(self.block_size, request.tokens)[len(cached) :])
         self.pool.hold(cached)
         request.blocks = cached + self.pool.take(self._blocks_for(len(request.tokens)) - len(cached))
         computed = len(cached) * self.block_size
@@ -150,6 +160,7 @@ class Replica:
 
     def _withdraw(self, request: Request) -> None:
         """No further step names the request but the one that retires its slot."""
+        self.computing.difference_update(request.chain[int(self.slots.sealed[request.slot]) :])
         if request in self.prefill:
             self.prefill.remove(request)
         if self.slots.born[request.slot] == NEVER:

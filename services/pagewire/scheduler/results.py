@@ -148,4 +148,5 @@ def _seal(replica: Replica, slot: int, full: int) -> None:
         request.chained(replica.block_size, replica.slots.tokens[slot, : full * replica.block_size])
     for i in range(int(replica.slots.sealed[slot]), full):
         replica.pool.seal(request.blocks[i], chain[i])
+        replica.computing.discard(chain[i])
     replica.slots.sealed[slot] = full
