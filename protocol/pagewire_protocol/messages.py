@@ -28,6 +28,7 @@ from .columns import (
     RowsU8,
     RowsU32,
     RowsU64,
+    ShortText,
     Text,
     TokensI32,
     pack,
@@ -43,6 +44,7 @@ from .parts import (
     Peer,
     Placed,
     Prompt,
+    PromptLogprobs,
     Role,
     Shared,
     Started,
@@ -54,10 +56,11 @@ from .sampling import Sampling, TextOptions, TokenId
 
 # fmt: off
 __all__ = [
-    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "End", "Epoch",
-    "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns", "Message",
-    "Peer", "Placed", "Prompt", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepResult", "Submit", "ToFrontend",
-    "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
+    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "Detokenize", "End",
+    "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns",
+    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepResult",
+    "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts",
+    "Tokens", "WorkerFacts", "pack", "unpack",
 ]
 # fmt: on
 
@@ -126,6 +129,7 @@ class StepResult(Message, tag=True, frozen=True):
     tokens: RowsI32
     flags: RowsU8
     logprobs: LogprobColumns | None = None
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
 
 
 ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | StepResult
@@ -164,6 +168,27 @@ class Tokens(Message, tag=True, frozen=True):
     placed: Annotated[tuple[Placed, ...], Meta(max_length=MAX_ROWS)] = ()
     ended: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
     logprobs: LogprobColumns | None = None
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
+    """Read after `placed` and before the rows."""
+
+
+class Tokenize(Message, tag=True, frozen=True):
+    """What are the ids of this prompt? Answered by a Tokenized with the same handle."""
+
+    handle: Handle
+    reply_to: Inbox
+    prompt: Prompt
+    add_special_tokens: bool = True
+    with_texts: bool = False
+
+
+class Detokenize(Message, tag=True, frozen=True):
+    """What text do these ids stand for? Answered by a Tokenized with the same handle."""
+
+    handle: Handle
+    reply_to: Inbox
+    ids: TokensI32
+    skip_special_tokens: bool = False
 
 
 # --- to the frontend --------------------------------------------------------------------------------------------------
@@ -184,6 +209,20 @@ class Deltas(Message, tag=True, frozen=True):
     started: Annotated[tuple[Started, ...], Meta(max_length=MAX_ROWS)] = ()
     ended: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_TOKENS)] = ()
+    prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
+    """Read after `started` and before the rows."""
+
+
+class Tokenized(Message, tag=True, frozen=True):
+    """The answer to a Tokenize (`ids`, and `texts` when asked) or a Detokenize (`text`); with a `status`, why there is none."""
+
+    handle: Handle
+    ids: TokensI32 = b""
+    texts: Annotated[tuple[Text, ...], Meta(max_length=MAX_TOKENS)] = ()
+    text: Text = ""
+    status: Annotated[int, Meta(ge=0, le=599)] = 0
+    message: ShortText = ""
+    param: Annotated[str, Meta(max_length=64)] | None = None
 
 
 # --- to the worker ----------------------------------------------------------------------------------------------------
@@ -228,6 +267,6 @@ class Roster(Message, tag=True, frozen=True):
     """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed once a second."""
 
 
-ToTokenizer = Generate | Cancel | Tokens | Roster
-ToFrontend = Deltas | Roster
+ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | Roster
+ToFrontend = Deltas | Tokenized | Roster
 ToWorker = Step | Roster

@@ -63,6 +63,8 @@ class Chat(Record, frozen=True):
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=4096)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    template_kwargs: Annotated[bytes, Meta(max_length=65_536)] = b""
+    """A JSON object with further variables for the template."""
 
 
 class Prompt(Record, frozen=True):
@@ -131,6 +133,33 @@ class TokenLogprobs(Record, frozen=True):
     texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=64)]
 
 
+class PromptLogprobs(Record, frozen=True):
+    """Log-probabilities of a run of prompt tokens, from position `first` (at least 1) on: token i has `counts[i]` entries in `ids` and
+    `values`, its own first, then the most likely ones in falling order; `ranks[i]` is its own rank from 1.
+
+    `place` is the slot when a worker says it, the receiver's handle afterwards; the tokenizer adds the candidates' bytes.
+    """
+
+    place: Handle
+    first: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    counts: TokensI32
+    ranks: TokensI32
+    ids: TokensI32
+    values: TokensF32
+    attempt: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    execution: Execution = 0
+    texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=MAX_TOKENS)] = ()
+
+
+class StepCost(Record, frozen=True):
+    """How long a worker's steps take, fitted to measured ones: `fixed_ms` + tokens x `token_ms` + pairs x `megapair_ms` / 1e6, where a
+    pair is a new token and a token that it attends to."""
+
+    fixed_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    token_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    megapair_ms: Annotated[float, Meta(ge=0, le=1e6)]
+
+
 class WorkerFacts(Record, frozen=True):
     """What a worker can hold; sent when it is ready."""
 
@@ -143,6 +172,8 @@ class WorkerFacts(Record, frozen=True):
     device: Name
     cascade: bool = False
     """It reads blocks that rows of a step have in common once for all of them: steps may bring `Shared`."""
+    cost: StepCost | None = None
+    """None: not measured."""
 
 
 class TokenizerFacts(Record, frozen=True):

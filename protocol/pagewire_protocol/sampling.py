@@ -7,7 +7,13 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
+from .columns import RowsI32
+
 MAX_LOGPROBS: Final = 20
+MAX_BIAS: Final = 1024
+"""Token ids that one request may bias."""
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_TOKENS: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_LENGTH: Final = 1024
 MAX_STOP_TOKENS: Final = 128
@@ -16,6 +22,7 @@ GREEDY_BELOW: Final = 1e-5
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -40,6 +47,15 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     """Most likely tokens to report beside the sampled one; -1 reports none at all, 0 only the sampled one."""
     ignore_eos: bool = False
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+    bias_ids: Annotated[bytes, Meta(max_length=4 * MAX_BIAS)] = b""
+    """Token ids (int32 column) whose logits `bias_values` (float32 column) is added to."""
+    bias_values: Annotated[bytes, Meta(max_length=4 * MAX_BIAS)] = b""
+    allowed_ids: RowsI32 = b""
+    """When not empty, no other token is sampled (int32 column)."""
+    bad_words: Annotated[tuple[Annotated[bytes, Meta(max_length=4 * MAX_BAD_WORD_TOKENS)], ...], Meta(max_length=2 * MAX_BAD_WORDS)] = ()
+    """Sequences of token ids (int32 columns) whose last token is not sampled after the others. The tokenizer fills this in."""
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """As `logprobs`, for each prompt token but the first. The prompt is then computed whole, whatever the prefix cache holds."""
 
     @property
     def greedy(self) -> bool:
@@ -55,3 +71,6 @@ class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
     return_prompt_ids: bool = False
+    bad_words: Annotated[tuple[BadWord, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
+    truncate_prompt: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
+    """Keep the last so many prompt tokens; -1: as many as the context holds beside max_tokens; 0: all."""
