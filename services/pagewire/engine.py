@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec import structs
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
-from pagewire_protocol.messages import Deltas, Roster, ToFrontend
+from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.parts import Role
 
 from . import hub, stack
@@ -98,6 +98,8 @@ class Engine:
             match message:
                 case Deltas():
                     self._on_deltas(message)
+                case Tokenized():
+                    self.owner.asks.on_answer(message)
                 case Roster():
                     self._membership.on_roster(message)
                     self.owner.on_roster(message)

@@ -15,7 +15,7 @@ from typing import Final
 import uvloop
 from aiohttp import web
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
-from pagewire_protocol.messages import Deltas, Roster, ToFrontend
+from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.parts import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
@@ -177,6 +177,8 @@ class Service:
                 except (ValueError, TypeError) as error:
                     self.state.tally.malformed += 1
                     log.warning("dropped a malformed message: %s", error)
+            case Tokenized():
+                self.state.owner.asks.on_answer(message)
             case Roster():
                 self._on_roster(message)
 

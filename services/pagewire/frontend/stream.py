@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from msgspec import Struct
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Deltas, Generate
-from pagewire_protocol.parts import End, Finish, Prompt, Started, TokenLogprobs
+from pagewire_protocol.parts import End, Finish, Prompt, PromptLogprobs, Started, TokenLogprobs
 from pagewire_protocol.sampling import Sampling, TextOptions
 
 from .errors import ApiError, request_failed
@@ -35,6 +35,11 @@ class Sink(Protocol):
     """`tokens` is called for each row, instead of `text` for each row with text."""
 
     def started(self, started: Started) -> None: ...
+    def prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        """A run of prompt tokens, before any output. After an interruption positions come again, with the same meaning: the later entry
+        replaces the earlier one."""
+        ...
+
     def text(self, text: str, /) -> None: ...
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None: ...
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None: ...

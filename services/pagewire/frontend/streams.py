@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
-from pagewire_protocol.parts import End, Finish, Role, Started
+from pagewire_protocol.parts import End, Finish, PromptLogprobs, Role, Started
 
+from .asks import Asks
 from .errors import ApiError, request_failed
 from .stream import NO_EXECUTION, Job, Row, Sink, Stream, error_of, rows_of
 from .tally import Tally
@@ -35,6 +36,8 @@ class Owner:
 
     def __init__(self, inbox: str, send: Callable[[str, Message], bool], clock: Callable[[], float], tally: Tally) -> None:
         self._inbox, self._send, self._clock, self._tally = inbox, send, clock, tally
+        self.asks = Asks(inbox, send, clock)
+        self.ask = self.asks.ask
         self.live: dict[int, Stream] = {}
         """By the handle of the current attempt."""
         self.parked: dict[bytes, Stream] = {}
@@ -48,7 +51,7 @@ class Owner:
         """Live streams, by tokenizer."""
 
     def __len__(self) -> int:
-        return len(self.live) + len(self.parked)
+        return len(self.live) + len(self.parked) + len(self.asks)
 
     # --- what the HTTP side asks ---
 
@@ -75,10 +78,12 @@ class Owner:
             self._fail(stream, error)
         while self.parked:
             self._fail(self.parked.popitem()[1], error)
+        self.asks.fail_all(error)
 
     def tick(self) -> None:
         """Send out the parked requests whose time has come. Call a few times a second."""
         now = self._clock()
+        self.asks.tick()
         for stream in [s for s in self.parked.values() if s.resume_at <= now]:
             if self._dispatch(stream):
                 del self.parked[stream.rid]
@@ -99,6 +104,7 @@ class Owner:
         self._tokenizers = {peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER}
         self._servable = any(peer.role is Role.WORKER for peer in ready)
         known = {peer.incarnation for peer in roster.peers}
+        self.asks.on_tokenizers(self._tokenizers, known)
         for stream in [s for s in self.live.values() if new_reign or s.pin[0] not in known]:
             self._interrupted(stream, strike=False)
         self.tick()
@@ -108,6 +114,8 @@ class Owner:
         single, rows = rows_of(deltas)
         for started in deltas.started:
             self._started(started)
+        for entry in deltas.prompt_logprobs:
+            self._prompt_logprobs(entry)
         self._accept(single, rows)
         for end in deltas.ended:
             self._ended(end)
@@ -140,6 +148,16 @@ class Owner:
             elif text:
                 stream.deliver(text)
         self._tally.generation_tokens += accepted
+
+    def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        """By the rules of a row but the last: positions of the prompt may come again."""
+        stream = self.live.get(entry.place)
+        if stream is None or stream.attempt != entry.attempt:
+            return
+        if stream.execution == NO_EXECUTION:
+            stream.execution = entry.execution
+        if stream.execution == entry.execution:
+            stream.sink.prompt_logprobs(entry)
 
     def _started(self, started: Started) -> None:
         stream = self.live.get(started.handle)

@@ -1,0 +1,139 @@
+"""Questions that belong to no request, and prompt log-probabilities, as the owner handles them; without sockets."""
+
+import pytest
+from pagewire.frontend.asks import ANSWER_S, MAX_DEATHS
+from pagewire.frontend.errors import ApiError
+from pagewire.frontend.stream import Job
+from pagewire.frontend.streams import Owner
+from pagewire.frontend.tally import Tally
+from pagewire_protocol.columns import pack
+from pagewire_protocol.messages import Deltas, Detokenize, Roster, Tokenize, Tokenized
+from pagewire_protocol.parts import Peer, Prompt, PromptLogprobs, Role
+from pagewire_protocol.sampling import Sampling, TextOptions
+
+QUESTION = Tokenize(0, "x", Prompt(text="hi"), with_texts=True)
+
+
+class Harness:
+    def __init__(self, *tokenizers: int) -> None:
+        self.sent: list[tuple[str, object]] = []
+        self.answers: list[object] = []
+        self.now, self.full = 1000.0, False
+        self.owner = Owner("me", self._send, lambda: self.now, Tally())
+        self.roster(*tokenizers)
+
+    def _send(self, inbox, message) -> bool:
+        if not self.full:
+            self.sent.append((inbox, message))
+        return not self.full
+
+    def roster(self, *tokenizers: int) -> None:
+        peers = [Peer(Role.TOKENIZER, f"t{i}", f"t{i}", i, True) for i in tokenizers]
+        self.owner.on_roster(Roster(1, (*peers, Peer(Role.WORKER, "w", "w", 99, True)), 100, 100, (), True, True))
+
+    def asked(self) -> list[tuple[str, int]]:
+        return [(inbox, message.handle) for inbox, message in self.sent if isinstance(message, Tokenize | Detokenize)]
+
+
+def test_a_question_is_answered_once() -> None:
+    h = Harness(1)
+    h.owner.ask(QUESTION, h.answers.append)
+    ((inbox, message),) = h.sent
+    assert inbox == "t1" and message == Tokenize(0, "me", Prompt(text="hi"), with_texts=True) and len(h.owner) == 1
+    answer = Tokenized(0, pack("i", [5, 6]), ("a", "b"))
+    for _ in range(2):
+        h.owner.asks.on_answer(answer)
+    assert h.answers == [answer] and len(h.owner) == 0
+
+
+def test_questions_spread_over_tokenizers() -> None:
+    h = Harness(1, 2)
+    for _ in range(4):
+        h.owner.ask(Detokenize(0, "x", b""), h.answers.append)
+    assert sorted(h.asked()) == [("t1", 0), ("t1", 2), ("t2", 1), ("t2", 3)]
+
+
+def test_without_a_tokenizer_there_is_503() -> None:
+    with pytest.raises(ApiError) as raised:
+        Harness().owner.ask(QUESTION, print)
+    assert raised.value.status == 503
+
+
+@pytest.mark.parametrize(
+    ("status", "shown", "text"), [(400, 400, "no such id"), (500, 500, "The tokenizer could not handle this request.")]
+)
+def test_a_refusal_is_an_api_error(status: int, shown: int, text: str) -> None:
+    h = Harness(1)
+    h.owner.ask(QUESTION, h.answers.append)
+    h.owner.asks.on_answer(Tokenized(0, status=status, message="no such id", param="tokens"))
+    (error,) = h.answers
+    assert isinstance(error, ApiError) and (error.status, error.message) == (shown, text)
+
+
+def test_a_question_outlives_its_tokenizer_but_not_for_ever() -> None:
+    h = Harness(1)
+    h.owner.ask(QUESTION, h.answers.append)
+    for i in range(2, MAX_DEATHS + 1):
+        h.roster(i)
+        assert h.asked()[-1] == (f"t{i}", 0) and h.answers == []
+    h.roster(99)
+    (error,) = h.answers
+    assert isinstance(error, ApiError) and error.status == 500 and len(h.owner) == 0
+
+
+def test_a_question_waits_for_a_tokenizer_until_its_time_is_over() -> None:
+    h = Harness(1)
+    h.owner.ask(QUESTION, h.answers.append)
+    h.owner.asks.on_answer(Tokenized(0, status=503, message="still loading"))
+    h.roster()
+    assert h.answers == [] and len(h.asked()) == 1
+    h.now += ANSWER_S
+    h.owner.tick()
+    assert isinstance(h.answers[0], ApiError) and h.answers[0].status == 503
+
+
+def test_a_forgotten_question_has_no_answer() -> None:
+    h = Harness(1)
+    ask = h.owner.ask(QUESTION, h.answers.append)
+    h.owner.asks.forget(ask)
+    h.owner.asks.on_answer(Tokenized(0))
+    h.owner.fail_all(ApiError(503, "over"))
+    assert h.answers == []
+
+
+def test_the_end_of_the_process_ends_its_questions() -> None:
+    h = Harness(1)
+    h.owner.ask(QUESTION, h.answers.append)
+    error = ApiError(503, "over")
+    h.owner.fail_all(error)
+    assert h.answers == [error]
+
+
+class PromptSink:
+    wants_tokens = False
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def prompt_logprobs(self, entry) -> None:
+        self.runs.append(entry.first)
+
+    def started(self, *_) -> None: ...
+    def text(self, *_) -> None: ...
+
+
+def test_prompt_logprobs_pass_by_handle_attempt_and_execution() -> None:
+    h, sink = Harness(1), PromptSink()
+    h.owner.submit(Job(Prompt(text="hi"), Sampling(1, 10, prompt_logprobs=0), TextOptions()), sink)
+
+    def said(first: int, handle: int = 0, attempt: int = 1, execution: int = 7) -> None:
+        entry = PromptLogprobs(handle, first, pack("i", [1]), pack("i", [1]), pack("i", [5]), pack("f", [-1.0]), attempt, execution)
+        h.owner.on_deltas(Deltas(*[b""] * 6, (), prompt_logprobs=(entry,)))
+
+    said(1)
+    said(2, handle=1)
+    said(3, attempt=2)
+    said(4, execution=8)
+    said(2)
+    said(1)
+    assert sink.runs == [1, 2, 1]
