@@ -15,7 +15,7 @@ from typing import Any
 
 from pagewire.bench.figures import summarize, table, write_json
 from pagewire.bench.load import Target, send_all
-from pagewire.bench.serve import ready_seconds, started
+from pagewire.bench.servers import ready_seconds, started
 
 ROWS = {
     # name: (requests at once, tokens in, tokens out)
@@ -37,7 +37,7 @@ def ours(target: Target, make: random.Random, count: int, read: int, write: int)
     failed = [sample.error for sample in samples if sample.error]
     if failed:
         raise RuntimeError(failed[0])
-    return summarize(samples, read)["output_tokens_per_s"]
+    return summarize(samples)["out tok/s"]
 
 
 class Peer:
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--json", default="")
     options, flags = parser.parse_known_args()
     figures = measure(options, flags)
-    print(table("the demo on this CPU", figures))
+    print(table("the demo on this CPU", ("figure", "median"), list(figures.items())))
     if options.json:
         write_json(options.json, figures)
     return 0

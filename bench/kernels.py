@@ -7,6 +7,7 @@ The table comes last: microseconds, target, rate (KV or weight bytes, or causal 
 
 import argparse
 import functools
+import json
 import pathlib
 import statistics
 import subprocess
@@ -490,11 +491,15 @@ def warm(part: int, parts: int, work: list[tuple[Job, Any]]) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(job: Job, sweep: bool) -> str:
+def measure(job: Job, sweep: bool, rows: list[dict[str, Any]]) -> str:
+    """A line for people; the same figures go to `rows`."""
     launch, sets, check = job.make()
     wrong, us = check(), graph_us(launch, sets)
     rate = job.work / us / 1e6
-    peer = f"  {job.peer_name} {graph_us(job.peer, sets):7.1f}" if job.peer else ""
+    peer_us = graph_us(job.peer, sets) if job.peer else None
+    peer = f"  {job.peer_name} {peer_us:7.1f}" if peer_us else ""
+    rows.append({"name": job.name, "shape": job.shape, "us": us, "target": job.target, "rate": rate, "unit": job.unit, "error": wrong})
+    rows[-1] |= {"peer": job.peer_name, "peer_us": peer_us} if peer_us else {}
     target = f"{job.target:6.0f}" if job.target else "     -"
     line = f"{job.name:15s} {job.shape:28s} {us:8.1f} us  target {target}  {rate:7.2f} {job.unit:8s} error {wrong:.1e}{peer}"
     if sweep and swept(job):
@@ -518,6 +523,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--part", default="")
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--json", default="")
     args = parser.parse_args()
     chosen = [j for j in jobs() if not args.only or j.name in args.only.split(",")]
     work = [(j, c) for j in chosen for c in [None, *(j.configs if args.sweep and swept(j) else [])]]
@@ -530,12 +536,15 @@ def main() -> None:
         process.wait()
     print(f"compiled in {time.time() - began:.0f} s", flush=True)
     torch.manual_seed(int(time.time()))
-    lines = []
+    lines, rows = [], []
     for job in chosen:
         try:
-            lines.append(measure(job, args.sweep))
+            lines.append(measure(job, args.sweep, rows))
         except Exception as problem:
+            rows.append({"name": job.name, "shape": job.shape, "failed": str(problem)[:300]})
             lines.append(f"{job.name:15s} {job.shape:28s} FAILED {str(problem)[:300]}")
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
         torch.cuda.empty_cache()
     print(f"measured after {time.time() - began:.0f} s on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("\n".join(lines))

@@ -24,7 +24,7 @@ from typing import Any
 
 from pagewire.bench.figures import summarize, table, write_json
 from pagewire.bench.load import Sample, Target, send_all
-from pagewire.bench.serve import started
+from pagewire.bench.servers import started
 
 KINDS = ("frontend", "tokenizer", "scheduler", "worker")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -113,8 +113,8 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             tokens, used = delivered(url) - begin, {kind: cpu_seconds(pids[kind]) - cpu[kind] for kind in KINDS}
     figures: dict[str, Any] = {"streams": options.streams, "tokens_a_stream": options.tokens, "tokens_per_s": tokens / seconds}
     figures |= {f"{kind}_us_per_token": 1e6 * used[kind] / tokens for kind in KINDS}
-    whole = summarize(samples, options.input_len)
-    return figures | {key: whole[key] for key in ("failed", "chunks_per_token", "ttft_ms_p50", "gap_ms_p50", "gap_ms_p99")}
+    whole = summarize(samples)
+    return figures | {key: whole[key] for key in ("failed", "chunks/token", "TTFT p50", "gap p50", "gap p99")}
 
 
 def wait_until(url: str, before: float, tokens: float) -> None:
@@ -137,7 +137,7 @@ def main() -> int:
     runs = {"as given": flags} if paced else {"as fast as it goes": flags, "a step every 10 ms": [*flags, "--fake-step-ms", "10"]}
     figures = {name: measure(options, chosen) for name, chosen in runs.items()}
     for name, row in figures.items():
-        print(table(f"the path without a model, {name}", row))
+        print(table(f"the path without a model, {name}", ("figure", "value"), list(row.items())))
     if options.json:
         write_json(options.json, {f"{name}: {key}": value for name, row in figures.items() for key, value in row.items()})
     return 1 if any(row["failed"] for row in figures.values()) else 0

@@ -1,12 +1,23 @@
-"""`pagewire bench offline|serve`: figures for the offline interface and for a server under load."""
+"""`pagewire bench offline|serve|latency|kernels`: figures for the offline interface, a server under load, one request, and the kernels."""
 
+import importlib
 import sys
-from collections.abc import Callable
 
-USAGE = """usage: pagewire bench serve [--url URL | flags of pagewire serve] [--num-prompts N --concurrency N --input-len N --output-len N]
-       pagewire bench offline [--model M] [--num-prompts N --input-len N --output-len N]
-
-Each prints a table; --json FILE also writes the figures. `pagewire bench serve --help` lists the flags."""
+KINDS = {
+    "offline": "throughput of LLM.generate: [--model M] [--workloads LIST]",
+    "serve": "streaming load over HTTP: [--url URL | flags of pagewire serve] [--loads LIST] [--against URL]",
+    "latency": "one request at a time, percentiles by size: [--model M] [--sizes LIST]",
+    "kernels": "times of the GPU kernels beside other libraries'",
+}
+USAGE = "\n".join(
+    [
+        "usage: pagewire bench KIND [flags]",
+        "",
+        *(f"  pagewire bench {kind:<8} {text}" for kind, text in KINDS.items()),
+        "",
+        "Each prints a table; --json FILE also writes the figures. `pagewire bench KIND --help` lists the flags.",
+    ]
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -14,12 +25,7 @@ def main(arguments: list[str]) -> int:
     if kind in ("", "-h", "--help"):
         print(USAGE)
         return 0 if kind else 2
-    if kind not in ("serve", "offline"):
-        print(f"pagewire bench: unknown kind {kind!r}; serve or offline", file=sys.stderr)
+    if kind not in KINDS:
+        print(f"pagewire bench: unknown kind {kind!r}; one of {', '.join(KINDS)}", file=sys.stderr)
         return 2
-    run: Callable[[list[str]], int]
-    if kind == "serve":
-        from .serve import main as run
-    else:
-        from .offline import main as run
-    return run(arguments[1:])
+    return importlib.import_module(f".{kind}", __package__).main(arguments[1:])

@@ -11,7 +11,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 EVENT, DONE = b"data: {", b"data: [DONE]"
 USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -20,7 +20,8 @@ TAIL = 4096
 
 @dataclass
 class Sample:
-    """One request: moments in seconds on the monotonic clock. `chunks` counts events, `gaps` the pauses between arrivals."""
+    """One request: moments in seconds on the monotonic clock, the first before connecting. `chunks` counts events, `gaps` the pauses
+    between arrivals."""
 
     began: float = 0.0
     first: float = 0.0
@@ -35,14 +36,12 @@ class _Stream(asyncio.Protocol):
     """Sends one request and counts the events of its answer until the server closes."""
 
     def __init__(self, request: bytes, ended: "asyncio.Future[None]") -> None:
-        self.sample = Sample()
+        self.sample = Sample(began=time.monotonic())
         self._request, self._ended = request, ended
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.sample.began = time.monotonic()
-        transport.write(self._request)
+        cast(asyncio.Transport, transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
         now, sample = time.monotonic(), self.sample
@@ -110,3 +109,15 @@ async def send_all(target: Target, bodies: Iterable[dict[str, Any]], concurrency
 
     await asyncio.gather(*(lane() for _ in range(concurrency)))
     return samples
+
+
+async def send_at(target: Target, bodies: Iterable[dict[str, Any]], moments: Iterable[float]) -> list[Sample]:
+    """Each request at its moment, in seconds from now, whether or not earlier ones have been answered."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    async def one(body: dict[str, Any], moment: float) -> Sample:
+        await asyncio.sleep(began + moment - loop.time())
+        return await send(target, body)
+
+    return await asyncio.gather(*(one(body, moment) for body, moment in zip(bodies, moments, strict=True)))

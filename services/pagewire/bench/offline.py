@@ -1,65 +1,132 @@
-"""`pagewire bench offline`: LLM.generate over random token ids."""
+"""`pagewire bench offline`: throughput of LLM.generate, token ids in and out."""
 
-import itertools
-import random
-import sys
+import argparse
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..cli import add_model, new_parser, read_all, take_model
-from ..config import ModelConfig, SchedulerConfig, WorkerConfig, add_flags
-from .figures import FIRST_ID, add_load, percentile, table, write_json
+from ..cli import add_model, new_parser, positive, read_all, take_model
+from ..config import ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags
+from . import machine, peers, workloads
+from .figures import table, write_json
+from .options import add_common, cells, say, told
+from .turns import Budget, Result, Row, in_turns
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+STRUCTS = (RunConfig, ModelConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
+OWN = ("workloads", "runs", "budget_s", "scale", "json", "vocab", "repeats", "sizes", "plot")
+GROUPS = {"all": tuple(workloads.OFFLINE), "sweep": workloads.SWEEP}
 
 
 def main(arguments: list[str]) -> int:
-    parser = new_parser("bench offline", "Generate from random token ids through LLM.")
-    structs = (ModelConfig, SchedulerConfig, WorkerConfig)
+    parser = new_parser("bench offline", "Throughput of LLM.generate, token ids in and out.")
+    about = f"by name ({', '.join(workloads.OFFLINE)}) or as 16x128/64+1024: requests, tokens in, out, common (default: all of the named)"
+    parser.add_argument("--workloads", default="all", metavar="LIST", help=about)
+    add_common(parser)
+    settings, options = settings_of(parser, arguments)
+    try:
+        chosen = workloads.parse_list(options.workloads, GROUPS)
+    except ValueError as error:
+        parser.error(f"argument --workloads: {error}")
+    budget, began = Budget(options.budget_s), time.monotonic()
+    with start(settings) as llm:
+        report = describe(llm, settings, time.monotonic() - began)
+        results = measure(llm, chosen, options, budget, report)
+    print(tables(report, results, known=options.scale == 1))
+    return 1 if any(result.error for result in results.values()) else 0
+
+
+def settings_of(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], argparse.Namespace]:
+    """(the keyword arguments of LLM, the measurement's own options). Exits with status 2 and one line on a bad flag or value."""
     add_model(parser)
-    add_flags(parser, *structs)
-    add_load(parser, num_prompts=16)
+    add_flags(parser, *STRUCTS, skip=("run_dir", "name"))
+    about = f"prompts are random token ids from {workloads.FIRST_ID} to this (default: {workloads.VOCAB}, or the model's)"
+    parser.add_argument("--vocab", type=_vocabulary, default=workloads.VOCAB, help=about)
     options = parser.parse_args(arguments)
     take_model(parser, options)
-    read_all(parser.error, structs, options)
-    own = ("num_prompts", "input_len", "output_len", "vocab", "json")
-    settings = {key: value for key, value in vars(options).items() if key not in own}
-    figures = measure(settings, options.num_prompts, options.input_len, options.output_len, options.vocab)
-    print(table(f"{settings.get('model', 'demo')}: {options.num_prompts} prompts", figures))
-    if options.json:
-        write_json(options.json, figures)
-    return 0
+    read_all(parser.error, STRUCTS, options)
+    return {key: value for key, value in vars(options).items() if key not in OWN}, options
 
 
-def measure(settings: dict[str, Any], prompts: int, input_len: int, output_len: int, vocab: int = 16_000) -> dict[str, float]:
-    """Figures of one batch, after a small one to warm up; latencies in milliseconds."""
-    from ..llm import LLM, Batch
+def _vocabulary(text: str) -> int:
+    if positive(text) <= workloads.FIRST_ID:
+        raise argparse.ArgumentTypeError(f"{text}: more than {workloads.FIRST_ID} is needed")
+    return int(text)
+
+
+def start(settings: dict[str, Any]) -> "LLM":
+    from ..llm import LLM
+
+    return LLM(**settings)
+
+
+def describe(llm: "LLM", settings: dict[str, Any], ready: float) -> dict[str, Any]:
+    """What was started, how long that took and what it can hold."""
+    model = str(settings.get("model", "demo"))
+    held = int(llm.stats().get("kv_blocks_total", 0) * settings.get("block_size", 16))
+    memory = machine.gpu_memory_gib()
+    say(
+        f"{Path(model).name} ready in {ready:.1f} s, KV cache of {held:,} tokens{f', {memory:.1f} GiB of the GPU in use' if memory else ''}"
+    )
+    report = {"kind": "offline", "model": model, "ready_s": ready, "kv_tokens": held, "gpu_gib": memory}
+    return report | {"settings": settings, "machine": machine.describe()}
+
+
+def measure(
+    llm: "LLM", chosen: list[workloads.Workload], options: argparse.Namespace, budget: Budget, report: dict[str, Any]
+) -> dict[str, Result]:
+    vocab = vocabulary(llm, options.vocab)
+    once(llm, workloads.OFFLINE["single"].scaled(min(options.scale, 0.25)), -1, vocab)
+    report["workloads"] = {}
+
+    def one(workload: workloads.Workload) -> Callable[[int], Row]:
+        return lambda run: once(llm, workload, run, vocab)
+
+    def done(name: str, result: Result) -> None:
+        say(f"{name}: {told(result, shown(name))}")
+        report["workloads"][name] = result.as_json()
+        if options.json:
+            write_json(options.json, report)
+
+    return in_turns({workload.name: one(workload.scaled(options.scale)) for workload in chosen}, options.runs, budget, done)
+
+
+def vocabulary(llm: "LLM", asked: int) -> int:
+    return min(asked, llm._roster.vocab_size)
+
+
+def once(llm: "LLM", workload: workloads.Workload, run: int, vocab: int) -> Row:
+    """Raises ValueError when a request is refused or ends before its length."""
     from ..params import SamplingParams
-    from ..prompts import as_params, as_prompts
 
-    make = random.Random(0)
-    ids = [[make.randrange(FIRST_ID, vocab) for _ in range(input_len)] for _ in range(prompts)]
+    prompts, lengths = workloads.batch(workload, run, vocab)
+    params = [SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
     began = time.monotonic()
-    with LLM(**settings) as llm:
-        ready = time.monotonic() - began
-        llm.generate(
-            {"prompt_token_ids": ids[0][::-1]}, SamplingParams(temperature=0, max_tokens=min(8, output_len), ignore_eos=True), False
-        )
-        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=not settings.get("skip_tokenizer_init"))
-        batch = Batch(llm, as_prompts(ids), as_params(params, prompts), timed=True)
-        began = time.monotonic()
-        outputs = batch.run(use_tqdm=sys.stderr.isatty())
-        seconds = time.monotonic() - began
-    moments = [collector.moments for collector in batch.collectors]
-    first = [1000 * (m[0] - began) for m in moments]
-    gaps = [1000 * (b - a) for m in moments for a, b in itertools.pairwise(m)]
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    return {
-        "ready_s": ready,
-        "seconds": seconds,
-        "input_tokens_per_s": prompts * input_len / seconds,
-        "output_tokens_per_s": tokens / seconds,
-        "ttft_ms_p50": percentile(first, 0.5),
-        "ttft_ms_p99": percentile(first, 0.99),
-        "tpot_ms_p50": percentile([1000 * (m[-1] - m[0]) / (len(m) - 1) for m in moments if len(m) > 1], 0.5),
-        "gap_ms_p50": percentile(gaps, 0.5),
-        "gap_ms_p99": percentile(gaps, 0.99),
-    }
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    seconds = time.monotonic() - began
+    produced = [len(output.outputs[0].token_ids) for output in outputs]
+    if produced != lengths:
+        raise ValueError(f"{workload.name}: asked for {sum(lengths):,} tokens, got {sum(produced):,}")
+    return {"out tok/s": sum(produced) / seconds, "in tok/s": sum(map(len, prompts)) / seconds, "seconds": seconds}
+
+
+def shown(workload: str) -> str:
+    """The figure that a workload is for."""
+    return "in tok/s" if workload == "long" else "out tok/s"
+
+
+def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
+    model = peers.identify(report["model"]) if known else ""
+    rows: list[list[Any]] = []
+    for name, result in results.items():
+        figure, values = shown(name), [row[shown(name)] for row in result.rows]
+        if values:
+            middle = result.median()[figure]
+            rows.append([name, figure, middle, min(values), max(values), len(values), *cells(model, name, figure, middle)])
+        else:
+            rows.append([name, result.error, "", "", "", "", "", "", ""])
+    title = f"{Path(report['model']).name}, offline: ready in {report['ready_s']:.1f} s, KV cache of {report['kv_tokens']:,} tokens"
+    return table(title, ("workload", "figure", "median", "least", "most", "runs", "vLLM", "goal", "of goal"), rows)

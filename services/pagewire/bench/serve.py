@@ -1,47 +1,77 @@
-"""`pagewire bench serve`: concurrent streaming load on a server that runs, or on one that is started for it."""
+"""`pagewire bench serve`: concurrent streaming load over HTTP on a server that runs, or on one that is started for it."""
 
 import argparse
-import asyncio
 import contextlib
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..cli import new_parser, positive
-from .figures import FIRST_ID, add_load, summarize, table, write_json
-from .load import Target, send_all
+from . import machine, peers, workloads
+from .clients import Clients
+from .figures import latencies, percentile, summarize, table, write_json
+from .load import Target
+from .options import add_common, add_plot, cells, say, told
+from .servers import ask_model, metrics, started
+from .turns import Budget, Result, Row, in_turns
 
-READY_S = 900.0
+GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
+SHOWN = ("out tok/s", "TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
+GRID = [0.0, *(i / 100 for i in range(1, 100)), 0.995, 0.999, 1.0]
+CEILING = "256x128/128"
+THEIRS = " (against)"
+
+
+@dataclass
+class Server:
+    """A server under load, and the latencies that it showed, by load and kind."""
+
+    url: str
+    key: str
+    model: str
+    seen: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def play(self, clients: Clients, load: workloads.Workload, run: int, vocab: int) -> Row:
+        """Raises OSError when a request failed or ended early."""
+        samples = clients.run(Target.of(self.url, self.key), self.model, load, run, vocab)
+        short = [s.error or f"{s.tokens} tokens" for s in samples if s.error or not load.output[0] <= s.tokens <= load.output[1]]
+        if short:
+            raise OSError(f"{len(short)} of {len(samples)} answers were not as asked: {short[0]}")
+        for kind, values in latencies(samples).items():
+            self.seen.setdefault(load.name, {}).setdefault(kind, []).extend(values)
+        return summarize(samples)
+
+    def distribution(self, load: str) -> dict[str, list[float]]:
+        """Milliseconds at each share of GRID, over all runs."""
+        return {kind: [percentile(values, share) for share in GRID] for kind, values in self.seen.get(load, {}).items()}
 
 
 def main(arguments: list[str]) -> int:
     options, rest = _parse(arguments)
+    budget = Budget(options.budget_s)
+    loads = [load.scaled(options.scale) for load in options.loads]
     with contextlib.ExitStack() as cleanup:
-        if not options.url:
-            options.url = cleanup.enter_context(started(rest))
-        target = Target.of(options.url, options.api_key)
-        model = options.served_model or ask_model(options.url, options.api_key)
-        make = random.Random(options.seed)
-        bodies = [body(model, make, options) for _ in range(options.num_prompts)]
-        asyncio.run(send_all(target, [body(model, make, options) for _ in range(min(2, options.num_prompts))], 2))
-        samples = asyncio.run(send_all(target, bodies, options.concurrency))
-    figures = {"concurrency": options.concurrency, "input_len": options.input_len, "output_len": options.output_len}
-    figures |= summarize(samples, options.input_len)
-    print(table(f"{model} at {options.url}", figures))
-    if options.json:
-        write_json(options.json, figures)
-    for error in sorted({sample.error for sample in samples if sample.error})[:3]:
-        print(f"failed: {error}", file=sys.stderr)
-    return 1 if figures["failed"] else 0
+        clients = cleanup.enter_context(Clients(options.clients))
+        report: dict[str, Any] = {"kind": "serve", "machine": machine.describe(), "settings": rest}
+        if not options.no_ceiling:
+            report["ceiling"] = ceiling(clients, options, rest)
+        began = time.monotonic()
+        url = options.url or cleanup.enter_context(started(rest))
+        servers = {"": Server(url, options.api_key, options.served_model or ask_model(url, options.api_key))}
+        report |= describe(servers[""], None if options.url else time.monotonic() - began)
+        if options.against:
+            model = options.against_model or ask_model(options.against, options.against_key)
+            servers[THEIRS] = Server(options.against, options.against_key, model)
+        results = measure(servers, clients, loads, options, budget, report)
+    print(tables(report, results, known=options.scale == 1))
+    if options.plot:
+        from .plots import draw
+
+        draw(report, options.plot)
+    return 1 if any(result.error for result in results.values()) else 0
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -49,55 +79,99 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--url", default="", help="a running server, like http://localhost:8000")
     parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""))
     parser.add_argument("--served-model", default="", help="model name to ask for (default: the first the server names)")
-    add_load(parser, num_prompts=64)
-    parser.add_argument("--concurrency", type=positive, default=16, help="requests at a time (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--against", default="", metavar="URL", help="another OpenAI-compatible server, given the same load in turns")
+    parser.add_argument("--against-key", default="", metavar="KEY")
+    parser.add_argument("--against-model", default="", metavar="NAME")
+    about = "STREAMSxINPUT/OUTPUT[+COMMON] or poissonRATExINPUT/OUTPUT, or `standard` or `sweep` for a list of them (default: standard)"
+    parser.add_argument("--loads", default="standard", metavar="LIST", help=about)
+    parser.add_argument("--clients", type=positive, default=4, help="client processes (default: 4)")
+    about = "prompts of token ids below this instead of words; 0: words (default: 0)"
+    parser.add_argument("--vocab", type=int, default=0, metavar="N", help=about)
+    parser.add_argument("--no-ceiling", action="store_true", help="do not measure the path without a model first")
+    add_common(parser)
+    add_plot(parser)
     options, rest = parser.parse_known_args(arguments)
     if options.url and rest:
         parser.error(f"unknown with --url: {' '.join(rest)}")
+    if options.vocab and options.vocab <= workloads.FIRST_ID:
+        parser.error(f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed")
+    try:
+        options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
+    except ValueError as error:
+        parser.error(f"argument --loads: {error}")
     return options, rest
 
 
-def body(model: str, make: random.Random, options: argparse.Namespace) -> dict[str, Any]:
-    prompt = [make.randrange(FIRST_ID, options.vocab) for _ in range(options.input_len)]
-    return {"model": model, "prompt": prompt, "max_tokens": options.output_len, "ignore_eos": True, "temperature": 0}
+def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
+    """What these clients and the services carry with no model behind them, on this machine."""
+    load = workloads.parse(CEILING).scaled(options.scale)
+    flags = ["--skip-tokenizer-init"] if options.url else rest
+    vocab = options.vocab or (workloads.VOCAB if options.url else 0)
+    with started([*flags, "--device", "fake", "--log-level", "warning"]) as url:
+        server = Server(url, options.api_key, ask_model(url, options.api_key))
+        server.play(clients, load.warmup(), -1, vocab)
+        row = server.play(clients, load, 0, vocab)
+    say(f"ceiling, {CEILING} without a model: {row['out tok/s']:,.0f} tok/s, gap p99 {row['gap p99']:.1f} ms")
+    return row
 
 
-def ask_model(url: str, key: str) -> str:
-    """The first model name. Raises OSError in plain words when no server answers."""
-    base = url if "://" in url else f"http://{url}"
-    request = urllib.request.Request(f"{base.rstrip('/').removesuffix('/v1')}/v1/models")
-    if key:
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except OSError as error:
-        raise OSError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from None
+def describe(server: Server, ready: float | None) -> dict[str, Any]:
+    told = metrics(server.url)
+    blocks = next((value for name, value in told.items() if name.endswith("kv_blocks_total")), 0)
+    if ready is not None:
+        say(f"{Path(server.model).name} ready in {ready:.1f} s at {server.url}")
+    return {"model": server.model, "url": server.url, "ready_s": ready, "kv_blocks": blocks, "gpu_gib": machine.gpu_memory_gib()}
 
 
-@contextlib.contextmanager
-def started(arguments: list[str]) -> Iterator[str]:
-    """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it does not come up."""
-    command = [sys.executable, "-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(READY_S, process.kill)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if " at http" not in line:
-            process.wait()
-            raise OSError("the server did not start")
-        yield line.rpartition(" at ")[2].strip().removesuffix("/v1")
-    finally:
-        timer.cancel()
-        process.send_signal(signal.SIGTERM)
-        process.wait(10)
+def measure(
+    servers: dict[str, Server],
+    clients: Clients,
+    loads: list[workloads.Workload],
+    options: argparse.Namespace,
+    budget: Budget,
+    report: dict[str, Any],
+) -> dict[str, Result]:
+    """Results by the load's name, that of the other server with a mark behind it."""
+    report |= {"loads": {}, "grid": GRID}
+    measures: dict[str, Callable[[int], Row]] = {}
+    for load in loads:
+        for mark, server in servers.items():
+            measures[load.name + mark] = _measure(server, clients, load, options.vocab)
+
+    def done(name: str, result: Result) -> None:
+        mark = THEIRS if name.endswith(THEIRS) else ""
+        say(f"{name}: {told(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
+        report["loads"][name] = result.as_json() | {"distribution": servers[mark].distribution(name.removesuffix(mark))}
+        if options.json:
+            write_json(options.json, report)
+
+    return in_turns(measures, options.runs, budget, done)
 
 
-def ready_seconds(arguments: list[str]) -> float:
-    """From the start of `pagewire serve` to its ready line."""
-    began = time.monotonic()
-    with started(arguments):
-        return time.monotonic() - began
+def _measure(server: Server, clients: Clients, load: workloads.Workload, vocab: int) -> Callable[[int], Row]:
+    def one(run: int) -> Row:
+        if not run:
+            server.play(clients, load.warmup(), -1, vocab)
+            server.seen.pop(load.name, None)
+        return server.play(clients, load, run, vocab)
+
+    return one
+
+
+def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
+    model = peers.identify(report["model"]) if known else ""
+    rows: list[list[Any]] = []
+    for name, result in results.items():
+        if name.endswith(THEIRS):
+            continue
+        theirs = results.get(name + THEIRS, Result()).median()
+        if not result.rows:
+            rows.append([name, result.error, "", "", "", "", "", "", ""])
+        for figure, ours in ((figure, value) for figure, value in result.median().items() if figure in SHOWN):
+            other: Any = theirs.get(figure, "")
+            ratio = f"{ours / other:.2f}" if other else ""
+            rows.append([name, figure, ours, len(result.rows), other, ratio, *cells(model, name, figure, ours)])
+    ready = f", ready in {report['ready_s']:.1f} s" if report["ready_s"] else ""
+    held = f"; ceiling without a model {report['ceiling']['out tok/s']:,.0f} tok/s" if "ceiling" in report else ""
+    title = f"{Path(report['model']).name}, over HTTP{ready}{held}; latencies in ms"
+    return table(title, ("load", "figure", "median", "runs", "against", "ratio", "vLLM", "goal", "of goal"), rows)
