@@ -108,11 +108,33 @@ def test_a_template_that_does_not_compile():
         ChatTemplate("{% for %}", {})
 
 
+THINKING = "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}<no-think>{% endif %}{{ tools | length }}"
+
+
+def test_further_variables_reach_the_template():
+    found = ChatTemplate(THINKING, NAMES).render(chat(template_kwargs=b'{"enable_thinking": false, "tools": [1, 2]}'))
+    assert found == "Be brief & <polite>.<no-think>2"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 60_000, "is not JSON"),
+        (b"[1]", "must be an object"),
+        (b'{"messages": [], "add_generation_prompt": 1}', "add_generation_prompt, messages is given by a field"),
+    ],
+)
+def test_further_variables_that_cannot_be_used_are_refused(given: bytes, told: str):
+    with pytest.raises(TemplateRefused, match=f"chat_template_kwargs.*{told}"):
+        ChatTemplate("ok", {}).render(chat(template_kwargs=given))
+
+
 def test_option_is_a_file_or_a_template(tmp_path):
     (tmp_path / "t.jinja").write_text("from a file {{ messages }}")
     assert read_option(str(tmp_path / "t.jinja")) == "from a file {{ messages }}"
     assert read_option("{{ messages }}") == "{{ messages }}"
-    with pytest.raises(ValueError, match="--chat-template: nowhere/t is neither a file nor"):
+    with pytest.raises(ValueError, match=r"--chat-template: nowhere/t is neither a file nor .* built-in one \(alpaca, .*vicuna\)"):
         read_option("nowhere/t")
 
 

@@ -1,11 +1,12 @@
 """Finds and builds the tokenizer of a model: its `tokenizers` object, chat template and named special tokens. It knows no requests.
 
-Sources: a directory with tokenizer.json (or one GGUF file), or a GGUF file. Directories with older formats only go through transformers,
-imported then and without torch.
+Sources: a directory with tokenizer.json, one of the formats of `formats`, or one GGUF file; or a GGUF file. Directories with other formats
+only go through transformers, imported then and without torch. A model that ships no chat template may get a built-in one.
 """
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,19 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
-from . import gguf_metadata, gguf_tokenizer
+from . import formats, gguf_metadata, gguf_tokenizer, sentencepiece_model, sentencepiece_tokenizer, templates, tiktoken_bpe
 
-NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+log = logging.getLogger("pagewire.tokenizer")
 OLD_FORMATS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken", "spiece.model", "sentencepiece.bpe.model")
+
+
+BROKEN: Final = (
+    gguf_metadata.BadGguf,
+    gguf_tokenizer.UnsupportedTokenizer,
+    sentencepiece_model.BadModel,
+    sentencepiece_tokenizer.UnsupportedModel,
+    tiktoken_bpe.BadRanks,
+)
 
 
 class NoTokenizer(ValueError):
@@ -35,7 +45,7 @@ def load(path: Path) -> Loaded:
     """Raises NoTokenizer, OSError."""
     try:
         loaded = _load_directory(path) if path.is_dir() else _load_gguf(path)
-    except (gguf_metadata.BadGguf, gguf_tokenizer.UnsupportedTokenizer) as error:
+    except BROKEN as error:
         raise NoTokenizer(str(error)) from None
     # A tokenizer.json may carry the training set-up; requests are never cut or padded.
     loaded.tokenizer.no_truncation()
@@ -50,14 +60,15 @@ def _load_gguf(path: Path) -> Loaded:
 
 
 def _load_directory(path: Path) -> Loaded:
-    config = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
-    template = _template(path, config)
+    settings = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
+    config, generation = _json(path / "config.json"), _json(path / "generation_config.json")
+    template = _template(path, settings) or _built_in(path, config, generation)
     if (path / "tokenizer.json").is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise NoTokenizer(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
-        return Loaded(tokenizer, template, _names(config))
+        return Loaded(_read_json_form(path / "tokenizer.json"), template, formats.named(settings))
+    built = formats.build(path, settings, config, generation)
+    if built is not None:
+        # ChatGLM2 and 3 call this token `sop`, as if it were a word of the text: here it has a name of its own.
+        return Loaded(built.tokenizer, template.replace("[gMASK]sop", "[gMASK]<sop>"), {**built.names, **formats.named(settings)})
     if any((path / name).is_file() for name in OLD_FORMATS):
         return _load_with_transformers(path, template)
     ggufs = sorted(path.glob("*.gguf"))
@@ -70,18 +81,26 @@ def _load_directory(path: Path) -> Loaded:
     raise NoTokenizer(f"{path} has no tokenizer.json; name a tokenizer with --tokenizer, or serve token ids with --skip-tokenizer-init")
 
 
+def _read_json_form(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise NoTokenizer(f"{path} cannot be read: {error}") from None
+
+
+def _built_in(path: Path, config: dict[str, Any], generation: dict[str, Any]) -> str:
+    name = templates.choose(path, config, generation)
+    if name:
+        log.info("%s ships no chat template: using the built-in one called %s (--chat-template overrides it)", path, name)
+    return templates.source(name) if name else ""
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise NoTokenizer(f"{path} is not JSON: {error}") from None
     return found if isinstance(found, dict) else {}
-
-
-def _names(config: dict[str, Any]) -> dict[str, str]:
-    values = {name: config.get(name) for name in NAMED}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 def _template(path: Path, config: dict[str, Any]) -> str:
@@ -107,7 +126,7 @@ def _load_with_transformers(path: Path, template: str) -> Loaded:
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise NoTokenizer(f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer")
-    return Loaded(backend, template, _names(dict(slow.special_tokens_map)))
+    return Loaded(backend, template, formats.named(dict(slow.special_tokens_map)))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pagewire_protocol.messages import Chat
 
+from . import templates
 from .watchdog import RenderTimeout, Watchdog
 
 MAX_OUTPUT: Final = 16_777_216
@@ -24,6 +25,7 @@ TIMEOUT_S: Final = 2.0
 MARK: Final = "\uf8ffpagewire:continue\uf8ff "
 """Where the final message ends in the rendered text. Private-use characters, so that no message contains it; the space at its end shows
 whether the template strips messages."""
+OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message"}
 
 
 class TemplateRefused(ValueError):
@@ -77,11 +79,16 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def read_option(option: str) -> str:
-    """The template of --chat-template: a file's content, or the option itself when it is a template. Raises ValueError."""
+    """The template of --chat-template: a built-in one by its name, a file's content, or the option itself when it is a template.
+
+    Raises ValueError."""
+    if option in templates.names():
+        return templates.source(option)
     if not any(mark in option for mark in ("{{", "{%", "{#", "\n")):
         path = Path(option).expanduser()
         if not path.is_file():
-            raise ValueError(f"--chat-template: {option} is neither a file nor a jinja template")
+            known = ", ".join(templates.names())
+            raise ValueError(f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({known})")
         return path.read_text()
     return option
 
@@ -99,21 +106,22 @@ class ChatTemplate:
 
     def render(self, chat: Chat) -> str:
         """Raises TemplateRefused."""
+        values = _values(chat)
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         for message, given in zip(messages, chat.messages, strict=True):
             if given.name is not None:
                 message["name"] = given.name
         if not chat.continue_final_message:
-            return self._render(messages, chat.add_generation_prompt)
+            return self._render({**values, "messages": messages})
         if chat.add_generation_prompt:
             raise TemplateRefused("continue_final_message and add_generation_prompt exclude each other; set one of them to false")
         messages[-1]["content"] += MARK
-        return _cut(self._render(messages, False))
+        return _cut(self._render({**values, "messages": messages}))
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, values: dict[str, Any]) -> str:
         try:
             with self._watchdog:
-                return self._collect(messages, add_generation_prompt)
+                return self._collect(values)
         except _Raised as error:
             raise TemplateRefused(str(error)) from None
         except RenderTimeout:
@@ -121,16 +129,32 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise TemplateRefused(f"the chat template cannot be rendered with these messages: {error}") from None
 
-    def _collect(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _collect(self, values: dict[str, Any]) -> str:
         pieces: list[str] = []
         size = 0
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         for piece in self._template.generate({**self._names, **values}):
             size += len(piece)
             if size > MAX_OUTPUT:
                 raise SecurityError(f"its output is longer than {MAX_OUTPUT} characters")
             pieces.append(piece)
         return "".join(pieces)
+
+
+def _values(chat: Chat) -> dict[str, Any]:
+    """What the template sees beside the messages and the special tokens. Raises TemplateRefused."""
+    values = {"tools": None, "documents": None, "add_generation_prompt": chat.add_generation_prompt}
+    if not chat.template_kwargs:
+        return values
+    try:
+        given = json.loads(chat.template_kwargs)
+    except (ValueError, RecursionError) as error:
+        raise TemplateRefused(f"chat_template_kwargs is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise TemplateRefused("chat_template_kwargs must be an object of names and values")
+    taken = OWN_NAMES & given.keys()
+    if taken:
+        raise TemplateRefused(f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself")
+    return {**values, **given}
 
 
 def _cut(rendered: str) -> str:

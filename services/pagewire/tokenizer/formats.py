@@ -1,0 +1,131 @@
+"""Directories whose tokenizer is no tokenizer.json but a sentencepiece model or a file of ranks: which it is, and what its family adds.
+
+Families differ in the tokens outside the file and in what they put before a text; elsewhere that is said by code of the repository.
+Known by the class that tokenizer_config.json names, or by config.json. It knows neither file format.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from . import sentencepiece_model, sentencepiece_tokenizer, tiktoken_bpe
+from .gguf_tokenizer import LLAMA3, QWEN2
+
+Config = dict[str, Any]
+Added = list[tuple[AddedToken, int]]
+NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MODEL_FILE: Final = "tokenizer.model"
+LLAMA_LIKE: Final = ("", "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "BaichuanTokenizer", "PreTrainedTokenizerFast")
+GLM4: Final = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+)
+CHATGLM: Final = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+"""In the order of their ids, which follow the pieces. ChatGLM itself calls two of them sop and eop, as if they were words."""
+CHATGLM_PREFIX: Final = ("[gMASK]", "<sop>")
+BAICHUAN_MARKS: Final = {"user": 195, "assistant": 196}
+"""The ids that begin a role's message, where generation_config.json names no others."""
+
+
+class Built(NamedTuple):
+    tokenizer: Tokenizer
+    names: dict[str, str]
+
+
+def build(path: Path, settings: Config, config: Config, generation: Config) -> Built | None:
+    """The tokenizer in directory `path`, by tokenizer_config.json, config.json and generation_config.json; None where there is none that
+    is known here. Raises BadRanks, BadModel, UnsupportedModel, OSError."""
+    ranks = next(iter(sorted(path.glob("*.tiktoken"))), None)
+    file = path / MODEL_FILE
+    kind = str(settings.get("tokenizer_class") or "")
+    if ranks is not None and (kind == "QWenTokenizer" or config.get("model_type") == "qwen"):
+        return _qwen(ranks)
+    if not file.is_file():
+        return None
+    chatglm = kind in ("ChatGLMTokenizer", "ChatGLM4Tokenizer") or config.get("model_type") == "chatglm"
+    if tiktoken_bpe.is_ranks(file):
+        return _glm4(file, settings) if chatglm else None
+    if chatglm:
+        return _chatglm(sentencepiece_model.read(file))
+    if kind not in LLAMA_LIKE:
+        return None
+    model = sentencepiece_model.read(file)
+    marks = _marks(model, generation) if config.get("model_type") == "baichuan" else {}
+    return _llama(model, settings, marks)
+
+
+def _qwen(file: Path) -> Built:
+    ranks = tiktoken_bpe.read_ranks(file)
+    special = [(token, len(ranks) + n) for n, token in enumerate(tiktoken_bpe.QWEN_SPECIAL)]
+    return Built(tiktoken_bpe.build(ranks, QWEN2, special, composed=True), {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+
+
+def _glm4(file: Path, settings: Config) -> Built:
+    ranks = tiktoken_bpe.read_ranks(file)
+    named = [(token.content, index) for token, index in _added(settings)]
+    special = named or [(token, len(ranks) + n) for n, token in enumerate(GLM4)]
+    tokenizer = tiktoken_bpe.build(ranks, LLAMA3, special, composed=False)
+    _surround(tokenizer, CHATGLM_PREFIX, ())
+    return Built(tokenizer, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+
+
+def _chatglm(model: sentencepiece_model.Model) -> Built:
+    added = [(_special(token), len(model.pieces) + n) for n, token in enumerate(CHATGLM)]
+    tokenizer = sentencepiece_tokenizer.build(model, added)
+    _surround(tokenizer, CHATGLM_PREFIX, ())
+    return Built(tokenizer, _named(model))
+
+
+def _marks(model: sentencepiece_model.Model, generation: Config) -> dict[str, int]:
+    ids = {f"{role}_token": int(generation.get(f"{role}_token_id", index)) for role, index in BAICHUAN_MARKS.items()}
+    return {name: index for name, index in ids.items() if index < len(model.pieces)}
+
+
+def _llama(model: sentencepiece_model.Model, settings: Config, marks: dict[str, int]) -> Built:
+    """`marks`: ordinary pieces that stand for roles, by the name that a template gives them."""
+    added = [entry for entry in _added(settings) if entry[1] >= len(model.pieces)]
+    added += [(_special(model.pieces[index]), index) for index in marks.values()]
+    tokenizer = sentencepiece_tokenizer.build(model, added, prefix_first_only=settings.get("legacy") is False)
+    names = {**_named(model), **{name: model.pieces[index] for name, index in marks.items()}, **named(settings)}
+    before = [names["bos_token"]] if settings.get("add_bos_token", True) and "bos_token" in names else []
+    after = [names["eos_token"]] if settings.get("add_eos_token", False) and "eos_token" in names else []
+    _surround(tokenizer, before, after)
+    return Built(tokenizer, names)
+
+
+def named(settings: Config) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json or special_tokens_map.json names, which chat templates may use."""
+    values = {name: settings.get(name) for name in NAMED}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+def _named(model: sentencepiece_model.Model) -> dict[str, str]:
+    ids = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unk}
+    return {name: model.pieces[index] for name, index in ids.items() if 0 <= index < len(model.pieces)}
+
+
+def _special(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=True)
+
+
+def _added(settings: Config) -> Added:
+    """The tokens that tokenizer_config.json adds, with their ids."""
+    given = settings.get("added_tokens_decoder") or {}
+    return [(_added_token(entry), int(index)) for index, entry in given.items()]
+
+
+def _added_token(entry: Config) -> AddedToken:
+    options = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+    return AddedToken(entry["content"], **options)
+
+
+def _surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str]) -> None:
+    """What is put around each text that is encoded with special tokens."""
+    tokens = [*before, *after]
+    if tokens:
+        single = " ".join([*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)])
+        special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(tokens)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)

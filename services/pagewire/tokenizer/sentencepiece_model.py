@@ -1,0 +1,135 @@
+"""Reads sentencepiece's `tokenizer.model` into one record. It does not know what a tokenizer does with it.
+
+Few fields of a protocol buffer are needed, so they are read here, without a library for either.
+Layout: sentencepiece_model.proto (messages ModelProto, TrainerSpec, NormalizerSpec) and the protocol buffers' wire format.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+UNIGRAM, BPE = 1, 2
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+KINDS: Final = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
+
+Value = int | bytes
+
+
+class BadModel(ValueError):
+    """The file is no sentencepiece model, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """pieces[i], scores[i] and kinds[i] belong to id i. `bos`, `eos` and `unk` are -1 where there is none."""
+
+    pieces: list[str]
+    scores: list[float]
+    kinds: list[int]
+    model_type: int
+    byte_fallback: bool
+    unk: int
+    bos: int
+    eos: int
+    charsmap: bytes
+    """Normalization rules, compiled; empty for none."""
+    dummy_prefix: bool
+    remove_extra_spaces: bool
+
+
+def read(path: Path) -> Model:
+    """Raises BadModel, OSError."""
+    try:
+        return _model(path.read_bytes())
+    except (ValueError, IndexError, struct.error) as error:
+        raise BadModel(f"{path} is not a sentencepiece model, or damaged ({error}); fetch it again") from None
+
+
+def _model(data: bytes) -> Model:
+    pieces: list[tuple[str, float, int]] = []
+    specs: dict[int, dict[int, Value]] = {2: {}, 3: {}}
+    for field, value in _fields(data):
+        if field == 1:
+            pieces.append(_piece(_bytes(value)))
+        elif field in specs:
+            specs[field] = dict(_fields(_bytes(value)))
+    if not pieces:
+        raise ValueError("it has no pieces")
+    trained, normalized = specs[2], specs[3]
+    texts, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
+    return Model(
+        texts,
+        scores,
+        kinds,
+        model_type=_int(trained, 3, UNIGRAM),
+        byte_fallback=bool(_int(trained, 35, 0)),
+        unk=_int(trained, 40, 0),
+        bos=_int(trained, 41, 1),
+        eos=_int(trained, 42, 2),
+        charsmap=_bytes(normalized.get(2, b"")),
+        dummy_prefix=bool(_int(normalized, 3, 1)),
+        remove_extra_spaces=bool(_int(normalized, 4, 1)),
+    )
+
+
+def _piece(data: bytes) -> tuple[str, float, int]:
+    text, score, kind = "", 0.0, NORMAL
+    for field, value in _fields(data):
+        if field == 1:
+            text = _bytes(value).decode()
+        elif field == 2:
+            score = struct.unpack("<f", _bytes(value))[0]
+        elif field == 3 and isinstance(value, int):
+            kind = value
+    return text, score, kind
+
+
+def _bytes(value: Value) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a field has another type than it should")
+    return value
+
+
+def _int(fields: dict[int, Value], field: int, default: int) -> int:
+    """Negative numbers are written as their two's complement in 64 bits."""
+    value = fields.get(field, default)
+    if not isinstance(value, int):
+        raise ValueError("a field has another type than it should")
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Value]]:
+    """(number, value) of each field: an integer, or the bytes of everything else."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == VARINT:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == BYTES:
+            size, at = _varint(data, at)
+        elif kind in (FIXED32, FIXED64):
+            size = 4 if kind == FIXED32 else 8
+        else:
+            raise ValueError(f"byte {at} begins no field")
+        if at + size > len(data):
+            raise ValueError(f"it ends at byte {len(data)} within a field")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError(f"byte {at} continues a number that is too long")

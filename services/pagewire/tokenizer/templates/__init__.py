@@ -1,0 +1,46 @@
+"""Chat templates for families whose repositories ship none, one .jinja file each, and the table that says which model gets which.
+
+It knows names and configurations, not how a template is rendered. A model that is not known to be made for chat gets none.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+Config = dict[str, Any]
+FOLDER: Final = Path(__file__).parent
+BY_NAME: Final = (
+    # model_type, words that the name must have, template
+    ("llama", ("vicuna",), "vicuna"),
+    ("llama", ("alpaca",), "alpaca"),
+    ("llama", ("llama-2", "chat"), "llama-2"),
+    ("chatglm", ("base",), ""),
+    ("chatglm", ("chatglm3",), "chatglm3"),
+    ("chatglm", ("glm-4",), "glm-4"),
+    ("chatglm", (), "chatglm2"),
+)
+"""The first row that fits is taken."""
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.jinja"))
+
+
+def source(name: str) -> str:
+    return (FOLDER / f"{name}.jinja").read_text()
+
+
+def choose(path: Path, config: Config, generation: Config) -> str:
+    """The name of the template for the model in directory `path`, by config.json and generation_config.json; empty for none."""
+    kind, name = config.get("model_type"), _name(path, config)
+    if kind == "qwen":
+        chat = generation.get("chat_format", "chatml" if "chat" in name else "") == "chatml"
+        return "chatml" if chat else ""
+    if kind == "baichuan":
+        return "baichuan" if "user_token_id" in generation else ""
+    return next((template for of, words, template in BY_NAME if of == kind and all(word in name for word in words)), "")
+
+
+def _name(path: Path, config: Config) -> str:
+    """What the model is called, as far as its files say: the directory's name, or the repository's in the hub's cache."""
+    folder = path.parent.parent.name if path.parent.name == "snapshots" else path.name
+    return f"{folder} {config.get('_name_or_path', '')}".lower()
