@@ -10,6 +10,8 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..layers import Embedding, Linear, Norm, Places, TiedHead
 
+Tap = Callable[[Callable[[Tensor], Tensor]], None]
+
 
 class Layer:
     def __init__(self, arch: Architecture, index: int, ops: Ops, dtype: torch.dtype, device: str) -> None:
@@ -75,13 +77,27 @@ class Decoder:
             yield done / len(linears)
 
     def __call__(
-        self, ids: Tensor, cos_sin: Tensor, caches: list[Tensor], batch: Batch, wanted: Tensor | None, tick: Callable[[], None]
+        self,
+        ids: Tensor,
+        cos_sin: Tensor,
+        caches: list[Tensor],
+        batch: Batch,
+        wanted: Tensor | None,
+        tick: Callable[[], None],
+        tap: Tap | None = None,
     ) -> Tensor:
-        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). `tick` is called after every layer."""
+        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). `tick` is called after every layer; `tap`, before
+        the end, with a function from such a `wanted` to logits, for those who look at many tokens, a few at a time."""
         x, residual = self.embedding(ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, cos_sin, cache, batch)
             tick()
+        if tap is not None:
+            hidden, rest = x, residual
+            tap(lambda rows: self._logits(hidden, rest, rows))
+        return self._logits(x, residual, wanted)
+
+    def _logits(self, x: Tensor, residual: Tensor | None, wanted: Tensor | None) -> Tensor:
         if wanted is not None:
             x, residual = x[wanted], residual[wanted] if residual is not None else None
         if residual is not None:
