@@ -52,8 +52,8 @@ def parse(arguments: list[str]) -> stack.StackConfig:
     parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
     add_flags(parser, *STRUCTS, skip=("socket_fd", "name", "run_dir"))
     for name in REPLICAS:
-        kind = name.removeprefix("num_")
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, metavar="N", help=f"how many {kind} (default: 1)")
+        kind, usual = name.removeprefix("num_"), "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores"
+        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help=f"how many {kind} (default: {usual})")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="only 1 for now")
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="only 1 for now")
     parser.add_argument("--quantization", "-q", default=None, metavar="METHOD", help="only what the weights themselves bring, for now")
@@ -62,7 +62,9 @@ def parse(arguments: list[str]) -> stack.StackConfig:
     run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
     if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
         run = structs.replace(run, run_dir="")
-    counts = {name: getattr(options, name) for name in REPLICAS}
+    usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
+    given = [getattr(options, name) for name in REPLICAS]
+    counts = {name: count or default for name, count, default in zip(REPLICAS, given, usual, strict=True)}
     return stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
 
 
@@ -73,8 +75,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.quantization not in (None, "none", "None"):
         parser.error(f"--quantization {options.quantization}: not supported in this version; GGUF files bring their own")
     for name in REPLICAS:
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+        if (count := getattr(options, name)) is not None and count < 1:
+            parser.error(f"--{name.replace('_', '-')} {count}: at least 1 is needed")
     take_model(parser, options)
 
 
@@ -172,8 +174,15 @@ class Launch:
         self.ready = True
         self.supervisor.mark_ready()
         self.health.stop()
-        self.display.end(f"ready in {time.monotonic() - self.began:.1f} s")
+        self.display.end(f"ready in {time.monotonic() - self.began:.1f} s{crew(self.config)}")
         print(invitation(self.config), flush=True)
+
+
+def crew(config: stack.StackConfig) -> str:
+    """How many frontends and tokenizers there are, where there are several."""
+    if config.num_frontends == config.num_tokenizers == 1:
+        return ""
+    return f" with {config.num_frontends} frontend(s) and {config.num_tokenizers} tokenizer(s), on {stack.cores()} cores"
 
 
 def invitation(config: stack.StackConfig) -> str:

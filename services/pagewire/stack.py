@@ -32,6 +32,29 @@ class StackConfig(Struct, frozen=True):
     num_workers: int = 1
 
 
+def replicas(cores: int, device: str, has_gpu: bool) -> tuple[int, int]:
+    """(frontends, tokenizers) of a machine where nobody said how many. One frontend and one tokenizer keep up with a model on a CPU, whose
+    worker wants every core. Beside a GPU, worker, scheduler and they take a core each; from 8 cores on, others have nothing else to do."""
+    on_gpu = device == "cuda" or (device == "auto" and has_gpu)
+    if cores < 8 or not (on_gpu or device == "fake"):
+        return 1, 1
+    return min(4, cores // 4), 2
+
+
+def cores() -> int:
+    """Those that this process may use: its affinity, or its control group's quota if that is less."""
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def has_gpu() -> bool:
+    """Whether a driver for NVIDIA's GPUs is loaded; asking torch would take seconds."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def needs_files(config: StackConfig) -> bool:
     """Whether any service reads the model's files at all."""
     return not (config.worker.device == "fake" and config.model.skip_tokenizer_init)

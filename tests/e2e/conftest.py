@@ -151,7 +151,9 @@ def start_stack() -> Iterator[Callable[..., Stack]]:
 @pytest.fixture(scope="session")
 def fake_stack(start_stack: Callable[..., Stack]) -> Stack:
     """Token ids in and out, a hash for a model."""
-    return start_stack("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", "1000", "--fake-step-ms", "2").wait_ready()
+    one_each = ("--num-frontends", "1", "--num-tokenizers", "1")
+    fake = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", "1000", "--fake-step-ms", "2")
+    return start_stack(*fake, *one_each).wait_ready()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-FAKE = ("--device", "fake", "--skip-tokenizer-init")
+FAKE = ("--device", "fake", "--skip-tokenizer-init", "--num-frontends", "1", "--num-tokenizers", "1")
 
 
 def run(*arguments: str, timeout_s: float = 60.0, **environment: str) -> "subprocess.CompletedProcess[str]":
