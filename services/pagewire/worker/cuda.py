@@ -12,27 +12,22 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from pagewire_kernels import cuda as ops
-from pagewire_kernels.batch import Batch
+from msgspec.structs import replace
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import LogprobColumns, Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import setup, weights
+from . import cost, setup, weights
 from .graphs import DecodeGraphs
+from .mixed import MixedSteps
 from .runner import NO_SLOTS, apply_step, facts_of, spread
 from .slots import Ints, Slots
 from .special import Extra, SpecialRows
 from .staging import Uploads, Waiter
 
-MIXED_ROWS: Final = (16, 64)
 RING: Final = 16
 """Results that may be on their way at once."""
-
-
-def no_tick() -> None:
-    """Launching a step takes no time that a heartbeat could miss."""
 
 
 @dataclass
@@ -61,11 +56,6 @@ class Flight:
         )
 
 
-def _widened(columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """[n, m] with m made even: each row then starts at a multiple of 16 bytes. Triton compiles a kernel anew for pointers that do not."""
-    return np.pad(columns, ((0, 0), (0, columns.shape[1] % 2)))
-
-
 class CudaRunner:
     """facts, launch, clear: what the loop uses. See `runner.Runner` for what a step means; raises BadStep likewise."""
 
@@ -83,12 +73,14 @@ class CudaRunner:
         sizing = self._loaded.sizing
         self._slots = Slots(scheduler.max_num_seqs, sizing.max_model_len, config.block_size)
         with torch.inference_mode():
-            self._state = SlotState.empty(self._slots.count, self._slots.tables.shape[1], "cuda")
+            self._state = SlotState.empty(self._slots.count + 1, self._slots.tables.shape[1], "cuda")
             self._uploads = Uploads("cuda")
             self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager, scheduler.enable_cascade)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
-            self._warm_up(lambda fraction: progress("compiling kernels", fraction))
-            self._graphs.capture_all(lambda fraction: progress("capturing graphs", fraction))
+            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, config.enforce_eager)
+            self._steps.capture_all(lambda fraction: progress("capturing steps with prompts", fraction))
+            self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
+            self._cost = cost.measure(self._steps, self._loaded)
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._waiter: Waiter | None = None
         self._last = NO_SLOTS
@@ -98,7 +90,7 @@ class CudaRunner:
         """The bucket of the resident rows where they have blocks in common, else 0."""
 
     def facts(self) -> WorkerFacts:
-        return facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes))
+        return replace(facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes)), cost=self._cost)
 
     def notify(self, wake: Callable[[], None]) -> None:
         """`wake` is called, from another thread, whenever a flight is done."""
@@ -180,73 +172,8 @@ class CudaRunner:
     def _mixed(
         self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
     ) -> tuple[Tensor | None, Extra | None]:
-        """A step with prompts in it, run eagerly. Rows to sample are padded, by repeating the first, to a number the kernels know."""
-        loaded, state, rows = self._loaded, self._state, slots[sampling]
-        batch, ids, index = self._batch(slots, counts, first, end)
-        columns = np.stack(((np.cumsum(counts) - 1)[sampling], rows, end[sampling] - 1))
-        size = self._graphs.bucket(len(rows)) if len(rows) else 0
-        picked = self._uploads.up(_widened(np.concatenate((columns, np.repeat(columns[:, :1], size - len(rows), 1)), 1)))
-        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, picked[0, :size], no_tick)
-        state.computed[index] = batch.seq_lens[: len(index)]
+        decoded = self._steps.run(slots, counts, first, end, np.flatnonzero(sampling), self._special.told)
+        rows = slots[sampling]
         if not len(rows):
             return None, None
-        places = picked[1, :size]
-        heat, top_p, min_p = state.odds[places].unbind(1)
-        sampled = ops.sample(
-            logits,
-            ops.SamplingRows(
-                heat.contiguous(),
-                state.top_k[places],
-                top_p.contiguous(),
-                min_p.contiguous(),
-                state.seeds[places],
-                picked[2, :size],
-                self._filtered(rows),
-            ),
-        )
-        tokens = sampled.tokens.int()
-        report = torch.where(sampled.bad, -1, tokens)
-        state.last_token[places] = tokens
-        return report, self._special.resample(logits, rows, report)
-
-    def _batch(self, slots: Ints, counts: Ints, first: Ints, end: Ints) -> tuple[Batch, Tensor, Tensor]:
-        host, page, up = self._slots, self._slots.block_size, self._uploads.up
-        rows, positions = spread(first, counts)
-        unknown = positions >= self._special.told[slots[rows]]
-        tokens = np.where(unknown, -1, host.tokens[slots[rows], positions]).astype(np.int64)
-        mapping = host.tables[slots[rows], positions // page].astype(np.int64) * page + positions % page
-        flat = up(_widened(np.stack((tokens, positions, mapping, slots[rows]))))[:, : len(tokens)]
-        size = self._padded(len(slots))
-        columns = np.zeros((3, size + 4), np.int32)
-        columns[0, : len(slots)], columns[1, : len(slots)] = slots, end
-        columns[2, 1 : len(slots) + 1] = np.cumsum(counts)
-        columns[2, len(slots) + 1 :] = len(positions)
-        padded = up(columns)
-        index = padded[0, : len(slots)].long()
-        tables = self._state.table[padded[0, :size].long()]
-        ids = torch.where(flat[0] < 0, self._state.last_token[flat[3]].long(), flat[0])
-        batch = Batch(flat[1], flat[2], padded[2, : size + 1], padded[1, :size], tables, int(counts.max()), int(end.max()))
-        return batch, ids, index
-
-    def _padded(self, rows: int) -> int:
-        """Rows of a mixed batch with padding: few different numbers, since each is a compilation of the attention kernels."""
-        return next((size for size in MIXED_ROWS if rows <= size < self._slots.count), self._slots.count)
-
-    def _warm_up(self, progress: Callable[[float], None]) -> None:
-        """Compile what mixed steps need, with batches that write nowhere, so that no request waits for a compiler."""
-        loaded = self._loaded
-        shapes = sorted({(self._padded(rows), tokens) for rows in (1, MIXED_ROWS[-1], self._slots.count) for tokens in (2, 96)})
-        for done, (rows, tokens) in enumerate(shapes):
-            ids = torch.zeros(tokens, dtype=torch.int64, device="cuda")
-            starts = torch.full((rows + 4,), tokens, dtype=torch.int32, device="cuda")[: rows + 1]
-            lengths = torch.zeros(rows, dtype=torch.int32, device="cuda")
-            starts[0], lengths[0] = 0, tokens
-            if rows > 1:
-                starts[1], lengths[0], lengths[1] = tokens - 1, tokens - 1, 1
-            tables = torch.zeros(rows, self._state.table.shape[1], dtype=torch.int32, device="cuda")
-            batch = Batch(ids, ids - 1, starts, lengths, tables, max(2, tokens - 1), tokens)
-            logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, ids[:1], no_tick)
-            odds = torch.ones(1, device="cuda")
-            ops.sample(logits, ops.SamplingRows(odds, ids[:1].int(), odds, odds, ids[:1], ids[:1], True))
-            progress(done / len(shapes))
-        torch.cuda.synchronize()
+        return decoded.report, self._special.resample(decoded.logits, rows, decoded.report)

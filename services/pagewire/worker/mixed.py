@@ -1,0 +1,148 @@
+"""Steps with prompts in them, on a GPU: any mixture of chunks and single tokens, in a captured graph where the step is small.
+
+Launching the kernels of a step one by one takes the CPU about as long as the GPU needs for some thousand tokens; below that a graph is
+replayed, padded to a bucket of tokens and of rows. What is padding belongs to a slot of its own, behind the real ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from pagewire_kernels import cuda as ops
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.slot_state import SlotState
+from torch import Tensor
+
+from .graphs import Decoded
+from .runner import spread
+from .setup import Loaded
+from .slots import Ints, Slots
+from .staging import Uploads
+
+ROWS: Final = (16, 64)
+TOKENS: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Larger steps keep the GPU busy for longer than the CPU takes to launch them."""
+EAGER_TOKENS: Final = 16
+"""Eager steps are padded to a multiple of this: rows of buffers stay aligned, and kernels are not compiled anew."""
+LARGE: Final = 512
+
+
+@dataclass
+class Inputs:
+    """What a step reads, on the device. flat int64 [4, T]: token ids (-1: the slot's last token), positions, places in the cache, slots.
+    rows int32 [3, B + 4]: slots, lengths, first tokens and the end. picked int64 [3, B]: the tokens whose logits are sampled, their
+    slots, their positions."""
+
+    flat: Tensor
+    rows: Tensor
+    picked: Tensor
+
+    @classmethod
+    def idle(cls, tokens: int, rows: int, spare: int) -> "Inputs":
+        """Nothing but padding, for the slot `spare`."""
+        flat = torch.zeros(4, tokens, dtype=torch.int64, device="cuda")
+        flat[2], flat[3] = -1, spare
+        columns = torch.zeros(3, rows + 4, dtype=torch.int32, device="cuda")
+        columns[0] = spare
+        picked = torch.zeros(3, rows, dtype=torch.int64, device="cuda")
+        picked[1] = spare
+        return cls(flat, columns, picked)
+
+
+class MixedSteps:
+    """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`, which has one slot more)."""
+
+    def __init__(self, loaded: Loaded, slots: Slots, state: SlotState, uploads: Uploads, eager: bool) -> None:
+        self._loaded, self._slots, self._state, self._up, self._eager = loaded, slots, state, uploads.up, eager
+        self._spare = slots.count
+        self._inputs: dict[tuple[int, int], Inputs] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints) -> Decoded:
+        """The slots `slots` compute `counts` tokens each, positions `first` to `end`; `sampling` are the indices of those that then sample
+        one, and the first rows of the result are theirs, in order. `told`: how many tokens of each slot the host knows."""
+        tokens, rows = int(counts.sum()), self.padded(len(slots))
+        size = next((size for size in TOKENS if size >= tokens), 0)
+        if (size, rows) in self._graphs:
+            self._fill(self._inputs[size, rows], slots, counts, first, end, sampling, told)
+            graph, decoded = self._graphs[size, rows]
+            graph.replay()
+            return decoded
+        inputs = Inputs.idle(-(-tokens // EAGER_TOKENS) * EAGER_TOKENS, rows, self._spare)
+        self._fill(inputs, slots, counts, first, end, sampling, told)
+        return self.forward(inputs)
+
+    def replay(self, tokens: int, rows: int) -> None:
+        """A step of padding alone, for its time."""
+        key = next(size for size in TOKENS if size >= tokens), self.padded(rows)
+        if key in self._graphs:
+            self._graphs[key][0].replay()
+        else:
+            self.forward(Inputs.idle(*key, self._spare))
+
+    def padded(self, rows: int) -> int:
+        """Rows with padding: few different numbers, since each is a compilation of the attention kernels."""
+        return next((size for size in ROWS if rows <= size < self._slots.count), self._slots.count)
+
+    def _fill(self, inputs: Inputs, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints) -> None:
+        host, page = self._slots, self._slots.block_size
+        rows, positions = spread(first, counts)
+        mine, size = slots[rows], len(rows)
+        flat = np.zeros(inputs.flat.shape, np.int64)
+        flat[0, :size] = np.where(positions >= told[mine], -1, host.tokens[mine, positions])
+        flat[1, :size], flat[3, :size] = positions, mine
+        flat[2, :size] = host.tables[mine, positions // page].astype(np.int64) * page + positions % page
+        flat[2, size:], flat[3, size:] = -1, self._spare
+        columns = np.zeros(inputs.rows.shape, np.int32)
+        columns[0] = self._spare
+        columns[0, : len(slots)], columns[1, : len(slots)] = slots, end
+        columns[2, 1 : len(slots) + 1] = np.cumsum(counts)
+        columns[2, len(slots) + 1 :] = size
+        picked = np.zeros(inputs.picked.shape, np.int64)
+        picked[1] = self._spare
+        picked[:, : len(sampling)] = np.stack((np.cumsum(counts)[sampling] - 1, slots[sampling], end[sampling] - 1))
+        for values, out in ((flat, inputs.flat), (columns, inputs.rows), (picked, inputs.picked)):
+            self._up(values, out=out)
+
+    def forward(self, inputs: Inputs) -> Decoded:
+        """The kernels of one step, launched one by one. Rows of the result that were not picked for sampling mean nothing."""
+        loaded, state, flat = self._loaded, self._state, inputs.flat
+        rows, most = inputs.picked.shape[1], loaded.sizing.max_model_len
+        index = inputs.rows[0, :rows].long()
+        lengths = inputs.rows[1, :rows]
+        ids = torch.where(flat[0] < 0, state.last_token[flat[3]].long(), flat[0])
+        batch = Batch(flat[1], flat[2], inputs.rows[2, : rows + 1], lengths, state.table[index], flat.shape[1], most)
+        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, inputs.picked[0], lambda: None)
+        state.computed[index] = lengths
+        places = inputs.picked[1]
+        heat, top_p, min_p = (column.contiguous() for column in state.odds[places].unbind(1))
+        drawn = ops.SamplingRows(heat, state.top_k[places], top_p, min_p, state.seeds[places], inputs.picked[2])
+        sampled = ops.sample(logits, drawn)
+        tokens = sampled.tokens.int()
+        state.last_token[places] = tokens
+        return Decoded(logits, torch.where(sampled.bad, -1, tokens))
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        """Compile what steps need, so that no request waits for a compiler, and capture the small ones."""
+        rows = sorted({self.padded(count) for count in (1, ROWS[-1], self._slots.count)}, reverse=True)
+        shapes = [(size, count) for count in rows for size in reversed(TOKENS)]
+        for done, (size, count) in enumerate(shapes):
+            if not self._eager:
+                self._capture(size, count)
+            elif size in (TOKENS[0], LARGE):
+                self.forward(Inputs.idle(size, count, self._spare))
+            progress(done / len(shapes))
+        torch.cuda.synchronize()
+
+    def _capture(self, size: int, rows: int) -> None:
+        inputs = self._inputs[size, rows] = Inputs.idle(size, rows, self._spare)
+        if size in (TOKENS[0], LARGE, TOKENS[-1]):
+            self.forward(inputs)
+            torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            decoded = self.forward(inputs)
+        self._graphs[size, rows] = graph, decoded
