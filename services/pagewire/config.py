@@ -36,11 +36,14 @@ class RunConfig(Struct, frozen=True):
 class ModelConfig(Struct, frozen=True):
     model: Annotated[str, _help("model directory, GGUF file or hub id")] = DEMO_MODEL
     tokenizer: Annotated[str, _help("tokenizer directory or hub id; default: the model's")] = ""
+    tokenizer_mode: Annotated[Literal["auto", "slow"], _help("accepted for compatibility: both give the same tokens here")] = "auto"
     revision: Annotated[str, _help("hub branch, tag or commit")] = ""
+    tokenizer_revision: Annotated[str, _help("the same for the tokenizer; default: --revision")] = ""
     download_dir: Annotated[str, _help("where downloaded models are kept; default: the hub's cache")] = ""
-    load_format: Annotated[Literal["auto", "safetensors", "gguf", "dummy"], _help("weight format; dummy: random weights N(0, 0.02)")] = (
-        "auto"
-    )
+    load_format: Annotated[
+        Literal["auto", "safetensors", "pt", "gguf", "dummy"],
+        _help("weight format; auto: safetensors, else GGUF, else PyTorch's .bin files (pt); dummy: random weights N(0, 0.02)"),
+    ] = "auto"
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[int, _help("longest context in tokens; 0: what the model supports and memory holds", ge=0)] = 0
@@ -57,7 +60,7 @@ class FrontendConfig(Struct, frozen=True):
 
 
 class TokenizerConfig(Struct, frozen=True):
-    chat_template: Annotated[str, _help("chat template: a file, or the template itself")] = ""
+    chat_template: Annotated[str, _help("chat template: a file, the template itself, or a built-in one by name, like vicuna")] = ""
 
 
 class SchedulerConfig(Struct, frozen=True):

