@@ -48,6 +48,7 @@ from .parts import (
     Role,
     Shared,
     Started,
+    StepCost,
     TokenizerFacts,
     TokenLogprobs,
     WorkerFacts,
@@ -58,9 +59,9 @@ from .sampling import Sampling, TextOptions, TokenId
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "Detokenize", "End",
     "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns",
-    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepResult",
-    "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts",
-    "Tokens", "WorkerFacts", "pack", "unpack",
+    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepCost",
+    "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized",
+    "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
 ]
 # fmt: on
 
