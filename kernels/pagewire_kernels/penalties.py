@@ -1,6 +1,7 @@
 """Presence, frequency and repetition penalties from per-slot counts of tokens, in place on the logits; and the counting itself.
 
-Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so that a step sends no history.
+Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so that a step sends no history. Logits of
+minus infinity stay what they are. The `*_reference` functions are the oracles in plain torch, for any device.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -57,3 +58,16 @@ def apply_penalties(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     """Add one for token tokens[i] in row slots[i] of counts; a slot of -1 is padding."""
     _count[(slots.shape[0],)](counts, slots, tokens, counts.shape[1], num_warps=1)
+
+
+def apply_penalties_reference(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor,
+                              presence: torch.Tensor, frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
+    said, factor = counts[slots.long()], repetition[:, None]
+    seen = (said > 0) | (prompted[slots.long()] != 0)
+    x = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    logits.copy_(x - presence[:, None] * (said > 0) - frequency[:, None] * said)
+
+
+def count_tokens_reference(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    live = (slots >= 0) & (tokens >= 0) & (tokens < counts.shape[1])
+    counts.index_put_((slots[live].long(), tokens[live].long()), counts.new_ones(1), accumulate=True)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from pagewire.worker import sampler
 from pagewire.worker.sampler import Rows, sample
+from pagewire_protocol.columns import unpack
 from scipy import stats
 
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence": 0.0, "frequency": 0.0, "repetition": 1.0}
 
 
-def rows(settings: list[dict], seeds=None, positions=None, forbidden=None, history=None) -> Rows:
+def rows(settings: list[dict], seeds=None, positions=None, restrict=None, history=None) -> Rows:
     count = len(settings)
     columns = {
         name: torch.tensor([s.get(name, default) for s in settings], dtype=torch.int64 if name == "top_k" else torch.float32)
@@ -21,8 +22,8 @@ def rows(settings: list[dict], seeds=None, positions=None, forbidden=None, histo
         seeds=torch.tensor(seeds if seeds is not None else [0] * count),
         positions=torch.tensor(positions if positions is not None else [0] * count),
         logprobs=np.array([s.get("logprobs", -1) for s in settings]),
-        forbidden=forbidden or {},
         history=history or {},
+        restrict=restrict,
     )
 
 
@@ -133,14 +134,15 @@ def test_logprobs_are_of_the_raw_logits():
     settings = [{"temperature": 0.2, "logprobs": 3, "frequency": 1.0}, {}, {"temperature": 0.0, "logprobs": 0}]
     found = sample(logits, rows(settings, history={0: (torch.tensor([1]), torch.tensor([2, 2]))}))
     got = found.logprobs
-    assert got is not None and got.rows == [0, 2]
+    assert got is not None
+    columns = got.columns(found.tokens)
+    rows_, counts, ranks, ids = (unpack("i", c).tolist() for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
     exact = logits.double() - logits.double().logsumexp(-1, keepdim=True)
-    assert [len(ids) for ids in got.ids] == [4, 1]
-    for row, ids, values, rank in zip(got.rows, got.ids, got.values, got.ranks, strict=True):
-        assert ids[0] == found.tokens[row]
-        np.testing.assert_allclose(values, exact[row, ids], atol=1e-5)
-        assert rank == 1 + (exact[row] > exact[row, ids[0]]).sum()
-    assert got.ids[0][1:] == exact[0].topk(3).indices.tolist()
+    assert rows_ == [0, 2] and counts == [4, 1]
+    np.testing.assert_allclose(unpack("f", columns.values), [*exact[0, ids[:4]], exact[2, ids[4]]], atol=1e-5)
+    assert [ids[0], ids[4]] == found.tokens[[0, 2]].tolist()
+    assert ranks == [int(1 + (exact[row] > exact[row, own]).sum()) for row, own in ((0, ids[0]), (2, ids[4]))]
+    assert ids[1:4] == exact[0].topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
@@ -156,8 +158,9 @@ def test_rows_that_are_not_finite_are_flagged_alone(wrong):
 def test_forbidden_tokens_are_never_given():
     logits = torch.zeros(200, 4)
     logits[:, 1] = 8
-    settings, forbidden = [{}] * 100 + [{"temperature": 0.0}] * 100, {i: [1, 3] for i in range(200)}
-    tokens = sample(logits, rows(settings, seeds=list(range(200)), forbidden=forbidden)).tokens
+    settings, banned = [{}] * 100 + [{"temperature": 0.0}] * 100, torch.tensor([1, 3])
+    restrict = lambda x: x.index_fill_(1, banned, float("-inf"))  # noqa: E731
+    tokens = sample(logits, rows(settings, seeds=list(range(200)), restrict=restrict)).tokens
     assert set(tokens.tolist()) == {0, 2}
     assert set(tokens[100:].tolist()) == {0}
 

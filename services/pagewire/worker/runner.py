@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels.batch import Batch
-from pagewire_protocol.messages import LogprobColumns, Step, StepResult, WorkerFacts, pack
+from pagewire_protocol.messages import PromptLogprobs, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from . import sampler, setup, weights
+from .limits import Limits
+from .scores import PromptRun, PromptScores, prompt_runs, score_prompts
 from .slots import BadStep, Ints, Slots
 
 NO_SLOTS: Final = np.zeros(0, np.int64)
@@ -69,9 +71,11 @@ class Runner:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not wait for a long step."""
         self._loaded = setup.load(path, model, config, progress)
         self._incarnation, self._device, self._tick = incarnation, self._loaded.device, tick
-        self._eos = list(self._loaded.eos_token_ids)
         self._caches = self._loaded.caches
         self._slots = Slots(scheduler.max_num_seqs, self._loaded.sizing.max_model_len, config.block_size)
+        vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
+        self._limits = Limits(self._slots, vocab_size, eos, self._device, self._tensor)
+        self._scored: list[PromptScores] = []
         self._last = NO_SLOTS
 
     def facts(self) -> WorkerFacts:
@@ -83,6 +87,8 @@ class Runner:
 
     def execute(self, step: Step) -> StepResult:
         slots, counts = apply_step(self._slots, step, self._last)
+        if step.admit:
+            self._limits.admit(np.array([admission.slot for admission in step.admit], np.int64))
         first, end = self._slots.take(slots, counts)
         self._last = slots
         sampling = np.flatnonzero(end == self._slots.known[slots])
@@ -91,9 +97,10 @@ class Runner:
             with torch.inference_mode():
                 sampled = self._run(slots, counts, first, end, sampling)
         if sampled is None:
-            return StepResult(step.epoch, self._incarnation, step.n, b"", b"", b"")
+            return StepResult(step.epoch, self._incarnation, step.n, b"", b"", b"", prompt_logprobs=self._prompt_logprobs())
         rows = slots[sampling]
         self._slots.append_tokens(rows, sampled.tokens)
+        self._limits.said(rows, self._tensor(sampled.tokens))
         return StepResult(
             step.epoch,
             self._incarnation,
@@ -101,8 +108,13 @@ class Runner:
             rows.astype(np.int32).tobytes(),
             sampled.tokens.tobytes(),
             sampled.bad.tobytes(),
-            columns(sampled.logprobs),
+            None if sampled.logprobs is None else sampled.logprobs.columns(sampled.tokens),
+            self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        scored, self._scored = self._scored, []
+        return tuple(part.message() for part in scored)
 
     def _run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints) -> sampler.Sampled | None:
         self._scrub(slots, first, end)
@@ -114,8 +126,13 @@ class Runner:
         loaded = self._loaded
         if not len(sampling):
             wanted = self._tensor(NO_SLOTS)
-        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick)
+        runs = prompt_runs(self._slots, slots, first, end)
+        tap = (lambda logits_of: self._score(runs, logits_of)) if runs else None
+        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick, tap)
         return self._sample(logits, slots[sampling]) if len(sampling) else None
+
+    def _score(self, runs: list[PromptRun], logits_of: Callable[[Tensor], Tensor]) -> None:
+        self._scored = score_prompts(runs, logits_of, self._loaded.decoder.arch.vocab_size, self._tensor)
 
     def _batch(self, slots: Ints, counts: Ints, end: Ints, rows: Ints, positions: Ints) -> Batch:
         size = self._slots.block_size
@@ -163,15 +180,10 @@ class Runner:
             seeds=self._tensor(state.seed[slots]),
             positions=self._tensor(output),
             logprobs=state.logprobs[slots],
-            forbidden={int(i): self._ends(int(slots[i])) for i in np.flatnonzero(output < state.min_tokens[slots])},
             history={int(i): self._history(int(slots[i])) for i in np.flatnonzero(penalized)},
+            restrict=lambda x: self._limits.apply(x, slots),
         )
         return sampler.sample(logits, rows)
-
-    def _ends(self, slot: int) -> list[int]:
-        """The ids that would end the request; ids beyond the vocabulary cannot."""
-        size = self._loaded.decoder.arch.vocab_size
-        return [token for token in (*self._eos, *self._slots.stop_ids[slot]) if token < size]
 
     def _history(self, slot: int) -> tuple[Tensor, Tensor]:
         prompt, known = self._slots.prompt[slot], self._slots.known[slot]
@@ -190,16 +202,3 @@ def spread(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
     rows = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return rows, np.arange(len(rows)) - starts[rows] + first[rows]
-
-
-def columns(found: sampler.Logprobs | None) -> LogprobColumns | None:
-    """The wire form."""
-    if found is None:
-        return None
-    return LogprobColumns(
-        pack("i", found.rows),
-        pack("i", [len(ids) for ids in found.ids]),
-        pack("i", found.ranks),
-        pack("i", [token for ids in found.ids for token in ids]),
-        pack("f", [value for values in found.values for value in values]),
-    )

@@ -1,9 +1,12 @@
 """Choosing the next token of every row of a step. Knows logits and sampling parameters, no slots and no messages.
 
-The order of operations and the meaning of each parameter are vLLM's. A row's outcome is a function of its own logits, parameters and
-tokens: nothing here depends on what else is in the batch.
+The order of operations and the meaning of each parameter are those of vLLM's V1 engine: log-probabilities are of the logits as the model
+gave them; then, on float32 logits, allowed ids, bad words, endings before min_tokens, biases (these four are `limits.py`'s), repetition,
+frequency and presence penalties; the largest for greedy rows; for the others temperature, min-p, top-k, top-p and the draw. A row's outcome
+is a function of its own logits, parameters and tokens: nothing here depends on what else is in the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .philox import uniform
+from .scores import SampledScores, score
 
 CANDIDATES: Final = 1024
 """How many of the most likely tokens are looked at before a whole row is sorted."""
@@ -23,7 +27,7 @@ TILE: Final = 256
 @dataclass
 class Rows:
     """Sampling parameters, a row each: float32 or int64 tensors [R]. temperature 0 is greedy, top_k 0 is off. positions: output tokens so
-    far. forbidden: token ids that a row must not give. history: (prompt, output) int64 ids of each row that has penalties."""
+    far. history: (prompt, output) int64 ids of each row that has penalties. restrict: changes float32 logits [R, V] in place."""
 
     temperature: Tensor
     top_k: Tensor
@@ -35,18 +39,8 @@ class Rows:
     seeds: Tensor
     positions: Tensor
     logprobs: npt.NDArray[np.int64]
-    forbidden: dict[int, list[int]]
     history: dict[int, tuple[Tensor, Tensor]]
-
-
-@dataclass
-class Logprobs:
-    """For the rows that asked: `rows` [N], `ranks` [N] of the sampled tokens from 1, and per row its ids and values, the sampled first."""
-
-    rows: list[int]
-    ranks: list[int]
-    ids: list[list[int]]
-    values: list[list[float]]
+    restrict: Callable[[Tensor], None] | None = None
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Sampled:
 
     tokens: npt.NDArray[np.int32]
     bad: npt.NDArray[np.uint8]
-    logprobs: Logprobs | None = None
+    logprobs: SampledScores | None = None
 
 
 def greedy(logits: Tensor) -> Sampled:
@@ -76,9 +70,9 @@ def sample(logits: Tensor, rows: Rows) -> Sampled:
     if bad.any():
         raw = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)
     x = raw.clone()
+    if rows.restrict is not None:
+        rows.restrict(x)
     penalize(x, rows)
-    for row, ids in rows.forbidden.items():
-        x[row, ids] = float("-inf")
     tokens = x.argmax(-1)
     drawn = torch.nonzero(rows.temperature > 0).flatten()
     if len(drawn):
@@ -175,21 +169,9 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
     return torch.minimum((running <= target).sum(-1, keepdim=True), last)
 
 
-def _logprobs(raw: Tensor, tokens: Tensor, wanted: npt.NDArray[np.int64]) -> Logprobs | None:
-    """From the logits as the model gave them, before any parameter."""
+def _logprobs(raw: Tensor, tokens: Tensor, wanted: npt.NDArray[np.int64]) -> SampledScores | None:
     rows = np.flatnonzero(wanted >= 0)
     if not len(rows):
         return None
     index = torch.from_numpy(rows).to(raw.device)
-    values = torch.log_softmax(raw[index], -1)
-    chosen = values.gather(1, tokens[index, None])
-    ranks = (values > chosen).sum(-1) + 1
-    best = torch.topk(values, int(wanted[rows].max()), sorted=True)
-    ids, tops = best.indices.tolist(), best.values.tolist()
-    own, firsts = tokens[index].tolist(), chosen[:, 0].tolist()
-    return Logprobs(
-        rows.tolist(),
-        ranks.tolist(),
-        [[own[i], *ids[i][: wanted[row]]] for i, row in enumerate(rows)],
-        [[firsts[i], *tops[i][: wanted[row]]] for i, row in enumerate(rows)],
-    )
+    return SampledScores(rows, wanted[rows], score(raw[index], tokens[index], int(wanted[rows].max())).down())

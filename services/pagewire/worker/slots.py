@@ -40,10 +40,14 @@ class Slots:
         self.top_k = np.zeros(count, np.int64)
         self.seed = np.zeros(count, np.int64)
         self.logprobs = np.full(count, -1, np.int64)
+        self.prompt_logprobs = np.full(count, -1, np.int64)
         self.min_tokens = np.zeros(count, np.int64)
+        self.special = np.zeros(count, bool)
+        """Sampling needs more than temperature and filters: penalties, limits, log-probabilities."""
         self.plain = np.zeros(count, bool)
-        """Greedy and nothing else: no penalties, no log-probabilities, no minimum."""
-        self.stop_ids: list[tuple[int, ...]] = [()] * count
+        """Greedy and not special."""
+        self.limits: list[Sampling | None] = [None] * count
+        """What the request asks for, where that restricts its tokens: allowed ids, biases, bad words, a minimum."""
 
     def clear(self) -> None:
         self.active[:] = False
@@ -78,9 +82,12 @@ class Slots:
         self.presence[slot], self.frequency[slot] = given.presence_penalty, given.frequency_penalty
         self.repetition[slot] = given.repetition_penalty
         self.seed[slot], self.logprobs[slot], self.min_tokens[slot] = given.seed, given.logprobs, given.min_tokens
-        self.stop_ids[slot] = given.stop_token_ids
+        self.prompt_logprobs[slot] = given.prompt_logprobs
+        limited = bool(given.min_tokens or given.allowed_ids or given.bias_ids or given.bad_words)
+        self.limits[slot] = given if limited else None
         neutral = (given.presence_penalty, given.frequency_penalty, given.repetition_penalty) == (0.0, 0.0, 1.0)
-        self.plain[slot] = given.greedy and neutral and given.logprobs < 0 and given.min_tokens == 0
+        self.special[slot] = limited or not neutral or given.logprobs >= 0
+        self.plain[slot] = given.greedy and not self.special[slot]
 
     def grow(self, slots: npt.NDArray[np.int32], blocks: npt.NDArray[np.int32]) -> None:
         """Append blocks[i] to the table of slots[i]; a slot may come several times."""
