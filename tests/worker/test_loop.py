@@ -7,6 +7,7 @@ import time
 
 import pytest
 from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
+from pagewire.worker import loop
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Admission, Goodbye, Heartbeat, Hello, Role, Roster, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -129,11 +130,25 @@ def test_stopping_while_loading(start, tiny):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_kv_blocks": 10**9}, "DoesNotFit: the model needs"),
-        ({"dtype": "float32", "cpu_kv_cache_gb": 1e-9}, "DoesNotFit: a context of 1 tokens needs 1 KV blocks"),
+        ({"num_kv_blocks": 10**9}, "the model needs"),
+        ({"dtype": "float32", "cpu_kv_cache_gb": 1e-9}, "a context of 1 tokens needs 1 KV blocks"),
     ],
 )
 def test_failure_names_its_reason_on_the_last_line(settings, reason, start, tiny):
     worker = start(str(tiny("llama").path), device="cpu", threads=1, **settings)
     assert worker.process.wait(60) == 1
-    assert reason in worker.process.stderr.read().strip().splitlines()[-1]
+    assert worker.process.stderr.read().strip().splitlines()[-1].startswith(f"pagewire worker: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("too small; raise it"), "too small; raise it"),
+        (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+        (KeyError("name"), "KeyError: 'name'"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_only_defects_name_their_kind(error, line):
+    assert loop.told(error) == line

@@ -18,6 +18,7 @@ from typing import Protocol
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
 
+from ..cli import EXPECTED
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..membership import HEARTBEAT_S, Membership
 
@@ -114,11 +115,17 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
     except Exception as error:
         status = 1
         log.debug("the worker failed", exc_info=True)
-        print(f"pagewire worker: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"pagewire worker: {told(error)}", file=sys.stderr, flush=True)
     membership.goodbye()
     inbox.close()
     outbox.close(linger_ms=500)
     return status
+
+
+def told(error: Exception) -> str:
+    """One line. Errors that are meant for people speak for themselves; any other is a defect, whose kind says something too."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if line and isinstance(error, EXPECTED) else f"{type(error).__name__}: {line}"
 
 
 def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int, membership: Membership) -> Runs:
