@@ -65,10 +65,13 @@ class TokenizerConfig(Struct, frozen=True):
 
 class SchedulerConfig(Struct, frozen=True):
     max_num_seqs: Annotated[int, _help("most requests in one step", ge=1, le=65536)] = 256
-    max_num_batched_tokens: Annotated[int, _help("most tokens in one step", ge=1, le=1048576)] = 2048
+    max_num_batched_tokens: Annotated[int, _help("most tokens in one step; 0: 8192 for a GPU, else 2048", ge=0, le=1048576)] = 0
+    max_step_ms: Annotated[
+        float, _help("time of a step with running requests, in milliseconds, to which prefill is cut on a GPU; 0: no limit", ge=0)
+    ] = 25.0
     enable_prefix_caching: Annotated[bool, _help("share the blocks of equal prefixes")] = True
     enable_cascade: Annotated[bool, _help("read blocks that running requests share once for all of them (CUDA only)")] = True
-    steps_in_flight: Annotated[int, _help("steps sent ahead of their results", ge=1, le=8)] = 2
+    steps_in_flight: Annotated[int, _help("most steps sent ahead of their results; more than 2 only of short ones", ge=1, le=8)] = 4
     max_queued_tokens: Annotated[int, _help("prompt tokens that may wait before requests get 429", ge=1)] = 4_194_304
     max_queued_reqs: Annotated[int, _help("requests that may wait before requests get 429", ge=1)] = 16_384
 

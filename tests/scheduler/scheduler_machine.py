@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pagewire_protocol.messages import Finish
-from scheduler.scheduler_sim import World
+from scheduler.scheduler_sim import QUICK, SLOW, World
 
 EOS = (5, 17, 400)
 PREFIXES = [list(range(100, 100 + n)) for n in (4, 8, 13, 21)] + [[100, 101, 102, 103] * 4, [7] * 4 + list(range(100, 108))]
@@ -13,18 +13,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Clients submit, cancel and resubmit; workers execute and answer at their own pace, die and join; tokenizers die."""
 
     @initialize(
-        ahead=st.integers(1, 3),
+        ahead=st.integers(1, 4),
         budget=st.sampled_from([3, 8, 64]),
         seqs=st.integers(1, 6),
         caching=st.booleans(),
         blocks=st.integers(14, 30),
         workers=st.integers(1, 2),
+        cost=st.sampled_from([None, QUICK, SLOW]),
     )
-    def start(self, ahead, budget, seqs, caching, blocks, workers):
+    def start(self, ahead, budget, seqs, caching, blocks, workers, cost):
         self.world = World(
-            max_num_seqs=seqs, max_num_batched_tokens=budget, steps_in_flight=ahead, enable_prefix_caching=caching, max_queued_reqs=40
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_step_ms=10,
+            steps_in_flight=ahead,
+            enable_prefix_caching=caching,
+            max_queued_reqs=40,
         )
-        self.facts = {"num_blocks": blocks, "block_size": 4, "max_num_seqs": 6, "max_model_len": 48, "eos": EOS}
+        self.facts = {"num_blocks": blocks, "block_size": 4, "max_num_seqs": 6, "max_model_len": 48, "eos": EOS, "cost": cost}
         for _ in range(workers):
             self.world.add_worker(**self.facts)
         self.world.add_tokenizer()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from pagewire.config import SchedulerConfig
+from pagewire.scheduler import batch
 from pagewire.scheduler import replica as replica_module
 from pagewire.scheduler.blocks import SEALED, WRITABLE
 from pagewire.scheduler.request import Phase
@@ -26,6 +27,7 @@ from pagewire_protocol.messages import (
     Role,
     Roster,
     Step,
+    StepCost,
     StepResult,
     Submit,
     TokenizerFacts,
@@ -36,6 +38,11 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.sampling import Sampling
 
 replica_module.WORTH_WAITING = 2  # so that the short prompts here meet it
+batch.LEAST_CHUNK = 5
+QUICK = StepCost(0.1, 0.001, 0.1, 1.0)
+"""So short that as many steps are sent ahead as may be."""
+SLOW = StepCost(1.0, 0.5, 5_000.0, 100_000.0)
+"""A few decodes or the prompts here fill a step of 10 ms, and more than one."""
 VOCAB = 1000
 
 
@@ -102,10 +109,10 @@ class Shadow:
 class SimWorker:
     """`inbox` holds Steps not executed yet, `results` those executed but not delivered."""
 
-    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=(), cascade=True):
+    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=(), cascade=True, cost=None):
         self.incarnation = 1000 + number
         self.peer = Peer(Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True)
-        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim", cascade)
+        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim", cascade, cost)
         self.slots = {}
         self.cells = np.full((num_blocks, block_size), -1, np.int64)
         self.shadow = Shadow(block_size)

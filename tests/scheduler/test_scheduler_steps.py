@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from pagewire_protocol.messages import Finish
-from scheduler.scheduler_sim import World, expected_output, ints, next_token
+from scheduler.scheduler_sim import QUICK, World, expected_output, ints, next_token
 
 
 def world(workers=1, facts=None, **config):
@@ -56,7 +56,7 @@ def test_decodes_come_first_and_long_prompts_come_in_chunks(ahead):
         if slot_of_long in slots and len(slots) == 2:
             assert slots[1] == slot_of_long and sizes[0] == 1
             counts.append(sizes[1])
-    assert counts[:4] == [5, 5, 5, 2]
+    assert counts[:4] == [4, 4, 4, 5]
     check_done(w, short)
     check_done(w, long)
 
@@ -94,7 +94,7 @@ def test_an_unchanged_run_set_is_a_repeat():
 
 
 def test_steps_in_flight_are_sent_before_the_first_result():
-    w = world(steps_in_flight=3)
+    w = world(steps_in_flight=3, facts={"cost": QUICK})
     w.submit([1, 2, 3], max_tokens=20)
     w.tick()
     (worker,) = w.workers.values()
@@ -103,37 +103,40 @@ def test_steps_in_flight_are_sent_before_the_first_result():
     assert len(worker.inbox) == 3
 
 
-def test_tokens_of_steps_in_flight_after_the_end_are_dropped():
+@pytest.mark.parametrize("ahead", [1, 3, 4])
+def test_tokens_of_steps_in_flight_after_the_end_are_dropped(ahead):
     prompt = [1, 2, 3]
     eos = expected_output(prompt, World().config and sampling(20))[5]
-    w = world(facts={"eos": (eos,)}, steps_in_flight=3)
+    w = world(facts={"eos": (eos,), "cost": QUICK}, steps_in_flight=ahead)
     h = w.submit(prompt, max_tokens=20)
     w.run()
     (worker,) = w.workers.values()
     assert w.end(h).finish is Finish.STOP and w.end(h).stop_reason is None
     assert w.output(h) == w.expected(h, eos=(eos,)) and w.output(h)[-1] == eos
     ran = sum(1 for s in worker.steps if s.repeat or s.run_slots)
-    assert ran == len(w.output(h)) + 2
+    assert ran == len(w.output(h)) + ahead - 1
     w.assert_idle()
 
 
-def test_blocks_wait_for_the_steps_in_flight():
+@pytest.mark.parametrize("ahead", [2, 4])
+def test_blocks_wait_for_the_steps_in_flight(ahead):
     prompt = [1, 2, 3]
     eos = expected_output(prompt, sampling(20))[1]
-    w = world(facts={"eos": (eos,)}, steps_in_flight=2)
+    w = world(facts={"eos": (eos,), "cost": QUICK}, steps_in_flight=ahead)
     h = w.submit(prompt, max_tokens=20)
     w.tick()
     w.step()
     w.step()
     assert w.end(h).finish is Finish.STOP
     (replica,) = w.scheduler.engine.replicas.values()
-    assert replica.pool.available < replica.pool.total and replica.flights and replica.load == 0
-    w.step()
+    for _ in range(ahead - 1):
+        assert replica.pool.available < replica.pool.total and replica.flights and replica.load == 0
+        w.step()
     assert replica.pool.available == replica.pool.total
 
 
 def test_length_end_wastes_no_step():
-    w = world(steps_in_flight=4)
+    w = world(facts={"cost": QUICK})
     h = w.submit([1, 2, 3], max_tokens=5)
     w.run()
     (worker,) = w.workers.values()
@@ -158,7 +161,7 @@ def test_stop_tokens_min_tokens_and_ignore_eos():
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 def test_preemption_happens_and_changes_no_token(caching, ahead):
-    w = world(facts={"num_blocks": 16, "block_size": 4}, enable_prefix_caching=caching, steps_in_flight=ahead)
+    w = world(facts={"num_blocks": 16, "block_size": 4, "cost": QUICK}, enable_prefix_caching=caching, steps_in_flight=ahead)
     handles = [w.submit([i, 2, 3, 4, 5], max_tokens=40) for i in range(4)]
     w.run()
     assert w.scheduler.stats()["num_preemptions"] > 0

@@ -1,4 +1,5 @@
-"""The forming of one step: running decodes first, then prefill chunks, within the token budget; growth of block tables; preemption.
+"""The forming of one step: running decodes first, then prefill chunks, within the budgets of tokens and time; growth of block tables;
+preemption.
 
 There are no phases: a row computes the next tokens that its request knows. The step is formed before the results of the ones before it
 are there, so lengths run ahead of values: a row that reaches its last known token is counted as knowing one more.
@@ -7,27 +8,32 @@ are there, so lengths run ahead of values: a row that reaches its last known tok
 import numpy as np
 from pagewire_protocol.messages import Admission, Shared, Step, pack
 
+from .pace import LEAST_CHUNK, chunk_ms, decodes_ms
 from .replica import NO_ROWS, Flight, Replica
 from .request import Phase, Request
 from .slots import I32, ints
 
 
-def form(replica: Replica, epoch: int, token_budget: int) -> Step | None:
-    """The next step, recorded as in flight; None when there is nothing to do."""
-    grown: list[tuple[int, int]] = []
-    decodes = _decode_rows(replica, token_budget, grown)
-    chunks = _chunks(replica, token_budget - len(decodes))
+def form(replica: Replica, epoch: int, now: float) -> Step | None:
+    """The next step, recorded as in flight since `now` (monotonic seconds); None when there is nothing to do."""
+    grown: dict[int, int] = {}
+    decodes = _decode_rows(replica, replica.pace.step_tokens, grown)
+    reads = _reads(replica, decodes)
+    ms = decodes_ms(replica.pace.cost, len(decodes), reads)
+    chunks, ms = _chunks(replica, len(decodes), ms) if replica.prefill else ([], ms)
     if not len(decodes) and not chunks and not replica.retire:
         return None
+    replica.last_reads = reads
     replica.sent += 1
     replica.counters.steps += 1
     repeat = not chunks and len(decodes) > 0 and decodes is replica.last_run
     flight = _advance(replica, decodes, chunks)
     replica.flights.append(flight)
+    replica.pace.sent(flight.n, ms if len(flight.run) else 0.0, now, bool(chunks))
     return _message(replica, epoch, flight, repeat, grown)
 
 
-def _decode_rows(replica: Replica, budget: int, grown: list[tuple[int, int]]) -> I32:
+def _decode_rows(replica: Replica, budget: int, grown: dict[int, int]) -> I32:
     slots = replica.slots
     rows = slots.decode_rows()
     if not len(rows):
@@ -40,36 +46,58 @@ def _decode_rows(replica: Replica, budget: int, grown: list[tuple[int, int]]) ->
     return rows
 
 
-def _grow(replica: Replica, rows: I32, short: I32, grown: list[tuple[int, int]]) -> I32:
-    """One more block for each row of `short`. When blocks run out the youngest request loses its place; rows that must wait for blocks in
-    flight to come back are left out of this step."""
+def _grow(replica: Replica, rows: I32, short: I32, grown: dict[int, int]) -> I32:
+    """One more block for each row of `short`, noted in `grown` by slot. When blocks run out the youngest request loses its place; rows that
+    must wait for blocks in flight to come back are left out of this step."""
     pool, slots = replica.pool, replica.slots
     while pool.available + replica.returning() < len(short):
         victim = max((r for r in replica.requests() if r.phase is Phase.RUNNING), key=lambda r: r.order)
         short, rows = short[short != victim.slot], rows[rows != victim.slot]
         replica.preempt(victim)
-    waiting = [r for slot in ints(short) if (r := slots.requests[slot]) is not None]
     if pool.available < len(short):
-        waiting.sort(key=lambda r: r.order)
-        stalled = [r.slot for r in waiting[pool.available :]]
-        rows = rows[~np.isin(rows, stalled)]
-        del waiting[pool.available :]
-    for request, block in zip(waiting, pool.take(len(waiting)), strict=True):
-        request.blocks.append(block)
-        grown.append((request.slot, block))
-    slots.capacity[[r.slot for r in waiting]] += replica.block_size
+        eldest = sorted(ints(short), key=lambda slot: slots.tenant(slot).order)
+        rows = rows[~np.isin(rows, eldest[pool.available :])]
+        short = np.array(eldest[: pool.available], np.int32)
+    grown.update(zip(ints(short), pool.take(len(short)), strict=True))
+    for slot, block in grown.items():
+        slots.tenant(slot).blocks.append(block)
+    slots.capacity[short] += replica.block_size
     return rows
 
 
-def _chunks(replica: Replica, budget: int) -> list[tuple[Request, int]]:
-    chunks: list[tuple[Request, int]] = []
+def _reads(replica: Replica, decodes: I32) -> int:
+    """Tokens that the decodes attend to together: one more for each row as long as the same rows run."""
+    if decodes is replica.last_run:
+        return replica.last_reads + len(decodes)
+    return int(replica.slots.sent[decodes].sum()) + len(decodes) if replica.pace.measured else 0
+
+
+def _chunks(replica: Replica, decodes: int, ms: float) -> tuple[list[tuple[Request, int]], float]:
+    """The prefill beside `decodes` rows that take `ms` milliseconds, in order of arrival, and the time of all of it. The first request
+    comes forward by LEAST_CHUNK tokens whatever they take."""
+    pace, slots, chunks = replica.pace, replica.slots, list[tuple[Request, int]]()
+    room, limit = pace.step_tokens - decodes, pace.limit_ms(decodes)
     for request in replica.prefill:
-        if budget <= 0:
+        sent = int(slots.sent[request.slot])
+        rest = int(slots.known[request.slot]) - sent
+        fits = pace.chunk(limit, ms, sent)
+        count = _whole_blocks(sent, rest, int(min(room, fits if chunks else max(fits, LEAST_CHUNK))), replica.block_size, not chunks)
+        if count <= 0:
             break
-        count = min(budget, int(replica.slots.known[request.slot] - replica.slots.sent[request.slot]))
         chunks.append((request, count))
-        budget -= count
-    return chunks
+        room, ms = room - count, ms + chunk_ms(pace.cost, sent, count)
+        if count < rest:
+            break
+    return chunks, ms
+
+
+def _whole_blocks(sent: int, rest: int, fits: int, block_size: int, must: bool) -> int:
+    """Tokens of a chunk of at most `fits`: all the rest, or up to the end of a block, so that blocks are full early. A chunk that cannot
+    even fill a block is taken only where something `must` be."""
+    if rest <= fits:
+        return rest
+    whole = (sent + fits) // block_size * block_size - sent
+    return whole if whole > 0 or not must else fits
 
 
 def _advance(replica: Replica, decodes: I32, chunks: list[tuple[Request, int]]) -> Flight:
@@ -111,7 +139,7 @@ def _sample(replica: Replica, rows: I32) -> None:
         slots.set_decoding(rows[last], False)
 
 
-def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: list[tuple[int, int]]) -> Step:
+def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: dict[int, int]) -> Step:
     columns = {}
     if not repeat:
         ones = np.ones(len(flight.run), np.int32)
@@ -120,9 +148,9 @@ def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: 
         epoch,
         flight.n,
         retire=pack("i", replica.retire),
-        admit=tuple(_admission(replica, request) for request in replica.admit),
-        grow_slots=pack("i", [slot for slot, _ in grown]),
-        grow_blocks=pack("i", [block for _, block in grown]),
+        admit=tuple([_admission(replica, request) for request in replica.admit]),
+        grow_slots=pack("i", grown),
+        grow_blocks=pack("i", grown.values()),
         repeat=repeat,
         shared=None if repeat else _shared(replica, flight),
         **columns,

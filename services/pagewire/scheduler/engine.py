@@ -12,6 +12,7 @@ from pagewire.config import SchedulerConfig
 
 from . import batch, results
 from .emit import Outgoing
+from .pace import step_tokens
 from .placement import Queue, choose, overload, unservable
 from .replica import Counters, Replica
 from .request import Phase, Refusal, Request, malformed
@@ -61,10 +62,14 @@ class Engine:
         if not replicas and not hopeful and request.attempt == 1:
             return NO_WORKER
         refusal = unservable(request, replicas) if replicas else None
-        if refusal is None and overload(request, self.queue, self.config) is not None:
+        if refusal is None and self._overload(request) is not None:
             self._place()
-            refusal = overload(request, self.queue, self.config)
+            refusal = self._overload(request)
         return refusal
+
+    def _overload(self, request: Request) -> Refusal | None:
+        tokens = max((r.pace.step_tokens for r in self.replicas.values()), default=step_tokens(self.config, None))
+        return overload(request, self.queue, self.config, tokens)
 
     def _finished_before(self, request: Request) -> tuple[Finish, int | None] | None:
         """A resubmitted output may end with the very token that ended it: the owner lost only the End."""
@@ -150,20 +155,21 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def advance(self, send: Callable[[str, Step], None]) -> None:
-        """Place what can be placed and fill every worker's steps in flight."""
-        ahead, budget = self.config.steps_in_flight, self.config.max_num_batched_tokens
-        open_ = [replica for replica in self.replicas.values() if len(replica.flights) < ahead]
+    def advance(self, send: Callable[[str, Step], None], now: float) -> None:
+        """Place what can be placed and fill every worker's steps in flight. `now`: monotonic seconds."""
+        for replica in self.replicas.values():
+            replica.pace.returned(replica.returned, now)
+        open_ = [replica for replica in self.replicas.values() if replica.pace.wants_more()]
         while open_:
             self._place()
             stepped: list[Replica] = []
             for replica in open_:
-                step = batch.form(replica, self.epoch, budget)
+                step = batch.form(replica, self.epoch, now)
                 self._take_back(replica)
                 if step is not None:
                     send(replica.inbox, step)
                     stepped.append(replica)
-            open_ = [replica for replica in stepped if len(replica.flights) < ahead]
+            open_ = [replica for replica in stepped if replica.pace.wants_more()]
 
     def _take_back(self, replica: Replica) -> None:
         """Preempted requests whose last tokens have arrived wait again."""
@@ -174,7 +180,7 @@ class Engine:
     def _place(self) -> None:
         replicas = list(self.replicas.values())
         while (request := self.queue.head()) is not None:
-            choice = choose(request, replicas, self.config.max_num_batched_tokens)
+            choice = choose(request, replicas)
             if choice is None:
                 return
             self.queue.pop()

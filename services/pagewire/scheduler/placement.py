@@ -55,13 +55,13 @@ class Queue:
         return [entry[2] for entry in sorted(self._heap, key=lambda e: e[:2]) if entry[2].phase is Phase.WAITING]
 
 
-def choose(request: Request, replicas: Sequence[Replica], backlog_limit: int) -> tuple[Replica, list[int]] | None:
+def choose(request: Request, replicas: Sequence[Replica]) -> tuple[Replica, list[int]] | None:
     """The worker for `request` and the blocks it has of it already: the longest cached prefix, then the least load. None when it must wait.
 
     A request waits while blocks that it could share are being computed; those behind it lose nothing: that prefill goes before theirs.
     A worker takes new requests only while its unstarted prefill is less than a step's worth, so that late arrivals of higher priority and
     prefixes that are just being computed are still considered."""
-    ready = [r for r in replicas if r.accepting and holds(r, request) and r.slots.free and r.backlog() < backlog_limit]
+    ready = [r for r in replicas if r.accepting and holds(r, request) and r.slots.free and r.backlog() < r.pace.step_tokens]
     if not ready:
         return None
     lightest = min(r.load for r in ready)
@@ -95,14 +95,15 @@ def unservable(request: Request, replicas: Sequence[Replica]) -> Refusal | None:
     return foreign_token(request, min(r.facts.vocab_size for r in replicas))
 
 
-def overload(request: Request, queue: Queue, config: SchedulerConfig) -> Refusal | None:
-    """A full queue refuses first attempts only: later ones belong to clients that are being served already."""
+def overload(request: Request, queue: Queue, config: SchedulerConfig, step_tokens: int) -> Refusal | None:
+    """A full queue refuses first attempts only: later ones belong to clients that are being served already. `step_tokens`: most tokens of
+    a step, of which some ten a second are assumed."""
     if request.attempt > 1 or queue.count == 0:
         return None
     size = len(request.tokens)
     if queue.count < config.max_queued_reqs and queue.tokens + size <= config.max_queued_tokens:
         return None
-    retry = min(60, 1 + queue.tokens // (10 * config.max_num_batched_tokens))
+    retry = min(60, 1 + queue.tokens // (10 * step_tokens))
     return Refusal(
         429,
         f"the queue is full: {queue.count} requests with {queue.tokens} tokens wait (limits {config.max_queued_reqs} and "

@@ -14,6 +14,7 @@ from pagewire.config import SchedulerConfig
 
 from .blocks import BlockPool
 from .groups import Prefixes
+from .pace import Pace
 from .request import Phase, Request
 from .slots import I32, NEVER, Slots
 
@@ -64,6 +65,7 @@ class Replica:
         self.slots = Slots(min(config.max_num_seqs, facts.max_num_seqs), facts.vocab_size, facts.eos_token_ids)
         cascade = self.caching and config.enable_cascade and facts.cascade
         self.prefixes = Prefixes(self.slots.count, self.block_size) if cascade else None
+        self.pace = Pace(facts.cost, config)
         self.accepting = True
         self.sent = self.returned = 0
         self.flights: deque[Flight] = deque()
@@ -75,6 +77,7 @@ class Replica:
         self.computing: set[bytes] = set()
         """Hashes of blocks that placed requests will seal."""
         self.last_run: I32 = NO_ROWS
+        self.last_reads = 0
         self.last_bytes = b""
 
     @property
@@ -97,12 +100,14 @@ class Replica:
 
     def cached_blocks(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of `request`. Its last token is always computed again, since its logits are wanted."""
-        if not self.caching:
+        if not self.caching or request.scores_prompt:
             return []
         return self.pool.match(request.chained(self.block_size, request.tokens), (len(request.tokens) - 1) // self.block_size)
 
     def is_computing(self, request: Request, cached: list[int]) -> bool:
         """Whether the blocks that follow `cached` in `request` are on their way for another request, and enough of them to wait for."""
+        if request.scores_prompt:
+            return False
         chain, first = request.chain, len(cached)
         last = first + WORTH_WAITING - 1
         return last < len(chain) and chain[first] in self.computing and chain[last] in self.computing
@@ -132,7 +137,7 @@ class Replica:
         self.admit.append(request)
         self.prefill.append(request)
         self.prefill.sort(key=lambda r: r.order)
-        if self.caching:
+        if self.caching and not request.scores_prompt:
             self.counters.prefix_cache_queries += len(request.tokens)
             self.counters.prefix_cache_hits += computed
         return computed
@@ -188,7 +193,7 @@ class Replica:
                 self._requeue(entry.request)
 
     def _requeue(self, request: Request) -> None:
-        request.tokens = self.slots.held_tokens(request.slot).copy()
+        request.know(self.slots.held_tokens(request.slot).copy())
         self.slots.vacate(request.slot)
         request.slot, request.replica, request.blocks, request.phase = -1, None, [], Phase.WAITING
         self.requeued.append(request)

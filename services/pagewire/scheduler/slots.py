@@ -48,6 +48,12 @@ class Slots:
         inside = [token for token in set(tokens) if token < self.vocab_size]
         self.watched[inside] += change
 
+    def tenant(self, slot: int) -> Request:
+        """The request in `slot`, which has one."""
+        request = self.requests[slot]
+        assert request is not None
+        return request
+
     def decode_rows(self) -> I32:
         """Slots whose one missing token is the next one [rows], int32. The same array object as long as the set is the same."""
         if self._decode is None:
@@ -84,8 +90,7 @@ class Slots:
 
     def vacate(self, slot: int) -> None:
         """The slot's request is gone for good; results still to come for it find `born` in the future and are dropped."""
-        request = self.requests[slot]
-        assert request is not None
+        request = self.tenant(slot)
         self._watch(request.sampling.stop_token_ids, -1)
         self.stop(slot)
         self.requests[slot] = None

@@ -156,7 +156,7 @@ class Scheduler:
         if due:
             self._second = now + EVERY_S
             self._every_second()
-        self.engine.advance(self._send_step)
+        self.engine.advance(self._send_step, now)
         for owner, mail in self.engine.out.take().items():
             inbox = self.owners.inbox(owner)
             if inbox is not None:
@@ -191,9 +191,12 @@ class Scheduler:
                 self._outputs.append((inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {})))
 
     def stats(self) -> dict[str, float]:
-        """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction of 1."""
+        """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction of 1.
+
+        step_ms is the time of a step lately, step_ms_ratio what steps with prefill take of their estimate; both of the slowest worker."""
         engine = self.engine
         pools = [replica.pool for replica in engine.replicas.values()]
+        paces = [replica.pace for replica in engine.replicas.values()]
         total, available = sum(pool.total for pool in pools), sum(pool.available for pool in pools)
         return {
             "num_requests_running": float(sum(replica.load for replica in engine.replicas.values())),
@@ -205,5 +208,7 @@ class Scheduler:
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
             "workers": float(len(pools)),
             "steps_in_flight": float(sum(len(replica.flights) for replica in engine.replicas.values())),
+            "step_ms": max((pace.step_ms for pace in paces), default=0.0),
+            "step_ms_ratio": max((pace.ratio for pace in paces), default=1.0),
             **{name: float(value) for name, value in asdict(engine.counters).items()},
         }

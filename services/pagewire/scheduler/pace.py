@@ -1,0 +1,126 @@
+"""How long one worker's steps take, by the costs that it measured at its start: how much prefill fits into a step, and how many steps are
+sent ahead of their results. Knows tokens and milliseconds; knows neither requests nor blocks.
+"""
+
+from collections import deque
+from math import inf, sqrt
+from typing import Final, NamedTuple
+
+from pagewire_protocol.messages import StepCost
+
+from pagewire.config import SchedulerConfig
+
+TOKENS_MEASURED: Final = 8192
+TOKENS_UNMEASURED: Final = 2048
+"""Most tokens in a step when no flag says it: a worker that measures is a GPU, for which a longer step is a better filled one."""
+UNWATCHED: Final = 4.0
+"""A step without decodes may take this many times --max-step-ms: nobody's next token waits for it, only newcomers do."""
+LEAST_CHUNK: Final = 64
+"""Prefill tokens that every step may hold whatever its decodes take, so that prompts always come forward."""
+LEAST_AHEAD: Final = 2
+"""Steps sent ahead, however long they are: the next one must be there when a worker has finished one."""
+AHEAD_MS: Final = 4.0
+"""More steps are sent ahead while those in flight take less than this: the way to the worker and back is then a good part of a step."""
+OUTLIER: Final = 4.0
+"""A step that took this many times its estimate was held up by something else; more is not believed."""
+MOST_CORRECTION: Final = 2.0
+SLOWNESS: Final = 32
+"""Full steps after which a correction has covered two thirds of its way."""
+RECENT: Final = 16
+"""Steps over which `step_ms` is averaged, about."""
+
+
+def step_tokens(config: SchedulerConfig, cost: StepCost | None) -> int:
+    """Most tokens in one step of a worker that measured `cost`."""
+    return config.max_num_batched_tokens or (TOKENS_UNMEASURED if cost is None else TOKENS_MEASURED)
+
+
+def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:
+    """Time of a step of `rows` decodes that attend to `reads` tokens together, in milliseconds."""
+    return cost.fixed_ms + rows * cost.token_ms + reads * cost.megaread_ms / 1e6
+
+
+def chunk_ms(cost: StepCost, context: int, tokens: int) -> float:
+    """What a chunk of `tokens` new tokens after `context` computed ones adds to a step, in milliseconds."""
+    if tokens == 1:
+        return cost.token_ms + (context + 1) * cost.megaread_ms / 1e6
+    return tokens * cost.token_ms + tokens * (context + (tokens + 1) / 2) * cost.megapair_ms / 1e6
+
+
+def longest_chunk(cost: StepCost, ms: float, context: int) -> float:
+    """Tokens, not rounded, of the chunk that takes `ms` milliseconds after `context` computed tokens; inf when nothing limits it.
+
+    The positive root of pair/2 c^2 + (token + pair (context + 1/2)) c = ms, in the form that divides by no zero when pair is 0."""
+    if ms <= 0 or ms == inf:
+        return max(0.0, ms)
+    pair = cost.megapair_ms / 1e6
+    slope = cost.token_ms + pair * (context + 0.5)
+    divisor = slope + sqrt(slope * slope + 2 * pair * ms)
+    return 2 * ms / divisor if divisor else inf
+
+
+class Sent(NamedTuple):
+    """A step in flight: sent at `at` (monotonic seconds), estimated to take `ms`; `mixed`: with prefill."""
+
+    n: int
+    ms: float
+    at: float
+    mixed: bool
+
+
+class Pace:
+    """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited by time."""
+
+    def __init__(self, cost: StepCost | None, config: SchedulerConfig) -> None:
+        self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
+        self.step_tokens = step_tokens(config, cost)
+        self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
+        self._least = min(LEAST_AHEAD, config.steps_in_flight)
+        self._most = config.steps_in_flight if self.measured else self._least
+        self._sent: deque[Sent] = deque()
+        self._sent_ms = 0.0
+        self._last = -inf
+        self.ratio = 1.0
+        """Measured time of steps with prefill over their estimate, lately."""
+        self.step_ms = 0.0
+        """Measured time of a step, lately."""
+
+    def limit_ms(self, decodes: int) -> float:
+        """Most that a step with this many decodes may be estimated to take."""
+        return self._limit_ms * (1.0 if decodes else UNWATCHED) / self.ratio
+
+    def chunk(self, limit_ms: float, ms: float, context: int) -> float:
+        """Tokens that may be added after `context` ones to a step of `ms` milliseconds, not rounded."""
+        return longest_chunk(self.cost, limit_ms - ms, context)
+
+    def wants_more(self) -> bool:
+        """Whether one more step is to be sent ahead."""
+        ahead = len(self._sent)
+        return ahead < self._least or (ahead < self._most and self._sent_ms < AHEAD_MS)
+
+    def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
+        self._sent.append(Sent(n, ms, now, mixed))
+        self._sent_ms += ms
+
+    def returned(self, n: int, now: float) -> None:
+        """The results of all steps up to `n` are there. A step began when it was sent or the one before it ended, whichever was later."""
+        sent = self._sent
+        if not sent or sent[0].n > n:
+            return
+        steps, ms, at, mixed = 0, 0.0, sent[0].at, False
+        while sent and sent[0].n <= n:
+            one = sent.popleft()
+            steps, ms, mixed = steps + 1, ms + one.ms, mixed or one.mixed
+        self._sent_ms = self._sent_ms - ms if sent else 0.0
+        took = 1000 * (now - max(at, self._last))
+        self.step_ms += (took / steps - self.step_ms) / (RECENT if self.step_ms else 1)
+        if mixed and ms and at <= self._last:
+            self._learn(took, ms)
+        self._last = now
+
+    def _learn(self, took: float, ms: float) -> None:
+        """From steps that waited for others only, since the way to an idle worker is no part of a step. Decodes alone do not teach: the
+        ratio serves to cut prefill, and rows that share what they read take less than the costs say."""
+        weight = min(1.0, ms / self._limit_ms) / SLOWNESS
+        ratio = self.ratio + (min(took / ms, OUTLIER) - self.ratio) * weight
+        self.ratio = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio))
