@@ -24,6 +24,7 @@ from pagewire_protocol.messages import (
     Hello,
     Peer,
     Placed,
+    PromptLogprobs,
     Role,
     Roster,
     Step,
@@ -72,6 +73,7 @@ class SlotState:
         self.blocks = ints(admission.blocks)
         self.computed = admission.computed
         self.execution = admission.execution
+        self.prompt, self.scored = len(ints(admission.prompt)), admission.sampling.prompt_logprobs >= 0
         self.marks = []
 
     def mark(self, position):
@@ -146,8 +148,21 @@ class SimWorker:
         self._one_writer(counts)
         if self.shared is not None:
             self._truly_shared(counts)
+        before = [self.slots[slot].computed for slot in self.last]
         rows = [(slot, self._run(slot, count)) for slot, count in zip(self.last, counts, strict=True)]
-        self._report(step, [(slot, token) for slot, token in rows if token is not None])
+        runs = zip(self.last, before, counts, strict=True)
+        prompts = tuple(self._score(slot, first, count) for slot, first, count in runs if self._scores(slot, first))
+        self._report(step, [(slot, token) for slot, token in rows if token is not None], prompts)
+
+    def _scores(self, slot, first):
+        return self.slots[slot].scored and first < self.slots[slot].prompt - 1
+
+    def _score(self, slot, first, count):
+        """Token t has log-probability -t."""
+        state = self.slots[slot]
+        own = state.tokens[first + 1 : min(first + 1 + count, state.prompt)]
+        ones = pack("i", [1] * len(own))
+        return PromptLogprobs(slot, first + 1, ones, ones, pack("i", own), pack("f", [-token for token in own]))
 
     def _one_writer(self, counts):
         writers = {}
@@ -196,7 +211,7 @@ class SimWorker:
         state.tokens.append(token)
         return token
 
-    def _report(self, step, rows):
+    def _report(self, step, rows, prompts):
         flags = [1 if slot in self.flag_next else 0 for slot, _ in rows]
         if any(flags):
             self.flag_next.clear()
@@ -211,6 +226,7 @@ class SimWorker:
                 pack("i", [rows[i][0] for i in order]),
                 pack("i", [-1 if flags[i] else rows[i][1] for i in order]),
                 bytes(flags[i] for i in order),
+                prompt_logprobs=prompts,
             )
         )
 
@@ -229,6 +245,8 @@ class Attempt:
     placed: Placed | None = None
     ends: list = field(default_factory=list)
     cancelled: bool = False
+    scores: dict = field(default_factory=dict)
+    """Log-probabilities of the prompt, by position."""
 
 
 class World:
@@ -340,6 +358,8 @@ class World:
             attempt = self.attempts[placed.handle]
             assert attempt.placed is None and attempt.attempt == placed.attempt
             attempt.placed = placed
+        for entry in message.prompt_logprobs:
+            self._scored(inbox, entry)
         columns = (
             ints(message.handles, np.uint32),
             ints(message.attempts, np.uint32),
@@ -359,6 +379,14 @@ class World:
             attempt = self.attempts[end.handle]
             assert attempt.tokenizer == inbox and attempt.attempt == end.attempt and not attempt.ends, "a second End"
             attempt.ends.append(end)
+
+    def _scored(self, inbox, entry):
+        attempt = self.attempts[entry.place]
+        assert attempt.tokenizer == inbox and attempt.attempt == entry.attempt and not attempt.ends
+        assert attempt.placed is not None and attempt.execution in (None, entry.execution)
+        for position, token in enumerate(ints(entry.ids), entry.first):
+            assert attempt.prompt[position] == token
+            attempt.scores[position] = token
 
     def end(self, handle) -> End:
         (end,) = self.attempts[handle].ends

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
-from pagewire_protocol.messages import End, LogprobColumns, Placed, Tokens
+from pagewire_protocol.messages import End, LogprobColumns, Placed, PromptLogprobs, Tokens
 
 from .slots import I32, I64, Slots, ints
 
@@ -29,13 +30,15 @@ class Mail:
     rows: list[Rows] = field(default_factory=list[Rows])
     placed: list[Placed] = field(default_factory=list[Placed])
     ended: list[End] = field(default_factory=list[End])
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list[PromptLogprobs])
 
     def message(self) -> Tokens:
         parts = [part.columns for part in self.rows]
         handles, attempts, executions, positions, tokens = (
             parts[0] if len(parts) == 1 else [b"".join(p[i] for p in parts) for i in range(5)]
         )
-        return Tokens(handles, attempts, executions, positions, tokens, tuple(self.placed), tuple(self.ended), _joined(self.rows))
+        rest = tuple(self.placed), tuple(self.ended), _joined(self.rows), tuple(self.prompt_logprobs)
+        return Tokens(handles, attempts, executions, positions, tokens, *rest)
 
 
 class Outgoing:
@@ -66,6 +69,13 @@ class Outgoing:
             mine = owners == owner
             part = tuple(column[mine] for column in columns)
             self.mail(owner).rows.append(Rows(len(part[0]), _packed(part), select(logprobs, mine)))
+
+    def prompt_logprobs(self, slots: Slots, entry: PromptLogprobs) -> None:
+        """`entry.place` is a slot."""
+        slot = entry.place
+        numbers = int(slots.handle[slot]), int(slots.attempt[slot]), int(slots.execution[slot])
+        told = replace(entry, place=numbers[0], attempt=numbers[1], execution=numbers[2])
+        self.mail(int(slots.owner[slot])).prompt_logprobs.append(told)
 
 
 def _packed(columns: tuple[Column, ...]) -> tuple[bytes, bytes, bytes, bytes, bytes]:

@@ -8,9 +8,12 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from pagewire_protocol.messages import Finish, Submit
 from pagewire_protocol.sampling import Sampling
+
+from pagewire.sampling_check import fault
 
 from .blocks import extend_chain, root_hash
 
@@ -63,7 +66,8 @@ class Request:
         self.owner, self.seq, self.priority = owner, seq, submit.priority
         self.sampling: Sampling = submit.sampling
         self.prompt: NDArray[np.int32] = np.frombuffer(submit.prompt, np.int32)
-        self.tokens: NDArray[np.int32] = np.frombuffer(submit.prompt + submit.output, np.int32)
+        self.tokens: NDArray[np.int32]
+        self.know(np.frombuffer(submit.prompt + submit.output, np.int32))
         self.root = root_hash(submit.cache_salt)
         self.chain: list[bytes] = []
         self.chain_block_size = 0
@@ -85,6 +89,17 @@ class Request:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The log-probabilities of its prompt are still wanted, so all of it must be computed."""
+        return self.sampling.prompt_logprobs >= 0
+
+    def know(self, tokens: NDArray[np.int32]) -> None:
+        """`tokens` are known. Output among them came after the log-probabilities of the whole prompt, which are not wanted twice."""
+        self.tokens = tokens
+        if self.scores_prompt and self.output_len:
+            self.sampling = replace(self.sampling, prompt_logprobs=-1)
 
     def chained(self, block_size: int, tokens: NDArray[np.int32]) -> list[bytes]:
         """The hashes of the full blocks of `tokens`, which are this request's from its first one on."""
@@ -109,11 +124,15 @@ def malformed(submit: Submit) -> Refusal | None:
         return Refusal(400, "token ids must be a column of int32: its length is no multiple of 4 bytes", "prompt")
     if not submit.prompt:
         return Refusal(400, "the prompt is empty; give at least one token", "prompt")
-    return None
+    found = fault(submit.sampling, 0)
+    return None if found is None else Refusal(400, *found)
 
 
 def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
-    """A token that the model does not have."""
+    """A token, in the prompt or among those that sampling speaks of, that the model does not have."""
+    found = fault(request.sampling, vocab_size)
+    if found is not None:
+        return Refusal(400, *found)
     low, high = int(request.tokens.min()), int(request.tokens.max())
     if low >= 0 and high < vocab_size:
         return None

@@ -32,6 +32,7 @@ def absorb(replica: Replica, result: StepResult, out: Outgoing, ended: Ended, fa
         raise WorkerFault(f"it answered step {result.n} while step {flight.n} is the next one due; results were lost")
     tokens, flags, logprobs = _columns(flight, result)
     hits = _hits(replica, tokens, flags)
+    _prompts(replica, flight, result, out)
     replica.flights.popleft()
     rows = flight.sampled
     if flags is not None:
@@ -54,6 +55,18 @@ def _columns(flight: Flight, result: StepResult) -> tuple[I32, NDArray[np.bool_]
     if result.slots == flight.sampled_bytes:
         return tokens, flags, result.logprobs
     return _reordered(flight, result, tokens, flags)
+
+
+def _prompts(replica: Replica, flight: Flight, result: StepResult, out: Outgoing) -> None:
+    """Log-probabilities of prompts go on to the requests that still have their slots."""
+    if not result.prompt_logprobs:
+        return
+    run = set(ints(flight.run))
+    if any(entry.place not in run for entry in result.prompt_logprobs):
+        raise WorkerFault(f"step {result.n} came back with the prompts of slots that it did not run")
+    for entry in result.prompt_logprobs:
+        if replica.slots.born[entry.place] <= flight.n:
+            out.prompt_logprobs(replica.slots, entry)
 
 
 def _reordered(
