@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 from pagewire_kernels.slot_state import SlotState
-from pagewire_protocol.messages import LogprobColumns, Shared, Step, StepResult, WorkerFacts
+from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
@@ -48,12 +48,11 @@ class Flight:
     def result(self) -> StepResult:
         tokens = self.report.numpy()[: len(self.slots)]
         bad = tokens < 0
-        logprobs: LogprobColumns | None = self.extra.columns(tokens) if self.extra else None
+        logprobs, prompts = (self.extra.columns(tokens), self.extra.prompt_logprobs()) if self.extra else (None, ())
         kept = np.where(bad, 0, tokens).astype(np.int32)
         step = self.step
-        return StepResult(
-            step.epoch, self.incarnation, step.n, self.slots.tobytes(), kept.tobytes(), bad.view(np.uint8).tobytes(), logprobs
-        )
+        columns = self.slots.tobytes(), kept.tobytes(), bad.view(np.uint8).tobytes()
+        return StepResult(step.epoch, self.incarnation, step.n, *columns, logprobs, prompts)
 
 
 class CudaRunner:
@@ -172,8 +171,10 @@ class CudaRunner:
     def _mixed(
         self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
     ) -> tuple[Tensor | None, Extra | None]:
-        decoded = self._steps.run(slots, counts, first, end, np.flatnonzero(sampling), self._special.told)
+        extra = Extra()
+        tap = self._special.prompt_tap(slots, first, end, extra)
+        decoded = self._steps.run(slots, counts, first, end, np.flatnonzero(sampling), self._special.told, tap)
         rows = slots[sampling]
         if not len(rows):
-            return None, None
-        return decoded.report, self._special.resample(decoded.logits, rows, decoded.report)
+            return None, extra
+        return decoded.report, self._special.resample(decoded.logits, rows, decoded.report, extra)

@@ -16,6 +16,7 @@ from pagewire_kernels.slot_state import SlotState
 from torch import Tensor
 
 from .graphs import Decoded
+from .models.decoder import Tap
 from .runner import spread
 from .setup import Loaded
 from .slots import Ints, Slots
@@ -61,19 +62,20 @@ class MixedSteps:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints) -> Decoded:
+    def run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints, tap: Tap | None = None) -> Decoded:
         """The slots `slots` compute `counts` tokens each, positions `first` to `end`; `sampling` are the indices of those that then sample
-        one, and the first rows of the result are theirs, in order. `told`: how many tokens of each slot the host knows."""
+        one, and the first rows of the result are theirs, in order. `told`: how many tokens of each slot the host knows. `tap` looks at
+        the logits of further tokens: the step is then run eagerly."""
         tokens, rows = int(counts.sum()), self.padded(len(slots))
         size = next((size for size in TOKENS if size >= tokens), 0)
-        if (size, rows) in self._graphs:
+        if tap is None and (size, rows) in self._graphs:
             self._fill(self._inputs[size, rows], slots, counts, first, end, sampling, told)
             graph, decoded = self._graphs[size, rows]
             graph.replay()
             return decoded
         inputs = Inputs.idle(-(-tokens // EAGER_TOKENS) * EAGER_TOKENS, rows, self._spare)
         self._fill(inputs, slots, counts, first, end, sampling, told)
-        return self.forward(inputs)
+        return self.forward(inputs, tap)
 
     def replay(self, tokens: int, rows: int) -> None:
         """A step of padding alone, for its time."""
@@ -107,7 +109,7 @@ class MixedSteps:
         for values, out in ((flat, inputs.flat), (columns, inputs.rows), (picked, inputs.picked)):
             self._up(values, out=out)
 
-    def forward(self, inputs: Inputs) -> Decoded:
+    def forward(self, inputs: Inputs, tap: Tap | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for sampling mean nothing."""
         loaded, state, flat = self._loaded, self._state, inputs.flat
         rows, most = inputs.picked.shape[1], loaded.sizing.max_model_len
@@ -115,7 +117,7 @@ class MixedSteps:
         lengths = inputs.rows[1, :rows]
         ids = torch.where(flat[0] < 0, state.last_token[flat[3]].long(), flat[0])
         batch = Batch(flat[1], flat[2], inputs.rows[2, : rows + 1], lengths, state.table[index], flat.shape[1], most)
-        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, inputs.picked[0], lambda: None)
+        logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, inputs.picked[0], lambda: None, tap)
         state.computed[index] = lengths
         places = inputs.picked[1]
         heat, top_p, min_p = (column.contiguous() for column in state.odds[places].unbind(1))
