@@ -58,7 +58,7 @@ class LLM:
         load_format: str = "auto",
         enforce_eager: bool = False,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         **settings: Any,
     ) -> None:
@@ -146,7 +146,8 @@ def configure(given: dict[str, Any]) -> StackConfig:
     if unknown:
         raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}")
     counts = {key: given.pop(key) for key in REPLICAS if key in given}
-    namespace = argparse.Namespace(**{"log_level": "warning", **given})
+    unwatched = {"max_step_ms": 0.0}  # nobody waits for single tokens here
+    namespace = argparse.Namespace(**{"log_level": "warning", **unwatched, **given})
     try:
         return StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
     except BadSetting as error:
