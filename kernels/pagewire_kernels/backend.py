@@ -34,7 +34,29 @@ class Ops(Protocol):
         """(rms_norm(x + residual), x + residual); either input may be overwritten."""
         ...
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
+
+    def add_layer_norm(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        """(layer_norm(x + residual), x + residual); either input may be overwritten."""
+        ...
+
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def gelu(self, x: Tensor) -> Tensor: ...
+
+    def gelu_tanh(self, x: Tensor) -> Tensor: ...
+
+    def relu(self, x: Tensor) -> Tensor: ...
+
+    def pack_experts(self, weight: Tensor) -> Any:
+        """weight [E, N, K] in whatever form `experts` is fastest with. The caller drops its own reference."""
+        ...
+
+    def experts(self, x: Tensor, gate_up: Any, down: Any, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]; chosen [T, k] int64, weights [T, k] float32; gate_up [E, 2I, H] and down [E, H, I] are packed."""
+        ...
 
     def rope_and_cache(
         self,
@@ -51,8 +73,18 @@ class Ops(Protocol):
         ...
 
     def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
-    ) -> Tensor: ...
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        """soft_cap c holds scores within +-c (c * tanh(score / c)); slopes (ALiBi) float32 [Hq]."""
+        ...
 
 
 def backend(name: str) -> Ops:

@@ -47,6 +47,8 @@ def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dtype != x.dtype:  # weights kept in float32
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -57,6 +59,54 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     total.add_(x)
     normed = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
     return normed.to(x.dtype), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    dtype = x.dtype
+    return F.layer_norm(x, weight.shape, weight.to(dtype), None if bias is None else bias.to(dtype), eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum is kept in float32, as by `add_rms_norm`."""
+    total = residual.float() if residual.dtype in HALVES else residual
+    total.add_(x)
+    return layer_norm(total, weight, bias, eps).to(x.dtype), total
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    half = gate_up.shape[-1] // 2
+    return F.gelu(gate_up[:, :half], approximate="tanh").mul_(gate_up[:, half:])
+
+
+def pack_experts(weight: Tensor) -> list[Tensor]:
+    """weight [E, N, K], each expert's matrix packed by itself."""
+    return [pack_linear(matrix) for matrix in weight]
+
+
+def experts(x: Tensor, gate_up: list[Tensor], down: list[Tensor], chosen: Tensor, weights: Tensor) -> Tensor:
+    """Expert by expert over the tokens that chose it, so that each matrix is read once; sums in float32."""
+    expert, order = chosen.flatten().sort(stable=True)
+    tokens, shares = order // chosen.shape[1], weights.flatten()[order, None]
+    used, counts = expert.unique_consecutive(return_counts=True)
+    out, first = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), 0
+    for index, count in zip(used.tolist(), counts.tolist(), strict=True):
+        rows = tokens[first : first + count]
+        part = linear(silu_mul(linear(x[rows], gate_up[index])), down[index])
+        out.index_add_(0, rows, part * shares[first : first + count])
+        first += count
+    return out.to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -81,8 +131,7 @@ def rope_and_cache(
     parts = qkv.view(len(qkv), -1, size)
     mixed = parts[:, : heads + plan.kv_heads]
     if q_weight is not None and k_weight is not None:
-        q, k = F.rms_norm(mixed[:, :heads], (size,), q_weight, eps), F.rms_norm(mixed[:, heads:], (size,), k_weight, eps)
-        mixed = torch.cat((q, k), 1)
+        mixed = torch.cat((rms_norm(mixed[:, :heads], q_weight, eps), rms_norm(mixed[:, heads:], k_weight, eps)), 1)
     turned = mixed * cos
     turned[..., :half].addcmul_(mixed[..., half:], minus_sin)
     turned[..., half:].addcmul_(mixed[..., :half], sin)
@@ -95,16 +144,23 @@ def rope_and_cache(
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Sequences that are alike (by length when decoding, by position in prompts) go through one batched product over gathered blocks."""
     plan: Plan = batch.plan or make_plan(batch, k_cache)
     groups = plan.work(window)
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend(q, k_cache, v_cache, groups[0], scale, soft_cap)
+        return _attend(q, k_cache, v_cache, groups[0], scale, soft_cap, slopes)
     out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
     for group in groups:
-        out[group.tokens] = _attend(q[group.tokens], k_cache, v_cache, group, scale, soft_cap)
+        out[group.tokens] = _attend(q[group.tokens], k_cache, v_cache, group, scale, soft_cap, slopes)
     return out
 
 
@@ -116,7 +172,9 @@ def _gather(cache: Tensor, group: Group) -> Tensor:
     return found.float() if group.wide else found
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, scale: float, soft_cap: float | None) -> Tensor:
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, scale: float, soft_cap: float | None, slopes: Tensor | None
+) -> Tensor:
     """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of one product: keys are read once."""
     kv_heads, size = k_cache.shape[1], q.shape[2]
     dtype, pairs = q.dtype, group.size * kv_heads
@@ -125,10 +183,19 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, scale: fl
     queries = queries.reshape(pairs, -1, size)
     queries = queries.float() if group.wide else queries
     scores = _scores(queries, _gather(k_cache, group).mT, group, scale, soft_cap)
-    out = torch.bmm(torch.softmax(scores, -1), _gather(v_cache, group)).to(dtype)
+    shares = torch.softmax(scores if slopes is None else _sloped(scores, group, slopes, kv_heads), -1)
+    if slopes is not None:
+        shares = shares.to(queries.dtype)
+    out = torch.bmm(shares, _gather(v_cache, group)).to(dtype)
     if group.queries > 1:
         out = out.view(group.size, kv_heads, group.queries, -1, size).transpose(1, 2)
     return out.reshape(len(q), -1)
+
+
+def _sloped(scores: Tensor, group: Group, slopes: Tensor, kv_heads: int) -> Tensor:
+    """With ALiBi, in float32: 16 bits cannot hold a long distance."""
+    parted = scores.float().view(group.size, kv_heads, group.queries, -1, scores.shape[-1])
+    return parted.addcmul_(slopes.view(1, kv_heads, 1, -1, 1), group.distances[:, None, :, None]).view(scores.shape)
 
 
 def _scores(queries: Tensor, keys: Tensor, group: Group, scale: float, soft_cap: float | None) -> Tensor:

@@ -5,6 +5,7 @@ repeat the sequence's own first visible block: they are masked, and what another
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,7 @@ WIDE_LIMIT: Final = 1 << 18
 """Decoding over at most this many key elements runs in float32: below it oneDNN's set-up costs more than the products."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Group:
     """`size` sequences with `queries` new tokens and `length` visible places each, attended by one batched product."""
 
@@ -38,6 +39,15 @@ class Group:
     """[size * Hkv or 1, queries or 1, length], 0 or -inf; None when nothing is hidden."""
     wide: bool
     """Compute in float32."""
+    at: np.ndarray
+    """[size or 1, length]: the positions of the visible places."""
+    asking: np.ndarray
+    """[size or 1, queries]: those of the queries."""
+
+    @cached_property
+    def distances(self) -> Tensor:
+        """[size or 1, queries, length] float32: how far after the query a place is; positive where it is hidden."""
+        return torch.from_numpy((self.at[:, None, :] - self.asking[:, :, None]).astype(np.float32))
 
 
 def _additive(visible: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -106,7 +116,7 @@ class Plan:
         visible = (at >= low[:, None]) & (at < lengths[:, None])
         index, wide = self._index(blocks), at.size * self.kv_heads * self.head_dim <= WIDE_LIMIT
         mask = None if visible.all() else self._mask(np.repeat(visible, self.kv_heads, 0)[:, None], wide)
-        return Group(self._tokens(self.starts[rows], 1), len(rows), 1, at.shape[1], index, mask, wide)
+        return Group(self._tokens(self.starts[rows], 1), len(rows), 1, at.shape[1], index, mask, wide, at, lengths[:, None] - 1)
 
     def _prefill(self, members: list[tuple[int, int]], start: int, count: int, window: int | None) -> Group:
         """members: (row, first token in the step); each computes the `count` positions from `start` on."""
@@ -117,7 +127,8 @@ class Plan:
         i, j = np.arange(start, end)[:, None], np.arange(low, end)[None]
         visible = (j <= i) if window is None else (j <= i) & (j > i - window)
         tokens = self._tokens(np.array([first for _, first in members]), count)
-        return Group(tokens, len(rows), count, end - low, self._index(blocks), self._mask(visible[None], False), False)
+        index, mask = self._index(blocks), self._mask(visible[None], False)
+        return Group(tokens, len(rows), count, end - low, index, mask, False, j, i.T)
 
     def _tokens(self, firsts: np.ndarray, count: int) -> Tensor | slice | None:
         """Runs of `count` tokens each."""

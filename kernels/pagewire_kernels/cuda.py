@@ -8,25 +8,34 @@ results, grids depend on shapes alone, and lengths are read on the device.
 import torch
 from torch import Tensor
 
-from .activation import silu_mul
+from .activation import gelu, gelu_mul, gelu_tanh, relu, silu_mul
 from .attention_decode import decode_attention
 from .attention_prefill import prefill_attention
 from .batch import Batch
 from .cascade import cascade_attention
 from .embedding import embedding
 from .gemm import linear
-from .norm import add_rms_norm, rms_norm
+from .moe import experts, pack_experts
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 
 __all__ = [
     "Sampled",
     "SamplingRows",
+    "add_layer_norm",
     "add_rms_norm",
     "embedding",
+    "experts",
+    "gelu",
+    "gelu_mul",
+    "gelu_tanh",
+    "layer_norm",
     "linear",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
+    "relu",
     "rms_norm",
     "rope_and_cache",
     "sample",

@@ -20,6 +20,49 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x [T, H] less its mean, over its standard deviation, computed in float32 (float64 stays), times weight [H], plus bias [H]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution's share below x."""
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's approximation by a hyperbolic tangent (Hendrycks and Gimpel)."""
+    return x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2I] -> [T, I]: gelu_tanh of the first half times the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gelu_tanh(gate) * up
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """x [T, H] through the experts chosen [T, k] for each token, weighted by weights [T, k] float32. gate_up [E, 2I, H], down [E, H, I]."""
+    rows = [
+        sum(w * (down[e] @ silu_mul((gate_up[e] @ token)[None])[0]).to(w.dtype) for e, w in zip(ids.tolist(), shares, strict=True))
+        for token, ids, shares in zip(x, chosen, weights, strict=True)
+    ]
+    return torch.stack(rows).to(x.dtype)  # pyright: ignore[reportArgumentType]
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2I] -> [T, I]: silu of the first half times the second."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -59,7 +102,9 @@ def rope_and_cache(
     return q
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, soft_cap: float | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, soft_cap: float | None, slopes: Tensor | None = None
+) -> Tensor:
     """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D]. Softmax in float32 or wider."""
     n, length, group = len(q), len(k), q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -69,15 +114,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, so
         scores = soft_cap * torch.tanh(scores / soft_cap)
     i = torch.arange(length - n, length, device=q.device)[:, None]
     j = torch.arange(length, device=q.device)[None]
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * (j - i)
     hidden = (j > i) if window is None else (j > i) | (j <= i - window)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hns,shd->nhd", weights, v).to(q.dtype)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets token i see j with i - w < j <= i."""
+    """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets token i see j with i - w < j <= i.
+    slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the scaled, capped score."""
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
@@ -87,5 +142,5 @@ def paged_attention(
             continue
         blocks = batch.block_tables[row, : -(-length // block_size)].long()
         k, v = (cache[blocks].transpose(1, 2).flatten(0, 1)[:length] for cache in (k_cache, v_cache))
-        out[first:last] = attend(q[first:last], k, v, scale, window, soft_cap)
+        out[first:last] = attend(q[first:last], k, v, scale, window, soft_cap, slopes)
     return out.flatten(1)

@@ -47,6 +47,45 @@ def test_norms_and_activation(dtype):
     close(total.to(dtype), total_wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norms(dtype, biased):
+    x, residual, weight = (torch.randn(5, 48) + 2).to(dtype), torch.randn(5, 48).to(dtype), torch.randn(48).to(dtype)
+    bias = torch.randn(48).to(dtype) if biased else None
+    close(cpu.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
+    normed, total = cpu.add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
+    wanted, total_wanted = reference.add_layer_norm(x, residual, weight, bias, 1e-5)
+    close(normed, wanted)
+    close(total.to(dtype), total_wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "relu", "gelu_mul"])
+def test_other_activations(dtype, name):
+    x = torch.randn(5, 48).to(dtype)
+    close(getattr(cpu, name)(x), getattr(reference, name)(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_weights_kept_in_float32(dtype):
+    x, weight = torch.randn(5, 48).to(dtype), torch.randn(48)
+    ours = cpu.rms_norm(x, weight, 1e-5)
+    assert ours.dtype == dtype
+    close(ours, reference.rms_norm(x.float(), weight, 1e-5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts(dtype, tokens):
+    x, up, down = (torch.randn(*shape).to(dtype) for shape in ((tokens, 32), (5, 48, 32), (5, 32, 24)))
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    weights = torch.rand(tokens, 2)
+    ours = cpu.experts(x, cpu.pack_experts(up.clone()), cpu.pack_experts(down.clone()), chosen, weights)
+    wanted = reference.experts(x, up, down, chosen, weights)
+    assert ours.dtype == dtype
+    assert (ours - wanted).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * wanted.norm()
+
+
 def test_the_residual_of_a_16_bit_model_is_kept_in_float32():
     x, residual = torch.full((1, 8), 1.0).bfloat16(), torch.full((1, 8), 256.0).bfloat16()
     _, total = cpu.add_rms_norm(x, residual, torch.ones(8).bfloat16(), 1e-5)
@@ -105,6 +144,18 @@ def test_paged_attention(mix, window, soft_cap, dtype):
     q = torch.randn(sum(counts), 6, 16).to(dtype)
     ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap)
     close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paged_attention_with_slopes(mix, window, dtype):
+    counts, lengths = MIXES[mix]
+    batch = scattered(counts, lengths)
+    cache = torch.randn(2, 128, 2, BLOCK, 16).to(dtype)
+    q, slopes = torch.randn(sum(counts), 6, 16).to(dtype), torch.tensor([0.5, 0.25, 0.1, 0.05, 0.02, 0.0])
+    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes)
+    close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes))
 
 
 def test_attention_never_reads_blocks_of_others():

@@ -4,11 +4,12 @@ import pytest
 import torch
 from ops.triton_cases import error
 from pagewire_kernels import reference
-from pagewire_kernels.activation import silu_mul
+from pagewire_kernels.activation import gelu, gelu_mul, gelu_tanh, relu, silu_mul
 from pagewire_kernels.batch import Batch, make_batch
 from pagewire_kernels.embedding import embedding
 from pagewire_kernels.gemm import SkinnyConfig, linear, skinny_linear
-from pagewire_kernels.norm import add_rms_norm, rms_norm
+from pagewire_kernels.moe import experts, pack_experts
+from pagewire_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pagewire_kernels.rope import rope_and_cache
 
 
@@ -24,10 +25,39 @@ def test_norms(width: int) -> None:
     assert error(total, expected[1]) < 1e-6
 
 
+@pytest.mark.parametrize("width", [64, 1000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norms(width: int, biased: bool) -> None:
+    x, residual, weight = torch.randn(5, width) + 3, torch.randn(5, width), torch.randn(width)
+    bias = torch.randn(width) if biased else None
+    assert error(layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)) < 1e-6
+    expected = reference.add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
+    normed, total = add_layer_norm(x, residual, weight, bias, 1e-5)
+    assert error(normed, expected[0]) < 1e-6
+    assert error(total, expected[1]) < 1e-6
+
+
 @pytest.mark.parametrize("width", [24, 1536, 2500])
-def test_silu_mul(width: int) -> None:
+def test_gated_activations(width: int) -> None:
     x = torch.randn(3, 2 * width) * 4
     assert error(silu_mul(x), reference.silu_mul(x)) < 1e-6
+    assert error(gelu_mul(x), reference.gelu_mul(x)) < 1e-6
+
+
+def test_plain_activations() -> None:
+    x = torch.randn(3, 40) * 4
+    for ours, wanted in ((gelu, reference.gelu), (gelu_tanh, reference.gelu_tanh), (relu, reference.relu)):
+        assert error(ours(x), wanted(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_experts(dtype: torch.dtype, tolerance: float) -> None:
+    """One expert is chosen by nobody, one by almost everybody."""
+    x, up, down = (torch.randn(*shape).to(dtype) for shape in ((7, 32), (5, 48, 32), (5, 32, 24)))
+    chosen = torch.tensor([[0, 3], [3, 1], [3, 4], [0, 3], [1, 3], [3, 0], [4, 0]])
+    weights = torch.rand(7, 2)
+    ours = experts(x, pack_experts(up), pack_experts(down), chosen, weights)
+    assert error(ours, reference.experts(x, up, down, chosen, weights)) < tolerance
 
 
 def test_embedding_gives_zeros_for_unknown_ids() -> None:

@@ -12,40 +12,9 @@ from pagewire.worker.runner import Runner
 from pagewire_kernels.batch import make_batch
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
+from worker.model_variants import CAUSAL, SIZES, VARIANTS
 
 BLOCK = 8
-SIZES = {
-    "vocab_size": 257,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-VARIANTS = {
-    "llama": ("Llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
-    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
-    "qwen2": ("Qwen2", {}),
-    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {"sliding_window": 21}),
-    "mistral-full": ("Mistral", {"sliding_window": None, "head_dim": 24}),
-}
 
 
 def build(variant: str):
@@ -55,10 +24,10 @@ def build(variant: str):
     family, extra = VARIANTS[variant]
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, CAUSAL.get(family, f"{family}ForCausalLM"))(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 

@@ -97,9 +97,9 @@ def altered(source, target, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported; supported are .*gpt2, .*llama, .*qwen3"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope scaling 'mrope'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized with 'awq'"),
         ({"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
         ({"intermediate_size": 64}, "has shape .* where the configuration asks for"),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from worker.model_variants import VARIANTS
 
-VARIANTS = ("llama", "llama-biases", "llama3-rope", "linear-rope", "qwen2", "qwen2-windows", "qwen3", "mistral", "mistral-full")
 LENGTH = 90
 
 

@@ -5,33 +5,47 @@ turn a configuration into an Architecture and say only what differs between fami
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
+
+from .rope import Rope, Unsupported, read_rope
+
+__all__ = ["Architecture", "Config", "Moe", "Unsupported", "activation_of", "common", "eos_token_ids", "layer_windows", "read_config"]
 
 Config = dict[str, Any]
-ROPE_KINDS: Final = ("default", "linear", "llama3")
-
-
-class Unsupported(ValueError):
-    """The model asks for something that is not built; the message names it."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Block = Literal["sequential", "parallel", "sandwich", "post"]
+ACTIVATIONS: Final[dict[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""By the names of configurations. The three spellings of GELU's approximation differ only in the order of their arithmetic."""
+GATED: Final = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class Rope:
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    divisors: tuple[float, ...] = ()
-    """One for each frequency, from files that bring them ready-made; replaces `kind`."""
+class Moe:
+    """A mixture of experts in place of the MLP. dense: layers that have a plain MLP all the same."""
+
+    experts: int
+    chosen: int
+    intermediate_size: int
+    normalise: bool
+    """The chosen experts' weights are made to sum to one."""
+    shared_size: int = 0
+    """Inner size of an expert that every token goes through, behind a gate of its own; 0: none."""
+    dense: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes are counts, not bytes. windows: for each layer how many tokens it sees, itself included; None is all."""
+    """Sizes are counts, not bytes. What is not given is as in Llama."""
 
     model_type: str
     vocab_size: int
@@ -41,22 +55,61 @@ class Architecture:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     max_position: int
     tied: bool
     rope: Rope
     windows: tuple[int | None, ...]
+    """For each layer how many tokens it sees, itself included; None is all."""
+    local_rope: Rope | None = None
+    """Of the layers with a window, where it differs. Must have the same `size` and `interleaved`."""
+    extended_position: int = 0
+    """How far the context may be stretched beyond max_position where asked for; 0: not at all."""
+    block: Block = "sequential"
+    """sequential: x += attention(norm(x)), x += mlp(norm(x)). parallel: x += attention(norm(x)) + mlp(norm(x)). sandwich: as sequential,
+    with norms on what is added too. post: x = norm(x + attention(x)), x = norm(x + mlp(x)), and no norm at the end."""
+    one_norm: bool = False
+    """Of a parallel block: attention and MLP read the same normed input."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    wide_norms: bool = False
+    """Norm weights are kept in float32."""
+    activation: Activation = "silu"
+    gated: bool = True
+    moe: Moe | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
+    """Queries and keys are normalised by head (RMS) before they are rotated."""
+    scales: tuple[float, ...] = ()
+    """Of attention scores, by layer; empty: head_dim ** -0.5."""
+    slopes: tuple[float, ...] = ()
+    """ALiBi, by head: slope * (key position - query position) is added to the scaled score."""
+    soft_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    embedding_size: int = 0
+    """Of the token embedding and the head, with projections to and from the hidden size; 0: the hidden size itself."""
+    learned_positions: bool = False
 
     @property
     def parameters(self) -> int:
         """The weights' count, norms and biases left out; a tied head counts once."""
-        heads = self.num_heads + self.num_kv_heads
-        layer = self.hidden_size * (2 * heads * self.head_dim + 3 * self.intermediate_size)
-        return self.num_layers * layer + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        hidden, width, moe = self.hidden_size, self.embedding_size or self.hidden_size, self.moe
+        attention = 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
+        total = self.num_layers * attention + self.vocab_size * width * (1 if self.tied else 2)
+        total += self.max_position * hidden * self.learned_positions + 2 * width * hidden * (self.embedding_size > 0)
+        dense, matrices = self.num_layers if moe is None else len(moe.dense), 3 if self.gated else 2
+        if moe is not None:
+            inner = moe.experts * moe.intermediate_size + moe.shared_size
+            total += (self.num_layers - dense) * hidden * (3 * inner + moe.experts)
+        return total + dense * matrices * hidden * self.intermediate_size
+
+    @property
+    def longest_position(self) -> int:
+        return max(self.max_position, self.extended_position)
 
 
 def read_config(directory: Path) -> Config:
@@ -84,9 +137,13 @@ def eos_token_ids(directory: Path, config: Config) -> tuple[int, ...]:
 
 
 def common(config: Config, **differences: Any) -> Architecture:
-    """What all Llama-like families share; `differences` are fields of Architecture. Raises Unsupported, by name, for what is not built."""
-    _refuse(config)
+    """What families share, from a configuration with Llama's names for its fields; `differences` are fields of Architecture, and replace
+    what would be read. Raises Unsupported, by name, for what is not built, and KeyError for a field that is missing."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise Unsupported(f"weights quantized with {method!r} are not supported; give unquantized safetensors or a GGUF file")
     heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     fields: dict[str, Any] = {
         "model_type": config["model_type"],
         "vocab_size": int(config["vocab_size"]),
@@ -95,14 +152,29 @@ def common(config: Config, **differences: Any) -> Architecture:
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
-        "rms_norm_eps": float(config["rms_norm_eps"]),
+        "head_dim": head_dim,
         "max_position": int(config["max_position_embeddings"]),
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "rope": _rope(config),
         "windows": (None,) * layers,
     }
-    return Architecture(**{**fields, **differences})
+    if "norm_eps" not in differences:
+        fields["norm_eps"] = float(config["rms_norm_eps"])
+    if "rope" not in differences:
+        fields["rope"] = read_rope(config, head_dim)
+    arch = Architecture(**{**fields, "activation": activation_of(config), **differences})
+    if arch.gated and arch.activation not in GATED:
+        raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported behind a gate")
+    if arch.rope.kind == "dynamic":
+        return replace(arch, extended_position=int(arch.max_position * arch.rope.factor))
+    return arch
+
+
+def activation_of(config: Config) -> Activation:
+    """From `hidden_act`, silu where there is none. Raises Unsupported for one that is not built."""
+    named = config.get("hidden_act", "silu")
+    if named not in ACTIVATIONS:
+        raise Unsupported(f"activation {named!r} of {config['model_type']} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[named]
 
 
 def layer_windows(config: Config) -> tuple[int | None, ...]:
@@ -114,31 +186,3 @@ def layer_windows(config: Config) -> tuple[int | None, ...]:
     if kinds is None:
         return tuple(window if i >= config.get("max_window_layers", layers) else None for i in range(layers))
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _refuse(config: Config) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported; silu is")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise Unsupported(f"weights quantized with {method!r} are not supported; give unquantized safetensors or a GGUF file")
-
-
-def _rope(config: Config) -> Rope:
-    """Newer files keep everything under `rope_parameters`, older ones have `rope_theta` and `rope_scaling`."""
-    given = config.get("rope_parameters") or {}
-    scaling = given or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise Unsupported(f"rope scaling {kind!r} of {config['model_type']} is not supported; there are {', '.join(ROPE_KINDS)}")
-    if float(given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise Unsupported(f"rotating a part of each head (partial_rotary_factor) of {config['model_type']} is not supported")
-    return Rope(
-        theta=float(given.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        kind=kind,
-        factor=float(scaling.get("factor", 1.0)),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        original_max_position=int(scaling.get("original_max_position_embeddings", config["max_position_embeddings"])),
-        divisors=tuple(scaling.get("divisors", ())),
-    )

@@ -61,8 +61,8 @@ def size(
     count = blocks or kv_bytes // each
     holds = count * block_size
     _check_memory(weights, count * each, available)
-    if max_model_len > arch.max_position:
-        raise DoesNotFit(f"--max-model-len {max_model_len:,} is more than the {arch.max_position:,} positions this model was made for")
+    if max_model_len > arch.longest_position:
+        raise DoesNotFit(f"--max-model-len {max_model_len:,} is more than the {arch.longest_position:,} positions this model was made for")
     wanted = max_model_len or min(arch.max_position, max(holds, 1))
     if holds < wanted:
         needed = -(-wanted // block_size)

@@ -4,22 +4,63 @@ Fused weights (query, key and value; gate and up) are one matrix whose rows are 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from pagewire_kernels.backend import Ops
+from pagewire_kernels.batch import Batch
 from torch import Tensor
 
 Places = Iterator[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Build:
+    """What every part is made with."""
+
+    ops: Ops
+    dtype: torch.dtype
+    device: str
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+class Part(Protocol):
+    def places(self) -> Places:
+        """Checkpoint tensors by name, with the memory each goes to."""
+        ...
+
+    def pack(self) -> None:
+        """Once, after loading: `places` are dead from then on."""
+        ...
+
+
+class Norm(Part, Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        ...
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x + residual), x + residual); either input may be overwritten."""
+        ...
+
+
+class Head(Part, Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """[R, H] -> [R, V]."""
+        ...
+
+
 class Linear:
     """y = x W^T + b. `parts` maps checkpoint names (without .weight) to their share of W's rows, in order."""
 
-    def __init__(self, ops: Ops, parts: dict[str, int], columns: int, bias: bool, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, build: Build, parts: dict[str, int], columns: int, bias: bool) -> None:
         rows = sum(parts.values())
-        self._ops, self._parts = ops, parts
-        self._weight = torch.empty(rows, columns, dtype=dtype, device=device)
-        self._bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self._ops, self._parts = build.ops, parts
+        self._weight = build.empty(rows, columns)
+        self._bias = build.empty(rows) if bias else None
 
     def places(self) -> Places:
         first = 0
@@ -30,40 +71,99 @@ class Linear:
             first += rows
 
     def pack(self) -> None:
-        """Once, after loading: `places` are dead from then on."""
         self._weight = self._ops.pack_linear(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.linear(x, self._weight, self._bias)
 
 
-class Norm:
-    def __init__(self, name: str, size: int, dtype: torch.dtype, device: str) -> None:
-        self._name = name
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+class RmsNorm:
+    def __init__(self, build: Build, name: str, size: int, eps: float, wide: bool = False) -> None:
+        self._ops, self._name, self._eps = build.ops, name, eps
+        self.weight = build.empty(size, dtype=torch.float32 if wide else None)
 
     def places(self) -> Places:
         yield f"{self._name}.weight", self.weight
+
+    def pack(self) -> None:
+        """Nothing to do."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._ops.rms_norm(x, self.weight, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self._ops.add_rms_norm(x, residual, self.weight, self._eps)
+
+
+class LayerNorm:
+    def __init__(self, build: Build, name: str, size: int, eps: float, bias: bool) -> None:
+        self._ops, self._name, self._eps = build.ops, name, eps
+        self._weight, self._bias = build.empty(size), build.empty(size) if bias else None
+
+    def places(self) -> Places:
+        yield f"{self._name}.weight", self._weight
+        if self._bias is not None:
+            yield f"{self._name}.bias", self._bias
+
+    def pack(self) -> None:
+        """Nothing to do."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._ops.layer_norm(x, self._weight, self._bias, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self._ops.add_layer_norm(x, residual, self._weight, self._bias, self._eps)
 
 
 class Embedding:
-    def __init__(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
         self._name = name
-        self.weight = torch.empty(rows, columns, dtype=dtype, device=device)
+        self.weight = build.empty(rows, columns)
 
     def places(self) -> Places:
         yield f"{self._name}.weight", self.weight
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def pack(self) -> None:
+        """Nothing to do."""
+
+    def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids [T] int64 -> [T, columns]."""
         return torch.embedding(self.weight, ids)
+
+
+class Entrance:
+    """An embedding with what some families do next: scale it, project it to the hidden size, add a learned vector for each position."""
+
+    def __init__(self, tokens: Embedding, scale: float, projection: Linear | None, positions: Embedding | None) -> None:
+        self._tokens, self._projection, self._positions = tokens, projection, positions
+        self._scale = torch.tensor(scale, dtype=tokens.weight.dtype).item()
+        """Rounded to the weights' type, as the models were trained."""
+
+    def _parts(self) -> Iterator[Part]:
+        return (part for part in (self._tokens, self._projection, self._positions) if part is not None)
+
+    def places(self) -> Places:
+        for part in self._parts():
+            yield from part.places()
+
+    def pack(self) -> None:
+        for part in self._parts():
+            part.pack()
+
+    def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
+        x = self._tokens(ids, batch)
+        if self._scale != 1:
+            x = x * self._scale
+        if self._projection is not None:
+            x = self._projection(x)
+        return x if self._positions is None else x + self._positions(batch.positions, batch)
 
 
 class TiedHead:
     """A head whose weight is the embedding's; packing keeps a second copy only where the back end has a layout of its own."""
 
-    def __init__(self, ops: Ops, embedding: Embedding) -> None:
-        self._ops, self._embedding = ops, embedding
+    def __init__(self, build: Build, embedding: Embedding) -> None:
+        self._ops, self._embedding = build.ops, embedding
         self._weight: Tensor | None = None
 
     def places(self) -> Places:
@@ -74,3 +174,24 @@ class TiedHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.tied_logits(x, self._weight, self._embedding.weight)
+
+
+class Exit:
+    """A head with what some families do around it: project to the embedding's size before, hold logits within +-`cap` after."""
+
+    def __init__(self, head: Head, projection: Linear | None, cap: float | None) -> None:
+        self._head, self._projection, self._cap = head, projection, cap
+
+    def places(self) -> Places:
+        if self._projection is not None:
+            yield from self._projection.places()
+        yield from self._head.places()
+
+    def pack(self) -> None:
+        if self._projection is not None:
+            self._projection.pack()
+        self._head.pack()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self._head(x if self._projection is None else self._projection(x))
+        return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)

@@ -13,6 +13,7 @@ from ..config import ModelConfig, WorkerConfig
 from . import kv, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .gguf_file import Gguf
+from .layers import Build
 from .models import describe
 from .models.decoder import Decoder
 
@@ -28,11 +29,12 @@ DTYPES = {
 
 @dataclass
 class Loaded:
-    """A model ready to run: caches[layer] is [2, blocks, Hkv, block_size, D], all views of `cache` [layers, 2, blocks, ...]."""
+    """A model ready to run: caches[layer] is [2, blocks, Hkv, block_size, D], all views of `cache` [layers, 2, blocks, ...]; cos_sin[layer]
+    is [positions, D], the same tensor for layers that rotate alike."""
 
     decoder: Decoder
     sizing: kv.Sizing
-    cos_sin: Tensor
+    cos_sin: list[Tensor]
     cache: Tensor
     eos_token_ids: tuple[int, ...]
     device: str
@@ -53,13 +55,20 @@ def load(path: Path, model: ModelConfig, config: WorkerConfig, progress: weights
     for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):
         log.info(line)
     with torch.inference_mode():
-        decoder = Decoder(arch, backend(device), dtype, device)
+        decoder = Decoder(arch, Build(backend(device), dtype, device))
         weights.load(decoder, source, settings, model.seed, progress)
         cache = torch.zeros(
             (arch.num_layers, 2, sizing.num_blocks, arch.num_kv_heads, sizing.block_size, arch.head_dim), dtype=dtype, device=device
         )
-        cos_sin = rotary.table(arch.rope, arch.head_dim, sizing.max_model_len).to(device)
-    return Loaded(decoder, sizing, cos_sin, cache, eos, device)
+    return Loaded(decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device)
+
+
+def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
+    """The rotary table of each layer."""
+    with torch.inference_mode():
+        everywhere = rotary.table(arch.rope, arch.head_dim, positions).to(device)
+        local = rotary.table(arch.local_rope, arch.head_dim, positions).to(device) if arch.local_rope else everywhere
+    return [everywhere if window is None else local for window in arch.windows]
 
 
 def open_model(path: Path, load_format: str) -> tuple[Path | Gguf | None, Config, tuple[int, ...]]:

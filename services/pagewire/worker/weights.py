@@ -1,6 +1,7 @@
 """Filling a model's weights: from safetensors (one file or sharded, memory-mapped), from GGUF, or with random numbers.
 
-Strict: a tensor that the model does not know, lacks or has in another shape is an error that names it.
+A family's own names and shapes become the decoder's first (models/checkpoint), then the dimensions of heads get the order that the kernels
+want (rotary). Strict: a tensor that the model does not know, lacks or has in another shape is an error that names it.
 """
 
 import json
@@ -13,17 +14,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .architecture import Config, Unsupported
+from . import rotary
+from .architecture import Architecture, Config, Unsupported
 from .gguf_file import Gguf
+from .models import family
+from .models.checkpoint import Named
 from .models.decoder import Decoder
 
 Progress = Callable[[str, float], None]
-Named = tuple[str, Tensor]
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
 """Tensors dequantized at a time: bounds what waits in float32."""
 IGNORED: Final = "rotary_emb.inv_freq"
 """A buffer that old checkpoints carry along and that follows from the configuration."""
+QUERIES_AND_KEYS: Final = tuple(
+    f".self_attn.{part}.{kind}" for part in ("q_proj", "k_proj", "q_norm", "k_norm") for kind in ("weight", "bias")
+)
 
 
 def load(model: Decoder, source: Path | Gguf | None, config: Config, seed: int, progress: Progress) -> None:
@@ -32,10 +38,30 @@ def load(model: Decoder, source: Path | Gguf | None, config: Config, seed: int, 
     if source is None:
         _fill_randomly(places, seed, progress)
     else:
-        tensors = from_gguf(source, config) if isinstance(source, Gguf) else from_safetensors(source)
-        _fill(places, tensors, model.arch.tied, progress)
+        tensors = from_gguf(source, config) if isinstance(source, Gguf) else converted(from_safetensors(source), config, model.arch)
+        _fill(places, in_order(tensors, model.arch), model.arch.tied, progress)
     for done in model.pack():
         progress("packing weights", done)
+
+
+def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> Iterator[Named]:
+    """From the family's names and shapes to the decoder's."""
+    convert = family(config).tensors
+    for name, tensor in tensors:
+        if convert is None:
+            yield name, tensor
+        else:
+            yield from convert(name, tensor, arch)
+
+
+def in_order(tensors: Iterable[Named], arch: Architecture) -> Iterator[Named]:
+    """With the dimensions of queries' and keys' heads where the kernels look for them."""
+    order = rotary.order(arch.rope, arch.head_dim)
+    for name, tensor in tensors:
+        if order is not None and name.endswith(QUERIES_AND_KEYS) and len(tensor) % arch.head_dim == 0:
+            yield name, tensor.unflatten(0, (-1, arch.head_dim))[:, order].flatten(0, 1)
+        else:
+            yield name, tensor
 
 
 def _fill(places: dict[str, Tensor], tensors: Iterable[Named], tied: bool, progress: Progress) -> None:

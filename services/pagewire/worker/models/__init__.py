@@ -1,17 +1,55 @@
-"""The model families, by the `model_type` of their configuration. A new one is a file with `describe` and a line here."""
+"""The model families, by the `model_type` of their configuration.
+
+To add one, write a file of its differences and name it in FAMILIES:
+
+1. `describe(config) -> Architecture`: usually `common({**config, ...}, ...)`, where the dict gives Llama's names to what config.json calls
+   otherwise and the keywords are the fields of Architecture in which the family differs.
+2. Where the checkpoint has other names or joined matrices, `tensors`: a `checkpoint.Names` table and `checkpoint.renamed` for most, a
+   generator of its own for the rest. Rotary embeddings of a part of each head, or of neighbouring dimensions, are only described
+   (`Rope.size`, `Rope.interleaved`): loading puts the rows of queries and keys in the order that the kernels want.
+3. What no field can say yet becomes a field of Architecture, chosen when a part is made (`parts`, `decoder`), never in a call.
+4. A variant in tests/worker/model_variants.py, and a row in docs/models.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..architecture import Architecture, Config, Unsupported
-from . import llama, mistral, qwen2, qwen3
+from . import gemma, gpt2, gpt_neox, llama, mistral, phi, qwen2, qwen3
+from .checkpoint import Tensors
 
-MODELS = {"llama": llama.describe, "mistral": mistral.describe, "qwen2": qwen2.describe, "qwen3": qwen3.describe}
+
+@dataclass(frozen=True)
+class Family:
+    describe: Callable[[Config], Architecture]
+    tensors: Tensors | None = None
+    """None: the checkpoint's tensors are the decoder's."""
+
+
+FAMILIES = {
+    "gemma": Family(gemma.describe, gemma.tensors),
+    "gpt2": Family(gpt2.describe, gpt2.tensors),
+    "gpt_neox": Family(gpt_neox.describe, gpt_neox.tensors),
+    "llama": Family(llama.describe),
+    "mistral": Family(mistral.describe),
+    "phi": Family(phi.describe, phi.tensors),
+    "qwen2": Family(qwen2.describe),
+    "qwen3": Family(qwen3.describe),
+}
+
+
+def family(config: Config) -> Family:
+    """Raises Unsupported when it is unknown."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise Unsupported(f"model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind]
 
 
 def describe(config: Config) -> Architecture:
     """The architecture that `config` asks for. Raises Unsupported when the family is unknown or a field of its configuration is missing."""
-    kind = config.get("model_type")
-    if kind not in MODELS:
-        raise Unsupported(f"model_type {kind!r} is not supported; supported are {', '.join(sorted(MODELS))}")
+    found = family(config)
     try:
-        return MODELS[kind](config)
+        return found.describe(config)
     except KeyError as error:
-        raise Unsupported(f"the configuration of this {kind} model has no {error.args[0]!r}") from None
+        raise Unsupported(f"the configuration of this {config['model_type']} model has no {error.args[0]!r}") from None

@@ -1,96 +1,136 @@
-"""The decoder that all families share: embedding, layers of attention and gated MLP, final norm, head. Knows no checkpoint format."""
+"""The decoder that all families share: embedding, layers of attention and MLP, final norm, head. Knows no checkpoint format.
+
+A layer is one of four kinds of block (see Architecture.block). Within the layers, x is what the last part gave, still to be added to
+`residual`, so that the sum and the norm after it are one operation.
+"""
 
 from collections.abc import Callable, Iterator
 
-import torch
-from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..layers import Embedding, Linear, Norm, Places, TiedHead
+from ..layers import Build, Embedding, Entrance, Exit, Head, Linear, Norm, Part, Places, TiedHead
+from .parts import Attention, Mixture, Mlp, make_norm
+
+SPARE_POSITIONS = 16
+"""Rows past the last position: a step launched before a request was known to have ended may reach there; its result is dropped."""
+
 
 Tap = Callable[[Callable[[Tensor], Tensor]], None]
 
 
 class Layer:
-    def __init__(self, arch: Architecture, index: int, ops: Ops, dtype: torch.dtype, device: str) -> None:
-        self._ops, self._eps, self._scale, self._window = ops, arch.rms_norm_eps, arch.head_dim**-0.5, arch.windows[index]
-        hidden, inner, size = arch.hidden_size, arch.intermediate_size, arch.head_dim
+    """The sequential block, and what the others have in common with it."""
+
+    norms = ("input_layernorm", "post_attention_layernorm")
+
+    def __init__(self, arch: Architecture, index: int, build: Build) -> None:
         name = f"model.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        kv = arch.num_kv_heads * size
-        qkv = {f"{attention}.q_proj": arch.num_heads * size, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
-        self.input_norm = Norm(f"{name}.input_layernorm", hidden, dtype, device)
-        self.qkv = Linear(ops, qkv, hidden, arch.qkv_bias, dtype, device)
-        self.output = Linear(ops, {f"{attention}.o_proj": hidden}, arch.num_heads * size, arch.output_bias, dtype, device)
-        self.mlp_norm = Norm(f"{name}.post_attention_layernorm", hidden, dtype, device)
-        self.gate_up = Linear(ops, {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, hidden, arch.mlp_bias, dtype, device)
-        self.down = Linear(ops, {f"{mlp}.down_proj": hidden}, inner, arch.mlp_bias, dtype, device)
-        self.head_norms = [Norm(f"{attention}.{x}_norm", size, dtype, device) for x in "qk"] if arch.qk_norm else []
-        self._q_weight, self._k_weight = [norm.weight for norm in self.head_norms] or (None, None)
+        self._attention = Attention(arch, build, f"{name}.self_attn", index)
+        dense = arch.moe is None or index in arch.moe.dense
+        self._mlp = Mlp(arch, build, f"{name}.mlp", arch.intermediate_size) if dense else Mixture(arch, build, f"{name}.mlp")
+        self._norms = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norms]
 
-    def linears(self) -> list[Linear]:
-        return [self.qkv, self.output, self.gate_up, self.down]
+    def parts(self) -> list[Part]:
+        return [*self._attention.parts(), *self._mlp.parts(), *self._norms]
 
-    def places(self) -> Places:
-        for part in (*self.linears(), self.input_norm, self.mlp_norm, *self.head_norms):
-            yield from part.places()
+    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """x [T, H]; cache [2, blocks, Hkv, block_size, D]. A residual of None: there is nothing to be added to yet."""
+        first, second = self._norms
+        x, residual = (first(x), x) if residual is None else first.add(x, residual)
+        x, residual = second.add(self._attention(x, cos_sin, cache, batch), residual)
+        return self._mlp(x), residual
 
-    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x [T, H] is the last layer's output, still to be added to `residual`; cache [2, blocks, Hkv, block_size, D]."""
-        ops, eps = self._ops, self._eps
-        if residual is None:
-            x, residual = ops.rms_norm(x, self.input_norm.weight, eps), x
-        else:
-            x, residual = ops.add_rms_norm(x, residual, self.input_norm.weight, eps)
-        q = ops.rope_and_cache(self.qkv(x), cos_sin, self._q_weight, self._k_weight, eps, cache[0], cache[1], batch)
-        x = self.output(ops.paged_attention(q, cache[0], cache[1], batch, self._scale, self._window))
-        x, residual = ops.add_rms_norm(x, residual, self.mlp_norm.weight, eps)
-        return self.down(ops.silu_mul(self.gate_up(x))), residual
+
+class ParallelLayer(Layer):
+    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        first, second = self._norms
+        x, residual = (first(x), x) if residual is None else first.add(x, residual)
+        mlp = self._mlp(second(residual).to(x.dtype))
+        return mlp.add_(self._attention(x, cos_sin, cache, batch)), residual
+
+
+class OneNormLayer(Layer):
+    norms = ("input_layernorm",)
+
+    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        norm = self._norms[0]
+        x, residual = (norm(x), x) if residual is None else norm.add(x, residual)
+        return self._mlp(x).add_(self._attention(x, cos_sin, cache, batch)), residual
+
+
+class SandwichLayer(Layer):
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        first, attended, second, fed = self._norms
+        x, residual = (first(x), x) if residual is None else first.add(x, residual)
+        x, residual = second.add(attended(self._attention(x, cos_sin, cache, batch)), residual)
+        return fed(self._mlp(x)), residual
+
+
+class PostNormLayer(Layer):
+    def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        first, second = self._norms
+        x, _ = first.add(self._attention(x, cos_sin, cache, batch), x)
+        x, _ = second.add(self._mlp(x), x)
+        return x, None
+
+
+def layer_kind(arch: Architecture) -> type[Layer]:
+    if arch.block == "parallel":
+        return OneNormLayer if arch.one_norm else ParallelLayer
+    return {"sequential": Layer, "sandwich": SandwichLayer, "post": PostNormLayer}[arch.block]
 
 
 class Decoder:
     """Weights are uninitialised until every one of `places` is filled; `pack` then makes the model ready to run."""
 
-    def __init__(self, arch: Architecture, ops: Ops, dtype: torch.dtype, device: str) -> None:
-        self.arch, self._ops = arch, ops
-        self.embedding = Embedding("model.embed_tokens", arch.vocab_size, arch.hidden_size, dtype, device)
-        self.layers = [Layer(arch, i, ops, dtype, device) for i in range(arch.num_layers)]
-        self.norm = Norm("model.norm", arch.hidden_size, dtype, device)
-        self.head: Linear | TiedHead = (
-            TiedHead(ops, self.embedding)
-            if arch.tied
-            else Linear(ops, {"lm_head": arch.vocab_size}, arch.hidden_size, False, dtype, device)
-        )
+    def __init__(self, arch: Architecture, build: Build) -> None:
+        self.arch = arch
+        embedding = Embedding(build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size)
+        self.entrance = _entrance(arch, build, embedding)
+        self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
+        self.norm: Norm | None = None if arch.block == "post" else make_norm(arch, build, "model.norm")
+        self.head = _exit(arch, build, embedding)
+
+    def parts(self) -> Iterator[Part]:
+        yield self.entrance
+        for layer in self.layers:
+            yield from layer.parts()
+        if self.norm is not None:
+            yield self.norm
+        yield self.head
 
     def places(self) -> Places:
         """Every checkpoint tensor the model wants, with the memory it goes to."""
-        for part in (self.embedding, *self.layers, self.norm, self.head):
+        for part in self.parts():
             yield from part.places()
 
     def pack(self) -> Iterator[float]:
         """Put each matrix into the back end's layout; yields the share done."""
-        linears = [linear for layer in self.layers for linear in layer.linears()]
-        for done, part in enumerate((*linears, self.head)):
+        parts = list(self.parts())
+        for done, part in enumerate(parts):
             part.pack()
-            yield done / len(linears)
+            yield done / len(parts)
 
     def __call__(
         self,
         ids: Tensor,
-        cos_sin: Tensor,
+        cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
         wanted: Tensor | None,
         tick: Callable[[], None],
         tap: Tap | None = None,
     ) -> Tensor:
-        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). `tick` is called after every layer; `tap`, before
-        the end, with a function from such a `wanted` to logits, for those who look at many tokens, a few at a time."""
-        x, residual = self.embedding(ids), None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, cos_sin, cache, batch)
+        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin and caches: one for each layer.
+        `tick` is called after every layer; `tap`, before the end, with a function from such a `wanted` to logits, for those who look at
+        many tokens, a few at a time."""
+        x, residual = self.entrance(ids, batch), None
+        for layer, factors, cache in zip(self.layers, cos_sin, caches, strict=True):
+            x, residual = layer(x, residual, factors, cache, batch)
             tick()
         if tap is not None:
             hidden, rest = x, residual
@@ -100,6 +140,33 @@ class Decoder:
     def _logits(self, x: Tensor, residual: Tensor | None, wanted: Tensor | None) -> Tensor:
         if wanted is not None:
             x, residual = x[wanted], residual[wanted] if residual is not None else None
-        if residual is not None:
-            x, _ = self._ops.add_rms_norm(x, residual, self.norm.weight, self.arch.rms_norm_eps)
+        if residual is not None and self.norm is not None:
+            x, _ = self.norm.add(x, residual)
         return self.head(x)
+
+
+def _entrance(arch: Architecture, build: Build, embedding: Embedding) -> Embedding | Entrance:
+    if arch.embedding_scale == 1 and not arch.learned_positions and not arch.embedding_size:
+        return embedding
+    project = Linear(build, {"model.project_in": arch.hidden_size}, arch.embedding_size, False) if arch.embedding_size else None
+    positions = Positions(build, "model.embed_positions", arch.max_position, arch.hidden_size) if arch.learned_positions else None
+    return Entrance(embedding, arch.embedding_scale, project, positions)
+
+
+def _exit(arch: Architecture, build: Build, embedding: Embedding) -> Head:
+    width = arch.embedding_size or arch.hidden_size
+    head: Head = TiedHead(build, embedding) if arch.tied else Linear(build, {"lm_head": arch.vocab_size}, width, arch.head_bias)
+    if arch.logit_cap is None and not arch.embedding_size:
+        return head
+    project = Linear(build, {"model.project_out": width}, arch.hidden_size, False) if arch.embedding_size else None
+    return Exit(head, project, arch.logit_cap)
+
+
+class Positions(Embedding):
+    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
+        super().__init__(build, name, rows + SPARE_POSITIONS, columns)
+        self._rows = rows
+        self.weight[rows:].zero_()
+
+    def places(self) -> Places:
+        yield f"{self._name}.weight", self.weight[: self._rows]

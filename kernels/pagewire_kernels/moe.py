@@ -1,0 +1,38 @@
+"""A mixture of experts on a GPU, with shapes that depend on the number of tokens alone, so that it can be captured in a CUDA graph: which
+expert has how many tokens is known on the device only, and nothing waits for it.
+
+In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product (CUTLASS, compute capability 8.0 on), which reads the
+matrices of the chosen experts only. In other types every token goes through every expert, weighted by zero where it was not chosen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activation import silu_mul
+
+
+def pack_experts(weight: Tensor) -> Tensor:
+    return weight.contiguous()
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """x [T, H] -> [T, H]; gate_up [E, 2I, H], down [E, H, I], chosen [T, k] int64, weights [T, k] float32. Sums are float32."""
+    if x.dtype == torch.bfloat16:
+        return _grouped(x, gate_up, down, chosen, weights)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(gate_up)):
+        share = torch.where(chosen == expert, weights, 0.0).sum(1, keepdim=True)
+        out.addcmul_(F.linear(silu_mul(F.linear(x, gate_up[expert])), down[expert]).float(), share)
+    return out.to(x.dtype)
+
+
+def _grouped(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    tokens, k = chosen.shape
+    expert, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(len(gate_up), device=x.device), right=True).int()
+    inner = silu_mul(F.grouped_mm(x[order // k], gate_up.mT, offs=ends))
+    sorted_rows = F.grouped_mm(inner, down.mT, offs=ends)
+    rows = torch.empty_like(sorted_rows)
+    rows[order] = sorted_rows
+    return torch.einsum("tkh,tk->th", rows.view(tokens, k, -1).float(), weights).to(x.dtype)

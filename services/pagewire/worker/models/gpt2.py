@@ -1,0 +1,62 @@
+"""GPT-2: learned positions, biases everywhere, LayerNorm, an MLP without a gate; matrices saved transposed, queries to values joined."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..architecture import Architecture, Config, Unsupported, common
+from ..rope import NO_ROPE
+from .checkpoint import Named, Names, split
+
+NAMES = Names(
+    prefix="transformer.",
+    layers="h",
+    top={"wte": "model.embed_tokens", "wpe": "model.embed_positions", "ln_f": "model.norm"},
+    parts={
+        "ln_1": "input_layernorm",
+        "attn.c_attn": "self_attn.qkv_proj",
+        "attn.c_proj": "self_attn.o_proj",
+        "ln_2": "post_attention_layernorm",
+        "mlp.c_fc": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    },
+    ignored=(".attn.bias", ".attn.masked_bias"),
+)
+
+
+def describe(config: Config) -> Architecture:
+    if config.get("add_cross_attention"):
+        raise Unsupported("add_cross_attention of gpt2 is not supported")
+    hidden, layers = int(config["n_embd"]), int(config["n_layer"])
+    own = {
+        "hidden_size": hidden,
+        "intermediate_size": config.get("n_inner") or 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config["n_head"],
+        "num_key_value_heads": None,
+        "max_position_embeddings": config["n_positions"],
+        "hidden_act": config.get("activation_function", "gelu_new"),
+    }
+    scale = (hidden // int(config["n_head"])) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
+    by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
+    return common(
+        config | own,
+        rope=NO_ROPE,
+        norm="layer",
+        norm_eps=float(config["layer_norm_epsilon"]),
+        norm_bias=True,
+        gated=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        learned_positions=True,
+        scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
+        tied=bool(config.get("tie_word_embeddings", True)),
+    )
+
+
+def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+    found = NAMES(name)
+    if found is not None:
+        inside = found.startswith("model.layers.") and tensor.ndim == 2
+        yield from split(found, tensor.T if inside else tensor, arch)

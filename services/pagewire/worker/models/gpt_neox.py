@@ -1,0 +1,35 @@
+"""GPT-NeoX and Pythia: attention and MLP side by side, a quarter of each head rotated, LayerNorm, queries to values joined head by head."""
+
+from ..architecture import Architecture, Config, common
+from .checkpoint import Names, renamed
+
+NAMES = Names(
+    layers="gpt_neox.layers",
+    top={"gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head"},
+    parts={
+        "input_layernorm": "input_layernorm",
+        "attention.query_key_value": "self_attn.qkv_proj",
+        "attention.dense": "self_attn.o_proj",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    },
+    ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+)
+tensors = renamed(NAMES, by_group=True)
+
+
+def describe(config: Config) -> Architecture:
+    own = {"num_key_value_heads": None, "partial_rotary_factor": config.get("rotary_pct", 0.25)}
+    bias = bool(config.get("attention_bias", True))
+    return common(
+        config | own,
+        block="parallel" if config.get("use_parallel_residual", True) else "sequential",
+        norm="layer",
+        norm_eps=float(config["layer_norm_eps"]),
+        norm_bias=True,
+        gated=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+    )

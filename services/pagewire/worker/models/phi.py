@@ -1,0 +1,29 @@
+"""Phi 1, 1.5 and 2: attention and MLP side by side after one LayerNorm, a part of each head rotated, biases everywhere, the head's too."""
+
+from ..architecture import Architecture, Config, Unsupported, common
+from .checkpoint import Names, renamed
+
+NAMES = Names(
+    layers="model.layers",
+    top={"model.final_layernorm": "model.norm"},
+    parts={"self_attn.dense": "self_attn.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
+)
+tensors = renamed(NAMES)
+
+
+def describe(config: Config) -> Architecture:
+    if config.get("qk_layernorm"):
+        raise Unsupported("qk_layernorm of phi is not supported")
+    return common(
+        config | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)},
+        block="parallel",
+        one_norm=True,
+        norm="layer",
+        norm_eps=float(config["layer_norm_eps"]),
+        norm_bias=True,
+        gated=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+    )
