@@ -21,6 +21,10 @@ def _help(text: str, **bounds: Any) -> Meta:
     return Meta(description=text, **bounds)
 
 
+ONE_EACH: dict[str, Any] = {"one_each": True}
+"""Marks a list whose flag takes one value each time it is given, so that it swallows no positional argument that follows."""
+
+
 def default_run_dir() -> str:
     return os.environ.get("PAGEWIRE_RUN_DIR") or f"/tmp/pagewire-{os.getuid()}"
 
@@ -54,7 +58,18 @@ class FrontendConfig(Struct, frozen=True):
     host: Annotated[str, _help("address to listen on")] = "0.0.0.0"
     port: Annotated[int, _help("port to listen on", ge=0, le=65535)] = 8000
     served_model_name: Annotated[tuple[str, ...], _help("names the model answers to; default: the model as given")] = ()
-    api_key: Annotated[tuple[str, ...], _help("accepted API keys; also PAGEWIRE_API_KEY or VLLM_API_KEY")] = ()
+    api_key: Annotated[
+        tuple[str, ...], _help("an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY", extra=ONE_EACH)
+    ] = ()
+    ssl_keyfile: Annotated[str, _help("private key of the server's certificate, as PEM; with --ssl-certfile: HTTPS")] = ""
+    ssl_certfile: Annotated[str, _help("the server's certificate, as PEM")] = ""
+    ssl_ca_certs: Annotated[str, _help("certificates that clients' certificates are checked against, as PEM")] = ""
+    ssl_cert_reqs: Annotated[int, _help("clients' certificates: 0 none, 1 optional, 2 required", ge=0, le=2)] = 0
+    allowed_origins: Annotated[tuple[str, ...], _help("origins of web pages that may use this server, plain or as a JSON list")] = ("*",)
+    allowed_methods: Annotated[tuple[str, ...], _help("HTTP methods that such pages may use")] = ("*",)
+    allowed_headers: Annotated[tuple[str, ...], _help("HTTP headers that such pages may send")] = ("*",)
+    allow_credentials: Annotated[bool, _help("such pages may send cookies and the like")] = False
+    sse_keep_alive_interval: Annotated[float, _help("seconds after which a silent stream sends a comment; 0: never", ge=0, le=3600)] = 15.0
     max_body_mb: Annotated[int, _help("largest request body in MiB", ge=1, le=1024)] = 32
     socket_fd: Annotated[int, _help("a listening socket inherited from the parent process", ge=-1)] = -1
 
@@ -100,6 +115,10 @@ def _description(annotation: Any) -> str:
     return (metas[0].description or "") if metas else ""
 
 
+def _metas(annotation: Any, mark: str) -> bool:
+    return any(mark in (m.extra or {}) for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Meta))
+
+
 def add_flags(parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()) -> None:
     """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the namespace."""
     for struct in structs:
@@ -121,6 +140,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:
         options["choices"] = typing.get_args(kind)
+    elif origin is tuple and _metas(annotation, "one_each"):
+        options.update(action="append", metavar=field.name.upper())
     elif origin is tuple:
         options.update(nargs="+", action="extend", metavar=field.name.upper())
     else:

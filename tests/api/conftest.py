@@ -21,8 +21,8 @@ MODEL = "/models/tiny one/"
 
 
 class Frontend:
-    def __init__(self, run_dir: Path, keys: tuple[str, ...], max_body: int, names: tuple[str, ...]) -> None:
-        self._options = (RunConfig(run_dir=str(run_dir)), names, Auth(keys), max_body)
+    def __init__(self, run_dir: Path, keys: tuple[str, ...], config: FrontendConfig, names: tuple[str, ...]) -> None:
+        self._options = (RunConfig(run_dir=str(run_dir)), names, Auth(keys), config)
         self._started, self._loop = threading.Event(), uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -91,9 +91,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(keys: tuple[str, ...] = (), max_body: int = 1 << 20, names: tuple[str, ...] = (MODEL, "alias"), **options: object):
+def serve(keys: tuple[str, ...] = (), config: FrontendConfig | None = None, names: tuple[str, ...] = (MODEL, "alias"), **options: object):
+    config = config or FrontendConfig(max_body_mb=1)
     with tempfile.TemporaryDirectory(prefix="pw", dir="/tmp") as name, fake_stack(Path(name), **options) as stack:
-        frontend = Frontend(Path(name), keys, max_body, names)
+        frontend = Frontend(Path(name), keys, config, names)
         server = Server(stack, frontend, keys[0] if keys else "")
         try:
             server.wait_health(200 if stack.ready else 503)

@@ -38,7 +38,7 @@ def raw(server, method: str, path: str, *headers: tuple[str, bytes]) -> tuple[in
         connection.close()
 
 
-@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("OPTIONS", "/v1/models"), ("GET", "//v1/models"), ("GET", "/v1/%2e%2e/v1/models")])
+@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("PUT", "/v1/models"), ("GET", "//v1/models"), ("GET", "/v1/%2e%2e/v1/models")])
 @pytest.mark.parametrize(
     "value", [None, b"", b"Bearer", b"Bearer ", b"Bearer wrong", b"s3cret", b"Basic s3cret", "Bearer schlüssé".encode()]
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from pagewire.frontend import sse
-from pagewire.frontend.responses import completion_logprobs
+from pagewire.frontend.logprobs import completion_logprobs
 from pagewire_protocol.parts import TokenLogprobs
 
 

@@ -1,4 +1,4 @@
-"""API keys: which requests may pass. Knows header values, not routes.
+"""API keys: which requests may pass, and whose they are. Knows header values, not routes.
 
 Keys are compared as hashes in constant time, every key each time, so that neither content nor length of a key shows in timing and no
 input can raise (comparing non-ASCII strings would).
@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 
 KEY_VARIABLES = ("PAGEWIRE_API_KEY", "VLLM_API_KEY")
+NOBODY = ""
+"""The tenant of a server without keys."""
 
 
 def _digest(key: str) -> bytes:
@@ -28,18 +30,23 @@ def configured_keys(flag: tuple[str, ...]) -> tuple[str, ...]:
 class Auth:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
+        self._tenants = [digest.hex() for digest in self._digests]
 
     @property
     def required(self) -> bool:
         return bool(self._digests)
 
-    def allows(self, authorization: list[str]) -> bool:
-        """Whether these Authorization header values hold exactly one `Bearer KEY` with a known key."""
+    def tenant(self, authorization: list[str]) -> str | None:
+        """Whose key these Authorization header values hold: exactly one `Bearer KEY` with a known key. None: nobody's who may pass."""
         if not self._digests:
-            return True
+            return NOBODY
         if len(authorization) != 1:
-            return False
+            return None
         scheme, _, key = authorization[0].partition(" ")
         given = _digest(key.strip(" "))
         known = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(known) and scheme.lower() == "bearer"
+        return self._tenants[known.index(True)] if any(known) and scheme.lower() == "bearer" else None
+
+    def salt(self, tenant: str, asked: str) -> str:
+        """The cache salt of a tenant's request that asks for `asked`: prefixes of different keys never meet. The key stays secret."""
+        return hmac.new(bytes.fromhex(tenant), b"cache salt\0" + asked.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -1,23 +1,30 @@
 """POST /v1/completions and /v1/chat/completions: from a body to streams, and from their reply to an answer or an event stream."""
 
 import asyncio
-import secrets
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from aiohttp import web
+from msgspec.structs import replace
 
-from .errors import JSON, ApiError, bad
-from .openai import ChatRequest, CompletionRequest, Request, parse
+from .beams import search_all
+from .body import read_body
+from .errors import JSON
+from .events import SseReply
+from .openai import ChatRequest, CompletionRequest, Request
 from .params import Plan, plan_chat, plan_completion
-from .reply import Reply, SseReply
+from .parsing import parse
+from .questions import resolve
+from .reply import Reply
+from .request_ids import adopt_request_id
 from .responses import Shape
 from .state import STATE, State
-from .stream import Stream
+from .stream import Job, Stream
 
-BODY_S: Final = 60.0
-"""How long a client may take to send its request."""
-STREAMING: Final = "streaming"
+STREAMING: Final = web.RequestKey("streaming", bool)
 """Set on a request whose answer's head may be on its way: no other answer can follow."""
+TENANT: Final = web.RequestKey("tenant", str)
+"""What a request's key adds to its cache salt: the prefix cache shows nobody what holders of other keys have sent."""
 _EVENTS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -40,34 +47,15 @@ def _check(state: State, parsed: Request) -> None:
     state.check_ready()
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes. Raises ApiError."""
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise ApiError(415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed.")
-    too_large = ApiError(413, f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.")
-    if (request.content_length or 0) > limit:
-        raise too_large
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
-    except TimeoutError:
-        raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
-    except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
-        raise bad("The request body could not be read.") from None
-
-
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    shape = Shape(plan, ("chatcmpl-" if plan.chat else "cmpl-") + secrets.token_hex(16), state.names[0])
+    shape = Shape(plan, ("chatcmpl-" if plan.chat else "cmpl-") + adopt_request_id(request, plan.request_id), state.names[0])
+    jobs, echoes = await resolve(state, plan)
+    jobs = _salted(jobs, state, request.get(TENANT, ""))
     loop = asyncio.get_running_loop()
-    reply = SseReply(shape, loop, state.flusher) if plan.stream else Reply(shape, loop)
-    streams: list[Stream] = []
+    reply = SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
+    cancel = _start(state, plan, jobs, reply)
     try:
-        for job, choice in zip(plan.jobs, reply.choices, strict=True):
-            streams.append(state.owner.submit(job, choice))
-        await reply.opened
+        await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
             return await _stream(request, reply)
         await reply.done
@@ -75,8 +63,44 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
             raise reply.error
         return web.Response(body=reply.body(), content_type=JSON)
     finally:
+        cancel()
+
+
+def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:
+    if not tenant:
+        return jobs
+    salt = state.auth.salt(tenant, jobs[0].cache_salt)
+    return [replace(job, cache_salt=salt) for job in jobs]
+
+
+def _start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], Any]:
+    """Set the jobs going; what ends them is returned. Raises ApiError when none can take them."""
+    if plan.beams:
+        return asyncio.create_task(search_all(state, plan, jobs, reply)).cancel
+    streams: list[Stream] = []
+
+    def cancel() -> None:
         for stream in streams:
             state.owner.cancel(stream)
+
+    try:
+        for job, choice in zip(jobs, reply.choices, strict=True):
+            streams.append(state.owner.submit(job, choice))
+    except BaseException:
+        cancel()
+        raise
+    return cancel
+
+
+async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
+    """A stream begins when its first choice does, and after the keep-alive interval in any case."""
+    waits = isinstance(reply, SseReply) and state.keep_alive_s > 0
+    timer = loop.call_later(state.keep_alive_s, reply.open) if waits else None
+    try:
+        await reply.opened
+    finally:
+        if timer:
+            timer.cancel()
 
 
 async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:

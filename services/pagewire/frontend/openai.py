@@ -1,16 +1,12 @@
-"""The requests of OpenAI's API as typed Structs, and how a body becomes one. Knows names and types; params.py checks ranges.
+"""The requests of OpenAI's API, with vLLM's additions, as typed Structs. Knows names and types; parsing.py reads bodies, and params.py,
+sampling.py and prompts.py check ranges.
 
-Every accepted parameter is a field here. Any other is refused by name, except that a known one may carry a value that changes nothing
-(`"tools": null`), since clients send their whole parameter list.
+Every accepted parameter is a field here.
 """
 
-import re
-from typing import Any, Final, TypeVar
+from typing import Final
 
-import msgspec
 from msgspec import Raw, Struct
-
-from .errors import ApiError, bad
 
 _NULL: Final = Raw(b"null")
 
@@ -19,6 +15,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+    """Padding against eavesdroppers who measure chunks; there is none."""
 
 
 class ResponseFormat(Struct):
@@ -62,6 +59,10 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
@@ -70,24 +71,37 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    echo: bool | None = None
+    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    request_id: str | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: Raw = _NULL
     store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 class CompletionRequest(Request, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
+    suffix: str | None = None
 
 
 class ChatRequest(Request, kw_only=True):
@@ -97,120 +111,22 @@ class ChatRequest(Request, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Raw] | None = None
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
+class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Of exactly one of a prompt and a conversation."""
 
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "detokenize": (True,),
-    "documents": ([],),
-    "early_stopping": (False,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_reasoning": (True,),
-    "length_penalty": (1.0,),
-    "logit_bias": ({},),
-    "logits_processors": (),
-    "mm_processor_kwargs": (),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
-    "request_id": (),
-    "return_tokens_as_token_ids": (False,),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "thinking_token_budget": (),
-    "tool_choice": ("none",),
-    "tools": (),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "vllm_xargs": (),
-    "web_search_options": (),
-}
-"""Parameters that are known but not supported, with the values besides null that ask for nothing."""
-
-_decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (CompletionRequest, ChatRequest)
-}
-_fields: Final = msgspec.json.Decoder(dict[str, Raw])
-_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
-_MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
-_AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[MessageIn] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Raw] | None = None
+    return_token_strs: bool | None = None
 
 
-def parse(kind: type[R], body: bytes) -> R:
-    """The request in `body`. Raises ApiError 400 naming the parameter or the place that is wrong."""
-    if not body.strip():
-        raise bad("The request body is empty; a JSON object is needed.")
-    try:
-        try:
-            return _decoders[kind].decode(body)
-        except msgspec.ValidationError as error:
-            if not _UNKNOWN.match(str(error)) or " - at `" in str(error):
-                raise
-            return _decoders[kind].decode(_without_neutral(kind, body))
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
-    except msgspec.DecodeError as error:
-        raise bad(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
-    except UnicodeDecodeError:
-        raise bad(f"The request body of {len(body)} bytes is not UTF-8.") from None
-    except RecursionError:
-        raise bad("The request body is nested too deeply.") from None
-
-
-def _without_neutral(kind: type[R], body: bytes) -> bytes:
-    """The body less the fields that ask for nothing. Raises ApiError for the first that asks for something."""
-    given, known = _fields.decode(body), kind.__struct_fields__
-    for name in [name for name in given if name not in known]:
-        if not _asks_nothing(name, given):
-            raise bad(f"The parameter `{name[:64]}` is not supported.", name[:64])
-        del given[name]
-    return msgspec.json.encode(given)
-
-
-def _asks_nothing(name: str, given: dict[str, Raw]) -> bool:
-    if name != "best_of" and name not in NEUTRAL:
-        return False
-    value = msgspec.json.decode(given[name])
-    if value is None:
-        return True
-    if name == "best_of":
-        n = msgspec.json.decode(given["n"]) if "n" in given else None
-        return type(value) is int and value == (1 if n is None else n)
-    return any(value == neutral and isinstance(value, bool) is isinstance(neutral, bool) for neutral in NEUTRAL[name])
-
-
-def _explained(text: str) -> ApiError:
-    found = _AT.search(text)
-    where = found.group(1) if found else ""
-    reason = text[: found.start()] if found else text
-    unknown = _UNKNOWN.match(reason)
-    if unknown:
-        name = f"{where}.{unknown.group(1)}"[:128].lstrip(".")
-        return bad(f"The parameter `{name}` is not supported.", name[:64])
-    if reason.startswith("Expected `null`"):
-        return bad(f"The parameter `{where}` is not supported: {reason}.", where[:64])
-    missing = _MISSING.match(reason)
-    if missing and not where:
-        return bad(f"The parameter `{missing.group(1)}` is missing.", missing.group(1))
-    param = where.partition(".")[0].partition("[")[0] or None
-    return bad(f"`{where}`: {reason}." if where else f"{reason}.", param)
+class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    model: str | None = None
+    tokens: list[int]

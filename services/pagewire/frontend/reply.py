@@ -1,33 +1,61 @@
-"""The answer to one HTTP request, put together from what its streams deliver: whole, or as events. Knows no HTTP."""
+"""The answer to one HTTP request, put together from what its streams deliver. Knows no HTTP; events.py has the answer that is sent as it
+comes."""
 
 import asyncio
 from collections.abc import Sequence
 
+from msgspec import Struct
 from pagewire_protocol.columns import unpack
-from pagewire_protocol.parts import Started, TokenLogprobs
+from pagewire_protocol.parts import PromptLogprobs, Started, TokenLogprobs
 
 from .errors import ApiError
-from .responses import ChoiceData, Shape, Usage, token_text
-from .sse import DONE, HOLE, Flusher, Outlet, encode, event, template
+from .logprobs import PromptScore
+from .responses import ChoiceData, Shape, Usage
+from .sse import encode
+
+
+class Echo(Struct, frozen=True):
+    """What is shown of a prompt: its text, and what its first token is called."""
+
+    text: str = ""
+    first: str = ""
 
 
 class Reply:
-    """Gathers its choices. `opened` is set when the outcome is known to be an answer or an error, `done` when all is there."""
+    """Gathers its choices. `opened` is set when the outcome is known to be an answer or an error, `done` when all is there.
 
-    def __init__(self, shape: Shape, loop: asyncio.AbstractEventLoop) -> None:
-        self.shape, self.plan = shape, shape.plan
+    echoes: one for each prompt.
+    """
+
+    def __init__(self, shape: Shape, loop: asyncio.AbstractEventLoop, echoes: Sequence[Echo]) -> None:
+        self.shape, self.plan, self.echoes = shape, shape.plan, echoes
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | None = None
-        self.choices: Sequence[Choice] = [Choice(self, index) for index in range(len(self.plan.jobs))]
+        self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.plan.per_prompt)
         self._unfinished = len(self.choices)
 
+    def _make_choices(self, count: int) -> "Sequence[Choice]":
+        return [Choice(self, index) for index in range(count)]
+
     def body(self) -> bytes:
-        return encode(self.shape.whole([choice.data for choice in self.choices], self.usage()))
+        return encode(self.shape.whole(self._shown(), self.usage()))
+
+    def _shown(self) -> list[ChoiceData]:
+        """The best of each prompt, in their places. What is known of a prompt is known by its first choice."""
+        shown: list[ChoiceData] = []
+        each, n = self.plan.per_prompt, self.plan.n
+        for start in range(0, len(self.choices), each):
+            group = self.choices[start : start + each]
+            best = group if each == n else sorted(group, key=lambda choice: -choice.likelihood)[:n]
+            for choice in best:
+                choice.data.index, choice.data.score = len(shown), group[0].score
+                shown.append(choice.data)
+        return shown
 
     def usage(self) -> Usage:
-        """Prompts count once, however many choices they have."""
-        firsts = self.choices[:: self.plan.n]
+        """Prompts count once, however many choices they have; tokens count whether their choice is shown or not."""
+        firsts = self.choices[:: self.plan.per_prompt]
         return Usage(
             sum(choice.usage.prompt_tokens for choice in firsts),
             sum(choice.usage.completion_tokens for choice in self.choices),
@@ -59,14 +87,23 @@ class Choice:
 
     def __init__(self, reply: Reply, index: int) -> None:
         plan = reply.plan
-        self.wants_tokens = plan.logprobs or plan.return_token_ids
+        self.wants_tokens = plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n or plan.mute
         self.usage = Usage()
-        self.reply = reply
+        self.reply, self.index = reply, index
         self.data = ChoiceData(index)
-        self._text: list[str] = []
+        self.echo = reply.echoes[index // plan.per_prompt]
+        self.score: PromptScore | None = None
+        if plan.scores_echo or plan.prompt_logprobs >= 0:
+            self.score = PromptScore(self.echo.first, plan.logprobs if plan.echo else -1, plan.prompt_logprobs, plan.ids_as_text)
+        self._text: list[str] = [self.echo.text or plan.opening]
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._started = False
+
+    @property
+    def likelihood(self) -> float:
+        """The sum of its tokens' log-probabilities."""
+        return sum(entry.values[0] for entry in self._logprobs)
 
     def started(self, started: Started) -> None:
         if self._started:
@@ -77,86 +114,25 @@ class Choice:
             self.data.prompt_ids = unpack("i", started.prompt_ids).tolist()
         self.reply.open()
 
+    def prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        if self.score:
+            self.score.add(entry)
+
     def text(self, text: str, /) -> None:
         self._text.append(text)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        self._text.append(text)
-        self._tokens += tokens
-        self._logprobs += logprobs
+        if not self.reply.plan.mute:
+            self._text.append(text)
+            self._tokens += tokens
+            self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
         data.text, data.tokens, data.logprobs = "".join(self._text), self._tokens, self._logprobs
-        data.reason, data.stop_reason = reason, stop_reason
-        self.usage.completion_tokens = completion_tokens
+        data.reason, data.stop_reason = ("length", None) if self.reply.plan.mute else (reason, stop_reason)
+        self.usage.completion_tokens = 0 if self.reply.plan.mute else completion_tokens
         self.reply.choice_finished()
 
     def failed(self, error: ApiError) -> None:
         self.reply.fail(error)
-
-
-class SseReply(Reply):
-    """Sends each piece as an event as soon as it is there."""
-
-    def __init__(self, shape: Shape, loop: asyncio.AbstractEventLoop, flusher: Flusher) -> None:
-        super().__init__(shape, loop)
-        self.outlet = Outlet(flusher)
-        self.choices = [SseChoice(self, index) for index in range(len(self.plan.jobs))]
-
-    def greet(self) -> list[bytes]:
-        """The first events of a chat: who speaks."""
-        if not self.plan.chat:
-            return []
-        usage = self.usage() if self.plan.continuous_usage else None
-        return [event(self.shape.chunk(ChoiceData(i), usage, role=True)) for i in range(len(self.choices))]
-
-    def close(self) -> None:
-        if self.done.done():
-            return
-        if self.error is None:
-            if self.plan.include_usage:
-                self.outlet.push(event(self.shape.chunk(None, self.usage())))
-            self.outlet.push(DONE)
-        elif self.opened.done():
-            self.outlet.push(b"data: " + self.error.body() + b"\n\n", DONE)
-        super().close()
-
-
-class SseChoice(Choice):
-    """A sink whose `text` is the path of every token: one template, no dict, no wake-up."""
-
-    reply: SseReply
-
-    def __init__(self, reply: SseReply, index: int) -> None:
-        super().__init__(reply, index)
-        self.wants_tokens = self.wants_tokens or reply.plan.continuous_usage
-        self._head, self._tail = template(reply.shape.chunk(ChoiceData(index, HOLE)))
-        self._outlet, self._pieces = reply.outlet, reply.outlet.pieces
-        self._offset = 0
-
-    def text(self, text: str, /) -> None:
-        pieces = self._pieces
-        if not pieces:
-            self._outlet.touch()
-            self.reply.open()
-        pieces += (self._head, encode(text), self._tail)
-
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        self.usage.completion_tokens += len(tokens)
-        self.reply.open()
-        plan = self.reply.plan
-        if text or logprobs or plan.return_token_ids:
-            self._send(ChoiceData(self.data.index, text, tokens, logprobs, offset=self._offset, prompt_ids=self.data.prompt_ids))
-            self.data.prompt_ids = None
-            self._offset += sum(len(token_text(entry)) for entry in logprobs)
-
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        self.usage.completion_tokens = completion_tokens
-        self.reply.open()
-        self._send(ChoiceData(self.data.index, reason=reason, stop_reason=stop_reason, prompt_ids=self.data.prompt_ids))
-        self.reply.choice_finished()
-
-    def _send(self, data: ChoiceData) -> None:
-        usage = self.reply.usage() if self.reply.plan.continuous_usage else None
-        self._outlet.push(event(self.reply.shape.chunk(data, usage)))

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from msgspec import Struct
 from pagewire_protocol.parts import TokenLogprobs
 
+from .logprobs import PromptScore, chat_logprobs, completion_logprobs
 from .params import Plan
 
-LOWEST: Final = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
 Json = dict[str, Any]
 
 
@@ -41,6 +40,8 @@ class ChoiceData(Struct):
     """Only where they are to be shown."""
     offset: int = 0
     """Characters in the token texts of earlier chunks."""
+    score: PromptScore | None = None
+    """Of the prompt, where it is to be shown."""
 
 
 class Shape:
@@ -50,11 +51,13 @@ class Shape:
         self.plan = plan
         self.head: Json = {"id": response_id, "created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[ChoiceData], usage: Usage) -> Json:
+    def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
         kind = "chat.completion" if self.plan.chat else "text_completion"
         body: Json = {**self.head, "object": kind, "choices": [self._choice(choice, False) for choice in choices], "usage": usage.body()}
         if self.plan.chat and choices[0].prompt_ids is not None:
             body["prompt_token_ids"] = choices[0].prompt_ids
+        if self.plan.chat and self.plan.prompt_logprobs >= 0 and choices[0].score:
+            body["prompt_logprobs"] = choices[0].score.rows
         return body
 
     def chunk(self, choice: ChoiceData | None, usage: Usage | None = None, role: bool = False) -> Json:
@@ -68,61 +71,34 @@ class Shape:
         return body
 
     def _choice(self, choice: ChoiceData, delta: bool, role: bool = False) -> Json:
-        body: Json = {"index": choice.index}
-        if not self.plan.chat:
+        plan, body = self.plan, Json(index=choice.index)
+        if not plan.chat:
             body["text"] = choice.text
         elif delta:
             body["delta"] = self._delta(choice, role)
         else:
-            body["message"] = {"role": "assistant", "content": choice.text}
-        body["logprobs"] = None if delta and not choice.logprobs else self._logprobs(choice)
+            body["message"] = {"role": plan.role, "content": choice.text}
+        body["logprobs"] = self._logprobs(choice, delta)
         body["finish_reason"] = choice.reason
-        if choice.reason or not self.plan.chat:
+        if choice.reason or not plan.chat:
             body["stop_reason"] = choice.stop_reason
-        if self.plan.return_token_ids:
+        if plan.return_token_ids:
             body["token_ids"] = list(choice.tokens)
-            if not self.plan.chat and choice.prompt_ids is not None:
+            if not plan.chat and choice.prompt_ids is not None:
                 body["prompt_token_ids"] = choice.prompt_ids
+        if plan.prompt_logprobs >= 0 and not plan.chat and choice.score:
+            body["prompt_logprobs"] = choice.score.rows
         return body
 
     def _delta(self, choice: ChoiceData, role: bool) -> Json:
         if role:
-            return {"role": "assistant", "content": ""}
+            return {"role": self.plan.role, "content": choice.text}
         return {} if choice.reason and not choice.text else {"content": choice.text}
 
-    def _logprobs(self, choice: ChoiceData) -> Json | None:
-        if not self.plan.logprobs:
+    def _logprobs(self, choice: ChoiceData, delta: bool) -> Json | None:
+        plan, score = self.plan, choice.score if self.plan.echo else None
+        if plan.logprobs < 0 or (delta and not choice.logprobs and not score):
             return None
-        return chat_logprobs(choice.logprobs) if self.plan.chat else completion_logprobs(choice.logprobs, choice.offset)
-
-
-def token_text(entry: TokenLogprobs, candidate: int = 0) -> str:
-    """What a candidate is called: its text, or its id where there is no tokenizer to tell."""
-    return entry.texts[candidate].decode("utf-8", "replace") or f"token_id:{entry.ids[candidate]}"
-
-
-def _candidates(entry: TokenLogprobs) -> list[tuple[str, float, bytes]]:
-    return [(token_text(entry, i), max(value, LOWEST), raw) for i, (raw, value) in enumerate(zip(entry.texts, entry.values, strict=True))]
-
-
-def completion_logprobs(entries: Sequence[TokenLogprobs], offset: int) -> Json:
-    offsets: list[int] = []
-    tokens: list[str] = []
-    values: list[float] = []
-    tops: list[dict[str, float]] = []
-    for entry in entries:
-        candidates = _candidates(entry)
-        offsets.append(offset)
-        tokens.append(candidates[0][0])
-        values.append(candidates[0][1])
-        tops.append({text: value for text, value, _ in reversed(candidates)})
-        offset += len(candidates[0][0])
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
-
-
-def chat_logprobs(entries: Sequence[TokenLogprobs]) -> Json:
-    content: list[Json] = []
-    for entry in entries:
-        shown = [{"token": text, "logprob": value, "bytes": list(raw)} for text, value, raw in _candidates(entry)]
-        content.append({**shown[0], "top_logprobs": shown[1:]})
-    return {"content": content}
+        if plan.chat:
+            return chat_logprobs(choice.logprobs, plan.ids_as_text)
+        return completion_logprobs(choice.logprobs, choice.offset, plan.ids_as_text, score)

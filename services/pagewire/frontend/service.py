@@ -23,12 +23,14 @@ from pagewire.membership import Membership
 
 from .app import make_app
 from .auth import Auth, configured_keys
+from .cors import Cors, flag_values
 from .errors import ApiError
 from .sse import Flusher
 from .stack import Stack
 from .state import State
 from .streams import Owner
 from .tally import Tally
+from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
@@ -36,6 +38,7 @@ DRAIN_S: Final = 1.0
 """How long running streams may go on after the signal to end."""
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
+CORS_FLAGS: Final = ("allowed-origins", "allowed-methods", "allowed-headers")
 _DRAIN_LIMIT: Final = 16
 """Messages handled before the loop gets a turn."""
 
@@ -61,7 +64,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with contextlib.closing(listening_socket(config)) as listener:
-        async with Service(run, names, Auth(keys), config.max_body_mb << 20).serving(listener) as service:
+        async with Service(run, names, Auth(keys), config).serving(listener) as service:
             host, port = listener.getsockname()[:2]
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info("listening on %s for model %s, %s", where, names[0], "with API keys" if keys else "without API keys")
@@ -84,19 +87,30 @@ def listening_socket(config: FrontendConfig) -> socket.socket:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host") from None
 
 
+def cors_of(config: FrontendConfig) -> Cors:
+    """Raises ValueError naming the flag that cannot be read."""
+    flags = {name: flag_values(name, getattr(config, name.replace("-", "_"))) for name in CORS_FLAGS}
+    return Cors(*flags.values(), credentials=config.allow_credentials)
+
+
 class Service:
     """The parts of a frontend, wired to the event loop that runs."""
 
-    def __init__(self, run: RunConfig, names: tuple[str, ...], auth: Auth, max_body: int) -> None:
+    def __init__(self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig) -> None:
+        """Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
+        self._tls = context_of(config)
         run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
         self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
         self.outbox = Outbox()
         name = run.name or f"frontend-{os.getpid()}"
         self.membership = Membership(Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir)
-        tally = Tally()
+        tally, keep_alive_s = Tally(), config.sse_keep_alive_interval
         owner = Owner(self.inbox.address, self.outbox.send, time.monotonic, tally)
-        self.state = State(names, auth, owner, Stack(), tally, Flusher(self._loop), max_body, started=int(time.time()))
+        flusher = Flusher(self._loop, keep_alive_s)
+        self.state = State(
+            names, auth, owner, Stack(), tally, flusher, cors_of(config), config.max_body_mb << 20, keep_alive_s, started=int(time.time())
+        )
         self._inboxes: set[str] = set()
         self._next_tick = 0.0
         self._ticker: asyncio.TimerHandle | None = None
@@ -114,7 +128,7 @@ class Service:
         )
         await runner.setup()
         self._runner = runner
-        self._site = web.SockSite(runner, listener, backlog=BACKLOG)
+        self._site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=self._tls)
         await self._site.start()
         self.membership.hello()
         self.membership.ready()

@@ -11,6 +11,8 @@ from typing import Any, Final
 import msgspec
 
 DONE: Final = b"data: [DONE]\n\n"
+PING: Final = b": ping\n\n"
+"""A comment, which clients skip; what is between them and the server sees that the connection lives."""
 FULL: Final = 1 << 20
 """Bytes waiting for a client from which on it counts as not reading."""
 STUFFED: Final = 64 << 20
@@ -42,7 +44,7 @@ HOLE: Final = _HOLE
 class Outlet:
     """The way to one client. Until `attach`, events are kept."""
 
-    __slots__ = ("_chunked", "_flusher", "_full_since", "_transport", "pieces")
+    __slots__ = ("_chunked", "_flusher", "_full_since", "_quiet_since", "_transport", "_wrote", "pieces")
 
     def __init__(self, flusher: "Flusher") -> None:
         self.pieces: list[bytes] = []
@@ -50,7 +52,9 @@ class Outlet:
         self._flusher = flusher
         self._transport: asyncio.Transport | None = None
         self._chunked = True
-        self._full_since = 0.0
+        self._full_since = self._quiet_since = 0.0
+        self._wrote = True
+        """Since the last check."""
 
     def touch(self) -> None:
         self._flusher.dirty.append(self)
@@ -75,6 +79,7 @@ class Outlet:
             return
         data = b"".join(pieces)
         pieces.clear()
+        self._wrote = True
         if not transport.is_closing():
             transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
@@ -89,12 +94,19 @@ class Outlet:
         if transport and (waiting > STUFFED or (self._full_since and now - self._full_since > PATIENCE_S)):
             transport.abort()
 
+    def keep_alive(self, now: float, interval: float) -> None:
+        """Say something to a client that has heard nothing since `interval` seconds."""
+        if self._wrote:
+            self._wrote, self._quiet_since = False, now
+        elif now - self._quiet_since >= interval:
+            self.push(PING)
+
 
 class Flusher:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, keep_alive_s: float = 0.0) -> None:
         self.dirty: list[Outlet] = []
         self.attached: set[Outlet] = set()
-        self._loop = loop
+        self._loop, self._keep_alive_s = loop, keep_alive_s
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -121,3 +133,5 @@ class Flusher:
         now = self._loop.time()
         for outlet in list(self.attached):
             outlet.check(now)
+            if self._keep_alive_s:
+                outlet.keep_alive(now, self._keep_alive_s)

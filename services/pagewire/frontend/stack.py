@@ -7,7 +7,7 @@ from pagewire_protocol.messages import Roster
 from pagewire_protocol.parts import Peer, Role
 
 from .errors import ApiError
-from .params import Model
+from .prompts import Model
 
 SILENT_S: Final = 10.0
 """A scheduler that sent no roster for this long is taken for gone; it sends one a second."""
@@ -29,7 +29,7 @@ class Stack:
         roster = self.roster
         if roster is None:
             return Model()
-        return Model(roster.max_model_len, roster.vocab_size, roster.has_text, roster.has_chat_template)
+        return Model(roster.max_model_len, roster.vocab_size, roster.has_text, roster.has_chat_template, roster.eos_token_ids)
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""

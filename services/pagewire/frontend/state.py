@@ -7,6 +7,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from .auth import Auth
+from .cors import Cors
 from .errors import ApiError, unknown_model
 from .sse import Flusher
 from .stack import Stack
@@ -22,8 +23,11 @@ class State(Struct):
     stack: Stack
     tally: Tally
     flusher: Flusher
+    cors: Cors
     max_body: int
     """Bytes."""
+    keep_alive_s: float = 0.0
+    """A stream that says nothing for so long says so; 0: never."""
     clock: Callable[[], float] = time.monotonic
     started: int = 0
     """Unix time in seconds."""

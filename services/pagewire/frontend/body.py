@@ -1,0 +1,38 @@
+"""The body of a request: its type, its size, the time it may take. Knows HTTP, nothing of what a body says."""
+
+import asyncio
+from typing import Final
+
+from aiohttp import web
+
+from .errors import ApiError, bad
+
+BODY_S: Final = 60.0
+"""How long a client may take to send its request."""
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes. Raises ApiError."""
+    _check_type(request.headers.get("Content-Type", ""))
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed.")
+    too_large = ApiError(413, f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.")
+    if (request.content_length or 0) > limit:
+        raise too_large
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large from None
+    except TimeoutError:
+        raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
+    except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
+        raise bad("The request body could not be read.") from None
+
+
+def _check_type(given: str) -> None:
+    """JSON, or not said: some clients post a string without a type. A web page of another origin can only send other types unasked."""
+    kind = given.partition(";")[0].strip().lower()
+    if kind and kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"Content-Type {kind[:64]!r} is not supported; only 'application/json' is.")

@@ -1,0 +1,115 @@
+"""How a body becomes a request. Knows no parameter's meaning, only which are known.
+
+A parameter that is no field of the request is refused by name, except that a known one may carry a value that changes nothing
+(`"tools": null`), since clients send their whole parameter list.
+"""
+
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from .errors import ApiError, bad
+from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+R = TypeVar("R", bound=Struct)
+
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (True,),
+    "logits_processors": (),
+    "max_completion_tokens": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_embeds": (),
+    "reasoning_effort": (),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (),
+    "tool_choice": ("none",),
+    "tools": (),
+    "top_logprobs": (0,),
+    "truncation_side": ("left",),
+    "verbosity": (),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+"""Parameters that are known but not supported (by an endpoint), with the values besides null that ask for nothing."""
+
+_decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+}
+_fields: Final = msgspec.json.Decoder(dict[str, Raw])
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
+_AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """The request in `body`. Raises ApiError 400 naming the parameter or the place that is wrong."""
+    if not body.strip():
+        raise bad("The request body is empty; a JSON object is needed.")
+    try:
+        try:
+            return _decoders[kind].decode(body)
+        except msgspec.ValidationError as error:
+            if not _UNKNOWN.match(str(error)) or " - at `" in str(error):
+                raise
+            return _decoders[kind].decode(_without_neutral(kind, body))
+    except msgspec.ValidationError as error:
+        raise _explained(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise bad(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
+    except UnicodeDecodeError:
+        raise bad(f"The request body of {len(body)} bytes is not UTF-8.") from None
+    except RecursionError:
+        raise bad("The request body is nested too deeply.") from None
+
+
+def _without_neutral(kind: type[R], body: bytes) -> bytes:
+    """The body less the fields that ask for nothing. Raises ApiError for the first that asks for something."""
+    given, known = _fields.decode(body), kind.__struct_fields__
+    for name in [name for name in given if name not in known]:
+        if not _asks_nothing(name, given):
+            raise bad(f"The parameter `{name[:64]}` is not supported.", name[:64])
+        del given[name]
+    return msgspec.json.encode(given)
+
+
+def _asks_nothing(name: str, given: dict[str, Raw]) -> bool:
+    if name not in NEUTRAL:
+        return False
+    value = msgspec.json.decode(given[name])
+    return value is None or any(value == neutral and isinstance(value, bool) is isinstance(neutral, bool) for neutral in NEUTRAL[name])
+
+
+def _explained(text: str) -> ApiError:
+    found = _AT.search(text)
+    where = found.group(1) if found else ""
+    reason = text[: found.start()] if found else text
+    unknown = _UNKNOWN.match(reason)
+    if unknown:
+        name = f"{where}.{unknown.group(1)}"[:128].lstrip(".")
+        return bad(f"The parameter `{name}` is not supported.", name[:64])
+    if reason.startswith("Expected `null`"):
+        return bad(f"The parameter `{where}` is not supported: {reason}.", where[:64])
+    missing = _MISSING.match(reason)
+    if missing and not where:
+        return bad(f"The parameter `{missing.group(1)}` is missing.", missing.group(1))
+    param = where.partition(".")[0].partition("[")[0] or None
+    return bad(f"`{where}`: {reason}." if where else f"{reason}.", param)

@@ -1,0 +1,84 @@
+"""What a server says of itself: whether it lives, what it loads, which models it has, how busy it is. Generates nothing."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pagewire.version import __version__
+
+from .errors import JSON, unknown_model
+from .metrics import CONTENT_TYPE, render
+from .state import STATE, State
+
+
+async def models(request: web.Request) -> web.Response:
+    state = request.app[STATE]
+    return _json({"object": "list", "data": [_card(state, name) for name in state.names]})
+
+
+async def model(request: web.Request) -> web.Response:
+    state, name = request.app[STATE], request.match_info["id"]
+    if name not in state.names:
+        raise unknown_model(name, state.names)
+    return _json(_card(state, name))
+
+
+def _card(state: State, name: str) -> dict[str, Any]:
+    permission = {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": state.started,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "pagewire",
+        "root": state.names[0],
+        "parent": None,
+        "max_model_len": state.stack.model().max_model_len or None,
+        "permission": [permission],
+    }
+
+
+async def load(request: web.Request) -> web.Response:
+    """How many requests this process owns."""
+    return _json({"server_load": len(request.app[STATE].owner)})
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 and nothing when generation is possible; else 503 and what is loading."""
+    request.app[STATE].check_ready()
+    return web.Response()
+
+
+async def ready(request: web.Request) -> web.Response:
+    request.app[STATE].check_ready()
+    return _json({"status": "ready"})
+
+
+async def live(request: web.Request) -> web.Response:
+    """An answer at all is the proof; the lag says how close to none."""
+    return _json({"status": "live", "event_loop_lag_ms": round(1000 * request.app[STATE].lag_s, 3)})
+
+
+async def version(request: web.Request) -> web.Response:
+    return _json({"version": __version__})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(body=render(request.app[STATE]), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _json(body: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type=JSON)
