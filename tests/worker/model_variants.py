@@ -38,5 +38,7 @@ VARIANTS = {
     "neox-sequential": ("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 1.0}),
     "phi": ("Phi", {}),
     "gemma": ("Gemma", {"head_dim": 32}),
+    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
+    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
 }
 CAUSAL = {"GPT2": "GPT2LMHeadModel"}

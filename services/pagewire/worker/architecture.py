@@ -133,7 +133,14 @@ def eos_token_ids(directory: Path, config: Config) -> tuple[int, ...]:
     found: set[int] = set()
     for given in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found.update(given if isinstance(given, list) else [] if given is None else [given])
-    return tuple(sorted(found))
+    return tuple(sorted(found | _unnamed_ends(config, generation)))
+
+
+def _unnamed_ends(config: Config, generation: Config) -> set[int]:
+    """Tokens that end a message by a family's own code alone: Qwen-1's <|im_start|> and <|im_end|>, the next speaker's of ChatGLM3."""
+    if config.get("model_type") == "qwen" and generation.get("chat_format") == "chatml":
+        return {151_644, 151_645}
+    return {64_795, 64_797} if config.get("model_type") == "chatglm" and config.get("padded_vocab_size") == 65_024 else set()
 
 
 def common(config: Config, **differences: Any) -> Architecture:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..architecture import Architecture, Config, Unsupported
-from . import gemma, gpt2, gpt_neox, llama, mistral, phi, qwen2, qwen3
+from . import baichuan, chatglm, gemma, glm, gpt2, gpt_neox, llama, mistral, phi, qwen, qwen2, qwen3
 from .checkpoint import Tensors
 
 
@@ -27,12 +27,17 @@ class Family:
 
 
 FAMILIES = {
+    "baichuan": Family(baichuan.describe, baichuan.tensors),
+    "chatglm": Family(chatglm.describe, chatglm.tensors),
     "gemma": Family(gemma.describe, gemma.tensors),
+    "glm": Family(glm.describe, glm.tensors),
+    "glm4": Family(glm.describe4, glm.tensors4),
     "gpt2": Family(gpt2.describe, gpt2.tensors),
     "gpt_neox": Family(gpt_neox.describe, gpt_neox.tensors),
     "llama": Family(llama.describe),
     "mistral": Family(mistral.describe),
     "phi": Family(phi.describe, phi.tensors),
+    "qwen": Family(qwen.describe, qwen.tensors),
     "qwen2": Family(qwen2.describe),
     "qwen3": Family(qwen3.describe),
 }

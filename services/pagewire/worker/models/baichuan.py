@@ -1,0 +1,33 @@
+"""Baichuan 1 and 2: Llama with joined queries, keys and values. The 7B ones rotate, the 13B ones have ALiBi and name no positions.
+
+Baichuan 2 has a head whose rows are brought to length 1 before use; that is done to the weights at loading."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..architecture import Architecture, Config, common
+from ..rope import NO_ROPE
+from .alibi import slopes
+from .checkpoint import Names, renamed
+
+BAICHUAN2, BAICHUAN2_VOCABULARY = "baichuan2", 125_696
+NAMES = Names(layers="model.layers", top={}, parts={"self_attn.W_pack": "self_attn.qkv_proj"}, ignored=("rotary_emb.inv_freq",))
+_renamed = renamed(NAMES)
+
+
+def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    if name == "lm_head.weight" and arch.model_type == BAICHUAN2:
+        yield name, normalize(tensor.float())
+    else:
+        yield from _renamed(name, tensor, arch)
+
+
+def describe(config: Config) -> Architecture:
+    second = "z_loss_weight" in config or config["vocab_size"] == BAICHUAN2_VOCABULARY
+    own = {"model_type": BAICHUAN2 if second else config["model_type"]}
+    if "max_position_embeddings" in config:
+        return common(config | own)
+    own["max_position_embeddings"] = config["model_max_length"]
+    return common(config | own, rope=NO_ROPE, slopes=slopes(int(config["num_attention_heads"])))
