@@ -82,11 +82,19 @@ def raw_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def score_scale(scale_log2, CAP: tl.constexpr):
-    """What raw scores are multiplied by inside the exponent, where it costs nothing."""
-    if CAP:
+def score_scale(scale_log2, READY: tl.constexpr):
+    """What scores are multiplied by inside the exponent, where it costs nothing: 1 where they are in base 2 already (READY)."""
+    if READY:
         return scale_log2 * 0.0 + 1.0
     return scale_log2
+
+
+@triton.jit
+def with_slopes(s, distance, slope, scale_log2, CAP: tl.constexpr):
+    """Scores [M, N] in base 2 with ALiBi: slope [M], in base 2, times `distance` [M, N], the key's position less the query's."""
+    if not CAP:
+        s = s * scale_log2
+    return s + slope[:, None] * distance.to(tl.float32)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 The query heads of one KV head fill the rows of one tile. A request's context is cut into splits whose number is decided on the device from
 its length, under a grid fixed by the batch size alone, so a captured graph stays valid for any lengths. The split that finishes last merges
-the partial results. Optionally a row starts behind a shared prefix whose partial result another kernel left in the workspace (cascade.py).
+the partial results. Optionally a row starts behind a shared prefix whose partial result another kernel left in the workspace (cascade.py),
+or the kernel does what comes before attention as well: QK-norm, rotary embedding and the new token's key and value into their page.
 Knows nothing of scheduling; rows of length 0 are padding and give zeros.
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step
+from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
 from .workspace import counters, overlap
 
 
@@ -68,14 +69,14 @@ def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: 
 
 
 @triton.jit
-def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, scale_log2, soft_cap, M: tl.constexpr, D: tl.constexpr,
-        D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Online softmax of the rows of q over tokens lo..hi."""
+def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, soft_cap, M: tl.constexpr,
+        D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Online softmax of the rows of q, whose token is at `position`, over tokens lo..hi."""
     acc = tl.zeros([M, D_PAD], tl.float32)
     peak = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
-    scale = score_scale(scale_log2, CAP)
+    scale = score_scale(scale_log2, CAP or ALIBI)
     page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
@@ -83,6 +84,8 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, sc
         v = load_tile(v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True)
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
         s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        if ALIBI:
+            s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
         visible = n < stop
         if WINDOW > 0:
             visible = visible & (n >= visible_from)
@@ -92,12 +95,48 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, block_stride, sc
 
 
 @triton.jit
-def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, part, lse, arrived, scale_log2, soft_cap, q_stride,
-        table_stride, block_stride,
+def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding (neox halves): float32 [M, D_PAD].
+
+    Each element is loaded with its partner in the other half, so no tile is taken apart or joined."""
+    HALF: tl.constexpr = D // 2
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        a = a * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        b = b * factor * tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    at = cos_sin + position.to(tl.int64) * D + d % HALF
+    cos = tl.load(at, mask=d < D, other=1.0)[None, :]
+    sin = tl.load(at + HALF, mask=d < D, other=0.0)[None, :]
+    return a * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * b * sin
+
+
+@triton.jit
+def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, block_stride, HKV: tl.constexpr, HQ: tl.constexpr, head,
+        D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """The key and value of one head of the token at `position` into its page, seen by this program's later loads."""
+    d = tl.arange(0, D_PAD)
+    one = tl.arange(0, 1)
+    inside = (one == 0)[:, None] & (d < D)[None, :]
+    at = qkv + ((HQ + head) * D + one)[:, None]
+    key = _roped(at, k_weight, cos_sin, position, d, inside, eps, D, NORM)
+    value = tl.load(at + HKV * D + d[None, :], mask=inside, other=0.0)
+    block = tl.load(table + position // PAGE).to(tl.int64)
+    place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
+    tl.store(k_cache + place, key.to(k_cache.dtype.element_ty), mask=inside)
+    tl.store(v_cache + place, value.to(v_cache.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, cos_sin, q_weight, k_weight, out, part, lse, arrived,
+        scale_log2, soft_cap, eps, q_stride, table_stride, block_stride,
             HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr,
             D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
-            CAP: tl.constexpr,
+            CAP: tl.constexpr, ALIBI: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
             MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -133,12 +172,21 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, out, par
     if lo >= length:
         return
     q_at = q + token.to(tl.int64) * q_stride + head * GROUP * D
-    query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     page_base = head.to(tl.int64) * (PAGE * D)
+    table = tables + row.to(tl.int64) * table_stride
     hi = tl.minimum(lo + chunk, length)
-    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, tables + row.to(tl.int64) * table_stride, lo, hi, hi,
-        visible_from, block_stride,
-                             scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, PRECISION, STAGES, WIDE)  # fmt: skip
+    if ROPE:
+        query = _roped(q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM).to(q.dtype.element_ty)
+        if hi == length:
+            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, block_stride, HKV,
+                HKV * GROUP, head, D, D_PAD, PAGE, NORM)  # fmt: skip
+    else:
+        query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
+    slope = g.to(tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
+    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
+        block_stride, scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     acc = acc / total[:, None]
@@ -174,36 +222,50 @@ def pick_config(head_dim: int, page: int, programs: int) -> DecodeConfig:
     return replace(config, block_n=32, stages=4) if head_dim > 128 else config
 
 
+@dataclass(frozen=True)
+class Rope:
+    """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of the QK-norm or None; its eps."""
+
+    cos_sin: torch.Tensor
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
+    eps: float
+
+
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         scale: float,
                      window: int | None = None, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
-                     out: torch.Tensor | None = None,
+                     out: torch.Tensor | None = None, slopes: torch.Tensor | None = None, rope: Rope | None = None,
                      shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32, 0 for padding. Without `query_start`,
     row i is token i. With it ([B + 1] int32) only rows of exactly one token are computed, and the other rows of `out` stay as they are.
-    `shared`: a cascade.Shared whose partial results join the merge.
+    `slopes`: ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and values are written to
+    their pages. `shared`: a cascade.Shared whose partial results join the merge.
     """
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
-    group = q.shape[1] // hkv
+    heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
+    group = heads // hkv
     if out is None:
-        out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     c = config or pick_config(dim, page, rows * hkv)
     prefixes = 0 if shared is None else shared.splits
     if shared is None:
-        part = torch.empty(rows * q.shape[1] * c.splits * dim if c.splits > 1 else 1, dtype=torch.float32, device=q.device)
-        lse = torch.empty(rows * q.shape[1] * c.splits, dtype=torch.float32, device=q.device)
+        part = torch.empty(rows * heads * c.splits * dim if c.splits > 1 else 1, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows * heads * c.splits, dtype=torch.float32, device=q.device)
     else:
         part, lse = shared.part, shared.lse
+    cos_sin, q_weight, k_weight, eps = (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, out, part, lse,
-        counters(q.device, "decode attention", rows * hkv),
-        scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0), k_cache.stride(0),
+        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, slopes, cos_sin, q_weight, k_weight,
+        out, part, lse, counters(q.device, "decode attention", rows * hkv),
+        scale * LOG2E, soft_cap or 1.0, eps, q.stride(0), tables.stride(0), k_cache.stride(0),
         HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
-        PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, MIXED=query_start is not None,
+        PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, ALIBI=slopes is not None,
+        ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
         num_warps=c.warps, **overlap(q.device))  # fmt: skip
     return out

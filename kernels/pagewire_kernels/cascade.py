@@ -84,10 +84,10 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     total = tl.zeros([BLOCK_M], tl.float32)
     whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     last = m * 0 + hi - 1
-    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D,
-        D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, block_stride, scale_log2, soft_cap, acc, peak, total, D,
-        D_PAD, PAGE, BLOCK_N, 0, CAP, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, last, block_stride, scale_log2, soft_cap, acc, peak,
+        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, last, block_stride, scale_log2, soft_cap, acc, peak,
+        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     slot = ((row * HKV + head) * GROUP + m % GP) * STRIDE + split
     _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
 

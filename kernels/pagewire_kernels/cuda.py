@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from .activation import gelu, gelu_mul, gelu_tanh, relu, silu_mul
-from .attention_decode import decode_attention
+from .attention_decode import Rope, decode_attention
 from .attention_prefill import prefill_attention
 from .batch import Batch
 from .cascade import cascade_attention
 from .embedding import embedding
 from .gemm import linear
+from .gemm_row import linear_add, norm_gated, norm_linear
 from .moe import experts, pack_experts
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 
 __all__ = [
+    "Rope",
     "Sampled",
     "SamplingRows",
     "add_layer_norm",
@@ -32,12 +34,16 @@ __all__ = [
     "gelu_tanh",
     "layer_norm",
     "linear",
+    "linear_add",
+    "norm_gated",
+    "norm_linear",
     "pack_experts",
     "pack_linear",
     "paged_attention",
     "relu",
     "rms_norm",
     "rope_and_cache",
+    "rope_attention",
     "sample",
     "silu_mul",
     "tied_logits",
@@ -56,25 +62,39 @@ def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i.
+    """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i; `slopes`
+    are ALiBi's, float32 [Hq].
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
     splits long contexts, and the others to the prefill kernel. Common blocks are read once a group where the batch has groups and the
-    layer no window.
+    layer neither window nor slopes.
     """
-    rows = batch.seq_lens.shape[0]
-    if batch.max_query_len == 1 and batch.groups is not None and window is None:
-        return cascade_attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.groups, scale, soft_cap)
+    rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
+    if batch.max_query_len == 1 and batch.groups is not None and window is None and slopes is None:
+        return cascade_attention(q, k_cache, v_cache, tables, lengths, batch.groups, scale, soft_cap)
     if batch.max_query_len == 1:
-        return decode_attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap)
+        return decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, slopes=slopes)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    mixed = rows > 1
+    mixed, starts = rows > 1, batch.query_start
     if mixed:  # launched even where no row has one token: two ways to compile the prefill kernel would cost more
-        decode_attention(
-            q, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, query_start=batch.query_start, out=out
-        )
-    return prefill_attention(
-        q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.query_start, scale, window, soft_cap, skip_one=mixed, out=out
-    )
+        decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, query_start=starts, slopes=slopes, out=out)
+    return prefill_attention(q, k_cache, v_cache, tables, lengths, starts, scale, window, soft_cap, skip_one=mixed, slopes=slopes, out=out)
+
+
+def rope_attention(
+    qkv: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
+    """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding without groups takes one launch."""
+    if batch.max_query_len == 1 and batch.groups is None:
+        return decode_attention(qkv, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, rope=rope)
+    q = rope_and_cache(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch)
+    return paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)

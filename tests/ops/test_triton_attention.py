@@ -1,11 +1,14 @@
 """Paged attention kernels against the plain oracle, at shapes that do not divide."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ops.triton_cases import error, paged
 from pagewire_kernels import reference
-from pagewire_kernels.attention_decode import DecodeConfig, decode_attention
+from pagewire_kernels.attention_decode import DecodeConfig, Rope, decode_attention
 from pagewire_kernels.attention_prefill import PrefillConfig, prefill_attention
+from pagewire_kernels.batch import Batch
 from pagewire_kernels.cuda import paged_attention
 
 SMALL = DecodeConfig(block_n=16, warps=1, stages=2, chunk=16, splits=4)
@@ -68,3 +71,40 @@ def test_single_chunk_of_a_long_context_and_half_precision() -> None:
     q, k, v, batch = paged([20], [200], 1, 4, 64, 16, dtype=torch.float16)
     expected = reference.paged_attention(q.float(), k.float(), v.float(), batch, 0.125, None)
     assert error(paged_attention(q, k, v, batch, 0.125, None), expected) < 2e-3
+
+
+def test_slopes() -> None:
+    """ALiBi, in rows of one token and of many, with and without the soft cap."""
+    q, k, v, batch = paged([1, 19, 1, 1], [77, 50, 130, 1], 2, 3, 64, 16)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01])
+    for cap in (None, 4.0):
+        expected = reference.paged_attention(q, k, v, batch, 0.125, None, cap, slopes)
+        assert error(paged_attention(q, k, v, batch, 0.125, None, cap, slopes), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dim", "group", "normed", "window"), [(64, 3, False, None), (80, 1, True, None), (128, 4, True, 20)])
+@pytest.mark.parametrize("config", [SMALL, None])
+def test_decode_with_rope(dim: int, group: int, normed: bool, window: int | None, config: DecodeConfig | None) -> None:
+    """The last token's key and value are not in the cache before; they are written by this launch."""
+    lengths, hkv = [1, 37, 64, 65, 150, 1], 2
+    _, k, v, batch = paged([1] * 6, lengths, hkv, group, dim, 16)
+    qkv = torch.randn(6, (group + 2) * hkv * dim)
+    cos_sin = torch.randn(200, dim)
+    weights = (torch.randn(dim), torch.randn(dim)) if normed else (None, None)
+    batch.seq_lens[5] = 0
+    batch.slot_mapping[5] = -1
+    ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
+    roped = reference.rope_and_cache(qkv.clone(), cos_sin, *weights, 1e-6, *theirs, batch)
+    expected = reference.paged_attention(roped[:5], *theirs, _first(batch, 5), 0.1, window)
+    rope = Rope(cos_sin, *weights, 1e-6)
+    out = decode_attention(qkv, *ours, batch.block_tables, batch.seq_lens, 0.1, window, rope=rope, config=config)
+    assert error(out[:5], expected) < 1e-5
+    assert out[5].eq(0).all()
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.isnan(), wanted.isnan())
+        assert error(mine.nan_to_num(), wanted.nan_to_num()) < 1e-6
+
+
+def _first(batch: Batch, rows: int) -> Batch:
+    cut = replace(batch, positions=batch.positions[:rows], slot_mapping=batch.slot_mapping[:rows])
+    return replace(cut, query_start=batch.query_start[: rows + 1], seq_lens=batch.seq_lens[:rows], block_tables=batch.block_tables[:rows])

@@ -1,0 +1,135 @@
+"""weight @ x for one row x, with what surrounds it in a decode step of one request: RMSNorm before; SiLU * up or the residual after.
+
+A launch costs a small model as much as its work, so a layer of one row has five kernels instead of nine. The norm's factor is a number for
+the whole row: it multiplies the sums at the end, and each program adds up the squares beside its products. Arithmetic is float32.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .workspace import overlap
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Launch shape. block_n: results a program; block_k: inner elements a step. early: the next kernel's programs are let in at once."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    early: bool = False
+
+
+@triton.jit
+def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
+    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(x + k).to(tl.float32)
+    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+        GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
+    """The first weights, which no other kernel writes, are asked for before the wait for x."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    w = _weights(weight, n, k, N, K, EVEN).to(tl.float32)
+    up = w
+    if GATED:
+        up = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32)
+    gain = k.to(tl.float32)
+    if NORM:
+        gain = _vector(norm, k, K, EVEN)
+    if PDL:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    h = _vector(x, k, K, EVEN)
+    squares = h * h
+    if NORM:
+        h = h * gain
+    acc = w * h[None, :]
+    acc_up = up * h[None, :]
+    for start in tl.range(BK, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        h = _vector(x, k, K, EVEN)
+        if NORM:
+            squares += h * h
+            h = h * _vector(norm, k, K, EVEN)
+        acc += _weights(weight, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+        if GATED:
+            acc_up += _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+    if PDL and not EARLY:
+        gdc_launch_dependents()
+    result = tl.sum(acc, 1)
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        result = result * scale
+    if BIAS:
+        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc_up, 1) * scale)
+    if ADD:
+        result += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
+
+
+def pick_config(n: int, k: int, gated: bool) -> RowConfig:
+    """The launch shape for n results of inner size k; measured on an H200 (docs/performance.md)."""
+    if k > 8192:
+        return RowConfig(8, 512, 4, 3)
+    if k > 3072:
+        return RowConfig(4, 512, 1, 4) if n < 16384 and not gated else RowConfig(4, 1024, 4, 3)
+    return RowConfig(4, 512, 1, 4, early=True) if k <= 1024 else RowConfig(4, 1024, 4, 3, early=True)
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, n: int, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
+            residual: torch.Tensor | None, config: RowConfig | None) -> torch.Tensor:  # fmt: skip
+    k, gated = weight.shape[1], n < weight.shape[0]
+    if x.shape != (1, k):
+        raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
+    c = config or pick_config(n, k, gated)
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    _row[(triton.cdiv(n, c.block_n),)](
+        x, norm, weight, bias, residual, out, n, eps, K=k, BN=c.block_n, BK=c.block_k, NORM=norm is not None, GATED=gated,
+        BIAS=bias is not None, ADD=residual is not None, EVEN=k % c.block_k == 0 and n % c.block_n == 0, STAGES=c.stages, EARLY=c.early,
+        num_warps=c.warps, **overlap(x.device))  # fmt: skip
+    return out
+
+
+def norm_linear(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    config: RowConfig | None = None
+) -> torch.Tensor:  # fmt: skip
+    """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
+    return _launch(x, weight, weight.shape[0], norm, eps, bias, None, config)
+
+
+def norm_gated(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, config: RowConfig | None = None) -> torch.Tensor:
+    """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
+    return _launch(x, weight, weight.shape[0] // 2, norm, eps, None, None, config)
+
+
+def linear_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, config: RowConfig | None = None
+) -> torch.Tensor:
+    """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
+    return _launch(x, weight, weight.shape[0], None, 0.0, bias, residual, config)
