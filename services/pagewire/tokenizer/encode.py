@@ -3,13 +3,15 @@
 Everything that is wrong with a request is a `Refused`, whose text is for the client and has the numbers.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
-from pagewire_protocol.messages import Generate, Prompt, Roster, Sampling
+from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
+from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from tokenizers import Tokenizer
 
+from ..sampling_check import fault
 from .template import ChatTemplate, TemplateRefused
 
 LONG: Final = 20_000
@@ -22,11 +24,23 @@ class Refused(Exception):
         self.message, self.param, self.status = message, param, status
 
 
+def work_of(request: Generate) -> int:
+    """Characters to be encoded, all in all."""
+    return size_of(request.prompt) + 2 * sum(map(len, request.text.bad_words))
+
+
 def size_of(prompt: Prompt) -> int:
     """Characters to be encoded."""
     if prompt.chat is not None:
         return sum(len(message.content) for message in prompt.chat.messages)
     return len(prompt.text or "")
+
+
+class Encoded(NamedTuple):
+    """What was text in a request, as int32 columns: the prompt, and the sequences of token ids that its bad words stand for."""
+
+    prompt: bytes
+    bad_words: tuple[bytes, ...] = ()
 
 
 def param_of(prompt: Prompt) -> str:
@@ -40,28 +54,70 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._tokenizer, self._template = tokenizer, template
 
-    def encode(self, request: Generate) -> bytes:
+    def encode_request(self, request: Generate) -> Encoded:
+        """Raises Refused."""
+        return Encoded(self.encode(request.prompt, request.add_special_tokens), self._words(request.text.bad_words))
+
+    def encode(self, prompt: Prompt, add_special_tokens: bool) -> bytes:
         """The prompt as an int32 column. Raises Refused."""
-        prompt = request.prompt
         match (prompt.ids, prompt.text, prompt.chat):
             case (bytes() as ids, None, None):
                 if len(ids) % 4:
                     raise Refused(f"the token ids are {len(ids)} bytes long, which is no multiple of 4", "prompt")
                 return ids
             case (None, str() as text, None):
-                return self._encode_text(text, request.add_special_tokens, "prompt")
+                return self._encode_text(text, add_special_tokens, "prompt")
             case (None, None, chat) if chat is not None:
-                return self._encode_text(self._render(request), False, "messages")
+                return self._encode_text(self._render(chat), False, "messages")
             case _:
                 raise Refused("a prompt is exactly one of text, token ids and messages", "prompt")
 
-    def _render(self, request: Generate) -> str:
+    def decode(self, ids: bytes, skip_special_tokens: bool) -> str:
+        """The text of an int32 column, as a text of its own. Raises Refused."""
+        if self._tokenizer is None:
+            raise _no_tokenizer("tokens")
+        return self._tokenizer.decode(self._known(ids), skip_special_tokens=skip_special_tokens)
+
+    def strings(self, ids: bytes) -> tuple[str, ...]:
+        """The vocabulary's own name of each token of an int32 column. Raises Refused."""
+        if self._tokenizer is None:
+            raise _no_tokenizer("return_token_strs")
+        return tuple(self._tokenizer.id_to_token(token) or "" for token in self._known(ids))
+
+    def _known(self, column: bytes) -> list[int]:
+        assert self._tokenizer is not None
+        if len(column) % 4:
+            raise Refused(f"the token ids are {len(column)} bytes long, which is no multiple of 4", "tokens")
+        ids, size = np.frombuffer(column, np.int32), self._tokenizer.get_vocab_size()
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise Refused(f"token id {outside[0]} is outside the tokenizer's vocabulary of {size} tokens", "tokens")
+        return ids.tolist()
+
+    def _words(self, words: tuple[str, ...]) -> tuple[bytes, ...]:
+        """As vLLM reads them: each as at the beginning of a text, and as after a space where that makes another first token and as many."""
+        if not words:
+            return ()
+        if self._tokenizer is None:
+            raise _no_tokenizer("bad_words")
+        texts = [space + word.lstrip() for word in words for space in ("", " ")]
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found: list[list[int]] = []
+        for word, bare, spaced in zip(words, ids[::2], ids[1::2], strict=True):
+            if not 0 < len(bare) <= MAX_BAD_WORD_TOKENS:
+                raise Refused(f"bad_words: {word!r} is {len(bare)} tokens long; 1 to {MAX_BAD_WORD_TOKENS} are possible", "bad_words")
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                found.append(spaced)
+        return tuple(np.array(word, np.int32).tobytes() for word in found)
+
+    def _render(self, chat: Chat) -> str:
         if self._tokenizer is None:
             raise _no_tokenizer("messages")
-        if self._template is None or request.prompt.chat is None:
+        if self._template is None:
             raise Refused("this model has no chat template: start the server with --chat-template, or use /v1/completions", "messages")
         try:
-            return self._template.render(request.prompt.chat)
+            return self._template.render(chat)
         except TemplateRefused as refusal:
             raise Refused(str(refusal)[:4000]) from None
 
@@ -77,8 +133,27 @@ def _no_tokenizer(param: str) -> Refused:
     return Refused("this server was started with --skip-tokenizer-init and takes token ids only, not text", param)
 
 
-def check(request: Generate, ids: bytes, roster: Roster) -> Sampling:
-    """The sampling to submit, with max_tokens filled in. Raises Refused when the model cannot hold the request."""
+def truncated(request: Generate, ids: bytes, max_model_len: int) -> bytes:
+    """The prompt without its beginning, as far as the client asked for that. Where the context has no room at all it stays whole."""
+    keep = request.text.truncate_prompt
+    if keep < 0:
+        keep = max(0, max_model_len - (1 if request.max_tokens_is_rest else request.sampling.max_tokens))
+    return ids[-4 * keep :] if keep else ids
+
+
+def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
+    """The sampling to submit, with max_tokens and bad words filled in. Raises Refused when the model cannot serve the request."""
+    sampling = request.sampling
+    if encoded.bad_words:
+        sampling = replace(sampling, bad_words=sampling.bad_words + encoded.bad_words)
+    found = fault(sampling, roster.vocab_size)
+    if found is not None:
+        raise Refused(*found)
+    max_tokens = _max_tokens(request, encoded.prompt, roster)
+    return sampling if max_tokens == sampling.max_tokens else replace(sampling, max_tokens=max_tokens)
+
+
+def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
     param = param_of(request.prompt)
     prompt = np.frombuffer(ids, np.int32)
     if not len(prompt):
@@ -90,10 +165,10 @@ def check(request: Generate, ids: bytes, roster: Roster) -> Sampling:
     if request.max_tokens_is_rest:
         if room < 1:
             raise Refused(_too_long(roster.max_model_len, len(prompt), 1), param)
-        return replace(request.sampling, max_tokens=room)
+        return room
     if request.sampling.max_tokens > room:
         raise Refused(_too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens), param if room < 1 else "max_tokens")
-    return request.sampling
+    return request.sampling.max_tokens
 
 
 def _too_long(context: int, prompt: int, completion: int) -> str:

@@ -12,12 +12,11 @@ from msgspec.structs import replace
 from pagewire_protocol.messages import Cancel, End, Finish, Generate, Placed, Role, Roster, Started, Submit, Tokens
 
 from .decode import Decoding
-from .encode import LONG, Encoder, Refused, check, size_of
-from .rows import columns_of, entries_of, fill
+from .encode import LONG, Encoded, Encoder, Refused, check, truncated, work_of
+from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import Mail, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
-Encoded = bytes | Refused
 EPOCH_SHIFT = 43
 
 
@@ -45,13 +44,13 @@ class Requests:
         self._forget(request.rid)
         if self.roster is None or not self.roster.max_model_len:
             self._refuse(request, Refused("no worker is ready yet: the model is still loading", status=503))
-        elif size_of(request.prompt) > LONG:
+        elif work_of(request) > LONG:
             self._encoding[request.rid] = request
             self._offload(request)
         else:
             self._admit(request, encode(self._encoder, request))
 
-    def encoded(self, request: Generate, result: Encoded) -> None:
+    def encoded(self, request: Generate, result: Encoded | Refused) -> None:
         """A prompt comes back from `offload`. It may have been cancelled or replaced meanwhile."""
         if self._encoding.get(request.rid) is request:
             del self._encoding[request.rid]
@@ -77,22 +76,23 @@ class Requests:
         known = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
         return known is not None and known.attempt >= request.attempt
 
-    def _admit(self, request: Generate, result: Encoded) -> None:
+    def _admit(self, request: Generate, result: Encoded | Refused) -> None:
         try:
             if isinstance(result, Refused):
                 raise result
             if self.roster is None:
                 raise Refused("the scheduler is gone", status=503)
-            sampling = check(request, result, self.roster)
+            prompt = truncated(request, result.prompt, self.roster.max_model_len)
+            sampling = check(request, result._replace(prompt=prompt), self.roster)
             _check_output(request.output, self._decoding.size)
         except Refused as refusal:
             self._refuse(request, refusal)
             return
-        stream = self._open(request, result)
+        stream = self._open(request, prompt)
         if stream.found is not None:
             self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
             return
-        submit = Submit(request.rid, request.attempt, stream.handle, self._inbox, result, request.output, sampling)
+        submit = Submit(request.rid, request.attempt, stream.handle, self._inbox, prompt, request.output, sampling)
         self.to_scheduler.append(replace(submit, priority=request.priority, cache_salt=request.cache_salt))
 
     def _open(self, request: Generate, prompt: bytes) -> Stream:
@@ -119,6 +119,7 @@ class Requests:
         """All Tokens messages of a drain. If one contradicts itself, what it said cannot be known: all streams are lost."""
         for placed in [placed for message in batch for placed in message.placed]:
             self._placed(placed)
+        self._lose(pass_prompts(batch, self._streams, self._decoding), "log-probabilities were damaged on the way to the tokenizer")
         try:
             columns, entries = columns_of(batch, self._decoding.size), entries_of(batch)
         except (ValueError, IndexError) as error:
@@ -219,9 +220,9 @@ def _check_output(output: bytes, vocab_size: int) -> None:
         raise Refused("the output so far, sent with a resubmission, holds what are no token ids")
 
 
-def encode(encoder: Encoder, request: Generate) -> Encoded:
+def encode(encoder: Encoder, request: Generate) -> Encoded | Refused:
     try:
-        return encoder.encode(request)
+        return encoder.encode_request(request)
     except Refused as refusal:
         return refusal
     except Exception as error:  # the tokenizers library raises bare Exception; one prompt must not end the service

@@ -7,7 +7,8 @@ import logging
 from typing import NamedTuple
 
 import numpy as np
-from pagewire_protocol.messages import LogprobColumns, TokenLogprobs, Tokens
+from msgspec.structs import replace
+from pagewire_protocol.messages import LogprobColumns, PromptLogprobs, TokenLogprobs, Tokens
 
 from .decode import Decoding
 from .stream import Mail, Stream
@@ -73,6 +74,38 @@ def _entries(columns: LogprobColumns) -> list[tuple[int, Entry]]:
         found.append((row, Entry(rank, tuple(ids[start : start + count]), tuple(values[start : start + count]))))
         start += count
     return found
+
+
+def pass_prompts(batch: list[Tokens], streams: dict[int, Stream], decoding: Decoding) -> list[Stream]:
+    """Log-probabilities of prompts go to the streams' mails, with the bytes of each candidate. Returns the streams whose columns do not fit
+    each other."""
+    broken: list[Stream] = []
+    for entry in [entry for message in batch for entry in message.prompt_logprobs]:
+        stream = streams.get(entry.place)
+        if stream is None or stream.attempt != entry.attempt:
+            continue
+        if stream.execution < 0:
+            stream.execution = entry.execution
+        if stream.execution != entry.execution:
+            continue
+        try:
+            ids = _checked(entry)
+        except ValueError as error:
+            log.error("log-probabilities of a prompt: %s", error)
+            broken.append(streams.pop(entry.place))
+            continue
+        texts = tuple(decoding.token_bytes(token) for token in ids)
+        stream.mail.prompt_logprobs.append(replace(entry, place=stream.owner, texts=texts))
+    return broken
+
+
+def _checked(entry: PromptLogprobs) -> list[int]:
+    """The ids. Raises ValueError."""
+    counts, ranks, ids = (np.frombuffer(column, np.int32) for column in (entry.counts, entry.ranks, entry.ids))
+    values = np.frombuffer(entry.values, np.float32)
+    if len(ranks) != len(counts) or (counts < 1).any() or counts.sum() != len(ids) or len(values) != len(ids):
+        raise ValueError(f"{len(counts)} tokens, {len(ranks)} ranks, {len(ids)} ids and {len(values)} values do not fit")
+    return ids.tolist()
 
 
 def fill(streams: dict[int, Stream], columns: Columns, entries: Entries, decoding: Decoding) -> tuple[list[Stream], list[Stream]]:

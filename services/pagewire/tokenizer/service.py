@@ -12,15 +12,29 @@ import threading
 import time
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
-from pagewire_protocol.messages import Cancel, End, Finish, Generate, Role, Roster, TokenizerFacts, Tokens, ToTokenizer
+from pagewire_protocol.messages import (
+    Cancel,
+    Detokenize,
+    End,
+    Finish,
+    Generate,
+    Role,
+    Roster,
+    Tokenize,
+    Tokenized,
+    TokenizerFacts,
+    Tokens,
+    ToTokenizer,
+)
 
 from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub import resolve, tokenizer_model
 from ..membership import Membership
 from .decode import Decoding
-from .encode import Encoder
+from .encode import Encoded, Encoder, Refused
 from .load import Loaded, load
-from .requests import Encoded, Requests, encode
+from .questions import Question, answer, is_long, not_yet
+from .requests import Requests, encode
 from .stream import Mail
 from .template import ChatTemplate, read_option
 
@@ -58,8 +72,10 @@ class Service:
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
-        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate] | None] = queue.SimpleQueue()
-        self._encoded: queue.SimpleQueue[tuple[Generate, Encoded]] = queue.SimpleQueue()
+        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Question] | None] = queue.SimpleQueue()
+        self._encoded: queue.SimpleQueue[tuple[Generate, Encoded | Refused]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, Tokenized]] = queue.SimpleQueue()
+        self._encoder: Encoder | None = None
         self._loaded: queue.SimpleQueue[Text | Exception] = queue.SimpleQueue()
 
     def loop(self) -> None:
@@ -106,6 +122,7 @@ class Service:
         text = self._loaded.get()
         if isinstance(text, Exception):
             raise text
+        self._encoder = text.encoder
         self.requests = Requests(text.encoder, text.decoding, self.inbox.address, lambda request: self._offload(text.encoder, request))
         if self.members.roster is not None:
             self.requests.joined(self.members.roster, False)
@@ -122,6 +139,8 @@ class Service:
                     steps.append(message)
                 case Generate():
                     self._generate(message)
+                case Tokenize() | Detokenize():
+                    self._ask(message)
                 case Cancel() if self.requests is not None:
                     self.requests.cancel(message)
                 case Roster():
@@ -143,6 +162,14 @@ class Service:
         mail.ended.append(End(request.handle, request.attempt, Finish.REFUSED, status=503, message=message, retry_after_s=1))
         self.outbox.send(request.reply_to, mail.take())
 
+    def _ask(self, question: Question) -> None:
+        if self._encoder is None:
+            self._answers.put((question.reply_to, not_yet(question)))
+        elif is_long(question):
+            self._to_encode.put((self._encoder, question))
+        else:
+            self._answers.put((question.reply_to, answer(self._encoder, question)))
+
     def _joined(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
         if self.requests is not None and self.members.roster is roster:
@@ -155,15 +182,20 @@ class Service:
     def _encode_long(self) -> None:
         while (job := self._to_encode.get()) is not None:
             encoder, request = job
-            self._encoded.put((request, encode(encoder, request)))
+            if isinstance(request, Generate):
+                self._encoded.put((request, encode(encoder, request)))
+            else:
+                self._answers.put((request.reply_to, answer(encoder, request)))
             self._wake()
 
     def _send(self) -> None:
+        while not self._answers.empty():
+            self.outbox.send(*self._answers.get())
         requests = self.requests
         if requests is None:
             return
         for inbox, mail in list(requests.mails.items()):
-            if mail and not self.outbox.send(inbox, mail.take()):
+            if mail and not all(self.outbox.send(inbox, message) for message in mail.messages()):
                 log.warning("a frontend reads nothing any more; its requests are cancelled")
                 requests.drop_owner(inbox)
         messages, requests.to_scheduler = requests.to_scheduler, []

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from pagewire_protocol.messages import Deltas, End, Generate, Started, TokenLogprobs, pack
+from pagewire_protocol.messages import Deltas, End, Generate, PromptLogprobs, Started, TokenLogprobs, pack
 
 from .decode import Decoder
 from .stop import Matcher
@@ -15,7 +15,7 @@ Row = tuple[int, int, int, int, str]
 class Mail:
     """What one frontend gets at the end of this drain."""
 
-    __slots__ = ("counts", "ended", "logprobs", "rows", "started", "tokens")
+    __slots__ = ("counts", "ended", "logprobs", "prompt_logprobs", "rows", "started", "tokens")
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -25,12 +25,23 @@ class Mail:
         self.started: list[Started] = []
         self.ended: list[End] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[PromptLogprobs] = []
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.started or self.ended)
+        return bool(self.rows or self.started or self.ended or self.prompt_logprobs)
+
+    def messages(self) -> list[Deltas]:
+        """All of it, in order; leaves this empty. Log-probabilities of prompts are long: each run of them is a message of its own."""
+        if not self.prompt_logprobs:
+            return [self.take()]
+        prompts, self.prompt_logprobs, started, self.started = self.prompt_logprobs, [], tuple(self.started), []
+        nothing = (b"", b"", b"", b"", b"", b"", ())
+        first = [Deltas(*nothing, started)] if started else []
+        whole = [*first, *(Deltas(*nothing, prompt_logprobs=(prompt,)) for prompt in prompts)]
+        return [*whole, self.take()] if self else whole
 
     def take(self) -> Deltas:
-        """The message; leaves this empty."""
+        """The message of all but prompts; leaves that empty."""
         deltas = self._deltas()
         self.rows, self.tokens, self.counts, self.started, self.ended, self.logprobs = [], [], {}, [], [], []
         return deltas
