@@ -49,6 +49,7 @@ def _check(state: State, parsed: Request) -> None:
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     shape = Shape(plan, ("chatcmpl-" if plan.chat else "cmpl-") + adopt_request_id(request, plan.request_id), state.names[0])
+    state.tally.params_n.observe(plan.n)
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     loop = asyncio.get_running_loop()

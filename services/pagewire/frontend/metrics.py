@@ -25,6 +25,24 @@ _COUNTERS: Final = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
 }
+_OLD_NAMES: Final = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
+_HISTOGRAMS: Final = {
+    "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
+    "inter_token_latency_seconds": ("inter_token_latency", "Between two rows of output."),
+    "time_per_output_token_seconds": ("inter_token_latency", "As vllm:inter_token_latency_seconds, for older boards."),
+    "request_time_per_output_token_seconds": ("time_per_output_token", "A request's mean time between two tokens."),
+    "e2e_request_latency_seconds": ("e2e_latency", "From the request to its end."),
+    "request_queue_time_seconds": ("queue_time", "From the request to its place in a worker's batch."),
+    "request_prefill_time_seconds": ("prefill_time", "From that place to the first token."),
+    "request_decode_time_seconds": ("decode_time", "From the first token to the last."),
+    "request_inference_time_seconds": ("inference_time", "From that place to the last token."),
+    "request_prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request that ended."),
+    "request_generation_tokens": ("request_generation_tokens", "Tokens generated for a request that ended."),
+    "request_max_num_generation_tokens": ("request_generation_tokens", "As vllm:request_generation_tokens: choices are counted singly."),
+    "request_params_max_tokens": ("params_max_tokens", "max_tokens of a request that ended."),
+    "request_params_n": ("params_n", "n of an HTTP request."),
+}
+"""What vLLM calls it: what the Tally calls it, and what it is."""
 _NO_NAME: Final = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -49,7 +67,10 @@ class _Collector:
         roster = self._state.stack.roster
         stats = dict(roster.stats) if roster else {}
         for name, text in _GAUGES.items():
-            yield self._gauge(f"vllm:{name}", text, stats.pop(name, 0.0))
+            value = stats.pop(name, 0.0)
+            yield self._gauge(f"vllm:{name}", text, value)
+            if name in _OLD_NAMES:
+                yield self._gauge(f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value)
         for name, text in _COUNTERS.items():
             yield self._counter(f"vllm:{name}", text, stats.pop(name, None) or stats.pop(f"{name}_total", 0.0))
         for name, value in stats.items():
@@ -58,14 +79,14 @@ class _Collector:
     def _requests(self) -> Iterator[Metric]:
         tally = self._state.tally
         yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens)
+        yield self._counter("vllm:prompt_tokens_cached", "Those of them that need no computing.", tally.cached_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", tally.generation_tokens)
         success = CounterMetricFamily("vllm:request_success", "Requests that ended.", labels=[*self._labels, "finished_reason"])
         for reason, count in tally.reasons.items():
             success.add_metric([*self._labels.values(), reason], count)
         yield success
-        yield self._histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", tally.time_to_first_token)
-        yield self._histogram("vllm:inter_token_latency_seconds", "Between two rows of output.", tally.inter_token_latency)
-        yield self._histogram("vllm:e2e_request_latency_seconds", "From the request to its end.", tally.e2e_latency)
+        for name, (attribute, text) in _HISTOGRAMS.items():
+            yield self._histogram(f"vllm:{name}", text, getattr(tally, attribute))
 
     def _frontend(self) -> Iterator[Metric]:
         state = self._state

@@ -54,12 +54,14 @@ class Stream:
         "born",
         "deliver",
         "execution",
+        "first",
         "handle",
         "job",
         "last",
         "out",
         "park_until",
         "pin",
+        "placed",
         "prompt_tokens",
         "resume_at",
         "rid",
@@ -76,10 +78,20 @@ class Stream:
         self.pin: tuple[int, str] = (0, "")
         """Incarnation and inbox of the tokenizer that serves the current attempt."""
         self.born = self.last = now
+        self.placed = self.first = 0.0
+        """When it got a place on a worker, and when its first token came."""
         self.prompt_tokens = 0
         self.strikes = 0
         """Interruptions that may be the request's own doing."""
         self.resume_at = self.park_until = 0.0
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.out)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.job.sampling.max_tokens
 
     def next_attempt(self, handle: int, reply_to: str) -> Generate:
         job = self.job

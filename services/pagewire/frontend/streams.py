@@ -142,6 +142,7 @@ class Owner:
                 gap(now - stream.last)
             else:
                 self._tally.first_token(now - stream.born)
+                stream.first = now
             stream.last = now
             if stream.deliver is None:
                 stream.sink.tokens(text, out[position:].tolist(), logprobs)
@@ -152,11 +153,8 @@ class Owner:
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """By the rules of a row but the last: positions of the prompt may come again."""
         stream = self.live.get(entry.place)
-        if stream is None or stream.attempt != entry.attempt:
-            return
-        if stream.execution == NO_EXECUTION:
+        if stream is not None and stream.attempt == entry.attempt and stream.execution in (NO_EXECUTION, entry.execution):
             stream.execution = entry.execution
-        if stream.execution == entry.execution:
             stream.sink.prompt_logprobs(entry)
 
     def _started(self, started: Started) -> None:
@@ -164,7 +162,7 @@ class Owner:
         if stream is None or stream.attempt != started.attempt:
             return
         if not stream.prompt_tokens:
-            stream.prompt_tokens = started.prompt_tokens
+            stream.prompt_tokens, stream.placed = started.prompt_tokens, self._clock()
             self._tally.started(started.prompt_tokens, started.cached_tokens)
         stream.sink.started(started)
 
@@ -174,7 +172,7 @@ class Owner:
             return
         if end.finish in _REASONS:
             self._forget(stream)
-            self._tally.completed(_REASONS[end.finish], self._clock() - stream.born)
+            self._tally.completed(_REASONS[end.finish], stream, self._clock())
             stream.sink.finished(_REASONS[end.finish], end.stop_reason, len(stream.out))
         elif end.finish is Finish.LOST or (end.finish is Finish.REFUSED and end.status in (429, 503) and stream.attempt > 1):
             self._interrupted(stream)
