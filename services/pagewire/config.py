@@ -92,13 +92,16 @@ class SchedulerConfig(Struct, frozen=True):
 
 
 class WorkerConfig(Struct, frozen=True):
-    device: Annotated[Literal["auto", "cpu", "cuda", "fake"], _help("where the model runs; fake: a hash instead of a model, for tests")] = (
-        "auto"
-    )
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "fake"],
+        _help("where the model runs; CUDA_VISIBLE_DEVICES says on which GPU; fake: a hash instead of a model, for tests"),
+    ] = "auto"
     dtype: Annotated[Literal["auto", "half", "float16", "bfloat16", "float", "float32"], _help("type of weights and activations")] = "auto"
     block_size: Annotated[int, _help("tokens in a KV block", ge=1, le=1024)] = 16
     num_kv_blocks: Annotated[int, _help("KV blocks; 0: from free memory", ge=0)] = 0
-    gpu_memory_utilization: Annotated[float, _help("share of the GPU's memory to use", gt=0, le=1)] = 0.9
+    kv_cache_memory_bytes: Annotated[int, _help("memory for KV blocks in bytes, whatever the utilization; 0: from free memory", ge=0)] = 0
+    gpu_memory_utilization: Annotated[float, _help("share of the GPU's memory to use, what others use of it included", gt=0, le=1)] = 0.9
+    fit: Annotated[bool, _help("where --max-model-len does not fit, cut it to what memory holds instead of giving up")] = False
     cpu_kv_cache_gb: Annotated[float, _help("memory for KV blocks on a CPU, in GiB", gt=0)] = 1.0
     threads: Annotated[int, _help("CPU threads for tensor work; 0: one a core", ge=0)] = 0
     enforce_eager: Annotated[bool, _help("no CUDA graphs")] = False

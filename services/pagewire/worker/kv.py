@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from .architecture import Architecture
+from .gpus import Gpu
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -21,11 +22,17 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Sizing:
+    """Bytes and counts. gpu: what was seen before anything was allocated, None on a CPU. head: lines for people, in place of the first."""
+
     weight_bytes: int
     block_bytes: int
     num_blocks: int
     block_size: int
     max_model_len: int
+    workspace: int = WORKSPACE
+    gpu: Gpu | None = None
+    head: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def kv_bytes(self) -> int:
@@ -34,12 +41,13 @@ class Sizing:
     def lines(self) -> list[str]:
         """The same for people."""
         tokens = self.num_blocks * self.block_size
-        return [
-            f"weights {self.weight_bytes / MIB:,.0f} MiB",
+        lines = [
+            *(self.head or (f"weights {self.weight_bytes / MIB:,.0f} MiB",)),
             f"KV cache {self.kv_bytes / MIB:,.0f} MiB: {self.num_blocks:,} blocks of {self.block_size} tokens and "
             f"{self.block_bytes / 1024:,.0f} KiB, {tokens:,} tokens in all",
             f"longest context {self.max_model_len:,} tokens, of which {tokens / self.max_model_len:,.1f} fit at a time",
         ]
+        return [*lines, self.note] if self.note else lines
 
 
 def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
@@ -52,25 +60,49 @@ def block_bytes(arch: Architecture, block_size: int, itemsize: int) -> int:
     return 2 * arch.num_layers * arch.num_kv_heads * block_size * arch.head_dim * itemsize
 
 
+def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
+    """(the longest context, a line where it is shorter than people may expect), of a cache that holds `holds` tokens. asked 0: the
+    model's own, or what is held; more than is held: what is held if `fit`, else itself, which the caller refuses. Raises DoesNotFit."""
+    if asked > arch.longest_position:
+        raise DoesNotFit(f"--max-model-len {asked:,} is more than the {arch.longest_position:,} positions this model was made for")
+    wanted = asked or arch.max_position
+    if holds >= wanted or not holds:
+        return max(wanted if holds else asked, 1), ""
+    if asked and not fit:
+        return asked, ""
+    of = f"the {asked:,} of --max-model-len" if asked else f"the model's {wanted:,}"
+    return holds, f"the context is cut to the {holds:,} tokens that memory holds, from {of}"
+
+
 def size(
-    arch: Architecture, itemsize: int, *, available: int, kv_bytes: int, blocks: int, block_size: int, max_model_len: int, head_copy: bool
+    arch: Architecture,
+    itemsize: int,
+    *,
+    available: int,
+    kv_bytes: int,
+    blocks: int,
+    block_size: int,
+    max_model_len: int,
+    head_copy: bool,
+    fit: bool = False,
 ) -> Sizing:
-    """Split `available` bytes. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as that holds).
-    max_model_len 0: the model's own, or what fits. Raises DoesNotFit."""
+    """Split `available` bytes of a CPU's memory. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as that
+    holds). max_model_len, fit: as for `context`. Raises DoesNotFit."""
     weights, each = weight_bytes(arch, itemsize, head_copy), block_bytes(arch, block_size, itemsize)
     count = blocks or kv_bytes // each
-    holds = count * block_size
     _check_memory(weights, count * each, available)
-    if max_model_len > arch.longest_position:
-        raise DoesNotFit(f"--max-model-len {max_model_len:,} is more than the {arch.longest_position:,} positions this model was made for")
-    wanted = max_model_len or min(arch.max_position, max(holds, 1))
-    if holds < wanted:
+    wanted, note = context(arch, count * block_size, max_model_len, fit)
+    if count * block_size < wanted:
         needed = -(-wanted // block_size)
         raise DoesNotFit(
             f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
-            f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len"
+            f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len{_to(count * block_size)}"
         )
-    return Sizing(weights, each, count, block_size, wanted)
+    return Sizing(weights, each, count, block_size, wanted, note=note)
+
+
+def _to(fitting: int) -> str:
+    return f" to {fitting:,} (--fit does so by itself)" if fitting else ""
 
 
 def _check_memory(weights: int, cache: int, available: int) -> None:

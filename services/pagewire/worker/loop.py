@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
@@ -104,7 +105,7 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
         signal.signal(signal.SIGINT, _stop)
         membership.hello()
         began = time.monotonic()
-        runner = _load(model, scheduler, config, incarnation, membership)
+        runner = _load(run_dir, model, scheduler, config, incarnation, membership)
         membership.ready(worker=runner.facts())
         gc.collect()
         gc.freeze()
@@ -128,7 +129,9 @@ def told(error: Exception) -> str:
     return line if line and isinstance(error, EXPECTED) else f"{type(error).__name__}: {line}"
 
 
-def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int, membership: Membership) -> Runs:
+def _load(
+    run_dir: Path, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int, membership: Membership
+) -> Runs:
     if config.device == "fake":
         from .fake import FakeRunner
 
@@ -144,9 +147,12 @@ def _load(model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, 
 
     narrate = _Narrator(membership)
     if setup.choose_device(config.device) == "cuda":
-        from .cuda import CudaRunner
+        from . import kernel_cache
 
-        return CudaRunner(path, model, scheduler, config, incarnation, narrate)
+        with kernel_cache.kept(run_dir):
+            from .cuda import CudaRunner
+
+            return CudaRunner(path, model, scheduler, config, incarnation, narrate)
     from .runner import Runner
 
     return Blocking(Runner(path, model, scheduler, config, incarnation, narrate, lambda: membership.tick(time.monotonic())))

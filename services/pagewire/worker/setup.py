@@ -9,22 +9,17 @@ import torch
 from pagewire_kernels.backend import backend
 from torch import Tensor
 
-from ..config import ModelConfig, WorkerConfig
-from . import kv, rotary, weights
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
+from . import gpus, kv, memory, memory_errors, precision, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .gguf_file import Gguf
+from .gpus import Gpu
 from .layers import Build
 from .models import describe
 from .models.decoder import Decoder
 
 log = logging.getLogger("pagewire.worker")
-DTYPES = {
-    "half": torch.float16,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float": torch.float32,
-    "float32": torch.float32,
-}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -44,19 +39,25 @@ class Loaded:
         return list(self.cache)
 
 
-def load(path: Path, model: ModelConfig, config: WorkerConfig, progress: weights.Progress) -> Loaded:
-    """The model at `path` (a directory or a .gguf file). Raises Unsupported or kv.DoesNotFit with what is wrong and what to do."""
+def load(
+    path: Path, model: ModelConfig, config: WorkerConfig, progress: weights.Progress, scheduler: SchedulerConfig | None = None
+) -> Loaded:
+    """The model at `path` (a directory or a .gguf file). `scheduler` says how large steps get. Raises Unsupported, kv.DoesNotFit,
+    gpus.NoUsableGpu or memory_errors.GpuFailed with what is wrong and what to do."""
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     device = choose_device(config.device)
+    gpu = look_at_gpu() if device == "cuda" else None
     source, settings, eos = open_model(path, model.load_format)
     arch = describe(settings)
-    dtype = choose_dtype(config.dtype, settings, device)
-    sizing = _size(arch, dtype, model, config, device)
+    dtype = choose_dtype(config.dtype, settings, gpu)
+    sizing = _size_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else _size(arch, dtype, model, config)
     for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):
         log.info(line)
-    with torch.inference_mode():
+    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         decoder = Decoder(arch, Build(backend(device), dtype, device))
         weights.load(decoder, source, settings, model.seed, progress)
+        if gpu:
+            torch.cuda.empty_cache()  # tensors are converted on the GPU: what that took is not to be missing from the cache
         cache = torch.zeros(
             (arch.num_layers, 2, sizing.num_blocks, arch.num_kv_heads, sizing.block_size, arch.head_dim), dtype=dtype, device=device
         )
@@ -90,40 +91,52 @@ def open_model(path: Path, load_format: str) -> tuple[Path | Gguf | None, Config
 
 
 def choose_device(asked: str) -> str:
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("--device cuda, but torch sees no CUDA device; `pagewire doctor` says more")
-    return asked
+    """cpu or cuda, which is torch's current device. Raises gpus.NoUsableGpu where cuda is asked for in vain."""
+    return ("cuda" if gpus.usable(asked) else "cpu") if asked in ("auto", "cuda") else asked
 
 
-def choose_dtype(asked: str, config: Config, device: str) -> torch.dtype:
-    """`auto` is what the checkpoint was saved in, bfloat16 for GGUF. On a CPU float16 becomes bfloat16: it has no fast products there."""
-    if asked != "auto":
-        return DTYPES[asked]
-    named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    dtype = DTYPES.get(named)
-    if dtype is None:
-        raise Unsupported(f"weights of type {named!r} are not supported; choose --dtype bfloat16 or float32")
-    if dtype == torch.float16 and device == "cpu":
-        log.warning("the checkpoint is float16, which is slow on a CPU: using bfloat16; --dtype float16 or float32 keeps its precision")
-        return torch.bfloat16
-    return dtype
+def look_at_gpu() -> Gpu:
+    """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on it."""
+    gpu = gpus.survey(torch.cuda.current_device())
+    gpus.check(gpu, torch.cuda.get_arch_list())
+    return gpu
 
 
-def _size(arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig, device: str) -> kv.Sizing:
-    available, cache = kv.available_memory(), int(config.cpu_kv_cache_gb * kv.GIB)
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        available = free - int(total * (1 - config.gpu_memory_utilization))
-        cache = available - kv.weight_bytes(arch, dtype.itemsize, head_copy=False) - 2 * kv.WORKSPACE
+def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
+    """What `precision` chooses; a configuration that names no type, such as a GGUF file's, counts as bfloat16."""
+    choice = precision.choose(asked, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), gpu)
+    if choice.note:
+        log.warning("%s", choice.note)
+    return DTYPES[choice.dtype]
+
+
+def _size(arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig) -> kv.Sizing:
     return kv.size(
         arch,
         dtype.itemsize,
-        available=available,
-        kv_bytes=max(0, cache),
+        available=kv.available_memory(),
+        kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv.GIB),
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,
-        head_copy=device == "cpu",
+        head_copy=True,
+        fit=config.fit,
     )
+
+
+def _size_gpu(
+    arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig, gpu: Gpu, scheduler: SchedulerConfig
+) -> kv.Sizing:
+    length = model.max_model_len
+    wish = memory.Wish(
+        config.gpu_memory_utilization, config.block_size, config.kv_cache_memory_bytes, config.num_kv_blocks, length, config.fit
+    )
+    tokens = scheduler.max_num_batched_tokens or memory.USUAL_TOKENS
+    load = memory.Load(tokens, scheduler.max_num_seqs, length or arch.max_position, not config.enforce_eager)
+    return memory.size(arch, dtype.itemsize, weight_bytes(arch, dtype), gpu, wish, load)
+
+
+def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Of all tensors that the model will have on a GPU, from their shapes alone."""
+    places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
+    return max(sum(place.nbytes for place in places.values()), kv.weight_bytes(arch, dtype.itemsize, head_copy=False))

@@ -1,0 +1,54 @@
+"""Where Triton keeps compiled kernels: on disk, so that the second start compiles nothing. To be set before a kernel is compiled."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from ..hub import cache_dir
+
+log = logging.getLogger("pagewire.worker")
+VARIABLE: Final = "TRITON_CACHE_DIR"
+
+
+def usual() -> Path:
+    """What the user named, else a directory in the user's cache. Raises RuntimeError where there is no home."""
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given else cache_dir() / "triton"
+
+
+def prepare(run_dir: Path) -> Path:
+    """Make the directory and point Triton at it. Where it cannot be written, one below `run_dir` serves, for as long as that exists."""
+    try:
+        place = usual()
+        _try_writing(place)
+    except (OSError, RuntimeError) as error:
+        place = run_dir / "triton"
+        log.warning("compiled kernels cannot be kept (%s): they go to %s; set %s to a directory that stays", error, place, VARIABLE)
+        _try_writing(place)
+    os.environ[VARIABLE] = str(place)
+    return place
+
+
+def _try_writing(place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place):
+        pass
+
+
+def compiled(place: Path) -> int:
+    """How many kernels are there: each has its binary in a directory of its own."""
+    return sum(1 for _ in place.glob("*/*.cubin"))
+
+
+@contextlib.contextmanager
+def kept(run_dir: Path) -> Iterator[None]:
+    """What is compiled inside is found again by the next start; says how much that was."""
+    place = prepare(run_dir)
+    before = compiled(place)
+    yield
+    now = compiled(place)
+    log.info("%d kernels compiled, %d found in %s", now - before, before, place)

@@ -1,0 +1,57 @@
+"""Which type weights and activations get, from what was asked for, what the checkpoint was saved in and what the device can do."""
+
+from typing import Final, NamedTuple
+
+from .architecture import Unsupported
+from .gpus import Gpu
+
+TYPES: Final = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+BFLOAT16_FROM: Final = (8, 0)
+"""Compute capability."""
+
+
+class Choice(NamedTuple):
+    """dtype: float16, bfloat16 or float32. note: why it is not what the checkpoint was saved in, empty when it is or was asked for."""
+
+    dtype: str
+    note: str = ""
+
+
+def choose(asked: str, saved: str, gpu: Gpu | None) -> Choice:
+    """`asked` is --dtype, `saved` the checkpoint's type, `gpu` None on a CPU. Raises ValueError for bfloat16 on a GPU without it, and
+    Unsupported when the type must be named because the checkpoint's is no type to compute in."""
+    if asked != "auto":
+        return Choice(_refuse_old(TYPES[asked], gpu))
+    kind = TYPES.get(saved.removeprefix("torch."))
+    if kind is None:
+        raise Unsupported(f"weights of type {saved!r} are not supported; choose --dtype bfloat16 or float32")
+    return _for_cpu(kind) if gpu is None else _for_gpu(kind, gpu)
+
+
+def _for_cpu(kind: str) -> Choice:
+    """float16 has no fast products on a CPU."""
+    if kind != "float16":
+        return Choice(kind)
+    note = "the checkpoint is float16, which is slow on a CPU: using bfloat16; --dtype float16 or float32 keeps its precision"
+    return Choice("bfloat16", note)
+
+
+def _for_gpu(kind: str, gpu: Gpu) -> Choice:
+    if kind == "float16" or (kind == "bfloat16" and gpu.capability >= BFLOAT16_FROM):
+        return Choice(kind)
+    half = "bfloat16" if gpu.capability >= BFLOAT16_FROM else "float16"
+    if kind == "float32":
+        return Choice(half, f"the checkpoint is float32: using {half}, in half the memory; --dtype float32 keeps its precision")
+    major, minor = gpu.capability
+    return Choice(half, f"the checkpoint is bfloat16, which a {gpu.name} (compute capability {major}.{minor}) does not have: using float16")
+
+
+def _refuse_old(kind: str, gpu: Gpu | None) -> str:
+    """The words are those that users of vLLM find in its guides."""
+    if kind == "bfloat16" and gpu is not None and gpu.capability < BFLOAT16_FROM:
+        major, minor = gpu.capability
+        raise ValueError(
+            f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {gpu.name} GPU has compute capability "
+            f"{major}.{minor}. You can use float16 instead by explicitly setting the `dtype` flag in CLI, for example: --dtype=half."
+        )
+    return kind
