@@ -104,26 +104,24 @@ def run_part(part: str, model: Path | None, folder: Path, seconds: float, option
     try:
         if part == "start":
             assert model is not None
-            return {"ready_s": ready_seconds(http_flags(model, folder, options, flags), environment)}
+            return {"ready_s": ready_seconds(http_flags(model, folder, options, flags), environment, seconds + GRACE_S / 2)}
         bound_to(command_of(part, model, folder, seconds, options, flags, out), seconds + GRACE_S / 2, environment)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         found["error"] = str(error)[:300]
         say(f"{part} failed: {found['error']}")
     with contextlib.suppress(OSError, ValueError):
-        written = json.loads(out.read_text())
-        found |= written if isinstance(written, dict) else {"rows": written}
+        found |= json.loads(out.read_text())
     return found
 
 
 def command_of(
     part: str, model: Path | None, folder: Path, seconds: float, options: argparse.Namespace, flags: list[str], out: Path
 ) -> list[str]:
-    common = ["--json", str(out)]
+    common, bench = ["--json", str(out)], [sys.executable, "-m", "pagewire", "bench"]
     if part == "kernels":
-        return [sys.executable, str(HERE / "kernels.py"), *common]
+        return [*bench, "kernels", *common]
     assert model is not None
     common += ["--runs", str(options.runs), "--scale", str(options.scale), "--budget-s", f"{seconds:.0f}"]
-    bench = [sys.executable, "-m", "pagewire", "bench"]
     if part == "offline":
         return [*bench, "offline", "--model", str(model), "--skip-tokenizer-init", "--workloads", f"all,{EQUAL}", *common, *flags]
     plot = ["--plot", f"{options.plot_dir}/{model.name}.png"] if options.plot_dir else []

@@ -10,6 +10,9 @@ from typing import Any
 from .load import Sample
 from .turns import Row
 
+GRID = [0.0, *(i / 100 for i in range(1, 100)), 0.995, 0.999, 1.0]
+"""Shares at which a distribution is written down."""
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of `values` do not exceed; NaN when there are none."""
@@ -25,6 +28,15 @@ def latencies(samples: list[Sample]) -> dict[str, list[float]]:
         "TPOT": [1000 * (s.last - s.first) / (s.tokens - 1) for s in good if s.tokens > 1],
         "gap": [1000 * gap for s in good for gap in s.gaps],
     }
+
+
+def distribution(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The percentiles of GRID of each kind of latency."""
+    shares: dict[str, list[float]] = {}
+    for kind, values in found.items():
+        ordered = sorted(values)
+        shares[kind] = [ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in GRID] if ordered else []
+    return shares
 
 
 def summarize(samples: list[Sample]) -> Row:

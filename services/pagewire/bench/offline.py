@@ -58,9 +58,13 @@ def _vocabulary(text: str) -> int:
 
 
 def start(settings: dict[str, Any]) -> "LLM":
-    from ..llm import LLM
+    """Raises OSError when a service does not start, with its last words."""
+    from ..llm import LLM, EngineError
 
-    return LLM(**settings)
+    try:
+        return LLM(**settings)
+    except EngineError as error:
+        raise OSError(str(error)) from None
 
 
 def describe(llm: "LLM", settings: dict[str, Any], ready: float) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..cli import new_parser, positive
+from ..config import ModelConfig
 from . import machine, peers, workloads
 from .clients import Clients
-from .figures import latencies, percentile, summarize, table, write_json
+from .figures import GRID, distribution, latencies, summarize, table, write_json
 from .load import Target
 from .options import add_common, add_plot, cells, say, told
 from .servers import ask_model, metrics, started
@@ -20,9 +22,9 @@ from .turns import Budget, Result, Row, in_turns
 
 GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
 SHOWN = ("out tok/s", "TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
-GRID = [0.0, *(i / 100 for i in range(1, 100)), 0.995, 0.999, 1.0]
 CEILING = "256x128/128"
 THEIRS = " (against)"
+BLIND = "--skip-tokenizer-init"
 
 
 @dataclass
@@ -43,10 +45,6 @@ class Server:
         for kind, values in latencies(samples).items():
             self.seen.setdefault(load.name, {}).setdefault(kind, []).extend(values)
         return summarize(samples)
-
-    def distribution(self, load: str) -> dict[str, list[float]]:
-        """Milliseconds at each share of GRID, over all runs."""
-        return {kind: [percentile(values, share) for share in GRID] for kind, values in self.seen.get(load, {}).items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -104,9 +102,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
     """What these clients and the services carry with no model behind them, on this machine."""
-    load = workloads.parse(CEILING).scaled(options.scale)
-    flags = ["--skip-tokenizer-init"] if options.url else rest
-    vocab = options.vocab or (workloads.VOCAB if options.url else 0)
+    load, flags, vocab = workloads.parse(CEILING).scaled(options.scale), rest, options.vocab
+    if options.url and hub.cached(ModelConfig()) is None:
+        flags, vocab = [BLIND], workloads.VOCAB
     with started([*flags, "--device", "fake", "--log-level", "warning"]) as url:
         server = Server(url, options.api_key, ask_model(url, options.api_key))
         server.play(clients, load.warmup(), -1, vocab)
@@ -132,6 +130,8 @@ def measure(
     report: dict[str, Any],
 ) -> dict[str, Result]:
     """Results by the load's name, that of the other server with a mark behind it."""
+    if BLIND in report["settings"]:
+        say("without a tokenizer there is no text to stream: latencies are those of whole answers")
     report |= {"loads": {}, "grid": GRID}
     measures: dict[str, Callable[[int], Row]] = {}
     for load in loads:
@@ -141,7 +141,8 @@ def measure(
     def done(name: str, result: Result) -> None:
         mark = THEIRS if name.endswith(THEIRS) else ""
         say(f"{name}: {told(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
-        report["loads"][name] = result.as_json() | {"distribution": servers[mark].distribution(name.removesuffix(mark))}
+        seen = servers[mark].seen.get(name.removesuffix(mark), {})
+        report["loads"][name] = result.as_json() | {"distribution": distribution(seen)}
         if options.json:
             write_json(options.json, report)
 

@@ -16,18 +16,19 @@ READY_S = 900.0
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it does not come up."""
+def started(arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S) -> Iterator[str]:
+    """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it does not come up in time."""
     command = [sys.executable, "-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
-    timer = threading.Timer(READY_S, process.kill)
+    timer = threading.Timer(within_s, process.kill)
     timer.start()
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if " at http" not in line:
             process.wait()
-            raise OSError("the server did not start")
+            raise OSError("the server did not start" if process.returncode >= 0 else f"the server was not ready in {within_s:.0f} s")
+        timer.cancel()
         yield line.rpartition(" at ")[2].strip().removesuffix("/v1")
     finally:
         timer.cancel()
@@ -41,10 +42,10 @@ def started(arguments: list[str], environment: Mapping[str, str] | None = None) 
             process.stdout.close()
 
 
-def ready_seconds(arguments: list[str], environment: Mapping[str, str] | None = None) -> float:
+def ready_seconds(arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S) -> float:
     """From the start of `pagewire serve` to its ready line."""
     began = time.monotonic()
-    with started(arguments, environment):
+    with started(arguments, environment, within_s):
         return time.monotonic() - began
 
 

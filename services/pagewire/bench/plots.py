@@ -1,0 +1,69 @@
+"""Figures as pictures: throughput against concurrency, and how latencies are distributed. The only module that knows matplotlib."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import workloads
+from .serve import THEIRS
+
+KINDS = {"TTFT": "time to first token, ms", "TPOT": "time a token after the first, ms", "gap": "gap between chunks, ms"}
+
+
+def draw(report: dict[str, Any], path: str) -> None:
+    """A PNG of a report's loads. Raises OSError when it cannot be written."""
+    loads: dict[str, Any] = {name: load for name, load in report["loads"].items() if load["runs"]}
+    lines = curves(loads)
+    kinds = [kind for kind in KINDS if any(any(_drawable(load, kind)) for load in loads.values())]
+    panels = max(1, len(kinds) + bool(lines))
+    columns = min(2, panels)
+    figure = Figure(figsize=(6 * columns, 4.2 * -(-panels // columns)), layout="constrained")
+    figure.suptitle(f"{report['model']}, {report['machine'].get('gpu') or 'no GPU'}, {report['machine']['date']}", fontsize=9)
+    axes = iter([figure.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)])
+    if lines:
+        _throughput(next(axes), lines)
+    for kind in kinds:
+        _distribution(next(axes), kind, loads, report["grid"])
+    figure.savefig(path, dpi=120)
+
+
+def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """(streams, output tokens a second) by the lengths of the requests; those measured with one number of streams only make no curve
+    unless nothing else does."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, load in loads.items():
+        plain = name.removesuffix(THEIRS)
+        workload = workloads.parse(plain) if "x" in plain else None
+        if workload is not None and not workload.rate:
+            shape = plain.partition("x")[2] + name[len(plain) :]
+            found.setdefault(shape, []).append((workload.streams, load["median"]["out tok/s"]))
+    long = {shape: sorted(points) for shape, points in found.items() if len(points) > 1}
+    return long or {shape: points for shape, points in found.items() if points}
+
+
+def _drawable(load: dict[str, Any], kind: str) -> list[float]:
+    return [value for value in load["distribution"].get(kind, []) if value is not None and value == value]
+
+
+def _throughput(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
+    for shape, points in lines.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=shape)
+    streams = sorted({x for points in lines.values() for x, _ in points})
+    axes.set(xlabel="requests at a time", ylabel="output tokens a second", xscale="log", ylim=(0, None))
+    axes.set_xticks(streams, [str(n) for n in streams], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(title="tokens in/out", fontsize=8)
+
+
+def _distribution(axes: Axes, kind: str, loads: dict[str, Any], grid: list[float]) -> None:
+    for name, load in loads.items():
+        values = _drawable(load, kind)
+        if values and len(values) == len(grid):
+            axes.plot(values, [100 * share for share in grid], label=name)
+    axes.set(xlabel=KINDS[kind], ylabel="% at most so long", ylim=(0, 100), xlim=(0, None))
+    if kind == "gap":
+        axes.set(xscale="log", xlim=(0.1, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
