@@ -3,7 +3,6 @@
 It opens the listening socket, finds the model's files, hands both to the services and shows how far they are. It holds no request.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,28 +13,25 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from msgspec import structs
 
-from . import hub, stack
-from .cli import add_model, new_parser, read_all, take_model
-from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, to_flags
+from . import hub, serve_flags, stack
+from .config import ModelConfig, to_flags
 from .frontend.auth import configured_keys
+from .frontend.cors import cors_of
+from .frontend.tls import context_of
 from .progress import Display, Health
 from .supervisor import PARENT_VARIABLE, Supervisor
 
 BACKLOG = 2048
-RUN_DIR_HELP = "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
-STRUCTS: tuple[type[Any], ...] = (RunConfig, ModelConfig, FrontendConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
-REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 
 
 def main(arguments: list[str]) -> int:
     config = parse(arguments)
     own = config.run.run_dir == ""
     assert config.frontend is not None
-    configured_keys(config.frontend.api_key)
+    check_frontend(config.frontend)
     run_dir = stack.new_run_dir() if own else stack.take_run_dir(config.run.run_dir)
     with contextlib.ExitStack() as cleanup:
         if own:
@@ -46,38 +42,16 @@ def main(arguments: list[str]) -> int:
         return Launch(structs.replace(config, run=run, frontend=frontend)).run()
 
 
+def check_frontend(config: FrontendConfig) -> None:
+    """Raises ValueError, before anything is started, for a flag that no frontend could start with."""
+    configured_keys(config.api_key)
+    context_of(config)
+    cors_of(config)
+
+
 def parse(arguments: list[str]) -> stack.StackConfig:
-    parser = new_parser("serve", "Start every service on this machine behind an OpenAI-compatible endpoint.")
-    add_model(parser)
-    parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
-    add_flags(parser, *STRUCTS, skip=("socket_fd", "name", "run_dir"))
-    for name in REPLICAS:
-        kind, usual = name.removeprefix("num_"), "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores"
-        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help=f"how many {kind} (default: {usual})")
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="only 1 for now")
-    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1, metavar="N", help="only 1 for now")
-    parser.add_argument("--quantization", "-q", default=None, metavar="METHOD", help="only what the weights themselves bring, for now")
-    options = parser.parse_args(arguments)
-    _check(parser, options)
-    run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
-    if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
-        run = structs.replace(run, run_dir="")
-    usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
-    given = [getattr(options, name) for name in REPLICAS]
-    counts = {name: count or default for name, count, default in zip(REPLICAS, given, usual, strict=True)}
-    return stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
-
-
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for flag in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(options, flag) != 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(options, flag)}: only 1 is supported in this version")
-    if options.quantization not in (None, "none", "None"):
-        parser.error(f"--quantization {options.quantization}: not supported in this version; GGUF files bring their own")
-    for name in REPLICAS:
-        if (count := getattr(options, name)) is not None and count < 1:
-            parser.error(f"--{name.replace('_', '-')} {count}: at least 1 is needed")
-    take_model(parser, options)
+    parser = serve_flags.new("serve", "Start every service on this machine behind an OpenAI-compatible endpoint.")
+    return serve_flags.parse(parser, arguments, serve_flags.warn)[0]
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -107,7 +81,7 @@ class Launch:
         self.began = time.monotonic()
         self.display = Display(sys.stderr)
         self.supervisor = Supervisor(stack.early_services(config), self.display.log)
-        self.health = Health(config.frontend.host, config.frontend.port)
+        self.health = Health(config.frontend.host, config.frontend.port, (config.frontend.ssl_certfile, config.frontend.ssl_keyfile))
         self.fetch: subprocess.Popen[str] | None = None
         self.ready = False
 
@@ -189,7 +163,8 @@ def invitation(config: stack.StackConfig) -> str:
     """The URL, and a command to try it with."""
     assert config.frontend is not None
     host = "localhost" if config.frontend.host in ("", "0.0.0.0", "::") else config.frontend.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
+    scheme = "https" if config.frontend.ssl_certfile else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
     name = (*config.frontend.served_model_name, config.model.model)[0]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if configured_keys(config.frontend.api_key) else ""
     question = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64})

@@ -6,6 +6,7 @@ A bar on a terminal, a line for each new stage elsewhere.
 import contextlib
 import http.client
 import json
+import ssl
 import threading
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -24,8 +25,10 @@ class State:
 class Health:
     """Polls /health in a thread of its own, because a frontend that is still starting lets a connection wait."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, certificate: tuple[str, str] = ("", "")) -> None:
+        """`certificate`: files of the frontend's own and of its key, where it serves HTTPS; shown to it where it asks for one."""
         self.state = State()
+        self._certificate = certificate
         self._address = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="health", daemon=True)
@@ -43,7 +46,7 @@ class Health:
             self._ended.wait(POLL_S)
 
     def _ask(self) -> State:
-        connection = http.client.HTTPConnection(*self._address, timeout=5)
+        connection = self._connect()
         try:
             connection.request("GET", "/health")
             answer = connection.getresponse()
@@ -51,6 +54,16 @@ class Health:
             return State(ready=True) if answer.status == 200 else parse(json.loads(body))
         finally:
             connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """The certificate is not checked: it names a host and not this address."""
+        certificate, key = self._certificate
+        if not certificate:
+            return http.client.HTTPConnection(*self._address, timeout=5)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.load_cert_chain(certificate, key or None)
+        return http.client.HTTPSConnection(*self._address, timeout=5, context=context)
 
 
 def parse(body: Any) -> State:

@@ -5,6 +5,9 @@ from typing import Final
 
 import msgspec
 
+from pagewire.config import FrontendConfig
+
+FLAGS: Final = ("allowed-origins", "allowed-methods", "allowed-headers")
 SIMPLE_HEADERS: Final = ("accept", "accept-language", "content-language", "content-type")
 METHODS: Final = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 MAX_AGE_S: Final = 600
@@ -23,6 +26,12 @@ def flag_values(name: str, given: Iterable[str]) -> tuple[str, ...]:
         except msgspec.DecodeError as error:
             raise ValueError(f"--{name} {one}: {error}; give values, or a JSON list like '[\"https://a.example\"]'") from None
     return tuple(values)
+
+
+def cors_of(config: FrontendConfig) -> "Cors":
+    """Raises ValueError naming the flag that cannot be read."""
+    flags = (flag_values(name, getattr(config, name.replace("-", "_"))) for name in FLAGS)
+    return Cors(*flags, credentials=config.allow_credentials)
 
 
 class Cors:

@@ -23,7 +23,7 @@ from pagewire.membership import Membership
 
 from .app import make_app
 from .auth import Auth, configured_keys
-from .cors import Cors, flag_values
+from .cors import cors_of
 from .errors import ApiError
 from .sse import Flusher
 from .stack import Stack
@@ -38,7 +38,6 @@ DRAIN_S: Final = 1.0
 """How long running streams may go on after the signal to end."""
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
-CORS_FLAGS: Final = ("allowed-origins", "allowed-methods", "allowed-headers")
 _DRAIN_LIMIT: Final = 16
 """Messages handled before the loop gets a turn."""
 
@@ -85,12 +84,6 @@ def listening_socket(config: FrontendConfig) -> socket.socket:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host") from None
-
-
-def cors_of(config: FrontendConfig) -> Cors:
-    """Raises ValueError naming the flag that cannot be read."""
-    flags = {name: flag_values(name, getattr(config, name.replace("-", "_"))) for name in CORS_FLAGS}
-    return Cors(*flags.values(), credentials=config.allow_credentials)
 
 
 class Service:

@@ -18,7 +18,7 @@ def context_of(config: FrontendConfig) -> ssl.SSLContext | None:
             raise ValueError(f"--{flag.replace('_', '-')} {path}: there is no such file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None, password=bytes)  # else it asks at the terminal
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None, password=bytes)  # no question at the terminal
     except (ssl.SSLError, OSError) as error:
         where = config.ssl_certfile + (f" and {config.ssl_keyfile}" if config.ssl_keyfile else " (with no --ssl-keyfile)")
         raise ValueError(f"--ssl-certfile: no certificate with its key in {where}: {error}") from None
