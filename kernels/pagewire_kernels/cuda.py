@@ -91,7 +91,7 @@ def paged_attention(
 
 
 def rope_attention(
-    qkv: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None
+    qkv: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
 ) -> Tensor:
     """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding without groups takes one launch."""
     if batch.max_query_len == 1 and batch.groups is None:

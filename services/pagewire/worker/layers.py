@@ -59,27 +59,27 @@ class Linear:
     def __init__(self, build: Build, parts: dict[str, int], columns: int, bias: bool) -> None:
         rows = sum(parts.values())
         self._ops, self._parts = build.ops, parts
-        self._weight = build.empty(rows, columns)
-        self._bias = build.empty(rows) if bias else None
+        self.weight = build.empty(rows, columns)
+        self.bias = build.empty(rows) if bias else None
 
     def places(self) -> Places:
         first = 0
         for name, rows in self._parts.items():
-            yield f"{name}.weight", self._weight[first : first + rows]
-            if self._bias is not None:
-                yield f"{name}.bias", self._bias[first : first + rows]
+            yield f"{name}.weight", self.weight[first : first + rows]
+            if self.bias is not None:
+                yield f"{name}.bias", self.bias[first : first + rows]
             first += rows
 
     def pack(self) -> None:
-        self._weight = self._ops.pack_linear(self._weight)
+        self.weight = self._ops.pack_linear(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self._weight, self._bias)
+        return self._ops.linear(x, self.weight, self.bias)
 
 
 class RmsNorm:
     def __init__(self, build: Build, name: str, size: int, eps: float, wide: bool = False) -> None:
-        self._ops, self._name, self._eps = build.ops, name, eps
+        self._ops, self._name, self.eps = build.ops, name, eps
         self.weight = build.empty(size, dtype=torch.float32 if wide else None)
 
     def places(self) -> Places:
@@ -89,10 +89,10 @@ class RmsNorm:
         """Nothing to do."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ops.add_rms_norm(x, residual, self.weight, self._eps)
+        return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm:

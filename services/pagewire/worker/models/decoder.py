@@ -6,12 +6,14 @@ A layer is one of four kinds of block (see Architecture.block). Within the layer
 
 from collections.abc import Callable, Iterator
 
+from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
 from ..architecture import Architecture
-from ..layers import Build, Embedding, Entrance, Exit, Head, Linear, Norm, Part, Places, TiedHead
+from ..layers import Build, Embedding, Entrance, Exit, Head, Linear, Norm, Part, Places, RmsNorm, TiedHead
 from .parts import Attention, Mixture, Mlp, make_norm
+from .single import SingleLayer, serves
 
 SPARE_POSITIONS = 16
 """Rows past the last position: a step launched before a request was known to have ended may reach there; its result is dropped."""
@@ -34,6 +36,13 @@ class Layer:
 
     def parts(self) -> list[Part]:
         return [*self._attention.parts(), *self._mlp.parts(), *self._norms]
+
+    def single(self, ops: Ops) -> SingleLayer | None:
+        """This layer for one row alone, None where its kind has none."""
+        first, second = self._norms if len(self._norms) == 2 else (None, None)
+        if not isinstance(self._mlp, Mlp) or not isinstance(first, RmsNorm) or not isinstance(second, RmsNorm):
+            return None
+        return SingleLayer(ops, self._attention, self._mlp, (first, second))
 
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """x [T, H]; cache [2, blocks, Hkv, block_size, D]. A residual of None: there is nothing to be added to yet."""
@@ -88,12 +97,13 @@ class Decoder:
     """Weights are uninitialised until every one of `places` is filled; `pack` then makes the model ready to run."""
 
     def __init__(self, arch: Architecture, build: Build) -> None:
-        self.arch = arch
+        self.arch, self._ops = arch, build.ops
         embedding = Embedding(build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size)
         self.entrance = _entrance(arch, build, embedding)
         self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
         self.norm: Norm | None = None if arch.block == "post" else make_norm(arch, build, "model.norm")
         self.head = _exit(arch, build, embedding)
+        self._singles: list[SingleLayer] = []
 
     def parts(self) -> Iterator[Part]:
         yield self.entrance
@@ -114,6 +124,9 @@ class Decoder:
         for done, part in enumerate(parts):
             part.pack()
             yield done / len(parts)
+        if serves(self.arch, self._ops):
+            singles = [layer.single(self._ops) for layer in self.layers]
+            self._singles = [single for single in singles if single is not None]
 
     def __call__(
         self,
@@ -129,7 +142,8 @@ class Decoder:
         `tick` is called after every layer; `tap`, before the end, with a function from such a `wanted` to logits, for those who look at
         many tokens, a few at a time."""
         x, residual = self.entrance(ids, batch), None
-        for layer, factors, cache in zip(self.layers, cos_sin, caches, strict=True):
+        layers = self._singles if self._singles and len(ids) == 1 else self.layers
+        for layer, factors, cache in zip(layers, cos_sin, caches, strict=True):
             x, residual = layer(x, residual, factors, cache, batch)
             tick()
         if tap is not None:
@@ -140,8 +154,8 @@ class Decoder:
     def _logits(self, x: Tensor, residual: Tensor | None, wanted: Tensor | None) -> Tensor:
         if wanted is not None:
             x, residual = x[wanted], residual[wanted] if residual is not None else None
-        if residual is not None and self.norm is not None:
-            x, _ = self.norm.add(x, residual)
+        if self.norm is not None:
+            x = self.norm(x) if residual is None else self.norm.add(x, residual)[0]
         return self.head(x)
 
 

@@ -23,8 +23,8 @@ class Attention:
         qkv = {f"{name}.q_proj": arch.num_heads * size, f"{name}.k_proj": kv, f"{name}.v_proj": kv}
         self._ops, self._eps, self._window = build.ops, arch.norm_eps, arch.windows[index]
         self._scale = arch.scales[index] if arch.scales else size**-0.5
-        self._qkv = Linear(build, qkv, arch.hidden_size, arch.qkv_bias)
-        self._output = Linear(build, {f"{name}.o_proj": arch.hidden_size}, arch.num_heads * size, arch.output_bias)
+        self.qkv = Linear(build, qkv, arch.hidden_size, arch.qkv_bias)
+        self.output = Linear(build, {f"{name}.o_proj": arch.hidden_size}, arch.num_heads * size, arch.output_bias)
         self._norms = [RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.wide_norms) for x in "qk"] if arch.qk_norm else []
         self._q_weight, self._k_weight = [norm.weight for norm in self._norms] or (None, None)
         self._more: tuple[Any, ...] = () if arch.soft_cap is None else (arch.soft_cap,)
@@ -32,13 +32,19 @@ class Attention:
             self._more = (arch.soft_cap, torch.tensor(arch.slopes, dtype=torch.float32, device=build.device))
 
     def parts(self) -> list[Part]:
-        return [self._qkv, self._output, *self._norms]
+        return [self.qkv, self.output, *self._norms]
 
     def __call__(self, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]; cache [2, blocks, Hkv, block_size, D]."""
         keys, values = cache[0], cache[1]
-        q = self._ops.rope_and_cache(self._qkv(x), cos_sin, self._q_weight, self._k_weight, self._eps, keys, values, batch)
-        return self._output(self._ops.paged_attention(q, keys, values, batch, self._scale, self._window, *self._more))
+        q = self._ops.rope_and_cache(self.qkv(x), cos_sin, self._q_weight, self._k_weight, self._eps, keys, values, batch)
+        return self.output(self._ops.paged_attention(q, keys, values, batch, self._scale, self._window, *self._more))
+
+    def after_projection(self, qkv: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
+        """qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D], for back ends that do all of it in one."""
+        ops: Any = self._ops
+        rope = ops.Rope(cos_sin, self._q_weight, self._k_weight, self._eps)
+        return ops.rope_attention(qkv, rope, cache[0], cache[1], batch, self._scale, self._window, *self._more)
 
 
 class Mlp:
@@ -47,17 +53,17 @@ class Mlp:
     def __init__(self, arch: Architecture, build: Build, name: str, inner: int) -> None:
         ops = build.ops
         names = [f"{name}.gate_proj", f"{name}.up_proj"] if arch.gated else [f"{name}.up_proj"]
-        self._up = Linear(build, dict.fromkeys(names, inner), arch.hidden_size, arch.mlp_bias)
-        self._down = Linear(build, {f"{name}.down_proj": arch.hidden_size}, inner, arch.mlp_bias)
+        self.up = Linear(build, dict.fromkeys(names, inner), arch.hidden_size, arch.mlp_bias)
+        self.down = Linear(build, {f"{name}.down_proj": arch.hidden_size}, inner, arch.mlp_bias)
         gated = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}
         plain = {"gelu": ops.gelu, "gelu_tanh": ops.gelu_tanh, "relu": ops.relu}
         self._activation = (gated if arch.gated else plain)[arch.activation]
 
     def parts(self) -> list[Part]:
-        return [self._up, self._down]
+        return [self.up, self.down]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._activation(self._up(x)))
+        return self.down(self._activation(self.up(x)))
 
 
 class Experts:
