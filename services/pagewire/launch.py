@@ -17,7 +17,7 @@ from types import FrameType
 from msgspec import structs
 
 from . import hub, serve_flags, stack
-from .config import ModelConfig, to_flags
+from .config import FrontendConfig, ModelConfig, to_flags
 from .frontend.auth import configured_keys
 from .frontend.cors import cors_of
 from .frontend.tls import context_of
