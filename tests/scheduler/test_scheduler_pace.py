@@ -1,0 +1,355 @@
+"""Steps filled to a time: the arithmetic of estimates, what a long prompt does to running decodes, how many steps are sent ahead."""
+
+from math import ceil, inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pagewire.config import SchedulerConfig
+from pagewire.scheduler import batch, pace
+from pagewire.scheduler.pace import Pace, chunk_ms, decodes_ms, longest_chunk, step_tokens
+from pagewire.scheduler.state import Scheduler, Tick
+from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Step, StepCost, StepResult, Submit, WorkerFacts
+from pagewire_protocol.sampling import Sampling
+from scheduler.scheduler_sim import QUICK, SLOW, World, ints
+
+LARGE = StepCost(4.0, 0.012, 1.1, 32.0)
+"""About a model of 8 billion parameters on a large GPU."""
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def least_chunk(monkeypatch):
+    """The other tests here use a smaller one."""
+    monkeypatch.setattr(batch, "LEAST_CHUNK", pace.LEAST_CHUNK)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_count_rows_reads_and_pairs():
+    cost = StepCost(2.0, 0.5, 1000.0, 3000.0)
+    assert decodes_ms(cost, 0, 0) == 2.0
+    assert decodes_ms(cost, 3, 2000) == pytest.approx(2 + 1.5 + 6)
+    pairs = sum(100 + i + 1 for i in range(7))
+    assert chunk_ms(cost, 100, 7) == pytest.approx(3.5 + pairs / 1000)
+    assert chunk_ms(cost, 99, 1) == pytest.approx(0.5 + 0.3)
+    assert decodes_ms(cost, 2, 300) == pytest.approx(2.0 + chunk_ms(cost, 99, 1) + chunk_ms(cost, 199, 1))
+
+
+@given(
+    token=st.sampled_from([0.0, 1e-4, 0.012, 2.0]),
+    megapair=st.sampled_from([0.0, 0.01, 1.1, 5e3]),
+    ms=st.floats(0.01, 1e3),
+    context=st.integers(0, 200_000),
+)
+def test_the_longest_chunk_is_the_longest(token, megapair, ms, context):
+    cost = StepCost(1.0, token, megapair, 0.0)
+    length = longest_chunk(cost, ms, context)
+    if token == megapair == 0:
+        assert length == inf
+        return
+    pairs = length * (context + (length + 1) / 2)
+    assert length * token + pairs * megapair / 1e6 == pytest.approx(ms)
+
+
+def test_no_time_is_no_chunk_and_endless_time_any():
+    assert longest_chunk(LARGE, 0.0, 5) == longest_chunk(LARGE, -3.0, 5) == 0
+    assert longest_chunk(LARGE, inf, 5) == inf
+
+
+def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
+    assert step_tokens(SchedulerConfig(), None) == 2048
+    assert step_tokens(SchedulerConfig(), LARGE) == 8192
+    assert (
+        step_tokens(SchedulerConfig(max_num_batched_tokens=77), None)
+        == step_tokens(SchedulerConfig(max_num_batched_tokens=77), LARGE)
+        == 77
+    )
+
+
+@pytest.mark.parametrize(
+    ("cost", "max_step_ms", "watched", "unwatched"),
+    [(LARGE, 25, 25, 100), (LARGE, 10, 10, 40), (LARGE, 0, inf, inf), (None, 25, inf, inf)],
+)
+def test_limits_of_a_step(cost, max_step_ms, watched, unwatched):
+    made = Pace(cost, SchedulerConfig(max_step_ms=max_step_ms))
+    assert (made.limit_ms(1), made.limit_ms(0)) == (watched, unwatched)
+
+
+@pytest.mark.parametrize(("ms", "ahead"), [(0.0, 4), (0.1, 4), (1.3, 4), (1.4, 3), (1.9, 3), (2.0, 2), (50.0, 2)])
+def test_short_steps_are_sent_ahead_in_greater_number(ms, ahead):
+    assert fill(Pace(LARGE, SchedulerConfig()), ms) == ahead
+
+
+def fill(made, ms):
+    count = 0
+    while made.wants_more():
+        count += 1
+        made.sent(count, ms, 0.0, False)
+        assert count < 10
+    return count
+
+
+def test_the_flag_is_the_most_steps_ahead_and_two_are_all_without_costs():
+    assert [fill(Pace(QUICK, SchedulerConfig(steps_in_flight=n)), 0.1) for n in (1, 2, 3, 8)] == [1, 2, 3, 8]
+    assert [fill(Pace(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)] == [1, 2, 2, 2]
+
+
+def test_a_long_step_counts_with_its_time_and_no_more_when_it_has_returned():
+    made = Pace(LARGE, SchedulerConfig())
+    made.sent(1, 80.0, 0.0, True)
+    made.sent(2, 0.5, 0.0, False)
+    assert not made.wants_more()
+    made.returned(1, 0.08)
+    assert fill(made, 0.5) == 3
+
+
+# --- estimates and what became of them --------------------------------------------------------------------------------
+
+
+def run_steps(made, steps, ms, took, mixed=True, start=0, now=0.0, ahead=2):
+    """Steps one after the other, each sent while the one before it runs; returns the number of the last and the time."""
+    n = start
+    for _ in range(ahead):
+        n += 1
+        made.sent(n, ms, now, mixed)
+    for _ in range(steps):
+        now += took / 1000
+        made.returned(n - ahead + 1, now)
+        n += 1
+        made.sent(n, ms, now, mixed)
+    made.returned(n, now + ahead * took / 1000)
+    return n, now + ahead * took / 1000
+
+
+@pytest.mark.parametrize(("took", "ratio"), [(20.0, 1.0), (30.0, 1.5), (90.0, 2.0), (15.0, 0.75), (2.0, 0.5)])
+def test_the_ratio_follows_the_measured_time_within_bounds(took, ratio):
+    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    run_steps(made, 300, 20.0, took)
+    assert made.ratio == pytest.approx(ratio, rel=0.01) and made.step_ms == pytest.approx(took, rel=0.01)
+    assert made.limit_ms(1) == pytest.approx(20 / made.ratio) and made.limit_ms(0) == pytest.approx(80 / made.ratio)
+
+
+def test_the_ratio_moves_slowly():
+    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    run_steps(made, 1, 20.0, 60_000.0)
+    assert 1.0 < made.ratio < 1.3
+
+
+@pytest.mark.parametrize(
+    ("mixed", "ms", "ahead", "gap"),
+    [(False, 20.0, 2, 0.0), (True, 0.0, 2, 0.0), (True, 20.0, 1, 0.5)],
+    ids=["decodes alone", "estimated to take no time", "sent to an idle worker"],
+)
+def test_other_steps_teach_nothing(mixed, ms, ahead, gap):
+    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    n, now = 0, 0.0
+    for _ in range(40):
+        if gap:
+            made.sent(n := n + 1, ms, now + gap, mixed)
+            made.returned(n, now := now + gap + 0.03)
+        else:
+            n, now = run_steps(made, 1, ms, 30.0, mixed, n, now + 1.0, ahead)
+    assert made.ratio == 1.0 and made.step_ms == pytest.approx(30.0)
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """A scheduler and one worker that takes as long as its costs say, times `slower`. `rows` has (slot, context, tokens) of each step."""
+
+    def __init__(self, cost, slower=1.0, blocks=20_000, **config):
+        self.cost, self.slower, self.now = cost, slower, 1.0
+        self.scheduler = Scheduler(1, SchedulerConfig(**config))
+        self.steps, self.rows, self.times, self.ahead = [], [], [], []
+        self.known, self.computed, self._last = {}, {}, []
+        self._requests = 0
+        self.handle(Tick(self.now))
+        facts = WorkerFacts(blocks, BLOCK, 256, 200_000, 1000, (), "line", False, cost)
+        self.handle(Hello(Peer(Role.WORKER, "w", "ipc:///w", 7, True), facts))
+        self.handle(Hello(Peer(Role.TOKENIZER, "t", "ipc:///t", 8, True)))
+
+    def handle(self, event):
+        self.steps += [message for _, message in self.scheduler.handle(event) if isinstance(message, Step)]
+
+    def submit(self, prompt, max_tokens):
+        self._requests += 1
+        tokens = np.random.default_rng(self._requests).integers(0, 1000, prompt).astype(np.int32).tobytes()
+        n = self._requests
+        self.handle(Submit(n.to_bytes(16, "big"), 1, n, "ipc:///t", tokens, b"", Sampling(seed=0, max_tokens=max_tokens)))
+
+    def run(self, steps=10_000):
+        """The rows of the steps that were executed; the last one only frees slots when nothing is left."""
+        first = len(self.rows)
+        self.handle(Tick(self.now))
+        while self.steps and len(self.rows) < first + steps:
+            self.ahead.append(len(self.steps))
+            self.step()
+        return self.rows[first:]
+
+    def step(self):
+        step = self.steps.pop(0)
+        for admission in step.admit:
+            self.known[admission.slot], self.computed[admission.slot] = len(admission.prompt) // 4, admission.computed
+        self._last = self._last if step.repeat else ints(step.run_slots)
+        counts = [1] * len(self._last) if step.repeat else ints(step.run_counts)
+        rows = [(slot, self.computed[slot], count) for slot, count in zip(self._last, counts, strict=True)]
+        self.rows.append(rows)
+        (replica,) = self.scheduler.engine.replicas.values()
+        assert replica.pace._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), "the estimate is not what the costs say"
+        for slot, context, count in rows:
+            self.computed[slot] = context + count
+        sampled = [slot for slot in self._last if self.computed[slot] == self.known[slot]]
+        for slot in sampled:
+            self.known[slot] += 1
+        self.times.append(self.slower * self.ms(rows))
+        self.now += self.times[-1] / 1000
+        columns = np.array(sampled, np.int32).tobytes(), np.full(len(sampled), 5, np.int32).tobytes(), bytes(len(sampled))
+        self.handle(StepResult(1, 7, step.n, *columns))
+        for inbox, incarnation in (("ipc:///w", 7), ("ipc:///t", 8)):
+            self.handle(Heartbeat(inbox, incarnation, step.n, True))
+        self.handle(Tick(self.now))
+
+    def ms(self, rows):
+        return self.cost.fixed_ms + sum(chunk_ms(self.cost, context, count) for _, context, count in rows)
+
+
+def decoding(cost, count, prompt=64, **config):
+    """A line with `count` running decodes."""
+    line = Line(cost, **config)
+    for _ in range(count):
+        line.submit(prompt, 5000)
+    while not line.rows or any(tokens > 1 for _, _, tokens in line.rows[-1]):
+        line.run(1)
+    line.run(4)
+    assert len(line.rows[-1]) == count
+    return line
+
+
+def prefill_of(rows):
+    """(step, slot, context, tokens) of the chunks."""
+    return [(i, *row) for i, step in enumerate(rows) for row in step if row[2] > 1]
+
+
+def test_decodes_get_a_token_in_every_step_while_a_long_prompt_comes_in():
+    line = decoding(LARGE, 32)
+    line.submit(100_000, 3)
+    rows = line.run(400)
+    chunks = prefill_of(rows)
+    assert sum(tokens for *_, tokens in chunks) >= 99_999
+    first, last = chunks[0][0], chunks[-1][0]
+    assert [i for i, *_ in chunks] == list(range(first, last + 1)) and len({slot for _, slot, *_ in chunks}) == 1
+    assert all(sum(1 for row in step if row[2] == 1) == 32 for step in rows[: last + 1])
+    assert all(line.ms(step) <= 25.0 for step in rows)
+    for i, _, context, tokens in chunks[:-1]:
+        assert tokens % BLOCK == 0 and line.ms(rows[i]) + chunk_ms(LARGE, context + tokens, BLOCK) > 25.0
+    assert chunks[0][3] > 2 * chunks[-2][3] > 2 * pace.LEAST_CHUNK
+
+
+@pytest.mark.parametrize("limit", [10, 20])
+def test_the_limit_is_the_flags(limit):
+    line = decoding(LARGE, 4, max_step_ms=limit)
+    line.submit(16_000, 2)
+    times = [line.ms(step) for step in line.run(300)]
+    assert limit - 0.5 < max(times) <= limit
+
+
+def test_no_limit_but_tokens():
+    line = decoding(LARGE, 4, max_step_ms=0)
+    line.submit(16_000, 2)
+    assert [tokens for *_, tokens in prefill_of(line.run(300))] == [8192 - BLOCK, 16_000 - (8192 - BLOCK)]
+
+
+def test_prefill_comes_forward_where_decodes_alone_take_too_long():
+    line = decoding(StepCost(30.0, 0.1, 1.0, 30.0), 8)
+    line.submit(1000, 2)
+    chunks = prefill_of(line.run(60))
+    assert [tokens for *_, tokens in chunks] == [64] * (1000 // 64) + [1000 % 64]
+    assert [i for i, *_ in chunks] == list(range(chunks[0][0], chunks[0][0] + ceil(1000 / 64)))
+
+
+def test_a_step_without_decodes_takes_longer():
+    line = Line(LARGE)
+    line.submit(60_000, 2)
+    rows = line.run()
+    times = [line.ms(rows[i]) for i, *_ in prefill_of(rows)]
+    assert max(times) <= 100 and min(times[:-1]) > 98 and rows[0][0][2] % BLOCK == 0
+    short = Line(StepCost(1.0, 0.001, 0.1, 1.0))
+    short.submit(20_000, 2)
+    assert [tokens for *_, tokens in prefill_of(short.run())] == [8192, 8192, 20_000 - 2 * 8192]
+
+
+def test_prompts_come_in_order_of_arrival_and_share_a_step():
+    line = decoding(LARGE, 4)
+    for _ in range(40):
+        line.submit(500, 500)
+    rows = line.run(200)
+    chunks = prefill_of(rows)
+    order = [slot for _, slot, *_ in chunks]
+    parts = [order.count(slot) for slot in dict.fromkeys(order)]
+    assert len(parts) == 40 and [slot for slot, n in zip(dict.fromkeys(order), parts, strict=True) for _ in range(n)] == order
+    assert max(parts) == 2, "a prompt lies in more steps than it must"
+    for i in range(chunks[0][0], chunks[-1][0]):
+        assert line.ms(rows[i]) <= 25 and sum(1 for j, *_ in chunks if j == i) > 1
+
+
+def test_a_prompt_takes_nothing_from_an_older_one():
+    line = decoding(LARGE, 4)
+    line.submit(20_000, 100)
+    line.run(4)
+    line.submit(500, 100)
+    chunks = prefill_of(line.run(100))
+    starts = {slot: i for i, slot, *_ in reversed(chunks)}
+    ends = {slot: i for i, slot, *_ in chunks}
+    old, new = sorted(starts, key=lambda slot: starts[slot])
+    assert starts[new] == ends[old] > 10
+
+
+def test_without_costs_tokens_alone_limit_a_step():
+    line = Line(LARGE, max_step_ms=0, max_num_batched_tokens=4096)
+    line.submit(10_000, 1)
+    assert [tokens for *_, tokens in prefill_of(line.run())] == [4096, 4096, 10_000 - 2 * 4096]
+    plain = World(max_num_batched_tokens=32)
+    plain.add_worker(num_blocks=64, max_model_len=200)
+    plain.add_tokenizer()
+    handle = plain.submit(range(100), max_tokens=2)
+    plain.run()
+    (worker,) = plain.workers.values()
+    assert [ints(step.run_counts)[0] for step in worker.steps[:4]] == [32, 32, 32, 4]
+    assert plain.output(handle) == plain.expected(handle)
+
+
+@pytest.mark.parametrize(("slower", "before"), [(1.6, 40), (0.7, 17.5)])
+def test_a_wrong_estimate_is_corrected(slower, before):
+    line = decoding(LARGE, 16, slower=slower, blocks=40_000)
+    for _ in range(4):
+        line.submit(100_000, 1)
+    line.run(1000)
+    mixed = [ms for ms, rows in zip(line.times, line.rows, strict=True) if sum(tokens for *_, tokens in rows) > 200]
+    assert mixed[2] == pytest.approx(before, rel=0.05) and max(mixed[150:-2]) < 26.5 and min(mixed[150:-8]) > 22
+    stats = line.scheduler.stats()
+    assert stats["step_ms_ratio"] == pytest.approx(slower, rel=0.05) and 1 < stats["step_ms"] < 30
+
+
+@pytest.mark.parametrize(("cost", "ahead"), [(QUICK, 4), (StepCost(1.35, 0, 0), 3), (LARGE, 2)])
+def test_steps_in_flight_by_their_time(cost, ahead):
+    line = decoding(cost, 2)
+    line.ahead.clear()
+    line.run(50)
+    assert set(line.ahead) == {ahead}
+
+
+@pytest.mark.parametrize("cost", [QUICK, SLOW], ids=["quick", "slow"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_everything_ends_as_it_should_when_blocks_are_short(cost, caching):
+    w = World(enable_prefix_caching=caching, max_step_ms=10)
+    w.add_worker(num_blocks=20, max_model_len=64, cost=cost)
+    w.add_tokenizer()
+    handles = [w.submit(range(i, i + 3 + 3 * i), max_tokens=8 + 5 * i % 23) for i in range(12)]
+    w.run()
+    assert all(w.output(h) == w.expected(h) for h in handles)
+    assert w.scheduler.stats()["num_preemptions"] > 0
+    w.assert_idle()
