@@ -19,7 +19,7 @@ COMMANDS = {
     "serve": ("launch", "start every service on this machine behind an OpenAI-compatible endpoint"),
     "chat": ("chat", "talk to a running server in the terminal"),
     "fetch": ("hub", "download a model and print where its files are"),
-    "bench": ("bench", "measure a running server, or the offline API"),
+    "bench": ("bench", "measure a server under load, the offline API, one request, or the GPU kernels"),
     "doctor": ("doctor", "check this machine and say in plain words what is wrong"),
 }
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {

@@ -5,7 +5,7 @@ import sys
 
 KINDS = {
     "offline": "throughput of LLM.generate: [--model M] [--workloads LIST]",
-    "serve": "streaming load over HTTP: [--url URL | flags of pagewire serve] [--loads LIST] [--against URL]",
+    "serve": "streaming load over HTTP: [--url URL | flags of pagewire serve] [--loads LIST] [--against URL] [--plot FILE]",
     "latency": "one request at a time, percentiles by size: [--model M] [--sizes LIST]",
     "kernels": "times of the GPU kernels beside other libraries'",
 }
