@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler.state import Scheduler, Tick
-from pagewire_protocol.messages import Hello, Peer, Role, Step, StepResult, Submit, Tokens, ToScheduler, WorkerFacts
+from pagewire_protocol.messages import Hello, Peer, Role, Step, StepCost, StepResult, Submit, Tokens, ToScheduler, WorkerFacts
 from pagewire_protocol.sampling import Sampling
 
 ENCODER = msgspec.msgpack.Encoder()
@@ -21,7 +21,7 @@ DECODER = msgspec.msgpack.Decoder(ToScheduler)
 def setup(rows, tokenizers, prompt, max_tokens, stop, config):
     scheduler = Scheduler(1, config)
     scheduler.handle(Tick(1.0))
-    facts = WorkerFacts(65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True)
+    facts = WorkerFacts(65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True, StepCost(2.0, 0.004, 0.3, 12.0))
     scheduler.handle(Hello(Peer(Role.WORKER, "w", "ipc:///w", 7, True), facts))
     inboxes = [f"ipc:///t{i}" for i in range(tokenizers)]
     for i, inbox in enumerate(inboxes):
