@@ -17,6 +17,8 @@ from .gpus import Gpu
 from .layers import Build
 from .models import describe
 from .models.decoder import Decoder
+from .pytorch_file import PATTERN, PytorchFiles
+from .weights import Source
 
 log = logging.getLogger("pagewire.worker")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,7 +74,7 @@ def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
     return [everywhere if window is None else local for window in arch.windows]
 
 
-def open_model(path: Path, load_format: str) -> tuple[Path | Gguf | None, Config, tuple[int, ...]]:
+def open_model(path: Path, load_format: str) -> tuple[Source | None, Config, tuple[int, ...]]:
     """(where the weights come from, None for random ones; the configuration; the end-of-sequence ids)."""
     if path.is_dir() and load_format in ("auto", "gguf") and not any(path.glob("*.safetensors")):
         files = sorted(path.glob("*.gguf"))
@@ -87,7 +89,16 @@ def open_model(path: Path, load_format: str) -> tuple[Path | Gguf | None, Config
     if load_format == "gguf":
         raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
     config = read_config(path)
-    return (None if load_format == "dummy" else path), config, eos_token_ids(path, config)
+    return _weights(path, load_format), config, eos_token_ids(path, config)
+
+
+def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
+    """PyTorch's own files only where they are asked for, or where there is nothing else."""
+    if load_format == "dummy":
+        return None
+    if load_format == "pt" or (load_format == "auto" and not any(path.glob("*.safetensors")) and any(path.glob(PATTERN))):
+        return PytorchFiles.of(path)
+    return path
 
 
 def choose_device(asked: str) -> str:

@@ -1,4 +1,4 @@
-"""Filling a model's weights: from safetensors (one file or sharded, memory-mapped), from GGUF, or with random numbers.
+"""Filling a model's weights: from safetensors (one file or sharded, memory-mapped), GGUF, PyTorch's files, or with random numbers.
 
 A family's own names and shapes become the decoder's first (models/checkpoint), then the dimensions of heads get the order that the kernels
 want (rotary). Strict: a tensor that the model does not know, lacks or has in another shape is an error that names it.
@@ -20,7 +20,10 @@ from .gguf_file import Gguf
 from .models import family
 from .models.checkpoint import Named
 from .models.decoder import Decoder
+from .pytorch_file import PytorchFiles
 
+Source = Path | Gguf | PytorchFiles
+"""A directory of safetensors, or another kind of file, open."""
 Progress = Callable[[str, float], None]
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
@@ -32,16 +35,21 @@ QUERIES_AND_KEYS: Final = tuple(
 )
 
 
-def load(model: Decoder, source: Path | Gguf | None, config: Config, seed: int, progress: Progress) -> None:
-    """Fill and pack `model` from a directory of safetensors, an open GGUF, or (None) at random. Raises Unsupported."""
+def load(model: Decoder, source: Source | None, config: Config, seed: int, progress: Progress) -> None:
+    """Fill and pack `model` from `source`, or (None) at random. Raises Unsupported."""
     places = dict(model.places())
     if source is None:
         _fill_randomly(places, seed, progress)
     else:
-        tensors = from_gguf(source, config) if isinstance(source, Gguf) else converted(from_safetensors(source), config, model.arch)
-        _fill(places, in_order(tensors, model.arch), model.arch.tied, progress)
+        _fill(places, in_order(_read(source, config, model.arch), model.arch), model.arch.tied, progress)
     for done in model.pack():
         progress("packing weights", done)
+
+
+def _read(source: Source, config: Config, arch: Architecture) -> Iterator[Named]:
+    if isinstance(source, Gguf):
+        return from_gguf(source, config)
+    return converted(source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source), config, arch)
 
 
 def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> Iterator[Named]:
@@ -93,19 +101,10 @@ def _fill_randomly(places: dict[str, Tensor], seed: int, progress: Progress) -> 
 
 
 def from_safetensors(directory: Path) -> Iterator[Named]:
-    """Every tensor of the index's shards, or of all .safetensors files when there is no index."""
+    """Every tensor of the files of `directory`."""
     from safetensors import SafetensorError, safe_open
 
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(directory / name for name in set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise Unsupported(f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy")
-    for path in files:
-        if not path.is_file():
-            raise Unsupported(f"{index} names {path.name}, which is not there: the download is incomplete")
+    for path in safetensors_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the file object is no mapping
@@ -113,6 +112,21 @@ def from_safetensors(directory: Path) -> Iterator[Named]:
         except SafetensorError as error:
             size = path.stat().st_size
             raise Unsupported(f"{path} ({size:,} bytes) is broken or its download incomplete: {error}; fetch it again") from None
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The index's shards, or all .safetensors files when there is no index. Raises Unsupported when there is none, or one is missing."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(directory / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise Unsupported(f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy")
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise Unsupported(f"{index} names {missing[0]}, which is not there: the download is incomplete")
+    return files
 
 
 def from_gguf(file: Gguf, config: Config) -> Iterator[Named]:
