@@ -24,6 +24,7 @@ def build(variant: str):
     family, extra = VARIANTS[variant]
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
+    config._attn_implementation = "eager"
     model = getattr(transformers, CAUSAL.get(family, f"{family}ForCausalLM"))(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,7 +138,12 @@ class Driver:
 @pytest.fixture
 def numbers():
     """numbers(n, seed): token ids of the tiny vocabulary."""
-    return lambda count, seed=0: [random.Random(seed).randrange(3, SIZES["vocab_size"]) for _ in range(count)]
+
+    def make(count: int, seed: int = 0) -> list[int]:
+        source = random.Random(seed)
+        return [source.randrange(3, SIZES["vocab_size"]) for _ in range(count)]
+
+    return make
 
 
 @pytest.fixture

@@ -171,6 +171,8 @@ def common(config: Config, **differences: Any) -> Architecture:
     arch = Architecture(**{**fields, "activation": activation_of(config), **differences})
     if arch.gated and arch.activation not in GATED:
         raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported behind a gate")
+    if arch.moe is not None and arch.activation != "silu":
+        raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported in a mixture of experts")
     if arch.rope.kind == "dynamic":
         return replace(arch, extended_position=int(arch.max_position * arch.rope.factor))
     return arch

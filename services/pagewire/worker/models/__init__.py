@@ -15,7 +15,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..architecture import Architecture, Config, Unsupported
-from . import baichuan, chatglm, gemma, glm, gpt2, gpt_neox, llama, mistral, phi, qwen, qwen2, qwen3
+from . import (
+    baichuan,
+    chatglm,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi,
+    phi3,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from .checkpoint import Tensors
 
 
@@ -27,19 +49,31 @@ class Family:
 
 
 FAMILIES = {
+    "RefinedWeb": Family(falcon.describe, falcon.tensors),
+    "RefinedWebModel": Family(falcon.describe, falcon.tensors),
     "baichuan": Family(baichuan.describe, baichuan.tensors),
     "chatglm": Family(chatglm.describe, chatglm.tensors),
+    "falcon": Family(falcon.describe, falcon.tensors),
     "gemma": Family(gemma.describe, gemma.tensors),
+    "gemma2": Family(gemma2.describe, gemma2.tensors),
+    "gemma3": Family(gemma3.describe, gemma3.tensors),
+    "gemma3_text": Family(gemma3.describe, gemma3.tensors),
     "glm": Family(glm.describe, glm.tensors),
     "glm4": Family(glm.describe4, glm.tensors4),
     "gpt2": Family(gpt2.describe, gpt2.tensors),
     "gpt_neox": Family(gpt_neox.describe, gpt_neox.tensors),
+    "gptj": Family(gptj.describe, gptj.tensors),
     "llama": Family(llama.describe),
     "mistral": Family(mistral.describe),
+    "mixtral": Family(mixtral.describe, mixtral.tensors),
+    "opt": Family(opt.describe, opt.tensors),
     "phi": Family(phi.describe, phi.tensors),
+    "phi3": Family(phi3.describe, phi3.tensors),
     "qwen": Family(qwen.describe, qwen.tensors),
     "qwen2": Family(qwen2.describe),
+    "qwen2_moe": Family(qwen2_moe.describe),
     "qwen3": Family(qwen3.describe),
+    "qwen3_moe": Family(qwen3_moe.describe),
 }
 
 

@@ -1,0 +1,58 @@
+"""Falcon: 7B has one KV head and one LayerNorm for attention and MLP side by side; 40B and 180B ("new decoder architecture") several KV
+heads and a norm each; 11B several heads and one norm; the RW models are sequential, with ALiBi."""
+
+from ..architecture import Architecture, Config, common
+from ..rope import NO_ROPE, read_rope
+from .alibi import slopes
+from .checkpoint import Names, renamed
+
+OLD_NAMES = {
+    "hidden_size": "n_embed",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_kv_heads": "n_head_kv",
+}
+NAMES = Names(
+    prefix="transformer.",
+    layers="h",
+    top={"word_embeddings": "model.embed_tokens", "ln_f": "model.norm"},
+    parts={
+        "input_layernorm": "input_layernorm",
+        "ln_attn": "input_layernorm",
+        "self_attention.query_key_value": "self_attn.qkv_proj",
+        "self_attention.dense": "self_attn.o_proj",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "ln_mlp": "post_attention_layernorm",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    },
+)
+tensors = renamed(NAMES, by_group=True)
+
+
+def describe(config: Config) -> Architecture:
+    own = {name: config[old] for name, old in OLD_NAMES.items() if name not in config and old in config}
+    own["max_position_embeddings"] = config.get("max_position_embeddings", 2048)
+    own["hidden_act"] = config.get("activation", "gelu")
+    config = config | own
+    hidden, heads, several = int(config["hidden_size"]), int(config["num_attention_heads"]), config.get("new_decoder_architecture", False)
+    one_head = config.get("multi_query", True) and not several
+    config["intermediate_size"] = config.get("ffn_hidden_size") or 4 * hidden
+    config["num_key_value_heads"] = 1 if one_head else config.get("num_kv_heads") or heads
+    bias, size = bool(config.get("bias", False)), hidden // heads
+    return common(
+        config,
+        block="parallel" if config.get("parallel_attn", True) else "sequential",
+        one_norm=not several or config.get("num_ln_in_parallel_attn") == 1,
+        rope=NO_ROPE if config.get("alibi") else read_rope(config, size),
+        # here the slopes are added before the scores are scaled
+        slopes=tuple(slope * size**-0.5 for slope in slopes(heads)) if config.get("alibi") else (),
+        norm="layer",
+        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_bias=True,
+        gated=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tied=bool(config.get("tie_word_embeddings", True)),
+    )
