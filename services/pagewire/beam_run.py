@@ -1,7 +1,7 @@
 """One prompt's beam search on a running stack: each live beam is a job of one token with log-probabilities, round after round.
 
 The prompt and the beams so far are the prompt of the next round, and the prefix cache holds all of it but the newest block. This module
-knows jobs and sinks, for `LLM` and the HTTP frontend alike; it has no socket and no clock.
+knows jobs and sinks, no socket and no clock.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,22 +38,6 @@ class BeamModel(Struct, frozen=True):
     has_text: bool = True
 
 
-def unsupported(job: Job) -> str | None:
-    """The name of a parameter that a beam search could only ignore, if `job` sets one: beams follow the model's own log-probabilities."""
-    sampling, text = job.sampling, job.text
-    given = {
-        "stop": text.stop,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty != 1.0,
-        "logit_bias": sampling.bias_ids,
-        "allowed_token_ids": sampling.allowed_ids,
-        "bad_words": sampling.bad_words or text.bad_words,
-        "min_p": sampling.min_p,
-    }
-    return next((name for name, value in given.items() if value), None)
-
-
 class BeamResult(Struct):
     """One hypothesis: its `score` is length-penalized, `cumulative_logprob` is not. Log-probabilities only where the job asks for them."""
 
@@ -83,6 +67,8 @@ class BeamRun:
         self.results: list[BeamResult] = []
         self.error: ApiError | None = None
         self.prompt_ids: list[int] = []
+        self.prompt_text = ""
+        """Known at the end, where there is a tokenizer."""
         self.cached_tokens = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
         self._submit, self._ask, self._ended = submit, ask, ended
@@ -243,6 +229,7 @@ class _Texts:
             return self._run.fail(answer)
         self._answers[index] = answer.text
         if len(self._answers) == len(self._found) + 1:
+            self._run.prompt_text = self._answers[0]
             before = self._answers[0].removesuffix("\ufffd")
             texts = [self._answers[i + 1].removeprefix(before) for i in range(len(self._found))]
             self._done(list(zip(self._found, texts, strict=True)))

@@ -1,27 +1,84 @@
 """Gathers accepted output into RequestOutputs and shows how far a batch is. The sinks of `LLM`'s streams."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pagewire_protocol.columns import unpack
-from pagewire_protocol.parts import Prompt, Started, TokenLogprobs
+from pagewire_protocol.parts import PromptLogprobs, Started, TokenLogprobs
 
+from .beam_run import BeamResult
 from .frontend.errors import ApiError
+from .frontend.stream import Sink, Stream
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .params import SamplingParams
+from .prompts import Entry
 
 
 class Group:
-    """One prompt and its `n` continuations."""
+    """One prompt and its continuations: more are generated than returned where the parameters say best_of."""
 
-    def __init__(self, request_id: str, place: int, prompt: Prompt, params: SamplingParams) -> None:
-        self.place, self.params, self.prompt = place, params, prompt
-        completions = [CompletionOutput(index) for index in range(params.n)]
-        ids = unpack("i", prompt.ids).tolist() if prompt.ids is not None else []
-        self.output = RequestOutput(request_id, prompt.text, ids, completions)
+    def __init__(self, request_id: str, place: int, entry: Entry, params: SamplingParams) -> None:
+        self.place, self.params, self.entry = place, params, entry
+        completions = [CompletionOutput(index) for index in range(params.width)]
+        ids = unpack("i", entry.prompt.ids).tolist() if entry.prompt.ids is not None else []
+        self.output = RequestOutput(request_id, entry.text, ids, completions)
         self.output.metrics.arrival_time = time.monotonic()
-        self.unfinished = params.n
+        self.unfinished = len(completions)
+
+    def started(self, started: Started) -> None:
+        output = self.output
+        if started.prompt_ids is not None:
+            output.prompt_token_ids = unpack("i", started.prompt_ids).tolist()
+        if output.num_cached_tokens is None:
+            output.num_cached_tokens = started.cached_tokens
+            output.metrics.first_scheduled_time = time.monotonic()
+
+    def prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        rows = self.output.prompt_logprobs = self.output.prompt_logprobs or [None]
+        ranks, counts = unpack("i", entry.ranks).tolist(), unpack("i", entry.counts).tolist()
+        ids, values = unpack("i", entry.ids).tolist(), unpack("f", entry.values).tolist()
+        rows += [None] * (entry.first + len(counts) - len(rows))
+        at = 0
+        for place, (count, rank) in enumerate(zip(counts, ranks, strict=True), entry.first):
+            end = at + count
+            rows[place] = candidates(rank, ids[at:end], values[at:end], entry.texts[at:end])
+            at = end
+
+    def ran(self, stream: Stream) -> None:
+        """The moments of one of its streams, which has ended."""
+        metrics = self.output.metrics
+        metrics.last_token_time = max(metrics.last_token_time, stream.last)
+        if stream.first:
+            metrics.first_token_time = min(metrics.first_token_time or stream.first, stream.first)
+
+    def finish(self) -> None:
+        """All continuations are there: the best are kept, numbered anew."""
+        output, params = self.output, self.params
+        if params.width > params.n and not params.use_beam_search:
+            output.outputs = sorted(output.outputs, key=lambda c: -(c.cumulative_logprob or 0.0))[: params.n]
+            for index, completion in enumerate(output.outputs):
+                completion.index = index
+                completion.logprobs = completion.logprobs if params.logprobs is not None else None
+        if params.prompt_logprobs is not None and output.prompt_logprobs is None:
+            output.prompt_logprobs = [None]
+        output.finished = True
+        output.metrics.finished_time = time.monotonic()
+
+    def take_beams(self, results: Iterable[BeamResult]) -> None:
+        wanted = self.params.logprobs is not None
+        self.output.outputs = [
+            CompletionOutput(
+                index,
+                result.text,
+                result.tokens,
+                result.cumulative_logprob,
+                [_row_of(entry) for entry in result.logprobs] if wanted else None,
+                result.reason,
+                result.stop_reason,
+            )
+            for index, result in enumerate(results)
+        ]
 
 
 class Collector:
@@ -30,21 +87,17 @@ class Collector:
     def __init__(self, group: Group, index: int, timed: bool, ended: "Callable[[Collector], None]") -> None:
         self.group = group
         self.completion = group.output.outputs[index]
-        self.wants_tokens = timed or group.params.logprobs is not None
+        scored = group.params.logprobs is not None or group.params.width > group.params.n
+        self.wants_tokens = timed or scored
         self.error: ApiError | None = None
+        self.refusals = 0
         self.moments: list[float] = []
         self._timed, self._ended = timed, ended
         self._parts: list[str] = []
         self.text = self._parts.append
-        if group.params.logprobs is not None:
+        self.started, self.prompt_logprobs = group.started, group.prompt_logprobs
+        if scored:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
-
-    def started(self, started: Started) -> None:
-        output = self.group.output
-        if started.prompt_ids is not None:
-            output.prompt_token_ids = unpack("i", started.prompt_ids).tolist()
-        if output.num_cached_tokens is None:
-            output.num_cached_tokens = started.cached_tokens
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         if text:
@@ -52,15 +105,9 @@ class Collector:
         if self._timed:
             self.moments += [time.monotonic()] * len(tokens)
         for entry in sorted(logprobs, key=lambda entry: entry.index):
-            self._add_logprobs(entry)
-
-    def _add_logprobs(self, entry: TokenLogprobs) -> None:
-        assert self.completion.logprobs is not None and self.completion.cumulative_logprob is not None
-        rows = list(zip(entry.ids, entry.values, (text.decode(errors="replace") for text in entry.texts), strict=True))
-        chosen = {token: Logprob(value, rank, text) for rank, (token, value, text) in enumerate(rows[1:], 1)}
-        token, value, text = rows[0]
-        self.completion.logprobs.append({token: Logprob(value, entry.rank, text)} | {t: c for t, c in chosen.items() if t != token})
-        self.completion.cumulative_logprob += value
+            assert self.completion.logprobs is not None and self.completion.cumulative_logprob is not None
+            self.completion.logprobs.append(_row_of(entry))
+            self.completion.cumulative_logprob += entry.values[0]
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         self.completion.text = "".join(self._parts)
@@ -70,6 +117,60 @@ class Collector:
     def failed(self, error: ApiError) -> None:
         self.error = error
         self._ended(self)
+
+    def take(self, stream: Stream) -> bool:
+        """The output of its stream, which has ended. True when it was the last of its group."""
+        self.completion.token_ids = stream.out.tolist()
+        self.group.ran(stream)
+        self.group.unfinished -= 1
+        return not self.group.unfinished
+
+
+class Relay:
+    """Between a stream and the sink of one step of a beam search, so that a step for which the stack has no room can be sent again."""
+
+    wants_tokens = True
+
+    def __init__(self, group: Group, step: Sink, ended: "Callable[[Relay], None]") -> None:
+        self.group, self.step, self._ended = group, step, ended
+        self.error: ApiError | None = None
+        self.refusals = 0
+        self.text, self.tokens = step.text, step.tokens
+
+    def started(self, started: Started) -> None:
+        if started.prompt_ids is not None:
+            self.group.started(started)
+        self.step.started(started)
+
+    def prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        self.group.prompt_logprobs(entry)
+
+    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        self._ended(self)
+        self.step.finished(reason, stop_reason, completion_tokens)
+
+    def failed(self, error: ApiError) -> None:
+        self.error = error
+        self._ended(self)
+
+    def take(self, stream: Stream) -> bool:
+        self.group.ran(stream)
+        return False
+
+
+def _row_of(entry: TokenLogprobs) -> dict[int, Logprob]:
+    return candidates(entry.rank, entry.ids, entry.values, entry.texts)
+
+
+def candidates(rank: int, ids: Iterable[int], values: Iterable[float], texts: Iterable[bytes]) -> dict[int, Logprob]:
+    """A position's own token, of this rank, then the likeliest ones from rank 1 on; the own token is not named twice."""
+    rows = zip(ids, values, (text.decode(errors="replace") for text in texts), strict=True)
+    token, value, text = next(rows)
+    found = {token: Logprob(value, rank, text)}
+    for place, (other, likely, shown) in enumerate(rows, 1):
+        if other != token:
+            found[other] = Logprob(likely, place, shown)
+    return found
 
 
 class Bar:

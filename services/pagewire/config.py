@@ -5,8 +5,11 @@ flags into the Struct, so that a setting is written once.
 """
 
 import argparse
+import contextlib
 import os
 import typing
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -14,15 +17,14 @@ from msgspec import Meta, Struct
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+SEVERAL = ("served_model_name",)
+"""Lists whose flag takes several values at once; that of any other takes one, so that it does not swallow a model that follows."""
+
 S = TypeVar("S", bound=Struct)
 
 
 def _help(text: str, **bounds: Any) -> Meta:
     return Meta(description=text, **bounds)
-
-
-ONE_EACH: dict[str, Any] = {"one_each": True}
-"""Marks a list whose flag takes one value each time it is given, so that it swallows no positional argument that follows."""
 
 
 def default_run_dir() -> str:
@@ -40,7 +42,7 @@ class RunConfig(Struct, frozen=True):
 class ModelConfig(Struct, frozen=True):
     model: Annotated[str, _help("model directory, GGUF file or hub id")] = DEMO_MODEL
     tokenizer: Annotated[str, _help("tokenizer directory or hub id; default: the model's")] = ""
-    tokenizer_mode: Annotated[Literal["auto", "slow"], _help("accepted for compatibility: both give the same tokens here")] = "auto"
+    tokenizer_mode: Annotated[Literal["auto", "slow", "hf"], _help("accepted for compatibility: all give the same tokens here")] = "auto"
     revision: Annotated[str, _help("hub branch, tag or commit")] = ""
     tokenizer_revision: Annotated[str, _help("the same for the tokenizer; default: --revision")] = ""
     download_dir: Annotated[str, _help("where downloaded models are kept; default: the hub's cache")] = ""
@@ -50,7 +52,7 @@ class ModelConfig(Struct, frozen=True):
     ] = "auto"
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
-    max_model_len: Annotated[int, _help("longest context in tokens; 0: what the model supports and memory holds", ge=0)] = 0
+    max_model_len: Annotated[int, _help("longest context in tokens; auto, -1 or 0: what the model supports and memory holds", ge=0)] = 0
     seed: Annotated[int, _help("seed of dummy weights and of requests that bring none", ge=0)] = 0
 
 
@@ -59,7 +61,7 @@ class FrontendConfig(Struct, frozen=True):
     port: Annotated[int, _help("port to listen on", ge=0, le=65535)] = 8000
     served_model_name: Annotated[tuple[str, ...], _help("names the model answers to; default: the model as given")] = ()
     api_key: Annotated[
-        tuple[str, ...], _help("an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY", extra=ONE_EACH)
+        tuple[str, ...], _help("an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY")
     ] = ()
     ssl_keyfile: Annotated[str, _help("private key of the server's certificate, as PEM; with --ssl-certfile: HTTPS")] = ""
     ssl_certfile: Annotated[str, _help("the server's certificate, as PEM")] = ""
@@ -118,10 +120,6 @@ def _description(annotation: Any) -> str:
     return (metas[0].description or "") if metas else ""
 
 
-def _metas(annotation: Any, mark: str) -> bool:
-    return any(mark in (m.extra or {}) for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Meta))
-
-
 def add_flags(parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()) -> None:
     """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the namespace."""
     for struct in structs:
@@ -143,13 +141,45 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:
         options["choices"] = typing.get_args(kind)
-    elif origin is tuple and _metas(annotation, "one_each"):
-        options.update(action="append", metavar=field.name.upper())
     elif origin is tuple:
-        options.update(nargs="+", action="extend", metavar=field.name.upper())
+        options.update(type=as_list, action=_Extend, nargs="+" if field.name in SEVERAL else None, metavar=field.name.upper())
     else:
-        options.update(type=kind, metavar=kind.__name__.upper())
+        options.update(type=_whole_number(field.name) if kind is int else kind, metavar=kind.__name__.upper())
     parser.add_argument(flag, **options)
+
+
+def as_list(text: str) -> list[str]:
+    """One value of a flag that may be given several times; a JSON list of strings is several."""
+    if text.startswith("["):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(text, type=list[str])
+    return [text]
+
+
+class _Extend(argparse.Action):
+    """Flags given again add up."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        lists = values if self.nargs == "+" else [values]
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), *(value for one in lists for value in one)])
+
+
+UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def as_number(text: str) -> int:
+    """A whole number, also as people write large ones: 4k is 4,000, 4K is 4,096, 1.5m is 1,500,000, 1M is 1,048,576; as in vLLM."""
+    digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
+    with contextlib.suppress(ValueError, ArithmeticError):
+        value = Fraction(digits) * unit
+        if value.denominator == 1 and "/" not in digits:
+            return int(value)
+    raise argparse.ArgumentTypeError(f"{text}: a whole number is needed, like 2048, 4k (4,000) or 1M (1,048,576)")
+
+
+def _whole_number(name: str) -> Callable[[str], int]:
+    automatic = ("auto", "-1") if name == "max_model_len" else ()
+    return lambda text: 0 if text in automatic else as_number(text)
 
 
 class BadSetting(ValueError):

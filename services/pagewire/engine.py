@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(self, config: stack.StackConfig, say: Callable[[str], None] = lambda _: None) -> None:
         model = find_files(config, say)
+        self.tokenizer_path = Path(model.tokenizer or model.model)
         self._pid = os.getpid()
         self._run_dir: Path = stack.new_run_dir()
         config = structs.replace(config, run=structs.replace(config.run, run_dir=str(self._run_dir)))

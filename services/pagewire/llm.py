@@ -1,38 +1,32 @@
 """LLM: generation for a program, without HTTP. It starts the same services as `pagewire serve` and ends them with the program."""
 
-import argparse
 import random
 import sys
-import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from msgspec import structs
+from pagewire_protocol.parts import Chat
 
-from .collect import Bar, Collector, Group
-from .config import DEMO_MODEL, BadSetting, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, read
+from . import settings as program_settings
+from .batch import Batch
+from .config import DEMO_MODEL
 from .engine import Engine, EngineError
-from .frontend.stream import Job, Stream
-from .outputs import RequestOutput
-from .params import SamplingParams
-from .prompts import as_chats, as_params, as_prompts
-from .stack import StackConfig
+from .outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from .params import BeamSearchParams, SamplingParams
+from .prompts import Entry, as_chats, as_params, as_prompts
+from .wire import beam_search
 
 __all__ = ["LLM", "EngineError"]
 
-AHEAD = 2
-"""Requests sent, in multiples of what a worker runs at once; more would only lengthen queues."""
-IGNORED = ("disable_log_stats", "disable_log_requests", "swap_space", "disable_custom_all_reduce")
-"""Settings of other engines that change no result."""
-STRUCTS = {"run": RunConfig, "model": ModelConfig, "tokenizer": TokenizerConfig, "scheduler": SchedulerConfig, "worker": WorkerConfig}
-REPLICAS = ("num_tokenizers", "num_workers")
+Params = SamplingParams | Sequence[SamplingParams] | None
+Progress = bool | Callable[..., Any]
 
 
 class LLM:
     """A model ready to generate. Beside the arguments named here, `settings` takes every flag of `pagewire serve` that concerns the
-    tokenizer, scheduler or worker, with underscores (`device="cpu"`, `num_kv_blocks=512`, ...).
+    tokenizer, scheduler or worker, with underscores (`device="cpu"`, `num_kv_blocks=512`, ...), and vLLM's: those that change no result
+    are accepted with a line, others refused.
 
     Raises ValueError or TypeError for wrong settings, `pagewire.hub.ModelNotFound` when the model cannot be had and EngineError when a
     service does not start. Use as a context manager, or call `shutdown`; the end of the program does it as well.
@@ -41,32 +35,33 @@ class LLM:
     def __init__(
         self,
         model: str = DEMO_MODEL,
-        *,
-        tokenizer: str | None = None,
+        tokenizer: Any = None,
         tokenizer_mode: str = "auto",
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
         tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
         dtype: str = "auto",
         quantization: str | None = None,
         revision: str | None = None,
-        seed: int = 0,
+        tokenizer_revision: str | None = None,
+        seed: int | None = 0,
         gpu_memory_utilization: float = 0.9,
-        max_model_len: int | None = None,
+        *,
+        max_model_len: int | str | None = None,
         download_dir: str | None = None,
         load_format: str = "auto",
+        chat_template: str | None = None,
         enforce_eager: bool = False,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         **settings: Any,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "settings", *_REFUSED)}
-        _refuse(tokenizer_mode, tensor_parallel_size, pipeline_parallel_size, quantization)
-        self._config = configure({**settings, **given})
-        self._random = random.Random(seed)
+        given = {key: value for key, value in locals().items() if key not in ("self", "settings")}
+        self._config = program_settings.configure({**settings, **given}, _say)
+        self._random = random.Random(self._config.model.seed)
         self._counter = 0
+        self._tokenizer: Any = None
         self._engine = Engine(self._config, _say)
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
@@ -77,31 +72,85 @@ class LLM:
 
     def generate(
         self,
-        prompts: Any,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
+        prompts: Any = None,
+        sampling_params: Params = None,
+        prompt_token_ids: Any = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        *,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt: str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. Results are in the order
-        of the prompts. Raises ValueError when the stack refuses a prompt, with the reason; none of the others is then returned."""
-        wire = as_prompts(prompts)
-        if self._config.model.skip_tokenizer_init and any(prompt.text is not None for prompt in wire):
-            raise ValueError("text prompts need a tokenizer; with skip_tokenizer_init=True give {'prompt_token_ids': [...]}")
-        return Batch(self, wire, as_params(sampling_params, len(wire))).run(use_tqdm)
+        """Continue each prompt: str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. `prompt_token_ids` is the
+        older way to give ids, instead of `prompts` or beside them. Results are in the order of the prompts. Raises ValueError when the
+        stack refuses a prompt, with the reason; none of the others is then returned."""
+        _refuse(lora_request=lora_request)
+        entries = as_prompts(prompts, prompt_token_ids)
+        if priority is not None:
+            if len(priority) != len(entries):
+                raise ValueError(f"{len(entries)} prompts but {len(priority)} priorities; give one for each")
+            entries = [entry._replace(priority=number) for entry, number in zip(entries, priority, strict=True)]
+        self._check_text(entries)
+        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
 
     def chat(
         self,
         messages: Any,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        *,
+        sampling_params: Params = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with the model's chat template."""
-        if not self._roster.has_chat_template:
+        """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with the model's chat template or, for this
+        call, the one given: a template, a file with one, or the name of a built-in one."""
+        _refuse(lora_request=lora_request, tools=tools, mm_processor_kwargs=mm_processor_kwargs)
+        if chat_template_content_format not in ("auto", "string"):
+            raise ValueError(f"chat_template_content_format={chat_template_content_format!r} is not supported; 'auto' and 'string' are")
+        if chat_template is None and not self._roster.has_chat_template:
             raise ValueError(f"{self._config.model.model} has no chat template; give one as LLM(..., chat_template=FILE)")
-        wire = as_chats(messages, add_generation_prompt, continue_final_message)
-        return Batch(self, wire, as_params(sampling_params, len(wire))).run(use_tqdm)
+        render = self._renderer(chat_template) if chat_template is not None else None
+        entries = as_chats(messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render)
+        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: Progress = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, by the rules of transformers' beam search. At most `concurrency_limit`
+        prompts are searched at a time."""
+        _refuse(lora_request=lora_request)
+        entries = as_prompts(prompts)
+        self._check_text(entries)
+        common, options = beam_search(params)
+        size = concurrency_limit or max(1, len(entries))
+        found: list[BeamSearchOutput] = []
+        for start in range(0, len(entries), size):
+            part = entries[start : start + size]
+            batch = Batch(self, part, as_params(common, len(part)), beams=options)
+            batch.run(use_tqdm)
+            found += [_hypotheses(run.prompt_text, group.output) for run, group in batch.searches.items()]
+        return found
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer as one of transformers' (imported now), with the chat template that this LLM uses."""
+        if self._tokenizer is None:
+            from .local_tokenizer import as_transformers
+
+            self._need_text()
+            self._tokenizer = as_transformers(self._engine.tokenizer_path, self._config.tokenizer.chat_template)
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams()
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
@@ -118,6 +167,25 @@ class LLM:
         """End the services. Does nothing the second time."""
         self._finalizer()
 
+    def next_id(self) -> str:
+        """The name of one more request."""
+        self._counter += 1
+        return str(self._counter - 1)
+
+    def _check_text(self, entries: Sequence[Entry]) -> None:
+        if any(entry.prompt.text is not None for entry in entries):
+            self._need_text()
+
+    def _need_text(self) -> None:
+        if self._config.model.skip_tokenizer_init:
+            raise ValueError("text prompts need a tokenizer; with skip_tokenizer_init=True give {'prompt_token_ids': [...]}")
+
+    def _renderer(self, chat_template: str) -> Callable[[Chat], str]:
+        from .local_tokenizer import renderer
+
+        self._need_text()
+        return renderer(self._engine.tokenizer_path, chat_template)
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -125,117 +193,27 @@ class LLM:
         self.shutdown()
 
 
-_REFUSED = ("tokenizer_mode", "tensor_parallel_size", "pipeline_parallel_size", "quantization")
+def _refuse(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} is not supported in this version")
 
 
-def _refuse(tokenizer_mode: str, tensor_parallel: int, pipeline_parallel: int, quantization: str | None) -> None:
-    for name, value in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
-        if value != 1:
-            raise ValueError(f"{name}={value}: only 1 is supported in this version")
-    if quantization is not None:
-        raise ValueError(f"quantization={quantization!r} is not supported in this version; GGUF files bring their own")
-    if tokenizer_mode not in ("auto", "hf"):
-        raise ValueError(f"tokenizer_mode={tokenizer_mode!r} is not supported in this version; only 'auto' is")
-
-
-def configure(given: dict[str, Any]) -> StackConfig:
-    """The stack's settings from keyword arguments; None means the default. Raises TypeError for an unknown name, ValueError for a value."""
-    given = {key: value for key, value in given.items() if value is not None and key not in IGNORED}
-    known = {field.name for kind in STRUCTS.values() for field in structs.fields(kind)} - {"run_dir", "name"}
-    unknown = set(given) - known - set(REPLICAS)
-    if unknown:
-        raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}")
-    counts = {key: given.pop(key) for key in REPLICAS if key in given}
-    unwatched = {"max_step_ms": 0.0}  # nobody waits for single tokens here
-    namespace = argparse.Namespace(**{"log_level": "warning", **unwatched, **given})
-    try:
-        return StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
-    except BadSetting as error:
-        raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
+def _hypotheses(prompt_text: str, output: RequestOutput) -> BeamSearchOutput:
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                tokens=output.prompt_token_ids + one.token_ids,
+                logprobs=one.logprobs or [],
+                cum_logprob=one.cumulative_logprob or 0.0,
+                text=(prompt_text or output.prompt or "") + one.text,
+                finish_reason=one.finish_reason,
+                stop_reason=one.stop_reason,
+            )
+            for one in output.outputs
+        ]
+    )
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-class Batch:
-    """One call of `generate` or `chat`: keeps the stack fed, gathers what comes."""
-
-    def __init__(self, llm: LLM, prompts: list[Any], params: list[SamplingParams], timed: bool = False) -> None:
-        self._engine, self._model = llm._engine, llm._config.model
-        self._limit = AHEAD * llm._config.scheduler.max_num_seqs * llm._config.num_workers
-        self._groups: list[Group] = []
-        self._ended: list[Collector] = []
-        self._waiting: deque[tuple[Collector, Job]] = deque()
-        for place, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-            group = Group(str(llm._counter), place, prompt, chosen)
-            llm._counter += 1
-            self._groups.append(group)
-            for index in range(chosen.n):
-                self._waiting.append(
-                    (Collector(group, index, timed, self._ended.append), self._job(group, index, llm._random.getrandbits(63)))
-                )
-        self._running: dict[Collector, tuple[Stream, Job]] = {}
-        self.collectors = [collector for collector, _ in self._waiting]
-
-    def _job(self, group: Group, index: int, seed: int) -> Job:
-        params = group.params
-        sampling = params.sampling(seed)
-        if index and params.seed is not None:
-            sampling = structs.replace(sampling, seed=(sampling.seed + index) % 2**63)
-        text = params.text_options(has_text=not self._model.skip_tokenizer_init)
-        return Job(group.prompt, sampling, text, max_tokens_is_rest=params.max_tokens is None)
-
-    def run(self, use_tqdm: bool | Callable[..., Any] = False) -> list[RequestOutput]:
-        self._engine.check_open()
-        bar = Bar(use_tqdm, len(self._groups))
-        try:
-            self._engine.refresh()
-            while self._waiting or self._running:
-                self._feed()
-                self._engine.pump()
-                self._gather(bar)
-        finally:
-            for stream, _ in self._running.values():
-                self._engine.owner.cancel(stream)
-            bar.close()
-        return [group.output for group in self._groups]
-
-    def _feed(self) -> None:
-        while self._waiting and len(self._running) < self._limit:
-            collector, job = self._waiting[0]
-            stream = self._engine.submit(job, collector)
-            if stream is None:
-                return
-            self._waiting.popleft()
-            self._running[collector] = (stream, job)
-
-    def _gather(self, bar: Bar) -> None:
-        ended, self._ended[:] = self._ended[:], []
-        for collector in ended:
-            stream, job = self._running.pop(collector)
-            if collector.error is None:
-                self._finish(stream, collector, bar)
-            elif collector.error.status == 429:
-                collector.error = None
-                self._waiting.append((collector, job))
-            else:
-                self._raise(collector)
-
-    def _finish(self, stream: Stream, collector: Collector, bar: Bar) -> None:
-        group = collector.group
-        collector.completion.token_ids = stream.out.tolist()
-        group.unfinished -= 1
-        if not group.unfinished:
-            group.output.finished = True
-            group.output.metrics.finished_time = time.monotonic()
-            group.output.metrics.first_token_time = min(
-                (c.moments[0] for c in self.collectors if c.group is group and c.moments), default=0.0
-            )
-            bar.done(group.output)
-
-    def _raise(self, collector: Collector) -> None:
-        error, place = collector.error, collector.group.place
-        assert error is not None
-        kind = ValueError if 400 <= error.status < 500 else EngineError
-        raise kind(f"prompt {place}: {error.message}")

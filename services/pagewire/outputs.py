@@ -12,6 +12,10 @@ class Logprob:
     decoded_token: str | None = None
 
 
+PromptLogprobs = list[dict[int, Logprob] | None]
+"""For each prompt token its own entry first, then the likeliest ones; None for the first token, which nothing precedes."""
+
+
 @dataclass
 class CompletionOutput:
     """One of a request's `n` continuations. `finish_reason` is "stop" or "length"; `stop_reason` the stop string or stop token id that was
@@ -24,6 +28,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    lora_request: None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -31,20 +36,51 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Moments on the monotonic clock, in seconds; 0 when not reached."""
+    """Moments on the monotonic clock, in seconds; 0 when not reached. `time_in_queue` is a duration."""
 
     arrival_time: float = 0.0
+    first_scheduled_time: float = 0.0
     first_token_time: float = 0.0
+    last_token_time: float = 0.0
     finished_time: float = 0.0
+
+    @property
+    def time_in_queue(self) -> float:
+        return max(0.0, self.first_scheduled_time - self.arrival_time)
 
 
 @dataclass
 class RequestOutput:
+    """`prompt` is the text as given, for a chat as the model's template renders it, None for token ids."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = False
-    prompt_logprobs: None = None
+    prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+
+
+@dataclass
+class BeamSearchSequence:
+    """One hypothesis. `tokens` and `text` begin with the prompt; `cum_logprob` is without the length penalty. `logprobs`: an entry for each
+    generated token."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """The best hypotheses of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

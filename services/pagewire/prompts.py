@@ -1,55 +1,114 @@
-"""The forms in which a program may hand over prompts, made into the protocol's one form. Knows no process and no socket."""
+"""The forms in which a program may hand over prompts, made into one form. Knows no process and no socket."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pagewire_protocol.columns import pack
 from pagewire_protocol.parts import Chat, ChatMessage, Prompt
 
 from .params import SamplingParams
 
-PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+MAX_CACHE_SALT = 128
+MAX_KWARGS = 65_536
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
-    """str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. Raises ValueError or TypeError naming the place."""
+class Entry(NamedTuple):
+    """One prompt as it goes to the stack, and `text` as the program gave it. `special`: whether the tokenizer adds special tokens."""
+
+    prompt: Prompt
+    text: str | None = None
+    special: bool = True
+    cache_salt: str = ""
+    priority: int = 0
+
+
+def as_prompts(prompts: Any, token_ids: Any = None) -> list[Entry]:
+    """str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. `token_ids` is the older way to give ids, one list
+    or a list of them, beside or instead of texts. Raises ValueError or TypeError naming the place."""
+    if token_ids is not None:
+        return _with_ids(prompts, [token_ids] if _is_ids(token_ids) else token_ids)
     if isinstance(prompts, (str, Mapping)) or _is_ids(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a string, token ids, a dict or a list of these, got {type(prompts).__name__}")
-    return [_as_prompt(prompt, i) for i, prompt in enumerate(prompts)]
+    return [_as_entry(prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def _with_ids(prompts: Any, token_ids: Any) -> list[Entry]:
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, (str, bytes)):
+        raise TypeError(f"prompt_token_ids must be a list of token ids or a list of such lists, got {type(token_ids).__name__}")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or [None] * len(token_ids))
+    if len(texts) != len(token_ids):
+        raise ValueError(f"{len(texts)} prompts but {len(token_ids)} prompt_token_ids; give one for each")
+    return [_as_entry(ids, i)._replace(text=text) for i, (text, ids) in enumerate(zip(texts, token_ids, strict=True))]
 
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0 and all(type(t) is int for t in value)
 
 
-def _as_prompt(prompt: Any, place: int) -> Prompt:
-    if isinstance(prompt, Mapping):
-        extra = {key for key, value in prompt.items() if value is not None} - PROMPT_KEYS
-        if extra:
-            raise ValueError(f"prompt {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version")
-        ids = prompt.get("prompt_token_ids")
-        prompt = prompt.get("prompt") if ids is None else ids
+def _as_entry(prompt: Any, place: int) -> Entry:
     if isinstance(prompt, str):
-        return Prompt(text=prompt)
+        return Entry(Prompt(text=prompt), prompt)
+    if isinstance(prompt, Mapping):
+        return _from_mapping(prompt, place)
     if not _is_ids(prompt):
         raise ValueError(f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}")
     try:
-        return Prompt(ids=pack("i", prompt))
+        return Entry(Prompt(ids=pack("i", prompt)))
     except OverflowError:
         raise ValueError(f"prompt {place}: a token id is out of range: {max(prompt, key=abs)}") from None
 
 
-def as_chats(messages: Any, add_generation_prompt: bool, continue_final_message: bool) -> list[Prompt]:
-    """One conversation (a list of {"role", "content"}) or a list of conversations."""
+def _from_mapping(prompt: Mapping[Any, Any], place: int) -> Entry:
+    extra = {key for key, value in prompt.items() if value is not None} - PROMPT_KEYS
+    if extra:
+        raise ValueError(f"prompt {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version")
+    ids, text, salt = prompt.get("prompt_token_ids"), prompt.get("prompt"), prompt.get("cache_salt")
+    if isinstance(ids, Mapping) or isinstance(text, Mapping):
+        raise ValueError(f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}")
+    if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_CACHE_SALT):
+        raise ValueError(f"prompt {place}: cache_salt must be a string of 1 to {MAX_CACHE_SALT} characters, got {salt!r:.80}")
+    entry = _as_entry(text if ids is None else ids, place)
+    return entry._replace(text=text, cache_salt=salt or "")
+
+
+def as_chats(
+    messages: Any,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+    render: Callable[[Chat], str] | None = None,
+) -> list[Entry]:
+    """One conversation (a list of {"role", "content"}) or a list of conversations. `render` makes the text here instead of leaving it to
+    the tokenizer service."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError("messages must be a list of {'role': ..., 'content': ...}, or a list of such lists")
     talks = [messages] if isinstance(messages[0], Mapping) else messages
-    return [
-        Prompt(chat=Chat(tuple(_as_message(message, i) for message in talk), add_generation_prompt, continue_final_message))
-        for i, talk in enumerate(talks)
-    ]
+    kwargs = _kwargs(template_kwargs)
+    entries: list[Entry] = []
+    for place, talk in enumerate(talks):
+        said = tuple(_as_message(message, place) for message in talk)
+        if not said:
+            raise ValueError(f"conversation {place}: at least one message with a role and content is needed")
+        chat = Chat(said, add_generation_prompt, continue_final_message, kwargs)
+        text = render(chat) if render else None
+        entries.append(Entry(Prompt(chat=chat) if text is None else Prompt(text=text), text, special=False))
+    return entries
+
+
+def _kwargs(given: Mapping[str, Any] | None) -> bytes:
+    if not given:
+        return b""
+    try:
+        encoded = json.dumps(dict(given)).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"chat_template_kwargs must be what JSON can say: {error}") from None
+    if len(encoded) > MAX_KWARGS:
+        raise ValueError(f"chat_template_kwargs has {len(encoded)} bytes as JSON, at most {MAX_KWARGS} are allowed")
+    return encoded
 
 
 def _as_message(message: Any, place: int) -> ChatMessage:
@@ -71,7 +130,7 @@ def _content(content: Any, place: int) -> str:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"conversation {place}: content must be text, got {part!r:.80}")
         parts.append(part["text"])
-    return "".join(parts)
+    return "\n".join(parts)
 
 
 def as_params(params: Any, count: int) -> list[SamplingParams]:

@@ -6,15 +6,16 @@ import pytest
 from pagewire import SamplingParams
 from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
-from pagewire.llm import configure
 from pagewire.prompts import as_chats, as_params, as_prompts
+from pagewire.settings import configure
+from pagewire.wire import sampling
 from pagewire_protocol.columns import pack
 
 
 def test_the_defaults_are_the_ones_people_know() -> None:
     params = SamplingParams()
     assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p, params.max_tokens) == (1, 1.0, 1.0, -1, 0.0, 16)
-    wire = params.sampling(seed=5)
+    wire = sampling(params, seed=5)
     assert (wire.seed, wire.top_k, wire.max_tokens, wire.logprobs) == (5, 0, 16, -1)
     assert {"temperature", "top_k", "stop_token_ids", "ignore_eos"} <= set(SamplingParams.__annotations__)
 
@@ -34,8 +35,14 @@ def test_the_defaults_are_the_ones_people_know() -> None:
         ({"stop": ""}, "stop strings must have 1 to"),
         ({"stop": "x", "detokenize": False}, "need detokenize"),
         ({"temperature": float("nan")}, "temperature must be a number"),
-        ({"use_beam_search": True}, "use_beam_search=True is not supported"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs=1 is not supported"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be from 0 to 20, got 21"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be -1 or at least 1, got 0"),
+        ({"logit_bias": {5: 101}}, "logit_bias of token 5 must be from -100 to 100, got 101"),
+        ({"logit_bias": {"x": 1}}, "a token id in logit_bias must be a whole number, got 'x'"),
+        ({"allowed_token_ids": []}, "allowed_token_ids takes 1 to 65536 ids, got 0"),
+        ({"bad_words": [""]}, "bad_words must have 1 to 256 characters"),
+        ({"logits_processors": [print]}, "logits_processors=.* is not supported"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs=.* is not supported"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_numbers(given: dict[str, Any], words: str) -> None:
@@ -49,10 +56,10 @@ def test_an_unknown_parameter_is_refused_by_name() -> None:
 
 
 def test_prompts_in_all_their_forms() -> None:
-    assert as_prompts("a")[0].text == "a"
-    assert as_prompts([1, 2])[0].ids == pack("i", [1, 2])
+    assert as_prompts("a")[0].prompt.text == "a"
+    assert as_prompts([1, 2])[0].prompt.ids == pack("i", [1, 2])
     mixed = as_prompts(["a", {"prompt": "b"}, {"prompt_token_ids": [3]}, [4, 5]])
-    assert [(p.text, p.ids) for p in mixed] == [("a", None), ("b", None), (None, pack("i", [3])), (None, pack("i", [4, 5]))]
+    assert [(e.prompt.text, e.prompt.ids) for e in mixed] == [("a", None), ("b", None), (None, pack("i", [3])), (None, pack("i", [4, 5]))]
     for bad, words in [({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data"), ([[]], "prompt 0"), ([[2**40]], "out of range")]:
         with pytest.raises(ValueError, match=words):
             as_prompts(bad)
@@ -63,8 +70,8 @@ def test_prompts_in_all_their_forms() -> None:
 def test_conversations_alone_and_many() -> None:
     talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert len(as_chats(talk, True, False)) == 1 and len(as_chats([talk, talk], True, False)) == 2
-    chat = as_chats(talk, True, False)[0].chat
-    assert chat is not None and chat.messages[0].content == "ab"
+    chat = as_chats(talk, True, False)[0].prompt.chat
+    assert chat is not None and chat.messages[0].content == "a\nb"
     for bad in ("hi", [{"role": "user"}], [{"content": "x"}]):
         with pytest.raises(ValueError, match="role"):
             as_chats(bad, True, False)
@@ -96,7 +103,7 @@ def test_a_bad_setting_is_refused_in_the_words_of_a_program(given: dict[str, Any
 
 
 def test_settings_survive_the_way_to_a_child_process() -> None:
-    given = ["--api-key=-begins-with-a-dash", "--api-key", "one", "two", "--served-model-name", "a", "b"]
+    given = ["--api-key=-begins-with-a-dash", "--api-key", "one", "--api-key", "two", "--served-model-name", "a", "b"]
     (config,) = parse_structs("frontend", "", (FrontendConfig,), given)
     assert config.api_key == ("-begins-with-a-dash", "one", "two") and config.served_model_name == ("a", "b")
     assert parse_structs("frontend", "", (FrontendConfig,), to_flags(config)) == [config]
