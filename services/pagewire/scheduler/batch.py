@@ -11,7 +11,7 @@ from pagewire_protocol.messages import Admission, Shared, Step, pack
 from .pace import LEAST_CHUNK, chunk_ms, decodes_ms
 from .replica import NO_ROWS, Flight, Replica
 from .request import Phase, Request
-from .slots import I32, ints
+from .slots import I32, NEVER, ints
 
 
 def form(replica: Replica, epoch: int, now: float) -> Step | None:
@@ -129,14 +129,19 @@ def _advance_chunks(replica: Replica, decodes: I32, chunks: list[tuple[Request, 
 
 
 def _sample(replica: Replica, rows: I32) -> None:
-    """Each of `rows` computes its last known token and samples one more; those that may not grow further run no more."""
+    """Each of `rows` computes its last known token and samples one more; those that may not grow further run no more. As long as the same
+    rows run, it is known when the first of them gets there."""
     slots = replica.slots
     known = slots.known[rows] + 1
     slots.known[rows] = known
     slots.sent[rows] = known - 1
-    last = known >= slots.final[rows]
-    if last.any():
-        slots.set_decoding(rows[last], False)
+    if rows is replica.last_run and replica.last_room > 1:
+        replica.last_room -= 1
+        return
+    room = slots.final[rows] - known
+    replica.last_room = int(room.min(initial=NEVER))
+    if replica.last_room <= 0:
+        slots.set_decoding(rows[room <= 0], False)
 
 
 def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: dict[int, int]) -> Step:

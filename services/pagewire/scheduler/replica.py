@@ -77,8 +77,12 @@ class Replica:
         self.computing: set[bytes] = set()
         """Hashes of blocks that placed requests will seal."""
         self.last_run: I32 = NO_ROWS
-        self.last_reads = 0
+        """The rows of the newest step; the same array as long as the same ones run, for which then hold"""
         self.last_bytes = b""
+        self.last_reads = 0
+        """the tokens that they attend to together, and"""
+        self.last_room = 0
+        """the tokens that the one nearest to its end may still grow."""
 
     @property
     def capacity(self) -> int:
