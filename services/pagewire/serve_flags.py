@@ -15,6 +15,7 @@ from .cli import add_model, new_parser, positive, read_all, take_model
 from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags
 from .flags import ALIASES, FOREIGN, Refused, ignored_variables, judge
 
+EPILOG = "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
 RUN_DIR_HELP = "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
 STRUCTS: tuple[type[Any], ...] = (RunConfig, ModelConfig, FrontendConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
 REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
@@ -24,6 +25,7 @@ INTERNAL = ("socket_fd", "name", "run_dir")
 def new(command: str, description: str) -> argparse.ArgumentParser:
     """A parser for everything that a stack is started with. What was not given is absent from its namespace."""
     parser = new_parser(command, description)
+    parser.epilog = EPILOG
     add_model(parser)
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of settings by these names; flags win")
     parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
@@ -53,7 +55,7 @@ def _add_foreign(parser: argparse.ArgumentParser) -> None:
         if name in own:
             continue
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {"nargs": "?", "const": ""}
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
         parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **kind)
 
 
@@ -92,7 +94,7 @@ def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         try:
             line = judge(name, value)
         except Refused as refusal:
-            return parser.error(f"{flag}{'' if value in (True, '') else f' {value}'} is not supported: {refusal}")
+            return parser.error(f"{flag}{'' if value is True else f' {value}'}: {refusal}")
         if line:
             lines.append(f"{flag} {line}")
     return lines

@@ -44,7 +44,7 @@ def _judged(name: str, value: Any) -> str:
     try:
         line = judge(name, value)
     except Refused as refusal:
-        raise ValueError(f"{name}={value!r} is not supported: {refusal}") from None
+        raise ValueError(f"{name}={value!r}: {refusal}") from None
     return f"{name}={value!r} {line}" if line else ""
 
 
