@@ -95,10 +95,12 @@ def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.c
 def pick_config(n: int, k: int, gated: bool) -> RowConfig:
     """The launch shape for n results of inner size k; measured on an H200 (docs/performance.md)."""
     if k > 8192:
-        return RowConfig(8, 512, 4, 3)
-    if k > 3072:
-        return RowConfig(4, 512, 1, 4) if n < 16384 and not gated else RowConfig(4, 1024, 4, 3)
-    return RowConfig(4, 512, 1, 4, early=True) if k <= 1024 else RowConfig(4, 1024, 4, 3, early=True)
+        return RowConfig(8, 512, 2, 3)
+    if gated:
+        return RowConfig(2, 512, 1, 3, early=True) if k <= 2048 else RowConfig(4, 1024, 4, 3)
+    if k <= 3072:
+        return RowConfig(4, 1024, 1, 3, early=True) if k <= 1024 else RowConfig(2, 1024, 4, 3, early=True)
+    return RowConfig(2, 1024, 1, 3, early=True) if n <= 4096 else RowConfig(8, 512, 2, 3)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, n: int, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
