@@ -1,6 +1,7 @@
 """Tiny models of every family, made with transformers and saved as users would have them; a harness that runs ours position by position."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pagewire.worker.runner import Runner
 from pagewire_kernels.batch import make_batch
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
-from worker.model_variants import CAUSAL, SIZES, VARIANTS
+from worker.model_variants import BY_LENGTH, CAUSAL, SIZES, VARIANTS
 
 BLOCK = 8
 
@@ -21,10 +22,11 @@ def build(variant: str):
     """A transformers model in float32, random biases and norms included: their defaults of 0 and 1 would hide mistakes."""
     import transformers
 
-    family, extra = VARIANTS[variant]
+    family, extra = (VARIANTS | BY_LENGTH)[variant]
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **extra})
-    config._attn_implementation = "eager"
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # the others leave the cap out
     model = getattr(transformers, CAUSAL.get(family, f"{family}ForCausalLM"))(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,6 +76,10 @@ class Harness:
         with torch.inference_mode():
             self._loaded.cache.fill_(0.5)
 
+    @property
+    def max_model_len(self) -> int:
+        return self._loaded.sizing.max_model_len
+
     def table(self, tokens: int) -> list[int]:
         return [self.free.pop() for _ in range(-(-tokens // BLOCK))]
 
@@ -105,10 +111,15 @@ class Driver:
         self.held: dict[int, list[int]] = {}
         self.results: list[StepResult] = []
 
-    def admission(self, slot: int, prompt: list[int], sampling: Sampling, output: tuple[int, ...] = (), room: int = 0) -> Admission:
-        blocks = [self.free.pop() for _ in range(-(-(len(prompt) + len(output) + room) // self.block_size))]
-        self.held[slot], self.out[slot] = blocks, list(output)
-        return Admission(slot, slot, pack("i", prompt), pack("i", output), pack("i", blocks), 0, sampling)
+    def admission(
+        self, slot: int, prompt: list[int], sampling: Sampling, output: tuple[int, ...] = (), room: int = 0, cached: Sequence[int] = ()
+    ) -> Admission:
+        """`cached`: blocks of another request that hold the beginning of this one's tokens."""
+        needed = -(-(len(prompt) + len(output) + room) // self.block_size)
+        own = [self.free.pop() for _ in range(needed - len(cached))]
+        self.held[slot], self.out[slot] = own, list(output)
+        computed = len(cached) * self.block_size
+        return Admission(slot, slot, pack("i", prompt), pack("i", output), pack("i", [*cached, *own]), computed, sampling)
 
     def step(self, epoch: int = 1, **parts) -> StepResult:
         result = self.runner.execute(Step(epoch, len(self.results), **parts))

@@ -29,6 +29,7 @@ SOFT_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 GEMMA3 = {"head_dim": 32, "num_hidden_layers": 4, "sliding_window": 21, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -63,7 +64,6 @@ VARIANTS = {
     "falcon-11b": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     "falcon-rw": ("Falcon", RW),
     "phi3": ("Phi3", {"sliding_window": 21}),
-    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
     "phi4-mini": ("Phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 40}),
     "qwen2-moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True}),
@@ -71,4 +71,9 @@ VARIANTS = {
     "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
 }
+BY_LENGTH = {
+    "longrope": ("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
+    "dynamic-rope": ("Llama", {"max_position_embeddings": 64, "rope_parameters": DYNAMIC}),
+}
+"""Rotation depends on the length of what is computed: transformers decides anew each time, a worker once."""
 CAUSAL = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
