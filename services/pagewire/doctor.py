@@ -4,6 +4,8 @@ Each check is a function that returns one finding; torch is looked at in a proce
 and not a crash.
 """
 
+import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -11,15 +13,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from . import hub
 from .cli import add_model, new_parser, read_all, take_model
 from .config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from .version import __version__
+from .worker import kernel_cache
+from .worker.gpus import NoUsableGpu, Sight, read_sight
+from .worker.gpus import check as check_gpu
+from .worker.precision import BFLOAT16_FROM
 
 Mark = Literal["ok", "note", "BROKEN"]
 PACKAGES = (
@@ -38,14 +44,9 @@ PACKAGES = (
 )
 OPTIONAL = ("uvloop", "tqdm", "triton")
 LOW_MEMORY_GB, LOW_DISK_GB = 2.0, 2.0
-TORCH_REPORT = """
-import torch
-print(torch.__version__, torch.version.cuda or "no CUDA")
-for i in range(torch.cuda.device_count()):
-    free, total = torch.cuda.mem_get_info(i)
-    major, minor = torch.cuda.get_device_capability(i)
-    print(f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-"""
+LOOK_S = 120
+DOCTORS_BLOCKS, DOCTORS_CONTEXT = 64, 512
+"""KV blocks and context of the generation that is tried: little, so that it fits beside a running server."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,62 @@ def check_versions() -> Finding:
     return Finding("ok", "versions", ", ".join(found))
 
 
-def check_torch() -> Finding:
-    result = subprocess.run([sys.executable, "-c", TORCH_REPORT], capture_output=True, text=True, timeout=120, check=False)
+def look_at_gpus() -> Sight:
+    """In a process of its own. Raises RuntimeError with torch's last word where it cannot be imported."""
+    command = [sys.executable, "-m", "pagewire.worker.gpus"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=False)
     if result.returncode:
-        return Finding("BROKEN", "torch", (result.stderr.strip().splitlines() or ["it cannot be imported"])[-1])
-    version, *devices = result.stdout.strip().splitlines()
-    if devices:
-        return Finding("ok", "device", f"{'; '.join(devices)} (torch {version}, driver {driver_version()})")
-    if shutil.which("nvidia-smi"):
-        return Finding(
-            "BROKEN", "device", f"a driver is here ({driver_version()}) but torch {version} sees no GPU; install a CUDA build of torch"
-        )
-    return Finding("note", "device", f"no GPU: the model runs on {os.cpu_count()} CPU cores of {cpu_name()} (torch {version})")
+        raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])
+    return read_sight(result.stdout)
 
 
-def driver_version() -> str:
+def check_device(sight: Sight, device: str) -> Finding:
+    """`device` is the flag: what keeps torch from a GPU is no defect where the CPU was asked for."""
+    built = f"torch {sight.torch}" + (f" for CUDA {sight.cuda}" if sight.cuda else "")
+    if sight.gpus:
+        return _check_gpus(sight, built)
+    if sight.reason:
+        wanted = device == "cuda" or (device == "auto" and not sight.hidden)
+        return Finding("BROKEN" if wanted else "note", "device", f"{sight.reason} ({built})")
+    none = f"no GPU: the model runs on {os.cpu_count()} CPU cores of {cpu_name()} ({built})"
+    return Finding("BROKEN", "device", f"--device cuda, but {none}") if device == "cuda" else Finding("note", "device", none)
+
+
+def _check_gpus(sight: Sight, built: str) -> Finding:
+    """The first GPU is the one that a worker takes."""
+    told, mark = list[str](), cast(Mark, "ok")
+    for gpu in sight.gpus:
+        major, minor = gpu.capability
+        text = f"{gpu.title()}, compute capability {major}.{minor}, {gpu.free / 2**30:.1f} GiB free"
+        if gpu.users():
+            text, mark = f"{text}; {gpu.users()}", "note"
+        if gpu.capability < BFLOAT16_FROM:
+            text, mark = f"{text}; no bfloat16: float16 is used instead", "note"
+        told.append(text)
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
+        check_gpu(sight.gpus[0], sight.architectures)
+    except NoUsableGpu as error:
+        return Finding("BROKEN", "device", str(error))
+    return Finding(mark, "device", f"{'; '.join(told)} ({built}, driver {sight.driver or 'unknown'})")
+
+
+def check_compiler() -> Finding:
+    """Triton builds its launchers with it."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return Finding("BROKEN", "compiler", f"no C compiler ({', '.join(names)}), which the GPU's kernels need: install gcc")
+    return Finding("ok", "compiler", found)
+
+
+def check_kernel_cache() -> Finding:
+    place = kernel_cache.usual()
+    try:
+        kernel_cache.try_writing(place)
+    except OSError as error:
+        text = f"compiled kernels cannot be kept, so that each start compiles them: {error}; set {kernel_cache.VARIABLE}"
+        return Finding("note", "kernel cache", text)
+    return Finding("ok", "kernel cache", f"{kernel_cache.compiled(place)} compiled kernels in {place}")
 
 
 def cpu_name() -> str:
@@ -150,8 +187,12 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
     began = time.monotonic()
     settings = {
         "device": worker.device,
+        "dtype": worker.dtype,
         "max_num_seqs": 4,
-        "max_model_len": min(model.max_model_len or 512, 512),
+        "max_model_len": min(model.max_model_len or DOCTORS_CONTEXT, DOCTORS_CONTEXT),
+        "num_kv_blocks": max(DOCTORS_BLOCKS, -(-DOCTORS_CONTEXT // worker.block_size)),
+        "block_size": worker.block_size,
+        "enforce_eager": True,
         "tokenizer": model.tokenizer,
     }
     with LLM(model.model, **{key: value for key, value in settings.items() if value}) as llm:
@@ -169,20 +210,29 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     take_model(parser, options)
     model, frontend, worker = read_all(parser.error, (ModelConfig, FrontendConfig, WorkerConfig), options)
-    checks: list[tuple[str, Callable[[], Finding]]] = [
-        ("versions", check_versions),
-        ("device", check_torch),
-        ("memory", check_memory),
-        ("disk", check_disk),
-        ("run directory", check_run_dir),
-        ("port", lambda: check_port(frontend)),
-        ("model", lambda: check_model(model)),
-    ]
-    if not options.no_generation:
-        checks.append(("generation", lambda: check_generation(model, worker)))
+    checks = list_checks(model, frontend, worker, not options.no_generation)
     broken = [subject for subject, check in checks if report(subject, check).mark == "BROKEN"]
     print(f"\nbroken: {', '.join(broken)}" if broken else "\neverything works")
     return 1 if broken else 0
+
+
+def list_checks(
+    model: ModelConfig, frontend: FrontendConfig, worker: WorkerConfig, generate: bool
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """What is to be checked, in order; what only a GPU needs comes where one was found."""
+    sight = functools.cache(look_at_gpus)
+    yield "versions", check_versions
+    yield "device", lambda: check_device(sight(), worker.device)
+    with contextlib.suppress(RuntimeError, subprocess.SubprocessError):  # the finding above says so
+        if sight().gpus and worker.device != "cpu":
+            yield from (("compiler", check_compiler), ("kernel cache", check_kernel_cache))
+    yield "memory", check_memory
+    yield "disk", check_disk
+    yield "run directory", check_run_dir
+    yield "port", lambda: check_port(frontend)
+    yield "model", lambda: check_model(model)
+    if generate:
+        yield "generation", lambda: check_generation(model, worker)
 
 
 def report(subject: str, check: Callable[[], Finding]) -> Finding:

@@ -5,16 +5,17 @@
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
 import subprocess
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 log = logging.getLogger("pagewire.worker")
 GIB: Final = 1 << 30
@@ -25,6 +26,8 @@ SMI: Final = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used
 SMI_S: Final = 20
 LEAST_DRIVER: Final = {11: 450, 12: 525, 13: 580}
 """Of each CUDA release (its first number) the oldest driver that runs it, by NVIDIA's table of minor version compatibility."""
+HIDDEN: Final = ("", "-1")
+"""Values of CUDA_VISIBLE_DEVICES that leave no GPU."""
 DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
 
 
@@ -75,7 +78,8 @@ class Gpu:
 @dataclass(frozen=True)
 class Sight:
     """What torch sees. cuda: the release it was built for, "" without; architectures: like sm_90; reason: why it can use no GPU, empty
-    where it can, or where there is none; driver: empty without one; gpus: empty unless looked at in detail."""
+    where it can, or where there is none; hidden: somebody may have wanted it so; driver: empty without one; gpus: empty unless looked at
+    in detail."""
 
     torch: str
     cuda: str
@@ -84,6 +88,7 @@ class Sight:
     architectures: tuple[str, ...] = ()
     gpus: tuple[Gpu, ...] = ()
     reason: str = ""
+    hidden: bool = False
 
 
 def look(detailed: bool = True) -> Sight:
@@ -93,13 +98,14 @@ def look(detailed: bool = True) -> Sight:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    driver, cuda = driver_version(), torch.version.cuda or ""
+    version, driver, cuda = str(torch.__version__), driver_version(), torch.version.cuda or ""
     if not count:
         first = str(said[0].message) if said else ""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return Sight(torch.__version__, cuda, driver, reason=why_none(cuda, driver, has_device(), first, visible))
+        device, visible = has_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = not device or (visible is not None and visible.strip() in HIDDEN)
+        return Sight(version, cuda, driver, reason=why_none(cuda, driver, device, first, visible), hidden=hidden)
     found = tuple(survey(i) for i in range(count)) if detailed else ()
-    return Sight(torch.__version__, cuda, driver, count, tuple(torch.cuda.get_arch_list()), found)
+    return Sight(version, cuda, driver, count, tuple(torch.cuda.get_arch_list()), found)
 
 
 def survey(index: int) -> Gpu:
@@ -187,7 +193,7 @@ def why_none(cuda: str, driver: str, device: bool, warning: str, visible: str | 
         return f"{here}, but no GPU is given to this process; start a container with --gpus all"
     if not cuda:
         return f"{here}, but this torch was built without CUDA; install a CUDA build of torch"
-    if visible is not None and visible.strip() in ("", "-1"):
+    if visible is not None and visible.strip() in HIDDEN:
         return f"{here}, but CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
     least = LEAST_DRIVER.get(int(cuda.partition(".")[0]), 0)
     number = driver.partition(".")[0]
@@ -240,8 +246,13 @@ def usable(asked: str) -> bool:
     return False
 
 
+def read_sight(text: str) -> Sight:
+    """What `python -m pagewire.worker.gpus` printed."""
+    return msgspec.json.decode(text, type=Sight)
+
+
 def main() -> None:
-    print(json.dumps(asdict(look())))
+    print(msgspec.json.encode(look()).decode())
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ def prepare(run_dir: Path) -> Path:
     """Make the directory and point Triton at it. Where it cannot be written, one below `run_dir` serves, for as long as that exists."""
     try:
         place = usual()
-        _try_writing(place)
+        try_writing(place)
     except (OSError, RuntimeError) as error:
         place = run_dir / "triton"
         log.warning("compiled kernels cannot be kept (%s): they go to %s; set %s to a directory that stays", error, place, VARIABLE)
-        _try_writing(place)
+        try_writing(place)
     os.environ[VARIABLE] = str(place)
     return place
 
 
-def _try_writing(place: Path) -> None:
+def try_writing(place: Path) -> None:
+    """Makes the directory. Raises OSError where nothing can be kept in it."""
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place):
         pass
