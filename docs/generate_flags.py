@@ -17,8 +17,8 @@ flags that `--help` does not list; as keyword arguments of `LLM`, with underscor
 - The model is given as `pagewire serve MODEL` or with `--model MODEL`.
 - Whole numbers may be written as `4k` (4,000), `4K` (4,096), `1.5m` or `1M` (1,048,576). `--max-model-len auto` and `-1` mean what fits.
 - A flag for a list takes one value and may be given again, or takes a JSON list; only `--served-model-name` takes several.
-- `--config FILE` reads a YAML mapping of the same names, with dashes or underscores: `max-model-len: 4096`. What the command line says wins,
-  and an unknown name is an error.
+- `--config FILE` reads a YAML mapping of the same names, with dashes or underscores: `max-model-len: 4096`. What the command line says
+  wins, and an unknown name is an error.
 - An unknown flag is an error that names the nearest one.
 """
 
