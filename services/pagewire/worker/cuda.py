@@ -69,14 +69,14 @@ class CudaRunner:
     ) -> None:
         self._incarnation = incarnation
         self._loaded = setup.load(path, model, config, progress)
-        sizing = self._loaded.sizing
+        sizing, eager = self._loaded.sizing, config.enforce_eager or not self._loaded.capturable
         self._slots = Slots(scheduler.max_num_seqs, sizing.max_model_len, config.block_size)
         with torch.inference_mode():
             self._state = SlotState.empty(self._slots.count + 1, self._slots.tables.shape[1], "cuda")
             self._uploads = Uploads("cuda")
-            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, config.enforce_eager, scheduler.enable_cascade)
+            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
-            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, config.enforce_eager)
+            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager)
             self._steps.capture_all(lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._cost = cost.measure(self._steps, self._loaded)

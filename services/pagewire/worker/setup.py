@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec import structs
 from pagewire_kernels.backend import backend
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from .architecture import Architecture, Config, Unsupported, eos_token_ids, read
 from .gguf_file import Gguf
 from .gpus import Gpu
 from .layers import Build
-from .models import describe
+from .models import FAMILIES, describe, fallback
 from .models.decoder import Decoder
+from .models.fallback import FallbackDecoder, OtherArchitecture, Plan
 from .pytorch_file import PATTERN, PytorchFiles
 from .weights import Source
 
@@ -29,12 +31,17 @@ class Loaded:
     """A model ready to run: caches[layer] is [2, blocks, Hkv, block_size, D], all views of `cache` [layers, 2, blocks, ...]; cos_sin[layer]
     is [positions, D], the same tensor for layers that rotate alike."""
 
-    decoder: Decoder
+    decoder: Decoder | FallbackDecoder
     sizing: kv.Sizing
     cos_sin: list[Tensor]
     cache: Tensor
     eos_token_ids: tuple[int, ...]
     device: str
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a forward pass may be captured as a CUDA graph."""
+        return isinstance(self.decoder, Decoder)
 
     @property
     def caches(self) -> list[Tensor]:
@@ -50,20 +57,36 @@ def load(
     device = choose_device(config.device)
     gpu = look_at_gpu() if device == "cuda" else None
     source, settings, eos = open_model(path, model.load_format)
-    arch = describe(settings)
+    other = None
+    if settings.get("model_type") not in FAMILIES:
+        other, config = plan_other(path, source, settings, model), structs.replace(config, enforce_eager=True)
+    arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
     sizing = _size_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else _size(arch, dtype, model, config)
     for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        decoder = Decoder(arch, Build(backend(device), dtype, device))
-        weights.load(decoder, source, settings, model.seed, progress)
+        if other is None:
+            decoder = Decoder(arch, Build(backend(device), dtype, device))
+            weights.load(decoder, source, settings, model.seed, progress)
+        else:
+            progress("loading weights through transformers", 0.0)
+            decoder = other.load(model.load_format, backend(device), dtype, device, model.seed)
         if gpu:
             torch.cuda.empty_cache()  # tensors are converted on the GPU: what that took is not to be missing from the cache
         cache = torch.zeros(
             (arch.num_layers, 2, sizing.num_blocks, arch.num_kv_heads, sizing.block_size, arch.head_dim), dtype=dtype, device=device
         )
     return Loaded(decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device)
+
+
+def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
+    """For a model of no family of ours. Raises Unsupported."""
+    if isinstance(source, Path):
+        weights.check_safetensors(source)
+    found = fallback.plan(path, settings, model.trust_remote_code)
+    log.info("model_type %r has no implementation here: it runs through transformers, correctly but more slowly", found.arch.model_type)
+    return found
 
 
 def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
@@ -149,5 +172,7 @@ def _size_gpu(
 
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
     """Of all tensors that the model will have on a GPU, from their shapes alone."""
+    if isinstance(arch, OtherArchitecture):
+        return arch.parameters * dtype.itemsize
     places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
     return max(sum(place.nbytes for place in places.values()), kv.weight_bytes(arch, dtype.itemsize, head_copy=False))

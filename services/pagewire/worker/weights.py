@@ -100,18 +100,24 @@ def _fill_randomly(places: dict[str, Tensor], seed: int, progress: Progress) -> 
         progress("making random weights", done / len(places))
 
 
-def from_safetensors(directory: Path) -> Iterator[Named]:
-    """Every tensor of the files of `directory`."""
+def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Named]:
+    """Every tensor of the files of `directory`; `only_headers`: none, but each file is opened."""
     from safetensors import SafetensorError, safe_open
 
     for path in safetensors_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the file object is no mapping
+                for name in () if only_headers else file.keys():
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             size = path.stat().st_size
             raise Unsupported(f"{path} ({size:,} bytes) is broken or its download incomplete: {error}; fetch it again") from None
+
+
+def check_safetensors(directory: Path) -> None:
+    """Whether the files of `directory` are there and whole, as far as their headers say. Raises Unsupported."""
+    for _ in from_safetensors(directory, only_headers=True):
+        pass
 
 
 def safetensors_files(directory: Path) -> list[Path]:

@@ -134,9 +134,10 @@ def plan(path: Path, settings: Config, trust: bool) -> Plan:
             f"{name} is not supported: {len(calls)} of its {layers} layers go through transformers' common attention; others (state-space, "
             "linear, convolutional, or attention of their own) cannot use the paged cache"
         )
-    for call in calls:
-        if call.refused:
-            raise Unsupported(f"{name} is not supported: its attention {call.refused}")
+    for call, kind in zip(calls, getattr(config, "layer_types", None) or ("",) * layers, strict=True):
+        hidden = "hides its windows" if kind == "sliding_attention" and call.window is None else ""
+        if call.refused or hidden:
+            raise Unsupported(f"{name} is not supported: its attention {call.refused or hidden}")
     if len({(call.kv_heads, call.size) for call in calls}) != 1:
         raise Unsupported(f"{name} is not supported: its layers differ in the number or size of their KV heads")
     return Plan(path, _architecture(settings, config, model, calls), config, calls, trust)
@@ -153,12 +154,22 @@ def _architecture(settings: Config, config: Any, model: Any, calls: tuple[Call, 
         num_kv_heads=calls[0].kv_heads,
         head_dim=max(call.size for call in calls),
         norm_eps=0.0,
-        max_position=int(config.max_position_embeddings),
+        max_position=_longest(config),
         tied=False,
         rope=NO_ROPE,
         windows=tuple(call.window for call in calls),
         count=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _longest(config: Any) -> int:
+    """Rotation that depends on the length of the longest sequence in a batch would give others wrong keys: the context ends before it."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not longest:
+        raise Unsupported(f"the configuration of this {config.model_type} model does not say how long contexts may be")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or longest
+    return int(min(original, longest) if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic") else longest)
 
 
 def _config(path: Path, settings: Config, trust: bool) -> Any:
