@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from pagewire_protocol.messages import Step, StepResult
-from pagewire_protocol.parts import Admission, LogprobColumns, WorkerFacts
+from pagewire_protocol.parts import Admission, LogprobColumns, StepCost, WorkerFacts
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 
@@ -94,6 +94,7 @@ class FakeRunner:
             vocab_size=int(self._vocab),
             eos_token_ids=(),
             device="fake",
+            cost=StepCost(1000 * self._step_s, 0.0, 0.0),
         )
 
     def clear(self) -> None:
