@@ -118,10 +118,10 @@ def check_compiler() -> Finding:
 
 
 def check_kernel_cache() -> Finding:
-    place = kernel_cache.usual()
     try:
+        place = kernel_cache.usual()
         kernel_cache.try_writing(place)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         text = f"compiled kernels cannot be kept, so that each start compiles them: {error}; set {kernel_cache.VARIABLE}"
         return Finding("note", "kernel cache", text)
     return Finding("ok", "kernel cache", f"{kernel_cache.compiled(place)} compiled kernels in {place}")

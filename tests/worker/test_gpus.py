@@ -6,7 +6,9 @@ import sys
 import types
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
 from pagewire.worker import gpus, precision
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
@@ -127,6 +129,30 @@ OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found v
 def test_why_torch_uses_no_gpu(cuda, driver, device, warning, visible, said):
     text = gpus.why_none(cuda, driver, device, warning, visible)
     assert said in text and (said or not text) and "\n" not in text
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs as torch shows them, the second of them half taken by another process."""
+    cuda = torch.cuda
+    facts = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, uuid="aa")
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: ["sm_90"])
+    monkeypatch.setattr(cuda, "mem_get_info", lambda index: ((139, 70)[index] * GIB, 140 * GIB))
+    monkeypatch.setattr(cuda, "memory_reserved", lambda index: 0)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda index: facts)
+
+
+def test_the_record_of_a_gpu(two_gpus, smi):
+    smi("GPU-aa, 4242, python, 70000\n")
+    sight = gpus.look()
+    assert (sight.count, sight.architectures, sight.reason) == (2, ("sm_90",), "")
+    idle, taken = sight.gpus
+    assert (idle.title(), idle.capability, idle.uuid, idle.others) == ("GPU 0 (NVIDIA H200, 140.0 GiB)", (9, 0), "GPU-aa", ())
+    assert taken.others == (Process(4242, "python", 70000 * MIB),) and taken.foreign == 70 * GIB - gpus.CONTEXT
+    assert gpus.look(detailed=False).gpus == ()
+    assert gpus.read_sight(msgspec.json.encode(sight).decode()) == sight
 
 
 def sees(monkeypatch, sight: Sight) -> None:

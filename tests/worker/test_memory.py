@@ -16,6 +16,7 @@ from pagewire.worker.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
+WORKER = Path(memory.__file__).parent
 H200 = Gpu(0, "NVIDIA H200", (9, 0), int(139.8 * GIB), int(139.2 * GIB), own=int(0.6 * GIB))
 T4 = Gpu(1, "Tesla T4", (7, 5), int(14.6 * GIB), int(14.3 * GIB), own=int(0.3 * GIB))
 WISH = Wish(0.9, 16)
@@ -62,6 +63,7 @@ def test_the_workspace_follows_from_model_and_load():
     assert memory.workspace(arch(), 2, replace(LOAD, tokens=2048)).activations < 0.6 * space.activations
     assert memory.workspace(arch(), 2, replace(LOAD, rows=64)).sampling == space.sampling // 4
     assert memory.workspace(arch(), 2, replace(LOAD, graphs=False)).graphs == 0
+    assert memory.workspace(arch(), 2, replace(LOAD, fused=False)).activations > 2 * space.activations
     parts = (space.activations, space.graphs, space.sampling, space.tables, space.libraries)
     assert sum(parts) == space.total and all(parts)
 
@@ -72,6 +74,12 @@ def test_experts_need_room_for_each_token_as_often_as_it_is_routed():
 
     sparse = replace(dense, moe=Moe(experts=8, chosen=2, intermediate_size=14336, normalise=True))
     assert memory.step_bytes(sparse, 2, 100) > 1.9 * memory.step_bytes(dense, 2, 100)
+
+
+def test_the_largest_captured_step_is_the_one_reckoned_with():
+    """Read from the source: importing the module would import kernels."""
+    (sizes,) = re.findall(r"^TOKENS: Final = \(([\d, ]+)\)", (WORKER / "mixed.py").read_text(), re.M)
+    assert max(int(size) for size in sizes.split(",")) == memory.CAPTURED_TOKENS
 
 
 def test_what_is_said_adds_up():

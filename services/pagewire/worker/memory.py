@@ -14,6 +14,8 @@ USUAL_TOKENS: Final = 8192
 """Of a step on a GPU, where nobody said otherwise."""
 CAPTURED_TOKENS: Final = 4096
 """Tokens of the largest step with prompts that is captured in a graph; graphs have activations of their own."""
+UNFUSED: Final = 2.5
+"""Activations of a model that is computed operation by operation, norms in float32, beside our own decoder's."""
 SLACK: Final = 1.25
 """Of activations: steps differ in size, and freed blocks do not always fit the next one."""
 LIBRARIES: Final = 320 * MIB
@@ -28,12 +30,14 @@ MOST_UTILIZATION: Final = 0.98
 
 @dataclass(frozen=True)
 class Load:
-    """The most that runs at a time: tokens of a step, rows (requests) of a step, positions of a request."""
+    """The most that runs at a time: tokens of a step, rows (requests) of a step, positions of a request. fused: by our own decoder, which
+    keeps fewer intermediate results than a model computed operation by operation."""
 
     tokens: int
     rows: int
     positions: int
     graphs: bool = True
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
 
 def _mlp_width(arch: Architecture) -> int:
     """Elements a token between the MLP's input and its output: both products and what lies between."""
-    dense = (3 if arch.gated else 2) * arch.intermediate_size
+    dense = (3 if arch.gated else 2) * (arch.intermediate_size or 4 * arch.hidden_size)
     if arch.moe is None:
         return dense
     routed = arch.moe.chosen * (3 * arch.moe.intermediate_size + 6 * arch.hidden_size) + 4 * arch.moe.experts
@@ -102,7 +106,8 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
     penalties (a count and a flag) and biases (a float, kept twice while they grow) remember of each slot is there all the time."""
     logits = load.rows * arch.vocab_size
     scored = logits * (itemsize + 4 + 4 + 1) + PROMPT_LOGITS * (itemsize + 4 + 1) + logits * 4 * (arch.logit_cap is not None)
-    activations = max(step_bytes(arch, itemsize, load.tokens), scored) + partial_bytes(arch, load.rows)
+    step = step_bytes(arch, itemsize, load.tokens) * (1.0 if load.fused else UNFUSED)
+    activations = max(step, scored) + partial_bytes(arch, load.rows)
     graphs = 0
     if load.graphs:
         captured = step_bytes(arch, itemsize, CAPTURED_TOKENS) + step_bytes(arch, itemsize, load.rows)

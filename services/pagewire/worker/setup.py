@@ -166,7 +166,8 @@ def _size_gpu(
         config.gpu_memory_utilization, config.block_size, config.kv_cache_memory_bytes, config.num_kv_blocks, length, config.fit
     )
     tokens = scheduler.max_num_batched_tokens or memory.USUAL_TOKENS
-    load = memory.Load(tokens, scheduler.max_num_seqs, length or arch.max_position, not config.enforce_eager)
+    fused = not isinstance(arch, OtherArchitecture)
+    load = memory.Load(tokens, scheduler.max_num_seqs, length or arch.max_position, not config.enforce_eager, fused)
     return memory.size(arch, dtype.itemsize, weight_bytes(arch, dtype), gpu, wish, load)
 
 
