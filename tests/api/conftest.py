@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 import tempfile
 import threading
 import time
@@ -18,6 +19,14 @@ from pagewire.frontend.auth import Auth
 from pagewire.frontend.service import Service, listening_socket
 
 MODEL = "/models/tiny one/"
+
+
+def client_context() -> ssl.SSLContext:
+    """Trusts the tests' certificate alone, and shows it."""
+    directory = Path(__file__).parent / "tls"
+    context = ssl.create_default_context(cafile=str(directory / "cert.pem"))
+    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    return context
 
 
 class Frontend:
@@ -52,10 +61,10 @@ class Frontend:
 class Server:
     """What a test talks to: the stack's script on one side, clients on the other."""
 
-    def __init__(self, stack: FakeStack, frontend: Frontend, key: str) -> None:
+    def __init__(self, stack: FakeStack, frontend: Frontend, key: str, tls: bool) -> None:
         self.stack, self.frontend = stack, frontend
-        self.url = f"http://127.0.0.1:{frontend.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{frontend.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=20, verify=client_context() if tls else True)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "EMPTY", max_retries=0, timeout=20)
 
     @property
@@ -91,11 +100,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(keys: tuple[str, ...] = (), config: FrontendConfig | None = None, names: tuple[str, ...] = (MODEL, "alias"), **options: object):
+def serve(
+    keys: tuple[str, ...] = (),
+    config: FrontendConfig | None = None,
+    names: tuple[str, ...] = (MODEL, "alias"),
+    tls: bool = False,
+    **options: object,
+):
     config = config or FrontendConfig(max_body_mb=1)
     with tempfile.TemporaryDirectory(prefix="pw", dir="/tmp") as name, fake_stack(Path(name), **options) as stack:
         frontend = Frontend(Path(name), keys, config, names)
-        server = Server(stack, frontend, keys[0] if keys else "")
+        server = Server(stack, frontend, keys[0] if keys else "", tls)
         try:
             server.wait_health(200 if stack.ready else 503)
             yield server

@@ -11,12 +11,16 @@ from dataclasses import dataclass, field, replace
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
 from pagewire_protocol.columns import pack, unpack
-from pagewire_protocol.messages import Cancel, Deltas, Generate, Hello, Roster
-from pagewire_protocol.parts import End, Finish, Peer, Role, Started, TokenLogprobs
+from pagewire_protocol.messages import Cancel, Deltas, Detokenize, Generate, Hello, Roster, Tokenize, Tokenized
+from pagewire_protocol.parts import End, Finish, Peer, Prompt, PromptLogprobs, Role, Started, TokenLogprobs
 
 WORDS = ("Hello", ",", " 世界", "!", " 🦙", ' a"b\\c\n', " é", " end")
 MODEL_LEN = 4096
 VOCABULARY = 1000
+
+
+FIRST_WORD = 500
+"""Ids from here on are words of prompts, in the order in which they were first seen."""
 
 
 def word(position: int) -> str:
@@ -43,6 +47,8 @@ class Script:
     accident_after: int = 3
     hang_after: int | None = None
     delay: float = 0.0
+    mum: bool = False
+    """Says nothing for half a second, then the tokens come."""
 
     @staticmethod
     def of(generate: Generate) -> "Script":
@@ -64,6 +70,7 @@ class Script:
             script.hang_after = 2
         if "slow" in text.split():
             script.delay = 0.05
+        script.mum = "mum" in text.split()
         return script
 
 
@@ -90,6 +97,11 @@ def deltas(generate: Generate, start: int, count: int, execution: int, **more: o
     )
 
 
+def chosen(generate: Generate) -> float:
+    """The log-probability of each token of this request: it varies with the seed where the prompt says so."""
+    return -0.5 - (generate.sampling.seed % 97 if "varied" in prompt_text(generate) else 0)
+
+
 def logprobs(generate: Generate, positions: range) -> tuple[TokenLogprobs, ...]:
     k = generate.sampling.logprobs
     return tuple(
@@ -98,11 +110,36 @@ def logprobs(generate: Generate, positions: range) -> tuple[TokenLogprobs, ...]:
             index=0,
             rank=1,
             ids=(token(p), *range(k)),
-            values=(-0.5, *(-0.5 * (i + 1) for i in range(k))),
+            values=(chosen(generate), *(-0.5 * (i + 1) for i in range(k))),
             texts=(word(p).encode(), *(f"t{i}".encode() if i else word(p).encode() for i in range(k))),
         )
         for row, p in enumerate(positions)
     )
+
+
+class Words:
+    """A tokenizer: a token is a word with the spaces before it."""
+
+    def __init__(self) -> None:
+        self.texts = {token(p): word(p) for p in range(100)}
+        self.ids: dict[str, int] = {}
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if prompt.ids is not None:
+            return unpack("i", prompt.ids).tolist()
+        text = prompt.text if prompt.text is not None else "".join(f" {m.role}: {m.content}" for m in prompt.chat.messages)
+        found = re.findall(r"\s*\S+", text)
+        for one in found:
+            if one not in self.ids:
+                self.ids[one] = FIRST_WORD + len(self.ids)
+                self.texts[self.ids[one]] = one
+        return [self.ids[one] for one in found]
+
+    def text(self, token_id: int) -> str:
+        return self.texts.get(token_id, f"<{token_id}>")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(self.text, ids))
 
 
 @dataclass
@@ -113,7 +150,9 @@ class FakeStack:
     tokenizers: int = 1
     has_chat_template: bool = True
     stats: dict[str, float] = field(default_factory=dict)
-    received: list[Generate | Cancel] = field(default_factory=list)
+    received: list[Generate | Cancel | Tokenize | Detokenize] = field(default_factory=list)
+    words: Words = field(default_factory=Words)
+    has_text: bool = True
 
     def __post_init__(self) -> None:
         self.scheduler = Inbox(self.run_dir, Role.SCHEDULER, 0)
@@ -178,9 +217,8 @@ class FakeStack:
         stage = ("", 1.0) if self.ready else ("reading weights from /secret/place/model.gguf", 0.42)
         peers = [Peer(Role.TOKENIZER, f"t{i}", x.address, n, self.ready, *stage) for i, (n, x) in enumerate(self.inboxes.items())]
         peers += [Peer(Role.WORKER, "w", "ipc:///nowhere", 5, self.ready, *stage), *self.frontends.values()]
-        return Roster(
-            self.epoch, tuple(peers), MODEL_LEN if self.ready else 0, VOCABULARY, (2,), True, self.has_chat_template, dict(self.stats)
-        )
+        room, text = MODEL_LEN if self.ready else 0, (self.has_text, self.has_chat_template)
+        return Roster(self.epoch, tuple(peers), room, VOCABULARY, (2,), *text, dict(self.stats))
 
     def send_rosters(self) -> None:
         self._next_roster = time.monotonic() + 0.5
@@ -212,6 +250,19 @@ class FakeStack:
             self.received.append(message)
             self._executions += 1
             self._begin(message, self._executions)
+        elif isinstance(message, Tokenize | Detokenize):
+            self.received.append(message)
+            self._answer(message)
+
+    def _answer(self, question: Tokenize | Detokenize) -> None:
+        if isinstance(question, Detokenize):
+            answer = Tokenized(question.handle, text=self.words.decode(unpack("i", question.ids).tolist()))
+        elif "refuse" in (question.prompt.text or ""):
+            answer = Tokenized(question.handle, status=400, message="There is a word that cannot be.", param="prompt")
+        else:
+            ids = self.words.encode(question.prompt)
+            answer = Tokenized(question.handle, pack("i", ids), tuple(map(self.words.text, ids)) if question.with_texts else ())
+        self.outbox.send(question.reply_to, answer)
 
     def _begin(self, generate: Generate, execution: int) -> None:
         script = Script.of(generate)
@@ -219,10 +270,33 @@ class FakeStack:
             status, text, param, retry = script.refuse
             self._send(generate, end(generate, Finish.REFUSED, status=status, message=text, param=param, retry_after_s=retry))
             return
+        if script.mum:
+            self._work.append((time.monotonic() + 0.5, generate, execution))
+            return
         ids = pack("i", range(3)) if generate.text.return_prompt_ids else None
         started = Started(generate.handle, generate.attempt, 3, 2, ids)
         self._send(generate, replace_rows(generate, started=(started,)))
+        if generate.sampling.prompt_logprobs >= 0:
+            self._score(generate, execution)
         self._work.append((time.monotonic(), generate, execution))
+
+    def _score(self, generate: Generate, execution: int) -> None:
+        """In two runs. Token i of the prompt has the log-probability -i and the rank i; id 7 is always the likeliest, then 8, ..."""
+        ids, k = self.words.encode(generate.prompt), generate.sampling.prompt_logprobs
+        for first, last in ((1, 2), (2, len(ids))):
+            run = ids[first:last]
+            entry = PromptLogprobs(
+                generate.handle,
+                first,
+                pack("i", [k + 1] * len(run)),
+                pack("i", range(first, first + len(run))),
+                pack("i", [one for own in run for one in (own, *range(7, 7 + k))]),
+                pack("f", [value for i in range(len(run)) for value in (-float(first + i), *(-0.25 * (j + 1) for j in range(k)))]),
+                generate.attempt,
+                execution,
+                tuple(self.words.text(one).encode() for own in run for one in (own, *range(7, 7 + k))),
+            )
+            self._send(generate, replace_rows(generate, prompt_logprobs=(entry,) if run else ()))
 
     def _step(self) -> None:
         """The next token of everything that is due."""
@@ -278,4 +352,4 @@ def fake_stack(run_dir, **options: object):
         stack.close()
 
 
-__all__ = ["FakeStack", "Script", "deltas", "end", "expected", "fake_stack", "replace", "tokens_of", "word"]
+__all__ = ["MODEL_LEN", "FakeStack", "Script", "deltas", "end", "expected", "fake_stack", "replace", "tokens_of", "word"]

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from api.checks import LEAK, check_error, refused
 from api.fake_stack import expected
 from pagewire.frontend.stack import SILENT_S, Stack
 from pagewire_protocol.messages import Roster
@@ -11,24 +12,6 @@ from pagewire_protocol.parts import Peer, Role
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = "/models/tiny one/"
-LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|/(?:usr|home|opt|root|work|tmp|secret)/")
-
-
-def check_error(answer, status: int, kind: str, param: str | None = None) -> dict:
-    """Both shapes in one body; returns the body."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"].startswith("application/json")
-    body = answer.json()
-    four = {name: body[name] for name in ("message", "type", "param", "code")}
-    assert body["object"] == "error" and body["error"] == four
-    assert four["code"] == status and four["type"] == kind and four["param"] == param and four["message"]
-    assert not LEAK.search(answer.text)
-    return body
-
-
-def refused(answer, param: str, *parts: str) -> None:
-    message = check_error(answer, 400, "BadRequestError", param)["message"]
-    assert all(part in message for part in parts), message
 
 
 # --- probes ---

@@ -21,7 +21,7 @@ from .stream import Job
 
 MAX_CHOICES: Final = 1024
 MAX_CACHE_SALT: Final = 128
-MAX_SCORED: Final = 2_097_152
+MAX_SCORED: Final = 4_194_304
 """Candidates that one request may be told of for the tokens of its prompts."""
 DEFAULT_MAX_TOKENS: Final = 16
 

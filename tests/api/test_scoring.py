@@ -1,0 +1,178 @@
+"""What a prompt is worth to the model: echo, its log-probabilities in OpenAI's and in vLLM's shape, whole and streamed.
+
+The scripted stack cuts text at spaces, gives token i of a prompt the log-probability -i and the rank i, and has the ids 7, 8, ... as its
+likeliest tokens, at -0.25, -0.5, ...
+"""
+
+import pytest
+from api.checks import refused
+from api.fake_stack import FIRST_WORD, expected, word
+from pagewire_protocol.columns import unpack
+
+TEXT = "one two three"
+
+
+def test_echo(server) -> None:
+    (choice,) = server.complete(TEXT, echo=True, max_tokens=3).json()["choices"]
+    assert choice["text"] == TEXT + expected(3) and choice["logprobs"] is None
+    assert server.stack.generates()[0].prompt.text == TEXT
+
+
+def test_echo_of_several_prompts_and_choices(server) -> None:
+    body = server.complete(["a", "b"], n=2, echo=True, max_tokens=2).json()
+    assert [choice["text"] for choice in body["choices"]] == [p + expected(2) for p in ("a", "a", "b", "b")]
+
+
+def test_echo_of_ids_is_their_text(server) -> None:
+    (choice,) = server.complete([100, 101, 7], echo=True, max_tokens=1).json()["choices"]
+    assert choice["text"] == word(0) + word(1) + "<7>" + expected(1)
+
+
+def test_echo_of_what_is_left_of_a_truncated_prompt(server) -> None:
+    (choice,) = server.complete(TEXT, echo=True, max_tokens=1, truncate_prompt_tokens=2).json()["choices"]
+    assert choice["text"] == " two three" + expected(1)
+    (generate,) = server.stack.generates()
+    assert len(generate.prompt.ids) == 8 and generate.text.truncate_prompt == 0
+    (choice,) = server.complete([5, 6, *[7] * 4000, 8, 9], echo=True, max_tokens=4094, truncate_prompt_tokens=-1).json()["choices"]
+    assert choice["text"].startswith("<8><9>")
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_scoring_a_prompt(server, max_tokens: int) -> None:
+    body = server.complete(TEXT, echo=True, logprobs=1, max_tokens=max_tokens).json()
+    (choice,) = body["choices"]
+    assert choice["text"] == TEXT + expected(max_tokens) and choice["finish_reason"] == "length"
+    assert choice["logprobs"]["tokens"] == ["one", " two", " three", *[word(0)][:max_tokens]]
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, *[-0.5][:max_tokens]]
+    assert choice["logprobs"]["text_offset"] == [0, 3, 7, 13][: 3 + max_tokens]
+    assert choice["logprobs"]["top_logprobs"][:3] == [None, {"<7>": -0.25, " two": -1.0}, {"<7>": -0.25, " three": -2.0}]
+    assert len(choice["logprobs"]["top_logprobs"]) == 3 + max_tokens
+    assert body["usage"]["completion_tokens"] == max_tokens
+    assert "prompt_logprobs" not in choice
+
+
+def test_scoring_without_candidates(server) -> None:
+    (choice,) = server.complete([7, 8], echo=True, logprobs=0, max_tokens=0).json()["choices"]
+    assert choice["logprobs"] == {
+        "text_offset": [0, 3],
+        "token_logprobs": [None, -1.0],
+        "tokens": ["<7>", "<8>"],
+        "top_logprobs": [None, {"<8>": -1.0}],
+    }
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score(server) -> None:
+    (choice,) = server.complete("one", echo=True, logprobs=1, max_tokens=0).json()["choices"]
+    assert choice["logprobs"] == {"text_offset": [0], "token_logprobs": [None], "tokens": ["one"], "top_logprobs": [None]}
+
+
+def test_choices_share_the_score_of_their_prompt(server) -> None:
+    body = server.complete(["one two", "three four five"], n=2, echo=True, logprobs=0, max_tokens=1).json()
+    assert [choice["logprobs"]["token_logprobs"] for choice in body["choices"]] == [[None, -1.0, -0.5]] * 2 + [[None, -1.0, -2.0, -0.5]] * 2
+    assert sorted(generate.sampling.prompt_logprobs for generate in server.stack.generates()) == [-1, -1, 0, 0]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_a_streamed_score_comes_first(server, max_tokens: int) -> None:
+    options = {"include_usage": True}
+    body = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "n": 2, "stream_options": options}
+    events = server.events("/v1/completions", **body)
+    assert events.pop()["usage"]["completion_tokens"] == 2 * max_tokens
+    for index in range(2):
+        mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == TEXT + expected(max_tokens)
+        assert mine[0]["text"] == TEXT and mine[0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+        assert [choice["logprobs"]["text_offset"] for choice in mine[1:-1]] == [[13], [18]][:max_tokens]
+        assert mine[-1]["finish_reason"] == "length"
+
+
+def test_a_streamed_echo_comes_first(server) -> None:
+    events = server.events("/v1/completions", prompt=[100, 101], echo=True, max_tokens=2)
+    assert [event["choices"][0]["text"] for event in events] == [word(0) + word(1), word(0), word(1), ""]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_prompt_logprobs(server, path: str) -> None:
+    chat = path.endswith("chat/completions")
+    asked = {"messages": [{"role": "user", "content": "two three"}]} if chat else {"prompt": TEXT}
+    body = server.post(path, **asked, prompt_logprobs=1, max_tokens=1).json()
+    rows = body["prompt_logprobs"] if chat else body["choices"][0]["prompt_logprobs"]
+    assert rows[0] is None and len(rows) == 3
+    told = [(int(own), row[own]["logprob"], row[own]["rank"]) for row in rows[1:] for own in row if int(own) >= FIRST_WORD]
+    assert [(logprob, rank) for _, logprob, rank in told] == [(-1.0, 1), (-2.0, 2)]
+    assert [row[str(own)]["decoded_token"] for row, (own, _, _) in zip(rows[1:], told, strict=True)] == [" two", " three"]
+    assert all(row["7"] == {"logprob": -0.25, "rank": 1, "decoded_token": "<7>"} for row in rows[1:])
+
+
+def test_prompt_logprobs_beside_a_scored_echo(server) -> None:
+    (choice,) = server.complete([8, 9], echo=True, logprobs=0, prompt_logprobs=2, max_tokens=0).json()["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"<9>": -1.0}]
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "9": {"logprob": -1.0, "rank": 1, "decoded_token": "<9>"},
+            "7": {"logprob": -0.25, "rank": 1, "decoded_token": "<7>"},
+            "8": {"logprob": -0.5, "rank": 2, "decoded_token": "<8>"},
+        },
+    ]
+    (choice,) = server.complete([8, 7], prompt_logprobs=1, max_tokens=1).json()["choices"]
+    assert list(choice["prompt_logprobs"][1]) == ["7"], "a token that is also the likeliest is told once"
+    (choice,) = server.complete([8, 9], max_tokens=1).json()["choices"]
+    assert "prompt_logprobs" not in choice
+
+
+def test_prompt_logprobs_and_streams(server) -> None:
+    refused(server.complete(TEXT, prompt_logprobs=0, stream=True), "prompt_logprobs", "stream=True")
+
+
+def test_a_resumed_request_tells_its_score_once(server) -> None:
+    (choice,) = server.complete("lost two three", prompt_logprobs=0, max_tokens=5).json()["choices"]
+    assert len(server.stack.generates()) == 2
+    assert [row and [one["logprob"] for one in row.values()] for row in choice["prompt_logprobs"]] == [None, [-1.0], [-2.0]]
+
+
+def test_tokens_by_id(server) -> None:
+    (choice,) = server.complete([7, 8], echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["token_id:7", "token_id:8", "token_id:100"]
+    assert choice["logprobs"]["top_logprobs"][1] == {"token_id:7": -0.25, "token_id:8": -1.0}
+    (choice,) = server.chat("hi", logprobs=True, top_logprobs=1, max_tokens=1, return_tokens_as_token_ids=True).json()["choices"]
+    (entry,) = choice["logprobs"]["content"]
+    assert entry["token"] == "token_id:100" and entry["top_logprobs"][0]["token"] == "token_id:0" and bytes(entry["bytes"]) == b"Hello"
+    events = server.events("/v1/completions", prompt="hi", max_tokens=2, logprobs=0, return_tokens_as_token_ids=True)
+    assert [e["choices"][0]["logprobs"]["tokens"] for e in events[:2]] == [["token_id:100"], ["token_id:101"]]
+    assert events[1]["choices"][0]["logprobs"]["text_offset"] == [len("token_id:100")]
+
+
+# --- chats ---
+
+CONTINUED = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "Well: "}]
+
+
+def test_a_chat_echoes_the_message_that_it_continues(server) -> None:
+    options = {"messages": CONTINUED, "continue_final_message": True, "add_generation_prompt": False, "max_tokens": 2}
+    for echo, opening in ((True, "Well: "), (False, "")):
+        (choice,) = server.post("/v1/chat/completions", **options, echo=echo).json()["choices"]
+        assert choice["message"] == {"role": "assistant", "content": opening + expected(2)}
+        events = server.events("/v1/chat/completions", **options, echo=echo)
+        assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == opening + expected(2)
+
+
+def test_the_role_of_an_answer_without_a_generation_prompt_is_the_last_one_s(server) -> None:
+    (choice,) = server.chat("hi", add_generation_prompt=False, echo=True, max_tokens=1).json()["choices"]
+    assert choice["message"] == {"role": "user", "content": "hi" + expected(1)}
+    (choice,) = server.chat("hi", echo=True, max_tokens=1).json()["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected(1)}
+
+
+def test_scoring_without_a_tokenizer(serve) -> None:
+    with serve(has_text=False, has_chat_template=False) as server:
+        (choice,) = server.complete([7, 8], echo=True, logprobs=0, max_tokens=0).json()["choices"]
+        assert choice["logprobs"]["tokens"][0] == "token_id:7" and choice["text"] == ""
+        refused(server.complete("text"), "prompt", "--skip-tokenizer-init")
+
+
+def test_the_ids_of_an_echoed_prompt_are_those_of_its_text(server) -> None:
+    server.complete(TEXT, echo=True, logprobs=0, max_tokens=0, add_special_tokens=False)
+    ids = unpack("i", server.stack.generates()[0].prompt.ids).tolist()
+    assert [server.stack.words.text(one) for one in ids] == ["one", " two", " three"]
