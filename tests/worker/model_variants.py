@@ -28,7 +28,7 @@ RW = FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn
 SOFT_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 GEMMA3 = {"head_dim": 32, "num_hidden_layers": 4, "sliding_window": 21, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 256, "beta_fast": 4.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",

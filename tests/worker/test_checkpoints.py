@@ -37,6 +37,11 @@ def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
     writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(config.rope_parameters["beta_fast"])
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(9)
     writer.add_token_list([f"token {i}" for i in range(config.vocab_size)])
@@ -79,6 +84,13 @@ def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness,
     assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), "a directory that holds only a GGUF is that GGUF"
 
 
+def test_gguf_with_yarn(tiny, harness, numbers, tmp_path):
+    reference, tokens = tiny("yarn-rope"), numbers(90)
+    write_gguf(tmp_path / "tiny.gguf", reference.model, "llama", None)
+    wanted = reference.logits(tokens)
+    assert (harness(tmp_path).logits(tokens, 90) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_dummy_weights_follow_the_seed(tiny, harness, numbers):
     path, tokens = tiny("llama").path, numbers(10)
     first, again, other = (harness(path, ModelConfig(load_format="dummy", seed=seed)).logits(tokens, 10) for seed in (1, 1, 2))
@@ -97,7 +109,7 @@ def altered(source, target, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, "model_type 't5' is not supported; supported are .*gpt2, .*llama, .*qwen3"),
+        ({"model_type": "t5"}, "an encoder with a decoder; only models of a decoder alone"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope scaling 'mrope'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized with 'awq'"),

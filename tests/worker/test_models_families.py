@@ -205,6 +205,17 @@ def test_refused_by_name(variant, changes, message, tiny, harness, tmp_path):
         harness(rewritten(tiny(variant).path, tmp_path, **changes))
 
 
+def test_longrope_without_its_factors_is_refused(tiny, harness, tmp_path):
+    rope = json.loads((tiny("longrope").path / "config.json").read_text())["rope_parameters"]
+    with pytest.raises(Unsupported, match=r"longrope of phi3 has \[8, 0\] short and long factors, not 8 of each"):
+        harness(rewritten(tiny("longrope").path, tmp_path, rope_parameters=rope | {"long_factor": []}))
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(Unsupported, match="model_type 't5' is not supported; supported are .*falcon, .*gpt2, .*llama, .*qwen3_moe"):
+        describe({"model_type": "t5"})
+
+
 def test_unknown_tensors_are_named_as_the_checkpoint_does(tiny, harness, tmp_path):
     with pytest.raises(Unsupported, match=r"a tensor transformer\.h\.0\.attn\.rel_bias \[4\]"):
         harness(rewritten(tiny("gpt2").path, tmp_path, extra={"transformer.h.0.attn.rel_bias": torch.ones(4)}))

@@ -173,8 +173,8 @@ def common(config: Config, **differences: Any) -> Architecture:
         raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported behind a gate")
     if arch.moe is not None and arch.activation != "silu":
         raise Unsupported(f"activation {config['hidden_act']!r} of {config['model_type']} is not supported in a mixture of experts")
-    if arch.rope.kind == "dynamic":
-        return replace(arch, extended_position=int(arch.max_position * arch.rope.factor))
+    if arch.rope.kind in ("linear", "dynamic", "yarn"):
+        return replace(arch, extended_position=int(arch.rope.original_max_position * arch.rope.factor))
     return arch
 
 

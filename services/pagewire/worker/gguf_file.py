@@ -145,6 +145,8 @@ class Gguf:
         if rope["rope_type"] == "none":
             rope["rope_type"] = "default"
         rope["factor"] = field("rope.scaling.factor", 1.0)
+        rope["original_max_position_embeddings"] = field("rope.scaling.original_context_length")
+        rope["beta_fast"], rope["beta_slow"] = field("rope.scaling.yarn_beta_fast"), field("rope.scaling.yarn_beta_slow")
         if "rope_freqs.weight" in self.entries:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
         return rope

@@ -69,6 +69,9 @@ def read_rope(config: dict[str, Any], head_dim: int, *, given: dict[str, Any] | 
     rope = Rope(**{**fields, **differences})
     if rope.size % 2 or not 0 <= rope.size <= head_dim:
         raise Unsupported(f"rotating {rope.size} of {head_dim} dimensions of a head of {config['model_type']} is not supported")
+    found, half = [len(rope.short_factors), len(rope.long_factors)], rope.size // 2
+    if kind == "longrope" and found != [half, half]:
+        raise Unsupported(f"longrope of {config['model_type']} has {found} short and long factors, not {half} of each")
     return rope
 
 
