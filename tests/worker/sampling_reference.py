@@ -59,7 +59,7 @@ def scored(logits: Tensor, tokens: list[int], top: int) -> list[tuple[int, int, 
     found: list[tuple[int, int, list[tuple[int, float]]]] = []
     for position in range(1, len(tokens)):
         row, own = exact[position - 1], tokens[position]
-        order = sorted(range(len(row)), key=lambda i: -row[i].item())[:top]
-        rank = 1 + sum(1 for value in row.tolist() if value > row[own].item())
+        order = row.argsort(descending=True)[:top].tolist()
+        rank = 1 + int((row > row[own]).sum())
         found.append((position, rank, [(i, row[i].item()) for i in (own, *order)]))
     return found
