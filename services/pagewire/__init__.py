@@ -9,11 +9,33 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .llm import LLM
-    from .outputs import CompletionOutput, Logprob, RequestOutput
-    from .params import SamplingParams
+    from .outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
+    from .params import BeamSearchParams, SamplingParams
+    from .prompts import TextPrompt, TokensPrompt
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
-_HOMES = {"LLM": "llm", "SamplingParams": "params", "RequestOutput": "outputs", "CompletionOutput": "outputs", "Logprob": "outputs"}
+__all__ = [
+    "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
+_HOMES = {
+    "LLM": "llm",
+    "SamplingParams": "params",
+    "BeamSearchParams": "params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "BeamSearchOutput": "outputs",
+    "Logprob": "outputs",
+    "TextPrompt": "prompts",
+    "TokensPrompt": "prompts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from pagewire_protocol.columns import pack
 from pagewire_protocol.parts import Chat, ChatMessage, Prompt
@@ -12,6 +12,21 @@ from .params import SamplingParams
 PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 MAX_CACHE_SALT = 128
 MAX_KWARGS = 65_536
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text; prompts of different salts share no cached blocks."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, and its text if the program knows it."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
 
 
 class Entry(NamedTuple):

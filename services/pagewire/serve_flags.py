@@ -110,8 +110,10 @@ def _with_file(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 
 def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
     """A YAML mapping as flags. Exits with one line when it is none, or has a key that is no setting."""
-    import yaml
-
+    try:
+        import yaml
+    except ImportError:
+        return parser.error("--config needs PyYAML: pip install pyyaml")
     try:
         found = yaml.safe_load(Path(name).expanduser().read_text())
     except (OSError, UnicodeDecodeError) as error:

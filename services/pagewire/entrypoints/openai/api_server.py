@@ -2,7 +2,12 @@
 
 import sys
 
-from ...cli import main
+from ...cli import main as command
+
+
+def main() -> int:
+    return command(["serve", *sys.argv[1:]])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    sys.exit(main())
