@@ -1,7 +1,7 @@
 """Everything that is measured on one GPU, in one run of bounded time: kernels, start-up, both models over HTTP and offline.
 
     python bench/h200.py --tokenizer DIR --json FILE [--budget-s 540] [flags of pagewire serve]
-    python bench/h200.py --device fake --scale 0.02 --parts http,offline       a trial without a GPU
+    python bench/h200.py --device fake --scale 0.02        a trial without a GPU
 
 Each part is a process of its own with a share of the time; a part that fails or hangs leaves a line in the tables, which come last.
 Weights are random. `--tokenizer` is a directory with a tokenizer.json: over HTTP the models get its vocabulary, so that every id has a
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pagewire.bench import kernels, machine, offline, serve
+from pagewire.bench import kernels, machine, offline, path, serve
 from pagewire.bench.figures import table, write_json
 from pagewire.bench.options import cells, say
 from pagewire.bench.peers import identify
@@ -37,6 +37,7 @@ SECONDS = {
     "http": 110,
     "start": 15,
     "offline": 90,
+    "path": 40,
 }
 GRACE_S = 15
 """To end in order, once a part's time is up."""
@@ -91,8 +92,10 @@ def plan_of(options: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
         yield "kernels", None
     for model in map(Path, options.models.split(",")):
         for part in SECONDS:
-            if part in parts and part != "kernels":
+            if part in parts and part not in ("kernels", "path"):
                 yield part, model
+    if "path" in parts and options.tokenizer:
+        yield "path", Path(options.models.split(",")[0])
 
 
 def run_part(part: str, model: Path | None, folder: Path, seconds: float, options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
@@ -124,6 +127,9 @@ def command_of(
     common += ["--runs", str(options.runs), "--scale", str(options.scale), "--budget-s", f"{seconds:.0f}"]
     if part == "offline":
         return [*bench, "offline", "--model", str(model), "--skip-tokenizer-init", "--workloads", f"all,{EQUAL}", *common, *flags]
+    if part == "path":
+        given = http_flags(model, folder, options, flags)
+        return [*bench, "path", "--replicas", "1x1,2x2,4x2", "--step-ms", "0,2", *common, *given]
     plot = ["--plot", f"{options.plot_dir}/{model.name}.png"] if options.plot_dir else []
     words = [] if options.tokenizer else ["--vocab", "30000"]
     return [*bench, "serve", *common, *plot, *words, *http_flags(model, folder, options, flags)]
@@ -193,6 +199,8 @@ def tables(report: dict[str, Any], known: bool) -> Iterator[str]:
             yield kernels.short_table(part["rows"])
         elif kind == "offline" and "workloads" in part:
             yield offline.tables(part, results(part["workloads"]), known)
+        elif kind == "path" and "rows" in part:
+            yield path.tables(part, results(part["rows"]))
         elif kind == "http" and "loads" in part:
             yield serve.tables(part, results(part["loads"]), known)
     yield starts(parts, known)
@@ -213,7 +221,7 @@ def starts(parts: dict[str, Any], known: bool) -> str:
     rows: list[list[Any]] = []
     for name, part in parts.items():
         kind, _, model = name.partition(" ")
-        short = identify(str(next((path for path in MODELS if path.name == model), ""))) if known else ""
+        short = identify(str(next((file for file in MODELS if file.name == model), ""))) if known else ""
         said = {"http": "first start, kernels not compiled", "start": "second start", "offline": "LLM, kernels compiled"}.get(kind)
         if said and part.get("ready_s"):
             memory = part.get("gpu_gib") or ""

@@ -66,7 +66,8 @@ def test_everything_in_one_run(script: ModuleType, model: Path, tokenizer: Path,
     result = subprocess.run([sys.executable, str(SCRIPT), *arguments, *flags], capture_output=True, text=True, timeout=110, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     parts: dict[str, Any] = json.loads(file.read_text())["parts"]
-    assert list(parts) == ["http tiny", "start tiny", "offline tiny"]
+    assert list(parts) == ["http tiny", "start tiny", "offline tiny", "path tiny"]
+    assert len(parts["path tiny"]["rows"]) == 6
     assert len(parts["http tiny"]["loads"]) == 5 and len(parts["offline tiny"]["workloads"]) == 6
     assert parts["start tiny"]["ready_s"] > 0 and parts["offline tiny"]["kv_tokens"] > 0
     tables = result.stdout.rpartition("\ntiny, over HTTP")[2]
@@ -105,8 +106,9 @@ def test_the_text_model_has_the_vocabulary_of_the_tokenizer(script: ModuleType, 
 
 
 def test_shares_of_the_time_are_for_all_parts(script: ModuleType) -> None:
-    options = argparse.Namespace(parts=",".join(script.SECONDS), models="a,b", device="cuda")
+    options = argparse.Namespace(parts=",".join(script.SECONDS), models="a,b", device="cuda", tokenizer="t")
     plan = [(part, model and model.name) for part, model in script.plan_of(options)]
-    assert plan[0] == ("kernels", None) and plan[1:4] == [("http", "a"), ("start", "a"), ("offline", "a")] and len(plan) == 7
+    assert plan[0] == ("kernels", None) and plan[1:4] == [("http", "a"), ("start", "a"), ("offline", "a")]
+    assert plan[-1] == ("path", "a") and len(plan) == 8
     with pytest.raises(SystemExit, match="only"):
-        list(script.plan_of(argparse.Namespace(parts="http,none", models="a", device="cuda")))
+        list(script.plan_of(argparse.Namespace(parts="http,none", models="a", device="cuda", tokenizer="")))

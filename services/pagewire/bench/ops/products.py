@@ -138,7 +138,7 @@ class Layer(Case):
     """All kernels of one decoder layer in a row; beside it the same without overlapping launches."""
 
     def __init__(self, rows: int, context: int, hidden: int, inner: int, heads: int) -> None:
-        self.sets = max(2, int(4e8 / (2 * hidden * (2 * heads * 128 + 3 * inner))))
+        self.sets = max(2, int(inputs.WEIGHT_BYTES / (2 * hidden * (2 * heads * 128 + 3 * inner))))
         shapes = ((heads + 2 * HKV) * 128, hidden), (hidden, heads * 128), (2 * inner, hidden), (hidden, inner)
         self._weights = [[rand(*shape) * 0.02 for shape in shapes] for _ in range(self.sets)]
         table, lens = tables(rows, context)[0], int32([context] * rows)
