@@ -84,3 +84,15 @@ def test_old_formats_without_torch(tmp_path: Path, bpe: Tokenizer):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stderr
+
+
+def test_opt_begins_texts_with_its_own_token(tmp_path: Path, bpe: Tokenizer):
+    """OPT has GPT-2's files, and says in its configuration that a text begins with a token."""
+    pytest.importorskip("transformers")
+    bpe.model.save(str(tmp_path))
+    names = {"bos_token": "<|im_end|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "add_bos_token": True}
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **names})
+    tokenizer = load(tmp_path).tokenizer
+    assert tokenizer.encode("hello").ids == [bpe.token_to_id("<|im_end|>"), *bpe.encode("hello").ids]
+    assert tokenizer.encode("hello", add_special_tokens=False).ids == bpe.encode("hello").ids

@@ -17,7 +17,10 @@ Config = dict[str, Any]
 Added = list[tuple[AddedToken, int]]
 NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MODEL_FILE: Final = "tokenizer.model"
-LLAMA_LIKE: Final = ("", "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "BaichuanTokenizer", "PreTrainedTokenizerFast")
+LLAMA_LIKE: Final = (
+    *("", "LlamaTokenizer", "LLaMATokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"),
+    *("BaichuanTokenizer", "BaiChuanTokenizer", "PreTrainedTokenizerFast"),
+)
 GLM4: Final = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),

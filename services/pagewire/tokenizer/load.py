@@ -7,6 +7,7 @@ only go through transformers, imported then and without torch. A model that ship
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,7 @@ def _template(path: Path, config: dict[str, Any]) -> str:
 
 
 def _load_with_transformers(path: Path, template: str) -> Loaded:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell people that torch is missing
     try:
         with _torch_hidden():
             from transformers import AutoTokenizer  # type: ignore[import-untyped]
