@@ -93,6 +93,10 @@ def test_opt_begins_texts_with_its_own_token(tmp_path: Path, bpe: Tokenizer):
     bpe.model.save(str(tmp_path))
     names = {"bos_token": "<|im_end|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "add_bos_token": True}
     write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **names})
-    tokenizer = load(tmp_path).tokenizer
-    assert tokenizer.encode("hello").ids == [bpe.token_to_id("<|im_end|>"), *bpe.encode("hello").ids]
-    assert tokenizer.encode("hello", add_special_tokens=False).ids == bpe.encode("hello").ids
+    code = (
+        "import sys, pathlib; from pagewire.tokenizer.load import load; found = load(pathlib.Path(sys.argv[1])).tokenizer;"
+        "print(found.encode('hello').ids, found.encode('hello', add_special_tokens=False).ids)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    plain = bpe.encode("hello").ids
+    assert done.stdout.splitlines()[-1:] == [f"{[bpe.token_to_id('<|im_end|>'), *plain]} {plain}"], done.stderr
