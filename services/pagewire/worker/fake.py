@@ -9,8 +9,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from pagewire_protocol.columns import pack
 from pagewire_protocol.messages import Step, StepResult
-from pagewire_protocol.parts import Admission, LogprobColumns, StepCost, WorkerFacts
+from pagewire_protocol.parts import Admission, LogprobColumns, PromptLogprobs, StepCost, WorkerFacts
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 
@@ -56,6 +57,21 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
     return said
 
 
+def score(slot: int, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
+    """What the fake model makes of a prompt of two tokens or more, beside each its `count` likeliest tokens: the one that it says itself
+    has probability 1 (log 0), any other -100."""
+    ids, values, ranks = list[int](), list[float](), list[int]()
+    state = extend(0, tokens[0])
+    for token in tokens[1:]:
+        said = draw(state, vocab_size)
+        ids += [token, *((said + j) % vocab_size for j in range(count))]
+        values += [0.0 if token == said else -100.0, *(0.0 if j == 0 else -100.0 for j in range(count))]
+        ranks.append(1 if token == said else 2)
+        state = extend(state, token)
+    counts = [count + 1] * len(ranks)
+    return PromptLogprobs(slot, 1, pack("i", counts), pack("i", ranks), pack("i", ids), pack("f", values))
+
+
 def hash_all(tokens: npt.NDArray[np.int32]) -> int:
     """`extend` over a whole sequence at once. tokens: [n] int32."""
     powers = np.full(len(tokens), FACTOR, np.uint64)
@@ -83,6 +99,8 @@ class FakeRunner:
         self._computed = np.zeros(0, np.int64)
         self._logprobs = np.zeros(0, np.int32)
         self._last = np.zeros(0, np.int32)
+        self._scores: list[PromptLogprobs] = []
+        """Of the prompts that were admitted with this step."""
         self._grow_to(scheduler.max_num_seqs)
 
     def facts(self) -> WorkerFacts:
@@ -104,6 +122,7 @@ class FakeRunner:
 
     def execute(self, step: Step) -> StepResult:
         began = time.monotonic()
+        self._scores.clear()
         for admission in step.admit:
             self._admit(admission)
         if not step.repeat:
@@ -122,6 +141,7 @@ class FakeRunner:
             tokens=tokens.tobytes(),
             flags=bytes(len(slots)),
             logprobs=self._logprob_columns(slots, tokens),
+            prompt_logprobs=tuple(self._scores),
         )
 
     def _sample(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -143,6 +163,9 @@ class FakeRunner:
         self._known[slot] = len(tokens)
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
+        prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
+        if asked >= 0 and prompt > 1:
+            self._scores.append(score(slot, tokens[:prompt].tolist(), asked, int(self._vocab)))
 
     def _grow_to(self, count: int) -> None:
         for name in ("_state", "_known", "_computed", "_logprobs"):
