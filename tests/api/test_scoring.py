@@ -33,8 +33,8 @@ def test_echo_of_what_is_left_of_a_truncated_prompt(server) -> None:
     assert choice["text"] == " two three" + expected(1)
     (generate,) = server.stack.generates()
     assert len(generate.prompt.ids) == 8 and generate.text.truncate_prompt == 0
-    (choice,) = server.complete([5, 6, *[7] * 4000, 8, 9], echo=True, max_tokens=4094, truncate_prompt_tokens=-1).json()["choices"]
-    assert choice["text"].startswith("<8><9>")
+    (choice,) = server.complete([5] * 20 + [7] * 4088, echo=True, max_tokens=8, truncate_prompt_tokens=-1).json()["choices"]
+    assert choice["text"] == "<7>" * 4088 + expected(8)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
