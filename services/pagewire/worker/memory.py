@@ -90,7 +90,8 @@ def _mlp_width(arch: Architecture) -> int:
     dense = (3 if arch.gated else 2) * (arch.intermediate_size or 4 * arch.hidden_size)
     if arch.moe is None:
         return dense
-    routed = arch.moe.chosen * (3 * arch.moe.intermediate_size + 6 * arch.hidden_size) + 4 * arch.moe.experts
+    inner = arch.moe.intermediate_size
+    routed = arch.moe.chosen * max(3 * inner, inner + 5 * arch.hidden_size) + 4 * arch.moe.experts
     return max(dense if arch.moe.dense else 0, routed + 3 * arch.moe.shared_size)
 
 

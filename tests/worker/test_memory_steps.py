@@ -1,0 +1,138 @@
+"""The activations reckoned with, against those that the decoder really keeps alive: it is run on torch's meta device, where every tensor
+has a size and none has memory, with operations that allocate what the GPU's do.
+"""
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from pagewire.worker import memory
+from pagewire.worker.architecture import Architecture, Moe
+from pagewire.worker.layers import Build
+from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.rope import Rope
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TOKENS = 1000
+SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 1024, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are still referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._holders: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {self._key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self._take(x, given)
+        return out
+
+    def _key(self, x: torch.Tensor) -> int:
+        return x.untyped_storage()._cdata
+
+    def _take(self, x: torch.Tensor, given: set[int]) -> None:
+        key, size = self._key(x), x.untyped_storage().nbytes()
+        if not self._holders[key]:
+            if key in given:  # a view of a weight
+                return
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._holders[key] += 1
+        weakref.finalize(x, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        self.now -= 0 if self._holders[key] else size
+
+
+class MetaOps:
+    """What the GPU's operations allocate, and nothing computed."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+
+    def linear(self, x, weight, bias=None):
+        return x.new_empty(len(x), len(weight))
+
+    def tied_logits(self, x, packed, weight):
+        return self.linear(x, weight)
+
+    def rms_norm(self, x, weight, eps):
+        return torch.empty_like(x)
+
+    def add_rms_norm(self, x, residual, weight, eps):
+        return torch.empty_like(x), residual
+
+    def layer_norm(self, x, weight, bias, eps):
+        return torch.empty_like(x)
+
+    def add_layer_norm(self, x, residual, weight, bias, eps):
+        return torch.empty_like(x), residual
+
+    def silu_mul(self, x):
+        return x.new_empty(len(x), x.shape[1] // 2)
+
+    gelu_mul = silu_mul
+
+    def gelu(self, x):
+        return torch.empty_like(x)
+
+    gelu_tanh = relu = gelu
+
+    def rope_and_cache(self, qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch):
+        return qkv.new_empty(len(qkv), self._arch.num_heads, self._arch.head_dim)
+
+    def paged_attention(self, q, *rest, **options):
+        return q.new_empty(len(q), q.shape[1] * q.shape[2])
+
+    def experts(self, x, gate_up, down, chosen, weights):
+        """As in the grouped product: rows gathered by expert, both products, rows back in order, their sum in float32."""
+        rows = chosen.numel()
+        inner = self.silu_mul(self.linear(x.new_empty(rows, x.shape[1]), gate_up[0]))
+        ordered = inner.new_empty(rows, x.shape[1])
+        back = torch.empty_like(ordered)
+        return torch.einsum("tkh,tk->th", back.view(*chosen.shape, -1).float(), weights).to(x.dtype)
+
+
+def architecture(**differences) -> Architecture:
+    fields = {"model_type": "x", "head_dim": 64, "norm_eps": 1e-5, "max_position": 512, "tied": False, "windows": (None,) * 3}
+    return Architecture(**{**SIZES, **fields, "rope": Rope(theta=1e4, size=64), **differences})
+
+
+MOE = Moe(experts=8, chosen=2, intermediate_size=512, normalise=True)
+PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias": True}
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        {},
+        {"intermediate_size": 128, "num_heads": 16},
+        {"qk_norm": True, "intermediate_size": 4096},
+        {"block": "sandwich"},
+        {"block": "parallel", "one_norm": True, **PLAIN},
+        PLAIN,
+        {"block": "post", **PLAIN},
+        {"moe": MOE},
+        {"moe": replace(MOE, chosen=4, intermediate_size=64)},
+    ],
+    ids=["gated", "attention", "wide", "sandwich", "parallel", "plain", "post", "experts", "small-experts"],
+)
+def test_a_step_keeps_what_was_reckoned_and_not_far_less(differences):
+    arch = architecture(**differences)
+    decoder = Decoder(arch, Build(MetaOps(arch), torch.bfloat16, "meta"))
+    ids = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    caches = [torch.empty(2, 1, device="meta")] * arch.num_layers
+    with torch.inference_mode(), Live() as live:
+        decoder(ids, [ids] * arch.num_layers, caches, None, ids[:1], lambda: None)
+    reckoned = memory.step_bytes(arch, 2, TOKENS)
+    assert reckoned / 2 < live.peak <= reckoned, f"{live.peak / reckoned:.2f} of what was reckoned"
