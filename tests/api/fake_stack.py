@@ -19,7 +19,9 @@ MODEL_LEN = 4096
 VOCABULARY = 1000
 
 
-FIRST_WORD = 500
+HANG = 666
+"""A prompt with this id hangs; so it would with this word."""
+FIRST_WORD = 700
 """Ids from here on are words of prompts, in the order in which they were first seen."""
 
 
@@ -67,7 +69,7 @@ class Script:
             if name in text.split():
                 script.accident = name
         if "hang" in text.split():
-            script.hang_after = 2
+            script.hang_after = 2 if generate.prompt.ids is None else 0
         if "slow" in text.split():
             script.delay = 0.05
         script.mum = "mum" in text.split()
@@ -78,7 +80,10 @@ def prompt_text(generate: Generate) -> str:
     prompt = generate.prompt
     if prompt.chat is not None:
         return prompt.chat.messages[-1].content
-    return prompt.text if prompt.text is not None else f"{len(prompt.ids or b'') // 4} ids"
+    if prompt.text is not None:
+        return prompt.text
+    ids = unpack("i", prompt.ids or b"").tolist()
+    return f"{len(ids)} ids" + " hang" * (HANG in ids)
 
 
 def deltas(generate: Generate, start: int, count: int, execution: int, **more: object) -> Deltas:

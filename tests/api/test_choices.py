@@ -1,8 +1,9 @@
 """Several choices: n, the best of several, beam search, and the rules between them."""
 
+import httpx2 as httpx
 import pytest
 from api.checks import check_error, refused
-from api.fake_stack import expected
+from api.fake_stack import HANG, expected
 from pagewire.beam import BeamSearch
 
 BEAMS = {"use_beam_search": True, "best_of": 3, "temperature": 0}
@@ -134,3 +135,11 @@ def test_prompts_are_searched_side_by_side(server) -> None:
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["text"] for choice in body["choices"]] == [names(one) for one in searched(3, 3, {2})[:2]] * 2
     assert body["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_the_search(server, stream: bool) -> None:
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.3) as client:
+        client.post("/v1/completions", json={"prompt": [HANG], **BEAMS, "stream": stream, "max_tokens": 5})
+    server.settle(lambda: len(server.owner) == 0)
+    assert server.stack.generates()

@@ -75,6 +75,15 @@ def test_metrics(serve) -> None:
     assert samples["vllm:prompt_tokens_total", ""] == 3 and samples["vllm:generation_tokens_total", ""] == 5
     assert samples["vllm:request_success_total", "stop"] == 1 and samples["vllm:request_success_total", "error"] == 1
     assert samples["vllm:time_to_first_token_seconds_count", ""] == 1 == samples["vllm:time_to_first_token_seconds_bucket", "+Inf"]
+    assert samples["vllm:gpu_cache_usage_perc", ""] == 0.25 and samples["vllm:request_params_n_sum", ""] == 2
+    for name, total in (("prompt_tokens", 3), ("generation_tokens", 5), ("max_num_generation_tokens", 5), ("params_max_tokens", 8)):
+        assert samples[f"vllm:request_{name}_sum", ""] == total and samples[f"vllm:request_{name}_count", ""] == 1
+    parts = [samples[f"vllm:request_{name}_time_seconds_sum", ""] for name in ("queue", "prefill", "decode")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts[1:]) == pytest.approx(samples["vllm:request_inference_time_seconds_sum", ""])
+    assert sum(parts) <= samples["vllm:e2e_request_latency_seconds_sum", ""]
+    assert samples["vllm:request_time_per_output_token_seconds_sum", ""] == pytest.approx(parts[2] / 4)
+    assert samples["vllm:time_per_output_token_seconds_count", ""] == 4
     assert samples["vllm:inter_token_latency_seconds_count", ""] == 4 and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
     assert samples["pagewire:frontend_http_responses_total", "400"] == 1 and samples["pagewire:service_ready", "worker"] == 1
 

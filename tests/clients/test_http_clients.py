@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +79,15 @@ def test_curl_streams(endpoint: Any) -> None:
 def test_curl_without_a_content_type_is_told_what_to_do(endpoint: Any) -> None:
     answer = json.loads(curl(f"{endpoint.base}/completions", "-d", '{"prompt": "a"}'))
     assert answer["code"] == 415 and "application/json" in answer["message"]
+
+
+def test_curl_over_https(start: Any) -> None:
+    tls = Path(__file__).parents[1] / "api" / "tls"
+    flags = ("--ssl-certfile", str(tls / "cert.pem"), "--ssl-keyfile", str(tls / "key.pem"))
+    secure = start("secure", "EMPTY", *flags)
+    assert secure.url.startswith("https://127.0.0.1:")
+    question = ("-H", "Content-Type: application/json", "-d", json.dumps({**QUESTION, "stream": True}))
+    answer = curl("-N", "--cacert", str(tls / "cert.pem"), f"{secure.base}/chat/completions", *question)
+    assert answer.endswith("data: [DONE]\n\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        curl(f"{secure.base}/models")

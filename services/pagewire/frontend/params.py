@@ -105,12 +105,18 @@ def _charge(prompts: list[Prompt], choices: Choices, scored: int, model: Model) 
     if scored < 0:
         return
     longest = model.max_model_len or I31
-    sizes = [len(p.text) if p.text is not None else len(p.ids) // 4 if p.ids is not None else 0 for p in prompts]
-    total = (scored + 1) * sum(min(size, longest) for size in sizes)
+    total = (scored + 1) * sum(min(_size(prompt), longest) for prompt in prompts)
     if total > MAX_SCORED:
         raise bad(
             f"Scoring these prompts takes up to {total} log-probabilities; at most {MAX_SCORED} are allowed. Send fewer at once.", "prompt"
         )
+
+
+def _size(prompt: Prompt) -> int:
+    """No less than the tokens that it can have, but for those of a chat template."""
+    if prompt.chat is not None:
+        return sum(len(message.content) for message in prompt.chat.messages)
+    return len(prompt.text) if prompt.text is not None else len(prompt.ids or b"") // 4
 
 
 def _plan(
