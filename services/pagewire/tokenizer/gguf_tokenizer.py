@@ -4,14 +4,14 @@ It knows the pre-tokenizers that GGUF only names (`tokenizer.ggml.pre`), as the 
 where a rule is known from llama.cpp alone (src/llama-vocab.cpp), that one.
 """
 
-from collections.abc import Iterable
 from typing import Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from . import sentencepiece_tokenizer
+from .sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Model
+
 PREFIX: Final = "tokenizer.ggml."
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-SPACE: Final = "▁"
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,30 +104,21 @@ def _pair(merge: str) -> tuple[str, str]:
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     tokens: list[str] = metadata[PREFIX + "tokens"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    unknown = named_tokens(metadata).get("unk_token")
-    merges = _merges_from_scores(tokens, metadata[PREFIX + "scores"], vocab, metadata.get(PREFIX + "token_type"))
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    replace = normalizers.Replace(" ", SPACE)
-    prefixed = metadata.get(PREFIX + "add_space_prefix", True)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefixed else replace
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefixed else undo)
-    return tokenizer
-
-
-def _merges_from_scores(
-    tokens: list[str], scores: Iterable[float], vocab: dict[str, int], kinds: Iterable[int] | None
-) -> list[tuple[str, str]]:
-    """Sentencepiece joins the neighbours whose union scores best; as merges that is: every split of every piece, best piece first."""
-    ranked = sorted(zip(tokens, scores, kinds or [1] * len(tokens), strict=True), key=lambda entry: -entry[1])
-    merges: list[tuple[str, str]] = []
-    for piece, _score, kind in ranked:
-        if kind == 1:
-            splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab]
-            splits.sort(key=lambda split: (vocab[split[0]], vocab[split[1]]))
-            merges += splits
-    return merges
+    kinds = metadata.get(PREFIX + "token_type") or [NORMAL] * len(tokens)
+    ids = {name: metadata.get(f"{PREFIX}{key}_token_id", -1) for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))}
+    return sentencepiece_tokenizer.build(
+        Model(
+            list(tokens),
+            list(metadata[PREFIX + "scores"]),
+            list(kinds),
+            model_type=BPE,
+            byte_fallback=True,
+            charsmap=b"",
+            dummy_prefix=bool(metadata.get(PREFIX + "add_space_prefix", True)),
+            remove_extra_spaces=False,
+            **ids,
+        )
+    )
 
 
 def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:

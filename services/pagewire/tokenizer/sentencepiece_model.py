@@ -50,14 +50,14 @@ def read(path: Path) -> Model:
 
 def _model(data: bytes) -> Model:
     pieces: list[tuple[str, float, int]] = []
-    specs: dict[int, dict[int, Value]] = {2: {}, 3: {}}
+    specs: dict[int, dict[int, Value]] = {}
     for field, value in _fields(data):
         if field == 1:
             pieces.append(_piece(_bytes(value)))
-        elif field in specs:
+        elif field in (2, 3):
             specs[field] = dict(_fields(_bytes(value)))
-    if not pieces:
-        raise ValueError("it has no pieces")
+    if not pieces or len(specs) < 2:
+        raise ValueError("it ends before its settings" if pieces else "it has no pieces")
     trained, normalized = specs[2], specs[3]
     texts, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
     return Model(
