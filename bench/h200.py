@@ -59,7 +59,7 @@ def main() -> int:
             report["parts"][name] = run_part(part, model, Path(folder), seconds, options, flags)
             if options.json:
                 write_json(options.json, report)
-    print("\n\n".join(tables(report, options.scale == 1)))
+    print("\n\n".join(tables(report, known=options.scale == 1 and options.device == "cuda")))
     say("done")
     return 1 if any(part.get("error") for part in report["parts"].values()) else 0
 
@@ -129,7 +129,7 @@ def command_of(
         return [*bench, "offline", "--model", str(model), "--skip-tokenizer-init", "--workloads", f"all,{EQUAL}", *common, *flags]
     if part == "path":
         given = http_flags(model, folder, options, flags)
-        return [*bench, "path", "--replicas", "1x1,2x2,4x2", "--step-ms", "0,2", *common, *given]
+        return [*bench, "path", "--replicas", "1x1,2x2,4x2", "--step-ms", "0,2", *common, "--runs", "1", *given]
     plot = ["--plot", f"{options.plot_dir}/{model.name}.png"] if options.plot_dir else []
     words = [] if options.tokenizer else ["--vocab", "30000"]
     return [*bench, "serve", *common, *plot, *words, *http_flags(model, folder, options, flags)]
