@@ -124,7 +124,7 @@ async def _text(state: State, job: Job, prompt: bytes, hypothesis: Hypothesis) -
         return ""
     context, skip = prompt[-CONTEXT:], job.text.skip_special_tokens
     before, whole = await asyncio.gather(text_of(state, context, skip), text_of(state, context + pack("i", tokens), skip))
-    return whole.removeprefix(before)
+    return whole.removeprefix(before.rstrip("\ufffd"))  # a character that the prompt begins and the output ends
 
 
 def _deliver(choice: Choice, hypothesis: Hypothesis, text: str, started: Started, job: Job) -> None:
