@@ -67,16 +67,18 @@ def test_beams_are_those_of_transformers(oracle: Any, demo: LLM) -> None:
         assert output.prompt == prompt and [one.index for one in output.outputs] == [0, 1]
 
 
-def test_an_end_of_sequence_ends_a_beam(oracle: Any, demo: LLM) -> None:
-    """Of 3 beams some end and some reach the limit."""
-    prompt = oracle[1].apply_chat_template([{"role": "user", "content": "Say yes."}], tokenize=False, add_generation_prompt=True)
-    (output,) = generate(demo, prompt, n=3, best_of=3, use_beam_search=True, temperature=0, max_tokens=4)
-    wanted = beams_of(oracle, prompt, 3, 3, 4, length_penalty=1.0)
+def test_tokens_that_end_a_beam(oracle: Any, demo: LLM) -> None:
+    """Some of the beams end with a full stop, others reach the limit."""
+    (stop,) = oracle[1](".").input_ids
+    prompt, ends = "The capital of France is", [oracle[1].eos_token_id, stop]
+    (output,) = generate(demo, prompt, n=3, use_beam_search=True, temperature=0, max_tokens=5, stop_token_ids=[stop])
+    wanted = beams_of(oracle, prompt, 3, 3, 5, eos_token_id=ends)
+    assert {one.finish_reason for one in output.outputs} == {"stop", "length"}
     for one, (tokens, _) in zip(output.outputs, wanted, strict=True):
         ended = one.finish_reason == "stop"
-        assert one.token_ids == tokens[: len(one.token_ids)] and (one.token_ids[-1] == oracle[1].eos_token_id) == ended
-        assert ended or len(one.token_ids) == 4
-        assert one.text == oracle[1].decode(one.token_ids, skip_special_tokens=True)
+        assert one.token_ids == tokens[: len(one.token_ids)] and len(one.token_ids) == (tokens.index(stop) + 1 if ended else 5)
+        assert (one.token_ids[-1] == stop) == ended == (one.stop_reason == stop)
+        assert one.text == oracle[1].decode(one.token_ids[:-1] if ended else one.token_ids)
 
 
 def test_beam_search_by_its_own_method(oracle: Any, demo: LLM) -> None:
