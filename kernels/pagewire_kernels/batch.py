@@ -30,7 +30,7 @@ class Batch:
     plan: Any = None
     """Derived once a step by the back end that needs it; the caller leaves it empty."""
     groups: Any = None
-    """A cascade.Groups where rows may have leading blocks in common; only with max_query_len 1. Results are the same without."""
+    """A cascade.Groups where rows of one token may have leading blocks in common; such rows come first. Results are the same without."""
 
 
 def make_batch(counts: list[int], seq_lens: list[int], tables: list[list[int]], block_size: int, device: str = "cpu") -> Batch:

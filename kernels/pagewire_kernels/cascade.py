@@ -103,9 +103,10 @@ def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits:
 
 def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         groups: Groups,
-                      scale: float, soft_cap: float | None = None) -> torch.Tensor:  # fmt: skip
-    """[B, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use
-    decode_attention."""
+                      scale: float, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
+                      out: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use
+    decode_attention. With `query_start`, the rows in groups are of one token and come first, so that row i is token i."""
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
     gp, config = triton.next_power_of_2(group), pick_config(dim, page, rows * hkv)
@@ -119,4 +120,6 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + config.splits, CAP=soft_cap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if dim <= 128 else 2, WIDE=k_cache.numel() >= 2**31,
         PER_PAGE=block_n % page == 0 and page & (page - 1) == 0, num_warps=4)  # fmt: skip
-    return decode_attention(q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, shared=shared, config=config)
+    return decode_attention(
+        q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, query_start=query_start, out=out, shared=shared, config=config
+    )

@@ -79,13 +79,16 @@ def paged_attention(
     layer neither window nor slopes.
     """
     rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
-    if batch.max_query_len == 1 and batch.groups is not None and window is None and slopes is None:
-        return cascade_attention(q, k_cache, v_cache, tables, lengths, batch.groups, scale, soft_cap)
+    groups = batch.groups if window is None and slopes is None else None
+    if batch.max_query_len == 1 and groups is not None:
+        return cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, soft_cap)
     if batch.max_query_len == 1:
         return decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, slopes=slopes)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     mixed, starts = rows > 1, batch.query_start
-    if mixed:  # launched even where no row has one token: two ways to compile the prefill kernel would cost more
+    if mixed and groups is not None:
+        cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, soft_cap, query_start=starts, out=out)
+    elif mixed:  # launched even where no row has one token: two ways to compile the prefill kernel would cost more
         decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, query_start=starts, slopes=slopes, out=out)
     return prefill_attention(q, k_cache, v_cache, tables, lengths, starts, scale, window, soft_cap, skip_one=mixed, slopes=slopes, out=out)
 

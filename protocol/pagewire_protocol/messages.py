@@ -234,8 +234,9 @@ class Step(Message, tag=True, frozen=True):
 
     `run_slots[i]` computes its next `run_counts[i]` tokens; a row that reaches the slot's last known token samples one more, which
     the worker appends to the slot itself. `repeat` runs the previous step's slots again with one token each, columns left empty.
-    `shared` comes only where each row runs one token, and saves work without changing results. Its groups last while steps repeat: tables
-    only grow at their ends meanwhile. An `epoch` above the worker's own clears all its slots first; one below is ignored.
+    Rows of one token that go on decoding come first. `shared` names some of those, and saves work without changing results; its groups
+    last while steps repeat: tables only grow at their ends meanwhile. An `epoch` above the worker's own clears all its slots first; one
+    below is ignored.
     """
 
     epoch: Epoch

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+GPU_STEP_TOKENS = 8192
+CPU_STEP_TOKENS = 2048
+"""Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full long before."""
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 SEVERAL = ("served_model_name",)

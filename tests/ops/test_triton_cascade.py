@@ -66,6 +66,15 @@ def test_a_batch_with_groups_gives_what_it_gives_without_and_windows_ignore_them
         batch.groups = None
 
 
+@pytest.mark.parametrize("grouping", [([[3, 0, 1]], [32]), ([], [])])
+def test_rows_in_groups_before_chunks(grouping: tuple[list[list[int]], list[int]]) -> None:
+    q, k, v, batch = paged([1, 1, 1, 1, 9, 1, 20], [60, 41, 30, 77, 50, 33, 20], 2, 3, 64, 16)
+    batch.block_tables[[0, 1], :2] = batch.block_tables[3, :2]
+    plain = cuda.paged_attention(q, k, v, batch, 0.125, None)
+    batch.groups = grouped(*grouping, 7, 3)
+    assert error(cuda.paged_attention(q, k, v, batch, 0.125, None), plain) < 1e-5
+
+
 class Direct:
     """Uploads where host and device are the same."""
 
@@ -81,6 +90,7 @@ def shared(rows: list[list[int]], lengths: list[int]) -> Shared:
 
 def test_buffers_hold_the_groups_of_the_newest_step_alone() -> None:
     buffers = GroupBuffers(12, "cpu")
+    buffers.clear()
     buffers.load(shared([[9, 2, 3], [0, 4, 5, 6]], [96, 32]), 10, Direct())
     buffers.load(shared([[1, 2]], [64]), 10, Direct())
     groups = buffers.first(12)

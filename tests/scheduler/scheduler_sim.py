@@ -184,7 +184,9 @@ class SimWorker:
 
     def _truly_shared(self, counts):
         size, seen = self.facts.block_size, set()
-        assert self.facts.cascade and set(counts) == {1}, "groups in a step that may not have them"
+        assert self.facts.cascade, "groups for a worker that cannot use them"
+        leading = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        assert max(ints(self.shared.order)) < leading, "a group names rows behind a chunk"
         for slots, tokens in self.groups():
             assert len(slots) > 1 and tokens > 0 and tokens % size == 0 and not seen & set(slots) and len(set(slots)) == len(slots)
             seen |= set(slots)

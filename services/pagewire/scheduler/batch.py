@@ -8,6 +8,7 @@ are there, so lengths run ahead of values: a row that reaches its last known tok
 import numpy as np
 from pagewire_protocol.messages import Admission, Shared, Step, pack
 
+from .groups import saved
 from .pace import LEAST_CHUNK, chunk_ms, decodes_ms
 from .replica import NO_ROWS, Flight, Replica
 from .request import Phase, Request
@@ -18,8 +19,8 @@ def form(replica: Replica, epoch: int, now: float) -> Step | None:
     """The next step, recorded as in flight since `now` (monotonic seconds); None when there is nothing to do."""
     grown: dict[int, int] = {}
     decodes = _decode_rows(replica, replica.pace.step_tokens, grown)
-    reads = _reads(replica, decodes)
-    ms = decodes_ms(replica.pace.cost, len(decodes), reads)
+    reads, shared = _reads(replica, decodes), _shared(replica, decodes)
+    ms = decodes_ms(replica.pace.cost, len(decodes), reads - replica.groups_save)
     chunks, ms = _chunks(replica, len(decodes), ms) if replica.prefill else ([], ms)
     if not len(decodes) and not chunks and not replica.retire:
         return None
@@ -30,7 +31,7 @@ def form(replica: Replica, epoch: int, now: float) -> Step | None:
     flight = _advance(replica, decodes, chunks)
     replica.flights.append(flight)
     replica.pace.sent(flight.n, ms if len(flight.run) else 0.0, now, bool(chunks))
-    return _message(replica, epoch, flight, repeat, grown)
+    return _message(replica, epoch, flight, grown, repeat=repeat, shared=None if repeat else shared)
 
 
 def _decode_rows(replica: Replica, budget: int, grown: dict[int, int]) -> I32:
@@ -144,7 +145,7 @@ def _sample(replica: Replica, rows: I32) -> None:
         slots.set_decoding(rows[room <= 0], False)
 
 
-def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: dict[int, int]) -> Step:
+def _message(replica: Replica, epoch: int, flight: Flight, grown: dict[int, int], *, repeat: bool, shared: Shared | None) -> Step:
     columns = {}
     if not repeat:
         ones = np.ones(len(flight.run), np.int32)
@@ -157,18 +158,20 @@ def _message(replica: Replica, epoch: int, flight: Flight, repeat: bool, grown: 
         grow_slots=pack("i", grown),
         grow_blocks=pack("i", grown.values()),
         repeat=repeat,
-        shared=None if repeat else _shared(replica, flight),
+        shared=shared,
         **columns,
     )
     replica.retire, replica.admit = [], []
     return message
 
 
-def _shared(replica: Replica, flight: Flight) -> Shared | None:
-    """Groups of rows with common blocks, for a step of decodes alone."""
-    if replica.prefixes is None or flight.counts is not None or not len(flight.run):
-        return None
-    return replica.prefixes.find(flight.run, replica.slots.sent[flight.run])
+def _shared(replica: Replica, decodes: I32) -> Shared | None:
+    """The groups of decodes with common blocks, which last as long as the same rows decode, and what they save of each step's reads."""
+    if replica.prefixes is not None and decodes is not replica.grouped:
+        lengths = replica.slots.sent[decodes] + 1
+        replica.grouped, replica.groups = decodes, replica.prefixes.find(decodes, lengths) if len(decodes) else None
+        replica.groups_save = 0 if replica.groups is None else saved(replica.groups)
+    return replica.groups
 
 
 def _admission(replica: Replica, request: Request) -> Admission:

@@ -95,6 +95,12 @@ def _gain(groups: list[Group]) -> int:
     return sum(group.gain for group in groups)
 
 
+def saved(shared: Shared) -> int:
+    """Tokens that a step need not read again, since they are read once for a whole group."""
+    starts, lengths = np.frombuffer(shared.starts, np.int32), np.frombuffer(shared.lengths, np.int32)
+    return int((np.maximum(np.diff(starts) - 1, 0).astype(np.int64) * lengths).sum())
+
+
 def _wire(groups: list[Group], block_size: int) -> Shared:
     order = np.concatenate([group.rows for group in groups]).astype(np.int32)
     starts = np.cumsum([0, *(len(group.rows) for group in groups)]).astype(np.int32)

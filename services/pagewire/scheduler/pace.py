@@ -8,11 +8,8 @@ from typing import Final, NamedTuple
 
 from pagewire_protocol.messages import StepCost
 
-from pagewire.config import SchedulerConfig
+from pagewire.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, SchedulerConfig
 
-TOKENS_MEASURED: Final = 8192
-TOKENS_UNMEASURED: Final = 2048
-"""Most tokens in a step when no flag says it: a worker that measures is a GPU, for which a longer step is a better filled one."""
 UNWATCHED: Final = 4.0
 """A step without decodes may take this many times --max-step-ms: nobody's next token waits for it, only newcomers do."""
 LEAST_CHUNK: Final = 64
@@ -31,8 +28,8 @@ RECENT: Final = 16
 
 
 def step_tokens(config: SchedulerConfig, cost: StepCost | None) -> int:
-    """Most tokens in one step of a worker that measured `cost`."""
-    return config.max_num_batched_tokens or (TOKENS_UNMEASURED if cost is None else TOKENS_MEASURED)
+    """Most tokens in one step of a worker that measured `cost`, as GPUs do."""
+    return config.max_num_batched_tokens or (CPU_STEP_TOKENS if cost is None else GPU_STEP_TOKENS)
 
 
 def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from pagewire_protocol.messages import WorkerFacts
+from pagewire_protocol.messages import Shared, WorkerFacts
 
 from pagewire.config import SchedulerConfig
 
@@ -77,6 +77,9 @@ class Replica:
         self.computing: set[bytes] = set()
         """Hashes of blocks that placed requests will seal."""
         self.last_run: I32 = NO_ROWS
+        self.grouped: I32 = NO_ROWS
+        self.groups: Shared | None = None
+        self.groups_save = 0
         """The rows of the newest step; the same array as long as the same ones run, for which then hold"""
         self.last_bytes = b""
         self.last_reads = 0

@@ -24,14 +24,24 @@ class GroupBuffers:
         """order and shared of `Groups`."""
         self._groups = torch.zeros(2, MOST_GROUPS + 4, dtype=torch.int32, device=device)
         """starts and lengths; rows of a multiple of 16 bytes, since Triton compiles a kernel anew for pointers that are not."""
+        self._loaded = False
 
     def first(self, rows: int) -> Groups:
         """The groups as the kernel takes them, for a step of `rows` rows."""
         starts, lengths = self._groups[0, : MOST_GROUPS + 1], self._groups[1, :MOST_GROUPS]
         return Groups(self._rows[0, :rows], starts, lengths, self._rows[1, :rows])
 
+    def clear(self) -> None:
+        """From now on no groups."""
+        if self._loaded:
+            self._loaded = False
+            self._rows.zero_()
+            self._groups.zero_()
+
     def load(self, shared: Shared, rows: int, uploads: Uploads) -> None:
-        """From now on the groups of `shared`, for a step of `rows` rows. Raises BadStep when they are no groups of such rows."""
+        """From now on the groups of `shared`, of a step whose first `rows` rows are of one token. Raises BadStep when they are no groups of
+        such rows."""
+        self._loaded = True
         order, starts, lengths = (np.frombuffer(column, np.int32) for column in (shared.order, shared.starts, shared.lengths))
         _check(order, starts, lengths, rows)
         count = min(len(lengths), MOST_GROUPS)

@@ -4,6 +4,7 @@
 the host (lengths and tables, which are known ahead) and on the device (last tokens too, which are not).
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
-from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import cost, setup, weights
+from ..config import GPU_STEP_TOKENS, ModelConfig, SchedulerConfig, WorkerConfig
+from . import cost, memory, memory_errors, setup, weights
 from .graphs import DecodeGraphs
 from .mixed import MixedSteps
 from .runner import NO_SLOTS, apply_step, facts_of, spread
@@ -26,6 +27,7 @@ from .slots import Ints, Slots
 from .special import Extra, SpecialRows
 from .staging import Uploads, Waiter
 
+log = logging.getLogger("pagewire.worker")
 RING: Final = 16
 """Results that may be on their way at once."""
 
@@ -68,18 +70,21 @@ class CudaRunner:
         progress: weights.Progress = lambda stage, fraction: None,
     ) -> None:
         self._incarnation = incarnation
-        self._loaded = setup.load(path, model, config, progress)
+        self._loaded = setup.load(path, model, config, progress, scheduler)
         sizing, eager = self._loaded.sizing, config.enforce_eager or not self._loaded.capturable
         self._slots = Slots(scheduler.max_num_seqs, sizing.max_model_len, config.block_size)
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_errors.explained("capturing graphs", sizing):
             self._state = SlotState.empty(self._slots.count + 1, self._slots.tables.shape[1], "cuda")
-            self._uploads = Uploads("cuda")
-            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade)
+            self._uploads, pool = Uploads("cuda"), torch.cuda.graph_pool_handle()
+            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade, pool)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
-            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager)
-            self._steps.capture_all(lambda fraction: progress("capturing steps with prompts", fraction))
+            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, scheduler.enable_cascade, pool)
+            largest = scheduler.max_num_batched_tokens or GPU_STEP_TOKENS
+            self._steps.capture_all(largest, lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._cost = cost.measure(self._steps, self._loaded)
+        log.info(memory.outcome(sizing, torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]))
+        log.info("steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads", *astuple(self._cost))
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._waiter: Waiter | None = None
         self._last = NO_SLOTS
@@ -152,7 +157,7 @@ class CudaRunner:
             return None, None
         if sampling.all() and (counts == 1).all():
             return self._decode(slots, step.shared)
-        return self._mixed(slots, counts, first, end, sampling)
+        return self._mixed(slots, counts, first, end, sampling, step.shared)
 
     def _filtered(self, slots: Ints) -> bool:
         columns = self._slots
@@ -169,11 +174,11 @@ class CudaRunner:
         return decoded.report, self._special.resample(decoded.logits, slots, decoded.report)
 
     def _mixed(
-        self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_]
+        self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: npt.NDArray[np.bool_], shared: Shared | None
     ) -> tuple[Tensor | None, Extra | None]:
         extra = Extra()
         tap = self._special.prompt_tap(slots, first, end, extra)
-        decoded = self._steps.run(slots, counts, first, end, np.flatnonzero(sampling), self._special.told, tap)
+        decoded = self._steps.run(slots, counts, first, end, np.flatnonzero(sampling), self._special.told, shared, tap)
         rows = slots[sampling]
         if not len(rows):
             return None, extra

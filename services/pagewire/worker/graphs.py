@@ -7,7 +7,7 @@ the groups in fixed buffers too; they come in larger batches, so their buckets a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from pagewire_kernels import cuda as ops
@@ -16,10 +16,13 @@ from pagewire_kernels.slot_state import HEAT, MIN_P, TOP_P, DecodeRows, SlotStat
 from pagewire_protocol.messages import Shared
 from torch import Tensor
 
+from .borrowed import borrowed
 from .cascade import GroupBuffers
 from .setup import Loaded
 from .staging import Uploads
 
+Pool = Any
+"""Memory that graphs share, since they run one after the other."""
 CASCADE_STEP: Final = 32
 LEAST_CASCADE: Final = 2 * CASCADE_STEP
 """Smaller batches, whose common blocks the GPU's cache is expected to hold, are decoded plainly: fewer kernels to compile at start."""
@@ -48,7 +51,7 @@ class Decoded:
 class DecodeGraphs:
     """`run(rows, ...)` decodes the first `rows` entries of `slots`, which the caller fills (-1 is padding)."""
 
-    def __init__(self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool) -> None:
+    def __init__(self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool, pool: Pool) -> None:
         self._loaded, self._state, self._eager = loaded, state, eager
         self.slots = torch.full((most,), -1, dtype=torch.int32, device="cuda")
         self.sizes = buckets(most)
@@ -58,7 +61,7 @@ class DecodeGraphs:
         self._starts = torch.arange(most + 1, dtype=torch.int32, device="cuda")
         self._report = torch.empty(most, dtype=torch.int32, device="cuda")
         self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
 
     def bucket(self, rows: int) -> int:
         """The smallest captured size that holds `rows`."""
@@ -100,7 +103,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self._decode(size, filtered, cascade)
-        self._graphs[size, filtered, cascade] = graph, decoded
+        self._graphs[size, filtered, cascade] = graph, Decoded(borrowed(decoded.logits), decoded.report)
         self.slots.copy_(waiting)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:

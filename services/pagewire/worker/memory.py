@@ -10,8 +10,6 @@ from .architecture import Architecture
 from .gpus import Gpu
 from .kv import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
 
-USUAL_TOKENS: Final = 8192
-"""Of a step on a GPU, where nobody said otherwise."""
 CAPTURED_TOKENS: Final = 4096
 """Tokens of the largest step with prompts that is captured in a graph; graphs have activations of their own."""
 UNFUSED: Final = 2.5

@@ -13,9 +13,12 @@ import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.messages import Shared
 from torch import Tensor
 
-from .graphs import Decoded
+from .borrowed import borrowed
+from .cascade import GroupBuffers
+from .graphs import LEAST_CASCADE, Decoded, Pool
 from .models.decoder import Tap
 from .runner import spread
 from .setup import Loaded
@@ -23,11 +26,12 @@ from .slots import Ints, Slots
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
-TOKENS: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+TOKENS: Final = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 64), *range(2048, 4097, 256))
 """Larger steps keep the GPU busy for longer than the CPU takes to launch them."""
 EAGER_TOKENS: Final = 16
 """Eager steps are padded to a multiple of this: rows of buffers stay aligned, and kernels are not compiled anew."""
-LARGE: Final = 512
+WARM: Final = (16, 64, 512, 4096)
+"""Sizes run once before anything is captured: all kernels are compiled and loaded then."""
 
 
 @dataclass
@@ -55,18 +59,22 @@ class Inputs:
 class MixedSteps:
     """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`, which has one slot more)."""
 
-    def __init__(self, loaded: Loaded, slots: Slots, state: SlotState, uploads: Uploads, eager: bool) -> None:
-        self._loaded, self._slots, self._state, self._up, self._eager = loaded, slots, state, uploads.up, eager
+    def __init__(self, loaded: Loaded, slots: Slots, state: SlotState, uploads: Uploads, eager: bool, cascade: bool, pool: Pool) -> None:
+        self._loaded, self._slots, self._state, self._uploads, self._eager = loaded, slots, state, uploads, eager
+        self._groups = GroupBuffers(slots.count, "cuda") if cascade else None
         self._spare = slots.count
         self._inputs: dict[tuple[int, int], Inputs] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
 
-    def run(self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints, tap: Tap | None = None) -> Decoded:
+    def run(
+        self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints, shared: Shared | None, tap: Tap | None = None
+    ) -> Decoded:
         """The slots `slots` compute `counts` tokens each, positions `first` to `end`; `sampling` are the indices of those that then sample
-        one, and the first rows of the result are theirs, in order. `told`: how many tokens of each slot the host knows. `tap` looks at
-        the logits of further tokens: the step is then run eagerly."""
+        one, and the first rows of the result are theirs, in order. `told`: how many tokens of each slot the host knows. `shared`: groups
+        among the leading rows of one token. `tap` looks at the logits of further tokens: the step is then run eagerly."""
         tokens, rows = int(counts.sum()), self.padded(len(slots))
+        self._group(shared, counts)
         size = next((size for size in TOKENS if size >= tokens), 0)
         if tap is None and (size, rows) in self._graphs:
             self._fill(self._inputs[size, rows], slots, counts, first, end, sampling, told)
@@ -76,6 +84,14 @@ class MixedSteps:
         inputs = Inputs.idle(-(-tokens // EAGER_TOKENS) * EAGER_TOKENS, rows, self._spare)
         self._fill(inputs, slots, counts, first, end, sampling, told)
         return self.forward(inputs, tap)
+
+    def _group(self, shared: Shared | None, counts: Ints) -> None:
+        if self._groups is None:
+            return
+        if shared is None:
+            self._groups.clear()
+        else:
+            self._groups.load(shared, int(np.cumprod(counts == 1).sum()), self._uploads)
 
     def replay(self, tokens: int, rows: int) -> None:
         """A step of padding alone, for its time."""
@@ -107,7 +123,7 @@ class MixedSteps:
         picked[1] = self._spare
         picked[:, : len(sampling)] = np.stack((np.cumsum(counts)[sampling] - 1, slots[sampling], end[sampling] - 1))
         for values, out in ((flat, inputs.flat), (columns, inputs.rows), (picked, inputs.picked)):
-            self._up(values, out=out)
+            self._uploads.up(values, out=out)
 
     def forward(self, inputs: Inputs, tap: Tap | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for sampling mean nothing."""
@@ -117,6 +133,7 @@ class MixedSteps:
         lengths = inputs.rows[1, :rows]
         ids = torch.where(flat[0] < 0, state.last_token[flat[3]].long(), flat[0])
         batch = Batch(flat[1], flat[2], inputs.rows[2, : rows + 1], lengths, state.table[index], flat.shape[1], most)
+        batch.groups = self._groups.first(rows) if self._groups is not None and rows >= LEAST_CASCADE else None
         logits = loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, inputs.picked[0], lambda: None, tap)
         state.computed[index] = lengths
         places = inputs.picked[1]
@@ -127,24 +144,29 @@ class MixedSteps:
         state.last_token[places] = tokens
         return Decoded(logits, torch.where(sampled.bad, -1, tokens))
 
-    def capture_all(self, progress: Callable[[float], None]) -> None:
-        """Compile what steps need, so that no request waits for a compiler, and capture the small ones."""
+    def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
+        """Compile what steps need, so that no request waits for a compiler, and capture the small ones. largest: most tokens of a step,
+        which is run once as well: what does not fit into memory is to be known before anyone waits."""
         rows = sorted({self.padded(count) for count in (1, ROWS[-1], self._slots.count)}, reverse=True)
-        shapes = [(size, count) for count in rows for size in reversed(TOKENS)]
-        for done, (size, count) in enumerate(shapes):
-            if not self._eager:
-                self._capture(size, count)
-            elif size in (TOKENS[0], LARGE):
-                self.forward(Inputs.idle(size, count, self._spare))
-            progress(done / len(shapes))
-        torch.cuda.synchronize()
+        warm = [(size, count) for count in rows for size in sorted({*WARM, largest}) if size <= largest]
+        graphs = [(size, count) for i, count in enumerate(rows) for size in _sizes(rows[i + 1 :], largest)] if not self._eager else []
+        for done, (size, count) in enumerate(warm):
+            self.forward(Inputs.idle(size, count, self._spare))
+            torch.cuda.synchronize()
+            progress(done / (len(warm) + len(graphs)))
+        for done, (size, count) in enumerate(graphs, len(warm)):
+            self._capture(size, count)
+            progress(done / (len(warm) + len(graphs)))
 
     def _capture(self, size: int, rows: int) -> None:
         inputs = self._inputs[size, rows] = Inputs.idle(size, rows, self._spare)
-        if size in (TOKENS[0], LARGE, TOKENS[-1]):
-            self.forward(inputs)
-            torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self.forward(inputs)
-        self._graphs[size, rows] = graph, decoded
+        self._graphs[size, rows] = graph, Decoded(borrowed(decoded.logits), borrowed(decoded.report))
+
+
+def _sizes(fewer: list[int], largest: int) -> list[int]:
+    """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows: each row has a token at least."""
+    first = next((size for size in TOKENS if size >= largest), TOKENS[-1])
+    return [size for size in reversed(TOKENS) if max(fewer, default=0) < size <= first]
