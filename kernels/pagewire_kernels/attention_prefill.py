@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+from .attention_common import HIDDEN, LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride,
             visible = n[None, :] <= position[:, None]
             if WINDOW > 0:
                 visible = visible & (n[None, :] > position[:, None] - WINDOW)
-            s = tl.where(visible, s, MASKED)
+            s = tl.where(visible, s, HIDDEN)
         acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
     return acc, peak, total
 
@@ -125,7 +125,7 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
         peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
     acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, slope, block_stride, scale_log2, soft_cap, acc,
         peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
-    acc = acc / total[:, None]
+    acc = acc / tl.maximum(total, 1e-30)[:, None]
     out_at = at[:, None] * (HKV * GROUP * D) + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
 
