@@ -11,7 +11,18 @@ from typing import Any, Final, Literal
 
 from .rope import Rope, Unsupported, read_rope
 
-__all__ = ["Architecture", "Config", "Moe", "Unsupported", "activation_of", "common", "eos_token_ids", "layer_windows", "read_config"]
+__all__ = [
+    "Architecture",
+    "Config",
+    "Moe",
+    "Unsupported",
+    "activation_of",
+    "common",
+    "eos_token_ids",
+    "gpt_like",
+    "layer_windows",
+    "read_config",
+]
 
 Config = dict[str, Any]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -176,6 +187,12 @@ def common(config: Config, **differences: Any) -> Architecture:
     if arch.rope.kind in ("linear", "dynamic", "yarn"):
         return replace(arch, extended_position=int(arch.rope.original_max_position * arch.rope.factor))
     return arch
+
+
+def gpt_like(config: Config, norm_eps: float, bias: bool, **differences: Any) -> Architecture:
+    """What GPT-2 and its kin have in common: LayerNorm, an MLP without a gate, biases in all matrices or none."""
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), bias)
+    return common(config, **{"norm": "layer", "norm_eps": norm_eps, "norm_bias": True, "gated": False, **biases, **differences})
 
 
 def activation_of(config: Config) -> Activation:

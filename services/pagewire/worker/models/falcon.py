@@ -1,7 +1,7 @@
 """Falcon: 7B has one KV head and one LayerNorm for attention and MLP side by side; 40B and 180B ("new decoder architecture") several KV
 heads and a norm each; 11B several heads and one norm; the RW models are sequential, with ALiBi."""
 
-from ..architecture import Architecture, Config, common
+from ..architecture import Architecture, Config, gpt_like
 from ..rope import NO_ROPE, read_rope
 from .alibi import slopes
 from .checkpoint import Names, renamed
@@ -39,20 +39,15 @@ def describe(config: Config) -> Architecture:
     one_head = config.get("multi_query", True) and not several
     config["intermediate_size"] = config.get("ffn_hidden_size") or 4 * hidden
     config["num_key_value_heads"] = 1 if one_head else config.get("num_kv_heads") or heads
-    bias, size = bool(config.get("bias", False)), hidden // heads
-    return common(
+    size = hidden // heads
+    return gpt_like(
         config,
+        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        bias=bool(config.get("bias", False)),
         block="parallel" if config.get("parallel_attn", True) else "sequential",
         one_norm=not several or config.get("num_ln_in_parallel_attn") == 1,
         rope=NO_ROPE if config.get("alibi") else read_rope(config, size),
         # here the slopes are added before the scores are scaled
         slopes=tuple(slope * size**-0.5 for slope in slopes(heads)) if config.get("alibi") else (),
-        norm="layer",
-        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
-        norm_bias=True,
-        gated=False,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bias,
         tied=bool(config.get("tie_word_embeddings", True)),
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported, common
+from ..architecture import Architecture, Config, Unsupported, gpt_like
 from ..rope import NO_ROPE
 from .checkpoint import Named, Names, split
 
@@ -39,16 +39,11 @@ def describe(config: Config) -> Architecture:
     }
     scale = (hidden // int(config["n_head"])) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
-    return common(
+    return gpt_like(
         config | own,
-        rope=NO_ROPE,
-        norm="layer",
         norm_eps=float(config["layer_norm_epsilon"]),
-        norm_bias=True,
-        gated=False,
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
+        bias=True,
+        rope=NO_ROPE,
         learned_positions=True,
         scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
         tied=bool(config.get("tie_word_embeddings", True)),

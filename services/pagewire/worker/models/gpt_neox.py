@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, a quarter of each head rotated, LayerNorm, queries to values joined head by head."""
 
-from ..architecture import Architecture, Config, common
+from ..architecture import Architecture, Config, gpt_like
 from .checkpoint import Names, renamed
 
 NAMES = Names(
@@ -22,14 +22,5 @@ tensors = renamed(NAMES, by_group=True)
 def describe(config: Config) -> Architecture:
     own = {"num_key_value_heads": None, "partial_rotary_factor": config.get("rotary_pct", 0.25)}
     bias = bool(config.get("attention_bias", True))
-    return common(
-        config | own,
-        block="parallel" if config.get("use_parallel_residual", True) else "sequential",
-        norm="layer",
-        norm_eps=float(config["layer_norm_eps"]),
-        norm_bias=True,
-        gated=False,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=True,
-    )
+    block = "parallel" if config.get("use_parallel_residual", True) else "sequential"
+    return gpt_like(config | own, float(config["layer_norm_eps"]), bias, mlp_bias=True, block=block)

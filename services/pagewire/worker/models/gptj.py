@@ -1,7 +1,7 @@
 """GPT-J: attention and MLP side by side after one LayerNorm, neighbouring dimensions of a part of each head rotated, biases in the MLP and
 the head only."""
 
-from ..architecture import Architecture, Config, common
+from ..architecture import Architecture, Config, gpt_like
 from ..rope import Rope
 from .checkpoint import Names, renamed
 
@@ -34,15 +34,13 @@ def describe(config: Config) -> Architecture:
         "max_position_embeddings": config["n_positions"],
         "hidden_act": config.get("activation_function", "gelu_new"),
     }
-    return common(
+    return gpt_like(
         config | own,
+        norm_eps=float(config["layer_norm_epsilon"]),
+        bias=False,
         block="parallel",
         one_norm=True,
         rope=Rope(theta=10_000.0, size=int(config.get("rotary_dim") or hidden // heads), interleaved=True),
-        norm="layer",
-        norm_eps=float(config["layer_norm_epsilon"]),
-        norm_bias=True,
-        gated=False,
         mlp_bias=True,
         head_bias=True,
     )

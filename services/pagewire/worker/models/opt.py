@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported, common
+from ..architecture import Architecture, Config, Unsupported, gpt_like
 from ..rope import NO_ROPE
 from .checkpoint import Named, Names
 
@@ -44,17 +44,12 @@ def describe(config: Config) -> Architecture:
         "num_key_value_heads": None,
         "hidden_act": config.get("activation_function", "relu"),
     }
-    return common(
+    return gpt_like(
         config | own,
+        norm_eps=1e-5,
+        bias=bias,
         block="sequential" if config.get("do_layer_norm_before", True) else "post",
         rope=NO_ROPE,
-        norm="layer",
-        norm_eps=1e-5,
-        norm_bias=True,
-        gated=False,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bias,
         learned_positions=True,
         embedding_size=0 if width == config["hidden_size"] else width,
         tied=bool(config.get("tie_word_embeddings", True)),

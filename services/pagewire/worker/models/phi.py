@@ -1,6 +1,6 @@
 """Phi 1, 1.5 and 2: attention and MLP side by side after one LayerNorm, a part of each head rotated, biases everywhere, the head's too."""
 
-from ..architecture import Architecture, Config, Unsupported, common
+from ..architecture import Architecture, Config, Unsupported, gpt_like
 from .checkpoint import Names, renamed
 
 NAMES = Names(
@@ -14,16 +14,5 @@ tensors = renamed(NAMES)
 def describe(config: Config) -> Architecture:
     if config.get("qk_layernorm"):
         raise Unsupported("qk_layernorm of phi is not supported")
-    return common(
-        config | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)},
-        block="parallel",
-        one_norm=True,
-        norm="layer",
-        norm_eps=float(config["layer_norm_eps"]),
-        norm_bias=True,
-        gated=False,
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        head_bias=True,
-    )
+    own = {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
+    return gpt_like(config | own, float(config["layer_norm_eps"]), bias=True, head_bias=True, block="parallel", one_norm=True)
