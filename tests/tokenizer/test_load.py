@@ -100,3 +100,13 @@ def test_opt_begins_texts_with_its_own_token(tmp_path: Path, bpe: Tokenizer):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     plain = bpe.encode("hello").ids
     assert done.stdout.splitlines()[-1:] == [f"{[bpe.token_to_id('<|im_end|>'), *plain]} {plain}"], done.stderr
+
+
+def test_tokenizers_of_code_are_refused_in_one_line(tmp_path: Path):
+    """In a process of its own: transformers is imported for it, without torch."""
+    pytest.importorskip("transformers")
+    write(tmp_path, "vocab.json", "{}")
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}})
+    code = "import sys, pathlib; from pagewire.tokenizer.load import load; load(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert "has no tokenizer.json but a OwnTokenizer of its repository's own code" in done.stderr.strip().splitlines()[-1]

@@ -71,7 +71,7 @@ def _load_directory(path: Path) -> Loaded:
         # ChatGLM2 and 3 call this token `sop`, as if it were a word of the text: here it has a name of its own.
         return Loaded(built.tokenizer, template.replace("[gMASK]sop", "[gMASK]<sop>"), {**built.names, **formats.named(settings)})
     if any((path / name).is_file() for name in OLD_FORMATS):
-        return _load_with_transformers(path, template)
+        return _load_with_transformers(path, template, settings)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _load_gguf(ggufs[0])
@@ -116,7 +116,7 @@ def _template(path: Path, config: dict[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _load_with_transformers(path: Path, template: str) -> Loaded:
+def _load_with_transformers(path: Path, template: str, settings: dict[str, Any]) -> Loaded:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell people that torch is missing
     try:
         with _torch_hidden():
@@ -124,7 +124,14 @@ def _load_with_transformers(path: Path, template: str) -> Loaded:
 
             slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise NoTokenizer(f"{path} has no tokenizer.json, and transformers cannot convert what is there: {error}") from None
+        if "AutoTokenizer" in (settings.get("auto_map") or ()):
+            kind = settings.get("tokenizer_class")
+            raise NoTokenizer(
+                f"{path} has no tokenizer.json but a {kind} of its repository's own code, which tokenizers never run here; name a "
+                "tokenizer that has one with --tokenizer"
+            ) from None
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NoTokenizer(f"{path} has no tokenizer.json, and transformers cannot convert what is there: {line}") from None
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise NoTokenizer(f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer")
