@@ -1,6 +1,6 @@
 """/metrics in Prometheus' text format. Names that vLLM has are kept, so that its dashboards work; the others begin with `pagewire:`.
 
-The numbers lie in the Tally and in the scheduler's roster; they are read when somebody asks.
+The numbers lie in the Tallies of all frontends and in the scheduler's roster; they are read when somebody asks.
 """
 
 import re
@@ -55,6 +55,7 @@ def render(state: State) -> bytes:
 class _Collector:
     def __init__(self, state: State) -> None:
         self._state = state
+        self._tally = state.all_counts()
         self._labels = {"engine": "0", "model_name": state.names[0]}
 
     def collect(self) -> Iterator[Metric]:
@@ -77,7 +78,7 @@ class _Collector:
             yield self._gauge(f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value)
 
     def _requests(self) -> Iterator[Metric]:
-        tally = self._state.tally
+        tally = self._tally
         yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens)
         yield self._counter("vllm:prompt_tokens_cached", "Those of them that need no computing.", tally.cached_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", tally.generation_tokens)
@@ -93,11 +94,11 @@ class _Collector:
         yield self._gauge("pagewire:frontend_streams", "Requests owned by this process.", len(state.owner))
         yield self._gauge("pagewire:frontend_streams_parked", "Those of them waiting for the next attempt.", len(state.owner.parked))
         yield self._gauge("pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s)
-        yield self._counter("pagewire:frontend_resubmissions", "Attempts beyond the first.", state.tally.resubmissions)
-        yield self._counter("pagewire:frontend_malformed_messages", "Messages dropped as malformed.", state.tally.malformed)
-        yield self._counter("pagewire:cached_prompt_tokens", "Prompt tokens that need no computing.", state.tally.cached_tokens)
+        yield self._counter("pagewire:frontend_resubmissions", "Attempts beyond the first.", self._tally.resubmissions)
+        yield self._counter("pagewire:frontend_malformed_messages", "Messages dropped as malformed.", self._tally.malformed)
+        yield self._counter("pagewire:cached_prompt_tokens", "Prompt tokens that need no computing.", self._tally.cached_tokens)
         answers = CounterMetricFamily("pagewire:frontend_http_responses", "HTTP answers.", labels=["code"])
-        for status, count in sorted(state.tally.responses.items()):
+        for status, count in sorted(self._tally.responses.items()):
             answers.add_metric([str(status)], count)
         yield answers
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 from msgspec import Struct
+from pagewire_protocol.parts import Role
 
 from .auth import Auth
 from .cors import Cors
@@ -13,6 +14,7 @@ from .sse import Flusher
 from .stack import Stack
 from .streams import Owner
 from .tally import Tally
+from .together import Together
 
 
 class State(Struct):
@@ -33,6 +35,14 @@ class State(Struct):
     """Unix time in seconds."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
+    together: Together | None = None
+    """The way to the counts of the other frontends."""
+
+    def all_counts(self) -> Tally:
+        """Those of every frontend of the stack."""
+        roster = self.stack.roster
+        others = {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND} if roster else set[int]()
+        return self.together.whole(others) if self.together and len(others) > 1 else self.tally
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
