@@ -19,6 +19,7 @@ from torch import Tensor
 from .borrowed import borrowed
 from .cascade import GroupBuffers
 from .graphs import LEAST_CASCADE, Decoded, Pool
+from .memory import CAPTURED_TOKENS
 from .models.decoder import Tap
 from .runner import spread
 from .setup import Loaded
@@ -26,11 +27,11 @@ from .slots import Ints, Slots
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
-TOKENS: Final = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 64), *range(2048, 4097, 256))
+TOKENS: Final = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 64), *range(2048, CAPTURED_TOKENS + 1, 256))
 """Larger steps keep the GPU busy for longer than the CPU takes to launch them."""
 EAGER_TOKENS: Final = 16
 """Eager steps are padded to a multiple of this: rows of buffers stay aligned, and kernels are not compiled anew."""
-WARM: Final = (16, 64, 512, 4096)
+WARM: Final = (16, 64, 512, CAPTURED_TOKENS)
 """Sizes run once before anything is captured: all kernels are compiled and loaded then."""
 
 
