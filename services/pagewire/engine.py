@@ -1,12 +1,10 @@
 """The stack behind `LLM`: the services as child processes, and this program in the place of the frontend.
 
 The program owns its requests by the same rules as the HTTP frontend (`frontend.streams`), in a synchronous loop: nothing moves
-between two calls of `pump`. A thread keeps the services running; it touches no socket.
+between two calls of `pump`. crew.py keeps the services running.
 """
 
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +14,15 @@ from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.parts import Role
 
-from . import hub, stack
-from .config import ModelConfig
+from . import stack
+from .crew import Crew, find_files
 from .frontend.errors import ApiError
 from .frontend.stream import Job, Sink, Stream
 from .frontend.streams import Owner
 from .frontend.tally import Tally
 from .membership import Membership
-from .supervisor import Supervisor
 
 PUMP_S = 0.2
-LINES_KEPT = 20
 
 
 class EngineError(RuntimeError):
@@ -48,11 +44,9 @@ class Engine:
         self._membership = Membership(Role.FRONTEND, f"program-{self._pid}", incarnation, self._inbox, self._outbox, self._run_dir)
         self.tally = Tally()
         self.owner = Owner(self._inbox.address, self._outbox.send, time.monotonic, self.tally)
-        self._supervisor = Supervisor([*stack.model_services(config, model), *stack.early_services(config)], _forward)
-        self._thread = threading.Thread(target=self._supervise, name="pagewire", daemon=True)
         self._fresh = False
         self._closed = False
-        self._thread.start()
+        self._crew = Crew(config, model, self._inbox.wake)
 
     @property
     def roster(self) -> Roster | None:
@@ -68,7 +62,7 @@ class Engine:
             if stage != shown:
                 shown = stage
                 say(stage)
-        self._supervisor.mark_ready()
+        self._crew.mark_ready()
         return roster
 
     def check_open(self) -> None:
@@ -109,20 +103,19 @@ class Engine:
         self._membership.progress += 1
         self._membership.tick(time.monotonic())
         self.owner.tick()
-        if not self._thread.is_alive():
-            raise EngineError(self._supervisor.failure or "the services have been shut down")
+        if not self._crew.alive:
+            raise EngineError(self._crew.failure)
 
     def pids(self) -> dict[str, int]:
         """The services' process ids by name."""
-        return self._supervisor.pids()
+        return self._crew.pids()
 
     def close(self) -> None:
         """End the services and remove their run directory. Does nothing the second time, or in a forked copy of the program."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        self._supervisor.stop()
-        self._thread.join()
+        self._crew.stop()
         self._inbox.close()
         self._outbox.close()
         stack.remove_run_dir(self._run_dir)
@@ -132,15 +125,6 @@ class Engine:
             self.owner.on_deltas(deltas)
         except (ValueError, TypeError):
             self.tally.malformed += 1
-
-    def _supervise(self) -> None:
-        try:
-            self._supervisor.run()
-        except BaseException as error:
-            self._supervisor.fail(f"the supervisor failed: {error!r}")
-            raise
-        finally:
-            self._inbox.wake()
 
 
 def is_ready(roster: Roster) -> bool:
@@ -152,16 +136,3 @@ def describe(roster: Roster | None) -> str:
     """What is loading, for people."""
     waiting = [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND] if roster else []
     return ", ".join(f"{peer.role.name.lower()}: {peer.stage or 'starting'} {peer.fraction:.0%}" for peer in waiting) or "starting"
-
-
-def find_files(config: stack.StackConfig, say: Callable[[str], None]) -> ModelConfig:
-    """The model with local paths. Raises hub.ModelNotFound."""
-    model = config.model
-    if not stack.needs_files(config):
-        return model
-    tokenizer = hub.resolve(hub.tokenizer_model(model), say) if model.tokenizer else None
-    return stack.local_model(model, hub.resolve(model, say), tokenizer)
-
-
-def _forward(name: str, line: str) -> None:
-    print(f"[{name}] {line}", file=sys.stderr, flush=True)

@@ -54,7 +54,7 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     loop = asyncio.get_running_loop()
     reply = SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
-    cancel = _start(state, plan, jobs, reply)
+    cancel = start(state, plan, jobs, reply)
     try:
         await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
@@ -74,7 +74,7 @@ def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:
     return [replace(job, cache_salt=salt) for job in jobs]
 
 
-def _start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], Any]:
+def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], Any]:
     """Set the jobs going; what ends them is returned. Raises ApiError when none can take them."""
     if plan.beams:
         return asyncio.create_task(search_all(state, plan, jobs, reply)).cancel

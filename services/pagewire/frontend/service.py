@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from typing import Final
 
 import uvloop
@@ -34,8 +34,6 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
-DRAIN_S: Final = 1.0
-"""How long running streams may go on after the signal to end."""
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
 _DRAIN_LIMIT: Final = 16
@@ -92,7 +90,7 @@ class Service:
     def __init__(self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig) -> None:
         """Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
-        self._tls = context_of(config)
+        self._tls, self._shutdown_timeout_s = context_of(config), config.shutdown_timeout
         run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
         self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
         self.outbox = Outbox()
@@ -110,6 +108,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def serving(self, listener: socket.socket) -> "AsyncGenerator[Service]":
+        """Joined, and answering HTTP requests."""
         runner = web.AppRunner(
             make_app(self.state),
             handle_signals=False,
@@ -120,9 +119,17 @@ class Service:
             shutdown_timeout=0.3,
         )
         await runner.setup()
-        self._runner = runner
         self._site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=self._tls)
         await self._site.start()
+        with self.joined():
+            try:
+                yield self
+            finally:
+                await runner.cleanup()
+
+    @contextlib.contextmanager
+    def joined(self) -> "Generator[None]":
+        """A member of the stack, whose messages are handled."""
         self.membership.hello()
         self.membership.ready()
         self._loop.add_reader(self.inbox.fileno(), self._on_inbox)
@@ -130,25 +137,24 @@ class Service:
         self._next_tick = self._loop.time()
         self._tick()
         try:
-            yield self
+            yield
         finally:
-            await self._close()
+            self._close()
 
     async def drain(self) -> None:
-        """Take no more requests; give those that run a moment, then end them in words."""
+        """Answer new requests with 503; give those that run their time, then end them in words."""
         self.state.stack.draining = True
-        await self._site.stop()
-        deadline = self._loop.time() + DRAIN_S
-        while len(self.state.owner) and self._loop.time() < deadline:
+        deadline = self._loop.time() + self._shutdown_timeout_s
+        while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
+        await self._site.stop()
         self.state.owner.fail_all(ApiError(503, "The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)
 
-    async def _close(self) -> None:
+    def _close(self) -> None:
         if self._ticker:
             self._ticker.cancel()
-        await self._runner.cleanup()
         self._loop.remove_reader(self.inbox.fileno())
         self.membership.goodbye()
         self.outbox.close(linger_ms=200)
