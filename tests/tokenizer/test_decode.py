@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,9 +83,10 @@ def test_padding_rows_of_a_model_have_no_text(bpe: Tokenizer):
     decoding = Decoding(bpe)
     decoding.grow(1000)
     assert deltas(decoding, [999]) == ["", ""]
-    assert decoding.token_bytes(999) == decoding.token_bytes(5000) == decoding.token_bytes(-1) == b""
-    assert decoding.token_bytes(bpe.token_to_id("ä")) == b"\xe4"
-    assert decoding.token_bytes(1) == b"<|im_start|>"
+    assert decoding.bytes_of(np.array([999, bpe.token_to_id("ä"), 1], np.int32)) == (b"", b"\xe4", b"<|im_start|>")
+    for outside in (1000, -1):
+        with pytest.raises(ValueError, match="vocabulary of 1000"):
+            decoding.bytes_of(np.array([5, outside], np.int32))
 
 
 def test_sentencepiece_text_comes_back(spm: Tokenizer):

@@ -452,5 +452,19 @@ def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
     at = [row[0] for row in rows(deltas)].index(70)
     assert (first.row, first.index, first.rank, first.ids, first.values) == (at, 0, 3, (ids[0], 499), (-0.5, -1.5))
     assert (second.row, second.index) == (at, 1)
-    joined = b"".join(bench.requests._decoding.token_bytes(token) for token in ids)
-    assert joined == "世a".encode() and first.texts == (bench.requests._decoding.token_bytes(ids[0]), b"")
+    whole = "世a".encode()
+    assert first.texts[0] + second.texts[0] == whole[: len(first.texts[0] + second.texts[0])] and first.texts[1] == b"" != first.texts[0]
+
+
+@pytest.mark.parametrize("broken", [{"rows": pack("i", [1])}, {"counts": pack("i", [3])}, {"ranks": b""}, {"ids": pack("i", [5, 500])}])
+def test_damaged_logprobs_lose_every_stream(bench: Bench, broken):
+    handle = bench.submit().handle
+    whole = {
+        "rows": pack("i", [0]),
+        "counts": pack("i", [2]),
+        "ranks": pack("i", [1]),
+        "ids": pack("i", [5, 6]),
+        "values": pack("f", [-1, -2]),
+    }
+    bench.requests.tokens([step((handle, 0, 5), logprobs=LogprobColumns(**{**whole, **broken}))])
+    assert bench.end().finish is Finish.LOST and not len(bench.requests)

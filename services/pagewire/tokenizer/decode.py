@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 SPACE: Final = "▁"
@@ -148,9 +150,11 @@ class Decoding:
         tables = self._without_special if skip_special else self._all
         return TableDecoder(tables.texts, tables.raw, self.lead if at_start else 0)
 
-    def token_bytes(self, token: int) -> bytes:
-        """What the token stands for, special ones included; empty for an id the tokenizer does not have."""
-        return self._all.raw[token] if 0 <= token < self.size else b""
+    def bytes_of(self, ids: NDArray[np.int32]) -> tuple[bytes, ...]:
+        """What each token stands for, special ones included. Raises ValueError for an id beyond the vocabulary."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.size:
+            raise ValueError(f"token ids from {ids.min()} to {ids.max()} with a vocabulary of {self.size}")
+        return tuple(map(self._all.raw.__getitem__, ids.tolist()))
 
     def is_start(self, ids: Iterable[int]) -> bool:
         """Whether a prompt says nothing: only then does the output begin a text."""

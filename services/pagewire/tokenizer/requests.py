@@ -121,14 +121,14 @@ class Requests:
             self._placed(placed)
         self._lose(pass_prompts(batch, self._streams, self._decoding), "log-probabilities were damaged on the way to the tokenizer")
         try:
-            columns, entries = columns_of(batch, self._decoding.size), entries_of(batch)
-        except (ValueError, IndexError) as error:
+            columns, entries = columns_of(batch, self._decoding.size), entries_of(batch, self._decoding)
+        except ValueError as error:
             log.error("dropped %d Tokens message(s) and all %d streams: %s", len(batch), len(self._streams), error)
             self._lose(list(self._streams.values()), "a step's result was damaged on the way to the tokenizer")
             return
         ended = [end for message in batch for end in message.ended]
         self._mute(ended, columns.handles, columns.positions)
-        met, lost = fill(self._streams, columns, entries, self._decoding)
+        met, lost = fill(self._streams, columns, entries)
         for stream in met:
             self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
             self.to_scheduler.append(Cancel(((stream.rid, stream.attempt),)))

@@ -8,12 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs, TokenLogprobs, Tokens
 
 from .decode import Decoding
-from .stream import Mail, Stream
+from .stream import Stream
 
 log = logging.getLogger("pagewire.tokenizer")
+
+
+Entry = tuple[int, tuple[int, ...], tuple[float, ...], tuple[bytes, ...]]
+"""Log-probabilities of one row of a step: the token's rank, then ids, values and bytes of the candidates."""
+Entries = dict[int, Entry]
+"""By handle and position: handle << 32 | position."""
 
 
 class Columns(NamedTuple):
@@ -21,18 +28,6 @@ class Columns(NamedTuple):
     executions: list[int]
     positions: list[int]
     tokens: list[int]
-
-
-class Entry(NamedTuple):
-    """Log-probabilities of one row of a step."""
-
-    rank: int
-    ids: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-Entries = dict[tuple[int, int], Entry]
-"""By handle and position."""
 
 
 def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
@@ -54,26 +49,31 @@ def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
     return Columns(*(column[order].tolist() for column in joined))
 
 
-def entries_of(batch: list[Tokens]) -> Entries:
-    """The log-probabilities by (handle, position). Raises ValueError, IndexError when they do not fit the rows."""
+def entries_of(batch: list[Tokens], decoding: Decoding) -> Entries:
+    """The log-probabilities. Raises ValueError when they do not fit the rows."""
     found: Entries = {}
     for message in batch:
         if message.logprobs is not None:
-            handles, positions = np.frombuffer(message.handles, np.uint32), np.frombuffer(message.positions, np.int32)
-            for row, entry in _entries(message.logprobs):
-                found[int(handles[row]), int(positions[row])] = entry
+            _add_entries(found, message, message.logprobs, decoding)
     return found
 
 
-def _entries(columns: LogprobColumns) -> list[tuple[int, Entry]]:
-    rows, counts, ranks, ids = (np.frombuffer(c, np.int32).tolist() for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
-    values = np.frombuffer(columns.values, np.float32).tolist()
-    found: list[tuple[int, Entry]] = []
+def _add_entries(found: Entries, message: Tokens, columns: LogprobColumns, decoding: Decoding) -> None:
+    rows = len(message.handles) // 4
+    which, counts, ranks, ids = (np.frombuffer(c, np.int32) for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
+    values = np.frombuffer(columns.values, np.float32)
+    if len(which) and not 0 <= which.min() <= which.max() < rows:
+        raise ValueError(f"log-probabilities of row {which.max()} of {rows}")
+    if not len(which) == len(counts) == len(ranks) or (counts < 1).any() or not counts.sum() == len(ids) == len(values):
+        raise ValueError(f"{len(which)} rows of log-probabilities with {len(ids)} ids and {len(values)} values do not fit")
+    handles, positions = np.frombuffer(message.handles, np.uint32)[which], np.frombuffer(message.positions, np.int32)[which]
+    keys = handles.astype(np.int64) << 32 | positions
+    tokens, numbers, texts = tuple(ids.tolist()), tuple(values.tolist()), decoding.bytes_of(ids)
     start = 0
-    for row, count, rank in zip(rows, counts, ranks, strict=True):
-        found.append((row, Entry(rank, tuple(ids[start : start + count]), tuple(values[start : start + count]))))
-        start += count
-    return found
+    for key, count, rank in zip(keys.tolist(), counts.tolist(), ranks.tolist(), strict=True):
+        end = start + count
+        found[key] = rank, tokens[start:end], numbers[start:end], texts[start:end]
+        start = end
 
 
 def pass_prompts(batch: list[Tokens], streams: dict[int, Stream], decoding: Decoding) -> list[Stream]:
@@ -89,26 +89,25 @@ def pass_prompts(batch: list[Tokens], streams: dict[int, Stream], decoding: Deco
         if stream.execution != entry.execution:
             continue
         try:
-            ids = _checked(entry)
+            texts = decoding.bytes_of(_checked(entry))
         except ValueError as error:
             log.error("log-probabilities of a prompt: %s", error)
             broken.append(streams.pop(entry.place))
             continue
-        texts = tuple(decoding.token_bytes(token) for token in ids)
         stream.mail.prompt_logprobs.append(replace(entry, place=stream.owner, texts=texts))
     return broken
 
 
-def _checked(entry: PromptLogprobs) -> list[int]:
+def _checked(entry: PromptLogprobs) -> NDArray[np.int32]:
     """The ids. Raises ValueError."""
     counts, ranks, ids = (np.frombuffer(column, np.int32) for column in (entry.counts, entry.ranks, entry.ids))
     values = np.frombuffer(entry.values, np.float32)
     if len(ranks) != len(counts) or (counts < 1).any() or counts.sum() != len(ids) or len(values) != len(ids):
         raise ValueError(f"{len(counts)} tokens, {len(ranks)} ranks, {len(ids)} ids and {len(values)} values do not fit")
-    return ids.tolist()
+    return ids
 
 
-def fill(streams: dict[int, Stream], columns: Columns, entries: Entries, decoding: Decoding) -> tuple[list[Stream], list[Stream]]:
+def fill(streams: dict[int, Stream], columns: Columns, entries: Entries) -> tuple[list[Stream], list[Stream]]:
     """Append to the streams' mails. Returns the streams that met a stop string and those that lost rows; both are gone from `streams`."""
     met: list[Stream] = []
     lost: list[Stream] = []
@@ -135,8 +134,9 @@ def fill(streams: dict[int, Stream], columns: Columns, entries: Entries, decodin
         else:
             mail.rows.append((stream.owner, stream.attempt, execution, position, text))
             previous = stream
-        if entries and (entry := entries.get((handle, position))) is not None:
-            _add_logprobs(mail, entry, decoding)
+        if entries and (entry := entries.get(handle << 32 | position)) is not None:
+            row = len(mail.rows) - 1
+            mail.logprobs.append(TokenLogprobs(row, mail.counts.get(row, 1) - 1, *entry))
     return met, lost
 
 
@@ -145,9 +145,3 @@ def _accept(stream: Stream, execution: int, position: int) -> bool:
     if stream.execution < 0:
         stream.execution = execution
     return stream.execution == execution and stream.position == position
-
-
-def _add_logprobs(mail: Mail, entry: Entry, decoding: Decoding) -> None:
-    row = len(mail.rows) - 1
-    texts = tuple(decoding.token_bytes(token) for token in entry.ids)
-    mail.logprobs.append(TokenLogprobs(row, mail.counts.get(row, 1) - 1, entry.rank, entry.ids, entry.values, texts))

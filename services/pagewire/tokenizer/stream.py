@@ -126,10 +126,13 @@ class Stream:
 
     def take(self, token: int) -> str:
         """The text to show after one more token; advances the position. `found` tells whether a stop string ended it."""
-        position = self.position
+        position, decoder = self.position, self.decoder
         self.position = position + 1
-        text = self.decoder.step(token) if position < self.muted_from else ""
-        self.careful = self.always_careful or not self.decoder.clean
+        if position >= self.muted_from:
+            text = ""
+        elif not decoder.clean or (text := self.texts[token]) is None:
+            text = decoder.step(token)
+        self.careful = self.always_careful or not decoder.clean
         return self._match(text, position)
 
     def _match(self, text: str, position: int) -> str:
