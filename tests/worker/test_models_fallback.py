@@ -146,6 +146,7 @@ def directory(path: Path, **config) -> Path:
         ),
         ({"model_type": "jamba"}, "(JambaForCausalLM is not supported: 4 of its 32)|(jamba has layers of type)"),
         ({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported: 0 of its"),
+        ({"model_type": "gpt_neo", "architectures": ["GPTNeoForCausalLM"]}, "GPTNeoForCausalLM is not supported: its attention is its own"),
         ({"model_type": "gpt_oss"}, "GptOssForCausalLM is not supported: its attention wants s_aux"),
         ({"model_type": "llama4"}, "made of several models"),
         ({"model_type": "olmo2", "quantization_config": {"quant_method": "awq"}}, "quantized weights of olmo2"),

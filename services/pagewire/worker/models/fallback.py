@@ -222,7 +222,9 @@ def _on_meta(config: Any, recorder: Recorder, trust: bool) -> Any:
         raise
     except Exception as error:  # whatever the model's code does when its attention is replaced
         name = next(iter(config.architectures or ()), config.model_type)
-        raise Unsupported(f"{name} is not supported: it does not run with another attention ({_line(error)})") from None
+        own = isinstance(error, KeyError) and recorder.name in str(error)
+        why = "its attention is its own" if own else f"without its weights and with another attention it does not run ({_line(error)})"
+        raise Unsupported(f"{name} is not supported: {why}") from None
     return model
 
 
