@@ -4,6 +4,7 @@ Shared by `pagewire serve` and `LLM`. It knows the settings, not the processes.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -66,7 +67,8 @@ def early_services(config: StackConfig) -> list[Service]:
     if config.frontend is not None:
         fd = config.frontend.socket_fd
         for i in range(config.num_frontends):
-            services.append(_service(config.run, "frontend", i, config.model, config.frontend, fds=(fd,) if fd >= 0 else ()))
+            service = _service(config.run, "frontend", i, config.model, config.frontend, fds=(fd,) if fd >= 0 else ())
+            services.append(dataclasses.replace(service, drain_s=config.frontend.shutdown_timeout))
     return [*services, _service(config.run, "scheduler", 0, config.model, config.scheduler)]
 
 

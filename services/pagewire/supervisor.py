@@ -40,6 +40,8 @@ class Service:
     name: str
     arguments: tuple[str, ...]
     pass_fds: tuple[int, ...] = ()
+    drain_s: float | None = None
+    """How long it may finish its work at the end, while those without such a time still serve it."""
 
 
 @dataclass
@@ -197,27 +199,36 @@ class Supervisor:
         self._on_line("supervisor", f"{name} {how_it_ended(code)}; starting it again{f' in {pause:g} s' if pause else ''}")
 
     def _end_all(self) -> None:
-        deadline = time.monotonic() + ORDERLY_EXIT_S
-        self._signal_all(signal.SIGTERM)
-        while self._alive() and time.monotonic() < deadline and self._stops < 2:
-            self._wait(TICK_S / 2)
-            self._close_ended()
-        self._signal_all(signal.SIGKILL)
-        while self._alive():
-            self._wait(TICK_S / 10)
-            self._close_ended()
+        self._end([child for child in self._alive() if child.service.drain_s is not None])
+        self._end(self._alive())
         self._selector.close()
 
+    def _end(self, children: list[Child]) -> None:
+        deadline = time.monotonic() + ORDERLY_EXIT_S + max((child.service.drain_s or 0.0 for child in children), default=0.0)
+        _signal(children, signal.SIGTERM)
+        while _alive(children) and time.monotonic() < deadline and self._stops < 2:
+            self._wait(TICK_S / 2)
+            self._close_ended()
+        _signal(children, signal.SIGKILL)
+        while _alive(children):
+            self._wait(TICK_S / 10)
+            self._close_ended()
+
     def _alive(self) -> list[Child]:
-        return [child for child in self._children if child.process is not None]
+        return _alive(self._children)
 
     def _close_ended(self) -> None:
         for child in self._alive():
             if child.process is not None and child.process.poll() is not None:
                 self._close(child)
 
-    def _signal_all(self, number: signal.Signals) -> None:
-        for child in self._alive():
-            assert child.process is not None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, number)
+
+def _alive(children: list[Child]) -> list[Child]:
+    return [child for child in children if child.process is not None]
+
+
+def _signal(children: list[Child], number: signal.Signals) -> None:
+    for child in _alive(children):
+        assert child.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, number)

@@ -12,6 +12,7 @@ import tempfile
 import threading
 
 import pytest
+from pagewire.config import FrontendConfig
 
 PROGRAM = """
 import sys
@@ -64,8 +65,37 @@ def test_a_busy_port_is_one_clear_line(run_dir) -> None:
     assert f"127.0.0.1:{port}" in errors and "in use" in errors and "--port" in errors
 
 
+def test_a_drain_lets_requests_finish_and_takes_no_more(serve) -> None:
+    with serve(config=FrontendConfig(shutdown_timeout=20)) as server:
+        answers = []
+        body = {"prompt": "slow", "max_tokens": 20, "temperature": 0}
+        running = threading.Thread(target=lambda: answers.append(server.complete(**body)))
+        running.start()
+        server.settle(lambda: len(server.owner) == 1)
+        closing = threading.Thread(target=server.frontend.close)
+        closing.start()
+        server.settle(lambda: server.http.get("/health").status_code == 503)
+        late = server.complete("hi")
+        assert late.status_code == 503 and "shutting down" in late.json()["message"] and late.headers["retry-after"]
+        running.join(10)
+        closing.join(10)
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 20
+
+
+def test_a_drain_waits_for_a_search_between_its_rounds(serve) -> None:
+    with serve(config=FrontendConfig(shutdown_timeout=20)) as server:
+        answers = []
+        body = {"prompt": "one two", "max_tokens": 200, "use_beam_search": True, "n": 2, "ignore_eos": True}
+        running = threading.Thread(target=lambda: answers.append(server.complete(**body)))
+        running.start()
+        server.settle(lambda: bool(server.stack.generates()))
+        server.frontend.close()
+        running.join(10)
+        assert answers[0].status_code == 200, answers[0].text
+
+
 def test_a_drain_ends_streams_in_words(serve) -> None:
-    with serve() as server:
+    with serve(config=FrontendConfig(shutdown_timeout=0.3)) as server:
         lines: list[str] = []
 
         def read() -> None:

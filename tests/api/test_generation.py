@@ -8,6 +8,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from api.fake_stack import expected, tokens_of, word
+from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
 
 MODEL = "/models/tiny one/"
@@ -70,6 +71,12 @@ def test_continuous_usage(server) -> None:
     events = server.events("/v1/completions", prompt="hi", max_tokens=3, stream_options=options)
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3, 3]
     assert {event["usage"]["prompt_tokens"] for event in events} == {3}
+
+
+def test_usage_may_be_told_in_every_stream(serve) -> None:
+    with serve(config=FrontendConfig(enable_force_include_usage=True)) as server:
+        events = server.events("/v1/completions", prompt="hi", max_tokens=2)
+        assert events[-1]["usage"]["completion_tokens"] == 2 and events[-1]["choices"] == [] and events[0]["usage"] is None
 
 
 def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:

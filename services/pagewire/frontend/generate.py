@@ -32,19 +32,29 @@ async def completions(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     parsed = parse(CompletionRequest, await read_body(request, state.max_body))
     _check(state, parsed)
-    return await _generate(request, state, plan_completion(parsed, state.stack.model()))
+    return await _counted(request, state, plan_completion(parsed, state.stack.model()))
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     parsed = parse(ChatRequest, await read_body(request, state.max_body))
     _check(state, parsed)
-    return await _generate(request, state, plan_chat(parsed, state.stack.model()))
+    return await _counted(request, state, plan_chat(parsed, state.stack.model()))
 
 
 def _check(state: State, parsed: Request) -> None:
     state.check_model(parsed.model)
     state.check_ready()
+
+
+async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
+    if state.force_usage and plan.stream:
+        plan = replace(plan, include_usage=True)
+    state.generating += 1
+    try:
+        return await _generate(request, state, plan)
+    finally:
+        state.generating -= 1
 
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:

@@ -100,7 +100,17 @@ class Service:
         owner = Owner(self.inbox.address, self.outbox.send, time.monotonic, tally)
         flusher = Flusher(self._loop, keep_alive_s)
         self.state = State(
-            names, auth, owner, Stack(), tally, flusher, cors_of(config), config.max_body_mb << 20, keep_alive_s, started=int(time.time())
+            names,
+            auth,
+            owner,
+            Stack(),
+            tally,
+            flusher,
+            cors_of(config),
+            config.max_body_mb << 20,
+            config.enable_force_include_usage,
+            keep_alive_s,
+            started=int(time.time()),
         )
         self._inboxes: set[str] = set()
         self._next_tick = 0.0

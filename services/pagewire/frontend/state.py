@@ -28,11 +28,15 @@ class State(Struct):
     cors: Cors
     max_body: int
     """Bytes."""
+    force_usage: bool = False
+    """Streams tell their usage whether it was asked for or not."""
     keep_alive_s: float = 0.0
     """A stream that says nothing for so long says so; 0: never."""
     clock: Callable[[], float] = time.monotonic
     started: int = 0
     """Unix time in seconds."""
+    generating: int = 0
+    """HTTP requests whose answers are under way."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
     together: Together | None = None
