@@ -21,7 +21,10 @@ from .servers import ask_model, metrics, started
 from .turns import Budget, Result, Row, in_turns
 
 GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
-SHOWN = ("out tok/s", "TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
+SHOWN_ALONE = ("out tok/s", "TTFT p50", "TPOT p50")
+SHOWN_CLOSED = ("out tok/s", "TTFT p50", "TPOT p50", "gap p99")
+SHOWN_OPEN = ("TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
+"""Of one stream, of many, and of requests that come at a rate."""
 CEILING = "256x128/128"
 THEIRS = " (against)"
 BLIND = "--skip-tokenizer-init"
@@ -159,6 +162,11 @@ def _measure(server: Server, clients: Clients, load: workloads.Workload, vocab: 
     return one
 
 
+def shown(load: str) -> tuple[str, ...]:
+    workload = workloads.parse(load)
+    return SHOWN_OPEN if workload.rate else SHOWN_ALONE if workload.streams == 1 else SHOWN_CLOSED
+
+
 def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
     model = peers.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
@@ -168,7 +176,7 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
         theirs = results.get(name + THEIRS, Result()).median()
         if not result.rows:
             rows.append([name, result.error, "", "", "", "", "", "", ""])
-        for figure, ours in ((figure, value) for figure, value in result.median().items() if figure in SHOWN):
+        for figure, ours in ((figure, value) for figure, value in result.median().items() if figure in shown(name)):
             other: Any = theirs.get(figure, "")
             ratio = f"{ours / other:.2f}" if other else ""
             rows.append([name, figure, ours, len(result.rows), other, ratio, *cells(model, name, figure, ours)])
