@@ -17,6 +17,7 @@ from .version import __version__
 COMMANDS = {
     # command: (module, what it does)
     "serve": ("launch", "start every service on this machine behind an OpenAI-compatible endpoint"),
+    "run-batch": ("run_batch", "answer the requests of a file"),
     "chat": ("chat", "talk to a running server in the terminal"),
     "fetch": ("hub", "download a model and print where its files are"),
     "bench": ("bench", "measure a server under load, the offline API, one request, or the GPU kernels"),

@@ -176,7 +176,7 @@ def candidates(rank: int, ids: Iterable[int], values: Iterable[float], texts: It
 class Bar:
     """A tqdm bar with vLLM's wording; without tqdm, or with `use` False, nothing. `use` may be a function with tqdm's signature."""
 
-    def __init__(self, use: Any, total: int, description: str = "Processed prompts") -> None:
+    def __init__(self, use: Any, total: int, description: str = "Processed prompts", initial: int = 0) -> None:
         self._bar: Any = None
         self._began, self._read, self._written = time.monotonic(), 0, 0
         if not use:
@@ -186,11 +186,16 @@ class Bar:
                 from tqdm.auto import tqdm as use
             except ImportError:
                 return
-        self._bar = use(total=total, desc=description, dynamic_ncols=True, postfix=_speed(0.0, 0.0))
+        self._bar = use(total=total, desc=description, initial=initial, dynamic_ncols=True, postfix=_speed(0.0, 0.0))
 
     def done(self, output: RequestOutput) -> None:
-        self._read += len(output.prompt_token_ids) * len(output.outputs)
-        self._written += sum(len(completion.token_ids) for completion in output.outputs)
+        written = sum(len(completion.token_ids) for completion in output.outputs)
+        self.add(len(output.prompt_token_ids) * len(output.outputs), written)
+
+    def add(self, read: int, written: int) -> None:
+        """One more is done, of so many tokens."""
+        self._read += read
+        self._written += written
         if self._bar is not None:
             elapsed = max(1e-9, time.monotonic() - self._began)
             self._bar.postfix = _speed(self._read / elapsed, self._written / elapsed)
