@@ -114,29 +114,33 @@ class Limits:
         if len(moved):
             at = self._up(np.stack((moved, self._place[slots[moved]])))
             x.index_add_(0, at[0], self._shift[at[1]])
-        early = self._early(slots)
-        worded = self._worded[slots]
-        tight = np.flatnonzero(self._tight[slots] & (early | worded))
-        if not len(tight):
-            self._ban(x, slots, early, worded)
+        banned = self._banned(slots)
+        if banned is None:
             return
-        rows = self._up(tight)
-        before = x[rows]
-        self._ban(x, slots, early, worded)
-        after = x[rows]
-        x.index_copy_(0, rows, torch.where(after.amax(-1, keepdim=True) == self._minus_inf, before, after))
+        row, token, weight = banned
+        before = x[row, token]
+        x.index_put_((row, token), weight, accumulate=True)
+        if (self._tight[slots] & (self._early(slots) | self._worded[slots])).any():
+            nothing = x.amax(-1) == self._minus_inf
+            x.index_put_((row, token), torch.where(nothing[row], before, x[row, token]))
 
-    def _ban(self, x: Tensor, slots: Ints, early: Bools, worded: Bools) -> None:
-        rows = np.flatnonzero(worded)
+    def _banned(self, slots: Ints) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows [N] and tokens [N] that bad words and endings concern, and what is to be added to their logits [N]: -inf or 0."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        rows = np.flatnonzero(self._worded[slots])
         if len(rows) and self._recent is not None:
             place, owner, before, last = self._gather(rows, slots[rows])
             met = ((before == ANY) | (before == self._recent[owner])).all(-1)
-            x.index_put_((place, last), torch.where(met, self._minus_inf, 0.0), accumulate=True)
-        rows = np.array([row for row in np.flatnonzero(early).tolist() if len(self._endings[int(slots[row])])], np.int64)
+            parts.append((place, last, torch.where(met, self._minus_inf, 0.0)))
+        rows = np.array([row for row in np.flatnonzero(self._early(slots)).tolist() if len(self._endings[int(slots[row])])], np.int64)
         if len(rows):
             ids = [self._endings[int(slot)] for slot in slots[rows]]
             place = self._up(np.repeat(rows, [len(part) for part in ids]))
-            x.index_put_((place, torch.cat(ids)), self._minus_inf)
+            parts.append((place, torch.cat(ids), self._minus_inf.expand(len(place))))
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        place, token, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+        return place, token, weight
 
     def _gather(self, rows: Ints, slots: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For each bad word of the slots: its row in the batch, its slot, what must precede and its last token. Steps repeat, so the last
