@@ -88,6 +88,7 @@ def test_contexts_end_where_the_original_would_change_its_rotation(remote):
         ("qwen1", {"scale_attn_weights": False}, "without scaling"),
         ("qwen1", {"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
         ("chatglm2", {"multi_query_attention": False}, "multi_query_attention False of chatglm is not supported"),
+        ("chatglm2", {"quantization_bit": 4}, "weights of 4 bits"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm False"),
         ("chatglm2", {"padded_vocab_size": None}, "the first ChatGLM is not supported"),
         ("baichuan-7b", {"rms_norm_eps": None}, "has no 'rms_norm_eps'"),

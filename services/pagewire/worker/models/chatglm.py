@@ -25,6 +25,8 @@ tensors = renamed(NAMES)
 def describe(config: Config) -> Architecture:
     if "padded_vocab_size" not in config:
         raise Unsupported("the first ChatGLM is not supported; ChatGLM 2 and 3 and GLM-4 are")
+    if config.get("quantization_bit"):
+        raise Unsupported(f"weights of {config['quantization_bit']} bits (quantization_bit) of chatglm are not supported")
     for name, value in NEEDED.items():
         if bool(config.get(name, value)) != value:
             raise Unsupported(f"{name} {config[name]} of chatglm is not supported; {value} is")
