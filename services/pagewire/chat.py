@@ -1,8 +1,9 @@
-"""`pagewire chat`: a conversation with a running server in the terminal, answers as they come.
+"""`pagewire chat` and `pagewire complete`: a running server in the terminal, answers as they come.
 
 A plain client of the HTTP interface, with nothing but the standard library.
 """
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -40,10 +41,10 @@ class Client:
             body = json.loads(self._send(connection, "GET", "/v1/models", None).read())
         return str(body["data"][0]["id"])
 
-    def answer(self, body: dict[str, Any]) -> Iterator[str]:
+    def answer(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         """The pieces of the answer's text. Closing the iterator ends the generation on the server."""
         with contextlib.closing(self._connect()) as connection:
-            response = self._send(connection, "POST", "/v1/chat/completions", json.dumps({**body, "stream": True}))
+            response = self._send(connection, "POST", path, json.dumps({**body, "stream": True}))
             for line in response:
                 data = line.strip().removeprefix(b"data: ")
                 if data == b"[DONE]":
@@ -74,7 +75,7 @@ def _piece(event: dict[str, Any]) -> str:
     if "error" in event:
         raise ChatError(_message(event) or "the server reported an error")
     choices = event.get("choices") or [{}]
-    return choices[0].get("delta", {}).get("content") or ""
+    return choices[0].get("text") or choices[0].get("delta", {}).get("content") or ""
 
 
 def _message(body: Any) -> str:
@@ -98,17 +99,20 @@ def explain(status: int, raw: bytes) -> str:
 
 
 class Conversation:
+    """Each turn sees those before it."""
+
+    path = "/v1/chat/completions"
+
     def __init__(self, client: Client, model: str, system: str, options: dict[str, Any]) -> None:
-        self._client, self._model, self._options = client, model, options
+        self._client, self._options = client, {"model": model, **options}
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def turn(self, text: str) -> bool:
         """One question and its printed answer; False after an error. Ctrl-C ends the answer, not the chat. What came of an answer stays
         part of the conversation."""
-        body = {"model": self._model, "messages": [*self._messages, {"role": "user", "content": text}], **self._options}
         said, whole = list[str](), True
         try:
-            with contextlib.closing(self._client.answer(body)) as pieces:  # type: ignore[type-var]
+            with contextlib.closing(self._client.answer(self.path, {**self._options, **self._asked(text)})) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
                     said.append(piece)
                     print(piece, end="", flush=True)
@@ -119,7 +123,7 @@ class Conversation:
             whole = False
             if not said:
                 return whole
-        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
+        self._answered(text, "".join(said))
         if whole:
             print()
         return whole
@@ -127,27 +131,61 @@ class Conversation:
     def clear(self) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
 
+    def _asked(self, text: str) -> dict[str, Any]:
+        return {"messages": [*self._messages, {"role": "user", "content": text}]}
+
+    def _answered(self, text: str, said: str) -> None:
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+
+
+class Continuation(Conversation):
+    """Each turn is a text of its own, which the model continues."""
+
+    path = "/v1/completions"
+
+    def _asked(self, text: str) -> dict[str, Any]:
+        return {"prompt": text}
+
+    def _answered(self, text: str, said: str) -> None:
+        pass
+
 
 def main(arguments: list[str]) -> int:
-    parser = new_parser("chat", "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /clear forgets the conversation.")
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
-    parser.add_argument("--model", default="", help="default: the first the server names")
-    parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""), help="default: PAGEWIRE_API_KEY")
-    parser.add_argument("--temperature", type=float, default=None, help="0: always the likeliest token; default: the server's")
-    parser.add_argument("--max-tokens", type=int, default=None, help="longest answer in tokens; default: what the context has room for")
-    options = parser.parse_args(arguments)
+    about = "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /clear forgets the conversation."
+    return run("chat", about, Conversation, arguments)
+
+
+def run(command: str, about: str, kind: type[Conversation], arguments: list[str]) -> int:
+    options = parse(command, about, arguments)
     chosen = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
         client = Client(options.url, options.api_key)
         model = options.model or client.model()
     except (ChatError, OSError, http.client.HTTPException, LookupError) as error:
-        print(f"pagewire chat: {error}", file=sys.stderr)
+        print(f"pagewire {command}: {error}", file=sys.stderr)
         return 1
-    talk = Conversation(client, model, options.system, {key: value for key, value in chosen.items() if value is not None})
+    talk = kind(client, model, options.system, {key: value for key, value in chosen.items() if value is not None})
+    if options.quick is not None:
+        return 0 if talk.turn(options.quick) else 1
     if sys.stdin.isatty():
-        print(f"{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the chat, /clear starts anew")
+        print(f"{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the {command}, /clear starts anew")
     return _loop(talk)
+
+
+def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
+    parser = new_parser(command, about)
+    key = os.environ.get("PAGEWIRE_API_KEY") or os.environ.get("VLLM_API_KEY", "")
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    parser.add_argument("--model", "--model-name", default="", help="default: the first the server names")
+    if command == "chat":
+        parser.add_argument("--system", "--system-prompt", default="", help="system prompt")
+    else:
+        parser.set_defaults(system="")
+    parser.add_argument("--api-key", default=key, help="default: PAGEWIRE_API_KEY or VLLM_API_KEY")
+    parser.add_argument("--temperature", type=float, default=None, help="0: always the likeliest token; default: the server's")
+    parser.add_argument("--max-tokens", type=int, default=None, help="longest answer in tokens; default: the server's")
+    parser.add_argument("-q", "--quick", default=None, metavar="TEXT", help="one turn with this text, then end")
+    return parser.parse_args(arguments)
 
 
 def _loop(talk: Conversation) -> int:

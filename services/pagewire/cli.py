@@ -19,10 +19,13 @@ COMMANDS = {
     "serve": ("launch", "start every service on this machine behind an OpenAI-compatible endpoint"),
     "run-batch": ("run_batch", "answer the requests of a file"),
     "chat": ("chat", "talk to a running server in the terminal"),
+    "complete": ("complete", "texts continued by a running server, in the terminal"),
     "fetch": ("hub", "download a model and print where its files are"),
     "bench": ("bench", "measure a server under load, the offline API, one request, or the GPU kernels"),
     "doctor": ("doctor", "check this machine and say in plain words what is wrong"),
 }
+OTHER_NAMES = {"collect-env": "doctor"}
+"""What vLLM calls a command."""
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
     # command: (module, what `run` takes, what it does)
     "frontend": ("frontend.service", (RunConfig, ModelConfig, FrontendConfig), "HTTP endpoint"),
@@ -37,6 +40,7 @@ EXPECTED = (ValueError, OSError, MemoryError)
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
+    command = OTHER_NAMES.get(command, command)
     if command in ("--version", "-V"):
         print(f"pagewire {__version__}")
         return 0
