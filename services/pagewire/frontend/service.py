@@ -31,9 +31,11 @@ from .state import State
 from .streams import Owner
 from .tally import Tally
 from .tls import context_of
+from .together import Together
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
+LEAVE_S: Final = 1.0
 BACKLOG: Final = 4096
 KEEP_ALIVE_S: Final = 75.0
 _DRAIN_LIMIT: Final = 16
@@ -112,8 +114,9 @@ class Service:
             keep_alive_s,
             started=int(time.time()),
         )
+        self.state.together = Together(run_dir, incarnation, tally)
         self._inboxes: set[str] = set()
-        self._next_tick = 0.0
+        self._next_tick = self._next_leave = 0.0
         self._ticker: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
@@ -169,6 +172,8 @@ class Service:
         self.membership.goodbye()
         self.outbox.close(linger_ms=200)
         self.inbox.close()
+        if self.state.together:
+            self.state.together.forget()
 
     def _tick(self) -> None:
         now, state = self._loop.time(), self.state
@@ -179,8 +184,15 @@ class Service:
         self.membership.progress += 1
         self.membership.tick(now)
         state.owner.tick()
+        self._leave_counts(now)
         state.flusher.check()
         state.flusher.soon()
+
+    def _leave_counts(self, now: float) -> None:
+        """Once a second, where there are other frontends to read them."""
+        if now >= self._next_leave and self.state.together and len(self.state.frontends()) > 1:
+            self._next_leave = now + LEAVE_S
+            self.state.together.leave()
 
     def _on_inbox(self) -> None:
         """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest of the loop."""

@@ -42,11 +42,15 @@ class State(Struct):
     together: Together | None = None
     """The way to the counts of the other frontends."""
 
+    def frontends(self) -> set[int]:
+        """The incarnations of the frontends of this stack."""
+        roster = self.stack.roster
+        return {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND} if roster else set()
+
     def all_counts(self) -> Tally:
         """Those of every frontend of the stack."""
-        roster = self.stack.roster
-        others = {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND} if roster else set[int]()
-        return self.together.whole(others) if self.together and len(others) > 1 else self.tally
+        several = len(self.frontends()) > 1
+        return self.together.whole(self.frontends()) if self.together and several else self.tally
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
