@@ -212,7 +212,7 @@ def test_longrope_without_its_factors_is_refused(tiny, harness, tmp_path):
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    with pytest.raises(Unsupported, match="model_type 't5' is not supported; supported are .*falcon, .*gpt2, .*llama, .*qwen3_moe"):
+    with pytest.raises(Unsupported, match=r"model_type 't5' is not supported; supported are .*falcon, .*gpt2, .*llama, .*qwen3_moe"):
         describe({"model_type": "t5"})
 
 
