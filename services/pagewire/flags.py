@@ -71,7 +71,6 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "scheduling_policy": Foreign("a lower `priority` always goes first, and without one the first come", ("fcfs", *OFF)),
     "hf_config_path": Foreign("configurations are read beside the weights"),
     "safetensors_load_strategy": Foreign("weights are always mapped lazily", ("lazy", *OFF)),
-    "kv_cache_memory_bytes": Foreign("--num-kv-blocks sets the size of the KV cache"),
     "show_hidden_metrics_for_version": Foreign("no metric is hidden"),
     "otlp_traces_endpoint": Foreign("there are no traces in this version"),
     "collect_detailed_traces": Foreign("there are no traces in this version"),

@@ -46,14 +46,14 @@ TUTORIALS = [
     ),
     ("--model=google/gemma-2b", {"model": "google/gemma-2b", "host": "0.0.0.0", "port": 8000, "dtype": "auto"}, 0),
     ("--host 0.0.0.0 --port 80 --model google/gemma-2b --dtype=half", {"port": 80, "dtype": "half"}, 0),
-    ("/root/model --tensor-parallel-size 1 --max-model-len 16384 --port 8102 --enforce-eager", {"enforce_eager": True}, 0),
+    ("/models/model --tensor-parallel-size 1 --max-model-len 16384 --port 8102 --enforce-eager", {"enforce_eager": True}, 0),
     ("microsoft/phi-1_5 --trust-remote-code --host 0.0.0.0 --port 8000", {"model": "microsoft/phi-1_5"}, 0),
     ("M --distributed-executor-backend=ray", {"model": "M"}, 1),
     ("M --pipeline-parallel-size 1 --gpu-memory-utilization 0.85 --max-num-batched-tokens 4096", {"max_num_batched_tokens": 4096}, 0),
     ("M --disable-log-requests --served-model-name NAME", {"served_model_name": ("NAME",)}, 1),
     (
-        "--model /root/autodl-tmp/qwen/Qwen2-7B-Instruct  --served-model-name Qwen2-7B-Instruct --max-model-len=2048",
-        {"model": "/root/autodl-tmp/qwen/Qwen2-7B-Instruct", "served_model_name": ("Qwen2-7B-Instruct",), "max_model_len": 2048},
+        "--model /models/qwen/Qwen2-7B-Instruct  --served-model-name Qwen2-7B-Instruct --max-model-len=2048",
+        {"model": "/models/qwen/Qwen2-7B-Instruct", "served_model_name": ("Qwen2-7B-Instruct",), "max_model_len": 2048},
         0,
     ),
 ]
