@@ -1,5 +1,6 @@
 """From settings to a loaded model: which files, which type, how much memory, and the weights in place. Runs once, before the first step."""
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..config import GPU_STEP_TOKENS, ModelConfig, SchedulerConfig, WorkerConfig
 from . import gpus, kv, memory, memory_errors, precision, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
+from .beside import beside
 from .gguf_file import Gguf
 from .gpus import Gpu
 from .layers import Build
@@ -70,8 +72,8 @@ def load(
             decoder = Decoder(arch, Build(backend(device), dtype, device))
             weights.load(decoder, source, settings, model.seed, progress)
         else:
-            progress("loading weights through transformers", 0.0)
-            decoder = other.load(model.load_format, backend(device), dtype, device, model.seed)
+            made = functools.partial(other.load, model.load_format, backend(device), dtype, device, model.seed)
+            decoder = beside(made, lambda: progress("loading weights through transformers", 0.0))
         if gpu:
             torch.cuda.empty_cache()  # tensors are converted on the GPU: what that took is not to be missing from the cache
         cache = torch.zeros(
