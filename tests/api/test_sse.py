@@ -149,3 +149,17 @@ def test_a_token_without_text_is_called_by_its_id() -> None:
     shown = completion_logprobs([entry], 5)
     assert shown["tokens"] == ["token_id:7"] and shown["top_logprobs"] == [{"token_id:7": -0.5, "token_id:8": -9999.0}]
     assert shown["text_offset"] == [5]
+
+
+def test_only_silent_streams_are_pinged(loop: Loop) -> None:
+    flusher = sse.Flusher(loop, keep_alive_s=15)
+    (talker, said), (_, heard) = attached(flusher), attached(flusher)
+    for _ in range(400):
+        loop.now += 0.1
+        if loop.now < 120:
+            talker.push(b"x")
+        flusher.check()
+        flusher.flush()
+    pings = [b"8\r\n: ping\n\n\r\n"]
+    assert heard.written == pings * 2
+    assert said.written[-1:] == pings and said.written.count(pings[0]) == 1 and len(said.written) > 100

@@ -18,7 +18,7 @@ from .params import Plan
 from .questions import ids_of, text_of, truncated
 from .reply import Choice, Reply
 from .state import State
-from .stream import Job
+from .stream import Job, Stream
 
 log = logging.getLogger("pagewire.frontend")
 CONTEXT: Final = 4 * 16
@@ -107,8 +107,10 @@ async def _round(state: State, job: Job, prompt: bytes, search: BeamSearch) -> l
     probes = [_Probe() for _ in search.live]
     prompts = [Prompt(ids=prompt + pack("i", beam.tokens())) for beam in search.live]
     jobs = [Job(one, sampling, options, False, False, job.priority, job.cache_salt) for one in prompts]
-    streams = [state.owner.submit(one, probe) for one, probe in zip(jobs, probes, strict=True)]
+    streams: list[Stream] = []
     try:
+        for one, probe in zip(jobs, probes, strict=True):
+            streams.append(state.owner.submit(one, probe))
         await asyncio.gather(*(probe.done for probe in probes))
     finally:
         for stream in streams:

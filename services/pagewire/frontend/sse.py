@@ -107,7 +107,7 @@ class Flusher:
         self.dirty: list[Outlet] = []
         self.attached: set[Outlet] = set()
         self._loop, self._keep_alive_s = loop, keep_alive_s
-        self._last = 0.0
+        self._last = self._next_round = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def soon(self) -> None:
@@ -133,5 +133,7 @@ class Flusher:
         now = self._loop.time()
         for outlet in list(self.attached):
             outlet.check(now)
-            if self._keep_alive_s:
+        if self._keep_alive_s and now >= self._next_round:
+            self._next_round = now + min(1.0, self._keep_alive_s / 4)
+            for outlet in list(self.attached):
                 outlet.keep_alive(now, self._keep_alive_s)
