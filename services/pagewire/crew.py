@@ -54,7 +54,7 @@ def find_files(config: stack.StackConfig, say: Callable[[str], None]) -> ModelCo
     model = config.model
     if not stack.needs_files(config):
         return model
-    tokenizer = hub.resolve(hub.tokenizer_model(model), say) if model.tokenizer else None
+    tokenizer = hub.resolve(hub.tokenizer_model(model), say) if hub.has_own_tokenizer(model) else None
     return stack.local_model(model, hub.resolve(model, say), tokenizer)
 
 

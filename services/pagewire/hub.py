@@ -57,6 +57,11 @@ def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
     return _download(model)
 
 
+def has_own_tokenizer(model: ModelConfig) -> bool:
+    """Whether the tokenizer comes from elsewhere than the model: another repository, or another revision."""
+    return bool(model.tokenizer) or model.tokenizer_revision not in ("", model.revision)
+
+
 def tokenizer_model(model: ModelConfig) -> ModelConfig:
     """What to resolve for the tokenizer alone: the repository needs no weights."""
     revision = model.tokenizer_revision or model.revision
@@ -81,7 +86,7 @@ def main(arguments: list[str]) -> int:
         print(line, file=sys.stderr, flush=True)
 
     print(resolve(model, say))
-    if model.tokenizer:
+    if has_own_tokenizer(model):
         print(resolve(tokenizer_model(model), say))
     return 0
 

@@ -108,8 +108,8 @@ class Launch:
         if not stack.needs_files(self.config):
             return self._start_model(model)
         files = hub.cached(model)
-        tokenizer = hub.cached(hub.tokenizer_model(model)) if model.tokenizer else None
-        if files is not None and (tokenizer is not None or not model.tokenizer):
+        tokenizer = hub.cached(hub.tokenizer_model(model)) if hub.has_own_tokenizer(model) else None
+        if files is not None and (tokenizer is not None or not hub.has_own_tokenizer(model)):
             return self._start_model(stack.local_model(model, files, tokenizer))
         command = [sys.executable, "-m", "pagewire", "fetch", *to_flags(model)]
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}

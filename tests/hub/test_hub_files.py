@@ -94,7 +94,18 @@ def test_the_tokenizer_has_the_models_revision_or_one_of_its_own():
     model = ModelConfig(model=MODEL, tokenizer="org/other", revision="v2", download_dir="/d")
     found = hub.tokenizer_model(model)
     assert (found.model, found.revision, found.download_dir) == ("org/other", "v2", "/d")
-    assert hub.tokenizer_model(ModelConfig(model=MODEL, revision="v2", tokenizer_revision="main")).revision == "main"
+    own = ModelConfig(model=MODEL, revision="v2", tokenizer_revision="main")
+    assert hub.has_own_tokenizer(own) and hub.tokenizer_model(own).revision == "main"
+    assert not hub.has_own_tokenizer(ModelConfig(model=MODEL, revision="v2", tokenizer_revision="v2"))
+
+
+def test_fetch_prints_where_the_model_and_its_tokenizer_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pagewire.supervisor.die_with_parent", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    cache = tmp_path / "hf/hub"
+    model, tokenizer = snapshot(cache, "a.safetensors"), snapshot(cache, commit="c1", revision="v2")
+    assert hub.main([MODEL, "--tokenizer-revision=v2"]) == 0
+    assert capsys.readouterr().out.split() == [str(model), str(tokenizer)]
 
 
 @pytest.mark.parametrize(

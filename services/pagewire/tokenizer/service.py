@@ -28,7 +28,7 @@ from pagewire_protocol.messages import (
 )
 
 from ..config import ModelConfig, RunConfig, TokenizerConfig
-from ..hub import resolve, tokenizer_model
+from ..hub import has_own_tokenizer, resolve, tokenizer_model
 from ..membership import Membership
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
@@ -58,7 +58,7 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
     """Raises ValueError, OSError."""
     if model.skip_tokenizer_init:
         return Text(None)
-    return Text(load(resolve(tokenizer_model(model) if model.tokenizer else model, log.info)), config.chat_template)
+    return Text(load(resolve(tokenizer_model(model) if has_own_tokenizer(model) else model, log.info)), config.chat_template)
 
 
 class Service:
