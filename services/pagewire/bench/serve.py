@@ -26,6 +26,7 @@ SHOWN_CLOSED = ("out tok/s", "TTFT p50", "TPOT p50", "gap p99")
 SHOWN_OPEN = ("TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
 """Of one stream, of many, and of requests that come at a rate."""
 CEILING = "256x128/128"
+HEADER = ("load", "figure", "median", "least", "most", "runs", "against", "ratio", "vLLM", "goal", "of goal")
 THEIRS = " (against)"
 BLIND = "--skip-tokenizer-init"
 
@@ -175,12 +176,14 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
             continue
         theirs = results.get(name + THEIRS, Result()).median()
         if not result.rows:
-            rows.append([name, result.error, "", "", "", "", "", "", ""])
+            rows.append([name, result.error, *[""] * (len(HEADER) - 2)])
         for figure, ours in ((figure, value) for figure, value in result.median().items() if figure in shown(name)):
             other: Any = theirs.get(figure, "")
             ratio = f"{ours / other:.2f}" if other else ""
-            rows.append([name, figure, ours, len(result.rows), other, ratio, *cells(model, name, figure, ours)])
+            values = [row[figure] for row in result.rows]
+            spread = (min(values), max(values), len(values)) if len(values) > 1 else ("", "", 1)
+            rows.append([name, figure, ours, *spread, other, ratio, *cells(model, name, figure, ours)])
     ready = f", ready in {report['ready_s']:.1f} s" if report["ready_s"] else ""
     held = f"; ceiling without a model {report['ceiling']['out tok/s']:,.0f} tok/s" if "ceiling" in report else ""
     title = f"{Path(report['model']).name}, over HTTP{ready}{held}; latencies in ms"
-    return table(title, ("load", "figure", "median", "runs", "against", "ratio", "vLLM", "goal", "of goal"), rows)
+    return table(title, HEADER, rows)
