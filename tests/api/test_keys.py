@@ -5,6 +5,7 @@ import http.client
 import openai
 import pytest
 from api.conftest import serve
+from pagewire.frontend.app import make_app
 from pagewire.frontend.auth import configured_keys
 
 
@@ -19,6 +20,10 @@ ROUTES = [
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/alias"),
+    ("HEAD", "/v1/models"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/load"),
     ("GET", "/nowhere"),
 ]
 
@@ -44,7 +49,8 @@ def raw(server, method: str, path: str, *headers: tuple[str, bytes]) -> tuple[in
 )
 def test_no_key_no_entry(guarded, method: str, path: str, value: bytes | None) -> None:
     headers = [] if value is None else [("Authorization", value)]
-    assert raw(guarded, method, path, *headers) == (401, b'{"error": "Unauthorized"}')
+    status, body = raw(guarded, method, path, *headers)
+    assert status == 401 and body == (b"" if method == "HEAD" else b'{"error": "Unauthorized"}')
 
 
 @pytest.mark.parametrize("key", ["s3cret", "schlüssel"])
@@ -61,9 +67,13 @@ def test_strange_headers_are_refused_not_answered_with_500(guarded) -> None:
     assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer s3\x00cret"))[0] in (400, 401)
 
 
-def test_probes_stay_open(guarded) -> None:
-    for path in ("/health", "/live", "/ready", "/version", "/metrics"):
-        assert raw(guarded, "GET", path)[0] == 200
+def test_probes_stay_open_and_nothing_else(guarded) -> None:
+    opened = set()
+    for route in make_app(guarded.frontend.service.state).router.routes():
+        path = route.resource.canonical.replace("{id}", "alias")
+        if raw(guarded, route.method, path)[0] != 401:
+            opened.add(path)
+    assert opened == {"/health", "/live", "/ready", "/version", "/metrics", "/ping"}
 
 
 def test_the_openai_client_is_told(guarded) -> None:

@@ -63,9 +63,10 @@ def guarded(start: Callable[..., Endpoint]) -> Endpoint:
 
 
 @pytest.fixture(scope="session")
-def old_client(pytestconfig: pytest.Config) -> Path:
+def old_client(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the pinned client, kept between runs. Skips only where pip cannot get it."""
-    directory = Path(pytestconfig.cache.mkdir("openai-1.17.1"))
+    kept = pytestconfig.cache
+    directory = Path(kept.mkdir("openai-1.17.1")) if kept else tmp_path_factory.mktemp("openai-1.17.1")
     complete = directory / "complete"
     if not complete.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(directory), *OLD]
