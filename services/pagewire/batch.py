@@ -11,6 +11,7 @@ from pagewire_protocol.messages import Detokenize, Roster, Tokenized
 from .beam_run import BeamModel, BeamOptions, BeamRun
 from .collect import Bar, Collector, Group, Relay
 from .engine import EngineError
+from .frontend.asks import Answered
 from .frontend.errors import ApiError
 from .frontend.stream import Job, Sink, Stream
 from .outputs import RequestOutput
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Requests sent, in multiples of what a worker runs at once; more would only lengthen queues."""
 MAX_QUESTIONS = 64
-"""Prompts whose text is asked for at once."""
+"""Put to the tokenizers at once."""
 MAX_REFUSALS, PAUSE_S = 200, 0.02
 """How often a request goes out again to services that are not ready, and the wait before."""
 Taker = Collector | Relay
@@ -52,7 +53,7 @@ class Batch:
         self._searched: list[BeamRun] = []
         self._waiting: deque[tuple[Taker, Job]] = deque()
         self._running: dict[Taker, tuple[Stream, Job]] = {}
-        self._texts: deque[Group] = deque()
+        self._questions: deque[tuple[Detokenize, Answered]] = deque()
         self._asked: set[Any] = set()
         for place, (entry, chosen) in enumerate(zip(entries, params, strict=True)):
             group = Group(llm.next_id(), place, entry, chosen)
@@ -68,7 +69,7 @@ class Batch:
         entry = group.entry
         if beams is not None:
             job = mold.job(entry.prompt, 0, 0, entry.special, entry.cache_salt, entry.priority)
-            run = BeamRun(job, beams, self._model, self._step(group), self._engine.owner.ask, self._searched.append)
+            run = BeamRun(job, beams, self._model, self._step(group), self._ask, self._searched.append)
             self.searches[run] = group
             return run.start()
         for index in range(group.params.width):
@@ -111,8 +112,8 @@ class Batch:
                 return
             self._waiting.popleft()
             self._running[taker] = (stream, job)
-        while self._texts and len(self._asked) < MAX_QUESTIONS and self._ask_text(self._texts[0]):
-            self._texts.popleft()
+        while self._questions and len(self._asked) < MAX_QUESTIONS and self._sent(*self._questions[0]):
+            self._questions.popleft()
 
     def _gather(self) -> None:
         ended, self._ended[:] = self._ended[:], []
@@ -144,7 +145,7 @@ class Batch:
     def _finish(self, group: Group) -> None:
         group.finish()
         if group.entry.prompt.chat is not None and self._has_text:
-            self._texts.append(group)
+            self._ask_text(group)
         else:
             self._done(group)
 
@@ -152,20 +153,31 @@ class Batch:
         self._left -= 1
         self._bar.done(group.output)
 
-    def _ask_text(self, group: Group) -> bool:
-        """The text that a conversation became: only the tokenizer's template knows it. False when nobody can be asked now."""
+    def _ask_text(self, group: Group) -> None:
+        """The text that a conversation became: only the tokenizer's template knows it."""
 
         def answered(answer: Tokenized | ApiError) -> None:
-            self._asked.discard(question)
             if isinstance(answer, Tokenized):
                 group.output.prompt = answer.text
             self._done(group)
 
+        self._ask(Detokenize(0, "-", pack("i", group.output.prompt_token_ids)), answered)
+
+    def _ask(self, question: Detokenize, answered: Answered) -> None:
+        self._questions.append((question, answered))
+
+    def _sent(self, question: Detokenize, answered: Answered) -> bool:
+        """False when nobody can be asked now."""
+
+        def came(answer: Tokenized | ApiError) -> None:
+            self._asked.discard(asked)
+            answered(answer)
+
         try:
-            question = self._engine.owner.ask(Detokenize(0, "-", pack("i", group.output.prompt_token_ids)), answered)
+            asked = self._engine.owner.ask(question, came)
         except ApiError:
             return False
-        self._asked.add(question)
+        self._asked.add(asked)
         return True
 
 

@@ -51,8 +51,8 @@ class BeamResult(Struct):
 
 
 class BeamRun:
-    """`submit` starts a job and `ask` puts a question to a tokenizer (they are `Owner.submit` and `Owner.ask`, or wrap them); `ended` is
-    called once, when `results` or `error` is there. The caller cancels the streams of a run that it gives up."""
+    """`submit` takes a job and `ask` a question to a tokenizer, at once or later; neither raises. `ended` is called once, when `results` or
+    `error` is there. The caller cancels the streams of a run that it gives up."""
 
     def __init__(
         self,
@@ -115,10 +115,7 @@ class BeamRun:
         text = TextOptions(detokenize=False, return_prompt_ids=first, truncate_prompt=self._truncation() if first else 0)
         for index, prompt in enumerate(prompts):
             job = replace(self.job, prompt=prompt, sampling=sampling, text=text, max_tokens_is_rest=False)
-            try:
-                self._submit(job, _Step(self, index))
-            except ApiError as error:
-                return self.fail(error)
+            self._submit(job, _Step(self, index))
 
     def _truncation(self) -> int:
         """-1 leaves room for all tokens of the search, not for the one of the job."""
@@ -215,10 +212,7 @@ class _Texts:
         ids = [self._run.prompt_ids, *(self._run.prompt_ids + self._shown(hypothesis) for hypothesis in self._found)]
         for index, tokens in enumerate(ids):
             question = Detokenize(0, "-", pack("i", tokens), self._run.job.text.skip_special_tokens)
-            try:
-                self._ask(question, lambda answer, index=index: self._on_answer(index, answer))
-            except ApiError as error:
-                return self._run.fail(error)
+            self._ask(question, lambda answer, index=index: self._on_answer(index, answer))
 
     def _shown(self, hypothesis: Hypothesis) -> list[int]:
         tokens = hypothesis.beam.tokens()

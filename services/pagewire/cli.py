@@ -85,6 +85,10 @@ def report_error(command: str, error: BaseException) -> int:
 class Parser(argparse.ArgumentParser):
     """Refuses in one line: a usage text of fifty flags above it would only hide the reason."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Flags with underscores are taken for those with dashes, as vLLM takes them."""
+        return super().parse_known_args([dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized arguments: "):
@@ -93,6 +97,11 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]}?" if close else ""
             message = f"{'unknown flag' if flag.startswith('-') else 'one argument too many:'} {flag}{hint}"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (`{self.prog} --help` lists the flags)\n")
+
+
+def dashed(word: str) -> str:
+    name, sign, value = word.partition("=")
+    return name.replace("_", "-") + sign + value if name.startswith("--") else word
 
 
 def new_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -125,6 +125,13 @@ def test_what_is_no_number_is_refused(text: str, capsys: pytest.CaptureFixture[s
     assert "a whole number is needed" in refused(capsys, "M", f"--max-model-len={text}")
 
 
+def test_underscores_are_taken_for_dashes() -> None:
+    config, _ = parse("M", "--max_model_len=4k", "--trust_remote_code", "--served_model_name", "with_underscores", "--chat_template=a_b")
+    assert config.frontend is not None
+    assert (config.model.max_model_len, config.model.trust_remote_code) == (4000, True)
+    assert (config.frontend.served_model_name, config.tokenizer.chat_template) == (("with_underscores",), "a_b")
+
+
 def test_a_key_does_not_swallow_the_model() -> None:
     config, _ = parse("--api-key", "one", "--api-key=-two", "M")
     assert config.frontend is not None

@@ -1,5 +1,7 @@
 """LLM's features against transformers on the demo model in float32: beams, scores, best_of, prompts; and the forms of its calls."""
 
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +111,13 @@ def test_many_searches_among_other_requests_and_stop_tokens(fake: LLM) -> None:
     (output,) = generate(fake, [5, 6], n=2, use_beam_search=True, temperature=0, max_tokens=9, stop_token_ids=[said[2]])
     best = output.outputs[0]
     assert (best.token_ids, best.finish_reason, best.stop_reason) == (said[:3], "stop", said[2])
+
+
+@pytest.mark.parametrize("kind", ["worker", "tokenizer", "scheduler"])
+def test_a_search_survives_the_death_of_a(kind: str, fake: LLM) -> None:
+    os.kill(fake.pids()[f"{kind}-0"], signal.SIGKILL)
+    outputs = generate(fake, [[i, 5] for i in range(20)], n=2, use_beam_search=True, temperature=0, max_tokens=6)
+    assert [output.outputs[0].token_ids for output in outputs] == [chain([i, 5], 6, VOCAB) for i in range(20)]
 
 
 def test_what_a_beam_search_cannot_hold_is_refused(fake: LLM) -> None:

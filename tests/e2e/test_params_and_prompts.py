@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
-from pagewire import SamplingParams
+from pagewire import BeamSearchParams, SamplingParams
 from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
 from pagewire.prompts import as_chats, as_params, as_prompts
 from pagewire.settings import configure
-from pagewire.wire import sampling
+from pagewire.wire import Mold, sampling, text_options
 from pagewire_protocol.columns import pack
+from pagewire_protocol.parts import Prompt
 
 
 def test_the_defaults_are_the_ones_people_know() -> None:
@@ -48,6 +49,74 @@ def test_the_defaults_are_the_ones_people_know() -> None:
 def test_a_bad_value_is_refused_with_the_numbers(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SamplingParams(**given)
+
+
+LEGACY = {
+    # vLLM 0.4's rules and words
+    "best_of must be greater than or equal to n, got n=3 and best_of=2.": {"n": 3, "best_of": 2},
+    "best_of must be 1 when using greedy sampling.Got 2.": {"best_of": 2, "temperature": 0},
+    "best_of must be greater than 1 when using beam search. Got 1.": {"use_beam_search": True, "temperature": 0},
+    "temperature must be 0 when using beam search.": {"use_beam_search": True, "best_of": 2},
+    "top_p must be 1 when using beam search.": {"use_beam_search": True, "best_of": 2, "temperature": 0, "top_p": 0.5},
+    "top_k must be -1 when using beam search.": {"use_beam_search": True, "best_of": 2, "temperature": 0, "top_k": 5},
+    "early_stopping must be True, False, or 'never', got soon.": {
+        "use_beam_search": True, "best_of": 2, "temperature": 0, "early_stopping": "soon",
+    },
+    "early_stopping is not effective and must be False when not using beam search.": {"early_stopping": True},
+    "length_penalty is not effective and must be the default value of 1.0 when not using beam search.": {"length_penalty": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LEGACY)
+def test_the_rules_of_older_parameters_in_the_words_people_search_for(words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(**LEGACY[words])
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop": "x"}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"bad_words": ["x"]}, {"logit_bias": {1: 1}}]
+)
+def test_what_beam_search_could_only_ignore_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(given))} has no effect on beam search"):
+        SamplingParams(use_beam_search=True, best_of=2, temperature=0, **given)
+
+
+def test_beam_search_params_have_bounds() -> None:
+    assert BeamSearchParams(4, 32).length_penalty == 1.0
+    for given, words in [((0, 5), "beam_width must be from 1 to 16, got 0"), ((99, 5), "got 99"), ((2, 0), "max_tokens must be from 1")]:
+        with pytest.raises(ValueError, match=words):
+            BeamSearchParams(*given)
+    with pytest.raises(ValueError, match=r"temperature=0.7: .*only 0 is supported"):
+        BeamSearchParams(2, 5, temperature=0.7)
+
+
+TABLE = (
+    "n best_of presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p use_beam_search length_penalty"
+    " early_stopping stop stop_token_ids ignore_eos max_tokens logprobs prompt_logprobs skip_special_tokens"
+)
+
+
+def test_names_and_order_are_those_of_the_tutorials_table() -> None:
+    assert " ".join(SamplingParams.__annotations__).startswith(TABLE)
+    further = "seed min_tokens include_stop_str_in_output spaces_between_special_tokens logits_processors truncate_prompt_tokens detokenize"
+    assert set(further.split()) <= set(SamplingParams.__annotations__)
+    table = (1, None, 0.0, 0.0, 1.0, 1.0, 1.0, -1, 0.0, False, 1.0, False, None, None, False, 16, None, None, True)
+    assert SamplingParams(*table) == SamplingParams()  # type: ignore[arg-type]
+
+
+def test_every_parameter_arrives() -> None:
+    given = SamplingParams(
+        logit_bias={"7": 2, 9: -1.5}, allowed_token_ids=[1, 2], bad_words=["no"], prompt_logprobs=3, truncate_prompt_tokens=-1, seed=-1,
+        stop="x", include_stop_str_in_output=True, spaces_between_special_tokens=False, min_tokens=2, best_of=3, n=2,
+    )  # fmt: skip
+    wire, text = sampling(given, 11), text_options(given, has_text=True)
+    assert (wire.bias_ids, wire.bias_values, wire.allowed_ids) == (pack("i", [7, 9]), pack("f", [2.0, -1.5]), pack("i", [1, 2]))
+    assert (wire.prompt_logprobs, wire.seed, wire.min_tokens, wire.logprobs) == (3, 11, 2, 0)
+    assert (text.bad_words, text.truncate_prompt, text.stop, text.include_stop) == (("no",), -1, ("x",), True)
+    assert not text.spaces_between_special_tokens
+    jobs = [Mold(given, True).job(Prompt(text="p"), index, 5) for index in (0, 1)]
+    assert [job.sampling.prompt_logprobs for job in jobs] == [3, -1]
 
 
 def test_an_unknown_parameter_is_refused_by_name() -> None:
