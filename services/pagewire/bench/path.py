@@ -7,7 +7,9 @@ pace. The cost of a service is its user and system time during a load, over the 
 
 import argparse
 import contextlib
+import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ from .turns import Budget, Result, Row, in_turns
 
 KINDS = ("frontend", "tokenizer", "scheduler", "worker")
 TICKS = os.sysconf("SC_CLK_TCK")
+ASKING: dict[str, dict[str, object]] = {
+    "plain": {},
+    "logprobs": {"logprobs": 5},
+    "stop": {"stop": ["the end of all things", "\n\n\n### 12345", "Zyx wvu tsr"]},
+}
+"""Fields of requests that ask for more than text."""
 SHOWN = ("out tok/s", "TTFT p50", "gap p99", "chunks/token", *(f"{kind} us" for kind in KINDS[:3]))
 
 
@@ -31,6 +39,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--replicas", type=_pairs, default="1x1,2x1,2x2,4x2", metavar="LIST", help=about)
     parser.add_argument("--step-ms", type=_numbers, default="0,3,10", metavar="LIST", help="time of a step (default: 0,3,10)")
     parser.add_argument("--load", type=_load, default="256x32/1000", help="as for bench serve (default: 256x32/1000)")
+    about = f"of {','.join(ASKING)}: five log-probabilities a token, three stop strings (default: plain)"
+    parser.add_argument("--asking", type=_asking, default="plain", metavar="LIST", help=about)
     parser.add_argument("--clients", type=positive, default=4, help="client processes (default: 4)")
     add_common(parser, runs=1)
     options, rest = parser.parse_known_args(arguments)
@@ -48,6 +58,13 @@ def _pairs(text: str) -> list[tuple[int, int]]:
     return [(pair[0], pair[1]) for pair in pairs]
 
 
+def _asking(text: str) -> list[str]:
+    found = text.split(",")
+    if not set(found) <= ASKING.keys():
+        raise ValueError
+    return found
+
+
 def _numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
@@ -62,9 +79,10 @@ def _load(text: str) -> workloads.Workload:
 def measure(clients: Clients, options: argparse.Namespace, rest: list[str], report: dict[str, Any]) -> dict[str, Result]:
     load = options.load.scaled(options.scale)
 
-    def one(replicas: tuple[int, int], step_ms: float, run: int) -> Row:
+    def one(replicas: tuple[int, int], step_ms: float, asking: str, run: int) -> Row:
         flags = ["--num-frontends", str(replicas[0]), "--num-tokenizers", str(replicas[1]), "--fake-step-ms", str(step_ms)]
-        return once(clients, load, run, [*rest, "--device", "fake", "--log-level", "warning", *flags])
+        asked = dataclasses.replace(load, extra=tuple(ASKING[asking].items()))
+        return once(clients, asked, run, [*rest, "--device", "fake", "--log-level", "warning", *flags])
 
     def done(name: str, result: Result) -> None:
         say(f"{name}: {told(result, *SHOWN)}")
@@ -73,9 +91,10 @@ def measure(clients: Clients, options: argparse.Namespace, rest: list[str], repo
             write_json(options.json, report)
 
     measures = {
-        f"{pair[0]}x{pair[1]}, {step_ms:g} ms": lambda run, pair=pair, step_ms=step_ms: one(pair, step_ms, run)
+        f"{pair[0]}x{pair[1]}, {step_ms:g} ms{'' if asking == 'plain' else ', ' + asking}": partial(one, pair, step_ms, asking)
         for pair in options.replicas
         for step_ms in options.step_ms
+        for asking in options.asking
     }
     return in_turns(measures, options.runs, Budget(options.budget_s), done)
 

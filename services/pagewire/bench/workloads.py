@@ -41,6 +41,8 @@ class Workload:
     output: Span
     common: int = 0
     rate: float = 0.0
+    extra: tuple[tuple[str, object], ...] = ()
+    """Further fields of each request over HTTP."""
 
     def sizes(self, make: random.Random) -> list[Span]:
         """(prompt, output) tokens of each request."""
@@ -154,4 +156,4 @@ def bodies(workload: Workload, seed: str, common_seed: str, vocab: int) -> Itera
             prompt: object = f"{prefix} {words(make, length)}".strip()
         else:
             prompt = prefix + ids(make, length, vocab)
-        yield {"prompt": prompt, "max_tokens": output, "temperature": 0.6, "ignore_eos": True}
+        yield {"prompt": prompt, "max_tokens": output, "temperature": 0.6, "ignore_eos": True, **dict(workload.extra)}
