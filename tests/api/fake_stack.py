@@ -50,7 +50,7 @@ class Script:
     hang_after: int | None = None
     delay: float = 0.0
     mum: bool = False
-    """Says nothing for half a second, then the tokens come."""
+    """Says nothing for a second and a half, then the tokens come."""
 
     @staticmethod
     def of(generate: Generate) -> "Script":
@@ -276,7 +276,7 @@ class FakeStack:
             self._send(generate, end(generate, Finish.REFUSED, status=status, message=text, param=param, retry_after_s=retry))
             return
         if script.mum:
-            self._work.append((time.monotonic() + 0.5, generate, execution))
+            self._work.append((time.monotonic() + 1.5, generate, execution))
             return
         ids = pack("i", range(3)) if generate.text.return_prompt_ids else None
         started = Started(generate.handle, generate.attempt, 3, 2, ids)

@@ -2,6 +2,7 @@
 
 import pytest
 from api.checks import refused
+from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -191,7 +192,15 @@ def test_more_choices_than_can_be_run(server) -> None:
     refused(server.complete(["a"] * 9, best_of=128), "prompt", "best_of=128", "1152")
     refused(server.complete(["a"] * 65, best_of=16, use_beam_search=True), "prompt", "best_of=16", "1040")
     refused(server.complete(["a" * 4200] * 200, echo=True, logprobs=20), "prompt", "Scoring", "4194304")
+    refused(server.complete(["a"] * 8, n=128, allowed_token_ids=[1] * 60_000), "prompt", "n=128", "234 MiB", "128")
     assert not server.stack.received
+
+
+def test_many_copies_of_a_long_prompt(serve) -> None:
+    with serve(config=FrontendConfig(max_body_mb=4)) as server:
+        refused(server.complete("a" * (2 << 20), n=128), "prompt", "n=128", "256 MiB", "128")
+        refused(server.chat("a" * (2 << 20), best_of=128), "prompt", "best_of=128", "256 MiB")
+        assert not server.stack.received
 
 
 def test_parameters_of_the_other_endpoint(server) -> None:

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from pagewire_protocol.parts import Prompt
 from pagewire_protocol.sampling import Sampling, TextOptions
 
+from .charges import charge
 from .choices import Beams, Choices, choices_of
 from .errors import bad
 from .limits import I31, within
@@ -19,10 +20,7 @@ from .request_ids import MAX_LENGTH, usable
 from .sampling import candidates, sampling_of, text_options, with_seed
 from .stream import Job
 
-MAX_CHOICES: Final = 1024
 MAX_CACHE_SALT: Final = 128
-MAX_SCORED: Final = 4_194_304
-"""Candidates that one request may be told of for the tokens of its prompts."""
 DEFAULT_MAX_TOKENS: Final = 16
 
 
@@ -70,7 +68,7 @@ def plan_completion(request: CompletionRequest, model: Model) -> Plan:
     text, choices = text_options(request), choices_of(request)
     prompts = prompts_of(request.prompt, model, bool(text.truncate_prompt))
     sampling = sampling_of(request, max_tokens, logprobs, scored, model.vocab_size)
-    _charge(prompts, choices, scored, model)
+    charge(prompts, choices, sampling, text, model)
     if choices.beams and echo and (logprobs >= 0 or request.max_tokens == 0):
         raise bad("Scoring a prompt (`echo` with `logprobs`, or `max_tokens` of 0) is not supported together with beam search.", "echo")
     plan = _plan(request, prompts, choices, sampling, text, logprobs, shown, False)
@@ -89,34 +87,12 @@ def plan_chat(request: ChatRequest, model: Model) -> Plan:
     chat = chat_of(request.messages, request.add_generation_prompt, request.continue_final_message, request.chat_template_kwargs, model)
     max_tokens = within(name, limit, 1, I31, max(1, model.max_model_len))
     prompts = [Prompt(chat=chat)]
-    _charge(prompts, choices, shown, model)
     sampling = sampling_of(request, max_tokens, logprobs, shown, model.vocab_size)
+    charge(prompts, choices, sampling, text, model)
     plan = _plan(request, prompts, choices, sampling, text, logprobs, shown, True, limit is None)
     last = chat.messages[-1]
     role = "assistant" if chat.add_generation_prompt else last.role
     return replace(plan, role=role, opening=last.content if request.echo and last.role == role else "")
-
-
-def _charge(prompts: list[Prompt], choices: Choices, scored: int, model: Model) -> None:
-    count = choices.cost * len(prompts)
-    if count > MAX_CHOICES:
-        each = f"best_of={choices.cost}" if choices.cost > choices.n else f"n={choices.n}"
-        raise bad(f"{len(prompts)} prompts with {each} are {count} choices; at most {MAX_CHOICES} are allowed.", "prompt")
-    if scored < 0:
-        return
-    longest = model.max_model_len or I31
-    total = (scored + 1) * sum(min(_size(prompt), longest) for prompt in prompts)
-    if total > MAX_SCORED:
-        raise bad(
-            f"Scoring these prompts takes up to {total} log-probabilities; at most {MAX_SCORED} are allowed. Send fewer at once.", "prompt"
-        )
-
-
-def _size(prompt: Prompt) -> int:
-    """No less than the tokens that it can have, but for those of a chat template."""
-    if prompt.chat is not None:
-        return sum(len(message.content) for message in prompt.chat.messages)
-    return len(prompt.text) if prompt.text is not None else len(prompt.ids or b"") // 4
 
 
 def _plan(
