@@ -1,4 +1,5 @@
-"""Directories whose tokenizer is no tokenizer.json but a sentencepiece model or a file of ranks: which it is, and what its family adds.
+"""Directories whose tokenizer is no tokenizer.json but a sentencepiece model, a file of ranks or GPT-2's two files: which it is, and what
+its family adds.
 
 Families differ in the tokens outside the file and in what they put before a text; elsewhere that is said by code of the repository.
 Known by the class that tokenizer_config.json names, or by config.json. It knows neither file format.
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from . import sentencepiece_model, sentencepiece_tokenizer, tiktoken_bpe
 from .gguf_tokenizer import LLAMA3, QWEN2
@@ -21,6 +22,8 @@ LLAMA_LIKE: Final = (
     *("", "LlamaTokenizer", "LLaMATokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"),
     *("BaichuanTokenizer", "BaiChuanTokenizer", "PreTrainedTokenizerFast"),
 )
+GPT2_LIKE: Final = ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast", "Qwen2Tokenizer")
+GPT2_FILES: Final = ("vocab.json", "merges.txt")
 GLM4: Final = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
@@ -32,6 +35,10 @@ BAICHUAN_MARKS: Final = {"user": 195, "assistant": 196}
 """The ids that begin a role's message, where generation_config.json names no others."""
 
 
+class BadFiles(ValueError):
+    """GPT-2's files are damaged."""
+
+
 class Built(NamedTuple):
     tokenizer: Tokenizer
     names: dict[str, str]
@@ -39,12 +46,14 @@ class Built(NamedTuple):
 
 def build(path: Path, settings: Config, config: Config, generation: Config) -> Built | None:
     """The tokenizer in directory `path`, by tokenizer_config.json, config.json and generation_config.json; None where there is none that
-    is known here. Raises BadRanks, BadModel, UnsupportedModel, OSError."""
+    is known here. Raises BadFiles, BadRanks, BadModel, UnsupportedModel, OSError."""
     ranks = next(iter(sorted(path.glob("*.tiktoken"))), None)
     file = path / MODEL_FILE
     kind = str(settings.get("tokenizer_class") or "")
     if ranks is not None and (kind == "QWenTokenizer" or config.get("model_type") == "qwen"):
         return _qwen(ranks)
+    if kind in GPT2_LIKE and all((path / name).is_file() for name in GPT2_FILES):
+        return _gpt2(path, settings)
     if not file.is_file():
         return None
     chatglm = kind in ("ChatGLMTokenizer", "ChatGLM4Tokenizer") or config.get("model_type") == "chatglm"
@@ -57,6 +66,29 @@ def build(path: Path, settings: Config, config: Config, generation: Config) -> B
     model = sentencepiece_model.read(file)
     marks = _marks(model, generation) if config.get("model_type") == "baichuan" else {}
     return _llama(model, settings, marks)
+
+
+def _gpt2(path: Path, settings: Config) -> Built:
+    """Byte-level BPE by a vocabulary and a list of merges."""
+    try:
+        vocab, merges = models.BPE.read_file(*(str(path / name) for name in GPT2_FILES))
+    except Exception as error:  # the library raises bare Exception
+        raise BadFiles(f"{path}: {' and '.join(GPT2_FILES)} cannot be read: {error}") from None
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if settings["tokenizer_class"] == "Qwen2Tokenizer":
+        tokenizer.normalizer = normalizers.NFC()
+        steps.append(pre_tokenizers.Split(Regex(QWEN2), "isolated"))
+    spaced = bool(settings.get("add_prefix_space", False))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=not steps))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = named(settings)
+    for token, _ in sorted(_added(settings), key=lambda entry: entry[1]):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    tokenizer.add_special_tokens([_special(token) for token in dict.fromkeys(names.values()) if tokenizer.token_to_id(token) is not None])
+    _surround(tokenizer, [names["bos_token"]] if settings.get("add_bos_token") and "bos_token" in names else [], [])
+    return Built(tokenizer, names)
 
 
 def _qwen(file: Path) -> Built:

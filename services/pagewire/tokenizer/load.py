@@ -22,6 +22,7 @@ OLD_FORMATS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "tokenizer.t
 
 
 BROKEN: Final = (
+    formats.BadFiles,
     gguf_metadata.BadGguf,
     gguf_tokenizer.UnsupportedTokenizer,
     sentencepiece_model.BadModel,
