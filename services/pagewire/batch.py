@@ -88,6 +88,11 @@ class Batch:
         return submit
 
     def run(self, use_tqdm: bool | Callable[..., Any] = False) -> list[RequestOutput]:
+        """Batches of several threads run one after another."""
+        with self._engine.lock:
+            return self._run(use_tqdm)
+
+    def _run(self, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         self._engine.check_open()
         self._bar = Bar(use_tqdm, self._left)
         try:

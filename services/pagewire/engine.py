@@ -5,6 +5,7 @@ between two calls of `pump`. crew.py keeps the services running.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """Services, inbox and owned requests of one `LLM`. Use from one thread at a time; `close` ends everything."""
+    """Services, inbox and owned requests of one `LLM`. Who uses it holds `lock`; `close` ends everything."""
 
     def __init__(self, config: stack.StackConfig, say: Callable[[str], None] = lambda _: None) -> None:
         model = find_files(config, say)
@@ -44,6 +45,7 @@ class Engine:
         self._membership = Membership(Role.FRONTEND, f"program-{self._pid}", incarnation, self._inbox, self._outbox, self._run_dir)
         self.tally = Tally()
         self.owner = Owner(self._inbox.address, self._outbox.send, time.monotonic, self.tally)
+        self.lock = threading.RLock()
         self._fresh = False
         self._closed = False
         self._crew = Crew(config, model, self._inbox.wake)

@@ -77,6 +77,8 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "enable_server_load_tracking": Foreign("/metrics has the load", switch=True),
     "code_revision": Foreign("no code is loaded from repositories"),
     "ignore_patterns": Foreign("only what is needed is downloaded"),
+    "output_tmp_dir": Foreign("run-batch writes answers to the output file as they come"),
+    "enable_metrics": Foreign("a server shows its metrics anyway, run-batch none", ("true",), switch=True),
     "enable_sleep_mode": Foreign("there is no sleep mode; without requests only the memory stays in use", switch=True),
     **_each("numa_bind profiler_config additional_config", "there is nothing to set here"),
     **_each("limit_mm_per_prompt mm_processor_kwargs media_io_kwargs mm_processor_cache_gb", NO_IMAGES),

@@ -154,9 +154,10 @@ class LLM:
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
-        self._engine.check_open()
-        self._engine.refresh()
-        roster = self._engine.roster
+        with self._engine.lock:
+            self._engine.check_open()
+            self._engine.refresh()
+            roster = self._engine.roster
         return dict(roster.stats) if roster else {}
 
     def pids(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -210,6 +211,13 @@ def test_only_the_end_of_a_prompt(fake: LLM) -> None:
     assert output.prompt_token_ids == [4, 5] and output.outputs[0].token_ids == chain([4, 5], 3, VOCAB)
     (output,) = generate(fake, [1, 2, 3, 4, 5], truncate_prompt_tokens=2, max_tokens=3, n=2, use_beam_search=True, temperature=0)
     assert output.prompt_token_ids == [4, 5] and output.outputs[0].token_ids == chain([4, 5], 3, VOCAB)
+
+
+def test_calls_of_several_threads_wait_for_each_other(fake: LLM) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(generate, fake, [[i, j] for j in range(20)], max_tokens=5) for i in range(12)]
+    for i, call in enumerate(calls):
+        assert [output.outputs[0].token_ids for output in call.result()] == [chain([i, j], 5, VOCAB) for j in range(20)]
 
 
 def test_older_and_newer_forms_of_a_call(fake: LLM) -> None:

@@ -1,9 +1,11 @@
 """What a program may pass to LLM, checked before any service is asked."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
-from pagewire import BeamSearchParams, SamplingParams
+from pagewire import LLM, BeamSearchParams, SamplingParams
 from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
 from pagewire.prompts import as_chats, as_params, as_prompts
@@ -169,6 +171,35 @@ def test_a_bad_setting_is_refused_in_the_words_of_a_program(given: dict[str, Any
     with pytest.raises(ValueError) as caught:
         configure(given)
     assert str(caught.value).startswith(words)
+
+
+def test_the_settings_of_the_tutorials_table() -> None:
+    table: dict[str, Any] = {
+        "tokenizer": "tokenizer_name", "tokenizer_mode": "auto", "trust_remote_code": False, "tensor_parallel_size": 1, "dtype": "auto",
+        "quantization": None, "gpu_memory_utilization": 0.9, "max_model_len": None, "seed": 0, "download_dir": None, "load_format": "auto",
+        "revision": None,
+    }  # fmt: skip
+    config = configure({"model": "model_name", **table})
+    assert (config.model.model, config.model.tokenizer, config.worker.gpu_memory_utilization) == ("model_name", "tokenizer_name", 0.9)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()}
+    assert {name: defaults[name] for name in table if name != "tokenizer"} == {name: table[name] for name in table if name != "tokenizer"}
+    assert [configure({"tokenizer_mode": mode}).model.tokenizer_mode for mode in ("slow", "hf")] == ["slow", "hf"]
+    for given in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"quantization": "squeezellm"}, {"enable_lora": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))}=.*: ") as caught:
+            configure(given)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_settings_as_objects() -> None:
+    class Tokenizer:
+        name_or_path = "of/tokenizer"
+
+    torch = pytest.importorskip("torch")
+    config = configure(
+        {"model": Path("/some/model"), "tokenizer": Tokenizer(), "dtype": torch.float16, "max_model_len": -1, "num_gpu_blocks_override": 9}
+    )
+    assert (config.model.model, config.model.tokenizer, config.worker.dtype) == ("/some/model", "of/tokenizer", "float16")
+    assert (config.model.max_model_len, config.worker.num_kv_blocks) == (0, 9)
 
 
 def test_settings_survive_the_way_to_a_child_process() -> None:
