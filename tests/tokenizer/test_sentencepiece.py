@@ -106,6 +106,8 @@ def test_only_the_first_part_gets_a_space_where_the_newer_rule_is_asked_for(dire
     assert load(path).tokenizer.encode("a</s>a").tokens == ["<s>", "▁a", "</s>", "a"]
     directory(tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
     assert load(path).tokenizer.encode("a</s>a").tokens == ["<s>", "▁a", "</s>", "▁a"]
+    directory(tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False})
+    assert load(path).tokenizer.encode("a</s>a").tokens == ["<s>", "a", "</s>", "a"]
 
 
 def test_chatglm_has_tokens_after_the_pieces_and_a_prefix(directory, train, samples):

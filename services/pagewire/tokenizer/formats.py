@@ -6,6 +6,7 @@ Known by the class that tokenizer_config.json names, or by config.json. It knows
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -120,6 +121,8 @@ def _marks(model: sentencepiece_model.Model, generation: Config) -> dict[str, in
 
 def _llama(model: sentencepiece_model.Model, settings: Config, marks: dict[str, int]) -> Built:
     """`marks`: ordinary pieces that stand for roles, by the name that a template gives them."""
+    if settings.get("add_prefix_space") is False:
+        model = replace(model, dummy_prefix=False)
     added = [entry for entry in _added(settings) if entry[1] >= len(model.pieces)]
     added += [(_special(model.pieces[index]), index) for index in marks.values()]
     tokenizer = sentencepiece_tokenizer.build(model, added, prefix_first_only=settings.get("legacy") is False)
