@@ -128,6 +128,7 @@ class Service:
             self.requests.joined(self.members.roster, False)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 50, 50)  # a drain's rows are many objects without cycles
         self.members.ready(tokenizer=text.facts)
         log.info("ready: %d tokens, chat template: %s", text.facts.vocab_size, "yes" if text.facts.has_chat_template else "no")
 
