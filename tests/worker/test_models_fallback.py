@@ -8,10 +8,12 @@ import torch
 from pagewire.config import ModelConfig
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.models import FAMILIES, fallback
+from pagewire_kernels.batch import make_batch
 from pagewire_protocol.sampling import Sampling
 from worker.model_variants import SIZES
 
 LENGTH = 50
+BLOCK = 8
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 MLA = {
     "num_key_value_heads": 4,
@@ -113,6 +115,30 @@ def test_greedy_through_the_runner(name, other, driver, numbers):
         wanted.append(tokens[len(prompt) :])
     samplings = [Sampling(seed=1, max_tokens=6, temperature=0.0)] * 2
     assert driver(path).generate(prompts, samplings, 6, chunk=8) == wanted
+
+
+def test_logits_of_further_tokens(other, harness, numbers):
+    """Of those wanted, in their order; and of any, for who asks for them before the end."""
+    path, model = other("olmo2")
+    ours, tokens, tapped = harness(path), numbers(20), []
+    loaded, batch = ours._loaded, make_batch([20], [20], [ours.table(20)], BLOCK)
+    rows, ticks = torch.tensor([19, 3]), []
+    with torch.inference_mode():
+        found = loaded.decoder(
+            torch.tensor(tokens),
+            loaded.cos_sin,
+            loaded.caches,
+            batch,
+            rows,
+            lambda: ticks.append(1),
+            lambda of: tapped.append(of(torch.tensor([7, 8]))),
+        )
+        plain = loaded.decoder(torch.tensor(tokens), loaded.cos_sin, loaded.caches, batch, rows, lambda: None)
+    wanted = logits(model, tokens)
+    close(found, wanted[[19, 3]])
+    close(plain, wanted[[19, 3]])
+    close(tapped[0], wanted[[7, 8]])
+    assert len(ticks) == 3, "one for each layer"
 
 
 def test_bfloat16_and_random_weights(other, harness, numbers):
