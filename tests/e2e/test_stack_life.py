@@ -68,7 +68,7 @@ def test_a_model_that_is_not_there_is_one_line() -> None:
 
 def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
-    result = run("serve", str(tmp_path), "--skip-tokenizer-init", "--port", "0", "--device", "cpu")
+    result = run("serve", str(tmp_path), "--skip-tokenizer-init", "--port", "0", "--device", "cpu", "--load-format", "dummy")
     assert result.returncode != 0
     assert "no-such-family" in result.stderr.splitlines()[-1]
 
@@ -81,7 +81,7 @@ def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
         (("serve", "-pp", "2"), "--pipeline-parallel-size 2"),
         (("serve", "--quantization", "awq"), "--quantization awq"),
         (("serve", "--max-num-seqs", "0"), "--max-num-seqs"),
-        (("serve", "--num-workers", "0"), "--num-workers 0"),
+        (("serve", "--num-workers", "0"), "--num-workers: 0: a whole number"),
         (("serve", "one", "--model", "two"), "two models"),
         (("worker", "--block-size", "-1"), "--block-size"),
         (("serve", "--port", "99999"), "--port 99999: at most 65535 is needed"),
