@@ -50,7 +50,8 @@ from langchain_core.prompts import PromptTemplate
 
 if __name__ == "__main__":
     kwargs = {"max_model_len": 256, "swap_space": 4}
-    llm = VLLM(model=MODEL, trust_remote_code=True, max_new_tokens=8, top_k=10, top_p=0.95, temperature=0, dtype="float32", vllm_kwargs=kwargs)
+    sampling = {"max_new_tokens": 8, "top_k": 10, "top_p": 0.95, "temperature": 0}
+    llm = VLLM(model=MODEL, trust_remote_code=True, dtype="float32", vllm_kwargs=kwargs, **sampling)
     print(repr(llm.invoke("The capital of France is")))
     print(repr(llm.invoke("1, 2, 3, 4,", stop=["7"])))
     chain = PromptTemplate.from_template("The capital of {country} is") | llm
