@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler import batch, pace
-from pagewire.scheduler.pace import Pace, chunk_ms, decodes_ms, longest_chunk, step_tokens
+from pagewire.scheduler.pace import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk, step_tokens
 from pagewire.scheduler.state import Scheduler, Tick
 from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Step, StepCost, StepResult, Submit, WorkerFacts
 from pagewire_protocol.sampling import Sampling
@@ -76,6 +76,23 @@ def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
 def test_limits_of_a_step(cost, max_step_ms, watched, unwatched):
     made = Pace(cost, SchedulerConfig(max_step_ms=max_step_ms))
     assert (made.limit_ms(1), made.limit_ms(0)) == (watched, unwatched)
+
+
+def test_steps_take_longer_while_many_wait_and_for_over_a_second():
+    made = Pace(StepCost(1, 0.01, 0), SchedulerConfig())
+    most = 1000 / 0.01
+    limits = [made.limit_ms(20, Waiting(n, tokens)) for n, tokens in ((11, most + 1), (10, most + 1), (11, most))]
+    assert limits == [50, 25, 25]
+    assert made.limit_ms(0, Waiting(11, most + 1)) == 100
+    assert Pace(None, SchedulerConfig()).limit_ms(1, Waiting(11, 10 * most)) == inf
+
+
+def test_a_crowd_is_let_in_by_longer_steps():
+    line = decoding(LARGE, 16, blocks=40_000)
+    for _ in range(100):
+        line.submit(4_000, 100)
+    times = [line.ms(step) for step in line.run(100)]
+    assert 45 < max(times[5:]) <= 50
 
 
 @pytest.mark.parametrize(("ms", "ahead"), [(0.0, 4), (0.1, 4), (1.3, 4), (1.4, 3), (1.9, 3), (2.0, 2), (50.0, 2)])

@@ -9,19 +9,19 @@ import numpy as np
 from pagewire_protocol.messages import Admission, Shared, Step, pack
 
 from .groups import saved
-from .pace import LEAST_CHUNK, chunk_ms, decodes_ms
+from .pace import LEAST_CHUNK, NOBODY, Waiting, chunk_ms, decodes_ms
 from .replica import NO_ROWS, Flight, Replica
 from .request import Phase, Request
 from .slots import I32, NEVER, ints
 
 
-def form(replica: Replica, epoch: int, now: float) -> Step | None:
+def form(replica: Replica, epoch: int, now: float, waiting: Waiting = NOBODY) -> Step | None:
     """The next step, recorded as in flight since `now` (monotonic seconds); None when there is nothing to do."""
     grown: dict[int, int] = {}
     decodes = _decode_rows(replica, replica.pace.step_tokens, grown)
     reads, shared = _reads(replica, decodes), _shared(replica, decodes)
     ms = decodes_ms(replica.pace.cost, len(decodes), reads - replica.groups_save)
-    chunks, ms = _chunks(replica, len(decodes), ms) if replica.prefill else ([], ms)
+    chunks, ms = _chunks(replica, len(decodes), ms, waiting) if replica.prefill else ([], ms)
     if not len(decodes) and not chunks and not replica.retire:
         return None
     replica.last_reads = reads
@@ -73,11 +73,11 @@ def _reads(replica: Replica, decodes: I32) -> int:
     return int(replica.slots.sent[decodes].sum()) + len(decodes) if replica.pace.measured else 0
 
 
-def _chunks(replica: Replica, decodes: int, ms: float) -> tuple[list[tuple[Request, int]], float]:
+def _chunks(replica: Replica, decodes: int, ms: float, waiting: Waiting) -> tuple[list[tuple[Request, int]], float]:
     """The prefill beside `decodes` rows that take `ms` milliseconds, in order of arrival, and the time of all of it. The first request
     comes forward by LEAST_CHUNK tokens whatever they take."""
     pace, slots, chunks = replica.pace, replica.slots, list[tuple[Request, int]]()
-    room, limit = pace.step_tokens - decodes, pace.limit_ms(decodes)
+    room, limit = pace.step_tokens - decodes, pace.limit_ms(decodes, waiting)
     for request in replica.prefill:
         sent = int(slots.sent[request.slot])
         rest = int(slots.known[request.slot]) - sent

@@ -12,7 +12,7 @@ from pagewire.config import SchedulerConfig
 
 from . import batch, results
 from .emit import Outgoing
-from .pace import step_tokens
+from .pace import Waiting, step_tokens
 from .placement import Queue, choose, overload, unservable
 from .replica import Counters, Replica
 from .request import Phase, Refusal, Request, malformed
@@ -164,12 +164,15 @@ class Engine:
             self._place()
             stepped: list[Replica] = []
             for replica in open_:
-                step = batch.form(replica, self.epoch, now)
+                step = batch.form(replica, self.epoch, now, self._waiting())
                 self._take_back(replica)
                 if step is not None:
                     send(replica.inbox, step)
                     stepped.append(replica)
             open_ = [replica for replica in stepped if replica.pace.wants_more()]
+
+    def _waiting(self) -> Waiting:
+        return Waiting(self.queue.count / len(self.replicas), self.queue.tokens / len(self.replicas))
 
     def _take_back(self, replica: Replica) -> None:
         """Preempted requests whose last tokens have arrived wait again."""

@@ -12,6 +12,10 @@ from pagewire.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, SchedulerConfig
 
 UNWATCHED: Final = 4.0
 """A step without decodes may take this many times --max-step-ms: nobody's next token waits for it, only newcomers do."""
+PRESSED: Final = 2.0
+PRESSED_MS: Final = 1000.0
+"""While prompts wait that would take longer than this by themselves, and more than half as many as decode, steps may take so many times
+--max-step-ms: for so many, over a second until the first token is worse than an uneven stream for the others."""
 LEAST_CHUNK: Final = 64
 """Prefill tokens that every step may hold whatever its decodes take, so that prompts always come forward."""
 LEAST_AHEAD: Final = 2
@@ -65,6 +69,16 @@ class Sent(NamedTuple):
     mixed: bool
 
 
+class Waiting(NamedTuple):
+    """One worker's share of the requests that have no place yet, and of their tokens."""
+
+    requests: float
+    tokens: float
+
+
+NOBODY: Final = Waiting(0, 0)
+
+
 class Pace:
     """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited by time."""
 
@@ -82,9 +96,10 @@ class Pace:
         self.step_ms = 0.0
         """Measured time of a step, lately."""
 
-    def limit_ms(self, decodes: int) -> float:
+    def limit_ms(self, decodes: int, waiting: Waiting = NOBODY) -> float:
         """Most that a step with this many decodes may be estimated to take."""
-        return self._limit_ms * (1.0 if decodes else UNWATCHED) / self.ratio
+        pressed = 2 * waiting.requests > decodes and waiting.tokens * self.cost.token_ms > PRESSED_MS
+        return self._limit_ms * (UNWATCHED if not decodes else PRESSED if pressed else 1.0) / self.ratio
 
     def chunk(self, limit_ms: float, ms: float, context: int) -> float:
         """Tokens that may be added after `context` ones to a step of `ms` milliseconds, not rounded."""
