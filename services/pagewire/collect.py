@@ -164,12 +164,10 @@ def _row_of(entry: TokenLogprobs) -> dict[int, Logprob]:
 
 def candidates(rank: int, ids: Iterable[int], values: Iterable[float], texts: Iterable[bytes]) -> dict[int, Logprob]:
     """A position's own token, of this rank, then the likeliest ones from rank 1 on; the own token is not named twice."""
-    rows = zip(ids, values, (text.decode(errors="replace") for text in texts), strict=True)
-    token, value, text = next(rows)
-    found = {token: Logprob(value, rank, text)}
-    for place, (other, likely, shown) in enumerate(rows, 1):
-        if other != token:
-            found[other] = Logprob(likely, place, shown)
+    found: dict[int, Logprob] = {}
+    for place, (token, value, text) in enumerate(zip(ids, values, texts, strict=True)):
+        if token not in found:
+            found[token] = Logprob(value, place or rank, text.decode("utf-8", "replace"))
     return found
 
 

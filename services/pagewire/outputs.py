@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(slots=True)
 class Logprob:
-    """One candidate for one position: its natural log probability, its rank from 1 (None: not known) and its text."""
+    """One candidate for one position: its natural log probability, its rank from 1 (None: not known) and its text. There may be millions."""
 
     logprob: float
     rank: int | None = None

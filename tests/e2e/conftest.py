@@ -163,5 +163,18 @@ def demo_stack(start_stack: Callable[..., Stack]) -> Stack:
 
 
 @pytest.fixture(scope="session")
+def oracle() -> Any:
+    """The demo model in transformers, in float32, and its tokenizer."""
+    import torch
+    from pagewire.hub import demo_gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = demo_gguf()
+    kwargs: dict[str, Any] = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs).eval()
+    return model, AutoTokenizer.from_pretrained(path.parent, **kwargs)
+
+
+@pytest.fixture(scope="session")
 def watch_gone() -> Callable[[list[int], float], bool]:
     return gone

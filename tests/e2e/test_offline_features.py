@@ -9,23 +9,12 @@ from typing import Any
 import pytest
 import torch
 from pagewire import LLM, BeamSearchParams, SamplingParams
-from pagewire.hub import demo_gguf
 from pagewire.worker.fake import chain
 
 VOCAB = 1000
 CONTEXT = 512
 TALK = [{"role": "user", "content": "What is the capital of France?"}]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ mark | default('') }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = demo_gguf()
-    kwargs: dict[str, Any] = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs).eval()
-    return model, AutoTokenizer.from_pretrained(path.parent, **kwargs)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from pagewire import LLM, SamplingParams
-from pagewire.hub import demo_gguf
 
 STEPS = 64
 TOPICS = (
@@ -40,16 +39,6 @@ SHORT = [*FIXED, *(opening.format(topic) for topic in TOPICS for opening in OPEN
 LONG_TOKENS = 2000
 
 Tokens = list[int]
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = demo_gguf()
-    kwargs: dict[str, Any] = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs).eval()
-    return model, AutoTokenizer.from_pretrained(path.parent, **kwargs)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import torch
 from pagewire import LLM
 from pagewire.engine import Engine
 from pagewire.frontend.stream import Job
-from pagewire.hub import demo_gguf
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
 from pagewire_protocol.messages import Detokenize, Finish, Message, Prompt, Role, Submit, Tokenize, Tokens, pack, unpack
 from pagewire_protocol.sampling import Sampling, TextOptions
@@ -66,16 +65,6 @@ class Sink:
 def engine() -> Iterator[Engine]:
     with LLM(dtype="float32", device="cpu", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=24, num_tokenizers=1) as llm:
         yield llm._engine
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = demo_gguf()
-    kwargs: dict[str, Any] = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs).eval()
-    return model, AutoTokenizer.from_pretrained(path.parent, **kwargs)
 
 
 def pump(engine: Engine, sinks: list[Sink]) -> None:
