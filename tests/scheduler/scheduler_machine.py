@@ -8,6 +8,9 @@ from scheduler.scheduler_sim import QUICK, SLOW, World
 EOS = (5, 17, 400)
 PREFIXES = [list(range(100, 100 + n)) for n in (4, 8, 13, 21)] + [[100, 101, 102, 103] * 4, [7] * 4 + list(range(100, 108))]
 
+OPTIONS = [{}, {}, {"ignore_eos": True}, {"min_tokens": 5}, {"stop_token_ids": tuple(range(0, 900, 9))}, {"prompt_logprobs": 0}]
+KEPT = ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs")
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Clients submit, cancel and resubmit; workers execute and answer at their own pace, die and join; tokenizers die."""
@@ -43,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), prefix=st.integers(0, len(PREFIXES) - 1), tail=st.lists(st.integers(0, 6), max_size=6), tokens=st.integers(1, 24))
     def submit(self, data, prefix, tail, tokens):
-        options = data.draw(st.sampled_from([{}, {}, {"ignore_eos": True}, {"min_tokens": 5}, {"stop_token_ids": tuple(range(0, 900, 9))}]))
+        options = data.draw(st.sampled_from(OPTIONS))
         tokenizer = data.draw(st.sampled_from(sorted(self.world.tokenizers)))
         priority = data.draw(st.sampled_from([0, 0, 0, -1, 3]))
         salt = data.draw(st.sampled_from(["", "", "", "s"]))
@@ -64,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _resubmit(self, handle, tokenizer):
         old = self.world.attempts[handle]
-        options = {name: getattr(old.sampling, name) for name in ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids")}
+        options = {name: getattr(old.sampling, name) for name in KEPT}
         new = self.world.submit(old.prompt, tokenizer, rid=old.rid, attempt=old.attempt + 1, output=old.output, **options)
         self.handles.append(new)
 
@@ -141,7 +144,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.run()
         for handle in self.handles:
             self._check(self.world.attempts[handle], self.world.expected(handle, EOS))
+        self._check_scores()
         self.world.assert_idle()
+
+    def _check_scores(self):
+        """Whoever has output has the log-probabilities of the whole prompt, though perhaps from an earlier attempt."""
+        found = {}
+        for handle in self.handles:
+            attempt = self.world.attempts[handle]
+            scores = found.setdefault(attempt.rid, {})
+            scores |= attempt.scores
+            wanted = dict(enumerate(attempt.prompt[1:], 1)) if attempt.sampling.prompt_logprobs >= 0 else {}
+            assert scores == wanted if attempt.output else scores.items() <= wanted.items()
 
     def _check(self, attempt, expected):
         assert attempt.output == expected[: len(attempt.output)]

@@ -384,7 +384,7 @@ class World:
 
     def _scored(self, inbox, entry):
         attempt = self.attempts[entry.place]
-        assert attempt.tokenizer == inbox and attempt.attempt == entry.attempt and not attempt.ends
+        assert attempt.tokenizer == inbox and attempt.attempt == entry.attempt and not attempt.ends and not attempt.cancelled
         assert attempt.placed is not None and attempt.execution in (None, entry.execution)
         for position, token in enumerate(ints(entry.ids), entry.first):
             assert attempt.prompt[position] == token

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from msgspec.structs import replace
 from pagewire.scheduler import groups
 from pagewire.scheduler.blocks import BlockPool
 from pagewire.scheduler.replica import Pending, Replica
@@ -131,6 +132,19 @@ def all_of_a_cached_prompt_is_skipped(patch):
     patch.setattr(Replica, "cached_blocks", lambda self, r: self.pool.match(r.chained(self.block_size, r.tokens), len(r.tokens)))
 
 
+def scored_prompts_read_the_cache(patch):
+    original = Replica.cached_blocks
+
+    def cached(self, request):
+        asked, request.sampling = request.sampling, replace(request.sampling, prompt_logprobs=-1)
+        try:
+            return original(self, request)
+        finally:
+            request.sampling = asked
+
+    patch.setattr(Replica, "cached_blocks", cached)
+
+
 BUGS = [
     seal_before_the_result,
     free_before_the_step_returns,
@@ -152,6 +166,7 @@ BUGS = [
         release_twice,
         rows_by_slot_alone,
         parents_are_forgotten,
+        scored_prompts_read_the_cache,
     ],
 )
 def test_a_planted_bug_is_caught(bug, monkeypatch):
