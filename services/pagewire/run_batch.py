@@ -7,6 +7,7 @@ answers come. This process is a frontend without HTTP: parsing, checking and ans
 import argparse
 import asyncio
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -60,6 +61,7 @@ def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journa
     if journal.left:
         if "max_step_ms" not in options:  # nobody waits for single tokens here
             config = structs.replace(config, scheduler=structs.replace(config.scheduler, max_step_ms=0.0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         asyncio.run(_with_services(config, journal, not options.no_progress))
     told = f"{journal.answered} answered, {journal.failed} with an error, {journal.before} done before"
     print(f"{options.output_file}: {told}, in {time.monotonic() - began:.1f} s", file=sys.stderr)

@@ -97,6 +97,30 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert again.returncode == 0 and "0 answered, 0 with an error, 300 done before" in again.stderr
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_orderly_end_leaves_whole_answers_and_no_process(number: int, code: int, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(completions(300, 8)))
+    process = subprocess.Popen(command(source, target, *FAKE, "--fake-step-ms", "10", "--max-num-seqs", "8"), stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (target.exists() and target.stat().st_size):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    children = [path for path in Path("/proc").iterdir() if path.name.isdecimal() and _parent(path) == process.pid]
+    assert len(children) >= 3
+    process.send_signal(number)
+    assert process.wait(20) == code
+    assert target.read_bytes().endswith(b"\n") and 0 < len(answers(target)) < 300
+    assert not [path for path in children if _parent(path) == process.pid]
+
+
+def _parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
 def test_more_lines_than_run_at_once_and_several_choices(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     beams = [
