@@ -17,16 +17,16 @@ import openai
 import pytest
 
 START_S = 90.0
+SERVE = ("-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0")
 KINDS = ("frontend", "tokenizer", "scheduler", "worker")
 
 
 class Stack:
     """A running `pagewire serve`. Its lines are kept, so that a failing test can show them."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, command: tuple[str, ...] = SERVE) -> None:
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, *command, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
