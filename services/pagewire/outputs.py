@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Logprob:
-    """One candidate for one position: its natural log probability, its rank from 1 (None: not known) and its text. There may be millions."""
+    """One candidate for one position: its natural log probability, its rank from 1 (None: not known) and its text."""
 
     logprob: float
     rank: int | None = None
