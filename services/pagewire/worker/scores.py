@@ -17,6 +17,8 @@ from .slots import Ints, Slots
 
 PROMPT_LOGITS: Final = 1 << 24
 """Logits of prompt tokens that exist at a time."""
+PIECE: Final = 16
+"""Rows are padded to a multiple of this: a GPU's kernels are compiled for few shapes."""
 Up = Callable[[npt.NDArray[np.generic]], Tensor]
 """Brings an array to the device."""
 
@@ -29,6 +31,9 @@ class Scores:
     ranks: Tensor
     ids: Tensor
     values: Tensor
+
+    def first(self, count: int) -> "Scores":
+        return Scores(self.own[:count], self.ranks[:count], self.ids[:count], self.values[:count])
 
     def down(self) -> "Scores":
         """On the host; from a GPU by copies that are queued, not waited for."""
@@ -107,13 +112,14 @@ class PromptScores:
 
 def score_prompts(runs: list[PromptRun], logits_of: Callable[[Tensor], Tensor], vocab_size: int, up: Up) -> list[PromptScores]:
     """logits_of(rows [N] int64) -> [N, V], called for few rows at a time. The scores are on their way to the host."""
-    size = max(16, PROMPT_LOGITS // vocab_size)
+    size = max(PIECE, PROMPT_LOGITS // vocab_size // PIECE * PIECE)
     scored: list[PromptScores] = []
     for run in runs:
         parts: list[Scores] = []
         for start in range(0, len(run.tokens), size):
             tokens = run.tokens[start : start + size].astype(np.int64)
-            picked = up(np.stack((np.arange(len(tokens)) + run.at + start, tokens)))
-            parts.append(score(logits_of(picked[0]), picked[1], run.wanted).down())
+            rows = np.stack((np.arange(len(tokens)) + run.at + start, tokens))
+            picked = up(np.pad(rows, ((0, 0), (0, -len(tokens) % PIECE)), "edge"))
+            parts.append(score(logits_of(picked[0]), picked[1], run.wanted).first(len(tokens)).down())
         scored.append(PromptScores(run, parts))
     return scored

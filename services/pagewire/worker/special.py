@@ -40,6 +40,13 @@ class Extra:
         return tuple(prompt.message() for prompt in self.prompts)
 
 
+def _widened(rows: Ints, most: int) -> Ints:
+    """Padded by repeating the first, to a power of two or `most`, in fours: few numbers of rows, since kernels are compiled for each, and
+    columns that start at multiples of 16 bytes. A row that is sampled twice gives the same token twice."""
+    size = min(max(4, 1 << (len(rows) - 1).bit_length()), -(-most // 4) * 4)
+    return np.concatenate((rows, np.repeat(rows[:1], size - len(rows))))
+
+
 class Kernels(NamedTuple):
     sample: Callable[[Tensor, SamplingRows], Sampled]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -100,7 +107,7 @@ class SpecialRows:
         penalized = self._penalized(slots)
         again = np.flatnonzero(penalized | self._limits.any(slots))
         if len(again):
-            self._sample_again(logits, slots, again, report)
+            self._sample_again(logits, slots, _widened(again, columns.count), report)
         if penalized.any() and self._counts is not None:
             counted = np.flatnonzero(penalized)
             self._kernels.count_tokens(self._counts, self._up(slots[counted].astype(np.int32)), report[self._up(counted)])
