@@ -95,7 +95,7 @@ def test_unknown_model(server) -> None:
     for answer in (server.complete("hi", model="X"), server.chat("hi", model="X")):
         assert (
             check_error(answer, 404, "NotFoundError", "model")["message"]
-            == f"The model `X` does not exist; this server has `{MODEL}`, `alias`."
+            == f"The model `X` does not exist. This server has `{MODEL}`, `alias`."
         )
     assert server.complete("hi", model=MODEL).status_code == 200
     assert server.complete("hi", model=MODEL.rstrip("/")).status_code == 404

@@ -60,4 +60,4 @@ def request_failed(message: str = "The server could not finish this request; try
 
 def unknown_model(name: str, known: tuple[str, ...]) -> ApiError:
     names = ", ".join(f"`{one}`" for one in known)
-    return ApiError(404, f"The model `{name[:256]}` does not exist; this server has {names}.", param="model")
+    return ApiError(404, f"The model `{name[:256]}` does not exist. This server has {names}.", param="model")
