@@ -44,8 +44,8 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
 HUB: dict[str, dict[str, Any]] = {
-    # repository: family, what its configuration differs in, its special tokens, its chat template, the form of its tokenizer
-    "facebook/opt-125m": {"family": "OPT", "config": OPT, "special": ("<pad>", "</s>", "</s2>"), "files": "gpt2"},
+    # repository: family, what its configuration differs in, special tokens, chat template, form of the tokenizer, type
+    "facebook/opt-125m": {"family": "OPT", "config": OPT, "special": ("<pad>", "</s>", "</s2>"), "files": "gpt2", "dtype": "float32"},
     "google/gemma-2b": {"family": "Gemma", "config": GEMMA, "special": ("<pad>", "<bos>", "<eos>")},
     "google/gemma-2b-it": {
         "family": "Gemma",
@@ -93,7 +93,9 @@ def bytes_bpe(special: tuple[str, ...]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     marked = [AddedToken(token, normalized=False, special=True) for token in special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=600, special_tokens=marked, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=600, special_tokens=marked, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -125,7 +127,9 @@ def save_model(path: Path, repository: str) -> Path:
     torch.manual_seed(7)
     config = getattr(transformers, f"{made['family']}Config")(**{**SIZES, "vocab_size": vocabulary, **made["config"]})
     config.name_or_path = repository
-    model = getattr(transformers, CAUSAL.get(made["family"], f"{made['family']}ForCausalLM"))(config).to(torch.bfloat16)
+    model = getattr(transformers, CAUSAL.get(made["family"], f"{made['family']}ForCausalLM"))(config).to(
+        getattr(torch, made.get("dtype", "bfloat16"))
+    )
     chats = "template" in made or "chat" in repository
     model.generation_config.eos_token_id = [2, *range(10, 10 + CHAT_ENDS)] if chats else 2
     model.save_pretrained(path)
