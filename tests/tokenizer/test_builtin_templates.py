@@ -47,6 +47,8 @@ EXPECTED = {
         "[gMASK]<sop><|user|>\nHi<|assistant|>\nHello.<|user|>\nWho?<|assistant|>",
         "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>",
     ),
+    "phi-1_5": ("Alice: Hi\n\nBob: Hello.\n\nAlice: Who?\n\nBob:", "Be brief.\n\nAlice: Hi\n\nBob:"),
+    "phi-2": ("Instruct: Hi\nOutput: Hello.\nInstruct: Who?\nOutput:", "Be brief.\nInstruct: Hi\nOutput:"),
     "baichuan": ("<U>Hi<A>Hello.<U>Who?<A>", "Be brief.<U>Hi<A>"),
 }
 
@@ -73,7 +75,7 @@ def test_a_final_message_can_be_continued(name: str):
     assert found.endswith("I am")
 
 
-@pytest.mark.parametrize("name", ["vicuna", "alpaca", "llama-2", "baichuan"])
+@pytest.mark.parametrize("name", ["vicuna", "alpaca", "llama-2", "baichuan", "phi-1_5", "phi-2"])
 def test_unknown_roles_are_refused(name: str):
     with pytest.raises(TemplateRefused, match=r"user and assistant.*system at the beginning"):
         ChatTemplate(read_option(name), NAMES).render(chat([("user", "Hi"), ("tool", "x"), ("user", "y")]))
@@ -97,6 +99,9 @@ def test_unknown_roles_are_refused(name: str):
         ("Baichuan2-7B-Chat", {"model_type": "baichuan"}, {"user_token_id": 195}, "baichuan"),
         ("Baichuan2-7B-Base", {"model_type": "baichuan"}, {}, ""),
         ("vicuna", {"model_type": "opt"}, {}, ""),
+        ("models--microsoft--phi-1_5/snapshots/0123", {"model_type": "phi"}, {}, "phi-1_5"),
+        ("phi-2", {"model_type": "phi"}, {}, "phi-2"),
+        ("phi-1", {"model_type": "phi"}, {}, ""),
     ],
 )
 def test_which_model_gets_which(folder: str, config: dict, generation: dict, wanted: str):

@@ -13,6 +13,8 @@ BY_NAME: Final = (
     ("llama", ("vicuna",), "vicuna"),
     ("llama", ("alpaca",), "alpaca"),
     ("llama", ("llama-2", "chat"), "llama-2"),
+    ("phi", ("phi-1_5",), "phi-1_5"),
+    ("phi", ("phi-2",), "phi-2"),
     ("chatglm", ("base",), ""),
     ("chatglm", ("chatglm3",), "chatglm3"),
     ("chatglm", ("glm-4",), "glm-4"),
