@@ -74,14 +74,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="shrink requests and lengths, for a trial")
     parser.add_argument("--max-model-len", type=int, default=16_384)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8_192)
     parser.add_argument("--num-frontends", default="", help="over HTTP; default: what the machine has cores for")
     parser.add_argument("--num-tokenizers", default="", help="likewise")
     parser.add_argument("--json", default="")
     parser.add_argument("--plot-dir", default="", help="where to put a PNG for each model")
     options, flags = parser.parse_known_args()
     flags += ["--device", options.device, "--load-format", "dummy", "--max-model-len", str(options.max_model_len)]
-    return options, [*flags, "--max-num-batched-tokens", str(options.max_num_batched_tokens), "--log-level", "warning"]
+    return options, [*flags, "--log-level", "warning"]
 
 
 def plan_of(options: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:

@@ -1,8 +1,9 @@
 """What the attention kernels share: addresses of tokens in pages, scaled scores, one step of the online softmax.
 
-Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that exp2 replaces exp. The running peak begins at a large negative
-number. Where a whole tile may be hidden from a row, hidden scores are minus infinity: their exponents are then exactly zero. A large finite
-number would not do, since the GPU multiplies and subtracts in one rounding, and the exact product may lie far above the rounded peak.
+Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that exp2 replaces exp. The running peak begins at a large
+negative number. Where a whole tile may be hidden from a row, hidden scores are minus infinity: their exponents are then exactly zero. A
+large finite number would not do, since the GPU multiplies and subtracts in one rounding, and the exact product may lie far above the
+rounded peak.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false

@@ -95,16 +95,16 @@ def _slice(logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr,
 
 
 @triton.jit
-def _finish(numbers, ids, logits, tokens, logprobs, bads, row, SLICES: tl.constexpr, S_PAD: tl.constexpr):
-    """Combine the slices of a row: numbers float32 [SLICES, 4] are best, peak, total and NaN count, ids int32 [SLICES]."""
+def _finish(numbers, ids, logits, tokens, logprobs, bads, row, slices, S_PAD: tl.constexpr):
+    """Combine the slices of a row: numbers float32 [slices, 4] are best, peak, total and NaN count, ids int32 [slices]."""
     s = tl.arange(0, S_PAD)
-    at = numbers + (row * SLICES + s) * 4
-    inside = s < SLICES
+    at = numbers + (row * slices + s) * 4
+    inside = s < slices
     best = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
     peak = tl.load(at + 1, mask=inside, other=-1e30, cache_modifier=".cg")
     total = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
     bad = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
-    where = tl.load(ids + row * SLICES + s, mask=inside, other=2147483647, cache_modifier=".cg")
+    where = tl.load(ids + row * slices + s, mask=inside, other=2147483647, cache_modifier=".cg")
     token = tl.min(tl.where(best == tl.max(best, 0), where, 2147483647), 0)
     top = tl.max(peak, 0)
     log_total = top + tl.log(tl.maximum(tl.sum(total * tl.exp(peak - top), 0), 1e-38))
@@ -113,14 +113,13 @@ def _finish(numbers, ids, logits, tokens, logprobs, bads, row, SLICES: tl.conste
     tl.store(bads + row, tl.sum(bad, 0) > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride,
-        SLICES: tl.constexpr,
-            S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+            slices, S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     at = logits + row * stride
-    span = tl.cdiv(tl.cdiv(width, SLICES), BLOCK) * BLOCK
+    span = tl.cdiv(tl.cdiv(width, slices), BLOCK) * BLOCK
     lo = part * span
     hi = tl.minimum(lo + span, width)
     threshold = tl.full([], float("-inf"), tl.float32)
@@ -131,16 +130,16 @@ def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arr
     winner = tl.max(best, 0)
     token = tl.min(tl.where(best == winner, where, 2147483647), 0)
     top = tl.max(peak, 0)
-    out = numbers + (row * SLICES + part) * 4
+    out = numbers + (row * slices + part) * 4
     tl.store(out, winner)
     tl.store(out + 1, top)
     tl.store(out + 2, tl.sum(total * tl.exp(peak - top), 0))
     tl.store(out + 3, tl.sum(bad, 0).to(tl.float32))
-    tl.store(ids + row * SLICES + part, token)
+    tl.store(ids + row * slices + part, token)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + row, 1) == SLICES - 1:
+    if tl.atomic_add(arrived + row, 1) == slices - 1:
         tl.store(arrived + row, 0)
-        _finish(numbers, ids, at, tokens, logprobs, bads, row, SLICES, S_PAD)
+        _finish(numbers, ids, at, tokens, logprobs, bads, row, slices, S_PAD)
 
 
 def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -165,7 +164,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     least = thresholds(logits, rows) if rows.filtered else None
     _sample[(count, slices)](logits, least, rows.temperature, rows.seeds, rows.positions, numbers, ids, counters(device, "sampling",
         count), tokens, logprobs, bad, width,
-                             logits.stride(0), SLICES=slices, S_PAD=triton.next_power_of_2(slices), BLOCK=block, FILTERED=rows.filtered,
+                             logits.stride(0), slices, S_PAD=triton.next_power_of_2(slices), BLOCK=block, FILTERED=rows.filtered,
                              FAST=device.type == "cuda", num_warps=4)  # fmt: skip
     return Sampled(tokens, logprobs, bad)
 

@@ -17,7 +17,8 @@ from msgspec import Meta, Struct
 
 GPU_STEP_TOKENS = 8192
 CPU_STEP_TOKENS = 2048
-"""Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full long before."""
+"""Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full long before. Twice as many where steps
+have no limit of time: then nobody waits for single tokens."""
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 SEVERAL = ("served_model_name",)
@@ -96,6 +97,12 @@ class SchedulerConfig(Struct, frozen=True):
     steps_in_flight: Annotated[int, _help("most steps sent ahead of their results; more than 2 only of short ones", ge=1, le=8)] = 4
     max_queued_tokens: Annotated[int, _help("prompt tokens that may wait before requests get 429", ge=1)] = 4_194_304
     max_queued_reqs: Annotated[int, _help("requests that may wait before requests get 429", ge=1)] = 16_384
+
+    def step_tokens(self, gpu: bool) -> int:
+        """Most tokens in one step."""
+        if self.max_num_batched_tokens or not gpu:
+            return self.max_num_batched_tokens or CPU_STEP_TOKENS
+        return GPU_STEP_TOKENS if self.max_step_ms else 2 * GPU_STEP_TOKENS
 
 
 class WorkerConfig(Struct, frozen=True):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler import batch, pace
-from pagewire.scheduler.pace import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk, step_tokens
+from pagewire.scheduler.pace import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk
 from pagewire.scheduler.state import Scheduler, Tick
 from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Step, StepCost, StepResult, Submit, WorkerFacts
 from pagewire_protocol.sampling import Sampling
@@ -60,13 +60,10 @@ def test_no_time_is_no_chunk_and_endless_time_any():
 
 
 def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
-    assert step_tokens(SchedulerConfig(), None) == 2048
-    assert step_tokens(SchedulerConfig(), LARGE) == 8192
-    assert (
-        step_tokens(SchedulerConfig(max_num_batched_tokens=77), None)
-        == step_tokens(SchedulerConfig(max_num_batched_tokens=77), LARGE)
-        == 77
-    )
+    assert [SchedulerConfig().step_tokens(gpu) for gpu in (False, True)] == [2048, 8192]
+    assert [SchedulerConfig(max_step_ms=0).step_tokens(gpu) for gpu in (False, True)] == [2048, 16_384]
+    assert {SchedulerConfig(max_num_batched_tokens=77).step_tokens(gpu) for gpu in (False, True)} == {77}
+    assert (Pace(None, SchedulerConfig()).step_tokens, Pace(LARGE, SchedulerConfig()).step_tokens) == (2048, 8192)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +274,7 @@ def test_the_limit_is_the_flags(limit):
 def test_no_limit_but_tokens():
     line = decoding(LARGE, 4, max_step_ms=0)
     line.submit(16_000, 2)
-    assert [tokens for *_, tokens in prefill_of(line.run(300))] == [8192 - BLOCK, 16_000 - (8192 - BLOCK)]
+    assert [tokens for *_, tokens in prefill_of(line.run(300))] == [16_000]
 
 
 def test_prefill_comes_forward_where_decodes_alone_take_too_long():

@@ -12,7 +12,7 @@ from pagewire.config import SchedulerConfig
 
 from . import batch, results
 from .emit import Outgoing
-from .pace import Waiting, step_tokens
+from .pace import Waiting
 from .placement import Queue, choose, overload, unservable
 from .replica import Counters, Replica
 from .request import Phase, Refusal, Request, malformed
@@ -68,7 +68,7 @@ class Engine:
         return refusal
 
     def _overload(self, request: Request) -> Refusal | None:
-        tokens = max((r.pace.step_tokens for r in self.replicas.values()), default=step_tokens(self.config, None))
+        tokens = max((r.pace.step_tokens for r in self.replicas.values()), default=self.config.step_tokens(gpu=False))
         return overload(request, self.queue, self.config, tokens)
 
     def _finished_before(self, request: Request) -> tuple[Finish, int | None] | None:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from pagewire_protocol.messages import StepCost
 
-from pagewire.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, SchedulerConfig
+from pagewire.config import SchedulerConfig
 
 UNWATCHED: Final = 4.0
 """A step without decodes may take this many times --max-step-ms: nobody's next token waits for it, only newcomers do."""
@@ -29,11 +29,6 @@ SLOWNESS: Final = 32
 """Full steps after which a correction has covered two thirds of its way."""
 RECENT: Final = 16
 """Steps over which `step_ms` is averaged, about."""
-
-
-def step_tokens(config: SchedulerConfig, cost: StepCost | None) -> int:
-    """Most tokens in one step of a worker that measured `cost`, as GPUs do."""
-    return config.max_num_batched_tokens or (CPU_STEP_TOKENS if cost is None else GPU_STEP_TOKENS)
 
 
 def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:
@@ -84,7 +79,7 @@ class Pace:
 
     def __init__(self, cost: StepCost | None, config: SchedulerConfig) -> None:
         self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
-        self.step_tokens = step_tokens(config, cost)
+        self.step_tokens = config.step_tokens(gpu=cost is not None)
         self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
         self._least = min(LEAST_AHEAD, config.steps_in_flight)
         self._most = config.steps_in_flight if self.measured else self._least

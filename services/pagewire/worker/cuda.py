@@ -18,7 +18,7 @@ from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
-from ..config import GPU_STEP_TOKENS, ModelConfig, SchedulerConfig, WorkerConfig
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from . import cost, memory, memory_errors, setup, weights
 from .graphs import DecodeGraphs
 from .meter import Meter
@@ -80,9 +80,9 @@ class CudaRunner:
             self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade, pool)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
             self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, scheduler.enable_cascade, pool)
-            largest = scheduler.max_num_batched_tokens or GPU_STEP_TOKENS
-            self._steps.capture_all(largest, lambda fraction: progress("capturing steps with prompts", fraction))
+            self._steps.capture_all(scheduler.step_tokens(gpu=True), lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
+            self._special.warm_up()
             self._cost = cost.measure(self._steps, self._loaded)
         log.info(memory.outcome(sizing, torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]))
         log.info("steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads", *astuple(self._cost))

@@ -11,7 +11,7 @@ from msgspec import structs
 from pagewire_kernels.backend import backend
 from torch import Tensor
 
-from ..config import GPU_STEP_TOKENS, ModelConfig, SchedulerConfig, WorkerConfig
+from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from . import gpus, kv, memory, memory_errors, precision, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .beside import beside
@@ -167,7 +167,7 @@ def _size_gpu(
     wish = memory.Wish(
         config.gpu_memory_utilization, config.block_size, config.kv_cache_memory_bytes, config.num_kv_blocks, length, config.fit
     )
-    tokens = scheduler.max_num_batched_tokens or GPU_STEP_TOKENS
+    tokens = scheduler.step_tokens(gpu=True)
     fused = not isinstance(arch, OtherArchitecture)
     load = memory.Load(tokens, scheduler.max_num_seqs, length or arch.max_position, not config.enforce_eager, fused)
     return memory.size(arch, dtype.itemsize, weight_bytes(arch, dtype), gpu, wish, load)

@@ -66,6 +66,20 @@ class SpecialRows:
         self._counts: Tensor | None = None
         self._prompted: Tensor | None = None
 
+    def warm_up(self) -> None:
+        """Compile and load what special rows need: the first such request would hold up all the others."""
+        count = 1
+        while count < 2 * self._slots.count:
+            x = torch.zeros(count, self._vocab, device=self._device)
+            wide = torch.ones(count, dtype=torch.int64, device=self._device)
+            ones, small = torch.ones(count, device=self._device), wide.int()
+            self._kernels.sample(x, SamplingRows(ones, small, ones, ones, wide, wide))
+            count *= 2
+        row, place = torch.zeros(1, self._vocab, device=self._device), torch.zeros(1, dtype=torch.int64, device=self._device)
+        half = torch.full((1,), 0.5, device=self._device)
+        self._kernels.apply_penalties(row, row.int(), row.to(torch.uint8), place, half, half, half)
+        self._kernels.count_tokens(row.int(), place.int(), place.int())
+
     def admit(self, new: Ints) -> None:
         self.told[new] = self._slots.known[new]
         self._limits.admit(new)
