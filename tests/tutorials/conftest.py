@@ -91,9 +91,8 @@ def run(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProce
         program, *words = shlex.split(command)
         words = [str(PROGRAMS / word) if word.endswith(".py") else word for word in words]
         full = [sys.executable if program.startswith("python") else str(BIN / program), *words]
-        return subprocess.run(
-            full, capture_output=True, text=True, timeout=100, env={**os.environ, **environment, **variables}, check=False
-        )
+        own = {**os.environ, **environment, **variables}
+        return subprocess.run(full, capture_output=True, text=True, timeout=100, env=own, check=False)
 
     return call
 

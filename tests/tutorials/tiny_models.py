@@ -93,9 +93,8 @@ def bytes_bpe(special: tuple[str, ...]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     marked = [AddedToken(token, normalized=False, special=True) for token in special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=600, special_tokens=marked, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marked, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
     return tokenizer
 
 
@@ -125,11 +124,10 @@ def save_model(path: Path, repository: str) -> Path:
     path.mkdir(parents=True)
     vocabulary = save_tokenizer(path, special, made.get("template", ""), made.get("files", ""))
     torch.manual_seed(7)
-    config = getattr(transformers, f"{made['family']}Config")(**{**SIZES, "vocab_size": vocabulary, **made["config"]})
+    family, kind = made["family"], getattr(torch, made.get("dtype", "bfloat16"))
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "vocab_size": vocabulary, **made["config"]})
     config.name_or_path = repository
-    model = getattr(transformers, CAUSAL.get(made["family"], f"{made['family']}ForCausalLM"))(config).to(
-        getattr(torch, made.get("dtype", "bfloat16"))
-    )
+    model = getattr(transformers, CAUSAL.get(family, f"{family}ForCausalLM"))(config).to(kind)
     chats = "template" in made or "chat" in repository
     model.generation_config.eos_token_id = [2, *range(10, 10 + CHAT_ENDS)] if chats else 2
     model.save_pretrained(path)

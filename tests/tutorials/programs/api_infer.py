@@ -9,6 +9,5 @@ model = client.models.list().data[0].id
 prompt = "描述一下北京的秋天"
 completion = client.completions.create(model=model, prompt=prompt)
 res = completion.choices[0].text.strip()
-print(
-    f"Model: {model}\nPrompt: {prompt}\nResponse: {res!r}\nReason: {completion.choices[0].finish_reason}, {completion.usage.completion_tokens}"
-)
+print(f"Model: {model}\nPrompt: {prompt}\nResponse: {res!r}")
+print(f"Reason: {completion.choices[0].finish_reason}, {completion.usage.completion_tokens}")
