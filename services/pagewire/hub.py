@@ -30,6 +30,7 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors"]
 PYTORCH = "pytorch_model*.bin"
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -95,6 +96,7 @@ def cached(model: ModelConfig) -> Path | None:
     """The files if they are on this machine, else None. Raises ModelNotFound when `model` can only be a path and is none."""
     path = Path(model.model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        _check_pointers(path)
         return path.absolute()
     if path.exists():
         raise ModelNotFound(f"{model.model} is neither a directory nor a .gguf file")
@@ -106,6 +108,13 @@ def cached(model: ModelConfig) -> Path | None:
     if snapshot is None and model.model == DEMO_MODEL and not model.revision and _demo_path().is_file():
         return _demo_path()
     return snapshot
+
+
+def _check_pointers(path: Path) -> None:
+    """A clone made without git-lfs has a few lines of text in the place of each large file."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_size < LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
+            raise ModelNotFound(f"{file} is a git-lfs pointer in the place of the file: install git-lfs and run `git lfs pull` there")
 
 
 def demo_gguf(progress: Progress | None = None) -> Path:

@@ -227,3 +227,12 @@ def test_modelscope_errors_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "perhaps")
     with pytest.raises(ValueError, match="VLLM_USE_MODELSCOPE=perhaps: True or False is needed"):
         hub.resolve(ModelConfig(model=MODEL))
+
+
+def test_a_clone_without_git_lfs_is_one_line(tmp_path):
+    """Its large files are a few lines of text."""
+    folder = put(tmp_path / "clone")
+    assert hub.cached(ModelConfig(model=str(folder))) == folder
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(hub.ModelNotFound, match=r"model\.safetensors is a git-lfs pointer .*`git lfs pull`"):
+        hub.cached(ModelConfig(model=str(folder)))
