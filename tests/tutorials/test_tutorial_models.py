@@ -13,7 +13,6 @@ from pagewire.tokenizer import templates
 from pagewire.worker.models import describe
 from tutorials import tiny_models
 
-
 PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 """Billions of weights, and what of the repository's config.json matters."""
 
