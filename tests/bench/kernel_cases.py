@@ -26,6 +26,7 @@ JOBS = [
     attention.mixed(1, 16, 18, 32),
     products.product("o", 64, 128, 1),
     products.layer(1, 16, 128, 64, 8, "tiny"),
+    products.row_layer(16, 128, 64, 8, "tiny"),
     *products.fused(3),
     *(sampling.sampling(2, kind, 500) for kind in sampling.KINDS),
 ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pagewire_kernels import activation, attention_decode, cuda, gemm, norm, rope, workspace
+from pagewire_kernels import activation, attention_decode, cuda, gemm, gemm_row, norm, rope, workspace
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.gemm import SkinnyConfig
 from torch import Tensor
@@ -119,7 +119,7 @@ def fused(rows: int) -> Iterator[Job]:
     yield Job("qknorm+rope+kv", f"{rows} tokens 48 heads", lambda: RopeAndCache(rows), rows * 48 * 128 * 4.0)
 
 
-OVERLAPPING: tuple[Any, ...] = (activation, attention_decode, gemm, norm, rope)
+OVERLAPPING: tuple[Any, ...] = (activation, attention_decode, gemm, gemm_row, norm, rope)
 
 
 @contextlib.contextmanager
@@ -171,7 +171,33 @@ class Layer(Case):
             return self.launch(i)
 
 
+class RowLayer(Layer):
+    """The five kernels that a layer of one row takes; beside them the nine of any other number of rows."""
+
+    def launch(self, i: int, config: Any = None) -> Tensor:
+        qkv_w, o_w, gate_up_w, down_w = self._weights[i]
+        (k, v), weight = pool(128), self._norm
+        qkv = cuda.norm_linear(self._x, weight, 1e-5, qkv_w)
+        mixed = cuda.rope_attention(qkv, cuda.Rope(self._cos_sin, None, None, 1e-5), k, v, self._batch, 128**-0.5, None)
+        whole = cuda.linear_add(mixed, o_w, None, self._x)
+        return cuda.linear_add(cuda.norm_gated(whole, weight, 1e-5, gate_up_w), down_w, None, whole)
+
+    def check(self, config: Any = None) -> float:
+        """What the nine give is still to be added to the residual, which begins as zero."""
+        self._residual.zero_()
+        return error(self.launch(0), self.other(0).float() + self._residual.float())
+
+    def other(self, i: int) -> Tensor:
+        return super().launch(i)
+
+
 def layer(rows: int, context: int, hidden: int, inner: int, heads: int, label: str) -> Job:
     read = 2.0 * hidden * ((2 * heads + 2 * HKV) * 128 + 3 * inner) + rows * context * HKV * 512.0
     make = lambda: Layer(rows, context, hidden, inner, heads)  # noqa: E731
     return Job("layer", f"{label} {rows}x{context}", make, read, peer="without overlap")
+
+
+def row_layer(context: int, hidden: int, inner: int, heads: int, label: str) -> Job:
+    read = 2.0 * hidden * ((2 * heads + 2 * HKV) * 128 + 3 * inner) + context * HKV * 512.0
+    make = lambda: RowLayer(1, context, hidden, inner, heads)  # noqa: E731
+    return Job("layer", f"{label} 1x{context} in five", make, read, peer="in nine")
