@@ -18,7 +18,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
     && useradd --uid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pagewire \
     && install -d -m 0700 -o pagewire -g pagewire /run/pagewire /cache \
-    && install -d -m 0755 /models
+    && install -d -m 0755 /models \
+    && chmod 0711 ~root && rm -rf ~root/.cache && ln -s /cache ~root/.cache
+# Many guides mount a cache of models at .cache/huggingface in root's home: what is mounted there is at /cache/huggingface too.
 # PYTHONSAFEPATH: a file in the working directory must never shadow an installed module.
 ENV PATH=/opt/pagewire/bin:$PATH \
     PYTHONSAFEPATH=1 \

@@ -293,7 +293,7 @@ def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
         raise ModelNotFound(f"there is no model {model.model} on the hub ({page}){hint}; a local model is given by its path") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelNotFound(
-            f"{model.model} is no directory here, not in {hub_cache(model)}, and the hub could not be reached at {_endpoint()}: {reason[0]}"
-        ) from None
+        unreachable = f"is no directory here, not in {hub_cache(model)}, and the hub could not be reached at {_endpoint()}"
+        unwritable = f"could not be kept in {hub_cache(model)}, which must be writable; --download-dir chooses another place"
+        raise ModelNotFound(f"{model.model} {unwritable if getattr(error, 'filename', None) else unreachable}: {reason[0]}") from None
     return Path(folder)

@@ -79,3 +79,9 @@ def test_a_model_that_does_not_exist(hub: StandInHub, online: dict[str, str], ru
     done = run("pagewire serve google/no-such-model --port 0", **online)
     assert done.returncode == 1 and f"there is no model google/no-such-model on the hub ({hub.url}" in done.stderr
     assert "Traceback" not in done.stderr and "could not be fetched" in done.stderr.splitlines()[-1]
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub: StandInHub, online: dict[str, str], run: Callable[..., Any]) -> None:
+    """A directory of the host that is mounted into a container may belong to somebody else."""
+    done = run(f"pagewire fetch {GEMMA}", **{**online, "HF_HOME": "/proc/mounted", "HF_TOKEN": TOKEN})
+    assert done.returncode == 1 and "could not be kept in /proc/mounted/hub, which must be writable" in done.stderr.splitlines()[-1]
