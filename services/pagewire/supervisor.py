@@ -7,6 +7,7 @@ of `pagewire serve` and in a thread of a program that uses `LLM`. Only the stand
 import contextlib
 import ctypes
 import os
+import platform
 import selectors
 import signal
 import subprocess
@@ -76,6 +77,9 @@ class Supervisor:
     """
 
     def __init__(self, services: list[Service], on_line: Callable[[str, str], None]) -> None:
+        """Raises OSError on another system than Linux."""
+        if platform.system() != "Linux":
+            raise OSError(f"Pagewire runs on Linux, and this is {platform.system()}: use its container there, or WSL2 on Windows")
         self.failure: str | None = None
         self._children = [Child(service) for service in services]
         self._on_line = on_line

@@ -102,3 +102,9 @@ def test_a_directory_mounted_into_the_hub_s_cache(serve: Callable[..., Any], hom
     path = downloaded(DEEPSEEK, home / "hub" / "models--DeepSeek-R1-Distill-Qwen-1.5B")
     stack = serve(image_command("--model", str(path)))
     check_answer(curl(stack.url, str(path)), str(path))
+
+
+def test_a_cache_mounted_in_root_s_home_is_the_image_s_own() -> None:
+    """`-v ~/.cache/huggingface:` and the path that the tutorial gives: a link in the image leads to its cache. No engine is asked here."""
+    base = (ROOT / "Dockerfile").read_text().partition("FROM base AS builder")[0]
+    assert "ln -s /cache ~root/.cache" in base and "HF_HOME=/cache/huggingface" in base and "chmod 0711 ~root" in base

@@ -113,6 +113,14 @@ def test_versions(run: Callable[..., Any]) -> None:
     assert done.stdout.strip() == pagewire.__version__ and run("pagewire --version").stdout.split()[-1] == pagewire.__version__
 
 
+def test_another_system_is_refused_in_one_line(run: Callable[..., Any]) -> None:
+    """The tutorial's macOS and Windows: there it runs in its container, or in WSL2, which is Linux."""
+    start = "exit(pagewire.cli.main(['serve', '--port', '0', '--device', 'fake']))"
+    code = f"import platform, pagewire.cli; platform.system = lambda: 'Darwin'; {start}"
+    done = run(f'python -c "{code}"')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "runs on Linux, and this is Darwin" in done.stderr
+
+
 # --- the server ---
 
 
