@@ -3,18 +3,24 @@
 Query tokens and the query heads of one KV head fill the rows of one tile together. The grid is an upper bound from the number of tokens and
 rows; each program finds its request from `query_start` on the device. Tiles of the longest contexts come first, so the short ones fill
 the end of the launch. The keys and values of the new tokens are in the pages already (rope.py wrote them).
+
+Where attention_prefill_hopper.py has a kernel for the GPU and the shape, and there are tokens enough, `prefill_attention` takes that one.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
 from .attention_common import HIDDEN, LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+
+LEAST_TOKENS: Final = 512
+"""Of a launch of the Hopper kernel: its programs are large and begin slowly."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,24 @@ def pick_config(head_dim: int, page: int, group: int, tokens: int) -> PrefillCon
     return PrefillConfig(block_m=64, block_n=64, warps=4, stages=3)
 
 
+def hopper_has(capability: tuple[int, int], dtype: torch.dtype, dim: int, group: int, page: int) -> bool:
+    """Whether attention_prefill_hopper.py has a kernel for this GPU, this release of Triton (the language it is written in changes from
+    one to the next) and this shape."""
+    known = triton.__version__.split(".")[:2] == ["3", "6"] and capability == (9, 0)
+    return known and dtype in (torch.bfloat16, torch.float16) and dim == 128 and group <= 16 and page in (16, 32, 64, 128)
+
+
+def _takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Also: the GPU's copy engine wants rows that begin at multiples of 16 bytes, and caches without gaps."""
+    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS:
+        return False
+    _, hkv, page, dim = k_cache.shape
+    if not hopper_has(torch.cuda.get_device_capability(q.device), q.dtype, dim, q.shape[1] // hkv, page):
+        return False
+    aligned = q.data_ptr() % 16 == 0 and q.stride(2) == 1 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
+    return aligned and k_cache.is_contiguous() and v_cache.is_contiguous()
+
+
 def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         query_start: torch.Tensor,
                       scale: float, window: int | None = None, soft_cap: float | None = None, *, skip_one: bool = False,
@@ -148,12 +172,16 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B], query_start [B + 1] int32. Rows without new
     tokens are padding; with `skip_one` rows of one token are left to decode attention. Rows of `out` past the last token stay as they
-    are. `slopes`: ALiBi's, float32 [Hq].
+    are. `slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
     """
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group = q.shape[1] // hkv
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
+    if config is None and window is None and soft_cap is None and slopes is None and _takes_hopper(q, k_cache, v_cache):
+        from .attention_prefill_hopper import hopper_prefill
+
+        return hopper_prefill(q, k_cache, v_cache, tables, seq_lens, query_start, scale, skip_one=skip_one, out=out)
     c = config or pick_config(dim, page, group, q.shape[0])
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
