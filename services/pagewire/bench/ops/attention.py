@@ -1,12 +1,13 @@
 """Attention over paged keys and values: decode, prefill, groups with common blocks, and both kinds of row in one batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from pagewire_kernels import cuda
+from pagewire_kernels import cuda, reference
 from pagewire_kernels.attention_decode import DecodeConfig, decode_attention
 from pagewire_kernels.attention_prefill import PrefillConfig, prefill_attention
-from pagewire_kernels.batch import Batch
+from pagewire_kernels.batch import Batch, make_batch
 from pagewire_kernels.cascade import Groups, cascade_attention
 from torch import Tensor
 
@@ -101,6 +102,50 @@ def prefill(rows: int, count: int, length: int, heads: int = 32, dim: int = 128,
     flops = 4.0 * heads * dim * rows * count * (length - count / 2)
     shape = f"{rows}x{count} of {length} {heads}q d{dim}"
     return Job("prefill", shape, lambda: Prefill(rows, count, length, heads, dim), flops, "TFLOP/s", target, shapes)
+
+
+class Ragged(Case):
+    """Requests of all sizes in one launch, beside a row that decodes, one without new tokens and padding; all past their ends is NaN."""
+
+    EMPTY = (0,) * 33
+    """More rows than a warp has threads."""
+    COUNTS, LENGTHS = (300, 1, 0, 700, 37, 128, 5, *EMPTY), (1000, 50, 9, 700, 37, 4000, 0, *EMPTY)
+    DECODES, PADDING = 1, 6
+
+    def __init__(self, heads: int, page: int, dtype: torch.dtype) -> None:
+        pages = [-(-length // page) for length in self.LENGTHS]
+        shape, order = (sum(pages) + 1, HKV, page, 128), iter((torch.randperm(sum(pages)) + 1).tolist())
+        self._k, self._v = (torch.full(shape, float("nan"), device=inputs.DEVICE, dtype=dtype) for _ in range(2))
+        tables = [[next(order) for _ in range(count)] for count in pages]
+        for table, length in zip(tables, self.LENGTHS, strict=True):
+            for i, block in enumerate(table):
+                used = min(page, length - i * page)
+                self._k[block, :, :used], self._v[block, :, :used] = rand(HKV, used, 128), rand(HKV, used, 128)
+        self._batch = make_batch(list(self.COUNTS), list(self.LENGTHS), [table or [0] for table in tables], page, inputs.DEVICE)
+        self._q = rand(sum(self.COUNTS), heads, 128).to(dtype)
+
+    def launch(self, i: int, config: Any = None, out: Tensor | None = None) -> Tensor:
+        b, scale = self._batch, 128**-0.5
+        return prefill_attention(
+            self._q, self._k, self._v, b.block_tables, b.seq_lens, b.query_start, scale, skip_one=True, config=config, out=out
+        )
+
+    def check(self, config: Any = None) -> float:
+        """That of the rows it computes; NaN also where the row that decodes was touched, or padding is not zero."""
+        out = self.launch(0, config, torch.full_like(self._q.flatten(1), float("nan")))
+        parts = out.split(list(self.COUNTS))
+        if not parts[self.DECODES].isnan().all() or not parts[self.PADDING].eq(0).all():
+            return float("nan")
+        known = replace(self._batch, query_start=self._batch.query_start[: self.PADDING + 1], seq_lens=self._batch.seq_lens[: self.PADDING])
+        q, k, v = (x.float() for x in (self._q, self._k, self._v))
+        ref = reference.paged_attention(q, k, v, known, 128**-0.5, None).split(list(self.COUNTS))
+        return max(error(parts[i], ref[i]) for i in (0, 3, 4, 5))
+
+
+def ragged(heads: int, page: int, dtype: torch.dtype) -> Job:
+    pairs = sum(count * (length - count / 2) for count, length in zip(Ragged.COUNTS, Ragged.LENGTHS, strict=True) if length)
+    shape = f"ragged {heads}q d128 pages of {page} {str(dtype)[6:]}"
+    return Job("prefill", shape, lambda: Ragged(heads, page, dtype), 4.0 * heads * 128 * pairs, "TFLOP/s")
 
 
 class Cascade(Case):

@@ -1,6 +1,8 @@
 """The list of kernels and shapes: those with a target or a peer first."""
 
-from .attention import cascade, decode, mixed, prefill
+import torch
+
+from .attention import cascade, decode, mixed, prefill, ragged
 from .case import Job
 from .products import fused, layer, product
 from .sampling import KINDS, sampling
@@ -20,6 +22,7 @@ def attention() -> list[Job]:
     found += [decode(64, 1024, 32, dim) for dim in (64, 80, 96, 256)]
     found += [prefill(1, 8192, 8192, target=1200), prefill(4, 2048, 2048, target=370), prefill(4, 512, 8192, target=620)]
     found += [prefill(4, 512, 512), prefill(1, 8192, 8192, 16), prefill(4, 1000, 3000, 32, 64), prefill(2, 700, 1500, 16, 256)]
+    found += [ragged(32, 16, torch.bfloat16), ragged(8, 128, torch.bfloat16), ragged(24, 32, torch.float16)]
     found += [cascade(256, 2048, 64), cascade(256, 2048, 64, 8), cascade(64, 1024, 512)]
     return [*found, mixed(64, 1024, 512, 2048), mixed(8, 16384, 512, 2048), mixed(200, 1024, 1024, 1024)]
 
