@@ -152,9 +152,18 @@ def hopper_has(capability: tuple[int, int], dtype: torch.dtype, dim: int, group:
     return known and dtype in (torch.bfloat16, torch.float16) and dim == 128 and group <= 16 and page in (16, 32, 64, 128)
 
 
-def _takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Also: the GPU's copy engine wants rows that begin at multiples of 16 bytes, and caches without gaps."""
-    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS:
+_distrusted: list[bool] = []
+
+
+def distrust_hopper() -> None:
+    """From now on this process uses the general kernel alone."""
+    _distrusted.append(True)
+
+
+def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at multiples of 16 bytes, and caches without
+    gaps."""
+    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS or _distrusted:
         return False
     _, hkv, page, dim = k_cache.shape
     if not hopper_has(torch.cuda.get_device_capability(q.device), q.dtype, dim, q.shape[1] // hkv, page):
@@ -178,7 +187,7 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     group = q.shape[1] // hkv
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
-    if config is None and window is None and soft_cap is None and slopes is None and _takes_hopper(q, k_cache, v_cache):
+    if config is None and window is None and soft_cap is None and slopes is None and takes_hopper(q, k_cache, v_cache):
         from .attention_prefill_hopper import hopper_prefill
 
         return hopper_prefill(q, k_cache, v_cache, tables, seq_lens, query_start, scale, skip_one=skip_one, out=out)

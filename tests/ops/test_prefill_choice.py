@@ -53,7 +53,7 @@ def _taken(monkeypatch: pytest.MonkeyPatch, **options: Any) -> bool:
         return out
 
     monkeypatch.setitem(sys.modules, "pagewire_kernels.attention_prefill_hopper", SimpleNamespace(hopper_prefill=hopper_prefill))
-    monkeypatch.setattr(attention_prefill, "_takes_hopper", lambda q, k_cache, v_cache: True)
+    monkeypatch.setattr(attention_prefill, "takes_hopper", lambda q, k_cache, v_cache: True)
     q, k, v, batch = paged([3, 5], [9, 5], 2, 2, 16, 16)
     prefill_attention(q, k, v, batch.block_tables, batch.seq_lens, batch.query_start, 0.1, skip_one=True, **options)
     assert calls in ([], [{"skip_one": True}])
@@ -77,12 +77,12 @@ def test_few_tokens_and_gaps_go_to_the_other_kernel(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     least, cache = attention_prefill.LEAST_TOKENS, torch.empty(4, 2, 16, 128, dtype=BF16)
     q = torch.empty(least, 8, 128, dtype=BF16)
-    assert attention_prefill._takes_hopper(_looks_like(q), cache, cache)
-    assert not attention_prefill._takes_hopper(q, cache, cache)
-    assert not attention_prefill._takes_hopper(_looks_like(q[1:]), cache, cache)
-    assert not attention_prefill._takes_hopper(_looks_like(q, data_ptr=lambda: 8), cache, cache)
-    assert not attention_prefill._takes_hopper(_looks_like(q), cache, cache[:, :1])
-    assert not attention_prefill._takes_hopper(_looks_like(torch.empty(least, 8, 132, dtype=BF16)[:, :, :128]), cache, cache)
+    assert attention_prefill.takes_hopper(_looks_like(q), cache, cache)
+    assert not attention_prefill.takes_hopper(q, cache, cache)
+    assert not attention_prefill.takes_hopper(_looks_like(q[1:]), cache, cache)
+    assert not attention_prefill.takes_hopper(_looks_like(q, data_ptr=lambda: 8), cache, cache)
+    assert not attention_prefill.takes_hopper(_looks_like(q), cache, cache[:, :1])
+    assert not attention_prefill.takes_hopper(_looks_like(torch.empty(least, 8, 132, dtype=BF16)[:, :, :128]), cache, cache)
 
 
 COMPILE = """

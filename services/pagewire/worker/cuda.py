@@ -19,7 +19,7 @@ from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import cost, memory, memory_errors, setup, weights
+from . import cost, memory, memory_errors, setup, trust, weights
 from .graphs import DecodeGraphs
 from .meter import Meter
 from .mixed import MixedSteps
@@ -80,6 +80,7 @@ class CudaRunner:
             self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade, pool)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
             self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, scheduler.enable_cascade, pool)
+            trust.check_prefill(self._loaded.caches[0], self._loaded.decoder.arch.num_heads, self._steps.row_counts())
             self._steps.capture_all(scheduler.step_tokens(gpu=True), lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._special.warm_up()

@@ -102,6 +102,10 @@ class MixedSteps:
         else:
             self.forward(Inputs.idle(*key, self._spare))
 
+    def row_counts(self) -> list[int]:
+        """All that `padded` gives, falling."""
+        return sorted({self.padded(count) for count in (1, ROWS[-1], self._slots.count)}, reverse=True)
+
     def padded(self, rows: int) -> int:
         """Rows with padding: few different numbers, since each is a compilation of the attention kernels."""
         return next((size for size in ROWS if rows <= size < self._slots.count), self._slots.count)
@@ -148,7 +152,7 @@ class MixedSteps:
     def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
         """Compile what steps need, so that no request waits for a compiler, and capture the small ones. largest: most tokens of a step,
         which is run once as well: what does not fit into memory is to be known before anyone waits."""
-        rows = sorted({self.padded(count) for count in (1, ROWS[-1], self._slots.count)}, reverse=True)
+        rows = self.row_counts()
         warm = [(size, count) for count in rows for size in sorted({*WARM, largest}) if size <= largest]
         graphs = [(size, count) for i, count in enumerate(rows) for size in _sizes(rows[i + 1 :], largest)] if not self._eager else []
         for done, (size, count) in enumerate(warm):
