@@ -75,6 +75,7 @@ def pump(engine: Engine, sinks: list[Sink]) -> None:
 
 
 def run(engine: Engine, jobs: list[Job]) -> list[Sink]:
+    engine.refresh()  # another fixture may have taken longer than a silent member is kept
     sinks = [Sink() for _ in jobs]
     for job, sink in zip(jobs, sinks, strict=True):
         assert engine.submit(job, sink) is not None
