@@ -12,7 +12,7 @@ from msgspec import structs
 
 from . import stack
 from .cli import add_model, new_parser, positive, read_all, take_model
-from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags
+from .config import BadSetting, FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags
 from .flags import ALIASES, FOREIGN, Refused, ignored_variables, judge
 
 EPILOG = "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
@@ -81,7 +81,11 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
         run = structs.replace(run, run_dir="")
     usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
     counts = {name: getattr(options, name, default) for name, default in zip(REPLICAS, usual, strict=True)}
-    return stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
+    config = stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
+    try:
+        return stack.check_workers(config)
+    except BadSetting as error:
+        return parser.error(str(error))
 
 
 def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:

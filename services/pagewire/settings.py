@@ -9,7 +9,7 @@ from msgspec import structs
 
 from .config import BadSetting, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, as_number, read
 from .flags import ALIASES, FOREIGN, Refused, ignored_variables, judge
-from .stack import StackConfig
+from .stack import StackConfig, check_workers
 
 STRUCTS = {"run": RunConfig, "model": ModelConfig, "tokenizer": TokenizerConfig, "scheduler": SchedulerConfig, "worker": WorkerConfig}
 REPLICAS = ("num_tokenizers", "num_workers")
@@ -35,7 +35,7 @@ def configure(given: dict[str, Any], say: Callable[[str], None] = lambda _: None
     counts = {key: given.pop(key) for key in REPLICAS if key in given}
     namespace = argparse.Namespace(**{**UNWATCHED, **_normal(given)})
     try:
-        return StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
+        return check_workers(StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts))
     except BadSetting as error:
         raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec import Struct, structs
 from pagewire_protocol.channels import check_unused, prepare_run_dir
 
-from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, to_flags
+from .config import BadSetting, FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, to_flags
 from .supervisor import Service
 
 _numbers = itertools.count()
@@ -56,6 +56,24 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
 
 
+def gpus() -> list[str]:
+    """The GPUs that this process may use, by CUDA's numbers or by the names that CUDA_VISIBLE_DEVICES gives them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in given.split(","))))
+
+
+def check_workers(config: StackConfig) -> StackConfig:
+    """`config` itself. Raises BadSetting when there are more workers than the GPUs have room for."""
+    found, share = gpus() if config.worker.device in ("auto", "cuda") else [], config.worker.gpu_memory_utilization
+    room = len(found) * int(1 / share + 1e-6)
+    if found and config.num_workers > room:
+        each = f"with room for {int(1 / share + 1e-6)} each at --gpu-memory-utilization {share:g}"
+        raise BadSetting("num_workers", config.num_workers, f"there are {len(found)} GPU(s), {each}; lower one of the two")
+    return config
+
+
 def needs_files(config: StackConfig) -> bool:
     """Whether any service reads the model's files at all."""
     return not (config.worker.device == "fake" and config.model.skip_tokenizer_init)
@@ -73,8 +91,12 @@ def early_services(config: StackConfig) -> list[Service]:
 
 
 def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
-    """Workers first, since theirs is the longest way to ready. `model` names local files."""
+    """Workers first, since theirs is the longest way to ready; several take turns over the GPUs there are. `model` names local files."""
     workers = [_service(config.run, "worker", i, model, config.scheduler, config.worker) for i in range(config.num_workers)]
+    homes = gpus() if len(workers) > 1 and config.worker.device in ("auto", "cuda") else []
+    if homes:
+        places = itertools.cycle([(("CUDA_VISIBLE_DEVICES", home),) for home in homes])
+        workers = [dataclasses.replace(worker, environment=place) for worker, place in zip(workers, places, strict=False)]
     return workers + [_service(config.run, "tokenizer", i, model, config.tokenizer) for i in range(config.num_tokenizers)]
 
 

@@ -43,6 +43,8 @@ class Service:
     pass_fds: tuple[int, ...] = ()
     drain_s: float | None = None
     """How long it may finish its work at the end, while those without such a time still serve it."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables beside those that it inherits."""
 
 
 @dataclass
@@ -126,13 +128,13 @@ class Supervisor:
                 self._start(child)
 
     def _start(self, child: Child) -> None:
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+        own = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", **dict(child.service.environment)}
         child.process = subprocess.Popen(
             [sys.executable, "-m", "pagewire", *child.service.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **own},
             pass_fds=child.service.pass_fds,
             process_group=0,
         )

@@ -1,7 +1,9 @@
 """How many frontends and tokenizers a stack gets when nobody says."""
 
+from pathlib import Path
+
 import pytest
-from pagewire import launch, stack
+from pagewire import launch, settings, stack
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,39 @@ def test_the_choice_is_not_mentioned_where_there_is_none(monkeypatch: pytest.Mon
 
 def test_cores_are_at_least_one() -> None:
     assert stack.cores() >= 1
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-f00d ,-1,7")
+
+
+def places(config: stack.StackConfig) -> list[str | None]:
+    services = stack.model_services(config, config.model)
+    return [dict(service.environment).get("CUDA_VISIBLE_DEVICES") for service in services if service.name.startswith("worker")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--device", "cuda", "--num-workers", "2"], ["2", "GPU-f00d"]),
+        (["--num-workers", "3", "--gpu-memory-utilization", "0.45"], ["2", "GPU-f00d", "2"]),
+        (["--num-workers", "1"], [None]),
+        (["--device", "cpu", "--num-workers", "3"], [None] * 3),
+    ],
+)
+def test_workers_take_turns_over_the_gpus(visible: None, flags: list[str], expected: list[str | None]) -> None:
+    assert places(launch.parse(flags)) == expected
+
+
+def test_more_workers_than_the_gpus_hold_are_refused(visible: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.parse(["--num-workers", "3"])
+    assert "there are 2 GPU(s), with room for 1 each at --gpu-memory-utilization 0.9" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="num_workers=3: there are 2"):
+        settings.configure({"num_workers": 3})
+
+
+def test_without_the_variable_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert stack.gpus() == [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
