@@ -8,6 +8,7 @@ import time
 import pytest
 from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
 from pagewire.worker import loop
+from pagewire.worker.loop import Stuck, Watch
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Admission, Goodbye, Heartbeat, Hello, Role, Roster, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -152,3 +153,40 @@ def test_failure_names_its_reason_on_the_last_line(settings, reason, start, tiny
 )
 def test_only_defects_name_their_kind(error, line):
     assert loop.told(error) == line
+
+
+def test_steps_that_never_end_are_noticed():
+    watch = Watch(limit_s=60)
+    for now, flights, progress in ((0, 2, 5), (50, 2, 6), (105, 2, 6), (110, 0, 6), (300, 1, 6), (355, 1, 6)):
+        watch.look(flights, progress, now)
+    with pytest.raises(Stuck, match="no step has ended for 61 s while 3 are under way"):
+        watch.look(3, 6, 361)
+
+
+HUNG = """
+import sys
+from pagewire.config import *
+from pagewire.worker import loop
+class Flight:
+    def done(self): return False
+class Hung:
+    def __init__(self, inner): self.facts, self.clear = inner.facts, inner.clear
+    def notify(self, wake): pass
+    def launch(self, step): return Flight()
+load = loop._load
+loop._load = lambda *given: Hung(load(*given))
+loop.Watch.__init__.__defaults__ = (1.0,)
+sys.exit(loop.run(RunConfig(run_dir=sys.argv[1]), ModelConfig(), SchedulerConfig(max_num_seqs=4), WorkerConfig(device="fake")))
+"""
+
+
+def test_a_worker_whose_gpu_hangs_ends_itself(start, monkeypatch):
+    monkeypatch.setitem(globals(), "PROGRAM", HUNG.replace("sys.argv[1]", "__import__('json').loads(sys.argv[1])[0]['run_dir']"))
+    worker = start(device="fake")
+    ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready, 20)
+    worker.address = ready.peer.inbox
+    worker.send(roster(1))
+    worker.send(step(1, 1, [5, 6]))
+    assert worker.wait_for(lambda m: isinstance(m, Goodbye), 20).incarnation == ready.peer.incarnation
+    assert worker.process.wait(10) == 1
+    assert "no step has ended for" in worker.process.stderr.read().strip().splitlines()[-1]

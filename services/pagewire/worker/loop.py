@@ -25,6 +25,8 @@ from ..membership import HEARTBEAT_S, Membership
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
+STUCK_S = 60.0
+"""Far beyond any step: those that compile or capture something do so before they are under way."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
@@ -83,6 +85,10 @@ class Blocking:
         return Landed(self._execute(step))
 
 
+class Stuck(Exception):
+    """A step does not end: the GPU hangs in a kernel."""
+
+
 class Stopped(BaseException):
     """SIGTERM or SIGINT arrived."""
 
@@ -99,7 +105,7 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
     inbox: Inbox[ToWorker] = Inbox(run_dir, Role.WORKER, incarnation)
     outbox = Outbox()
     membership = Membership(Role.WORKER, run.name or f"worker-{os.getpid()}", incarnation, inbox, outbox, run_dir)
-    status = 0
+    status, stuck = 0, False
     try:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
@@ -117,16 +123,19 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
         status = 1
         log.debug("the worker failed", exc_info=True)
         print(f"pagewire worker: {told(error)}", file=sys.stderr, flush=True)
+        stuck = isinstance(error, Stuck)
     membership.goodbye()
     inbox.close()
     outbox.close(linger_ms=500)
+    if stuck:
+        os._exit(status)  # an orderly exit would wait for the GPU
     return status
 
 
 def told(error: Exception) -> str:
     """One line. Errors that are meant for people speak for themselves; any other is a defect, whose kind says something too."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return line if line and isinstance(error, EXPECTED) else f"{type(error).__name__}: {line}"
+    return line if line and isinstance(error, (*EXPECTED, Stuck)) else f"{type(error).__name__}: {line}"
 
 
 def _load(
@@ -179,11 +188,27 @@ class _Narrator:
             self._membership.loading(stage, fraction)
 
 
+class Watch:
+    """Notices that steps are under way and none ends."""
+
+    def __init__(self, limit_s: float = STUCK_S) -> None:
+        self._limit_s, self._flights, self._progress, self._since = limit_s, 0, 0, 0.0
+
+    def look(self, flights: int, progress: int, now: float) -> None:
+        """now: monotonic seconds. Raises Stuck."""
+        if not flights or not self._flights or progress != self._progress:
+            self._progress, self._since = progress, now
+        elif now - self._since > self._limit_s:
+            raise Stuck(f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew")
+        self._flights = flights
+
+
 def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest one heard of are ignored."""
     epoch = 0
     flights: deque[Flight] = deque()
     runner.notify(inbox.wake)
+    watch = Watch()
     while True:
         membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(flights)
         membership.tick(time.monotonic())
@@ -201,6 +226,7 @@ def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Mem
                 case Step():
                     log.warning("a step of epoch %d came after epoch %d: ignored", message.epoch, epoch)
         _land(flights, outbox, membership)
+        watch.look(len(flights), membership.progress, time.monotonic())
 
 
 def _land(flights: deque[Flight], outbox: Outbox, membership: Membership) -> None:
