@@ -71,8 +71,17 @@ def _guarded(command: str, arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or __package__ or "").startswith("pagewire"):
+            raise
+        return report_error(command, ModuleNotFoundError(missing(error)))
     except EXPECTED as error:
         return report_error(command, error)
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Pagewire alone, without the packages that its services need, can be installed as well."""
+    return f"{error.name or error} is not installed; `pip install 'pagewire[all]'` (in a clone '.[all]') brings all that Pagewire needs"
 
 
 def report_error(command: str, error: BaseException) -> int:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,26 @@ def test_an_installation_from_source_compiles_nothing() -> None:
     distribution = importlib.metadata.distribution("pagewire")
     where = json.loads(distribution.read_text("direct_url.json") or "{}")
     assert where["dir_info"] == {"editable": True} and "Tag: py3-none-any" in (distribution.read_text("WHEEL") or "")
+
+
+@pytest.mark.parametrize("package", ["aiohttp", "numpy", "tokenizers", "torch"])
+def test_an_installation_without_the_packages_of_a_service_is_told_what_to_install(package: str) -> None:
+    """`pip install pagewire` alone. The package is made to be missing from a service that needs it."""
+    service = {"aiohttp": "frontend", "numpy": "scheduler", "tokenizers": "tokenizer", "torch": "worker"}[package]
+    code = (
+        "import sys, importlib.abc, pagewire.cli\n"
+        "class Without(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == sys.argv[1]: raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "exit(pagewire.cli.main(sys.argv[2:]))"
+    )
+    with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
+        flags = ["--run-dir", run_dir, *(["--model", run_dir] if service in ("worker", "tokenizer") else [])]
+        command = [sys.executable, "-c", code, package, service, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"pagewire {service}: {package} is not installed; `pip install 'pagewire[all]'`")
 
 
 def test_a_model_from_modelscope_in_a_directory_of_its_own(tmp_path: Path, directory: Path, run: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
 
-from ..cli import EXPECTED
+from ..cli import EXPECTED, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..membership import HEARTBEAT_S, Membership
 
@@ -135,6 +135,8 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
 def told(error: Exception) -> str:
     """One line. Errors that are meant for people speak for themselves; any other is a defect, whose kind says something too."""
     line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
     return line if line and isinstance(error, (*EXPECTED, Stuck)) else f"{type(error).__name__}: {line}"
 
 
