@@ -76,6 +76,7 @@ class FrontendConfig(Struct, frozen=True):
     allowed_headers: Annotated[tuple[str, ...], _help("HTTP headers that such pages may send")] = ("*",)
     allow_credentials: Annotated[bool, _help("such pages may send cookies and the like")] = False
     sse_keep_alive_interval: Annotated[float, _help("seconds after which a silent stream sends a comment; 0: never", ge=0, le=3600)] = 15.0
+    request_timeout: Annotated[float, _help("seconds that a request may take, waiting included; 0: no limit", ge=0, le=86400)] = 0.0
     shutdown_timeout: Annotated[float, _help("seconds that running requests may take after SIGTERM", ge=0, le=86400)] = 5.0
     enable_force_include_usage: Annotated[bool, _help("tell the usage in every stream, asked for or not")] = False
     max_body_mb: Annotated[int, _help("largest request body in MiB", ge=1, le=1024)] = 32

@@ -184,6 +184,24 @@ def test_pings_can_be_switched_off() -> None:
         assert "ping" not in answer.text and answer.text.endswith("data: [DONE]\n\n")
 
 
+# --- time ---
+
+
+def test_a_request_that_takes_too_long_ends_everywhere() -> None:
+    with serve(config=FrontendConfig(request_timeout=0.3)) as server:
+        assert "within 0.3 s (--request-timeout)" in check_error(server.complete("hang"), 504, "GatewayTimeoutError")["message"]
+        answer = server.complete("hang", stream=True)
+        assert answer.status_code == 200
+        last = answer.text.strip().split("\n\n")[-2:]
+        assert json.loads(last[0][6:])["error"]["code"] == 504 and last[1] == "data: [DONE]"
+        wanted = {(generate.rid, generate.attempt) for generate in server.stack.generates()}
+        until = time.monotonic() + 5
+        while not server.stack.cancels() >= wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server.stack.cancels() >= wanted and len(wanted) == 2
+        assert server.complete("hi", max_tokens=2).status_code == 200
+
+
 # --- tenants ---
 
 

@@ -19,6 +19,7 @@ TYPES: Final = {
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
 }
 JSON: Final = "application/json"
 

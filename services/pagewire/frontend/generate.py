@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from .beams import search_all
 from .body import read_body
-from .errors import JSON
+from .errors import JSON, ApiError
 from .events import SseReply
 from .openai import ChatRequest, CompletionRequest, Request
 from .params import Plan, plan_chat, plan_completion
@@ -64,7 +64,7 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     loop = asyncio.get_running_loop()
     reply = SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
-    cancel = start(state, plan, jobs, reply)
+    cancel, timer = start(state, plan, jobs, reply), _limit(state, reply, loop)
     try:
         await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
@@ -75,6 +75,17 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
         return web.Response(body=reply.body(), content_type=JSON)
     finally:
         cancel()
+        if timer:
+            timer.cancel()
+
+
+def _limit(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -> asyncio.TimerHandle | None:
+    """What ends the request when its time is up."""
+    seconds = state.request_timeout_s
+    if not seconds:
+        return None
+    message = f"The request was not answered within {seconds:g} s (--request-timeout); ask for fewer tokens, or try again later."
+    return loop.call_later(seconds, reply.fail, ApiError(504, message))
 
 
 def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:

@@ -112,6 +112,7 @@ class Service:
             config.max_body_mb << 20,
             config.enable_force_include_usage,
             keep_alive_s,
+            config.request_timeout,
             started=int(time.time()),
         )
         self.state.together = Together(run_dir, incarnation, tally)

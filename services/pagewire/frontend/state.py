@@ -32,6 +32,8 @@ class State(Struct):
     """Streams tell their usage whether it was asked for or not."""
     keep_alive_s: float = 0.0
     """A stream that says nothing for so long says so; 0: never."""
+    request_timeout_s: float = 0.0
+    """After which a request ends with an error; 0: never."""
     clock: Callable[[], float] = time.monotonic
     started: int = 0
     """Unix time in seconds."""
