@@ -120,6 +120,7 @@ class WorkerConfig(Struct, frozen=True):
     cpu_kv_cache_gb: Annotated[float, _help("memory for KV blocks on a CPU, in GiB", gt=0)] = 1.0
     threads: Annotated[int, _help("CPU threads for tensor work; 0: one a core", ge=0)] = 0
     enforce_eager: Annotated[bool, _help("no CUDA graphs")] = False
+    hopper_attention: Annotated[bool, _help("read long prompts with the kernel made for Hopper GPUs, where there is one")] = True
     log_steps: Annotated[bool, _help("log once a second how long steps take on the GPU and how long it waits between them")] = False
     fake_step_ms: Annotated[float, _help("fake device: time of one step in milliseconds", ge=0)] = 0.0
     fake_vocab_size: Annotated[int, _help("fake device: vocabulary size", ge=2)] = 49152

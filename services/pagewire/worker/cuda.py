@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
+from pagewire_kernels.attention_prefill import distrust_hopper
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
@@ -80,7 +81,10 @@ class CudaRunner:
             self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade, pool)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
             self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, scheduler.enable_cascade, pool)
-            trust.check_prefill(self._loaded.caches[0], self._loaded.decoder.arch.num_heads, self._steps.row_counts())
+            if config.hopper_attention:
+                trust.check_prefill(self._loaded.caches[0], self._loaded.decoder.arch.num_heads, self._steps.row_counts())
+            else:
+                distrust_hopper()
             self._steps.capture_all(scheduler.step_tokens(gpu=True), lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._special.warm_up()
