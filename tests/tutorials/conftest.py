@@ -68,9 +68,9 @@ def qwen1(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{tiny_models.save_qwen1(tmp_path_factory.mktemp('input0') / 'Qwen-1_8B-Chat')}/"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve(environment: dict[str, str]) -> Iterator[Callable[..., Served]]:
-    """serve(command, **variables): a tutorial's server, ready."""
+    """serve(command, **variables): a tutorial's server, ready. It ends with the tutorial: each holds a GiB of memory."""
     started: list[Served] = []
 
     def start(command: str, **variables: str) -> Served:
