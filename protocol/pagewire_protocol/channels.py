@@ -9,6 +9,7 @@ import fcntl
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -108,6 +109,7 @@ class Inbox(Generic[M]):
         self._socket = _socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, QUEUE_LENGTH)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
+        self._lock = threading.RLock()  # signal handlers wake as well, perhaps in the middle of `close`
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         old = os.umask(0o077)
         try:
@@ -123,8 +125,10 @@ class Inbox(Generic[M]):
         return int(self._socket.get(zmq.FD))
 
     def wake(self) -> None:
-        """End a `wait` in progress; safe from any thread."""
-        os.eventfd_write(self._wake, 1)
+        """End a `wait` in progress; safe from any thread, also after `close`, when it does nothing."""
+        with self._lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until a message or a `wake` is there. True when one is, False after `timeout_s`."""
@@ -156,7 +160,10 @@ class Inbox(Generic[M]):
 
     def close(self) -> None:
         self._socket.close(linger=0)
-        os.close(self._wake)
+        with self._lock:
+            wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
         Path(self._path).unlink(missing_ok=True)
 
 

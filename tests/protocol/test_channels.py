@@ -146,6 +146,22 @@ def a_roster() -> Roster:
     return Roster(5, (), 0, 0, (), False, False)
 
 
+def test_a_wake_after_the_end_touches_no_other_file(run_dir: Path) -> None:
+    """The number of its descriptor may be somebody else's by then."""
+    box: Inbox[Any] = Inbox(run_dir, Role.SCHEDULER, 1)
+    box.close()
+    taken = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+    try:
+        box.wake()
+        for number in taken:
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(number)
+        box.close()
+    finally:
+        for number in taken:
+            os.close(number)
+
+
 def test_wait_times_out_and_wakes(inbox: "Inbox[Any]") -> None:
     assert inbox.wait(0.0) is False
     inbox.wake()

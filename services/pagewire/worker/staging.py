@@ -4,7 +4,6 @@ Knows nothing of requests. What goes up in one step must fit the arena several t
 a copy from it is still queued.
 """
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -48,15 +47,11 @@ class Waiter:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._events: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
-        self._call = wake
+        self._wake = wake
         threading.Thread(target=self._run, name="gpu-waiter", daemon=True).start()
 
     def watch(self, event: "torch.cuda.Event") -> None:
         self._events.put(event)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # the process is ending, and its inbox is closed already
-            self._call()
 
     def _run(self) -> None:
         while True:
