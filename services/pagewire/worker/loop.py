@@ -25,6 +25,8 @@ from ..membership import HEARTBEAT_S, Membership
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
+FAREWELL_S = 0.5
+"""What was said last leaves by another thread, which an exit that is not orderly does not wait for."""
 STUCK_S = 60.0
 """Far beyond any step: those that compile or capture something do so before they are under way."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -128,6 +130,7 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
     inbox.close()
     outbox.close(linger_ms=500)
     if stuck:
+        time.sleep(FAREWELL_S)
         os._exit(status)  # an orderly exit would wait for the GPU
     return status
 
