@@ -75,7 +75,6 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "otlp_traces_endpoint": Foreign("there are no traces in this version"),
     "collect_detailed_traces": Foreign("there are no traces in this version"),
     "enable_server_load_tracking": Foreign("/metrics has the load", switch=True),
-    "code_revision": Foreign("no code is loaded from repositories"),
     "ignore_patterns": Foreign("only what is needed is downloaded"),
     "output_tmp_dir": Foreign("run-batch writes answers to the output file as they come"),
     "enable_metrics": Foreign("a server shows its metrics anyway, run-batch none", ("true",), switch=True),
@@ -87,6 +86,7 @@ HARMLESS: Final[dict[str, Foreign]] = {
 REFUSED: Final[dict[str, Foreign]] = {
     "tensor_parallel_size": Foreign(ONE_GPU, ("1",), True, short=("-tp",)),
     "pipeline_parallel_size": Foreign(ONE_GPU, ("1",), True, short=("-pp",)),
+    "code_revision": Foreign("a repository's code is taken at --revision", refused=True),
     "data_parallel_size": Foreign("--num-workers starts several copies of a model", ("1",), True, short=("-dp",)),
     **_each("data_parallel_size_local nnodes decode_context_parallel_size", ONE_GPU, neutral=("1",), refused=True),
     **_each("prefill_context_parallel_size", ONE_GPU, neutral=("1",), refused=True),
