@@ -32,7 +32,9 @@ def restricted(logits: Tensor, prompt: list[int], output: list[int], given: Samp
         mask[0, unpack("i", given.allowed_ids).tolist()] = 0.0
         x = x + mask
     if given.bad_words:
-        x = NoBadWordsLogitsProcessor([unpack("i", word).tolist() for word in given.bad_words])(said, x)
+        # transformers 5.17 passes over sequences longer than what was said, also when all but their last token was; so say one more.
+        longer = torch.tensor([[-1, *output]], dtype=torch.int64)
+        x = NoBadWordsLogitsProcessor([unpack("i", word).tolist() for word in given.bad_words])(longer, x)
     ends = [token for token in (*eos, *given.stop_token_ids) if token < len(logits)]
     if given.min_tokens and ends:
         x = MinNewTokensLengthLogitsProcessor(len(prompt), given.min_tokens, ends)(whole, x)
