@@ -1,0 +1,147 @@
+"""A check for a machine with a GPU; pytest does not collect it.
+
+    python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b]
+
+Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by the whole stack: prompts of very different
+lengths in one batch, cut in chunks, with decodes beside them; requests behind cached prefixes; many rows behind one common prefix. Their
+log-probabilities, at each position of the prompts and of the output, are held against transformers in float32 with the same weights; the
+errors may be as large as those of transformers' own bf16 (gpu_oracle.py). One line for each set-up, one for the verdict; the exit status
+is 0 when all is well. With `--device cpu`, small sizes: does the check itself work?
+"""
+
+import argparse
+import functools
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from pagewire import LLM, SamplingParams
+from worker.gpu_oracle import TOP, Oracle, Said, conclude, has_device, in_turn, judge
+
+MODELS = Path(__file__).parents[2] / "bench" / "models"
+STEPS, BLOCK = 16, 16
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`rows` requests behind `common` tokens; `setups` by name: settings, and whether they are given those requests."""
+
+    layers: dict[str, int]
+    vocab: int
+    lengths: tuple[int, ...]
+    common: int
+    rows: int
+    blocks: int
+    setups: dict[str, tuple[dict[str, Any], bool]]
+
+
+SCALES = {
+    "cuda": Scale(
+        {"llama-3.1-8b": 4, "qwen3-0.6b": 6}, 8192, (1, 17, 500, 700, 3000, 8000, 6000), 2048, 72, 6144,
+        {
+            "default": ({}, True),
+            "hopper attention off": ({"hopper_attention": False}, False),
+            "eager": ({"enforce_eager": True}, True),
+            "no cascade": ({"enable_cascade": False}, True),
+            "chunks of 512": ({"max_num_batched_tokens": 512}, False),
+        },
+    ),
+    "cpu": Scale(
+        {"llama-3.1-8b": 1, "qwen3-0.6b": 1}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
+        {"default": ({}, True), "chunks of 64": ({"max_num_batched_tokens": 64}, False)},
+    ),
+}  # fmt: skip
+
+
+class Asked:
+    """The prompts: alone, behind two thirds of the longest ones, behind `common`."""
+
+    def __init__(self, scale: Scale) -> None:
+        make = random.Random(3)
+
+        def words(count: int) -> list[int]:
+            return [make.randrange(3, scale.vocab) for _ in range(count)]
+
+        self.alone = [words(count) for count in scale.lengths]
+        self.behind = [prompt[: 2 * len(prompt) // 3] + words(len(prompt) // 5) for prompt in sorted(self.alone, key=len)[-3:]]
+        self.common = words(scale.common)
+        self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows)]
+
+
+def save_model(name: str, scale: Scale, path: Path, device: str) -> None:
+    """Weights N(0, 0.02), in bf16; norms are not quite 1, which would hide mistakes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cut = {"num_hidden_layers": scale.layers[name], "vocab_size": scale.vocab, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(**{**json.loads((MODELS / name / "config.json").read_text()), **cut})
+    torch.manual_seed(5)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+
+
+def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[Said]:
+    """What the stack says in one set-up."""
+    settings, grouped = scale.setups[name]
+    base: dict[str, Any] = {"device": device, "dtype": "bfloat16", "num_kv_blocks": scale.blocks, "skip_tokenizer_init": True}
+    longest = max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS
+    with LLM(str(path), max_num_seqs=128, max_model_len=longest, block_size=BLOCK, **base, **settings) as llm:
+        outputs = generate(llm, asked.alone, TOP)
+        behind = generate(llm, asked.behind)
+        for prompt, output in zip(asked.behind, behind, strict=True):
+            if not output.num_cached_tokens:
+                raise ValueError(f"{name}: nothing of a prompt of {len(prompt)} was found in the cache")
+        outputs += behind
+        if grouped:
+            generate(llm, [asked.common])
+            outputs += generate(llm, asked.rows)
+    return [Said.of(name, output) for output in outputs]
+
+
+def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = None) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=TOP, prompt_logprobs=prompt_logprobs)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def check(name: str, scale: Scale, device: str) -> list[str]:
+    faults: list[str] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        save_model(name, scale, path, device)
+        one = functools.partial(run, path, scale, device, Asked(scale))
+        said = in_turn(one, list(scale.setups), 4 if device == "cuda" else 1)
+        tallies = judge(Oracle(path, device), [told for several in said.values() for told in several])
+    for setup, tally in tallies.items():
+        line, wrong = tally.verdict()
+        print(f"{name}, {setup}: {line}", flush=True)
+        faults += [f"{name}, {setup}: {fault}" for fault in wrong]
+    print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Log-probabilities in bf16 against float32, real head sizes.")
+    parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
+    parser.add_argument("--models", default=",".join(SCALES["cuda"].layers), help="of bench/models, separated by commas")
+    options = parser.parse_args()
+    if not has_device("gpu_logits", options.device):
+        return 2
+    scale = SCALES[options.device]
+    return conclude("gpu_logits", [fault for name in options.models.split(",") for fault in check(name, scale, options.device)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
