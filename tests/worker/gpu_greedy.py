@@ -24,7 +24,7 @@ from e2e.greedy_prompts import Tokens, greedy_prompts, long_text
 from pagewire import LLM, SamplingParams
 from pagewire.hub import demo_gguf
 from pagewire.local_tokenizer import as_transformers
-from worker.gpu_oracle import TOP, Oracle, Said, conclude, has_device, in_turn, judge
+from worker.gpu_oracle import TOP, Oracle, Said, begin, conclude, in_turn, judge
 
 
 @dataclass(frozen=True)
@@ -109,29 +109,23 @@ def texts(outputs: list[Any]) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def ids(outputs: list[Any]) -> list[Tokens]:
-    return [output.outputs[0].token_ids for output in outputs]
-
-
 def equal(a: list[Any], b: list[Any]) -> str:
     return f"{sum(x == y for x, y in zip(a, b, strict=True))} of {len(a)}"
 
 
-def report(name: str, found: Run, first: Run, exact: list[str], tally: Any) -> list[str]:
-    """Prints the set-up's lines; what is wrong."""
-    line, faults = tally.verdict()
+def report(name: str, found: Run, first: Run, exact: list[str], line: str) -> list[str]:
+    """Prints the set-up's line; what is wrong beside the tokens."""
     if found.prompts:
         once, again = found.prompts
-        line += f"; prompts: {equal(ids(once), ids(first.prompts[0]))} as the first set-up's, {equal(ids(again), ids(once))} the same again"
-        line += f", {equal(texts(once), exact)} texts as in float32"
+        line += f"; texts of prompts: {equal(texts(once), texts(first.prompts[0]))} as in the first set-up"
+        line += f", {equal(texts(again), texts(once))} the same again, {equal(texts(once), exact)} as in float32"
     if found.behind:
         once, again = found.behind
-        line += f"; behind a prefix: {equal(ids(once), ids(first.behind[0]))} as the first, {equal(ids(again), ids(once))} the same again"
+        line += f"; of those behind a prefix: {equal(texts(once), texts(first.behind[0]))}, {equal(texts(again), texts(once))}"
     if "KV blocks" in name:
         line += f"; {found.preemptions} preemptions"
-        faults += [] if found.preemptions else ["nothing was preempted"]
     print(f"{name}: {line}", flush=True)
-    return [f"{name}: {fault}" for fault in faults]
+    return [f"{name}: nothing was preempted"] if "KV blocks" in name and not found.preemptions else []
 
 
 def main() -> int:
@@ -139,7 +133,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="GGUF file or directory (default: the demo)")
     parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
     options = parser.parse_args()
-    if not has_device("gpu_greedy", options.device):
+    if not begin("gpu_greedy", options.device):
         return 2
     path, scale = options.model or demo_gguf(), SCALES[options.device]
     asked = Asked(path, scale)
@@ -148,9 +142,16 @@ def main() -> int:
         exact = beside.submit(exact_texts, path, scale, asked)
         runs = in_turn(one, list(setups(scale)), 3 if options.device == "cuda" else 1)
         wanted = exact.result()
-    said = [Said.of(name, output) for name, found in runs.items() for outputs in (*found.prompts, *found.behind) for output in outputs]
-    tallies = judge(Oracle(path, options.device), said)
-    faults = [fault for name, found in runs.items() for fault in report(name, found, runs["graphs"], wanted, tallies[name])]
+    said = [
+        Said.output(name, part, output)
+        for name, found in runs.items()
+        for part, times in {"prompts": found.prompts, "behind a prefix": found.behind}.items()
+        for outputs in times
+        for output in outputs
+    ]
+    faults: list[str] = []
+    for name, (line, wrong) in judge(Oracle(path, options.device), said).items():
+        faults += wrong + report(name, runs[name], runs["graphs"], wanted, line)
     return conclude("gpu_greedy", faults)
 
 

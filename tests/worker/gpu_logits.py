@@ -24,10 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from pagewire import LLM, SamplingParams
-from worker.gpu_oracle import TOP, Oracle, Said, conclude, has_device, in_turn, judge
+from worker.gpu_oracle import TOP, Oracle, Said, begin, conclude, in_turn, judge
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
-STEPS, BLOCK = 16, 16
+STEPS = 16
+PROMPTS, ROWS = "prompts", "behind a common prefix"
+CHANGED = {"hopper attention off": PROMPTS, "no cascade": ROWS}
+"""Where a set-up without a kernel must show that the first one has it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ SCALES = {
 
 
 class Asked:
-    """The prompts: alone, behind two thirds of the longest ones, behind `common`."""
+    """The prompts: alone, behind one and two thirds of the longest ones, behind `common`."""
 
     def __init__(self, scale: Scale) -> None:
         make = random.Random(3)
@@ -71,7 +74,8 @@ class Asked:
             return [make.randrange(3, scale.vocab) for _ in range(count)]
 
         self.alone = [words(count) for count in scale.lengths]
-        self.behind = [prompt[: 2 * len(prompt) // 3] + words(len(prompt) // 5) for prompt in sorted(self.alone, key=len)[-3:]]
+        longest = sorted(self.alone, key=len)[-3:]
+        self.behind = [prompt[: len(prompt) * part // 3] + words(len(prompt) // 5) for prompt in longest for part in (1, 2)]
         self.common = words(scale.common)
         self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows)]
 
@@ -97,17 +101,19 @@ def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[
     settings, grouped = scale.setups[name]
     base: dict[str, Any] = {"device": device, "dtype": "bfloat16", "num_kv_blocks": scale.blocks, "skip_tokenizer_init": True}
     longest = max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS
-    with LLM(str(path), max_num_seqs=128, max_model_len=longest, block_size=BLOCK, **base, **settings) as llm:
-        outputs = generate(llm, asked.alone, TOP)
+    with LLM(str(path), max_num_seqs=128, max_model_len=longest, **base, **settings) as llm:
+        alone = generate(llm, asked.alone, TOP)
         behind = generate(llm, asked.behind)
-        for prompt, output in zip(asked.behind, behind, strict=True):
-            if not output.num_cached_tokens:
-                raise ValueError(f"{name}: nothing of a prompt of {len(prompt)} was found in the cache")
-        outputs += behind
         if grouped:
             generate(llm, [asked.common])
-            outputs += generate(llm, asked.rows)
-    return [Said.of(name, output) for output in outputs]
+        rows = generate(llm, asked.rows) if grouped else []
+    for output in behind + rows:
+        if not output.num_cached_tokens:
+            raise ValueError(f"{name}: nothing of a prompt of {len(output.prompt_token_ids)} tokens was found in the cache")
+    said = [Said.prompt(name, PROMPTS, output) for output in alone]
+    for part, outputs in {"outputs": alone, "behind cached prefixes": behind, ROWS: rows}.items():
+        said += [Said.output(name, part, output) for output in outputs]
+    return said
 
 
 def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = None) -> list[Any]:
@@ -115,21 +121,28 @@ def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = N
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
-def check(name: str, scale: Scale, device: str) -> list[str]:
+def same(said: dict[str, list[Said]]) -> list[str]:
+    """What was meant to differ in a set-up and does not: kernels that were left out must have been used in the first one."""
     faults: list[str] = []
+    for name, part in CHANGED.items():
+        if name in said:
+            ours, others = ([one.scores for one in several if one.part == part] for several in (said[name], next(iter(said.values()))))
+            faults += [f"{name}: {part} are told the very same as in the first set-up"] if ours == others else []
+    return faults
+
+
+def check(name: str, scale: Scale, device: str) -> list[str]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         save_model(name, scale, path, device)
         one = functools.partial(run, path, scale, device, Asked(scale))
         said = in_turn(one, list(scale.setups), 4 if device == "cuda" else 1)
-        tallies = judge(Oracle(path, device), [told for several in said.values() for told in several])
-    for setup, tally in tallies.items():
-        line, wrong = tally.verdict()
-        print(f"{name}, {setup}: {line}", flush=True)
-        faults += [f"{name}, {setup}: {fault}" for fault in wrong]
+        verdicts = judge(Oracle(path, device), [told for several in said.values() for told in several])
+    for setup, (line, _) in verdicts.items():
+        print(f"{name}, {setup}: {line}")
     print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-    return faults
+    return [f"{name}, {fault}" for fault in [*same(said), *(fault for _, faults in verdicts.values() for fault in faults)]]
 
 
 def main() -> int:
@@ -137,7 +150,7 @@ def main() -> int:
     parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
     parser.add_argument("--models", default=",".join(SCALES["cuda"].layers), help="of bench/models, separated by commas")
     options = parser.parse_args()
-    if not has_device("gpu_logits", options.device):
+    if not begin("gpu_logits", options.device):
         return 2
     scale = SCALES[options.device]
     return conclude("gpu_logits", [fault for name in options.models.split(",") for fault in check(name, scale, options.device)])

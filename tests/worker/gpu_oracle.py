@@ -30,9 +30,7 @@ class Oracle:
 
     def __init__(self, path: Path, device: str) -> None:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
         self._device = device
@@ -45,7 +43,7 @@ class Oracle:
     def logits(self, tokens: list[int], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(position, exact, rough): float32 [n, V] of what follows the tokens from `position` on, the first piece from `first` on."""
         ids, models = torch.tensor([tokens], device=self._device), (self._exact, self._rough)
-        states = [model.model(ids, use_cache=False).last_hidden_state[0] for model in models]
+        states = [model.base_model(ids, use_cache=False).last_hidden_state[0] for model in models]
         for at in range(first, len(tokens), PIECE):
             exact, rough = (model.lm_head(state[at : at + PIECE]).float() for model, state in zip(models, states, strict=True))
             yield at, exact, rough
@@ -53,37 +51,52 @@ class Oracle:
 
 @dataclass
 class Said:
-    """What one request was told in the set-up `name`: `tokens` are prompt and output, greedily chosen. A score is (position of the token,
-    id, rank, log-probability)."""
+    """What one request was told in a set-up, or a part of it: `tokens` are prompt and output; those from `chosen` on were chosen greedily.
+    A score is (position of the token, id, rank, log-probability)."""
 
-    name: str
+    setup: str
+    part: str
     tokens: list[int]
-    prompt: int
+    chosen: int
     scores: list[tuple[int, int, int, float]]
 
     @classmethod
-    def of(cls, name: str, output: Any) -> "Said":
-        """Raises ValueError where a position that was asked for has no scores, or not all."""
-        done, prompt = output.outputs[0], output.prompt_token_ids
-        tokens = [*prompt, *done.token_ids]
-        entries = [*(output.prompt_logprobs or [None] * len(prompt)), *(done.logprobs or [None] * len(done.token_ids))]
-        wanted = 1 if output.prompt_logprobs else len(prompt) if done.logprobs else len(tokens)
-        for position, (token, told) in enumerate(zip(tokens, entries, strict=True)):
-            if bool(told) != (position >= wanted) or (told and (token not in told or len(told) < TOP)):
-                raise ValueError(f"{name}: token {position} behind a prompt of {len(prompt)} has the scores {told}")
-        flat = [(at, token, one.rank, one.logprob) for at, told in enumerate(entries) for token, one in (told or {}).items()]
-        return cls(name, tokens, len(prompt), flat)
+    def output(cls, setup: str, part: str, output: Any) -> "Said":
+        """Raises ValueError where a token has no scores, or not all that were asked for."""
+        tokens, first = _tokens(output), len(output.prompt_token_ids)
+        told = output.outputs[0].logprobs
+        return cls(setup, part, tokens, first, _flat(tokens[first:], first, told, setup) if told else [])
+
+    @classmethod
+    def prompt(cls, setup: str, part: str, output: Any) -> "Said":
+        """Raises ValueError likewise."""
+        tokens = _tokens(output)
+        return cls(setup, part, tokens, len(tokens), _flat(output.prompt_token_ids[1:], 1, output.prompt_logprobs[1:], setup))
 
     @property
     def first(self) -> int:
         """The first position whose logits are needed."""
-        return min((score[0] for score in self.scores), default=self.prompt) - 1
+        return min((score[0] for score in self.scores), default=self.chosen) - 1
+
+
+def _tokens(output: Any) -> list[int]:
+    return [*output.prompt_token_ids, *output.outputs[0].token_ids]
+
+
+def _flat(tokens: list[int], first: int, entries: list[Any], setup: str) -> list[tuple[int, int, int, float]]:
+    """The scores of `tokens`, whose positions begin at `first`."""
+    if len(entries) != len(tokens):
+        raise ValueError(f"{setup}: {len(entries)} of {len(tokens)} tokens have log-probabilities")
+    for position, (token, told) in enumerate(zip(tokens, entries, strict=True), first):
+        if not told or token not in told or len(told) < TOP:
+            raise ValueError(f"{setup}: token {token} at {position} has the log-probabilities {told}")
+    return [(at, token, one.rank, one.logprob) for at, told in enumerate(entries, first) for token, one in told.items()]
 
 
 @dataclass
 class Tally:
-    """Of one set-up. `chosen` tokens, of which `second` are not float32's first; `outside` of them and of the scores, `ranked` in all, are
-    further behind than they may be; `behind` is the most of it, in errors of transformers' bf16."""
+    """Of one part of a set-up. `chosen` tokens, of which `second` are not float32's first; of `ranked` tokens (these, and the most likely
+    ones) `outside` are further behind than they may be. `behind`: the furthest, in errors of transformers' bf16."""
 
     chosen: int = 0
     second: int = 0
@@ -98,7 +111,7 @@ class Tally:
         noise = (rough - exact).abs().amax(-1)
         best = exact.topk(TOP).values
         end = min(at + len(exact), len(said.tokens) - 1)
-        chosen = [(place - 1 - at, said.tokens[place]) for place in range(max(said.prompt, at + 1), end + 1)]
+        chosen = [(place - 1 - at, said.tokens[place]) for place in range(max(said.chosen, at + 1), end + 1)]
         if chosen:
             rows, ids = torch.tensor(chosen, device=exact.device).T
             gap = best[rows, 0] - exact[rows, ids]
@@ -123,32 +136,39 @@ class Tally:
         self._theirs.append((rough.log_softmax(-1)[rows, ids] - true).abs().cpu())
 
     def verdict(self) -> tuple[str, list[str]]:
-        """A line of figures, and what is wrong."""
-        line = f"{self.chosen} tokens, {self.second} not float32's first; {self.outside} of {self.ranked} ranked too high"
-        line += f" (worst {self.behind:.2f} errors of bf16)"
-        faults = [f"{self.outside} tokens are ranked higher than bf16 could by mistake"] if self.outside else []
+        """Figures, and what is wrong."""
+        words = [f"{self.second} of {self.chosen:,} tokens not float32's first"] if self.chosen else []
+        words.append(f"{self.outside} of {self.ranked:,} ranks wrong (worst {self.behind:.2f})")
+        faults = [f"{self.outside} tokens are ranked higher than an error of bf16 explains"] if self.outside else []
         if self._ours:
             ours, theirs = torch.cat(self._ours), torch.cat(self._theirs)
-            line += f"; {len(ours)} log-probabilities: error {ours.mean():.4f}, at most {ours.max():.3f}"
-            line += f" (transformers' bf16 {theirs.mean():.4f}, {theirs.max():.3f})"
+            words.append(f"{len(ours):,} scores off by {ours.mean():.4f}, {ours.max():.3f} (bf16 {theirs.mean():.4f}, {theirs.max():.3f})")
             if not ours.mean() <= MEAN * theirs.mean():
                 faults.append(f"log-probabilities are off by {ours.mean():.4f} on average, more than {MEAN} times {theirs.mean():.4f}")
             if not ours.max() <= MOST * theirs.max():
                 faults.append(f"a log-probability is off by {ours.max():.3f}, more than {MOST} times {theirs.max():.3f}")
-        return line, faults
+        return ", ".join(words), faults
 
 
-def judge(oracle: Oracle, said: list[Said]) -> dict[str, Tally]:
-    """By set-up. Transformers reads what several set-ups said alike only once."""
+def judge(oracle: Oracle, said: list[Said]) -> dict[str, tuple[str, list[str]]]:
+    """For each set-up a line of figures and what is wrong, part by part: a small part may be wrong where the whole looks right.
+    Transformers reads only once what several set-ups said alike."""
     alike: dict[tuple[int, ...], list[Said]] = {}
     for one in said:
         alike.setdefault(tuple(one.tokens), []).append(one)
-    tallies = {one.name: Tally() for one in said}
+    tallies: dict[str, dict[str, Tally]] = {}
+    for one in said:
+        tallies.setdefault(one.setup, {}).setdefault(one.part, Tally())
     for tokens, several in alike.items():
         for at, exact, rough in oracle.logits(list(tokens[:-1]), min(one.first for one in several)):
             for one in several:
-                tallies[one.name].add(one, at, exact, rough)
-    return tallies
+                tallies[one.setup][one.part].add(one, at, exact, rough)
+    found: dict[str, tuple[str, list[str]]] = {}
+    for setup, parts in tallies.items():
+        verdicts = {part: tally.verdict() for part, tally in parts.items()}
+        line = "; ".join(f"{part}: {figures}" for part, (figures, _) in verdicts.items())
+        found[setup] = line, [f"{setup}, {part}: {'; '.join(faults)}" for part, (_, faults) in verdicts.items() if faults]
+    return found
 
 
 def in_turn(run: Callable[[str], R], names: list[str], at_once: int) -> dict[str, R]:
@@ -159,13 +179,18 @@ def in_turn(run: Callable[[str], R], names: list[str], at_once: int) -> dict[str
 
 
 def conclude(check: str, faults: list[str]) -> int:
-    """Prints the last lines; the exit status."""
-    print(f"{check}: {'FAILED' if faults else 'OK'}", *faults[:20], sep="\n", flush=True)
+    """Prints what is wrong, and the verdict as the last line; the exit status."""
+    print(*faults[:20], f"{check}: {'FAILED' if faults else 'OK'}", sep="\n", flush=True)
     return 1 if faults else 0
 
 
-def has_device(check: str, device: str) -> bool:
+def begin(check: str, device: str) -> bool:
+    """Whether there is the device."""
     if device == "cuda" and not torch.cuda.is_available():
         print(f"{check}: NOT RUN, torch sees no GPU")
         return False
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("highest")  # an environment may ask for less
     return True
