@@ -55,9 +55,14 @@ class Slots:
         return request
 
     def decode_rows(self) -> I32:
-        """Slots whose one missing token is the next one [rows], int32. The same array object as long as the set is the same."""
+        """Slots whose one missing token is the next one [rows], int32. The same array object as long as the set is the same.
+
+        The longest come first, and stay so, since all grow alike: a worker that began with the short ones would end waiting for the few
+        multiprocessors that are busy with the long ones.
+        """
         if self._decode is None:
-            self._decode = np.flatnonzero(self.decoding).astype(np.int32)
+            rows = np.flatnonzero(self.decoding).astype(np.int32)
+            self._decode = rows[np.argsort(-self.known[rows], kind="stable")]
         return self._decode
 
     def set_decoding(self, slots: I32 | int, value: bool) -> None:
