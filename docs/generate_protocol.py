@@ -29,9 +29,9 @@ HEADER = """# The protocol
 
 *Generated from `protocol/pagewire_protocol` by `python docs/generate_protocol.py`; edits here are overwritten.*
 
-Every message is one MessagePack frame on a Unix stream socket, after its length (four bytes, little-endian): an array whose first item is
-the message's name and whose other items are its fields in the order below. Unknown fields, missing fields and values out of bounds make the
-frame undecodable; the receiver counts and drops it. A field may only ever be added at the end, with a default.
+Every message is one MessagePack frame on a ZeroMQ PUSH/PULL pair over a Unix socket: an array whose first item is the message's name and
+whose other items are its fields in the order below. Unknown fields, missing fields and values out of bounds make the frame undecodable; the
+receiver counts and drops it. A field may only ever be added at the end, with a default.
 
 A *column* is a little-endian array in one `bytes` value: `RowsI32` holds int32, `RowsU64` uint64 and so on. Entry i of each `Rows…` column
 of a message belongs to row i; `Tokens…` columns hold one entry a token instead.

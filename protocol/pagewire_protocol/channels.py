@@ -1,24 +1,22 @@
-"""How processes reach each other: one bound inbox a process, a connection to each peer. The only module that other parts need for it.
+"""How processes reach each other: one bound inbox a process, a PUSH socket for each peer. The only module that knows ZeroMQ.
 
-The scheduler's inbox has a well-known address, and a lock file decides which process may bind it: a path can be bound again while another
-process listens there, so the name alone protects nothing. Every other inbox has a fresh address for each incarnation.
+The scheduler's inbox has a well-known address, and a lock file decides which process may bind it: two live processes can bind the same
+`ipc://` path without an error, so the name alone protects nothing. Every other inbox has a fresh address for each incarnation.
 """
 
 import contextlib
 import fcntl
 import os
 import secrets
-import select
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 import msgspec
+import zmq
 
-from .frames import Receiver, Sender, framed
 from .messages import Message, Role, ToFrontend, ToScheduler, ToTokenizer, ToWorker
 
 TOPOLOGY: Final = {
@@ -28,17 +26,18 @@ TOPOLOGY: Final = {
     Role.SCHEDULER: (ToScheduler, (Role.FRONTEND, Role.TOKENIZER, Role.WORKER)),
     Role.WORKER: (ToWorker, (Role.SCHEDULER,)),
 }
-SCHEME: Final = "ipc://"
 MAX_FRAME: Final = 64 * 1024 * 1024
 QUEUE_LENGTH: Final = 100_000
-"""Messages that wait for a peer."""
-LATE_S: Final = 0.02
-"""How often it is tried to deliver what a peer did not take at once."""
 DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 """All three can come out of a msgspec decode of hostile bytes."""
 
 M = TypeVar("M")
 _encoder: Final = msgspec.msgpack.Encoder()
+
+
+def _socket(kind: int) -> "zmq.Socket[bytes]":
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context[zmq.Socket[bytes]].instance()
+    return context.socket(kind)
 
 
 class AlreadyRunning(OSError):
@@ -70,7 +69,7 @@ def new_incarnation() -> int:
 
 def inbox_address(run_dir: Path, role: Role, incarnation: int) -> str:
     name = "scheduler" if role is Role.SCHEDULER else f"{role.name.lower()}-{incarnation:016x}"
-    return f"{SCHEME}{run_dir}/{name}.sock"
+    return f"ipc://{run_dir}/{name}.sock"
 
 
 def _already_running(run_dir: Path) -> AlreadyRunning:
@@ -100,21 +99,30 @@ def take_epoch(run_dir: Path) -> tuple[int, int]:
 
 
 class Inbox(Generic[M]):
-    """The bound socket of one process, decoding into the union of its role."""
+    """The bound PULL socket of one process, decoding into the union of its role."""
 
     def __init__(self, run_dir: Path, role: Role, incarnation: int) -> None:
         self.address = inbox_address(run_dir, role, incarnation)
         self.undecodable = 0
+        self._path = self.address.removeprefix("ipc://")
         self._decoder = msgspec.msgpack.Decoder(TOPOLOGY[role][0])
-        self._receiver = Receiver(self.address.removeprefix(SCHEME), MAX_FRAME)
+        self._socket = _socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, QUEUE_LENGTH)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
         self._lock = threading.RLock()  # signal handlers wake as well, perhaps in the middle of `close`
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._receiver.watch(self._wake)
+        old = os.umask(0o077)
+        try:
+            self._socket.bind(self.address)
+        finally:
+            os.umask(old)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def fileno(self) -> int:
-        """A descriptor for an event loop. After each wake-up `drain` must run until it yields nothing: what it has taken from the kernel
-        does not show here. A `wake` is for `wait` alone."""
-        return self._receiver.fileno()
+        """A descriptor for an event loop. It is edge-triggered: after each wake-up `drain` must run until it yields nothing."""
+        return int(self._socket.get(zmq.FD))
 
     def wake(self) -> None:
         """End a `wait` in progress; safe from any thread, also after `close`, when it does nothing."""
@@ -123,113 +131,77 @@ class Inbox(Generic[M]):
                 os.eventfd_write(self._wake, 1)
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Block until something comes or a `wake`. True then (a long message comes in pieces: there may be nothing to drain yet), False
-        after `timeout_s`."""
-        if self._receiver.frames:
-            return True
-        ready = self._receiver.receive(timeout_s)
-        if self._wake in ready:
+        """Block until a message or a `wake` is there. True when one is, False after `timeout_s`."""
+        events = self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
+        if any(source == self._wake for source, _ in events):
             os.eventfd_read(self._wake)
-        return bool(ready)
+        return bool(events)
 
     def drain(self, limit: int = 1024) -> Iterator[M]:
         """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped: no sender can stop a service."""
-        frames = self._receiver.frames
         for _ in range(limit):
-            if not frames:
-                self._receiver.receive(0)
-                if not frames:
-                    return
             try:
-                yield self._decoder.decode(frames.popleft())
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if self._socket.get(zmq.RCVMORE):
+                self._drop_rest()
+                continue
+            try:
+                yield self._decoder.decode(frame)
             except DECODE_ERRORS:
                 self.undecodable += 1
 
+    def _drop_rest(self) -> None:
+        """MAXMSGSIZE is per frame, so a message here is one frame; more are refused."""
+        self.undecodable += 1
+        while self._socket.get(zmq.RCVMORE):
+            self._socket.recv(zmq.NOBLOCK)
+
     def close(self) -> None:
-        self._receiver.close()
+        self._socket.close(linger=0)
         with self._lock:
             wake, self._wake = self._wake, -1
         if wake >= 0:
             os.close(wake)
+        Path(self._path).unlink(missing_ok=True)
 
 
 class Outbox:
-    """Connections by address, made on first use. `send` never blocks: a full or vanished peer is an answer, not a wait.
-
-    What a peer does not take at once, because it is not there yet or has fallen behind, is delivered by a thread that is made for it."""
+    """PUSH sockets by address, made on first use. `send` never blocks: a full or vanished peer is an answer, not a wait."""
 
     def __init__(self) -> None:
-        self._senders: dict[str, Sender] = {}
-        self._late = threading.Condition()
-        self._courier: threading.Thread | None = None
-        self._closed = False
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
     def send(self, address: str, message: Message) -> bool:
-        """True when the message is on its way or queued. False when the peer's queue is full: its loss must be handled by the caller."""
-        frame = framed(_encoder.encode(message))
-        with self._late:
-            sender = self._senders.get(address)
-            if sender is None:
-                sender = self._senders[address] = self._sender(address)
-            taken = sender.send(frame)
-            if sender.waiting:
-                self._call_courier()
-        return taken
+        """True when the message is queued. False when the peer's queue is full: its loss must be handled by the caller."""
+        socket = self._sockets.get(address)
+        if socket is None:
+            socket = self._sockets[address] = self._connect(address)
+        try:
+            socket.send(_encoder.encode(message), zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        return True
 
-    def _sender(self, address: str) -> Sender:
-        if not address.startswith(SCHEME):
-            raise ValueError(f"peer address {address!r} is not an {SCHEME} address")
-        return Sender(address.removeprefix(SCHEME), QUEUE_LENGTH)
-
-    def _call_courier(self) -> None:
-        if self._courier is None:
-            self._courier = threading.Thread(target=self._deliver, name="courier", daemon=True)
-            self._courier.start()
-        self._late.notify()
-
-    def _deliver(self) -> None:
-        while True:
-            with self._late:
-                late = [sender for sender in self._senders.values() if sender.waiting]
-                while not late and not self._closed:
-                    self._late.wait()
-                    late = [sender for sender in self._senders.values() if sender.waiting]
-                if self._closed:
-                    return
-                for sender in late:
-                    sender.push()
-                blocked = [sender.blocked for sender in late if sender.blocked is not None]
-            _writable(blocked, LATE_S)
+    def _connect(self, address: str) -> "zmq.Socket[bytes]":
+        if not address.startswith("ipc://"):
+            raise ValueError(f"peer address {address!r} is not an ipc:// address")
+        socket = _socket(zmq.PUSH)
+        socket.set(zmq.SNDHWM, QUEUE_LENGTH)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.RECONNECT_IVL, 20)
+        socket.set(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(address)
+        return socket
 
     def forget(self, address: str) -> None:
         """Drop a peer that is gone, with whatever is queued for it."""
-        with self._late:
-            sender = self._senders.pop(address, None)
-            if sender is not None:
-                sender.close()
+        socket = self._sockets.pop(address, None)
+        if socket is not None:
+            socket.close(linger=0)
 
     def close(self, linger_ms: int = 0) -> None:
-        """What waits for peers that are there has so long to go."""
-        deadline = time.monotonic() + linger_ms / 1000
-        while (blocked := self._blocked()) and time.monotonic() < deadline:
-            _writable(blocked, LATE_S)
-        with self._late:
-            self._closed = True
-            for sender in self._senders.values():
-                sender.close()
-            self._senders.clear()
-            self._late.notify()
-
-    def _blocked(self) -> list[int]:
-        with self._late:
-            for sender in self._senders.values():
-                sender.push()
-            return [sender.blocked for sender in self._senders.values() if sender.blocked is not None]
-
-
-def _writable(blocked: list[int], timeout_s: float) -> None:
-    """Sleep until one of these sockets takes more. One that was closed meanwhile ends the sleep too."""
-    poll = select.poll()
-    for fd in blocked:
-        poll.register(fd, select.POLLOUT)
-    poll.poll(1000 * timeout_s)
+        for socket in self._sockets.values():
+            socket.close(linger=linger_ms)
+        self._sockets.clear()

@@ -29,6 +29,7 @@ from .worker.precision import BFLOAT16_FROM
 
 Mark = Literal["ok", "note", "BROKEN"]
 PACKAGES = (
+    "pyzmq",
     "msgspec",
     "uvloop",
     "aiohttp",

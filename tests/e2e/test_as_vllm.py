@@ -7,7 +7,7 @@ import pytest
 
 NAMES = """
 import pagewire.as_vllm, sys
-assert not {"torch", "transformers", "pagewire.llm"} & set(sys.modules)
+assert not {"torch", "transformers", "zmq", "pagewire.llm"} & set(sys.modules)
 import vllm
 import vllm.outputs, vllm.entrypoints.openai.api_server
 from vllm import LLM, SamplingParams, TokensPrompt

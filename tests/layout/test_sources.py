@@ -111,7 +111,7 @@ def test_import_contracts() -> None:
         ("pagewire.frontend.service", ("torch", "transformers", "numpy", "tokenizers")),
         ("pagewire.scheduler.loop", ("torch", "transformers", "tokenizers")),
         ("pagewire.tokenizer.service", ("torch",)),
-        ("pagewire.cli", ("torch", "transformers", "numpy", "aiohttp")),
+        ("pagewire.cli", ("torch", "transformers", "numpy", "zmq", "aiohttp")),
     ],
 )
 def test_a_service_loads_nothing_heavy(module: str, forbidden: tuple[str, ...]) -> None:
