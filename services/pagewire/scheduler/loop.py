@@ -53,7 +53,7 @@ class Loop:
     def _send(self, address: str, message: Message) -> bool:
         try:
             return self.outbox.send(address, message)
-        except Exception as error:  # an address that is none must not stop the scheduler for everyone else
+        except Exception as error:  # an address that ZeroMQ refuses must not stop the scheduler for everyone else
             log.error("cannot send a %s to %s: %s", type(message).__name__, address, error)
             return False
 
