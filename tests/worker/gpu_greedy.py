@@ -13,6 +13,7 @@ import argparse
 import functools
 import random
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ def setups(scale: Scale) -> dict[str, tuple[dict[str, Any], bool, bool]]:
         "eager": ({"enforce_eager": True}, True, True),
         "no prefix cache": ({"enable_prefix_caching": False}, True, True),
         "no cascade": ({"enable_cascade": False}, False, True),
-        "chunks of 64": ({"max_num_batched_tokens": 64}, True, False),
+        "chunks of 64": ({"max_num_batched_tokens": 64, "max_num_seqs": 64}, True, False),
         f"{scale.few} KV blocks": ({"num_kv_blocks": scale.few, "max_model_len": scale.longest + 2 * scale.steps}, True, False),
     }
 
@@ -135,7 +136,7 @@ def main() -> int:
     options = parser.parse_args()
     if not begin("gpu_greedy", options.device):
         return 2
-    path, scale = options.model or demo_gguf(), SCALES[options.device]
+    start, path, scale = time.monotonic(), options.model or demo_gguf(), SCALES[options.device]
     asked = Asked(path, scale)
     one = functools.partial(run, path, scale, options.device, asked)
     with ThreadPoolExecutor(1) as beside:
@@ -152,7 +153,7 @@ def main() -> int:
     faults: list[str] = []
     for name, (line, wrong) in judge(Oracle(path, options.device), said).items():
         faults += wrong + report(name, runs[name], runs["graphs"], wanted, line)
-    return conclude("gpu_greedy", faults)
+    return conclude("gpu_greedy", faults, start)
 
 
 if __name__ == "__main__":
