@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import gemm_cublaslt
 from .workspace import counters, overlap
 
 MAX_ROWS = 8
@@ -149,8 +150,10 @@ def skinny_linear(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [M, K] @ weight [N, K]^T + bias, by whichever of the two is faster for the shape."""
+    """x [M, K] @ weight [N, K]^T + bias: by the kernel here where it is the faster one, else by cuBLAS, with an algorithm chosen for the
+    shape where there is one (gemm_cublaslt.py)."""
     config = pick_config(x.shape[0], weight.shape[0], x.shape[1])
-    if config is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    return skinny_linear(x, weight, bias, config)
+    if config is not None:
+        return skinny_linear(x, weight, bias, config)
+    found = gemm_cublaslt.product(x, weight) if bias is None else None
+    return torch.nn.functional.linear(x, weight, bias) if found is None else found

@@ -84,13 +84,13 @@ def compile_all(options: argparse.Namespace) -> None:
 
 
 def compile_part(chosen: "list[Job]", options: argparse.Namespace) -> None:
-    """This process's share. A whole layer has kernels that other jobs compile."""
+    """This process's share. A whole layer has kernels that other jobs compile, cuBLAS has none to compile."""
     import torch
 
     from .ops import inputs
 
     part, parts = map(int, options.part.split("/"))
-    work = [(job, config) for job in chosen if job.name != "layer" for config in [None, *shapes_of(job, options.sweep)]]
+    work = [(job, config) for job in chosen if job.name not in ("layer", "product") for config in [None, *shapes_of(job, options.sweep)]]
     for job, config in work[part::parts]:
         try:
             job.make().launch(0, config)

@@ -20,7 +20,7 @@ from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import cost, memory, memory_errors, setup, trust, weights
+from . import cost, memory, memory_errors, products, setup, trust, weights
 from .graphs import DecodeGraphs
 from .meter import Meter
 from .mixed import MixedSteps
@@ -85,6 +85,8 @@ class CudaRunner:
                 trust.check_prefill(self._loaded.caches[0], self._loaded.decoder.arch.num_heads, self._steps.row_counts())
             else:
                 distrust_hopper()
+            if not eager:
+                self._choose_products(scheduler.step_tokens(gpu=True), progress)
             self._steps.capture_all(scheduler.step_tokens(gpu=True), lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._special.warm_up()
@@ -99,6 +101,11 @@ class CudaRunner:
         """What the graphs' slot buffer holds."""
         self._cascade_size = 0
         """The bucket of the resident rows where they have blocks in common, else 0."""
+
+    def _choose_products(self, largest: int, progress: weights.Progress) -> None:
+        rows = sorted({*self._graphs.sizes, *self._graphs.cascade_sizes, *self._steps.row_counts()})
+        tokens = sorted({*rows, *self._steps.sizes(largest)})
+        products.choose(self._steps.probe, tokens, rows, lambda fraction: progress("timing matrix products", fraction))
 
     def facts(self) -> WorkerFacts:
         return replace(facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes)), cost=self._cost)

@@ -102,6 +102,15 @@ class MixedSteps:
         else:
             self.forward(Inputs.idle(*key, self._spare))
 
+    def probe(self) -> None:
+        """A small step of padding, of more tokens than rows."""
+        rows = self.row_counts()[-1]
+        self.forward(Inputs.idle(max(WARM[2], 2 * rows), rows, self._spare))
+
+    def sizes(self, largest: int) -> list[int]:
+        """Token counts that steps of up to `largest` have; of the eager ones, those that others are near to."""
+        return [size for size in (*TOKENS, 2 * TOKENS[-1], largest) if size <= largest]
+
     def row_counts(self) -> list[int]:
         """All that `padded` gives, falling."""
         return sorted({self.padded(count) for count in (1, ROWS[-1], self._slots.count)}, reverse=True)

@@ -4,7 +4,7 @@ import torch
 
 from .attention import cascade, decode, mixed, prefill, ragged
 from .case import Job
-from .products import fused, layer, product, row_layer
+from .products import chosen, fused, layer, product, row_layer
 from .sampling import KINDS, sampling
 
 LARGE = (("o", 4096, 4096), ("qkv", 6144, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("lm_head", 128256, 4096))
@@ -33,4 +33,5 @@ def layers() -> list[Job]:
     found += [row_layer(1024, 4096, 14336, 32, "8B"), row_layer(1024, 1024, 3072, 16, "0.6B")]
     for rows in (1, 2, 4, 8):
         found += [product(*weight, rows) for weight in (LARGE + SMALL if rows in (1, 8) else LARGE[:4])]
+    found += [chosen(*weight, rows) for rows in (256, 768, 8192) for weight in LARGE[:4]]
     return found + [job for rows in (1, 256, 2048) for job in fused(rows)]

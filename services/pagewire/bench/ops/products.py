@@ -1,16 +1,17 @@
-"""Matrix products with few rows, the operations between products, and a whole decoder layer."""
+"""Matrix products, the operations between them, and a whole decoder layer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pagewire_kernels import activation, attention_decode, cuda, gemm, gemm_row, norm, rope, workspace
+from pagewire_kernels import activation, attention_decode, cuda, gemm, gemm_cublaslt, gemm_row, norm, rope, workspace
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.gemm import SkinnyConfig
 from torch import Tensor
 from torch.nn import functional
 
+from ...worker.products import fastest
 from . import inputs
 from .case import Case, Job
 from .inputs import HKV, PAGE, error, int32, nan, pool, rand, tables, weights
@@ -62,6 +63,18 @@ class Product(Case):
 def product(label: str, n: int, k: int, rows: int) -> Job:
     shapes = [SkinnyConfig(*shape) for shape in (ONE_ROW if rows == 1 else SOME_ROWS)]
     return Job("gemm", f"{label} {n}x{k} M{rows}", lambda: Product(n, k, rows), n * k * 2.0, configs=shapes, peer="cuBLAS")
+
+
+class Chosen(Product):
+    """Many rows, by the algorithm that a worker would choose at its start."""
+
+    def __init__(self, n: int, k: int, rows: int) -> None:
+        super().__init__(n, k, rows)
+        gemm_cublaslt.choose((n, k, inputs.DTYPE), {rows: fastest(rows, (n, k, inputs.DTYPE), self._weights)})
+
+
+def chosen(label: str, n: int, k: int, rows: int) -> Job:
+    return Job("product", f"{label} {n}x{k} M{rows}", lambda: Chosen(n, k, rows), 2.0 * n * k * rows, unit="TFLOP/s", peer="cuBLAS")
 
 
 class AddNorm(Case):

@@ -1,0 +1,177 @@
+"""x @ weight^T for many rows by cuBLASLt, with algorithms that were timed for their shapes instead of the one its heuristic ranks first.
+
+Knows the library's C interface (its names and numbers are those of cublasLt.h) and runs what it is told to: which algorithm is fastest is
+for others to find out. Every product has the one workspace, so all must run on one stream. Where nothing was chosen, nothing is run.
+"""
+
+import ctypes
+import functools
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+from torch import Tensor
+
+TYPES: Final = {torch.bfloat16: 14, torch.float16: 2}
+FLOAT32: Final = 0
+COMPUTE_FLOAT32: Final = 68
+TRANSPOSE_A, TRANSPOSE_B, WORKSPACE_LIMIT = 3, 4, 1
+WORKSPACE: Final = 32 << 20
+"""Bytes, as torch gives cuBLAS on Hopper."""
+MOST: Final = 8
+"""Algorithms asked for; the heuristic has seldom named more."""
+FAR: Final = 2
+"""An algorithm serves row counts down to this fraction of the one it was chosen for."""
+
+Shape = tuple[int, int, torch.dtype]
+"""(N, K, type) of a weight."""
+
+
+class _Algorithm(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_uint64 * 8),)
+
+
+class _Found(ctypes.Structure):
+    _fields_ = (
+        ("algorithm", _Algorithm),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The one that torch has loaded; None where torch was built without CUDA."""
+    try:
+        return ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
+    except OSError:
+        return None
+
+
+def version() -> int:
+    """Of the library; algorithms mean something to the version they come from alone. 0: there is no library."""
+    library = _library()
+    if library is None:
+        return 0
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return library.cublasLtGetVersion()
+
+
+def _call(name: str, *arguments: object) -> None:
+    """Raises RuntimeError when the library does not agree."""
+    if status := getattr(_library(), name)(*arguments):
+        raise RuntimeError(f"{name} failed with cuBLAS status {status}")
+
+
+def _made(name: str, *arguments: object) -> ctypes.c_void_p:
+    found = ctypes.c_void_p()
+    _call(name, ctypes.byref(found), *arguments)
+    return found
+
+
+@functools.cache
+def _handle() -> ctypes.c_void_p:
+    return _made("cublasLtCreate")
+
+
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+
+
+class Product:
+    """[M, K] x [N, K]^T -> [M, N], all contiguous, as the library sees it: column-major, so the weight comes first."""
+
+    def __init__(self, rows: int, shape: Shape) -> None:
+        n, k, dtype = shape
+        self._description = _made("cublasLtMatmulDescCreate", COMPUTE_FLOAT32, FLOAT32)
+        for attribute, value in ((TRANSPOSE_A, 1), (TRANSPOSE_B, 0)):
+            _call("cublasLtMatmulDescSetAttribute", self._description, attribute, ctypes.byref(ctypes.c_int32(value)), ctypes.c_size_t(4))
+        layouts = [
+            _made("cublasLtMatrixLayoutCreate", TYPES[dtype], ctypes.c_uint64(height), ctypes.c_uint64(width), ctypes.c_int64(height))
+            for height, width in ((k, n), (k, rows), (n, rows))
+        ]
+        self._weight, self._x, self._out = layouts
+        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+
+    def candidates(self) -> list[bytes]:
+        """What the heuristic considers, best first. Raises RuntimeError where it knows nothing."""
+        wish = _made("cublasLtMatmulPreferenceCreate")
+        limit = ctypes.c_size_t(WORKSPACE)
+        _call("cublasLtMatmulPreferenceSetAttribute", wish, WORKSPACE_LIMIT, ctypes.byref(limit), ctypes.c_size_t(8))
+        found, count = (_Found * MOST)(), ctypes.c_int()
+        layouts = self._weight, self._x, self._out, self._out
+        _call("cublasLtMatmulAlgoGetHeuristic", _handle(), self._description, *layouts, wish, MOST, found, ctypes.byref(count))
+        _call("cublasLtMatmulPreferenceDestroy", wish)
+        return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
+
+    def accepts(self, algorithm: bytes) -> bool:
+        layouts = self._weight, self._x, self._out, self._out
+        given, found = _Algorithm.from_buffer_copy(algorithm), _Found()
+        check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
+        status = check(_handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found))
+        return status == 0 and found.workspace <= WORKSPACE
+
+    def run(self, x: Tensor, weight: Tensor, out: Tensor, algorithm: bytes) -> None:
+        """On the current stream. Raises RuntimeError when the algorithm cannot do it."""
+        a, b, d = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, x, out))
+        space = ctypes.c_void_p(_workspace(x.device).data_ptr())
+        given = ctypes.byref(_Algorithm.from_buffer_copy(algorithm))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        one, zero = ctypes.byref(self._one), ctypes.byref(self._zero)
+        _call("cublasLtMatmul", _handle(), self._description, one, a, self._weight, b, self._x, zero, d, self._out, d, self._out,
+            given, space, ctypes.c_size_t(WORKSPACE), stream)  # fmt: skip
+
+
+_chosen: dict[Shape, list[tuple[int, bytes]]] = {}
+_plans: dict[tuple[int, Shape], tuple[Product, bytes] | None] = {}
+_seen: dict[Shape, tuple[int, list[Tensor]]] | None = None
+
+
+def choose(shape: Shape, algorithms: Mapping[int, bytes]) -> None:
+    """What products with weights of `shape` use from now on, by row count; an empty algorithm leaves them to torch."""
+    _chosen[shape] = sorted(algorithms.items())
+    _plans.clear()
+
+
+def _plan(rows: int, shape: Shape) -> tuple[Product, bytes] | None:
+    """That of the next larger row count."""
+    table = _chosen[shape]
+    at = bisect_left(table, (rows, b""))
+    if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
+        return None
+    product = Product(rows, shape)
+    return (product, table[at][1]) if product.accepts(table[at][1]) else None
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x [M, K] @ weight [N, K]^T -> [M, N]; None where torch is to do it."""
+    shape = (weight.shape[0], weight.shape[1], weight.dtype)
+    if _seen is not None:
+        _seen.setdefault(shape, (x.shape[0], []))[1].append(weight)
+        _workspace(x.device)  # not from the memory of a graph that is captured later
+    if shape not in _chosen or not x.is_contiguous():
+        return None
+    key = (x.shape[0], shape)
+    if key not in _plans:
+        _plans[key] = _plan(*key)
+    if (plan := _plans[key]) is None:
+        return None
+    out = torch.empty(x.shape[0], shape[0], dtype=x.dtype, device=x.device)
+    plan[0].run(x, weight, out, plan[1])
+    return out
+
+
+@contextmanager
+def recording() -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:
+    """What `product` is asked for meanwhile: by shape, the first row count and the weights."""
+    global _seen
+    _seen = {}
+    try:
+        yield _seen
+    finally:
+        _seen = None
