@@ -13,7 +13,6 @@ import argparse
 import functools
 import random
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +60,9 @@ class Asked:
         make, tokenizer = random.Random(3), as_transformers(path)
         long, every = long_text(tokenizer), greedy_prompts(tokenizer)
         self.prompts = [ids[: scale.longest] for ids in [*every[: -2 : scale.each], *every[-2:]]]
-        tails = [every[i % 62][: 20 + make.randrange(20)] + [make.randrange(100, 40_000) for _ in range(3)] for i in range(scale.rows)]
+        tails = [
+            every[i % 62][: 20 + make.randrange(20)] + [make.randrange(100, len(tokenizer)) for _ in range(3)] for i in range(scale.rows)
+        ]
         self.behind = [long[: scale.common] + tail for tail in tails]
         self.common = long[: scale.common]
 
@@ -129,19 +130,13 @@ def report(name: str, found: Run, first: Run, exact: list[str], line: str) -> li
     return [f"{name}: nothing was preempted"] if "KV blocks" in name and not found.preemptions else []
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Greedy tokens in bf16 against float32, in several set-ups.")
-    parser.add_argument("--model", type=Path, help="GGUF file or directory (default: the demo)")
-    parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
-    options = parser.parse_args()
-    if not begin("gpu_greedy", options.device):
-        return 2
-    start, path, scale = time.monotonic(), options.model or demo_gguf(), SCALES[options.device]
+def check(path: Path, device: str) -> list[str]:
+    scale = SCALES[device]
     asked = Asked(path, scale)
-    one = functools.partial(run, path, scale, options.device, asked)
+    one = functools.partial(run, path, scale, device, asked)
     with ThreadPoolExecutor(1) as beside:
         exact = beside.submit(exact_texts, path, scale, asked)
-        runs = in_turn(one, list(setups(scale)), 3 if options.device == "cuda" else 1)
+        runs = in_turn(one, list(setups(scale)), 3 if device == "cuda" else 1)
         wanted = exact.result()
     said = [
         Said.output(name, part, output)
@@ -151,9 +146,19 @@ def main() -> int:
         for output in outputs
     ]
     faults: list[str] = []
-    for name, (line, wrong) in judge(Oracle(path, options.device), said).items():
+    for name, (line, wrong) in judge(Oracle(path, device), said).items():
         faults += wrong + report(name, runs[name], runs["graphs"], wanted, line)
-    return conclude("gpu_greedy", faults, start)
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Greedy tokens in bf16 against float32, in several set-ups.")
+    parser.add_argument("--model", type=Path, help="GGUF file or directory (default: the demo)")
+    parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
+    options = parser.parse_args()
+    if not begin("gpu_greedy", options.device):
+        return 2
+    return conclude("gpu_greedy", lambda: check(options.model or demo_gguf(), options.device))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +160,8 @@ def main() -> int:
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
         return 2
-    start, scale = time.monotonic(), SCALES[options.device]
-    faults = [fault for name in options.models.split(",") for fault in check(name, scale, options.device)]
-    return conclude("gpu_logits", faults, start)
+    models, scale = options.models.split(","), SCALES[options.device]
+    return conclude("gpu_logits", lambda: [fault for name in models for fault in check(name, scale, options.device)])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ transformers' bf16 for the same tokens at the same positions. Knows neither mode
 
 import copy
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -179,8 +180,14 @@ def in_turn(run: Callable[[str], R], names: list[str], at_once: int) -> dict[str
         return found | dict(zip(names[1:], pool.map(run, names[1:]), strict=True))
 
 
-def conclude(check: str, faults: list[str], start: float) -> int:
-    """Prints what is wrong, and the verdict as the last line; the exit status. start: of the check, on the monotonic clock."""
+def conclude(check: str, work: Callable[[], list[str]]) -> int:
+    """Prints what `work` says is wrong, and the verdict as the last line; the exit status. A stack that breaks down is a fault, too."""
+    start = time.monotonic()
+    try:
+        faults = work()
+    except (ValueError, RuntimeError) as error:
+        traceback.print_exc()
+        faults = [f"the check broke off: {error}"]
     verdict = f"{check}: {'FAILED' if faults else 'OK'}, {time.monotonic() - start:.0f} s"
     print(*faults[:20], verdict, sep="\n", flush=True)
     return 1 if faults else 0
