@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from pagewire_protocol.messages import Finish
+from pagewire.scheduler.state import Tick
+from pagewire_protocol.messages import Finish, Step, Tokens
 from scheduler.scheduler_sim import QUICK, World, expected_output, ints, next_token
 
 
@@ -238,3 +239,46 @@ def sampling(max_tokens, **more):
 
 def test_the_simulated_model_is_a_chain():
     assert next_token([1, 2]) != next_token([2, 1]) and np.unique([next_token([i]) for i in range(50)]).size > 40
+
+
+def handed_over(w, *answers):
+    """The steps and tokens of a tick: those handed over as they were made, where the answer was yes, and those that it gave back."""
+    sent, answers = [], iter(answers)
+
+    def take(inbox, message):
+        taken = next(answers)
+        sent.extend([message] if taken else [])
+        return taken
+
+    w.scheduler.at_once = take
+    back = [message for _, message in w.scheduler.handle(Tick(w.now + 0.001)) if isinstance(message, (Step, Tokens))]
+    w.scheduler.at_once = None
+    return sent, back
+
+
+def test_each_step_leaves_before_the_next_one_is_made():
+    w = world(steps_in_flight=2)
+    w.submit([1, 2, 3], max_tokens=5)
+    sent, back = handed_over(w, True, True, True)
+    assert [type(message) for message in sent] == [Step, Step, Tokens] and not back
+    assert [message.n for message in sent[:2]] == [1, 2] and sent[2].placed
+
+
+def test_nothing_overtakes_what_could_not_be_handed_over():
+    w = world(steps_in_flight=2)
+    w.submit([1, 2, 3], max_tokens=5)
+    sent, back = handed_over(w, True, False, True)
+    assert [message.n for message in sent] == [1]
+    assert [type(message) for message in back] == [Step, Tokens]
+    assert [message.n for message in back[:1]] == [2]
+
+
+def test_tokens_leave_before_the_steps_that_follow_them():
+    w = world(steps_in_flight=2)
+    w.submit([1, 2, 3], max_tokens=5)
+    w.tick()
+    (worker,) = w.workers.values()
+    worker.execute()
+    w.deliver(worker)
+    sent, back = handed_over(w, True, True)
+    assert [type(message) for message in sent] == [Tokens, Step] and not back

@@ -27,6 +27,7 @@ class Loop:
     def __init__(self, state: Scheduler, inbox: Inbox[ToScheduler], outbox: Outbox) -> None:
         self.state, self.inbox, self.outbox = state, inbox, outbox
         self.stopping = False
+        state.at_once = self._send
 
     def stop(self, *_: object) -> None:
         self.stopping = True

@@ -5,6 +5,7 @@ rosters go out with the next `Tick`, so that all that arrived together is answer
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -15,7 +16,6 @@ from pagewire_protocol.messages import (
     Hello,
     Message,
     Role,
-    Step,
     StepResult,
     Submit,
     ToScheduler,
@@ -60,6 +60,8 @@ class Scheduler:
     def __init__(self, epoch: int, config: SchedulerConfig) -> None:
         self.engine, self.peers, self.owners = Engine(epoch, config), Peers(), Owners()
         self.epoch, self.now = epoch, 0.0
+        self.at_once: Callable[[str, Message], bool] | None = None
+        """What takes steps and tokens as soon as they are made, while the next ones are; False where it could not."""
         self._outputs: list[Output] = []
         self._greet: set[str] = set()
         self._distrusted: set[int] = set()
@@ -156,16 +158,23 @@ class Scheduler:
         if due:
             self._second = now + EVERY_S
             self._every_second()
-        self.engine.advance(self._send_step, now)
-        for owner, mail in self.engine.out.take().items():
-            inbox = self.owners.inbox(owner)
-            if inbox is not None:
-                self._outputs.append((inbox, mail.message()))
+        self._send_mail()
+        self.engine.advance(self._send, now)
+        self._send_mail()
         if due or self._greet or self.peers.changed:
             self._send_rosters(due)
 
-    def _send_step(self, inbox: str, step: Step) -> None:
-        self._outputs.append((inbox, step))
+    def _send_mail(self) -> None:
+        """Before the next steps, which are not urgent while others are under way, and after them, for those who got their places."""
+        for owner, mail in self.engine.out.take().items():
+            inbox = self.owners.inbox(owner)
+            if inbox is not None:
+                self._send(inbox, mail.message())
+
+    def _send(self, inbox: str, message: Message) -> None:
+        """Nothing overtakes what was made before it."""
+        if self._outputs or self.at_once is None or not self.at_once(inbox, message):
+            self._outputs.append((inbox, message))
 
     def _every_second(self) -> None:
         for incarnation in self.peers.expired(self.now):
