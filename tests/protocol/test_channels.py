@@ -212,6 +212,20 @@ def test_messages_sent_before_the_receiver_exists_arrive(run_dir: Path, outbox: 
         inbox.close()
 
 
+def test_a_peer_may_be_reached_before_there_is_anything_to_say(run_dir: Path, outbox: Outbox) -> None:
+    address = inbox_address(run_dir, Role.WORKER, 13)
+    outbox.reach(address)
+    inbox: Inbox[Any] = Inbox(run_dir, Role.WORKER, 13)
+    try:
+        outbox.reach(address)
+        outbox.send(address, Step(1, 1))
+        assert take(inbox, 1) == [Step(1, 1)]
+    finally:
+        inbox.close()
+    with pytest.raises(ValueError, match="ipc://"):
+        outbox.reach("tcp://127.0.0.1:9")
+
+
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", ""])
 def test_only_ipc_addresses_are_connected_to(outbox: Outbox, address: str) -> None:
     with pytest.raises(ValueError, match="ipc://"):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from pagewire.config import ModelConfig, RunConfig, TokenizerConfig
 from pagewire.tokenizer.encode import LONG
-from pagewire.tokenizer.service import Service
+from pagewire.tokenizer.load import Loaded
+from pagewire.tokenizer.service import Service, Text
 from pagewire_protocol.channels import Inbox, Outbox, prepare_run_dir
 from pagewire_protocol.messages import (
     Cancel,
@@ -39,7 +40,7 @@ from pagewire_protocol.messages import (
     unpack,
 )
 from pagewire_protocol.sampling import Sampling, TextOptions
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 X = 1 << 43
 DEADLINE_S = 30.0
@@ -148,6 +149,25 @@ def test_from_chat_to_text_and_back(service: Service, stand: Stand, bpe: Tokeniz
         text += "".join(deltas.texts)
     assert text + "".join(deltas.texts) == "Paris 𐌰!"
     assert deltas.ended == (End(5, 1, Finish.LENGTH),)
+
+
+def test_frontends_are_reached_when_they_are_heard_of(stand: Stand, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Else the first answer to each would wait for its connection."""
+    reached: list[str] = []
+    monkeypatch.setattr(Outbox, "reach", lambda _, address: reached.append(address))
+    request.getfixturevalue("service")
+    stand.generate(Prompt(text="hello"))
+    stand.submit()
+    assert stand.frontend.address in reached
+
+
+def test_a_rehearsal_is_no_condition(bpe: Tokenizer):
+    words = Tokenizer(models.WordLevel({"hello": 0}, unk_token="[UNK]"))
+    for tokenizer in (bpe, words):
+        Text(Loaded(tokenizer, "", {})).rehearse()
+    Text(None).rehearse()
+    with pytest.raises(Exception, match="UNK"):
+        words.encode("anything else")
 
 
 def test_stop_cancel_and_replay(service: Service, stand: Stand, bpe: Tokenizer):

@@ -225,4 +225,6 @@ class Service:
         inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
         for gone in self._inboxes - inboxes:
             self.outbox.forget(gone)
+        for new in inboxes - self._inboxes:
+            self.outbox.reach(new)
         self._inboxes = inboxes

@@ -31,7 +31,8 @@ class Requests:
         self._by_rid: dict[bytes, Stream] = {}
         self._encoding: dict[bytes, Generate] = {}
         self._handles = count()
-        self._frontends: set[str] = set()
+        self.frontends: set[str] = set()
+        """Inboxes."""
 
     def __len__(self) -> int:
         return len(self._streams) + len(self._encoding)
@@ -177,8 +178,8 @@ class Requests:
         self._decoding.grow(roster.vocab_size)
         frontends = {peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND}
         # A new scheduler does not know everyone yet: absence from its first rosters says nothing.
-        gone = set[str]() if new_epoch else self._frontends - frontends
-        self._frontends = frontends
+        gone = set[str]() if new_epoch else self.frontends - frontends
+        self.frontends = frontends
         if new_epoch:
             self._start_over(roster.epoch)
         for inbox in gone:

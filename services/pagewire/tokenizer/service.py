@@ -3,6 +3,7 @@
 The tokenizer is built, and long prompts are encoded, in threads; they hand their results over in a queue and wake the loop.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -12,12 +13,14 @@ import threading
 import time
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
+from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import (
     Cancel,
     Detokenize,
     End,
     Finish,
     Generate,
+    Prompt,
     Role,
     Roster,
     Tokenize,
@@ -41,6 +44,8 @@ from .template import ChatTemplate, read_option
 log = logging.getLogger("pagewire.tokenizer")
 BEAT_S = 0.5
 THREADS = 2
+REHEARSALS = 3
+REHEARSED = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
 
 
 class Text:
@@ -52,6 +57,13 @@ class Text:
         template = ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
         self.encoder, self.decoding = Encoder(tokenizer, template), Decoding(tokenizer)
         self.facts = TokenizerFacts(tokenizer is not None, template is not None, self.decoding.size)
+
+    def rehearse(self) -> None:
+        """Encode and decode something, so that what the tokenizers library makes on first use is there when somebody waits."""
+        with contextlib.suppress(Exception):  # a vocabulary need not have these letters
+            for _ in range(REHEARSALS):
+                column = self.encoder.encode(Prompt(text=REHEARSED), True)
+                self.decoding.decode(unpack("i", column).tolist())
 
 
 def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
@@ -107,7 +119,9 @@ class Service:
 
     def _load(self) -> None:
         try:
-            self._loaded.put(load_text(self._model, self._config))
+            text = load_text(self._model, self._config)
+            text.rehearse()
+            self._loaded.put(text)
         except Exception as error:
             self._loaded.put(error)
         self._wake()
@@ -125,7 +139,7 @@ class Service:
         self._encoder = text.encoder
         self.requests = Requests(text.encoder, text.decoding, self.inbox.address, lambda request: self._offload(text.encoder, request))
         if self.members.roster is not None:
-            self.requests.joined(self.members.roster, False)
+            self._meet(self.requests, self.members.roster, False)
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 50, 50)  # a drain's rows are many objects without cycles
@@ -174,8 +188,13 @@ class Service:
     def _joined(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
         if self.requests is not None and self.members.roster is roster:
-            for inbox in self.requests.joined(roster, new_epoch):
-                self.outbox.forget(inbox)
+            self._meet(self.requests, roster, new_epoch)
+
+    def _meet(self, requests: Requests, roster: Roster, new_epoch: bool) -> None:
+        for inbox in requests.joined(roster, new_epoch):
+            self.outbox.forget(inbox)
+        for inbox in requests.frontends:
+            self.outbox.reach(inbox)
 
     def _offload(self, encoder: Encoder, request: Generate) -> None:
         self._to_encode.put((encoder, request))
@@ -208,6 +227,7 @@ class Service:
 
 def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError when the tokenizer cannot be had."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time needs no pool of threads, one a core
     service = Service(run, model, config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
