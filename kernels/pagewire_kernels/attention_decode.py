@@ -206,20 +206,22 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
 
 _TABLE = (
     (16, (64, 2, 3, 64, 32)),
-    (64, (32, 2, 4, 128, 16)),
-    (128, (32, 2, 4, 256, 16)),
+    (64, (64, 2, 2, 128, 16)),
+    (128, (64, 2, 2, 256, 8)),
     (256, (64, 2, 3, 1024, 8)),
-    (1024, (32, 2, 4, 1024, 4)),
-    (4096, (64, 2, 3, 2048, 2)),
+    (1024, (32, 1, 2, 1024, 4)),
+    (4096, (32, 1, 2, 2048, 2)),
 )
 """Up to so many programs (rows * KV heads): the fields of DecodeConfig."""
 
 
-def pick_config(head_dim: int, page: int, programs: int) -> DecodeConfig:
-    """The launch shape for `programs` = rows * KV heads; measured on an H200 (docs/performance.md)."""
-    fields = next((fields for limit, fields in _TABLE if programs <= limit), (64, 2, 3, 2048, 1))
+def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
+    """The launch shape for `programs` = rows * KV heads of `group` query heads; measured on an H200 (docs/performance.md)."""
+    fields = next((fields for limit, fields in _TABLE if programs <= limit), (32, 1, 2, 2048, 1))
     config = DecodeConfig(*fields)
-    return replace(config, block_n=32, stages=4) if head_dim > 128 else config
+    if head_dim > 128:
+        return replace(config, block_n=32, warps=2, stages=4)
+    return config if group <= 16 else replace(config, warps=max(2, config.warps))
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     group = heads // hkv
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
-    c = config or pick_config(dim, page, rows * hkv)
+    c = config or pick_config(dim, group, rows * hkv)
     prefixes = 0 if shared is None else shared.splits
     if shared is None:
         part = torch.empty(rows * heads * c.splits * dim if c.splits > 1 else 1, dtype=torch.float32, device=q.device)

@@ -109,7 +109,7 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     decode_attention. With `query_start`, the rows in groups are of one token and come first, so that row i is token i."""
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
-    gp, config = triton.next_power_of_2(group), pick_config(dim, page, rows * hkv)
+    gp, config = triton.next_power_of_2(group), pick_config(dim, group, rows * hkv)
     shared = _shared(q, rows, count, hkv, dim, config.splits, groups.shared)
     block_m, block_n = max(64, gp), 64 if dim <= 128 else 32
     _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](

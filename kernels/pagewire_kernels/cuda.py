@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+FUSED_PROGRAMS = 512
+"""Rows times KV heads."""
+
+
 def pack_linear(weight: Tensor) -> Tensor:
     """The weight itself, contiguous: both cuBLAS and the skinny kernel read rows of [N, K]."""
     return weight.contiguous()
@@ -96,8 +100,10 @@ def paged_attention(
 def rope_attention(
     qkv: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
 ) -> Tensor:
-    """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding without groups takes one launch."""
-    if batch.max_query_len == 1 and batch.groups is None:
+    """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding few rows without groups takes one
+    launch; among many, what each program does before it reads keys costs as much as the launch that is saved."""
+    few = batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS
+    if few and batch.max_query_len == 1 and batch.groups is None:
         return decode_attention(qkv, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, rope=rope)
     q = rope_and_cache(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch)
     return paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)

@@ -28,6 +28,7 @@ class Attention:
         self._norms = [RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.wide_norms) for x in "qk"] if arch.qk_norm else []
         self._q_weight, self._k_weight = [norm.weight for norm in self._norms] or (None, None)
         self._more: tuple[Any, ...] = () if arch.soft_cap is None else (arch.soft_cap,)
+        self._fused = hasattr(build.ops, "rope_attention") and not arch.slopes
         if arch.slopes:
             self._more = (arch.soft_cap, torch.tensor(arch.slopes, dtype=torch.float32, device=build.device))
 
@@ -36,6 +37,8 @@ class Attention:
 
     def __call__(self, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]; cache [2, blocks, Hkv, block_size, D]."""
+        if self._fused:
+            return self.output(self.after_projection(self.qkv(x), cos_sin, cache, batch))
         keys, values = cache[0], cache[1]
         q = self._ops.rope_and_cache(self.qkv(x), cos_sin, self._q_weight, self._k_weight, self._eps, keys, values, batch)
         return self.output(self._ops.paged_attention(q, keys, values, batch, self._scale, self._window, *self._more))
