@@ -116,6 +116,7 @@ def _advance_chunks(replica: Replica, decodes: I32, chunks: list[tuple[Request, 
     chunked = np.array([request.slot for request, _ in chunks], np.int32)
     lengths = np.array([count for _, count in chunks], np.int32)
     slots.sent[chunked] += lengths
+    replica.unsent = None
     complete = chunked[slots.sent[chunked] == slots.known[chunked]]
     if len(complete):
         slots.set_decoding(complete, True)

@@ -3,6 +3,7 @@
 Knows how a request takes and leaves its place; the choice of requests is made in `placement.py`, the content of a step in `batch.py`.
 """
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -71,6 +72,8 @@ class Replica:
         self.flights: deque[Flight] = deque()
         self.pending: list[Pending] = []
         self.prefill: list[Request] = []
+        self.unsent: int | None = 0
+        """The backlog; None where it is to be counted anew."""
         self.admit: list[Request] = []
         self.retire: list[int] = []
         self.requeued: list[Request] = []
@@ -101,7 +104,9 @@ class Replica:
 
     def backlog(self) -> int:
         """Known tokens that no step has been given yet, but for the next one of each decoding request."""
-        return sum(int(self.slots.known[r.slot] - self.slots.sent[r.slot]) for r in self.prefill)
+        if self.unsent is None:
+            self.unsent = sum(int(self.slots.known[r.slot] - self.slots.sent[r.slot]) for r in self.prefill)
+        return self.unsent
 
     # --- taking a place -----------------------------------------------------------------------------------------------
 
@@ -142,8 +147,8 @@ class Replica:
             self.prefixes.placed(request.slot, request.blocks)
         request.phase, request.replica = Phase.RUNNING, self
         self.admit.append(request)
-        self.prefill.append(request)
-        self.prefill.sort(key=lambda r: r.order)
+        self.unsent = self.backlog() + len(request.tokens) - computed
+        insort(self.prefill, request, key=lambda r: r.order)
         if self.caching and not request.scores_prompt:
             self.counters.prefix_cache_queries += len(request.tokens)
             self.counters.prefix_cache_hits += computed
@@ -175,6 +180,7 @@ class Replica:
         self.computing.difference_update(request.chain[int(self.slots.sealed[request.slot]) :])
         if request in self.prefill:
             self.prefill.remove(request)
+            self.unsent = None
         if self.slots.born[request.slot] == NEVER:
             self.admit.remove(request)
         else:
