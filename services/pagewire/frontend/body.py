@@ -17,18 +17,23 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
         raise ApiError(415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed.")
-    too_large = ApiError(413, f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.")
     if (request.content_length or 0) > limit:
-        raise too_large
+        raise _too_large(limit)
     try:
+        if request.content.is_eof():  # all of it came with the head, as short ones do
+            return await request.read()
         async with asyncio.timeout(BODY_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
+        raise _too_large(limit) from None
     except TimeoutError:
         raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
     except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
         raise bad("The request body could not be read.") from None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.")
 
 
 def _check_type(given: str) -> None:

@@ -93,8 +93,8 @@ class Requests:
         if stream.found is not None:
             self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
             return
-        submit = Submit(request.rid, request.attempt, stream.handle, self._inbox, prompt, request.output, sampling)
-        self.to_scheduler.append(replace(submit, priority=request.priority, cache_salt=request.cache_salt))
+        numbers = request.rid, request.attempt, stream.handle
+        self.to_scheduler.append(Submit(*numbers, self._inbox, prompt, request.output, sampling, request.priority, request.cache_salt))
 
     def _open(self, request: Generate, prompt: bytes) -> Stream:
         options = request.text
@@ -105,7 +105,8 @@ class Requests:
             at_start=self._decoding.is_start(np.frombuffer(prompt, np.int32).tolist()) if self._decoding.lead else False,
         )
         stream = Stream(request, next(self._handles), prompt, decoder, self._mail(request.reply_to))
-        stream.replay(np.frombuffer(request.output, np.int32).tolist())
+        if request.output:
+            stream.replay(np.frombuffer(request.output, np.int32).tolist())
         self._streams[stream.handle] = self._by_rid[request.rid] = stream
         return stream
 
@@ -217,7 +218,7 @@ class Requests:
 
 
 def _check_output(output: bytes, vocab_size: int) -> None:
-    if len(output) % 4 or np.frombuffer(output, np.uint32).max(initial=0) >= vocab_size:
+    if output and (len(output) % 4 or np.frombuffer(output, np.uint32).max() >= vocab_size):
         raise Refused("the output so far, sent with a resubmission, holds what are no token ids")
 
 
