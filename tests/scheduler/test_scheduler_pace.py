@@ -92,16 +92,16 @@ def test_a_crowd_is_let_in_by_longer_steps():
     assert 45 < max(times[5:]) <= 50
 
 
-@pytest.mark.parametrize(("ms", "ahead"), [(0.0, 4), (0.1, 4), (1.3, 4), (1.4, 3), (1.9, 3), (2.0, 2), (50.0, 2)])
+@pytest.mark.parametrize(("ms", "ahead"), [(0.0, 4), (0.1, 4), (1.0, 4), (1.1, 3), (1.5, 3), (1.6, 2), (3.1, 2), (3.2, 1), (50.0, 1)])
 def test_short_steps_are_sent_ahead_in_greater_number(ms, ahead):
     assert fill(Pace(LARGE, SchedulerConfig()), ms) == ahead
 
 
-def fill(made, ms):
+def fill(made, ms, now=0.0):
     count = 0
-    while made.wants_more():
+    while made.wants_more(now):
         count += 1
-        made.sent(count, ms, 0.0, False)
+        made.sent(count, ms, now, False)
         assert count < 10
     return count
 
@@ -111,13 +111,39 @@ def test_the_flag_is_the_most_steps_ahead_and_two_are_all_without_costs():
     assert [fill(Pace(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)] == [1, 2, 2, 2]
 
 
+def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
+    made = Pace(LARGE, SchedulerConfig())
+    assert made.due() == -inf
+    made.sent(1, 25.0, 10.0, True)
+    assert made.due() == pytest.approx(10.0 + (0.8 * 25 - 2.5) / 1000)
+    assert not made.wants_more(made.due() - 1e-6) and made.wants_more(made.due())
+    made.sent(2, 10.0, 10.0175, True)
+    assert made.due() == pytest.approx(10.0 + (0.8 * 35 - 2.5) / 1000)
+    made.returned(1, 10.024)
+    assert made.due() == pytest.approx(10.024 + (0.8 * 10 - 2.5) / 1000)
+    made.returned(2, 10.034)
+    assert made.due() == -inf
+    full = Pace(LARGE, SchedulerConfig(steps_in_flight=1))
+    full.sent(1, 0.0, 10.0, False)
+    assert full.due() == inf
+
+
 def test_a_long_step_counts_with_its_time_and_no_more_when_it_has_returned():
     made = Pace(LARGE, SchedulerConfig())
     made.sent(1, 80.0, 0.0, True)
     made.sent(2, 0.5, 0.0, False)
-    assert not made.wants_more()
+    assert not made.wants_more(0.06)
     made.returned(1, 0.08)
-    assert fill(made, 0.5) == 3
+    assert fill(made, 0.5, 0.08) == 3
+
+
+def test_what_steps_with_prefill_take_of_their_estimate_counts():
+    made = Pace(LARGE, SchedulerConfig())
+    made.ratio = 1.5
+    made.sent(1, 20.0, 0.0, True)
+    assert made.due() == pytest.approx((0.8 * 30 - 2.5) / 1000)
+    made.sent(2, 20.0, 0.0, False)
+    assert made.due() == pytest.approx((0.8 * 50 - 2.5) / 1000)
 
 
 # --- estimates and what became of them --------------------------------------------------------------------------------
@@ -200,7 +226,6 @@ class Line:
         first = len(self.rows)
         self.handle(Tick(self.now))
         while self.steps and len(self.rows) < first + steps:
-            self.ahead.append(len(self.steps))
             self.step()
         return self.rows[first:]
 
@@ -213,14 +238,19 @@ class Line:
         rows = [(slot, self.computed[slot], count) for slot, count in zip(self._last, counts, strict=True)]
         self.rows.append(rows)
         (replica,) = self.scheduler.engine.replicas.values()
+        self.times.append(self.slower * self.ms(rows))
+        end = self.now + self.times[-1] / 1000
+        while (due := self.scheduler.engine.due(self.now)) < end:
+            self.now = due
+            self.handle(Tick(due))
+        self.ahead.append(1 + len(self.steps))
         assert replica.pace._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), "the estimate is not what the costs say"
         for slot, context, count in rows:
             self.computed[slot] = context + count
         sampled = [slot for slot in self._last if self.computed[slot] == self.known[slot]]
         for slot in sampled:
             self.known[slot] += 1
-        self.times.append(self.slower * self.ms(rows))
-        self.now += self.times[-1] / 1000
+        self.now = end
         columns = np.array(sampled, np.int32).tobytes(), np.full(len(sampled), 5, np.int32).tobytes(), bytes(len(sampled))
         self.handle(StepResult(1, 7, step.n, *columns))
         for inbox, incarnation in (("ipc:///w", 7), ("ipc:///t", 8)):
@@ -348,12 +378,22 @@ def test_a_wrong_estimate_is_corrected(slower, before):
     assert stats["step_ms_ratio"] == pytest.approx(slower, rel=0.05) and 1 < stats["step_ms"] < 30
 
 
-@pytest.mark.parametrize(("cost", "ahead"), [(QUICK, 4), (StepCost(1.35, 0, 0), 3), (LARGE, 2)])
+@pytest.mark.parametrize(("cost", "ahead"), [(QUICK, 4), (StepCost(1.2, 0, 0), 4), (StepCost(2.0, 0, 0), 3), (StepCost(6.0, 0, 0), 2)])
 def test_steps_in_flight_by_their_time(cost, ahead):
+    """At the end of each."""
     line = decoding(cost, 2)
     line.ahead.clear()
     line.run(50)
     assert set(line.ahead) == {ahead}
+
+
+def test_who_comes_early_in_a_long_step_is_in_the_next():
+    line = decoding(LARGE, 200, prompt=900, blocks=40_000)
+    assert line.times[-1] > 10
+    for wait_ms, later in ((2, 1), (line.times[-1] - 1, 2)):
+        line.handle(Tick(line.now + wait_ms / 1000))
+        line.submit(100, 5)
+        assert [i for i, *_ in prefill_of(line.run(4))] == [later]
 
 
 @pytest.mark.parametrize("cost", [QUICK, SLOW], ids=["quick", "slow"])

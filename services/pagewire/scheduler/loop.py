@@ -36,10 +36,15 @@ class Loop:
     def forever(self) -> None:
         self.deliver(self.state.handle(Tick(time.monotonic())))
         while not self.stopping:
-            self.inbox.wait(WAIT_S)
+            self.inbox.wait(self._pause_s())
             for message in self.inbox.drain():
                 self.deliver(self.state.handle(message))
             self.deliver(self.state.handle(Tick(time.monotonic())))
+
+    def _pause_s(self) -> float:
+        """Until the next step is due, in whole milliseconds, which is what a wait is counted in."""
+        now = time.monotonic()
+        return min(WAIT_S, max(0.0, self.state.engine.due(now) - now) + 0.001)
 
     def deliver(self, outputs: list[Output]) -> None:
         """Send. A peer that cannot be reached is one more event, whose outputs are sent as well."""

@@ -18,10 +18,13 @@ PRESSED_MS: Final = 1000.0
 --max-step-ms: for so many, over a second until the first token is worse than an uneven stream for the others."""
 LEAST_CHUNK: Final = 64
 """Prefill tokens that every step may hold whatever its decodes take, so that prompts always come forward."""
-LEAST_AHEAD: Final = 2
-"""Steps sent ahead, however long they are: the next one must be there when a worker has finished one."""
-AHEAD_MS: Final = 4.0
-"""More steps are sent ahead while those in flight take less than this: the way to the worker and back is then a good part of a step."""
+BLIND_AHEAD: Final = 2
+"""Steps in flight where nobody knows how long they take: the next one must be there when a worker has finished one."""
+AHEAD_MS: Final = 2.5
+"""The next step is sent when those in flight are about to be over in so many milliseconds, which is ample for making it, the way to the
+worker and the launch; not earlier, since who arrives meanwhile would wait for it as well."""
+SURE: Final = 0.8
+"""Of an estimate, what a step takes at least: a worker that has finished early is idle until the scheduler has heard of it."""
 OUTLIER: Final = 4.0
 """A step that took this many times its estimate was held up by something else; more is not believed."""
 MOST_CORRECTION: Final = 2.0
@@ -81,10 +84,8 @@ class Pace:
         self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
         self.step_tokens = config.step_tokens(gpu=cost is not None)
         self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
-        self._least = min(LEAST_AHEAD, config.steps_in_flight)
-        self._most = config.steps_in_flight if self.measured else self._least
+        self._most = config.steps_in_flight if self.measured else min(BLIND_AHEAD, config.steps_in_flight)
         self._sent: deque[Sent] = deque()
-        self._sent_ms = 0.0
         self._last = -inf
         self.ratio = 1.0
         """Measured time of steps with prefill over their estimate, lately."""
@@ -100,14 +101,21 @@ class Pace:
         """Tokens that may be added after `context` ones to a step of `ms` milliseconds, not rounded."""
         return longest_chunk(self.cost, limit_ms - ms, context)
 
-    def wants_more(self) -> bool:
-        """Whether one more step is to be sent ahead."""
-        ahead = len(self._sent)
-        return ahead < self._least or (ahead < self._most and self._sent_ms < AHEAD_MS)
+    def due(self) -> float:
+        """When one more step is to be sent, in monotonic seconds; inf while only a result can change that."""
+        sent = self._sent
+        if not sent:
+            return -inf
+        if len(sent) >= self._most:
+            return inf
+        least_ms = SURE * sum([one.ms * (self.ratio if one.mixed else 1.0) for one in sent])
+        return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
+
+    def wants_more(self, now: float) -> bool:
+        return now >= self.due()
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
         self._sent.append(Sent(n, ms, now, mixed))
-        self._sent_ms += ms
 
     def returned(self, n: int, now: float) -> None:
         """The results of all steps up to `n` are there. A step began when it was sent or the one before it ended, whichever was later."""
@@ -118,7 +126,6 @@ class Pace:
         while sent and sent[0].n <= n:
             one = sent.popleft()
             steps, ms, mixed = steps + 1, ms + one.ms, mixed or one.mixed
-        self._sent_ms = self._sent_ms - ms if sent else 0.0
         took = 1000 * (now - max(at, self._last))
         self.step_ms += (took / steps - self.step_ms) / (RECENT if self.step_ms else 1)
         if mixed and ms and at <= self._last:
