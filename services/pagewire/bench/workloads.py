@@ -18,8 +18,10 @@ VOCAB = 30_000
 FIRST_ID = 100
 """Smallest token id of a prompt: ids below are often special."""
 POISSON_S = 10
-ALONE = 5
+ALONE = 8
 """Requests one after the other where one client measures latencies."""
+FIRST = 16
+"""So many before them: each of several frontends and tokenizers is to have had some."""
 TEXT = (
     "time people way day man thing woman life child world school state family student group country problem hand part place case week "
     "company system program question work government number night point home water room mother area money story fact month lot right "
@@ -70,6 +72,8 @@ class Workload:
 
     def warmup(self) -> "Workload":
         """As many requests at a time, for a few tokens: what is compiled or captured on first use is, before anything is timed."""
+        if self.streams == 1:
+            return dataclasses.replace(self, requests=FIRST, output=(min(self.output[0], 8),) * 2)
         short = min(self.output[0], max(8, self.output[0] // 8))
         return dataclasses.replace(self, requests=min(self.requests, max(self.streams, 1)), output=(short, short))
 
