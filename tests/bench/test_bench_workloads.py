@@ -39,7 +39,7 @@ def test_online_workloads() -> None:
         (0, 32, 512, 128, 0),
         (1024, 0, 64, 64, 0),
     ]
-    assert [w.requests for w in found] == [5, 256, 256, 320, 1024]
+    assert [w.requests for w in found] == [8, 256, 256, 320, 1024]
 
 
 @pytest.mark.parametrize("text", ["", "16x128", "0x1/1", "1x0/1", "poisson0x1/1", "widest", "1x1/1+", "-1x1/1"])
