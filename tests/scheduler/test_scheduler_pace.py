@@ -99,7 +99,7 @@ def test_short_steps_are_sent_ahead_in_greater_number(ms, ahead):
 
 def fill(made, ms, now=0.0):
     count = 0
-    while made.wants_more(now):
+    while made.due() <= now:
         count += 1
         made.sent(count, ms, now, False)
         assert count < 10
@@ -116,7 +116,6 @@ def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
     assert made.due() == -inf
     made.sent(1, 25.0, 10.0, True)
     assert made.due() == pytest.approx(10.0 + (0.8 * 25 - 2.5) / 1000)
-    assert not made.wants_more(made.due() - 1e-6) and made.wants_more(made.due())
     made.sent(2, 10.0, 10.0175, True)
     assert made.due() == pytest.approx(10.0 + (0.8 * 35 - 2.5) / 1000)
     made.returned(1, 10.024)
@@ -128,11 +127,27 @@ def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
     assert full.due() == inf
 
 
+def test_nothing_is_waited_for_that_would_not_be_in_the_next_step():
+    made = Pace(LARGE, SchedulerConfig())
+    made.sent(1, 25.0, 10.0, True)
+    enough = 25 / LARGE.token_ms
+    assert made.due(enough - 1) > 10 and made.due(enough + 1) == -inf
+    made.ratio = 2.0
+    assert made.due(enough / 2 + 1) == -inf
+    made.sent(2, 25.0, 10.0, True)
+    assert made.due(enough) > 10.02
+    offline = Pace(LARGE, SchedulerConfig(max_step_ms=0))
+    offline.sent(1, 100.0, 10.0, True)
+    assert offline.due() == -inf
+    offline.sent(2, 100.0, 10.0, True)
+    assert offline.due() == pytest.approx(10.1575)
+
+
 def test_a_long_step_counts_with_its_time_and_no_more_when_it_has_returned():
     made = Pace(LARGE, SchedulerConfig())
     made.sent(1, 80.0, 0.0, True)
     made.sent(2, 0.5, 0.0, False)
-    assert not made.wants_more(0.06)
+    assert made.due() == pytest.approx((0.8 * 80.5 - 2.5) / 1000)
     made.returned(1, 0.08)
     assert fill(made, 0.5, 0.08) == 3
 

@@ -160,7 +160,7 @@ class Engine:
         """Place what can be placed and fill every worker's steps in flight. `now`: monotonic seconds."""
         for replica in self.replicas.values():
             replica.pace.returned(replica.returned, now)
-        open_ = [replica for replica in self.replicas.values() if replica.pace.wants_more(now)]
+        open_ = [replica for replica in self.replicas.values() if self._due(replica) <= now]
         while open_:
             self._place()
             stepped: list[Replica] = []
@@ -170,11 +170,14 @@ class Engine:
                 if step is not None:
                     send(replica.inbox, step)
                     stepped.append(replica)
-            open_ = [replica for replica in stepped if replica.pace.wants_more(now)]
+            open_ = [replica for replica in stepped if self._due(replica) <= now]
 
     def due(self, now: float) -> float:
         """When `advance` has something to do, if nothing happens before; inf when it has not. What is due already had nothing to send."""
-        return min((due for replica in self.replicas.values() if (due := replica.pace.due()) > now), default=inf)
+        return min((due for replica in self.replicas.values() if (due := self._due(replica)) > now), default=inf)
+
+    def _due(self, replica: Replica) -> float:
+        return replica.pace.due(replica.backlog() + self.queue.tokens / len(self.replicas))
 
     def _waiting(self) -> Waiting:
         return Waiting(self.queue.count / len(self.replicas), self.queue.tokens / len(self.replicas))

@@ -18,11 +18,11 @@ PRESSED_MS: Final = 1000.0
 --max-step-ms: for so many, over a second until the first token is worse than an uneven stream for the others."""
 LEAST_CHUNK: Final = 64
 """Prefill tokens that every step may hold whatever its decodes take, so that prompts always come forward."""
-BLIND_AHEAD: Final = 2
-"""Steps in flight where nobody knows how long they take: the next one must be there when a worker has finished one."""
+LEAST_AHEAD: Final = 2
+"""Steps in flight where nobody would gain from waiting: the next one is there when a worker has finished one."""
 AHEAD_MS: Final = 2.5
-"""The next step is sent when those in flight are about to be over in so many milliseconds, which is ample for making it, the way to the
-worker and the launch; not earlier, since who arrives meanwhile would wait for it as well."""
+"""Otherwise the next step is sent when those in flight are about to be over in so many milliseconds, which is ample for making it, the way
+to the worker and the launch; not earlier, since who arrives meanwhile would wait for it as well."""
 SURE: Final = 0.8
 """Of an estimate, what a step takes at least: a worker that has finished early is idle until the scheduler has heard of it."""
 OUTLIER: Final = 4.0
@@ -84,7 +84,7 @@ class Pace:
         self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
         self.step_tokens = config.step_tokens(gpu=cost is not None)
         self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
-        self._most = config.steps_in_flight if self.measured else min(BLIND_AHEAD, config.steps_in_flight)
+        self._most = config.steps_in_flight if self.measured else min(LEAST_AHEAD, config.steps_in_flight)
         self._sent: deque[Sent] = deque()
         self._last = -inf
         self.ratio = 1.0
@@ -101,18 +101,19 @@ class Pace:
         """Tokens that may be added after `context` ones to a step of `ms` milliseconds, not rounded."""
         return longest_chunk(self.cost, limit_ms - ms, context)
 
-    def due(self) -> float:
-        """When one more step is to be sent, in monotonic seconds; inf while only a result can change that."""
+    def due(self, backlog: float = 0.0) -> float:
+        """When one more step is to be sent, in monotonic seconds; inf while only a result can change that. backlog: prefill tokens that no
+        step has yet; where they fill the next step, or nothing but throughput counts, no newcomer would be in it."""
         sent = self._sent
         if not sent:
             return -inf
         if len(sent) >= self._most:
             return inf
+        full = backlog >= self.step_tokens or backlog * self.cost.token_ms * self.ratio >= self._limit_ms
+        if len(sent) < LEAST_AHEAD and (full or self._limit_ms == inf):
+            return -inf
         least_ms = SURE * sum([one.ms * (self.ratio if one.mixed else 1.0) for one in sent])
         return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
-
-    def wants_more(self, now: float) -> bool:
-        return now >= self.due()
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
         self._sent.append(Sent(n, ms, now, mixed))
