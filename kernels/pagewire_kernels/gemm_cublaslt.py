@@ -7,7 +7,7 @@ for others to find out. Every product has the one workspace, so all must run on 
 import ctypes
 import functools
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -79,6 +79,14 @@ def _handle() -> ctypes.c_void_p:
 
 
 @functools.cache
+def _multiply() -> Callable[..., int]:
+    """With its types, so that addresses may be plain integers."""
+    function = getattr(_library(), "cublasLtMatmul")  # noqa: B009 - a function of the library, not of Python's
+    function.argtypes = [*[ctypes.c_void_p] * 14, ctypes.c_size_t, ctypes.c_void_p]
+    return function
+
+
+@functools.cache
 def _workspace(device: torch.device) -> Tensor:
     return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
@@ -118,17 +126,25 @@ class Product:
 
     def run(self, x: Tensor, weight: Tensor, out: Tensor, algorithm: bytes) -> None:
         """On the current stream. Raises RuntimeError when the algorithm cannot do it."""
-        a, b, d = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, x, out))
-        space = ctypes.c_void_p(_workspace(x.device).data_ptr())
-        given = ctypes.byref(_Algorithm.from_buffer_copy(algorithm))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        one, zero = ctypes.byref(self._one), ctypes.byref(self._zero)
-        _call("cublasLtMatmul", _handle(), self._description, one, a, self._weight, b, self._x, zero, d, self._out, d, self._out,
-            given, space, ctypes.c_size_t(WORKSPACE), stream)  # fmt: skip
+        self.bound(algorithm, x.device)(x, weight, out)
+
+    def bound(self, algorithm: bytes, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """`run` with an algorithm, all that does not change made once: eager steps call it a hundred times each."""
+        multiply, handle, description, given = _multiply(), _handle(), self._description, _Algorithm.from_buffer_copy(algorithm)
+        a, b, d, one, zero = self._weight, self._x, self._out, ctypes.byref(self._one), ctypes.byref(self._zero)
+        chosen, space = ctypes.byref(given), _workspace(device).data_ptr()
+
+        def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
+            to, stream = out.data_ptr(), torch.cuda.current_stream(device).cuda_stream
+            if status := multiply(handle, description, one, weight.data_ptr(), a, x.data_ptr(), b, zero, to, d, to, d, chosen, space,
+                    WORKSPACE, stream):  # fmt: skip
+                raise RuntimeError(f"cublasLtMatmul failed with cuBLAS status {status}")
+
+        return run
 
 
 _chosen: dict[Shape, list[tuple[int, bytes]]] = {}
-_plans: dict[tuple[int, Shape], tuple[Product, bytes] | None] = {}
+_plans: dict[tuple[int, Shape], Callable[[Tensor, Tensor, Tensor], None] | None] = {}
 _seen: dict[Shape, tuple[int, list[Tensor]]] | None = None
 
 
@@ -138,14 +154,14 @@ def choose(shape: Shape, algorithms: Mapping[int, bytes]) -> None:
     _plans.clear()
 
 
-def _plan(rows: int, shape: Shape) -> tuple[Product, bytes] | None:
+def _plan(rows: int, shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None] | None:
     """That of the next larger row count."""
     table = _chosen[shape]
     at = bisect_left(table, (rows, b""))
     if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
         return None
     product = Product(rows, shape)
-    return (product, table[at][1]) if product.accepts(table[at][1]) else None
+    return product.bound(table[at][1], device) if product.accepts(table[at][1]) else None
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -158,11 +174,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
         return None
     key = (x.shape[0], shape)
     if key not in _plans:
-        _plans[key] = _plan(*key)
+        _plans[key] = _plan(*key, x.device)
     if (plan := _plans[key]) is None:
         return None
     out = torch.empty(x.shape[0], shape[0], dtype=x.dtype, device=x.device)
-    plan[0].run(x, weight, out, plan[1])
+    plan(x, weight, out)
     return out
 
 

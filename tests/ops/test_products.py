@@ -30,6 +30,9 @@ class Library:
         self.ran.append((self._rows, algorithm))
         torch.mm(x, weight.t(), out=out)
 
+    def bound(self, algorithm: bytes, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+        return lambda x, weight, out: self.run(x, weight, out, algorithm)
+
 
 @pytest.fixture(autouse=True)
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Library]]:

@@ -10,8 +10,9 @@ from .architecture import Architecture
 from .gpus import Gpu
 from .kv import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
 
-CAPTURED_TOKENS: Final = 4096
-"""Tokens of the largest step with prompts that is captured in a graph; graphs have activations of their own."""
+CAPTURED_TOKENS: Final = (4096, 8192)
+SMALL_MODEL: Final = 2_000_000_000
+"""Parameters."""
 UNFUSED: Final = 2.5
 """Activations of a model that is computed operation by operation, norms in float32, beside our own decoder's."""
 SLACK: Final = 1.25
@@ -83,6 +84,12 @@ def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
     return tokens * itemsize * (4 * arch.hidden_size + heads + width)
 
 
+def captured_tokens(arch: Architecture) -> int:
+    """Tokens of the largest step with prompts that is captured in a graph. Larger ones keep the GPU busy for longer than the CPU takes to
+    launch their kernels, which is soon so for large models; and graphs have activations of their own."""
+    return CAPTURED_TOKENS[arch.parameters < SMALL_MODEL]
+
+
 def _mlp_width(arch: Architecture) -> int:
     """Elements a token between the MLP's input and its output: both products and what lies between."""
     dense = (3 if arch.gated else 2) * (arch.intermediate_size or 4 * arch.hidden_size)
@@ -109,7 +116,7 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
     activations = max(step, scored) + partial_bytes(arch, load.rows)
     graphs = 0
     if load.graphs:
-        captured = step_bytes(arch, itemsize, CAPTURED_TOKENS) + step_bytes(arch, itemsize, load.rows)
+        captured = step_bytes(arch, itemsize, captured_tokens(arch)) + step_bytes(arch, itemsize, load.rows)
         graphs = captured + partial_bytes(arch, load.rows) + 2 * logits * itemsize + GRAPH * (64 + load.rows // 4)
     tables = 2 * load.positions * arch.head_dim * 4 + 4 * load.rows * (load.positions // 16 + 1) * 4
     return Workspace(int(activations * SLACK), graphs, logits * (5 + 6), tables)

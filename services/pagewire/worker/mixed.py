@@ -19,7 +19,7 @@ from torch import Tensor
 from .borrowed import borrowed
 from .cascade import GroupBuffers
 from .graphs import LEAST_CASCADE, Decoded, Pool
-from .memory import CAPTURED_TOKENS
+from .memory import captured_tokens
 from .models.decoder import Tap
 from .runner import spread
 from .setup import Loaded
@@ -27,12 +27,14 @@ from .slots import Ints, Slots
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
-TOKENS: Final = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 64), *range(2048, CAPTURED_TOKENS + 1, 256))
-"""Larger steps keep the GPU busy for longer than the CPU takes to launch them."""
+TOKENS: Final = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2048, 64), *range(2048, 4096, 256), *range(4096, 8193, 512))
+"""Sizes of captured steps, as far as the model's `captured_tokens`."""
+APART: Final = 4096
+"""What is true of one size beyond is true of those near it."""
 EAGER_TOKENS: Final = 16
 """Eager steps are padded to a multiple of this: rows of buffers stay aligned, and kernels are not compiled anew."""
-WARM: Final = (16, 64, 512, CAPTURED_TOKENS)
-"""Sizes run once before anything is captured: all kernels are compiled and loaded then."""
+WARM: Final = (16, 64, 512)
+"""Sizes run once before anything is captured, beside the largest: all kernels are compiled and loaded then."""
 
 
 @dataclass
@@ -67,6 +69,7 @@ class MixedSteps:
         self._inputs: dict[tuple[int, int], Inputs] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         self._pool = pool
+        self._sizes = [size for size in TOKENS if size <= captured_tokens(loaded.decoder.arch)]
 
     def run(
         self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints, told: Ints, shared: Shared | None, tap: Tap | None = None
@@ -76,7 +79,7 @@ class MixedSteps:
         among the leading rows of one token. `tap` looks at the logits of further tokens: the step is then run eagerly."""
         tokens, rows = int(counts.sum()), self.padded(len(slots))
         self._group(shared, counts)
-        size = next((size for size in TOKENS if size >= tokens), 0)
+        size = next((size for size in self._sizes if size >= tokens), 0)
         if tap is None and (size, rows) in self._graphs:
             self._fill(self._inputs[size, rows], slots, counts, first, end, sampling, told)
             graph, decoded = self._graphs[size, rows]
@@ -96,7 +99,7 @@ class MixedSteps:
 
     def replay(self, tokens: int, rows: int) -> None:
         """A step of padding alone, for its time."""
-        key = next(size for size in TOKENS if size >= tokens), self.padded(rows)
+        key = next(size for size in self._sizes if size >= tokens), self.padded(rows)
         if key in self._graphs:
             self._graphs[key][0].replay()
         else:
@@ -108,8 +111,10 @@ class MixedSteps:
         self.forward(Inputs.idle(max(WARM[2], 2 * rows), rows, self._spare))
 
     def sizes(self, largest: int) -> list[int]:
-        """Token counts that steps of up to `largest` have; of the eager ones, those that others are near to."""
-        return [size for size in (*TOKENS, 2 * TOKENS[-1], largest) if size <= largest]
+        """Token counts that steps of up to `largest` have; of the large ones, those that others are near to."""
+        return [size for size in TOKENS if size <= min(largest, APART)] + [
+            size for size in (6144, 8192, largest) if APART < size <= largest
+        ]
 
     def row_counts(self) -> list[int]:
         """All that `padded` gives, falling."""
@@ -162,8 +167,10 @@ class MixedSteps:
         """Compile what steps need, so that no request waits for a compiler, and capture the small ones. largest: most tokens of a step,
         which is run once as well: what does not fit into memory is to be known before anyone waits."""
         rows = self.row_counts()
-        warm = [(size, count) for count in rows for size in sorted({*WARM, largest}) if size <= largest]
-        graphs = [(size, count) for i, count in enumerate(rows) for size in _sizes(rows[i + 1 :], largest)] if not self._eager else []
+        warm = [(size, count) for count in rows for size in sorted({*WARM, self._sizes[-1], largest}) if size <= largest]
+        graphs = (
+            [(size, count) for i, count in enumerate(rows) for size in self._captured(rows[i + 1 :], largest)] if not self._eager else []
+        )
         for done, (size, count) in enumerate(warm):
             self.forward(Inputs.idle(size, count, self._spare))
             torch.cuda.synchronize()
@@ -179,8 +186,7 @@ class MixedSteps:
             decoded = self.forward(inputs)
         self._graphs[size, rows] = graph, Decoded(borrowed(decoded.logits), borrowed(decoded.report))
 
-
-def _sizes(fewer: list[int], largest: int) -> list[int]:
-    """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows: each row has a token at least."""
-    first = next((size for size in TOKENS if size >= largest), TOKENS[-1])
-    return [size for size in reversed(TOKENS) if max(fewer, default=0) < size <= first]
+    def _captured(self, fewer: list[int], largest: int) -> list[int]:
+        """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows: each row has a token at least."""
+        first = next((size for size in self._sizes if size >= largest), self._sizes[-1])
+        return [size for size in reversed(self._sizes) if max(fewer, default=0) < size <= first]
