@@ -122,6 +122,7 @@ class WorkerConfig(Struct, frozen=True):
     enforce_eager: Annotated[bool, _help("no CUDA graphs")] = False
     hopper_attention: Annotated[bool, _help("read long prompts with the kernel made for Hopper GPUs, where there is one")] = True
     log_steps: Annotated[bool, _help("log once a second how long steps take on the GPU and how long it waits between them")] = False
+    log_kernels: Annotated[bool, _help("log which kernels the GPU's time went to, when the first request comes after a pause")] = False
     fake_step_ms: Annotated[float, _help("fake device: time of one step in milliseconds", ge=0)] = 0.0
     fake_vocab_size: Annotated[int, _help("fake device: vocabulary size", ge=2)] = 49152
 

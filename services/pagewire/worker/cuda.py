@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from . import cost, memory, memory_errors, products, setup, trust, weights
 from .graphs import DecodeGraphs
+from .kernel_log import KernelLog
 from .meter import Meter
 from .mixed import MixedSteps
 from .runner import NO_SLOTS, apply_step, facts_of, spread
@@ -95,7 +96,7 @@ class CudaRunner:
         log.info("steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads", *astuple(self._cost))
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._waiter: Waiter | None = None
-        self._meter = Meter() if config.log_steps else None
+        self._meters = [*([Meter()] if config.log_steps else []), *([KernelLog()] if config.log_kernels else [])]
         self._last = NO_SLOTS
         self._resident = NO_SLOTS
         """What the graphs' slot buffer holds."""
@@ -122,16 +123,16 @@ class CudaRunner:
         with torch.inference_mode():
             slots, counts = apply_step(self._slots, step, self._last)
             self._last = slots
-            if self._meter is not None:
-                self._meter.begin()
+            for meter in self._meters:
+                meter.begin()
             self._mirror(step)
             first, end = self._slots.take(slots, counts)
             sampling = end == self._slots.known[slots]
             rows = slots[sampling]
             report, extra = self._run(step, slots, counts, first, end, sampling)
             self._slots.known[rows] += 1
-            if self._meter is not None:
-                self._meter.end(int(counts.sum()))
+            for meter in self._meters:
+                meter.end(int(counts.sum()))
             return self._flight(step, rows.astype(np.int32), report, extra)
 
     def _flight(self, step: Step, rows: npt.NDArray[np.int32], report: Tensor | None, extra: Extra | None) -> Flight:
