@@ -206,10 +206,10 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
 
 _TABLE = (
     (16, (64, 2, 3, 64, 32)),
-    (64, (64, 2, 2, 128, 16)),
-    (128, (64, 2, 2, 256, 8)),
+    (64, (32, 2, 4, 128, 16)),
+    (128, (32, 2, 4, 256, 16)),
     (256, (64, 2, 3, 1024, 8)),
-    (1024, (32, 1, 2, 1024, 4)),
+    (1024, (32, 2, 4, 1024, 4)),
     (4096, (32, 1, 2, 2048, 2)),
 )
 """Up to so many programs (rows * KV heads): the fields of DecodeConfig."""
