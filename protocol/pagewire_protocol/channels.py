@@ -177,9 +177,11 @@ class Outbox:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
     def reach(self, address: str) -> None:
-        """Connect now, so that the first message need not wait for it: two strangers exchange several messages before it."""
-        if address not in self._sockets:
-            self._sockets[address] = self._connect(address)
+        """Connect now, so that the first message need not wait for it: two strangers exchange several messages before it. It is for `send`
+        to complain of what is no address."""
+        with contextlib.suppress(ValueError, zmq.ZMQError):
+            if address not in self._sockets:
+                self._sockets[address] = self._connect(address)
 
     def send(self, address: str, message: Message) -> bool:
         """True when the message is queued. False when the peer's queue is full: its loss must be handled by the caller."""

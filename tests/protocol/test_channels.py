@@ -222,12 +222,11 @@ def test_a_peer_may_be_reached_before_there_is_anything_to_say(run_dir: Path, ou
         assert take(inbox, 1) == [Step(1, 1)]
     finally:
         inbox.close()
-    with pytest.raises(ValueError, match="ipc://"):
-        outbox.reach("tcp://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", ""])
 def test_only_ipc_addresses_are_connected_to(outbox: Outbox, address: str) -> None:
+    outbox.reach(address)
     with pytest.raises(ValueError, match="ipc://"):
         outbox.send(address, Goodbye(1))
 
