@@ -103,6 +103,17 @@ def test_a_directory_that_cannot_be_written_costs_the_file_alone(monkeypatch: py
     assert gemm_cublaslt._chosen[SHAPE]
 
 
+def test_what_does_not_fit_into_memory_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(rows: int) -> bytes:
+        if rows == 4096:
+            raise torch.OutOfMemoryError("no room")
+        return FAST
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert len(choose(monkeypatch, full)) == 5
+    assert gemm_cublaslt._chosen[SHAPE] == [(16, FAST), (24, FAST), (4096, b"")]
+
+
 def test_without_the_library_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_cublaslt, "version", lambda: 0)
     assert choose(monkeypatch, lambda rows: FAST) == [] and not gemm_cublaslt._chosen

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from torch import Tensor
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from . import cost, memory, memory_errors, products, setup, trust, weights
 from .graphs import DecodeGraphs
-from .kernel_log import KernelLog
 from .meter import Meter
 from .mixed import MixedSteps
 from .runner import NO_SLOTS, apply_step, facts_of, spread
@@ -96,7 +95,7 @@ class CudaRunner:
         log.info("steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads", *astuple(self._cost))
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._waiter: Waiter | None = None
-        self._meters = [*([Meter()] if config.log_steps else []), *([KernelLog()] if config.log_kernels else [])]
+        self._meters = _meters(config)
         self._last = NO_SLOTS
         self._resident = NO_SLOTS
         """What the graphs' slot buffer holds."""
@@ -202,3 +201,13 @@ class CudaRunner:
         if not len(rows):
             return None, extra
         return decoded.report, self._special.resample(decoded.logits, rows, decoded.report, extra)
+
+
+def _meters(config: WorkerConfig) -> list[Any]:
+    """What looks on at every step."""
+    found: list[Any] = [Meter()] if config.log_steps else []
+    if config.log_kernels:
+        from .kernel_log import KernelLog  # torch's profiler, which those who do not ask for it need not have
+
+        found.append(KernelLog())
+    return found

@@ -61,7 +61,7 @@ def choose(forward: Callable[[], object], tokens: Sequence[int], rows: Sequence[
             continue
         for i, size in enumerate(sizes):
             if _key(size, shape) not in known:
-                known[_key(size, shape)] = fastest(size, shape, weights[:COPIES]).hex()
+                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights[:COPIES]).hex()
             progress((done + i / len(sizes)) / len(seen))
         gemm_cublaslt.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
     if len(known) > before:
@@ -94,6 +94,15 @@ def _write(place: Path, known: dict[str, str]) -> None:
         passing = place.with_suffix(f".{os.getpid()}")
         passing.write_text(json.dumps(known, indent=0))
         passing.replace(place)
+
+
+def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
+    """None where there is no memory for a result beside the others."""
+    try:
+        return fastest(rows, shape, weights)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return b""
 
 
 def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
