@@ -33,11 +33,11 @@ HERE = Path(__file__).resolve().parent
 MODELS = (HERE / "models/qwen3-0.6b", HERE / "models/llama-3.1-8b")
 SECONDS = {
     # part: its share of the time; what a part does not use goes to those after it
-    "kernels": 85,
-    "http": 110,
+    "kernels": 60,
+    "http": 130,
     "start": 15,
     "offline": 90,
-    "path": 40,
+    "path": 30,
 }
 GRACE_S = 15
 """To end in order, once a part's time is up."""
