@@ -4,11 +4,11 @@ Knows the library's C interface (its names and numbers are those of cublasLt.h) 
 for others to find out. Every product has the one workspace, so all must run on one stream. Where nothing was chosen, nothing is run.
 """
 
+import contextlib
 import ctypes
 import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -107,13 +107,14 @@ class Product:
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
 
     def candidates(self) -> list[bytes]:
-        """What the heuristic considers, best first. Raises RuntimeError where it knows nothing."""
+        """What the heuristic considers, best first; nothing where it knows nothing."""
         wish = _made("cublasLtMatmulPreferenceCreate")
         limit = ctypes.c_size_t(WORKSPACE)
         _call("cublasLtMatmulPreferenceSetAttribute", wish, WORKSPACE_LIMIT, ctypes.byref(limit), ctypes.c_size_t(8))
         found, count = (_Found * MOST)(), ctypes.c_int()
         layouts = self._weight, self._x, self._out, self._out
-        _call("cublasLtMatmulAlgoGetHeuristic", _handle(), self._description, *layouts, wish, MOST, found, ctypes.byref(count))
+        with contextlib.suppress(RuntimeError):
+            _call("cublasLtMatmulAlgoGetHeuristic", _handle(), self._description, *layouts, wish, MOST, found, ctypes.byref(count))
         _call("cublasLtMatmulPreferenceDestroy", wish)
         return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
 
@@ -124,12 +125,9 @@ class Product:
         status = check(_handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found))
         return status == 0 and found.workspace <= WORKSPACE
 
-    def run(self, x: Tensor, weight: Tensor, out: Tensor, algorithm: bytes) -> None:
-        """On the current stream. Raises RuntimeError when the algorithm cannot do it."""
-        self.bound(algorithm, x.device)(x, weight, out)
-
     def bound(self, algorithm: bytes, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """`run` with an algorithm, all that does not change made once: eager steps call it a hundred times each."""
+        """run(x, weight, out) on the current stream, which raises RuntimeError when the algorithm cannot do it. All that does not change is
+        made here, once: eager steps call it a hundred times each."""
         multiply, handle, description, given = _multiply(), _handle(), self._description, _Algorithm.from_buffer_copy(algorithm)
         a, b, d, one, zero = self._weight, self._x, self._out, ctypes.byref(self._one), ctypes.byref(self._zero)
         chosen, space = ctypes.byref(given), _workspace(device).data_ptr()
@@ -182,7 +180,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
     return out
 
 
-@contextmanager
+@contextlib.contextmanager
 def recording() -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:
     """What `product` is asked for meanwhile: by shape, the first row count and the weights."""
     global _seen

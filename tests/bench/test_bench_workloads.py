@@ -101,5 +101,5 @@ def test_a_warm_up_has_as_many_streams_and_few_tokens() -> None:
     assert workloads.parse("256x128/128").warmup().streams == 256
     assert workloads.parse("256x128/128").warmup().output == (16, 16)
     alone = workloads.parse("1x128/256", 5).warmup()
-    assert (alone.requests, alone.streams, alone.output) == (workloads.FIRST, 1, (8, 8))
+    assert (alone.requests, alone.streams, alone.output) == (workloads.WARMUPS_ALONE, 1, (8, 8))
     assert workloads.parse("4x4/4").warmup().output == (4, 4)

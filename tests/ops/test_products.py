@@ -153,7 +153,7 @@ def test_a_wrong_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
             out[-1] = float("nan")
 
     monkeypatch.setattr(products, "Product", Library)
-    monkeypatch.setattr(Library, "candidates", lambda self: [b"\3" * 64, FAST, REFUSED], raising=False)
+    monkeypatch.setattr(Library, "candidates", lambda self: [b"\3" * 64, REFUSED, FAST], raising=False)
     monkeypatch.setattr(Library, "run", run)
     monkeypatch.setattr(products, "_times", lambda runs, weights: {algorithm: -float(i) for i, algorithm in enumerate(runs)})
     assert products.fastest(50, SHAPE, weights(SHAPE)) == FAST

@@ -20,7 +20,7 @@ FIRST_ID = 100
 POISSON_S = 10
 ALONE = 8
 """Requests one after the other where one client measures latencies."""
-FIRST = 16
+WARMUPS_ALONE = 16
 """So many before them: each of several frontends and tokenizers is to have had some."""
 TEXT = (
     "time people way day man thing woman life child world school state family student group country problem hand part place case week "
@@ -73,7 +73,7 @@ class Workload:
     def warmup(self) -> "Workload":
         """As many requests at a time, for a few tokens: what is compiled or captured on first use is, before anything is timed."""
         if self.streams == 1:
-            return dataclasses.replace(self, requests=FIRST, output=(min(self.output[0], 8),) * 2)
+            return dataclasses.replace(self, requests=WARMUPS_ALONE, output=(min(self.output[0], 8),) * 2)
         short = min(self.output[0], max(8, self.output[0] // 8))
         return dataclasses.replace(self, requests=min(self.requests, max(self.streams, 1)), output=(short, short))
 

@@ -10,7 +10,8 @@ from .architecture import Architecture
 from .gpus import Gpu
 from .kv import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
 
-CAPTURED_TOKENS: Final = (4096, 8192)
+CAPTURED_TOKENS: Final = 4096
+CAPTURED_TOKENS_SMALL: Final = 8192
 SMALL_MODEL: Final = 2_000_000_000
 """Parameters."""
 UNFUSED: Final = 2.5
@@ -87,7 +88,7 @@ def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
 def captured_tokens(arch: Architecture) -> int:
     """Tokens of the largest step with prompts that is captured in a graph. Larger ones keep the GPU busy for longer than the CPU takes to
     launch their kernels, which is soon so for large models; and graphs have activations of their own."""
-    return CAPTURED_TOKENS[arch.parameters < SMALL_MODEL]
+    return CAPTURED_TOKENS_SMALL if arch.parameters < SMALL_MODEL else CAPTURED_TOKENS
 
 
 def _mlp_width(arch: Architecture) -> int:

@@ -6,7 +6,6 @@ one kind of GPU and one version of the library; so starts after the first measur
 """
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -30,8 +29,6 @@ LEAST_GAIN: Final = 0.02
 """Less is noise."""
 LEAST_COLUMNS: Final = 256
 """Smaller products, such as a router's, cost next to nothing."""
-COPIES: Final = 6
-"""Weights that launches take turns over: together they are larger than the GPU's cache."""
 BURST_US: Final = 60.0
 """How long a candidate runs at a time, at least."""
 ROUNDS: Final = 3
@@ -61,7 +58,7 @@ def choose(forward: Callable[[], object], tokens: Sequence[int], rows: Sequence[
             continue
         for i, size in enumerate(sizes):
             if _key(size, shape) not in known:
-                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights[:COPIES]).hex()
+                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
             progress((done + i / len(sizes)) / len(seen))
         gemm_cublaslt.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
     if len(known) > before:
@@ -106,7 +103,8 @@ def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> by
 
 
 def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """An algorithm; none where torch's choice is as fast."""
+    """An algorithm; none where torch's choice is as fast. Launches take turns over `weights`, all that have the shape: in a step, too, no
+    weight is in the GPU's cache when its turn comes."""
     n, k, dtype = shape
     x = torch.randn(rows, k, dtype=dtype, device=weights[0].device)
     out = torch.empty(rows, n, dtype=dtype, device=x.device)
@@ -114,17 +112,14 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
     sample = slice(None, None, max(1, rows // 64))
     runs[b""](weights[0])
     exact = out[sample].float()
-    with contextlib.suppress(RuntimeError):  # the library knows nothing for the shape, or cannot do what it named
-        product = Product(rows, shape)
-        for algorithm in product.candidates():
-            product.run(x, weights[0], out.fill_(float("nan")), algorithm)
+    product = Product(rows, shape)
+    for algorithm in product.candidates():
+        multiply = product.bound(algorithm, x.device)
+        with contextlib.suppress(RuntimeError):  # what the library names it cannot always do
+            multiply(x, weights[0], out.fill_(float("nan")))
             if float((out[sample].float() - exact).norm()) <= TOLERANCE * float(exact.norm()):
-                runs[algorithm] = functools.partial(_into, product.bound(algorithm, x.device), x, out)
+                runs[algorithm] = lambda weight, multiply=multiply: multiply(x, weight, out)
     return best(_times(runs, weights)) if len(runs) > 1 else b""
-
-
-def _into(product: Callable[[Tensor, Tensor, Tensor], None], x: Tensor, out: Tensor, weight: Tensor) -> None:
-    product(x, weight, out)
 
 
 def _times(runs: dict[bytes, Run], weights: Sequence[Tensor]) -> dict[bytes, float]:
