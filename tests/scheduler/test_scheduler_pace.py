@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.config import SchedulerConfig
-from pagewire.scheduler import batch, pace
+from pagewire.scheduler import batch, loop, pace
 from pagewire.scheduler.pace import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk
 from pagewire.scheduler.state import Scheduler, Tick
 from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Step, StepCost, StepResult, Submit, WorkerFacts
@@ -422,3 +422,13 @@ def test_everything_ends_as_it_should_when_blocks_are_short(cost, caching):
     assert all(w.output(h) == w.expected(h) for h in handles)
     assert w.scheduler.stats()["num_preemptions"] > 0
     w.assert_idle()
+
+
+@pytest.mark.parametrize(("later_ms", "pause_ms"), [(0, 11), (9.5, 1.5), (10, 1), (40, 1)])
+def test_the_loop_waits_until_the_next_step_is_due_and_not_past_it(monkeypatch, later_ms, pause_ms):
+    """Also when that was while the loop was busy."""
+    line = decoding(LARGE, 200, prompt=900, blocks=40_000)
+    scheduler, now = line.scheduler, line.scheduler.now
+    monkeypatch.setattr(scheduler.engine, "due", lambda since: now + 0.010 if since < now + 0.010 else inf)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now + later_ms / 1000)
+    assert loop.Loop(scheduler, None, None)._pause_s() == pytest.approx(pause_ms / 1000)

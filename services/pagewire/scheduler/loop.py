@@ -42,9 +42,10 @@ class Loop:
             self.deliver(self.state.handle(Tick(time.monotonic())))
 
     def _pause_s(self) -> float:
-        """Until the next step is due, in whole milliseconds, which is what a wait is counted in."""
-        now = time.monotonic()
-        return min(WAIT_S, max(0.0, self.state.engine.due(now) - now) + 0.001)
+        """Until the next step is due, in whole milliseconds, which is what a wait is counted in. What became due since the last tick has
+        not been tried yet."""
+        due = self.state.engine.due(self.state.now)
+        return min(WAIT_S, max(0.0, due - time.monotonic()) + 0.001)
 
     def deliver(self, outputs: list[Output]) -> None:
         """Send. A peer that cannot be reached is one more event, whose outputs are sent as well."""
