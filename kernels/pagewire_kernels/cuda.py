@@ -2,19 +2,20 @@
 operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for the device or allocates anything but its
-results, grids depend on shapes alone, and lengths are read on the device.
+results, grids depend on shapes alone, and lengths are read on the device. Attention by torch (attention_torch.py) is the exception.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_torch, gemm
 from .activation import gelu, gelu_mul, gelu_tanh, relu, silu_mul
 from .attention_decode import Rope, decode_attention
 from .attention_prefill import prefill_attention
 from .batch import Batch
 from .cascade import cascade_attention
 from .embedding import embedding
-from .gemm import linear
 from .gemm_row import linear_add, norm_gated, norm_linear
 from .moe import experts, pack_experts
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -65,6 +66,13 @@ def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
     return linear(x, packed)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] @ weight [N, K]^T + bias."""
+    if len(x) > 1 and attention_torch.serves(x.device):  # one row is multiplied without tensor cores anyway
+        return F.linear(x, weight, bias)
+    return gemm.linear(x, weight, bias)
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -80,8 +88,10 @@ def paged_attention(
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
     splits long contexts, and the others to the prefill kernel. Common blocks are read once a group where the batch has groups and the
-    layer neither window nor slopes.
+    layer neither window nor slopes. GPUs on which that is slow leave all of it to torch.
     """
+    if attention_torch.serves(q.device):
+        return attention_torch.paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap, slopes)
     rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
     groups = batch.groups if window is None and slopes is None else None
     if batch.max_query_len == 1 and groups is not None:
@@ -102,7 +112,7 @@ def rope_attention(
 ) -> Tensor:
     """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding few rows without groups takes one
     launch; among many, what each program does before it reads keys costs as much as the launch that is saved."""
-    few = batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS
+    few = not attention_torch.serves(qkv.device) and batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS
     if few and batch.max_query_len == 1 and batch.groups is None:
         return decode_attention(qkv, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, rope=rope)
     q = rope_and_cache(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch)
