@@ -176,6 +176,8 @@ class WorkerFacts(Record, frozen=True):
     """It reads blocks that rows of a step have in common once for all of them: steps may bring `Shared`."""
     cost: StepCost | None = None
     """None: not measured."""
+    max_num_batched_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    """Most tokens of a step, for which it has reserved memory; 0: as many as the scheduler likes."""
 
 
 class TokenizerFacts(Record, frozen=True):

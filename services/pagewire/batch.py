@@ -43,7 +43,7 @@ class Batch:
         beams: BeamOptions | None = None,
     ) -> None:
         self._engine, self._has_text = llm._engine, not llm._config.model.skip_tokenizer_init
-        self._limit = AHEAD * llm._config.scheduler.max_num_seqs * llm._config.num_workers
+        self._limit = AHEAD * llm._config.scheduler.num_seqs() * llm._config.num_workers
         self._draw, self._model = llm._random.getrandbits, beam_model(llm._roster, self._has_text)
         self._molds: dict[int, Mold] = {}
         self.groups: list[Group] = []

@@ -7,6 +7,7 @@ flags into the Struct, so that a setting is written once.
 import argparse
 import contextlib
 import os
+import types
 import typing
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +20,11 @@ GPU_STEP_TOKENS = 8192
 CPU_STEP_TOKENS = 2048
 """Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full long before. Twice as many where steps
 have no limit of time: then nobody waits for single tokens."""
+LARGE_GPU = 40 << 30
+SMALL_GPU_STEP_TOKENS = 2048
+"""A GPU with less memory than that, in bytes, takes shorter steps: the activations of a long one are half of what is left beside an 8B
+model's weights on a 24 GB card, and such cards are filled by fewer tokens."""
+USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 SEVERAL = ("served_model_name",)
@@ -88,8 +94,13 @@ class TokenizerConfig(Struct, frozen=True):
 
 
 class SchedulerConfig(Struct, frozen=True):
-    max_num_seqs: Annotated[int, _help("most requests in one step", ge=1, le=65536)] = 256
-    max_num_batched_tokens: Annotated[int, _help("most tokens in one step; 0: 8192 for a GPU, else 2048", ge=0, le=1048576)] = 0
+    max_num_seqs: Annotated[
+        Annotated[int, Meta(ge=1, le=65536)] | None,
+        _help("most requests in one step; default: 256, on a GPU below 40 GiB 128 or 64 where the KV cache would be small for them"),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int, _help("most tokens in one step; 0: 8192 on a GPU from 40 GiB on, else 2048", ge=0, le=1048576)
+    ] = 0
     max_step_ms: Annotated[
         float, _help("time of a step with running requests, in milliseconds, to which prefill is cut on a GPU; 0: no limit", ge=0)
     ] = 25.0
@@ -99,11 +110,17 @@ class SchedulerConfig(Struct, frozen=True):
     max_queued_tokens: Annotated[int, _help("prompt tokens that may wait before requests get 429", ge=1)] = 4_194_304
     max_queued_reqs: Annotated[int, _help("requests that may wait before requests get 429", ge=1)] = 16_384
 
-    def step_tokens(self, gpu: bool) -> int:
-        """Most tokens in one step."""
+    def step_tokens(self, gpu: bool, memory: int = LARGE_GPU) -> int:
+        """Most tokens in one step. memory: all bytes of the GPU."""
         if self.max_num_batched_tokens or not gpu:
             return self.max_num_batched_tokens or CPU_STEP_TOKENS
+        if memory < LARGE_GPU:
+            return max(SMALL_GPU_STEP_TOKENS, self.max_num_seqs or 0)
         return GPU_STEP_TOKENS if self.max_step_ms else 2 * GPU_STEP_TOKENS
+
+    def num_seqs(self) -> int:
+        """Most requests in one step, of a worker that does not say less."""
+        return self.max_num_seqs or USUAL_SEQS
 
 
 class WorkerConfig(Struct, frozen=True):
@@ -128,7 +145,12 @@ class WorkerConfig(Struct, frozen=True):
 
 
 def _plain(annotation: Any) -> Any:
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+    """The type alone, without bounds and without the None that stands for a default."""
+    if typing.get_origin(annotation) is Annotated:
+        return _plain(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _plain(typing.get_args(annotation)[0])
+    return annotation
 
 
 def _description(annotation: Any) -> str:
@@ -151,7 +173,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     told = _description(annotation)
-    shown = "" if default in ("", ()) or "default" in told else f" (default: {default})"
+    shown = "" if default in ("", (), None) or "default" in told else f" (default: {default})"
     options["help"] = f"{told}{shown}".replace("%", "%%")
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -240,6 +262,6 @@ def to_flags(config: Struct) -> list[str]:
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
             flags += [f"--{flag}={one}" for one in value]
-        elif value != "":
+        elif value not in ("", None):
             flags.append(f"--{flag}={value}")
     return flags

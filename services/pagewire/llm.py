@@ -52,7 +52,7 @@ class LLM:
         load_format: str = "auto",
         chat_template: str | None = None,
         enforce_eager: bool = False,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         **settings: Any,

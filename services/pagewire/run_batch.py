@@ -80,7 +80,7 @@ async def _with_services(config: stack.StackConfig, journal: Journal, shown: boo
         with service.joined():
             await _while_alive(crew, _wait_ready(service.state))
             crew.mark_ready()
-            limit = AHEAD * config.scheduler.max_num_seqs * config.num_workers
+            limit = AHEAD * config.scheduler.num_seqs() * config.num_workers
             with contextlib.closing(Bar(shown, journal.total, "Running batch", journal.before)) as bar:
                 await _while_alive(crew, answer_all(service.state, journal.lines(), limit, lambda outcome: _note(journal, bar, outcome)))
     finally:

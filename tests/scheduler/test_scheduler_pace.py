@@ -66,6 +66,15 @@ def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
     assert (Pace(None, SchedulerConfig()).step_tokens, Pace(LARGE, SchedulerConfig()).step_tokens) == (2048, 8192)
 
 
+def test_steps_are_no_larger_than_what_the_worker_has_memory_for():
+    """It knows its GPU; what was asked for counts where it is less."""
+    small = 24 << 30
+    assert [SchedulerConfig(max_step_ms=ms).step_tokens(True, small) for ms in (25, 0)] == [2048, 2048]
+    assert SchedulerConfig(max_num_batched_tokens=77).step_tokens(True, small) == 77
+    for reserved, asked, most in ((2048, 0, 2048), (2048, 512, 512), (2048, 4096, 2048), (0, 0, 8192), (0, 512, 512), (16_384, 0, 16_384)):
+        assert Pace(LARGE, SchedulerConfig(max_num_batched_tokens=asked), reserved).step_tokens == most
+
+
 @pytest.mark.parametrize(
     ("cost", "max_step_ms", "watched", "unwatched"),
     [(LARGE, 25, 25, 100), (LARGE, 10, 10, 40), (LARGE, 0, inf, inf), (None, 25, inf, inf)],

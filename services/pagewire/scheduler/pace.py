@@ -78,11 +78,13 @@ NOBODY: Final = Waiting(0, 0)
 
 
 class Pace:
-    """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited by time."""
+    """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited by time. reserved: most tokens of a step
+    that the worker has memory for; 0: it has said nothing."""
 
-    def __init__(self, cost: StepCost | None, config: SchedulerConfig) -> None:
+    def __init__(self, cost: StepCost | None, config: SchedulerConfig, reserved: int = 0) -> None:
         self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
-        self.step_tokens = config.step_tokens(gpu=cost is not None)
+        usual = config.step_tokens(gpu=cost is not None)
+        self.step_tokens = min(reserved, config.max_num_batched_tokens or reserved) or usual
         self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
         self._most = config.steps_in_flight if self.measured else min(LEAST_AHEAD, config.steps_in_flight)
         self._sent: deque[Sent] = deque()

@@ -63,10 +63,10 @@ class Replica:
         self.caching = config.enable_prefix_caching
         self.block_size = facts.block_size
         self.pool = BlockPool(facts.num_blocks)
-        self.slots = Slots(min(config.max_num_seqs, facts.max_num_seqs), facts.vocab_size, facts.eos_token_ids)
+        self.slots = Slots(min(config.num_seqs(), facts.max_num_seqs), facts.vocab_size, facts.eos_token_ids)
         cascade = self.caching and config.enable_cascade and facts.cascade
         self.prefixes = Prefixes(self.slots.count, self.block_size) if cascade else None
-        self.pace = Pace(facts.cost, config)
+        self.pace = Pace(facts.cost, config, facts.max_num_batched_tokens)
         self.accepting = True
         self.sent = self.returned = 0
         self.flights: deque[Flight] = deque()

@@ -17,7 +17,7 @@ from .setup import Loaded
 
 SMALL: Final = 128
 LARGE: Final = 2048
-"""Tokens of the two steps between which a token's time is measured."""
+"""Tokens of the two steps between which a token's time is measured; the second is shorter where steps are."""
 CHUNK: Final = 1024
 DEPTH: Final = 8192
 """New tokens, and tokens they attend to at most, of the chunk whose attention is measured."""
@@ -42,10 +42,11 @@ def timed(run: Callable[[], object]) -> float:
     return statistics.median(times[1:])
 
 
-def measure(steps: MixedSteps, loaded: Loaded) -> StepCost:
+def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     """Steps without attention give the time of a step and of a token in it; attention is measured in one layer and taken for all."""
-    small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, LARGE))
-    token = max(0.0, (large - small) / (LARGE - SMALL))
+    most = max(2 * SMALL, min(LARGE, step_tokens))
+    small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, most))
+    token = max(0.0, (large - small) / (most - SMALL))
     layers = loaded.decoder.arch.num_layers
     depth = min(DEPTH, loaded.sizing.max_model_len, loaded.sizing.num_blocks * loaded.sizing.block_size)
     chunk, read = min(CHUNK, depth), min(READ, depth)

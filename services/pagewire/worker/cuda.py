@@ -73,24 +73,25 @@ class CudaRunner:
     ) -> None:
         self._incarnation = incarnation
         self._loaded = setup.load(path, model, config, progress, scheduler)
-        sizing, eager = self._loaded.sizing, config.enforce_eager or not self._loaded.capturable
-        self._slots = Slots(scheduler.max_num_seqs, sizing.max_model_len, config.block_size)
+        sizing, plan, eager = self._loaded.sizing, self._loaded.on_gpu, config.enforce_eager or not self._loaded.capturable
+        self._slots = Slots(plan.rows, sizing.max_model_len, config.block_size)
+        cascade = scheduler.enable_cascade and not plan.attends_by_torch
         with torch.inference_mode(), memory_errors.explained("capturing graphs", sizing):
             self._state = SlotState.empty(self._slots.count + 1, self._slots.tables.shape[1], "cuda")
             self._uploads, pool = Uploads("cuda"), torch.cuda.graph_pool_handle()
-            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, scheduler.enable_cascade, pool)
+            self._graphs = DecodeGraphs(self._loaded, self._state, self._slots.count, eager, cascade, pool)
             self._special = SpecialRows(self._loaded, self._slots, self._state, self._uploads)
-            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, scheduler.enable_cascade, pool)
+            self._steps = MixedSteps(self._loaded, self._slots, self._state, self._uploads, eager, cascade, pool)
             if config.hopper_attention:
                 trust.check_prefill(self._loaded.caches[0], self._loaded.decoder.arch.num_heads, self._steps.row_counts())
             else:
                 distrust_hopper()
             if not eager:
-                self._choose_products(scheduler.step_tokens(gpu=True), progress)
-            self._steps.capture_all(scheduler.step_tokens(gpu=True), lambda fraction: progress("capturing steps with prompts", fraction))
+                self._choose_products(plan.step_tokens, progress)
+            self._steps.capture_all(plan.step_tokens, lambda fraction: progress("capturing steps with prompts", fraction))
             self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
             self._special.warm_up()
-            self._cost = cost.measure(self._steps, self._loaded)
+            self._cost = cost.measure(self._steps, self._loaded, plan.step_tokens)
         log.info(memory.outcome(sizing, torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]))
         log.info("steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads", *astuple(self._cost))
         self._ring = [torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
@@ -108,7 +109,8 @@ class CudaRunner:
         products.choose(self._steps.probe, tokens, rows, lambda fraction: progress("timing matrix products", fraction))
 
     def facts(self) -> WorkerFacts:
-        return replace(facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes)), cost=self._cost)
+        facts = facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes))
+        return replace(facts, cost=self._cost, max_num_batched_tokens=self._loaded.on_gpu.step_tokens)
 
     def notify(self, wake: Callable[[], None]) -> None:
         """`wake` is called, from another thread, whenever a flight is done."""

@@ -86,7 +86,7 @@ class FakeRunner:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
-        self._max_num_seqs, self._block_size = scheduler.max_num_seqs, config.block_size
+        self._max_num_seqs, self._block_size = scheduler.num_seqs(), config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         held = self._num_blocks * self._block_size
         if model.max_model_len > held:
@@ -101,7 +101,7 @@ class FakeRunner:
         self._last = np.zeros(0, np.int32)
         self._scores: list[PromptLogprobs] = []
         """Of the prompts that were admitted with this step."""
-        self._grow_to(scheduler.max_num_seqs)
+        self._grow_to(scheduler.num_seqs())
 
     def facts(self) -> WorkerFacts:
         return WorkerFacts(

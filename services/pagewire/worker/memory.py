@@ -26,18 +26,22 @@ PROMPT_LOGITS: Final = 1 << 24
 """Logits that exist at a time for log-probabilities of prompts."""
 MOST_UTILIZATION: Final = 0.98
 """What is worth suggesting."""
+LEAST_CONTEXT: Final = 2048
+"""A longer context is not cut to less than that without being asked to: few requests would fit."""
 
 
 @dataclass(frozen=True)
 class Load:
     """The most that runs at a time: tokens of a step, rows (requests) of a step, positions of a request. fused: by our own decoder, which
-    keeps fewer intermediate results than a model computed operation by operation."""
+    keeps fewer intermediate results than a model computed operation by operation. attention: bytes that attention works in where torch
+    computes it; 0 where kernels do."""
 
     tokens: int
     rows: int
     positions: int
     graphs: bool = True
     fused: bool = True
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,11 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
     logits = load.rows * arch.vocab_size
     scored = logits * (itemsize + 4 + 4 + 1) + PROMPT_LOGITS * (itemsize + 4 + 1) + logits * 4 * (arch.logit_cap is not None)
     step = step_bytes(arch, itemsize, load.tokens) * (1.0 if load.fused else UNFUSED)
-    activations = max(step, scored) + partial_bytes(arch, load.rows)
+    activations = max(step, scored) + (load.attention or partial_bytes(arch, load.rows))
     graphs = 0
     if load.graphs:
-        captured = step_bytes(arch, itemsize, captured_tokens(arch)) + step_bytes(arch, itemsize, load.rows)
+        largest = min(captured_tokens(arch), load.tokens)
+        captured = step_bytes(arch, itemsize, largest) + step_bytes(arch, itemsize, load.rows)
         graphs = captured + partial_bytes(arch, load.rows) + 2 * logits * itemsize + GRAPH * (64 + load.rows // 4)
     tables = 2 * load.positions * arch.head_dim * 4 + 4 * load.rows * (load.positions // 16 + 1) * 4
     return Workspace(int(activations * SLACK), graphs, logits * (5 + 6), tables)
@@ -131,10 +136,13 @@ def size(arch: Architecture, itemsize: int, weights: int, gpu: Gpu, wish: Wish, 
     budget = gpu.free if wish.blocks or wish.kv_bytes else gpu.free - int(gpu.total * (1 - wish.utilization))
     count = exact or max(0, budget - fixed) // each
     if not count or fixed + count * each > budget:
-        raise DoesNotFit(_no_room(gpu, wish, weights, space.total, count, each, budget, itemsize))
+        least = exact or max(1, -(-_least(arch, wish) // wish.block_size))
+        raise DoesNotFit(_no_room(gpu, wish, weights, space.total, least, each, budget, itemsize))
     length, note = context(arch, count * wish.block_size, wish.max_model_len, wish.fit)
     if length > count * wish.block_size:
         raise DoesNotFit(_too_long(gpu, wish, fixed, length, count, each))
+    if note and not exact and length < _least(arch, wish):
+        raise DoesNotFit(_too_short(gpu, wish, (weights, space.total, count * each), length, wish.max_model_len or arch.max_position))
     head = (_seen(gpu), _divided(gpu, wish, weights, space, count * each, budget), space.line())
     return Sizing(weights, each, count, wish.block_size, length, space.total, gpu, head, note)
 
@@ -152,10 +160,9 @@ def _divided(gpu: Gpu, wish: Wish, weights: int, space: Workspace, cache: int, b
 
 
 def _no_room(gpu: Gpu, wish: Wish, weights: int, space: int, count: int, each: int, budget: int, itemsize: int) -> str:
-    """Weights and workspace leave less than the KV blocks that were asked for, or less than one."""
-    fixed, least = weights + space, max(count, 1) * each
-    parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'at least ' if not count else ''}{gib(least)}"
-    exact = bool(wish.blocks or wish.kv_bytes)
+    """Weights and workspace leave less than the KV blocks that were asked for, or none where at least `count` are needed."""
+    fixed, least, exact = weights + space, count * each, bool(wish.blocks or wish.kv_bytes)
+    parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'' if exact else 'at least '}{gib(least)}"
     asked = "is free" if exact else f"may be used ({wish.utilization:.0%} of it less {gib(gpu.total - gpu.free)} in use)"
     help_: list[str] = []
     fitting = max(0, budget - fixed) // each
@@ -168,7 +175,7 @@ def _no_room(gpu: Gpu, wish: Wish, weights: int, space: int, count: int, each: i
         help_.append("--dtype half or bfloat16 halves the weights")
     if weights > budget:
         room = max(0, budget - space)
-        help_.append(f"a smaller or a quantized model ({gib(room)} are there for weights)")
+        help_.append(f"a smaller model ({gib(room)} are there for weights)")
     help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
     return f"the model needs {gib(fixed + least)} ({parts}) but of {gpu.title()} {gib(max(0, budget))} {asked}. " + _told(gpu, help_)
 
@@ -182,10 +189,32 @@ def _too_long(gpu: Gpu, wish: Wish, fixed: int, length: int, count: int, each: i
         help_.append(f"raise --kv-cache-memory-bytes to {needed * each}")
     else:
         help_ += _more_memory(gpu, wish, fixed + needed * each)
-    help_.append("a smaller or a quantized model leaves more for it")
+    help_.append("a smaller model leaves more for it")
     return (
         f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * each)}), there is room for {count:,} "
         f"({gib(count * each)}, {held:,} tokens). " + _told(gpu, help_)
+    )
+
+
+def _least(arch: Architecture, wish: Wish) -> int:
+    """Tokens below which a context that is cut is no use. Who asks for a shorter one may have it, and with --fit even less."""
+    if wish.max_model_len:
+        return LEAST_CONTEXT if wish.max_model_len >= LEAST_CONTEXT else 0
+    return min(LEAST_CONTEXT, arch.max_position)
+
+
+def _too_short(gpu: Gpu, wish: Wish, parts: tuple[int, int, int], held: int, wanted: int) -> str:
+    """parts: weights, workspace and what is left for KV blocks, in bytes."""
+    weights, space, cache = parts
+    least = min(LEAST_CONTEXT, wanted)
+    help_ = _more_memory(gpu, wish, weights + space + cache * least // held + cache // held * wish.block_size)
+    help_.append(f"--max-model-len {held} serves so short a context")
+    help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
+    help_.append("a smaller model leaves more for it")
+    return (
+        f"a context of {held:,} tokens is all that fits, of {wanted:,}, and less than {least:,} is served only when asked for: of "
+        f"{gpu.title()} {gib(weights + space + cache)} may be used, weights take {gib(weights)} and the workspace {gib(space)}, which "
+        f"leaves {gib(cache)} for the KV cache. " + _told(gpu, help_)
     )
 
 

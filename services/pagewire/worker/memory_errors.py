@@ -17,7 +17,7 @@ FAILED: Final = re.compile(r"CUDA|CUBLAS|CUDNN|cuBLAS|NCCL|Triton Error")
 WANTED: Final = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 REMEDIES: Final = (
     "lower --gpu-memory-utilization or --max-model-len, --max-num-seqs or --max-num-batched-tokens; use --enforce-eager (no graphs), "
-    "a smaller or a quantized model"
+    "a smaller model"
 )
 
 

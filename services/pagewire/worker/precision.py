@@ -46,6 +46,16 @@ def _for_gpu(kind: str, gpu: Gpu) -> Choice:
     return Choice(half, f"the checkpoint is bfloat16, which a {gpu.name} (compute capability {major}.{minor}) does not have: using float16")
 
 
+def overflow(dtype: str, model_type: str) -> str:
+    """A line where activations are known to leave float16's range (65,504), as Gemma's do; else empty."""
+    if dtype != "float16" or not model_type.startswith("gemma"):
+        return ""
+    return (
+        f"{model_type} in float16 may overflow, and a request that does ends with an error: it was made for bfloat16, which GPUs have from "
+        f"compute capability 8.0 on; --dtype float32 is safe, in twice the memory"
+    )
+
+
 def _refuse_old(kind: str, gpu: Gpu | None) -> str:
     """The words are those that users of vLLM find in its guides."""
     if kind == "bfloat16" and gpu is not None and gpu.capability < BFLOAT16_FROM:

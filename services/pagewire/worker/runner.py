@@ -72,7 +72,7 @@ class Runner:
         self._loaded = setup.load(path, model, config, progress)
         self._incarnation, self._device, self._tick = incarnation, self._loaded.device, tick
         self._caches = self._loaded.caches
-        self._slots = Slots(scheduler.max_num_seqs, self._loaded.sizing.max_model_len, config.block_size)
+        self._slots = Slots(scheduler.num_seqs(), self._loaded.sizing.max_model_len, config.block_size)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
         self._limits = Limits(self._slots, vocab_size, eos, self._device, self._tensor)
         self._scored: list[PromptScores] = []

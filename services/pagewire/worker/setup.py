@@ -12,15 +12,16 @@ from pagewire_kernels.backend import backend
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import gpus, kv, memory, memory_errors, precision, rotary, weights
+from . import gpus, kv, memory_errors, precision, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .beside import beside
 from .gguf_file import Gguf
+from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .gpus import Gpu
 from .layers import Build
 from .models import FAMILIES, describe, fallback
 from .models.decoder import Decoder
-from .models.fallback import FallbackDecoder, OtherArchitecture, Plan
+from .models.fallback import FallbackDecoder, Plan
 from .pytorch_file import PATTERN, PytorchFiles
 from .weights import Source
 
@@ -39,11 +40,18 @@ class Loaded:
     cache: Tensor
     eos_token_ids: tuple[int, ...]
     device: str
+    plan: GpuPlan | None = None
+    """On a GPU: what its memory was divided for."""
+
+    @property
+    def on_gpu(self) -> GpuPlan:
+        assert self.plan is not None
+        return self.plan
 
     @property
     def capturable(self) -> bool:
         """Whether a forward pass may be captured as a CUDA graph."""
-        return isinstance(self.decoder, Decoder)
+        return isinstance(self.decoder, Decoder) and not (self.plan and self.plan.attends_by_torch)
 
     @property
     def caches(self) -> list[Tensor]:
@@ -64,7 +72,8 @@ def load(
         other, config = plan_other(path, source, settings, model), structs.replace(config, enforce_eager=True)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
-    sizing = _size_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else _size(arch, dtype, model, config)
+    plan = plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
+    sizing = plan.sizing if plan else _size(arch, dtype, model, config)
     for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
@@ -79,7 +88,7 @@ def load(
         cache = torch.zeros(
             (arch.num_layers, 2, sizing.num_blocks, arch.num_kv_heads, sizing.block_size, arch.head_dim), dtype=dtype, device=device
         )
-    return Loaded(decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device)
+    return Loaded(decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device, plan)
 
 
 def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
@@ -131,18 +140,12 @@ def choose_device(asked: str) -> str:
     return ("cuda" if gpus.usable(asked) else "cpu") if asked in ("auto", "cuda") else asked
 
 
-def look_at_gpu() -> Gpu:
-    """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on it."""
-    gpu = gpus.survey(torch.cuda.current_device())
-    gpus.check(gpu, torch.cuda.get_arch_list())
-    return gpu
-
-
 def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
     """What `precision` chooses; a configuration that names no type, such as a GGUF file's, counts as bfloat16."""
     choice = precision.choose(asked, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), gpu)
-    if choice.note:
-        log.warning("%s", choice.note)
+    for line in (choice.note, precision.overflow(choice.dtype, str(config.get("model_type")))):
+        if line:
+            log.warning("%s", line)
     return DTYPES[choice.dtype]
 
 
@@ -158,24 +161,3 @@ def _size(arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: Wo
         head_copy=True,
         fit=config.fit,
     )
-
-
-def _size_gpu(
-    arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig, gpu: Gpu, scheduler: SchedulerConfig
-) -> kv.Sizing:
-    length = model.max_model_len
-    wish = memory.Wish(
-        config.gpu_memory_utilization, config.block_size, config.kv_cache_memory_bytes, config.num_kv_blocks, length, config.fit
-    )
-    tokens = scheduler.step_tokens(gpu=True)
-    fused = not isinstance(arch, OtherArchitecture)
-    load = memory.Load(tokens, scheduler.max_num_seqs, length or arch.max_position, not config.enforce_eager, fused)
-    return memory.size(arch, dtype.itemsize, weight_bytes(arch, dtype), gpu, wish, load)
-
-
-def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of all tensors that the model will have on a GPU, from their shapes alone."""
-    if isinstance(arch, OtherArchitecture):
-        return arch.parameters * dtype.itemsize
-    places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
-    return max(sum(place.nbytes for place in places.values()), kv.weight_bytes(arch, dtype.itemsize, head_copy=False))
