@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from pagewire.worker import gpus, precision
+from pagewire.worker import driver, gpus, precision
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
 
@@ -89,17 +89,17 @@ def test_others_that_cannot_be_seen_are_counted_and_little_use_is_not_mentioned(
 )
 def test_driver_version(text, version, tmp_path, monkeypatch):
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(gpus, "DRIVER_FILE", tmp_path / "version")
-    assert gpus.driver_version() == version
-    monkeypatch.setattr(gpus, "DRIVER_FILE", tmp_path / "none")
-    assert gpus.driver_version() == ""
+    monkeypatch.setattr(driver, "DRIVER_FILE", tmp_path / "version")
+    assert driver.driver_version() == version
+    monkeypatch.setattr(driver, "DRIVER_FILE", tmp_path / "none")
+    assert driver.driver_version() == ""
 
 
 OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). (Triggered internally at x.cpp:1)"
 
 
 @pytest.mark.parametrize(
-    ("cuda", "driver", "device", "warning", "visible", "said"),
+    ("cuda", "number", "device", "warning", "visible", "said"),
     [
         ("13.0", "", False, "", None, ""),
         ("", "", False, "", None, ""),
@@ -126,9 +126,126 @@ OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found v
         ("12.8", "550.1", True, "", None, "`nvidia-smi` may say why"),
     ],
 )
-def test_why_torch_uses_no_gpu(cuda, driver, device, warning, visible, said):
-    text = gpus.why_none(cuda, driver, device, warning, visible)
+def test_why_torch_uses_no_gpu(cuda, number, device, warning, visible, said):
+    text = driver.why_none(cuda, number, device, warning, visible)
     assert said in text and (said or not text) and "\n" not in text
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch, smi):
+    """machine(devices, library): what /dev has, and whether NVIDIA's library can be loaded; no kernel module."""
+
+    def make(*devices: str, library: bool = False) -> None:
+        (tmp_path / "dev").mkdir()
+        for name in devices:
+            (tmp_path / "dev" / name).touch()
+        monkeypatch.setattr(driver, "DEVICES", tmp_path / "dev")
+        monkeypatch.setattr(driver, "DRIVER_FILE", tmp_path / "none")
+        monkeypatch.setattr(driver, "LIBRARY", "libc.so.6" if library else "libnothing.so.1")
+
+    return make
+
+
+def test_wsl2_without_nvidias_library_has_no_nvidia_driver(machine, caplog):
+    """/dev/dxg is there for a GPU of any vendor."""
+    machine("dxg")
+    assert (driver.driver_version(), driver.has_device()) == ("", False)
+    sight = gpus.look(detailed=False)
+    assert (sight.reason, sight.driver) == ("", "")
+    gpus.usable.cache_clear()
+    assert not gpus.usable("auto") and not caplog.records
+
+
+@pytest.mark.parametrize(("output", "status", "number"), [("560.94\n", 0, "560.94"), ("560.94\n560.94\n", 0, "560.94"), ("", 9, "unknown")])
+def test_wsl2_with_nvidias_library(output, status, number, machine, smi):
+    smi(output, status)
+    machine("dxg", library=True)
+    assert (driver.driver_version(), driver.has_device()) == (number, True)
+    least = driver.why_none("13.0", number, True, "", None)
+    assert ("560.94 is too old" in least) == (number == "560.94")
+
+
+@pytest.mark.parametrize(("devices", "found"), [((), False), (("nvidia0", "nvidiactl"), True), (("nvidiactl",), False)])
+def test_devices_of_nvidia(devices, found, machine):
+    machine(*devices)
+    assert driver.has_device() == found and driver.driver_version() == ""
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.2")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    gpus.usable.cache_clear()
+    yield
+    gpus.usable.cache_clear()
+
+
+AMD = "AMD GPUs are not supported (this torch was built for ROCm 6.4.2); --device cpu runs without one"
+
+
+def test_amd_gpus_are_refused_in_a_line_and_auto_takes_the_cpu(rocm, two_gpus, machine, caplog):
+    """torch shows them as if they were CUDA's."""
+    machine("kfd", "dri")
+    sight = gpus.look()
+    assert (sight.count, sight.reason, sight.hidden, sight.gpus) == (0, AMD, True, ())
+    assert not gpus.usable("auto") and not gpus.usable("auto")
+    assert [record.getMessage() for record in caplog.records] == [f"running on the CPU: {AMD}"]
+    with pytest.raises(NoUsableGpu, match=r"--device cuda: AMD GPUs are not supported"):
+        gpus.usable("cuda")
+
+
+def test_a_torch_for_amd_beside_an_nvidia_gpu_or_none(rocm, machine, monkeypatch):
+    machine("nvidia0")
+    sight = gpus.look()
+    assert "an NVIDIA driver, but this torch was built for AMD GPUs (ROCm 6.4.2); install a CUDA build" in sight.reason and not sight.hidden
+    monkeypatch.setattr(driver, "has_device", lambda: False)
+    assert gpus.look().reason == ""
+
+
+def test_a_slice_of_a_gpu_is_asked_for_by_its_own_name(two_gpus, smi, monkeypatch):
+    facts = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, uuid="aa")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    smi("MIG-aa, 4242, python, 900\nGPU-aa, 17, other, 70000\n")
+    taken = gpus.survey(1)
+    assert (taken.uuid, taken.others) == ("MIG-aa", (Process(4242, "python", 900 * MIB),))
+
+
+A10 = Gpu(0, "NVIDIA A10", (8, 6), 22 * GIB, 3 * GIB)
+UNLIKE = [Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 79 * GIB), Gpu(2, "NVIDIA A10", (8, 6), 22 * GIB, 21 * GIB)]
+
+
+@pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("4,GPU-1f2e,0", "GPU-1f2e"), ("3, 2, 1", "2")])
+def test_a_gpu_with_more_room_is_named_and_how_to_choose_it(visible, name):
+    line = gpus.better(A10, UNLIKE, visible)
+    assert line.startswith(
+        "the model goes to GPU 0 (NVIDIA A10, 22.0 GiB), of which 3.0 GiB are free; GPU 1 (NVIDIA A100, 80.0 GiB) has 79.0 GiB free: "
+        f"CUDA_VISIBLE_DEVICES={name} takes that one"
+    )
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in line and "\n" not in line
+
+
+def test_gpus_that_are_alike_are_not_worth_a_line():
+    assert gpus.better(A10, [], None) == ""
+    assert gpus.better(UNLIKE[0], [A10, UNLIKE[1]], None) == ""
+    assert gpus.better(UNLIKE[0], [Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 80 * GIB)], None) == ""
+
+
+def test_other_gpus_are_looked_at_without_a_context_on_them(two_gpus, smi, monkeypatch):
+    names = {0: ("NVIDIA A10", 8, 6, "aa", 22 * GIB), 1: ("NVIDIA A100", 8, 0, "bb", 80 * GIB)}
+    keys = ("name", "major", "minor", "uuid", "total_memory")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(**dict(zip(keys, names[i], strict=True))))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_86"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    smi("GPU-aa, 20000\nGPU-bb, 4000\n")
+    chosen = Gpu(0, "NVIDIA A10", (8, 6), 22 * GIB, 21 * GIB)
+    assert gpus.idle_elsewhere(chosen) == "", "it is larger, and taken"
+    smi("", 9)
+    assert "GPU 1 (NVIDIA A100, 80.0 GiB) has 79.2 GiB free: CUDA_VISIBLE_DEVICES=1 takes that one" in gpus.idle_elsewhere(chosen)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+    assert gpus.idle_elsewhere(chosen) == "", "this torch has no code for it"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpus.idle_elsewhere(chosen) == ""
 
 
 @pytest.fixture
@@ -183,6 +300,16 @@ def test_old_gpus_are_refused_by_name():
     gpus.check(A100, ())
 
 
+def test_a_v100_is_told_which_torch_has_code_for_it():
+    """It is promised, and the usual torch has none."""
+    with pytest.raises(NoUsableGpu) as caught:
+        gpus.check(Gpu(0, "Tesla V100-SXM2-16GB", (7, 0), 16 * GIB, 15 * GIB), ("sm_75", "sm_80", "sm_90"))
+    assert "install a torch that was built for sm_70, such as PyTorch's builds for CUDA 12.6" in str(caught.value)
+    with pytest.raises(NoUsableGpu) as caught:
+        gpus.check(A100, ("sm_90",))
+    assert "12.6" not in str(caught.value) and str(caught.value).endswith("built for sm_80; --device cpu runs without it")
+
+
 @pytest.mark.parametrize(
     ("capability", "built", "runs"),
     [
@@ -235,6 +362,13 @@ def test_bfloat16_on_an_old_gpu_is_refused_in_the_known_words():
         "Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your Tesla T4 GPU has compute capability 7.5. "
         "You can use float16 instead by explicitly setting the `dtype` flag in CLI, for example: --dtype=half."
     )
+
+
+def test_gemma_in_float16_is_warned_of():
+    for name in ("gemma", "gemma2", "gemma3_text"):
+        line = precision.overflow("float16", name)
+        assert line.startswith(f"{name} in float16 may overflow") and "--dtype float32" in line and "\n" not in line
+    assert precision.overflow("bfloat16", "gemma2") == precision.overflow("float16", "llama") == ""
 
 
 def test_types_that_nothing_computes_in():

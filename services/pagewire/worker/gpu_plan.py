@@ -44,6 +44,8 @@ def look_at_gpu() -> Gpu:
     """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on it."""
     gpu = gpus.survey(torch.cuda.current_device())
     gpus.check(gpu, torch.cuda.get_arch_list())
+    if line := gpus.idle_elsewhere(gpu):
+        log.warning(line)
     return gpu
 
 

@@ -8,27 +8,26 @@ import functools
 import logging
 import os
 import re
-import subprocess
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
+
+from . import driver
 
 log = logging.getLogger("pagewire.worker")
 GIB: Final = 1 << 30
 LEAST_CAPABILITY: Final = (7, 0)
+VOLTA: Final = ", such as PyTorch's builds for CUDA 12.6: those for CUDA 12.8 and later leave it out"
 CONTEXT: Final = 3 * GIB // 4
 """What the CUDA context of this process takes before any tensor exists, at most; used where NVML does not say."""
-SMI: Final = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits")
-SMI_S: Final = 20
-LEAST_DRIVER: Final = {11: 450, 12: 525, 13: 580}
-"""Of each CUDA release (its first number) the oldest driver that runs it, by NVIDIA's table of minor version compatibility."""
-HIDDEN: Final = ("", "-1")
-"""Values of CUDA_VISIBLE_DEVICES that leave no GPU."""
-DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
+SMI: Final = ("--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits")
+SMI_FREE: Final = ("--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
+MUCH_MORE: Final = 2 * GIB
+"""Free memory that another GPU must have beyond the chosen one's to be worth a line, beside a tenth of that."""
 
 
 class NoUsableGpu(ValueError):
@@ -98,14 +97,17 @@ def look(detailed: bool = True) -> Sight:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    version, driver, cuda = str(torch.__version__), driver_version(), torch.version.cuda or ""
+    version, number, cuda = str(torch.__version__), driver.driver_version(), torch.version.cuda or ""
+    device, visible = driver.has_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = not device or (visible is not None and visible.strip() in driver.HIDDEN)
+    if torch.version.hip:
+        reason = driver.why_no_rocm(torch.version.hip, number, device, count > 0 or driver.has_amd_device())
+        return Sight(version, cuda, number, reason=reason, hidden=hidden)
     if not count:
         first = str(said[0].message) if said else ""
-        device, visible = has_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        hidden = not device or (visible is not None and visible.strip() in HIDDEN)
-        return Sight(version, cuda, driver, reason=why_none(cuda, driver, device, first, visible), hidden=hidden)
+        return Sight(version, cuda, number, reason=driver.why_none(cuda, number, device, first, visible), hidden=hidden)
     found = tuple(survey(i) for i in range(count)) if detailed else ()
-    return Sight(version, cuda, driver, count, tuple(torch.cuda.get_arch_list()), found)
+    return Sight(version, cuda, number, count, tuple(torch.cuda.get_arch_list()), found)
 
 
 def survey(index: int) -> Gpu:
@@ -114,10 +116,15 @@ def survey(index: int) -> Gpu:
 
     free, total = torch.cuda.mem_get_info(index)
     facts = torch.cuda.get_device_properties(index)
-    uuid = f"GPU-{facts.uuid}" if hasattr(facts, "uuid") else ""
+    uuid = uuid_of(facts)
     own = CONTEXT + torch.cuda.memory_reserved(index)
     gpu = Gpu(index, facts.name, (facts.major, facts.minor), total, free, uuid, own)
     return with_processes(gpu, processes(uuid)) if total - free - own > GIB // 4 else gpu
+
+
+def uuid_of(facts: Any) -> str:
+    """As NVIDIA's tools write it; `facts`: torch's properties of a GPU. A slice (MIG) is named so, and has one of its own."""
+    return f"{'MIG' if ' MIG ' in facts.name else 'GPU'}-{facts.uuid}" if hasattr(facts, "uuid") else ""
 
 
 def with_processes(gpu: Gpu, found: Sequence[Process]) -> Gpu:
@@ -147,11 +154,7 @@ def _from_nvml(uuid: str) -> list[Process] | None:
 
 
 def _from_smi(uuid: str) -> list[Process]:
-    try:
-        text = subprocess.run(SMI, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_smi(text, uuid)
+    return parse_smi(driver.nvidia_smi(*SMI), uuid)
 
 
 def parse_smi(text: str, uuid: str) -> list[Process]:
@@ -171,41 +174,6 @@ def process_name(pid: int) -> str:
     return "a process"
 
 
-def driver_version() -> str:
-    """Of NVIDIA's kernel module; empty when none is loaded."""
-    with contextlib.suppress(OSError):
-        match = re.search(r"Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", DRIVER_FILE.read_text())
-        return match[1] if match else "unknown"
-    return ""
-
-
-def has_device() -> bool:
-    """Whether this process is given any of NVIDIA's devices (a container may not be); the second name is that of WSL2."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-
-
-def why_none(cuda: str, driver: str, device: bool, warning: str, visible: str | None) -> str:
-    """Why torch, built for CUDA release `cuda` ("" for none), uses no GPU; empty when there is simply none. warning: torch's own words."""
-    if not driver and not device:
-        return ""
-    here = f"there is an NVIDIA driver {driver}".rstrip()
-    if not device:
-        return f"{here}, but no GPU is given to this process; start a container with --gpus all"
-    if not cuda:
-        return f"{here}, but this torch was built without CUDA; install a CUDA build of torch"
-    if visible is not None and visible.strip() in HIDDEN:
-        return f"{here}, but CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
-    least = LEAST_DRIVER.get(int(cuda.partition(".")[0]), 0)
-    number = driver.partition(".")[0]
-    if number.isdecimal() and int(number) < least:
-        return (
-            f"the NVIDIA driver {driver} is too old for this torch, built for CUDA {cuda}: install driver {least} or newer, "
-            f"or a torch built for an older CUDA"
-        )
-    said = warning.removeprefix("CUDA initialization: ").partition("(Triggered")[0].strip()
-    return f"{here}, but torch, built for CUDA {cuda}, cannot use the GPU" + (f": {said}" if said else "; `nvidia-smi` may say why")
-
-
 def check(gpu: Gpu, architectures: Sequence[str]) -> None:
     """Raises NoUsableGpu when our kernels, or those that torch was built with, cannot run on it."""
     major, minor = gpu.capability
@@ -217,7 +185,7 @@ def check(gpu: Gpu, architectures: Sequence[str]) -> None:
     if architectures and not any(_runs(name, gpu.capability) for name in architectures):
         raise NoUsableGpu(
             f"{gpu.title()} has compute capability {major}.{minor}, and this torch was built for {', '.join(architectures)} only; "
-            f"install a torch that was built for sm_{major}{minor}"
+            f"install a torch that was built for sm_{major}{minor}" + VOLTA * (gpu.capability == (7, 0)) + "; --device cpu runs without it"
         )
 
 
@@ -230,6 +198,49 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     if match[4]:
         return built == capability
     return built <= capability and (match[1] == "compute" or built[0] == capability[0])
+
+
+def idle_elsewhere(chosen: Gpu) -> str:
+    """A line where another of torch's GPUs has much more free memory than the chosen one; empty where none has. Starts no context there."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        return ""
+    built, free = torch.cuda.get_arch_list(), parse_free(driver.nvidia_smi(*SMI_FREE))
+    others: list[Gpu] = []
+    for index in set(range(count)) - {chosen.index}:
+        facts = torch.cuda.get_device_properties(index)
+        left = free.get(uuid_of(facts), facts.total_memory - CONTEXT)
+        others.append(Gpu(index, facts.name, (facts.major, facts.minor), facts.total_memory, left))
+    return better(chosen, [other for other in others if runs(other, built)], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def better(chosen: Gpu, others: Sequence[Gpu], visible: str | None) -> str:
+    """The line about the one of `others` with the most free memory, if that is much more. visible: CUDA_VISIBLE_DEVICES."""
+    best = max(others, key=lambda other: (other.free, -other.index), default=chosen)
+    if best.free - chosen.free < max(MUCH_MORE, chosen.free // 10):
+        return ""
+    name = visible.split(",")[best.index].strip() if visible else str(best.index)
+    return (
+        f"the model goes to {chosen.title()}, of which {chosen.free / GIB:.1f} GiB are free; {best.title()} has {best.free / GIB:.1f} GiB "
+        f"free: CUDA_VISIBLE_DEVICES={name} takes that one (CUDA counts the fastest first; nvidia-smi's numbers are CUDA's under "
+        f"CUDA_DEVICE_ORDER=PCI_BUS_ID)"
+    )
+
+
+def parse_free(text: str) -> dict[str, int]:
+    """Bytes by UUID, of lines like `GPU-1f2e, 80424` (MiB)."""
+    pairs = [line.split(", ") for line in text.splitlines() if line.count(", ") == 1]
+    return {uuid.strip(): int(free) << 20 for uuid, free in pairs if free.strip().isdecimal()}
+
+
+def runs(gpu: Gpu, architectures: Sequence[str]) -> bool:
+    try:
+        check(gpu, architectures)
+    except NoUsableGpu:
+        return False
+    return True
 
 
 @functools.cache
