@@ -66,10 +66,12 @@ def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> 
     for kind in np.unique(kinds, axis=1).T:
         alike = columns[:, (kinds == kind[:, None]).all(0)]
         queries, span = _padding(alike)
-        most = min(SCORES // (shape.heads * queries * span), GATHERED // (shape.kv_heads * shape.size * span))
-        for first in range(0, alike.shape[1], max(1, most)):
-            chosen = alike[:, first : first + max(1, most)]
-            found.append(Pieces(*chosen, *_padding(chosen)))
+        most = max(1, min(SCORES // (shape.heads * queries * span), GATHERED // (shape.kv_heads * shape.size * span)))
+        for first in range(0, alike.shape[1], most):
+            chosen = alike[:, first : first + most]
+            queries, span = _padding(chosen)
+            rows, tokens, counts, starts, lows = chosen
+            found.append(Pieces(rows, tokens, counts, starts, lows, queries, span))
     return found
 
 

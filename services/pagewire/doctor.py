@@ -16,14 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from . import hub
 from .cli import add_model, new_parser, read_all, take_model
 from .config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
+from .doctor_gpus import describe
 from .version import __version__
 from .worker import kernel_cache
-from .worker.gpus import NoUsableGpu, Sight, read_sight
+from .worker.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
 from .worker.gpus import check as check_gpu
 from .worker.precision import BFLOAT16_FROM
 
@@ -82,7 +83,7 @@ def check_device(sight: Sight, device: str) -> Finding:
     """`device` is the flag: what keeps torch from a GPU is no defect where the CPU was asked for."""
     built = f"torch {sight.torch}" + (f" for CUDA {sight.cuda}" if sight.cuda else "")
     if sight.gpus:
-        return _check_gpus(sight, built)
+        return _first_gpu(sight, built, device)
     if sight.reason:
         wanted = device == "cuda" or (device == "auto" and not sight.hidden)
         return Finding("BROKEN" if wanted else "note", "device", f"{sight.reason} ({built})")
@@ -90,22 +91,27 @@ def check_device(sight: Sight, device: str) -> Finding:
     return Finding("BROKEN", "device", f"--device cuda, but {none}") if device == "cuda" else Finding("note", "device", none)
 
 
-def _check_gpus(sight: Sight, built: str) -> Finding:
-    """The first GPU is the one that a worker takes."""
-    told, mark = list[str](), cast(Mark, "ok")
-    for gpu in sight.gpus:
-        major, minor = gpu.capability
-        text = f"{gpu.title()}, compute capability {major}.{minor}, {gpu.free / 2**30:.1f} GiB free"
-        if gpu.users():
-            text, mark = f"{text}; {gpu.users()}", "note"
-        if gpu.capability < BFLOAT16_FROM:
-            text, mark = f"{text}; no bfloat16: float16 is used instead", "note"
-        told.append(text)
+def _first_gpu(sight: Sight, built: str, device: str) -> Finding:
+    """The one that a worker takes; of several, what is said to someone who might want another."""
+    built, visible = f"({built}, driver {sight.driver or 'unknown'})", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device not in ("auto", "cuda"):
+        return Finding("ok", "device", f"--device {device}: no GPU is used {built}")
+    first, *others = sight.gpus
+    others = [gpu for gpu in others if runs(gpu, sight.architectures)]
     try:
-        check_gpu(sight.gpus[0], sight.architectures)
+        check_gpu(first, sight.architectures)
     except NoUsableGpu as error:
-        return Finding("BROKEN", "device", str(error))
-    return Finding(mark, "device", f"{'; '.join(told)} ({built}, driver {sight.driver or 'unknown'})")
+        instead = f"; CUDA_VISIBLE_DEVICES={name_of(others[0].index, visible)} takes {others[0].title()}" if others else ""
+        return Finding("BROKEN", "device", f"{error}{instead}")
+    line = better(first, others, visible)
+    return Finding("note" if line else "ok", "device", f"{line or 'the model goes to ' + first.title()} {built}")
+
+
+def check_each_gpu(sight: Sight) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    for gpu in sight.gpus:
+        subject, (usable, text) = f"GPU {gpu.index}", describe(gpu, sight)
+        limited = not usable or gpu.users() or gpu.capability < BFLOAT16_FROM
+        yield subject, functools.partial(Finding, "note" if limited else "ok", subject, text)
 
 
 def check_compiler() -> Finding:
@@ -224,6 +230,7 @@ def list_checks(
     yield "versions", check_versions
     yield "device", lambda: check_device(sight(), worker.device)
     with contextlib.suppress(RuntimeError, subprocess.SubprocessError):  # the finding above says so
+        yield from check_each_gpu(sight())
         if sight().gpus and worker.device != "cpu":
             yield from (("compiler", check_compiler), ("kernel cache", check_kernel_cache))
     yield "memory", check_memory

@@ -210,8 +210,8 @@ def idle_elsewhere(chosen: Gpu) -> str:
     built, free = torch.cuda.get_arch_list(), parse_free(driver.nvidia_smi(*SMI_FREE))
     others: list[Gpu] = []
     for index in set(range(count)) - {chosen.index}:
-        facts = torch.cuda.get_device_properties(index)
-        left = free.get(uuid_of(facts), facts.total_memory - CONTEXT)
+        facts: Any = torch.cuda.get_device_properties(index)
+        left = int(free.get(uuid_of(facts), facts.total_memory - CONTEXT))
         others.append(Gpu(index, facts.name, (facts.major, facts.minor), facts.total_memory, left))
     return better(chosen, [other for other in others if runs(other, built)], os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -221,12 +221,16 @@ def better(chosen: Gpu, others: Sequence[Gpu], visible: str | None) -> str:
     best = max(others, key=lambda other: (other.free, -other.index), default=chosen)
     if best.free - chosen.free < max(MUCH_MORE, chosen.free // 10):
         return ""
-    name = visible.split(",")[best.index].strip() if visible else str(best.index)
     return (
         f"the model goes to {chosen.title()}, of which {chosen.free / GIB:.1f} GiB are free; {best.title()} has {best.free / GIB:.1f} GiB "
-        f"free: CUDA_VISIBLE_DEVICES={name} takes that one (CUDA counts the fastest first; nvidia-smi's numbers are CUDA's under "
-        f"CUDA_DEVICE_ORDER=PCI_BUS_ID)"
+        f"free: CUDA_VISIBLE_DEVICES={name_of(best.index, visible)} takes that one (CUDA counts the fastest first; "
+        f"nvidia-smi's numbers are CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID)"
     )
+
+
+def name_of(index: int, visible: str | None) -> str:
+    """What CUDA_VISIBLE_DEVICES, now `visible`, is to be for torch's GPU `index` to be the only one."""
+    return visible.split(",")[index].strip() if visible else str(index)
 
 
 def parse_free(text: str) -> dict[str, int]:
