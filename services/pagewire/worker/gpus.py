@@ -210,9 +210,9 @@ def idle_elsewhere(chosen: Gpu) -> str:
     built, free = torch.cuda.get_arch_list(), parse_free(driver.nvidia_smi(*SMI_FREE))
     others: list[Gpu] = []
     for index in set(range(count)) - {chosen.index}:
-        facts: Any = torch.cuda.get_device_properties(index)
-        left = int(free.get(uuid_of(facts), facts.total_memory - CONTEXT))
-        others.append(Gpu(index, facts.name, (facts.major, facts.minor), facts.total_memory, left))
+        facts = torch.cuda.get_device_properties(index)
+        total = int(facts.total_memory)
+        others.append(Gpu(index, facts.name, (facts.major, facts.minor), total, free.get(uuid_of(facts), total - CONTEXT)))
     return better(chosen, [other for other in others if runs(other, built)], os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
