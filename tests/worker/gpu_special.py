@@ -1,12 +1,13 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_special.py [cpu]
+    python tests/worker/gpu_special.py [cpu|torch]
 
 A tiny random model in float32, requests of every kind in one batch, steps several ahead of their results, slots that pass from one request
 to the next, requests that are resumed. Each token of the CudaRunner is held against transformers on the CPU: its logits, restricted by its
 own processors. Since a GPU rounds otherwise, a token may be second best by less than TIE. Log-probabilities of tokens and of prompts are
 held against exact ones, and what the CPU's Runner says to the same requests is counted. One line tells the verdict; the exit status is 0
-when all is well. With `cpu`, the CPU's Runner is put to the same test: does the check itself work?
+when all is well. With `cpu`, the CPU's Runner is put to the same test: does the check itself work? With
+`torch`, attention and products run as on GPUs below compute capability 8.0: through torch, without graphs.
 """
 
 import random
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire_kernels import capability
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from worker.conftest import Driver
@@ -222,6 +224,8 @@ def sampled_scores(result: StepResult) -> list[tuple[int, Scores]]:
 
 
 def main(device: str) -> int:
+    if device == "torch":
+        device, capability.TRITON_TENSOR_CORES_FROM = "cuda", (99, 0)
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu_special: NOT RUN, torch sees no GPU")
         return 2
