@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,8 @@ DRIVER_FILE: Final = Path("/proc/driver/nvidia/version")
 DEVICES: Final = Path("/dev")
 SMI_S: Final = 20
 LIBRARY: Final = "libcuda.so.1"
+ON_WSL: Final = "/usr/lib/wsl/lib/nvidia-smi"
+"""Where WSL2 has the program, which not every process finds on its path."""
 
 
 def driver_version() -> str:
@@ -31,8 +34,9 @@ def driver_version() -> str:
 
 def nvidia_smi(*arguments: str) -> str:
     """What it prints; empty where it is missing or fails."""
+    program = shutil.which("nvidia-smi") or ON_WSL
     try:
-        return subprocess.run(("nvidia-smi", *arguments), capture_output=True, text=True, timeout=SMI_S, check=True).stdout
+        return subprocess.run((program, *arguments), capture_output=True, text=True, timeout=SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -91,4 +95,4 @@ def why_none(cuda: str, driver: str, device: bool, warning: str, visible: str | 
 
 
 def _here(driver: str) -> str:
-    return f"there is an NVIDIA driver {driver}".rstrip()
+    return f"there is an NVIDIA driver {'' if driver == 'unknown' else driver}".rstrip()
