@@ -108,6 +108,20 @@ def test_the_layers_of_a_step_read_its_lengths_once():
     assert set(batch.plan.groups) == {None, 8}
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("soft_cap", "sloped"), [(None, False), (3.0, False), (None, True)])
+def test_everything_is_computed_where_the_caches_are(window, soft_cap, sloped):
+    """On torch's meta device, whose tensors no operation mixes with those of the CPU; lengths alone are on the host."""
+    q, k, v, batch = paged([1, 19, 4], [77, 50, 9], 2, 3, 64, 16)
+    far = {name: getattr(batch, name).to("meta") for name in ("positions", "slot_mapping", "query_start", "seq_lens", "block_tables")}
+    known = attention_torch.Steps(batch.query_start.long(), batch.seq_lens.long(), {})
+    batch = replace(batch, plan=known, **far)
+    slopes = torch.ones(6, device="meta") if sloped else None
+    for _ in range(2):
+        out = paged_attention(q.to("meta"), k.to("meta"), v.to("meta"), batch, 0.1, window, soft_cap, slopes)
+        assert (out.device.type, out.shape) == ("meta", (24, 384))
+
+
 @pytest.fixture
 def tight(monkeypatch):
     """Limits that make many pieces of small batches."""

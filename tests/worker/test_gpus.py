@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from pagewire.worker import driver, gpus, precision
+from pagewire.worker import driver, gpus, precision, setup
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
 
@@ -369,6 +369,15 @@ def test_gemma_in_float16_is_warned_of():
         line = precision.overflow("float16", name)
         assert line.startswith(f"{name} in float16 may overflow") and "--dtype float32" in line and "\n" not in line
     assert precision.overflow("bfloat16", "gemma2") == precision.overflow("float16", "llama") == ""
+
+
+def test_a_checkpoint_of_gemma_on_an_old_gpu_says_both(caplog):
+    dtype = setup.choose_dtype("auto", {"model_type": "gemma2", "torch_dtype": "bfloat16"}, T4)
+    said = [record.getMessage() for record in caplog.records]
+    assert dtype == torch.float16 and len(said) == 2
+    assert "does not have: using float16" in said[0] and "gemma2 in float16 may overflow" in said[1]
+    setup.choose_dtype("auto", {"model_type": "llama", "torch_dtype": "float16"}, T4)
+    assert len(caplog.records) == 2
 
 
 def test_types_that_nothing_computes_in():
