@@ -1,11 +1,11 @@
 """Which launch shapes are chosen for a card, and what happens when the card refuses one. What they need is for test_shapes_fit.py."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
-from pagewire_kernels import attention_prefill, cascade, decode_shapes, gemm, sampling, shapes
+from ops import hopper_shapes
+from pagewire_kernels import attention_prefill, decode_shapes, gemm, sampling, shapes
 from pagewire_kernels.attention_prefill import PrefillConfig
 from pagewire_kernels.decode_shapes import DecodeConfig
 from pagewire_kernels.gemm import SkinnyConfig
@@ -20,54 +20,10 @@ def nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "_refused", set())
 
 
-@pytest.fixture(params=[KIB_227])
-def hopper(request: pytest.FixtureRequest) -> Iterator[None]:
-    with shapes.pretend(request.param):
-        yield
-
-
-PREFILL_ON_HOPPER = {
-    64: PrefillConfig(block_m=128, block_n=64, warps=8, stages=3),
-    80: PrefillConfig(block_m=64, block_n=64, warps=4, stages=3),
-    96: PrefillConfig(block_m=64, block_n=64, warps=4, stages=3),
-    128: PrefillConfig(block_m=64, block_n=64, warps=4, stages=3),
-    256: PrefillConfig(block_m=128, block_n=64, warps=8, stages=2),
-}
-PREFIX_ON_HOPPER = {dim: PrefillConfig(64, 64, 4, 3) if dim <= 128 else PrefillConfig(64, 32, 4, 2) for dim in PREFILL_ON_HOPPER}
-DECODE_ON_HOPPER = {
-    16: (64, 2, 3, 64, 32),
-    64: (32, 2, 4, 128, 16),
-    128: (32, 2, 4, 256, 16),
-    256: (64, 2, 3, 1024, 8),
-    1024: (32, 2, 4, 1024, 4),
-    4096: (32, 1, 2, 2048, 2),
-    5000: (32, 1, 2, 2048, 1),
-}
-"""Measured on an H200; whoever changes them measures again."""
-
-
-@pytest.mark.parametrize("dim", PREFILL_ON_HOPPER)
-def test_hopper_keeps_the_measured_shapes_of_prefill_and_common_blocks(dim: int, hopper: None) -> None:
-    assert attention_prefill.choose(dim, 2).first(CPU) == PREFILL_ON_HOPPER[dim]
-    assert cascade.choose(dim, 2).first(CPU) == PREFIX_ON_HOPPER[dim]
-
-
-@pytest.mark.parametrize("programs", DECODE_ON_HOPPER)
-@pytest.mark.parametrize("group", [1, 4, 16])
-def test_hopper_keeps_the_measured_shapes_of_decode(programs: int, group: int, hopper: None) -> None:
-    fields = DECODE_ON_HOPPER[programs]
-    for dim in (64, 80, 128):
-        assert decode_shapes.choose(dim, group, programs, 2).first(CPU) == DecodeConfig(*fields)
-    assert decode_shapes.choose(256, group, programs, 2).first(CPU) == DecodeConfig(32, 2, 4, *fields[3:])
-
-
-def test_hopper_keeps_the_measured_shapes_of_products_and_the_search(hopper: None) -> None:
-    few, one = SkinnyConfig(64, 128, 4, 4, 5), SkinnyConfig(4, 1024, 1, 4, 3)
-    assert gemm.pick_config(8, 4096, 4096) == few and gemm.pick_config(1, 16384, 4096) == one
-    for itemsize in (2, 4):
-        assert gemm.choose(few, 8, itemsize).first(CPU) == few
-        assert gemm.choose(one, 1, itemsize).first(CPU) == one
-        assert sampling.choose_block(itemsize).first(CPU) == 8192
+def test_hopper_keeps_the_measured_shapes() -> None:
+    with shapes.pretend(KIB_227):
+        for what, chosen, measured in hopper_shapes.choices(CPU):
+            assert chosen == measured, what
 
 
 @pytest.mark.parametrize(("limit", "shape"), [(KIB_163, (128, 64, 8, 2)), (KIB_99, (64, 32, 4, 2)), (65_536, (32, 32, 4, 1))])
@@ -75,7 +31,7 @@ def test_less_memory_takes_smaller_shapes(limit: int, shape: tuple[int, int, int
     with shapes.pretend(limit):
         assert attention_prefill.choose(256, 2).first(CPU) == PrefillConfig(*shape)
         assert attention_prefill.choose(128, 2).first(CPU).stages == (3 if limit > 65_536 else 2)
-    assert attention_prefill.choose(256, 2).first(CPU) == PREFILL_ON_HOPPER[256]
+    assert attention_prefill.choose(256, 2).first(CPU) == hopper_shapes.PREFILL[256]
 
 
 @pytest.mark.parametrize(("limit", "dim", "itemsize", "tile"), [
