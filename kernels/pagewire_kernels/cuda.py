@@ -2,7 +2,8 @@
 operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for the device or allocates anything but its
-results, grids depend on shapes alone, and lengths are read on the device.
+results, grids depend on shapes alone, and lengths are read on the device. A mixture of experts is an exception on some GPUs
+(grouped_product.py).
 """
 
 import torch
