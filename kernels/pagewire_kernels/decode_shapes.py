@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-import triton
-
 from .shapes import Candidate, Choice
 
 
@@ -43,9 +41,13 @@ def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
     return config if group <= 16 else replace(config, warps=max(2, config.warps))
 
 
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 def shared_bytes(config: DecodeConfig, head_dim: int, group: int, itemsize: int) -> int:
     """Of shared memory, on every target: the tiles of keys and values that are under way, the queries, and the weights of a tile."""
-    rows, width = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(head_dim)
+    rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
     tiles = 2 * (config.stages - 1) * config.block_n
     return itemsize * (tiles * width + rows * width + rows * config.block_n) + MARGIN
 
