@@ -10,8 +10,9 @@ Knows nothing of scheduling; rows of length 0 are padding and give zeros.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,18 +20,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+from .decode_shapes import DecodeConfig, choose, pick_config
 from .workspace import counters, overlap
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a request."""
-
-    block_n: int
-    warps: int
-    stages: int
-    chunk: int
-    splits: int
 
 
 @triton.jit
@@ -204,26 +195,6 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
         _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
 
 
-_TABLE = (
-    (16, (64, 2, 3, 64, 32)),
-    (64, (32, 2, 4, 128, 16)),
-    (128, (32, 2, 4, 256, 16)),
-    (256, (64, 2, 3, 1024, 8)),
-    (1024, (32, 2, 4, 1024, 4)),
-    (4096, (32, 1, 2, 2048, 2)),
-)
-"""Up to so many programs (rows * KV heads): the fields of DecodeConfig."""
-
-
-def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
-    """The launch shape for `programs` = rows * KV heads of `group` query heads; measured on an H200 (docs/performance.md)."""
-    fields = next((fields for limit, fields in _TABLE if programs <= limit), (32, 1, 2, 2048, 1))
-    config = DecodeConfig(*fields)
-    if head_dim > 128:
-        return replace(config, block_n=32, warps=2, stages=4)
-    return config if group <= 16 else replace(config, warps=max(2, config.warps))
-
-
 @dataclass(frozen=True)
 class Rope:
     """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of the QK-norm or None; its eps."""
@@ -246,28 +217,54 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     `slopes`: ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and values are written to
     their pages. `shared`: a cascade.Shared whose partial results join the merge.
     """
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
     group = heads // hkv
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
-    c = config or pick_config(dim, group, rows * hkv)
-    prefixes = 0 if shared is None else shared.splits
+    splits = (config or pick_config(dim, group, rows * hkv)).splits
     if shared is None:
-        part = torch.empty(rows * heads * c.splits * dim if c.splits > 1 else 1, dtype=torch.float32, device=q.device)
-        lse = torch.empty(rows * heads * c.splits, dtype=torch.float32, device=q.device)
+        part = torch.empty(rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device)
+        partial = _Partial(part, torch.empty(rows * heads * splits, dtype=torch.float32, device=q.device))
     else:
-        part, lse = shared.part, shared.lse
+        partial = _Partial(shared.part, shared.lse, shared.splits, shared.lengths)
+    inputs = q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out
+    launch = functools.partial(_launch, inputs, rope, partial, group, scale, window, soft_cap)
+    if config is not None:
+        launch(config)
+    else:
+        choose(dim, group, rows * hkv, q.element_size()).launch(q.device, launch)
+    return out
+
+
+class _Partial(NamedTuple):
+    """The workspace: partial results and their log-sum-exps, in which each row has `prefixes` slots of a common prefix before its own."""
+
+    part: torch.Tensor
+    lse: torch.Tensor
+    prefixes: int = 0
+    lengths: torch.Tensor | None = None
+
+
+_Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
+]  # fmt: skip
+"""Those of decode_attention, and `out`."""
+
+
+def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, scale: float, window: int | None, soft_cap: float | None,
+            c: DecodeConfig) -> None:  # fmt: skip
+    q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out = inputs
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     cos_sin, q_weight, k_weight, eps = (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, None if shared is None else shared.lengths, slopes, cos_sin, q_weight, k_weight,
-        out, part, lse, counters(q.device, "decode attention", rows * hkv),
+        q, k_cache, v_cache, tables, seq_lens, query_start, partial.lengths, slopes, cos_sin, q_weight, k_weight,
+        out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),
         scale * LOG2E, soft_cap or 1.0, eps, q.stride(0), tables.stride(0), k_cache.stride(0),
         HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
-        PREFIXES=prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, ALIBI=slopes is not None,
+        PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, ALIBI=slopes is not None,
         ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
         num_warps=c.warps, **overlap(q.device))  # fmt: skip
-    return out

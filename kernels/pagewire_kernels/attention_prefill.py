@@ -10,6 +10,7 @@ Where attention_prefill_hopper.py has a kernel for the GPU and the shape, and th
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .attention_common import HIDDEN, LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+from .shapes import KIB_163, Candidate, Choice
 
 LEAST_TOKENS: Final = 512
 """Of a launch of the Hopper kernel: its programs are large and begin slowly."""
@@ -136,13 +138,31 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def pick_config(head_dim: int, page: int, group: int, tokens: int) -> PrefillConfig:
-    """The launch shape; measured on an H200 (docs/performance.md)."""
-    if head_dim > 128:
-        return PrefillConfig(block_m=128, block_n=64, warps=8, stages=2)
-    if head_dim <= 64:
-        return PrefillConfig(block_m=128, block_n=64, warps=8, stages=3)
-    return PrefillConfig(block_m=64, block_n=64, warps=4, stages=3)
+_IN_FLOAT32: Final = {
+    64: (Candidate(PrefillConfig(32, 32, warps=8, stages=2)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
+    128: (Candidate(PrefillConfig(32, 32, warps=8, stages=2)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
+    256: (Candidate(PrefillConfig(32, 16, warps=8, stages=1)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
+}
+"""By the largest head size. Exact products have no tensor cores: each multiplication is an instruction, unrolled, so that large tiles take
+minutes to compile and keep kilobytes of a thread's registers in memory; these take seconds."""
+_IN_HALF: Final = {
+    64: (Candidate(PrefillConfig(128, 64, warps=8, stages=3)), Candidate(PrefillConfig(64, 32, warps=4, stages=2))),
+    128: (Candidate(PrefillConfig(64, 64, warps=4, stages=3)), Candidate(PrefillConfig(64, 32, warps=4, stages=2))),
+    256: (
+        Candidate(PrefillConfig(128, 64, warps=8, stages=2), KIB_163),
+        Candidate(PrefillConfig(64, 32, warps=4, stages=2)),
+        Candidate(PrefillConfig(32, 32, warps=4, stages=1)),
+    ),
+}
+"""In bfloat16 and float16. The first of each was measured on an H200 (docs/performance.md)."""
+
+
+@functools.cache
+def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
+    """The launch shapes for a head size and an element size in bytes."""
+    table = _IN_FLOAT32 if itemsize == 4 else _IN_HALF
+    size = next((size for size in table if head_dim <= size), max(table))
+    return Choice(f"prefill attention (head size {head_dim}, {itemsize} bytes an element)", table[size])
 
 
 def hopper_has(capability: tuple[int, int], dtype: torch.dtype, dim: int, group: int, page: int) -> bool:
@@ -183,15 +203,26 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     tokens are padding; with `skip_one` rows of one token are left to decode attention. Rows of `out` past the last token stay as they
     are. `slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
     """
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
-    group = q.shape[1] // hkv
+    dim = k_cache.shape[3]
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
     if config is None and window is None and soft_cap is None and slopes is None and takes_hopper(q, k_cache, v_cache):
         from .attention_prefill_hopper import hopper_prefill
 
         return hopper_prefill(q, k_cache, v_cache, tables, seq_lens, query_start, scale, skip_one=skip_one, out=out)
-    c = config or pick_config(dim, page, group, q.shape[0])
+    launch = functools.partial(_launch, q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, scale, window, soft_cap, skip_one)
+    if config is not None:
+        launch(config)
+    else:
+        choose(dim, q.element_size()).launch(q.device, launch)
+    return out
+
+
+def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
+            query_start: torch.Tensor, slopes: torch.Tensor | None, out: torch.Tensor, scale: float, window: int | None,
+            soft_cap: float | None, skip_one: bool, c: PrefillConfig) -> None:  # fmt: skip
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
     _prefill[((q.shape[0] // (block_m // gp) + rows) * hkv,)](
@@ -203,4 +234,3 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0,
         num_warps=c.warps)  # fmt: skip
-    return out

@@ -8,15 +8,19 @@ grouping of its batch size, none at all included. Knows nothing of how groups ar
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
+from . import attention_prefill
 from .attention_common import LOG2E, MASKED
 from .attention_decode import decode_attention, pick_config
-from .attention_prefill import _find_request, _span
+from .attention_prefill import PrefillConfig, _find_request, _span
+from .shapes import Candidate, Choice
 
 
 @dataclass
@@ -101,25 +105,51 @@ def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits:
     return Shared(prefixes, lengths, part, torch.empty(slots, dtype=torch.float32, device=q.device))
 
 
+_SMALLER: Final = Candidate(PrefillConfig(64, 32, warps=4, stages=2))
+_IN_HALF: Final = {
+    128: (Candidate(PrefillConfig(64, 64, warps=4, stages=3)), _SMALLER),
+    256: (_SMALLER, Candidate(PrefillConfig(32, 32, warps=4, stages=1))),
+}
+"""In bfloat16 and float16, by the largest head size."""
+
+
+@functools.cache
+def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
+    """The launch shapes of the part that reads common blocks; in float32 those of prefill, which compile in seconds."""
+    shapes = attention_prefill.choose(head_dim, itemsize).candidates if itemsize == 4 else _IN_HALF[128 if head_dim <= 128 else 256]
+    return Choice(f"attention to common blocks (head size {head_dim}, {itemsize} bytes an element)", shapes)
+
+
 def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         groups: Groups,
                       scale: float, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
-                      out: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+                      out: torch.Tensor | None = None, config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use
-    decode_attention. With `query_start`, the rows in groups are of one token and come first, so that row i is token i."""
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    decode_attention. With `query_start`, the rows in groups are of one token and come first, so that row i is token i. `config` is the
+    launch shape of the part that reads common blocks."""
+    rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
-    gp, config = triton.next_power_of_2(group), pick_config(dim, group, rows * hkv)
-    shared = _shared(q, rows, count, hkv, dim, config.splits, groups.shared)
-    block_m, block_n = max(64, gp), 64 if dim <= 128 else 32
+    splits = pick_config(dim, group, rows * hkv).splits
+    shared = _shared(q, rows, count, hkv, dim, splits, groups.shared)
+    launch = functools.partial(_launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, soft_cap)
+    if config is not None:
+        launch(config)
+    else:
+        choose(dim, q.element_size()).launch(q.device, launch)
+    return decode_attention(q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, query_start=query_start, out=out, shared=shared)
+
+
+def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, groups: Groups, shared: Shared,
+            splits: int, scale: float, soft_cap: float | None, c: PrefillConfig) -> None:  # fmt: skip
+    (_, hkv, page, dim), count, rows = k_cache.shape, groups.lengths.shape[0], groups.shared.shape[0]
+    group = q.shape[1] // hkv
+    gp = triton.next_power_of_2(group)
+    block_m = max(c.block_m, gp)
     _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](
         q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E,
         soft_cap or 1.0, q.stride(0), tables.stride(0),
         k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + config.splits, CAP=soft_cap is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if dim <= 128 else 2, WIDE=k_cache.numel() >= 2**31,
-        PER_PAGE=block_n % page == 0 and page & (page - 1) == 0, num_warps=4)  # fmt: skip
-    return decode_attention(
-        q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, query_start=query_start, out=out, shared=shared, config=config
-    )
+        BLOCK_N=c.block_n,
+        G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + splits, CAP=soft_cap is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
+        PER_PAGE=c.block_n % page == 0 and page & (page - 1) == 0, num_warps=c.warps)  # fmt: skip

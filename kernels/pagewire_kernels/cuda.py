@@ -2,7 +2,8 @@
 operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for the device or allocates anything but its
-results, grids depend on shapes alone, and lengths are read on the device. Attention by torch (attention_torch.py) is the exception.
+results, grids depend on shapes alone, and lengths are read on the device. Exceptions are, on some GPUs, attention by torch
+(attention_torch.py) and a mixture of experts (grouped_product.py).
 """
 
 import torch

@@ -8,7 +8,9 @@ Where cuBLAS is as fast, `linear` leaves the work to it.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 import triton
@@ -16,9 +18,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import gemm_cublaslt
+from .shapes import Candidate, Choice
 from .workspace import counters, overlap
 
 MAX_ROWS = 8
+PADDED_ROWS: Final = 16
+"""The least that a product by tensor cores has."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,23 @@ def pick_config(rows: int, n: int, k: int) -> SkinnyConfig | None:
     return SkinnyConfig(4, 512, 1, 1, 4)
 
 
+def _padded(rows: int) -> int:
+    return 1 if rows == 1 else PADDED_ROWS
+
+
+def shared_bytes(config: SkinnyConfig, rows: int, itemsize: int) -> int:
+    """Of shared memory: weights and rows of the steps under way. Hopper's `wgmma` keeps one step more, for which there is room."""
+    return itemsize * (config.stages - 1) * config.block_k * (config.block_n + _padded(rows))
+
+
+@functools.cache
+def choose(best: SkinnyConfig, rows: int, itemsize: int) -> Choice[SkinnyConfig]:
+    """`best`, then with fewer steps under way; the splits stay the same."""
+    shapes = [replace(best, stages=stages) for stages in (best.stages, 3, 2) if stages <= best.stages]
+    candidates = tuple(Candidate(shape, shared_bytes(shape, rows, itemsize)) for shape in dict.fromkeys(shapes))
+    return Choice(f"skinny product ({best.block_n} x {best.block_k}, {itemsize} bytes an element)", candidates)
+
+
 def skinny_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, config: SkinnyConfig | None = None
 ) -> torch.Tensor:
@@ -134,11 +156,21 @@ def skinny_linear(
     (rows, k), n = x.shape, weight.shape[0]
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows of x, and this kernel takes at most {MAX_ROWS}; use linear")
-    c = config or pick_config(rows, n, k) or SkinnyConfig(block_n=32, block_k=128, splits=2, warps=4, stages=4)
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    launch = functools.partial(_launch, x, weight, bias, out)
+    if config is not None:
+        launch(config)
+    else:
+        best = pick_config(rows, n, k) or SkinnyConfig(block_n=32, block_k=128, splits=2, warps=4, stages=4)
+        choose(best, rows, x.element_size()).launch(x.device, launch)
+    return out
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, c: SkinnyConfig) -> None:
+    (rows, k), n = x.shape, weight.shape[0]
     span = triton.cdiv(triton.cdiv(k, c.splits), c.block_k) * c.block_k
     splits = triton.cdiv(k, span)
-    padded = 1 if rows == 1 else 16
-    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    padded = _padded(rows)
     part = torch.empty(splits * n * padded, dtype=torch.float32, device=x.device) if splits > 1 else out
     tiles = triton.cdiv(n, c.block_n)
     _skinny[(tiles, splits)](
@@ -146,14 +178,12 @@ def skinny_linear(
         BK=c.block_k, SPLITS=splits,
         SPAN=span, EVEN=k % c.block_k == 0 and n % c.block_n == 0, BIAS=bias is not None, STAGES=c.stages, num_warps=c.warps,
         **overlap(x.device))  # fmt: skip
-    return out
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T + bias: by the kernel here where it is the faster one, else by cuBLAS, with an algorithm chosen for the
     shape where there is one (gemm_cublaslt.py)."""
-    config = pick_config(x.shape[0], weight.shape[0], x.shape[1])
-    if config is not None:
-        return skinny_linear(x, weight, bias, config)
+    if pick_config(x.shape[0], weight.shape[0], x.shape[1]) is not None:
+        return skinny_linear(x, weight, bias)
     found = gemm_cublaslt.product(x, weight) if bias is None else None
     return torch.nn.functional.linear(x, weight, bias) if found is None else found

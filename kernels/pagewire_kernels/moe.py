@@ -1,8 +1,10 @@
-"""A mixture of experts on a GPU, with shapes that depend on the number of tokens alone, so that it can be captured in a CUDA graph: which
-expert has how many tokens is known on the device only, and nothing waits for it.
+"""A mixture of experts on a GPU, with shapes that depend on the number of tokens alone: which expert has how many tokens is known on the
+device only.
 
-In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product (CUTLASS, compute capability 8.0 on), which reads the
-matrices of the chosen experts only. In other types every token goes through every expert, weighted by zero where it was not chosen.
+In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product, which reads the matrices of the chosen experts only. It
+has a kernel of its own (CUTLASS) for compute capability 9.x and 10.x; on others it copies the counts to the CPU and multiplies expert by
+expert, which is right but cannot be captured in a CUDA graph (grouped_product.py). In other types every token goes through every expert,
+weighted by zero where it was not chosen.
 """
 
 import torch

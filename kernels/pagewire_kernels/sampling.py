@@ -10,6 +10,7 @@ mean.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .filters import _thresholds
+from .shapes import KIB_163, Candidate, Choice
 from .workspace import counters
 
 _ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -142,11 +144,23 @@ def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arr
         _finish(numbers, ids, at, tokens, logprobs, bads, row, slices, S_PAD)
 
 
+@functools.cache
+def choose_block(itemsize: int) -> Choice[int]:
+    """Logits a step of the search, three of which are under way beside the one in work: in float32, 8192 are all but 3 KiB of what the
+    smallest cards have."""
+    shapes = Candidate(8192, KIB_163 if itemsize == 4 else 0), Candidate(4096, 0), Candidate(1024, 0)
+    return Choice(f"top-k and top-p ({itemsize} bytes an element)", shapes)
+
+
 def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """float32 [B]: the least logit that top-k, top-p and min-p leave to each row; minus infinity where nothing restricts it."""
     out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    _thresholds[(logits.shape[0],)](logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, out, logits.shape[1], logits.stride(0),
-                                    ULP=_ULP[logits.dtype], BLOCK=8192, num_warps=16)  # fmt: skip
+
+    def launch(block: int) -> None:
+        _thresholds[(logits.shape[0],)](logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, out, logits.shape[1],
+                                        logits.stride(0), ULP=_ULP[logits.dtype], BLOCK=block, num_warps=16)  # fmt: skip
+
+    choose_block(logits.element_size()).launch(logits.device, launch)
     return out
 
 

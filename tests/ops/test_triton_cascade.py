@@ -3,32 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from ops.triton_cases import error, paged
+from ops.triton_cases import error, grouped, paged
 from pagewire.worker.cascade import MOST_GROUPS, GroupBuffers
 from pagewire.worker.slots import BadStep
 from pagewire_kernels import cuda, reference
-from pagewire_kernels.cascade import Groups, cascade_attention
+from pagewire_kernels.cascade import cascade_attention
 from pagewire_protocol.messages import Shared, pack
-
-
-def grouped(rows: list[list[int]], lengths: list[int], total: int, unused: int) -> Groups:
-    """Groups of the given rows; `unused` empty ones follow."""
-    order = [row for group in rows for row in group]
-    starts = [0]
-    for group in rows:
-        starts.append(starts[-1] + len(group))
-    shared = [0] * total
-    for group, length in zip(rows, lengths, strict=True):
-        for row in group:
-            shared[row] = length
-    order += [0] * (total - len(order))
-    i32 = torch.int32
-    return Groups(
-        torch.tensor(order, dtype=i32),
-        torch.tensor(starts + [starts[-1]] * unused, dtype=i32),
-        torch.tensor(lengths + [0] * unused, dtype=i32),
-        torch.tensor(shared, dtype=i32),
-    )
 
 
 @pytest.mark.parametrize(("dim", "group", "page", "cap"), [(64, 4, 16, None), (80, 3, 16, 4.0), (128, 1, 8, None), (64, 8, 48, None)])

@@ -2,6 +2,7 @@
 
 import torch
 from pagewire_kernels.batch import Batch, make_batch
+from pagewire_kernels.cascade import Groups
 from torch import Tensor
 
 
@@ -32,3 +33,23 @@ def error(out: Tensor, ref: Tensor) -> float:
 def seq_lens_only(batch: Batch, lengths: list[int]) -> Batch:
     batch.seq_lens = torch.tensor(lengths, dtype=torch.int32)
     return batch
+
+
+def grouped(rows: list[list[int]], lengths: list[int], total: int, unused: int) -> Groups:
+    """Groups of the given rows; `unused` empty ones follow."""
+    order = [row for group in rows for row in group]
+    starts = [0]
+    for group in rows:
+        starts.append(starts[-1] + len(group))
+    shared = [0] * total
+    for group, length in zip(rows, lengths, strict=True):
+        for row in group:
+            shared[row] = length
+    order += [0] * (total - len(order))
+    i32 = torch.int32
+    return Groups(
+        torch.tensor(order, dtype=i32),
+        torch.tensor(starts + [starts[-1]] * unused, dtype=i32),
+        torch.tensor(lengths + [0] * unused, dtype=i32),
+        torch.tensor(shared, dtype=i32),
+    )

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 from pagewire.worker import beside as module
-from pagewire.worker.beside import beside
+from pagewire.worker.beside import beside, ticking
+from pagewire.worker.loop import _Narrator
 
 
 def test_the_result_comes_back_and_ticks_meanwhile(monkeypatch):
@@ -26,3 +27,65 @@ def test_errors_come_back():
 
     with pytest.raises(ValueError, match="it cannot be had"):
         beside(fail, lambda: None)
+
+
+def test_ticks_come_while_this_thread_is_held_up_and_end_with_the_block(monkeypatch):
+    monkeypatch.setattr(module, "TICK_S", 0.001)
+    ticks, enough = [], threading.Event()
+
+    def tick():
+        ticks.append(threading.current_thread())
+        if len(ticks) > 3:
+            enough.set()
+
+    with ticking(tick):
+        assert enough.wait(30)
+    assert threading.current_thread() not in ticks and len(set(ticks)) == 1 and not ticks[0].is_alive()
+
+
+def test_an_error_of_the_block_comes_back_and_ends_the_ticks(monkeypatch):
+    monkeypatch.setattr(module, "TICK_S", 0.001)
+    first, threads = threading.Event(), set()
+
+    def tick():
+        threads.add(threading.current_thread())
+        first.set()
+
+    with pytest.raises(ValueError, match="it cannot be had"), ticking(tick):
+        assert first.wait(30)
+        raise ValueError("it cannot be had")
+    assert not any(thread.is_alive() for thread in threads)
+
+
+class Membership:
+    """Notices two threads at once."""
+
+    def __init__(self):
+        self.inside, self.both, self.beats, self.enough = 0, False, 0, threading.Event()
+
+    def loading(self, stage, fraction):
+        self._say()
+
+    def tick(self, now):
+        self.beats += 1
+        self._say()
+        if self.beats > 20:
+            self.enough.set()
+
+    def _say(self):
+        self.inside += 1
+        self.both |= self.inside > 1
+        threading.Event().wait(0.001)
+        self.inside -= 1
+
+
+def test_a_worker_that_loads_says_that_it_lives_but_not_while_it_reports(monkeypatch):
+    monkeypatch.setattr(module, "TICK_S", 0.0001)
+    membership = Membership()
+    narrate = _Narrator(membership)
+    with ticking(narrate.alive):
+        stage = 0
+        while not membership.enough.is_set():
+            narrate(f"stage {stage}", 0.5)
+            stage += 1
+    assert membership.beats > 20 and stage and not membership.both

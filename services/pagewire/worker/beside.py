@@ -1,7 +1,9 @@
-"""Work that takes long and reports nothing, in a thread, so that its process can go on saying that it lives. Knows nothing of the work."""
+"""Work that takes long and reports nothing, and a process that goes on saying that it lives: either is put into a thread. Knows nothing of
+the work."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 TICK_S = 1.0
@@ -26,3 +28,22 @@ def beside(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
     if failed:
         raise failed[0]
     return found[0]
+
+
+@contextlib.contextmanager
+def ticking(tick: Callable[[], None]) -> Iterator[None]:
+    """`tick` is called each second by another thread while the block runs, for work that must stay in this one, such as what binds a GPU's
+    context. It may come between any two calls of the block, never after it."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(TICK_S):
+            tick()
+
+    thread = threading.Thread(target=run, name="ticking", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -162,8 +163,9 @@ def _load(
     narrate = _Narrator(membership)
     if setup.choose_device(config.device) == "cuda":
         from . import kernel_cache
+        from .beside import ticking
 
-        with kernel_cache.kept(run_dir):
+        with kernel_cache.kept(run_dir), ticking(narrate.alive):  # a kernel may take minutes to compile
             from .cuda import CudaRunner
 
             return CudaRunner(path, model, scheduler, config, incarnation, narrate)
@@ -181,16 +183,23 @@ def _keep_memory() -> None:
 
 
 class _Narrator:
-    """Passes progress on, but not more often than people can read."""
+    """Passes progress on, but not more often than people can read. One thread may report while another says that the process lives:
+    sockets are not for two at once."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership, self._stage, self._next = membership, "", 0.0
+        self._lock = threading.Lock()
 
     def __call__(self, stage: str, fraction: float) -> None:
         now = time.monotonic()
-        if stage != self._stage or now >= self._next:
-            self._stage, self._next = stage, now + SAY_EVERY_S
-            self._membership.loading(stage, fraction)
+        with self._lock:
+            if stage != self._stage or now >= self._next:
+                self._stage, self._next = stage, now + SAY_EVERY_S
+                self._membership.loading(stage, fraction)
+
+    def alive(self) -> None:
+        with self._lock:
+            self._membership.tick(time.monotonic())
 
 
 class Watch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from . import gpus, memory
+from . import gpus, kernel_errors, memory
 from .gpus import Gpu
 from .kv import DoesNotFit, Sizing
 
@@ -30,7 +30,9 @@ def explained(doing: str, sizing: Sizing) -> Iterator[None]:
     """Turns what torch, cuBLAS and Triton raise inside into DoesNotFit or GpuFailed. doing: like "capturing graphs". Others pass."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        if not isinstance(error, RuntimeError) and not kernel_errors.is_triton(error):
+            raise
         said = explain(error, doing, sizing, _now(sizing))
         if said is None:
             raise
@@ -40,6 +42,8 @@ def explained(doing: str, sizing: Sizing) -> Iterator[None]:
 
 def explain(error: BaseException, doing: str, sizing: Sizing, now: Gpu | None) -> DoesNotFit | GpuFailed | None:
     """`error` in a person's words; None when it is about no GPU. now: the GPU as it is after the error, None when that cannot be told."""
+    if kernel_errors.is_triton(error):
+        return GpuFailed(kernel_errors.explain(error, now or sizing.gpu, doing))
     text = str(error)
     first = next(iter(text.strip().splitlines()), type(error).__name__)
     if EXHAUSTED.search(text) and "host" not in first.lower():

@@ -12,7 +12,7 @@ from pagewire_kernels.backend import backend
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import gpus, kv, memory_errors, precision, rotary, weights
+from . import capture, gpus, kv, memory_errors, precision, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .beside import beside
 from .gguf_file import Gguf
@@ -50,8 +50,10 @@ class Loaded:
 
     @property
     def capturable(self) -> bool:
-        """Whether a forward pass may be captured as a CUDA graph."""
-        return isinstance(self.decoder, Decoder) and not (self.plan and self.plan.attends_by_torch)
+        """Whether a forward pass may be captured as a CUDA graph on this GPU."""
+        if not isinstance(self.decoder, Decoder) or (self.plan and self.plan.attends_by_torch):
+            return False
+        return not capture.obstacle(self.decoder.arch, self.cache.dtype, torch.cuda.get_device_capability())
 
     @property
     def caches(self) -> list[Tensor]:
@@ -72,6 +74,7 @@ def load(
         other, config = plan_other(path, source, settings, model), structs.replace(config, enforce_eager=True)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
+    config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     plan = plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
     sizing = plan.sizing if plan else _size(arch, dtype, model, config)
     for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 from pagewire_kernels import attention_prefill
-from pagewire_kernels.attention_prefill import LEAST_TOKENS, pick_config, prefill_attention
+from pagewire_kernels.attention_prefill import LEAST_TOKENS, choose, prefill_attention
 from torch import Tensor
 
 log = logging.getLogger("pagewire.worker")
@@ -55,7 +55,7 @@ def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:
     tables = torch.randint(used, (rows, -(-max(lengths) // page)), dtype=torch.int32, device=device)
     q = torch.randn(max(LEAST_TOKENS, sum(counts)), heads, dim, dtype=keys.dtype, device=device)
     results: list[Tensor] = []
-    for config in (None, pick_config(dim, page, heads // keys.shape[1], len(q))):
+    for config in (None, choose(dim, keys.element_size()).first(device)):
         out = torch.zeros(len(q), heads * dim, dtype=q.dtype, device=device)
         sizes = torch.tensor(lengths, device=device).int()
         prefill_attention(q, keys, values, tables, sizes, starts, dim**-0.5, skip_one=True, out=out, config=config)

@@ -1,0 +1,69 @@
+"""Launch shapes of decode attention: by the number of programs, and by the shared memory that a GPU has for them. Launches nothing."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from .shapes import Candidate, Choice
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a request."""
+
+    block_n: int
+    warps: int
+    stages: int
+    chunk: int
+    splits: int
+
+
+_TABLE: Final = (
+    (16, DecodeConfig(64, 2, 3, 64, 32)),
+    (64, DecodeConfig(32, 2, 4, 128, 16)),
+    (128, DecodeConfig(32, 2, 4, 256, 16)),
+    (256, DecodeConfig(64, 2, 3, 1024, 8)),
+    (1024, DecodeConfig(32, 2, 4, 1024, 4)),
+    (4096, DecodeConfig(32, 1, 2, 2048, 2)),
+)
+"""Up to so many programs (rows * KV heads); measured on an H200 (docs/performance.md)."""
+_BEYOND: Final = DecodeConfig(32, 1, 2, 2048, 1)
+MARGIN: Final = 512
+"""Bytes, for reductions across warps."""
+
+
+def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
+    """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that has the shared memory for it."""
+    config = next((config for limit, config in _TABLE if programs <= limit), _BEYOND)
+    if head_dim > 128:
+        return replace(config, block_n=32, warps=2, stages=4)
+    return config if group <= 16 else replace(config, warps=max(2, config.warps))
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def shared_bytes(config: DecodeConfig, head_dim: int, group: int, itemsize: int) -> int:
+    """Of shared memory, on every target: the tiles of keys and values that are under way, the queries, and the weights of a tile."""
+    rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
+    tiles = 2 * (config.stages - 1) * config.block_n
+    return itemsize * (tiles * width + rows * width + rows * config.block_n) + MARGIN
+
+
+def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
+    """`best`, then with fewer tiles under way, then with smaller ones. How a row is split stays as it is: the workspace depends on it."""
+    yield from (replace(best, stages=stages) for stages in range(best.stages, 1, -1))
+    yield from (replace(best, block_n=block_n, stages=2) for block_n in (32, 16) if block_n < best.block_n)
+
+
+@functools.cache
+def _choice(best: DecodeConfig, head_dim: int, group: int, itemsize: int) -> Choice[DecodeConfig]:
+    shapes = tuple(Candidate(config, shared_bytes(config, head_dim, group, itemsize)) for config in _ladder(best))
+    return Choice(f"decode attention (head size {head_dim}, {itemsize} bytes an element)", shapes)
+
+
+def choose(head_dim: int, group: int, programs: int, itemsize: int) -> Choice[DecodeConfig]:
+    """The launch shapes for an element size in bytes; all of them have the same splits."""
+    return _choice(pick_config(head_dim, group, programs), head_dim, group, itemsize)

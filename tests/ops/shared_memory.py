@@ -1,0 +1,251 @@
+"""How much shared memory the launches of models need, on any card and without one.
+
+    python tests/ops/shared_memory.py 80:float32 86:float32             # lines of JSON: the launch, bytes
+    python tests/ops/shared_memory.py --whole 86:float32:101376:Gemma-2B    # down to machine code
+
+The decoder runs on torch's meta device, where tensors have sizes and no memory, with the host code of the real back end; what it would
+launch is noted. Each distinct launch is then compiled as far as Triton's allocation of shared memory, which is before LLVM and ptxas.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from ops.known_models import MODELS
+from pagewire.worker.cascade import MOST_GROUPS
+from pagewire.worker.graphs import buckets, cascade_buckets
+from pagewire.worker.layers import Build
+from pagewire.worker.models import describe
+from pagewire.worker.models.decoder import Decoder
+from pagewire_kernels import cuda, moe, penalties, shapes
+from pagewire_kernels.backend import backend
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.cascade import Groups
+from pagewire_kernels.sampling import SamplingRows
+from pagewire_kernels.slot_state import DecodeRows, SlotState, commit, decode_inputs
+from triton._C.libtriton import ir, nvidia, passes  # pyright: ignore[reportMissingImports]
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.runtime import JITFunction, driver
+
+META = torch.device("meta")
+LIMITS = {80: shapes.KIB_163, 86: shapes.KIB_99, 89: shapes.KIB_99, 90: shapes.KIB_227, 100: shapes.KIB_227, 120: shapes.KIB_99}
+COMPILED_AS = {80: 86, 89: 86}
+"""Triton's passes up to the allocation know 8.x as one (`capability // 10`)."""
+SIZES = ("HKV", "GROUP", "GP", "D", "SPLITS", "STRIDE", "CHUNK", "SPAN", "B_PAD", "G_PAD", "S_PAD", "K", "H", "N", "WIDE", "WIDTH", "eps")
+FLAGS = ("ALIBI", "BIAS", "CAP", "MIXED", "NORM", "PREFIXES", "ROPE", "WINDOW")
+"""Constants that change no tile that is kept in shared memory (D_PAD, M and BLOCK_M do): launches that differ in them alone count as one.
+All 274 launches in float32 on 8.6 and 283 in bfloat16 on 9.0, each compiled, gave the same bytes with and without."""
+TILED = ("_decode", "_prefill", "_prefix", "_skinny", "_row", "_thresholds")
+"""Kernels that keep more than a few KiB. The others are measured for SMALLEST alone."""
+SMALLEST = 86
+ROWS, PAGE, BLOCKS, LENGTH = 256, 16, 64, 2048
+MIXED = ((16, 16), (64, 64), (512, 16), (512, 256), (2048, 64), (8192, 256))
+"""Steps with prompts: tokens and rows."""
+
+
+@dataclass
+class Launch:
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def key(self) -> tuple[Any, ...]:
+        types = {str(arg.dtype) for arg in self.args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
+        name = self.kernel.__name__
+        same = {*SIZES, *(FLAGS if name in TILED else ()), *(("M",) if name == "_skinny" else ())}
+        return name, *sorted(types), *sorted((option, value) for option, value in self.options.items() if option not in same)
+
+    def words(self) -> str:
+        chosen = " ".join(f"{name}={value}" for name, value in self.options.items() if name not in ("grid", "warmup"))
+        return f"{self.kernel.__name__} {chosen}"
+
+
+Models = dict[str, dict[str, Any]]
+
+
+class Recorder:
+    """In place of JITFunction.run."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[Any, ...], Launch] = {}
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = Launch(kernel, args, options)
+        self.seen.setdefault(launch.key(), launch)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def groups(rows: int) -> Groups:
+    return Groups(empty(rows), empty(MOST_GROUPS + 1), empty(MOST_GROUPS), empty(rows))
+
+
+def batch(tokens: int, rows: int, grouped: bool) -> Batch:
+    long = torch.int64
+    tables = empty(rows, LENGTH // PAGE)
+    most = 1 if tokens == rows else tokens
+    made = Batch(empty(tokens, dtype=long), empty(tokens, dtype=long), empty(rows + 1), empty(rows), tables, most, LENGTH)
+    made.groups = groups(rows) if grouped else None
+    return made
+
+
+def run_model(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Every kind of step that a worker would capture or launch."""
+    arch = describe(config)
+    decoder = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
+    for _ in decoder.pack():
+        pass
+    factors = [empty(LENGTH, arch.head_dim, dtype=torch.float32)] * arch.num_layers
+    caches = [empty(2, BLOCKS, arch.num_kv_heads, PAGE, arch.head_dim, dtype=dtype)] * arch.num_layers
+    steps = [(size, size, grouped) for grouped, sizes in ((False, buckets(ROWS)), (True, cascade_buckets(ROWS))) for size in sizes]
+    for tokens, rows, grouped in [*steps, *((*step, step[1] >= 64) for step in MIXED)]:
+        wanted = None if tokens == rows else empty(rows, dtype=torch.int64)
+        ids = empty(tokens, dtype=torch.int64)
+        decoder(ids, factors, caches, batch(tokens, rows, grouped), wanted, lambda: None)
+    sample(arch.vocab_size, dtype)
+
+
+def sample(vocab: int, dtype: torch.dtype) -> None:
+    """In a step, and of rows that ask for more, whose logits are float32."""
+    for kind, counts in ((dtype, (1, 256)), (torch.float32, (1, 512))):
+        for count in counts:
+            heat, wide = empty(count, dtype=torch.float32), empty(count, dtype=torch.int64)
+            for filtered in (True, False):
+                given = SamplingRows(heat, empty(count), heat, heat, wide, wide, filtered)
+                cuda.sample(empty(count, vocab, dtype=kind), given)
+
+
+def run_state() -> None:
+    state = SlotState.empty(ROWS, LENGTH // PAGE, "meta")
+    decode_inputs(empty(8), state, PAGE, DecodeRows.empty(8, LENGTH // PAGE, "meta"))
+    commit(empty(8), empty(8, dtype=torch.int64), empty(8, dtype=torch.bool), state, empty(8))
+    few, row = empty(1, dtype=torch.float32), empty(1, 32_000, dtype=torch.float32)
+    penalties.apply_penalties(row, row.int(), row.to(torch.uint8), empty(1, dtype=torch.int64), few, few, few)
+    penalties.count_tokens(row.int(), empty(1), empty(1))
+
+
+def launches(dtype: torch.dtype, limit: int, models: Models) -> list[Launch]:
+    """The distinct ones of `models` on a card with this limit."""
+    recorder, run, grouped = Recorder(), JITFunction.run, moe.F.grouped_mm
+    JITFunction.run = lambda self, *args, **options: recorder.run(self, *args, **options)
+    moe.F.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])
+    try:
+        with shapes.pretend(limit):
+            for config in models.values():
+                run_model(config, dtype)
+            run_state()
+    finally:
+        JITFunction.run, moe.F.grouped_mm = run, grouped
+    return list(recorder.seen.values())
+
+
+class Target:
+    """A driver without a device: enough to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+class Allocated(Exception):
+    """Ends a compilation."""
+
+
+def _allocate(self: Any, module: Any, metadata: Any, options: Any, capability: int) -> None:
+    """The passes of CUDABackend.make_llir as far as the allocation."""
+    manager = ir.pass_manager(module.context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    version = compiler.get_ptx_version_from_options(options, self.target.arch)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, version)
+    manager.run(module, "make_llir")
+    raise Allocated(module.get_int_attr("ttg.shared"))
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """The whole kernel, down to ptxas."""
+    driver.set_active(Target(COMPILED_AS.get(capability, capability)))
+    return launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+
+
+def shared_bytes(launch: Launch, capability: int) -> int:
+    whole = compiler.CUDABackend.make_llir
+    compiler.CUDABackend.make_llir = _allocate
+    try:
+        compiled(launch, capability)
+    except Allocated as told:
+        return int(told.args[0])
+    finally:
+        compiler.CUDABackend.make_llir = whole
+    raise ValueError(f"{launch.words()} was found in Triton's cache; set TRITON_CACHE_DIR to an empty folder")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """On the command line capability:type[:limit[:model]], the limit being what the host code chooses shapes for."""
+
+    capability: int
+    dtype: torch.dtype
+    limit: int
+    models: Models
+
+    @classmethod
+    def parse(cls, text: str) -> "Asked":
+        capability, dtype, *more = text.split(":")
+        limit = int(more[0]) if more else LIMITS[int(capability)]
+        models = {name: MODELS[name] for name in more[1:]} or MODELS
+        return cls(int(capability), getattr(torch, dtype), limit, models)
+
+
+def measure(asked: Asked, known: dict[tuple[Any, ...], int]) -> Iterator[dict[str, Any]]:
+    """known: bytes by what was compiled, for cards that come later."""
+    for launch in launches(asked.dtype, asked.limit, asked.models):
+        name = launch.kernel.__name__
+        if name in TILED or asked.capability == SMALLEST:
+            key = COMPILED_AS.get(asked.capability, asked.capability), *launch.key()
+            if key not in known:
+                known[key] = shared_bytes(launch, asked.capability)
+            yield {"kernel": name, "launch": launch.words(), "shared": known[key]}
+
+
+def compile_whole(asked: Asked) -> Iterator[dict[str, Any]]:
+    """The first launch of each kernel that keeps tiles."""
+    first: dict[str, Launch] = {}
+    for launch in launches(asked.dtype, asked.limit, asked.models):
+        first.setdefault(launch.kernel.__name__, launch)
+    for name in ("_prefill", "_decode"):
+        allocated = shared_bytes(first[name], asked.capability)
+        whole = compiled(first[name], asked.capability)
+        yield {"kernel": name, "launch": first[name].words(), "shared": allocated, "whole": whole.metadata.shared}
+
+
+def main(arguments: list[str]) -> None:
+    whole, known = "--whole" in arguments, dict[tuple[Any, ...], int]()
+    for given in arguments:
+        if given != "--whole":
+            asked = Asked.parse(given)
+            for found in compile_whole(asked) if whole else measure(asked, known):
+                print(json.dumps({"asked": given, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
