@@ -33,6 +33,7 @@ MARGIN: Final = 512
 """Bytes, for reductions across warps."""
 
 
+@functools.cache
 def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
     """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that has the shared memory for it."""
     config = next((config for limit, config in _TABLE if programs <= limit), _BEYOND)

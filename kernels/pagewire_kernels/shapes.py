@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 import torch
@@ -25,7 +25,6 @@ KIB_227: Final = 232_448
 
 S = TypeVar("S")
 _pretended: list[int] = []
-_refused: set[tuple[str, object]] = set()
 
 
 @functools.cache
@@ -59,19 +58,24 @@ class Candidate(Generic[S]):
     least: int = KIB_99
 
 
-@dataclass(frozen=True)
+@dataclass
 class Choice(Generic[S]):
-    """A kernel in a person's words, such as "prefill attention (head size 256, 4 bytes an element)", and its candidates, best first."""
+    """A kernel in a person's words, such as "prefill attention (head size 256, 4 bytes an element)", and its candidates, best first. A
+    process has one for each kernel and keeps it: it remembers what was refused."""
 
     kernel: str
     candidates: tuple[Candidate[S], ...]
+    _left: dict[int, list[S]] = field(default_factory=dict[int, list[S]], repr=False)
+    """By the limit of a block: the shapes that fit it and were not refused."""
 
     def fitting(self, device: torch.device) -> list[S]:
         """At least one: the last candidate is tried whatever the limit."""
         there = limit(device)
-        fits = [candidate.shape for candidate in self.candidates if candidate.least <= there]
-        left = [shape for shape in fits if (self.kernel, shape) not in _refused]
-        return left or [self.candidates[-1].shape]
+        left = self._left.get(there)
+        if left is None:
+            fits = [candidate.shape for candidate in self.candidates if candidate.least <= there]
+            left = self._left[there] = fits or [self.candidates[-1].shape]
+        return left
 
     def first(self, device: torch.device) -> S:
         return self.fitting(device)[0]
@@ -81,16 +85,16 @@ class Choice(Generic[S]):
 
         Triton refuses a kernel before it runs for the first time, which is while a worker warms up and before it captures graphs.
         """
-        shapes = self.fitting(device)
-        for shape, following in zip(shapes, [*shapes[1:], None], strict=True):
+        left = self.fitting(device)
+        while True:
             try:
-                return run(shape)
+                return run(left[0])
             except OutOfResources as error:
-                if following is None:
+                if len(left) == 1:
                     error.add_note(self.kernel)
                     raise
-                _refused.add((self.kernel, shape))
-                log.warning("%s: %s does not fit this GPU (%s); %s is used", self.kernel, shape, _short(error), following)
+                log.warning("%s: %s does not fit this GPU (%s); %s is used", self.kernel, left[0], _short(error), left[1])
+                del left[0]
 
 
 def _short(error: OutOfResources) -> str:
