@@ -15,7 +15,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("shared_memory.py")
 ROOT = Path(__file__).parents[2]
 LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Bytes that a block may have, by compute capability: 163, 99 and 227 KiB ("Technical Specifications per Compute Capability" in NVIDIA's CUDA
+"""Bytes that a block may have, by compute capability: 163, 99 and 227 KiB ("Technical Specifications per Compute Capability" in the CUDA
 C++ Programming Guide)."""
 TYPES = ("bfloat16", "float16", "float32")
 HALVES = ((80, 86, 89, 120), (90, 100))
