@@ -4,11 +4,13 @@ A back end is a module with the functions of `Ops`. `reference` states what each
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from .batch import Batch
+from .quantized import Quantized
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
 
@@ -18,6 +20,11 @@ class Ops(Protocol):
 
     def pack_linear(self, weight: Tensor) -> Any:
         """weight [N, K] in whatever form `linear` is fastest with. The caller drops its own reference."""
+        ...
+
+    def pack_quantized(self, parts: Sequence[Quantized], wide: bool) -> Any:
+        """Matrices [N, K] that read the same input, side by side and still quantized, for `linear`; None where there is no kernel for
+        them. wide: `linear` gives float32. On the CPU only."""
         ...
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

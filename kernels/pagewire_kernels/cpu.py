@@ -4,7 +4,9 @@ Weights are prepacked for oneDNN. What depends on the step alone (rotary factors
 `batch.plan` for all layers: see cpu_plan.
 """
 
-from typing import Final
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
+from .quantized import Quantized
+
+if TYPE_CHECKING:
+    from .cpu_linear import QuantizedLinear
 
 PACKED_TYPES: Final = (torch.bfloat16, torch.float32)
 PACK_ROWS: Final = 16
@@ -22,14 +28,39 @@ EXACT: Final = 8
 _packed_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
+@functools.cache
+def _packable(dtype: torch.dtype) -> bool:
+    """By trying: what oneDNN can do depends on the processor and on how torch was built."""
+    if _packed_linear is None or dtype not in PACKED_TYPES:
+        return False
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), PACK_ROWS)
+        _packed_linear(torch.zeros(1, 16, dtype=dtype), packed, None, "none", [], "")
+    except RuntimeError:
+        return False
+    return True
+
+
 def pack_linear(weight: Tensor) -> Tensor:
     """weight [N, K] in oneDNN's blocked layout, or as it is where oneDNN has none for it."""
-    if _packed_linear is None or weight.dtype not in PACKED_TYPES:
+    if not _packable(weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def pack_quantized(parts: Sequence[Quantized], wide: bool) -> "QuantizedLinear | None":
+    """Matrices that read the same input, side by side; None where there is no kernel for them. wide: `linear` gives float32."""
+    from .cpu_linear import QuantizedLinear
+
+    try:
+        return QuantizedLinear(parts, wide)
+    except ValueError:
+        return None
+
+
+def linear(x: Tensor, weight: "Tensor | QuantizedLinear", bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, Tensor):
+        return weight(x, bias)
     if weight.is_mkldnn and _packed_linear is not None:
         return _packed_linear(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

@@ -27,6 +27,13 @@ model's weights on a 24 GB card, and such cards are filled by fewer tokens."""
 USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+QUANTIZED = "^(int8|int4)?$"
+SHORT = {"quantization": "-q"}
+REASONS = {
+    "quantization": "only what the weights themselves bring (GGUF), and int8 or int4 on a CPU, is supported in this version",
+}
+"""What is said of a wrong value, where msgspec's words would not help."""
+
 SEVERAL = ("served_model_name",)
 """Lists whose flag takes several values at once; that of any other takes one, so that it does not swallow a model that follows."""
 
@@ -60,6 +67,10 @@ class ModelConfig(Struct, frozen=True):
         Literal["auto", "safetensors", "pt", "gguf", "dummy"],
         _help("weight format; auto: safetensors, else GGUF, else PyTorch's .bin files (pt); dummy: random weights N(0, 0.02)"),
     ] = "auto"
+    quantization: Annotated[
+        str,
+        _help("int8 or int4: round a full checkpoint's matrices while loading, on a CPU; default: as the weights are", pattern=QUANTIZED),
+    ] = ""
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[int, _help("longest context in tokens; auto, -1 or 0: what the model supports and memory holds", ge=0)] = 0
@@ -182,8 +193,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     elif origin is tuple:
         options.update(type=as_list, action=_Extend, nargs="+" if field.name in SEVERAL else None, metavar=field.name.upper())
     else:
-        options.update(type=_whole_number(field.name) if kind is int else kind, metavar=kind.__name__.upper())
-    parser.add_argument(flag, **options)
+        options.update(type=_converter(field.name, kind), metavar=kind.__name__.upper())
+    names = [flag, SHORT[field.name]] if field.name in SHORT else [flag]
+    parser.add_argument(*names, **options)
 
 
 def as_list(text: str) -> list[str]:
@@ -213,6 +225,12 @@ def as_number(text: str) -> int:
         if value.denominator == 1 and "/" not in digits:
             return int(value)
     raise argparse.ArgumentTypeError(f"{text}: a whole number is needed, like 2048, 4k (4,000) or 1M (1,048,576)")
+
+
+def _converter(name: str, kind: type) -> Callable[[str], Any]:
+    if name == "quantization":
+        return lambda text: "" if text.lower() == "none" else text
+    return _whole_number(name) if kind is int else kind
 
 
 def _whole_number(name: str) -> Callable[[str], int]:
@@ -250,7 +268,7 @@ def read(struct: type[S], namespace: argparse.Namespace) -> S:
         text, _, place = str(error).partition(" - at `$.")
         name = place.rstrip("`").partition("[")[0]
         kind = _plain(typing.get_type_hints(struct, include_extras=True)[name])
-        raise BadSetting(name, given[name], _reason(text, kind)) from None
+        raise BadSetting(name, given[name], REASONS.get(name) or _reason(text, kind)) from None
 
 
 def to_flags(config: Struct) -> list[str]:

@@ -91,7 +91,6 @@ REFUSED: Final[dict[str, Foreign]] = {
     **_each("data_parallel_size_local nnodes decode_context_parallel_size", ONE_GPU, neutral=("1",), refused=True),
     **_each("prefill_context_parallel_size", ONE_GPU, neutral=("1",), refused=True),
     **_each("data_parallel_rank node_rank data_parallel_address master_addr", "one stack is one host in this version", refused=True),
-    "quantization": Foreign(QUANTIZATION, refused=True, short=("-q",)),
     **_each("quantization_config quantization_param_path", QUANTIZATION, refused=True),
     "kv_cache_dtype": Foreign("the KV cache has the type of the activations", ("auto", *OFF), True),
     **_each("enable_lora fully_sharded_loras", NO_LORA, refused=True, switch=True),

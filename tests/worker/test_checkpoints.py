@@ -153,7 +153,7 @@ def test_end_of_sequence_ids_of_both_files(tiny, tmp_path):
     assert setup.open_model(path, "auto")[2] == (5, 7)
 
 
-SIZING = {"available": 8 * kv.GIB, "kv_bytes": kv.GIB, "blocks": 0, "block_size": 16, "max_model_len": 0, "head_copy": True}
+SIZING = {"available": 8 * kv.GIB, "kv_bytes": kv.GIB, "blocks": 0, "block_size": 16, "max_model_len": 0, "weights": 1 << 20}
 
 
 def arch(tiny):

@@ -4,14 +4,18 @@ The header is parsed here, skipping the vocabulary (the library's reader takes s
 Format: the GGUF specification in ggml's documentation.
 """
 
+import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
+from pagewire_kernels.quantized import Quantized
 
+from . import gguf_quantized
 from .architecture import Config, Unsupported
 
 SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -97,22 +101,55 @@ class Gguf:
 
     def tensor(self, name: str) -> np.ndarray:
         """The dequantized tensor, float32, in torch's shape. Raises Unsupported for a type that cannot be dequantized."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         entry = self.entries[name]
-        try:
-            kind = GGMLQuantizationType(entry.kind)
-            block, size = GGML_QUANT_SIZES[kind]
-            row = entry.shape[-1] // block * size
-            first = self._data + entry.offset
-            last = first + row * int(np.prod(entry.shape[:-1]))
-            if last > len(self._bytes):
-                raise ValueError(f"it ends at byte {last:,} of a file of {len(self._bytes):,}: the download is incomplete; fetch it again")
-            raw = self._bytes[first:last].reshape(*entry.shape[:-1], row)
+        with self._read_errors(name):
+            kind, _, raw = self._raw(name)
             return np.require(dequantize(raw, kind), np.float32, "W").reshape(entry.shape)
+
+    @contextlib.contextmanager
+    def _read_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (NotImplementedError, ValueError, KeyError) as error:
-            raise Unsupported(f"tensor {name} of {self._path} (ggml type {entry.kind}) cannot be read: {error}") from None
+            raise Unsupported(f"tensor {name} of {self._path} (ggml type {self.entries[name].kind}) cannot be read: {error}") from None
+
+    def _raw(self, name: str) -> tuple[Any, int, np.ndarray]:
+        """(the type, bytes of a block, [..., bytes of a row] uint8)."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        entry = self.entries[name]
+        kind = GGMLQuantizationType(entry.kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        row = entry.shape[-1] // block * size
+        first = self._data + entry.offset
+        last = first + row * int(np.prod(entry.shape[:-1]))
+        if last > len(self._bytes):
+            raise ValueError(f"it ends at byte {last:,} of a file of {len(self._bytes):,}: the download is incomplete; fetch it again")
+        return kind, size, self._bytes[first:last].reshape(*entry.shape[:-1], row)
+
+    def kinds(self) -> dict[str, int]:
+        """How many weights have which of ggml's types."""
+        from gguf import GGMLQuantizationType
+
+        counts: dict[str, int] = {}
+        for number in (entry.kind for entry in self.entries.values() if len(entry.shape) == 2):
+            with contextlib.suppress(ValueError):
+                kind = GGMLQuantizationType(number).name
+                counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    def count_bytes(self, kept: Mapping[str, float], itemsize: int) -> int:
+        """Of all weights in memory: `kept` says how many bytes a number of some types takes, any other takes `itemsize`."""
+        from gguf import GGMLQuantizationType
+
+        total = 0.0
+        for entry in self.entries.values():
+            with contextlib.suppress(ValueError):
+                name = GGMLQuantizationType(entry.kind).name
+                total += float(np.prod(entry.shape)) * (kept.get(name, itemsize) if len(entry.shape) == 2 else itemsize)
+        return int(total)
 
     def config(self) -> Config:
         """The metadata under the names of a config.json."""
@@ -161,13 +198,26 @@ class Gguf:
             if name != "rope_freqs.weight":
                 yield name, checkpoint_name(name)
 
-    def weight(self, name: str, config: Config) -> np.ndarray:
-        """`tensor`, with the rows of Llama's queries and keys back in the order of the checkpoint."""
-        value = self.tensor(name)
+    def weight(self, name: str, config: Config, quantized: bool = False) -> torch.Tensor | Quantized:
+        """In torch's shape, with the rows of Llama's queries and keys back in the order of the checkpoint: float32, or where `quantized`
+        and the type can stay so, as it is in the file."""
+        value = self._quantized(name) if quantized else None
+        if value is None:
+            value = torch.from_numpy(self.tensor(name))
         kind = name.split(".")[-2]
         if config["model_type"] == "llama" and kind in ("attn_q", "attn_k"):
-            return unpermute(value, config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"])
+            heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            rows = torch.from_numpy(unpermute(np.arange(value.shape[0]), heads))
+            return value.take(rows) if isinstance(value, Quantized) else value[rows]
         return value
+
+    def _quantized(self, name: str) -> Quantized | None:
+        """None where the tensor is no matrix, or of another type."""
+        if len(self.entries[name].shape) != 2:
+            return None
+        with self._read_errors(name):
+            kind, size, raw = self._raw(name)
+            return gguf_quantized.take_apart(kind.name, raw, size) if kind.name in gguf_quantized.TYPES else None
 
 
 def checkpoint_name(name: str) -> str:

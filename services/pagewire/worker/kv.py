@@ -78,17 +78,17 @@ def size(
     arch: Architecture,
     itemsize: int,
     *,
+    weights: int,
     available: int,
     kv_bytes: int,
     blocks: int,
     block_size: int,
     max_model_len: int,
-    head_copy: bool,
     fit: bool = False,
 ) -> Sizing:
-    """Split `available` bytes of a CPU's memory. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as that
-    holds). max_model_len, fit: as for `context`. Raises DoesNotFit."""
-    weights, each = weight_bytes(arch, itemsize, head_copy), block_bytes(arch, block_size, itemsize)
+    """Split `available` bytes of a CPU's memory. weights: bytes that they take. kv_bytes: what KV blocks may take; blocks: how many to have
+    instead (0: as many as that holds). max_model_len, fit: as for `context`. Raises DoesNotFit."""
+    each = block_bytes(arch, block_size, itemsize)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)
     wanted, note = context(arch, count * block_size, max_model_len, fit)

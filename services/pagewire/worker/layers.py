@@ -1,18 +1,31 @@
 """The parts of a decoder that hold weights. Each names the checkpoint tensors it is made of and gives the place each one goes to.
 
-Fused weights (query, key and value; gate and up) are one matrix whose rows are named slices, so that loading is a copy by name.
+Fused weights (query, key and value; gate and up) are one matrix whose rows are named slices, so that loading is a copy by name. Where
+matrices may stay quantized, each has a place of its own until all are there.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.quantized import GROUP, Quantized, quantize
 from torch import Tensor
 
-Places = Iterator[tuple[str, Tensor]]
+
+class Place(Protocol):
+    """Where a checkpoint's tensor goes."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def copy_(self, value: Any, /) -> object: ...
+
+
+Places = Iterator[tuple[str, Any]]
+"""Names with a Tensor or another Place."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,10 @@ class Build:
     ops: Ops
     dtype: torch.dtype
     device: str
+    quantized: bool = False
+    """Matrices that come quantized stay so; the back end has `pack_quantized`."""
+    quantize_to: int = 0
+    """Bits that matrices which come in full are rounded to, 0: none."""
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -35,6 +52,35 @@ class Part(Protocol):
     def pack(self) -> None:
         """Once, after loading: `places` are dead from then on."""
         ...
+
+
+class Matrix:
+    """The place of a matrix that may stay quantized: holds what was copied here."""
+
+    def __init__(self, build: Build, rows: int, columns: int) -> None:
+        self._build, self.shape = build, torch.Size((rows, columns))
+        self.value: Tensor | Quantized | None = None
+
+    def copy_(self, value: Tensor | Quantized) -> None:
+        if isinstance(value, Tensor) and self._build.quantize_to and self.shape[1] % GROUP == 0:
+            value = quantize(value, self._build.quantize_to)
+        self.value = value if isinstance(value, Quantized) else value.to(self._build.dtype, copy=True)
+
+    def dense(self) -> Tensor:
+        assert self.value is not None
+        return self.value.dequantize().to(self._build.dtype) if isinstance(self.value, Quantized) else self.value
+
+
+def pack_matrices(build: Build, matrices: list[Matrix], wide: bool = False) -> Any:
+    """Side by side in the back end's form: quantized if all are and it has a kernel for them. wide: results in float32. Empties them."""
+    values = [matrix.value for matrix in matrices]
+    parts = [value for value in values if isinstance(value, Quantized)]
+    packed = build.ops.pack_quantized(parts, wide) if len(parts) == len(values) else None
+    if packed is None:
+        packed = build.ops.pack_linear(torch.cat([matrix.dense() for matrix in matrices]))
+    for matrix in matrices:
+        matrix.value = None
+    return packed
 
 
 class Norm(Part, Protocol):
@@ -54,24 +100,29 @@ class Head(Part, Protocol):
 
 
 class Linear:
-    """y = x W^T + b. `parts` maps checkpoint names (without .weight) to their share of W's rows, in order."""
+    """y = x W^T + b. `parts` maps checkpoint names (without .weight) to their share of W's rows, in order. wide: results may be float32
+    where that costs nothing."""
 
-    def __init__(self, build: Build, parts: dict[str, int], columns: int, bias: bool) -> None:
+    def __init__(self, build: Build, parts: dict[str, int], columns: int, bias: bool, wide: bool = False) -> None:
         rows = sum(parts.values())
-        self._ops, self._parts = build.ops, parts
-        self.weight = build.empty(rows, columns)
+        self._build, self._ops, self._parts, self._wide = build, build.ops, parts, wide
+        self._matrices = [Matrix(build, count, columns) for count in parts.values()] if build.quantized else []
+        self.weight: Any = None if build.quantized else build.empty(rows, columns)
         self.bias = build.empty(rows) if bias else None
 
     def places(self) -> Places:
         first = 0
-        for name, rows in self._parts.items():
-            yield f"{name}.weight", self.weight[first : first + rows]
+        for index, (name, rows) in enumerate(self._parts.items()):
+            yield f"{name}.weight", self._matrices[index] if self._matrices else self.weight[first : first + rows]
             if self.bias is not None:
                 yield f"{name}.bias", self.bias[first : first + rows]
             first += rows
 
     def pack(self) -> None:
-        self.weight = self._ops.pack_linear(self.weight)
+        if self._matrices:
+            self.weight = pack_matrices(self._build, self._matrices, self._wide)
+        else:
+            self.weight = self._ops.pack_linear(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.linear(x, self.weight, self.bias)
@@ -117,18 +168,26 @@ class LayerNorm:
 
 class Embedding:
     def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
-        self._name = name
-        self.weight = build.empty(rows, columns)
+        self._name, self._build, self.dtype = name, build, build.dtype
+        self._matrix = Matrix(build, rows, columns) if build.quantized else None
+        self.weight: Any = None if build.quantized else build.empty(rows, columns)
+        self.quantized = False
 
     def places(self) -> Places:
-        yield f"{self._name}.weight", self.weight
+        yield f"{self._name}.weight", self._matrix or self.weight
 
     def pack(self) -> None:
-        """Nothing to do."""
+        """A quantized one serves as a head too, as it is."""
+        if self._matrix is None:
+            return
+        value = self._matrix.value
+        packed = self._build.ops.pack_quantized([value], True) if isinstance(value, Quantized) else None
+        self.weight = self._matrix.dense() if packed is None else packed
+        self.quantized, self._matrix = packed is not None, None
 
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids [T] int64 -> [T, columns]."""
-        return torch.embedding(self.weight, ids)
+        return self.weight.embed(ids).to(self.dtype) if self.quantized else torch.embedding(self.weight, ids)
 
 
 class Entrance:
@@ -136,7 +195,7 @@ class Entrance:
 
     def __init__(self, tokens: Embedding, scale: float, projection: Linear | None, positions: Embedding | None) -> None:
         self._tokens, self._projection, self._positions = tokens, projection, positions
-        self._scale = torch.tensor(scale, dtype=tokens.weight.dtype).item()
+        self._scale = torch.tensor(scale, dtype=tokens.dtype).item()
         """Rounded to the weights' type, as the models were trained."""
 
     def _parts(self) -> Iterator[Part]:
@@ -164,16 +223,19 @@ class TiedHead:
 
     def __init__(self, build: Build, embedding: Embedding) -> None:
         self._ops, self._embedding = build.ops, embedding
-        self._weight: Tensor | None = None
+        self.weight: Any = None
 
     def places(self) -> Places:
         yield from ()
 
     def pack(self) -> None:
-        self._weight = self._ops.pack_linear(self._embedding.weight)
+        tied = self._embedding
+        self.weight = tied.weight if tied.quantized else self._ops.pack_linear(tied.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.tied_logits(x, self._weight, self._embedding.weight)
+        if self._embedding.quantized:
+            return self._ops.linear(x, self.weight)
+        return self._ops.tied_logits(x, self.weight, self._embedding.weight)
 
 
 class Exit:

@@ -4,6 +4,7 @@ from typing import Final, NamedTuple
 
 from .architecture import Unsupported
 from .gpus import Gpu
+from .processor import Processor
 
 TYPES: Final = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
 BFLOAT16_FROM: Final = (8, 0)
@@ -17,21 +18,23 @@ class Choice(NamedTuple):
     note: str = ""
 
 
-def choose(asked: str, saved: str, gpu: Gpu | None) -> Choice:
-    """`asked` is --dtype, `saved` the checkpoint's type, `gpu` None on a CPU. Raises ValueError for bfloat16 on a GPU without it, and
-    Unsupported when the type must be named because the checkpoint's is no type to compute in."""
+def choose(asked: str, saved: str, place: Gpu | Processor) -> Choice:
+    """`asked` is --dtype, `saved` the checkpoint's type, `place` where the model runs. Raises ValueError for bfloat16 where there is none,
+    and Unsupported when the type must be named because the checkpoint's is no type to compute in."""
     if asked != "auto":
-        return Choice(_refuse_old(TYPES[asked], gpu))
+        return Choice(_refuse(TYPES[asked], place))
     kind = TYPES.get(saved.removeprefix("torch."))
     if kind is None:
         raise Unsupported(f"weights of type {saved!r} are not supported; choose --dtype bfloat16 or float32")
-    return _for_cpu(kind) if gpu is None else _for_gpu(kind, gpu)
+    return _for_cpu(kind, place) if isinstance(place, Processor) else _for_gpu(kind, place)
 
 
-def _for_cpu(kind: str) -> Choice:
-    """float16 has no fast products on a CPU."""
-    if kind != "float16":
+def _for_cpu(kind: str, cpu: Processor) -> Choice:
+    """float16 has no fast products on a CPU, and bfloat16 on some only."""
+    if kind == "float32" or (kind == "bfloat16" and cpu.bfloat16):
         return Choice(kind)
+    if not cpu.bfloat16:
+        return Choice("float32", f"the checkpoint is {kind}, for which this processor, {cpu.title()}, has no products: using float32")
     note = "the checkpoint is float16, which is slow on a CPU: using bfloat16; --dtype float16 or float32 keeps its precision"
     return Choice("bfloat16", note)
 
@@ -56,12 +59,20 @@ def overflow(dtype: str, model_type: str) -> str:
     )
 
 
-def _refuse_old(kind: str, gpu: Gpu | None) -> str:
-    """The words are those that users of vLLM find in its guides."""
-    if kind == "bfloat16" and gpu is not None and gpu.capability < BFLOAT16_FROM:
-        major, minor = gpu.capability
+def _refuse(kind: str, place: Gpu | Processor) -> str:
+    """What is said of GPUs are the words that users of vLLM find in its guides."""
+    if kind != "bfloat16":
+        return kind
+    if isinstance(place, Processor):
+        if not place.bfloat16:
+            raise ValueError(
+                f"--dtype bfloat16: this processor, {place.title()}, has no bfloat16 products (on x86-64 they take AVX-512 with BW, VL and "
+                f"DQ, or AVX-NE-CONVERT); use --dtype float32, or leave the flag out"
+            )
+    elif place.capability < BFLOAT16_FROM:
+        major, minor = place.capability
         raise ValueError(
-            f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {gpu.name} GPU has compute capability "
+            f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {place.name} GPU has compute capability "
             f"{major}.{minor}. You can use float16 instead by explicitly setting the `dtype` flag in CLI, for example: --dtype=half."
         )
     return kind

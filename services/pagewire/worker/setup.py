@@ -12,9 +12,10 @@ from pagewire_kernels.backend import backend
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import capture, gpus, kv, memory_errors, precision, rotary, weights
+from . import capture, cpu_weights, gpus, kv, memory_errors, precision, processor, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .beside import beside
+from .cpu_weights import NONE
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .gpus import Gpu
@@ -76,12 +77,16 @@ def load(
     dtype = choose_dtype(config.dtype, settings, gpu)
     config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     plan = plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
-    sizing = plan.sizing if plan else _size(arch, dtype, model, config)
-    for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {device}", *sizing.lines()):
+    quantizing = NONE if gpu or other else cpu_weights.choose(source, model.quantization, dtype)
+    if model.quantization and not quantizing.bits:
+        raise Unsupported(cpu_weights.refused(model.quantization, device, bool(other), source))
+    sizing = plan.sizing if plan else _size(arch, dtype, model, config, quantizing)
+    where = device if gpu else processor.look().title()
+    for line in (f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}", *sizing.lines()):
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if other is None:
-            decoder = Decoder(arch, Build(backend(device), dtype, device))
+            decoder = Decoder(arch, Build(backend(device), dtype, device, quantizing.kept, quantizing.bits))
             weights.load(decoder, source, settings, model.seed, progress)
         else:
             made = functools.partial(other.load, model.load_format, backend(device), dtype, device, model.seed)
@@ -145,22 +150,24 @@ def choose_device(asked: str) -> str:
 
 def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
     """What `precision` chooses; a configuration that names no type, such as a GGUF file's, counts as bfloat16."""
-    choice = precision.choose(asked, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), gpu)
+    choice = precision.choose(asked, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), gpu or processor.look())
     for line in (choice.note, precision.overflow(choice.dtype, str(config.get("model_type")))):
         if line:
             log.warning("%s", line)
     return DTYPES[choice.dtype]
 
 
-def _size(arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig) -> kv.Sizing:
+def _size(
+    arch: Architecture, dtype: torch.dtype, model: ModelConfig, config: WorkerConfig, quantizing: cpu_weights.Quantizing
+) -> kv.Sizing:
     return kv.size(
         arch,
         dtype.itemsize,
+        weights=quantizing.weight_bytes(arch) or kv.weight_bytes(arch, dtype.itemsize, head_copy=True),
         available=kv.available_memory(),
         kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv.GIB),
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,
-        head_copy=True,
         fit=config.fit,
     )

@@ -9,14 +9,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from . import rotary
 from .architecture import Architecture, Config, Unsupported
 from .gguf_file import Gguf
+from .layers import Place
 from .models import family
 from .models.checkpoint import Named
 from .models.decoder import Decoder
@@ -24,6 +26,8 @@ from .pytorch_file import PytorchFiles
 
 Source = Path | Gguf | PytorchFiles
 """A directory of safetensors, or another kind of file, open."""
+Value = tuple[str, Tensor | Quantized]
+"""A tensor by its name."""
 Progress = Callable[[str, float], None]
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
@@ -41,14 +45,14 @@ def load(model: Decoder, source: Source | None, config: Config, seed: int, progr
     if source is None:
         _fill_randomly(places, seed, progress)
     else:
-        _fill(places, in_order(_read(source, config, model.arch), model.arch), model.arch.tied, progress)
+        _fill(places, in_order(_read(source, config, model.arch, model.keeps_quantized), model.arch), model.arch.tied, progress)
     for done in model.pack():
         progress("packing weights", done)
 
 
-def _read(source: Source, config: Config, arch: Architecture) -> Iterator[Named]:
+def _read(source: Source, config: Config, arch: Architecture, quantized: bool) -> Iterator[Value]:
     if isinstance(source, Gguf):
-        return from_gguf(source, config)
+        return from_gguf(source, config, quantized)
     return converted(source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source), config, arch)
 
 
@@ -62,17 +66,18 @@ def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> I
             yield from convert(name, tensor, arch)
 
 
-def in_order(tensors: Iterable[Named], arch: Architecture) -> Iterator[Named]:
+def in_order(tensors: Iterable[Value], arch: Architecture) -> Iterator[Value]:
     """With the dimensions of queries' and keys' heads where the kernels look for them."""
     order = rotary.order(arch.rope, arch.head_dim)
     for name, tensor in tensors:
-        if order is not None and name.endswith(QUERIES_AND_KEYS) and len(tensor) % arch.head_dim == 0:
-            yield name, tensor.unflatten(0, (-1, arch.head_dim))[:, order].flatten(0, 1)
+        if order is not None and name.endswith(QUERIES_AND_KEYS) and tensor.shape[0] % arch.head_dim == 0:
+            rows = torch.arange(tensor.shape[0]).unflatten(0, (-1, arch.head_dim))[:, order].flatten()
+            yield name, tensor.take(rows) if isinstance(tensor, Quantized) else tensor[rows]
         else:
             yield name, tensor
 
 
-def _fill(places: dict[str, Tensor], tensors: Iterable[Named], tied: bool, progress: Progress) -> None:
+def _fill(places: dict[str, Place], tensors: Iterable[Value], tied: bool, progress: Progress) -> None:
     missing = set(places)
     for name, tensor in tensors:
         if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
@@ -82,21 +87,24 @@ def _fill(places: dict[str, Tensor], tensors: Iterable[Named], tied: bool, progr
             raise Unsupported(f"the checkpoint has a tensor {name} {list(tensor.shape)} that this architecture does not use")
         if place.shape != tensor.shape:
             raise Unsupported(f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}")
-        place.copy_(tensor)
+        place.copy_(tensor.dequantize() if isinstance(tensor, Quantized) and isinstance(place, Tensor) else tensor)
         missing.discard(name)
         progress("loading weights", 1 - len(missing) / len(places))
     if missing:
         raise Unsupported(f"the checkpoint lacks {len(missing)} of {len(places)} tensors, among them {min(missing)}")
 
 
-def _fill_randomly(places: dict[str, Tensor], seed: int, progress: Progress) -> None:
+def _fill_randomly(places: dict[str, Any], seed: int, progress: Progress) -> None:
     """N(0, 0.02), each tensor from a seed of its own so that order does not matter; norms are ones."""
     for done, (name, place) in enumerate(places.items()):
         if name.endswith("norm.weight"):
             place.fill_(1)
         else:
-            generator = torch.Generator(place.device).manual_seed(zlib.crc32(name.encode()) ^ seed)
-            place.normal_(0, DUMMY_STD, generator=generator)
+            tensor = place if isinstance(place, Tensor) else torch.empty(place.shape)
+            generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()) ^ seed)
+            tensor.normal_(0, DUMMY_STD, generator=generator)
+            if tensor is not place:
+                place.copy_(tensor)
         progress("making random weights", done / len(places))
 
 
@@ -135,11 +143,12 @@ def safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
-def from_gguf(file: Gguf, config: Config) -> Iterator[Named]:
-    """Every weight, dequantized to float32 by as many threads as torch uses."""
+def from_gguf(file: Gguf, config: Config, quantized: bool) -> Iterator[Value]:
+    """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is one of those that can stay so, else
+    dequantized to float32."""
     names = list(file.names())
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for first in range(0, len(names), GROUP):
             group = names[first : first + GROUP]
-            for (_, name), value in zip(group, pool.map(lambda pair: file.weight(pair[0], config), group), strict=True):
-                yield name, torch.from_numpy(value)
+            for (_, name), value in zip(group, pool.map(lambda pair: file.weight(pair[0], config, quantized), group), strict=True):
+                yield name, value

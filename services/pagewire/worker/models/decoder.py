@@ -5,6 +5,7 @@ A layer is one of four kinds of block (see Architecture.block). Within the layer
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..layers import Build, Embedding, Entrance, Exit, Head, Linear, Norm, Part, Places, RmsNorm, TiedHead
+from . import native
 from .parts import Attention, Mixture, Mlp, make_norm
 from .single import SingleLayer, serves
 
@@ -29,61 +31,61 @@ class Layer:
 
     def __init__(self, arch: Architecture, index: int, build: Build) -> None:
         name = f"model.layers.{index}"
-        self._attention = Attention(arch, build, f"{name}.self_attn", index)
+        self.attention = Attention(arch, build, f"{name}.self_attn", index)
         dense = arch.moe is None or index in arch.moe.dense
-        self._mlp = Mlp(arch, build, f"{name}.mlp", arch.intermediate_size) if dense else Mixture(arch, build, f"{name}.mlp")
-        self._norms = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norms]
+        self.mlp = Mlp(arch, build, f"{name}.mlp", arch.intermediate_size) if dense else Mixture(arch, build, f"{name}.mlp")
+        self.norms_made = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norms]
 
     def parts(self) -> list[Part]:
-        return [*self._attention.parts(), *self._mlp.parts(), *self._norms]
+        return [*self.attention.parts(), *self.mlp.parts(), *self.norms_made]
 
     def single(self, ops: Ops) -> SingleLayer | None:
         """This layer for one row alone, None where its kind has none."""
-        first, second = self._norms if len(self._norms) == 2 else (None, None)
-        if not isinstance(self._mlp, Mlp) or not isinstance(first, RmsNorm) or not isinstance(second, RmsNorm):
+        first, second = self.norms_made if len(self.norms_made) == 2 else (None, None)
+        if not isinstance(self.mlp, Mlp) or not isinstance(first, RmsNorm) or not isinstance(second, RmsNorm):
             return None
-        return SingleLayer(ops, self._attention, self._mlp, (first, second))
+        return SingleLayer(ops, self.attention, self.mlp, (first, second))
 
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """x [T, H]; cache [2, blocks, Hkv, block_size, D]. A residual of None: there is nothing to be added to yet."""
-        first, second = self._norms
+        first, second = self.norms_made
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        x, residual = second.add(self._attention(x, cos_sin, cache, batch), residual)
-        return self._mlp(x), residual
+        x, residual = second.add(self.attention(x, cos_sin, cache, batch), residual)
+        return self.mlp(x), residual
 
 
 class ParallelLayer(Layer):
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        first, second = self._norms
+        first, second = self.norms_made
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        mlp = self._mlp(second(residual).to(x.dtype))
-        return mlp.add_(self._attention(x, cos_sin, cache, batch)), residual
+        mlp = self.mlp(second(residual).to(x.dtype))
+        return mlp.add_(self.attention(x, cos_sin, cache, batch)), residual
 
 
 class OneNormLayer(Layer):
     norms = ("input_layernorm",)
 
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        norm = self._norms[0]
+        norm = self.norms_made[0]
         x, residual = (norm(x), x) if residual is None else norm.add(x, residual)
-        return self._mlp(x).add_(self._attention(x, cos_sin, cache, batch)), residual
+        return self.mlp(x).add_(self.attention(x, cos_sin, cache, batch)), residual
 
 
 class SandwichLayer(Layer):
     norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        first, attended, second, fed = self._norms
+        first, attended, second, fed = self.norms_made
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        x, residual = second.add(attended(self._attention(x, cos_sin, cache, batch)), residual)
-        return fed(self._mlp(x)), residual
+        x, residual = second.add(attended(self.attention(x, cos_sin, cache, batch)), residual)
+        return fed(self.mlp(x)), residual
 
 
 class PostNormLayer(Layer):
     def __call__(self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        first, second = self._norms
-        x, _ = first.add(self._attention(x, cos_sin, cache, batch), x)
-        x, _ = second.add(self._mlp(x), x)
+        first, second = self.norms_made
+        x, _ = first.add(self.attention(x, cos_sin, cache, batch), x)
+        x, _ = second.add(self.mlp(x), x)
         return x, None
 
 
@@ -98,12 +100,14 @@ class Decoder:
 
     def __init__(self, arch: Architecture, build: Build) -> None:
         self.arch, self._ops = arch, build.ops
+        self.keeps_quantized = build.quantized
         embedding = Embedding(build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size)
         self.entrance = _entrance(arch, build, embedding)
         self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
         self.norm: Norm | None = None if arch.block == "post" else make_norm(arch, build, "model.norm")
         self.head = _exit(arch, build, embedding)
         self._singles: list[SingleLayer] = []
+        self._native: native.Native | None = None
 
     def parts(self) -> Iterator[Part]:
         yield self.entrance
@@ -124,6 +128,7 @@ class Decoder:
         for done, part in enumerate(parts):
             part.pack()
             yield done / len(parts)
+        self._native = native.make(self)
         if serves(self.arch, self._ops):
             singles = [layer.single(self._ops) for layer in self.layers]
             self._singles = [single for single in singles if single is not None]
@@ -141,6 +146,8 @@ class Decoder:
         """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin and caches: one for each layer.
         `tick` is called after every layer; `tap`, before the end, with a function from such a `wanted` to logits, for those who look at
         many tokens, a few at a time."""
+        if self._native is not None and tap is None and len(ids) <= self._native.most_tokens:
+            return self._native(self.entrance(ids, batch), cos_sin, caches, batch, wanted, tick)
         x, residual = self.entrance(ids, batch), None
         layers = self._singles if self._singles and len(ids) == 1 else self.layers
         for layer, factors, cache in zip(layers, cos_sin, caches, strict=True):
@@ -169,7 +176,7 @@ def _entrance(arch: Architecture, build: Build, embedding: Embedding) -> Embeddi
 
 def _exit(arch: Architecture, build: Build, embedding: Embedding) -> Head:
     width = arch.embedding_size or arch.hidden_size
-    head: Head = TiedHead(build, embedding) if arch.tied else Linear(build, {"lm_head": arch.vocab_size}, width, arch.head_bias)
+    head: Head = TiedHead(build, embedding) if arch.tied else Linear(build, {"lm_head": arch.vocab_size}, width, arch.head_bias, wide=True)
     if arch.logit_cap is None and not arch.embedding_size:
         return head
     project = Linear(build, {"model.project_out": width}, arch.hidden_size, False) if arch.embedding_size else None
@@ -178,7 +185,7 @@ def _exit(arch: Architecture, build: Build, embedding: Embedding) -> Head:
 
 class Positions(Embedding):
     def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
-        super().__init__(build, name, rows + SPARE_POSITIONS, columns)
+        super().__init__(replace(build, quantized=False), name, rows + SPARE_POSITIONS, columns)
         self._rows = rows
         self.weight[rows:].zero_()
 

@@ -1,0 +1,59 @@
+"""The numbers that a task of `cpu_layers.decode` is made of, by their place in an array of int64."""
+
+from typing import Final
+
+from .cpu_team import MATRIX_FIELDS
+
+T_LAYERS: Final = 0
+T_TABLE: Final = 1
+T_TOKENS: Final = 2
+T_HIDDEN: Final = 3
+T_HEADS: Final = 4
+T_KV_HEADS: Final = 5
+T_SIZE: Final = 6
+T_INNER: Final = 7
+T_BLOCK: Final = 8
+T_X: Final = 9
+T_POSITIONS: Final = 10
+T_ROW_OF: Final = 11
+T_TABLES: Final = 12
+T_TABLE_STRIDE: Final = 13
+T_SLOTS: Final = 14
+T_SCRATCH: Final = 15
+T_SCRATCH_BYTES: Final = 16
+T_QKV: Final = 17
+T_QKV_STRIDE: Final = 18
+T_ATTENDED: Final = 19
+T_GATE: Final = 20
+T_UP: Final = 21
+T_INNER_STRIDE: Final = 22
+T_SHORT: Final = 23
+T_GELU: Final = 24
+T_NORM: Final = 25
+T_WANTED: Final = 26
+T_COUNT: Final = 27
+T_LOGITS: Final = 28
+T_LOGITS_STRIDE: Final = 29
+T_HEAD: Final = 30
+"""A matrix, of MATRIX_FIELDS; behind it the bits of epsilon."""
+T_FIELDS: Final = T_HEAD + MATRIX_FIELDS + 1
+
+# Of a layer: seven matrices, then these.
+L_QUERY: Final = 0 * MATRIX_FIELDS
+L_KEY: Final = 1 * MATRIX_FIELDS
+L_VALUE: Final = 2 * MATRIX_FIELDS
+L_OUTPUT: Final = 3 * MATRIX_FIELDS
+L_GATE: Final = 4 * MATRIX_FIELDS
+L_UP: Final = 5 * MATRIX_FIELDS
+L_DOWN: Final = 6 * MATRIX_FIELDS
+L_NORM: Final = 7 * MATRIX_FIELDS + 0
+L_NORM2: Final = 7 * MATRIX_FIELDS + 1
+L_QUERY_NORM: Final = 7 * MATRIX_FIELDS + 2
+L_KEY_NORM: Final = 7 * MATRIX_FIELDS + 3
+L_BIAS: Final = 7 * MATRIX_FIELDS + 4
+L_ROTARY: Final = 7 * MATRIX_FIELDS + 5
+L_CACHE: Final = 7 * MATRIX_FIELDS + 6
+L_VALUES: Final = 7 * MATRIX_FIELDS + 7
+L_WINDOW: Final = 7 * MATRIX_FIELDS + 8
+L_SCALE: Final = 7 * MATRIX_FIELDS + 9
+L_FIELDS: Final = 7 * MATRIX_FIELDS + 10

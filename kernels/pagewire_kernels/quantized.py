@@ -1,0 +1,68 @@
+"""Weights as small integers with a scale, and where need be a minimum, for each group of consecutive inputs. Knows no file format and no
+layout of a back end.
+
+    w[n, k] = scale[n, k // group] * codes[n, k] + minimum[n, k // group]
+
+Every type of GGUF without a lookup table is exactly of this form in float32 (ggml's block_q4_0 to block_q6_K).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Inputs that share a scale where weights are quantized here."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """codes [N, K]: uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32; minimum like scale, None where it is zero."""
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
+        """The rows of these numbers, in their order."""
+        index = torch.as_tensor(rows)
+        return Quantized(self.codes[index], self.scale[index], None if self.minimum is None else self.minimum[index])
+
+    def dequantize(self) -> Tensor:
+        """[N, K] float32."""
+        grouped = self.codes.float().view(len(self.codes), -1, self.group).mul_(self.scale[:, :, None])
+        if self.minimum is not None:
+            grouped.add_(self.minimum[:, :, None])
+        return grouped.view(self.codes.shape)
+
+
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """weight [N, K], K a multiple of GROUP, rounded to the nearest code. 8 bits: symmetric, -127 to 127 (as Q8_0). 4 bits: from the
+    group's least value to its largest (as Q4_1). Scales are rounded to float16 first, so that codes are chosen for the scales they meet."""
+    grouped = weight.float().unflatten(1, (-1, GROUP))
+    if bits == 8:
+        scale = (grouped.abs().amax(-1) / 127).half().float()
+        codes = _codes(grouped, scale, -127, 127).to(torch.int8)
+        return Quantized(codes.flatten(1), scale)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale, minimum = ((high - low) / 15).half().float(), low.half().float()
+    codes = _codes(grouped - minimum[:, :, None], scale, 0, 15).to(torch.uint8)
+    return Quantized(codes.flatten(1), scale, minimum)
+
+
+def _codes(values: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    """A scale of zero has codes of zero."""
+    return torch.nan_to_num(values / scale[:, :, None], posinf=0, neginf=0).round_().clamp_(least, most)
