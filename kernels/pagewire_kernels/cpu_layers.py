@@ -7,35 +7,13 @@ layer, `mine` the address of the calling thread's own memory. Imported on first 
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Numba's decorators change the signatures of what they decorate.
 
-import math
-
 import numpy as np
 from numba import njit
 
 from . import cpu_task as task
-from .cpu_kernels import as_float, floats, ints, longs, shorts
+from .cpu_heads import attend, bits_of, exponential, normalise, turn_and_keep
+from .cpu_kernels import floats, longs
 from .cpu_team import FAST, MATRIX_FIELDS, PANELS, barrier, share, thread_count, thread_number, times_matrix
-
-
-@njit(fastmath=FAST)
-def exponential(x):
-    """e to the x, to a few units in the last place; in plain arithmetic, so that a loop over it becomes vectors."""
-    scaled = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
-    biased = np.int32(scaled + np.float32(127.5))
-    f = scaled - np.float32(biased - np.int32(127))
-    value = np.float32(1.535336188319500e-4)
-    value = value * f + np.float32(1.339887440266574e-3)
-    value = value * f + np.float32(9.618437357674640e-3)
-    value = value * f + np.float32(5.550332471162809e-2)
-    value = value * f + np.float32(2.402264791363012e-1)
-    value = value * f + np.float32(6.931472028550421e-1)
-    value = value * f + np.float32(1.0)
-    return value * as_float(biased << np.int32(23))
-
-
-@njit(fastmath=FAST)
-def bits_of(field):
-    return as_float(np.int32(field))
 
 
 @njit(fastmath=FAST)
@@ -46,79 +24,6 @@ def sum_groups(x, at, columns, sums, first):
         for i in range(32):
             total += x[at + 32 * g + i]
         sums[first + g] = total
-
-
-@njit(fastmath=FAST)
-def normalise(x, at, weight, eps, columns, out, to):
-    squares = np.float32(0)
-    for i in range(columns):
-        squares += x[at + i] * x[at + i]
-    factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(columns) + eps))
-    for i in range(columns):
-        out[to + i] = x[at + i] * factor * weight[i]
-
-
-@njit(fastmath=FAST)
-def rotate(x, at, size, factors, f):
-    half = size // 2
-    for i in range(half):
-        a, b = x[at + i], x[at + half + i]
-        x[at + i] = a * factors[f + i] - b * factors[f + half + i]
-        x[at + half + i] = b * factors[f + i] + a * factors[f + half + i]
-
-
-@njit(fastmath=FAST)
-def keep(x, at, size, cache, place, short):
-    """float32 number `at` and those that follow, behind address x, to the cache's element `place`."""
-    if short:
-        brief, words = shorts(cache), ints(x)
-        for i in range(size):
-            word = np.uint32(words[at + i])
-            brief[place + i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-    else:
-        full, given = floats(cache), floats(x)
-        for i in range(size):
-            full[place + i] = given[at + i]
-
-
-@njit(fastmath=FAST)
-def score_block(q, at, size, cache, place, count, short, scores, to):
-    """Products of q[at : at + size] with `count` keys that follow each other; the largest of them."""
-    most = np.float32(-np.inf)
-    if short:
-        brief = shorts(cache)
-        for j in range(count):
-            total = np.float32(0)
-            for i in range(size):
-                total += q[at + i] * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
-            scores[to + j] = total
-            most = max(most, total)
-    else:
-        full = floats(cache)
-        for j in range(count):
-            total = np.float32(0)
-            for i in range(size):
-                total += q[at + i] * full[place + j * size + i]
-            scores[to + j] = total
-            most = max(most, total)
-    return most
-
-
-@njit(fastmath=FAST)
-def add_block(shares, first, size, cache, place, count, short, out, to):
-    """out[to : to + size] += shares times `count` values that follow each other."""
-    if short:
-        brief = shorts(cache)
-        for j in range(count):
-            part = shares[first + j]
-            for i in range(size):
-                out[to + i] += part * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
-    else:
-        full = floats(cache)
-        for j in range(count):
-            part = shares[first + j]
-            for i in range(size):
-                out[to + i] += part * full[place + j * size + i]
 
 
 @njit(fastmath=FAST)
@@ -159,73 +64,6 @@ def project(t, layer, mine, me, threads):
         for r in range(tokens):
             for i in range(16 * first, 16 * last):
                 out[r * stride + i] += bias[i]
-
-
-@njit(fastmath=FAST)
-def turn_and_keep(t, layer, me, threads):
-    """Heads are normalised and turned, keys and values go to the cache; each thread some of the heads of some tokens."""
-    heads, kv, size, block = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK]
-    qkv, stride, factors, eps = (
-        floats(t[task.T_QKV]),
-        t[task.T_QKV_STRIDE] // 4,
-        floats(layer[task.L_ROTARY]),
-        bits_of(t[task.T_HEAD + MATRIX_FIELDS]),
-    )
-    positions, slots, each = longs(t[task.T_POSITIONS]), longs(t[task.T_SLOTS]), heads + 2 * kv
-    first, last = share(t[task.T_TOKENS] * each, me, threads)
-    for piece in range(first, last):
-        r, head = piece // each, piece % each
-        at = r * stride + head * size
-        norm = layer[task.L_QUERY_NORM] if head < heads else layer[task.L_KEY_NORM] if head < heads + kv else 0
-        if norm:
-            normalise(qkv, at, floats(norm), eps, size, qkv, at)
-        if head < heads + kv:
-            rotate(qkv, at, size, factors, positions[r] * size)
-        if head >= heads and slots[r] >= 0:
-            cache, h = (layer[task.L_CACHE], head - heads) if head < heads + kv else (layer[task.L_VALUES], head - heads - kv)
-            place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
-            keep(t[task.T_QKV], at, size, cache, place, t[task.T_SHORT])
-
-
-@njit(fastmath=FAST)
-def attend(t, layer, mine, me, threads):
-    """Softmax of scores over what each token sees, times the values; each thread some heads of some tokens."""
-    heads, kv, size, block, short = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK], t[task.T_SHORT]
-    qkv, stride, out, scores = floats(t[task.T_QKV]), t[task.T_QKV_STRIDE] // 4, floats(t[task.T_ATTENDED]), floats(mine)
-    positions, row_of, tables, scale = (
-        longs(t[task.T_POSITIONS]),
-        longs(t[task.T_ROW_OF]),
-        ints(t[task.T_TABLES]),
-        bits_of(layer[task.L_SCALE]),
-    )
-    first, last = share(t[task.T_TOKENS] * heads, me, threads)
-    for piece in range(first, last):
-        r, head = piece // heads, piece % heads
-        end, table, to = positions[r] + 1, row_of[r] * t[task.T_TABLE_STRIDE], piece * size
-        low = max(end - layer[task.L_WINDOW], 0) if layer[task.L_WINDOW] else 0
-        most = np.float32(-np.inf)
-        start = low
-        while start < end:
-            count = min(block - start % block, end - start)
-            place = ((tables[table + start // block] * kv + head // (heads // kv)) * block + start % block) * size
-            most = max(
-                most, score_block(qkv, r * stride + head * size, size, layer[task.L_CACHE], place, count, short, scores, start - low)
-            )
-            start += count
-        total = np.float32(0)
-        for j in range(end - low):
-            scores[j] = exponential((scores[j] - most) * scale)
-            total += scores[j]
-        for i in range(size):
-            out[to + i] = np.float32(0)
-        start = low
-        while start < end:
-            count = min(block - start % block, end - start)
-            place = ((tables[table + start // block] * kv + head // (heads // kv)) * block + start % block) * size
-            add_block(scores, start - low, size, layer[task.L_VALUES], place, count, short, out, to)
-            start += count
-        for i in range(size):
-            out[to + i] /= total
 
 
 @njit(fastmath=FAST)

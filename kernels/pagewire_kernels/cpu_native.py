@@ -7,6 +7,7 @@ meet at barriers. Compiled functions are kept on disk by Numba. Knows nothing of
 
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,12 @@ class NoNativeCode(RuntimeError):
 def keep_in(place: Path) -> None:
     """Where compiled functions are kept. To be called before the first one is compiled."""
     os.environ.setdefault(CACHE_VARIABLE, str(place))
+
+
+def digest() -> str:
+    """Changes with any source of native code: Numba looks at the file of a function alone, not at those of what it calls."""
+    sources = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 @functools.cache

@@ -94,9 +94,9 @@ def _keep_compiled() -> None:
     """Compiled functions go to the user's cache, or where that cannot be written to a directory of this user's for as long as the
     machine runs."""
     try:
-        place = cache_dir() / "numba"
+        place = cache_dir() / "numba" / cpu_native.digest()
         kernel_cache.try_writing(place)
     except (OSError, RuntimeError):
-        place = Path(f"/tmp/pagewire-{os.getuid()}") / "numba"
+        place = Path(f"/tmp/pagewire-{os.getuid()}") / "numba" / cpu_native.digest()
         kernel_cache.try_writing(place)
     cpu_native.keep_in(place)

@@ -1,0 +1,176 @@
+"""Attention of few tokens as part of `cpu_layers`: heads are normalised, turned and kept in the caches, and attend to what these hold.
+
+Compiled by Numba; see `cpu_team` for what is common to all of it. Imported on first use only.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Numba's decorators change the signatures of what they decorate.
+
+import math
+
+import numpy as np
+from numba import njit
+
+from . import cpu_task as task
+from .cpu_kernels import as_float, floats, ints, longs, shorts
+from .cpu_team import FAST, MATRIX_FIELDS, share
+
+
+@njit(fastmath=FAST)
+def exponential(x):
+    """e to the x, to a few units in the last place; in plain arithmetic, so that a loop over it becomes vectors."""
+    scaled = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
+    biased = np.int32(scaled + np.float32(127.5))
+    f = scaled - np.float32(biased - np.int32(127))
+    value = np.float32(1.535336188319500e-4)
+    value = value * f + np.float32(1.339887440266574e-3)
+    value = value * f + np.float32(9.618437357674640e-3)
+    value = value * f + np.float32(5.550332471162809e-2)
+    value = value * f + np.float32(2.402264791363012e-1)
+    value = value * f + np.float32(6.931472028550421e-1)
+    value = value * f + np.float32(1.0)
+    return value * as_float(biased << np.int32(23))
+
+
+@njit(fastmath=FAST)
+def bits_of(field):
+    return as_float(np.int32(field))
+
+
+@njit(fastmath=FAST)
+def normalise(x, at, weight, eps, columns, out, to):
+    squares = np.float32(0)
+    for i in range(columns):
+        squares += x[at + i] * x[at + i]
+    factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(columns) + eps))
+    for i in range(columns):
+        out[to + i] = x[at + i] * factor * weight[i]
+
+
+@njit(fastmath=FAST)
+def rotate(x, at, size, factors, f):
+    half = size // 2
+    for i in range(half):
+        a, b = x[at + i], x[at + half + i]
+        x[at + i] = a * factors[f + i] - b * factors[f + half + i]
+        x[at + half + i] = b * factors[f + i] + a * factors[f + half + i]
+
+
+@njit(fastmath=FAST)
+def keep(x, at, size, cache, place, short):
+    """float32 number `at` and those that follow, behind address x, to the cache's element `place`."""
+    if short:
+        brief, words = shorts(cache), ints(x)
+        for i in range(size):
+            word = np.uint32(words[at + i])
+            brief[place + i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    else:
+        full, given = floats(cache), floats(x)
+        for i in range(size):
+            full[place + i] = given[at + i]
+
+
+@njit(fastmath=FAST)
+def score_block(q, at, size, cache, place, count, short, scores, to):
+    """Products of q[at : at + size] with `count` keys that follow each other; the largest of them."""
+    most = np.float32(-np.inf)
+    if short:
+        brief = shorts(cache)
+        for j in range(count):
+            total = np.float32(0)
+            for i in range(size):
+                total += q[at + i] * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
+            scores[to + j] = total
+            most = max(most, total)
+    else:
+        full = floats(cache)
+        for j in range(count):
+            total = np.float32(0)
+            for i in range(size):
+                total += q[at + i] * full[place + j * size + i]
+            scores[to + j] = total
+            most = max(most, total)
+    return most
+
+
+@njit(fastmath=FAST)
+def add_block(shares, first, size, cache, place, count, short, out, to):
+    """out[to : to + size] += shares times `count` values that follow each other."""
+    if short:
+        brief = shorts(cache)
+        for j in range(count):
+            part = shares[first + j]
+            for i in range(size):
+                out[to + i] += part * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
+    else:
+        full = floats(cache)
+        for j in range(count):
+            part = shares[first + j]
+            for i in range(size):
+                out[to + i] += part * full[place + j * size + i]
+
+
+@njit(fastmath=FAST)
+def turn_and_keep(t, layer, me, threads):
+    """Heads are normalised and turned, keys and values go to the cache; each thread some of the heads of some tokens."""
+    heads, kv, size, block = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK]
+    qkv, stride, factors = floats(t[task.T_QKV]), t[task.T_QKV_STRIDE] // 4, floats(layer[task.L_ROTARY])
+    eps = bits_of(t[task.T_HEAD + MATRIX_FIELDS])
+    positions, slots, each = longs(t[task.T_POSITIONS]), longs(t[task.T_SLOTS]), heads + 2 * kv
+    first, last = share(t[task.T_TOKENS] * each, me, threads)
+    for piece in range(first, last):
+        r, head = piece // each, piece % each
+        at = r * stride + head * size
+        norm = layer[task.L_QUERY_NORM] if head < heads else layer[task.L_KEY_NORM] if head < heads + kv else 0
+        if norm:
+            normalise(qkv, at, floats(norm), eps, size, qkv, at)
+        if head < heads + kv:
+            rotate(qkv, at, size, factors, positions[r] * size)
+        if head >= heads and slots[r] >= 0:
+            cache, h = (layer[task.L_CACHE], head - heads) if head < heads + kv else (layer[task.L_VALUES], head - heads - kv)
+            place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
+            keep(t[task.T_QKV], at, size, cache, place, t[task.T_SHORT])
+
+
+@njit(fastmath=FAST)
+def place_of(t, layer, table, head, token):
+    """Where in a cache the key of a sequence's token lies, for a query head."""
+    kv, block = t[task.T_KV_HEADS], t[task.T_BLOCK]
+    page = ints(t[task.T_TABLES])[table + token // block]
+    return ((page * kv + head // (t[task.T_HEADS] // kv)) * block + token % block) * t[task.T_SIZE]
+
+
+@njit(fastmath=FAST)
+def attend_head(t, layer, query, head, table, low, end, scores, out, to):
+    """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores) times values."""
+    size, block, short = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_SHORT]
+    qkv, scale, most, total = floats(t[task.T_QKV]), bits_of(layer[task.L_SCALE]), np.float32(-np.inf), np.float32(0)
+    for start in range(low // block * block, end, block):
+        a, z = max(start, low), min(start + block, end)
+        place = place_of(t, layer, table, head, a)
+        most = max(most, score_block(qkv, query, size, layer[task.L_CACHE], place, z - a, short, scores, a - low))
+    for j in range(end - low):
+        scores[j] = exponential((scores[j] - most) * scale)
+        total += scores[j]
+    for i in range(size):
+        out[to + i] = np.float32(0)
+    for start in range(low // block * block, end, block):
+        a, z = max(start, low), min(start + block, end)
+        place = place_of(t, layer, table, head, a)
+        add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, short, out, to)
+    for i in range(size):
+        out[to + i] /= total
+
+
+@njit(fastmath=FAST)
+def attend(t, layer, mine, me, threads):
+    """Softmax of scores over what each token sees, times the values; each thread some heads of some tokens."""
+    heads, size, stride, out = t[task.T_HEADS], t[task.T_SIZE], t[task.T_QKV_STRIDE] // 4, floats(t[task.T_ATTENDED])
+    positions, row_of, window = longs(t[task.T_POSITIONS]), longs(t[task.T_ROW_OF]), layer[task.L_WINDOW]
+    first, last = share(t[task.T_TOKENS] * heads, me, threads)
+    for piece in range(first, last):
+        r, head = piece // heads, piece % heads
+        end = positions[r] + 1
+        low = max(end - window, 0) if window else 0
+        table = row_of[r] * t[task.T_TABLE_STRIDE]
+        attend_head(t, layer, r * stride + head * size, head, table, low, end, floats(mine), out, piece * size)

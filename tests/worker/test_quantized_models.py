@@ -1,0 +1,139 @@
+"""Models with quantized matrices on a CPU: GGUF's types as the `gguf` library reads them, decoders in machine code against the same weights
+in full, and what `--quantization` does."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from pagewire.config import ModelConfig, WorkerConfig
+from pagewire.worker import cpu_weights, rotary, setup
+from pagewire.worker.architecture import Unsupported
+from pagewire.worker.gguf_quantized import TYPES, take_apart
+from pagewire.worker.layers import Build
+from pagewire.worker.models import describe
+from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.weights import load
+from pagewire_kernels.backend import backend
+from pagewire_kernels.batch import make_batch
+
+HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+"""Where blocks have their float16."""
+LLAMA = {
+    "model_type": "llama", "vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "rope_theta": 10_000.0,
+}  # fmt: skip
+VARIANTS = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"model_type": "qwen2"},
+    "normed heads": {"model_type": "qwen3"},
+    "windows": {"model_type": "mistral", "sliding_window": 9},
+    "gelu": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "experts": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
+        "norm_topk_prob": True, "mlp_only_layers": [],
+    },
+    "sandwich": {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "sliding_window": 9, "query_pre_attn_scalar": 16,
+                 "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0},
+}  # fmt: skip
+IN_MACHINE_CODE = ("llama", "tied", "biases", "normed heads", "windows", "gelu")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_blocks_are_taken_apart_exactly(kind: str) -> None:
+    random, (_, size) = np.random.default_rng(0), GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rows = random.integers(0, 256, (5, 3 * size), dtype=np.uint8)
+    for place in HALVES[kind]:
+        rows.reshape(-1, size)[:, place : place + 2] = random.standard_normal((15, 1)).astype(np.float16).view(np.uint8)
+    wanted = gguf.quants.dequantize(rows, GGMLQuantizationType[kind])
+    assert np.array_equal(take_apart(kind, rows, size).dequantize().numpy(), wanted)
+
+
+def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:
+    """With random weights rounded to `bits`; `like`: with the same, in full."""
+    arch = describe(config)
+    made = Decoder(arch, Build(backend("cpu"), dtype, "cpu", like is None, bits if like is None else 0))
+    load(made, None, config, 3, lambda stage, share: None)
+    return made
+
+
+def run(decoder: Decoder, dtype: torch.dtype, cache: torch.Tensor, batch: tuple, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    arch, (ids, counts, lengths, tables) = decoder.arch, batch
+    everywhere = rotary.table(arch.rope, arch.head_dim, 256)
+    step = make_batch(counts, lengths, tables, 4)
+    return decoder(torch.tensor(ids), [everywhere] * arch.num_layers, list(cache), step, wanted, lambda: None)
+
+
+STEPS = [
+    ([5, 9, 11, 7, 23, 40, 2], [7], [7], [[3, 9, 6]]),
+    ([8, 1, 99], [3], [3], [[12]]),
+    ([17, 33], [1, 1], [8, 4], [[3, 9, 6], [12]]),
+    ([3, 4, 5, 60, 61], [4, 1], [12, 5], [[3, 9, 6], [12, 2]]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_machine_code_computes_what_the_operations_do(variant: str, bits: int, dtype: torch.dtype, monkeypatch) -> None:
+    """The same decoder, with and without the one call for all layers: prompts, chunks, several sequences."""
+    quantized = decoder_of({**LLAMA, **VARIANTS[variant]}, dtype, bits)
+    assert (quantized._native is not None) == (variant in IN_MACHINE_CODE)
+    arch = quantized.arch
+    caches = torch.zeros(2, arch.num_layers, 2, 16, arch.num_kv_heads, 4, arch.head_dim, dtype=dtype)
+    for step in STEPS:
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized, "_native", None)
+            wanted = run(quantized, dtype, caches[0], step)
+        ours = run(quantized, dtype, caches[1], step)
+        atol = 2e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(ours.float(), wanted.float(), atol=atol * float(wanted.abs().max().clamp(min=1)), rtol=0)
+    torch.testing.assert_close(caches[1].float(), caches[0].float(), atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_only_the_tokens_that_are_wanted_get_logits() -> None:
+    decoder = decoder_of(LLAMA, torch.float32, 8)
+    cache = torch.zeros(2, 2, 16, 2, 4, 16)
+    everything = run(decoder, torch.float32, cache, STEPS[0])
+    some = run(decoder, torch.float32, cache, STEPS[0], torch.tensor([6, 2]))
+    torch.testing.assert_close(some, everything[[6, 2]], atol=1e-5, rtol=1e-5)
+    assert run(decoder, torch.float32, cache, STEPS[0], torch.tensor([], dtype=torch.int64)).shape == (0, 150)
+
+
+def start(path, **settings):
+    model = {key: settings.pop(key) for key in ("quantization", "load_format") if key in settings}
+    return setup.load(path, ModelConfig(**model), WorkerConfig(cpu_kv_cache_gb=0.01, **settings), lambda stage, share: None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+@pytest.mark.parametrize("asked", ["int8", "int4"])
+def test_a_full_checkpoint_is_rounded_as_asked_for(asked, checkpoint, caplog) -> None:
+    caplog.set_level("INFO", "pagewire.worker")
+    loaded = start(checkpoint, quantization=asked, load_format="dummy", device="cpu")
+    assert loaded.decoder._native is not None and f"rounded to {asked}" in caplog.text
+    full = start(checkpoint, load_format="dummy", device="cpu")
+    assert full.decoder._native is None and loaded.sizing.weight_bytes < full.sizing.weight_bytes / 1.7
+
+
+def test_what_cannot_be_quantized_is_refused_in_one_line(checkpoint) -> None:
+    with pytest.raises(Unsupported, match=r"--quantization int8 .*float16") as caught:
+        start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float16")
+    assert "\n" not in str(caught.value)
+    assert "on a GPU it is not supported yet" in cpu_weights.refused("int8", "cuda", False, None)
+    assert "run through transformers" in cpu_weights.refused("int4", "cpu", True, None)
+
+
+def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(cpu_weights, "_obstacle", lambda dtype: "Numba cannot be imported")
+    assert cpu_weights.choose(None, "int8", torch.float32) == cpu_weights.NONE
+    assert "made full (Numba cannot be imported)" in caplog.text
