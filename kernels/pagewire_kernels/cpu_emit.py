@@ -158,10 +158,15 @@ def _emit_tile(code: Code, form: Format, o: Operands, row: Any, panel: Any, rows
     _, *totals = code.loop(constant(0), o.groups, 1, [zero] * (rows * panels), body)
     for i, total in enumerate(totals):
         r, p = divmod(i, panels)
-        place = b.add(o.out, b.mul(b.add(row, constant(r)), o.out_stride))
-        place = b.add(place, b.mul(b.add(panel, constant(p)), constant(4 * ROWS)))
-        before = b.select(b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero)
-        code.store(b.fadd(total, before), place, 4)
+        _emit_result(code, o, total, b.add(row, constant(r)), b.add(panel, constant(p)))
+
+
+def _emit_result(code: Code, o: Operands, total: Any, row: Any, panel: Any) -> None:
+    """To its place in `out`, added to what is there if asked for."""
+    b, zero = code.b, ir.Constant(vector(F32), [0.0] * ROWS)
+    place = b.add(b.add(o.out, b.mul(row, o.out_stride)), b.mul(panel, constant(4 * ROWS)))
+    before = b.select(b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero)
+    code.store(b.fadd(total, before), place, 4)
 
 
 def emit_matmul(code: Code, form: Format, o: Operands) -> None:
