@@ -21,8 +21,8 @@ _scratch: dict[torch.dtype, Tensor] = {}
 
 
 class QuantizedLinear:
-    """Matrices that read the same input, side by side: [N, K] each. Raises ValueError where a kernel cannot hold them: all but the last
-    must have a multiple of 16 rows, K must be a multiple of 32."""
+    """Matrices that read the same input, side by side: [N, K] each. wide: results in float32. Raises ValueError where a kernel cannot hold
+    them: all but the last must have a multiple of 16 rows, K must be a multiple of 32."""
 
     def __init__(self, parts: Sequence[Quantized], wide: bool = False) -> None:
         from . import cpu_team
@@ -32,7 +32,7 @@ class QuantizedLinear:
         self.panels = [pack(part, cpu_native.converts_half()) for part in parts]
         self.rows, self.columns = sum(panels.rows for panels in self.panels), parts[0].shape[1]
         self.padded = ROWS * sum(len(panels.data) for panels in self.panels)
-        self.crossing, self._wide = CROSSING, wide
+        self.crossing, self.wide = CROSSING, wide
         self._multiply, self._make_dense = (cpu_native.compiled(f, 1) for f in (cpu_team.multiply, cpu_team.make_dense))
         self.fields = np.concatenate([matrix_fields(panels) for panels in self.panels])
 
@@ -53,7 +53,7 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type, or where `wide` in float32."""
-        if self._wide:
+        if self.wide:
             x = x.float()
         out = self.native(x).to(x.dtype) if len(x) <= self.crossing else self.dense(x)
         return out if bias is None else out + bias

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pagewire.config import ModelConfig, WorkerConfig
-from pagewire.worker import cpu_weights, rotary, setup
+from pagewire.worker import cpu_choice, cpu_weights, rotary, setup
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.gguf_quantized import TYPES, take_apart
 from pagewire.worker.layers import Build
@@ -137,3 +137,25 @@ def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
     monkeypatch.setattr(cpu_weights, "_obstacle", lambda dtype: "Numba cannot be imported")
     assert cpu_weights.choose(None, "int8", torch.float32) == cpu_weights.NONE
     assert "made full (Numba cannot be imported)" in caplog.text
+
+
+def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint) -> None:
+    monkeypatch.setenv("PAGEWIRE_CACHE", str(tmp_path / "cache"))
+    measured = []
+    monkeypatch.setattr(cpu_choice, "crossing", lambda product, dtype: measured.append((product.key, dtype)) or 12)
+    first = start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32")
+    assert measured and len(set(measured)) == len(measured)
+    again = start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32")
+    assert len(set(measured)) == len(measured)
+    for loaded in (first, again):
+        assert {matrix.crossing for matrix in loaded.decoder.packed()} == {12}
+
+
+def test_a_crossing_lies_where_the_dense_product_wins(monkeypatch) -> None:
+    product = decoder_of(LLAMA, torch.float32, 8).layers[0].attention.qkv.weight
+    for slower, wanted in ((0, 6), (40, 48), (1000, 256)):
+        cost = {product.native: lambda rows: rows, product.dense: lambda rows, slower=slower: slower}
+        monkeypatch.setattr(cpu_choice, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
+        assert cpu_choice.crossing(product, torch.float32) == wanted
+    monkeypatch.undo()
+    assert 0 < cpu_choice._seconds(product.native, torch.randn(2, product.columns)) < 60

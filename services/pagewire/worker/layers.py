@@ -53,6 +53,18 @@ class Part(Protocol):
         """Once, after loading: `places` are dead from then on."""
         ...
 
+    def packed(self) -> Iterator[Any]:
+        """The matrices as the back end has them."""
+        ...
+
+
+class NoMatrix:
+    def pack(self) -> None:
+        """Nothing to do."""
+
+    def packed(self) -> Iterator[Any]:
+        yield from ()
+
 
 class Matrix:
     """The place of a matrix that may stay quantized: holds what was copied here."""
@@ -124,20 +136,20 @@ class Linear:
         else:
             self.weight = self._ops.pack_linear(self.weight)
 
+    def packed(self) -> Iterator[Any]:
+        yield self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.linear(x, self.weight, self.bias)
 
 
-class RmsNorm:
+class RmsNorm(NoMatrix):
     def __init__(self, build: Build, name: str, size: int, eps: float, wide: bool = False) -> None:
         self._ops, self._name, self.eps = build.ops, name, eps
         self.weight = build.empty(size, dtype=torch.float32 if wide else None)
 
     def places(self) -> Places:
         yield f"{self._name}.weight", self.weight
-
-    def pack(self) -> None:
-        """Nothing to do."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.rms_norm(x, self.weight, self.eps)
@@ -146,7 +158,7 @@ class RmsNorm:
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class LayerNorm:
+class LayerNorm(NoMatrix):
     def __init__(self, build: Build, name: str, size: int, eps: float, bias: bool) -> None:
         self._ops, self._name, self._eps = build.ops, name, eps
         self._weight, self._bias = build.empty(size), build.empty(size) if bias else None
@@ -155,9 +167,6 @@ class LayerNorm:
         yield f"{self._name}.weight", self._weight
         if self._bias is not None:
             yield f"{self._name}.bias", self._bias
-
-    def pack(self) -> None:
-        """Nothing to do."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.layer_norm(x, self._weight, self._bias, self._eps)
@@ -185,6 +194,9 @@ class Embedding:
         self.weight = self._matrix.dense() if packed is None else packed
         self.quantized, self._matrix = packed is not None, None
 
+    def packed(self) -> Iterator[Any]:
+        yield self.weight
+
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids [T] int64 -> [T, columns]."""
         return self.weight.embed(ids).to(self.dtype) if self.quantized else torch.embedding(self.weight, ids)
@@ -209,6 +221,10 @@ class Entrance:
         for part in self._parts():
             part.pack()
 
+    def packed(self) -> Iterator[Any]:
+        for part in self._parts():
+            yield from part.packed()
+
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         x = self._tokens(ids, batch)
         if self._scale != 1:
@@ -232,6 +248,9 @@ class TiedHead:
         tied = self._embedding
         self.weight = tied.weight if tied.quantized else self._ops.pack_linear(tied.weight)
 
+    def packed(self) -> Iterator[Any]:
+        yield self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         if self._embedding.quantized:
             return self._ops.linear(x, self.weight)
@@ -253,6 +272,11 @@ class Exit:
         if self._projection is not None:
             self._projection.pack()
         self._head.pack()
+
+    def packed(self) -> Iterator[Any]:
+        if self._projection is not None:
+            yield from self._projection.packed()
+        yield from self._head.packed()
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self._head(x if self._projection is None else self._projection(x))

@@ -12,7 +12,7 @@ from pagewire_kernels.backend import backend
 from torch import Tensor
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
-from . import capture, cpu_weights, gpus, kv, memory_errors, precision, processor, rotary, weights
+from . import capture, cpu_choice, cpu_weights, gpus, kv, memory_errors, precision, processor, rotary, weights
 from .architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from .beside import beside
 from .cpu_weights import NONE
@@ -88,6 +88,8 @@ def load(
         if other is None:
             decoder = Decoder(arch, Build(backend(device), dtype, device, quantizing.kept, quantizing.bits))
             weights.load(decoder, source, settings, model.seed, progress)
+            if quantizing.kept:
+                cpu_choice.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(other.load, model.load_format, backend(device), dtype, device, model.seed)
             decoder = beside(made, lambda: progress("loading weights through transformers", 0.0))

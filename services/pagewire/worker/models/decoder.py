@@ -6,6 +6,7 @@ A layer is one of four kinds of block (see Architecture.block). Within the layer
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
@@ -121,6 +122,11 @@ class Decoder:
         """Every checkpoint tensor the model wants, with the memory it goes to."""
         for part in self.parts():
             yield from part.places()
+
+    def packed(self) -> Iterator[Any]:
+        """The matrices as the back end has them, once they are packed."""
+        for part in self.parts():
+            yield from part.packed()
 
     def pack(self) -> Iterator[float]:
         """Put each matrix into the back end's layout; yields the share done."""

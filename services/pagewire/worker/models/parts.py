@@ -1,6 +1,7 @@
 """What the layers of a decoder are made of: attention, MLP, mixture of experts. Everything that differs between models is chosen when a
 part is made; a call takes no decisions."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +101,9 @@ class Experts:
             self._up, self._down = [up.weight for up, _ in self._linears], [down.weight for _, down in self._linears]
             return
         self._up, self._down = self._ops.pack_experts(self._up), self._ops.pack_experts(self._down)
+
+    def packed(self) -> Iterator[Any]:
+        yield from (*self._up, *self._down)
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return self._ops.experts(x, self._up, self._down, chosen, weights)
