@@ -1,16 +1,27 @@
-"""The demo on this machine's CPU: one request, many at once, prefill, time to ready; beside transformers when asked.
+"""The demo on this machine's CPU: one request, many at once, prefill, time to ready; beside transformers or llama.cpp when asked.
 
-    python bench/cpu.py [--peer] [--rounds 3] [--json FILE] [flags of pagewire serve]
+    python bench/cpu.py [--peer] [--llama-server PROGRAM] [--rounds 3] [--json FILE] [flags of pagewire serve]
 
-Machines are noisy: the rows of one run are made in turns, and the median of the rounds is shown.
+llama.cpp's newest sources come with the source distribution of llama-cpp-python (`pip download --no-deps --no-binary :all:
+llama-cpp-python`, folder vendor/llama.cpp). Built with -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON it has a library
+for each kind of processor; leave only libggml-cpu-haswell.so beside llama-server for what it does with AVX2. For the same of Pagewire set
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,
++f16c,+bmi2,+sse4.2,+popcnt and --dtype float32.
+
+Machines are noisy: the rows of one run are made in turns, and the median of the rounds is shown. Both servers get the same token ids.
 """
 
 import argparse
 import asyncio
+import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pagewire.bench.figures import summarize, table, write_json
@@ -59,6 +70,45 @@ class Peer:
         return count * write / (time.monotonic() - began)
 
 
+class LlamaServer:
+    """llama.cpp's server over HTTP, on a file of its own format; 16 slots of 1,024 tokens, as many threads as cores."""
+
+    def __init__(self, program: str, file: str) -> None:
+        self.url = "http://127.0.0.1:8099"
+        threads = str(len(os.sched_getaffinity(0)))
+        command = [program, "-m", file, "-t", threads, "-np", "16", "-c", "16384", "--host", "127.0.0.1", "--port", "8099"]
+        began = time.monotonic()
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() - began > 60:
+                raise OSError(f"{program} did not start")
+            time.sleep(0.02)
+        self.ready_s = time.monotonic() - began
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=1) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def row(self, make: random.Random, count: int, read: int, write: int) -> float:
+        began = time.monotonic()
+        with ThreadPoolExecutor(count) as pool:
+            told = list(pool.map(lambda ids: self._complete(ids, write), prompts(make, count, read)))
+        return sum(told) / (time.monotonic() - began)
+
+    def _complete(self, ids: list[int], write: int) -> int:
+        body = {"prompt": ids, "n_predict": write, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        request = urllib.request.Request(f"{self.url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return int(json.load(answer)["tokens_predicted"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
 def peer_path(model: str) -> str:
     from pagewire import hub
     from pagewire.config import ModelConfig
@@ -68,7 +118,20 @@ def peer_path(model: str) -> str:
 
 def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {"ready s": statistics.median(ready_seconds(flags) for _ in range(options.rounds))}
-    peer = Peer(peer_path(options.peer_model)) if options.peer else None
+    peers: dict[str, Any] = {"transformers": Peer(peer_path(options.peer_model))} if options.peer else {}
+    if options.llama_server:
+        peers["llama.cpp"] = LlamaServer(options.llama_server, peer_path(options.peer_model))
+        figures["ready s, llama.cpp"] = peers["llama.cpp"].ready_s
+    try:
+        return figures | rows(options, flags, peers)
+    finally:
+        for peer in peers.values():
+            if isinstance(peer, LlamaServer):
+                peer.close()
+
+
+def rows(options: argparse.Namespace, flags: list[str], peers: dict[str, Any]) -> dict[str, float]:
+    """Medians, and how many times a peer's rate ours is."""
     make, rates = random.Random(0), dict[str, list[float]]()
     with started(flags) as url:
         target = Target.of(url)
@@ -76,15 +139,20 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         for _ in range(options.rounds):
             for name, row in ROWS.items():
                 rates.setdefault(f"{name}, tok/s", []).append(ours(target, make, *row))
-                if peer is not None:
-                    rates.setdefault(f"{name}, transformers tok/s", []).append(peer.row(make, *row))
-    return figures | {name: statistics.median(values) for name, values in rates.items()}
+                for kind, peer in peers.items():
+                    rates.setdefault(f"{name}, {kind} tok/s", []).append(peer.row(make, *row))
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    for name in ROWS:
+        for kind in peers:
+            found[f"{name}, times {kind}"] = found[f"{name}, tok/s"] / found[f"{name}, {kind} tok/s"]
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="also run transformers' generate")
+    parser.add_argument("--llama-server", default="", help="also run this program of llama.cpp")
     parser.add_argument("--peer-model", default="", help="what transformers loads (default: the demo)")
     parser.add_argument("--json", default="")
     options, flags = parser.parse_known_args()
