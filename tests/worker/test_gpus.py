@@ -9,12 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from pagewire.worker import driver, gpus, precision, setup
+from pagewire.worker import driver, gpus, precision, processor, setup
 from pagewire.worker.architecture import Unsupported
 from pagewire.worker.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
+from pagewire.worker.processor import Processor
 
 MIB = 1 << 20
 T4 = Gpu(0, "Tesla T4", (7, 5), int(14.6 * GIB), 14 * GIB)
+XEON, LAPTOP = Processor("Some Xeon", "AVX512", True), Processor("Some i7", "AVX2", False)
 A100 = Gpu(0, "NVIDIA A100", (8, 0), 40 * GIB, 39 * GIB)
 SMI = """GPU-aa, 4242, /usr/bin/python3, 36900
 GPU-bb, 17, other, 10
@@ -343,16 +345,31 @@ def test_what_torch_was_built_for(capability, built, runs):
         ("half", "bfloat16", T4, "float16", ""),
         ("float", "bfloat16", T4, "float32", ""),
         ("bfloat16", "float32", A100, "bfloat16", ""),
-        ("auto", "bfloat16", None, "bfloat16", ""),
-        ("auto", "float32", None, "float32", ""),
-        ("auto", "float16", None, "bfloat16", "slow on a CPU: using bfloat16"),
-        ("float16", "float16", None, "float16", ""),
-        ("bfloat16", "float32", None, "bfloat16", ""),
+        ("auto", "bfloat16", XEON, "bfloat16", ""),
+        ("auto", "float32", XEON, "float32", ""),
+        ("auto", "float16", XEON, "bfloat16", "slow on a CPU: using bfloat16"),
+        ("float16", "float16", XEON, "float16", ""),
+        ("bfloat16", "float32", XEON, "bfloat16", ""),
+        ("auto", "bfloat16", LAPTOP, "float32", "bfloat16, for which this processor, Some i7 (AVX2), has no products: using float32"),
+        ("auto", "float16", LAPTOP, "float32", "float16, for which this processor"),
+        ("auto", "float32", LAPTOP, "float32", ""),
+        ("float32", "bfloat16", LAPTOP, "float32", ""),
     ],
 )
 def test_dtype(asked, saved, gpu, dtype, note):
     choice = precision.choose(asked, saved, gpu)
     assert choice.dtype == dtype and note in choice.note and bool(note) == bool(choice.note)
+
+
+def test_bfloat16_on_a_processor_without_it_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"--dtype bfloat16: this processor, Some i7 \(AVX2\), has no .*use --dtype float32") as caught:
+        precision.choose("bfloat16", "bfloat16", LAPTOP)
+    assert "\n" not in str(caught.value)
+
+
+def test_this_processor_is_one():
+    found = processor.look()
+    assert found.name and found.vectors and found.title().startswith(found.name)
 
 
 def test_bfloat16_on_an_old_gpu_is_refused_in_the_known_words():
