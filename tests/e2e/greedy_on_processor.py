@@ -53,7 +53,7 @@ def refusal(action: Callable[[], Any]) -> str:
     return ""
 
 
-def main(path: str, dtype: str, count: int, prompts: list[list[int]]) -> None:
+def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     log = Lines()
     logging.getLogger("pagewire.worker").addHandler(log)
     logging.getLogger("pagewire.worker").setLevel(logging.INFO)
