@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 
 class Processor(NamedTuple):
-    """name: as the system says. vectors: torch's word for the instructions it uses, like AVX2. bfloat16: oneDNN multiplies it; that takes
-    AVX-512 (BW, VL and DQ) or AVX-NE-CONVERT on x86-64, BF16 on Arm."""
+    """name: as the system says. vectors: torch's word for the instructions it uses, like AVX2; DEFAULT for less. bfloat16: oneDNN
+    multiplies it; that takes AVX-512 (BW, VL and DQ) or AVX-NE-CONVERT on x86-64, BF16 on Arm."""
 
     name: str
     vectors: str
     bfloat16: bool
 
     def title(self) -> str:
-        return f"{self.name} ({self.vectors})"
+        vectors = "no AVX2" if self.vectors == "DEFAULT" and platform.machine() == "x86_64" else self.vectors
+        return f"{self.name} ({vectors})"
 
 
 @cache
