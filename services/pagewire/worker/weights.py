@@ -143,7 +143,7 @@ def safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
-def from_gguf(file: Gguf, config: Config, quantized: bool) -> Iterator[Value]:
+def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:
     """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is one of those that can stay so, else
     dequantized to float32."""
     names = list(file.names())
