@@ -59,11 +59,11 @@ class QuantizedLinear:
         return out if bias is None else out + bias
 
     def native(self, x: Tensor) -> Tensor:
-        """[T, N] float32."""
+        """[T, N] float32. T may be 0: a step that only computes part of a prompt asks for no logits."""
         from . import cpu_team as team
 
         x = x.float().contiguous()
-        sums = x.view(len(x), -1, GROUP).sum(-1)
+        sums = x.view(len(x), self.columns // GROUP, GROUP).sum(-1)
         out = torch.empty(len(x), self.padded)
         head = (len(self.panels), x.data_ptr(), 4 * self.columns, sums.data_ptr(), len(x), out.data_ptr(), 4 * self.padded)
         assert len(head) == team.M_FIELDS
