@@ -1,14 +1,21 @@
-"""The demo on this machine's CPU: one request, many at once, prefill, time to ready; beside transformers or llama.cpp when asked.
+"""The demo on this machine's CPU: one request, many at once, prefill, time to ready; beside
+transformers or llama.cpp when asked.
 
-    python bench/cpu.py [--peer] [--llama-server PROGRAM] [--rounds 3] [--json FILE] [flags of pagewire serve]
+    python bench/cpu.py [--peer] [--llama-server PROGRAM] [--rounds 3] [--json FILE] [flags of
+    pagewire serve]
 
-llama.cpp's newest sources come with the source distribution of llama-cpp-python (`pip download --no-deps --no-binary :all:
-llama-cpp-python`, folder vendor/llama.cpp). Built with -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON it has a library
-for each kind of processor; leave only libggml-cpu-haswell.so beside llama-server for what it does with AVX2. For the same of Pagewire set
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,
+llama.cpp's newest sources come with the source distribution of llama-cpp-python (`pip download
+--no-deps --no-binary :all:
+llama-cpp-python`, folder vendor/llama.cpp). Built with -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON
+-DGGML_CPU_ALL_VARIANTS=ON it has a library
+for each kind of processor; leave only libggml-cpu-haswell.so beside llama-server for what it
+does with AVX2. For the same of Pagewire set
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,
 +f16c,+bmi2,+sse4.2,+popcnt and --dtype float32.
 
-Machines are noisy: the rows of one run are made in turns, and the median of the rounds is shown. Both servers get the same token ids.
+Machines are noisy: the rows of one run are made in turns, and the median of the rounds is shown.
+Both servers get the same token ids.
 """
 
 import argparse
@@ -24,9 +31,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pagewire.bench.figures import summarize, table, write_json
 from pagewire.bench.load import Target, send_all
 from pagewire.bench.servers import ready_seconds, started
+from pagewire.bench.stats import summarize, table, write_json
 
 ROWS = {
     # name: (requests at once, tokens in, tokens out)
@@ -43,7 +50,10 @@ def prompts(make: random.Random, count: int, length: int) -> list[list[int]]:
 
 def ours(target: Target, make: random.Random, count: int, read: int, write: int) -> float:
     """Output tokens a second over the whole row, prefill included."""
-    bodies = [{"prompt": ids, "max_tokens": write, "temperature": 0, "ignore_eos": True} for ids in prompts(make, count, read)]
+    bodies = [
+        {"prompt": ids, "max_tokens": write, "temperature": 0, "ignore_eos": True}
+        for ids in prompts(make, count, read)
+    ]
     samples = asyncio.run(send_all(target, bodies, count))
     failed = [sample.error for sample in samples if sample.error]
     if failed:
@@ -61,24 +71,49 @@ class Peer:
         self._torch = torch
         named = {"gguf_file": path.rpartition("/")[2]} if path.endswith(".gguf") else {}
         folder = path.rpartition("/")[0] if named else path
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **named).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, **named
+        ).eval()
 
     def row(self, make: random.Random, count: int, read: int, write: int) -> float:
         ids = self._torch.tensor(prompts(make, count, read))
         began = time.monotonic()
-        self._model.generate(ids, attention_mask=self._torch.ones_like(ids), do_sample=False, min_new_tokens=write, max_new_tokens=write)
+        self._model.generate(
+            ids,
+            attention_mask=self._torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=write,
+            max_new_tokens=write,
+        )
         return count * write / (time.monotonic() - began)
 
 
 class LlamaServer:
-    """llama.cpp's server over HTTP, on a file of its own format; 16 slots of 1,024 tokens, as many threads as cores."""
+    """llama.cpp's server over HTTP, on a file of its own format; 16 slots of 1,024 tokens, as many
+    threads as cores."""
 
     def __init__(self, program: str, file: str) -> None:
         self.url = "http://127.0.0.1:8099"
         threads = str(len(os.sched_getaffinity(0)))
-        command = [program, "-m", file, "-t", threads, "-np", "16", "-c", "16384", "--host", "127.0.0.1", "--port", "8099"]
+        command = [
+            program,
+            "-m",
+            file,
+            "-t",
+            threads,
+            "-np",
+            "16",
+            "-c",
+            "16384",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "8099",
+        ]
         began = time.monotonic()
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() - began > 60:
                 raise OSError(f"{program} did not start")
@@ -95,12 +130,24 @@ class LlamaServer:
     def row(self, make: random.Random, count: int, read: int, write: int) -> float:
         began = time.monotonic()
         with ThreadPoolExecutor(count) as pool:
-            told = list(pool.map(lambda ids: self._complete(ids, write), prompts(make, count, read)))
+            told = list(
+                pool.map(lambda ids: self._complete(ids, write), prompts(make, count, read))
+            )
         return sum(told) / (time.monotonic() - began)
 
     def _complete(self, ids: list[int], write: int) -> int:
-        body = {"prompt": ids, "n_predict": write, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        request = urllib.request.Request(f"{self.url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        body = {
+            "prompt": ids,
+            "n_predict": write,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/completion",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         with urllib.request.urlopen(request, timeout=600) as answer:
             return int(json.load(answer)["tokens_predicted"])
 
@@ -110,15 +157,19 @@ class LlamaServer:
 
 
 def peer_path(model: str) -> str:
-    from pagewire import hub
     from pagewire.config import ModelConfig
+    from pagewire.hub import huggingface
 
-    return str(hub.resolve(ModelConfig(model=model or PEER_MODEL)))
+    return str(huggingface.resolve(ModelConfig(model=model or PEER_MODEL)))
 
 
 def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"ready s": statistics.median(ready_seconds(flags) for _ in range(options.rounds))}
-    peers: dict[str, Any] = {"transformers": Peer(peer_path(options.peer_model))} if options.peer else {}
+    figures: dict[str, Any] = {
+        "ready s": statistics.median(ready_seconds(flags) for _ in range(options.rounds))
+    }
+    peers: dict[str, Any] = (
+        {"transformers": Peer(peer_path(options.peer_model))} if options.peer else {}
+    )
     if options.llama_server:
         peers["llama.cpp"] = LlamaServer(options.llama_server, peer_path(options.peer_model))
         figures["ready s, llama.cpp"] = peers["llama.cpp"].ready_s
@@ -144,16 +195,24 @@ def rows(options: argparse.Namespace, flags: list[str], peers: dict[str, Any]) -
     found = {name: statistics.median(values) for name, values in rates.items()}
     for name in ROWS:
         for kind in peers:
-            found[f"{name}, times {kind}"] = found[f"{name}, tok/s"] / found[f"{name}, {kind} tok/s"]
+            found[f"{name}, times {kind}"] = (
+                found[f"{name}, tok/s"] / found[f"{name}, {kind} tok/s"]
+            )
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="also run transformers' generate")
     parser.add_argument("--llama-server", default="", help="also run this program of llama.cpp")
-    parser.add_argument("--peer-model", default="", help="what transformers loads (default: the demo)")
+    parser.add_argument(
+        "--peer-model", default="", help="what transformers loads (default: the demo)"
+    )
     parser.add_argument("--json", default="")
     options, flags = parser.parse_known_args()
     figures = measure(options, flags)

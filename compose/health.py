@@ -38,10 +38,16 @@ def main() -> int:
 
 
 def ask_http(path: str) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("PORT", "8000")), timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", int(os.environ.get("PORT", "8000")), timeout=TIMEOUT_S
+    )
     connection.request("GET", path)
     answer = connection.getresponse()
-    return "" if answer.status == 200 else f"{path} answered {answer.status}: {answer.read(500).decode(errors='replace')}"
+    return (
+        ""
+        if answer.status == 200
+        else f"{path} answered {answer.status}: {answer.read(500).decode(errors='replace')}"
+    )
 
 
 def ask_scheduler(role: str) -> str:
@@ -54,7 +60,9 @@ def ask_scheduler(role: str) -> str:
     inbox: Inbox[Roster] = Inbox(run_dir, Role.WORKER, own)
     outbox = Outbox()
     try:
-        outbox.send(inbox_address(run_dir, Role.SCHEDULER, 0), Heartbeat(inbox.address, own, 0, False))
+        outbox.send(
+            inbox_address(run_dir, Role.SCHEDULER, 0), Heartbeat(inbox.address, own, 0, False)
+        )
         deadline = time.monotonic() + TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0 and inbox.wait(left):
             for roster in inbox.drain():

@@ -1,15 +1,16 @@
-"""Writes docs/flags.md from the table in pagewire/flags.py: `python docs/generate_flags.py`. A test compares."""
+"""Writes docs/flags.md from the table in pagewire/flags.py: `python docs/generate_flags.py`. A test
+compares."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pagewire.flags import ALIASES, HARMLESS, REFUSED, VARIABLES, Foreign
-from pagewire.serve_flags import STRUCTS
+from pagewire.launch.flags import STRUCTS
+from pagewire.launch.vllm_compat import ALIASES, HARMLESS, REFUSED, VARIABLES, Foreign
 
 PAGE = Path(__file__).parent / "flags.md"
 HEADER = """# Flags
 
-*Generated from `services/pagewire/flags.py` by `python docs/generate_flags.py`; edits here are overwritten.*
+*Generated from `services/pagewire/launch/vllm_compat.py` by `python docs/generate_flags.py`; edits here are overwritten.*
 
 `pagewire serve --help` lists every flag that does something, with its default. Most have vLLM's names. This page is about those of vLLM's
 flags that `--help` does not list; as keyword arguments of `LLM`, with underscores, they are treated alike.
@@ -25,7 +26,9 @@ flags that `--help` does not list; as keyword arguments of `LLM`, with underscor
 
 
 def flag(name: str, foreign: Foreign | None = None) -> str:
-    return ", ".join(f"`{one}`" for one in ("--" + name.replace("_", "-"), *(foreign.short if foreign else ())))
+    return ", ".join(
+        f"`{one}`" for one in ("--" + name.replace("_", "-"), *(foreign.short if foreign else ()))
+    )
 
 
 def own() -> set[str]:
@@ -39,18 +42,45 @@ def rows(table: Mapping[str, Foreign]) -> Iterable[str]:
         if name not in own():
             by_reason.setdefault((foreign.why, foreign.neutral), []).append(flag(name, foreign))
     for (why, neutral), names in by_reason.items():
-        values = ", ".join(f"`{value}`" for value in neutral if value not in ("", "none", "null", "false", "0", "0.0", "{}", "[]", "no"))
+        values = ", ".join(
+            f"`{value}`"
+            for value in neutral
+            if value not in ("", "none", "null", "false", "0", "0.0", "{}", "[]", "no")
+        )
         yield f"| {', '.join(names)} | {values} | {why} |"
 
 
 def render() -> str:
     lines = [HEADER, "## The same setting under another name", "", "| vLLM | here |", "|---|---|"]
-    lines += [f"| {flag(alias)} | {flag(name)} |" for alias, name in ALIASES.items() if alias not in own()]
-    lines += ["| `--disable-cascade-attn` | `--no-enable-cascade` |", "| `--hf-token` | the environment variable `HF_TOKEN` |"]
+    lines += [
+        f"| {flag(alias)} | {flag(name)} |" for alias, name in ALIASES.items() if alias not in own()
+    ]
+    lines += [
+        "| `--disable-cascade-attn` | `--no-enable-cascade` |",
+        "| `--hf-token` | the environment variable `HF_TOKEN` |",
+    ]
     told = "Each prints one line that says so, unless its value is one of the second column or switches it off."
-    lines += ["", "## Accepted without effect", "", told, "", "| flag | silent with | why |", "|---|---|---|", *rows(HARMLESS)]
+    lines += [
+        "",
+        "## Accepted without effect",
+        "",
+        told,
+        "",
+        "| flag | silent with | why |",
+        "|---|---|---|",
+        *rows(HARMLESS),
+    ]
     told = "They would change answers, or what can be served. Values of the second column, and those that switch off, are accepted."
-    lines += ["", "## Refused", "", told, "", "| flag | accepted with | why |", "|---|---|---|", *rows(REFUSED)]
+    lines += [
+        "",
+        "## Refused",
+        "",
+        told,
+        "",
+        "| flag | accepted with | why |",
+        "|---|---|---|",
+        *rows(REFUSED),
+    ]
     known = " and ".join(f"`{name}`" for name in VARIABLES)
     lines += [
         "",

@@ -1,7 +1,8 @@
-"""Writes docs/protocol.md from the wire types: `python docs/generate_protocol.py`, or with `--check` only compares.
+"""Writes docs/protocol.md from the wire types: `python docs/generate_protocol.py`, or with
+`--check` only compares.
 
-Bounds and defaults come from msgspec's own view of the types, words from the docstrings in the sources, so that the page cannot say
-anything else than the code does. A test runs the comparison.
+Bounds and defaults come from msgspec's own view of the types, words from the docstrings in the
+sources, so that the page cannot say anything else than the code does. A test runs the comparison.
 """
 
 import ast
@@ -15,10 +16,10 @@ from typing import Any, get_args
 
 import msgspec
 from msgspec import inspect as wire
-from pagewire_protocol import channels, columns, messages, parts, sampling
+from pagewire_protocol import channels, columns, messages, sampling, structs
 
 PAGE = Path(__file__).parent / "protocol.md"
-MODULES = (columns, sampling, parts, messages)
+MODULES = (columns, sampling, structs, messages)
 UNIONS = {
     "scheduler": messages.ToScheduler,
     "tokenizer": messages.ToTokenizer,
@@ -51,7 +52,11 @@ def render() -> str:
     sent = [s for s in structs if issubclass(s, messages.Message)]
     records = [s for s in structs if not issubclass(s, messages.Message)]
     sections = [HEADER, topology(), scalars(), "## Messages\n", *map(section, sent)]
-    sections += ["## Parts of messages\n", *map(section, records), *map(enumeration, enumerations())]
+    sections += [
+        "## Parts of messages\n",
+        *map(section, records),
+        *map(enumeration, enumerations()),
+    ]
     return "\n".join(sections).rstrip() + "\n"
 
 
@@ -96,28 +101,55 @@ def topology() -> str:
         for role, (union, to) in channels.TOPOLOGY.items()
     ]
     limits = (
-        f"A frame has at most {channels.MAX_FRAME // 2**20} MiB; a queue between two processes at most {channels.QUEUE_LENGTH:,} messages."
+        f"A frame has at most {channels.MAX_FRAME // 2**20} MiB; "
+        f"a queue between two processes at most {channels.QUEUE_LENGTH:,} messages."
     )
-    return "\n".join(["## Who receives what\n", "| service | receives | sends to |", "|---|---|---|", *rows, "", limits, ""])
+    return "\n".join(
+        [
+            "## Who receives what\n",
+            "| service | receives | sends to |",
+            "|---|---|---|",
+            *rows,
+            "",
+            limits,
+            "",
+        ]
+    )
 
 
 def scalars() -> str:
     """The named scalar types and columns with their bounds."""
-    names = [n for module in (columns, sampling) for n in assigned_names(module) if hasattr(getattr(module, n), "__metadata__")]
+    names = [
+        n
+        for module in (columns, sampling)
+        for n in assigned_names(module)
+        if hasattr(getattr(module, n), "__metadata__")
+    ]
     home = {n: getattr(columns if hasattr(columns, n) else sampling, n) for n in names}
     words = documentation()
-    rows = [f"| `{name}` | {describe(wire.type_info(kind))} | {words.get(name, '')} |" for name, kind in home.items()]
-    return "\n".join(["## Scalars and columns\n", "| name | what | meaning |", "|---|---|---|", *rows, ""])
+    rows = [
+        f"| `{name}` | {describe(wire.type_info(kind))} | {words.get(name, '')} |"
+        for name, kind in home.items()
+    ]
+    return "\n".join(
+        ["## Scalars and columns\n", "| name | what | meaning |", "|---|---|---|", *rows, ""]
+    )
 
 
 def section(struct: type[msgspec.Struct]) -> str:
     words, annotations = documentation(), field_annotations()
     info = wire.type_info(struct)
     assert isinstance(info, wire.StructType)
-    lines = [*title(struct.__name__, words), "| field | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        *title(struct.__name__, words),
+        "| field | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for field in info.fields:
         key = f"{struct.__name__}.{field.name}"
-        lines.append(f"| `{field.name}` | {shown(annotations.get(key, ''), field.type)} | {default(field)} | {words.get(key, '')} |")
+        lines.append(
+            f"| `{field.name}` | {shown(annotations.get(key, ''), field.type)} | {default(field)} | {words.get(key, '')} |"
+        )
     return "\n".join([*lines, ""])
 
 
@@ -153,8 +185,20 @@ def describe(info: wire.Type) -> str:
 
 
 def number_range(info: wire.IntType | wire.FloatType) -> str:
-    low = f"≥ {number(info.ge)}" if info.ge is not None else f"> {number(info.gt)}" if info.gt is not None else ""
-    high = f"≤ {number(info.le)}" if info.le is not None else f"< {number(info.lt)}" if info.lt is not None else ""
+    low = (
+        f"≥ {number(info.ge)}"
+        if info.ge is not None
+        else f"> {number(info.gt)}"
+        if info.gt is not None
+        else ""
+    )
+    high = (
+        f"≤ {number(info.le)}"
+        if info.le is not None
+        else f"< {number(info.lt)}"
+        if info.lt is not None
+        else ""
+    )
     return (" " + ", ".join(filter(None, (low, high)))).rstrip()
 
 
@@ -170,7 +214,9 @@ def number(value: float | None) -> str:
 def size(info: Any) -> str:
     if info.min_length == info.max_length:
         return f"exactly {number(info.max_length)}"
-    return (f"{number(info.min_length)} to " if info.min_length else "at most ") + number(info.max_length)
+    return (f"{number(info.min_length)} to " if info.min_length else "at most ") + number(
+        info.max_length
+    )
 
 
 def default(field: wire.Field) -> str:
@@ -184,20 +230,33 @@ def enumerations() -> list[type[enum.IntEnum]]:
     found: dict[type[enum.IntEnum], None] = {}
     for union in UNIONS.values():
         found.update(
-            dict.fromkeys(i.cls for i in walk(wire.type_info(union)) if isinstance(i, wire.EnumType) and issubclass(i.cls, enum.IntEnum))
+            dict.fromkeys(
+                i.cls
+                for i in walk(wire.type_info(union))
+                if isinstance(i, wire.EnumType) and issubclass(i.cls, enum.IntEnum)
+            )
         )
     return list(found)
 
 
 def enumeration(kind: type[enum.IntEnum]) -> str:
     words = documentation()
-    rows = [f"| `{member.name}` | {member.value} | {words.get(f'{kind.__name__}.{member.name}', '')} |" for member in kind]
-    return "\n".join([*title(kind.__name__, words), "| name | value | meaning |", "|---|---|---|", *rows, ""])
+    rows = [
+        f"| `{member.name}` | {member.value} | {words.get(f'{kind.__name__}.{member.name}', '')} |"
+        for member in kind
+    ]
+    return "\n".join(
+        [*title(kind.__name__, words), "| name | value | meaning |", "|---|---|---|", *rows, ""]
+    )
 
 
 def assigned_names(module: Any) -> list[str]:
     return [
-        target.id for node in source(module).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
+        target.id
+        for node in source(module).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
     ]
 
 
@@ -209,22 +268,37 @@ def documentation() -> dict[str, str]:
         found.update(strings_after(tree.body, ""))
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
-                found.update({node.name: ast.get_docstring(node) or ""}, **strings_after(node.body, node.name + "."))
+                found.update(
+                    {node.name: ast.get_docstring(node) or ""},
+                    **strings_after(node.body, node.name + "."),
+                )
     return {name: " ".join(text.split()) for name, text in found.items()}
 
 
 def strings_after(body: list[ast.stmt], prefix: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for node, following in itertools.pairwise(body):
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        text = following.value.value if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) else None
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign)
+            else node.target
+            if isinstance(node, ast.AnnAssign)
+            else None
+        )
+        text = (
+            following.value.value
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            else None
+        )
         if isinstance(target, ast.Name) and isinstance(text, str):
             found[prefix + target.id] = text
     return found
 
 
 def field_annotations() -> dict[str, str]:
-    classes = [node for module in MODULES for node in source(module).body if isinstance(node, ast.ClassDef)]
+    classes = [
+        node for module in MODULES for node in source(module).body if isinstance(node, ast.ClassDef)
+    ]
     return {
         f"{node.name}.{line.target.id}": ast.unparse(line.annotation)
         for node in classes

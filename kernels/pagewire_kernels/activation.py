@@ -1,4 +1,5 @@
-"""act(gate) * up over the joined output of the gate and up projections, act being SiLU or GELU; plain ones are torch's own kernels."""
+"""act(gate) * up over the joined output of the gate and up projections, act being SiLU or GELU;
+plain ones are torch's own kernels."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
@@ -14,14 +15,17 @@ from .workspace import overlap
 
 @triton.jit
 def _gelu_tanh(x):
-    """x * (1 + tanh(y)) / 2 is x * sigmoid(2 y); the exponent is never positive, so nothing overflows."""
+    """x * (1 + tanh(y)) / 2 is x * sigmoid(2 y); the exponent is never positive, so nothing
+    overflows."""
     z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
     e = tl.exp(-tl.abs(z))
     return x * tl.where(z >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def _gated(gate_up, out, WIDTH, in_stride, BLOCK: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr):
+def _gated(
+    gate_up, out, WIDTH, in_stride, BLOCK: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr
+):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -40,7 +44,14 @@ def _launch(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
     block = 1024 if rows < 64 else 2048
     if rows:
         _gated[(rows, triton.cdiv(width, block))](
-            gate_up, out, width, gate_up.stride(0), BLOCK=block, GELU=gelu, num_warps=4, **overlap(gate_up.device)
+            gate_up,
+            out,
+            width,
+            gate_up.stride(0),
+            BLOCK=block,
+            GELU=gelu,
+            num_warps=4,
+            **overlap(gate_up.device),
         )
     return out
 
@@ -51,7 +62,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2I] -> [T, I]: GELU (by hyperbolic tangent) of the first half times the second, computed in float32."""
+    """[T, 2I] -> [T, I]: GELU (by hyperbolic tangent) of the first half times the second, computed
+    in float32."""
     return _launch(gate_up, True)
 
 

@@ -1,9 +1,11 @@
-"""What the attention kernels share: addresses of tokens in pages, scaled scores, one step of the online softmax.
+"""What the attention kernels share: addresses of tokens in pages, scaled scores, one step of the
+online softmax.
 
-Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that exp2 replaces exp. The running peak begins at a large
-negative number. Where a whole tile may be hidden from a row, hidden scores are minus infinity: their exponents are then exactly zero. A
-large finite number would not do, since the GPU multiplies and subtracts in one rounding, and the exact product may lie far above the
-rounded peak.
+Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that exp2 replaces exp.
+The running peak begins at a large negative number. Where a whole tile may be hidden from a row,
+hidden scores are minus infinity: their exponents are then exactly zero. A large finite number would
+not do, since the GPU multiplies and subtracts in one rounding, and the exact product may lie far
+above the rounded peak.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -20,10 +22,14 @@ HIDDEN: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def load_pages(table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PER_PAGE: tl.constexpr):
-    """int32 pages of tokens start.., one a page of the tile or one a token; 0 from `stop` on. Loops load them a tile ahead of their use.
+def load_pages(
+    table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PER_PAGE: tl.constexpr
+):
+    """int32 pages of tokens start.., one a page of the tile or one a token; 0 from `stop` on. Loops
+    load them a tile ahead of their use.
 
-    PER_PAGE asks for whole pages in a tile: PAGE a power of two that divides BLOCK_N, and `start` a multiple of PAGE.
+    PER_PAGE asks for whole pages in a tile: PAGE a power of two that divides BLOCK_N, and `start` a
+    multiple of PAGE.
     """
     COUNT: tl.constexpr = BLOCK_N // PAGE if PER_PAGE else BLOCK_N
     n = start + tl.arange(0, COUNT) * (BLOCK_N // COUNT)
@@ -33,7 +39,8 @@ def load_pages(table, start, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PE
 @triton.jit
 def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
         BOUNDED: tl.constexpr):  # fmt: skip
-    """load_tile for whole pages: the rows of a page differ by constants, which leaves registers free."""
+    """load_tile for whole pages: the rows of a page differ by constants, which leaves registers
+    free."""
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D_PAD)
     at = base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
@@ -62,9 +69,11 @@ def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
 @triton.jit
 def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
         WIDE: tl.constexpr, PER_PAGE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, D_PAD] rows of one head's keys or values from token `start` on. `page` comes from load_pages; WIDE: offsets need 64 bits.
+    """[BLOCK_N, D_PAD] rows of one head's keys or values from token `start` on. `page` comes from
+    load_pages; WIDE: offsets need 64 bits.
 
-    What lies past D reads as zero, and with BOUNDED what lies past `stop`, which may be anything in memory.
+    What lies past D reads as zero, and with BOUNDED what lies past `stop`, which may be anything in
+    memory.
     """
     if WIDE:
         page = page.to(tl.int64)
@@ -76,7 +85,8 @@ def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
 
 @triton.jit
 def raw_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [M, N], still to be multiplied by `score_scale`. With CAP: soft_cap * tanh(scaled score / soft_cap), already in base 2."""
+    """float32 [M, N], still to be multiplied by `score_scale`. With CAP: soft_cap * tanh(scaled
+    score / soft_cap), already in base 2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
         x = s * (scale_log2 / (1.4426950408889634 * soft_cap))
@@ -86,7 +96,8 @@ def raw_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def score_scale(scale_log2, READY: tl.constexpr):
-    """What scores are multiplied by inside the exponent, where it costs nothing: 1 where they are in base 2 already (READY)."""
+    """What scores are multiplied by inside the exponent, where it costs nothing: 1 where they are
+    in base 2 already (READY)."""
     if READY:
         return scale_log2 * 0.0 + 1.0
     return scale_log2
@@ -94,7 +105,8 @@ def score_scale(scale_log2, READY: tl.constexpr):
 
 @triton.jit
 def with_slopes(s, distance, slope, scale_log2, CAP: tl.constexpr):
-    """Scores [M, N] in base 2 with ALiBi: slope [M], in base 2, times `distance` [M, N], the key's position less the query's."""
+    """Scores [M, N] in base 2 with ALiBi: slope [M], in base 2, times `distance` [M, N], the key's
+    position less the query's."""
     if not CAP:
         s = s * scale_log2
     return s + slope[:, None] * distance.to(tl.float32)
@@ -102,7 +114,8 @@ def with_slopes(s, distance, slope, scale_log2, CAP: tl.constexpr):
 
 @triton.jit
 def softmax_step(s, v, acc, peak, total, scale, PRECISION: tl.constexpr):
-    """Fold scores s [M, N], to be multiplied by `scale`, and values v [N, D] into the running (acc [M, D], peak [M], total [M])."""
+    """Fold scores s [M, N], to be multiplied by `scale`, and values v [N, D] into the running (acc
+    [M, D], peak [M], total [M])."""
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)

@@ -1,10 +1,13 @@
-"""Attention of one new token a request over its pages, memory-bound: every key and value is read once.
+"""Attention of one new token a request over its pages, memory-bound: every key and value is read
+once.
 
-The query heads of one KV head fill the rows of one tile. A request's context is cut into splits whose number is decided on the device from
-its length, under a grid fixed by the batch size alone, so a captured graph stays valid for any lengths. The split that finishes last merges
-the partial results. Optionally a row starts behind a shared prefix whose partial result another kernel left in the workspace (cascade.py),
-or the kernel does what comes before attention as well: QK-norm, rotary embedding and the new token's key and value into their page.
-Knows nothing of scheduling; rows of length 0 are padding and give zeros.
+The query heads of one KV head fill the rows of one tile. A request's context is cut into splits
+whose number is decided on the device from its length, under a grid fixed by the batch size alone,
+so a captured graph stays valid for any lengths. The split that finishes last merges the partial
+results. Optionally a row starts behind a shared prefix whose partial result another kernel left in
+the workspace (cascade.py), or the kernel does what comes before attention as well: QK-norm, rotary
+embedding and the new token's key and value into their page. Knows nothing of scheduling; rows of
+length 0 are padding and give zeros.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -19,14 +22,24 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_common import LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+from .attention_common import (
+    LOG2E,
+    MASKED,
+    load_pages,
+    load_tile,
+    raw_scores,
+    score_scale,
+    softmax_step,
+    with_slopes,
+)
 from .decode_shapes import DecodeConfig, choose, pick_config
 from .workspace import counters, overlap
 
 
 @triton.jit
 def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE: tl.constexpr, GP, SB, D, D_PAD):  # fmt: skip
-    """Fold SB partial results, from number `first` on, of the GP heads at `base` into (acc [GP, D_PAD], peak [GP], total [GP])."""
+    """Fold SB partial results, from number `first` on, of the GP heads at `base` into (acc [GP,
+    D_PAD], peak [GP], total [GP])."""
     s = first + tl.arange(0, SB)
     g = tl.arange(0, GP)
     d = tl.arange(0, D_PAD)
@@ -34,13 +47,18 @@ def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE:
     slot = base + g[None, :] * STRIDE + s[:, None]
     weight_log = tl.load(lse + slot, mask=seen, other=-1e30, cache_modifier=".cg")
     tile = tl.load(
-        part + slot[:, :, None] * D + d[None, None, :], mask=seen[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg"
+        part + slot[:, :, None] * D + d[None, None, :],
+        mask=seen[:, :, None] & (d < D)[None, None, :],
+        other=0.0,
+        cache_modifier=".cg",
     )
     new_peak = tl.maximum(peak, tl.max(weight_log, 0))
     weight = tl.where(seen, tl.exp2(weight_log - new_peak[None, :]), 0.0)
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weight, 0)
-    acc = acc * shrink[:, None] + tl.sum(tl.where(weight[:, :, None] > 0, tile * weight[:, :, None], 0.0), 0)
+    acc = acc * shrink[:, None] + tl.sum(
+        tl.where(weight[:, :, None] > 0, tile * weight[:, :, None], 0.0), 0
+    )
     return acc, new_peak, total
 
 
@@ -52,11 +70,17 @@ def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: 
     peak = tl.full([GP], MASKED, tl.float32)
     total = tl.zeros([GP], tl.float32)
     for first in range(0, active, SB):
-        acc, peak, total = _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE, GP, SB, D, D_PAD)
+        acc, peak, total = _merge_tile(
+            part, lse, base, first, active, acc, peak, total, GROUP, STRIDE, GP, SB, D, D_PAD
+        )
     g = tl.arange(0, GP)
     d = tl.arange(0, D_PAD)
     result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + out_base + g[:, None] * D + d[None, :], result, mask=(g < GROUP)[:, None] & (d < D)[None, :])
+    tl.store(
+        out + out_base + g[:, None] * D + d[None, :],
+        result,
+        mask=(g < GROUP)[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit
@@ -71,8 +95,12 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope,
     page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True)
-        v = load_tile(v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True)
+        k = load_tile(
+            k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+        )
+        v = load_tile(
+            v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+        )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
         s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
         if ALIBI:
@@ -87,9 +115,11 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope,
 
 @triton.jit
 def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding (neox halves): float32 [M, D_PAD].
+    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding (neox halves):
+    float32 [M, D_PAD].
 
-    Each element is loaded with its partner in the other half, so no tile is taken apart or joined."""
+    Each element is loaded with its partner in the other half, so no tile is taken apart or
+    joined."""
     HALF: tl.constexpr = D // 2
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -107,7 +137,8 @@ def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: 
 @triton.jit
 def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, block_stride, HKV: tl.constexpr, HQ: tl.constexpr, head,
         D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """The key and value of one head of the token at `position` into its page, seen by this program's later loads."""
+    """The key and value of one head of the token at `position` into its page, seen by this
+    program's later loads."""
     d = tl.arange(0, D_PAD)
     one = tl.arange(0, 1)
     inside = (one == 0)[:, None] & (d < D)[None, :]
@@ -146,7 +177,11 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
     out_base = (token.to(tl.int64) * HKV + head) * GROUP * D
     if length <= 0:
         if split == 0:
-            tl.store(out + out_base + g[:, None] * D + d[None, :], tl.zeros([M, D_PAD], out.dtype.element_ty), mask=inside)
+            tl.store(
+                out + out_base + g[:, None] * D + d[None, :],
+                tl.zeros([M, D_PAD], out.dtype.element_ty),
+                mask=inside,
+            )
         return
     visible_from = 0
     if WINDOW > 0:
@@ -167,7 +202,9 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
     table = tables + row.to(tl.int64) * table_stride
     hi = tl.minimum(lo + chunk, length)
     if ROPE:
-        query = _roped(q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM).to(q.dtype.element_ty)
+        query = _roped(
+            q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM
+        ).to(q.dtype.element_ty)
         if hi == length:
             _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, block_stride, HKV,
                 HKV * GROUP, head, D, D_PAD, PAGE, NORM)  # fmt: skip
@@ -182,7 +219,9 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
         gdc_launch_dependents()
     acc = acc / total[:, None]
     if active + prefixes == 1:
-        tl.store(out + out_base + g[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            out + out_base + g[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside
+        )
         return
     STRIDE: tl.constexpr = SPLITS + PREFIXES
     base = (row.to(tl.int64) * HKV + head) * GROUP * STRIDE
@@ -197,7 +236,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
 
 @dataclass(frozen=True)
 class Rope:
-    """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of the QK-norm or None; its eps."""
+    """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of
+    the QK-norm or None; its eps."""
 
     cos_sin: torch.Tensor
     q_weight: torch.Tensor | None
@@ -212,10 +252,12 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
                      shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
-    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32, 0 for padding. Without `query_start`,
-    row i is token i. With it ([B + 1] int32) only rows of exactly one token are computed, and the other rows of `out` stay as they are.
-    `slopes`: ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and values are written to
-    their pages. `shared`: a cascade.Shared whose partial results join the merge.
+    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
+    0 for padding. Without `query_start`, row i is token i. With it ([B + 1] int32) only rows of
+    exactly one token are computed, and the other rows of `out` stay as they are. `slopes`: ALiBi's,
+    float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and
+    values are written to their pages. `shared`: a cascade.Shared whose partial results join the
+    merge.
     """
     rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
@@ -224,8 +266,12 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     splits = (config or pick_config(dim, group, rows * hkv)).splits
     if shared is None:
-        part = torch.empty(rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device)
-        partial = _Partial(part, torch.empty(rows * heads * splits, dtype=torch.float32, device=q.device))
+        part = torch.empty(
+            rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device
+        )
+        partial = _Partial(
+            part, torch.empty(rows * heads * splits, dtype=torch.float32, device=q.device)
+        )
     else:
         partial = _Partial(shared.part, shared.lse, shared.splits, shared.lengths)
     inputs = q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out
@@ -238,7 +284,8 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
 
 class _Partial(NamedTuple):
-    """The workspace: partial results and their log-sum-exps, in which each row has `prefixes` slots of a common prefix before its own."""
+    """The workspace: partial results and their log-sum-exps, in which each row has `prefixes` slots
+    of a common prefix before its own."""
 
     part: torch.Tensor
     lse: torch.Tensor
@@ -256,7 +303,9 @@ def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, s
             c: DecodeConfig) -> None:  # fmt: skip
     q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out = inputs
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
-    cos_sin, q_weight, k_weight, eps = (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
+    cos_sin, q_weight, k_weight, eps = (
+        (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
+    )
     d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
         q, k_cache, v_cache, tables, seq_lens, query_start, partial.lengths, slopes, cos_sin, q_weight, k_weight,

@@ -1,10 +1,13 @@
-"""Causal attention of many new tokens against cached pages plus themselves, compute-bound; any chunk sizes, many requests in one launch.
+"""Causal attention of many new tokens against cached pages plus themselves, compute-bound; any
+chunk sizes, many requests in one launch.
 
-Query tokens and the query heads of one KV head fill the rows of one tile together. The grid is an upper bound from the number of tokens and
-rows; each program finds its request from `query_start` on the device. Tiles of the longest contexts come first, so the short ones fill
-the end of the launch. The keys and values of the new tokens are in the pages already (rope.py wrote them).
+Query tokens and the query heads of one KV head fill the rows of one tile together. The grid is an
+upper bound from the number of tokens and rows; each program finds its request from `query_start` on
+the device. Tiles of the longest contexts come first, so the short ones fill the end of the launch.
+The keys and values of the new tokens are in the pages already (rope.py wrote them).
 
-Where attention_prefill_hopper.py has a kernel for the GPU and the shape, and there are tokens enough, `prefill_attention` takes that one.
+Where attention_prefill_hopper.py has a kernel for the GPU and the shape, and there are tokens
+enough, `prefill_attention` takes that one.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -18,7 +21,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import HIDDEN, LOG2E, MASKED, load_pages, load_tile, raw_scores, score_scale, softmax_step, with_slopes
+from .attention_common import (
+    HIDDEN,
+    LOG2E,
+    MASKED,
+    load_pages,
+    load_tile,
+    raw_scores,
+    score_scale,
+    softmax_step,
+    with_slopes,
+)
 from .shapes import KIB_163, Candidate, Choice
 
 LEAST_TOKENS: Final = 512
@@ -27,7 +40,8 @@ LEAST_TOKENS: Final = 512
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Launch shape. block_m: rows (tokens times heads) a tile; block_n: tokens of context a step."""
+    """Launch shape. block_m: rows (tokens times heads) a tile; block_n: tokens of context a
+    step."""
 
     block_m: int
     block_n: int
@@ -38,10 +52,11 @@ class PrefillConfig:
 
 @triton.jit
 def _find_request(query_start, lengths, block, rows, B_PAD: tl.constexpr, BQ: tl.constexpr):
-    """Of the row whose tiles include number `block`: its number, first token, token count, its entry of `lengths`, and the tokens before
-    `block`.
+    """Of the row whose tiles include number `block`: its number, first token, token count, its
+    entry of `lengths`, and the tokens before `block`.
 
-    All rows are looked at at once: three loads that do not wait for each other, where a search would chain them.
+    All rows are looked at at once: three loads that do not wait for each other, where a search
+    would chain them.
     """
     i = tl.arange(0, B_PAD)
     starts = tl.load(query_start + i, mask=i < rows, other=1 << 30)
@@ -61,12 +76,17 @@ def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride,
         D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr,
         EDGE: tl.constexpr):  # fmt: skip
-    """Fold tokens lo..hi into the running softmax. EDGE: some of them are hidden from some rows, or lie past `stop`."""
+    """Fold tokens lo..hi into the running softmax. EDGE: some of them are hidden from some rows, or
+    lie past `stop`."""
     scale = score_scale(scale_log2, CAP or ALIBI)
     page = load_pages(table, lo, stop, PAGE, BLOCK_N, PER_PAGE)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        k = load_tile(k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE)
-        v = load_tile(v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE)
+        k = load_tile(
+            k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE
+        )
+        v = load_tile(
+            v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE
+        )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, PER_PAGE)
         s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
         n = start + tl.arange(0, BLOCK_N)
@@ -83,7 +103,8 @@ def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride,
 
 @triton.jit
 def _bounds(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a tile whose tokens have positions first..last: where its context begins, and between which tokens no mask is needed."""
+    """Of a tile whose tokens have positions first..last: where its context begins, and between
+    which tokens no mask is needed."""
     begin = 0
     clear = 0
     if WINDOW > 0:
@@ -103,7 +124,9 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.num_programs(0) // HKV - 1 - tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
-    row, begin_token, count, length, skipped = _find_request(query_start, seq_lens, block, rows, B_PAD, BQ)
+    row, begin_token, count, length, skipped = _find_request(
+        query_start, seq_lens, block, rows, B_PAD, BQ
+    )
     if (skipped >= count) | (SKIP_ONE & (count == 1)):
         return
     m = tl.arange(0, BLOCK_M)
@@ -111,7 +134,11 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
     d = tl.arange(0, D_PAD)
     inside = ((t < count) & (m % GP < GROUP))[:, None] & (d < D)[None, :]
     at = (begin_token + t).to(tl.int64)
-    query = tl.load(q + at[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+    query = tl.load(
+        q + at[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :],
+        mask=inside,
+        other=0.0,
+    )
     first = length - count + skipped
     stop = tl.minimum(first + BQ, length)
     begin, clear, diagonal = _bounds(first, stop - 1, WINDOW, BLOCK_N)
@@ -121,7 +148,10 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
     table = tables + row.to(tl.int64) * table_stride
     slope = m.to(tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + head * GROUP + m % GP, mask=m % GP < GROUP, other=0.0) * 1.4426950408889634
+        slope = (
+            tl.load(slopes + head * GROUP + m % GP, mask=m % GP < GROUP, other=0.0)
+            * 1.4426950408889634
+        )
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     peak = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -139,15 +169,31 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
 
 
 _IN_FLOAT32: Final = {
-    64: (Candidate(PrefillConfig(32, 32, warps=8, stages=2)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
-    128: (Candidate(PrefillConfig(32, 32, warps=8, stages=2)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
-    256: (Candidate(PrefillConfig(32, 16, warps=8, stages=1)), Candidate(PrefillConfig(16, 16, warps=4, stages=1))),
+    64: (
+        Candidate(PrefillConfig(32, 32, warps=8, stages=2)),
+        Candidate(PrefillConfig(16, 16, warps=4, stages=1)),
+    ),
+    128: (
+        Candidate(PrefillConfig(32, 32, warps=8, stages=2)),
+        Candidate(PrefillConfig(16, 16, warps=4, stages=1)),
+    ),
+    256: (
+        Candidate(PrefillConfig(32, 16, warps=8, stages=1)),
+        Candidate(PrefillConfig(16, 16, warps=4, stages=1)),
+    ),
 }
-"""By the largest head size. Exact products have no tensor cores: each multiplication is an instruction, unrolled, so that large tiles take
-minutes to compile and keep kilobytes of a thread's registers in memory; these take seconds."""
+"""By the largest head size. Exact products have no tensor cores: each multiplication is an
+instruction, unrolled, so that large tiles take minutes to compile and keep kilobytes of a thread's
+registers in memory; these take seconds."""
 _IN_HALF: Final = {
-    64: (Candidate(PrefillConfig(128, 64, warps=8, stages=3)), Candidate(PrefillConfig(64, 32, warps=4, stages=2))),
-    128: (Candidate(PrefillConfig(64, 64, warps=4, stages=3)), Candidate(PrefillConfig(64, 32, warps=4, stages=2))),
+    64: (
+        Candidate(PrefillConfig(128, 64, warps=8, stages=3)),
+        Candidate(PrefillConfig(64, 32, warps=4, stages=2)),
+    ),
+    128: (
+        Candidate(PrefillConfig(64, 64, warps=4, stages=3)),
+        Candidate(PrefillConfig(64, 32, warps=4, stages=2)),
+    ),
     256: (
         Candidate(PrefillConfig(128, 64, warps=8, stages=2), KIB_163),
         Candidate(PrefillConfig(64, 32, warps=4, stages=2)),
@@ -162,14 +208,24 @@ def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
     """The launch shapes for a head size and an element size in bytes."""
     table = _IN_FLOAT32 if itemsize == 4 else _IN_HALF
     size = next((size for size in table if head_dim <= size), max(table))
-    return Choice(f"prefill attention (head size {head_dim}, {itemsize} bytes an element)", table[size])
+    return Choice(
+        f"prefill attention (head size {head_dim}, {itemsize} bytes an element)", table[size]
+    )
 
 
-def hopper_has(capability: tuple[int, int], dtype: torch.dtype, dim: int, group: int, page: int) -> bool:
-    """Whether attention_prefill_hopper.py has a kernel for this GPU, this release of Triton (the language it is written in changes from
-    one to the next) and this shape."""
+def hopper_has(
+    capability: tuple[int, int], dtype: torch.dtype, dim: int, group: int, page: int
+) -> bool:
+    """Whether attention_prefill_hopper.py has a kernel for this GPU, this release of Triton (the
+    language it is written in changes from one to the next) and this shape."""
     known = triton.__version__.split(".")[:2] == ["3", "6"] and capability == (9, 0)
-    return known and dtype in (torch.bfloat16, torch.float16) and dim == 128 and group <= 16 and page in (16, 32, 64, 128)
+    return (
+        known
+        and dtype in (torch.bfloat16, torch.float16)
+        and dim == 128
+        and group <= 16
+        and page in (16, 32, 64, 128)
+    )
 
 
 _distrusted: list[bool] = []
@@ -181,14 +237,21 @@ def distrust_hopper() -> None:
 
 
 def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at multiples of 16 bytes, and caches without
-    gaps."""
+    """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at
+    multiples of 16 bytes, and caches without gaps."""
     if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS or _distrusted:
         return False
     _, hkv, page, dim = k_cache.shape
-    if not hopper_has(torch.cuda.get_device_capability(q.device), q.dtype, dim, q.shape[1] // hkv, page):
+    if not hopper_has(
+        torch.cuda.get_device_capability(q.device), q.dtype, dim, q.shape[1] // hkv, page
+    ):
         return False
-    aligned = q.data_ptr() % 16 == 0 and q.stride(2) == 1 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
+    aligned = (
+        q.data_ptr() % 16 == 0
+        and q.stride(2) == 1
+        and q.stride(0) % 8 == 0
+        and q.stride(1) % 8 == 0
+    )
     return aligned and k_cache.is_contiguous() and v_cache.is_contiguous()
 
 
@@ -197,20 +260,44 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
                       scale: float, window: int | None = None, soft_cap: float | None = None, *, skip_one: bool = False,
                       slopes: torch.Tensor | None = None, out: torch.Tensor | None = None,
                       config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
-    """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i] tokens, and see all before them.
+    """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i]
+    tokens, and see all before them.
 
-    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B], query_start [B + 1] int32. Rows without new
-    tokens are padding; with `skip_one` rows of one token are left to decode attention. Rows of `out` past the last token stay as they
-    are. `slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
+    q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B],
+    query_start [B + 1] int32. Rows without new tokens are padding; with `skip_one` rows of one
+    token are left to decode attention. Rows of `out` past the last token stay as they are.
+    `slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
     """
     dim = k_cache.shape[3]
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
-    if config is None and window is None and soft_cap is None and slopes is None and takes_hopper(q, k_cache, v_cache):
+    if (
+        config is None
+        and window is None
+        and soft_cap is None
+        and slopes is None
+        and takes_hopper(q, k_cache, v_cache)
+    ):
         from .attention_prefill_hopper import hopper_prefill
 
-        return hopper_prefill(q, k_cache, v_cache, tables, seq_lens, query_start, scale, skip_one=skip_one, out=out)
-    launch = functools.partial(_launch, q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, scale, window, soft_cap, skip_one)
+        return hopper_prefill(
+            q, k_cache, v_cache, tables, seq_lens, query_start, scale, skip_one=skip_one, out=out
+        )
+    launch = functools.partial(
+        _launch,
+        q,
+        k_cache,
+        v_cache,
+        tables,
+        seq_lens,
+        query_start,
+        slopes,
+        out,
+        scale,
+        window,
+        soft_cap,
+        skip_one,
+    )
     if config is not None:
         launch(config)
     else:

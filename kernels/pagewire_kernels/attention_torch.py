@@ -1,8 +1,10 @@
-"""Paged attention in plain torch, for GPUs on which Triton's products have no tensor cores (capability.py): torch's libraries do.
+"""Paged attention in plain torch, for GPUs on which Triton's products have no tensor cores
+(capability.py): torch's libraries do.
 
-Keys and values of sequences that are alike are gathered from their blocks and go through one product together, by torch's own attention
-where it can do it. How long sequences are is read once a step, which waits for the device: such steps are not captured in CUDA graphs.
-Places that are hidden repeat one that is seen, so that what others left in a block (a NaN) reaches nobody.
+Keys and values of sequences that are alike are gathered from their blocks and go through one
+product together, by torch's own attention where it can do it. How long sequences are is read once a
+step, which waits for the device: such steps are not captured in CUDA graphs. Places that are hidden
+repeat one that is seen, so that what others left in a block (a NaN) reaches nobody.
 """
 
 import functools
@@ -26,9 +28,10 @@ def serves(device: torch.device) -> bool:
 
 @dataclass
 class Group:
-    """Pieces (see attention_torch_plan) that one product serves. tokens [B, n]: their new tokens; asking [B, n]: the positions of these;
-    at [B, L]: the positions that may be seen; index [B, 1, L]: where these lie in a cache seen as rows of one head and place each, for the
-    first KV head."""
+    """Pieces (see attention_torch_plan) that one product serves. tokens [B, n]: their new tokens;
+    asking [B, n]: the positions of these; at [B, L]: the positions that may be seen; index [B, 1,
+    L]: where these lie in a cache seen as rows of one head and place each, for the first KV
+    head."""
 
     tokens: Tensor
     asking: Tensor
@@ -46,14 +49,17 @@ class Group:
         """[B, n, L] to be added to scores. Kept where it is small: the layers share it."""
         if self._mask is not None:
             return self._mask
-        mask = torch.zeros((), dtype=dtype, device=self.at.device).where(self.visible(), float("-inf"))
+        mask = torch.zeros((), dtype=dtype, device=self.at.device).where(
+            self.visible(), float("-inf")
+        )
         if self.asking.shape[1] == 1:
             self._mask = mask
         return mask
 
 
 class Steps(NamedTuple):
-    """What a step's layers share, kept on `batch.plan`: new tokens and lengths on the host, and the groups of each window."""
+    """What a step's layers share, kept on `batch.plan`: new tokens and lengths on the host, and the
+    groups of each window."""
 
     query_start: Tensor
     lengths: Tensor
@@ -70,7 +76,8 @@ def paged_attention(
     soft_cap: float | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """As reference.paged_attention; tokens of no sequence, and sequences of length 0, give zeros."""
+    """As reference.paged_attention; tokens of no sequence, and sequences of length 0, give
+    zeros."""
     out = torch.zeros(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     for group in _groups(batch, q.shape[1], k_cache, window):
         keys, values = (_gather(cache, group) for cache in (k_cache, v_cache))
@@ -79,7 +86,11 @@ def paged_attention(
             result = _plain(queries, keys, values, group, scale)
         else:
             result = _scored(queries, keys, values, group, scale, soft_cap, slopes)
-        out.index_copy_(0, group.tokens.flatten(), result.permute(0, 2, 1, 3, 4).reshape(group.tokens.numel(), -1))
+        out.index_copy_(
+            0,
+            group.tokens.flatten(),
+            result.permute(0, 2, 1, 3, 4).reshape(group.tokens.numel(), -1),
+        )
     return out
 
 
@@ -91,14 +102,22 @@ def _groups(batch: Batch, heads: int, cache: Tensor, window: int | None) -> list
         batch.plan = Steps(columns[: rows + 1], columns[rows + 1 :], {})
     steps: Steps = batch.plan
     if window not in steps.groups:
-        found = plan(steps.query_start.numpy(), steps.lengths.numpy(), Shape(heads, kv_heads, size), window)
-        steps.groups[window] = [_group(pieces, batch.block_tables, kv_heads, block_size, window) for pieces in found]
+        found = plan(
+            steps.query_start.numpy(), steps.lengths.numpy(), Shape(heads, kv_heads, size), window
+        )
+        steps.groups[window] = [
+            _group(pieces, batch.block_tables, kv_heads, block_size, window) for pieces in found
+        ]
     return steps.groups[window]
 
 
-def _group(pieces: Pieces, tables: Tensor, kv_heads: int, block_size: int, window: int | None) -> Group:
+def _group(
+    pieces: Pieces, tables: Tensor, kv_heads: int, block_size: int, window: int | None
+) -> Group:
     columns = (pieces.rows, pieces.tokens, pieces.counts, pieces.starts, pieces.lows)
-    rows, tokens, counts, starts, lows = torch.stack([torch.from_numpy(column) for column in columns]).to(tables.device)[:, :, None]
+    rows, tokens, counts, starts, lows = torch.stack(
+        [torch.from_numpy(column) for column in columns]
+    ).to(tables.device)[:, :, None]
     nth = torch.arange(pieces.queries, device=tables.device).minimum(counts - 1)
     at = lows + torch.arange(pieces.span, device=tables.device)
     seen = at.minimum(starts + counts - 1)
@@ -115,9 +134,14 @@ def _gather(cache: Tensor, group: Group) -> Tensor:
 
 
 def _by_kv_head(q: Tensor, group: Group, kv_heads: int) -> Tensor:
-    """[B, Hkv, n, G, D]: the query heads of one KV head side by side, so that its keys are read once."""
+    """[B, Hkv, n, G, D]: the query heads of one KV head side by side, so that its keys are read
+    once."""
     count, queries = group.tokens.shape
-    return q[group.tokens.flatten()].view(count, queries, kv_heads, -1, q.shape[2]).permute(0, 2, 1, 3, 4)
+    return (
+        q[group.tokens.flatten()]
+        .view(count, queries, kv_heads, -1, q.shape[2])
+        .permute(0, 2, 1, 3, 4)
+    )
 
 
 def _plain(queries: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float) -> Tensor:
@@ -126,14 +150,23 @@ def _plain(queries: Tensor, keys: Tensor, values: Tensor, group: Group, scale: f
     mask = group.mask(queries.dtype)[:, None, :, None].expand(count, 1, n, heads, keys.shape[2])
     mask = mask.reshape(count, 1, n * heads, -1).expand(-1, kv_heads, -1, -1)
     asking = queries.reshape(count, kv_heads, n * heads, size)
-    return F.scaled_dot_product_attention(asking, keys, values, mask, scale=scale).view(queries.shape)
+    return F.scaled_dot_product_attention(asking, keys, values, mask, scale=scale).view(
+        queries.shape
+    )
 
 
 def _scored(
-    queries: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float, soft_cap: float | None, slopes: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group: Group,
+    scale: float,
+    soft_cap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
-    """The same with caps or slopes, which torch's attention does not know. Scores are float32: 16 bits cannot hold a long distance, and
-    float16 no large product either, so queries are scaled before."""
+    """The same with caps or slopes, which torch's attention does not know. Scores are float32: 16
+    bits cannot hold a long distance, and float16 no large product either, so queries are scaled
+    before."""
     count, kv_heads, n, heads, size = queries.shape
     asking = (queries * (scale / (soft_cap or 1.0))).reshape(count, kv_heads, n * heads, size)
     scores = (asking @ keys.mT).float().view(count, kv_heads, n, heads, -1)

@@ -1,7 +1,8 @@
-"""Which new tokens torch's attention takes together: pieces of sequences that are alike, bounded in memory. Plain numpy, once a step.
+"""Which new tokens torch's attention takes together: pieces of sequences that are alike, bounded in
+memory. Plain numpy, once a step.
 
-A piece is some new tokens of one sequence and the places that they see. Pieces of like size share one batched product, padded to the
-largest of them. Knows no tensors and no scores.
+A piece is some new tokens of one sequence and the places that they see. Pieces of like size share
+one batched product, padded to the largest of them. Knows no tensors and no scores.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ SCORES: Final = 1 << 23
 GATHERED: Final = 1 << 24
 """Most elements of keys that are gathered for a product, as far as one sequence allows."""
 SCORE_BYTES: Final = 20
-"""Of a score: in float32 before and after the softmax, with what makes one from the other, rounded, and its mask."""
+"""Of a score: in float32 before and after the softmax, with what makes one from the other, rounded,
+and its mask."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns of one entry a piece. rows: the sequence's place in the batch; tokens: the first new token in the step; counts: how many;
-    starts: the first one's position; lows: the first position that is seen. queries, span: what all are padded to, in tokens and places."""
+    """Columns of one entry a piece. rows: the sequence's place in the batch; tokens: the first new
+    token in the step; counts: how many; starts: the first one's position; lows: the first position
+    that is seen. queries, span: what all are padded to, in tokens and places."""
 
     rows: Ints
     tokens: Ints
@@ -56,7 +59,8 @@ def workspace(shape: Shape, positions: int, itemsize: int) -> int:
 
 
 def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> list[Pieces]:
-    """Every new token of the step is in exactly one piece. query_start [B + 1], lengths [B]; sequences of length 0 are padding."""
+    """Every new token of the step is in exactly one piece. query_start [B + 1], lengths [B];
+    sequences of length 0 are padding."""
     columns = _pieces(query_start, lengths, shape, window)
     if not columns.shape[1]:
         return []
@@ -66,7 +70,13 @@ def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> 
     for kind in np.unique(kinds, axis=1).T:
         alike = columns[:, (kinds == kind[:, None]).all(0)]
         queries, span = _padding(alike)
-        most = max(1, min(SCORES // (shape.heads * queries * span), GATHERED // (shape.kv_heads * shape.size * span)))
+        most = max(
+            1,
+            min(
+                SCORES // (shape.heads * queries * span),
+                GATHERED // (shape.kv_heads * shape.size * span),
+            ),
+        )
         for first in range(0, alike.shape[1], most):
             chosen = alike[:, first : first + most]
             queries, span = _padding(chosen)
@@ -77,7 +87,9 @@ def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> 
 
 def _padding(columns: Ints) -> tuple[int, int]:
     """The most tokens and, rounded up, the most places of these pieces."""
-    return int(columns[2].max()), -(-int((columns[3] + columns[2] - columns[4]).max()) // STEP) * STEP
+    return int(columns[2].max()), -(
+        -int((columns[3] + columns[2] - columns[4]).max()) // STEP
+    ) * STEP
 
 
 def _pieces(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> Ints:
@@ -86,10 +98,15 @@ def _pieces(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) 
     single = np.flatnonzero(counts == 1)
     found = [(row, query_start[row], 1, lengths[row] - 1) for row in single]
     for row in np.flatnonzero(counts > 1):
-        before, span = lengths[row] - counts[row], lengths[row] if window is None else min(lengths[row], window + QUERIES)
+        before, span = (
+            lengths[row] - counts[row],
+            lengths[row] if window is None else min(lengths[row], window + QUERIES),
+        )
         step = int(max(1, min(QUERIES, SCORES // (shape.heads * (span + STEP)))))
         for first in range(0, int(counts[row]), step):
-            found.append((row, query_start[row] + first, min(step, counts[row] - first), before + first))
+            found.append(
+                (row, query_start[row] + first, min(step, counts[row] - first), before + first)
+            )
     columns = np.array(found, np.int64).reshape(-1, 4).T
     starts = columns[3]
     lows = np.zeros_like(starts) if window is None else np.maximum(starts - window + 1, 0)

@@ -1,7 +1,8 @@
-"""What one forward pass computes: which positions of which sequences, and where their keys and values live.
+"""What one forward pass computes: which positions of which sequences, and where their keys and
+values live.
 
-All operations of a step share one Batch. It knows neither requests nor the model; back ends may hang what they derive from it on `plan`, so
-that the layers share that work.
+All operations of a step share one Batch. It knows neither requests nor the model; back ends may
+hang what they derive from it on `plan`, so that the layers share that work.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from torch import Tensor
 class Batch:
     """B sequences with T new tokens in all, laid end to end.
 
-    positions [T] int64: each token's place in its sequence. slot_mapping [T] int64: block * block_size + offset of its keys and values, -1
-    for padding. query_start [B+1] int32: first token of each sequence. seq_lens [B] int32: tokens including this step's. block_tables
-    [B, M] int32: the blocks of each sequence; only the first ceil(seq_len / block_size) entries of a row count.
+    positions [T] int64: each token's place in its sequence. slot_mapping [T] int64: block *
+    block_size + offset of its keys and values, -1 for padding. query_start [B+1] int32: first token
+    of each sequence. seq_lens [B] int32: tokens including this step's. block_tables [B, M] int32:
+    the blocks of each sequence; only the first ceil(seq_len / block_size) entries of a row count.
     """
 
     positions: Tensor
@@ -30,12 +32,19 @@ class Batch:
     plan: Any = None
     """Derived once a step by the back end that needs it; the caller leaves it empty."""
     groups: Any = None
-    """A cascade.Groups where rows of one token may have leading blocks in common; such rows come first. Results are the same without."""
+    """A cascade.Groups where rows of one token may have leading blocks in common; such rows come
+    first. Results are the same without."""
 
 
-def make_batch(counts: list[int], seq_lens: list[int], tables: list[list[int]], block_size: int, device: str = "cpu") -> Batch:
-    """A Batch from plain lists: sequence i computes its last `counts[i]` of `seq_lens[i]` tokens. For tests and tools; the worker builds
-    its batches from columns."""
+def make_batch(
+    counts: list[int],
+    seq_lens: list[int],
+    tables: list[list[int]],
+    block_size: int,
+    device: str = "cpu",
+) -> Batch:
+    """A Batch from plain lists: sequence i computes its last `counts[i]` of `seq_lens[i]` tokens.
+    For tests and tools; the worker builds its batches from columns."""
     positions, slots, starts = [], [], [0]
     for count, length, table in zip(counts, seq_lens, tables, strict=True):
         span = range(length - count, length)

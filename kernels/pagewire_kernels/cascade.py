@@ -1,8 +1,10 @@
-"""Decode attention for rows that share leading blocks: the common blocks are read once a group, the rest by the decode kernel of each row.
+"""Decode attention for rows that share leading blocks: the common blocks are read once a group, the
+rest by the decode kernel of each row.
 
-The members of a group fill the rows of a tile, as a chunk's tokens do in prefill, and see all common tokens; the partial results go to the
-workspace, where the decode kernel's merge (log-sum-exp) takes them in. Groups are read on the device, so a captured graph serves any
-grouping of its batch size, none at all included. Knows nothing of how groups are found.
+The members of a group fill the rows of a tile, as a chunk's tokens do in prefill, and see all
+common tokens; the partial results go to the workspace, where the decode kernel's merge
+(log-sum-exp) takes them in. Groups are read on the device, so a captured graph serves any grouping
+of its batch size, none at all included. Knows nothing of how groups are found.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -25,11 +27,12 @@ from .shapes import Candidate, Choice
 
 @dataclass
 class Groups:
-    """G groups over B rows, all int32. Group g has the rows order[starts[g]..starts[g + 1]], whose first lengths[g] tokens lie in the
-    same blocks.
+    """G groups over B rows, all int32. Group g has the rows order[starts[g]..starts[g + 1]], whose
+    first lengths[g] tokens lie in the same blocks.
 
-    order [B], starts [G + 1], lengths [G]; shared [B]: the same length for each row, 0 for a row of no group. A length is a multiple of the
-    block size and less than the length of every member. Unused groups have starts[g] == starts[g + 1].
+    order [B], starts [G + 1], lengths [G]; shared [B]: the same length for each row, 0 for a row of
+    no group. A length is a multiple of the block size and less than the length of every member.
+    Unused groups have starts[g] == starts[g + 1].
     """
 
     order: torch.Tensor
@@ -40,8 +43,8 @@ class Groups:
 
 @dataclass
 class Shared:
-    """Partial results for the decode kernel: slots 0..splits of each row and head in part [.., D] and lse, float32; lengths:
-    Groups.shared."""
+    """Partial results for the decode kernel: slots 0..splits of each row and head in part [.., D]
+    and lse, float32; lengths: Groups.shared."""
 
     splits: int
     lengths: torch.Tensor
@@ -53,7 +56,11 @@ class Shared:
 def _store_partial(part, lse, slot, inside, acc, peak, total, D: tl.constexpr, D_PAD: tl.constexpr):
     d = tl.arange(0, D_PAD)
     tl.store(lse + slot, peak + tl.log2(tl.maximum(total, 1e-30)), mask=inside)
-    tl.store(part + slot[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=inside[:, None] & (d < D)[None, :])
+    tl.store(
+        part + slot[:, None] * D + d[None, :],
+        acc / tl.maximum(total, 1e-30)[:, None],
+        mask=inside[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit
@@ -96,8 +103,11 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
 
 
-def _shared(q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits: int, lengths: torch.Tensor) -> Shared:
-    """Workspace for `splits` of the tails and as many of the prefixes as fill the GPU: a power of two, since each is a compilation."""
+def _shared(
+    q: torch.Tensor, rows: int, groups: int, hkv: int, dim: int, splits: int, lengths: torch.Tensor
+) -> Shared:
+    """Workspace for `splits` of the tails and as many of the prefixes as fill the GPU: a power of
+    two, since each is a compilation."""
     tiles = (rows * q.shape[1] // 64 // hkv + groups) * hkv
     prefixes = 1 << max(1, min(8, 512 // tiles)).bit_length() - 1
     slots = rows * q.shape[1] * (splits + prefixes)
@@ -115,33 +125,59 @@ _IN_HALF: Final = {
 
 @functools.cache
 def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
-    """The launch shapes of the part that reads common blocks; in float32 those of prefill, which compile in seconds."""
-    shapes = attention_prefill.choose(head_dim, itemsize).candidates if itemsize == 4 else _IN_HALF[128 if head_dim <= 128 else 256]
-    return Choice(f"attention to common blocks (head size {head_dim}, {itemsize} bytes an element)", shapes)
+    """The launch shapes of the part that reads common blocks; in float32 those of prefill, which
+    compile in seconds."""
+    shapes = (
+        attention_prefill.choose(head_dim, itemsize).candidates
+        if itemsize == 4
+        else _IN_HALF[128 if head_dim <= 128 else 256]
+    )
+    return Choice(
+        f"attention to common blocks (head size {head_dim}, {itemsize} bytes an element)", shapes
+    )
 
 
 def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         groups: Groups,
                       scale: float, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
                       out: torch.Tensor | None = None, config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
-    """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window is not supported: use
-    decode_attention. With `query_start`, the rows in groups are of one token and come first, so that row i is token i. `config` is the
-    launch shape of the part that reads common blocks."""
+    """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window
+    is not supported: use decode_attention. With `query_start`, the rows in groups are of one token
+    and come first, so that row i is token i. `config` is the launch shape of the part that reads
+    common blocks."""
     rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
     splits = pick_config(dim, group, rows * hkv).splits
     shared = _shared(q, rows, count, hkv, dim, splits, groups.shared)
-    launch = functools.partial(_launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, soft_cap)
+    launch = functools.partial(
+        _launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, soft_cap
+    )
     if config is not None:
         launch(config)
     else:
         choose(dim, q.element_size()).launch(q.device, launch)
-    return decode_attention(q, k_cache, v_cache, tables, seq_lens, scale, None, soft_cap, query_start=query_start, out=out, shared=shared)
+    return decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        tables,
+        seq_lens,
+        scale,
+        None,
+        soft_cap,
+        query_start=query_start,
+        out=out,
+        shared=shared,
+    )
 
 
 def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, groups: Groups, shared: Shared,
             splits: int, scale: float, soft_cap: float | None, c: PrefillConfig) -> None:  # fmt: skip
-    (_, hkv, page, dim), count, rows = k_cache.shape, groups.lengths.shape[0], groups.shared.shape[0]
+    (_, hkv, page, dim), count, rows = (
+        k_cache.shape,
+        groups.lengths.shape[0],
+        groups.shared.shape[0],
+    )
     group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)

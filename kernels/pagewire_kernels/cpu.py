@@ -1,7 +1,8 @@
-"""The CPU back end: the operations in few calls of plain torch, since at one token a call costs more than its arithmetic.
+"""The CPU back end: the operations in few calls of plain torch, since at one token a call costs
+more than its arithmetic.
 
-Weights are prepacked for oneDNN. What depends on the step alone (rotary factors, gather indices, masks) is derived once and kept on
-`batch.plan` for all layers: see cpu_plan.
+Weights are prepacked for oneDNN. What depends on the step alone (rotary factors, gather indices,
+masks) is derived once and kept on `batch.plan` for all layers: see cpu_plan.
 """
 
 import functools
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
 
 PACKED_TYPES: Final = (torch.bfloat16, torch.float32)
 PACK_ROWS: Final = 16
-"""The batch size that weights are packed for. The layout oneDNN then picks serves 1 to 2048 rows equally; without a hint it does not."""
+"""The batch size that weights are packed for. The layout oneDNN then picks serves 1 to 2048 rows
+equally; without a hint it does not."""
 HALVES: Final = (torch.bfloat16, torch.float16)
 EXACT: Final = 8
 """How many of a row's logits are worth computing exactly."""
-_packed_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_packed_linear = (
+    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+)
 
 
 @functools.cache
@@ -34,7 +38,9 @@ def _packable(dtype: torch.dtype) -> bool:
     if _packed_linear is None or dtype not in PACKED_TYPES:
         return False
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), PACK_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(
+            torch.zeros(16, 16, dtype=dtype), PACK_ROWS
+        )
         _packed_linear(torch.zeros(1, 16, dtype=dtype), packed, None, "none", [], "")
     except RuntimeError:
         return False
@@ -49,7 +55,8 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 
 def pack_quantized(parts: Sequence[Quantized], wide: bool) -> "QuantizedLinear | None":
-    """Matrices that read the same input, side by side; None where there is no kernel for them. wide: `linear` gives float32."""
+    """Matrices that read the same input, side by side; None where there is no kernel for them.
+    wide: `linear` gives float32."""
     from .cpu_linear import QuantizedLinear
 
     try:
@@ -67,8 +74,9 @@ def linear(x: Tensor, weight: "Tensor | QuantizedLinear", bias: Tensor | None = 
 
 
 def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
-    """Logits of x [T, H] by the embedding's weight [V, H], given packed too. From bfloat16 the most likely ones come out in float32:
-    rounded to eight bits, the first few of a row are often equal, and greedy decoding would take the one with the lowest id."""
+    """Logits of x [T, H] by the embedding's weight [V, H], given packed too. From bfloat16 the most
+    likely ones come out in float32: rounded to eight bits, the first few of a row are often equal,
+    and greedy decoding would take the one with the lowest id."""
     logits = linear(x, packed)
     if logits.dtype not in HALVES or not len(x):
         return logits
@@ -84,8 +92,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum is kept in float32, whatever x is: rounding it in every layer is most of the error of a bfloat16 model, and here it costs
-    nothing. Overwrites `residual` unless it is of a 16-bit type."""
+    """The sum is kept in float32, whatever x is: rounding it in every layer is most of the error of
+    a bfloat16 model, and here it costs nothing. Overwrites `residual` unless it is of a 16-bit
+    type."""
     total = residual.float() if residual.dtype in HALVES else residual
     total.add_(x)
     normed = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
@@ -94,10 +103,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     dtype = x.dtype
-    return F.layer_norm(x, weight.shape, weight.to(dtype), None if bias is None else bias.to(dtype), eps)
+    return F.layer_norm(
+        x, weight.shape, weight.to(dtype), None if bias is None else bias.to(dtype), eps
+    )
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """The sum is kept in float32, as by `add_rms_norm`."""
     total = residual.float() if residual.dtype in HALVES else residual
     total.add_(x)
@@ -126,8 +139,11 @@ def pack_experts(weight: Tensor) -> list[Tensor]:
     return [pack_linear(matrix) for matrix in weight]
 
 
-def experts(x: Tensor, gate_up: list[Tensor], down: list[Tensor], chosen: Tensor, weights: Tensor) -> Tensor:
-    """Expert by expert over the tokens that chose it, so that each matrix is read once; sums in float32."""
+def experts(
+    x: Tensor, gate_up: list[Tensor], down: list[Tensor], chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """Expert by expert over the tokens that chose it, so that each matrix is read once; sums in
+    float32."""
     expert, order = chosen.flatten().sort(stable=True)
     tokens, shares = order // chosen.shape[1], weights.flatten()[order, None]
     used, counts = expert.unique_consecutive(return_counts=True)
@@ -162,7 +178,10 @@ def rope_and_cache(
     parts = qkv.view(len(qkv), -1, size)
     mixed = parts[:, : heads + plan.kv_heads]
     if q_weight is not None and k_weight is not None:
-        mixed = torch.cat((rms_norm(mixed[:, :heads], q_weight, eps), rms_norm(mixed[:, heads:], k_weight, eps)), 1)
+        mixed = torch.cat(
+            (rms_norm(mixed[:, :heads], q_weight, eps), rms_norm(mixed[:, heads:], k_weight, eps)),
+            1,
+        )
     turned = mixed * cos
     turned[..., :half].addcmul_(mixed[..., half:], minus_sin)
     turned[..., half:].addcmul_(mixed[..., :half], sin)
@@ -184,29 +203,42 @@ def paged_attention(
     soft_cap: float | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Sequences that are alike (by length when decoding, by position in prompts) go through one batched product over gathered blocks."""
+    """Sequences that are alike (by length when decoding, by position in prompts) go through one
+    batched product over gathered blocks."""
     plan: Plan = batch.plan or make_plan(batch, k_cache)
     groups = plan.work(window)
     if len(groups) == 1 and groups[0].tokens is None:
         return _attend(q, k_cache, v_cache, groups[0], scale, soft_cap, slopes)
     out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
     for group in groups:
-        out[group.tokens] = _attend(q[group.tokens], k_cache, v_cache, group, scale, soft_cap, slopes)
+        out[group.tokens] = _attend(
+            q[group.tokens], k_cache, v_cache, group, scale, soft_cap, slopes
+        )
     return out
 
 
 def _gather(cache: Tensor, group: Group) -> Tensor:
-    """[size * Hkv, length, D]: the group's blocks, which lie by head already, each block_size x D values in one piece."""
+    """[size * Hkv, length, D]: the group's blocks, which lie by head already, each block_size x D
+    values in one piece."""
     kv_heads, block_size, size = cache.shape[1:]
-    found = torch.index_select(cache.view(-1, block_size * size), 0, group.index).view(group.size * kv_heads, -1, size)
+    found = torch.index_select(cache.view(-1, block_size * size), 0, group.index).view(
+        group.size * kv_heads, -1, size
+    )
     found = found[:, : group.length]
     return found.float() if group.wide else found
 
 
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: Group, scale: float, soft_cap: float | None, slopes: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    group: Group,
+    scale: float,
+    soft_cap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
-    """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of one product: keys are read once."""
+    """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of
+    one product: keys are read once."""
     kv_heads, size = k_cache.shape[1], q.shape[2]
     dtype, pairs = q.dtype, group.size * kv_heads
     heads = q.view(group.size, group.queries, kv_heads, -1, size)
@@ -214,7 +246,9 @@ def _attend(
     queries = queries.reshape(pairs, -1, size)
     queries = queries.float() if group.wide else queries
     scores = _scores(queries, _gather(k_cache, group).mT, group, scale, soft_cap)
-    shares = torch.softmax(scores if slopes is None else _sloped(scores, group, slopes, kv_heads), -1)
+    shares = torch.softmax(
+        scores if slopes is None else _sloped(scores, group, slopes, kv_heads), -1
+    )
     if slopes is not None:
         shares = shares.to(queries.dtype)
     out = torch.bmm(shares, _gather(v_cache, group)).to(dtype)
@@ -226,15 +260,24 @@ def _attend(
 def _sloped(scores: Tensor, group: Group, slopes: Tensor, kv_heads: int) -> Tensor:
     """With ALiBi, in float32: 16 bits cannot hold a long distance."""
     parted = scores.float().view(group.size, kv_heads, group.queries, -1, scores.shape[-1])
-    return parted.addcmul_(slopes.view(1, kv_heads, 1, -1, 1), group.distances[:, None, :, None]).view(scores.shape)
+    return parted.addcmul_(
+        slopes.view(1, kv_heads, 1, -1, 1), group.distances[:, None, :, None]
+    ).view(scores.shape)
 
 
-def _scores(queries: Tensor, keys: Tensor, group: Group, scale: float, soft_cap: float | None) -> Tensor:
-    """queries [pairs, queries * heads, D] times keys [pairs, D, length], scaled, capped and masked."""
+def _scores(
+    queries: Tensor, keys: Tensor, group: Group, scale: float, soft_cap: float | None
+) -> Tensor:
+    """queries [pairs, queries * heads, D] times keys [pairs, D, length], scaled, capped and
+    masked."""
     mask = group.mask
     if mask is not None and group.queries > 1:
         mask = mask.repeat_interleave(queries.shape[1] // group.queries, 1)
     if soft_cap is not None:
         scores = torch.tanh(torch.bmm(queries, keys).mul_(scale / soft_cap)).mul_(soft_cap)
         return scores if mask is None else scores.add_(mask)
-    return torch.bmm(queries, keys).mul_(scale) if mask is None else torch.baddbmm(mask, queries, keys, alpha=scale)
+    return (
+        torch.bmm(queries, keys).mul_(scale)
+        if mask is None
+        else torch.baddbmm(mask, queries, keys, alpha=scale)
+    )

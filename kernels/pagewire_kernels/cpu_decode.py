@@ -1,8 +1,9 @@
-"""All layers and the head of a plain decoder for a few tokens, in one piece of machine code on a CPU: at one token, a call of torch costs
-more than most of what it computes, and a layer has twenty of them.
+"""All layers and the head of a plain decoder for a few tokens, in one piece of machine code on a
+CPU: at one token, a call of torch costs more than most of what it computes, and a layer has twenty
+of them.
 
-For decoders of the sequential kind with RMSNorm, rotary embedding and a gated MLP, whose matrices are all quantized. Within, everything is
-float32, whatever the type of the caches.
+For decoders of the sequential kind with RMSNorm, rotary embedding and a gated MLP, whose matrices
+are all quantized. Within, everything is float32, whatever the type of the caches.
 """
 
 import struct
@@ -21,13 +22,14 @@ from .cpu_team import MATRIX_FIELDS
 from .quantized import GROUP
 
 MOST_TOKENS: Final = 32
-"""Of a step that runs so. Beyond it the products are what counts, and those have other ways (cpu_linear)."""
+"""Of a step that runs so. Beyond it the products are what counts, and those have other ways
+(cpu_linear)."""
 
 
 @dataclass(frozen=True)
 class DecodeLayer:
-    """qkv: query, key and value; up: gate and up. Norm weights, bias [N of qkv] and the weights of queries' and keys' norms are float32.
-    window: tokens seen, 0 for all. scale: of scores."""
+    """qkv: query, key and value; up: gate and up. Norm weights, bias [N of qkv] and the weights of
+    queries' and keys' norms are float32. window: tokens seen, 0 for all. scale: of scores."""
 
     qkv: QuantizedLinear
     output: QuantizedLinear
@@ -42,17 +44,24 @@ class DecodeLayer:
     scale: float
 
     def fits(self, width: int) -> bool:
-        """Whether the machine code can run it; `width`: query heads times their size. Sums by groups cover whole groups only."""
-        even = width % GROUP == 0 and self.down.columns % GROUP == 0 and self.qkv.columns % GROUP == 0
+        """Whether the machine code can run it; `width`: query heads times their size. Sums by
+        groups cover whole groups only."""
+        even = (
+            width % GROUP == 0 and self.down.columns % GROUP == 0 and self.qkv.columns % GROUP == 0
+        )
         return even and len(self.qkv.panels) == 3 and len(self.up.panels) == 2
 
     def fields(self) -> np.ndarray:
         """int64 [L_FIELDS], without what changes: rotary table and cache."""
         out = np.zeros(cpu_task.L_FIELDS, np.int64)
-        matrices = np.concatenate([part.fields for part in (self.qkv, self.output, self.up, self.down)])
+        matrices = np.concatenate(
+            [part.fields for part in (self.qkv, self.output, self.up, self.down)]
+        )
         out[: len(matrices)] = matrices
         given = (self.norm, self.norm2, self.query_norm, self.key_norm, self.bias)
-        out[cpu_task.L_NORM : cpu_task.L_BIAS + 1] = [0 if x is None else x.data_ptr() for x in given]
+        out[cpu_task.L_NORM : cpu_task.L_BIAS + 1] = [
+            0 if x is None else x.data_ptr() for x in given
+        ]
         out[cpu_task.L_WINDOW], out[cpu_task.L_SCALE] = self.window, float_bits(self.scale)
         return out
 
@@ -75,7 +84,9 @@ def float_bits(value: float) -> int:
 
 
 class NativeDecoder:
-    def __init__(self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes) -> None:
+    def __init__(
+        self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes
+    ) -> None:
         self._layers, self._norm, self._head, self._sizes = layers, norm, head, sizes
         self._run = cpu_native.compiled(cpu_layers.decode, 1)
         self._table = np.stack([layer.fields() for layer in layers])
@@ -92,9 +103,17 @@ class NativeDecoder:
         """Of each token, its row of the block tables, int64."""
         return np.repeat(np.arange(len(batch.seq_lens)), np.diff(batch.query_start.numpy()))
 
-    def __call__(self, x: Tensor, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, wanted: Tensor | None) -> Tensor:
-        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64 (None: of all). cos_sin [positions, D]
-        and caches [2, blocks, Hkv, block_size, D], float32 or bfloat16: one for each layer."""
+    def __call__(
+        self,
+        x: Tensor,
+        cos_sin: list[Tensor],
+        caches: list[Tensor],
+        batch: Batch,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
+        (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32
+        or bfloat16: one for each layer."""
         t, s, threads = cpu_task, self._sizes, torch.get_num_threads()
         tokens, width = len(x), s.heads * s.head_dim
         table = self._table
@@ -103,9 +122,15 @@ class NativeDecoder:
         table[:, t.L_VALUES] = [cache[1].data_ptr() for cache in caches]
         rows_of, tables = self._rows_of(batch), batch.block_tables
         rows = torch.arange(tokens) if wanted is None else wanted
-        private = max(tokens * max(s.hidden, s.inner, width) * (GROUP + 1) // GROUP, batch.max_seq_len) + GROUP
+        private = (
+            max(tokens * max(s.hidden, s.inner, width) * (GROUP + 1) // GROUP, batch.max_seq_len)
+            + GROUP
+        )
         scratch = self._room("scratch", threads, private)
-        qkv, attended = self._room("qkv", tokens, self._layers[0].qkv.padded), self._room("attended", tokens, width)
+        qkv, attended = (
+            self._room("qkv", tokens, self._layers[0].qkv.padded),
+            self._room("attended", tokens, width),
+        )
         inner = self._layers[0].up.padded // 2
         gate, up = self._room("gate", tokens, inner), self._room("up", tokens, inner)
         logits = torch.empty(len(rows), self._head.padded)

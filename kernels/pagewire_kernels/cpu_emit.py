@@ -1,6 +1,7 @@
-"""What products with quantized weights are in LLVM's terms: vectors of 16, of which LLVM makes what the processor has (SSE, AVX2, AVX-512,
-NEON). Codes are widened in registers and multiplied in float32, so that nothing is lost beyond the order of sums, and each weight is read
-once for all rows. Knows no Numba.
+"""What products with quantized weights are in LLVM's terms: vectors of 16, of which LLVM makes what
+the processor has (SSE, AVX2, AVX-512, NEON). Codes are widened in registers and multiplied in
+float32, so that nothing is lost beyond the order of sums, and each weight is read once for all
+rows. Knows no Numba.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -16,8 +17,8 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 FUSE: Final = ("contract", "nsz")
 TILES: Final = ((8, 1), (4, 1), (2, 2), (1, 3))
-"""(rows of x, panels) that are worked on at a time: enough independent sums to hide the latency of an addition, few enough for the
-registers of AVX2."""
+"""(rows of x, panels) that are worked on at a time: enough independent sums to hide the latency of
+an addition, few enough for the registers of AVX2."""
 
 
 def vector(kind: ir.Type) -> ir.VectorType:
@@ -39,7 +40,9 @@ class Code:
         self.b = builder
 
     def load(self, address: Any, offset: int, kind: ir.Type, align: int) -> Any:
-        found = self.b.load(self.b.inttoptr(self.b.add(address, constant(offset)), kind.as_pointer()))
+        found = self.b.load(
+            self.b.inttoptr(self.b.add(address, constant(offset)), kind.as_pointer())
+        )
         found.align = align
         return found
 
@@ -57,7 +60,8 @@ class Code:
         return product if c is None else self.b.fadd(product, c, flags=FUSE)
 
     def loop(self, start: Any, stop: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
-        """`body(i, values)` gives the next values, for i from start while i + step <= stop; returns (i, *values) at the end."""
+        """`body(i, values)` gives the next values, for i from start while i + step <= stop; returns
+        (i, *values) at the end."""
         before, head = self.b.block, self.b.append_basic_block("head")
         inside, after = self.b.append_basic_block("body"), self.b.append_basic_block("after")
         self.b.branch(head)
@@ -77,7 +81,8 @@ class Code:
 
 
 class Group:
-    """One group of a panel: its codes as vectors of float32, in the order of the inputs, its scales and minima."""
+    """One group of a panel: its codes as vectors of float32, in the order of the inputs, its scales
+    and minima."""
 
     def __init__(self, code: Code, form: Format, address: Any) -> None:
         self.code, self.form, self.address = code, form, address
@@ -86,11 +91,16 @@ class Group:
         """Codes of inputs 2j and 2j + 1."""
         b = self.code.b
         if self.form.bits == 8:
-            found = [self.code.load(self.address, ROWS * (2 * j + i), vector(I8), 1) for i in (0, 1)]
+            found = [
+                self.code.load(self.address, ROWS * (2 * j + i), vector(I8), 1) for i in (0, 1)
+            ]
             low, high = (b.sext(codes, vector(I32)) for codes in found)
         else:
             both = self.code.load(self.address, ROWS * j, vector(I8), 1)
-            low, high = (b.zext(codes, vector(I32)) for codes in (b.and_(both, splat(15)), b.lshr(both, splat(4))))
+            low, high = (
+                b.zext(codes, vector(I32))
+                for codes in (b.and_(both, splat(15)), b.lshr(both, splat(4)))
+            )
         return b.sitofp(low, vector(F32)), b.sitofp(high, vector(F32))
 
     def scales(self) -> Any:
@@ -105,8 +115,9 @@ class Group:
 
 
 class Operands(NamedTuple):
-    """Of a product, as int64. weight: address of the panels. x: of float32 rows, x_stride bytes apart. sums: of float32 [rows, groups],
-    each group's sum of x. first, last: panels. out: of float32 rows, out_stride bytes apart. add: 1 adds to what is there."""
+    """Of a product, as int64. weight: address of the panels. x: of float32 rows, x_stride bytes
+    apart. sums: of float32 [rows, groups], each group's sum of x. first, last: panels. out: of
+    float32 rows, out_stride bytes apart. add: 1 adds to what is there."""
 
     weight: Any
     x: Any
@@ -121,10 +132,15 @@ class Operands(NamedTuple):
     add: Any
 
 
-def _emit_tile(code: Code, form: Format, o: Operands, row: Any, panel: Any, rows: int, panels: int) -> None:
+def _emit_tile(
+    code: Code, form: Format, o: Operands, row: Any, panel: Any, rows: int, panels: int
+) -> None:
     """out[row : row + rows, 16 columns of each panel]."""
     b = code.b
-    panel_bytes, sums_stride = b.mul(o.groups, constant(form.group_bytes)), b.mul(o.groups, constant(4))
+    panel_bytes, sums_stride = (
+        b.mul(o.groups, constant(form.group_bytes)),
+        b.mul(o.groups, constant(4)),
+    )
     at = [b.add(o.weight, b.mul(b.add(panel, constant(p)), panel_bytes)) for p in range(panels)]
     x_at = [b.add(o.x, b.mul(b.add(row, constant(r)), o.x_stride)) for r in range(rows)]
     sums_at = [b.add(o.sums, b.mul(b.add(row, constant(r)), sums_stride)) for r in range(rows)]
@@ -141,8 +157,13 @@ def _emit_tile(code: Code, form: Format, o: Operands, row: Any, panel: Any, rows
                     x = code.everywhere(code.load(inputs[r], 4 * (2 * j + i), F32, 4))
                     for p in range(panels):
                         sums = parts[r * panels + p]
-                        sums[(2 * j + i) % chains] = code.times_plus(pairs[p][i], x, sums[(2 * j + i) % chains])
-        scales, minima = [g.scales() for g in groups], [g.minima() for g in groups] if form.minima else []
+                        sums[(2 * j + i) % chains] = code.times_plus(
+                            pairs[p][i], x, sums[(2 * j + i) % chains]
+                        )
+        scales, minima = (
+            [g.scales() for g in groups],
+            [g.minima() for g in groups] if form.minima else [],
+        )
         found = []
         for i, total in enumerate(totals):
             r, p = divmod(i, panels)
@@ -165,12 +186,15 @@ def _emit_result(code: Code, o: Operands, total: Any, row: Any, panel: Any) -> N
     """To its place in `out`, added to what is there if asked for."""
     b, zero = code.b, ir.Constant(vector(F32), [0.0] * ROWS)
     place = b.add(b.add(o.out, b.mul(row, o.out_stride)), b.mul(panel, constant(4 * ROWS)))
-    before = b.select(b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero)
+    before = b.select(
+        b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero
+    )
     code.store(b.fadd(total, before), place, 4)
 
 
 def emit_matmul(code: Code, form: Format, o: Operands) -> None:
-    """Rows by the largest tile that fits, panel after panel: a panel stays in the nearest cache for all rows."""
+    """Rows by the largest tile that fits, panel after panel: a panel stays in the nearest cache for
+    all rows."""
 
     def panels_of(rows: int, panels: int, row: Any, start: Any) -> Any:
         def body(panel: Any, _: list[Any]) -> list[Any]:
@@ -191,7 +215,17 @@ def emit_matmul(code: Code, form: Format, o: Operands) -> None:
         row = code.loop(row, o.rows, rows, [], some)[0]
 
 
-def emit_dequantize(code: Code, form: Format, weight: Any, groups: Any, first: Any, last: Any, out: Any, stride: Any, brief: Any) -> None:
+def emit_dequantize(
+    code: Code,
+    form: Format,
+    weight: Any,
+    groups: Any,
+    first: Any,
+    last: Any,
+    out: Any,
+    stride: Any,
+    brief: Any,
+) -> None:
     """out [K, 16 * panels], rows `stride` bytes apart: float32, or with `brief` bfloat16."""
     b = code.b
     short = b.icmp_signed("!=", brief, constant(0))
@@ -204,7 +238,13 @@ def emit_dequantize(code: Code, form: Format, weight: Any, groups: Any, first: A
             for j in range(form.group // 2):
                 for i, codes in enumerate(part.pair(j)):
                     k = b.add(b.mul(group, constant(form.group)), constant(2 * j + i))
-                    _store_row(code, code.times_plus(codes, scale, minimum), b.add(out, b.mul(k, stride)), panel, short)
+                    _store_row(
+                        code,
+                        code.times_plus(codes, scale, minimum),
+                        b.add(out, b.mul(k, stride)),
+                        panel,
+                        short,
+                    )
             return []
 
         code.loop(constant(0), groups, 1, [], by_group)
@@ -222,6 +262,8 @@ def _store_row(code: Code, value: Any, row: Any, panel: Any, short: Any) -> None
             fixed = [ir.Constant(vector(I32), [number] * ROWS) for number in (16, 1, 0x7FFF)]
             odd = b.and_(b.lshr(bits, fixed[0]), fixed[1])
             rounded = b.lshr(b.add(bits, b.add(odd, fixed[2])), fixed[0])
-            code.store(b.trunc(rounded, vector(I16)), b.add(row, b.mul(panel, constant(2 * ROWS))), 2)
+            code.store(
+                b.trunc(rounded, vector(I16)), b.add(row, b.mul(panel, constant(2 * ROWS))), 2
+            )
         with otherwise:
             code.store(value, b.add(row, b.mul(panel, constant(4 * ROWS))), 4)

@@ -1,4 +1,5 @@
-"""Attention of few tokens as part of `cpu_layers`: heads are normalised, turned and kept in the caches, and attend to what these hold.
+"""Attention of few tokens as part of `cpu_layers`: heads are normalised, turned and kept in the
+caches, and attend to what these hold.
 
 Compiled by Numba; see `cpu_team` for what is common to all of it. Imported on first use only.
 """
@@ -18,7 +19,8 @@ from .cpu_team import FAST, MATRIX_FIELDS, share
 
 @njit(fastmath=FAST)
 def exponential(x):
-    """e to the x, to a few units in the last place; in plain arithmetic, so that a loop over it becomes vectors."""
+    """e to the x, to a few units in the last place; in plain arithmetic, so that a loop over it
+    becomes vectors."""
     scaled = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
     biased = np.int32(scaled + np.float32(127.5))
     f = scaled - np.float32(biased - np.int32(127))
@@ -58,12 +60,16 @@ def rotate(x, at, size, factors, f):
 
 @njit(fastmath=FAST)
 def keep(x, at, size, cache, place, short):
-    """float32 number `at` and those that follow, behind address x, to the cache's element `place`."""
+    """float32 number `at` and those that follow, behind address x, to the cache's element
+    `place`."""
     if short:
         brief, words = shorts(cache), ints(x)
         for i in range(size):
             word = np.uint32(words[at + i])
-            brief[place + i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+            brief[place + i] = np.uint16(
+                (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1)))
+                >> np.uint32(16)
+            )
     else:
         full, given = floats(cache), floats(x)
         for i in range(size):
@@ -72,7 +78,8 @@ def keep(x, at, size, cache, place, short):
 
 @njit(fastmath=FAST)
 def score_block(q, at, size, cache, place, count, short, scores, to):
-    """Products of q[at : at + size] with `count` keys that follow each other; the largest of them."""
+    """Products of q[at : at + size] with `count` keys that follow each other; the largest of
+    them."""
     most = np.float32(-np.inf)
     if short:
         brief = shorts(cache)
@@ -101,7 +108,9 @@ def add_block(shares, first, size, cache, place, count, short, out, to):
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
-                out[to + i] += part * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
+                out[to + i] += part * as_float(
+                    np.int32(brief[place + j * size + i]) << np.int32(16)
+                )
     else:
         full = floats(cache)
         for j in range(count):
@@ -112,22 +121,37 @@ def add_block(shares, first, size, cache, place, count, short, out, to):
 
 @njit(fastmath=FAST)
 def turn_and_keep(t, layer, me, threads):
-    """Heads are normalised and turned, keys and values go to the cache; each thread some of the heads of some tokens."""
+    """Heads are normalised and turned, keys and values go to the cache; each thread some of the
+    heads of some tokens."""
     heads, kv, size, block = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK]
-    qkv, stride, factors = floats(t[task.T_QKV]), t[task.T_QKV_STRIDE] // 4, floats(layer[task.L_ROTARY])
+    qkv, stride, factors = (
+        floats(t[task.T_QKV]),
+        t[task.T_QKV_STRIDE] // 4,
+        floats(layer[task.L_ROTARY]),
+    )
     eps = bits_of(t[task.T_HEAD + MATRIX_FIELDS])
     positions, slots, each = longs(t[task.T_POSITIONS]), longs(t[task.T_SLOTS]), heads + 2 * kv
     first, last = share(t[task.T_TOKENS] * each, me, threads)
     for piece in range(first, last):
         r, head = piece // each, piece % each
         at = r * stride + head * size
-        norm = layer[task.L_QUERY_NORM] if head < heads else layer[task.L_KEY_NORM] if head < heads + kv else 0
+        norm = (
+            layer[task.L_QUERY_NORM]
+            if head < heads
+            else layer[task.L_KEY_NORM]
+            if head < heads + kv
+            else 0
+        )
         if norm:
             normalise(qkv, at, floats(norm), eps, size, qkv, at)
         if head < heads + kv:
             rotate(qkv, at, size, factors, positions[r] * size)
         if head >= heads and slots[r] >= 0:
-            cache, h = (layer[task.L_CACHE], head - heads) if head < heads + kv else (layer[task.L_VALUES], head - heads - kv)
+            cache, h = (
+                (layer[task.L_CACHE], head - heads)
+                if head < heads + kv
+                else (layer[task.L_VALUES], head - heads - kv)
+            )
             place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
             keep(t[task.T_QKV], at, size, cache, place, t[task.T_SHORT])
 
@@ -142,13 +166,24 @@ def place_of(t, layer, table, head, token):
 
 @njit(fastmath=FAST)
 def attend_head(t, layer, query, head, table, low, end, scores, out, to):
-    """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores) times values."""
+    """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores)
+    times values."""
     size, block, short = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_SHORT]
-    qkv, scale, most, total = floats(t[task.T_QKV]), bits_of(layer[task.L_SCALE]), np.float32(-np.inf), np.float32(0)
+    qkv, scale, most, total = (
+        floats(t[task.T_QKV]),
+        bits_of(layer[task.L_SCALE]),
+        np.float32(-np.inf),
+        np.float32(0),
+    )
     for start in range(low // block * block, end, block):
         a, z = max(start, low), min(start + block, end)
         place = place_of(t, layer, table, head, a)
-        most = max(most, score_block(qkv, query, size, layer[task.L_CACHE], place, z - a, short, scores, a - low))
+        most = max(
+            most,
+            score_block(
+                qkv, query, size, layer[task.L_CACHE], place, z - a, short, scores, a - low
+            ),
+        )
     for j in range(end - low):
         scores[j] = exponential((scores[j] - most) * scale)
         total += scores[j]
@@ -164,13 +199,34 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
 
 @njit(fastmath=FAST)
 def attend(t, layer, mine, me, threads):
-    """Softmax of scores over what each token sees, times the values; each thread some heads of some tokens."""
-    heads, size, stride, out = t[task.T_HEADS], t[task.T_SIZE], t[task.T_QKV_STRIDE] // 4, floats(t[task.T_ATTENDED])
-    positions, row_of, window = longs(t[task.T_POSITIONS]), longs(t[task.T_ROW_OF]), layer[task.L_WINDOW]
+    """Softmax of scores over what each token sees, times the values; each thread some heads of some
+    tokens."""
+    heads, size, stride, out = (
+        t[task.T_HEADS],
+        t[task.T_SIZE],
+        t[task.T_QKV_STRIDE] // 4,
+        floats(t[task.T_ATTENDED]),
+    )
+    positions, row_of, window = (
+        longs(t[task.T_POSITIONS]),
+        longs(t[task.T_ROW_OF]),
+        layer[task.L_WINDOW],
+    )
     first, last = share(t[task.T_TOKENS] * heads, me, threads)
     for piece in range(first, last):
         r, head = piece // heads, piece % heads
         end = positions[r] + 1
         low = max(end - window, 0) if window else 0
         table = row_of[r] * t[task.T_TABLE_STRIDE]
-        attend_head(t, layer, r * stride + head * size, head, table, low, end, floats(mine), out, piece * size)
+        attend_head(
+            t,
+            layer,
+            r * stride + head * size,
+            head,
+            table,
+            low,
+            end,
+            floats(mine),
+            out,
+            piece * size,
+        )

@@ -1,6 +1,8 @@
-"""Products of few rows with quantized weights, and such weights made dense, as functions of machine code: one a format.
+"""Products of few rows with quantized weights, and such weights made dense, as functions of machine
+code: one a format.
 
-Imported on first use only, since it needs Numba, of which this is the only place that reaches into LLVM's terms (`cpu_emit`).
+Imported on first use only, since it needs Numba, of which this is the only place that reaches into
+LLVM's terms (`cpu_emit`).
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -20,8 +22,12 @@ DEQUANTIZE_ARGUMENTS: Final = 7
 
 
 def _format_of(parts: Any) -> Format | None:
-    values = [part.literal_value if isinstance(part, types.IntegerLiteral) else None for part in parts]
-    return None if None in values else Format(values[0], values[1], bool(values[2]), bool(values[3]))
+    values = [
+        part.literal_value if isinstance(part, types.IntegerLiteral) else None for part in parts
+    ]
+    return (
+        None if None in values else Format(values[0], values[1], bool(values[2]), bool(values[3]))
+    )
 
 
 @intrinsic(prefer_literal=True)
@@ -139,7 +145,17 @@ def call_matmul(typing: Any, function: Any, weight: Any, x: Any, x_stride: Any, 
 
 
 @intrinsic
-def call_dequantize(typing: Any, function: Any, weight: Any, groups: Any, first: Any, last: Any, out: Any, stride: Any, brief: Any):
+def call_dequantize(
+    typing: Any,
+    function: Any,
+    weight: Any,
+    groups: Any,
+    first: Any,
+    last: Any,
+    out: Any,
+    stride: Any,
+    brief: Any,
+):
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         target = builder.inttoptr(arguments[0], _signature(DEQUANTIZE_ARGUMENTS).as_pointer())
         builder.call(target, arguments[1:])
@@ -149,8 +165,8 @@ def call_dequantize(typing: Any, function: Any, weight: Any, groups: Any, first:
 
 
 def _pointer_to(kind: Any) -> Any:
-    """An address as a pointer to numbers of a type. Plain pointers: an index from the end, as arrays have it, would keep LLVM from making
-    vectors of a loop."""
+    """An address as a pointer to numbers of a type. Plain pointers: an index from the end, as
+    arrays have it, would keep LLVM from making vectors of a loop."""
 
     @intrinsic
     def pointer(typing: Any, address: Any):
@@ -162,7 +178,9 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-floats, shorts, ints, longs = (_pointer_to(kind) for kind in (types.float32, types.uint16, types.int32, types.int64))
+floats, shorts, ints, longs = (
+    _pointer_to(kind) for kind in (types.float32, types.uint16, types.int32, types.int64)
+)
 
 
 @intrinsic

@@ -1,7 +1,9 @@
-"""A decoder's layers for few tokens, done by the threads of a team: the arithmetic, and the order in which threads need each other's.
+"""A decoder's layers for few tokens, done by the threads of a team: the arithmetic, and the order
+in which threads need each other's.
 
-Compiled by Numba like `cpu_team`, which says how; `decode` is the function for a team. `t` are the fields of its task, `layer` those of a
-layer, `mine` the address of the calling thread's own memory. Imported on first use only.
+Compiled by Numba like `cpu_team`, which says how; `decode` is the function for a team. `t` are the
+fields of its task, `layer` those of a layer, `mine` the address of the calling thread's own memory.
+Imported on first use only.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -13,7 +15,16 @@ from numba import njit
 from . import cpu_task as task
 from .cpu_heads import attend, bits_of, exponential, normalise, turn_and_keep
 from .cpu_kernels import floats, longs
-from .cpu_team import FAST, MATRIX_FIELDS, PANELS, barrier, share, thread_count, thread_number, times_matrix
+from .cpu_team import (
+    FAST,
+    MATRIX_FIELDS,
+    PANELS,
+    barrier,
+    share,
+    thread_count,
+    thread_number,
+    times_matrix,
+)
 
 
 @njit(fastmath=FAST)
@@ -28,9 +39,15 @@ def sum_groups(x, at, columns, sums, first):
 
 @njit(fastmath=FAST)
 def normalised(t, x, norm, count, mine):
-    """The calling thread's own copy of `count` rows of x, normalised, and behind it their sums by groups; the address of those."""
+    """The calling thread's own copy of `count` rows of x, normalised, and behind it their sums by
+    groups; the address of those."""
     hidden = t[task.T_HIDDEN]
-    source, weight, private, eps = floats(x), floats(norm), floats(mine), bits_of(t[task.T_HEAD + MATRIX_FIELDS])
+    source, weight, private, eps = (
+        floats(x),
+        floats(norm),
+        floats(mine),
+        bits_of(t[task.T_HEAD + MATRIX_FIELDS]),
+    )
     after = count * hidden
     for r in range(count):
         normalise(source, r * hidden, weight, eps, hidden, private, r * hidden)
@@ -40,7 +57,8 @@ def normalised(t, x, norm, count, mine):
 
 @njit(fastmath=FAST)
 def summed(x, columns, stride, count, mine):
-    """The sums by groups of `count` rows of x that lie `stride` bytes apart, in the calling thread's own memory."""
+    """The sums by groups of `count` rows of x that lie `stride` bytes apart, in the calling
+    thread's own memory."""
     source, private = floats(x), floats(mine)
     for r in range(count):
         sum_groups(source, r * (stride // 4), columns, private, r * (columns // 32))
@@ -49,7 +67,8 @@ def summed(x, columns, stride, count, mine):
 
 @njit(fastmath=FAST)
 def project(t, layer, mine, me, threads):
-    """Queries, keys and values of all tokens, normalised input times their matrices, plus biases; each thread some panels of the three."""
+    """Queries, keys and values of all tokens, normalised input times their matrices, plus biases;
+    each thread some panels of the three."""
     tokens, hidden = t[task.T_TOKENS], t[task.T_HIDDEN]
     sums = normalised(t, t[task.T_X], layer[task.L_NORM], tokens, mine)
     total = layer[task.L_QUERY + PANELS] + layer[task.L_KEY + PANELS] + layer[task.L_VALUE + PANELS]
@@ -57,10 +76,26 @@ def project(t, layer, mine, me, threads):
     before = 0
     for at in (task.L_QUERY, task.L_KEY, task.L_VALUE):
         a, z = max(first - before, 0), min(last - before, layer[at + PANELS])
-        times_matrix(layer, at, a, z, mine, 4 * hidden, sums, tokens, t[task.T_QKV] + 64 * before, t[task.T_QKV_STRIDE], 0)
+        times_matrix(
+            layer,
+            at,
+            a,
+            z,
+            mine,
+            4 * hidden,
+            sums,
+            tokens,
+            t[task.T_QKV] + 64 * before,
+            t[task.T_QKV_STRIDE],
+            0,
+        )
         before += layer[at + PANELS]
     if layer[task.L_BIAS]:
-        out, bias, stride = floats(t[task.T_QKV]), floats(layer[task.L_BIAS]), t[task.T_QKV_STRIDE] // 4
+        out, bias, stride = (
+            floats(t[task.T_QKV]),
+            floats(layer[task.L_BIAS]),
+            t[task.T_QKV_STRIDE] // 4,
+        )
         for r in range(tokens):
             for i in range(16 * first, 16 * last):
                 out[r * stride + i] += bias[i]
@@ -87,7 +122,9 @@ def back_to_hidden(t, layer, at, x, columns, stride, mine, me, threads):
     tokens = t[task.T_TOKENS]
     sums = summed(x, columns, stride, tokens, mine)
     first, last = share(layer[at + PANELS], me, threads)
-    times_matrix(layer, at, first, last, x, stride, sums, tokens, t[task.T_X], 4 * t[task.T_HIDDEN], 1)
+    times_matrix(
+        layer, at, first, last, x, stride, sums, tokens, t[task.T_X], 4 * t[task.T_HIDDEN], 1
+    )
 
 
 @njit(fastmath=FAST)
@@ -96,10 +133,22 @@ def mlp(t, layer, mine, me, threads):
     sums = normalised(t, t[task.T_X], layer[task.L_NORM2], tokens, mine)
     first, last = share(layer[task.L_GATE + PANELS], me, threads)
     for at, out in ((task.L_GATE, t[task.T_GATE]), (task.L_UP, t[task.T_UP])):
-        times_matrix(layer, at, first, last, mine, 4 * hidden, sums, tokens, out, t[task.T_INNER_STRIDE], 0)
+        times_matrix(
+            layer, at, first, last, mine, 4 * hidden, sums, tokens, out, t[task.T_INNER_STRIDE], 0
+        )
     activate(t, 16 * first, 16 * last)
     barrier()
-    back_to_hidden(t, layer, task.L_DOWN, t[task.T_GATE], t[task.T_INNER], t[task.T_INNER_STRIDE], mine, me, threads)
+    back_to_hidden(
+        t,
+        layer,
+        task.L_DOWN,
+        t[task.T_GATE],
+        t[task.T_INNER],
+        t[task.T_INNER_STRIDE],
+        mine,
+        me,
+        threads,
+    )
 
 
 @njit(fastmath=FAST)
@@ -112,11 +161,24 @@ def head(t, mine, me, threads):
             rows[i * hidden + k] = x[wanted[i] * hidden + k]
     sums = normalised(t, mine, t[task.T_NORM], count, mine)
     first, last = share(t[task.T_HEAD + PANELS], me, threads)
-    times_matrix(t, task.T_HEAD, first, last, mine, 4 * hidden, sums, count, t[task.T_LOGITS], t[task.T_LOGITS_STRIDE], 0)
+    times_matrix(
+        t,
+        task.T_HEAD,
+        first,
+        last,
+        mine,
+        4 * hidden,
+        sums,
+        count,
+        t[task.T_LOGITS],
+        t[task.T_LOGITS_STRIDE],
+        0,
+    )
 
 
 def decode(address):
-    """All layers and the head for few tokens, of any sequences: each is a row of its own, which sees its sequence up to itself."""
+    """All layers and the head for few tokens, of any sequences: each is a row of its own, which
+    sees its sequence up to itself."""
     t = longs(address)
     me, threads = thread_number(), thread_count()
     mine = t[task.T_SCRATCH] + me * t[task.T_SCRATCH_BYTES]
@@ -129,7 +191,9 @@ def decode(address):
         attend(t, layer, mine, me, threads)
         barrier()
         width = t[task.T_HEADS] * t[task.T_SIZE]
-        back_to_hidden(t, layer, task.L_OUTPUT, t[task.T_ATTENDED], width, 4 * width, mine, me, threads)
+        back_to_hidden(
+            t, layer, task.L_OUTPUT, t[task.T_ATTENDED], width, 4 * width, mine, me, threads
+        )
         barrier()
         mlp(t, layer, mine, me, threads)
         barrier()

@@ -1,7 +1,9 @@
-"""A product with quantized weights on a CPU: by machine code of our own for few rows, and for many by a copy made dense for the occasion,
-which oneDNN or MKL multiply faster than any code that widens codes again for each row.
+"""A product with quantized weights on a CPU: by machine code of our own for few rows, and for many
+by a copy made dense for the occasion, which oneDNN or MKL multiply faster than any code that widens
+codes again for each row.
 
-The caller's thread takes part as one of torch's team; nothing here may be used by two threads at a time.
+The caller's thread takes part as one of torch's team; nothing here may be used by two threads at a
+time.
 """
 
 from collections.abc import Sequence
@@ -21,19 +23,24 @@ _scratch: dict[torch.dtype, Tensor] = {}
 
 
 class QuantizedLinear:
-    """Matrices that read the same input, side by side: [N, K] each. wide: results in float32. Raises ValueError where a kernel cannot hold
-    them: all but the last must have a multiple of 16 rows, K must be a multiple of 32."""
+    """Matrices that read the same input, side by side: [N, K] each. wide: results in float32.
+    Raises ValueError where a kernel cannot hold them: all but the last must have a multiple of 16
+    rows, K must be a multiple of 32."""
 
     def __init__(self, parts: Sequence[Quantized], wide: bool = False) -> None:
         from . import cpu_team
 
         if any(len(part.codes) % ROWS for part in parts[:-1]) or parts[0].shape[1] % GROUP:
-            raise ValueError(f"matrices of {[tuple(part.shape) for part in parts]} do not fit panels of {ROWS} rows and groups of {GROUP}")
+            raise ValueError(
+                f"matrices of {[tuple(part.shape) for part in parts]} do not fit panels of {ROWS} rows and groups of {GROUP}"
+            )
         self.panels = [pack(part, cpu_native.converts_half()) for part in parts]
         self.rows, self.columns = sum(panels.rows for panels in self.panels), parts[0].shape[1]
         self.padded = ROWS * sum(len(panels.data) for panels in self.panels)
         self.crossing, self.wide = CROSSING, wide
-        self._multiply, self._make_dense = (cpu_native.compiled(f, 1) for f in (cpu_team.multiply, cpu_team.make_dense))
+        self._multiply, self._make_dense = (
+            cpu_native.compiled(f, 1) for f in (cpu_team.multiply, cpu_team.make_dense)
+        )
         self.fields = np.concatenate([matrix_fields(panels) for panels in self.panels])
 
     @property
@@ -48,7 +55,10 @@ class QuantizedLinear:
     def key(self) -> str:
         """Names the shape and the formats."""
         forms = (panels.format for panels in self.panels)
-        parts = "+".join(f"{form.bits}x{form.group}{'h' if form.half else ''}{'m' if form.minima else ''}" for form in forms)
+        parts = "+".join(
+            f"{form.bits}x{form.group}{'h' if form.half else ''}{'m' if form.minima else ''}"
+            for form in forms
+        )
         return f"{self.rows}x{self.columns} {parts}"
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,15 +69,28 @@ class QuantizedLinear:
         return out if bias is None else out + bias
 
     def native(self, x: Tensor) -> Tensor:
-        """[T, N] float32. T may be 0: a step that only computes part of a prompt asks for no logits."""
+        """[T, N] float32. T may be 0: a step that only computes part of a prompt asks for no
+        logits."""
         from . import cpu_team as team
 
         x = x.float().contiguous()
         sums = x.view(len(x), self.columns // GROUP, GROUP).sum(-1)
         out = torch.empty(len(x), self.padded)
-        head = (len(self.panels), x.data_ptr(), 4 * self.columns, sums.data_ptr(), len(x), out.data_ptr(), 4 * self.padded)
+        head = (
+            len(self.panels),
+            x.data_ptr(),
+            4 * self.columns,
+            sums.data_ptr(),
+            len(x),
+            out.data_ptr(),
+            4 * self.padded,
+        )
         assert len(head) == team.M_FIELDS
-        cpu_native.run(self._multiply, np.concatenate([np.array(head, np.int64), self.fields]), torch.get_num_threads())
+        cpu_native.run(
+            self._multiply,
+            np.concatenate([np.array(head, np.int64), self.fields]),
+            torch.get_num_threads(),
+        )
         return out[:, : self.rows]
 
     def dense(self, x: Tensor) -> Tensor:
@@ -102,6 +125,18 @@ def matrix_fields(panels: Panels) -> np.ndarray:
     from . import cpu_kernels as kernels
 
     multiply: Any = cpu_native.compiled(kernels.MATMULS[panels.format], kernels.MATMUL_ARGUMENTS)
-    dense: Any = cpu_native.compiled(kernels.DEQUANTIZES[panels.format], kernels.DEQUANTIZE_ARGUMENTS)
+    dense: Any = cpu_native.compiled(
+        kernels.DEQUANTIZES[panels.format], kernels.DEQUANTIZE_ARGUMENTS
+    )
     count, groups = panels.data.shape[:2]
-    return np.array([multiply.address, panels.data.data_ptr(), groups, panels.format.group, count, dense.address], np.int64)
+    return np.array(
+        [
+            multiply.address,
+            panels.data.data_ptr(),
+            groups,
+            panels.format.group,
+            count,
+            dense.address,
+        ],
+        np.int64,
+    )

@@ -1,10 +1,12 @@
-"""The layout of quantized weights on a CPU: panels of 16 rows, in each panel group after group, everything a group needs in one piece.
+"""The layout of quantized weights on a CPU: panels of 16 rows, in each panel group after group,
+everything a group needs in one piece.
 
     panel p, group g:  codes | 16 scales | 16 minima
     codes of 8 bits:   for each input of the group 16 bytes, one a row
     codes of 4 bits:   for each two inputs 16 bytes, the first in the low halves
 
-So a product reads memory from front to back, sixteen results side by side, whatever the width of the processor's vectors.
+So a product reads memory from front to back, sixteen results side by side, whatever the width of
+the processor's vectors.
 """
 
 from dataclasses import dataclass
@@ -74,10 +76,22 @@ class Panels:
 
 
 def choose_format(weight: Quantized, half: bool) -> Format:
-    """half: the processor converts float16 by itself. Raises ValueError where there is no kernel for the weight."""
+    """half: the processor converts float16 by itself. Raises ValueError where there is no kernel
+    for the weight."""
     for known in FORMATS:
-        fits = known.bits == weight.bits and known.group == weight.group and (known.minima or weight.minimum is None)
-        if fits and (not known.half or (half and _is_half(weight.scale) and (weight.minimum is None or _is_half(weight.minimum)))):
+        fits = (
+            known.bits == weight.bits
+            and known.group == weight.group
+            and (known.minima or weight.minimum is None)
+        )
+        if fits and (
+            not known.half
+            or (
+                half
+                and _is_half(weight.scale)
+                and (weight.minimum is None or _is_half(weight.minimum))
+            )
+        ):
             return known
     raise ValueError(f"no kernel for {weight.bits} bits in groups of {weight.group}")
 
@@ -104,7 +118,9 @@ def pack(weight: Quantized, half: bool = True) -> Panels:
 
 def _padded(values: Tensor, panels: int) -> Tensor:
     missing = panels * ROWS - len(values)
-    return values if not missing else torch.cat((values, values.new_zeros(missing, values.shape[1])))
+    return (
+        values if not missing else torch.cat((values, values.new_zeros(missing, values.shape[1])))
+    )
 
 
 def rows_of(weight: Panels, ids: Tensor) -> Tensor:
@@ -113,7 +129,11 @@ def rows_of(weight: Panels, ids: Tensor) -> Tensor:
     found, lane = weight.data[ids // ROWS], (ids % ROWS)[:, None, None, None]
     codes = found[:, :, : form.code_bytes].unflatten(2, (-1, ROWS))
     codes = codes.gather(3, lane.expand(*codes.shape[:3], 1))[..., 0]
-    codes = torch.stack((codes & 15, codes >> 4), -1).flatten(2) if form.bits == 4 else codes.view(torch.int8)
+    codes = (
+        torch.stack((codes & 15, codes >> 4), -1).flatten(2)
+        if form.bits == 4
+        else codes.view(torch.int8)
+    )
     scale, minimum = (_scales(weight, found, which, lane) for which in (0, 1))
     out = codes.float().mul_(scale)
     return (out.add_(minimum) if form.minima else out).flatten(1)
@@ -123,5 +143,9 @@ def _scales(weight: Panels, found: Tensor, which: int, lane: Tensor) -> Tensor:
     """[T, groups, 1] float32 of found [T, groups, bytes]: scales (0) or minima (1)."""
     form = weight.format
     first = form.code_bytes + (which if form.minima else 0) * form.scale_bytes
-    values = found[:, :, first : first + form.scale_bytes].contiguous().view(torch.float16 if form.half else torch.float32)
+    values = (
+        found[:, :, first : first + form.scale_bytes]
+        .contiguous()
+        .view(torch.float16 if form.half else torch.float32)
+    )
     return values.gather(2, lane[..., 0].expand(*values.shape[:2], 1)).float()

@@ -1,7 +1,9 @@
-"""What the CPU back end derives from a Batch once a step: rotary factors, cache rows, gather indices and masks.
+"""What the CPU back end derives from a Batch once a step: rotary factors, cache rows, gather
+indices and masks.
 
-Caches are seen as rows of one (block, head) pair each, so that gathering blocks yields keys already split by head. Rows that pad a table
-repeat the sequence's own first visible block: they are masked, and what another request may have left (a NaN) cannot reach this one.
+Caches are seen as rows of one (block, head) pair each, so that gathering blocks yields keys already
+split by head. Rows that pad a table repeat the sequence's own first visible block: they are masked,
+and what another request may have left (a NaN) cannot reach this one.
 """
 
 from dataclasses import dataclass, field
@@ -15,18 +17,22 @@ from torch import Tensor
 from .batch import Batch
 
 SHORT_BLOCKS: Final = 16
-"""Decoding sequences up to this many blocks share a group whatever their lengths: another group would cost more than the padding."""
+"""Decoding sequences up to this many blocks share a group whatever their lengths: another group
+would cost more than the padding."""
 QUERY_CHUNK: Final = 256
-"""Longer prompts are attended in pieces of this many queries, each over the keys up to its end: half the work of a full square."""
+"""Longer prompts are attended in pieces of this many queries, each over the keys up to its end:
+half the work of a full square."""
 SCORE_LIMIT: Final = 1 << 23
 """Most scores of a group by KV head: what bounds the memory of a step's attention."""
 WIDE_LIMIT: Final = 1 << 18
-"""Decoding over at most this many key elements runs in float32: below it oneDNN's set-up costs more than the products."""
+"""Decoding over at most this many key elements runs in float32: below it oneDNN's set-up costs more
+than the products."""
 
 
 @dataclass
 class Group:
-    """`size` sequences with `queries` new tokens and `length` visible places each, attended by one batched product."""
+    """`size` sequences with `queries` new tokens and `length` visible places each, attended by one
+    batched product."""
 
     tokens: Tensor | slice | None
     """Where they are in the step; None when they are all of it in order."""
@@ -34,7 +40,8 @@ class Group:
     queries: int
     length: int
     index: Tensor
-    """The (block, head) rows of a cache that hold their keys, [size, Hkv, blocks] in one dimension."""
+    """The (block, head) rows of a cache that hold their keys, [size, Hkv, blocks] in one
+    dimension."""
     mask: Tensor | None
     """[size * Hkv or 1, queries or 1, length], 0 or -inf; None when nothing is hidden."""
     wide: bool
@@ -46,7 +53,8 @@ class Group:
 
     @cached_property
     def distances(self) -> Tensor:
-        """[size or 1, queries, length] float32: how far after the query a place is; positive where it is hidden."""
+        """[size or 1, queries, length] float32: how far after the query a place is; positive where
+        it is hidden."""
         return torch.from_numpy((self.at[:, None, :] - self.asking[:, :, None]).astype(np.float32))
 
 
@@ -68,7 +76,9 @@ class Plan:
     starts: np.ndarray
     lengths: np.ndarray
     tables: np.ndarray
-    _rotary: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _rotary: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict
+    )
     _work: dict[int | None, list[Group]] = field(default_factory=dict)
 
     def rotary(self, cos_sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +93,10 @@ class Plan:
         """Every new token of the step is in exactly one group."""
         if window not in self._work:
             counts = np.diff(self.starts)
-            groups = [self._decode(rows, window) for rows in self._by_length(np.flatnonzero(counts == 1), window)]
+            groups = [
+                self._decode(rows, window)
+                for rows in self._by_length(np.flatnonzero(counts == 1), window)
+            ]
             alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
             for row in np.flatnonzero(counts > 1):
                 for first in range(0, int(counts[row]), QUERY_CHUNK):
@@ -92,7 +105,10 @@ class Plan:
                     alike.setdefault(key, []).append((int(row), int(self.starts[row]) + first))
             for (start, count), members in alike.items():
                 most = max(1, SCORE_LIMIT // (count * (start + count)))
-                groups += [self._prefill(members[i : i + most], start, count, window) for i in range(0, len(members), most)]
+                groups += [
+                    self._prefill(members[i : i + most], start, count, window)
+                    for i in range(0, len(members), most)
+                ]
             self._work[window] = groups
         return self._work[window]
 
@@ -111,17 +127,40 @@ class Plan:
         low = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
         first, end = low // self.block_size, -(-lengths // self.block_size)
         columns = first[:, None] + np.arange((end - first).max())
-        blocks = self.tables[rows[:, None], np.where(columns < end[:, None], columns, first[:, None])]
-        at = (columns[:, :, None] * self.block_size + np.arange(self.block_size)).reshape(len(rows), -1)
+        blocks = self.tables[
+            rows[:, None], np.where(columns < end[:, None], columns, first[:, None])
+        ]
+        at = (columns[:, :, None] * self.block_size + np.arange(self.block_size)).reshape(
+            len(rows), -1
+        )
         visible = (at >= low[:, None]) & (at < lengths[:, None])
         index, wide = self._index(blocks), at.size * self.kv_heads * self.head_dim <= WIDE_LIMIT
-        mask = None if visible.all() else self._mask(np.repeat(visible, self.kv_heads, 0)[:, None], wide)
-        return Group(self._tokens(self.starts[rows], 1), len(rows), 1, at.shape[1], index, mask, wide, at, lengths[:, None] - 1)
+        mask = (
+            None
+            if visible.all()
+            else self._mask(np.repeat(visible, self.kv_heads, 0)[:, None], wide)
+        )
+        return Group(
+            self._tokens(self.starts[rows], 1),
+            len(rows),
+            1,
+            at.shape[1],
+            index,
+            mask,
+            wide,
+            at,
+            lengths[:, None] - 1,
+        )
 
-    def _prefill(self, members: list[tuple[int, int]], start: int, count: int, window: int | None) -> Group:
-        """members: (row, first token in the step); each computes the `count` positions from `start` on."""
+    def _prefill(
+        self, members: list[tuple[int, int]], start: int, count: int, window: int | None
+    ) -> Group:
+        """members: (row, first token in the step); each computes the `count` positions from `start`
+        on."""
         end = start + count
-        low = 0 if window is None else max(0, start - window + 1) // self.block_size * self.block_size
+        low = (
+            0 if window is None else max(0, start - window + 1) // self.block_size * self.block_size
+        )
         rows = np.array([row for row, _ in members])
         blocks = self.tables[rows, low // self.block_size : -(-end // self.block_size)]
         i, j = np.arange(start, end)[:, None], np.arange(low, end)[None]
@@ -138,11 +177,16 @@ class Plan:
         return torch.from_numpy((firsts[:, None] + np.arange(count)).reshape(-1).astype(np.int64))
 
     def _mask(self, visible: np.ndarray, wide: bool) -> Tensor:
-        return _additive(visible, torch.promote_types(self.dtype, torch.float32) if wide else self.dtype)
+        return _additive(
+            visible, torch.promote_types(self.dtype, torch.float32) if wide else self.dtype
+        )
 
     def _index(self, blocks: np.ndarray) -> Tensor:
         """blocks [B, M] -> (block, head) rows in the order [B, Hkv, M]."""
-        pairs = blocks[:, None, :].astype(np.int64) * self.kv_heads + np.arange(self.kv_heads)[None, :, None]
+        pairs = (
+            blocks[:, None, :].astype(np.int64) * self.kv_heads
+            + np.arange(self.kv_heads)[None, :, None]
+        )
         return torch.from_numpy(pairs.reshape(-1))
 
 

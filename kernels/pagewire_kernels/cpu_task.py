@@ -1,4 +1,5 @@
-"""The numbers that a task of `cpu_layers.decode` is made of, by their place in an array of int64."""
+"""The numbers that a task of `cpu_layers.decode` is made of, by their place in an array of
+int64."""
 
 from typing import Final
 

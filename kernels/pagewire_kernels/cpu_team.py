@@ -1,7 +1,9 @@
-"""What the threads of a team do together: one product with quantized weights, or weights made dense.
+"""What the threads of a team do together: one product with quantized weights, or weights made
+dense.
 
-Compiled by Numba, each function for one address of int64, the fields of a task by number. Every thread runs all of it; `share` says which
-part is whose, and where one needs what others computed, they meet at a barrier. Imported on first use only.
+Compiled by Numba, each function for one address of int64, the fields of a task by number. Every
+thread runs all of it; `share` says which part is whose, and where one needs what others computed,
+they meet at a barrier. Imported on first use only.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -25,7 +27,8 @@ def share(total, part, parts):
     return total * part // parts, total * (part + 1) // parts
 
 
-# The fields of one matrix in a task. A matrix of several pieces (query, key, value) is several of these.
+# The fields of one matrix in a task. A matrix of several pieces (query, key, value) is several of
+# these.
 FUNCTION, DATA, GROUPS, GROUP, PANELS, DEQUANTIZE, MATRIX_FIELDS = range(7)
 
 
@@ -33,7 +36,20 @@ FUNCTION, DATA, GROUPS, GROUP, PANELS, DEQUANTIZE, MATRIX_FIELDS = range(7)
 def times_matrix(m, at, first, last, x, x_stride, sums, rows, out, out_stride, add):
     """out[:, 16 * first : 16 * last] (+)= x times those panels of the matrix at m[at]."""
     if last > first:
-        call_matmul(m[at + FUNCTION], m[at + DATA], x, x_stride, sums, m[at + GROUPS], rows, first, last, out, out_stride, add)
+        call_matmul(
+            m[at + FUNCTION],
+            m[at + DATA],
+            x,
+            x_stride,
+            sums,
+            m[at + GROUPS],
+            rows,
+            first,
+            last,
+            out,
+            out_stride,
+            add,
+        )
 
 
 # Fields of the task of `multiply`; the matrices follow.
@@ -52,7 +68,9 @@ def multiply(task):
         at = M_FIELDS + i * MATRIX_FIELDS
         first, last = max(mine - before, 0), min(end - before, t[at + PANELS])
         out = t[M_OUT] + 64 * before
-        times_matrix(t, at, first, last, t[M_X], t[M_X_STRIDE], t[M_SUMS], t[M_ROWS], out, t[M_OUT_STRIDE], 0)
+        times_matrix(
+            t, at, first, last, t[M_X], t[M_X_STRIDE], t[M_SUMS], t[M_ROWS], out, t[M_OUT_STRIDE], 0
+        )
         before += t[at + PANELS]
 
 
@@ -66,5 +84,12 @@ def make_dense(task):
     first, last = share(t[D_FIELDS + PANELS], thread_number(), thread_count())
     if last > first:
         call_dequantize(
-            t[D_FIELDS + DEQUANTIZE], t[D_FIELDS + DATA], t[D_FIELDS + GROUPS], first, last, t[D_OUT], t[D_OUT_STRIDE], t[D_BRIEF]
+            t[D_FIELDS + DEQUANTIZE],
+            t[D_FIELDS + DATA],
+            t[D_FIELDS + GROUPS],
+            first,
+            last,
+            t[D_OUT],
+            t[D_OUT_STRIDE],
+            t[D_BRIEF],
         )

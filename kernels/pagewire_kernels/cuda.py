@@ -1,9 +1,10 @@
-"""The operations of the CUDA back end: Triton kernels under the names that every back end has, and the choice between kernels for one
-operation.
+"""The operations of the CUDA back end: Triton kernels under the names that every back end has, and
+the choice between kernels for one operation.
 
-Everything here can be captured in a CUDA graph after one call outside it: no operation waits for the device or allocates anything but its
-results, grids depend on shapes alone, and lengths are read on the device. Exceptions are, on some GPUs, attention by torch
-(attention_torch.py) and a mixture of experts (grouped_product.py).
+Everything here can be captured in a CUDA graph after one call outside it: no operation waits for
+the device or allocates anything but its results, grids depend on shapes alone, and lengths are read
+on the device. Exceptions are, on some GPUs, attention by torch (attention_torch.py) and a mixture
+of experts (grouped_product.py).
 """
 
 import torch
@@ -69,7 +70,9 @@ def tied_logits(x: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] @ weight [N, K]^T + bias."""
-    if len(x) > 1 and attention_torch.serves(x.device):  # one row is multiplied without tensor cores anyway
+    if len(x) > 1 and attention_torch.serves(
+        x.device
+    ):  # one row is multiplied without tensor cores anyway
         return F.linear(x, weight, bias)
     return gemm.linear(x, weight, bias)
 
@@ -84,37 +87,103 @@ def paged_attention(
     soft_cap: float | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token i see j with i - w < j <= i; `slopes`
-    are ALiBi's, float32 [Hq].
+    """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token
+    i see j with i - w < j <= i; `slopes` are ALiBi's, float32 [Hq].
 
-    With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new token go to the decode kernel, which
-    splits long contexts, and the others to the prefill kernel. Common blocks are read once a group where the batch has groups and the
-    layer neither window nor slopes. GPUs on which that is slow leave all of it to torch.
+    With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new
+    token go to the decode kernel, which splits long contexts, and the others to the prefill kernel.
+    Common blocks are read once a group where the batch has groups and the layer neither window nor
+    slopes. GPUs on which that is slow leave all of it to torch.
     """
     if attention_torch.serves(q.device):
-        return attention_torch.paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap, slopes)
+        return attention_torch.paged_attention(
+            q, k_cache, v_cache, batch, scale, window, soft_cap, slopes
+        )
     rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
     groups = batch.groups if window is None and slopes is None else None
     if batch.max_query_len == 1 and groups is not None:
         return cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, soft_cap)
     if batch.max_query_len == 1:
-        return decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, slopes=slopes)
+        return decode_attention(
+            q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, slopes=slopes
+        )
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     mixed, starts = rows > 1, batch.query_start
     if mixed and groups is not None:
-        cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, soft_cap, query_start=starts, out=out)
-    elif mixed:  # launched even where no row has one token: two ways to compile the prefill kernel would cost more
-        decode_attention(q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, query_start=starts, slopes=slopes, out=out)
-    return prefill_attention(q, k_cache, v_cache, tables, lengths, starts, scale, window, soft_cap, skip_one=mixed, slopes=slopes, out=out)
+        cascade_attention(
+            q,
+            k_cache,
+            v_cache,
+            tables,
+            lengths,
+            groups,
+            scale,
+            soft_cap,
+            query_start=starts,
+            out=out,
+        )
+    # launched even where no row has one token: two ways to compile the prefill kernel would cost
+    # more
+    elif mixed:
+        decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            tables,
+            lengths,
+            scale,
+            window,
+            soft_cap,
+            query_start=starts,
+            slopes=slopes,
+            out=out,
+        )
+    return prefill_attention(
+        q,
+        k_cache,
+        v_cache,
+        tables,
+        lengths,
+        starts,
+        scale,
+        window,
+        soft_cap,
+        skip_one=mixed,
+        slopes=slopes,
+        out=out,
+    )
 
 
 def rope_attention(
-    qkv: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float, window: int | None, soft_cap: float | None = None
+    qkv: Tensor,
+    rope: Rope,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
 ) -> Tensor:
-    """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding few rows without groups takes one
-    launch; among many, what each program does before it reads keys costs as much as the launch that is saved."""
-    few = not attention_torch.serves(qkv.device) and batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS
+    """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding
+    few rows without groups takes one launch; among many, what each program does before it reads
+    keys costs as much as the launch that is saved."""
+    few = (
+        not attention_torch.serves(qkv.device)
+        and batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS
+    )
     if few and batch.max_query_len == 1 and batch.groups is None:
-        return decode_attention(qkv, k_cache, v_cache, batch.block_tables, batch.seq_lens, scale, window, soft_cap, rope=rope)
-    q = rope_and_cache(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch)
+        return decode_attention(
+            qkv,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.seq_lens,
+            scale,
+            window,
+            soft_cap,
+            rope=rope,
+        )
+    q = rope_and_cache(
+        qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch
+    )
     return paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)

@@ -1,4 +1,5 @@
-"""Launch shapes of decode attention: by the number of programs, and by the shared memory that a GPU has for them. Launches nothing."""
+"""Launch shapes of decode attention: by the number of programs, and by the shared memory that a GPU
+has for them. Launches nothing."""
 
 import functools
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from .shapes import Candidate, Choice
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a request."""
+    """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a
+    request."""
 
     block_n: int
     warps: int
@@ -35,7 +37,8 @@ MARGIN: Final = 512
 
 @functools.cache
 def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
-    """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that has the shared memory for it."""
+    """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that
+    has the shared memory for it."""
     config = next((config for limit, config in _TABLE if programs <= limit), _BEYOND)
     if head_dim > 128:
         return replace(config, block_n=32, warps=2, stages=4)
@@ -47,21 +50,28 @@ def _power_of_2(least: int) -> int:
 
 
 def shared_bytes(config: DecodeConfig, head_dim: int, group: int, itemsize: int) -> int:
-    """Of shared memory, on every target: the tiles of keys and values that are under way, the queries, and the weights of a tile."""
+    """Of shared memory, on every target: the tiles of keys and values that are under way, the
+    queries, and the weights of a tile."""
     rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
     tiles = 2 * (config.stages - 1) * config.block_n
     return itemsize * (tiles * width + rows * width + rows * config.block_n) + MARGIN
 
 
 def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
-    """`best`, then with fewer tiles under way, then with smaller ones. How a row is split stays as it is: the workspace depends on it."""
+    """`best`, then with fewer tiles under way, then with smaller ones. How a row is split stays as
+    it is: the workspace depends on it."""
     yield from (replace(best, stages=stages) for stages in range(best.stages, 1, -1))
-    yield from (replace(best, block_n=block_n, stages=2) for block_n in (32, 16) if block_n < best.block_n)
+    yield from (
+        replace(best, block_n=block_n, stages=2) for block_n in (32, 16) if block_n < best.block_n
+    )
 
 
 @functools.cache
 def _choice(best: DecodeConfig, head_dim: int, group: int, itemsize: int) -> Choice[DecodeConfig]:
-    shapes = tuple(Candidate(config, shared_bytes(config, head_dim, group, itemsize)) for config in _ladder(best))
+    shapes = tuple(
+        Candidate(config, shared_bytes(config, head_dim, group, itemsize))
+        for config in _ladder(best)
+    )
     return Choice(f"decode attention (head size {head_dim}, {itemsize} bytes an element)", shapes)
 
 

@@ -19,10 +19,13 @@ def _embedding(ids, table, out, vocabulary, H: tl.constexpr, BLOCK: tl.constexpr
 
 
 def embedding(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """ids [T] int, table [V, H] -> [T, H]. An id outside the table, as padding rows have, gives zeros."""
+    """ids [T] int, table [V, H] -> [T, H]. An id outside the table, as padding rows have, gives
+    zeros."""
     rows, (vocabulary, width) = ids.shape[0], table.shape
     out = torch.empty(rows, width, dtype=table.dtype, device=table.device)
     block = min(2048, triton.next_power_of_2(width))
     if rows:
-        _embedding[(rows, triton.cdiv(width, block))](ids, table, out, vocabulary, H=width, BLOCK=block, num_warps=4)
+        _embedding[(rows, triton.cdiv(width, block))](
+            ids, table, out, vocabulary, H=width, BLOCK=block, num_warps=4
+        )
     return out

@@ -1,9 +1,10 @@
 """Top-k, top-p and min-p as one threshold a row, found by search over values; nothing is sorted.
 
-A pass over the row counts, or weighs, the tokens at or above a few pivots at once and narrows the interval to the one between two of them.
-Order of the rules: min-p and top-k on the whole distribution, then top-p on what they left, renormalised. Tokens equal to the k-th
-largest are all kept; for top-p so are tokens within TOLERANCE times the temperature below the last one needed, a ratio of 1.0005 in
-probability.
+A pass over the row counts, or weighs, the tokens at or above a few pivots at once and narrows the
+interval to the one between two of them. Order of the rules: min-p and top-k on the whole
+distribution, then top-p on what they left, renormalised. Tokens equal to the k-th largest are all
+kept; for top-p so are tokens within TOLERANCE times the temperature below the last one needed, a
+ratio of 1.0005 in probability.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -18,7 +19,8 @@ MAX_PASSES: tl.constexpr = tl.constexpr(24)
 
 @triton.jit
 def _weigh(logits, width, p1, p2, p3, p4, peak, scale, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tokens (BY_MASS: how much exp((x - peak) * scale)) lie at or above each of four pivots; float32 scalars."""
+    """How many tokens (BY_MASS: how much exp((x - peak) * scale)) lie at or above each of four
+    pivots; float32 scalars."""
     w1 = tl.zeros([BLOCK], tl.float32)
     w2 = tl.zeros([BLOCK], tl.float32)
     w3 = tl.zeros([BLOCK], tl.float32)
@@ -45,16 +47,32 @@ def _narrow(lo, hi, have, pivot, reached, target):
 
 
 @triton.jit
-def _search(logits, width, target, lo, peak, scale, least_step, ulp, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """A value in lo..peak such that the tokens at or above it number, or weigh, at least `target`, and few more would do so.
+def _search(
+    logits,
+    width,
+    target,
+    lo,
+    peak,
+    scale,
+    least_step,
+    ulp,
+    BY_MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A value in lo..peak such that the tokens at or above it number, or weigh, at least `target`,
+    and few more would do so.
 
-    The tokens at or above `lo` must reach the target. It ends when the interval holds no two values that are `ulp` (relative) or
-    `least_step` apart, or when the target is met exactly.
+    The tokens at or above `lo` must reach the target. It ends when the interval holds no two values
+    that are `ulp` (relative) or `least_step` apart, or when the target is met exactly.
     """
     hi = peak + tl.maximum(tl.abs(peak), 1.0) * 1e-3
     have = target + 1.0
     passes = 0
-    while (hi - lo > tl.maximum(least_step, ulp * tl.minimum(tl.abs(lo), tl.abs(hi)))) & (have != target) & (passes < MAX_PASSES):
+    while (
+        (hi - lo > tl.maximum(least_step, ulp * tl.minimum(tl.abs(lo), tl.abs(hi))))
+        & (have != target)
+        & (passes < MAX_PASSES)
+    ):
         step = (hi - lo) * 0.2
         p1 = lo + step
         p2 = lo + 2.0 * step
@@ -86,7 +104,18 @@ def _row_range(logits, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _thresholds(logits, temperature, top_k, top_p, min_p, out, width, stride, ULP: tl.constexpr, BLOCK: tl.constexpr):
+def _thresholds(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    out,
+    width,
+    stride,
+    ULP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     heat = tl.load(temperature + row)
     k = tl.load(top_k + row)
@@ -106,5 +135,8 @@ def _thresholds(logits, temperature, top_k, top_p, min_p, out, width, stride, UL
     if p < 1.0:
         low = tl.maximum(tl.maximum(low, floor), peak - 40.0 * heat)
         mass, _, _, _ = _weigh(at, width, low, low, low, low, peak, scale, True, BLOCK)
-        floor = tl.maximum(floor, _search(at, width, p * mass, low, peak, scale, TOLERANCE * heat, ULP, True, BLOCK))
+        floor = tl.maximum(
+            floor,
+            _search(at, width, p * mass, low, peak, scale, TOLERANCE * heat, ULP, True, BLOCK),
+        )
     tl.store(out + row, floor)

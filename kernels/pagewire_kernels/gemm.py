@@ -1,8 +1,10 @@
-"""x @ weight^T for a handful of rows, memory-bound: the weights are read once, by enough programs to keep the memory busy.
+"""x @ weight^T for a handful of rows, memory-bound: the weights are read once, by enough programs
+to keep the memory busy.
 
-The weight rows fill the M side of the tile and the few rows of x the other (for one row: plain multiply and add in float32). The inner
-dimension may be cut into splits; the split that finishes last adds the partial sums in a fixed order, so results do not depend on timing.
-Where cuBLAS is as fast, `linear` leaves the work to it.
+The weight rows fill the M side of the tile and the few rows of x the other (for one row: plain
+multiply and add in float32). The inner dimension may be cut into splits; the split that finishes
+last adds the partial sums in a fixed order, so results do not depend on timing. Where cuBLAS is as
+fast, `linear` leaves the work to it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -28,7 +30,8 @@ PADDED_ROWS: Final = 16
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Launch shape. block_n: weight rows a program; block_k: inner elements a step; splits: programs sharing a row."""
+    """Launch shape. block_n: weight rows a program; block_k: inner elements a step; splits:
+    programs sharing a row."""
 
     block_n: int
     block_k: int
@@ -49,8 +52,16 @@ def _dot_rows(x, weight, n, lo, hi, x_stride, N, K: tl.constexpr, M: tl.constexp
             w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :])
             rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0)
         else:
-            w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < hi)[None, :], other=0.0)
-            rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :] & (k < hi)[:, None], other=0.0)
+            w = tl.load(
+                weight + n.to(tl.int64)[:, None] * K + k[None, :],
+                mask=(n < N)[:, None] & (k < hi)[None, :],
+                other=0.0,
+            )
+            rows = tl.load(
+                x + m[None, :] * x_stride + k[:, None],
+                mask=(m < M)[None, :] & (k < hi)[:, None],
+                other=0.0,
+            )
         acc = tl.dot(w, rows, acc, input_precision="ieee")
     return acc
 
@@ -60,10 +71,15 @@ def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.
         PDL: tl.constexpr):  # fmt: skip
     """float32 [BN, 1]: weight rows n times the one row of x, over inner elements lo..hi.
 
-    The first weights, which no other kernel writes, are asked for before the wait for x. Short products let the next kernel in at once.
+    The first weights, which no other kernel writes, are asked for before the wait for x. Short
+    products let the next kernel in at once.
     """
     k = lo + tl.arange(0, BK)
-    w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < hi)[None, :], other=0.0)
+    w = tl.load(
+        weight + n.to(tl.int64)[:, None] * K + k[None, :],
+        mask=(n < N)[:, None] & (k < hi)[None, :],
+        other=0.0,
+    )
     if PDL:
         gdc_wait()
         if K <= 3072:
@@ -76,7 +92,11 @@ def _dot_one(x, weight, n, lo, hi, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.
             w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :])
             row = tl.load(x + k)
         else:
-            w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < hi)[None, :], other=0.0)
+            w = tl.load(
+                weight + n.to(tl.int64)[:, None] * K + k[None, :],
+                mask=(n < N)[:, None] & (k < hi)[None, :],
+                other=0.0,
+            )
             row = tl.load(x + k, mask=k < hi, other=0.0)
         acc += w.to(tl.float32) * row.to(tl.float32)[None, :]
     return tl.sum(acc, 1)[:, None]
@@ -111,11 +131,17 @@ def _skinny(x, weight, bias, out, part, arrived, x_stride, N, K: tl.constexpr, M
             tl.store(arrived + tile, 0)
             acc = tl.zeros([BN, MP], tl.float32)
             for s in tl.static_range(SPLITS):
-                acc += tl.load(part + s * N * MP + at, mask=(n < N)[:, None], other=0.0, cache_modifier=".cg")
+                acc += tl.load(
+                    part + s * N * MP + at, mask=(n < N)[:, None], other=0.0, cache_modifier=".cg"
+                )
     if last:
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * N + n[:, None], acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+        tl.store(
+            out + m[None, :] * N + n[:, None],
+            acc.to(out.dtype.element_ty),
+            mask=(n < N)[:, None] & (m < M)[None, :],
+        )
 
 
 def pick_config(rows: int, n: int, k: int) -> SkinnyConfig | None:
@@ -137,20 +163,30 @@ def _padded(rows: int) -> int:
 
 
 def shared_bytes(config: SkinnyConfig, rows: int, itemsize: int) -> int:
-    """Of shared memory: weights and rows of the steps under way. Hopper's `wgmma` keeps one step more, for which there is room."""
+    """Of shared memory: weights and rows of the steps under way. Hopper's `wgmma` keeps one step
+    more, for which there is room."""
     return itemsize * (config.stages - 1) * config.block_k * (config.block_n + _padded(rows))
 
 
 @functools.cache
 def choose(best: SkinnyConfig, rows: int, itemsize: int) -> Choice[SkinnyConfig]:
     """`best`, then with fewer steps under way; the splits stay the same."""
-    shapes = [replace(best, stages=stages) for stages in (best.stages, 3, 2) if stages <= best.stages]
-    candidates = tuple(Candidate(shape, shared_bytes(shape, rows, itemsize)) for shape in dict.fromkeys(shapes))
-    return Choice(f"skinny product ({best.block_n} x {best.block_k}, {itemsize} bytes an element)", candidates)
+    shapes = [
+        replace(best, stages=stages) for stages in (best.stages, 3, 2) if stages <= best.stages
+    ]
+    candidates = tuple(
+        Candidate(shape, shared_bytes(shape, rows, itemsize)) for shape in dict.fromkeys(shapes)
+    )
+    return Choice(
+        f"skinny product ({best.block_n} x {best.block_k}, {itemsize} bytes an element)", candidates
+    )
 
 
 def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, config: SkinnyConfig | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: SkinnyConfig | None = None,
 ) -> torch.Tensor:
     """x [M, K] with M <= 8, weight [N, K] contiguous, bias [N] or None -> [M, N] in x's dtype."""
     (rows, k), n = x.shape, weight.shape[0]
@@ -161,17 +197,29 @@ def skinny_linear(
     if config is not None:
         launch(config)
     else:
-        best = pick_config(rows, n, k) or SkinnyConfig(block_n=32, block_k=128, splits=2, warps=4, stages=4)
+        best = pick_config(rows, n, k) or SkinnyConfig(
+            block_n=32, block_k=128, splits=2, warps=4, stages=4
+        )
         choose(best, rows, x.element_size()).launch(x.device, launch)
     return out
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, c: SkinnyConfig) -> None:
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    c: SkinnyConfig,
+) -> None:
     (rows, k), n = x.shape, weight.shape[0]
     span = triton.cdiv(triton.cdiv(k, c.splits), c.block_k) * c.block_k
     splits = triton.cdiv(k, span)
     padded = _padded(rows)
-    part = torch.empty(splits * n * padded, dtype=torch.float32, device=x.device) if splits > 1 else out
+    part = (
+        torch.empty(splits * n * padded, dtype=torch.float32, device=x.device)
+        if splits > 1
+        else out
+    )
     tiles = triton.cdiv(n, c.block_n)
     _skinny[(tiles, splits)](
         x, weight, bias, out, part, counters(x.device, "skinny gemm", tiles), x.stride(0), n, K=k, M=rows, MP=padded, BN=c.block_n,
@@ -181,8 +229,8 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ou
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [M, K] @ weight [N, K]^T + bias: by the kernel here where it is the faster one, else by cuBLAS, with an algorithm chosen for the
-    shape where there is one (gemm_cublaslt.py)."""
+    """x [M, K] @ weight [N, K]^T + bias: by the kernel here where it is the faster one, else by
+    cuBLAS, with an algorithm chosen for the shape where there is one (gemm_cublaslt.py)."""
     if pick_config(x.shape[0], weight.shape[0], x.shape[1]) is not None:
         return skinny_linear(x, weight, bias)
     found = gemm_cublaslt.product(x, weight) if bias is None else None

@@ -1,7 +1,9 @@
-"""x @ weight^T for many rows by cuBLASLt, with algorithms that were timed for their shapes instead of the one its heuristic ranks first.
+"""x @ weight^T for many rows by cuBLASLt, with algorithms that were timed for their shapes instead
+of the one its heuristic ranks first.
 
-Knows the library's C interface (its names and numbers are those of cublasLt.h) and runs what it is told to: which algorithm is fastest is
-for others to find out. Every product has the one workspace, so all must run on one stream. Where nothing was chosen, nothing is run.
+Knows the library's C interface (its names and numbers are those of cublasLt.h) and runs what it is
+told to: which algorithm is fastest is for others to find out. Every product has the one workspace,
+so all must run on one stream. Where nothing was chosen, nothing is run.
 """
 
 import contextlib
@@ -53,7 +55,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def version() -> int:
-    """Of the library; algorithms mean something to the version they come from alone. 0: there is no library."""
+    """Of the library; algorithms mean something to the version they come from alone. 0: there is no
+    library."""
     library = _library()
     if library is None:
         return 0
@@ -92,15 +95,28 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 class Product:
-    """[M, K] x [N, K]^T -> [M, N], all contiguous, as the library sees it: column-major, so the weight comes first."""
+    """[M, K] x [N, K]^T -> [M, N], all contiguous, as the library sees it: column-major, so the
+    weight comes first."""
 
     def __init__(self, rows: int, shape: Shape) -> None:
         n, k, dtype = shape
         self._description = _made("cublasLtMatmulDescCreate", COMPUTE_FLOAT32, FLOAT32)
         for attribute, value in ((TRANSPOSE_A, 1), (TRANSPOSE_B, 0)):
-            _call("cublasLtMatmulDescSetAttribute", self._description, attribute, ctypes.byref(ctypes.c_int32(value)), ctypes.c_size_t(4))
+            _call(
+                "cublasLtMatmulDescSetAttribute",
+                self._description,
+                attribute,
+                ctypes.byref(ctypes.c_int32(value)),
+                ctypes.c_size_t(4),
+            )
         layouts = [
-            _made("cublasLtMatrixLayoutCreate", TYPES[dtype], ctypes.c_uint64(height), ctypes.c_uint64(width), ctypes.c_int64(height))
+            _made(
+                "cublasLtMatrixLayoutCreate",
+                TYPES[dtype],
+                ctypes.c_uint64(height),
+                ctypes.c_uint64(width),
+                ctypes.c_int64(height),
+            )
             for height, width in ((k, n), (k, rows), (n, rows))
         ]
         self._weight, self._x, self._out = layouts
@@ -110,11 +126,26 @@ class Product:
         """What the heuristic considers, best first; nothing where it knows nothing."""
         wish = _made("cublasLtMatmulPreferenceCreate")
         limit = ctypes.c_size_t(WORKSPACE)
-        _call("cublasLtMatmulPreferenceSetAttribute", wish, WORKSPACE_LIMIT, ctypes.byref(limit), ctypes.c_size_t(8))
+        _call(
+            "cublasLtMatmulPreferenceSetAttribute",
+            wish,
+            WORKSPACE_LIMIT,
+            ctypes.byref(limit),
+            ctypes.c_size_t(8),
+        )
         found, count = (_Found * MOST)(), ctypes.c_int()
         layouts = self._weight, self._x, self._out, self._out
         with contextlib.suppress(RuntimeError):
-            _call("cublasLtMatmulAlgoGetHeuristic", _handle(), self._description, *layouts, wish, MOST, found, ctypes.byref(count))
+            _call(
+                "cublasLtMatmulAlgoGetHeuristic",
+                _handle(),
+                self._description,
+                *layouts,
+                wish,
+                MOST,
+                found,
+                ctypes.byref(count),
+            )
         _call("cublasLtMatmulPreferenceDestroy", wish)
         return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
 
@@ -122,14 +153,30 @@ class Product:
         layouts = self._weight, self._x, self._out, self._out
         given, found = _Algorithm.from_buffer_copy(algorithm), _Found()
         check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
-        status = check(_handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found))
+        status = check(
+            _handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found)
+        )
         return status == 0 and found.workspace <= WORKSPACE
 
-    def bound(self, algorithm: bytes, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """run(x, weight, out) on the current stream, which raises RuntimeError when the algorithm cannot do it. All that does not change is
-        made here, once: eager steps call it a hundred times each."""
-        multiply, handle, description, given = _multiply(), _handle(), self._description, _Algorithm.from_buffer_copy(algorithm)
-        a, b, d, one, zero = self._weight, self._x, self._out, ctypes.byref(self._one), ctypes.byref(self._zero)
+    def bound(
+        self, algorithm: bytes, device: torch.device
+    ) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """run(x, weight, out) on the current stream, which raises RuntimeError when the algorithm
+        cannot do it. All that does not change is made here, once: eager steps call it a hundred
+        times each."""
+        multiply, handle, description, given = (
+            _multiply(),
+            _handle(),
+            self._description,
+            _Algorithm.from_buffer_copy(algorithm),
+        )
+        a, b, d, one, zero = (
+            self._weight,
+            self._x,
+            self._out,
+            ctypes.byref(self._one),
+            ctypes.byref(self._zero),
+        )
         chosen, space = ctypes.byref(given), _workspace(device).data_ptr()
 
         def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -147,12 +194,15 @@ _seen: dict[Shape, tuple[int, list[Tensor]]] | None = None
 
 
 def choose(shape: Shape, algorithms: Mapping[int, bytes]) -> None:
-    """What products with weights of `shape` use from now on, by row count; an empty algorithm leaves them to torch."""
+    """What products with weights of `shape` use from now on, by row count; an empty algorithm
+    leaves them to torch."""
     _chosen[shape] = sorted(algorithms.items())
     _plans.clear()
 
 
-def _plan(rows: int, shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+def _plan(
+    rows: int, shape: Shape, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], None] | None:
     """That of the next larger row count."""
     table = _chosen[shape]
     at = bisect_left(table, (rows, b""))

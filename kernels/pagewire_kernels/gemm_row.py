@@ -1,7 +1,9 @@
-"""weight @ x for one row x, with what surrounds it in a decode step of one request: RMSNorm before; SiLU * up or the residual after.
+"""weight @ x for one row x, with what surrounds it in a decode step of one request: RMSNorm before;
+SiLU * up or the residual after.
 
-A launch costs a small model as much as its work, so a layer of one row has five kernels instead of nine. The norm's factor is a number for
-the whole row: it multiplies the sums at the end, and each program adds up the squares beside its products. Arithmetic is float32.
+A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
+nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
+program adds up the squares beside its products. Arithmetic is float32.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -19,7 +21,8 @@ from .workspace import overlap
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch shape. block_n: results a program; block_k: inner elements a step. early: the next kernel's programs are let in at once."""
+    """Launch shape. block_n: results a program; block_k: inner elements a step. early: the next
+    kernel's programs are let in at once."""
 
     block_n: int
     block_k: int
@@ -75,7 +78,9 @@ def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.c
             h = h * _vector(norm, k, K, EVEN)
         acc += _weights(weight, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
         if GATED:
-            acc_up += _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+            acc_up += (
+                _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+            )
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
@@ -99,7 +104,11 @@ def pick_config(n: int, k: int, gated: bool) -> RowConfig:
     if gated:
         return RowConfig(2, 512, 1, 3, early=True) if k <= 2048 else RowConfig(4, 1024, 4, 3)
     if k <= 3072:
-        return RowConfig(4, 1024, 1, 3, early=True) if k <= 1024 else RowConfig(2, 1024, 4, 3, early=True)
+        return (
+            RowConfig(4, 1024, 1, 3, early=True)
+            if k <= 1024
+            else RowConfig(2, 1024, 4, 3, early=True)
+        )
     return RowConfig(2, 1024, 1, 3, early=True) if n <= 4096 else RowConfig(8, 512, 2, 3)
 
 
@@ -125,13 +134,23 @@ def norm_linear(
     return _launch(x, weight, weight.shape[0], norm, eps, bias, None, config)
 
 
-def norm_gated(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, config: RowConfig | None = None) -> torch.Tensor:
+def norm_gated(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    config: RowConfig | None = None,
+) -> torch.Tensor:
     """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
     return _launch(x, weight, weight.shape[0] // 2, norm, eps, None, None, config)
 
 
 def linear_add(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, config: RowConfig | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    config: RowConfig | None = None,
 ) -> torch.Tensor:
     """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
     return _launch(x, weight, weight.shape[0], None, 0.0, bias, residual, config)

@@ -1,10 +1,11 @@
-"""A mixture of experts on a GPU, with shapes that depend on the number of tokens alone: which expert has how many tokens is known on the
-device only.
+"""A mixture of experts on a GPU, with shapes that depend on the number of tokens alone: which
+expert has how many tokens is known on the device only.
 
-In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product, which reads the matrices of the chosen experts only. It
-has a kernel of its own (CUTLASS) for compute capability 9.x and 10.x; on others it copies the counts to the CPU and multiplies expert by
-expert, which is right but cannot be captured in a CUDA graph (grouped_product.py). In other types every token goes through every expert,
-weighted by zero where it was not chosen.
+In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product, which reads the
+matrices of the chosen experts only. It has a kernel of its own (CUTLASS) for compute capability 9.x
+and 10.x; on others it copies the counts to the CPU and multiplies expert by expert, which is right
+but cannot be captured in a CUDA graph (grouped_product.py). In other types every token goes through
+every expert, weighted by zero where it was not chosen.
 """
 
 import torch
@@ -19,7 +20,8 @@ def pack_experts(weight: Tensor) -> Tensor:
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """x [T, H] -> [T, H]; gate_up [E, 2I, H], down [E, H, I], chosen [T, k] int64, weights [T, k] float32. Sums are float32."""
+    """x [T, H] -> [T, H]; gate_up [E, 2I, H], down [E, H, I], chosen [T, k] int64, weights [T, k]
+    float32. Sums are float32."""
     if x.dtype == torch.bfloat16:
         return _grouped(x, gate_up, down, chosen, weights)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

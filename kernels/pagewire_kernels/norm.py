@@ -1,6 +1,8 @@
-"""RMSNorm and LayerNorm, alone and fused with the residual addition before them: one read and one write of each row.
+"""RMSNorm and LayerNorm, alone and fused with the residual addition before them: one read and one
+write of each row.
 
-Arithmetic is float32. The sum with the residual is rounded to the residual's dtype before it is normalised, as the plain layers do.
+Arithmetic is float32. The sum with the residual is rounded to the residual's dtype before it is
+normalised, as the plain layers do.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -75,18 +77,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch(x, None, weight, eps)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual), both [T, H]. The sum is written into `residual`, which must be contiguous."""
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual), both [T, H]. The sum is written into `residual`,
+    which must be contiguous."""
     return _launch(x, residual, weight, eps), residual
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x [T, H] less its mean, over its standard deviation, times weight [H], plus bias [H], in x's dtype."""
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """x [T, H] less its mean, over its standard deviation, times weight [H], plus bias [H], in x's
+    dtype."""
     return _launch(x, None, weight, eps, True, bias)
 
 
 def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layer_norm(x + residual), x + residual), both [T, H]. The sum is written into `residual`, which must be contiguous."""
+    """(layer_norm(x + residual), x + residual), both [T, H]. The sum is written into `residual`,
+    which must be contiguous."""
     return _launch(x, residual, weight, eps, True, bias), residual

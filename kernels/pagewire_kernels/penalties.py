@@ -1,7 +1,9 @@
-"""Presence, frequency and repetition penalties from per-slot counts of tokens, in place on the logits; and the counting itself.
+"""Presence, frequency and repetition penalties from per-slot counts of tokens, in place on the
+logits; and the counting itself.
 
-Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so that a step sends no history. Logits of
-minus infinity stay what they are. The `*_reference` functions are the oracles in plain torch, for any device.
+Rows whose penalties are all neutral are not touched. Counts live in permanent rows, one a slot, so
+that a step sends no history. Logits of minus infinity stay what they are. The `*_reference`
+functions are the oracles in plain torch, for any device.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -13,7 +15,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _penalize(logits, counts, prompted, slots, presence, frequency, repetition, width, stride, BLOCK: tl.constexpr):
+def _penalize(
+    logits,
+    counts,
+    prompted,
+    slots,
+    presence,
+    frequency,
+    repetition,
+    width,
+    stride,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     a = tl.load(presence + row)
     b = tl.load(frequency + row)
@@ -43,15 +56,25 @@ def _count(counts, slots, tokens, width):
 
 def apply_penalties(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor, presence: torch.Tensor,
                     frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
-    """In place. logits [B, V]; counts int32 [slots, V] of output tokens; prompted uint8 [slots, V]; slots int [B]; the penalties float32
-    [B].
+    """In place. logits [B, V]; counts int32 [slots, V] of output tokens; prompted uint8 [slots, V];
+    slots int [B]; the penalties float32 [B].
 
-    Repetition divides positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency look at the
-    output alone.
+    Repetition divides positive and multiplies negative logits of tokens seen in prompt or output;
+    presence and frequency look at the output alone.
     """
     width = logits.shape[1]
     _penalize[(logits.shape[0], triton.cdiv(width, 2048))](
-        logits, counts, prompted, slots, presence, frequency, repetition, width, logits.stride(0), BLOCK=2048, num_warps=4
+        logits,
+        counts,
+        prompted,
+        slots,
+        presence,
+        frequency,
+        repetition,
+        width,
+        logits.stride(0),
+        BLOCK=2048,
+        num_warps=4,
     )
 
 
@@ -70,4 +93,6 @@ def apply_penalties_reference(logits: torch.Tensor, counts: torch.Tensor, prompt
 
 def count_tokens_reference(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     live = (slots >= 0) & (tokens >= 0) & (tokens < counts.shape[1])
-    counts.index_put_((slots[live].long(), tokens[live].long()), counts.new_ones(1), accumulate=True)
+    counts.index_put_(
+        (slots[live].long(), tokens[live].long()), counts.new_ones(1), accumulate=True
+    )

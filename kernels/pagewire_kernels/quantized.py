@@ -1,9 +1,10 @@
-"""Weights as small integers with a scale, and where need be a minimum, for each group of consecutive inputs. Knows no file format and no
-layout of a back end.
+"""Weights as small integers with a scale, and where need be a minimum, for each group of
+consecutive inputs. Knows no file format and no layout of a back end.
 
     w[n, k] = scale[n, k // group] * codes[n, k] + minimum[n, k // group]
 
-Every type of GGUF without a lookup table is exactly of this form in float32 (ggml's block_q4_0 to block_q6_K).
+Every type of GGUF without a lookup table is exactly of this form in float32 (ggml's block_q4_0 to
+block_q6_K).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes [N, K]: uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32; minimum like scale, None where it is zero."""
+    """codes [N, K]: uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32; minimum like
+    scale, None where it is zero."""
 
     codes: Tensor
     scale: Tensor
@@ -39,19 +41,26 @@ class Quantized:
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
         index = torch.as_tensor(rows)
-        return Quantized(self.codes[index], self.scale[index], None if self.minimum is None else self.minimum[index])
+        return Quantized(
+            self.codes[index],
+            self.scale[index],
+            None if self.minimum is None else self.minimum[index],
+        )
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
-        grouped = self.codes.float().view(len(self.codes), -1, self.group).mul_(self.scale[:, :, None])
+        grouped = (
+            self.codes.float().view(len(self.codes), -1, self.group).mul_(self.scale[:, :, None])
+        )
         if self.minimum is not None:
             grouped.add_(self.minimum[:, :, None])
         return grouped.view(self.codes.shape)
 
 
 def quantize(weight: Tensor, bits: int) -> Quantized:
-    """weight [N, K], K a multiple of GROUP, rounded to the nearest code. 8 bits: symmetric, -127 to 127 (as Q8_0). 4 bits: from the
-    group's least value to its largest (as Q4_1). Scales are rounded to float16 first, so that codes are chosen for the scales they meet."""
+    """weight [N, K], K a multiple of GROUP, rounded to the nearest code. 8 bits: symmetric, -127 to
+    127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1). Scales are rounded
+    to float16 first, so that codes are chosen for the scales they meet."""
     grouped = weight.float().unflatten(1, (-1, GROUP))
     if bits == 8:
         scale = (grouped.abs().amax(-1) / 127).half().float()
@@ -65,4 +74,8 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
 
 def _codes(values: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
     """A scale of zero has codes of zero."""
-    return torch.nan_to_num(values / scale[:, :, None], posinf=0, neginf=0).round_().clamp_(least, most)
+    return (
+        torch.nan_to_num(values / scale[:, :, None], posinf=0, neginf=0)
+        .round_()
+        .clamp_(least, most)
+    )

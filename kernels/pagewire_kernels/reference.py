@@ -1,5 +1,5 @@
-"""Oracles: every operation written for reading, in plain torch, for any dtype and device. Slow on purpose; back ends are tested against
-them."""
+"""Oracles: every operation written for reading, in plain torch, for any dtype and device. Slow on
+purpose; back ends are tested against them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from .batch import Batch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] over its root mean square, computed in float32 (float64 stays), rounded to x's dtype, times weight [H]."""
+    """x [T, H] over its root mean square, computed in float32 (float64 stays), rounded to x's
+    dtype, times weight [H]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
@@ -21,14 +22,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """x [T, H] less its mean, over its standard deviation, computed in float32 (float64 stays), times weight [H], plus bias [H]."""
+    """x [T, H] less its mean, over its standard deviation, computed in float32 (float64 stays),
+    times weight [H], plus bias [H]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight
     return (normed if bias is None else normed + bias).to(x.dtype)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """(layer_norm(x + residual), x + residual)."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
@@ -55,9 +59,13 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """x [T, H] through the experts chosen [T, k] for each token, weighted by weights [T, k] float32. gate_up [E, 2I, H], down [E, H, I]."""
+    """x [T, H] through the experts chosen [T, k] for each token, weighted by weights [T, k]
+    float32. gate_up [E, 2I, H], down [E, H, I]."""
     rows = [
-        sum(w * (down[e] @ silu_mul((gate_up[e] @ token)[None])[0]).to(w.dtype) for e, w in zip(ids.tolist(), shares, strict=True))
+        sum(
+            w * (down[e] @ silu_mul((gate_up[e] @ token)[None])[0]).to(w.dtype)
+            for e, w in zip(ids.tolist(), shares, strict=True)
+        )
         for token, ids, shares in zip(x, chosen, weights, strict=True)
     ]
     return torch.stack(rows).to(x.dtype)  # pyright: ignore[reportArgumentType]
@@ -70,7 +78,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotate x [T, heads, D] by position: dimension i turns with i + D/2 (the neox layout). cos_sin [max_pos, D]: cosines, then sines."""
+    """Rotate x [T, heads, D] by position: dimension i turns with i + D/2 (the neox layout). cos_sin
+    [max_pos, D]: cosines, then sines."""
     half = x.shape[-1] // 2
     cos, sin = cos_sin[positions].to(x.dtype)[:, None].split(half, dim=-1)
     first, second = x.split(half, dim=-1)
@@ -87,8 +96,9 @@ def rope_and_cache(
     v_cache: Tensor,
     batch: Batch,
 ) -> Tensor:
-    """Split qkv [T, (Hq+2Hkv)*D], normalise queries and keys by head where weights [D] are given, rotate both, write keys and values into
-    the caches [blocks, Hkv, block_size, D] at `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]."""
+    """Split qkv [T, (Hq+2Hkv)*D], normalise queries and keys by head where weights [D] are given,
+    rotate both, write keys and values into the caches [blocks, Hkv, block_size, D] at
+    `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]."""
     kv_heads, block_size, size = k_cache.shape[1:]
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
@@ -103,9 +113,16 @@ def rope_and_cache(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, soft_cap: float | None, slopes: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D]. Softmax in float32 or wider."""
+    """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D].
+    Softmax in float32 or wider."""
     n, length, group = len(q), len(k), q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = k.repeat_interleave(group, 1).to(wide), v.repeat_interleave(group, 1).to(wide)
@@ -131,8 +148,9 @@ def paged_attention(
     soft_cap: float | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets token i see j with i - w < j <= i.
-    slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the scaled, capped score."""
+    """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
+    token i see j with i - w < j <= i. slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
+    scaled, capped score."""
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
@@ -141,6 +159,8 @@ def paged_attention(
         if first == last:
             continue
         blocks = batch.block_tables[row, : -(-length // block_size)].long()
-        k, v = (cache[blocks].transpose(1, 2).flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        k, v = (
+            cache[blocks].transpose(1, 2).flatten(0, 1)[:length] for cache in (k_cache, v_cache)
+        )
         out[first:last] = attend(q[first:last], k, v, scale, window, soft_cap, slopes)
     return out.flatten(1)

@@ -1,6 +1,8 @@
-"""Between the QKV projection and attention, in one launch: QK-norm, rotary embedding (neox halves), keys and values into their pages.
+"""Between the QKV projection and attention, in one launch: QK-norm, rotary embedding (neox halves),
+keys and values into their pages.
 
-One program handles some heads of one token; q, k and v heads differ only by masks. Arithmetic is float32, rounded once at the end.
+One program handles some heads of one token; q, k and v heads differ only by masks. Arithmetic is
+float32, rounded once at the end.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -64,7 +66,9 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
     tl.store(q_at + D // 2, y2, mask=both & is_q[:, None])
     slot = tl.load(slots + token).to(tl.int64)
     kv_head = tl.where(is_v, head - HQ - HKV, head - HQ)
-    cache_at = slot // PAGE * block_stride + (kv_head[:, None] * PAGE + slot % PAGE) * D + i[None, :]
+    cache_at = (
+        slot // PAGE * block_stride + (kv_head[:, None] * PAGE + slot % PAGE) * D + i[None, :]
+    )
     is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
     tl.store(k_cache + cache_at, y1, mask=both & is_k[:, None])
     tl.store(k_cache + cache_at + D // 2, y2, mask=both & is_k[:, None])
@@ -74,10 +78,11 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
 
 def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
                    k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Any) -> torch.Tensor:  # fmt: skip
-    """q [T, Hq, D]; k and v go to the slots of `batch` (fields positions, slot_mapping, both int64 [T]; a slot of -1 is padding).
+    """q [T, Hq, D]; k and v go to the slots of `batch` (fields positions, slot_mapping, both int64
+    [T]; a slot of -1 is padding).
 
-    qkv [T, (Hq + 2 Hkv) * D]; cos_sin [positions, D] float32, cosines in the first half of D, sines in the second; both weights [D] or
-    None.
+    qkv [T, (Hq + 2 Hkv) * D]; cos_sin [positions, D] float32, cosines in the first half of D, sines
+    in the second; both weights [D] or None.
     """
     _, hkv, page, dim = k_cache.shape
     tokens, heads = qkv.shape[0], qkv.shape[1] // dim

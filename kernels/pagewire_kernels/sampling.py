@@ -1,10 +1,11 @@
-"""The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the largest, which samples the softmax
-without a sort.
+"""The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the
+largest, which samples the softmax without a sort.
 
-The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
-counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request, another batch or another place in it
-draws the same. A row with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of what the ids
-mean.
+The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed
+as key and (v // 4, position, 0) as counter, word v % 4, as u = (word + 0.5) / 2**32 and noise
+-log(-log(1 - u)). So a resumed request, another batch or another place in it draws the same. A row
+with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of
+what the ids mean.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -23,12 +24,14 @@ from .shapes import KIB_163, Candidate, Choice
 from .workspace import counters
 
 _ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""The least distance of two values of a dtype relative to the larger: a search need not go below it."""
+"""The least distance of two values of a dtype relative to the larger: a search need not go below
+it."""
 
 
 @dataclass
 class SamplingRows:
-    """One entry a row: temperature (0: greedy), top_p (1: off), min_p (0: off) float32; top_k (0: off) int32; seeds, positions int64."""
+    """One entry a row: temperature (0: greedy), top_p (1: off), min_p (0: off) float32; top_k (0:
+    off) int32; seeds, positions int64."""
 
     temperature: torch.Tensor
     top_k: torch.Tensor
@@ -42,7 +45,8 @@ class SamplingRows:
 
 @dataclass
 class Sampled:
-    """tokens int64 [B]; logprobs float32 [B] of them under the softmax of the logits as given; bad bool [B]: the row holds a NaN."""
+    """tokens int64 [B]; logprobs float32 [B] of them under the softmax of the logits as given; bad
+    bool [B]: the row holds a NaN."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -51,7 +55,8 @@ class Sampled:
 
 @triton.jit
 def _log(x, FAST: tl.constexpr):
-    """Natural logarithm; FAST: within 2**-21 of it, for a fifth of the instructions (the interpreter has none such)."""
+    """Natural logarithm; FAST: within 2**-21 of it, for a fifth of the instructions (the
+    interpreter has none such)."""
     if FAST:
         return libdevice.fast_logf(x)
     return tl.log(x)
@@ -62,7 +67,9 @@ def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
     """Noise for the BLOCK vocabulary ids from `first`, a multiple of 4, on."""
     c0 = first // 4 + tl.arange(0, BLOCK // 4)
     zero = c0 * 0
-    a, b, c, d = tl.philox(seed, c0, zero + position.to(tl.int32), zero + (position >> 32).to(tl.int32), zero)
+    a, b, c, d = tl.philox(
+        seed, c0, zero + position.to(tl.int32), zero + (position >> 32).to(tl.int32), zero
+    )
     word = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     u = (word.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
@@ -71,8 +78,11 @@ def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _slice(logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr, FAST: tl.constexpr):
-    """Best score and its id, running log-sum-exp (peak, total) and NaN flag of the ids lo..hi, each [BLOCK]."""
+def _slice(
+    logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr, FAST: tl.constexpr
+):
+    """Best score and its id, running log-sum-exp (peak, total) and NaN flag of the ids lo..hi, each
+    [BLOCK]."""
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     peak = tl.full([BLOCK], -1e30, tl.float32)
@@ -98,7 +108,8 @@ def _slice(logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr,
 
 @triton.jit
 def _finish(numbers, ids, logits, tokens, logprobs, bads, row, slices, S_PAD: tl.constexpr):
-    """Combine the slices of a row: numbers float32 [slices, 4] are best, peak, total and NaN count, ids int32 [slices]."""
+    """Combine the slices of a row: numbers float32 [slices, 4] are best, peak, total and NaN count,
+    ids int32 [slices]."""
     s = tl.arange(0, S_PAD)
     at = numbers + (row * slices + s) * 4
     inside = s < slices
@@ -128,7 +139,9 @@ def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arr
     if FILTERED:
         threshold = tl.load(thresholds + row)
     heat = tl.load(temperature + row)
-    best, where, peak, total, bad = _slice(at, lo, hi, threshold, heat, tl.load(seeds + row), tl.load(positions + row), BLOCK, FAST)
+    best, where, peak, total, bad = _slice(
+        at, lo, hi, threshold, heat, tl.load(seeds + row), tl.load(positions + row), BLOCK, FAST
+    )
     winner = tl.max(best, 0)
     token = tl.min(tl.where(best == winner, where, 2147483647), 0)
     top = tl.max(peak, 0)
@@ -146,14 +159,19 @@ def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arr
 
 @functools.cache
 def choose_block(itemsize: int) -> Choice[int]:
-    """Logits a step of the search, three of which are under way beside the one in work: in float32, 8192 are all but 3 KiB of what the
-    smallest cards have."""
-    shapes = Candidate(8192, KIB_163 if itemsize == 4 else 0), Candidate(4096, 0), Candidate(1024, 0)
+    """Logits a step of the search, three of which are under way beside the one in work: in float32,
+    8192 are all but 3 KiB of what the smallest cards have."""
+    shapes = (
+        Candidate(8192, KIB_163 if itemsize == 4 else 0),
+        Candidate(4096, 0),
+        Candidate(1024, 0),
+    )
     return Choice(f"top-k and top-p ({itemsize} bytes an element)", shapes)
 
 
 def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """float32 [B]: the least logit that top-k, top-p and min-p leave to each row; minus infinity where nothing restricts it."""
+    """float32 [B]: the least logit that top-k, top-p and min-p leave to each row; minus infinity
+    where nothing restricts it."""
     out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
 
     def launch(block: int) -> None:
@@ -184,6 +202,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
 
 
 def top_logprobs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int64 [B, count], logprobs float32 [B, count]) of the most likely tokens, for the few rows that ask for them."""
+    """(ids int64 [B, count], logprobs float32 [B, count]) of the most likely tokens, for the few
+    rows that ask for them."""
     values, ids = torch.topk(logits, count, dim=-1)
     return ids, values.float() - torch.logsumexp(logits.float(), -1, keepdim=True)

@@ -1,8 +1,10 @@
-"""Launch shapes that fit the GPU: of the candidates that a kernel lists, best first, the first whose shared memory a block may have.
+"""Launch shapes that fit the GPU: of the candidates that a kernel lists, best first, the first
+whose shared memory a block may have.
 
-Cards differ by a factor of two in what a block may have, and the element size doubles what a shape needs. Each candidate names the smallest
-cards that it was compiled for (tests/ops/test_shapes_fit.py does so for every target). A shape that the GPU refuses all the same gives way
-to the next one, for the rest of the process. Knows no kernel.
+Cards differ by a factor of two in what a block may have, and the element size doubles what a shape
+needs. Each candidate names the smallest cards that it was compiled for
+(tests/ops/test_shapes_fit.py does so for every target). A shape that the GPU refuses all the same
+gives way to the next one, for the rest of the process. Knows no kernel.
 """
 
 import contextlib
@@ -33,7 +35,8 @@ def _optin(device: torch.device) -> int:
 
 
 def limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have. Where nothing is launched on a GPU (Triton's interpreter), the most of any."""
+    """Bytes of shared memory that a block may have. Where nothing is launched on a GPU (Triton's
+    interpreter), the most of any."""
     if _pretended:
         return _pretended[-1]
     return _optin(device) if device.type == "cuda" else KIB_227
@@ -51,8 +54,8 @@ def pretend(limit_bytes: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Candidate(Generic[S]):
-    """`least`: of the limits of all cards on which the shape fits, the lowest; the same shape needs more bytes on larger cards, where the
-    compiler keeps more in shared memory."""
+    """`least`: of the limits of all cards on which the shape fits, the lowest; the same shape needs
+    more bytes on larger cards, where the compiler keeps more in shared memory."""
 
     shape: S
     least: int = KIB_99
@@ -60,8 +63,9 @@ class Candidate(Generic[S]):
 
 @dataclass
 class Choice(Generic[S]):
-    """A kernel in a person's words, such as "prefill attention (head size 256, 4 bytes an element)", and its candidates, best first. A
-    process has one for each kernel and keeps it: it remembers what was refused."""
+    """A kernel in a person's words, such as "prefill attention (head size 256, 4 bytes an
+    element)", and its candidates, best first. A process has one for each kernel and keeps it: it
+    remembers what was refused."""
 
     kernel: str
     candidates: tuple[Candidate[S], ...]
@@ -81,9 +85,11 @@ class Choice(Generic[S]):
         return self.fitting(device)[0]
 
     def launch(self, device: torch.device, run: Callable[[S], None]) -> None:
-        """run(shape) with the first shape that the GPU takes. Raises OutOfResources, with the kernel's name as a note, when none is left.
+        """run(shape) with the first shape that the GPU takes. Raises OutOfResources, with the
+        kernel's name as a note, when none is left.
 
-        Triton refuses a kernel before it runs for the first time, which is while a worker warms up and before it captures graphs.
+        Triton refuses a kernel before it runs for the first time, which is while a worker warms up
+        and before it captures graphs.
         """
         left = self.fitting(device)
         while True:
@@ -93,7 +99,13 @@ class Choice(Generic[S]):
                 if len(left) == 1:
                     error.add_note(self.kernel)
                     raise
-                log.warning("%s: %s does not fit this GPU (%s); %s is used", self.kernel, left[0], _short(error), left[1])
+                log.warning(
+                    "%s: %s does not fit this GPU (%s); %s is used",
+                    self.kernel,
+                    left[0],
+                    _short(error),
+                    left[1],
+                )
                 del left[0]
 
 

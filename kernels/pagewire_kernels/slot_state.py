@@ -1,8 +1,10 @@
-"""What the GPU keeps of each slot between steps, so that a step can start before the CPU knows the last step's tokens.
+"""What the GPU keeps of each slot between steps, so that a step can start before the CPU knows the
+last step's tokens.
 
-`decode_inputs` turns a list of slots into the rows that the model and the sampler read; `commit` writes the sampled tokens back. Both
-run inside the captured graph of a decode step: they read everything from the device and have fixed shapes. A slot id of -1 is a padding
-row. The `*_reference` functions are the oracles in plain torch.
+`decode_inputs` turns a list of slots into the rows that the model and the sampler read; `commit`
+writes the sampled tokens back. Both run inside the captured graph of a decode step: they read
+everything from the device and have fixed shapes. A slot id of -1 is a padding row. The
+`*_reference` functions are the oracles in plain torch.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -19,8 +21,8 @@ HEAT, TOP_P, MIN_P = range(3)
 
 @dataclass
 class SlotState:
-    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]: temperature, top_p, min_p; seeds int64
-    [S]."""
+    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]:
+    temperature, top_p, min_p; seeds int64 [S]."""
 
     last_token: Tensor
     computed: Tensor
@@ -35,12 +37,20 @@ class SlotState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         odds = zeros(slots, 3, dtype=torch.float32)
-        return cls(zeros(slots), zeros(slots), zeros(slots, blocks), odds, zeros(slots), zeros(slots, dtype=torch.int64))
+        return cls(
+            zeros(slots),
+            zeros(slots),
+            zeros(slots, blocks),
+            odds,
+            zeros(slots),
+            zeros(slots, dtype=torch.int64),
+        )
 
 
 @dataclass
 class DecodeRows:
-    """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens, top_k int32 [B]; tables int32 [B, M]; odds float32 [3, B]."""
+    """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens, top_k int32 [B]; tables int32
+    [B, M]; odds float32 [3, B]."""
 
     tokens: Tensor
     positions: Tensor
@@ -56,14 +66,21 @@ class DecodeRows:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        lengths, tables, top_k = (zeros(*shape, dtype=torch.int32) for shape in ((rows,), (rows, blocks), (rows,)))
+        lengths, tables, top_k = (
+            zeros(*shape, dtype=torch.int32) for shape in ((rows,), (rows, blocks), (rows,))
+        )
         odds = zeros(3, rows, dtype=torch.float32)
         return cls(zeros(rows), zeros(rows), zeros(rows), lengths, tables, odds, top_k, zeros(rows))
 
     def first(self, rows: int) -> "DecodeRows":
         """A view of the first `rows` rows."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return DecodeRows(**{name: part[:, :rows] if name == "odds" else part[:rows] for name, part in parts.items()})
+        return DecodeRows(
+            **{
+                name: part[:, :rows] if name == "odds" else part[:rows]
+                for name, part in parts.items()
+            }
+        )
 
 
 @triton.jit
@@ -91,12 +108,16 @@ def _decode_inputs(
     for start in range(0, used, CHUNK):
         column = start + tl.arange(0, CHUNK)
         inside = column < used
-        tl.store(rows + row * columns + column, tl.load(table + slot * columns + column, mask=inside), mask=inside)
+        tl.store(
+            rows + row * columns + column,
+            tl.load(table + slot * columns + column, mask=inside),
+            mask=inside,
+        )
 
 
 def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeRows) -> None:
-    """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the used part is written. Padding rows get
-    token 0, position 0, mapping -1 and length 0."""
+    """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the
+    used part is written. Padding rows get token 0, position 0, mapping -1 and length 0."""
     _decode_inputs[(slots.shape[0],)](
         slots, state.last_token, state.computed, state.table, state.odds, state.top_k, state.seeds,
         out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.odds, out.top_k, out.seeds,
@@ -105,7 +126,8 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
 
 
 def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) -> DecodeRows:
-    """The values that `decode_inputs` writes; block table entries past a row's length are meaningless."""
+    """The values that `decode_inputs` writes; block table entries past a row's length are
+    meaningless."""
     live, slot = slots >= 0, slots.clamp(min=0).long()
     position = torch.where(live, state.computed[slot], 0).long()
     tables = state.table[slot]
@@ -113,7 +135,16 @@ def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) ->
     mapping = torch.where(live, block * block_size + position % block_size, -1)
     tokens = torch.where(live, state.last_token[slot], 0).long()
     lengths = torch.where(live, position + 1, 0).int()
-    return DecodeRows(tokens, position, mapping, lengths, tables, state.odds[slot].T, state.top_k[slot], state.seeds[slot])
+    return DecodeRows(
+        tokens,
+        position,
+        mapping,
+        lengths,
+        tables,
+        state.odds[slot].T,
+        state.top_k[slot],
+        state.seeds[slot],
+    )
 
 
 @triton.jit
@@ -124,17 +155,25 @@ def _commit(slots, sampled, bad, last_token, computed, report, n, BLOCK: tl.cons
     token = tl.load(sampled + row, mask=row < n, other=0).to(tl.int32)
     tl.store(last_token + slot, token, mask=live)
     tl.store(computed + slot, tl.load(computed + slot, mask=live, other=0) + 1, mask=live)
-    tl.store(report + row, tl.where(tl.load(bad + row, mask=row < n, other=0) != 0, -1, token), mask=row < n)
+    tl.store(
+        report + row,
+        tl.where(tl.load(bad + row, mask=row < n, other=0) != 0, -1, token),
+        mask=row < n,
+    )
 
 
 def commit(slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor) -> None:
-    """After a decode step: each row's slot gets its sampled token [B] and one more computed token; `report` [B] int32 gets the token, or -1
-    where the row is `bad` [B] bool. Slots must differ."""
+    """After a decode step: each row's slot gets its sampled token [B] and one more computed token;
+    `report` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must differ."""
     n = slots.shape[0]
-    _commit[(triton.cdiv(n, 256),)](slots, sampled, bad, state.last_token, state.computed, report, n, BLOCK=256)
+    _commit[(triton.cdiv(n, 256),)](
+        slots, sampled, bad, state.last_token, state.computed, report, n, BLOCK=256
+    )
 
 
-def commit_reference(slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor) -> None:
+def commit_reference(
+    slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor
+) -> None:
     live = slots >= 0
     state.last_token[slots[live].long()] = sampled[live].int()
     state.computed[slots[live].long()] += 1

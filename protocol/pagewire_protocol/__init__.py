@@ -1,1 +1,2 @@
-"""The wire between Pagewire's services: message types, sampling parameters and the channels that carry them."""
+"""The wire between Pagewire's services: message types, sampling parameters and the channels that
+carry them."""

@@ -1,7 +1,9 @@
-"""How processes reach each other: one bound inbox a process, a PUSH socket for each peer. The only module that knows ZeroMQ.
+"""How processes reach each other: one bound inbox a process, a PUSH socket for each peer. The only
+module that knows ZeroMQ.
 
-The scheduler's inbox has a well-known address, and a lock file decides which process may bind it: two live processes can bind the same
-`ipc://` path without an error, so the name alone protects nothing. Every other inbox has a fresh address for each incarnation.
+The scheduler's inbox has a well-known address, and a lock file decides which process may bind it:
+two live processes can bind the same `ipc://` path without an error, so the name alone protects
+nothing. Every other inbox has a fresh address for each incarnation.
 """
 
 import contextlib
@@ -46,15 +48,19 @@ class AlreadyRunning(OSError):
 
 
 def prepare_run_dir(run_dir: str) -> Path:
-    """The directory of the sockets, made private (0700). Raises PermissionError when it belongs to someone else, ValueError when
-    its path is too long for a Unix socket."""
+    """The directory of the sockets, made private (0700). Raises PermissionError when it belongs to
+    someone else, ValueError when its path is too long for a Unix socket."""
     path = Path(run_dir).absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise type(error)(f"run directory {path} cannot be made: {error.strerror}; choose another with --run-dir") from None
+        raise type(error)(
+            f"run directory {path} cannot be made: {error.strerror}; choose another with --run-dir"
+        ) from None
     if path.stat().st_uid != os.getuid():
-        raise PermissionError(f"run directory {path} belongs to another user (uid {path.stat().st_uid}); choose another with --run-dir")
+        raise PermissionError(
+            f"run directory {path} belongs to another user (uid {path.stat().st_uid}); choose another with --run-dir"
+        )
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         path.chmod(0o700)
     if len(str(path)) > 60:
@@ -74,11 +80,14 @@ def inbox_address(run_dir: Path, role: Role, incarnation: int) -> str:
 
 
 def _already_running(run_dir: Path) -> AlreadyRunning:
-    return AlreadyRunning(f"a scheduler is already running in {run_dir}; stop it, or choose another --run-dir")
+    return AlreadyRunning(
+        f"a scheduler is already running in {run_dir}; stop it, or choose another --run-dir"
+    )
 
 
 def check_unused(run_dir: Path) -> None:
-    """Raises AlreadyRunning when a live scheduler holds the directory. Takes nothing: the scheduler to come must do that itself."""
+    """Raises AlreadyRunning when a live scheduler holds the directory. Takes nothing: the scheduler
+    to come must do that itself."""
     with contextlib.suppress(FileNotFoundError), (run_dir / "scheduler.lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -87,7 +96,8 @@ def check_unused(run_dir: Path) -> None:
 
 
 def take_epoch(run_dir: Path) -> tuple[int, int]:
-    """The next epoch and the descriptor that holds the scheduler's lock for this process's life. Raises AlreadyRunning."""
+    """The next epoch and the descriptor that holds the scheduler's lock for this process's life.
+    Raises AlreadyRunning."""
     fd = os.open(run_dir / "scheduler.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +120,9 @@ class Inbox(Generic[M]):
         self._socket = _socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, QUEUE_LENGTH)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
-        self._lock = threading.RLock()  # signal handlers wake as well, perhaps in the middle of `close`
+        self._lock = (
+            threading.RLock()
+        )  # signal handlers wake as well, perhaps in the middle of `close`
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         old = os.umask(0o077)
         try:
@@ -122,11 +134,13 @@ class Inbox(Generic[M]):
         self._poller.register(self._wake, zmq.POLLIN)
 
     def fileno(self) -> int:
-        """A descriptor for an event loop. It is edge-triggered: after each wake-up `drain` must run until it yields nothing."""
+        """A descriptor for an event loop. It is edge-triggered: after each wake-up `drain` must run
+        until it yields nothing."""
         return int(self._socket.get(zmq.FD))
 
     def wake(self) -> None:
-        """End a `wait` in progress; safe from any thread, also after `close`, when it does nothing."""
+        """End a `wait` in progress; safe from any thread, also after `close`, when it does
+        nothing."""
         with self._lock:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
@@ -139,9 +153,12 @@ class Inbox(Generic[M]):
         return bool(events)
 
     def drain(self, limit: int = 1024) -> Iterator[M]:
-        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped: no sender can stop a service."""
+        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped:
+        no sender can stop a service."""
         for taken in range(limit):
-            if taken and not int(self._socket.get(zmq.EVENTS)) & READABLE:  # cheaper than the exception, and mostly there is one message
+            if (
+                taken and not int(self._socket.get(zmq.EVENTS)) & READABLE
+            ):  # cheaper than the exception, and mostly there is one message
                 return
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
@@ -171,20 +188,22 @@ class Inbox(Generic[M]):
 
 
 class Outbox:
-    """PUSH sockets by address, made on first use. `send` never blocks: a full or vanished peer is an answer, not a wait."""
+    """PUSH sockets by address, made on first use. `send` never blocks: a full or vanished peer is
+    an answer, not a wait."""
 
     def __init__(self) -> None:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
     def reach(self, address: str) -> None:
-        """Connect now, so that the first message need not wait for it: two strangers exchange several messages before it. It is for `send`
-        to complain of what is no address."""
+        """Connect now, so that the first message need not wait for it: two strangers exchange
+        several messages before it. It is for `send` to complain of what is no address."""
         with contextlib.suppress(ValueError, zmq.ZMQError):
             if address not in self._sockets:
                 self._sockets[address] = self._connect(address)
 
     def send(self, address: str, message: Message) -> bool:
-        """True when the message is queued. False when the peer's queue is full: its loss must be handled by the caller."""
+        """True when the message is queued. False when the peer's queue is full: its loss must be
+        handled by the caller."""
         socket = self._sockets.get(address)
         if socket is None:
             socket = self._sockets[address] = self._connect(address)

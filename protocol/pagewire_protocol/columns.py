@@ -1,4 +1,5 @@
-"""The scalar types of the wire, their bounds, and columns: `bytes` fields that are little-endian arrays with one entry a row.
+"""The scalar types of the wire, their bounds, and columns: `bytes` fields that are little-endian
+arrays with one entry a row.
 
 `pack` and `unpack` convert columns without numpy, since the frontend imports none.
 """
@@ -20,7 +21,8 @@ Attempt = Annotated[int, Meta(ge=1, le=2**32 - 1)]
 Handle = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 """The receiver's own short name for a request, never reused within an incarnation."""
 Execution = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-"""One placement of one attempt on one worker: epoch (20 bits), then a counter (43 bits). Unique over schedulers."""
+"""One placement of one attempt on one worker: epoch (20 bits), then a counter (43 bits). Unique
+over schedulers."""
 Epoch = Annotated[int, Meta(ge=1, le=2**20 - 1)]
 """A scheduler's reign, counted in its lock file."""
 Incarnation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -41,10 +43,12 @@ TokenBytes = Annotated[bytes, Meta(max_length=4096)]
 
 
 def pack(code: str, values: Iterable[int] | Iterable[float]) -> bytes:
-    """A column of `values` as bytes. `code` is an `array` type code: i (int32), I (uint32), Q (uint64), f (float32)."""
+    """A column of `values` as bytes. `code` is an `array` type code: i (int32), I (uint32), Q
+    (uint64), f (float32)."""
     return array(code, values).tobytes()
 
 
 def unpack(code: str, column: bytes) -> memoryview:
-    """The inverse of `pack`, without a copy. Raises TypeError when the length is no multiple of the item size."""
+    """The inverse of `pack`, without a copy. Raises TypeError when the length is no multiple of the
+    item size."""
     return memoryview(column).cast(code)  # type: ignore[call-overload]

@@ -1,10 +1,12 @@
 """Every message that crosses a process border, grouped by the service that receives it.
 
-A request travels right (frontend, tokenizer, scheduler, worker) once and whole; tokens travel left as *columns*: one message a
-step for each receiver, whose `bytes` fields are little-endian arrays with one entry a row.
+A request travels right (frontend, tokenizer, scheduler, worker) once and whole; tokens travel left
+as *columns*: one message a step for each receiver, whose `bytes` fields are little-endian arrays
+with one entry a row.
 
-All types are tagged, array-like, strict (`forbid_unknown_fields`) and bounded: `tests/protocol` walks them and fails on an
-unbounded field. Adding a message is one Struct, one entry in its receiver's union and one `match` arm in that service.
+All types are tagged, array-like, strict (`forbid_unknown_fields`) and bounded: `tests/protocol`
+walks them and fails on an unbounded field. Adding a message is one Struct, one entry in its
+receiver's union and one `match` arm in that service.
 """
 
 from typing import Annotated
@@ -34,7 +36,8 @@ from .columns import (
     pack,
     unpack,
 )
-from .parts import (
+from .sampling import Sampling, TextOptions, TokenId
+from .structs import (
     Admission,
     Chat,
     ChatMessage,
@@ -53,7 +56,6 @@ from .parts import (
     TokenLogprobs,
     WorkerFacts,
 )
-from .sampling import Sampling, TextOptions, TokenId
 
 # fmt: off
 __all__ = [
@@ -66,15 +68,19 @@ __all__ = [
 # fmt: on
 
 
-class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="t", gc=False):
+class Message(
+    Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="t", gc=False
+):
     """Base of all messages; the tag is the class's name."""
 
 
-# --- to the scheduler -------------------------------------------------------------------------------------------------
+# --- to the scheduler
+#   -------------------------------------------------------------------------------------------------
 
 
 class Hello(Message, tag=True, frozen=True):
-    """Sent on start, again when the facts are known, and whenever a Roster shows a new epoch. Idempotent."""
+    """Sent on start, again when the facts are known, and whenever a Roster shows a new epoch.
+    Idempotent."""
 
     peer: Peer
     worker: WorkerFacts | None = None
@@ -82,8 +88,8 @@ class Hello(Message, tag=True, frozen=True):
 
 
 class Heartbeat(Message, tag=True, frozen=True):
-    """Sent every second. `progress` counts work done; it stands still in a hung process. An unknown incarnation is answered with a
-    Roster, whose new epoch makes the sender say Hello again."""
+    """Sent every second. `progress` counts work done; it stands still in a hung process. An unknown
+    incarnation is answered with a Roster, whose new epoch makes the sender say Hello again."""
 
     inbox: Inbox
     incarnation: Incarnation
@@ -100,7 +106,8 @@ class Goodbye(Message, tag=True, frozen=True):
 
 
 class Submit(Message, tag=True, frozen=True):
-    """One attempt at a request, from the tokenizer. `handle` is the tokenizer's; results go to the inbox `reply_to`."""
+    """One attempt at a request, from the tokenizer. `handle` is the tokenizer's; results go to the
+    inbox `reply_to`."""
 
     rid: Rid
     attempt: Attempt
@@ -120,8 +127,8 @@ class Cancel(Message, tag=True, frozen=True):
 
 
 class StepResult(Message, tag=True, frozen=True):
-    """What a step sampled: one row a slot that reached its last known token. `flags` is 1 where the logits were not finite: the token is
-    then meaningless."""
+    """What a step sampled: one row a slot that reached its last known token. `flags` is 1 where the
+    logits were not finite: the token is then meaningless."""
 
     epoch: Epoch
     incarnation: Incarnation
@@ -136,11 +143,13 @@ class StepResult(Message, tag=True, frozen=True):
 ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | StepResult
 
 
-# --- to the tokenizer -------------------------------------------------------------------------------------------------
+# --- to the tokenizer
+#   -------------------------------------------------------------------------------------------------
 
 
 class Generate(Message, tag=True, frozen=True):
-    """One attempt at a request, from its owner. `output` holds the tokens accepted so far, `handle` is the owner's."""
+    """One attempt at a request, from its owner. `output` holds the tokens accepted so far, `handle`
+    is the owner's."""
 
     rid: Rid
     attempt: Attempt
@@ -158,8 +167,8 @@ class Generate(Message, tag=True, frozen=True):
 
 
 class Tokens(Message, tag=True, frozen=True):
-    """One step's tokens for the requests of one tokenizer: a row is one token. `handles` are the tokenizer's. `ended` is read after the
-    rows, `placed` before them."""
+    """One step's tokens for the requests of one tokenizer: a row is one token. `handles` are the
+    tokenizer's. `ended` is read after the rows, `placed` before them."""
 
     handles: RowsU32
     attempts: RowsU32
@@ -192,13 +201,15 @@ class Detokenize(Message, tag=True, frozen=True):
     skip_special_tokens: bool = False
 
 
-# --- to the frontend --------------------------------------------------------------------------------------------------
+# --- to the frontend
+#   --------------------------------------------------------------------------------------------------
 
 
 class Deltas(Message, tag=True, frozen=True):
-    """New output for the requests of one frontend: row i brings `counts[i]` tokens, from output position `positions[i]` on, and the
-    text that they complete (possibly none: an unfinished character or stop string is held back). `started` is read before the rows,
-    `ended` after them."""
+    """New output for the requests of one frontend: row i brings `counts[i]` tokens, from output
+    position `positions[i]` on, and the text that they complete (possibly none: an unfinished
+    character or stop string is held back). `started` is read before the rows, `ended` after
+    them."""
 
     handles: RowsU32
     attempts: RowsU32
@@ -215,7 +226,8 @@ class Deltas(Message, tag=True, frozen=True):
 
 
 class Tokenized(Message, tag=True, frozen=True):
-    """The answer to a Tokenize (`ids`, and `texts` when asked) or a Detokenize (`text`); with a `status`, why there is none."""
+    """The answer to a Tokenize (`ids`, and `texts` when asked) or a Detokenize (`text`); with a
+    `status`, why there is none."""
 
     handle: Handle
     ids: TokensI32 = b""
@@ -226,17 +238,19 @@ class Tokenized(Message, tag=True, frozen=True):
     param: Annotated[str, Meta(max_length=64)] | None = None
 
 
-# --- to the worker ----------------------------------------------------------------------------------------------------
+# --- to the worker
+#   ----------------------------------------------------------------------------------------------------
 
 
 class Step(Message, tag=True, frozen=True):
     """One forward pass. Applied in this order: retire, admit, grow, run.
 
-    `run_slots[i]` computes its next `run_counts[i]` tokens; a row that reaches the slot's last known token samples one more, which
-    the worker appends to the slot itself. `repeat` runs the previous step's slots again with one token each, columns left empty.
-    Rows of one token that go on decoding come first. `shared` names some of those, and saves work without changing results; its groups
-    last while steps repeat: tables only grow at their ends meanwhile. An `epoch` above the worker's own clears all its slots first; one
-    below is ignored.
+    `run_slots[i]` computes its next `run_counts[i]` tokens; a row that reaches the slot's last
+    known token samples one more, which the worker appends to the slot itself. `repeat` runs the
+    previous step's slots again with one token each, columns left empty. Rows of one token that go
+    on decoding come first. `shared` names some of those, and saves work without changing results;
+    its groups last while steps repeat: tables only grow at their ends meanwhile. An `epoch` above
+    the worker's own clears all its slots first; one below is ignored.
     """
 
     epoch: Epoch
@@ -251,7 +265,8 @@ class Step(Message, tag=True, frozen=True):
     shared: Shared | None = None
 
 
-# --- to everyone ------------------------------------------------------------------------------------------------------
+# --- to everyone
+#   ------------------------------------------------------------------------------------------------------
 
 
 class Roster(Message, tag=True, frozen=True):
@@ -266,7 +281,8 @@ class Roster(Message, tag=True, frozen=True):
     has_text: bool
     has_chat_template: bool
     stats: Annotated[dict[Annotated[str, Meta(max_length=64)], float], Meta(max_length=64)] = {}
-    """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed once a second."""
+    """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed
+    once a second."""
 
 
 ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | Roster

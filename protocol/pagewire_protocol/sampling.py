@@ -1,6 +1,8 @@
-"""How the next token is chosen: the part of a request that the worker needs, and the part that only the tokenizer needs.
+"""How the next token is chosen: the part of a request that the worker needs, and the part that only
+the tokenizer needs.
 
-The split keeps text out of the scheduler and the worker. Limits are stated once, here, and checked again wherever a message is decoded.
+The split keeps text out of the scheduler and the worker. Limits are stated once, here, and checked
+again wherever a message is decoded.
 """
 
 from typing import Annotated, Final
@@ -26,10 +28,11 @@ BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the scheduler and the worker need. Defaults are neutral: they leave the model's distribution as it is.
+    """What the scheduler and the worker need. Defaults are neutral: they leave the model's
+    distribution as it is.
 
-    `seed` is always set by the owner: with it, token `p` of a request is a pure function of (logits, seed, p), so a resumed
-    request continues the same random draw.
+    `seed` is always set by the owner: with it, token `p` of a request is a pure function of
+    (logits, seed, p), so a resumed request continues the same random draw.
     """
 
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -44,7 +47,8 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
-    """Most likely tokens to report beside the sampled one; -1 reports none at all, 0 only the sampled one."""
+    """Most likely tokens to report beside the sampled one; -1 reports none at all, 0 only the
+    sampled one."""
     ignore_eos: bool = False
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
     bias_ids: Annotated[bytes, Meta(max_length=4 * MAX_BIAS)] = b""
@@ -52,10 +56,15 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     bias_values: Annotated[bytes, Meta(max_length=4 * MAX_BIAS)] = b""
     allowed_ids: RowsI32 = b""
     """When not empty, no other token is sampled (int32 column)."""
-    bad_words: Annotated[tuple[Annotated[bytes, Meta(max_length=4 * MAX_BAD_WORD_TOKENS)], ...], Meta(max_length=2 * MAX_BAD_WORDS)] = ()
-    """Sequences of token ids (int32 columns) whose last token is not sampled after the others. The tokenizer fills this in."""
+    bad_words: Annotated[
+        tuple[Annotated[bytes, Meta(max_length=4 * MAX_BAD_WORD_TOKENS)], ...],
+        Meta(max_length=2 * MAX_BAD_WORDS),
+    ] = ()
+    """Sequences of token ids (int32 columns) whose last token is not sampled after the others. The
+    tokenizer fills this in."""
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
-    """As `logprobs`, for each prompt token but the first. The prompt is then computed whole, whatever the prefix cache holds."""
+    """As `logprobs`, for each prompt token but the first. The prompt is then computed whole,
+    whatever the prefix cache holds."""
 
     @property
     def greedy(self) -> bool:
@@ -73,4 +82,5 @@ class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     return_prompt_ids: bool = False
     bad_words: Annotated[tuple[BadWord, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
     truncate_prompt: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
-    """Keep the last so many prompt tokens; -1: as many as the context holds beside max_tokens; 0: all."""
+    """Keep the last so many prompt tokens; -1: as many as the context holds beside max_tokens; 0:
+    all."""

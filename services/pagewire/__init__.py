@@ -1,6 +1,7 @@
 """Pagewire: LLM inference from one host.
 
-Importing this package loads neither torch nor the services; `LLM` and `SamplingParams` come in on first use.
+Importing this package loads neither torch nor the services; `LLM` and `SamplingParams` come in on
+first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .llm import LLM
-    from .outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
-    from .params import BeamSearchParams, SamplingParams
-    from .prompts import TextPrompt, TokensPrompt
+    from .offline.llm import LLM
+    from .offline.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
+    from .offline.prompts import TextPrompt, TokensPrompt
+    from .offline.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
     "LLM",
@@ -26,15 +27,15 @@ __all__ = [
     "__version__",
 ]
 _HOMES = {
-    "LLM": "llm",
-    "SamplingParams": "params",
-    "BeamSearchParams": "params",
-    "RequestOutput": "outputs",
-    "CompletionOutput": "outputs",
-    "BeamSearchOutput": "outputs",
-    "Logprob": "outputs",
-    "TextPrompt": "prompts",
-    "TokensPrompt": "prompts",
+    "LLM": "offline.llm",
+    "SamplingParams": "offline.sampling_params",
+    "BeamSearchParams": "offline.sampling_params",
+    "RequestOutput": "offline.outputs",
+    "CompletionOutput": "offline.outputs",
+    "BeamSearchOutput": "offline.outputs",
+    "Logprob": "offline.outputs",
+    "TextPrompt": "offline.prompts",
+    "TokensPrompt": "offline.prompts",
 }
 
 

@@ -1,8 +1,8 @@
-"""`import pagewire.as_vllm` makes Pagewire answer to the name `vllm` in this program: `from vllm import LLM, SamplingParams` then works
-unchanged, in the program and in libraries that it uses.
+"""`import pagewire.as_vllm` makes Pagewire answer to the name `vllm` in this program: `from vllm
+import LLM, SamplingParams` then works unchanged, in the program and in libraries that it uses.
 
-Only what is named here exists; anything else is an AttributeError or ModuleNotFoundError, as of a package that lacks it. Nothing heavy is
-imported before it is asked for.
+Only what is named here exists; anything else is an AttributeError or ModuleNotFoundError, as of a
+package that lacks it. Nothing heavy is imported before it is asked for.
 """
 
 import importlib
@@ -12,13 +12,25 @@ from typing import Any
 
 from .version import __version__
 
-LLM, PARAMS, OUTPUTS, PROMPTS = "llm", "params", "outputs", "prompts"
-_OUTPUTS = {"RequestOutput": OUTPUTS, "CompletionOutput": OUTPUTS, "RequestMetrics": OUTPUTS, "Logprob": OUTPUTS}
+LLM, PARAMS = "offline.llm", "offline.sampling_params"
+OUTPUTS, PROMPTS = "offline.outputs", "offline.prompts"
+_OUTPUTS = {
+    "RequestOutput": OUTPUTS,
+    "CompletionOutput": OUTPUTS,
+    "RequestMetrics": OUTPUTS,
+    "Logprob": OUTPUTS,
+}
 _INPUTS = {"TextPrompt": PROMPTS, "TokensPrompt": PROMPTS}
 _BEAMS = {"BeamSearchOutput": OUTPUTS, "BeamSearchSequence": OUTPUTS}
 NAMES: dict[str, dict[str, str]] = {
     # module of vLLM: what is in it, and the module here where that lives
-    "vllm": {"LLM": LLM, "SamplingParams": PARAMS, "RequestOutput": OUTPUTS, "CompletionOutput": OUTPUTS, **_INPUTS},
+    "vllm": {
+        "LLM": LLM,
+        "SamplingParams": PARAMS,
+        "RequestOutput": OUTPUTS,
+        "CompletionOutput": OUTPUTS,
+        **_INPUTS,
+    },
     "vllm.version": {},
     "vllm.outputs": _OUTPUTS,
     "vllm.sequence": {"Logprob": OUTPUTS, "RequestMetrics": OUTPUTS},
@@ -45,12 +57,15 @@ class _Stand(ModuleType):
     def __getattr__(self, name: str) -> Any:
         home = NAMES[self.__name__].get(name)
         if home is None:
-            raise AttributeError(f"module {self.__name__!r}, which is Pagewire here, has no attribute {name!r}")
+            raise AttributeError(
+                f"module {self.__name__!r}, which is Pagewire here, has no attribute {name!r}"
+            )
         return getattr(importlib.import_module(f".{home}", __package__), name)
 
 
 def install() -> None:
-    """Put the modules in place. Does nothing the second time. Raises ImportError when vLLM itself is already imported."""
+    """Put the modules in place. Does nothing the second time. Raises ImportError when vLLM itself
+    is already imported."""
     present = sys.modules.get("vllm")
     if isinstance(present, _Stand):
         return

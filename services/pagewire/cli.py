@@ -1,6 +1,7 @@
 """The `pagewire` command: finds the subcommand and hands it the rest of the line.
 
-Each subcommand's module is imported only when it is called, so that `pagewire --version` and the small services start fast.
+Each subcommand's module is imported only when it is called, so that `pagewire --version` and the
+small services start fast.
 """
 
 import argparse
@@ -11,30 +12,58 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .config import FrontendConfig, ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags, read
+from .config import (
+    FrontendConfig,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    WorkerConfig,
+    add_flags,
+    read,
+)
 from .version import __version__
 
 COMMANDS = {
     # command: (module, what it does)
-    "serve": ("launch", "start every service on this machine behind an OpenAI-compatible endpoint"),
-    "run-batch": ("run_batch", "answer the requests of a file"),
-    "chat": ("chat", "talk to a running server in the terminal"),
-    "complete": ("complete", "texts continued by a running server, in the terminal"),
-    "fetch": ("hub", "download a model and print where its files are"),
-    "bench": ("bench", "measure a server under load, the offline API, one request, or the GPU kernels"),
-    "doctor": ("doctor", "check this machine and say in plain words what is wrong"),
+    "serve": (
+        "launch.serve",
+        "start every service on this machine behind an OpenAI-compatible endpoint",
+    ),
+    "run-batch": ("commands.run_batch", "answer the requests of a file"),
+    "chat": ("commands.chat", "talk to a running server in the terminal"),
+    "complete": ("commands.complete", "texts continued by a running server, in the terminal"),
+    "fetch": ("commands.fetch", "download a model and print where its files are"),
+    "bench": (
+        "bench",
+        "measure a server under load, the offline API, one request, or the GPU kernels",
+    ),
+    "doctor": ("commands.doctor", "check this machine and say in plain words what is wrong"),
 }
 OTHER_NAMES = {"collect-env": "doctor"}
 """What vLLM calls a command."""
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
     # command: (module, what `run` takes, what it does)
     "frontend": ("frontend.service", (RunConfig, ModelConfig, FrontendConfig), "HTTP endpoint"),
-    "tokenizer": ("tokenizer.service", (RunConfig, ModelConfig, TokenizerConfig), "text to tokens and back"),
-    "scheduler": ("scheduler.loop", (RunConfig, ModelConfig, SchedulerConfig), "batching and KV blocks"),
-    "worker": ("worker.loop", (RunConfig, ModelConfig, SchedulerConfig, WorkerConfig), "the model on its device"),
+    "tokenizer": (
+        "tokenizer.service",
+        (RunConfig, ModelConfig, TokenizerConfig),
+        "text to tokens and back",
+    ),
+    "scheduler": (
+        "scheduler.loop",
+        (RunConfig, ModelConfig, SchedulerConfig),
+        "batching and KV blocks",
+    ),
+    "worker": (
+        "worker.loop",
+        (RunConfig, ModelConfig, SchedulerConfig, WorkerConfig),
+        "the model on its device",
+    ),
 }
 EXPECTED = (ValueError, OSError, MemoryError)
-"""Errors whose message alone tells a person what to do; any other is a defect and keeps its traceback."""
+"""Errors whose message alone tells a person what to do; any other is a defect and keeps its
+traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if command not in COMMANDS and command not in SERVICES:
-        print(f"pagewire: unknown command {command!r}; `pagewire --help` lists them", file=sys.stderr)
+        print(
+            f"pagewire: unknown command {command!r}; `pagewire --help` lists them", file=sys.stderr
+        )
         return 2
     return _guarded(command, arguments[1:])
 
@@ -58,7 +89,13 @@ def usage() -> str:
     rows += [(name, f"this service alone: {text}") for name, (_, _, text) in SERVICES.items()]
     lines = [f"  pagewire {name:<10} {text}" for name, text in rows]
     return "\n".join(
-        ["usage: pagewire COMMAND [flags]", "", *lines, "", "`pagewire COMMAND --help` lists the flags; `pagewire --version`."]
+        [
+            "usage: pagewire COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "`pagewire COMMAND --help` lists the flags; `pagewire --version`.",
+        ]
     )
 
 
@@ -85,7 +122,9 @@ def missing(error: ModuleNotFoundError) -> str:
 
 
 def report_error(command: str, error: BaseException) -> int:
-    if "--log-level=debug" in sys.argv or ("--log-level", "debug") in zip(sys.argv, sys.argv[1:], strict=False):
+    if "--log-level=debug" in sys.argv or ("--log-level", "debug") in zip(
+        sys.argv, sys.argv[1:], strict=False
+    ):
         logging.getLogger("pagewire").exception("details")
     print(f"pagewire {command}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
     return 1
@@ -96,7 +135,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Flags with underscores are taken for those with dashes, as vLLM takes them."""
-        return super().parse_known_args([dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+        return super().parse_known_args(
+            [dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace
+        )
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split()
@@ -105,7 +146,10 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75)
             hint = f"; did you mean {close[0]}?" if close else ""
             message = f"{'unknown flag' if flag.startswith('-') else 'one argument too many:'} {flag}{hint}"
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (`{self.prog} --help` lists the flags)\n")
+        self.exit(
+            2,
+            f"{self.prog}: {message.removeprefix('argument ')} (`{self.prog} --help` lists the flags)\n",
+        )
 
 
 def dashed(word: str) -> str:
@@ -137,15 +181,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_structs(command: str, description: str, structs: tuple[type[Any], ...], arguments: list[str]) -> list[Any]:
-    """The Structs as given on the command line. Exits with status 2 and one line on a bad flag or value."""
+def parse_structs(
+    command: str, description: str, structs: tuple[type[Any], ...], arguments: list[str]
+) -> list[Any]:
+    """The Structs as given on the command line. Exits with status 2 and one line on a bad flag or
+    value."""
     parser = new_parser(command, description)
     add_flags(parser, *structs)
     namespace = parser.parse_args(arguments)
     return read_all(parser.error, structs, namespace)
 
 
-def read_all(refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace) -> list[Any]:
+def read_all(
+    refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace
+) -> list[Any]:
     try:
         return [read(struct, namespace) for struct in structs]
     except ValueError as error:
@@ -154,7 +203,7 @@ def read_all(refuse: Callable[[str], Any], structs: tuple[type[Any], ...], names
 
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until it is told to end."""
-    from .supervisor import die_with_parent
+    from .process.parent import die_with_parent
 
     die_with_parent()
     module, structs, description = SERVICES[command]

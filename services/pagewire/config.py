@@ -1,7 +1,8 @@
-"""Every setting of every service, read in one place into frozen Structs. A flag is a field; an unknown flag is an error.
+"""Every setting of every service, read in one place into frozen Structs. A flag is a field; an
+unknown flag is an error.
 
-Each service takes the Structs it needs and nothing else. `add_flags` turns a Struct into argparse flags and `read` turns parsed
-flags into the Struct, so that a setting is written once.
+Each service takes the Structs it needs and nothing else. `add_flags` turns a Struct into argparse
+flags and `read` turns parsed flags into the Struct, so that a setting is written once.
 """
 
 import argparse
@@ -18,12 +19,14 @@ from msgspec import Meta, Struct
 
 GPU_STEP_TOKENS = 8192
 CPU_STEP_TOKENS = 2048
-"""Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full long before. Twice as many where steps
-have no limit of time: then nobody waits for single tokens."""
+"""Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full
+long before. Twice as many where steps have no limit of time: then nobody waits for single
+tokens."""
 LARGE_GPU = 40 << 30
 SMALL_GPU_STEP_TOKENS = 2048
-"""A GPU with less memory than that, in bytes, takes shorter steps: the activations of a long one are half of what is left beside an 8B
-model's weights on a 24 GB card, and such cards are filled by fewer tokens."""
+"""A GPU with less memory than that, in bytes, takes shorter steps: the activations of a long one
+are half of what is left beside an 8B model's weights on a 24 GB card, and such cards are filled by
+fewer tokens."""
 USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -35,7 +38,8 @@ REASONS = {
 """What is said of a wrong value, where msgspec's words would not help."""
 
 SEVERAL = ("served_model_name",)
-"""Lists whose flag takes several values at once; that of any other takes one, so that it does not swallow a model that follows."""
+"""Lists whose flag takes several values at once; that of any other takes one, so that it does not
+swallow a model that follows."""
 
 S = TypeVar("S", bound=Struct)
 
@@ -49,77 +53,149 @@ def default_run_dir() -> str:
 
 
 class RunConfig(Struct, frozen=True):
-    run_dir: Annotated[str, _help("directory of the sockets shared by one stack's processes")] = msgspec.field(
-        default_factory=default_run_dir
+    run_dir: Annotated[str, _help("directory of the sockets shared by one stack's processes")] = (
+        msgspec.field(default_factory=default_run_dir)
     )
-    name: Annotated[str, _help("this process's name in the stack; default: role and process id")] = ""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = "info"
+    name: Annotated[
+        str, _help("this process's name in the stack; default: role and process id")
+    ] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = (
+        "info"
+    )
 
 
 class ModelConfig(Struct, frozen=True):
     model: Annotated[str, _help("model directory, GGUF file or hub id")] = DEMO_MODEL
     tokenizer: Annotated[str, _help("tokenizer directory or hub id; default: the model's")] = ""
-    tokenizer_mode: Annotated[Literal["auto", "slow", "hf"], _help("accepted for compatibility: all give the same tokens here")] = "auto"
+    tokenizer_mode: Annotated[
+        Literal["auto", "slow", "hf"],
+        _help("accepted for compatibility: all give the same tokens here"),
+    ] = "auto"
     revision: Annotated[str, _help("hub branch, tag or commit")] = ""
-    tokenizer_revision: Annotated[str, _help("the same for the tokenizer; default: --revision")] = ""
-    download_dir: Annotated[str, _help("where downloaded models are kept; default: the hub's cache")] = ""
+    tokenizer_revision: Annotated[str, _help("the same for the tokenizer; default: --revision")] = (
+        ""
+    )
+    download_dir: Annotated[
+        str, _help("where downloaded models are kept; default: the hub's cache")
+    ] = ""
     load_format: Annotated[
         Literal["auto", "safetensors", "pt", "gguf", "dummy"],
-        _help("weight format; auto: safetensors, else GGUF, else PyTorch's .bin files (pt); dummy: random weights N(0, 0.02)"),
+        _help(
+            "weight format; auto: safetensors, else GGUF, else PyTorch's .bin files (pt); dummy: random weights N(0, 0.02)"
+        ),
     ] = "auto"
     quantization: Annotated[
         str,
-        _help("int8 or int4: round a full checkpoint's matrices while loading, on a CPU; default: as the weights are", pattern=QUANTIZED),
+        _help(
+            "int8 or int4: round a full checkpoint's matrices while loading, on a CPU; default: as the weights are",
+            pattern=QUANTIZED,
+        ),
     ] = ""
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
-    max_model_len: Annotated[int, _help("longest context in tokens; auto, -1 or 0: what the model supports and memory holds", ge=0)] = 0
+    max_model_len: Annotated[
+        int,
+        _help(
+            "longest context in tokens; auto, -1 or 0: what the model supports and memory holds",
+            ge=0,
+        ),
+    ] = 0
     seed: Annotated[int, _help("seed of dummy weights and of requests that bring none", ge=0)] = 0
 
 
 class FrontendConfig(Struct, frozen=True):
     host: Annotated[str, _help("address to listen on")] = "0.0.0.0"
     port: Annotated[int, _help("port to listen on", ge=0, le=65535)] = 8000
-    served_model_name: Annotated[tuple[str, ...], _help("names the model answers to; default: the model as given")] = ()
-    api_key: Annotated[
-        tuple[str, ...], _help("an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY")
+    served_model_name: Annotated[
+        tuple[str, ...], _help("names the model answers to; default: the model as given")
     ] = ()
-    ssl_keyfile: Annotated[str, _help("private key of the server's certificate, as PEM; with --ssl-certfile: HTTPS")] = ""
+    api_key: Annotated[
+        tuple[str, ...],
+        _help(
+            "an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY"
+        ),
+    ] = ()
+    ssl_keyfile: Annotated[
+        str, _help("private key of the server's certificate, as PEM; with --ssl-certfile: HTTPS")
+    ] = ""
     ssl_certfile: Annotated[str, _help("the server's certificate, as PEM")] = ""
-    ssl_ca_certs: Annotated[str, _help("certificates that clients' certificates are checked against, as PEM")] = ""
-    ssl_cert_reqs: Annotated[int, _help("clients' certificates: 0 none, 1 optional, 2 required", ge=0, le=2)] = 0
-    allowed_origins: Annotated[tuple[str, ...], _help("origins of web pages that may use this server, plain or as a JSON list")] = ("*",)
-    allowed_methods: Annotated[tuple[str, ...], _help("HTTP methods that such pages may use")] = ("*",)
-    allowed_headers: Annotated[tuple[str, ...], _help("HTTP headers that such pages may send")] = ("*",)
+    ssl_ca_certs: Annotated[
+        str, _help("certificates that clients' certificates are checked against, as PEM")
+    ] = ""
+    ssl_cert_reqs: Annotated[
+        int, _help("clients' certificates: 0 none, 1 optional, 2 required", ge=0, le=2)
+    ] = 0
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        _help("origins of web pages that may use this server, plain or as a JSON list"),
+    ] = ("*",)
+    allowed_methods: Annotated[tuple[str, ...], _help("HTTP methods that such pages may use")] = (
+        "*",
+    )
+    allowed_headers: Annotated[tuple[str, ...], _help("HTTP headers that such pages may send")] = (
+        "*",
+    )
     allow_credentials: Annotated[bool, _help("such pages may send cookies and the like")] = False
-    sse_keep_alive_interval: Annotated[float, _help("seconds after which a silent stream sends a comment; 0: never", ge=0, le=3600)] = 15.0
-    request_timeout: Annotated[float, _help("seconds that a request may take, waiting included; 0: no limit", ge=0, le=86400)] = 0.0
-    shutdown_timeout: Annotated[float, _help("seconds that running requests may take after SIGTERM", ge=0, le=86400)] = 5.0
-    enable_force_include_usage: Annotated[bool, _help("tell the usage in every stream, asked for or not")] = False
+    sse_keep_alive_interval: Annotated[
+        float, _help("seconds after which a silent stream sends a comment; 0: never", ge=0, le=3600)
+    ] = 15.0
+    request_timeout: Annotated[
+        float,
+        _help("seconds that a request may take, waiting included; 0: no limit", ge=0, le=86400),
+    ] = 0.0
+    shutdown_timeout: Annotated[
+        float, _help("seconds that running requests may take after SIGTERM", ge=0, le=86400)
+    ] = 5.0
+    enable_force_include_usage: Annotated[
+        bool, _help("tell the usage in every stream, asked for or not")
+    ] = False
     max_body_mb: Annotated[int, _help("largest request body in MiB", ge=1, le=1024)] = 32
-    socket_fd: Annotated[int, _help("a listening socket inherited from the parent process", ge=-1)] = -1
+    socket_fd: Annotated[
+        int, _help("a listening socket inherited from the parent process", ge=-1)
+    ] = -1
 
 
 class TokenizerConfig(Struct, frozen=True):
-    chat_template: Annotated[str, _help("chat template: a file, the template itself, or a built-in one by name, like vicuna")] = ""
+    chat_template: Annotated[
+        str,
+        _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
+    ] = ""
 
 
 class SchedulerConfig(Struct, frozen=True):
     max_num_seqs: Annotated[
         Annotated[int, Meta(ge=1, le=65536)] | None,
-        _help("most requests in one step; default: 256, on a GPU below 40 GiB 128 or 64 where the KV cache would be small for them"),
+        _help(
+            "most requests in one step; default: 256, on a GPU below 40 GiB 128 or 64 where the KV cache would be small for them"
+        ),
     ] = None
     max_num_batched_tokens: Annotated[
-        int, _help("most tokens in one step; 0: 8192 on a GPU from 40 GiB on, else 2048", ge=0, le=1048576)
+        int,
+        _help(
+            "most tokens in one step; 0: 8192 on a GPU from 40 GiB on, else 2048", ge=0, le=1048576
+        ),
     ] = 0
     max_step_ms: Annotated[
-        float, _help("time of a step with running requests, in milliseconds, to which prefill is cut on a GPU; 0: no limit", ge=0)
+        float,
+        _help(
+            "time of a step with running requests, in milliseconds, to which prefill is cut on a GPU; 0: no limit",
+            ge=0,
+        ),
     ] = 25.0
     enable_prefix_caching: Annotated[bool, _help("share the blocks of equal prefixes")] = True
-    enable_cascade: Annotated[bool, _help("read blocks that running requests share once for all of them (CUDA only)")] = True
-    steps_in_flight: Annotated[int, _help("most steps sent ahead of their results; more than 2 only of short ones", ge=1, le=8)] = 4
-    max_queued_tokens: Annotated[int, _help("prompt tokens that may wait before requests get 429", ge=1)] = 4_194_304
-    max_queued_reqs: Annotated[int, _help("requests that may wait before requests get 429", ge=1)] = 16_384
+    enable_cascade: Annotated[
+        bool, _help("read blocks that running requests share once for all of them (CUDA only)")
+    ] = True
+    steps_in_flight: Annotated[
+        int,
+        _help("most steps sent ahead of their results; more than 2 only of short ones", ge=1, le=8),
+    ] = 4
+    max_queued_tokens: Annotated[
+        int, _help("prompt tokens that may wait before requests get 429", ge=1)
+    ] = 4_194_304
+    max_queued_reqs: Annotated[
+        int, _help("requests that may wait before requests get 429", ge=1)
+    ] = 16_384
 
     def step_tokens(self, gpu: bool, memory: int = LARGE_GPU) -> int:
         """Most tokens in one step. memory: all bytes of the GPU."""
@@ -137,21 +213,50 @@ class SchedulerConfig(Struct, frozen=True):
 class WorkerConfig(Struct, frozen=True):
     device: Annotated[
         Literal["auto", "cpu", "cuda", "fake"],
-        _help("where the model runs; CUDA_VISIBLE_DEVICES says on which GPU; fake: a hash instead of a model, for tests"),
+        _help(
+            "where the model runs; CUDA_VISIBLE_DEVICES says on which GPU; fake: a hash instead of a model, for tests"
+        ),
     ] = "auto"
-    dtype: Annotated[Literal["auto", "half", "float16", "bfloat16", "float", "float32"], _help("type of weights and activations")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
+        _help("type of weights and activations"),
+    ] = "auto"
     block_size: Annotated[int, _help("tokens in a KV block", ge=1, le=1024)] = 16
     num_kv_blocks: Annotated[int, _help("KV blocks; 0: from free memory", ge=0)] = 0
-    kv_cache_memory_bytes: Annotated[int, _help("memory for KV blocks in bytes, whatever the utilization; 0: from free memory", ge=0)] = 0
-    gpu_memory_utilization: Annotated[float, _help("share of the GPU's memory to use, what others use of it included", gt=0, le=1)] = 0.9
-    fit: Annotated[bool, _help("where --max-model-len does not fit, cut it to what memory holds instead of giving up")] = False
+    kv_cache_memory_bytes: Annotated[
+        int,
+        _help("memory for KV blocks in bytes, whatever the utilization; 0: from free memory", ge=0),
+    ] = 0
+    gpu_memory_utilization: Annotated[
+        float, _help("share of the GPU's memory to use, what others use of it included", gt=0, le=1)
+    ] = 0.9
+    fit: Annotated[
+        bool,
+        _help(
+            "where --max-model-len does not fit, cut it to what memory holds instead of giving up"
+        ),
+    ] = False
     cpu_kv_cache_gb: Annotated[float, _help("memory for KV blocks on a CPU, in GiB", gt=0)] = 1.0
     threads: Annotated[int, _help("CPU threads for tensor work; 0: one a core", ge=0)] = 0
     enforce_eager: Annotated[bool, _help("no CUDA graphs")] = False
-    hopper_attention: Annotated[bool, _help("read long prompts with the kernel made for Hopper GPUs, where there is one")] = True
-    log_steps: Annotated[bool, _help("log once a second how long steps take on the GPU and how long it waits between them")] = False
-    log_kernels: Annotated[bool, _help("log which kernels the GPU's time went to, when the first request comes after a pause")] = False
-    fake_step_ms: Annotated[float, _help("fake device: time of one step in milliseconds", ge=0)] = 0.0
+    hopper_attention: Annotated[
+        bool, _help("read long prompts with the kernel made for Hopper GPUs, where there is one")
+    ] = True
+    log_steps: Annotated[
+        bool,
+        _help(
+            "log once a second how long steps take on the GPU and how long it waits between them"
+        ),
+    ] = False
+    log_kernels: Annotated[
+        bool,
+        _help(
+            "log which kernels the GPU's time went to, when the first request comes after a pause"
+        ),
+    ] = False
+    fake_step_ms: Annotated[float, _help("fake device: time of one step in milliseconds", ge=0)] = (
+        0.0
+    )
     fake_vocab_size: Annotated[int, _help("fake device: vocabulary size", ge=2)] = 49152
 
 
@@ -169,8 +274,11 @@ def _description(annotation: Any) -> str:
     return (metas[0].description or "") if metas else ""
 
 
-def add_flags(parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()) -> None:
-    """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the namespace."""
+def add_flags(
+    parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()
+) -> None:
+    """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the
+    namespace."""
     for struct in structs:
         hints = typing.get_type_hints(struct, include_extras=True)
         for field in msgspec.structs.fields(struct):
@@ -191,7 +299,12 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     elif origin is Literal:
         options["choices"] = typing.get_args(kind)
     elif origin is tuple:
-        options.update(type=as_list, action=_Extend, nargs="+" if field.name in SEVERAL else None, metavar=field.name.upper())
+        options.update(
+            type=as_list,
+            action=_Extend,
+            nargs="+" if field.name in SEVERAL else None,
+            metavar=field.name.upper(),
+        )
     else:
         options.update(type=_converter(field.name, kind), metavar=kind.__name__.upper())
     names = [flag, SHORT[field.name]] if field.name in SHORT else [flag]
@@ -209,22 +322,44 @@ def as_list(text: str) -> list[str]:
 class _Extend(argparse.Action):
     """Flags given again add up."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: Any,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         lists = values if self.nargs == "+" else [values]
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), *(value for one in lists for value in one)])
+        setattr(
+            namespace,
+            self.dest,
+            [*getattr(namespace, self.dest, ()), *(value for one in lists for value in one)],
+        )
 
 
-UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+UNITS = {
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
+}
 
 
 def as_number(text: str) -> int:
-    """A whole number, also as people write large ones: 4k is 4,000, 4K is 4,096, 1.5m is 1,500,000, 1M is 1,048,576; as in vLLM."""
+    """A whole number, also as people write large ones: 4k is 4,000, 4K is 4,096, 1.5m is 1,500,000,
+    1M is 1,048,576; as in vLLM."""
     digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
     with contextlib.suppress(ValueError, ArithmeticError):
         value = Fraction(digits) * unit
         if value.denominator == 1 and "/" not in digits:
             return int(value)
-    raise argparse.ArgumentTypeError(f"{text}: a whole number is needed, like 2048, 4k (4,000) or 1M (1,048,576)")
+    raise argparse.ArgumentTypeError(
+        f"{text}: a whole number is needed, like 2048, 4k (4,000) or 1M (1,048,576)"
+    )
 
 
 def _converter(name: str, kind: type) -> Callable[[str], Any]:
@@ -239,7 +374,8 @@ def _whole_number(name: str) -> Callable[[str], int]:
 
 
 class BadSetting(ValueError):
-    """A value out of bounds. It speaks of flags; `reason` is for those who name settings otherwise."""
+    """A value out of bounds. It speaks of flags; `reason` is for those who name settings
+    otherwise."""
 
     def __init__(self, name: str, value: Any, reason: str) -> None:
         super().__init__(f"--{name.replace('_', '-')} {value}: {reason}")
@@ -260,8 +396,13 @@ def _reason(text: str, kind: Any) -> str:
 
 
 def read(struct: type[S], namespace: argparse.Namespace) -> S:
-    """The Struct with the flags that were given. Raises BadSetting for the first whose value is out of bounds."""
-    given = {f.name: getattr(namespace, f.name) for f in msgspec.structs.fields(struct) if hasattr(namespace, f.name)}
+    """The Struct with the flags that were given. Raises BadSetting for the first whose value is out
+    of bounds."""
+    given = {
+        f.name: getattr(namespace, f.name)
+        for f in msgspec.structs.fields(struct)
+        if hasattr(namespace, f.name)
+    }
     try:
         return msgspec.convert(given, struct)
     except msgspec.ValidationError as error:
@@ -272,7 +413,8 @@ def read(struct: type[S], namespace: argparse.Namespace) -> S:
 
 
 def to_flags(config: Struct) -> list[str]:
-    """Command-line flags that `read` turns back into `config`; how a parent hands settings to its child processes."""
+    """Command-line flags that `read` turns back into `config`; how a parent hands settings to its
+    child processes."""
     flags: list[str] = []
     for field in msgspec.structs.fields(type(config)):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")

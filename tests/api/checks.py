@@ -12,7 +12,12 @@ def check_error(answer, status: int, kind: str, param: str | None = None) -> dic
     body = answer.json()
     four = {name: body[name] for name in ("message", "type", "param", "code")}
     assert body["object"] == "error" and body["error"] == four
-    assert four["code"] == status and four["type"] == kind and four["param"] == param and four["message"]
+    assert (
+        four["code"] == status
+        and four["type"] == kind
+        and four["param"] == param
+        and four["message"]
+    )
     assert not LEAK.search(answer.text)
     return body
 

@@ -30,7 +30,9 @@ def client_context() -> ssl.SSLContext:
 
 
 class Frontend:
-    def __init__(self, run_dir: Path, keys: tuple[str, ...], config: FrontendConfig, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, run_dir: Path, keys: tuple[str, ...], config: FrontendConfig, names: tuple[str, ...]
+    ) -> None:
         self._options = (RunConfig(run_dir=str(run_dir)), names, Auth(keys), config)
         self._started, self._loop = threading.Event(), uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -43,7 +45,9 @@ class Frontend:
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
-        with contextlib.closing(listening_socket(FrontendConfig(host="127.0.0.1", port=0))) as listener:
+        with contextlib.closing(
+            listening_socket(FrontendConfig(host="127.0.0.1", port=0))
+        ) as listener:
             self.port = listener.getsockname()[1]
             async with Service(*self._options).serving(listener) as self.service:
                 self._started.set()
@@ -64,8 +68,12 @@ class Server:
     def __init__(self, stack: FakeStack, frontend: Frontend, key: str, tls: bool) -> None:
         self.stack, self.frontend = stack, frontend
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{frontend.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20, verify=client_context() if tls else True)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or "EMPTY", max_retries=0, timeout=20)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=20, verify=client_context() if tls else True
+        )
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or "EMPTY", max_retries=0, timeout=20
+        )
 
     @property
     def owner(self):
@@ -78,7 +86,9 @@ class Server:
         return self.post("/v1/completions", prompt=prompt, **body)
 
     def chat(self, text: str = "hi", **body: object):
-        return self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **body)
+        return self.post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": text}], **body
+        )
 
     def events(self, path: str, **body: object) -> list[object]:
         """The parsed events of a stream; the last must be [DONE]."""
@@ -108,7 +118,10 @@ def serve(
     **options: object,
 ):
     config = config or FrontendConfig(max_body_mb=1)
-    with tempfile.TemporaryDirectory(prefix="pw", dir="/tmp") as name, fake_stack(Path(name), **options) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="pw", dir="/tmp") as name,
+        fake_stack(Path(name), **options) as stack,
+    ):
         frontend = Frontend(Path(name), keys, config, names)
         server = Server(stack, frontend, keys[0] if keys else "", tls)
         try:

@@ -1,6 +1,8 @@
-"""A scheduler and a tokenizer that follow a script, over real inboxes: what the frontend sees of the stack, without a stack.
+"""A scheduler and a tokenizer that follow a script, over real inboxes: what the frontend sees of
+the stack, without a stack.
 
-The prompt is the script: see `Script.of`. Both run in one thread; `received` keeps what the frontend sent, for tests to look at.
+The prompt is the script: see `Script.of`. Both run in one thread; `received` keeps what the
+frontend sent, for tests to look at.
 """
 
 import contextlib
@@ -11,8 +13,26 @@ from dataclasses import dataclass, field, replace
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
 from pagewire_protocol.columns import pack, unpack
-from pagewire_protocol.messages import Cancel, Deltas, Detokenize, Generate, Hello, Roster, Tokenize, Tokenized
-from pagewire_protocol.parts import End, Finish, Peer, Prompt, PromptLogprobs, Role, Started, TokenLogprobs
+from pagewire_protocol.messages import (
+    Cancel,
+    Deltas,
+    Detokenize,
+    Generate,
+    Hello,
+    Roster,
+    Tokenize,
+    Tokenized,
+)
+from pagewire_protocol.structs import (
+    End,
+    Finish,
+    Peer,
+    Prompt,
+    PromptLogprobs,
+    Role,
+    Started,
+    TokenLogprobs,
+)
 
 WORDS = ("Hello", ",", " 世界", "!", " 🦙", ' a"b\\c\n', " é", " end")
 MODEL_LEN = 4096
@@ -39,7 +59,8 @@ def token(position: int) -> int:
 
 @dataclass
 class Script:
-    """What happens to a request: `tokens` of output; an end; an accident after `accident_after` tokens of the first attempt."""
+    """What happens to a request: `tokens` of output; an end; an accident after `accident_after`
+    tokens of the first attempt."""
 
     tokens: int = 8
     reason: Finish = Finish.LENGTH
@@ -54,11 +75,17 @@ class Script:
 
     @staticmethod
     def of(generate: Generate) -> "Script":
-        """Read from the prompt, words like `refuse429`, `lost`, `gap`, `failed`, `hang`, `stop`, `slow`; max_tokens gives the length."""
+        """Read from the prompt, words like `refuse429`, `lost`, `gap`, `failed`, `hang`, `stop`,
+        `slow`; max_tokens gives the length."""
         text = prompt_text(generate)
         script = Script(tokens=8 if generate.max_tokens_is_rest else generate.sampling.max_tokens)
         if found := re.search(r"refuse(\d+)", text):
-            script.refuse = (int(found.group(1)), "System role not supported", "messages", 7 if found.group(1) == "429" else 0)
+            script.refuse = (
+                int(found.group(1)),
+                "System role not supported",
+                "messages",
+                7 if found.group(1) == "429" else 0,
+            )
         if "stop" in text.split():
             script.tokens, script.reason, script.stop_reason = (
                 min(script.tokens, 5),
@@ -103,7 +130,8 @@ def deltas(generate: Generate, start: int, count: int, execution: int, **more: o
 
 
 def chosen(generate: Generate) -> float:
-    """The log-probability of each token of this request: it varies with the seed where the prompt says so."""
+    """The log-probability of each token of this request: it varies with the seed where the prompt
+    says so."""
     return -0.5 - (generate.sampling.seed % 97 if "varied" in prompt_text(generate) else 0)
 
 
@@ -116,7 +144,10 @@ def logprobs(generate: Generate, positions: range) -> tuple[TokenLogprobs, ...]:
             rank=1,
             ids=(token(p), *range(k)),
             values=(chosen(generate), *(-0.5 * (i + 1) for i in range(k))),
-            texts=(word(p).encode(), *(f"t{i}".encode() if i else word(p).encode() for i in range(k))),
+            texts=(
+                word(p).encode(),
+                *(f"t{i}".encode() if i else word(p).encode() for i in range(k)),
+            ),
         )
         for row, p in enumerate(positions)
     )
@@ -132,7 +163,11 @@ class Words:
     def encode(self, prompt: Prompt) -> list[int]:
         if prompt.ids is not None:
             return unpack("i", prompt.ids).tolist()
-        text = prompt.text if prompt.text is not None else "".join(f" {m.role}: {m.content}" for m in prompt.chat.messages)
+        text = (
+            prompt.text
+            if prompt.text is not None
+            else "".join(f" {m.role}: {m.content}" for m in prompt.chat.messages)
+        )
         found = re.findall(r"\s*\S+", text)
         for one in found:
             if one not in self.ids:
@@ -182,7 +217,12 @@ class FakeStack:
         assert finished.wait(5)
 
     def change(self, **values: object) -> None:
-        self.do(lambda: ([setattr(self, name, value) for name, value in values.items()], self.send_rosters()))
+        self.do(
+            lambda: (
+                [setattr(self, name, value) for name, value in values.items()],
+                self.send_rosters(),
+            )
+        )
 
     def kill_tokenizer(self, replace_it: bool = True) -> None:
         def kill() -> None:
@@ -197,13 +237,24 @@ class FakeStack:
         self.do(kill)
 
     def new_scheduler(self) -> None:
-        self.do(lambda: (self._work.clear(), setattr(self, "epoch", self.epoch + 1), self.send_rosters()))
+        self.do(
+            lambda: (
+                self._work.clear(),
+                setattr(self, "epoch", self.epoch + 1),
+                self.send_rosters(),
+            )
+        )
 
     def generates(self) -> list[Generate]:
         return [message for message in self.received if isinstance(message, Generate)]
 
     def cancels(self) -> set[tuple[bytes, int]]:
-        return {pair for message in self.received if isinstance(message, Cancel) for pair in message.requests}
+        return {
+            pair
+            for message in self.received
+            if isinstance(message, Cancel)
+            for pair in message.requests
+        }
 
     def close(self) -> None:
         self._done.set()
@@ -220,8 +271,14 @@ class FakeStack:
 
     def roster(self) -> Roster:
         stage = ("", 1.0) if self.ready else ("reading weights from /secret/place/model.gguf", 0.42)
-        peers = [Peer(Role.TOKENIZER, f"t{i}", x.address, n, self.ready, *stage) for i, (n, x) in enumerate(self.inboxes.items())]
-        peers += [Peer(Role.WORKER, "w", "ipc:///nowhere", 5, self.ready, *stage), *self.frontends.values()]
+        peers = [
+            Peer(Role.TOKENIZER, f"t{i}", x.address, n, self.ready, *stage)
+            for i, (n, x) in enumerate(self.inboxes.items())
+        ]
+        peers += [
+            Peer(Role.WORKER, "w", "ipc:///nowhere", 5, self.ready, *stage),
+            *self.frontends.values(),
+        ]
         room, text = MODEL_LEN if self.ready else 0, (self.has_text, self.has_chat_template)
         return Roster(self.epoch, tuple(peers), room, VOCABULARY, (2,), *text, dict(self.stats))
 
@@ -234,7 +291,10 @@ class FakeStack:
         while not self._done.is_set():
             self.scheduler.wait(0.002)
             for message in self.scheduler.drain():
-                if isinstance(message, Hello) and self.frontends.get(message.peer.incarnation) != message.peer:
+                if (
+                    isinstance(message, Hello)
+                    and self.frontends.get(message.peer.incarnation) != message.peer
+                ):
                     self.frontends[message.peer.incarnation] = message.peer
                     self.send_rosters()
             while self._do:
@@ -261,19 +321,40 @@ class FakeStack:
 
     def _answer(self, question: Tokenize | Detokenize) -> None:
         if isinstance(question, Detokenize):
-            answer = Tokenized(question.handle, text=self.words.decode(unpack("i", question.ids).tolist()))
+            answer = Tokenized(
+                question.handle, text=self.words.decode(unpack("i", question.ids).tolist())
+            )
         elif "refuse" in (question.prompt.text or ""):
-            answer = Tokenized(question.handle, status=400, message="There is a word that cannot be.", param="prompt")
+            answer = Tokenized(
+                question.handle,
+                status=400,
+                message="There is a word that cannot be.",
+                param="prompt",
+            )
         else:
             ids = self.words.encode(question.prompt)
-            answer = Tokenized(question.handle, pack("i", ids), tuple(map(self.words.text, ids)) if question.with_texts else ())
+            answer = Tokenized(
+                question.handle,
+                pack("i", ids),
+                tuple(map(self.words.text, ids)) if question.with_texts else (),
+            )
         self.outbox.send(question.reply_to, answer)
 
     def _begin(self, generate: Generate, execution: int) -> None:
         script = Script.of(generate)
         if script.refuse:
             status, text, param, retry = script.refuse
-            self._send(generate, end(generate, Finish.REFUSED, status=status, message=text, param=param, retry_after_s=retry))
+            self._send(
+                generate,
+                end(
+                    generate,
+                    Finish.REFUSED,
+                    status=status,
+                    message=text,
+                    param=param,
+                    retry_after_s=retry,
+                ),
+            )
             return
         if script.mum:
             self._work.append((time.monotonic() + 1.5, generate, execution))
@@ -286,7 +367,8 @@ class FakeStack:
         self._work.append((time.monotonic(), generate, execution))
 
     def _score(self, generate: Generate, execution: int) -> None:
-        """In two runs. Token i of the prompt has the log-probability -i and the rank i; id 7 is always the likeliest, then 8, ..."""
+        """In two runs. Token i of the prompt has the log-probability -i and the rank i; id 7 is
+        always the likeliest, then 8, ..."""
         ids, k = self.words.encode(generate.prompt), generate.sampling.prompt_logprobs
         for first, last in ((1, 2), (2, len(ids))):
             run = ids[first:last]
@@ -296,10 +378,19 @@ class FakeStack:
                 pack("i", [k + 1] * len(run)),
                 pack("i", range(first, first + len(run))),
                 pack("i", [one for own in run for one in (own, *range(7, 7 + k))]),
-                pack("f", [value for i in range(len(run)) for value in (-float(first + i), *(-0.25 * (j + 1) for j in range(k)))]),
+                pack(
+                    "f",
+                    [
+                        value
+                        for i in range(len(run))
+                        for value in (-float(first + i), *(-0.25 * (j + 1) for j in range(k)))
+                    ],
+                ),
                 generate.attempt,
                 execution,
-                tuple(self.words.text(one).encode() for own in run for one in (own, *range(7, 7 + k))),
+                tuple(
+                    self.words.text(one).encode() for own in run for one in (own, *range(7, 7 + k))
+                ),
             )
             self._send(generate, replace_rows(generate, prompt_logprobs=(entry,) if run else ()))
 
@@ -325,7 +416,15 @@ class FakeStack:
         if name == "gap":
             self._send(generate, deltas(generate, at + 1, 1, execution))
         else:
-            self._send(generate, end(generate, Finish[name.upper()], status=500, message="cuda error at 0xdeadbeef in /opt/x.py"))
+            self._send(
+                generate,
+                end(
+                    generate,
+                    Finish[name.upper()],
+                    status=500,
+                    message="cuda error at 0xdeadbeef in /opt/x.py",
+                ),
+            )
 
     def _send(self, generate: Generate, message: Deltas) -> None:
         self.outbox.send(generate.reply_to, message)
@@ -357,4 +456,15 @@ def fake_stack(run_dir, **options: object):
         stack.close()
 
 
-__all__ = ["MODEL_LEN", "FakeStack", "Script", "deltas", "end", "expected", "fake_stack", "replace", "tokens_of", "word"]
+__all__ = [
+    "MODEL_LEN",
+    "FakeStack",
+    "Script",
+    "deltas",
+    "end",
+    "expected",
+    "fake_stack",
+    "replace",
+    "tokens_of",
+    "word",
+]

@@ -1,4 +1,5 @@
-"""What happens around requests: other origins, HTTPS, request ids, content types, silent streams, who shares a cache with whom."""
+"""What happens around requests: other origins, HTTPS, request ids, content types, silent streams,
+who shares a cache with whom."""
 
 import json
 import re
@@ -24,7 +25,10 @@ PREFLIGHT = {"Origin": "https://a.example", "Access-Control-Request-Method": "PO
 
 def test_by_default_any_page_may_use_a_server_without_credentials(server) -> None:
     answer = server.http.get("/v1/models", headers={"Origin": "https://a.example"})
-    assert answer.headers["access-control-allow-origin"] == "*" and "access-control-allow-credentials" not in answer.headers
+    assert (
+        answer.headers["access-control-allow-origin"] == "*"
+        and "access-control-allow-credentials" not in answer.headers
+    )
     assert "access-control-allow-origin" not in server.http.get("/v1/models").headers
     asked = {**PREFLIGHT, "Access-Control-Request-Headers": "authorization, X-Stainless-Lang"}
     answer = server.http.options("/v1/chat/completions", headers=asked)
@@ -34,8 +38,15 @@ def test_by_default_any_page_may_use_a_server_without_credentials(server) -> Non
 
 def test_streams_and_errors_carry_the_headers_too(server) -> None:
     for body in ({"prompt": "hi", "stream": True}, {"prompt": ""}):
-        answer = server.http.post("/v1/completions", json=body, headers={"Origin": "https://a.example", "X-Request-Id": "abc"})
-        assert answer.headers["access-control-allow-origin"] == "*" and answer.headers["x-request-id"] == "abc"
+        answer = server.http.post(
+            "/v1/completions",
+            json=body,
+            headers={"Origin": "https://a.example", "X-Request-Id": "abc"},
+        )
+        assert (
+            answer.headers["access-control-allow-origin"] == "*"
+            and answer.headers["x-request-id"] == "abc"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +84,14 @@ def test_listed_origins_methods_and_headers(choosy, change: dict[str, str], stat
 
 def test_a_refusal_for_want_of_a_key_can_be_read_by_the_page(choosy) -> None:
     answer = choosy.http.get("/v1/models", headers={"Origin": "https://a.example"})
-    assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-origin" not in choosy.http.get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+    assert (
+        answer.status_code == 401
+        and answer.headers["access-control-allow-origin"] == "https://a.example"
+    )
+    assert (
+        "access-control-allow-origin"
+        not in choosy.http.get("/v1/models", headers={"Origin": "https://evil.example"}).headers
+    )
 
 
 def test_options_without_an_origin_needs_no_key_and_gives_nothing(choosy) -> None:
@@ -128,29 +145,53 @@ def test_files_that_will_not_do(settings: dict[str, str], text: str) -> None:
 # --- content types ---
 
 
-@pytest.mark.parametrize("kind", [None, "application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"])
+@pytest.mark.parametrize(
+    "kind",
+    [None, "application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"],
+)
 def test_json_by_any_name_or_none(server, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
-    assert server.http.post("/v1/completions", content=b'{"prompt": "hi"}', headers=headers).status_code == 200
+    assert (
+        server.http.post(
+            "/v1/completions", content=b'{"prompt": "hi"}', headers=headers
+        ).status_code
+        == 200
+    )
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "x+json"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "x+json",
+    ],
+)
 def test_other_types_are_refused(server, kind: str) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         answer = server.http.post(path, content=b'{"prompt": "hi"}', headers={"Content-Type": kind})
-        assert "application/json" in check_error(answer, 415, "UnsupportedMediaTypeError")["message"]
+        assert (
+            "application/json" in check_error(answer, 415, "UnsupportedMediaTypeError")["message"]
+        )
 
 
 # --- request ids ---
 
 
 def test_an_answer_is_named_after_its_request(server) -> None:
-    answer = server.http.post("/v1/completions", json={"prompt": "hi", "request_id": "body"}, headers={"X-Request-Id": "head"})
+    answer = server.http.post(
+        "/v1/completions",
+        json={"prompt": "hi", "request_id": "body"},
+        headers={"X-Request-Id": "head"},
+    )
     assert answer.json()["id"] == "cmpl-head" and answer.headers["x-request-id"] == "head"
     answer = server.chat("hi", request_id="body")
     assert answer.json()["id"] == "chatcmpl-body" and answer.headers["x-request-id"] == "body"
     answer = server.complete("hi", stream=True)
-    assert f"cmpl-{answer.headers['x-request-id']}" == json.loads(answer.text.split("\n")[0][6:])["id"]
+    assert (
+        f"cmpl-{answer.headers['x-request-id']}" == json.loads(answer.text.split("\n")[0][6:])["id"]
+    )
 
 
 # --- silence ---
@@ -159,7 +200,9 @@ def test_an_answer_is_named_after_its_request(server) -> None:
 def test_a_silent_stream_says_that_it_lives() -> None:
     with serve(config=FrontendConfig(sse_keep_alive_interval=0.2)) as server:
         began, text = time.monotonic(), ""
-        with server.http.stream("POST", "/v1/completions", json={"prompt": "hang", "stream": True}) as answer:
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "hang", "stream": True}
+        ) as answer:
             for piece in answer.iter_text():
                 text += piece
                 if text.count(": ping\n\n") == 2:
@@ -175,7 +218,9 @@ def test_a_stream_that_waits_for_its_turn_begins_with_pings() -> None:
         with server.http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
             text = "".join(answer.iter_text())
-        assert text.startswith(": ping\n\n") and text.endswith("data: [DONE]\n\n") and "Hello" in text
+        assert (
+            text.startswith(": ping\n\n") and text.endswith("data: [DONE]\n\n") and "Hello" in text
+        )
 
 
 def test_pings_can_be_switched_off() -> None:
@@ -189,7 +234,10 @@ def test_pings_can_be_switched_off() -> None:
 
 def test_a_request_that_takes_too_long_ends_everywhere() -> None:
     with serve(config=FrontendConfig(request_timeout=0.3)) as server:
-        assert "within 0.3 s (--request-timeout)" in check_error(server.complete("hang"), 504, "GatewayTimeoutError")["message"]
+        assert (
+            "within 0.3 s (--request-timeout)"
+            in check_error(server.complete("hang"), 504, "GatewayTimeoutError")["message"]
+        )
         answer = server.complete("hang", stream=True)
         assert answer.status_code == 200
         last = answer.text.strip().split("\n\n")[-2:]
@@ -208,11 +256,24 @@ def test_a_request_that_takes_too_long_ends_everywhere() -> None:
 def test_holders_of_different_keys_share_no_cache() -> None:
     with serve(keys=("one", "two")) as server:
         salts = []
-        for key, salt in (("one", None), ("one", None), ("two", None), ("one", "x"), ("two", "x"), ("one", "y")):
+        for key, salt in (
+            ("one", None),
+            ("one", None),
+            ("two", None),
+            ("one", "x"),
+            ("two", "x"),
+            ("one", "y"),
+        ):
             headers = {"Authorization": f"Bearer {key}"}
-            server.http.post("/v1/completions", json={"prompt": "hi", "cache_salt": salt}, headers=headers)
+            server.http.post(
+                "/v1/completions", json={"prompt": "hi", "cache_salt": salt}, headers=headers
+            )
             salts.append(server.stack.generates()[-1].cache_salt)
-        assert salts[0] == salts[1] and len(set(salts)) == 5 and all(0 < len(salt) <= 128 for salt in salts)
+        assert (
+            salts[0] == salts[1]
+            and len(set(salts)) == 5
+            and all(0 < len(salt) <= 128 for salt in salts)
+        )
         assert not any(key in salt for key in ("one", "two") for salt in salts)
     with serve() as server:
         server.complete("hi")
@@ -230,6 +291,19 @@ def test_ping_and_load(server) -> None:
 
 def test_the_model_list_is_complete(server) -> None:
     card = server.http.get("/v1/models").json()["data"][0]
-    assert set(card) == {"id", "object", "created", "owned_by", "root", "parent", "max_model_len", "permission"}
+    assert set(card) == {
+        "id",
+        "object",
+        "created",
+        "owned_by",
+        "root",
+        "parent",
+        "max_model_len",
+        "permission",
+    }
     (permission,) = card["permission"]
-    assert permission["object"] == "model_permission" and permission["allow_sampling"] and card["id"] == MODEL
+    assert (
+        permission["object"] == "model_permission"
+        and permission["allow_sampling"]
+        and card["id"] == MODEL
+    )

@@ -25,11 +25,15 @@ def answer(port: int, *pieces: bytes) -> bytes:
 @pytest.mark.parametrize("cut", [0, 1, len(BODY) // 2, len(BODY)])
 def test_a_body_may_come_with_its_head_or_after_it(server, cut: int) -> None:
     head = HEAD % len(BODY)
-    found = answer(server.frontend.port, head + BODY[:cut], *([BODY[cut:]] if cut < len(BODY) else []))
+    found = answer(
+        server.frontend.port, head + BODY[:cut], *([BODY[cut:]] if cut < len(BODY) else [])
+    )
     assert found.startswith(b"HTTP/1.1 200") and b'"text_completion"' in found
 
 
-def test_a_body_that_stops_coming_is_not_waited_for(server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_stops_coming_is_not_waited_for(
+    server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(body, "BODY_S", 0.2)
     found = answer(server.frontend.port, HEAD % len(BODY), BODY[:9])
     assert found.startswith(b"HTTP/1.1 408") and b"did not arrive within" in found

@@ -1,4 +1,5 @@
-"""Everything around generation: probes, models, metrics, keys, and the error for each way to be wrong."""
+"""Everything around generation: probes, models, metrics, keys, and the error for each way to be
+wrong."""
 
 import json
 import re
@@ -8,7 +9,7 @@ from api.checks import LEAK, check_error, refused
 from api.fake_stack import expected
 from pagewire.frontend.stack import SILENT_S, Stack
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.parts import Peer, Role
+from pagewire_protocol.structs import Peer, Role
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = "/models/tiny one/"
@@ -27,12 +28,27 @@ def test_probes_of_a_ready_stack(server) -> None:
 
 def test_while_loading_everything_says_so(serve) -> None:
     with serve(ready=False) as server:
-        for answer in (server.http.get("/health"), server.http.get("/ready"), server.complete("hi"), server.chat("hi", stream=True)):
+        for answer in (
+            server.http.get("/health"),
+            server.http.get("/ready"),
+            server.complete("hi"),
+            server.chat("hi", stream=True),
+        ):
             body = check_error(answer, 503, "ServiceUnavailableError")
-            assert body["status"] == "loading" and "reading weights" in body["message"] and "42%" in body["message"]
-            assert {(row["role"], row["fraction"]) for row in body["loading"]} == {("worker", 0.42), ("tokenizer", 0.42)}
+            assert (
+                body["status"] == "loading"
+                and "reading weights" in body["message"]
+                and "42%" in body["message"]
+            )
+            assert {(row["role"], row["fraction"]) for row in body["loading"]} == {
+                ("worker", 0.42),
+                ("tokenizer", 0.42),
+            }
             assert int(answer.headers["retry-after"]) > 0
-        assert server.http.get("/live").status_code == 200 and server.http.get("/v1/models").json()["data"][0]["max_model_len"] is None
+        assert (
+            server.http.get("/live").status_code == 200
+            and server.http.get("/v1/models").json()["data"][0]["max_model_len"] is None
+        )
         server.stack.change(ready=True)
         server.wait_health(200)
         assert server.complete("hi").status_code == 200
@@ -52,7 +68,12 @@ def test_models(server) -> None:
     cards = server.http.get("/v1/models").json()
     assert cards["object"] == "list" and [card["id"] for card in cards["data"]] == [MODEL, "alias"]
     card = cards["data"][0]
-    assert card["object"] == "model" and card["max_model_len"] == 4096 and card["root"] == MODEL and card["parent"] is None
+    assert (
+        card["object"] == "model"
+        and card["max_model_len"] == 4096
+        and card["root"] == MODEL
+        and card["parent"] is None
+    )
     assert isinstance(card["created"], int) and card["owned_by"] and card["permission"]
     for path in ("%2Fmodels%2Ftiny%20one%2F", "/models/tiny%20one/", "alias"):
         assert server.http.get("/v1/models/" + path).status_code == 200
@@ -60,32 +81,84 @@ def test_models(server) -> None:
 
 
 def test_metrics(serve) -> None:
-    with serve(stats={"num_requests_running": 3, "kv_cache_usage_perc": 0.25, "prefix_cache_hits": 7, "steps in flight": 2}) as server:
+    with serve(
+        stats={
+            "num_requests_running": 3,
+            "kv_cache_usage_perc": 0.25,
+            "prefix_cache_hits": 7,
+            "steps in flight": 2,
+        }
+    ) as server:
         server.complete("stop", max_tokens=8)
         server.complete("refuse400")
         text = server.http.get("/metrics").text
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            label = next((sample.labels[k] for k in ("finished_reason", "code", "le", "role") if k in sample.labels), "")
+            label = next(
+                (
+                    sample.labels[k]
+                    for k in ("finished_reason", "code", "le", "role")
+                    if k in sample.labels
+                ),
+                "",
+            )
             samples[sample.name, label] = sample.value
-    assert samples["vllm:num_requests_running", ""] == 3 and samples["vllm:kv_cache_usage_perc", ""] == 0.25
-    assert samples["vllm:prefix_cache_hits_total", ""] == 7 and samples["vllm:num_preemptions_total", ""] == 0
+    assert (
+        samples["vllm:num_requests_running", ""] == 3
+        and samples["vllm:kv_cache_usage_perc", ""] == 0.25
+    )
+    assert (
+        samples["vllm:prefix_cache_hits_total", ""] == 7
+        and samples["vllm:num_preemptions_total", ""] == 0
+    )
     assert samples["pagewire:scheduler_steps_in_flight", ""] == 2
-    assert samples["vllm:prompt_tokens_total", ""] == 3 and samples["vllm:generation_tokens_total", ""] == 5
-    assert samples["vllm:request_success_total", "stop"] == 1 and samples["vllm:request_success_total", "error"] == 1
-    assert samples["vllm:time_to_first_token_seconds_count", ""] == 1 == samples["vllm:time_to_first_token_seconds_bucket", "+Inf"]
-    assert samples["vllm:gpu_cache_usage_perc", ""] == 0.25 and samples["vllm:request_params_n_sum", ""] == 2
-    for name, total in (("prompt_tokens", 3), ("generation_tokens", 5), ("max_num_generation_tokens", 5), ("params_max_tokens", 8)):
-        assert samples[f"vllm:request_{name}_sum", ""] == total and samples[f"vllm:request_{name}_count", ""] == 1
-    parts = [samples[f"vllm:request_{name}_time_seconds_sum", ""] for name in ("queue", "prefill", "decode")]
+    assert (
+        samples["vllm:prompt_tokens_total", ""] == 3
+        and samples["vllm:generation_tokens_total", ""] == 5
+    )
+    assert (
+        samples["vllm:request_success_total", "stop"] == 1
+        and samples["vllm:request_success_total", "error"] == 1
+    )
+    assert (
+        samples["vllm:time_to_first_token_seconds_count", ""]
+        == 1
+        == samples["vllm:time_to_first_token_seconds_bucket", "+Inf"]
+    )
+    assert (
+        samples["vllm:gpu_cache_usage_perc", ""] == 0.25
+        and samples["vllm:request_params_n_sum", ""] == 2
+    )
+    for name, total in (
+        ("prompt_tokens", 3),
+        ("generation_tokens", 5),
+        ("max_num_generation_tokens", 5),
+        ("params_max_tokens", 8),
+    ):
+        assert (
+            samples[f"vllm:request_{name}_sum", ""] == total
+            and samples[f"vllm:request_{name}_count", ""] == 1
+        )
+    parts = [
+        samples[f"vllm:request_{name}_time_seconds_sum", ""]
+        for name in ("queue", "prefill", "decode")
+    ]
     assert all(part > 0 for part in parts)
     assert sum(parts[1:]) == pytest.approx(samples["vllm:request_inference_time_seconds_sum", ""])
     assert sum(parts) <= samples["vllm:e2e_request_latency_seconds_sum", ""]
-    assert samples["vllm:request_time_per_output_token_seconds_sum", ""] == pytest.approx(parts[2] / 4)
+    assert samples["vllm:request_time_per_output_token_seconds_sum", ""] == pytest.approx(
+        parts[2] / 4
+    )
     assert samples["vllm:time_per_output_token_seconds_count", ""] == 4
-    assert samples["vllm:inter_token_latency_seconds_count", ""] == 4 and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
-    assert samples["pagewire:frontend_http_responses_total", "400"] == 1 and samples["pagewire:service_ready", "worker"] == 1
+    assert (
+        samples["vllm:inter_token_latency_seconds_count", ""] == 4
+        and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
+    )
+    assert (
+        samples["pagewire:frontend_http_responses_total", "400"] == 1
+        and samples["pagewire:service_ready", "worker"] == 1
+    )
 
 
 # --- requests that are wrong ---
@@ -104,7 +177,10 @@ def test_unknown_model(server) -> None:
 def test_unknown_routes_and_methods(server) -> None:
     check_error(server.http.get("/v1/nothing"), 404, "NotFoundError")
     answer = server.http.get("/v1/completions")
-    assert check_error(answer, 405, "MethodNotAllowedError")["message"].endswith("use POST.") and answer.headers["allow"] == "POST"
+    assert (
+        check_error(answer, 405, "MethodNotAllowedError")["message"].endswith("use POST.")
+        and answer.headers["allow"] == "POST"
+    )
     check_error(server.http.post("/health"), 405, "MethodNotAllowedError")
 
 
@@ -126,7 +202,11 @@ def test_unknown_routes_and_methods(server) -> None:
 def test_bodies_that_are_no_request(server, body: bytes) -> None:
     for path in ("/v1/completions", "/v1/chat/completions"):
         answer = server.http.post(path, content=body)
-        assert answer.status_code == 400 and answer.json()["error"]["code"] == 400 and not LEAK.search(answer.text)
+        assert (
+            answer.status_code == 400
+            and answer.json()["error"]["code"] == 400
+            and not LEAK.search(answer.text)
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,12 +269,36 @@ def test_values_out_of_range(server, name: str, value: object, parts: tuple[str,
         ({"messages": [{"content": "x"}]}, "messages", "role"),
         ({"messages": [{"role": "", "content": "x"}]}, "messages", "got 0"),
         ({"messages": [{"role": "user"}]}, "messages", "content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "image_url"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls", "tool_calls"),
-        ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs", "logprobs"),
-        ({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
+            "messages",
+            "image_url",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
+            "messages[0].tool_calls",
+            "tool_calls",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
+            "top_logprobs",
+            "logprobs",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 21},
+            "top_logprobs",
+            "21",
+        ),
         ({"messages": [{"role": "user", "content": "x"}], "logprobs": 1}, "logprobs", "bool"),
-        ({"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0}, "max_completion_tokens", "got 0"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 0},
+            "max_completion_tokens",
+            "got 0",
+        ),
     ],
 )
 def test_chats_that_are_wrong(server, body: dict, param: str, part: str) -> None:
@@ -232,7 +336,10 @@ def test_neutral_values_of_what_is_not_supported_pass(server) -> None:
         "length_penalty": 1,
     }
     answer = server.complete("hi", n=2, max_tokens=3, temperature=None, stop=None, **neutral)
-    assert answer.status_code == 200 and [choice["text"] for choice in answer.json()["choices"]] == [expected(3)] * 2
+    assert (
+        answer.status_code == 200
+        and [choice["text"] for choice in answer.json()["choices"]] == [expected(3)] * 2
+    )
     assert server.complete("hi", best_of=1).status_code == 200
 
 
@@ -244,18 +351,31 @@ def test_a_model_without_a_chat_template(serve) -> None:
 def test_encodings_and_sizes(serve) -> None:
     with serve() as server:
         for encoding in ("gzip", "deflate, gzip", "br"):
-            answer = server.http.post("/v1/completions", content=b"\x1f\x8b\x08", headers={"Content-Encoding": encoding})
+            answer = server.http.post(
+                "/v1/completions", content=b"\x1f\x8b\x08", headers={"Content-Encoding": encoding}
+            )
             check_error(answer, 415, "UnsupportedMediaTypeError")
         body = json.dumps({"prompt": "x" * (1 << 20)}).encode()
-        answers = [server.http.post("/v1/completions", content=body), server.http.post("/v1/completions", content=iter([body]))]
+        answers = [
+            server.http.post("/v1/completions", content=body),
+            server.http.post("/v1/completions", content=iter([body])),
+        ]
         for answer in answers:
             assert "1048576" in check_error(answer, 413, "RequestEntityTooLargeError")["message"]
 
 
 def test_request_ids(server) -> None:
     given = "abc-123"
-    answers = [server.http.get("/live", headers={"X-Request-Id": given}), server.http.get("/v1/x", headers={"X-Request-Id": given})]
+    answers = [
+        server.http.get("/live", headers={"X-Request-Id": given}),
+        server.http.get("/v1/x", headers={"X-Request-Id": given}),
+    ]
     assert [answer.headers["x-request-id"] for answer in answers] == [given, given]
-    made = {server.complete("hi", stream=stream).headers["x-request-id"] for stream in (True, False)}
+    made = {
+        server.complete("hi", stream=stream).headers["x-request-id"] for stream in (True, False)
+    }
     assert len(made) == 2 and all(re.fullmatch("[0-9a-f]{32}", value) for value in made)
-    assert server.http.get("/live", headers={"X-Request-Id": "x" * 129}).headers["x-request-id"] != "x" * 129
+    assert (
+        server.http.get("/live", headers={"X-Request-Id": "x" * 129}).headers["x-request-id"]
+        != "x" * 129
+    )

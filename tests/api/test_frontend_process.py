@@ -25,7 +25,9 @@ sys.exit(run(RunConfig(run_dir=directory), ModelConfig(model="m"), FrontendConfi
 
 def start(tmp, fd: int = -1, port: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-c", PROGRAM, str(fd), str(port), str(tmp)]
-    return subprocess.Popen(command, pass_fds=(fd,) if fd >= 0 else (), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, pass_fds=(fd,) if fd >= 0 else (), stderr=subprocess.PIPE, text=True
+    )
 
 
 def get(port: int, path: str) -> int:
@@ -76,16 +78,28 @@ def test_a_drain_lets_requests_finish_and_takes_no_more(serve) -> None:
         closing.start()
         server.settle(lambda: server.http.get("/health").status_code == 503)
         late = server.complete("hi")
-        assert late.status_code == 503 and "shutting down" in late.json()["message"] and late.headers["retry-after"]
+        assert (
+            late.status_code == 503
+            and "shutting down" in late.json()["message"]
+            and late.headers["retry-after"]
+        )
         running.join(10)
         closing.join(10)
-        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 20
+        assert (
+            answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 20
+        )
 
 
 def test_a_drain_waits_for_a_search_between_its_rounds(serve) -> None:
     with serve(config=FrontendConfig(shutdown_timeout=20)) as server:
         answers = []
-        body = {"prompt": "one two", "max_tokens": 200, "use_beam_search": True, "n": 2, "ignore_eos": True}
+        body = {
+            "prompt": "one two",
+            "max_tokens": 200,
+            "use_beam_search": True,
+            "n": 2,
+            "ignore_eos": True,
+        }
         running = threading.Thread(target=lambda: answers.append(server.complete(**body)))
         running.start()
         server.settle(lambda: bool(server.stack.generates()))
@@ -99,7 +113,9 @@ def test_a_drain_ends_streams_in_words(serve) -> None:
         lines: list[str] = []
 
         def read() -> None:
-            with server.http.stream("POST", "/v1/completions", json={"prompt": "hang", "stream": True}) as answer:
+            with server.http.stream(
+                "POST", "/v1/completions", json={"prompt": "hang", "stream": True}
+            ) as answer:
                 lines.extend(answer.iter_lines())
 
         reader = threading.Thread(target=read)

@@ -1,13 +1,14 @@
-"""Counts of several frontends: whoever is asked gives the sum of those that live, and is not stopped by a file that is none."""
+"""Counts of several frontends: whoever is asked gives the sum of those that live, and is not
+stopped by a file that is none."""
 
 from pathlib import Path
 
-from pagewire.frontend.tally import Tally
-from pagewire.frontend.together import Together
+from pagewire.requests.counter_exchange import CounterExchange
+from pagewire.requests.counters import Counters
 
 
-def tally(tokens: int, seconds: float, status: int) -> Tally:
-    made = Tally()
+def tally(tokens: int, seconds: float, status: int) -> Counters:
+    made = Counters()
     made.generation_tokens = tokens
     made.first_token(seconds)
     made.responded(status)
@@ -16,19 +17,25 @@ def tally(tokens: int, seconds: float, status: int) -> Tally:
 
 
 def test_whoever_is_asked_gives_the_sum(tmp_path: Path) -> None:
-    one, two = Together(tmp_path, 1, tally(10, 0.02, 200)), Together(tmp_path, 2, tally(5, 0.3, 429))
+    one, two = (
+        CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
+        CounterExchange(tmp_path, 2, tally(5, 0.3, 429)),
+    )
     one.leave()
     two.leave()
     for asked in (one, two):
         total = asked.whole({1, 2})
         assert total.generation_tokens == 15 and total.responses == {200: 1, 429: 1}
         assert total.reasons == {"stop": 2, "length": 0, "abort": 0, "error": 0}
-        assert sum(total.time_to_first_token.counts) == 2 and abs(total.time_to_first_token.sum - 0.32) < 1e-9
+        assert (
+            sum(total.time_to_first_token.counts) == 2
+            and abs(total.time_to_first_token.sum - 0.32) < 1e-9
+        )
 
 
 def test_own_counts_are_never_old_and_are_not_changed(tmp_path: Path) -> None:
     mine = tally(10, 0.02, 200)
-    one = Together(tmp_path, 1, mine)
+    one = CounterExchange(tmp_path, 1, mine)
     one.leave()
     mine.generation_tokens = 11
     assert one.whole({1}).generation_tokens == 11 and one.whole(set()).generation_tokens == 11
@@ -36,7 +43,10 @@ def test_own_counts_are_never_old_and_are_not_changed(tmp_path: Path) -> None:
 
 
 def test_the_dead_and_the_silent_do_not_count(tmp_path: Path) -> None:
-    one, two = Together(tmp_path, 1, tally(10, 0.02, 200)), Together(tmp_path, 2, tally(5, 0.3, 200))
+    one, two = (
+        CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
+        CounterExchange(tmp_path, 2, tally(5, 0.3, 200)),
+    )
     two.leave()
     assert one.whole({1, 3}).generation_tokens == 10
     two.forget()
@@ -44,7 +54,10 @@ def test_the_dead_and_the_silent_do_not_count(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_no_count(tmp_path: Path) -> None:
-    one, two = Together(tmp_path, 1, tally(10, 0.02, 200)), Together(tmp_path, 2, tally(5, 0.3, 200))
+    one, two = (
+        CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
+        CounterExchange(tmp_path, 2, tally(5, 0.3, 200)),
+    )
     two.leave()
     (file,) = tmp_path.iterdir()
     for content in (b"", b"[]", b'{"no_such_count": 1}', b'{"responses": {"x": 1}}', b"\xff"):

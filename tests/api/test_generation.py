@@ -1,4 +1,5 @@
-"""Both generation endpoints against a scripted stack: shapes, streams, choices, logprobs, usage, accidents."""
+"""Both generation endpoints against a scripted stack: shapes, streams, choices, logprobs, usage,
+accidents."""
 
 import json
 import socket
@@ -12,25 +13,56 @@ from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
 
 MODEL = "/models/tiny one/"
-USAGE = {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 2}}
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 8,
+    "total_tokens": 11,
+    "prompt_tokens_details": {"cached_tokens": 2},
+}
 
 
 def test_completion(server) -> None:
     body = server.complete("hi", max_tokens=8).json()
-    assert body["id"].startswith("cmpl-") and body["object"] == "text_completion" and body["model"] == MODEL
-    choice = {"index": 0, "text": expected(8), "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    assert (
+        body["id"].startswith("cmpl-")
+        and body["object"] == "text_completion"
+        and body["model"] == MODEL
+    )
+    choice = {
+        "index": 0,
+        "text": expected(8),
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
     assert body["choices"] == [choice] and body["usage"] == USAGE
     assert server.complete("hi").json()["usage"]["completion_tokens"] == 16
 
 
 def test_chat(server) -> None:
     body = server.chat("hi", model="alias").json()
-    assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion" and body["model"] == MODEL
+    assert (
+        body["id"].startswith("chatcmpl-")
+        and body["object"] == "chat.completion"
+        and body["model"] == MODEL
+    )
     message = {"role": "assistant", "content": expected(8)}
-    assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None}]
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
     assert body["usage"] == USAGE
     (generate,) = server.stack.generates()
-    assert generate.max_tokens_is_rest and generate.prompt.chat.add_generation_prompt and not generate.add_special_tokens
+    assert (
+        generate.max_tokens_is_rest
+        and generate.prompt.chat.add_generation_prompt
+        and not generate.add_special_tokens
+    )
 
 
 def test_content_parts_and_roles_reach_the_tokenizer(server) -> None:
@@ -50,20 +82,37 @@ def test_content_parts_and_roles_reach_the_tokenizer(server) -> None:
 
 
 def test_chat_stream(server) -> None:
-    events = server.events("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], stream_options={"include_usage": True})
-    assert {event["object"] for event in events} == {"chat.completion.chunk"} and len({event["id"] for event in events}) == 1
+    events = server.events(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": "hi"}],
+        stream_options={"include_usage": True},
+    )
+    assert {event["object"] for event in events} == {"chat.completion.chunk"} and len(
+        {event["id"] for event in events}
+    ) == 1
     first, *middle, last, usage = events
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""} and first["choices"][0]["finish_reason"] is None
+    assert (
+        first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        and first["choices"][0]["finish_reason"] is None
+    )
     assert "".join(event["choices"][0]["delta"]["content"] for event in middle) == expected(8)
-    assert [event["choices"][0]["delta"]["content"] for event in middle] == [word(p) for p in range(8)]
+    assert [event["choices"][0]["delta"]["content"] for event in middle] == [
+        word(p) for p in range(8)
+    ]
     assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "length"
-    assert usage["choices"] == [] and usage["usage"] == USAGE and all(event["usage"] is None for event in events[:-1])
+    assert (
+        usage["choices"] == []
+        and usage["usage"] == USAGE
+        and all(event["usage"] is None for event in events[:-1])
+    )
 
 
 def test_completion_stream_without_usage(server) -> None:
     events = server.events("/v1/completions", prompt="hi", max_tokens=3)
     assert [event["choices"][0]["text"] for event in events] == ["Hello", ",", " 世界", ""]
-    assert events[-1]["choices"][0]["finish_reason"] == "length" and all("usage" not in event for event in events)
+    assert events[-1]["choices"][0]["finish_reason"] == "length" and all(
+        "usage" not in event for event in events
+    )
 
 
 def test_continuous_usage(server) -> None:
@@ -76,13 +125,19 @@ def test_continuous_usage(server) -> None:
 def test_usage_may_be_told_in_every_stream(serve) -> None:
     with serve(config=FrontendConfig(enable_force_include_usage=True)) as server:
         events = server.events("/v1/completions", prompt="hi", max_tokens=2)
-        assert events[-1]["usage"]["completion_tokens"] == 2 and events[-1]["choices"] == [] and events[0]["usage"] is None
+        assert (
+            events[-1]["usage"]["completion_tokens"] == 2
+            and events[-1]["choices"] == []
+            and events[0]["usage"] is None
+        )
 
 
 def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
     with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(
+            b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     head, _, events = answer.partition(b"\r\n\r\n")
     assert b"200 OK" in head and b"chunked" not in head.lower()
@@ -91,7 +146,9 @@ def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:
 
 def test_the_connection_serves_the_next_request_after_a_stream(server) -> None:
     for _ in range(3):
-        with server.http.stream("POST", "/v1/completions", json={"prompt": "hi", "stream": True}) as answer:
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "hi", "stream": True}
+        ) as answer:
             local = answer.extensions["network_stream"].get_extra_info("client_addr")
             assert b"[DONE]" in b"".join(answer.iter_bytes())
         assert local == getattr(server, "local", local)
@@ -115,7 +172,9 @@ def test_prompts_and_choices_get_their_places(server) -> None:
 
 
 def test_streamed_choices_are_told_apart(server) -> None:
-    events = server.events("/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], n=3, max_tokens=4)
+    events = server.events(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], n=3, max_tokens=4
+    )
     texts = dict.fromkeys(range(3), "")
     for event in events:
         (choice,) = event["choices"]
@@ -159,20 +218,53 @@ def test_parameters_arrive(server) -> None:
         "priority": -3,
         "cache_salt": "pepper",
     }
-    accepted = {"user": "u", "metadata": {"a": "b"}, "store": True, "response_format": {"type": "text"}, "add_special_tokens": False}
-    answer = server.complete("hi", **sampling, **other, **accepted, stop_token_ids=[5, 6], spaces_between_special_tokens=False)
+    accepted = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
+        "response_format": {"type": "text"},
+        "add_special_tokens": False,
+    }
+    answer = server.complete(
+        "hi",
+        **sampling,
+        **other,
+        **accepted,
+        stop_token_ids=[5, 6],
+        spaces_between_special_tokens=False,
+    )
     assert answer.status_code == 200
     generate = server.stack.generates()[0]
-    assert {name: getattr(generate.sampling, name) for name in sampling} == sampling and generate.sampling.stop_token_ids == (5, 6)
+    assert {
+        name: getattr(generate.sampling, name) for name in sampling
+    } == sampling and generate.sampling.stop_token_ids == (5, 6)
     text = generate.text
-    assert text.stop == ("###", "\n\n") and text.include_stop and not text.skip_special_tokens and not text.spaces_between_special_tokens
-    assert (generate.priority, generate.cache_salt, generate.add_special_tokens) == (-3, "pepper", False)
+    assert (
+        text.stop == ("###", "\n\n")
+        and text.include_stop
+        and not text.skip_special_tokens
+        and not text.spaces_between_special_tokens
+    )
+    assert (generate.priority, generate.cache_salt, generate.add_special_tokens) == (
+        -3,
+        "pepper",
+        False,
+    )
 
 
 def test_chat_template_switches(server) -> None:
-    server.chat("hi", continue_final_message=True, add_generation_prompt=False, max_completion_tokens=3, max_tokens=9)
+    server.chat(
+        "hi",
+        continue_final_message=True,
+        add_generation_prompt=False,
+        max_completion_tokens=3,
+        max_tokens=9,
+    )
     generate = server.stack.generates()[0]
-    assert generate.prompt.chat.continue_final_message and not generate.prompt.chat.add_generation_prompt
+    assert (
+        generate.prompt.chat.continue_final_message
+        and not generate.prompt.chat.add_generation_prompt
+    )
     assert generate.sampling.max_tokens == 3 and not generate.max_tokens_is_rest
     answer = server.chat("hi", continue_final_message=True, add_generation_prompt=True)
     assert answer.status_code == 400
@@ -192,34 +284,55 @@ def test_completion_logprobs(server) -> None:
 
 def test_streamed_completion_logprobs_continue_their_offsets(server) -> None:
     events = server.events("/v1/completions", prompt="hi", max_tokens=3, logprobs=1)
-    assert [event["choices"][0]["logprobs"] and event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [5], [6], None]
+    assert [
+        event["choices"][0]["logprobs"] and event["choices"][0]["logprobs"]["text_offset"]
+        for event in events
+    ] == [[0], [5], [6], None]
 
 
 def test_chat_logprobs(server) -> None:
     (choice,) = server.chat("hi", max_tokens=3, logprobs=True, top_logprobs=2).json()["choices"]
     assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["Hello", ",", " 世界"]
     last = choice["logprobs"]["content"][2]
-    assert bytes(last["bytes"]).decode() == " 世界" and [top["token"] for top in last["top_logprobs"]] == [" 世界", "t1"]
+    assert bytes(last["bytes"]).decode() == " 世界" and [
+        top["token"] for top in last["top_logprobs"]
+    ] == [" 世界", "t1"]
     (choice,) = server.chat("hi", max_tokens=1, logprobs=True).json()["choices"]
     assert choice["logprobs"]["content"][0]["top_logprobs"] == []
     messages = [{"role": "user", "content": "hi"}]
-    events = server.events("/v1/chat/completions", messages=messages, max_tokens=2, logprobs=True, top_logprobs=1)
-    assert [e["choices"][0]["logprobs"]["content"][0]["token"] for e in events if e["choices"][0]["logprobs"]] == ["Hello", ","]
+    events = server.events(
+        "/v1/chat/completions", messages=messages, max_tokens=2, logprobs=True, top_logprobs=1
+    )
+    assert [
+        e["choices"][0]["logprobs"]["content"][0]["token"]
+        for e in events
+        if e["choices"][0]["logprobs"]
+    ] == ["Hello", ","]
 
 
 def test_token_ids_on_request(server) -> None:
     body = server.complete("hi", max_tokens=3, return_token_ids=True).json()
-    assert body["choices"][0]["token_ids"] == [100, 101, 102] and body["choices"][0]["prompt_token_ids"] == [0, 1, 2]
+    assert body["choices"][0]["token_ids"] == [100, 101, 102] and body["choices"][0][
+        "prompt_token_ids"
+    ] == [0, 1, 2]
     body = server.chat("hi", max_tokens=2, return_token_ids=True).json()
     assert body["prompt_token_ids"] == [0, 1, 2] and body["choices"][0]["token_ids"] == [100, 101]
     events = server.events("/v1/completions", prompt="hi", max_tokens=2, return_token_ids=True)
     assert [event["choices"][0]["token_ids"] for event in events] == [[100], [101], []]
-    assert [event["choices"][0].get("prompt_token_ids") for event in events] == [[0, 1, 2], None, None]
+    assert [event["choices"][0].get("prompt_token_ids") for event in events] == [
+        [0, 1, 2],
+        None,
+        None,
+    ]
 
 
 def test_stop_reason(server) -> None:
     (choice,) = server.complete("stop", stop="##").json()["choices"]
-    assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == ("stop", "##", expected(5))
+    assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == (
+        "stop",
+        "##",
+        expected(5),
+    )
 
 
 # --- accidents ---
@@ -229,22 +342,33 @@ def test_stop_reason(server) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_accident_is_not_seen_by_the_client(server, accident: str, stream: bool) -> None:
     if stream:
-        events = server.events("/v1/completions", prompt=accident, max_tokens=8, stream_options={"include_usage": True})
-        assert [event["choices"][0]["text"] for event in events[:-1]] == [*(word(p) for p in range(8)), ""]
+        events = server.events(
+            "/v1/completions", prompt=accident, max_tokens=8, stream_options={"include_usage": True}
+        )
+        assert [event["choices"][0]["text"] for event in events[:-1]] == [
+            *(word(p) for p in range(8)),
+            "",
+        ]
         usage = events[-1]["usage"]
     else:
         body = server.complete(accident, max_tokens=8).json()
         assert body["choices"][0]["text"] == expected(8)
         usage = body["usage"]
     first, second = server.stack.generates()
-    assert usage == USAGE and (first.attempt, second.attempt) == (1, 2) and tokens_of(second) == [100, 101, 102]
+    assert (
+        usage == USAGE
+        and (first.attempt, second.attempt) == (1, 2)
+        and tokens_of(second) == [100, 101, 102]
+    )
 
 
 @pytest.mark.parametrize("accident", ["kill_tokenizer", "new_scheduler"])
 def test_a_stack_in_pieces_is_not_seen_by_the_client(serve, accident: str) -> None:
     with (
         serve() as server,
-        server.http.stream("POST", "/v1/completions", json={"prompt": "slow", "stream": True, "max_tokens": 12}) as answer,
+        server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "slow", "stream": True, "max_tokens": 12}
+        ) as answer,
     ):
         text, broken = "", False
         for line in answer.iter_lines():
@@ -273,8 +397,13 @@ def test_a_failure_in_a_stream_is_an_event(server) -> None:
 def test_a_refusal_is_an_http_status(server, status: int, stream: bool) -> None:
     answer = server.complete(f"refuse{status}", stream=stream)
     body = answer.json()
-    assert answer.status_code == status and body["message"] == body["error"]["message"] == "System role not supported"
-    assert body["param"] == "messages" and answer.headers.get("retry-after") == ("7" if status == 429 else None)
+    assert (
+        answer.status_code == status
+        and body["message"] == body["error"]["message"] == "System role not supported"
+    )
+    assert body["param"] == "messages" and answer.headers.get("retry-after") == (
+        "7" if status == 429 else None
+    )
 
 
 def test_one_refused_choice_ends_the_others(server) -> None:
@@ -295,9 +424,16 @@ def test_a_client_that_leaves_cancels(server, stream: bool) -> None:
 
 
 def test_openai_client_streams(server) -> None:
-    chunks = list(server.client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}], stream=True))
+    chunks = list(
+        server.client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "hi"}], stream=True
+        )
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected(8)
-    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
+    assert (
+        chunks[0].choices[0].delta.role == "assistant"
+        and chunks[-1].choices[0].finish_reason == "length"
+    )
     text = server.client.completions.create(model=MODEL, prompt="hi", max_tokens=4).choices[0].text
     assert text == expected(4)
 
@@ -306,7 +442,11 @@ def test_openai_client_errors(server) -> None:
     messages = [{"role": "user", "content": "refuse400"}]
     with pytest.raises(openai.BadRequestError) as bad:
         server.client.chat.completions.create(model=MODEL, messages=messages, stream=True)
-    assert str(bad.value.code) == "400" and bad.value.type == "BadRequestError" and "System role" in bad.value.message
+    assert (
+        str(bad.value.code) == "400"
+        and bad.value.type == "BadRequestError"
+        and "System role" in bad.value.message
+    )
     with pytest.raises(openai.NotFoundError):
         server.client.completions.create(model="other", prompt="hi")
     with pytest.raises(openai.RateLimitError):
@@ -325,7 +465,11 @@ def test_a_client_that_hangs_up_at_done_is_no_error(server, caplog) -> None:
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
     for _ in range(30):
         with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                % len(body)
+                + body
+            )
             answer = b""
             while b"[DONE]" not in answer:
                 answer += client.recv(65536)

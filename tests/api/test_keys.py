@@ -43,9 +43,22 @@ def raw(server, method: str, path: str, *headers: tuple[str, bytes]) -> tuple[in
         connection.close()
 
 
-@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("PUT", "/v1/models"), ("GET", "//v1/models"), ("GET", "/v1/%2e%2e/v1/models")])
 @pytest.mark.parametrize(
-    "value", [None, b"", b"Bearer", b"Bearer ", b"Bearer wrong", b"s3cret", b"Basic s3cret", "Bearer schlüssé".encode()]
+    ("method", "path"),
+    [*ROUTES, ("PUT", "/v1/models"), ("GET", "//v1/models"), ("GET", "/v1/%2e%2e/v1/models")],
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer wrong",
+        b"s3cret",
+        b"Basic s3cret",
+        "Bearer schlüssé".encode(),
+    ],
 )
 def test_no_key_no_entry(guarded, method: str, path: str, value: bytes | None) -> None:
     headers = [] if value is None else [("Authorization", value)]
@@ -63,8 +76,13 @@ def test_strange_headers_are_refused_not_answered_with_500(guarded) -> None:
     good = ("Authorization", b"Bearer s3cret")
     assert raw(guarded, "GET", "/v1/models", good, good)[0] in (400, 401)
     assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer \xff\xfe\x80"))[0] == 401
-    assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer " + b"x" * (1 << 20)))[0] in (400, 401)
-    assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer s3\x00cret"))[0] in (400, 401)
+    assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer " + b"x" * (1 << 20)))[
+        0
+    ] in (400, 401)
+    assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer s3\x00cret"))[0] in (
+        400,
+        401,
+    )
 
 
 def test_probes_stay_open_and_nothing_else(guarded) -> None:
@@ -78,7 +96,10 @@ def test_probes_stay_open_and_nothing_else(guarded) -> None:
 
 def test_the_openai_client_is_told(guarded) -> None:
     assert guarded.client.models.list().data
-    with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=guarded.url + "/v1", api_key="no", max_retries=0) as client:
+    with (
+        pytest.raises(openai.AuthenticationError),
+        openai.OpenAI(base_url=guarded.url + "/v1", api_key="no", max_retries=0) as client,
+    ):
         client.models.list()
 
 

@@ -1,15 +1,16 @@
-"""Questions that belong to no request, and prompt log-probabilities, as the owner handles them; without sockets."""
+"""Questions that belong to no request, and prompt log-probabilities, as the owner handles them;
+without sockets."""
 
 import pytest
-from pagewire.frontend.asks import ANSWER_S, MAX_DEATHS
-from pagewire.frontend.errors import ApiError
-from pagewire.frontend.stream import Job
-from pagewire.frontend.streams import Owner
-from pagewire.frontend.tally import Tally
+from pagewire.requests.counters import Counters
+from pagewire.requests.errors import ApiError
+from pagewire.requests.owner import RequestOwner
+from pagewire.requests.queries import ANSWER_S, MAX_DEATHS
+from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack
 from pagewire_protocol.messages import Deltas, Detokenize, Roster, Tokenize, Tokenized
-from pagewire_protocol.parts import Peer, Prompt, PromptLogprobs, Role
 from pagewire_protocol.sampling import Sampling, TextOptions
+from pagewire_protocol.structs import Peer, Prompt, PromptLogprobs, Role
 
 QUESTION = Tokenize(0, "x", Prompt(text="hi"), with_texts=True)
 
@@ -19,7 +20,7 @@ class Harness:
         self.sent: list[tuple[str, object]] = []
         self.answers: list[object] = []
         self.now, self.full = 1000.0, False
-        self.owner = Owner("me", self._send, lambda: self.now, Tally())
+        self.owner = RequestOwner("me", self._send, lambda: self.now, Counters())
         self.roster(*tokenizers)
 
     def _send(self, inbox, message) -> bool:
@@ -29,17 +30,27 @@ class Harness:
 
     def roster(self, *tokenizers: int) -> None:
         peers = [Peer(Role.TOKENIZER, f"t{i}", f"t{i}", i, True) for i in tokenizers]
-        self.owner.on_roster(Roster(1, (*peers, Peer(Role.WORKER, "w", "w", 99, True)), 100, 100, (), True, True))
+        self.owner.on_roster(
+            Roster(1, (*peers, Peer(Role.WORKER, "w", "w", 99, True)), 100, 100, (), True, True)
+        )
 
     def asked(self) -> list[tuple[str, int]]:
-        return [(inbox, message.handle) for inbox, message in self.sent if isinstance(message, Tokenize | Detokenize)]
+        return [
+            (inbox, message.handle)
+            for inbox, message in self.sent
+            if isinstance(message, Tokenize | Detokenize)
+        ]
 
 
 def test_a_question_is_answered_once() -> None:
     h = Harness(1)
     h.owner.ask(QUESTION, h.answers.append)
     ((inbox, message),) = h.sent
-    assert inbox == "t1" and message == Tokenize(0, "me", Prompt(text="hi"), with_texts=True) and len(h.owner) == 1
+    assert (
+        inbox == "t1"
+        and message == Tokenize(0, "me", Prompt(text="hi"), with_texts=True)
+        and len(h.owner) == 1
+    )
     answer = Tokenized(0, pack("i", [5, 6]), ("a", "b"))
     for _ in range(2):
         h.owner.asks.on_answer(answer)
@@ -60,7 +71,8 @@ def test_without_a_tokenizer_there_is_503() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "shown", "text"), [(400, 400, "no such id"), (500, 500, "The tokenizer could not handle this request.")]
+    ("status", "shown", "text"),
+    [(400, 400, "no such id"), (500, 500, "The tokenizer could not handle this request.")],
 )
 def test_a_refusal_is_an_api_error(status: int, shown: int, text: str) -> None:
     h = Harness(1)
@@ -127,7 +139,16 @@ def test_prompt_logprobs_pass_by_handle_attempt_and_execution() -> None:
     h.owner.submit(Job(Prompt(text="hi"), Sampling(1, 10, prompt_logprobs=0), TextOptions()), sink)
 
     def said(first: int, handle: int = 0, attempt: int = 1, execution: int = 7) -> None:
-        entry = PromptLogprobs(handle, first, pack("i", [1]), pack("i", [1]), pack("i", [5]), pack("f", [-1.0]), attempt, execution)
+        entry = PromptLogprobs(
+            handle,
+            first,
+            pack("i", [1]),
+            pack("i", [1]),
+            pack("i", [5]),
+            pack("f", [-1.0]),
+            attempt,
+            execution,
+        )
         h.owner.on_deltas(Deltas(*[b""] * 6, (), prompt_logprobs=(entry,)))
 
     said(1)

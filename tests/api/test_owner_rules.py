@@ -1,14 +1,15 @@
-"""The four acceptance rules and the next attempt, without sockets: each test breaks one rule and would fail if the owner let it pass."""
+"""The four acceptance rules and the next attempt, without sockets: each test breaks one rule and
+would fail if the owner let it pass."""
 
 import pytest
-from pagewire.frontend.errors import ApiError
-from pagewire.frontend.stream import Job
-from pagewire.frontend.streams import MAX_STRIKES, PARK_S, Owner
-from pagewire.frontend.tally import Tally
+from pagewire.requests.counters import Counters
+from pagewire.requests.errors import ApiError
+from pagewire.requests.owner import MAX_STRIKES, PARK_S, RequestOwner
+from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Cancel, Deltas, Generate, Roster
-from pagewire_protocol.parts import End, Finish, Peer, Prompt, Role, Started
 from pagewire_protocol.sampling import Sampling, TextOptions
+from pagewire_protocol.structs import End, Finish, Peer, Prompt, Role, Started
 
 JOB = Job(Prompt(text="hi"), Sampling(seed=1, max_tokens=100), TextOptions())
 
@@ -45,8 +46,8 @@ class Harness:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, object]] = []
-        self.now, self.full, self.tally = 1000.0, False, Tally()
-        self.owner = Owner("me", self._send, lambda: self.now, self.tally)
+        self.now, self.full, self.tally = 1000.0, False, Counters()
+        self.owner = RequestOwner("me", self._send, lambda: self.now, self.tally)
         self.roster(1, t1=True)
         self.sink = Sink()
         self.stream = self.owner.submit(JOB, self.sink)
@@ -57,8 +58,15 @@ class Harness:
         return not self.full
 
     def roster(self, epoch: int, worker: bool = True, **tokenizers: bool) -> None:
-        peers = [Peer(Role.TOKENIZER, name, name, int(name[1:]), ready) for name, ready in tokenizers.items()]
-        self.owner.on_roster(Roster(epoch, (*peers, Peer(Role.WORKER, "w", "w", 99, worker)), 100, 100, (), True, True))
+        peers = [
+            Peer(Role.TOKENIZER, name, name, int(name[1:]), ready)
+            for name, ready in tokenizers.items()
+        ]
+        self.owner.on_roster(
+            Roster(
+                epoch, (*peers, Peer(Role.WORKER, "w", "w", 99, worker)), 100, 100, (), True, True
+            )
+        )
 
     @property
     def last(self) -> Generate:
@@ -67,7 +75,15 @@ class Harness:
     def cancels(self) -> list[tuple[str, tuple]]:
         return [(inbox, m.requests) for inbox, m in self.sent if isinstance(m, Cancel)]
 
-    def row(self, position: int, token: int, text: str, execution: int = 7, of: Generate | None = None, **change: int) -> None:
+    def row(
+        self,
+        position: int,
+        token: int,
+        text: str,
+        execution: int = 7,
+        of: Generate | None = None,
+        **change: int,
+    ) -> None:
         of = of or self.last
         handle, attempt = change.get("handle", of.handle), change.get("attempt", of.attempt)
         columns = [
@@ -82,7 +98,9 @@ class Harness:
 
     def end(self, finish: Finish, of: Generate | None = None, **more: object) -> None:
         of = of or self.last
-        self.owner.on_deltas(Deltas(*[b""] * 6, (), ended=(End(of.handle, of.attempt, finish, **more),)))
+        self.owner.on_deltas(
+            Deltas(*[b""] * 6, (), ended=(End(of.handle, of.attempt, finish, **more),))
+        )
 
     @property
     def text(self) -> str:
@@ -118,7 +136,10 @@ def test_rule_1_a_dead_handle_is_nobodys(h: Harness) -> None:
 
 def test_rule_2_another_attempt_is_dropped(h: Harness) -> None:
     h.row(0, 5, "a", attempt=2)
-    h.end(Finish.STOP, of=Generate(b"0" * 16, 9, h.last.handle, "me", JOB.prompt, b"", JOB.sampling, JOB.text))
+    h.end(
+        Finish.STOP,
+        of=Generate(b"0" * 16, 9, h.last.handle, "me", JOB.prompt, b"", JOB.sampling, JOB.text),
+    )
     assert (h.out, h.sink.end) == ([], None)
 
 
@@ -155,7 +176,11 @@ def test_rule_4_a_gap_leads_to_the_next_attempt(h: Harness) -> None:
     assert (h.text, h.out) == ("a", [5])
     again = h.last
     assert (again.rid, again.attempt) == (first.rid, 2) and again.handle != first.handle
-    assert unpack("i", again.output).tolist() == [5] and again.sampling == first.sampling and again.prompt == first.prompt
+    assert (
+        unpack("i", again.output).tolist() == [5]
+        and again.sampling == first.sampling
+        and again.prompt == first.prompt
+    )
     h.row(1, 6, "b", execution=9)
     assert h.text == "ab"
 
@@ -163,7 +188,13 @@ def test_rule_4_a_gap_leads_to_the_next_attempt(h: Harness) -> None:
 def test_rules_hold_for_rows_of_several_tokens(h: Harness) -> None:
     def rows(positions, counts, tokens, texts) -> None:
         n, last = len(positions), h.last
-        columns = [pack("I", [last.handle] * n), pack("I", [last.attempt] * n), pack("Q", [7] * n), pack("i", positions), pack("i", counts)]
+        columns = [
+            pack("I", [last.handle] * n),
+            pack("I", [last.attempt] * n),
+            pack("Q", [7] * n),
+            pack("i", positions),
+            pack("i", counts),
+        ]
         h.owner.on_deltas(Deltas(*columns, pack("i", tokens), tuple(texts)))
 
     rows([0, 3], [3, 1], [1, 2, 3, 4], ["abc", "d"])
@@ -177,7 +208,15 @@ def test_rules_hold_for_rows_of_several_tokens(h: Harness) -> None:
 @pytest.mark.parametrize("broken", range(7))
 def test_columns_that_do_not_fit_change_nothing(h: Harness, broken: int) -> None:
     last = h.last
-    columns = [pack("I", [last.handle]), pack("I", [last.attempt]), pack("Q", [7]), pack("i", [0]), pack("i", [1]), pack("i", [5]), ("a",)]
+    columns = [
+        pack("I", [last.handle]),
+        pack("I", [last.attempt]),
+        pack("Q", [7]),
+        pack("i", [0]),
+        pack("i", [1]),
+        pack("i", [5]),
+        ("a",),
+    ]
     columns[broken] = columns[broken] * 2
     with pytest.raises((ValueError, TypeError)):
         h.owner.on_deltas(Deltas(*columns))
@@ -189,7 +228,11 @@ def test_columns_that_do_not_fit_change_nothing(h: Harness, broken: int) -> None
 def test_lost_resubmits_with_the_output_so_far(h: Harness) -> None:
     h.row(0, 5, "a")
     h.end(Finish.LOST)
-    assert unpack("i", h.last.output).tolist() == [5] and h.last.attempt == 2 and h.tally.resubmissions == 1
+    assert (
+        unpack("i", h.last.output).tolist() == [5]
+        and h.last.attempt == 2
+        and h.tally.resubmissions == 1
+    )
 
 
 def test_too_many_losses_fail_the_request(h: Harness) -> None:
@@ -197,7 +240,11 @@ def test_too_many_losses_fail_the_request(h: Harness) -> None:
         h.end(Finish.LOST)
         h.now += 10
         h.owner.tick()
-    assert isinstance(h.sink.end, ApiError) and h.sink.end.status == 500 and h.sink.end.kind == "request_failed"
+    assert (
+        isinstance(h.sink.end, ApiError)
+        and h.sink.end.status == 500
+        and h.sink.end.kind == "request_failed"
+    )
     assert len(h.owner) == 0 and h.last.attempt == MAX_STRIKES + 1
 
 
@@ -230,7 +277,13 @@ def test_the_old_tokenizer_hears_when_a_request_moves_on(h: Harness) -> None:
     h.owner.submit(JOB, Sink())
     h.owner.submit(JOB, Sink())
     assert [inbox for inbox, _ in h.sent] == ["t1", "t2", "t1", "t2"]
-    h.owner.on_deltas(Deltas(*[b""] * 6, (), ended=(End(1, 1, Finish.STOP), End(3, 1, Finish.STOP), End(0, 1, Finish.LOST))))
+    h.owner.on_deltas(
+        Deltas(
+            *[b""] * 6,
+            (),
+            ended=(End(1, 1, Finish.STOP), End(3, 1, Finish.STOP), End(0, 1, Finish.LOST)),
+        )
+    )
     assert h.sent[-2][0] == "t2" and h.sent[-1] == ("t1", Cancel(((h.stream.rid, 1),)))
 
 
@@ -272,16 +325,37 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
 @pytest.mark.parametrize(
     ("end", "status", "text"),
     [
-        ({"finish": Finish.REFUSED, "status": 400, "message": "too long: 9 > 8", "param": "prompt"}, 400, "too long: 9 > 8"),
+        (
+            {
+                "finish": Finish.REFUSED,
+                "status": 400,
+                "message": "too long: 9 > 8",
+                "param": "prompt",
+            },
+            400,
+            "too long: 9 > 8",
+        ),
         ({"finish": Finish.REFUSED, "status": 429, "message": "full"}, 429, "full"),
-        ({"finish": Finish.FAILED, "status": 500, "message": "boom at 0x7f00aa11 in /usr/lib/x.py"}, 500, "could not finish"),
+        (
+            {
+                "finish": Finish.FAILED,
+                "status": 500,
+                "message": "boom at 0x7f00aa11 in /usr/lib/x.py",
+            },
+            500,
+            "could not finish",
+        ),
         ({"finish": Finish.REFUSED, "status": 503, "message": "/run/x.sock"}, 503, "cannot take"),
         ({"finish": Finish.CANCELLED}, 503, "cancelled"),
     ],
 )
 def test_ends_without_a_generation(h: Harness, end: dict, status: int, text: str) -> None:
     h.end(**end)
-    assert isinstance(h.sink.end, ApiError) and h.sink.end.status == status and text in h.sink.end.message
+    assert (
+        isinstance(h.sink.end, ApiError)
+        and h.sink.end.status == status
+        and text in h.sink.end.message
+    )
     assert "/" not in h.sink.end.message and (status != 429 or h.sink.end.retry_after_s >= 1)
 
 
@@ -299,12 +373,16 @@ def test_cancel_of_a_parked_request_withdraws_its_last_attempt(h: Harness) -> No
     h.full = False
     h.owner.cancel(h.stream)
     h.owner.tick()
-    assert h.cancels() == [("t1", ((h.stream.rid, 1),))] and len(h.owner) == 0 and h.last.attempt == 1
+    assert (
+        h.cancels() == [("t1", ((h.stream.rid, 1),))] and len(h.owner) == 0 and h.last.attempt == 1
+    )
 
 
 def test_usage_comes_from_the_first_start(h: Harness) -> None:
     last = h.last
     for prompt_tokens in (11, 12):
-        h.owner.on_deltas(Deltas(*[b""] * 6, (), started=(Started(last.handle, 1, prompt_tokens, 4),)))
+        h.owner.on_deltas(
+            Deltas(*[b""] * 6, (), started=(Started(last.handle, 1, prompt_tokens, 4),))
+        )
     h.owner.on_deltas(Deltas(*[b""] * 6, (), started=(Started(last.handle, 2, 99, 4),)))
     assert (h.tally.prompt_tokens, h.tally.cached_tokens, h.sink.starts) == (11, 4, 2)

@@ -1,4 +1,5 @@
-"""vLLM's parameters beyond OpenAI's: each at its limit, one beyond it, of a wrong type, null, and where it arrives."""
+"""vLLM's parameters beyond OpenAI's: each at its limit, one beyond it, of a wrong type, null, and
+where it arrives."""
 
 import pytest
 from api.checks import refused
@@ -49,8 +50,18 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
         ("cache_salt", "", ("1", "128", "got 0")),
         ("request_id", "a\r\nb", ("printable",)),
         ("request_id", "x" * 129, ("128",)),
-        ("length_penalty", 1.5, ("length_penalty is not effective and must be the default value of 1.0 when not using beam search.",)),
-        ("early_stopping", True, ("early_stopping is not effective and must be False when not using beam search.",)),
+        (
+            "length_penalty",
+            1.5,
+            (
+                "length_penalty is not effective and must be the default value of 1.0 when not using beam search.",
+            ),
+        ),
+        (
+            "early_stopping",
+            True,
+            ("early_stopping is not effective and must be False when not using beam search.",),
+        ),
         ("return_token_ids", "yes", ("bool", "str")),
         ("return_tokens_as_token_ids", 1, ("bool", "int")),
         ("use_beam_search", 1, ("bool", "int")),
@@ -144,7 +155,14 @@ def test_null_is_as_good_as_nothing(server) -> None:
         "add_special_tokens",
     ]
     assert server.complete("hi", **dict.fromkeys(names)).json()["usage"]["completion_tokens"] == 16
-    chat = [*names, "top_logprobs", "max_completion_tokens", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"]
+    chat = [
+        *names,
+        "top_logprobs",
+        "max_completion_tokens",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+    ]
     assert server.chat("hi", **dict.fromkeys(chat)).status_code == 200
 
 
@@ -161,7 +179,9 @@ def test_biases_and_words_arrive(server) -> None:
     assert answer.status_code == 200
     (generate,) = server.stack.generates()
     sampling = generate.sampling
-    assert unpack("i", sampling.bias_ids).tolist() == [5, 7] and unpack("f", sampling.bias_values).tolist() == [-100.0, 1.5]
+    assert unpack("i", sampling.bias_ids).tolist() == [5, 7] and unpack(
+        "f", sampling.bias_values
+    ).tolist() == [-100.0, 1.5]
     assert unpack("i", sampling.allowed_ids).tolist() == [5, 7, 9]
     assert (sampling.prompt_logprobs, sampling.logprobs) == (3, 2)
     assert generate.text.bad_words == ("one", " two") and generate.text.truncate_prompt == -1
@@ -170,15 +190,27 @@ def test_biases_and_words_arrive(server) -> None:
 def test_a_temperature_too_low_to_divide_by_is_raised(server) -> None:
     for given in (0.005, 0.000001, 2.5):
         server.complete("hi", temperature=given)
-    assert [generate.sampling.temperature for generate in server.stack.generates()] == [0.01, 0.000001, 2.5]
+    assert [generate.sampling.temperature for generate in server.stack.generates()] == [
+        0.01,
+        0.000001,
+        2.5,
+    ]
 
 
 def test_template_variables_arrive(server) -> None:
-    assert server.chat("hi", chat_template_kwargs={"enable_thinking": False, "who": ["a"]}).status_code == 200
-    assert server.stack.generates()[0].prompt.chat.template_kwargs == b'{"enable_thinking":false,"who":["a"]}'
+    assert (
+        server.chat("hi", chat_template_kwargs={"enable_thinking": False, "who": ["a"]}).status_code
+        == 200
+    )
+    assert (
+        server.stack.generates()[0].prompt.chat.template_kwargs
+        == b'{"enable_thinking":false,"who":["a"]}'
+    )
     for name in ("messages", "chat_template", "tokenize"):
         refused(server.chat("hi", chat_template_kwargs={name: 1}), "chat_template_kwargs", name)
-    refused(server.chat("hi", chat_template_kwargs={"x": "y" * 70_000}), "chat_template_kwargs", "65536")
+    refused(
+        server.chat("hi", chat_template_kwargs={"x": "y" * 70_000}), "chat_template_kwargs", "65536"
+    )
     refused(server.chat("hi", chat_template_kwargs=[1]), "chat_template_kwargs", "object")
 
 
@@ -190,9 +222,22 @@ def test_a_truncated_prompt_may_be_longer_than_the_context(server) -> None:
 def test_more_choices_than_can_be_run(server) -> None:
     refused(server.complete(["a"] * 9, n=128), "prompt", "n=128", "1152", "1024")
     refused(server.complete(["a"] * 9, best_of=128), "prompt", "best_of=128", "1152")
-    refused(server.complete(["a"] * 65, best_of=16, use_beam_search=True), "prompt", "best_of=16", "1040")
-    refused(server.complete(["a" * 4200] * 200, echo=True, logprobs=20), "prompt", "Scoring", "4194304")
-    refused(server.complete(["a"] * 8, n=128, allowed_token_ids=[1] * 60_000), "prompt", "n=128", "234 MiB", "128")
+    refused(
+        server.complete(["a"] * 65, best_of=16, use_beam_search=True),
+        "prompt",
+        "best_of=16",
+        "1040",
+    )
+    refused(
+        server.complete(["a" * 4200] * 200, echo=True, logprobs=20), "prompt", "Scoring", "4194304"
+    )
+    refused(
+        server.complete(["a"] * 8, n=128, allowed_token_ids=[1] * 60_000),
+        "prompt",
+        "n=128",
+        "234 MiB",
+        "128",
+    )
     assert not server.stack.received
 
 
@@ -205,6 +250,10 @@ def test_many_copies_of_a_long_prompt(serve) -> None:
 
 def test_parameters_of_the_other_endpoint(server) -> None:
     refused(server.chat("hi", suffix="x"), "suffix", "not supported")
-    refused(server.complete("hi", chat_template_kwargs={"a": 1}), "chat_template_kwargs", "not supported")
+    refused(
+        server.complete("hi", chat_template_kwargs={"a": 1}),
+        "chat_template_kwargs",
+        "not supported",
+    )
     refused(server.complete("hi", top_logprobs=2), "top_logprobs", "not supported")
     refused(server.post("/v1/completions", **CHAT), "messages", "not supported")

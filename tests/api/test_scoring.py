@@ -1,7 +1,8 @@
-"""What a prompt is worth to the model: echo, its log-probabilities in OpenAI's and in vLLM's shape, whole and streamed.
+"""What a prompt is worth to the model: echo, its log-probabilities in OpenAI's and in vLLM's shape,
+whole and streamed.
 
-The scripted stack cuts text at spaces, gives token i of a prompt the log-probability -i and the rank i, and has the ids 7, 8, ... as its
-likeliest tokens, at -0.25, -0.5, ...
+The scripted stack cuts text at spaces, gives token i of a prompt the log-probability -i and the
+rank i, and has the ids 7, 8, ... as its likeliest tokens, at -0.25, -0.5, ...
 """
 
 import pytest
@@ -20,7 +21,9 @@ def test_echo(server) -> None:
 
 def test_echo_of_several_prompts_and_choices(server) -> None:
     body = server.complete(["a", "b"], n=2, echo=True, max_tokens=2).json()
-    assert [choice["text"] for choice in body["choices"]] == [p + expected(2) for p in ("a", "a", "b", "b")]
+    assert [choice["text"] for choice in body["choices"]] == [
+        p + expected(2) for p in ("a", "a", "b", "b")
+    ]
 
 
 def test_echo_of_ids_is_their_text(server) -> None:
@@ -29,11 +32,15 @@ def test_echo_of_ids_is_their_text(server) -> None:
 
 
 def test_echo_of_what_is_left_of_a_truncated_prompt(server) -> None:
-    (choice,) = server.complete(TEXT, echo=True, max_tokens=1, truncate_prompt_tokens=2).json()["choices"]
+    (choice,) = server.complete(TEXT, echo=True, max_tokens=1, truncate_prompt_tokens=2).json()[
+        "choices"
+    ]
     assert choice["text"] == " two three" + expected(1)
     (generate,) = server.stack.generates()
     assert len(generate.prompt.ids) == 8 and generate.text.truncate_prompt == 0
-    (choice,) = server.complete([5] * 20 + [7] * 4088, echo=True, max_tokens=8, truncate_prompt_tokens=-1).json()["choices"]
+    (choice,) = server.complete(
+        [5] * 20 + [7] * 4088, echo=True, max_tokens=8, truncate_prompt_tokens=-1
+    ).json()["choices"]
     assert choice["text"] == "<7>" * 4088 + expected(8)
 
 
@@ -45,7 +52,11 @@ def test_scoring_a_prompt(server, max_tokens: int) -> None:
     assert choice["logprobs"]["tokens"] == ["one", " two", " three", *[word(0)][:max_tokens]]
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, *[-0.5][:max_tokens]]
     assert choice["logprobs"]["text_offset"] == [0, 3, 7, 13][: 3 + max_tokens]
-    assert choice["logprobs"]["top_logprobs"][:3] == [None, {"<7>": -0.25, " two": -1.0}, {"<7>": -0.25, " three": -2.0}]
+    assert choice["logprobs"]["top_logprobs"][:3] == [
+        None,
+        {"<7>": -0.25, " two": -1.0},
+        {"<7>": -0.25, " three": -2.0},
+    ]
     assert len(choice["logprobs"]["top_logprobs"]) == 3 + max_tokens
     assert body["usage"]["completion_tokens"] == max_tokens
     assert "prompt_logprobs" not in choice
@@ -63,32 +74,64 @@ def test_scoring_without_candidates(server) -> None:
 
 def test_a_prompt_of_one_token_has_nothing_to_score(server) -> None:
     (choice,) = server.complete("one", echo=True, logprobs=1, max_tokens=0).json()["choices"]
-    assert choice["logprobs"] == {"text_offset": [0], "token_logprobs": [None], "tokens": ["one"], "top_logprobs": [None]}
+    assert choice["logprobs"] == {
+        "text_offset": [0],
+        "token_logprobs": [None],
+        "tokens": ["one"],
+        "top_logprobs": [None],
+    }
 
 
 def test_choices_share_the_score_of_their_prompt(server) -> None:
-    body = server.complete(["one two", "three four five"], n=2, echo=True, logprobs=0, max_tokens=1).json()
-    assert [choice["logprobs"]["token_logprobs"] for choice in body["choices"]] == [[None, -1.0, -0.5]] * 2 + [[None, -1.0, -2.0, -0.5]] * 2
-    assert sorted(generate.sampling.prompt_logprobs for generate in server.stack.generates()) == [-1, -1, 0, 0]
+    body = server.complete(
+        ["one two", "three four five"], n=2, echo=True, logprobs=0, max_tokens=1
+    ).json()
+    assert [choice["logprobs"]["token_logprobs"] for choice in body["choices"]] == [
+        [None, -1.0, -0.5]
+    ] * 2 + [[None, -1.0, -2.0, -0.5]] * 2
+    assert sorted(generate.sampling.prompt_logprobs for generate in server.stack.generates()) == [
+        -1,
+        -1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 2])
 def test_a_streamed_score_comes_first(server, max_tokens: int) -> None:
     options = {"include_usage": True}
-    body = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "n": 2, "stream_options": options}
+    body = {
+        "prompt": TEXT,
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": max_tokens,
+        "n": 2,
+        "stream_options": options,
+    }
     events = server.events("/v1/completions", **body)
     assert events.pop()["usage"]["completion_tokens"] == 2 * max_tokens
     for index in range(2):
         mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
         assert "".join(choice["text"] for choice in mine) == TEXT + expected(max_tokens)
-        assert mine[0]["text"] == TEXT and mine[0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
-        assert [choice["logprobs"]["text_offset"] for choice in mine[1:-1]] == [[13], [18]][:max_tokens]
+        assert mine[0]["text"] == TEXT and mine[0]["logprobs"]["token_logprobs"] == [
+            None,
+            -1.0,
+            -2.0,
+        ]
+        assert [choice["logprobs"]["text_offset"] for choice in mine[1:-1]] == [[13], [18]][
+            :max_tokens
+        ]
         assert mine[-1]["finish_reason"] == "length"
 
 
 def test_a_streamed_echo_comes_first(server) -> None:
     events = server.events("/v1/completions", prompt=[100, 101], echo=True, max_tokens=2)
-    assert [event["choices"][0]["text"] for event in events] == [word(0) + word(1), word(0), word(1), ""]
+    assert [event["choices"][0]["text"] for event in events] == [
+        word(0) + word(1),
+        word(0),
+        word(1),
+        "",
+    ]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -98,14 +141,25 @@ def test_prompt_logprobs(server, path: str) -> None:
     body = server.post(path, **asked, prompt_logprobs=1, max_tokens=1).json()
     rows = body["prompt_logprobs"] if chat else body["choices"][0]["prompt_logprobs"]
     assert rows[0] is None and len(rows) == 3
-    told = [(int(own), row[own]["logprob"], row[own]["rank"]) for row in rows[1:] for own in row if int(own) >= FIRST_WORD]
+    told = [
+        (int(own), row[own]["logprob"], row[own]["rank"])
+        for row in rows[1:]
+        for own in row
+        if int(own) >= FIRST_WORD
+    ]
     assert [(logprob, rank) for _, logprob, rank in told] == [(-1.0, 1), (-2.0, 2)]
-    assert [row[str(own)]["decoded_token"] for row, (own, _, _) in zip(rows[1:], told, strict=True)] == [" two", " three"]
-    assert all(row["7"] == {"logprob": -0.25, "rank": 1, "decoded_token": "<7>"} for row in rows[1:])
+    assert [
+        row[str(own)]["decoded_token"] for row, (own, _, _) in zip(rows[1:], told, strict=True)
+    ] == [" two", " three"]
+    assert all(
+        row["7"] == {"logprob": -0.25, "rank": 1, "decoded_token": "<7>"} for row in rows[1:]
+    )
 
 
 def test_prompt_logprobs_beside_a_scored_echo(server) -> None:
-    (choice,) = server.complete([8, 9], echo=True, logprobs=0, prompt_logprobs=2, max_tokens=0).json()["choices"]
+    (choice,) = server.complete(
+        [8, 9], echo=True, logprobs=0, prompt_logprobs=2, max_tokens=0
+    ).json()["choices"]
     assert choice["logprobs"]["top_logprobs"] == [None, {"<9>": -1.0}]
     assert choice["prompt_logprobs"] == [
         None,
@@ -116,7 +170,9 @@ def test_prompt_logprobs_beside_a_scored_echo(server) -> None:
         },
     ]
     (choice,) = server.complete([8, 7], prompt_logprobs=1, max_tokens=1).json()["choices"]
-    assert list(choice["prompt_logprobs"][1]) == ["7"], "a token that is also the likeliest is told once"
+    assert list(choice["prompt_logprobs"][1]) == ["7"], (
+        "a token that is also the likeliest is told once"
+    )
     (choice,) = server.complete([8, 9], max_tokens=1).json()["choices"]
     assert "prompt_logprobs" not in choice
 
@@ -128,18 +184,33 @@ def test_prompt_logprobs_and_streams(server) -> None:
 def test_a_resumed_request_tells_its_score_once(server) -> None:
     (choice,) = server.complete("lost two three", prompt_logprobs=0, max_tokens=5).json()["choices"]
     assert len(server.stack.generates()) == 2
-    assert [row and [one["logprob"] for one in row.values()] for row in choice["prompt_logprobs"]] == [None, [-1.0], [-2.0]]
+    assert [
+        row and [one["logprob"] for one in row.values()] for row in choice["prompt_logprobs"]
+    ] == [None, [-1.0], [-2.0]]
 
 
 def test_tokens_by_id(server) -> None:
-    (choice,) = server.complete([7, 8], echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True).json()["choices"]
+    (choice,) = server.complete(
+        [7, 8], echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True
+    ).json()["choices"]
     assert choice["logprobs"]["tokens"] == ["token_id:7", "token_id:8", "token_id:100"]
     assert choice["logprobs"]["top_logprobs"][1] == {"token_id:7": -0.25, "token_id:8": -1.0}
-    (choice,) = server.chat("hi", logprobs=True, top_logprobs=1, max_tokens=1, return_tokens_as_token_ids=True).json()["choices"]
+    (choice,) = server.chat(
+        "hi", logprobs=True, top_logprobs=1, max_tokens=1, return_tokens_as_token_ids=True
+    ).json()["choices"]
     (entry,) = choice["logprobs"]["content"]
-    assert entry["token"] == "token_id:100" and entry["top_logprobs"][0]["token"] == "token_id:0" and bytes(entry["bytes"]) == b"Hello"
-    events = server.events("/v1/completions", prompt="hi", max_tokens=2, logprobs=0, return_tokens_as_token_ids=True)
-    assert [e["choices"][0]["logprobs"]["tokens"] for e in events[:2]] == [["token_id:100"], ["token_id:101"]]
+    assert (
+        entry["token"] == "token_id:100"
+        and entry["top_logprobs"][0]["token"] == "token_id:0"
+        and bytes(entry["bytes"]) == b"Hello"
+    )
+    events = server.events(
+        "/v1/completions", prompt="hi", max_tokens=2, logprobs=0, return_tokens_as_token_ids=True
+    )
+    assert [e["choices"][0]["logprobs"]["tokens"] for e in events[:2]] == [
+        ["token_id:100"],
+        ["token_id:101"],
+    ]
     assert events[1]["choices"][0]["logprobs"]["text_offset"] == [len("token_id:100")]
 
 
@@ -149,17 +220,26 @@ CONTINUED = [{"role": "user", "content": "say"}, {"role": "assistant", "content"
 
 
 def test_a_chat_echoes_the_message_that_it_continues(server) -> None:
-    options = {"messages": CONTINUED, "continue_final_message": True, "add_generation_prompt": False, "max_tokens": 2}
+    options = {
+        "messages": CONTINUED,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "max_tokens": 2,
+    }
     for echo, opening in ((True, "Well: "), (False, "")):
         (choice,) = server.post("/v1/chat/completions", **options, echo=echo).json()["choices"]
         assert choice["message"] == {"role": "assistant", "content": opening + expected(2)}
         events = server.events("/v1/chat/completions", **options, echo=echo)
         assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == opening + expected(2)
+        assert "".join(
+            event["choices"][0]["delta"].get("content", "") for event in events
+        ) == opening + expected(2)
 
 
 def test_the_role_of_an_answer_without_a_generation_prompt_is_the_last_one_s(server) -> None:
-    (choice,) = server.chat("hi", add_generation_prompt=False, echo=True, max_tokens=1).json()["choices"]
+    (choice,) = server.chat("hi", add_generation_prompt=False, echo=True, max_tokens=1).json()[
+        "choices"
+    ]
     assert choice["message"] == {"role": "user", "content": "hi" + expected(1)}
     (choice,) = server.chat("hi", echo=True, max_tokens=1).json()["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected(1)}

@@ -5,7 +5,7 @@ import json
 import pytest
 from pagewire.frontend import sse
 from pagewire.frontend.logprobs import completion_logprobs
-from pagewire_protocol.parts import TokenLogprobs
+from pagewire_protocol.structs import TokenLogprobs
 
 
 class Transport:
@@ -64,7 +64,11 @@ def test_a_template_makes_the_event_that_encoding_would(text: str) -> None:
 
     head, tail = sse.template(body(sse.HOLE))
     made = head + sse.encode(text) + tail
-    assert made == sse.event(body(text)) and json.loads(made[6:-2]) == body(text) and made.count(b"\n") == 2
+    assert (
+        made == sse.event(body(text))
+        and json.loads(made[6:-2]) == body(text)
+        and made.count(b"\n") == 2
+    )
 
 
 def test_events_of_one_round_leave_in_one_write(flusher: sse.Flusher) -> None:
@@ -145,9 +149,13 @@ def test_an_overfull_buffer_is_cut_off_at_once(flusher: sse.Flusher) -> None:
 
 
 def test_a_token_without_text_is_called_by_its_id() -> None:
-    entry = TokenLogprobs(row=0, index=0, rank=1, ids=(7, 8), values=(-0.5, float("-inf")), texts=(b"", b""))
+    entry = TokenLogprobs(
+        row=0, index=0, rank=1, ids=(7, 8), values=(-0.5, float("-inf")), texts=(b"", b"")
+    )
     shown = completion_logprobs([entry], 5)
-    assert shown["tokens"] == ["token_id:7"] and shown["top_logprobs"] == [{"token_id:7": -0.5, "token_id:8": -9999.0}]
+    assert shown["tokens"] == ["token_id:7"] and shown["top_logprobs"] == [
+        {"token_id:7": -0.5, "token_id:8": -9999.0}
+    ]
     assert shown["text_offset"] == [5]
 
 
@@ -162,4 +170,6 @@ def test_only_silent_streams_are_pinged(loop: Loop) -> None:
         flusher.flush()
     pings = [b"8\r\n: ping\n\n\r\n"]
     assert heard.written == pings * 2
-    assert said.written[-1:] == pings and said.written.count(pings[0]) == 1 and len(said.written) > 100
+    assert (
+        said.written[-1:] == pings and said.written.count(pings[0]) == 1 and len(said.written) > 100
+    )

@@ -1,17 +1,46 @@
-"""Every parameter with every kind of value that does not belong there: an answer or a refusal, never a failure, and the next request is
-served."""
+"""Every parameter with every kind of value that does not belong there: an answer or a refusal,
+never a failure, and the next request is served."""
 
 import json
 
 import pytest
-from pagewire.frontend.openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pagewire.frontend.openai import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from pagewire.frontend.parsing import NEUTRAL
 
-VALUES = [None, True, False, 0, -1, 1.5, 2**31, -(2**31) - 1, 2**63, 2**64, 10**400, 1e308, "", "x", "é" * 300, [], [-1], [None], [[]], {}]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    2**31,
+    -(2**31) - 1,
+    2**63,
+    2**64,
+    10**400,
+    1e308,
+    "",
+    "x",
+    "é" * 300,
+    [],
+    [-1],
+    [None],
+    [[]],
+    {},
+]
 VALUES += [{"x": 1}, {"1": None}, [[1], "a"], "\u0000", "\U0001f999"]
 BODIES = {
     "/v1/completions": (CompletionRequest, {"prompt": "hi", "max_tokens": 2}),
-    "/v1/chat/completions": (ChatRequest, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+    "/v1/chat/completions": (
+        ChatRequest,
+        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    ),
     "/tokenize": (TokenizeRequest, {"prompt": "hi"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
 }
@@ -45,6 +74,8 @@ def test_strange_bodies(server, path: str) -> None:
         b"\xff\xfe",
     ):
         answer = server.http.post(path, content=content)
-        assert answer.status_code == 400 and answer.json()["error"]["type"] == "BadRequestError", content
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "BadRequestError", (
+            content
+        )
     twice = whole[:-1] + b"," + whole[1:]
     assert server.http.post(path, content=twice).status_code == 200

@@ -8,8 +8,18 @@ from pagewire_protocol.messages import Tokenize
 def test_a_text(server) -> None:
     body = server.post("/tokenize", prompt="one two").json()
     assert set(body) == {"count", "max_model_len", "tokens", "token_strs"}
-    assert body["count"] == 2 == len(body["tokens"]) and body["max_model_len"] == 4096 and body["token_strs"] is None
-    body = server.post("/tokenize", model="alias", prompt="one two", return_token_strs=True, add_special_tokens=False).json()
+    assert (
+        body["count"] == 2 == len(body["tokens"])
+        and body["max_model_len"] == 4096
+        and body["token_strs"] is None
+    )
+    body = server.post(
+        "/tokenize",
+        model="alias",
+        prompt="one two",
+        return_token_strs=True,
+        add_special_tokens=False,
+    ).json()
     assert body["token_strs"] == ["one", " two"]
     questions = [question for question in server.stack.received if isinstance(question, Tokenize)]
     assert [question.add_special_tokens for question in questions] == [True, False]
@@ -21,12 +31,21 @@ def test_a_text(server) -> None:
 def test_a_conversation(server) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     body = server.post(
-        "/tokenize", messages=messages, return_token_strs=True, add_generation_prompt=False, chat_template_kwargs={"a": 1}, tools=None
+        "/tokenize",
+        messages=messages,
+        return_token_strs=True,
+        add_generation_prompt=False,
+        chat_template_kwargs={"a": 1},
+        tools=None,
     ).json()
     assert body["token_strs"] == [" user:", " hi"]
     (question,) = server.stack.received
     chat = question.prompt.chat
-    assert not question.add_special_tokens and not chat.add_generation_prompt and chat.template_kwargs == b'{"a":1}'
+    assert (
+        not question.add_special_tokens
+        and not chat.add_generation_prompt
+        and chat.template_kwargs == b'{"a":1}'
+    )
 
 
 @pytest.mark.parametrize(

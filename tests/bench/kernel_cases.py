@@ -1,4 +1,5 @@
-"""Runs every kind of kernel case at a small shape in Triton's interpreter on the CPU and prints the relative errors as JSON.
+"""Runs every kind of kernel case at a small shape in Triton's interpreter on the CPU and prints the
+relative errors as JSON.
 
 A process of its own: the interpreter must be chosen before a kernel is defined, and stays chosen.
 """
@@ -14,7 +15,8 @@ import torch
 warnings.simplefilter("ignore")
 runpy.run_path(str(Path(__file__).parents[1] / "ops" / "conftest.py"))
 attention, inputs, products, sampling = (
-    import_module(f"pagewire.bench.ops.{name}") for name in ("attention", "inputs", "products", "sampling")
+    import_module(f"pagewire.bench.ops.{name}")
+    for name in ("attention", "inputs", "products", "sampling")
 )
 
 inputs.DEVICE, inputs.DTYPE, inputs.PAGES, inputs.WEIGHT_BYTES = "cpu", torch.float32, 64, 1e4

@@ -9,7 +9,9 @@ from pagewire.bench.load import Target, send, send_all, send_at
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 EVENT = b'data: {"id": "x", "choices": [{"text": "a"}]}\n\n'
-USAGE = b'data: {"id": "x", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
+USAGE = (
+    b'data: {"id": "x", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -38,7 +40,10 @@ async def test_an_answer_in_pieces() -> None:
     assert sum(sample.gaps) == pytest.approx(sample.last - sample.first)
 
 
-@pytest.mark.parametrize("pieces", [(HEAD, EVENT), (b"HTTP/1.1 503 Unavailable\r\n\r\n", b'{"error": "loading"}'), (HEAD,)])
+@pytest.mark.parametrize(
+    "pieces",
+    [(HEAD, EVENT), (b"HTTP/1.1 503 Unavailable\r\n\r\n", b'{"error": "loading"}'), (HEAD,)],
+)
 async def test_an_answer_that_breaks_off(pieces: tuple[bytes, ...]) -> None:
     async with server(*pieces) as target:
         sample = await send(target, {"prompt": "x"})
@@ -85,4 +90,8 @@ def test_addresses_that_cannot_be_loaded(url: str) -> None:
 
 
 def test_addresses() -> None:
-    assert Target.of("localhost:8000/v1") == Target.of("http://localhost:8000") == Target("localhost", 8000)
+    assert (
+        Target.of("localhost:8000/v1")
+        == Target.of("http://localhost:8000")
+        == Target("localhost", 8000)
+    )

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from pagewire import launch, settings, stack
+from pagewire.launch import serve, stack
+from pagewire.offline import settings
 
 
 @pytest.mark.parametrize(
@@ -20,22 +21,24 @@ from pagewire import launch, settings, stack
         (64, "cpu", True, (1, 1)),
     ],
 )
-def test_several_only_where_cores_are_left(cores: int, device: str, has_gpu: bool, expected: tuple[int, int]) -> None:
+def test_several_only_where_cores_are_left(
+    cores: int, device: str, has_gpu: bool, expected: tuple[int, int]
+) -> None:
     assert stack.replicas(cores, device, has_gpu) == expected
 
 
 def test_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "cores", lambda: 16)
-    config = launch.parse(["--device", "cuda", "--num-frontends", "1"])
+    config = serve.parse(["--device", "cuda", "--num-frontends", "1"])
     assert (config.num_frontends, config.num_tokenizers, config.num_workers) == (1, 2, 1)
-    assert "2 tokenizer(s), on 16 cores" in launch.crew(config)
+    assert "2 tokenizer(s), on 16 cores" in serve.crew(config)
 
 
 def test_the_choice_is_not_mentioned_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "cores", lambda: 2)
-    config = launch.parse(["--device", "cuda"])
+    config = serve.parse(["--device", "cuda"])
     assert (config.num_frontends, config.num_tokenizers) == (1, 1)
-    assert launch.crew(config) == ""
+    assert serve.crew(config) == ""
 
 
 def test_cores_are_at_least_one() -> None:
@@ -49,7 +52,11 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def places(config: stack.StackConfig) -> list[str | None]:
     services = stack.model_services(config, config.model)
-    return [dict(service.environment).get("CUDA_VISIBLE_DEVICES") for service in services if service.name.startswith("worker")]
+    return [
+        dict(service.environment).get("CUDA_VISIBLE_DEVICES")
+        for service in services
+        if service.name.startswith("worker")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,18 +68,27 @@ def places(config: stack.StackConfig) -> list[str | None]:
         (["--device", "cpu", "--num-workers", "3"], [None] * 3),
     ],
 )
-def test_workers_take_turns_over_the_gpus(visible: None, flags: list[str], expected: list[str | None]) -> None:
-    assert places(launch.parse(flags)) == expected
+def test_workers_take_turns_over_the_gpus(
+    visible: None, flags: list[str], expected: list[str | None]
+) -> None:
+    assert places(serve.parse(flags)) == expected
 
 
-def test_more_workers_than_the_gpus_hold_are_refused(visible: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_workers_than_the_gpus_hold_are_refused(
+    visible: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        launch.parse(["--num-workers", "3"])
-    assert "there are 2 GPU(s), with room for 1 each at --gpu-memory-utilization 0.9" in capsys.readouterr().err
+        serve.parse(["--num-workers", "3"])
+    assert (
+        "there are 2 GPU(s), with room for 1 each at --gpu-memory-utilization 0.9"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="num_workers=3: there are 2"):
         settings.configure({"num_workers": 3})
 
 
 def test_without_the_variable_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert stack.gpus() == [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    assert stack.gpus() == [
+        str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    ]

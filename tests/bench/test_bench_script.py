@@ -1,4 +1,5 @@
-"""bench/h200.py on a machine without a GPU: all parts, in small; and what it does about parts that fail or hang."""
+"""bench/h200.py on a machine without a GPU: all parts, in small; and what it does about parts that
+fail or hang."""
 
 import argparse
 import importlib.util
@@ -42,9 +43,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator(
-        ["time people way day man thing woman life child world school state family student group country"] * 3, trainer
+        [
+            "time people way day man thing woman life child world school state family student group country"
+        ]
+        * 3,
+        trainer,
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     made.save(str(folder / "tokenizer.json"))
@@ -59,11 +66,39 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_everything_in_one_run(script: ModuleType, model: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_everything_in_one_run(
+    script: ModuleType, model: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "all.json"
-    arguments = ["--device", "cpu", "--models", str(model), "--tokenizer", str(tokenizer), "--scale", "0.005", "--runs", "1"]
-    flags = ["--max-model-len", "1024", "--cpu-kv-cache-gb", "0.1", "--json", str(file), "--budget-s", "100"]
-    result = subprocess.run([sys.executable, str(SCRIPT), *arguments, *flags], capture_output=True, text=True, timeout=110, check=False)
+    arguments = [
+        "--device",
+        "cpu",
+        "--models",
+        str(model),
+        "--tokenizer",
+        str(tokenizer),
+        "--scale",
+        "0.005",
+        "--runs",
+        "1",
+    ]
+    flags = [
+        "--max-model-len",
+        "1024",
+        "--cpu-kv-cache-gb",
+        "0.1",
+        "--json",
+        str(file),
+        "--budget-s",
+        "100",
+    ]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments, *flags],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     parts: dict[str, Any] = json.loads(file.read_text())["parts"]
     assert list(parts) == ["http tiny", "start tiny", "offline tiny", "path tiny"]
@@ -72,16 +107,39 @@ def test_everything_in_one_run(script: ModuleType, model: Path, tokenizer: Path,
     assert parts["start tiny"]["ready_s"] > 0 and parts["offline tiny"]["kv_tokens"] > 0
     tables = result.stdout.rpartition("\ntiny, over HTTP")[2]
     assert "tiny, offline" in tables and "first start" in tables and "HTTP / offline" in tables
-    assert len(tables) < 6000, "the tables of two models and the kernels must fit in 12,000 characters"
+    assert len(tables) < 6000, (
+        "the tables of two models and the kernels must fit in 12,000 characters"
+    )
 
 
 def test_a_part_that_fails_leaves_a_line(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "all.json"
-    command = [sys.executable, str(SCRIPT), "--device", "fake", "--models", str(model), "--parts", "start,offline", "--no-such-flag"]
-    result = subprocess.run([*command, "--json", str(file), "--budget-s", "60"], capture_output=True, text=True, timeout=60, check=False)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--device",
+        "fake",
+        "--models",
+        str(model),
+        "--parts",
+        "start,offline",
+        "--no-such-flag",
+    ]
+    result = subprocess.run(
+        [*command, "--json", str(file), "--budget-s", "60"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert result.returncode == 1
-    assert "offline tiny: ended with exit code 2" in result.stdout and "start tiny: the server did not start" in result.stdout
-    assert json.loads(file.read_text())["parts"]["offline tiny"]["error"] == "ended with exit code 2"
+    assert (
+        "offline tiny: ended with exit code 2" in result.stdout
+        and "start tiny: the server did not start" in result.stdout
+    )
+    assert (
+        json.loads(file.read_text())["parts"]["offline tiny"]["error"] == "ended with exit code 2"
+    )
 
 
 def test_a_part_that_hangs_is_ended_with_its_children(script: ModuleType, tmp_path: Path) -> None:
@@ -93,12 +151,18 @@ def test_a_part_that_hangs_is_ended_with_its_children(script: ModuleType, tmp_pa
     assert time.monotonic() - began < 10
     child = Path(f"/proc/{pid.read_text()}/stat")
     end = time.monotonic() + 5
-    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < end:
+    while (
+        child.exists()
+        and child.read_text().rpartition(")")[2].split()[0] != "Z"
+        and time.monotonic() < end
+    ):
         time.sleep(0.05)
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_the_text_model_has_the_vocabulary_of_the_tokenizer(script: ModuleType, model: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_the_text_model_has_the_vocabulary_of_the_tokenizer(
+    script: ModuleType, model: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     script.make_text_model(model, tokenizer, tmp_path / "made")
     config = json.loads((tmp_path / "made/config.json").read_text())
     assert config["vocab_size"] == VOCAB and config["hidden_size"] == SMALL["hidden_size"]
@@ -106,9 +170,19 @@ def test_the_text_model_has_the_vocabulary_of_the_tokenizer(script: ModuleType, 
 
 
 def test_shares_of_the_time_are_for_all_parts(script: ModuleType) -> None:
-    options = argparse.Namespace(parts=",".join(script.SECONDS), models="a,b", device="cuda", tokenizer="t")
+    options = argparse.Namespace(
+        parts=",".join(script.SECONDS), models="a,b", device="cuda", tokenizer="t"
+    )
     plan = [(part, model and model.name) for part, model in script.plan_of(options)]
-    assert plan[0] == ("kernels", None) and plan[1:4] == [("http", "a"), ("start", "a"), ("offline", "a")]
+    assert plan[0] == ("kernels", None) and plan[1:4] == [
+        ("http", "a"),
+        ("start", "a"),
+        ("offline", "a"),
+    ]
     assert plan[-1] == ("path", "a") and len(plan) == 8
     with pytest.raises(SystemExit, match="only"):
-        list(script.plan_of(argparse.Namespace(parts="http,none", models="a", device="cuda", tokenizer="")))
+        list(
+            script.plan_of(
+                argparse.Namespace(parts="http,none", models="a", device="cuda", tokenizer="")
+            )
+        )

@@ -1,4 +1,5 @@
-"""Workloads: the published names, numbers and lengths; the same prompts for the same seed; shares that add up."""
+"""Workloads: the published names, numbers and lengths; the same prompts for the same seed; shares
+that add up."""
 
 import itertools
 import random
@@ -18,9 +19,16 @@ from pagewire.bench.clients import moments
         ("shared", 256, (64, 64), (64, 64), 2048),
     ],
 )
-def test_offline_workloads(name: str, requests: int, prompt: tuple[int, int], output: tuple[int, int], common: int) -> None:
+def test_offline_workloads(
+    name: str, requests: int, prompt: tuple[int, int], output: tuple[int, int], common: int
+) -> None:
     found = workloads.parse(name)
-    assert (found.requests, found.prompt, found.output, found.common) == (requests, prompt, output, common)
+    assert (found.requests, found.prompt, found.output, found.common) == (
+        requests,
+        prompt,
+        output,
+        common,
+    )
     prompts, lengths = workloads.batch(found, 0)
     assert len(prompts) == len(lengths) == requests
     assert all(prompt[0] <= len(ids) - common <= prompt[1] for ids in prompts)
@@ -42,7 +50,9 @@ def test_online_workloads() -> None:
     assert [w.requests for w in found] == [8, 256, 256, 320, 1024]
 
 
-@pytest.mark.parametrize("text", ["", "16x128", "0x1/1", "1x0/1", "poisson0x1/1", "widest", "1x1/1+", "-1x1/1"])
+@pytest.mark.parametrize(
+    "text", ["", "16x128", "0x1/1", "1x0/1", "poisson0x1/1", "widest", "1x1/1+", "-1x1/1"]
+)
 def test_what_is_no_workload_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="workload"):
         workloads.parse(text)
@@ -58,12 +68,18 @@ def test_scaling_shrinks_and_keeps_what_it_is(name: str) -> None:
     full = workloads.parse(name, workloads.ALONE)
     small = full.scaled(0.01)
     assert small.name == full.name and small.rate == full.rate
-    assert 1 <= small.requests <= max(2, full.requests // 50) and 4 <= small.prompt[0] <= full.prompt[0]
+    assert (
+        1 <= small.requests <= max(2, full.requests // 50)
+        and 4 <= small.prompt[0] <= full.prompt[0]
+    )
     assert bool(small.common) == bool(full.common)
     assert full.scaled(1) == full
 
 
-@pytest.mark.parametrize(("name", "parts"), [("1x128/256", 1), ("256x128/128", 4), ("poisson32x512/128", 4), ("3x4/5", 3), ("6x4/5", 4)])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("1x128/256", 1), ("256x128/128", 4), ("poisson32x512/128", 4), ("3x4/5", 3), ("6x4/5", 4)],
+)
 def test_the_shares_of_the_clients_add_up(name: str, parts: int) -> None:
     whole = workloads.parse(name, workloads.ALONE)
     shares = workloads.split(whole, 4)
@@ -84,7 +100,16 @@ def test_prompts_of_requests(vocab: int) -> None:
     assert made == prompts("a") != prompts("b") and len({str(prompt) for prompt in made}) == 4
     split = [prompt.split() if isinstance(prompt, str) else prompt for prompt in made]
     assert all(len(prompt) == 50 for prompt in split)
-    assert len({tuple(prompt[:30]) for prompt in split + [list(p.split()) if isinstance(p, str) else p for p in prompts("b")]}) == 1
+    assert (
+        len(
+            {
+                tuple(prompt[:30])
+                for prompt in split
+                + [list(p.split()) if isinstance(p, str) else p for p in prompts("b")]
+            }
+        )
+        == 1
+    )
     if vocab:
         assert all(workloads.FIRST_ID <= token < vocab for prompt in split for token in prompt)
 
@@ -94,7 +119,9 @@ def test_requests_of_a_poisson_process_come_at_its_rate() -> None:
     gaps = [after - before for before, after in itertools.pairwise(when)]
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(1 / 32, rel=0.03)
-    assert sum((gap - mean) ** 2 for gap in gaps) / len(gaps) == pytest.approx(mean**2, rel=0.1), "exponential: as wide as long"
+    assert sum((gap - mean) ** 2 for gap in gaps) / len(gaps) == pytest.approx(mean**2, rel=0.1), (
+        "exponential: as wide as long"
+    )
 
 
 def test_a_warm_up_has_as_many_streams_and_few_tokens() -> None:

@@ -1,7 +1,8 @@
-"""Two running stacks for clients to talk to, and the OpenAI client that the tutorials pin, beside today's.
+"""Two running stacks for clients to talk to, and the OpenAI client that the tutorials pin, beside
+today's.
 
-The model is a hash behind the demo's tokenizer: clients do not care what is said, only how. The second stack wants a key, and its chat
-template refuses a system message, as Gemma's does.
+The model is a hash behind the demo's tokenizer: clients do not care what is said, only how. The
+second stack wants a key, and its chat template refuses a system message, as Gemma's does.
 """
 
 import os
@@ -17,7 +18,16 @@ from e2e.conftest import Stack
 
 OLD = ("openai==1.17.1", "httpx<0.28")
 """The pinned client, and the last httpx that it works with."""
-SMALL = ("--device", "fake", "--max-model-len", "4096", "--num-frontends", "1", "--num-tokenizers", "1")
+SMALL = (
+    "--device",
+    "fake",
+    "--max-model-len",
+    "4096",
+    "--num-frontends",
+    "1",
+    "--num-tokenizers",
+    "1",
+)
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
@@ -66,10 +76,22 @@ def guarded(start: Callable[..., Endpoint]) -> Endpoint:
 def old_client(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the pinned client, kept between runs. Skips only where pip cannot get it."""
     kept = pytestconfig.cache
-    directory = Path(kept.mkdir("openai-1.17.1")) if kept else tmp_path_factory.mktemp("openai-1.17.1")
+    directory = (
+        Path(kept.mkdir("openai-1.17.1")) if kept else tmp_path_factory.mktemp("openai-1.17.1")
+    )
     complete = directory / "complete"
     if not complete.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(directory), *OLD]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--target",
+            str(directory),
+            *OLD,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             pytest.skip(f"pip could not install {OLD[0]}: {done.stderr.strip().splitlines()[-1]}")
@@ -85,7 +107,13 @@ def call_openai(request: pytest.FixtureRequest) -> Callable[..., Any]:
     def call(program: str, *arguments: str) -> str:
         script = Path(__file__).parent / program
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -10,7 +10,9 @@ from langchain_openai import ChatOpenAI, OpenAI
 
 
 def chat(endpoint: Any, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(base_url=endpoint.base, api_key=endpoint.key, model=endpoint.model, max_retries=0, **options)
+    return ChatOpenAI(
+        base_url=endpoint.base, api_key=endpoint.key, model=endpoint.model, max_retries=0, **options
+    )
 
 
 def test_a_chat_is_invoked(endpoint: Any) -> None:
@@ -22,7 +24,9 @@ def test_a_chat_is_invoked(endpoint: Any) -> None:
 def test_a_chat_is_streamed(endpoint: Any) -> None:
     llm = chat(endpoint, max_tokens=16, temperature=0, stream_usage=True)
     pieces = list(llm.stream("What can you do?"))
-    assert "".join(piece.content for piece in pieces) == llm.invoke("What can you do?").content != ""
+    assert (
+        "".join(piece.content for piece in pieces) == llm.invoke("What can you do?").content != ""
+    )
     assert sum((piece.usage_metadata or {}).get("output_tokens", 0) for piece in pieces) == 16
 
 
@@ -33,15 +37,29 @@ def test_chats_run_in_batches_and_without_waiting(endpoint: Any) -> None:
 
 
 def test_a_chain_with_a_key(guarded: Any) -> None:
-    chain = ChatPromptTemplate.from_messages([("human", "Tell me about {topic}")]) | chat(guarded, max_tokens=8)
+    chain = ChatPromptTemplate.from_messages([("human", "Tell me about {topic}")]) | chat(
+        guarded, max_tokens=8
+    )
     assert chain.invoke({"topic": "Mexico"}).content
-    system = ChatPromptTemplate.from_messages([("system", "Be brief."), ("human", "{topic}")]) | chat(guarded, max_tokens=8)
+    system = ChatPromptTemplate.from_messages(
+        [("system", "Be brief."), ("human", "{topic}")]
+    ) | chat(guarded, max_tokens=8)
     with pytest.raises(openai.BadRequestError, match="System role not supported"):
         system.invoke({"topic": "Mexico"})
 
 
 def test_a_completion_model(endpoint: Any) -> None:
-    llm = OpenAI(base_url=endpoint.base, api_key=endpoint.key, model=endpoint.model, max_tokens=8, temperature=0, max_retries=0)
-    chain = PromptTemplate.from_template("Question: {question}\n\nAnswer: Let's think step by step.") | llm
+    llm = OpenAI(
+        base_url=endpoint.base,
+        api_key=endpoint.key,
+        model=endpoint.model,
+        max_tokens=8,
+        temperature=0,
+        max_retries=0,
+    )
+    chain = (
+        PromptTemplate.from_template("Question: {question}\n\nAnswer: Let's think step by step.")
+        | llm
+    )
     whole = chain.invoke({"question": "What is machine learning?"})
     assert whole and "".join(chain.stream({"question": "What is machine learning?"})) == whole

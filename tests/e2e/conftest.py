@@ -24,7 +24,12 @@ KINDS = ("frontend", "tokenizer", "scheduler", "worker")
 class Stack:
     """A running `pagewire serve`. Its lines are kept, so that a failing test can show them."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, command: tuple[str, ...] = SERVE) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        command: tuple[str, ...] = SERVE,
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments],
             stdout=subprocess.PIPE,
@@ -54,9 +59,13 @@ class Stack:
             return next((line for line in self.lines if text in line or line == "<end>"), None)
 
         with self._came:
-            assert self._came.wait_for(found, timeout_s), f"no line with {text!r}:\n" + "\n".join(self.lines)
+            assert self._came.wait_for(found, timeout_s), f"no line with {text!r}:\n" + "\n".join(
+                self.lines
+            )
             line = found()
-        assert line is not None and line != "<end>", f"the stack ended before {text!r}:\n" + "\n".join(self.lines)
+        assert line is not None and line != "<end>", (
+            f"the stack ended before {text!r}:\n" + "\n".join(self.lines)
+        )
         return line
 
     def wait_ready(self) -> "Stack":
@@ -76,7 +85,9 @@ class Stack:
         return Path(next(flag for flag in flags if flag.startswith("--run-dir=")).partition("=")[2])
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="EMPTY", max_retries=0, timeout=60, **options)
+        return openai.OpenAI(
+            base_url=self.url, api_key="EMPTY", max_retries=0, timeout=60, **options
+        )
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=10) as answer:
@@ -86,7 +97,12 @@ class Stack:
         """Until /health says 200 again."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(
+                    self.url.removesuffix("/v1") + "/health", timeout=5
+                ) as answer,
+            ):
                 if answer.status == 200:
                     return
             time.sleep(0.1)
@@ -152,7 +168,15 @@ def start_stack() -> Iterator[Callable[..., Stack]]:
 def fake_stack(start_stack: Callable[..., Stack]) -> Stack:
     """Token ids in and out, a hash for a model."""
     one_each = ("--num-frontends", "1", "--num-tokenizers", "1")
-    fake = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", "1000", "--fake-step-ms", "2")
+    fake = (
+        "--device",
+        "fake",
+        "--skip-tokenizer-init",
+        "--fake-vocab-size",
+        "1000",
+        "--fake-step-ms",
+        "2",
+    )
     return start_stack(*fake, *one_each).wait_ready()
 
 
@@ -166,7 +190,7 @@ def demo_stack(start_stack: Callable[..., Stack]) -> Stack:
 def oracle() -> Any:
     """The demo model in transformers, in float32, and its tokenizer."""
     import torch
-    from pagewire.hub import demo_gguf
+    from pagewire.hub.huggingface import demo_gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = demo_gguf()

@@ -1,6 +1,6 @@
-"""What a CPU worker does on the processor it is started on, as JSON:
-`python greedy_on_processor.py MODEL DTYPE TOKENS '[[PROMPT_ID, ...], ...]'`. MODEL is a GGUF file, or a directory with a configuration, for
-random weights of 4 bits.
+"""What a CPU worker does on the processor it is started on, as JSON: `python greedy_on_processor.py
+MODEL DTYPE TOKENS '[[PROMPT_ID, ...], ...]'`. MODEL is a GGUF file, or a directory with a
+configuration, for random weights of 4 bits.
 
 A program of its own, since qemu runs whole processes.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker import precision, processor
-from pagewire.worker.runner import Runner
+from pagewire.worker.cpu import processor
+from pagewire.worker.cpu.runner import Runner
+from pagewire.worker.load import precision
 from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Admission, Step, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -34,11 +35,17 @@ class Lines(logging.Handler):
 
 def greedy(runner: Runner, prompt: list[int], count: int) -> list[int]:
     sampling = Sampling(seed=0, max_tokens=count, temperature=0.0)
-    admit = (Admission(0, 0, pack("i", prompt), pack("i", []), pack("i", list(range(BLOCKS))), 0, sampling),)
+    admit = (
+        Admission(
+            0, 0, pack("i", prompt), pack("i", []), pack("i", list(range(BLOCKS))), 0, sampling
+        ),
+    )
     out: list[int] = []
     while len(out) < count:
         run = len(prompt) if admit else 1
-        result = runner.execute(Step(1, len(out), admit=admit, run_slots=pack("i", [0]), run_counts=pack("i", [run])))
+        result = runner.execute(
+            Step(1, len(out), admit=admit, run_slots=pack("i", [0]), run_counts=pack("i", [run]))
+        )
         out += unpack("i", result.tokens)
         admit = ()
     runner.execute(Step(1, count, retire=pack("i", [0])))
@@ -61,7 +68,11 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     if target:  # made on this processor for another
         cpu_native.converts_half = lambda: "+f16c" in target.split(",")
     file = path.endswith(".gguf")
-    model = ModelConfig(max_model_len=64, load_format="auto" if file else "dummy", quantization="" if file else "int4")
+    model = ModelConfig(
+        max_model_len=64,
+        load_format="auto" if file else "dummy",
+        quantization="" if file else "int4",
+    )
     config = WorkerConfig(device="cpu", dtype=dtype, num_kv_blocks=BLOCKS)
     runner = Runner(Path(path), model, SchedulerConfig(max_num_seqs=1), config)
     look = processor.look()

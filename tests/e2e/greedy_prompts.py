@@ -1,4 +1,5 @@
-"""Prompts that are varied in script, form and length, for comparisons with transformers. Knows neither tests nor models."""
+"""Prompts that are varied in script, form and length, for comparisons with transformers. Knows
+neither tests nor models."""
 
 from typing import Any
 
@@ -39,6 +40,9 @@ def long_text(tokenizer: Any) -> Tokens:
 def greedy_prompts(tokenizer: Any) -> list[Tokens]:
     """64 different ones, the last two of LONG_TOKENS."""
     long = long_text(tokenizer)
-    made = [tokenizer(text).input_ids for text in SHORT] + [long[:LONG_TOKENS], long[100 : 100 + LONG_TOKENS]]
+    made = [tokenizer(text).input_ids for text in SHORT] + [
+        long[:LONG_TOKENS],
+        long[100 : 100 + LONG_TOKENS],
+    ]
     assert len(made) == 64 and len({tuple(ids) for ids in made}) == 64
     return made

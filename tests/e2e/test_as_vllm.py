@@ -1,4 +1,5 @@
-"""`import pagewire.as_vllm`: programs and libraries that were written for vLLM, unchanged. Each in a process of its own."""
+"""`import pagewire.as_vllm`: programs and libraries that were written for vLLM, unchanged. Each in
+a process of its own."""
 
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 
 NAMES = """
 import pagewire.as_vllm, sys
-assert not {"torch", "transformers", "zmq", "pagewire.llm"} & set(sys.modules)
+assert not {"torch", "transformers", "zmq", "pagewire.offline.llm"} & set(sys.modules)
 import vllm
 import vllm.outputs, vllm.entrypoints.openai.api_server
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -63,7 +64,9 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     from pagewire.config import DEMO_MODEL
 
     source = f"MODEL = {DEMO_MODEL!r}\n{program}"
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_names_and_nothing_heavy_before_they_are_used() -> None:
@@ -90,5 +93,7 @@ def test_langchain_s_own_class() -> None:
 
 
 def test_the_real_one_is_not_replaced_behind_its_back() -> None:
-    result = run("import sys, types\nsys.modules['vllm'] = types.ModuleType('vllm')\nimport pagewire.as_vllm")
+    result = run(
+        "import sys, types\nsys.modules['vllm'] = types.ModuleType('vllm')\nimport pagewire.as_vllm"
+    )
     assert result.returncode == 1 and "vllm itself is already imported" in result.stderr

@@ -1,4 +1,5 @@
-"""The commands of the compose services, run as processes: the entry point, flags and health checks of the images, without an engine."""
+"""The commands of the compose services, run as processes: the entry point, flags and health checks
+of the images, without an engine."""
 
 import contextlib
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pagewire import hub
+from pagewire.hub import huggingface
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0
@@ -43,34 +44,67 @@ class Stack:
         self.url = f"http://127.0.0.1:{port}"
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         bin_dir = Path(sys.executable).parent
-        self.environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir, "PORT": str(port), "PATH": f"{bin_dir}:{os.environ['PATH']}"}
-        settings = {"MODEL": str(hub.demo_gguf()), "DEVICE": "fake"}
-        self.services: dict[str, Any] = yaml.safe_load(interpolate((ROOT / "compose/default.yaml").read_text(), settings))["services"]
+        self.environment = {
+            **os.environ,
+            "PAGEWIRE_RUN_DIR": run_dir,
+            "PORT": str(port),
+            "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        }
+        settings = {"MODEL": str(huggingface.demo_gguf()), "DEVICE": "fake"}
+        self.services: dict[str, Any] = yaml.safe_load(
+            interpolate((ROOT / "compose/default.yaml").read_text(), settings)
+        )["services"]
 
     def start(self, service: str, *more: str) -> subprocess.Popen[bytes]:
-        """As the image does: its entry point with the compose file's command. Later flags win over earlier ones."""
-        words = ["sh", str(ROOT / "compose/entrypoint.sh"), service, *self.services[service]["command"], *more]
+        """As the image does: its entry point with the compose file's command. Later flags win over
+        earlier ones."""
+        words = [
+            "sh",
+            str(ROOT / "compose/entrypoint.sh"),
+            service,
+            *self.services[service]["command"],
+            *more,
+        ]
         return subprocess.Popen(words, env=self.environment)
 
     def up(self) -> None:
-        self.children["frontend"] = self.start("frontend", "--host=127.0.0.1", f"--port={self.port}")
+        self.children["frontend"] = self.start(
+            "frontend", "--host=127.0.0.1", f"--port={self.port}"
+        )
         for service in ("tokenizer", "scheduler", "worker"):
             self.children[service] = self.start(service)
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            dead = {name: child.returncode for name, child in self.children.items() if child.poll() is not None}
+            dead = {
+                name: child.returncode
+                for name, child in self.children.items()
+                if child.poll() is not None
+            }
             assert not dead, f"ended: {dead}"
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer,
+            ):
                 if answer.status == 200:
                     return
             time.sleep(0.1)
         raise AssertionError("not ready in time")
 
     def complete(self, prompt: str) -> dict[str, Any]:
-        body = json.dumps({"model": self.model(), "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        body = json.dumps(
+            {
+                "model": self.model(),
+                "prompt": prompt,
+                "max_tokens": 8,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+        ).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -82,7 +116,9 @@ class Stack:
         """The command of the service's health check."""
         _, _, *words = self.services[service]["healthcheck"]["test"]
         program = [sys.executable, str(ROOT / "compose/health.py"), *words]
-        return subprocess.run(program, env=self.environment, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            program, env=self.environment, capture_output=True, text=True, timeout=30
+        )
 
     def end(self, name: str) -> int:
         child = self.children.pop(name)
@@ -147,14 +183,18 @@ def ready_tokenizers(stack: Stack) -> str:
         "health.judge = lambda peers, role, name: ' '.join(p.name for p in peers if p.ready); print(health.ask_scheduler('worker'))"
     )
     words = [sys.executable, "-c", program, str(ROOT / "compose")]
-    return subprocess.run(words, env=stack.environment, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(
+        words, env=stack.environment, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
 
 
 def test_health_says_what_is_wrong_without_a_scheduler() -> None:
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
         environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir}
         program = [sys.executable, str(ROOT / "compose/health.py"), "scheduler"]
-        result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(
+            program, env=environment, capture_output=True, text=True, timeout=30
+        )
     assert result.returncode == 1
     assert "did not answer" in result.stdout
 

@@ -9,5 +9,7 @@ def test_everything_works_on_this_machine() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr
     *_, generation, _, verdict = done.stdout.splitlines()
-    assert generation.startswith("ok      generation") and generation.endswith("'The capital of France is' goes on with ' Paris'")
+    assert generation.startswith("ok      generation") and generation.endswith(
+        "'The capital of France is' goes on with ' Paris'"
+    )
     assert verdict == "everything works"

@@ -1,4 +1,5 @@
-"""SIGTERM to `pagewire serve`: what runs is finished, what comes is told so, and the exit code is 0."""
+"""SIGTERM to `pagewire serve`: what runs is finished, what comes is told so, and the exit code is
+0."""
 
 import contextlib
 import json
@@ -12,13 +13,23 @@ from typing import Any
 
 def ask(stack: Any, count: int) -> Any:
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": count, "return_token_ids": True}).encode()
-    request = urllib.request.Request(f"{stack.url}/completions", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{stack.url}/completions", body, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
 
 def test_running_requests_are_finished(start_stack: Callable[..., Any]) -> None:
-    fake = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", "1000", "--fake-step-ms", "10")
+    fake = (
+        "--device",
+        "fake",
+        "--skip-tokenizer-init",
+        "--fake-vocab-size",
+        "1000",
+        "--fake-step-ms",
+        "10",
+    )
     one_each = ("--num-frontends", "1", "--num-tokenizers", "1")
     stack = start_stack(*fake, *one_each, "--shutdown-timeout", "20").wait_ready()
     answers: list[Any] = []

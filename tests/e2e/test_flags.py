@@ -1,4 +1,5 @@
-"""The command line of `pagewire serve`: the tutorials' spellings, vLLM's names, files of settings, and what is said of the rest."""
+"""The command line of `pagewire serve`: the tutorials' spellings, vLLM's names, files of settings,
+and what is said of the rest."""
 
 import importlib.util
 import subprocess
@@ -7,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pagewire import serve_flags
-from pagewire.flags import ALIASES, HARMLESS, REFUSED
-from pagewire.settings import configure
-from pagewire.stack import StackConfig
+from pagewire.launch.serve import flags
+from pagewire.launch.stack import StackConfig
+from pagewire.launch.vllm_compat import ALIASES, HARMLESS, REFUSED
+from pagewire.offline.settings import configure
 
 DOCS = Path(__file__).parents[2] / "docs"
-OWN = {name for struct in serve_flags.STRUCTS for name in struct.__struct_fields__}
+OWN = {name for struct in flags.STRUCTS for name in struct.__struct_fields__}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse(*arguments: str) -> tuple[StackConfig, list[str]]:
     lines: list[str] = []
-    config, _ = serve_flags.parse(serve_flags.new("serve", ""), list(arguments), lines.append)
+    config, _ = flags.parse(flags.new("serve", ""), list(arguments), lines.append)
     return config, lines
 
 
@@ -41,19 +42,49 @@ TUTORIALS = [
     (
         "--model /input0/Qwen-1_8B-Chat/ --host 0.0.0.0 --port 8080 --dtype auto --max-num-seqs 32 --max-model-len 4096"
         " --tensor-parallel-size 1 --trust-remote-code",
-        {"model": "/input0/Qwen-1_8B-Chat/", "port": 8080, "max_num_seqs": 32, "max_model_len": 4096, "trust_remote_code": True},
+        {
+            "model": "/input0/Qwen-1_8B-Chat/",
+            "port": 8080,
+            "max_num_seqs": 32,
+            "max_model_len": 4096,
+            "trust_remote_code": True,
+        },
         0,
     ),
-    ("--model=google/gemma-2b", {"model": "google/gemma-2b", "host": "0.0.0.0", "port": 8000, "dtype": "auto"}, 0),
-    ("--host 0.0.0.0 --port 80 --model google/gemma-2b --dtype=half", {"port": 80, "dtype": "half"}, 0),
-    ("/models/model --tensor-parallel-size 1 --max-model-len 16384 --port 8102 --enforce-eager", {"enforce_eager": True}, 0),
-    ("microsoft/phi-1_5 --trust-remote-code --host 0.0.0.0 --port 8000", {"model": "microsoft/phi-1_5"}, 0),
+    (
+        "--model=google/gemma-2b",
+        {"model": "google/gemma-2b", "host": "0.0.0.0", "port": 8000, "dtype": "auto"},
+        0,
+    ),
+    (
+        "--host 0.0.0.0 --port 80 --model google/gemma-2b --dtype=half",
+        {"port": 80, "dtype": "half"},
+        0,
+    ),
+    (
+        "/models/model --tensor-parallel-size 1 --max-model-len 16384 --port 8102 --enforce-eager",
+        {"enforce_eager": True},
+        0,
+    ),
+    (
+        "microsoft/phi-1_5 --trust-remote-code --host 0.0.0.0 --port 8000",
+        {"model": "microsoft/phi-1_5"},
+        0,
+    ),
     ("M --distributed-executor-backend=ray", {"model": "M"}, 1),
-    ("M --pipeline-parallel-size 1 --gpu-memory-utilization 0.85 --max-num-batched-tokens 4096", {"max_num_batched_tokens": 4096}, 0),
+    (
+        "M --pipeline-parallel-size 1 --gpu-memory-utilization 0.85 --max-num-batched-tokens 4096",
+        {"max_num_batched_tokens": 4096},
+        0,
+    ),
     ("M --disable-log-requests --served-model-name NAME", {"served_model_name": ("NAME",)}, 1),
     (
         "--model /models/qwen/Qwen2-7B-Instruct  --served-model-name Qwen2-7B-Instruct --max-model-len=2048",
-        {"model": "/models/qwen/Qwen2-7B-Instruct", "served_model_name": ("Qwen2-7B-Instruct",), "max_model_len": 2048},
+        {
+            "model": "/models/qwen/Qwen2-7B-Instruct",
+            "served_model_name": ("Qwen2-7B-Instruct",),
+            "max_model_len": 2048,
+        },
         0,
     ),
 ]
@@ -77,16 +108,25 @@ def test_what_changes_no_result_is_accepted_with_one_line(name: str) -> None:
     if "true" in HARMLESS[name].neutral:
         flag = flag.replace("--", "--no-", 1) if not flag.startswith("--no-") else flag
     _, lines = parse("M", flag, *value)
-    assert len(lines) == 1 and "has no effect: " in lines[0] and lines[0].startswith(("--" + name.replace("_", "-")) + " ")
+    assert (
+        len(lines) == 1
+        and "has no effect: " in lines[0]
+        and lines[0].startswith(("--" + name.replace("_", "-")) + " ")
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(REFUSED) - OWN))
-def test_what_would_change_results_is_refused_in_one_line_and_neutral_values_are_not(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_would_change_results_is_refused_in_one_line_and_neutral_values_are_not(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     flag, foreign = "--" + name.replace("_", "-"), REFUSED[name]
     line = refused(capsys, "M", flag, *(() if foreign.switch else ("7",)))
     assert foreign.why in line and flag in line
     for value in foreign.neutral:
-        assert parse("M", flag.replace("--", "--no-", 1) if foreign.switch else f"{flag}={value}")[1] == []
+        assert (
+            parse("M", flag.replace("--", "--no-", 1) if foreign.switch else f"{flag}={value}")[1]
+            == []
+        )
 
 
 def test_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +136,14 @@ def test_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_name_for_the_same_setting() -> None:
-    config, _ = parse("M", "--num-gpu-blocks-override", "99", "--api-server-count", "3", "--disable-cascade-attn")
-    assert (config.worker.num_kv_blocks, config.num_frontends, config.scheduler.enable_cascade) == (99, 3, False)
+    config, _ = parse(
+        "M", "--num-gpu-blocks-override", "99", "--api-server-count", "3", "--disable-cascade-attn"
+    )
+    assert (config.worker.num_kv_blocks, config.num_frontends, config.scheduler.enable_cascade) == (
+        99,
+        3,
+        False,
+    )
     assert set(ALIASES.values()) <= OWN | {"num_frontends"}
 
 
@@ -126,10 +172,20 @@ def test_what_is_no_number_is_refused(text: str, capsys: pytest.CaptureFixture[s
 
 
 def test_underscores_are_taken_for_dashes() -> None:
-    config, _ = parse("M", "--max_model_len=4k", "--trust_remote_code", "--served_model_name", "with_underscores", "--chat_template=a_b")
+    config, _ = parse(
+        "M",
+        "--max_model_len=4k",
+        "--trust_remote_code",
+        "--served_model_name",
+        "with_underscores",
+        "--chat_template=a_b",
+    )
     assert config.frontend is not None
     assert (config.model.max_model_len, config.model.trust_remote_code) == (4000, True)
-    assert (config.frontend.served_model_name, config.tokenizer.chat_template) == (("with_underscores",), "a_b")
+    assert (config.frontend.served_model_name, config.tokenizer.chat_template) == (
+        ("with_underscores",),
+        "a_b",
+    )
 
 
 def test_a_key_does_not_swallow_the_model() -> None:
@@ -139,7 +195,9 @@ def test_a_key_does_not_swallow_the_model() -> None:
 
 
 def test_mistakes_are_named_with_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown flag --max-model-length; did you mean --max-model-len?" in refused(capsys, "M", "--max-model-length", "5")
+    assert "unknown flag --max-model-length; did you mean --max-model-len?" in refused(
+        capsys, "M", "--max-model-length", "5"
+    )
     assert "one argument too many: N" in refused(capsys, "M", "N")
     assert "two models given: M and --model N" in refused(capsys, "M", "--model", "N")
     assert "expected one argument" in refused(capsys, "M", "--quantization")
@@ -163,7 +221,11 @@ def test_a_file_of_settings_and_flags_over_it(tmp_path: Path) -> None:
     file.write_text(YAML)
     config, lines = parse("--config", str(file), "--max-num-seqs", "9", "--served-model-name", "c")
     assert config.frontend is not None
-    assert (config.model.model, config.model.max_model_len, config.model.trust_remote_code) == ("from/file", 4000, True)
+    assert (config.model.model, config.model.max_model_len, config.model.trust_remote_code) == (
+        "from/file",
+        4000,
+        True,
+    )
     assert (config.scheduler.max_num_seqs, config.scheduler.enable_prefix_caching) == (9, False)
     assert (config.frontend.served_model_name, config.frontend.api_key) == (("c",), ("secret",))
     assert [line.split()[0] for line in lines] == ["--swap-space"]
@@ -181,7 +243,9 @@ def test_a_file_of_settings_and_flags_over_it(tmp_path: Path) -> None:
         ("port: eighty", "--port: eighty"),
     ],
 )
-def test_a_mistake_in_a_file(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_a_file(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert words in refused(capsys, "--config", str(file))
@@ -197,9 +261,20 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_program_s_settings_are_judged_by_the_same_table() -> None:
     lines: list[str] = []
-    config = configure({"swap_space": 4, "max_model_len": "4k", "tensor_parallel_size": 1, "disable_log_stats": True}, lines.append)
+    config = configure(
+        {
+            "swap_space": 4,
+            "max_model_len": "4k",
+            "tensor_parallel_size": 1,
+            "disable_log_stats": True,
+        },
+        lines.append,
+    )
     assert config.model.max_model_len == 4000
-    assert sorted(line.split("=")[0] for line in lines) == ["pagewire: disable_log_stats", "pagewire: swap_space"]
+    assert sorted(line.split("=")[0] for line in lines) == [
+        "pagewire: disable_log_stats",
+        "pagewire: swap_space",
+    ]
     with pytest.raises(ValueError, match="kv_cache_dtype='fp8': the KV cache has"):
         configure({"kv_cache_dtype": "fp8"})
     with pytest.raises(TypeError, match="no setting no_such"):
@@ -215,6 +290,14 @@ def test_the_page_is_what_the_generator_makes() -> None:
 
 
 def test_the_older_spelling_of_the_command() -> None:
-    command = [sys.executable, "-m", "pagewire.entrypoints.openai.api_server", "--model", "/no/such/model", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pagewire.entrypoints.openai.api_server",
+        "--model",
+        "/no/such/model",
+        "--port",
+        "0",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1 and "/no/such/model does not exist" in result.stderr

@@ -1,4 +1,5 @@
-"""Log-probabilities over HTTP agree with themselves whichever way they are asked for, on the real model."""
+"""Log-probabilities over HTTP agree with themselves whichever way they are asked for, on the real
+model."""
 
 import functools
 from typing import Any
@@ -19,24 +20,44 @@ def complete(demo_stack: Any) -> Any:
 @pytest.fixture(scope="module")
 def said(complete: Any) -> dict[str, Any]:
     """Eight greedy tokens with their log-probabilities."""
-    answer = complete(prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3, extra_body={"return_token_ids": True})
+    answer = complete(
+        prompt=PROMPT,
+        max_tokens=8,
+        temperature=0,
+        logprobs=3,
+        extra_body={"return_token_ids": True},
+    )
     return answer.choices[0].model_dump()
 
 
-def test_a_scored_prompt_is_worth_what_it_was_when_it_was_generated(complete: Any, said: dict[str, Any]) -> None:
+def test_a_scored_prompt_is_worth_what_it_was_when_it_was_generated(
+    complete: Any, said: dict[str, Any]
+) -> None:
     ids = said["prompt_token_ids"] + said["token_ids"]
     extra = {"prompt_logprobs": 2}
-    scored = complete(prompt=ids, max_tokens=0, echo=True, logprobs=3, extra_body=extra).choices[0].model_dump()
+    scored = (
+        complete(prompt=ids, max_tokens=0, echo=True, logprobs=3, extra_body=extra)
+        .choices[0]
+        .model_dump()
+    )
     assert scored["text"] == PROMPT + said["text"]
     shown, count = scored["logprobs"], len(said["token_ids"])
     assert shown["token_logprobs"][0] is None and len(shown["token_logprobs"]) == len(ids)
-    assert shown["token_logprobs"][-count:] == pytest.approx(said["logprobs"]["token_logprobs"], abs=NEAR)
+    assert shown["token_logprobs"][-count:] == pytest.approx(
+        said["logprobs"]["token_logprobs"], abs=NEAR
+    )
     assert shown["tokens"][-count:] == said["logprobs"]["tokens"]
-    for mine, theirs in zip(shown["top_logprobs"][-count:], said["logprobs"]["top_logprobs"], strict=True):
+    for mine, theirs in zip(
+        shown["top_logprobs"][-count:], said["logprobs"]["top_logprobs"], strict=True
+    ):
         assert max(mine.values()) == pytest.approx(max(theirs.values()), abs=NEAR)
     rows = scored["prompt_logprobs"][-count:]
-    assert all(row[str(token)]["rank"] <= 2 for row, token in zip(rows, said["token_ids"], strict=True))
-    assert [row[str(token)]["decoded_token"] for row, token in zip(rows, said["token_ids"], strict=True)] == said["logprobs"]["tokens"]
+    assert all(
+        row[str(token)]["rank"] <= 2 for row, token in zip(rows, said["token_ids"], strict=True)
+    )
+    assert [
+        row[str(token)]["decoded_token"] for row, token in zip(rows, said["token_ids"], strict=True)
+    ] == said["logprobs"]["tokens"]
 
 
 def test_the_best_of_several_is_the_likeliest(complete: Any) -> None:
@@ -50,7 +71,13 @@ def test_the_best_of_several_is_the_likeliest(complete: Any) -> None:
 
 def test_beams_are_no_worse_than_greedy(complete: Any, said: dict[str, Any]) -> None:
     extra = {"use_beam_search": True, "ignore_eos": True}
-    options = {"prompt": PROMPT, "max_tokens": 8, "logprobs": 0, "temperature": 0, "extra_body": extra}
+    options = {
+        "prompt": PROMPT,
+        "max_tokens": 8,
+        "logprobs": 0,
+        "temperature": 0,
+        "extra_body": extra,
+    }
     best = complete(n=2, best_of=4, **options).choices
     sums = [sum(choice.logprobs.token_logprobs) for choice in best]
     assert sums[0] >= sums[1] and sums[0] >= sum(said["logprobs"]["token_logprobs"]) - NEAR
@@ -61,10 +88,16 @@ def test_forbidden_and_allowed_tokens(complete: Any, said: dict[str, Any]) -> No
     first = said["token_ids"][0]
     greedy = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     extra = {"return_token_ids": True}
-    biased = complete(**greedy, logit_bias={str(first): -100}, extra_body=extra).choices[0].model_dump()
+    biased = (
+        complete(**greedy, logit_bias={str(first): -100}, extra_body=extra).choices[0].model_dump()
+    )
     assert first not in biased["token_ids"]
     allowed = [first, said["token_ids"][1]]
-    only = complete(**greedy, extra_body={**extra, "allowed_token_ids": allowed}).choices[0].model_dump()
+    only = (
+        complete(**greedy, extra_body={**extra, "allowed_token_ids": allowed})
+        .choices[0]
+        .model_dump()
+    )
     assert set(only["token_ids"]) <= set(allowed)
     word = said["logprobs"]["tokens"][0].strip()
     worded = complete(**greedy, extra_body={**extra, "bad_words": [word]}).choices[0].model_dump()

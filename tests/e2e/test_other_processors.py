@@ -1,8 +1,10 @@
-"""The CPU worker on x86-64 processors that this machine is not, emulated by qemu: without AVX-512, and without AVX at all. The model is
-small and its weights are random: qemu needs minutes for one step of the demo model.
+"""The CPU worker on x86-64 processors that this machine is not, emulated by qemu: without AVX-512,
+and without AVX at all. The model is small and its weights are random: qemu needs minutes for one
+step of the demo model.
 
-Compiling takes minutes there too, so it is done here first, by Numba for the other processor: its directory then has the code of both, and
-the emulated process must find its own and no other's, which would be illegal instructions.
+Compiling takes minutes there too, so it is done here first, by Numba for the other processor: its
+directory then has the code of both, and the emulated process must find its own and no other's,
+which would be illegal instructions.
 """
 
 import json
@@ -27,7 +29,8 @@ PROMPTS = [[5, 9, 11, 7, 23], list(range(1, 41))]
 """One that goes through the machine code, and one so long that its products are torch's."""
 
 pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"), reason="needs qemu-x86_64 (Debian: qemu-user) on x86-64"
+    platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"),
+    reason="needs qemu-x86_64 (Debian: qemu-user) on x86-64",
 )
 
 
@@ -36,7 +39,12 @@ def python(cache: Path, *arguments: str, on: str = "", **environment: str) -> st
     emulated = ["qemu-x86_64", "-cpu", on] if on else []
     variables = {**os.environ, "PAGEWIRE_CACHE": str(cache), **environment}
     result = subprocess.run(
-        [*emulated, sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False, env=variables
+        [*emulated, sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=variables,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -61,8 +69,12 @@ def wanted(model: Path) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize(("processor", "title", "half"), [("Haswell", "AVX2", True), ("Nehalem", "no AVX2", False)])
-def test_the_worker_runs_and_gives_the_same_tokens(model: Path, wanted: list[list[int]], processor: str, title: str, half: bool) -> None:
+@pytest.mark.parametrize(
+    ("processor", "title", "half"), [("Haswell", "AVX2", True), ("Nehalem", "no AVX2", False)]
+)
+def test_the_worker_runs_and_gives_the_same_tokens(
+    model: Path, wanted: list[list[int]], processor: str, title: str, half: bool
+) -> None:
     name, features = python(model, "-c", ASK, on=processor).split()
     greedy(model, "float32", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
     compiled = sorted(model.rglob("*.nbc"))
@@ -73,4 +85,7 @@ def test_the_worker_runs_and_gives_the_same_tokens(model: Path, wanted: list[lis
     (why,) = [line for line in found["lines"] if "using float32" in line]
     assert f"({title})" in why and "bfloat16" in why
     assert any("rounded to int4" in line for line in found["lines"]), "the weights stay quantized"
-    assert found["refusal"].startswith("--dtype bfloat16: this processor") and "\n" not in found["refusal"]
+    assert (
+        found["refusal"].startswith("--dtype bfloat16: this processor")
+        and "\n" not in found["refusal"]
+    )

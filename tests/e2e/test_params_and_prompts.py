@@ -8,19 +8,28 @@ import pytest
 from pagewire import LLM, BeamSearchParams, SamplingParams
 from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
-from pagewire.prompts import as_chats, as_params, as_prompts
-from pagewire.settings import configure
-from pagewire.wire import Mold, sampling, text_options
+from pagewire.offline.prompts import as_chats, as_params, as_prompts
+from pagewire.offline.settings import configure
+from pagewire.offline.translate import JobTemplate, sampling, text_options
 from pagewire_protocol.columns import pack
-from pagewire_protocol.parts import Prompt
+from pagewire_protocol.structs import Prompt
 
 
 def test_the_defaults_are_the_ones_people_know() -> None:
     params = SamplingParams()
-    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p, params.max_tokens) == (1, 1.0, 1.0, -1, 0.0, 16)
+    assert (
+        params.n,
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        params.min_p,
+        params.max_tokens,
+    ) == (1, 1.0, 1.0, -1, 0.0, 16)
     wire = sampling(params, seed=5)
     assert (wire.seed, wire.top_k, wire.max_tokens, wire.logprobs) == (5, 0, 16, -1)
-    assert {"temperature", "top_k", "stop_token_ids", "ignore_eos"} <= set(SamplingParams.__annotations__)
+    assert {"temperature", "top_k", "stop_token_ids", "ignore_eos"} <= set(
+        SamplingParams.__annotations__
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,14 @@ def test_the_rules_of_older_parameters_in_the_words_people_search_for(words: str
 
 
 @pytest.mark.parametrize(
-    "given", [{"stop": "x"}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"bad_words": ["x"]}, {"logit_bias": {1: 1}}]
+    "given",
+    [
+        {"stop": "x"},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"bad_words": ["x"]},
+        {"logit_bias": {1: 1}},
+    ],
 )
 def test_what_beam_search_could_only_ignore_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(given))} has no effect on beam search"):
@@ -86,7 +102,11 @@ def test_what_beam_search_could_only_ignore_is_refused(given: dict[str, Any]) ->
 
 def test_beam_search_params_have_bounds() -> None:
     assert BeamSearchParams(4, 32).length_penalty == 1.0
-    for given, words in [((0, 5), "beam_width must be from 1 to 16, got 0"), ((99, 5), "got 99"), ((2, 0), "max_tokens must be from 1")]:
+    for given, words in [
+        ((0, 5), "beam_width must be from 1 to 16, got 0"),
+        ((99, 5), "got 99"),
+        ((2, 0), "max_tokens must be from 1"),
+    ]:
         with pytest.raises(ValueError, match=words):
             BeamSearchParams(*given)
     with pytest.raises(ValueError, match=r"temperature=0.7: .*only 0 is supported"):
@@ -103,7 +123,27 @@ def test_names_and_order_are_those_of_the_tutorials_table() -> None:
     assert " ".join(SamplingParams.__annotations__).startswith(TABLE)
     further = "seed min_tokens include_stop_str_in_output spaces_between_special_tokens logits_processors truncate_prompt_tokens detokenize"
     assert set(further.split()) <= set(SamplingParams.__annotations__)
-    table = (1, None, 0.0, 0.0, 1.0, 1.0, 1.0, -1, 0.0, False, 1.0, False, None, None, False, 16, None, None, True)
+    table = (
+        1,
+        None,
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+        1.0,
+        -1,
+        0.0,
+        False,
+        1.0,
+        False,
+        None,
+        None,
+        False,
+        16,
+        None,
+        None,
+        True,
+    )
     assert SamplingParams(*table) == SamplingParams()  # type: ignore[arg-type]
 
 
@@ -113,11 +153,20 @@ def test_every_parameter_arrives() -> None:
         stop="x", include_stop_str_in_output=True, spaces_between_special_tokens=False, min_tokens=2, best_of=3, n=2,
     )  # fmt: skip
     wire, text = sampling(given, 11), text_options(given, has_text=True)
-    assert (wire.bias_ids, wire.bias_values, wire.allowed_ids) == (pack("i", [7, 9]), pack("f", [2.0, -1.5]), pack("i", [1, 2]))
+    assert (wire.bias_ids, wire.bias_values, wire.allowed_ids) == (
+        pack("i", [7, 9]),
+        pack("f", [2.0, -1.5]),
+        pack("i", [1, 2]),
+    )
     assert (wire.prompt_logprobs, wire.seed, wire.min_tokens, wire.logprobs) == (3, 11, 2, 0)
-    assert (text.bad_words, text.truncate_prompt, text.stop, text.include_stop) == (("no",), -1, ("x",), True)
+    assert (text.bad_words, text.truncate_prompt, text.stop, text.include_stop) == (
+        ("no",),
+        -1,
+        ("x",),
+        True,
+    )
     assert not text.spaces_between_special_tokens
-    jobs = [Mold(given, True).job(Prompt(text="p"), index, 5) for index in (0, 1)]
+    jobs = [JobTemplate(given, True).job(Prompt(text="p"), index, 5) for index in (0, 1)]
     assert [job.sampling.prompt_logprobs for job in jobs] == [3, -1]
 
 
@@ -130,8 +179,17 @@ def test_prompts_in_all_their_forms() -> None:
     assert as_prompts("a")[0].prompt.text == "a"
     assert as_prompts([1, 2])[0].prompt.ids == pack("i", [1, 2])
     mixed = as_prompts(["a", {"prompt": "b"}, {"prompt_token_ids": [3]}, [4, 5]])
-    assert [(e.prompt.text, e.prompt.ids) for e in mixed] == [("a", None), ("b", None), (None, pack("i", [3])), (None, pack("i", [4, 5]))]
-    for bad, words in [({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data"), ([[]], "prompt 0"), ([[2**40]], "out of range")]:
+    assert [(e.prompt.text, e.prompt.ids) for e in mixed] == [
+        ("a", None),
+        ("b", None),
+        (None, pack("i", [3])),
+        (None, pack("i", [4, 5])),
+    ]
+    for bad, words in [
+        ({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data"),
+        ([[]], "prompt 0"),
+        ([[2**40]], "out of range"),
+    ]:
         with pytest.raises(ValueError, match=words):
             as_prompts(bad)
     with pytest.raises(TypeError, match="int"):
@@ -139,7 +197,9 @@ def test_prompts_in_all_their_forms() -> None:
 
 
 def test_conversations_alone_and_many() -> None:
-    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
     assert len(as_chats(talk, True, False)) == 1 and len(as_chats([talk, talk], True, False)) == 2
     chat = as_chats(talk, True, False)[0].prompt.chat
     assert chat is not None and chat.messages[0].content == "a\nb"
@@ -167,7 +227,9 @@ def test_one_set_of_parameters_for_all_or_one_for_each() -> None:
         ({"chat_template": 5}, "chat_template=5: Expected `str`"),
     ],
 )
-def test_a_bad_setting_is_refused_in_the_words_of_a_program(given: dict[str, Any], words: str) -> None:
+def test_a_bad_setting_is_refused_in_the_words_of_a_program(
+    given: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         configure(given)
     assert str(caught.value).startswith(words)
@@ -180,11 +242,26 @@ def test_the_settings_of_the_tutorials_table() -> None:
         "revision": None,
     }  # fmt: skip
     config = configure({"model": "model_name", **table})
-    assert (config.model.model, config.model.tokenizer, config.worker.gpu_memory_utilization) == ("model_name", "tokenizer_name", 0.9)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()}
-    assert {name: defaults[name] for name in table if name != "tokenizer"} == {name: table[name] for name in table if name != "tokenizer"}
-    assert [configure({"tokenizer_mode": mode}).model.tokenizer_mode for mode in ("slow", "hf")] == ["slow", "hf"]
-    for given in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"quantization": "squeezellm"}, {"enable_lora": True}):
+    assert (config.model.model, config.model.tokenizer, config.worker.gpu_memory_utilization) == (
+        "model_name",
+        "tokenizer_name",
+        0.9,
+    )
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()
+    }
+    assert {name: defaults[name] for name in table if name != "tokenizer"} == {
+        name: table[name] for name in table if name != "tokenizer"
+    }
+    assert [
+        configure({"tokenizer_mode": mode}).model.tokenizer_mode for mode in ("slow", "hf")
+    ] == ["slow", "hf"]
+    for given in (
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"quantization": "squeezellm"},
+        {"enable_lora": True},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(given))}=.*: ") as caught:
             configure(given)
         assert len(str(caught.value).splitlines()) == 1
@@ -196,14 +273,36 @@ def test_settings_as_objects() -> None:
 
     torch = pytest.importorskip("torch")
     config = configure(
-        {"model": Path("/some/model"), "tokenizer": Tokenizer(), "dtype": torch.float16, "max_model_len": -1, "num_gpu_blocks_override": 9}
+        {
+            "model": Path("/some/model"),
+            "tokenizer": Tokenizer(),
+            "dtype": torch.float16,
+            "max_model_len": -1,
+            "num_gpu_blocks_override": 9,
+        }
     )
-    assert (config.model.model, config.model.tokenizer, config.worker.dtype) == ("/some/model", "of/tokenizer", "float16")
+    assert (config.model.model, config.model.tokenizer, config.worker.dtype) == (
+        "/some/model",
+        "of/tokenizer",
+        "float16",
+    )
     assert (config.model.max_model_len, config.worker.num_kv_blocks) == (0, 9)
 
 
 def test_settings_survive_the_way_to_a_child_process() -> None:
-    given = ["--api-key=-begins-with-a-dash", "--api-key", "one", "--api-key", "two", "--served-model-name", "a", "b"]
+    given = [
+        "--api-key=-begins-with-a-dash",
+        "--api-key",
+        "one",
+        "--api-key",
+        "two",
+        "--served-model-name",
+        "a",
+        "b",
+    ]
     (config,) = parse_structs("frontend", "", (FrontendConfig,), given)
-    assert config.api_key == ("-begins-with-a-dash", "one", "two") and config.served_model_name == ("a", "b")
+    assert config.api_key == ("-begins-with-a-dash", "one", "two") and config.served_model_name == (
+        "a",
+        "b",
+    )
     assert parse_structs("frontend", "", (FrontendConfig,), to_flags(config)) == [config]

@@ -12,23 +12,48 @@ import pytest
 from pagewire.worker.fake import chain
 
 VOCAB = 1000
-FAKE = ("--model", "m", "--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", str(VOCAB))
+FAKE = (
+    "--model",
+    "m",
+    "--device",
+    "fake",
+    "--skip-tokenizer-init",
+    "--fake-vocab-size",
+    str(VOCAB),
+)
 
 
 def command(source: Path, target: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "pagewire", "run-batch", "-i", str(source), "-o", str(target), *flags]
+    return [
+        sys.executable,
+        "-m",
+        "pagewire",
+        "run-batch",
+        "-i",
+        str(source),
+        "-o",
+        str(target),
+        *flags,
+    ]
 
 
 def run(source: Path, target: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(source, target, *flags), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command(source, target, *flags), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> str:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}})
+    return json.dumps(
+        {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}}
+    )
 
 
 def completions(count: int, length: int = 4) -> list[str]:
-    return [request(f"r{i}", prompt=[i, i + 1], max_tokens=length, return_token_ids=True) for i in range(count)]
+    return [
+        request(f"r{i}", prompt=[i, i + 1], max_tokens=length, return_token_ids=True)
+        for i in range(count)
+    ]
 
 
 def answers(target: Path) -> dict[str, Any]:
@@ -40,13 +65,21 @@ def answers(target: Path) -> dict[str, Any]:
 def is_right(row: dict[str, Any], number: int, length: int = 4) -> bool:
     body = row["response"]["body"]
     tokens = body["choices"][0]["token_ids"]
-    return row["response"]["status_code"] == 200 and row["error"] is None and tokens == chain([number, number + 1], length, VOCAB)
+    return (
+        row["response"]["status_code"] == 200
+        and row["error"] is None
+        and tokens == chain([number, number + 1], length, VOCAB)
+    )
 
 
 def test_each_line_has_its_answer_or_its_error(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bad = {
-        "other model": (request("other model", prompt=[1], model="x"), 404, "The model `x` does not exist"),
+        "other model": (
+            request("other model", prompt=[1], model="x"),
+            404,
+            "The model `x` does not exist",
+        ),
         "stream": (request("stream", prompt=[1], stream=True), 400, "`stream`"),
         "no prompt": (request("no prompt"), 400, "prompt"),
         "unknown": (request("unknown", prompt=[1], no_such=1), 400, "no_such"),
@@ -59,16 +92,26 @@ def test_each_line_has_its_answer_or_its_error(tmp_path: Path) -> None:
     source.write_text("\n".join(lines))
     result = run(source, target, *FAKE)
     assert result.returncode == 0, result.stderr
-    assert "Running batch: 100%" in result.stderr and "59/59" in result.stderr and "50 answered, 9 with an error" in result.stderr
+    assert (
+        "Running batch: 100%" in result.stderr
+        and "59/59" in result.stderr
+        and "50 answered, 9 with an error" in result.stderr
+    )
     rows = answers(target)
     assert len(rows) == 59 and all(is_right(rows[f"r{i}"], i) for i in range(50))
     for name, (_, status, words) in bad.items():
         response, error = rows[name]["response"], rows[name]["error"]
-        assert (response["status_code"], error["code"]) == (status, status) and words in error["message"]
+        assert (response["status_code"], error["code"]) == (status, status) and words in error[
+            "message"
+        ]
         assert response["body"]["error"]["message"] == error["message"]
     assert "Line 60 is no request" in rows[None]["error"]["message"]  # type: ignore[index]
     body = rows["r7"]["response"]["body"]
-    assert body["object"] == "text_completion" and body["model"] == "m" and body["id"].endswith(rows["r7"]["response"]["request_id"])
+    assert (
+        body["object"] == "text_completion"
+        and body["model"] == "m"
+        and body["id"].endswith(rows["r7"]["response"]["request_id"])
+    )
     assert body["usage"]["total_tokens"] == 6 and rows["r7"]["id"] == "batch_req_8"
 
 
@@ -89,7 +132,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert 40 <= done < 300
     target.write_bytes(whole + b'{"id":"batch_req_')  # an answer that was cut off
     result = run(source, target, *FAKE, "--no-progress")
-    assert result.returncode == 0 and f"{300 - done} answered, 0 with an error, {done} done before" in result.stderr, result.stderr
+    assert (
+        result.returncode == 0
+        and f"{300 - done} answered, 0 with an error, {done} done before" in result.stderr
+    ), result.stderr
     assert target.read_bytes().startswith(whole)
     rows = answers(target)
     assert len(rows) == 300 and all(is_right(rows[f"r{i}"], i, 8) for i in range(300))
@@ -98,15 +144,24 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_orderly_end_leaves_whole_answers_and_no_process(number: int, code: int, tmp_path: Path) -> None:
+def test_an_orderly_end_leaves_whole_answers_and_no_process(
+    number: int, code: int, tmp_path: Path
+) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(completions(300, 8)))
-    process = subprocess.Popen(command(source, target, *FAKE, "--fake-step-ms", "10", "--max-num-seqs", "8"), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(source, target, *FAKE, "--fake-step-ms", "10", "--max-num-seqs", "8"),
+        stderr=subprocess.DEVNULL,
+    )
     end = time.monotonic() + 60
     while not (target.exists() and target.stat().st_size):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
-    children = [path for path in Path("/proc").iterdir() if path.name.isdecimal() and _parent(path) == process.pid]
+    children = [
+        path
+        for path in Path("/proc").iterdir()
+        if path.name.isdecimal() and _parent(path) == process.pid
+    ]
     assert len(children) >= 3
     process.send_signal(number)
     assert process.wait(20) == code
@@ -124,13 +179,26 @@ def _parent(process: Path) -> int:
 def test_more_lines_than_run_at_once_and_several_choices(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     beams = [
-        request(f"b{i}", prompt=[i, i + 1], max_tokens=3, n=2, use_beam_search=True, temperature=0, return_token_ids=True) for i in range(9)
+        request(
+            f"b{i}",
+            prompt=[i, i + 1],
+            max_tokens=3,
+            n=2,
+            use_beam_search=True,
+            temperature=0,
+            return_token_ids=True,
+        )
+        for i in range(9)
     ]
     source.write_text("\n".join([*completions(200), *beams]))
-    result = run(source, target, *FAKE, "--max-num-seqs", "4", "--max-queued-reqs", "3", "--no-progress")
+    result = run(
+        source, target, *FAKE, "--max-num-seqs", "4", "--max-queued-reqs", "3", "--no-progress"
+    )
     assert result.returncode == 0, result.stderr
     rows = answers(target)
-    assert all(is_right(rows[f"r{i}"], i) for i in range(200)) and all(is_right(rows[f"b{i}"], i, 3) for i in range(9))
+    assert all(is_right(rows[f"r{i}"], i) for i in range(200)) and all(
+        is_right(rows[f"b{i}"], i, 3) for i in range(9)
+    )
     assert all(len(rows[f"b{i}"]["response"]["body"]["choices"]) == 2 for i in range(9))
 
 
@@ -138,7 +206,10 @@ def test_more_lines_than_run_at_once_and_several_choices(tmp_path: Path) -> None
     ("kept", "words"),
     [
         ("{}\n", "holds something else than answers"),
-        ('{"id": "batch_req_1", "custom_id": "other"}\n', "answers another input: its line batch_req_1 is not 'r0'"),
+        (
+            '{"id": "batch_req_1", "custom_id": "other"}\n',
+            "answers another input: its line batch_req_1 is not 'r0'",
+        ),
         ('{"id": "batch_req_99", "custom_id": "r0"}\n', "has no line for batch_req_99"),
     ],
 )
@@ -168,8 +239,15 @@ def test_chats_on_the_demo_model(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     talk = [{"role": "user", "content": "What is the capital of France?"}]
     chat = {"messages": talk, "temperature": 0, "max_tokens": 16}
-    source.write_text("\n".join(request(name, url="/v1/chat/completions", model=None, **chat) for name in ("one", "two")))
+    source.write_text(
+        "\n".join(
+            request(name, url="/v1/chat/completions", model=None, **chat) for name in ("one", "two")
+        )
+    )
     result = run(source, target, "--max-model-len", "512", "--max-num-seqs", "4", "--no-progress")
     assert result.returncode == 0, result.stderr
-    texts = [row["response"]["body"]["choices"][0]["message"]["content"] for row in answers(target).values()]
+    texts = [
+        row["response"]["body"]["choices"][0]["message"]["content"]
+        for row in answers(target).values()
+    ]
     assert len(texts) == 2 and texts[0] == texts[1] and "Paris" in texts[0]

@@ -1,7 +1,9 @@
-"""The demo model in float32, the whole stack against transformers: the same tokens however the work is cut up, and log-probabilities.
+"""The demo model in float32, the whole stack against transformers: the same tokens however the work
+is cut up, and log-probabilities.
 
-The oracle is one pass of transformers over prompt and output together: the output is what transformers would generate greedily if and only
-if each of its tokens is the most likely one after all before it. The prompts are varied and two of them are 2,000 tokens long.
+The oracle is one pass of transformers over prompt and output together: the output is what
+transformers would generate greedily if and only if each of its tokens is the most likely one after
+all before it. The prompts are varied and two of them are 2,000 tokens long.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,12 @@ def prompts(oracle: Any) -> list[Tokens]:
 
 
 def start(**settings: Any) -> LLM:
-    base: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 4096, "max_num_seqs": 64}
+    base: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 4096,
+        "max_num_seqs": 64,
+    }
     return LLM(**{**base, **settings})
 
 
@@ -46,29 +53,46 @@ def together(stack: LLM, prompts: list[Tokens]) -> list[Any]:
     return generate(stack, prompts, logprobs=5)
 
 
-def test_tokens_and_logprobs_equal_those_of_transformers(oracle: Any, prompts: list[Tokens], together: list[Any]) -> None:
+def test_tokens_and_logprobs_equal_those_of_transformers(
+    oracle: Any, prompts: list[Tokens], together: list[Any]
+) -> None:
     model = oracle[0]
     for place, (prompt, output) in enumerate(zip(prompts, together, strict=True)):
         completion = output.outputs[0]
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + completion.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+            logits = model(torch.tensor([prompt + completion.token_ids[:-1]])).logits[
+                0, len(prompt) - 1 :
+            ]
         assert logits.argmax(-1).tolist() == completion.token_ids, f"prompt {place}"
         expected = torch.log_softmax(logits.double(), -1)
         for step, given in enumerate(completion.logprobs):
             for token, entry in given.items():
-                assert entry.logprob == pytest.approx(float(expected[step, token]), abs=1e-4), (place, step, token)
-            assert set(torch.topk(expected[step], 5).indices.tolist()) <= set(given) | {completion.token_ids[step]}
+                assert entry.logprob == pytest.approx(float(expected[step, token]), abs=1e-4), (
+                    place,
+                    step,
+                    token,
+                )
+            assert set(torch.topk(expected[step], 5).indices.tolist()) <= set(given) | {
+                completion.token_ids[step]
+            }
 
 
-def test_cached_prefixes_change_no_token(stack: LLM, prompts: list[Tokens], together: list[Any]) -> None:
+def test_cached_prefixes_change_no_token(
+    stack: LLM, prompts: list[Tokens], together: list[Any]
+) -> None:
     again = generate(stack, prompts)
     assert ids_of(again) == ids_of(together)
     cached = [output.num_cached_tokens for output in again]
-    assert all(count >= (len(ids) - 1) // 16 * 16 for count, ids in zip(cached, prompts, strict=True)) and max(cached) > 1900
+    assert (
+        all(count >= (len(ids) - 1) // 16 * 16 for count, ids in zip(cached, prompts, strict=True))
+        and max(cached) > 1900
+    )
 
 
 @pytest.mark.parametrize("budget", [16, 37])
-def test_prefill_chunks_change_no_token(budget: int, prompts: list[Tokens], together: list[Any]) -> None:
+def test_prefill_chunks_change_no_token(
+    budget: int, prompts: list[Tokens], together: list[Any]
+) -> None:
     with start(max_num_batched_tokens=budget, enable_prefix_caching=False) as llm:
         assert ids_of(generate(llm, prompts)) == ids_of(together)
 

@@ -1,4 +1,5 @@
-"""The stack around a fake model whose next token is a hash of all before it: every token that arrives is checked."""
+"""The stack around a fake model whose next token is a hash of all before it: every token that
+arrives is checked."""
 
 import asyncio
 import json
@@ -18,12 +19,16 @@ VOCAB = 1000
 
 def ask(stack: Any, prompt: list[int], count: int, **extra: Any) -> Any:
     body = {"prompt": prompt, "max_tokens": count, "return_token_ids": True, **extra}
-    request = urllib.request.Request(f"{stack.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{stack.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
-async def stream(session: aiohttp.ClientSession, url: str, prompt: list[int], count: int) -> tuple[list[int], str]:
+async def stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], count: int
+) -> tuple[list[int], str]:
     """The token ids of a streamed completion and why it ended."""
     body = {"prompt": prompt, "max_tokens": count, "stream": True, "return_token_ids": True}
     tokens, reason = list[int](), ""
@@ -49,7 +54,12 @@ def test_the_reference_hash_agrees_with_itself() -> None:
 
 
 def test_four_services_are_processes_of_their_own(fake_stack: Any) -> None:
-    assert sorted(fake_stack.children().values()) == ["frontend", "scheduler", "tokenizer", "worker"]
+    assert sorted(fake_stack.children().values()) == [
+        "frontend",
+        "scheduler",
+        "tokenizer",
+        "worker",
+    ]
 
 
 def test_a_completion_follows_the_chain(fake_stack: Any) -> None:
@@ -64,7 +74,10 @@ def test_a_stop_token_ends_a_completion(fake_stack: Any) -> None:
     stop = expected[7]
     answer = ask(fake_stack, [9, 9], 20, stop_token_ids=[stop])
     assert answer["choices"][0]["token_ids"] == expected[: expected.index(stop) + 1]
-    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("stop", stop)
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == (
+        "stop",
+        stop,
+    )
 
 
 def test_a_token_outside_the_vocabulary_is_refused_with_the_numbers(fake_stack: Any) -> None:
@@ -79,7 +92,9 @@ async def test_a_hundred_streams_get_their_own_tokens(fake_stack: Any) -> None:
     make = random.Random(1)
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 300))] for _ in range(100)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        answers = await asyncio.gather(*(stream(session, fake_stack.url, prompt, 50) for prompt in prompts))
+        answers = await asyncio.gather(
+            *(stream(session, fake_stack.url, prompt, 50) for prompt in prompts)
+        )
     for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
         assert tokens == chain(prompt, 50, VOCAB)
         assert reason == "length"
@@ -89,12 +104,22 @@ def gauges(stack: Any) -> dict[str, float]:
     """The scheduler's numbers from /metrics, by name without prefix and labels."""
     with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith(("pagewire:scheduler_", "vllm:num_requests_")))
-    return {name.partition("{")[0].rpartition(":")[2].removeprefix("scheduler_"): float(value) for name, value in pairs}
+    pairs = (
+        line.rsplit(" ", 1)
+        for line in lines
+        if line.startswith(("pagewire:scheduler_", "vllm:num_requests_"))
+    )
+    return {
+        name.partition("{")[0].rpartition(":")[2].removeprefix("scheduler_"): float(value)
+        for name, value in pairs
+    }
 
 
-async def test_clients_that_hang_up_leave_nothing_behind_and_disturb_nobody(fake_stack: Any) -> None:
-    """200 streams, of which every second is cut off at a random moment, some before their first token."""
+async def test_clients_that_hang_up_leave_nothing_behind_and_disturb_nobody(
+    fake_stack: Any,
+) -> None:
+    """200 streams, of which every second is cut off at a random moment, some before their first
+    token."""
     await asyncio.to_thread(fake_stack.wait_serving)
     make = random.Random(7)
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 400))] for _ in range(200)]
@@ -109,9 +134,13 @@ async def test_clients_that_hang_up_leave_nothing_behind_and_disturb_nobody(fake
         task.cancel()
         return None
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
         answers = await asyncio.wait_for(asyncio.gather(*(one(i, session) for i in range(200))), 60)
-    assert sum(answer is None for answer in answers) > 50, "too few were cut off: nothing was tested"
+    assert sum(answer is None for answer in answers) > 50, (
+        "too few were cut off: nothing was tested"
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer is not None:
             assert answer == (chain(prompt, 300, VOCAB), "length")
@@ -132,7 +161,9 @@ async def test_streams_survive_the_death_of_a(kind: str, fake_stack: Any) -> Non
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 200))] for _ in range(16)]
     victim = fake_stack.pid(kind)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        streams = [asyncio.create_task(stream(session, fake_stack.url, prompt, 600)) for prompt in prompts]
+        streams = [
+            asyncio.create_task(stream(session, fake_stack.url, prompt, 600)) for prompt in prompts
+        ]
         await asyncio.sleep(0.4)
         running = sum(not task.done() for task in streams)
         os.kill(victim, signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""A stack with several frontends behind one socket: requests reach more than one, and /metrics is the same whichever answers."""
+"""A stack with several frontends behind one socket: requests reach more than one, and /metrics is
+the same whichever answers."""
 
 import re
 import time
@@ -7,13 +8,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-FAKE = ("--device", "fake", "--skip-tokenizer-init", "--num-frontends", "3", "--num-tokenizers", "2")
+FAKE = (
+    "--device",
+    "fake",
+    "--skip-tokenizer-init",
+    "--num-frontends",
+    "3",
+    "--num-tokenizers",
+    "2",
+)
 REQUESTS, TOKENS = 24, 5
 
 
 def generated(url: str) -> float:
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        found = re.search(r"^vllm:generation_tokens_total\S* (\S+)", answer.read().decode(), re.MULTILINE)
+        found = re.search(
+            r"^vllm:generation_tokens_total\S* (\S+)", answer.read().decode(), re.MULTILINE
+        )
     assert found
     return float(found[1])
 
@@ -26,7 +37,9 @@ def test_counts_are_those_of_all_frontends(start_stack: Callable[..., Any]) -> N
     name = client.models.list().data[0].id
 
     def ask(number: int) -> int:
-        return client.completions.create(model=name, prompt=[7, number + 1], max_tokens=TOKENS).usage.completion_tokens
+        return client.completions.create(
+            model=name, prompt=[7, number + 1], max_tokens=TOKENS
+        ).usage.completion_tokens
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         assert list(pool.map(ask, range(REQUESTS))) == [TOKENS] * REQUESTS

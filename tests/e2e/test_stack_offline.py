@@ -1,4 +1,5 @@
-"""LLM: the same services without HTTP, in programs of their own where the program's end is what is tested."""
+"""LLM: the same services without HTTP, in programs of their own where the program's end is what is
+tested."""
 
 import os
 import random
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from pagewire import LLM, SamplingParams
-from pagewire.llm import EngineError
+from pagewire.offline.llm import EngineError
 from pagewire.worker.fake import chain
 
 VOCAB = 1000
@@ -47,7 +48,9 @@ def test_thousands_of_prompts_come_back_in_order(fake: LLM) -> None:
         assert (output.finished, output.outputs[0].finish_reason) == (True, "length")
 
 
-def test_the_bar_is_worded_like_the_one_people_know(fake: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_is_worded_like_the_one_people_know(
+    fake: LLM, capfd: pytest.CaptureFixture[str]
+) -> None:
     fake.generate([[1, 2], [3, 4]], SamplingParams(max_tokens=4))
     shown = capfd.readouterr().err
     assert "Processed prompts: 100%" in shown and "2/2" in shown
@@ -59,14 +62,21 @@ def test_n_continuations_and_logprobs(fake: LLM) -> None:
     assert [completion.index for completion in output.outputs] == [0, 1, 2]
     for completion in output.outputs:
         assert completion.token_ids == chain([7, 8], 5, VOCAB)
-        assert completion.logprobs is not None and [next(iter(row)) for row in completion.logprobs] == completion.token_ids
+        assert (
+            completion.logprobs is not None
+            and [next(iter(row)) for row in completion.logprobs] == completion.token_ids
+        )
         assert completion.cumulative_logprob == 0.0
 
 
-def test_a_refused_prompt_is_an_error_with_its_place_and_the_others_go_on_next_time(fake: LLM) -> None:
+def test_a_refused_prompt_is_an_error_with_its_place_and_the_others_go_on_next_time(
+    fake: LLM,
+) -> None:
     with pytest.raises(ValueError, match=r"prompt 1: .*1000"):
         fake.generate([[1], [VOCAB], [2]], SamplingParams(max_tokens=4), use_tqdm=False)
-    assert fake.generate([3], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids == chain([3], 2, VOCAB)
+    assert fake.generate([3], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[
+        0
+    ].token_ids == chain([3], 2, VOCAB)
 
 
 def test_text_without_a_tokenizer_is_refused(fake: LLM) -> None:
@@ -81,15 +91,30 @@ def test_a_batch_survives_the_death_of_a(kind: str, fake: LLM) -> None:
     os.kill(fake.pids()[f"{kind}-0"], signal.SIGKILL)
     prompts = [[i, i + 1] for i in range(50)]
     outputs = fake.generate(prompts, SamplingParams(max_tokens=30), use_tqdm=False)
-    assert [output.outputs[0].token_ids for output in outputs] == [chain(ids, 30, VOCAB) for ids in prompts]
+    assert [output.outputs[0].token_ids for output in outputs] == [
+        chain(ids, 30, VOCAB) for ids in prompts
+    ]
 
 
 @pytest.mark.parametrize(
     ("ending", "code"),
-    [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError('broken')", 1), ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("raise RuntimeError('broken')", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
 )
-def test_the_services_end_with_the_program(ending: str, code: int, watch_gone: Callable[[list[int], float], bool]) -> None:
-    result = subprocess.run([sys.executable, "-c", PROGRAM + ending], capture_output=True, text=True, timeout=60, check=False)
+def test_the_services_end_with_the_program(
+    ending: str, code: int, watch_gone: Callable[[list[int], float], bool]
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM + ending],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert result.returncode == code, result.stderr
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 3
@@ -124,9 +149,15 @@ def test_wrong_settings_are_named() -> None:
 
 def test_the_demo_generates_and_chats(demo: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=8)
-    first, second = demo.generate(["The capital of France is", {"prompt": "Once upon a time"}], params, use_tqdm=False)
+    first, second = demo.generate(
+        ["The capital of France is", {"prompt": "Once upon a time"}], params, use_tqdm=False
+    )
     assert first.prompt == "The capital of France is" and "Paris" in first.outputs[0].text
-    assert second.outputs[0].text and second.prompt_token_ids and second.outputs[0].finish_reason == "length"
+    assert (
+        second.outputs[0].text
+        and second.prompt_token_ids
+        and second.outputs[0].finish_reason == "length"
+    )
     talk = [{"role": "user", "content": "What is the capital of France?"}]
     answers = demo.chat([talk, talk], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
     assert ["Paris" in answer.outputs[0].text for answer in answers] == [True, True], answers
@@ -135,7 +166,13 @@ def test_the_demo_generates_and_chats(demo: LLM) -> None:
 def test_the_demo_keeps_seeds_and_stops(demo: LLM) -> None:
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=12)
     alone = demo.generate("A short poem:", params, use_tqdm=False)[0].outputs[0].token_ids
-    among = demo.generate(["Something else entirely", "A short poem:"], params, use_tqdm=False)[1].outputs[0].token_ids
+    among = (
+        demo.generate(["Something else entirely", "A short poem:"], params, use_tqdm=False)[1]
+        .outputs[0]
+        .token_ids
+    )
     assert alone == among
-    stopped = demo.generate("1, 2, 3, 4,", SamplingParams(temperature=0, max_tokens=24, stop="7"), use_tqdm=False)[0].outputs[0]
+    stopped = demo.generate(
+        "1, 2, 3, 4,", SamplingParams(temperature=0, max_tokens=24, stop="7"), use_tqdm=False
+    )[0].outputs[0]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", "7") and "7" not in stopped.text

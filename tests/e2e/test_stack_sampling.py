@@ -1,7 +1,9 @@
-"""Limits, scores of prompts and questions to the tokenizer through the real services, with the demo model, against transformers.
+"""Limits, scores of prompts and questions to the tokenizer through the real services, with the demo
+model, against transformers.
 
-This program holds the requests, as the frontend does, so that nothing here depends on HTTP. The oracle is one pass of transformers over
-prompt and output together, whose logits its own processors then restrict.
+This program holds the requests, as the frontend does, so that nothing here depends on HTTP. The
+oracle is one pass of transformers over prompt and output together, whose logits its own processors
+then restrict.
 """
 
 import os
@@ -13,16 +15,32 @@ from typing import Any
 import pytest
 import torch
 from pagewire import LLM
-from pagewire.engine import Engine
-from pagewire.frontend.stream import Job
+from pagewire.offline.engine import Engine
+from pagewire.requests.request import Job
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
-from pagewire_protocol.messages import Detokenize, Finish, Message, Prompt, Role, Submit, Tokenize, Tokens, pack, unpack
+from pagewire_protocol.messages import (
+    Detokenize,
+    Finish,
+    Message,
+    Prompt,
+    Role,
+    Submit,
+    Tokenize,
+    Tokens,
+    pack,
+    unpack,
+)
 from pagewire_protocol.sampling import Sampling, TextOptions
 from worker.sampling_reference import bias, restricted, scored
 
 STEPS = 16
 GREEDY: dict[str, Any] = {"seed": 0, "max_tokens": STEPS, "temperature": 0.0, "ignore_eos": True}
-TEXTS = ("The capital of France is", "Once upon a time, there was a little", "1, 1, 2, 3, 5, 8,", "Dear friend, yesterday the garden")
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little",
+    "1, 1, 2, 3, 5, 8,",
+    "Dear friend, yesterday the garden",
+)
 
 
 class Sink:
@@ -63,7 +81,14 @@ class Sink:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with LLM(dtype="float32", device="cpu", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=24, num_tokenizers=1) as llm:
+    with LLM(
+        dtype="float32",
+        device="cpu",
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=24,
+        num_tokenizers=1,
+    ) as llm:
         yield llm._engine
 
 
@@ -84,15 +109,24 @@ def run(engine: Engine, jobs: list[Job]) -> list[Sink]:
 
 
 def job(text: str, options: dict[str, Any] | None = None, **sampling: Any) -> Job:
-    return Job(Prompt(text=text), Sampling(**{**GREEDY, **sampling}), TextOptions(return_prompt_ids=True, **(options or {})))
+    return Job(
+        Prompt(text=text),
+        Sampling(**{**GREEDY, **sampling}),
+        TextOptions(return_prompt_ids=True, **(options or {})),
+    )
 
 
 def sequences(tokenizer: Any, words: tuple[str, ...]) -> tuple[bytes, ...]:
-    """vLLM's rule: a word as it is, and after a space where that is as long and begins otherwise."""
+    """vLLM's rule: a word as it is, and after a space where that is as long and begins
+    otherwise."""
     found: list[bytes] = []
     for word in words:
-        bare, spaced = (tokenizer(space + word, add_special_tokens=False).input_ids for space in ("", " "))
-        found += [pack("i", bare)] + [pack("i", spaced)] * (len(spaced) == len(bare) and spaced[0] != bare[0])
+        bare, spaced = (
+            tokenizer(space + word, add_special_tokens=False).input_ids for space in ("", " ")
+        )
+        found += [pack("i", bare)] + [pack("i", spaced)] * (
+            len(spaced) == len(bare) and spaced[0] != bare[0]
+        )
     return tuple(found)
 
 
@@ -119,12 +153,22 @@ def test_limits_and_scores_of_the_prompt(engine: Engine, oracle: Any) -> None:
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + sink.ids])).logits[0]
         for step, token in enumerate(sink.ids):
-            x = restricted(logits[len(prompt) + step - 1], prompt, sink.ids[:step], sampling, (tokenizer.eos_token_id,))
+            x = restricted(
+                logits[len(prompt) + step - 1],
+                prompt,
+                sink.ids[:step],
+                sampling,
+                (tokenizer.eos_token_id,),
+            )
             assert token == int(x.argmax()), f"token {step} after {text!r}"
         wanted = scored(logits, prompt, sampling.prompt_logprobs)
-        assert {p: (rank, [i for i, _ in e]) for p, (rank, e) in sink.scores.items()} == {p: (r, [i for i, _ in e]) for p, r, e in wanted}
+        assert {p: (rank, [i for i, _ in e]) for p, (rank, e) in sink.scores.items()} == {
+            p: (r, [i for i, _ in e]) for p, r, e in wanted
+        }
         for position, _, entries in wanted:
-            assert [v for _, v in sink.scores[position][1]] == pytest.approx([v for _, v in entries], abs=2e-3)
+            assert [v for _, v in sink.scores[position][1]] == pytest.approx(
+                [v for _, v in entries], abs=2e-3
+            )
         assert text.encode().endswith(b"".join(sink.bytes[p] for p in range(1, len(prompt))))
 
 
@@ -133,7 +177,12 @@ def test_a_truncated_prompt_is_its_end(engine: Engine, oracle: Any) -> None:
     jobs = [job("word " * 600, {"truncate_prompt": keep}) for keep in (-1, 7)]
     alone = Job(Prompt(ids=pack("i", whole[-7:])), jobs[0].sampling, jobs[0].text)
     cut, rest, tail = run(engine, [*jobs, alone])
-    assert cut.prompt == whole[-(512 - STEPS) :] and cut.end == "length" and rest.prompt == whole[-7:] and rest.ids == tail.ids
+    assert (
+        cut.prompt == whole[-(512 - STEPS) :]
+        and cut.end == "length"
+        and rest.prompt == whole[-7:]
+        and rest.ids == tail.ids
+    )
 
 
 def test_what_the_tokenizer_refuses_by_name(engine: Engine) -> None:
@@ -155,7 +204,9 @@ def test_tokenize_and_detokenize(engine: Engine, oracle: Any) -> None:
     text = "Ünïcödé 世界 <|im_start|>🙂"
     said = answered(engine, Tokenize(0, "x", Prompt(text=text), with_texts=True))
     ids = unpack("i", said.ids).tolist()
-    assert ids == oracle[1](text).input_ids and list(said.texts) == oracle[1].convert_ids_to_tokens(ids)
+    assert ids == oracle[1](text).input_ids and list(said.texts) == oracle[1].convert_ids_to_tokens(
+        ids
+    )
     assert answered(engine, Detokenize(0, "x", said.ids)).text == text
     assert answered(engine, Detokenize(0, "x", pack("i", [10**6]))).status == 400
 
@@ -177,13 +228,22 @@ def test_hostile_columns_straight_to_the_scheduler_end_as_refusals(engine: Engin
     try:
         for i, sampling in enumerate(hostile):
             rid = bytes([i]) * 16
-            message = Submit(rid, 1, i, inbox.address, pack("i", [5, 6]), b"", Sampling(**{**GREEDY, **sampling}))
+            message = Submit(
+                rid, 1, i, inbox.address, pack("i", [5, 6]), b"", Sampling(**{**GREEDY, **sampling})
+            )
             assert outbox.send(inbox_address(run_dir, Role.SCHEDULER, 0), message)
         end = time.monotonic() + 30
         while len(ends) < len(hostile) and time.monotonic() < end:
             inbox.wait(0.2)
-            ends |= {e.handle: e for message in inbox.drain() if isinstance(message, Tokens) for e in message.ended}
-        assert {(e.finish, e.status) for e in ends.values()} == {(Finish.REFUSED, 400)} and len(ends) == len(hostile)
+            ends |= {
+                e.handle: e
+                for message in inbox.drain()
+                if isinstance(message, Tokens)
+                for e in message.ended
+            }
+        assert {(e.finish, e.status) for e in ends.values()} == {(Finish.REFUSED, 400)} and len(
+            ends
+        ) == len(hostile)
     finally:
         inbox.close()
         outbox.close()
@@ -197,10 +257,15 @@ def test_a_question_and_a_scored_prompt_survive_the_tokenizer(engine: Engine, or
     text = " ".join(TEXTS) * 4
     assert engine.submit(job(text, prompt_logprobs=1), sink) is not None
     engine.owner.ask(Tokenize(0, "x", Prompt(text="hello")), answers.append)
-    os.kill(next(pid for name, pid in engine.pids().items() if name.startswith("tokenizer")), signal.SIGKILL)
+    os.kill(
+        next(pid for name, pid in engine.pids().items() if name.startswith("tokenizer")),
+        signal.SIGKILL,
+    )
     pump(engine, [sink])
     end = time.monotonic() + 60
     while not answers and time.monotonic() < end:
         engine.pump()
     assert unpack("i", answers[0].ids).tolist() == oracle[1]("hello").input_ids
-    assert sink.end == "length" and sorted(sink.scores) == list(range(1, len(oracle[1](text).input_ids)))
+    assert sink.end == "length" and sorted(sink.scores) == list(
+        range(1, len(oracle[1](text).input_ids))
+    )

@@ -1,4 +1,5 @@
-"""Clients of a running server: `pagewire chat` and `pagewire complete` in a terminal, and LangChain's client."""
+"""Clients of a running server: `pagewire chat` and `pagewire complete` in a terminal, and
+LangChain's client."""
 
 import subprocess
 import sys
@@ -8,7 +9,14 @@ import pytest
 
 
 def run(*words: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pagewire", *words], input=said, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "pagewire", *words],
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_texts_are_continued(demo_stack: Any) -> None:
@@ -20,10 +28,22 @@ def test_texts_are_continued(demo_stack: Any) -> None:
 
 
 def test_one_question(demo_stack: Any) -> None:
-    question = ("-q", "What is the capital of France?", "--system-prompt", "You are terse.", "--model-name", "")
-    result = run("chat", "--url", demo_stack.url, "--temperature", "0", "--max-tokens", "24", *question)
+    question = (
+        "-q",
+        "What is the capital of France?",
+        "--system-prompt",
+        "You are terse.",
+        "--model-name",
+        "",
+    )
+    result = run(
+        "chat", "--url", demo_stack.url, "--temperature", "0", "--max-tokens", "24", *question
+    )
     assert (result.returncode, result.stderr) == (0, "") and "Paris" in result.stdout
-    assert run("chat", "--url", demo_stack.url, "--model-name", "no-such", "-q", "hello").returncode == 1
+    assert (
+        run("chat", "--url", demo_stack.url, "--model-name", "no-such", "-q", "hello").returncode
+        == 1
+    )
 
 
 def test_another_name_of_a_command() -> None:
@@ -35,7 +55,13 @@ def test_another_name_of_a_command() -> None:
 def test_langchain_s_client(demo_stack: Any) -> None:
     module = pytest.importorskip("langchain_openai")
     llm = module.ChatOpenAI(
-        base_url=demo_stack.url, api_key="EMPTY", model="HuggingFaceTB/SmolLM2-135M-Instruct", temperature=0, max_tokens=24
+        base_url=demo_stack.url,
+        api_key="EMPTY",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        temperature=0,
+        max_tokens=24,
     )
     assert "Paris" in llm.invoke("What is the capital of France?").content
-    assert "Paris" in "".join(piece.content for piece in llm.stream("What is the capital of France?"))
+    assert "Paris" in "".join(
+        piece.content for piece in llm.stream("What is the capital of France?")
+    )

@@ -1,4 +1,5 @@
-"""Where a model's files come from: caches by the hub's rules, tokens, revisions, weight formats, ModelScope. No network."""
+"""Where a model's files come from: caches by the hub's rules, tokens, revisions, weight formats,
+ModelScope. No network."""
 
 import json
 import sys
@@ -6,13 +7,22 @@ import types
 from pathlib import Path
 
 import pytest
-from pagewire import hub, modelscope_hub
+from pagewire.commands import fetch
 from pagewire.config import ModelConfig
+from pagewire.hub import huggingface, modelscope
 
 MODEL = "org/model"
 VARIABLES = (
-    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"),
-    *modelscope_hub.VARIABLES,
+    *(
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "XDG_CACHE_HOME",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_HUB_OFFLINE",
+    ),
+    *modelscope.VARIABLES,
 )
 
 
@@ -30,11 +40,19 @@ def put(folder: Path, *names: str, index: tuple[str, ...] = ()) -> Path:
     for name in ("config.json", *names):
         (folder / name).write_text("{}")
     if index:
-        (folder / index[0]).write_text(json.dumps({"weight_map": {str(n): name for n, name in enumerate(index[1:])}}))
+        (folder / index[0]).write_text(
+            json.dumps({"weight_map": {str(n): name for n, name in enumerate(index[1:])}})
+        )
     return folder
 
 
-def snapshot(cache: Path, *names: str, commit: str = "c0", revision: str = "main", index: tuple[str, ...] = ()) -> Path:
+def snapshot(
+    cache: Path,
+    *names: str,
+    commit: str = "c0",
+    revision: str = "main",
+    index: tuple[str, ...] = (),
+) -> Path:
     repository = cache / "models--org--model"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / revision).write_text(commit)
@@ -43,7 +61,8 @@ def snapshot(cache: Path, *names: str, commit: str = "c0", revision: str = "main
 
 @pytest.fixture
 def calls(monkeypatch):
-    """calls(files by call): what huggingface_hub is asked for; each call brings further files, or raises."""
+    """calls(files by call): what huggingface_hub is asked for; each call brings further files, or
+    raises."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     seen: list[dict] = []
 
@@ -76,35 +95,48 @@ def error(kind: str) -> BaseException:
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "--download-dir"])
 def test_a_cached_model_needs_neither_token_nor_network(variable, monkeypatch, tmp_path):
     place = tmp_path / "elsewhere"
-    model = ModelConfig(model=MODEL, download_dir=str(place) if variable == "--download-dir" else "")
+    model = ModelConfig(
+        model=MODEL, download_dir=str(place) if variable == "--download-dir" else ""
+    )
     if variable != "--download-dir":
         monkeypatch.setenv(variable, str(place))
     kept = snapshot(place / "hub" if variable == "HF_HOME" else place, "model.safetensors")
-    assert hub.resolve(model) == kept
+    assert huggingface.resolve(model) == kept
 
 
 def test_a_revision_is_a_branch_or_a_commit(tmp_path):
     cache = tmp_path / "hf/hub"
-    old, new = snapshot(cache, "a.safetensors"), snapshot(cache, "a.safetensors", commit="c1", revision="v2")
-    assert hub.resolve(ModelConfig(model=MODEL)) == old
-    assert hub.resolve(ModelConfig(model=MODEL, revision="v2")) == hub.resolve(ModelConfig(model=MODEL, revision="c1")) == new
+    old, new = (
+        snapshot(cache, "a.safetensors"),
+        snapshot(cache, "a.safetensors", commit="c1", revision="v2"),
+    )
+    assert huggingface.resolve(ModelConfig(model=MODEL)) == old
+    assert (
+        huggingface.resolve(ModelConfig(model=MODEL, revision="v2"))
+        == huggingface.resolve(ModelConfig(model=MODEL, revision="c1"))
+        == new
+    )
 
 
 def test_the_tokenizer_has_the_models_revision_or_one_of_its_own():
     model = ModelConfig(model=MODEL, tokenizer="org/other", revision="v2", download_dir="/d")
-    found = hub.tokenizer_model(model)
+    found = huggingface.tokenizer_model(model)
     assert (found.model, found.revision, found.download_dir) == ("org/other", "v2", "/d")
     own = ModelConfig(model=MODEL, revision="v2", tokenizer_revision="main")
-    assert hub.has_own_tokenizer(own) and hub.tokenizer_model(own).revision == "main"
-    assert not hub.has_own_tokenizer(ModelConfig(model=MODEL, revision="v2", tokenizer_revision="v2"))
+    assert (
+        huggingface.has_own_tokenizer(own) and huggingface.tokenizer_model(own).revision == "main"
+    )
+    assert not huggingface.has_own_tokenizer(
+        ModelConfig(model=MODEL, revision="v2", tokenizer_revision="v2")
+    )
 
 
 def test_fetch_prints_where_the_model_and_its_tokenizer_are(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pagewire.supervisor.die_with_parent", lambda: None)
+    monkeypatch.setattr("pagewire.commands.fetch.die_with_parent", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     cache = tmp_path / "hf/hub"
     model, tokenizer = snapshot(cache, "a.safetensors"), snapshot(cache, commit="c1", revision="v2")
-    assert hub.main([MODEL, "--tokenizer-revision=v2"]) == 0
+    assert fetch.main([MODEL, "--tokenizer-revision=v2"]) == 0
     assert capsys.readouterr().out.split() == [str(model), str(tokenizer)]
 
 
@@ -115,14 +147,22 @@ def test_fetch_prints_where_the_model_and_its_tokenizer_are(tmp_path, capsys, mo
         (("pytorch_model.bin",), (), {"auto", "pt", "dummy"}),
         (("training_args.bin",), (), {"dummy"}),
         (("a.gguf",), (), {"auto", "safetensors", "gguf", "dummy"}),
-        (("a.safetensors",), ("model.safetensors.index.json", "a.safetensors", "b.safetensors"), {"dummy"}),
+        (
+            ("a.safetensors",),
+            ("model.safetensors.index.json", "a.safetensors", "b.safetensors"),
+            {"dummy"},
+        ),
         (("p.bin",), ("pytorch_model.bin.index.json", "p.bin"), {"auto", "pt", "dummy"}),
         (("p.bin",), ("pytorch_model.bin.index.json", "p.bin", "q.bin"), {"dummy"}),
     ],
 )
 def test_a_snapshot_counts_when_the_weights_asked_for_are_whole(files, index, formats, tmp_path):
     snapshot(tmp_path / "hf/hub", *files, index=index)
-    found = {name for name in ("auto", "safetensors", "pt", "gguf", "dummy") if hub.cached(ModelConfig(model=MODEL, load_format=name))}
+    found = {
+        name
+        for name in ("auto", "safetensors", "pt", "gguf", "dummy")
+        if huggingface.cached(ModelConfig(model=MODEL, load_format=name))
+    }
     assert found - {"gguf"} == formats - {"gguf"}
 
 
@@ -130,35 +170,46 @@ def test_a_snapshot_counts_when_the_weights_asked_for_are_whole(files, index, fo
 def test_a_download_carries_token_revision_and_directory(variable, monkeypatch, tmp_path, calls):
     monkeypatch.setenv(variable, "secret")
     seen = calls(("model.safetensors",))
-    hub.resolve(ModelConfig(model=MODEL, revision="v2", download_dir=str(tmp_path / "d")))
+    huggingface.resolve(ModelConfig(model=MODEL, revision="v2", download_dir=str(tmp_path / "d")))
     (call,) = seen
-    assert (call["name"], call["token"], call["revision"], call["cache_dir"]) == (MODEL, "secret", "v2", tmp_path / "d")
+    assert (call["name"], call["token"], call["revision"], call["cache_dir"]) == (
+        MODEL,
+        "secret",
+        "v2",
+        tmp_path / "d",
+    )
     assert not any(".bin" in pattern for pattern in call["allow_patterns"])
 
 
 def test_pytorch_files_are_fetched_only_where_there_is_nothing_else(calls):
     seen = calls((), ("pytorch_model.bin",))
-    assert (hub.resolve(ModelConfig(model=MODEL)) / "pytorch_model.bin").is_file()
+    assert (huggingface.resolve(ModelConfig(model=MODEL)) / "pytorch_model.bin").is_file()
     assert ["pytorch_model*.bin" in call["allow_patterns"] for call in seen] == [False, True]
 
 
 def test_a_repository_without_weights(calls):
     calls((), ())
-    with pytest.raises(hub.ModelNotFound, match=r"org/model has no safetensors or PyTorch weights"):
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(
+        huggingface.ModelNotFound, match=r"org/model has no safetensors or PyTorch weights"
+    ):
+        huggingface.resolve(ModelConfig(model=MODEL))
     calls(())
-    with pytest.raises(hub.ModelNotFound, match=r"has no PyTorch's \(pytorch_model.bin\) weights"):
-        hub.resolve(ModelConfig(model=MODEL, load_format="pt"))
+    with pytest.raises(
+        huggingface.ModelNotFound, match=r"has no PyTorch's \(pytorch_model.bin\) weights"
+    ):
+        huggingface.resolve(ModelConfig(model=MODEL, load_format="pt"))
 
 
 def test_a_gated_model_names_the_token_and_the_licence_page(calls, monkeypatch):
     calls(error("GatedRepoError"), error("GatedRepoError"))
     page = "org/model is gated: accept its licence at https://hub.example/org/model"
-    with pytest.raises(hub.ModelNotFound, match=f"{page}; set HF_TOKEN to a token"):
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(huggingface.ModelNotFound, match=f"{page}; set HF_TOKEN to a token"):
+        huggingface.resolve(ModelConfig(model=MODEL))
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with pytest.raises(hub.ModelNotFound, match=f"{page}; your token has no access") as caught:
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(
+        huggingface.ModelNotFound, match=f"{page}; your token has no access"
+    ) as caught:
+        huggingface.resolve(ModelConfig(model=MODEL))
     assert "secret" not in str(caught.value)
 
 
@@ -166,21 +217,26 @@ def test_a_gated_model_names_the_token_and_the_licence_page(calls, monkeypatch):
     ("kind", "told"),
     [
         ("RevisionNotFoundError", "has no revision 'v9'; see https://hub.example/org/model"),
-        ("RepositoryNotFoundError", "there is no model org/model on the hub .* HF_TOKEN is not set"),
+        (
+            "RepositoryNotFoundError",
+            "there is no model org/model on the hub .* HF_TOKEN is not set",
+        ),
         ("LocalEntryNotFoundError", "the hub could not be reached at https://hub.example"),
     ],
 )
 def test_other_answers_of_the_hub_are_one_line(kind, told, calls):
     calls(error(kind))
-    with pytest.raises(hub.ModelNotFound, match=told) as caught:
-        hub.resolve(ModelConfig(model=MODEL, revision="v9"))
+    with pytest.raises(huggingface.ModelNotFound, match=told) as caught:
+        huggingface.resolve(ModelConfig(model=MODEL, revision="v9"))
     assert "\n" not in str(caught.value)
 
 
 def test_offline_says_so(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(hub.ModelNotFound, match=r"is not in the cache .* HF_HUB_OFFLINE forbids"):
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(
+        huggingface.ModelNotFound, match=r"is not in the cache .* HF_HUB_OFFLINE forbids"
+    ):
+        huggingface.resolve(ModelConfig(model=MODEL))
 
 
 class ModelScope(types.ModuleType):
@@ -199,40 +255,63 @@ class ModelScope(types.ModuleType):
         return str(self.folder)
 
 
-@pytest.mark.parametrize(("variable", "value"), [("VLLM_USE_MODELSCOPE", "True"), ("PAGEWIRE_USE_MODELSCOPE", "1")])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("VLLM_USE_MODELSCOPE", "True"), ("PAGEWIRE_USE_MODELSCOPE", "1")]
+)
 @pytest.mark.parametrize("cached", [True, False])
 def test_modelscope_in_place_of_the_hub(variable, value, cached, monkeypatch, tmp_path):
     monkeypatch.setenv(variable, value)
     package = ModelScope(tmp_path, cached)
     monkeypatch.setitem(sys.modules, "modelscope", package)
     snapshot(tmp_path / "hf/hub", "model.safetensors")
-    assert hub.cached(ModelConfig(model=MODEL)) is None, "the hub's cache may hold another model of that name"
-    assert hub.resolve(ModelConfig(model=MODEL, revision="v1", download_dir="/d")) == tmp_path
+    assert huggingface.cached(ModelConfig(model=MODEL)) is None, (
+        "the hub's cache may hold another model of that name"
+    )
+    assert (
+        huggingface.resolve(ModelConfig(model=MODEL, revision="v1", download_dir="/d")) == tmp_path
+    )
     options = {"cache_dir": "/d", "revision": "v1"}
-    assert package.asked == [(MODEL, {"local_files_only": True, **options}), (MODEL, options)][: 1 if cached else 2]
-    assert hub.resolve(ModelConfig(model=str(tmp_path))) == tmp_path, "a directory is a directory"
+    assert (
+        package.asked
+        == [(MODEL, {"local_files_only": True, **options}), (MODEL, options)][: 1 if cached else 2]
+    )
+    assert huggingface.resolve(ModelConfig(model=str(tmp_path))) == tmp_path, (
+        "a directory is a directory"
+    )
 
 
 def test_modelscope_errors_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "true")
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(hub.ModelNotFound, match="VLLM_USE_MODELSCOPE is set, but the modelscope package is not installed; `pip install"):
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(
+        huggingface.ModelNotFound,
+        match="VLLM_USE_MODELSCOPE is set, but the modelscope package is not installed; `pip install",
+    ):
+        huggingface.resolve(ModelConfig(model=MODEL))
     monkeypatch.setitem(sys.modules, "modelscope", ModelScope(tmp_path, False))
-    with pytest.raises(hub.ModelNotFound, match=r"org/nothing could not be had from ModelScope: no such model$"):
-        hub.resolve(ModelConfig(model="org/nothing"))
+    with pytest.raises(
+        huggingface.ModelNotFound,
+        match=r"org/nothing could not be had from ModelScope: no such model$",
+    ):
+        huggingface.resolve(ModelConfig(model="org/nothing"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(hub.ModelNotFound, match=r"it is not cached, and HF_HUB_OFFLINE forbids"):
-        hub.resolve(ModelConfig(model=MODEL))
+    with pytest.raises(
+        huggingface.ModelNotFound, match=r"it is not cached, and HF_HUB_OFFLINE forbids"
+    ):
+        huggingface.resolve(ModelConfig(model=MODEL))
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "perhaps")
     with pytest.raises(ValueError, match="VLLM_USE_MODELSCOPE=perhaps: True or False is needed"):
-        hub.resolve(ModelConfig(model=MODEL))
+        huggingface.resolve(ModelConfig(model=MODEL))
 
 
 def test_a_clone_without_git_lfs_is_one_line(tmp_path):
     """Its large files are a few lines of text."""
     folder = put(tmp_path / "clone")
-    assert hub.cached(ModelConfig(model=str(folder))) == folder
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    with pytest.raises(hub.ModelNotFound, match=r"model\.safetensors is a git-lfs pointer .*`git lfs pull`"):
-        hub.cached(ModelConfig(model=str(folder)))
+    assert huggingface.cached(ModelConfig(model=str(folder))) == folder
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    )
+    with pytest.raises(
+        huggingface.ModelNotFound, match=r"model\.safetensors is a git-lfs pointer .*`git lfs pull`"
+    ):
+        huggingface.cached(ModelConfig(model=str(folder)))

@@ -1,6 +1,8 @@
-"""The compose files are what the Compose specification allows, and say the same things as the Dockerfile and the code.
+"""The compose files are what the Compose specification allows, and say the same things as the
+Dockerfile and the code.
 
-`compose-spec.json` is the Compose Specification's own schema (Apache-2.0, github.com/compose-spec), unchanged.
+`compose-spec.json` is the Compose Specification's own schema (Apache-2.0, github.com/compose-spec),
+unchanged.
 """
 
 import json
@@ -53,7 +55,9 @@ def test_the_root_file_includes_the_default() -> None:
 
 def test_every_default_is_given_so_that_plain_up_works() -> None:
     for path in FILES:
-        assert not re.search(r"\$\{\w+\}|\$\w+|\$\{\w+:?\?", path.read_text()), f"{path.name} needs a variable that may be unset"
+        assert not re.search(r"\$\{\w+\}|\$\w+|\$\{\w+:?\?", path.read_text()), (
+            f"{path.name} needs a variable that may be unset"
+        )
 
 
 @pytest.mark.parametrize("name", ["gateway", *OURS])
@@ -73,7 +77,9 @@ def test_the_four_services_share_the_run_volume_and_can_be_scaled(name: str) -> 
     service = services()[name]
     assert "run:/run/pagewire" in service["volumes"]
     assert service["build"]["target"] == name
-    assert "ports" not in service and "container_name" not in service, "either would forbid a second replica"
+    assert "ports" not in service and "container_name" not in service, (
+        "either would forbid a second replica"
+    )
 
 
 def test_the_run_volume_is_private_memory() -> None:
@@ -91,7 +97,10 @@ def test_only_the_gateway_publishes_a_port_and_only_what_must_reaches_out() -> N
 
 
 def test_all_services_get_the_same_model_and_it_is_the_demo() -> None:
-    models = {name: [word for word in services()[name]["command"] if word.startswith("--model=")] for name in OURS}
+    models = {
+        name: [word for word in services()[name]["command"] if word.startswith("--model=")]
+        for name in OURS
+    }
     assert len({tuple(words) for words in models.values()}) == 1, models
     assert interpolated(models["worker"]) == [f"--model={DEMO_MODEL}"]
     gpu = load("compose/gpu.yaml")["services"]["worker"]
@@ -108,7 +117,10 @@ def test_the_gpu_file_reserves_a_gpu_for_the_worker_and_nothing_else() -> None:
 
 def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    targets, arguments = set(re.findall(r" AS ([\w-]+)$", text, re.M)), set(re.findall(r"^ARG (\w+)", text, re.M))
+    targets, arguments = (
+        set(re.findall(r" AS ([\w-]+)$", text, re.M)),
+        set(re.findall(r"^ARG (\w+)", text, re.M)),
+    )
     for path in FILES:
         for service in (yaml.safe_load(path.read_text()).get("services") or {}).values():
             build = service.get("build", {})
@@ -118,12 +130,17 @@ def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:
 
 def test_each_target_starts_its_own_service_as_an_ordinary_user() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    starts = {**{name: f'["pagewire-service", "{name}"]' for name in OURS}, "all": '["pagewire", "serve"]'}
+    starts = {
+        **{name: f'["pagewire-service", "{name}"]' for name in OURS},
+        "all": '["pagewire", "serve"]',
+    }
     for name, start in starts.items():
         stage = re.search(rf"^FROM \S+ AS {name}$(.*?)(?=^FROM |\Z)", text, re.M | re.S)
         assert stage, name
         assert f"ENTRYPOINT {start}" in stage[1]
         assert "\nUSER pagewire\n" in stage[1]
         assert "\nHEALTHCHECK " in stage[1]
-    assert text.rstrip().endswith('ENTRYPOINT ["pagewire", "serve"]'), "the last target is the default one"
+    assert text.rstrip().endswith('ENTRYPOINT ["pagewire", "serve"]'), (
+        "the last target is the default one"
+    )
     assert "PYTHONSAFEPATH=1" in text

@@ -1,4 +1,5 @@
-"""What the pages tell a reader to do exists: commands, flags, targets, files, links, and Python that compiles."""
+"""What the pages tell a reader to do exists: commands, flags, targets, files, links, and Python
+that compiles."""
 
 import ast
 import re
@@ -22,11 +23,18 @@ def blocks(page: Path, language: str) -> list[str]:
 def command_lines(page: Path) -> list[list[str]]:
     """The words of every command of a page's bash blocks; `A && B` is two."""
     joined = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    return [words for line in re.split(r"\n|&&", re.sub(r"'[^']*'", "''", joined)) if (words := shlex.split(line, comments=True))]
+    return [
+        words
+        for line in re.split(r"\n|&&", re.sub(r"'[^']*'", "''", joined))
+        if (words := shlex.split(line, comments=True))
+    ]
 
 
 def inline(page: Path) -> list[list[str]]:
-    return [shlex.split(text) for text in re.findall(r"`((?:pagewire|make|docker) [^`]+)`", page.read_text())]
+    return [
+        shlex.split(text)
+        for text in re.findall(r"`((?:pagewire|make|docker) [^`]+)`", page.read_text())
+    ]
 
 
 def make_targets() -> set[str]:
@@ -35,7 +43,13 @@ def make_targets() -> set[str]:
 
 @cache
 def flags_of(command: str) -> set[str]:
-    result = subprocess.run([sys.executable, "-m", "pagewire", command, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pagewire", command, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.stdout))
 
 
@@ -44,7 +58,11 @@ def subcommand(words: list[str]) -> list[str]:
     names = [word.rsplit("/", 1)[-1] for word in words]
     if names[0] == "pagewire":
         return words[1:]
-    if names[0] == "make" and "serve" in names and (given := [w for w in words if w.startswith("ARGS=")]):
+    if (
+        names[0] == "make"
+        and "serve" in names
+        and (given := [w for w in words if w.startswith("ARGS=")])
+    ):
         return ["serve", *given[0].removeprefix("ARGS=").split()]
     return []
 
@@ -65,7 +83,11 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_commands_exist(page: Path) -> None:
     for words in command_lines(page):
-        named = [word for word in words if re.fullmatch(r"(scripts|compose|docs|bench|tests|\.ci)/[\w./-]+", word)]
+        named = [
+            word
+            for word in words
+            if re.fullmatch(r"(scripts|compose|docs|bench|tests|\.ci)/[\w./-]+", word)
+        ]
         assert all((ROOT / word).exists() for word in named), words
 
 
@@ -93,7 +115,11 @@ def test_flags_named_in_the_readme_exist() -> None:
 
 def test_every_command_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    assert not [name for name in {*COMMANDS, *SERVICES} - {"fetch"} if f"`{name}`" not in text and f"pagewire {name}" not in text]
+    assert not [
+        name
+        for name in {*COMMANDS, *SERVICES} - {"fetch"}
+        if f"`{name}`" not in text and f"pagewire {name}" not in text
+    ]
 
 
 def test_the_licence_is_whole() -> None:

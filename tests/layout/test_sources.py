@@ -1,4 +1,5 @@
-"""What must not be in the sources: code execution from data, tensors where text is, and words that belong to one machine."""
+"""What must not be in the sources: code execution from data, tensors where text is, and words that
+belong to one machine."""
 
 import ast
 import re
@@ -9,10 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(path for root in ("protocol", "services", "kernels", "bench", "scripts") for path in (ROOT / root).rglob("*.py"))
-BANNED_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
+SOURCES = sorted(
+    path
+    for root in ("protocol", "services", "kernels", "bench", "scripts")
+    for path in (ROOT / root).rglob("*.py")
+)
+BANNED_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "jsonpickle",
+}
 BANNED_CALLS = {"eval", "exec", "os.system", "os.popen"}
-BANNED_WORDS = re.compile(r"/work/|/root/|/opt/wheels|/opt/pypi|pypi\.org|pythonhosted|deb\.debian|registry\.npmjs|nodesource", re.I)
+BANNED_WORDS = re.compile(
+    r"/work/|/root/|/opt/wheels|/opt/pypi|pypi\.org|pythonhosted|deb\.debian|registry\.npmjs|nodesource",
+    re.I,
+)
 
 
 def name_of(path: Path) -> str:
@@ -24,8 +42,14 @@ def offences(tree: ast.AST) -> list[str]:
     found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in BANNED_MODULES]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in BANNED_MODULES:
+            found += [
+                f"{node.lineno}: import {a.name}"
+                for a in node.names
+                if a.name.split(".")[0] in BANNED_MODULES
+            ]
+        elif (
+            isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in BANNED_MODULES
+        ):
             found.append(f"{node.lineno}: from {node.module} import")
         elif isinstance(node, ast.Attribute) and node.attr.endswith("_pyobj"):
             found.append(f"{node.lineno}: {node.attr}")
@@ -72,19 +96,33 @@ def test_the_gate_catches(text: str) -> None:
     assert offences(ast.parse(text))
 
 
-@pytest.mark.parametrize("text", ["torch.load(f, weights_only=True)", "yaml.safe_load(f)", "msgspec.json.decode(x)", "model.eval()"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.load(f, weights_only=True)",
+        "yaml.safe_load(f)",
+        "msgspec.json.decode(x)",
+        "model.eval()",
+    ],
+)
 def test_the_gate_lets_pass(text: str) -> None:
     assert not offences(ast.parse(text))
 
 
 def test_the_three_roots_are_no_packages() -> None:
     """A top-level package called `kernels` or `protocol` would shadow other people's."""
-    assert not [root for root in ("protocol", "services", "kernels") if (ROOT / root / "__init__.py").exists()]
+    assert not [
+        root
+        for root in ("protocol", "services", "kernels")
+        if (ROOT / root / "__init__.py").exists()
+    ]
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
 def tracked() -> list[Path]:
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -101,7 +139,13 @@ def test_no_machine_paths_or_hosts() -> None:
 def test_import_contracts() -> None:
     """The import-linter contracts of pyproject.toml hold."""
     program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
-    result = subprocess.run([sys.executable, "-c", program, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -117,6 +161,8 @@ def test_import_contracts() -> None:
 def test_a_service_loads_nothing_heavy(module: str, forbidden: tuple[str, ...]) -> None:
     """Import contracts see import statements; this sees what a real import pulls in."""
     program = f"import {module}, sys; print([m for m in {forbidden!r} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""The Triton kernels of these tests run in Triton's interpreter on the CPU: it must be chosen before a kernel is defined."""
+"""The Triton kernels of these tests run in Triton's interpreter on the CPU: it must be chosen
+before a kernel is defined."""
 
 import os
 from typing import Any
@@ -15,7 +16,8 @@ def _index(tensor: Any) -> int:
 
 
 def _patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
-    """Triton 3.6 makes loop bounds by int() of an array of one element, which numpy refuses from 2.4 on."""
+    """Triton 3.6 makes loop bounds by int() of an array of one element, which numpy refuses from
+    2.4 on."""
     _patch_tensor(tensor, *scope)
     tensor.__index__ = _index
 

@@ -1,4 +1,5 @@
-"""The launch shapes of Hopper in bfloat16 and float16, as they were measured on an H200: whoever changes one measures again."""
+"""The launch shapes of Hopper in bfloat16 and float16, as they were measured on an H200: whoever
+changes one measures again."""
 
 from typing import Any
 
@@ -31,7 +32,8 @@ DECODE = {
     4096: (32, 1, 2, 2048, 2),
     5000: (32, 1, 2, 2048, 1),
 }
-"""By the number of programs: the fields of a DecodeConfig; at head size 256 the first three are WIDE."""
+"""By the number of programs: the fields of a DecodeConfig; at head size 256 the first three are
+WIDE."""
 WIDE = (32, 2, 4)
 SKINNY = {
     (8, 4096, 4096): SkinnyConfig(64, 128, 4, 4, 5),
@@ -48,17 +50,30 @@ def choices(place: device) -> list[tuple[str, Any, Any]]:
     """(what, the shape chosen for `place`, the measured one) of each."""
     found: list[tuple[str, Any, Any]] = []
     for dim in PREFILL:
-        found.append((f"prefill {dim}", attention_prefill.choose(dim, 2).first(place), PREFILL[dim]))
+        found.append(
+            (f"prefill {dim}", attention_prefill.choose(dim, 2).first(place), PREFILL[dim])
+        )
         found.append((f"common blocks {dim}", cascade.choose(dim, 2).first(place), PREFIX[dim]))
         for programs, fields in DECODE.items():
             for group in (1, 4, 16):
                 measured = DecodeConfig(*fields) if dim <= 128 else DecodeConfig(*WIDE, *fields[3:])
                 chosen = decode_shapes.choose(dim, group, programs, 2).first(place)
-                found.append((f"decode {dim}, {programs} programs of {group} heads", chosen, measured))
+                found.append(
+                    (f"decode {dim}, {programs} programs of {group} heads", chosen, measured)
+                )
     for (rows, n, k), measured in SKINNY.items():
         best = gemm.pick_config(rows, n, k)
         assert best is not None
         for itemsize in (2, 4):
-            found.append((f"product {rows} x {n} x {k}", gemm.choose(best, rows, itemsize).first(place), measured))
-    found += [(f"search {itemsize}", sampling.choose_block(itemsize).first(place), SEARCH) for itemsize in (2, 4)]
+            found.append(
+                (
+                    f"product {rows} x {n} x {k}",
+                    gemm.choose(best, rows, itemsize).first(place),
+                    measured,
+                )
+            )
+    found += [
+        (f"search {itemsize}", sampling.choose_block(itemsize).first(place), SEARCH)
+        for itemsize in (2, 4)
+    ]
     return found

@@ -1,4 +1,5 @@
-"""Sizes of public models, as their config.json has them, with few layers: all that decides which kernels are launched in which shapes.
+"""Sizes of public models, as their config.json has them, with few layers: all that decides which
+kernels are launched in which shapes.
 
 Layers are cut to one of each kind, and experts to four: more of the same launch the same.
 """
@@ -8,14 +9,38 @@ from typing import Any
 Config = dict[str, Any]
 
 
-def _llama(kind: str, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> Config:
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    rest = {"num_hidden_layers": 1, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu"}
+def _llama(
+    kind: str, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> Config:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    rest = {
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "hidden_act": "silu",
+    }
     return {"model_type": kind, "vocab_size": vocab, **sizes, **rest, **more}
 
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1}
-TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 256, "head_dim": 256}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
+TWO_KINDS = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 256,
+    "head_dim": 256,
+}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
 TIED = {"tie_word_embeddings": True}
 

@@ -1,6 +1,8 @@
-"""Each kernel whose launch shape depends on the card, against plain torch in float64, over fresh random inputs and poisoned outputs.
+"""Each kernel whose launch shape depends on the card, against plain torch in float64, over fresh
+random inputs and poisoned outputs.
 
-For Triton's interpreter with small inputs, and for a GPU that pretends to be a smaller one. `shapes.pretend` around a call decides.
+For Triton's interpreter with small inputs, and for a GPU that pretends to be a smaller one.
+`shapes.pretend` around a call decides.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from pagewire_kernels.sampling import SamplingRows, thresholds
 from torch import Tensor
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
-"""Relative norm of the difference: a few times what rounding inputs of the second product, and results, to the type makes."""
+"""Relative norm of the difference: a few times what rounding inputs of the second product, and
+results, to the type makes."""
 HKV, GROUP, PAGE = 2, 4, 16
 
 
@@ -57,7 +60,15 @@ class Place:
         return torch.randn(*shape).to(self.dtype).to(self.device)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, window: int | None, cap: float | None) -> Tensor:
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
     return reference.paged_attention(q.double(), k.double(), v.double(), batch, scale, window, cap)
 
 
@@ -70,7 +81,10 @@ def prefill(place: Place) -> tuple[Any, float]:
     worst = 0.0
     for window, cap in ((None, None), (33, 20.0)):
         q, k, v, batch = place.paged(list(place.scale.counts), list(place.scale.lengths))
-        args, scale = (q, k, v, batch.block_tables, batch.seq_lens, batch.query_start), place.dim**-0.5
+        args, scale = (
+            (q, k, v, batch.block_tables, batch.seq_lens, batch.query_start),
+            place.dim**-0.5,
+        )
         out = prefill_attention(*args, scale, window, cap, out=poisoned(q))
         worst = max(worst, error(out, exact(q, k, v, batch, scale, window, cap)))
     return attention_prefill.choose(place.dim, place.dtype.itemsize).first(place.device), worst
@@ -84,7 +98,9 @@ def decode(place: Place) -> tuple[Any, float]:
         out, scale = poisoned(q), place.dim**-0.5
         decode_attention(q, k, v, batch.block_tables, batch.seq_lens, scale, window, cap, out=out)
         worst = max(worst, error(out, exact(q, k, v, batch, scale, window, cap)))
-    return decode_shapes.choose(place.dim, GROUP, len(lengths) * HKV, place.dtype.itemsize).first(place.device), worst
+    return decode_shapes.choose(place.dim, GROUP, len(lengths) * HKV, place.dtype.itemsize).first(
+        place.device
+    ), worst
 
 
 def common(place: Place) -> tuple[Any, float]:
@@ -96,7 +112,9 @@ def common(place: Place) -> tuple[Any, float]:
         setattr(groups, name, getattr(groups, name).to(place.device))
     scale, out = place.dim**-0.5, poisoned(q)
     cascade_attention(q, k, v, batch.block_tables, batch.seq_lens, groups, scale, 20.0, out=out)
-    return cascade.choose(place.dim, place.dtype.itemsize).first(place.device), error(out, exact(q, k, v, batch, scale, None, 20.0))
+    return cascade.choose(place.dim, place.dtype.itemsize).first(place.device), error(
+        out, exact(q, k, v, batch, scale, None, 20.0)
+    )
 
 
 def skinny(place: Place) -> tuple[Any, float]:
@@ -114,12 +132,24 @@ def skinny(place: Place) -> tuple[Any, float]:
 def search(place: Place) -> tuple[Any, float]:
     """The error is the share of rows in which another number of tokens is kept than asked for."""
     counts = [1, 5, 40, place.scale.vocab // 2]
-    logits = torch.stack([torch.randperm(place.scale.vocab) for _ in counts]).float() % 256 / 8  # exact in every type, with ties
+    logits = (
+        torch.stack([torch.randperm(place.scale.vocab) for _ in counts]).float() % 256 / 8
+    )  # exact in every type, with ties
     ones, wide = torch.ones(len(counts)), torch.zeros(len(counts), dtype=torch.int64)
     given = ones, torch.tensor(counts, dtype=torch.int32), ones, 0 * ones, wide, wide
-    least = thresholds(logits.to(place.dtype).to(place.device), SamplingRows(*(column.to(place.device) for column in given))).cpu()
-    wanted = torch.stack([row.sort(descending=True).values[count - 1] for row, count in zip(logits, counts, strict=True)])
-    wrong = ((logits >= least[:, None]) != (logits >= wanted[:, None])).any(1).double().mean().item()
+    least = thresholds(
+        logits.to(place.dtype).to(place.device),
+        SamplingRows(*(column.to(place.device) for column in given)),
+    ).cpu()
+    wanted = torch.stack(
+        [
+            row.sort(descending=True).values[count - 1]
+            for row, count in zip(logits, counts, strict=True)
+        ]
+    )
+    wrong = (
+        ((logits >= least[:, None]) != (logits >= wanted[:, None])).any(1).double().mean().item()
+    )
     return sampling.choose_block(place.dtype.itemsize).first(place.device), wrong
 
 

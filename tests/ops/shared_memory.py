@@ -1,10 +1,12 @@
 """How much shared memory the launches of models need, on any card and without one.
 
-    python tests/ops/shared_memory.py 80:float32 86:float32             # lines of JSON: the launch, bytes
+    python tests/ops/shared_memory.py 80:float32 86:float32             # lines of JSON: the
+    launch, bytes
     python tests/ops/shared_memory.py --whole 86:float32:101376:Gemma-2B    # down to machine code
 
-The decoder runs on torch's meta device, where tensors have sizes and no memory, with the host code of the real back end; what it would
-launch is noted. Each distinct launch is then compiled as far as Triton's allocation of shared memory, which is before LLVM and ptxas.
+The decoder runs on torch's meta device, where tensors have sizes and no memory, with the host code
+of the real back end; what it would launch is noted. Each distinct launch is then compiled as far as
+Triton's allocation of shared memory, which is before LLVM and ptxas.
 """
 
 import json
@@ -18,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from ops.known_models import MODELS
-from pagewire.worker.cascade import MOST_GROUPS
-from pagewire.worker.graphs import buckets, cascade_buckets
-from pagewire.worker.layers import Build
+from pagewire.worker.gpu.cascade_buffers import MOST_GROUPS
+from pagewire.worker.gpu.decode_graphs import buckets, cascade_buckets
 from pagewire.worker.models import describe
 from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.models.layers import Build
 from pagewire_kernels import cuda, moe, penalties, shapes
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import Batch
@@ -35,13 +37,39 @@ from triton.backends.nvidia import compiler
 from triton.runtime import JITFunction, driver
 
 META = torch.device("meta")
-LIMITS = {80: shapes.KIB_163, 86: shapes.KIB_99, 89: shapes.KIB_99, 90: shapes.KIB_227, 100: shapes.KIB_227, 120: shapes.KIB_99}
+LIMITS = {
+    80: shapes.KIB_163,
+    86: shapes.KIB_99,
+    89: shapes.KIB_99,
+    90: shapes.KIB_227,
+    100: shapes.KIB_227,
+    120: shapes.KIB_99,
+}
 COMPILED_AS = {80: 86, 89: 86}
 """Triton's passes up to the allocation know 8.x as one (`capability // 10`)."""
-SIZES = ("HKV", "GROUP", "GP", "D", "SPLITS", "STRIDE", "CHUNK", "SPAN", "B_PAD", "G_PAD", "S_PAD", "K", "H", "N", "WIDE", "WIDTH", "eps")
+SIZES = (
+    "HKV",
+    "GROUP",
+    "GP",
+    "D",
+    "SPLITS",
+    "STRIDE",
+    "CHUNK",
+    "SPAN",
+    "B_PAD",
+    "G_PAD",
+    "S_PAD",
+    "K",
+    "H",
+    "N",
+    "WIDE",
+    "WIDTH",
+    "eps",
+)
 FLAGS = ("ALIBI", "BIAS", "CAP", "MIXED", "NORM", "PREFIXES", "ROPE", "WINDOW")
-"""Constants that change no tile that is kept in shared memory (D_PAD, M and BLOCK_M do): launches that differ in them alone count as one.
-All 274 launches in float32 on 8.6 and 283 in bfloat16 on 9.0, each compiled, gave the same bytes with and without."""
+"""Constants that change no tile that is kept in shared memory (D_PAD, M and BLOCK_M do): launches
+that differ in them alone count as one. All 274 launches in float32 on 8.6 and 283 in bfloat16 on
+9.0, each compiled, gave the same bytes with and without."""
 TILED = ("_decode", "_prefill", "_prefix", "_skinny", "_row", "_thresholds")
 """Kernels that keep more than a few KiB. The others are measured for SMALLEST alone."""
 SMALLEST = 86
@@ -57,13 +85,27 @@ class Launch:
     options: dict[str, Any]
 
     def key(self) -> tuple[Any, ...]:
-        types = {str(arg.dtype) for arg in self.args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
+        types = {
+            str(arg.dtype)
+            for arg in self.args
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+        }
         name = self.kernel.__name__
         same = {*SIZES, *(FLAGS if name in TILED else ()), *(("M",) if name == "_skinny" else ())}
-        return name, *sorted(types), *sorted((option, value) for option, value in self.options.items() if option not in same)
+        return (
+            name,
+            *sorted(types),
+            *sorted(
+                (option, value) for option, value in self.options.items() if option not in same
+            ),
+        )
 
     def words(self) -> str:
-        chosen = " ".join(f"{name}={value}" for name, value in self.options.items() if name not in ("grid", "warmup"))
+        chosen = " ".join(
+            f"{name}={value}"
+            for name, value in self.options.items()
+            if name not in ("grid", "warmup")
+        )
         return f"{self.kernel.__name__} {chosen}"
 
 
@@ -93,7 +135,15 @@ def batch(tokens: int, rows: int, grouped: bool) -> Batch:
     long = torch.int64
     tables = empty(rows, LENGTH // PAGE)
     most = 1 if tokens == rows else tokens
-    made = Batch(empty(tokens, dtype=long), empty(tokens, dtype=long), empty(rows + 1), empty(rows), tables, most, LENGTH)
+    made = Batch(
+        empty(tokens, dtype=long),
+        empty(tokens, dtype=long),
+        empty(rows + 1),
+        empty(rows),
+        tables,
+        most,
+        LENGTH,
+    )
     made.groups = groups(rows) if grouped else None
     return made
 
@@ -105,8 +155,14 @@ def run_model(config: dict[str, Any], dtype: torch.dtype) -> None:
     for _ in decoder.pack():
         pass
     factors = [empty(LENGTH, arch.head_dim, dtype=torch.float32)] * arch.num_layers
-    caches = [empty(2, BLOCKS, arch.num_kv_heads, PAGE, arch.head_dim, dtype=dtype)] * arch.num_layers
-    steps = [(size, size, grouped) for grouped, sizes in ((False, buckets(ROWS)), (True, cascade_buckets(ROWS))) for size in sizes]
+    caches = [
+        empty(2, BLOCKS, arch.num_kv_heads, PAGE, arch.head_dim, dtype=dtype)
+    ] * arch.num_layers
+    steps = [
+        (size, size, grouped)
+        for grouped, sizes in ((False, buckets(ROWS)), (True, cascade_buckets(ROWS)))
+        for size in sizes
+    ]
     for tokens, rows, grouped in [*steps, *((*step, step[1] >= 64) for step in MIXED)]:
         wanted = None if tokens == rows else empty(rows, dtype=torch.int64)
         ids = empty(tokens, dtype=torch.int64)
@@ -129,7 +185,9 @@ def run_state() -> None:
     decode_inputs(empty(8), state, PAGE, DecodeRows.empty(8, LENGTH // PAGE, "meta"))
     commit(empty(8), empty(8, dtype=torch.int64), empty(8, dtype=torch.bool), state, empty(8))
     few, row = empty(1, dtype=torch.float32), empty(1, 32_000, dtype=torch.float32)
-    penalties.apply_penalties(row, row.int(), row.to(torch.uint8), empty(1, dtype=torch.int64), few, few, few)
+    penalties.apply_penalties(
+        row, row.int(), row.to(torch.uint8), empty(1, dtype=torch.int64), few, few, few
+    )
     penalties.count_tokens(row.int(), empty(1), empty(1))
 
 
@@ -196,12 +254,15 @@ def shared_bytes(launch: Launch, capability: int) -> int:
         return int(told.args[0])
     finally:
         compiler.CUDABackend.make_llir = whole
-    raise ValueError(f"{launch.words()} was found in Triton's cache; set TRITON_CACHE_DIR to an empty folder")
+    raise ValueError(
+        f"{launch.words()} was found in Triton's cache; set TRITON_CACHE_DIR to an empty folder"
+    )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """On the command line capability:type[:limit[:model]], the limit being what the host code chooses shapes for."""
+    """On the command line capability:type[:limit[:model]], the limit being what the host code
+    chooses shapes for."""
 
     capability: int
     dtype: torch.dtype
@@ -235,7 +296,12 @@ def compile_whole(asked: Asked) -> Iterator[dict[str, Any]]:
     for name in ("_prefill", "_decode"):
         allocated = shared_bytes(first[name], asked.capability)
         whole = compiled(first[name], asked.capability)
-        yield {"kernel": name, "launch": first[name].words(), "shared": allocated, "whole": whole.metadata.shared}
+        yield {
+            "kernel": name,
+            "launch": first[name].words(),
+            "shared": allocated,
+            "whole": whole.metadata.shared,
+        }
 
 
 def main(arguments: list[str]) -> None:

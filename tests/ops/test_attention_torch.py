@@ -1,5 +1,5 @@
-"""Attention in plain torch against the oracle, at shapes that do not divide; and what it promises: bounded memory, no look at what others
-left."""
+"""Attention in plain torch against the oracle, at shapes that do not divide; and what it promises:
+bounded memory, no look at what others left."""
 
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +24,14 @@ MIXES = {
     "mixed": ([1, 19, 1, 1, 4], [77, 50, 130, 1, 4]),
     "a chunk longer than a piece": ([600, 1], [641, 12]),
 }
-SHAPES = [(1, 1, 64, 16), (2, 4, 64, 16), (2, 3, 80, 8), (1, 8, 128, 5), (4, 1, 256, 16), (1, 71, 64, 16)]
+SHAPES = [
+    (1, 1, 64, 16),
+    (2, 4, 64, 16),
+    (2, 3, 80, 8),
+    (1, 8, 128, 5),
+    (4, 1, 256, 16),
+    (1, 71, 64, 16),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,27 +63,36 @@ def test_caps_and_slopes(mix, window, soft_cap, sloped):
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 def test_float16(soft_cap):
     q, k, v, batch = paged([1, 40, 9], [300, 70, 9], 2, 4, 128, 16, dtype=torch.float16)
-    expected = reference.paged_attention(q.double(), k.double(), v.double(), batch, 0.09, None, soft_cap)
+    expected = reference.paged_attention(
+        q.double(), k.double(), v.double(), batch, 0.09, None, soft_cap
+    )
     out = paged_attention(q, k, v, batch, 0.09, None, soft_cap)
     assert out.dtype == torch.float16 and error(out, expected) < 2e-3
 
 
 def test_products_beyond_float16_are_scaled_before():
-    """The Qwen2 family has keys whose products with queries leave float16's range, though the scaled ones do not."""
+    """The Qwen2 family has keys whose products with queries leave float16's range, though the
+    scaled ones do not."""
     q, k, v, batch = paged([1, 5], [30, 9], 1, 2, 128, 16, dtype=torch.float16)
     q, k = q.abs() * 20, k.abs() * 40
     assert (q[0, 0].double() @ k[k.isfinite().all(-1)].double().T).max() > 65504
     for soft_cap in (None, 5000.0):
-        expected = reference.paged_attention(q.double(), k.double(), v.double(), batch, 0.01, None, soft_cap)
+        expected = reference.paged_attention(
+            q.double(), k.double(), v.double(), batch, 0.01, None, soft_cap
+        )
         assert error(paged_attention(q, k, v, batch, 0.01, None, soft_cap), expected) < 0.02
 
 
-def padded(counts: list[int], lengths: list[int], more: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Batch]:
+def padded(
+    counts: list[int], lengths: list[int], more: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Batch]:
     """As the worker pads a step: `more` tokens of nobody, and two rows without tokens."""
     q, k, v, batch = paged(counts, lengths, 2, 2, 64, 16)
     start = torch.cat((batch.query_start, batch.query_start[-1:].repeat(2)))
     rows = torch.cat((batch.seq_lens, torch.zeros(2, dtype=torch.int32)))
-    tables = torch.cat((batch.block_tables, torch.zeros(2, batch.block_tables.shape[1], dtype=torch.int32)))
+    tables = torch.cat(
+        (batch.block_tables, torch.zeros(2, batch.block_tables.shape[1], dtype=torch.int32))
+    )
     q = torch.cat((q, torch.full((more, *q.shape[1:]), float("nan"))))
     return q, k, v, replace(batch, query_start=start, seq_lens=rows, block_tables=tables)
 
@@ -111,14 +127,20 @@ def test_the_layers_of_a_step_read_its_lengths_once():
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("soft_cap", "sloped"), [(None, False), (3.0, False), (None, True)])
 def test_everything_is_computed_where_the_caches_are(window, soft_cap, sloped):
-    """On torch's meta device, whose tensors no operation mixes with those of the CPU; lengths alone are on the host."""
+    """On torch's meta device, whose tensors no operation mixes with those of the CPU; lengths alone
+    are on the host."""
     q, k, v, batch = paged([1, 19, 4], [77, 50, 9], 2, 3, 64, 16)
-    far = {name: getattr(batch, name).to("meta") for name in ("positions", "slot_mapping", "query_start", "seq_lens", "block_tables")}
+    far = {
+        name: getattr(batch, name).to("meta")
+        for name in ("positions", "slot_mapping", "query_start", "seq_lens", "block_tables")
+    }
     known = attention_torch.Steps(batch.query_start.long(), batch.seq_lens.long(), {})
     batch = replace(batch, plan=known, **far)
     slopes = torch.ones(6, device="meta") if sloped else None
     for _ in range(2):
-        out = paged_attention(q.to("meta"), k.to("meta"), v.to("meta"), batch, 0.1, window, soft_cap, slopes)
+        out = paged_attention(
+            q.to("meta"), k.to("meta"), v.to("meta"), batch, 0.1, window, soft_cap, slopes
+        )
         assert (out.device.type, out.shape) == ("meta", (24, 384))
 
 
@@ -140,21 +162,32 @@ def test_many_pieces_give_the_same(mix, window, tight):
 
 
 def tokens_of(pieces) -> list[int]:
-    return [token + i for token, count in zip(pieces.tokens, pieces.counts, strict=True) for i in range(count)]
+    return [
+        token + i
+        for token, count in zip(pieces.tokens, pieces.counts, strict=True)
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 5, 4096])
 def test_each_token_is_in_one_piece_and_products_are_bounded(window):
     rng = np.random.default_rng(0)
     counts = np.where(rng.random(200) < 0.7, 1, rng.integers(0, 500, 200))
-    lengths = np.where(counts > 0, counts + rng.integers(0, 20_000, 200) * (rng.random(200) < 0.5), 0)
+    lengths = np.where(
+        counts > 0, counts + rng.integers(0, 20_000, 200) * (rng.random(200) < 0.5), 0
+    )
     starts, shape = np.concatenate(([0], counts.cumsum())), Shape(32, 8, 128)
     found = plan(starts, lengths, shape, window)
-    assert Counter(token for pieces in found for token in tokens_of(pieces)) == Counter(range(counts.sum()))
+    assert Counter(token for pieces in found for token in tokens_of(pieces)) == Counter(
+        range(counts.sum())
+    )
     for pieces in found:
         size = len(pieces.rows)
         assert size * shape.heads * pieces.queries * pieces.span <= attention_torch_plan.SCORES
-        assert size == 1 or size * shape.kv_heads * shape.size * pieces.span <= attention_torch_plan.GATHERED
+        assert (
+            size == 1
+            or size * shape.kv_heads * shape.size * pieces.span <= attention_torch_plan.GATHERED
+        )
 
 
 def test_rows_that_are_alike_go_together():
@@ -163,7 +196,9 @@ def test_rows_that_are_alike_go_together():
     assert len(plan(starts, np.where(np.arange(64) % 2, 90, 7000), Shape(8, 1, 128), None)) == 3
 
 
-@pytest.mark.parametrize(("counts", "lengths"), [([1] * 40, [900] * 40), ([700], [1500]), ([64] * 8, [64] * 8)])
+@pytest.mark.parametrize(
+    ("counts", "lengths"), [([1] * 40, [900] * 40), ([700], [1500]), ([64] * 8, [64] * 8)]
+)
 @pytest.mark.parametrize("soft_cap", [None, 4.0])
 def test_the_workspace_holds_what_it_works_in(counts, lengths, soft_cap, monkeypatch):
     monkeypatch.setattr(attention_torch_plan, "SCORES", 1 << 19)
@@ -173,28 +208,47 @@ def test_the_workspace_holds_what_it_works_in(counts, lengths, soft_cap, monkeyp
         paged_attention(q, k, v, batch, 0.1, None, soft_cap)
     limit = attention_torch_plan.workspace(Shape(6, 2, 64), max(lengths), 4)
     worked = seen.peak - 3 * q.nbytes
-    assert worked <= limit and (soft_cap is None or worked > limit / 6), "torch's own attention keeps no scores"
+    assert worked <= limit and (soft_cap is None or worked > limit / 6), (
+        "torch's own attention keeps no scores"
+    )
 
 
 def test_gpus_without_tensor_cores_in_triton_are_served_here(monkeypatch):
-    assert [attends_by_torch(c) for c in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0))] == [True, True, False, False, False, False]
+    assert [attends_by_torch(c) for c in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0))] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     called: list[str] = []
     monkeypatch.setattr(cuda.attention_torch, "serves", lambda device: True)
-    monkeypatch.setattr(cuda, "rope_and_cache", lambda qkv, *rest: called.append("rope") or qkv.view(len(qkv), -1, 64)[:, :4].contiguous())
+    monkeypatch.setattr(
+        cuda,
+        "rope_and_cache",
+        lambda qkv, *rest: called.append("rope") or qkv.view(len(qkv), -1, 64)[:, :4].contiguous(),
+    )
     q, k, v, batch = paged([1, 1], [40, 23], 2, 2, 64, 16)
     expected = reference.paged_attention(q, k, v, batch, 0.125, None)
     assert error(cuda.paged_attention(q, k, v, batch, 0.125, None), expected) < 1e-5
     rope = cuda.Rope(torch.zeros(1), None, None, 1e-5)
     qkv = torch.cat((q.flatten(1), torch.zeros(2, 4 * 64)), 1)
-    assert error(cuda.rope_attention(qkv, rope, k, v, batch, 0.125, None), expected) < 1e-5 and called == ["rope"]
+    assert error(
+        cuda.rope_attention(qkv, rope, k, v, batch, 0.125, None), expected
+    ) < 1e-5 and called == ["rope"]
     x, weight = torch.randn(3, 1024), torch.randn(64, 1024)
     torch.testing.assert_close(cuda.linear(x, weight), x @ weight.T)
 
 
 def test_the_choice_is_by_the_gpus_capability(monkeypatch):
     attention_torch.serves.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (7, 5), 1: (8, 6)}[device.index])
-    assert [attention_torch.serves(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu", "meta")] == [True, False, False, False]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: {0: (7, 5), 1: (8, 6)}[device.index]
+    )
+    assert [
+        attention_torch.serves(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu", "meta")
+    ] == [True, False, False, False]
     attention_torch.serves.cache_clear()
 
 
@@ -202,4 +256,10 @@ def test_common_blocks_make_no_difference():
     batch = make_batch([1, 1], [20, 30], [[1, 2], [1, 3]], 16)
     k, v, q = torch.randn(4, 2, 16, 64), torch.randn(4, 2, 16, 64), torch.randn(2, 4, 64)
     batch.groups = object()
-    assert error(paged_attention(q, k, v, batch, 0.1, None), reference.paged_attention(q, k, v, batch, 0.1, None)) < 1e-5
+    assert (
+        error(
+            paged_attention(q, k, v, batch, 0.1, None),
+            reference.paged_attention(q, k, v, batch, 0.1, None),
+        )
+        < 1e-5
+    )

@@ -1,4 +1,5 @@
-"""The CPU back end against the oracles, over shapes, dtypes, scattered block tables and mixed batches."""
+"""The CPU back end against the oracles, over shapes, dtypes, scattered block tables and mixed
+batches."""
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import Batch, make_batch
 
 BLOCK = 4
-TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 4e-2, "rtol": 4e-2}}
+TOLERANCE = {
+    torch.float32: {"atol": 2e-5, "rtol": 2e-5},
+    torch.bfloat16: {"atol": 4e-2, "rtol": 4e-2},
+}
 DTYPES = list(TOLERANCE)
 MIXES = {
     "one decode": ([1], [9]),
@@ -29,7 +33,9 @@ def _seeded():
 
 def scattered(counts: list[int], lengths: list[int], blocks: int = 128) -> Batch:
     free = torch.randperm(blocks).tolist()
-    return make_batch(counts, lengths, [[free.pop() for _ in range(-(-n // BLOCK))] for n in lengths], BLOCK)
+    return make_batch(
+        counts, lengths, [[free.pop() for _ in range(-(-n // BLOCK))] for n in lengths], BLOCK
+    )
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -38,7 +44,11 @@ def close(ours: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_and_activation(dtype):
-    x, residual, weight = torch.randn(5, 48).to(dtype), torch.randn(5, 48).to(dtype), torch.randn(48).to(dtype)
+    x, residual, weight = (
+        torch.randn(5, 48).to(dtype),
+        torch.randn(5, 48).to(dtype),
+        torch.randn(48).to(dtype),
+    )
     close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     close(cpu.silu_mul(x), reference.silu_mul(x))
     normed, total = cpu.add_rms_norm(x, residual.clone(), weight, 1e-5)
@@ -50,7 +60,11 @@ def test_norms_and_activation(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_layer_norms(dtype, biased):
-    x, residual, weight = (torch.randn(5, 48) + 2).to(dtype), torch.randn(5, 48).to(dtype), torch.randn(48).to(dtype)
+    x, residual, weight = (
+        (torch.randn(5, 48) + 2).to(dtype),
+        torch.randn(5, 48).to(dtype),
+        torch.randn(48).to(dtype),
+    )
     bias = torch.randn(48).to(dtype) if biased else None
     close(cpu.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
     normed, total = cpu.add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
@@ -77,10 +91,14 @@ def test_norm_weights_kept_in_float32(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_experts(dtype, tokens):
-    x, up, down = (torch.randn(*shape).to(dtype) for shape in ((tokens, 32), (5, 48, 32), (5, 32, 24)))
+    x, up, down = (
+        torch.randn(*shape).to(dtype) for shape in ((tokens, 32), (5, 48, 32), (5, 32, 24))
+    )
     chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2)
-    ours = cpu.experts(x, cpu.pack_experts(up.clone()), cpu.pack_experts(down.clone()), chosen, weights)
+    ours = cpu.experts(
+        x, cpu.pack_experts(up.clone()), cpu.pack_experts(down.clone()), chosen, weights
+    )
     wanted = reference.experts(x, up, down, chosen, weights)
     assert ours.dtype == dtype
     assert (ours - wanted).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * wanted.norm()
@@ -102,16 +120,24 @@ def test_the_first_of_a_rows_logits_are_exact_where_bfloat16_cannot_tell_them_ap
     exact = x.double() @ weight.double().T
     assert logits.dtype == torch.float32
     best = exact.topk(4).indices
-    torch.testing.assert_close(logits.gather(1, best).double(), exact.gather(1, best), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        logits.gather(1, best).double(), exact.gather(1, best), atol=1e-3, rtol=1e-5
+    )
     assert logits.argmax() == exact.argmax()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_linear_of_packed_weights(dtype, rows):
-    x, weight, bias = torch.randn(rows, 48).to(dtype), torch.randn(72, 48).to(dtype), torch.randn(72).to(dtype)
+    x, weight, bias = (
+        torch.randn(rows, 48).to(dtype),
+        torch.randn(72, 48).to(dtype),
+        torch.randn(72).to(dtype),
+    )
     packed = cpu.pack_linear(weight.clone())
-    tolerance = {"atol": 2e-1, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    tolerance = (
+        {"atol": 2e-1, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    )
     torch.testing.assert_close(cpu.linear(x, packed), x @ weight.T, **tolerance)
     torch.testing.assert_close(cpu.linear(x, packed, bias), x @ weight.T + bias, **tolerance)
 
@@ -125,7 +151,9 @@ def test_rope_and_cache(dtype, qk_norm, padded):
     if padded:
         batch.slot_mapping[2] = -1
     qkv, cos_sin = torch.randn(8, (heads + 2 * kv_heads) * size).to(dtype), torch.randn(32, size)
-    weights = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if qk_norm else (None, None)
+    weights = (
+        (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if qk_norm else (None, None)
+    )
     ours, theirs = (torch.randn(2, 128, kv_heads, BLOCK, size).to(dtype) for _ in range(2))
     theirs.copy_(ours)
     q = cpu.rope_and_cache(qkv.clone(), cos_sin, *weights, 1e-6, ours[0], ours[1], batch)
@@ -153,7 +181,10 @@ def test_paged_attention_with_slopes(mix, window, dtype):
     counts, lengths = MIXES[mix]
     batch = scattered(counts, lengths)
     cache = torch.randn(2, 128, 2, BLOCK, 16).to(dtype)
-    q, slopes = torch.randn(sum(counts), 6, 16).to(dtype), torch.tensor([0.5, 0.25, 0.1, 0.05, 0.02, 0.0])
+    q, slopes = (
+        torch.randn(sum(counts), 6, 16).to(dtype),
+        torch.tensor([0.5, 0.25, 0.1, 0.05, 0.02, 0.0]),
+    )
     ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes)
     close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes))
 

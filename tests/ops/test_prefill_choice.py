@@ -1,4 +1,5 @@
-"""Which kernel prefill_attention takes, and that the one for Hopper compiles: this needs no GPU, running it would."""
+"""Which kernel prefill_attention takes, and that the one for Hopper compiles: this needs no GPU,
+running it would."""
 
 import os
 import subprocess
@@ -52,16 +53,34 @@ def _taken(monkeypatch: pytest.MonkeyPatch, **options: Any) -> bool:
         calls.append(rest)
         return out
 
-    monkeypatch.setitem(sys.modules, "pagewire_kernels.attention_prefill_hopper", SimpleNamespace(hopper_prefill=hopper_prefill))
+    monkeypatch.setitem(
+        sys.modules,
+        "pagewire_kernels.attention_prefill_hopper",
+        SimpleNamespace(hopper_prefill=hopper_prefill),
+    )
     monkeypatch.setattr(attention_prefill, "takes_hopper", lambda q, k_cache, v_cache: True)
     q, k, v, batch = paged([3, 5], [9, 5], 2, 2, 16, 16)
-    prefill_attention(q, k, v, batch.block_tables, batch.seq_lens, batch.query_start, 0.1, skip_one=True, **options)
+    prefill_attention(
+        q,
+        k,
+        v,
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_start,
+        0.1,
+        skip_one=True,
+        **options,
+    )
     assert calls in ([], [{"skip_one": True}])
     return bool(calls)
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"soft_cap": 5.0}, {"slopes": torch.ones(4)}, {"config": SMALL}])
-def test_what_the_hopper_kernel_lacks_goes_to_the_other(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [{"window": 4}, {"soft_cap": 5.0}, {"slopes": torch.ones(4)}, {"config": SMALL}]
+)
+def test_what_the_hopper_kernel_lacks_goes_to_the_other(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert _taken(monkeypatch)
     assert not _taken(monkeypatch, **options)
 
@@ -82,7 +101,9 @@ def test_few_tokens_and_gaps_go_to_the_other_kernel(monkeypatch: pytest.MonkeyPa
     assert not attention_prefill.takes_hopper(_looks_like(q[1:]), cache, cache)
     assert not attention_prefill.takes_hopper(_looks_like(q, data_ptr=lambda: 8), cache, cache)
     assert not attention_prefill.takes_hopper(_looks_like(q), cache, cache[:, :1])
-    assert not attention_prefill.takes_hopper(_looks_like(torch.empty(least, 8, 132, dtype=BF16)[:, :, :128]), cache, cache)
+    assert not attention_prefill.takes_hopper(
+        _looks_like(torch.empty(least, 8, 132, dtype=BF16)[:, :, :128]), cache, cache
+    )
 
 
 COMPILE = """
@@ -114,8 +135,16 @@ print(found[0].metadata.shared, found[0].asm["ptx"].count("wgmma.mma_async"))
 @pytest.mark.parametrize(("heads", "page"), [(32, 16), (24, 128)])
 def test_the_hopper_kernel_compiles(heads: int, page: int, tmp_path: Path) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    found = subprocess.run([sys.executable, "-c", COMPILE, str(heads), str(page)], env=env, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(heads), str(page)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stderr
     shared, products = map(int, found.stdout.split()[-2:])
     assert shared <= 232_448  # of a block, on Hopper
-    assert products == 2 * (8 + 2 * 16 + 8)  # two groups: the first scores, two loops with scores and values, the last values
+    assert products == 2 * (
+        8 + 2 * 16 + 8
+    )  # two groups: the first scores, two loops with scores and values, the last values

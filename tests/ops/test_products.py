@@ -1,5 +1,5 @@
-"""The choice of algorithms for matrix products: what is timed, kept, found again and used. The library is a stand-in; `pagewire bench
-kernels` holds the real one against an oracle."""
+"""The choice of algorithms for matrix products: what is timed, kept, found again and used. The
+library is a stand-in; `pagewire bench kernels` holds the real one against an oracle."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pagewire.worker import products
+from pagewire.worker.gpu import gemm_autotune
 from pagewire_kernels import gemm, gemm_cublaslt
 
 SHAPE = (512, 64, torch.bfloat16)
@@ -26,11 +26,15 @@ class Library:
     def accepts(self, algorithm: bytes) -> bool:
         return algorithm != REFUSED
 
-    def run(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: bytes) -> None:
+    def run(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: bytes
+    ) -> None:
         self.ran.append((self._rows, algorithm))
         torch.mm(x, weight.t(), out=out)
 
-    def bound(self, algorithm: bytes, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    def bound(
+        self, algorithm: bytes, device: torch.device
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
         return lambda x, weight, out: self.run(x, weight, out, algorithm)
 
 
@@ -61,7 +65,9 @@ def forward(layers: list[torch.Tensor], head: torch.Tensor) -> Callable[[], None
     return run
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., bytes]) -> list[tuple[int, gemm_cublaslt.Shape, int]]:
+def choose(
+    monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., bytes]
+) -> list[tuple[int, gemm_cublaslt.Shape, int]]:
     """What was timed: row count, shape, number of weights to take turns over."""
     timed: list[tuple[int, gemm_cublaslt.Shape, int]] = []
 
@@ -69,34 +75,51 @@ def choose(monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., bytes]) -> li
         timed.append((rows, shape, len(given)))
         return fastest(rows)
 
-    monkeypatch.setattr(products, "fastest", timing)
+    monkeypatch.setattr(gemm_autotune, "fastest", timing)
     layers, head = weights(SHAPE, SHAPE, SMALL), weights((1024, 64, torch.bfloat16))[0]
-    products.choose(forward(layers, head), [16, 24, 4096], [16, 24], lambda fraction: None)
+    gemm_autotune.choose(forward(layers, head), [16, 24, 4096], [16, 24], lambda fraction: None)
     return timed
 
 
-def test_each_product_is_timed_for_the_rows_it_will_have_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_product_is_timed_for_the_rows_it_will_have_and_small_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     timed = choose(monkeypatch, lambda rows: FAST if rows == 24 else b"")
     head = (1024, 64, torch.bfloat16)
     assert timed == [(16, SHAPE, 2), (24, SHAPE, 2), (4096, SHAPE, 2), (16, head, 1), (24, head, 1)]
     kept = json.loads((tmp_path / "products-nvidia-h200-x--130200.json").read_text())
-    assert kept["24x512x64 bfloat16"] == FAST.hex() and kept["16x512x64 bfloat16"] == "" and len(kept) == 5
+    assert (
+        kept["24x512x64 bfloat16"] == FAST.hex()
+        and kept["16x512x64 bfloat16"] == ""
+        and len(kept) == 5
+    )
 
 
 def test_what_was_kept_is_used_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, lambda rows: FAST)
     gemm_cublaslt._chosen.clear()
-    assert choose(monkeypatch, lambda rows: b"") == [] and gemm_cublaslt._chosen[SHAPE][0] == (16, FAST)
+    assert choose(monkeypatch, lambda rows: b"") == [] and gemm_cublaslt._chosen[SHAPE][0] == (
+        16,
+        FAST,
+    )
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"16x512x64 bfloat16": "no"}', '{"16x512x64 bfloat16": 7}', "\xff"])
-def test_a_file_that_makes_no_sense_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"16x512x64 bfloat16": "no"}', '{"16x512x64 bfloat16": 7}', "\xff"]
+)
+def test_a_file_that_makes_no_sense_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
     place = tmp_path / "products-nvidia-h200-x--130200.json"
     place.write_text(content, encoding="latin-1")
-    assert len(choose(monkeypatch, lambda rows: FAST)) == 5 and len(json.loads(place.read_text())) == 5
+    assert (
+        len(choose(monkeypatch, lambda rows: FAST)) == 5 and len(json.loads(place.read_text())) == 5
+    )
 
 
-def test_a_directory_that_cannot_be_written_costs_the_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_costs_the_file_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
     choose(monkeypatch, lambda rows: FAST)
@@ -121,9 +144,20 @@ def test_without_the_library_nothing_is_done(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("rows", "used"),
-    [(24, [(24, FAST)]), (20, [(20, FAST)]), (13, [(13, FAST)]), (11, []), (30, []), (2100, [(2100, FAST)]), (5000, []), (9000, [])],
+    [
+        (24, [(24, FAST)]),
+        (20, [(20, FAST)]),
+        (13, [(13, FAST)]),
+        (11, []),
+        (30, []),
+        (2100, [(2100, FAST)]),
+        (5000, []),
+        (9000, []),
+    ],
 )
-def test_a_product_takes_the_algorithm_of_the_next_larger_row_count_that_is_near(rows: int, used: list[tuple[int, bytes]]) -> None:
+def test_a_product_takes_the_algorithm_of_the_next_larger_row_count_that_is_near(
+    rows: int, used: list[tuple[int, bytes]]
+) -> None:
     gemm_cublaslt.choose(SHAPE, {24: FAST, 60: b"", 4000: FAST, 8000: REFUSED})
     weight, x = weights(SHAPE)[0], torch.randn(rows, 64).bfloat16()
     torch.testing.assert_close(gemm.linear(x, weight), x @ weight.t())
@@ -133,27 +167,41 @@ def test_a_product_takes_the_algorithm_of_the_next_larger_row_count_that_is_near
 
 def test_a_bias_and_strided_rows_are_left_to_torch() -> None:
     gemm_cublaslt.choose(SHAPE, {24: FAST})
-    weight, x, bias = weights(SHAPE)[0], torch.randn(24, 128).bfloat16(), torch.randn(512).bfloat16()
+    weight, x, bias = (
+        weights(SHAPE)[0],
+        torch.randn(24, 128).bfloat16(),
+        torch.randn(512).bfloat16(),
+    )
     gemm.linear(x[:, :64].contiguous(), weight, bias)
     gemm.linear(x[:, :64], weight)
     assert not Library.ran
 
 
-@pytest.mark.parametrize(("ours", "torchs", "chosen"), [(97.0, 100.0, FAST), (99.0, 100.0, b""), (120.0, 100.0, b"")])
+@pytest.mark.parametrize(
+    ("ours", "torchs", "chosen"), [(97.0, 100.0, FAST), (99.0, 100.0, b""), (120.0, 100.0, b"")]
+)
 def test_an_algorithm_must_be_clearly_faster(ours: float, torchs: float, chosen: bytes) -> None:
-    assert products.best({b"": torchs, FAST: ours, REFUSED: 130.0}) == chosen
+    assert gemm_autotune.best({b"": torchs, FAST: ours, REFUSED: 130.0}) == chosen
 
 
 def test_a_wrong_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(self: Library, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: bytes) -> None:
+    def run(
+        self: Library, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: bytes
+    ) -> None:
         if algorithm == REFUSED:
             raise RuntimeError("cannot")
         torch.mm(x, weight.t(), out=out)
         if algorithm != FAST:
             out[-1] = float("nan")
 
-    monkeypatch.setattr(products, "Product", Library)
-    monkeypatch.setattr(Library, "candidates", lambda self: [b"\3" * 64, REFUSED, FAST], raising=False)
+    monkeypatch.setattr(gemm_autotune, "Product", Library)
+    monkeypatch.setattr(
+        Library, "candidates", lambda self: [b"\3" * 64, REFUSED, FAST], raising=False
+    )
     monkeypatch.setattr(Library, "run", run)
-    monkeypatch.setattr(products, "_times", lambda runs, weights: {algorithm: -float(i) for i, algorithm in enumerate(runs)})
-    assert products.fastest(50, SHAPE, weights(SHAPE)) == FAST
+    monkeypatch.setattr(
+        gemm_autotune,
+        "_times",
+        lambda runs, weights: {algorithm: -float(i) for i, algorithm in enumerate(runs)},
+    )
+    assert gemm_autotune.fastest(50, SHAPE, weights(SHAPE)) == FAST

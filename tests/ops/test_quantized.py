@@ -1,4 +1,5 @@
-"""Quantized weights on a CPU: what is packed comes back as it was, and machine code computes what torch does in float64."""
+"""Quantized weights on a CPU: what is packed comes back as it was, and machine code computes what
+torch does in float64."""
 
 import math
 
@@ -20,12 +21,22 @@ def _seeded(tmp_path_factory):
 
 
 def random_weight(form: Format, rows: int, columns: int) -> Quantized:
-    """Scales of 11 bits, or of 17 as those of GGUF's superblocks; either way products with codes are exact in float32."""
-    low, high, kind = (0, 16, torch.uint8) if form.bits == 4 else (0, 32, torch.int8) if form.minima else (-128, 128, torch.int8)
+    """Scales of 11 bits, or of 17 as those of GGUF's superblocks; either way products with codes
+    are exact in float32."""
+    low, high, kind = (
+        (0, 16, torch.uint8)
+        if form.bits == 4
+        else (0, 32, torch.int8)
+        if form.minima
+        else (-128, 128, torch.int8)
+    )
     codes = torch.randint(low, high, (rows, columns)).to(kind)
     scale, minimum = torch.randn(2, rows, columns // form.group).half().float()
     if not form.half:
-        scale, minimum = scale * torch.randint(1, 64, scale.shape), minimum * torch.randint(1, 64, scale.shape)
+        scale, minimum = (
+            scale * torch.randint(1, 64, scale.shape),
+            minimum * torch.randint(1, 64, scale.shape),
+        )
     return Quantized(codes, scale, minimum if form.minima else None)
 
 
@@ -53,7 +64,11 @@ def test_each_format_holds_and_multiplies_exactly(form, rows, columns):
 
 def test_several_matrices_side_by_side_and_their_rows_alone():
     """What a row gives does not depend on the rows beside it."""
-    parts = [random_weight(FORMATS[0], 32, 64), random_weight(FORMATS[-1], 16, 64), random_weight(FORMATS[2], 5, 64)]
+    parts = [
+        random_weight(FORMATS[0], 32, 64),
+        random_weight(FORMATS[-1], 16, 64),
+        random_weight(FORMATS[2], 5, 64),
+    ]
     packed, x, bias = cpu.pack_quantized(parts, False), torch.randn(7, 64), torch.randn(53)
     full = torch.cat([part.dequantize() for part in parts])
     assert packed.shape == (53, 64) and far(cpu.linear(x, packed), x, full) < 1e-6
@@ -78,7 +93,10 @@ def test_rounding_is_to_the_nearest_code(bits, steps):
     grouped = weight.view(48, -1, 32)
     span = 2 * grouped.abs().amax(-1) if bits == 8 else grouped.amax(-1) - grouped.amin(-1)
     worst = (found.dequantize() - weight).view(48, -1, 32).abs().amax(-1)
-    assert found.bits == bits and (worst <= span / steps / 2 * 1.02 + 1e-3 * grouped.abs().amax(-1)).all()
+    assert (
+        found.bits == bits
+        and (worst <= span / steps / 2 * 1.02 + 1e-3 * grouped.abs().amax(-1)).all()
+    )
     assert torch.equal(found.dequantize()[3], weight[3])
 
 

@@ -1,4 +1,5 @@
-"""Which launch shapes are chosen for a card, and what happens when the card refuses one. What they need is for test_shapes_fit.py."""
+"""Which launch shapes are chosen for a card, and what happens when the card refuses one. What they
+need is for test_shapes_fit.py."""
 
 import logging
 
@@ -21,7 +22,10 @@ def test_hopper_keeps_the_measured_shapes() -> None:
             assert chosen == measured, what
 
 
-@pytest.mark.parametrize(("limit", "shape"), [(KIB_163, (128, 64, 8, 2)), (KIB_99, (64, 32, 4, 2)), (65_536, (32, 32, 4, 1))])
+@pytest.mark.parametrize(
+    ("limit", "shape"),
+    [(KIB_163, (128, 64, 8, 2)), (KIB_99, (64, 32, 4, 2)), (65_536, (32, 32, 4, 1))],
+)
 def test_less_memory_takes_smaller_shapes(limit: int, shape: tuple[int, int, int, int]) -> None:
     with shapes.pretend(limit):
         assert attention_prefill.choose(256, 2).first(CPU) == PrefillConfig(*shape)
@@ -38,11 +42,15 @@ def test_less_memory_takes_smaller_shapes(limit: int, shape: tuple[int, int, int
     (KIB_163, 128, 4, (64, 2, 3)),
     (KIB_99, 128, 4, (64, 2, 2)),
 ])  # fmt: skip
-def test_decode_gives_up_stages_before_tiles_and_never_splits(limit: int, dim: int, itemsize: int, tile: tuple[int, int, int]) -> None:
+def test_decode_gives_up_stages_before_tiles_and_never_splits(
+    limit: int, dim: int, itemsize: int, tile: tuple[int, int, int]
+) -> None:
     choice = decode_shapes.choose(dim, 4, 8, itemsize)
     with shapes.pretend(limit):
         assert choice.first(CPU) == DecodeConfig(*tile, 64, 32)
-    assert {(candidate.shape.chunk, candidate.shape.splits) for candidate in choice.candidates} == {(64, 32)}
+    assert {(candidate.shape.chunk, candidate.shape.splits) for candidate in choice.candidates} == {
+        (64, 32)
+    }
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -74,7 +82,9 @@ class Card:
         self.ran.append(shape)
 
 
-def test_a_refused_shape_gives_way_and_is_not_tried_again(ladder: Choice[int], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_shape_gives_way_and_is_not_tried_again(
+    ladder: Choice[int], caplog: pytest.LogCaptureFixture
+) -> None:
     card = Card(MIDDLE)
     with caplog.at_level(logging.WARNING):
         ladder.launch(CPU, card)

@@ -30,10 +30,20 @@ def test_decode(dim: int, group: int, page: int, window: int | None, cap: float 
     q, k, v, batch = paged([1] * 5, lengths, 2, group, dim, page)
     expected = reference.paged_attention(q, k, v, batch, 0.1, window, cap)
     out = torch.full_like(expected, float("nan"))
-    decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, out=out, config=SMALL)
+    decode_attention(
+        q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, out=out, config=SMALL
+    )
     assert error(out, expected) < 1e-5
     one = DecodeConfig(block_n=32, warps=1, stages=2, chunk=32, splits=1)
-    assert error(decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, config=one), expected) < 1e-5
+    assert (
+        error(
+            decode_attention(
+                q, k, v, batch.block_tables, batch.seq_lens, 0.1, window, cap, config=one
+            ),
+            expected,
+        )
+        < 1e-5
+    )
 
 
 def test_decode_padding_rows_give_zeros() -> None:
@@ -49,14 +59,32 @@ def test_decode_padding_rows_give_zeros() -> None:
 
 @pytest.mark.parametrize(
     ("dim", "group", "page", "window", "cap"),
-    [(64, 4, 16, None, None), (80, 1, 16, None, 5.0), (96, 3, 8, 20, None), (128, 8, 16, None, None), (64, 2, 32, 9, 3.0)],
+    [
+        (64, 4, 16, None, None),
+        (80, 1, 16, None, 5.0),
+        (96, 3, 8, 20, None),
+        (128, 8, 16, None, None),
+        (64, 2, 32, 9, 3.0),
+    ],
 )
 def test_prefill(dim: int, group: int, page: int, window: int | None, cap: float | None) -> None:
     q, k, v, batch = paged([1, 37, 5, 64, 17], [1, 37, 70, 64, 90], 2, group, dim, page)
     expected = reference.paged_attention(q, k, v, batch, 0.1, window, cap)
     out = torch.full_like(expected, float("nan"))
     config = PrefillConfig(block_m=32, block_n=16, warps=1, stages=2)
-    prefill_attention(q, k, v, batch.block_tables, batch.seq_lens, batch.query_start, 0.1, window, cap, out=out, config=config)
+    prefill_attention(
+        q,
+        k,
+        v,
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_start,
+        0.1,
+        window,
+        cap,
+        out=out,
+        config=config,
+    )
     assert error(out, expected) < 1e-5
 
 
@@ -82,10 +110,16 @@ def test_slopes() -> None:
         assert error(paged_attention(q, k, v, batch, 0.125, None, cap, slopes), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("dim", "group", "normed", "window"), [(64, 3, False, None), (80, 1, True, None), (128, 4, True, 20)])
+@pytest.mark.parametrize(
+    ("dim", "group", "normed", "window"),
+    [(64, 3, False, None), (80, 1, True, None), (128, 4, True, 20)],
+)
 @pytest.mark.parametrize("config", [SMALL, None])
-def test_decode_with_rope(dim: int, group: int, normed: bool, window: int | None, config: DecodeConfig | None) -> None:
-    """The last token's key and value are not in the cache before; they are written by this launch."""
+def test_decode_with_rope(
+    dim: int, group: int, normed: bool, window: int | None, config: DecodeConfig | None
+) -> None:
+    """The last token's key and value are not in the cache before; they are written by this
+    launch."""
     lengths, hkv = [1, 37, 64, 65, 150, 1], 2
     _, k, v, batch = paged([1] * 6, lengths, hkv, group, dim, 16)
     qkv = torch.randn(6, (group + 2) * hkv * dim)
@@ -97,7 +131,9 @@ def test_decode_with_rope(dim: int, group: int, normed: bool, window: int | None
     roped = reference.rope_and_cache(qkv.clone(), cos_sin, *weights, 1e-6, *theirs, batch)
     expected = reference.paged_attention(roped[:5], *theirs, _first(batch, 5), 0.1, window)
     rope = Rope(cos_sin, *weights, 1e-6)
-    out = decode_attention(qkv, *ours, batch.block_tables, batch.seq_lens, 0.1, window, rope=rope, config=config)
+    out = decode_attention(
+        qkv, *ours, batch.block_tables, batch.seq_lens, 0.1, window, rope=rope, config=config
+    )
     assert error(out[:5], expected) < 1e-5
     assert out[5].eq(0).all()
     for mine, wanted in zip(ours, theirs, strict=True):
@@ -107,4 +143,9 @@ def test_decode_with_rope(dim: int, group: int, normed: bool, window: int | None
 
 def _first(batch: Batch, rows: int) -> Batch:
     cut = replace(batch, positions=batch.positions[:rows], slot_mapping=batch.slot_mapping[:rows])
-    return replace(cut, query_start=batch.query_start[: rows + 1], seq_lens=batch.seq_lens[:rows], block_tables=batch.block_tables[:rows])
+    return replace(
+        cut,
+        query_start=batch.query_start[: rows + 1],
+        seq_lens=batch.seq_lens[:rows],
+        block_tables=batch.block_tables[:rows],
+    )

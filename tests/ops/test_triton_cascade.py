@@ -1,17 +1,21 @@
-"""Cascade decode against attention row by row: several groups, rows of no group, unused groups, padding."""
+"""Cascade decode against attention row by row: several groups, rows of no group, unused groups,
+padding."""
 
 import numpy as np
 import pytest
 import torch
 from ops.triton_cases import error, grouped, paged
-from pagewire.worker.cascade import MOST_GROUPS, GroupBuffers
+from pagewire.worker.gpu.cascade_buffers import MOST_GROUPS, GroupBuffers
 from pagewire.worker.slots import BadStep
 from pagewire_kernels import cuda, reference
 from pagewire_kernels.cascade import cascade_attention
 from pagewire_protocol.messages import Shared, pack
 
 
-@pytest.mark.parametrize(("dim", "group", "page", "cap"), [(64, 4, 16, None), (80, 3, 16, 4.0), (128, 1, 8, None), (64, 8, 48, None)])
+@pytest.mark.parametrize(
+    ("dim", "group", "page", "cap"),
+    [(64, 4, 16, None), (80, 3, 16, 4.0), (128, 1, 8, None), (64, 8, 48, None)],
+)
 def test_cascade(dim: int, group: int, page: int, cap: float | None) -> None:
     lengths = [200, 150, 30, 151, 193, 100]
     q, k, v, batch = paged([1] * 6, lengths, 2, group, dim, page)
@@ -32,7 +36,10 @@ def test_large_group_spans_tiles_and_no_group_is_plain_decode() -> None:
     batch.block_tables[1:, :2] = batch.block_tables[0, :2]
     expected = reference.paged_attention(q, k, v, batch, 0.125, None)
     args = (q, k, v, batch.block_tables, batch.seq_lens)
-    assert error(cascade_attention(*args, grouped([list(range(20))], [32], 20, 0), 0.125), expected) < 1e-5
+    assert (
+        error(cascade_attention(*args, grouped([list(range(20))], [32], 20, 0), 0.125), expected)
+        < 1e-5
+    )
     assert error(cascade_attention(*args, grouped([], [], 20, 2), 0.125), expected) < 1e-5
 
 
@@ -65,7 +72,9 @@ class Direct:
 
 def shared(rows: list[list[int]], lengths: list[int]) -> Shared:
     starts = np.cumsum([0, *map(len, rows)]).tolist()
-    return Shared(pack("i", [row for group in rows for row in group]), pack("i", starts), pack("i", lengths))
+    return Shared(
+        pack("i", [row for group in rows for row in group]), pack("i", starts), pack("i", lengths)
+    )
 
 
 def test_buffers_hold_the_groups_of_the_newest_step_alone() -> None:
@@ -75,13 +84,19 @@ def test_buffers_hold_the_groups_of_the_newest_step_alone() -> None:
     buffers.load(shared([[1, 2]], [64]), 10, Direct())
     groups = buffers.first(12)
     assert groups.order.tolist()[:2] == [1, 2] and groups.shared.tolist() == [0, 64, 64, *[0] * 9]
-    assert groups.starts.tolist() == [0] + [2] * MOST_GROUPS and groups.lengths.tolist() == [64] + [0] * (MOST_GROUPS - 1)
+    assert groups.starts.tolist() == [0] + [2] * MOST_GROUPS and groups.lengths.tolist() == [64] + [
+        0
+    ] * (MOST_GROUPS - 1)
     assert len(buffers.first(8).shared) == 8
 
 
 def test_groups_beyond_the_buffers_are_decoded_plainly() -> None:
     buffers = GroupBuffers(32, "cpu")
-    buffers.load(shared([[2 * i, 2 * i + 1] for i in range(10)], [16 * (i + 1) for i in range(10)]), 20, Direct())
+    buffers.load(
+        shared([[2 * i, 2 * i + 1] for i in range(10)], [16 * (i + 1) for i in range(10)]),
+        20,
+        Direct(),
+    )
     groups = buffers.first(32)
     assert groups.starts.tolist() == list(range(0, 2 * MOST_GROUPS + 1, 2))
     assert groups.shared.tolist() == [16 * (i // 2 + 1) for i in range(16)] + [0] * 16
@@ -96,4 +111,8 @@ def test_groups_that_name_wrong_rows_are_refused(rows: list[list[int]]) -> None:
 @pytest.mark.parametrize("starts", [[0], [0, 3], [1, 2], [0, 3, 2]])
 def test_groups_that_do_not_add_up_are_refused(starts: list[int]) -> None:
     with pytest.raises(BadStep, match="do not add up"):
-        GroupBuffers(8, "cpu").load(Shared(pack("i", [0, 1]), pack("i", starts), pack("i", [16] * max(1, len(starts) - 1))), 4, Direct())
+        GroupBuffers(8, "cpu").load(
+            Shared(pack("i", [0, 1]), pack("i", starts), pack("i", [16] * max(1, len(starts) - 1))),
+            4,
+            Direct(),
+        )

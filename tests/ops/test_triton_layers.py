@@ -1,4 +1,5 @@
-"""Norms, activation, embedding, rotary embedding with KV write, and the skinny product, against their oracles."""
+"""Norms, activation, embedding, rotary embedding with KV write, and the skinny product, against
+their oracles."""
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def test_norms(width: int) -> None:
 def test_layer_norms(width: int, biased: bool) -> None:
     x, residual, weight = torch.randn(5, width) + 3, torch.randn(5, width), torch.randn(width)
     bias = torch.randn(width) if biased else None
-    assert error(layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)) < 1e-6
+    assert (
+        error(layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)) < 1e-6
+    )
     expected = reference.add_layer_norm(x, residual.clone(), weight, bias, 1e-5)
     normed, total = add_layer_norm(x, residual, weight, bias, 1e-5)
     assert error(normed, expected[0]) < 1e-6
@@ -46,7 +49,11 @@ def test_gated_activations(width: int) -> None:
 
 def test_plain_activations() -> None:
     x = torch.randn(3, 40) * 4
-    for ours, wanted in ((gelu, reference.gelu), (gelu_tanh, reference.gelu_tanh), (relu, reference.relu)):
+    for ours, wanted in (
+        (gelu, reference.gelu),
+        (gelu_tanh, reference.gelu_tanh),
+        (relu, reference.relu),
+    ):
         assert error(ours(x), wanted(x)) < 1e-6
 
 
@@ -68,7 +75,10 @@ def test_embedding_gives_zeros_for_unknown_ids() -> None:
     assert out[[1, 3]].eq(0).all()
 
 
-@pytest.mark.parametrize(("dim", "hq", "hkv", "normed"), [(64, 9, 3, False), (128, 4, 2, True), (80, 2, 2, False), (96, 3, 1, True)])
+@pytest.mark.parametrize(
+    ("dim", "hq", "hkv", "normed"),
+    [(64, 9, 3, False), (128, 4, 2, True), (80, 2, 2, False), (96, 3, 1, True)],
+)
 def test_rope_and_cache(dim: int, hq: int, hkv: int, normed: bool) -> None:
     batch: Batch = make_batch([1, 7], [20, 7], [[3, 1], [4]], 16)
     batch.slot_mapping[3] = -1
@@ -88,7 +98,12 @@ def test_skinny_linear(rows: int, n: int, k: int, splits: int) -> None:
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)
     config = SkinnyConfig(block_n=16, block_k=64, splits=splits, warps=1, stages=2)
     for _ in range(2):
-        assert error(skinny_linear(x, weight, bias, config), torch.nn.functional.linear(x, weight, bias)) < 1e-5
+        assert (
+            error(
+                skinny_linear(x, weight, bias, config), torch.nn.functional.linear(x, weight, bias)
+            )
+            < 1e-5
+        )
     assert error(skinny_linear(x, weight, None, config), x @ weight.T) < 1e-5
 
 

@@ -1,4 +1,5 @@
-"""Sampling: the Philox stream, the distribution, the thresholds against sorting, flags and penalties."""
+"""Sampling: the Philox stream, the distribution, the thresholds against sorting, flags and
+penalties."""
 
 import numpy as np
 import pytest
@@ -13,11 +14,21 @@ def philox(seed: int, position: int, width: int) -> np.ndarray:
     """Philox4x32-10 words of ids 0..width, written from its definition (Salmon et al., 2011)."""
     mask = np.uint64(0xFFFFFFFF)
     counter = np.arange(-(-width // 4), dtype=np.uint64)
-    c = [counter, np.full_like(counter, position & 0xFFFFFFFF), np.full_like(counter, position >> 32), np.zeros_like(counter)]
+    c = [
+        counter,
+        np.full_like(counter, position & 0xFFFFFFFF),
+        np.full_like(counter, position >> 32),
+        np.zeros_like(counter),
+    ]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
         left, right = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(right >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), right & mask, (left >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), left & mask]
+        c = [
+            (right >> np.uint64(32)) ^ c[1] ^ np.uint64(k0),
+            right & mask,
+            (left >> np.uint64(32)) ^ c[3] ^ np.uint64(k1),
+            left & mask,
+        ]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack(c, 1).reshape(-1)[:width]
 
@@ -28,9 +39,21 @@ def gumbel(seed: int, position: int, width: int) -> torch.Tensor:
 
 
 def rows(count: int, **given: list[float] | list[int]) -> SamplingRows:
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0}
+    defaults = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seeds": 0,
+        "positions": 0,
+    }
     kinds = {"top_k": torch.int32, "seeds": torch.int64, "positions": torch.int64}
-    return SamplingRows(**{n: torch.tensor(given.get(n, [d] * count), dtype=kinds.get(n, torch.float32)) for n, d in defaults.items()})
+    return SamplingRows(
+        **{
+            n: torch.tensor(given.get(n, [d] * count), dtype=kinds.get(n, torch.float32))
+            for n, d in defaults.items()
+        }
+    )
 
 
 def kept(logits: torch.Tensor, heat: float, k: int, p: float, least: float) -> torch.Tensor:
@@ -52,7 +75,9 @@ def kept(logits: torch.Tensor, heat: float, k: int, p: float, least: float) -> t
 def test_noise_is_philox_of_seed_position_and_id() -> None:
     logits = torch.randn(4, 2500)
     seeds, positions = [5, 2**62 + 12345, 5, 5], [0, 7, 1, 2**33 + 1]
-    got = sample(logits, rows(4, seeds=seeds, positions=positions, temperature=[1.0, 0.5, 2.0, 1.0]))
+    got = sample(
+        logits, rows(4, seeds=seeds, positions=positions, temperature=[1.0, 0.5, 2.0, 1.0])
+    )
     for i, heat in enumerate([1.0, 0.5, 2.0, 1.0]):
         score = logits[i].double() / heat + gumbel(seeds[i], positions[i], 2500)
         assert got.tokens[i] == score.argmax()
@@ -62,7 +87,10 @@ def test_noise_is_philox_of_seed_position_and_id() -> None:
 
 def test_draws_follow_the_softmax() -> None:
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    got = sample(probs.log().expand(600, 4).contiguous(), rows(600, positions=list(range(600)), seeds=[9] * 600))
+    got = sample(
+        probs.log().expand(600, 4).contiguous(),
+        rows(600, positions=list(range(600)), seeds=[9] * 600),
+    )
     seen = torch.bincount(got.tokens, minlength=4) / 600
     assert (seen - probs).abs().max() < 0.06
 
@@ -85,7 +113,10 @@ def test_thresholds_equal_sorting(dtype: torch.dtype) -> None:
     for i, setting in enumerate(settings):
         ours, exact = logits[i].float() >= got[i], kept(logits[i], *setting)
         assert (ours | ~exact).all(), (i, setting)
-        assert (logits[i].float()[ours] >= logits[i].float()[exact].min() - 1e-3 * setting[0] * (setting[2] < 1)).all(), (i, setting)
+        assert (
+            logits[i].float()[ours]
+            >= logits[i].float()[exact].min() - 1e-3 * setting[0] * (setting[2] < 1)
+        ).all(), (i, setting)
 
 
 def test_banned_tokens_and_greedy_and_nan() -> None:
@@ -123,10 +154,16 @@ def test_penalties() -> None:
         count_tokens(counts, torch.tensor([2, -1, 3]), torch.tensor(tokens))
     assert counts[2, 5] == 2
     assert counts[0].sum() == 0
-    a, b, r = torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.25, 0.0, 1.0]), torch.tensor([1.2, 1.0, 1.0])
+    a, b, r = (
+        torch.tensor([0.5, 0.0, 0.0]),
+        torch.tensor([0.25, 0.0, 1.0]),
+        torch.tensor([1.2, 1.0, 1.0]),
+    )
     n = counts[slots].float()
     seen = (n > 0) | (prompted[slots] > 0)
-    expected = torch.where(seen, torch.where(logits > 0, logits / r[:, None], logits * r[:, None]), logits)
+    expected = torch.where(
+        seen, torch.where(logits > 0, logits / r[:, None], logits * r[:, None]), logits
+    )
     expected = expected - a[:, None] * (n > 0) - b[:, None] * n
     apply_penalties(logits, counts, prompted, slots, a, b, r)
     assert torch.allclose(logits, expected)

@@ -1,13 +1,13 @@
-"""A decode step of one request through the layers made for it, against the same step through the layers for any number of rows."""
+"""A decode step of one request through the layers made for it, against the same step through the
+layers for any number of rows."""
 
 from typing import Any
 
 import pytest
 import torch
-from pagewire.worker import rotary
-from pagewire.worker.layers import Build
-from pagewire.worker.models import describe
+from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.models.layers import Build
 from pagewire_kernels import cuda
 from pagewire_kernels.batch import make_batch
 
@@ -49,7 +49,15 @@ def rotary_of(arch: Any) -> list[Any]:
 
 
 def test_other_blocks_have_no_such_layers() -> None:
-    arch = describe({**COMMON, "model_type": "gpt_neox", "rotary_pct": 1.0, "layer_norm_eps": 1e-5, "hidden_act": "gelu"})
+    arch = describe(
+        {
+            **COMMON,
+            "model_type": "gpt_neox",
+            "rotary_pct": 1.0,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu",
+        }
+    )
     decoder = Decoder(arch, Build(cuda, torch.float32, "cpu"))  # type: ignore[arg-type]
     assert list(decoder.pack())
     assert decoder._singles == []

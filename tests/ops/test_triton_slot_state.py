@@ -3,7 +3,14 @@
 from dataclasses import fields
 
 import torch
-from pagewire_kernels.slot_state import DecodeRows, SlotState, commit, commit_reference, decode_inputs, decode_inputs_reference
+from pagewire_kernels.slot_state import (
+    DecodeRows,
+    SlotState,
+    commit,
+    commit_reference,
+    decode_inputs,
+    decode_inputs_reference,
+)
 
 SLOTS, COLUMNS, BLOCK = 11, 2500, 16
 POISON = -77
@@ -35,7 +42,9 @@ def test_decode_inputs_with_padding_rows_and_long_tables():
         assert torch.equal(getattr(out, name), getattr(expected, name)), name
     live = slots >= 0
     assert torch.equal(out.odds[:, live], expected.odds[:, live])
-    assert torch.equal(out.top_k[live], expected.top_k[live]) and torch.equal(out.seeds[live], expected.seeds[live])
+    assert torch.equal(out.top_k[live], expected.top_k[live]) and torch.equal(
+        out.seeds[live], expected.seeds[live]
+    )
     for i, length in enumerate(expected.seq_lens.tolist()):
         used = -(-length // BLOCK)
         assert torch.equal(out.tables[i, :used], expected.tables[i, :used])
@@ -52,5 +61,7 @@ def test_commit_touches_only_the_rows_it_is_given():
     commit(slots, sampled, bad, state, report)
     commit_reference(slots, sampled, bad, other, expected)
     assert torch.equal(report, expected) and report.tolist() == [11, 12, -1, 14]
-    assert torch.equal(state.last_token, other.last_token) and torch.equal(state.computed, other.computed)
+    assert torch.equal(state.last_token, other.last_token) and torch.equal(
+        state.computed, other.computed
+    )
     assert state.computed[7] == random_state(2).computed[7] + 1

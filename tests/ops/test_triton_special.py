@@ -1,6 +1,7 @@
-"""Rows with limits and penalties through the real kernels: logits of minus infinity, counts that the host never sees."""
+"""Rows with limits and penalties through the real kernels: logits of minus infinity, counts that
+the host never sees."""
 
-from pagewire.worker.special import KERNELS
+from pagewire.worker.gpu.resample import KERNELS
 from worker.special_rows import Rows
 
 

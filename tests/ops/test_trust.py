@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from pagewire.worker import trust
+from pagewire.worker.gpu import verify_hopper
 from pagewire_kernels import attention_prefill
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """Of a GPU for which there is the kernel, as far as the check can see; the interpreter runs the general one for both."""
+    """Of a GPU for which there is the kernel, as far as the check can see; the interpreter runs the
+    general one for both."""
     monkeypatch.setattr(attention_prefill, "_distrusted", [])
     monkeypatch.setattr(attention_prefill, "takes_hopper", lambda q, keys, values: True)
-    monkeypatch.setattr(trust, "COUNTS", (9, 1, 3))
-    monkeypatch.setattr(trust, "BEFORE", (5, 0))
-    monkeypatch.setattr(trust, "LEAST_TOKENS", 20)
+    monkeypatch.setattr(verify_hopper, "COUNTS", (9, 1, 3))
+    monkeypatch.setattr(verify_hopper, "BEFORE", (5, 0))
+    monkeypatch.setattr(verify_hopper, "LEAST_TOKENS", 20)
     return torch.zeros(2, 9, 2, 16, 32)
 
 
@@ -26,17 +27,28 @@ def plain(*args: Any, config: Any, **options: Any) -> torch.Tensor:
     return attention_prefill.prefill_attention(*args, config=small, **options)
 
 
-def test_kernels_that_agree_are_both_used(cache: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(trust, "prefill_attention", plain)
-    trust.check_prefill(cache, 4, [70, 5, 1])
+def test_kernels_that_agree_are_both_used(
+    cache: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(verify_hopper, "prefill_attention", plain)
+    verify_hopper.check_prefill(cache, 4, [70, 5, 1])
     assert not attention_prefill._distrusted and not caplog.records
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [(1.1, "differ from the general kernel's by"), (float("nan"), "by inf"), (None, "it failed: no")]
+    ("fault", "words"),
+    [
+        (1.1, "differ from the general kernel's by"),
+        (float("nan"), "by inf"),
+        (None, "it failed: no"),
+    ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_not_used(
-    cache: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: float | None, words: str
+    cache: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: float | None,
+    words: str,
 ) -> None:
     def wrong(*args: Any, config: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
         if config is None and fault is None:
@@ -44,13 +56,13 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used(
         plain(*args, config=config, out=out, **options)
         return out.mul_(fault) if config is None and fault is not None else out
 
-    monkeypatch.setattr(trust, "prefill_attention", wrong)
+    monkeypatch.setattr(verify_hopper, "prefill_attention", wrong)
     with caplog.at_level(logging.WARNING):
-        trust.check_prefill(cache, 4, [5])
+        verify_hopper.check_prefill(cache, 4, [5])
     assert attention_prefill._distrusted and words in caplog.text
 
 
 def test_nothing_is_checked_where_there_is_no_such_kernel(caplog: pytest.LogCaptureFixture) -> None:
     cache = torch.full((2, 9, 2, 16, 32), 7.0)
-    trust.check_prefill(cache, 4, [5])
+    verify_hopper.check_prefill(cache, 4, [5])
     assert cache.eq(7).all() and not caplog.records

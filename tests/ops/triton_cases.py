@@ -7,15 +7,25 @@ from torch import Tensor
 
 
 def paged(
-    counts: list[int], lengths: list[int], hkv: int, group: int, dim: int, page: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    counts: list[int],
+    lengths: list[int],
+    hkv: int,
+    group: int,
+    dim: int,
+    page: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ):
-    """(q, k_cache, v_cache, batch): distinct shuffled blocks, NaN in unused slots and in the blocks that padded tables point to."""
+    """(q, k_cache, v_cache, batch): distinct shuffled blocks, NaN in unused slots and in the blocks
+    that padded tables point to."""
     rng = torch.Generator().manual_seed(seed)
     blocks = [-(-length // page) for length in lengths]
     order = (torch.randperm(sum(blocks), generator=rng) + 1).tolist()
     tables = [[order.pop() for _ in range(n)] for n in blocks]
     batch = make_batch(counts, lengths, [t or [0] for t in tables], page)
-    k, v = (torch.full((sum(blocks) + 1, hkv, page, dim), float("nan"), dtype=dtype) for _ in range(2))
+    k, v = (
+        torch.full((sum(blocks) + 1, hkv, page, dim), float("nan"), dtype=dtype) for _ in range(2)
+    )
     for table, length in zip(tables, lengths, strict=True):
         for i, block in enumerate(table):
             used = min(page, length - i * page)

@@ -95,7 +95,9 @@ def test_drain_stops_at_its_limit(inbox: "Inbox[Any]", outbox: Outbox) -> None:
     assert got == [Goodbye(i) for i in range(1, 6)]
 
 
-def test_a_message_of_several_frames_is_refused(inbox: "Inbox[Any]", raw: Callable[[str], Any]) -> None:
+def test_a_message_of_several_frames_is_refused(
+    inbox: "Inbox[Any]", raw: Callable[[str], Any]
+) -> None:
     frame = msgspec.msgpack.encode(Goodbye(1))
     sender = raw(inbox.address)
     sender.send_multipart([frame, frame, frame])
@@ -104,7 +106,9 @@ def test_a_message_of_several_frames_is_refused(inbox: "Inbox[Any]", raw: Callab
     assert inbox.undecodable == 1
 
 
-def test_a_pickle_is_dropped_and_never_run(inbox: "Inbox[Any]", raw: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_pickle_is_dropped_and_never_run(
+    inbox: "Inbox[Any]", raw: Callable[[str], Any], tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
 
     class Bomb:
@@ -175,7 +179,9 @@ def test_wait_times_out_and_wakes(inbox: "Inbox[Any]") -> None:
     assert list(inbox.drain()) == []
 
 
-def test_the_descriptor_is_readable_when_a_message_came(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+def test_the_descriptor_is_readable_when_a_message_came(
+    inbox: "Inbox[Any]", outbox: Outbox
+) -> None:
     list(inbox.drain())
     outbox.send(inbox.address, Goodbye(1))
     readable, _, _ = select.select([inbox.fileno()], [], [], PATIENCE_S)
@@ -183,7 +189,9 @@ def test_the_descriptor_is_readable_when_a_message_came(inbox: "Inbox[Any]", out
     assert take(inbox, 1) == [Goodbye(1)]
 
 
-def test_sending_to_nobody_never_blocks(run_dir: Path, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sending_to_nobody_never_blocks(
+    run_dir: Path, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(channels, "QUEUE_LENGTH", 3)
     nobody = inbox_address(run_dir, Role.WORKER, 9)
     answers = [outbox.send(nobody, Goodbye(1)) for _ in range(20)]
@@ -212,7 +220,9 @@ def test_messages_sent_before_the_receiver_exists_arrive(run_dir: Path, outbox: 
         inbox.close()
 
 
-def test_a_peer_may_be_reached_before_there_is_anything_to_say(run_dir: Path, outbox: Outbox) -> None:
+def test_a_peer_may_be_reached_before_there_is_anything_to_say(
+    run_dir: Path, outbox: Outbox
+) -> None:
     address = inbox_address(run_dir, Role.WORKER, 13)
     outbox.reach(address)
     inbox: Inbox[Any] = Inbox(run_dir, Role.WORKER, 13)
@@ -296,7 +306,9 @@ def test_the_lock_falls_with_its_process(run_dir: Path) -> None:
         "import sys, time; from pathlib import Path; from pagewire_protocol.channels import take_epoch\n"
         "print(take_epoch(Path(sys.argv[1]))[0], flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout
         epoch = int(first.stdout.readline())
         with pytest.raises(AlreadyRunning):

@@ -10,7 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pagewire_protocol.messages import pack, unpack
 
-BOUNDS: dict[str, tuple[int, int]] = {"i": (-(2**31), 2**31 - 1), "I": (0, 2**32 - 1), "Q": (0, 2**64 - 1)}
+BOUNDS: dict[str, tuple[int, int]] = {
+    "i": (-(2**31), 2**31 - 1),
+    "I": (0, 2**32 - 1),
+    "Q": (0, 2**64 - 1),
+}
 ITEM_BYTES = {"i": 4, "I": 4, "Q": 8, "f": 4}
 
 
@@ -35,7 +39,9 @@ def test_floats_come_back(values: list[float]) -> None:
     assert unpack("f", pack("f", values)).tolist() == values
 
 
-@pytest.mark.parametrize(("code", "values"), [("i", [2**31]), ("I", [-1]), ("Q", [2**64]), ("i", ["1"])])
+@pytest.mark.parametrize(
+    ("code", "values"), [("i", [2**31]), ("I", [-1]), ("Q", [2**64]), ("i", ["1"])]
+)
 def test_what_does_not_fit_is_refused(code: str, values: list[Any]) -> None:
     with pytest.raises((OverflowError, TypeError)):
         pack(code, values)

@@ -8,7 +8,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_protocol", DOCS / "generate_protocol.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_protocol", DOCS / "generate_protocol.py"
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

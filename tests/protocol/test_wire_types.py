@@ -1,4 +1,5 @@
-"""Every type that can arrive from another process is strict and bounded, and comes out of a decoder as it went in."""
+"""Every type that can arrive from another process is strict and bounded, and comes out of a decoder
+as it went in."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
@@ -13,8 +14,18 @@ from pagewire_protocol import messages
 from pagewire_protocol.channels import DECODE_ERRORS, TOPOLOGY
 
 UNIONS = {role.name.lower(): union for role, (union, _) in TOPOLOGY.items()}
-MESSAGES = sorted({kind for union in UNIONS.values() for kind in get_args(union)}, key=lambda kind: kind.__name__)
-SIZED = (wire.StrType, wire.BytesType, wire.ByteArrayType, wire.MemoryViewType, wire.VarTupleType, wire.ListType, wire.DictType)
+MESSAGES = sorted(
+    {kind for union in UNIONS.values() for kind in get_args(union)}, key=lambda kind: kind.__name__
+)
+SIZED = (
+    wire.StrType,
+    wire.BytesType,
+    wire.ByteArrayType,
+    wire.MemoryViewType,
+    wire.VarTupleType,
+    wire.ListType,
+    wire.DictType,
+)
 REFUSED = (
     wire.AnyType,
     wire.RawType,
@@ -49,9 +60,13 @@ def faults(info: wire.Type, path: str) -> Iterator[str]:
         yield f"{path}: {type(info).__name__} is not allowed on the wire"
     if isinstance(info, SIZED) and info.max_length is None:
         yield f"{path}: unbounded {type(info).__name__}"
-    if isinstance(info, wire.StructType) and not (info.array_like and info.forbid_unknown_fields and info.cls.__struct_config__.frozen):
+    if isinstance(info, wire.StructType) and not (
+        info.array_like and info.forbid_unknown_fields and info.cls.__struct_config__.frozen
+    ):
         yield f"{path}: {info.cls.__name__} must be frozen, array_like and forbid unknown fields"
-    if type(info).__module__ != "msgspec.inspect" or isinstance(info, wire.DataclassType | wire.TypedDictType | wire.NamedTupleType):
+    if type(info).__module__ != "msgspec.inspect" or isinstance(
+        info, wire.DataclassType | wire.TypedDictType | wire.NamedTupleType
+    ):
         yield f"{path}: {type(info).__name__} is not a wire type"
     for step, inner in children(info):
         yield from faults(inner, path + step)
@@ -70,7 +85,11 @@ def test_tagged_with_its_own_name(kind: type[Struct]) -> None:
 
 
 def test_every_message_of_the_module_is_received_by_someone() -> None:
-    defined = {v for v in vars(messages).values() if isinstance(v, type) and issubclass(v, messages.Message) and v is not messages.Message}
+    defined = {
+        v
+        for v in vars(messages).values()
+        if isinstance(v, type) and issubclass(v, messages.Message) and v is not messages.Message
+    }
     assert defined == set(MESSAGES)
 
 
@@ -105,7 +124,10 @@ def values(info: wire.Type) -> st.SearchStrategy[Any]:
         case wire.IntType():
             return st.integers(info.ge, info.le)
         case wire.FloatType():
-            low, high = info.gt if info.ge is None else info.ge, info.le if info.lt is None else info.lt
+            low, high = (
+                info.gt if info.ge is None else info.ge,
+                info.le if info.lt is None else info.lt,
+            )
             return st.floats(low, high, allow_nan=False, exclude_min=info.gt is not None)
         case wire.StrType():
             return st.text(min_size=info.min_length or 0, max_size=min(info.max_length or 0, 24))
@@ -132,7 +154,11 @@ def receivers(kind: type[Struct]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
 def test_round_trip(kind: type[Struct]) -> None:
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
     @given(values(wire.type_info(kind)))
     def check(message: Struct) -> None:
         frame = msgspec.msgpack.encode(message)
@@ -147,7 +173,8 @@ def test_round_trip(kind: type[Struct]) -> None:
 
 
 def decode_or_refuse(frame: bytes) -> int:
-    """How many of the four decoders take `frame`. Anything but a refusal by one of DECODE_ERRORS fails the test."""
+    """How many of the four decoders take `frame`. Anything but a refusal by one of DECODE_ERRORS
+    fails the test."""
     taken = 0
     for union in UNIONS.values():
         try:
@@ -167,7 +194,11 @@ def test_random_bytes_are_refused(frame: bytes) -> None:
 ANY_MESSAGE = st.one_of(*(values(wire.type_info(kind)) for kind in MESSAGES))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(ANY_MESSAGE, st.data())
 def test_mutated_messages_never_raise_anything_else(message: Struct, data: st.DataObject) -> None:
     frame = bytearray(msgspec.msgpack.encode(message))
@@ -201,8 +232,23 @@ def test_mutated_messages_never_raise_anything_else(message: Struct, data: st.Da
         msgspec.msgpack.encode({"t": "Goodbye", "incarnation": 5}),
         msgspec.msgpack.encode(["NoSuchMessage"]),
     ],
-    ids=["empty", "deep", "huge-array", "huge-text", "utf8", "extra", "below", "above", "missing", "trailing", "map", "unknown"],
+    ids=[
+        "empty",
+        "deep",
+        "huge-array",
+        "huge-text",
+        "utf8",
+        "extra",
+        "below",
+        "above",
+        "missing",
+        "trailing",
+        "map",
+        "unknown",
+    ],
 )
 def test_hostile_frames(frame: bytes) -> None:
     assert decode_or_refuse(frame) == 0
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(["Goodbye", 5]), type=messages.ToScheduler) == messages.Goodbye(5)
+    assert msgspec.msgpack.decode(
+        msgspec.msgpack.encode(["Goodbye", 5]), type=messages.ToScheduler
+    ) == messages.Goodbye(5)

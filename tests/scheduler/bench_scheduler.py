@@ -1,7 +1,9 @@
-"""CPU time of the scheduler for pure decode steps, in microseconds a token: `python tests/scheduler/bench_scheduler.py [--rows 256]`.
+"""CPU time of the scheduler for pure decode steps, in microseconds a token: `python
+tests/scheduler/bench_scheduler.py [--rows 256]`.
 
-Drives the state machine as its loop does, with every message encoded and decoded, but without sockets; the simulated worker's and
-tokenizers' own time is not counted. No assertion: the figure goes to the reader.
+Drives the state machine as its loop does, with every message encoded and decoded, but without
+sockets; the simulated worker's and tokenizers' own time is not counted. No assertion: the figure
+goes to the reader.
 """
 
 import argparse
@@ -11,7 +13,18 @@ import msgspec
 import numpy as np
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler.state import Scheduler, Tick
-from pagewire_protocol.messages import Hello, Peer, Role, Step, StepCost, StepResult, Submit, Tokens, ToScheduler, WorkerFacts
+from pagewire_protocol.messages import (
+    Hello,
+    Peer,
+    Role,
+    Step,
+    StepCost,
+    StepResult,
+    Submit,
+    Tokens,
+    ToScheduler,
+    WorkerFacts,
+)
 from pagewire_protocol.sampling import Sampling
 
 ENCODER = msgspec.msgpack.Encoder()
@@ -21,20 +34,27 @@ DECODER = msgspec.msgpack.Decoder(ToScheduler)
 def setup(rows, tokenizers, prompt, max_tokens, stop, config):
     scheduler = Scheduler(1, config)
     scheduler.handle(Tick(1.0))
-    facts = WorkerFacts(65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True, StepCost(2.0, 0.004, 0.3, 12.0))
+    facts = WorkerFacts(
+        65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True, StepCost(2.0, 0.004, 0.3, 12.0)
+    )
     scheduler.handle(Hello(Peer(Role.WORKER, "w", "ipc:///w", 7, True), facts))
     inboxes = [f"ipc:///t{i}" for i in range(tokenizers)]
     for i, inbox in enumerate(inboxes):
         scheduler.handle(Hello(Peer(Role.TOKENIZER, inbox, inbox, 100 + i, True)))
     sampling = Sampling(seed=0, max_tokens=max_tokens, stop_token_ids=stop)
     for i in range(rows):
-        ids = np.random.default_rng(i).integers(3, 40_000, prompt + i % 16).astype(np.int32).tobytes()
-        scheduler.handle(Submit(i.to_bytes(16, "big"), 1, i, inboxes[i % tokenizers], ids, b"", sampling))
+        ids = (
+            np.random.default_rng(i).integers(3, 40_000, prompt + i % 16).astype(np.int32).tobytes()
+        )
+        scheduler.handle(
+            Submit(i.to_bytes(16, "big"), 1, i, inboxes[i % tokenizers], ids, b"", sampling)
+        )
     return scheduler
 
 
 def answer(step, last, known):
-    """The result of `step` from a worker that knows which rows sample; `known` counts what each slot still has to compute."""
+    """The result of `step` from a worker that knows which rows sample; `known` counts what each
+    slot still has to compute."""
     for admission in step.admit:
         known[admission.slot] = len(admission.prompt) // 4 - admission.computed
     if not step.repeat:
@@ -45,7 +65,9 @@ def answer(step, last, known):
     sampled = last[known[last] == 0]
     known[sampled] += 1
     tokens = (np.arange(len(sampled)) + step.n) % 40_000 + 3
-    return last, StepResult(1, 7, step.n, sampled.tobytes(), tokens.astype(np.int32).tobytes(), bytes(len(sampled)))
+    return last, StepResult(
+        1, 7, step.n, sampled.tobytes(), tokens.astype(np.int32).tobytes(), bytes(len(sampled))
+    )
 
 
 def main():

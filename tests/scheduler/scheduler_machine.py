@@ -1,4 +1,5 @@
-"""The rule-based machine of `test_scheduler_machine.py`, apart so that planted bugs can be run under it as well."""
+"""The rule-based machine of `test_scheduler_machine.py`, apart so that planted bugs can be run
+under it as well."""
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -6,14 +7,25 @@ from pagewire_protocol.messages import Finish
 from scheduler.scheduler_sim import QUICK, SLOW, World
 
 EOS = (5, 17, 400)
-PREFIXES = [list(range(100, 100 + n)) for n in (4, 8, 13, 21)] + [[100, 101, 102, 103] * 4, [7] * 4 + list(range(100, 108))]
+PREFIXES = [list(range(100, 100 + n)) for n in (4, 8, 13, 21)] + [
+    [100, 101, 102, 103] * 4,
+    [7] * 4 + list(range(100, 108)),
+]
 
-OPTIONS = [{}, {}, {"ignore_eos": True}, {"min_tokens": 5}, {"stop_token_ids": tuple(range(0, 900, 9))}, {"prompt_logprobs": 0}]
+OPTIONS = [
+    {},
+    {},
+    {"ignore_eos": True},
+    {"min_tokens": 5},
+    {"stop_token_ids": tuple(range(0, 900, 9))},
+    {"prompt_logprobs": 0},
+]
 KEPT = ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Clients submit, cancel and resubmit; workers execute and answer at their own pace, die and join; tokenizers die."""
+    """Clients submit, cancel and resubmit; workers execute and answer at their own pace, die and
+    join; tokenizers die."""
 
     @initialize(
         ahead=st.integers(1, 4),
@@ -33,7 +45,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             max_queued_reqs=40,
         )
-        self.facts = {"num_blocks": blocks, "block_size": 4, "max_num_seqs": 6, "max_model_len": 48, "eos": EOS, "cost": cost}
+        self.facts = {
+            "num_blocks": blocks,
+            "block_size": 4,
+            "max_num_seqs": 6,
+            "max_model_len": 48,
+            "eos": EOS,
+            "cost": cost,
+        }
         for _ in range(workers):
             self.world.add_worker(**self.facts)
         self.world.add_tokenizer()
@@ -42,9 +61,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.handles = []
 
     def open_handles(self):
-        return [h for h in self.handles if not self.world.attempts[h].ends and not self.world.attempts[h].cancelled]
+        return [
+            h
+            for h in self.handles
+            if not self.world.attempts[h].ends and not self.world.attempts[h].cancelled
+        ]
 
-    @rule(data=st.data(), prefix=st.integers(0, len(PREFIXES) - 1), tail=st.lists(st.integers(0, 6), max_size=6), tokens=st.integers(1, 24))
+    @rule(
+        data=st.data(),
+        prefix=st.integers(0, len(PREFIXES) - 1),
+        tail=st.lists(st.integers(0, 6), max_size=6),
+        tokens=st.integers(1, 24),
+    )
     def submit(self, data, prefix, tail, tokens):
         options = data.draw(st.sampled_from(OPTIONS))
         tokenizer = data.draw(st.sampled_from(sorted(self.world.tokenizers)))
@@ -52,7 +80,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt = data.draw(st.sampled_from(["", "", "", "s"]))
         prompt = [*PREFIXES[prefix], *tail]
         tokens = min(tokens, 48 - len(prompt))
-        self.handles.append(self.world.submit(prompt, tokenizer, priority=priority, salt=salt, max_tokens=tokens, **options))
+        self.handles.append(
+            self.world.submit(
+                prompt, tokenizer, priority=priority, salt=salt, max_tokens=tokens, **options
+            )
+        )
 
     @rule(data=st.data())
     @precondition(lambda self: self.open_handles())
@@ -63,12 +95,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open_handles())
     def resubmit(self, data):
         """The owner goes on with the next attempt while the old one may still run."""
-        self._resubmit(data.draw(st.sampled_from(self.open_handles())), data.draw(st.sampled_from(sorted(self.world.tokenizers))))
+        self._resubmit(
+            data.draw(st.sampled_from(self.open_handles())),
+            data.draw(st.sampled_from(sorted(self.world.tokenizers))),
+        )
 
     def _resubmit(self, handle, tokenizer):
         old = self.world.attempts[handle]
         options = {name: getattr(old.sampling, name) for name in KEPT}
-        new = self.world.submit(old.prompt, tokenizer, rid=old.rid, attempt=old.attempt + 1, output=old.output, **options)
+        new = self.world.submit(
+            old.prompt,
+            tokenizer,
+            rid=old.rid,
+            attempt=old.attempt + 1,
+            output=old.output,
+            **options,
+        )
         self.handles.append(new)
 
     @rule()
@@ -78,14 +120,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 3))
     @precondition(lambda self: any(w.inbox for w in self.world.workers.values()))
     def execute(self, data, count):
-        worker = self.world.workers[data.draw(st.sampled_from(sorted(i for i, w in self.world.workers.items() if w.inbox)))]
+        worker = self.world.workers[
+            data.draw(st.sampled_from(sorted(i for i, w in self.world.workers.items() if w.inbox)))
+        ]
         for _ in range(min(count, len(worker.inbox))):
             worker.execute()
 
     @rule(data=st.data(), count=st.integers(1, 3), now=st.booleans())
     @precondition(lambda self: any(w.results for w in self.world.workers.values()))
     def deliver(self, data, count, now):
-        worker = self.world.workers[data.draw(st.sampled_from(sorted(i for i, w in self.world.workers.items() if w.results)))]
+        worker = self.world.workers[
+            data.draw(
+                st.sampled_from(sorted(i for i, w in self.world.workers.items() if w.results))
+            )
+        ]
         for _ in range(min(count, len(worker.results))):
             self.world.deliver(worker)
         if now:
@@ -106,7 +154,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: len(self.world.workers) > 1)
     def kill_worker(self, data):
-        self.world.kill_worker(self.world.workers[data.draw(st.sampled_from(sorted(self.world.workers)))])
+        self.world.kill_worker(
+            self.world.workers[data.draw(st.sampled_from(sorted(self.world.workers)))]
+        )
         self._resubmit_lost()
 
     @rule()
@@ -148,13 +198,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.assert_idle()
 
     def _check_scores(self):
-        """Whoever has output has the log-probabilities of the whole prompt, though perhaps from an earlier attempt."""
+        """Whoever has output has the log-probabilities of the whole prompt, though perhaps from an
+        earlier attempt."""
         found = {}
         for handle in self.handles:
             attempt = self.world.attempts[handle]
             scores = found.setdefault(attempt.rid, {})
             scores |= attempt.scores
-            wanted = dict(enumerate(attempt.prompt[1:], 1)) if attempt.sampling.prompt_logprobs >= 0 else {}
+            wanted = (
+                dict(enumerate(attempt.prompt[1:], 1))
+                if attempt.sampling.prompt_logprobs >= 0
+                else {}
+            )
             assert scores == wanted if attempt.output else scores.items() <= wanted.items()
 
     def _check(self, attempt, expected):
@@ -165,4 +220,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if attempt.ends[0].finish in (Finish.STOP, Finish.LENGTH):
             assert attempt.output == expected
         else:
-            assert attempt.ends[0].finish in (Finish.CANCELLED, Finish.LOST, Finish.FAILED, Finish.REFUSED)
+            assert attempt.ends[0].finish in (
+                Finish.CANCELLED,
+                Finish.LOST,
+                Finish.FAILED,
+                Finish.REFUSED,
+            )

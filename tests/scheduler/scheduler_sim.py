@@ -1,9 +1,11 @@
-"""A scheduler under test with simulated workers and tokenizers around it, all in one thread and without sockets.
+"""A scheduler under test with simulated workers and tokenizers around it, all in one thread and
+without sockets.
 
-The simulated worker executes Steps as a real one must: it keeps tokens by slot, writes for every computed token a hash of all tokens up to
-it into the cell of the block that its table gives (as real keys and values depend on all of them), checks all that it reads back against
-the slot's tokens (so that a wrong, stale or wrongly shared block is seen), and says as next token a hash of all tokens before it.
-`World.audit` compares the scheduler's books with what was really written.
+The simulated worker executes Steps as a real one must: it keeps tokens by slot, writes for every
+computed token a hash of all tokens up to it into the cell of the block that its table gives (as
+real keys and values depend on all of them), checks all that it reads back against the slot's tokens
+(so that a wrong, stale or wrongly shared block is seen), and says as next token a hash of all
+tokens before it. `World.audit` compares the scheduler's books with what was really written.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler import batch
-from pagewire.scheduler import replica as replica_module
+from pagewire.scheduler import worker_state as replica_module
 from pagewire.scheduler.blocks import SEALED, WRITABLE
 from pagewire.scheduler.request import Phase
 from pagewire.scheduler.state import Scheduler, Tick
@@ -58,7 +60,9 @@ def expected_output(prompt, sampling, eos=(), vocab=VOCAB):
         token = next_token(tokens, vocab)
         tokens.append(token)
         made = len(tokens) - len(prompt)
-        if made >= sampling.min_tokens and (token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)):
+        if made >= sampling.min_tokens and (
+            token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)
+        ):
             break
     return tokens[len(prompt) :]
 
@@ -73,7 +77,10 @@ class SlotState:
         self.blocks = ints(admission.blocks)
         self.computed = admission.computed
         self.execution = admission.execution
-        self.prompt, self.scored = len(ints(admission.prompt)), admission.sampling.prompt_logprobs >= 0
+        self.prompt, self.scored = (
+            len(ints(admission.prompt)),
+            admission.sampling.prompt_logprobs >= 0,
+        )
         self.marks = []
 
     def mark(self, position):
@@ -85,36 +92,78 @@ class SlotState:
 
 
 class Shadow:
-    """Where the steps that were sent write, known when they are sent: until the result is delivered the blocks are in use."""
+    """Where the steps that were sent write, known when they are sent: until the result is delivered
+    the blocks are in use."""
 
     def __init__(self, block_size):
-        self.block_size, self.blocks, self.computed, self.last, self.writes = block_size, {}, {}, [], {}
+        self.block_size, self.blocks, self.computed, self.last, self.writes = (
+            block_size,
+            {},
+            {},
+            [],
+            {},
+        )
 
     def sent(self, step):
-        given = [b for a in step.admit for b in ints(a.blocks)[a.computed // self.block_size :]] + ints(step.grow_blocks)
+        given = [
+            b for a in step.admit for b in ints(a.blocks)[a.computed // self.block_size :]
+        ] + ints(step.grow_blocks)
         for n, blocks in self.writes.items():
-            assert not blocks & set(given), f"blocks {blocks & set(given)} are given away while step {n}, which writes them, is in flight"
+            assert not blocks & set(given), (
+                f"blocks {blocks & set(given)} are given away while step {n}, which writes them, is in flight"
+            )
         for admission in step.admit:
-            self.blocks[admission.slot], self.computed[admission.slot] = ints(admission.blocks), admission.computed
+            self.blocks[admission.slot], self.computed[admission.slot] = (
+                ints(admission.blocks),
+                admission.computed,
+            )
         for slot, block in zip(ints(step.grow_slots), ints(step.grow_blocks), strict=True):
             self.blocks[slot].append(block)
         if not step.repeat:
             self.last = ints(step.run_slots)
         counts = [1] * len(self.last) if step.repeat else ints(step.run_counts)
-        self.writes[step.n] = {block for slot, count in zip(self.last, counts, strict=True) for block in self._run(slot, count)}
+        self.writes[step.n] = {
+            block
+            for slot, count in zip(self.last, counts, strict=True)
+            for block in self._run(slot, count)
+        }
 
     def _run(self, slot, count):
         first, self.computed[slot] = self.computed[slot], self.computed[slot] + count
-        return self.blocks[slot][first // self.block_size : (first + count - 1) // self.block_size + 1]
+        return self.blocks[slot][
+            first // self.block_size : (first + count - 1) // self.block_size + 1
+        ]
 
 
 class SimWorker:
     """`inbox` holds Steps not executed yet, `results` those executed but not delivered."""
 
-    def __init__(self, number, num_blocks=32, block_size=4, max_num_seqs=8, max_model_len=64, eos=(), cascade=True, cost=None):
+    def __init__(
+        self,
+        number,
+        num_blocks=32,
+        block_size=4,
+        max_num_seqs=8,
+        max_model_len=64,
+        eos=(),
+        cascade=True,
+        cost=None,
+    ):
         self.incarnation = 1000 + number
-        self.peer = Peer(Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True)
-        self.facts = WorkerFacts(num_blocks, block_size, max_num_seqs, max_model_len, VOCAB, tuple(eos), "sim", cascade, cost)
+        self.peer = Peer(
+            Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True
+        )
+        self.facts = WorkerFacts(
+            num_blocks,
+            block_size,
+            max_num_seqs,
+            max_model_len,
+            VOCAB,
+            tuple(eos),
+            "sim",
+            cascade,
+            cost,
+        )
         self.slots = {}
         self.cells = np.full((num_blocks, block_size), -1, np.int64)
         self.shadow = Shadow(block_size)
@@ -143,15 +192,25 @@ class SimWorker:
             assert not step.run_slots and not step.run_counts and step.shared is None
             counts = [1] * len(self.last)
         else:
-            self.last, counts, self.shared = ints(step.run_slots), ints(step.run_counts), step.shared
+            self.last, counts, self.shared = (
+                ints(step.run_slots),
+                ints(step.run_counts),
+                step.shared,
+            )
         assert len(set(self.last)) == len(self.last)
         self._one_writer(counts)
         if self.shared is not None:
             self._truly_shared(counts)
         before = [self.slots[slot].computed for slot in self.last]
-        rows = [(slot, self._run(slot, count)) for slot, count in zip(self.last, counts, strict=True)]
+        rows = [
+            (slot, self._run(slot, count)) for slot, count in zip(self.last, counts, strict=True)
+        ]
         runs = zip(self.last, before, counts, strict=True)
-        prompts = tuple(self._score(slot, first, count) for slot, first, count in runs if self._scores(slot, first))
+        prompts = tuple(
+            self._score(slot, first, count)
+            for slot, first, count in runs
+            if self._scores(slot, first)
+        )
         self._report(step, [(slot, token) for slot, token in rows if token is not None], prompts)
 
     def _scores(self, slot, first):
@@ -162,7 +221,9 @@ class SimWorker:
         state = self.slots[slot]
         own = state.tokens[first + 1 : min(first + 1 + count, state.prompt)]
         ones = pack("i", [1] * len(own))
-        return PromptLogprobs(slot, first + 1, ones, ones, pack("i", own), pack("f", [-token for token in own]))
+        return PromptLogprobs(
+            slot, first + 1, ones, ones, pack("i", own), pack("f", [-token for token in own])
+        )
 
     def _one_writer(self, counts):
         writers = {}
@@ -170,17 +231,26 @@ class SimWorker:
             state = self.slots[slot]
             size = self.facts.block_size
             for position in range(state.computed, state.computed + count):
-                assert position // size < len(state.blocks), f"slot {slot}: no block for position {position}"
+                assert position // size < len(state.blocks), (
+                    f"slot {slot}: no block for position {position}"
+                )
                 block = state.blocks[position // size]
-                assert writers.setdefault(block, slot) == slot, f"slots {slot} and {writers[block]} both write block {block}"
+                assert writers.setdefault(block, slot) == slot, (
+                    f"slots {slot} and {writers[block]} both write block {block}"
+                )
 
     def groups(self):
         """The present groups: (slots, common tokens)."""
         if self.shared is None:
             return []
-        order, starts, lengths = (ints(column) for column in (self.shared.order, self.shared.starts, self.shared.lengths))
+        order, starts, lengths = (
+            ints(column) for column in (self.shared.order, self.shared.starts, self.shared.lengths)
+        )
         assert len(starts) == len(lengths) + 1 and starts[0] == 0 and starts[-1] == len(order)
-        return [([self.last[i] for i in order[a:b]], n) for a, b, n in zip(starts, starts[1:], lengths, strict=False)]
+        return [
+            ([self.last[i] for i in order[a:b]], n)
+            for a, b, n in zip(starts, starts[1:], lengths, strict=False)
+        ]
 
     def _truly_shared(self, counts):
         size, seen = self.facts.block_size, set()
@@ -188,13 +258,23 @@ class SimWorker:
         leading = next((i for i, count in enumerate(counts) if count != 1), len(counts))
         assert max(ints(self.shared.order)) < leading, "a group names rows behind a chunk"
         for slots, tokens in self.groups():
-            assert len(slots) > 1 and tokens > 0 and tokens % size == 0 and not seen & set(slots) and len(set(slots)) == len(slots)
+            assert (
+                len(slots) > 1
+                and tokens > 0
+                and tokens % size == 0
+                and not seen & set(slots)
+                and len(set(slots)) == len(slots)
+            )
             seen |= set(slots)
             first = self.slots[slots[0]].blocks[: tokens // size]
             for slot in slots:
                 state = self.slots[slot]
-                assert tokens <= state.computed, f"slot {slot} shares {tokens} tokens but has computed only {state.computed}"
-                assert state.blocks[: tokens // size] == first, f"slot {slot} does not share its first {tokens} tokens"
+                assert tokens <= state.computed, (
+                    f"slot {slot} shares {tokens} tokens but has computed only {state.computed}"
+                )
+                assert state.blocks[: tokens // size] == first, (
+                    f"slot {slot} does not share its first {tokens} tokens"
+                )
 
     def _run(self, slot, count):
         state, size = self.slots[slot], self.facts.block_size
@@ -204,9 +284,13 @@ class SimWorker:
         state.computed += count
         for position in range(state.computed):
             block = state.blocks[position // size]
-            assert self.cells[block, position % size] == state.mark(position), f"slot {slot} reads foreign content in block {block}"
+            assert self.cells[block, position % size] == state.mark(position), (
+                f"slot {slot} reads foreign content in block {block}"
+            )
         for i in range((state.computed - count) // size, -(-state.computed // size)):
-            self.prefixes[state.blocks[i]] = tuple(state.tokens[: min((i + 1) * size, state.computed)])
+            self.prefixes[state.blocks[i]] = tuple(
+                state.tokens[: min((i + 1) * size, state.computed)]
+            )
         if state.computed < len(state.tokens):
             return None
         token = next_token(state.tokens)
@@ -266,7 +350,8 @@ class World:
         self._names = 0
         self.tick()
 
-    # --- events -------------------------------------------------------------------------------------------------------
+    # --- events
+    #   -------------------------------------------------------------------------------------------------------
 
     def send(self, event):
         for inbox, message in self.scheduler.handle(event):
@@ -286,7 +371,13 @@ class World:
 
     def add_tokenizer(self):
         self._names += 1
-        peer = Peer(Role.TOKENIZER, f"tokenizer-{self._names}", f"ipc:///t{self._names}", 5000 + self._names, True)
+        peer = Peer(
+            Role.TOKENIZER,
+            f"tokenizer-{self._names}",
+            f"ipc:///t{self._names}",
+            5000 + self._names,
+            True,
+        )
         self.tokenizers[peer.inbox] = peer
         self.send(Hello(peer, None, TokenizerFacts(True, True, VOCAB)))
         return peer.inbox
@@ -301,7 +392,17 @@ class World:
             self.attempts[handle].cancelled = True
         self.send(Goodbye(peer.incarnation))
 
-    def submit(self, prompt, tokenizer=None, rid=None, attempt=1, output=(), priority=0, salt="", **sampling):
+    def submit(
+        self,
+        prompt,
+        tokenizer=None,
+        rid=None,
+        attempt=1,
+        output=(),
+        priority=0,
+        salt="",
+        **sampling,
+    ):
         self._handles += 1
         if rid is None:
             self._rids += 1
@@ -309,8 +410,22 @@ class World:
         tokenizer = tokenizer or next(iter(self.tokenizers))
         sampling = Sampling(seed=0, **{"max_tokens": 8, **sampling})
         handle = self._handles
-        self.attempts[handle] = Attempt(rid, attempt, list(prompt), list(output), sampling, tokenizer)
-        self.send(Submit(rid, attempt, handle, tokenizer, pack("i", prompt), pack("i", output), sampling, priority, salt))
+        self.attempts[handle] = Attempt(
+            rid, attempt, list(prompt), list(output), sampling, tokenizer
+        )
+        self.send(
+            Submit(
+                rid,
+                attempt,
+                handle,
+                tokenizer,
+                pack("i", prompt),
+                pack("i", output),
+                sampling,
+                priority,
+                salt,
+            )
+        )
         return handle
 
     def cancel(self, handle):
@@ -340,7 +455,8 @@ class World:
             self.step()
         raise AssertionError(f"still busy after {limit} steps")
 
-    # --- what comes back ----------------------------------------------------------------------------------------------
+    # --- what comes back
+    #   ----------------------------------------------------------------------------------------------
 
     def _receive(self, inbox, message):
         match message:
@@ -371,20 +487,34 @@ class World:
         )
         for handle, number, execution, position, token in zip(*columns, strict=True):
             attempt = self.attempts[handle]
-            assert attempt.tokenizer == inbox and attempt.attempt == number and not attempt.ends and not attempt.cancelled
+            assert (
+                attempt.tokenizer == inbox
+                and attempt.attempt == number
+                and not attempt.ends
+                and not attempt.cancelled
+            )
             assert attempt.placed is not None, "tokens before Placed"
             assert attempt.execution in (None, execution), "two executions of one attempt"
             attempt.execution = execution
-            assert position == len(attempt.output), f"position {position} after {len(attempt.output)} tokens"
+            assert position == len(attempt.output), (
+                f"position {position} after {len(attempt.output)} tokens"
+            )
             attempt.output.append(token)
         for end in message.ended:
             attempt = self.attempts[end.handle]
-            assert attempt.tokenizer == inbox and attempt.attempt == end.attempt and not attempt.ends, "a second End"
+            assert (
+                attempt.tokenizer == inbox and attempt.attempt == end.attempt and not attempt.ends
+            ), "a second End"
             attempt.ends.append(end)
 
     def _scored(self, inbox, entry):
         attempt = self.attempts[entry.place]
-        assert attempt.tokenizer == inbox and attempt.attempt == entry.attempt and not attempt.ends and not attempt.cancelled
+        assert (
+            attempt.tokenizer == inbox
+            and attempt.attempt == entry.attempt
+            and not attempt.ends
+            and not attempt.cancelled
+        )
         assert attempt.placed is not None and attempt.execution in (None, entry.execution)
         for position, token in enumerate(ints(entry.ids), entry.first):
             assert attempt.prompt[position] == token
@@ -401,7 +531,8 @@ class World:
         attempt = self.attempts[handle]
         return expected_output(attempt.prompt, attempt.sampling, eos)
 
-    # --- the law ------------------------------------------------------------------------------------------------------
+    # --- the law
+    #   ------------------------------------------------------------------------------------------------------
 
     def audit(self):
         self.scheduler.engine.check()
@@ -413,29 +544,44 @@ class World:
     def assert_idle(self):
         """Nothing runs, waits or is held."""
         engine = self.scheduler.engine
-        assert not engine.live and engine.queue.count == 0 and engine.queue.tokens == 0 and engine.queue.head() is None
+        assert (
+            not engine.live
+            and engine.queue.count == 0
+            and engine.queue.tokens == 0
+            and engine.queue.head() is None
+        )
         for replica in engine.replicas.values():
             pool = replica.pool
             assert pool.available == pool.total, f"{pool.total - pool.available} blocks are lost"
-            assert not replica.flights and not replica.pending and not replica.prefill and replica.load == 0
+            assert (
+                not replica.flights
+                and not replica.pending
+                and not replica.prefill
+                and replica.load == 0
+            )
             assert not replica.slots.decoding.any() and (replica.slots.watched <= 1).all()
 
 
 def audit_replica(replica, worker):
-    """Holders are counted once each, one writer a block, and what the index claims is what was written."""
+    """Holders are counted once each, one writer a block, and what the index claims is what was
+    written."""
     pool = replica.pool
     holders, writers = [0] * pool.total, [0] * pool.total
-    held = [r.blocks for r in replica.requests() if r.phase is Phase.RUNNING] + [p.blocks for p in replica.pending]
+    held = [r.blocks for r in replica.requests() if r.phase is Phase.RUNNING] + [
+        p.blocks for p in replica.pending
+    ]
     for blocks in held:
         for block in blocks:
             holders[block] += 1
             writers[block] += pool._state[block] == WRITABLE
     for block in range(pool.total):
         state = pool._state[block]
-        assert writers[block] == (state == WRITABLE), f"block {block}: state {state}, {writers[block]} writers"
-        assert holders[block] == (1 if state == WRITABLE else pool._refs[block] if state == SEALED else 0), (
-            f"block {block}: {holders[block]}"
+        assert writers[block] == (state == WRITABLE), (
+            f"block {block}: state {state}, {writers[block]} writers"
         )
+        assert holders[block] == (
+            1 if state == WRITABLE else pool._refs[block] if state == SEALED else 0
+        ), f"block {block}: {holders[block]}"
         assert (block in pool._idle) == (state == SEALED and pool._refs[block] == 0)
     assert len(set(pool._free)) == len(pool._free)
     in_flight = set().union(*worker.shadow.writes.values())
@@ -444,14 +590,24 @@ def audit_replica(replica, worker):
     for key, block in pool._index.items():
         assert pool.is_sealed(block) and pool.hash_of(block) == key
         content = worker.prefixes[block]
-        assert block not in in_flight, f"block {block} is shared while a step that writes it is in flight"
-        assert content is not None and len(content) % replica.block_size == 0, f"block {block} is shared before it was full"
-        assert pool_claim(replica, key) in (None, content), f"block {block} does not hold what its hash says"
+        assert block not in in_flight, (
+            f"block {block} is shared while a step that writes it is in flight"
+        )
+        assert content is not None and len(content) % replica.block_size == 0, (
+            f"block {block} is shared before it was full"
+        )
+        assert pool_claim(replica, key) in (None, content), (
+            f"block {block} does not hold what its hash says"
+        )
 
 
 def pool_claim(replica, key):
     """The tokens that `key` stands for, where a live request knows it."""
     for request in replica.requests():
         if key in request.chain:
-            return tuple(replica.slots.tokens[request.slot, : (request.chain.index(key) + 1) * replica.block_size].tolist())
+            return tuple(
+                replica.slots.tokens[
+                    request.slot, : (request.chain.index(key) + 1) * replica.block_size
+                ].tolist()
+            )
     return None

@@ -1,4 +1,5 @@
-"""The prefix cache: hits, their limits, salts, eviction, and that content which is not known to be good is never shared."""
+"""The prefix cache: hits, their limits, salts, eviction, and that content which is not known to be
+good is never shared."""
 
 import numpy as np
 import pytest
@@ -48,8 +49,12 @@ def test_a_prefix_under_way_is_waited_for_and_computed_once():
     w.tick()
     assert w.scheduler.stats()["num_requests_running"] == 1
     w.run()
-    assert [w.output(h) for h in (first, second, third)] == [w.expected(h) for h in (first, second, third)]
-    assert w.attempts[second].placed.cached_tokens == 32  # the last block of 4 was not worth waiting for
+    assert [w.output(h) for h in (first, second, third)] == [
+        w.expected(h) for h in (first, second, third)
+    ]
+    assert (
+        w.attempts[second].placed.cached_tokens == 32
+    )  # the last block of 4 was not worth waiting for
     w.assert_idle()
     (replica,) = w.scheduler.engine.replicas.values()
     assert not replica.computing

@@ -1,9 +1,10 @@
-"""Groups of rows with common blocks: which are found, when they are sent, and that they claim nothing that is not shared."""
+"""Groups of rows with common blocks: which are found, when they are sent, and that they claim
+nothing that is not shared."""
 
 import numpy as np
 import pytest
-from pagewire.scheduler import groups
-from pagewire.scheduler.groups import Prefixes
+from pagewire.scheduler import prefix_groups
+from pagewire.scheduler.prefix_groups import Prefixes
 from scheduler.scheduler_sim import World
 
 SIZE = 64
@@ -11,16 +12,22 @@ FACTS = {"num_blocks": 256, "block_size": SIZE, "max_num_seqs": 16, "max_model_l
 
 
 def found(tables, lengths=None, rows=None, size=16):
-    """{common tokens: [rows]} of each group, by what `Prefixes` says of block tables given as lists."""
+    """{common tokens: [rows]} of each group, by what `Prefixes` says of block tables given as
+    lists."""
     prefixes = Prefixes(len(tables), size)
     for slot, blocks in enumerate(tables):
         prefixes.placed(slot, blocks)
     rows = np.arange(len(tables), dtype=np.int32) if rows is None else np.array(rows, np.int32)
-    lengths = np.array([len(tables[slot]) * size for slot in rows] if lengths is None else lengths, np.int64)
+    lengths = np.array(
+        [len(tables[slot]) * size for slot in rows] if lengths is None else lengths, np.int64
+    )
     shared = prefixes.find(rows, lengths)
     if shared is None:
         return []
-    order, starts, sizes = (np.frombuffer(column, np.int32).tolist() for column in (shared.order, shared.starts, shared.lengths))
+    order, starts, sizes = (
+        np.frombuffer(column, np.int32).tolist()
+        for column in (shared.order, shared.starts, shared.lengths)
+    )
     return [(order[starts[i] : starts[i + 1]], tokens) for i, tokens in enumerate(sizes)]
 
 
@@ -40,7 +47,9 @@ def test_nothing_in_common():
     assert found(tables([], 8, 0, own=30)) == []
 
 
-@pytest.mark.parametrize(("count", "blocks", "hit"), [(4, 16, True), (3, 16, False), (4, 15, False), (3, 40, False)])
+@pytest.mark.parametrize(
+    ("count", "blocks", "hit"), [(4, 16, True), (3, 16, False), (4, 15, False), (3, 40, False)]
+)
 def test_thresholds(count, blocks, hit):
     assert bool(found(tables(B[:blocks], count, 0))) == hit
 
@@ -51,7 +60,8 @@ def test_indices_are_those_of_the_step_not_the_slots():
 
 
 def test_the_last_token_is_never_shared():
-    """A row with as many tokens as the common blocks hold still has one to compute in the last of them."""
+    """A row with as many tokens as the common blocks hold still has one to compute in the last of
+    them."""
     rows = tables(A, 4, 0)
     assert found(rows, lengths=[321, 400, 400, 400]) == [([0, 1, 2, 3], 320)]
     assert found(rows, lengths=[320, 400, 400, 400]) == [([0, 1, 2, 3], 304)]
@@ -70,8 +80,15 @@ def test_parts_with_longer_prefixes_of_their_own():
 
 
 def test_the_most_worthwhile_are_sent():
-    rows = [row for g in range(12) for row in tables(list(range(g * 100, g * 100 + 16 + g)), 4, 5000 + g * 100)]
-    assert sorted(tokens for _, tokens in found(rows)) == [16 * (16 + g) for g in range(12)][-groups.MOST_GROUPS :]
+    rows = [
+        row
+        for g in range(12)
+        for row in tables(list(range(g * 100, g * 100 + 16 + g)), 4, 5000 + g * 100)
+    ]
+    assert (
+        sorted(tokens for _, tokens in found(rows))
+        == [16 * (16 + g) for g in range(12)][-prefix_groups.MOST_GROUPS :]
+    )
 
 
 def world(facts=None, **config):
@@ -109,14 +126,26 @@ def test_requests_with_one_system_prompt_are_grouped_until_too_few_are_left():
         w.step()
         sizes.add(tuple(sorted((len(slots), tokens) for slots, tokens in worker.groups())))
     w.run()
-    assert sizes == {(), ((4, 6 * SIZE), (5, 5 * SIZE)), ((4, 5 * SIZE), (4, 6 * SIZE)), ((4, 5 * SIZE),)}
+    assert sizes == {
+        (),
+        ((4, 6 * SIZE), (5, 5 * SIZE)),
+        ((4, 5 * SIZE), (4, 6 * SIZE)),
+        ((4, 5 * SIZE),),
+    }
     assert all(w.output(h) == w.expected(h) for h in handles)
-    assert len(sent(worker)) < sum(step.repeat for step in worker.steps), "groups are sent once a set of rows"
+    assert len(sent(worker)) < sum(step.repeat for step in worker.steps), (
+        "groups are sent once a set of rows"
+    )
     w.assert_idle()
 
 
 @pytest.mark.parametrize(
-    ("facts", "config"), [({"cascade": False}, {}), ({}, {"enable_cascade": False}), ({}, {"enable_prefix_caching": False})]
+    ("facts", "config"),
+    [
+        ({"cascade": False}, {}),
+        ({}, {"enable_cascade": False}),
+        ({}, {"enable_prefix_caching": False}),
+    ],
 )
 def test_no_groups_where_nobody_can_use_them(facts, config):
     w, worker = world(facts, **config)
@@ -137,6 +166,12 @@ def test_a_step_with_a_prompt_in_it_keeps_the_groups_of_its_decodes():
     assert worker.groups()
     late = w.submit(OTHER[:100], max_tokens=3)
     w.run()
-    mixed = [step for step in worker.steps if any(a.prompt == np.array(OTHER[:100], np.int32).tobytes() for a in step.admit)]
+    mixed = [
+        step
+        for step in worker.steps
+        if any(a.prompt == np.array(OTHER[:100], np.int32).tobytes() for a in step.admit)
+    ]
     assert mixed and mixed[0].shared is not None
-    assert np.frombuffer(mixed[0].run_counts, np.int32).tolist()[-1] > 1 and w.output(late) == w.expected(late)
+    assert np.frombuffer(mixed[0].run_counts, np.int32).tolist()[-1] > 1 and w.output(
+        late
+    ) == w.expected(late)

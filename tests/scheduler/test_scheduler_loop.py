@@ -9,9 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from pagewire.membership import Membership
+from pagewire.process.membership import Membership
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address, new_incarnation
-from pagewire_protocol.messages import Role, Roster, Step, Submit, TokenizerFacts, Tokens, WorkerFacts, pack
+from pagewire_protocol.messages import (
+    Role,
+    Roster,
+    Step,
+    Submit,
+    TokenizerFacts,
+    Tokens,
+    WorkerFacts,
+    pack,
+)
 from pagewire_protocol.sampling import Sampling
 from scheduler.scheduler_sim import VOCAB, SimWorker, expected_output, ints
 
@@ -29,7 +38,9 @@ class Process:
     def __init__(self, role, run_dir):
         self.incarnation = new_incarnation()
         self.inbox, self.outbox = Inbox(run_dir, role, self.incarnation), Outbox()
-        self.membership = Membership(role, f"{role.name}-1", self.incarnation, self.inbox, self.outbox, run_dir)
+        self.membership = Membership(
+            role, f"{role.name}-1", self.incarnation, self.inbox, self.outbox, run_dir
+        )
 
     def drain(self, wait_s=0.02):
         self.membership.tick(time.monotonic())
@@ -58,7 +69,11 @@ def start(run_dir):
     started = []
 
     def run():
-        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, str(run_dir)], stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(run_dir)], stderr=subprocess.PIPE, text=True
+            )
+        )
         return started[-1]
 
     yield run
@@ -122,7 +137,10 @@ def test_a_request_passes_through_real_sockets(run_dir, start, join):
             assert isinstance(message, Tokens)
             got.extend(ints(message.tokens))
             ends.extend(message.ended)
-        return tokenizer.membership.roster is not None and tokenizer.membership.roster.max_model_len == 64
+        return (
+            tokenizer.membership.roster is not None
+            and tokenizer.membership.roster.max_model_len == 64
+        )
 
     until(serve, "roster with the worker's facts")
     sampling = Sampling(seed=0, max_tokens=20)
@@ -132,8 +150,14 @@ def test_a_request_passes_through_real_sockets(run_dir, start, join):
     assert got == expected_output([1, 2, 3], sampling) and [end.handle for end in ends] == [5]
     hostile = Submit(b"s" * 16, 1, 6, "ipc://" + "x" * 200, pack("i", [1]), b"", sampling)
     tokenizer.outbox.send(tokenizer.membership.scheduler, hostile)
-    tokenizer.outbox.send(tokenizer.membership.scheduler, Submit(b"t" * 16, 1, 7, "tcp://1.2.3.4:5", pack("i", [1]), b"", sampling))
-    tokenizer.outbox.send(tokenizer.membership.scheduler, Submit(b"u" * 16, 1, 8, tokenizer.inbox.address, pack("i", [4]), b"", sampling))
+    tokenizer.outbox.send(
+        tokenizer.membership.scheduler,
+        Submit(b"t" * 16, 1, 7, "tcp://1.2.3.4:5", pack("i", [1]), b"", sampling),
+    )
+    tokenizer.outbox.send(
+        tokenizer.membership.scheduler,
+        Submit(b"u" * 16, 1, 8, tokenizer.inbox.address, pack("i", [4]), b"", sampling),
+    )
     until(lambda: serve() and len(ends) == 2, "end of a request after hostile ones")
     began = time.monotonic()
     code, errors = stop(process)
@@ -161,7 +185,10 @@ def test_peers_find_a_new_scheduler_with_a_higher_epoch(start, join):
 
 def test_a_second_scheduler_says_why_it_does_not_start(run_dir, start):
     first = start()
-    until(lambda: Path(inbox_address(run_dir, Role.SCHEDULER, 0).removeprefix("ipc://")).exists(), "socket")
+    until(
+        lambda: Path(inbox_address(run_dir, Role.SCHEDULER, 0).removeprefix("ipc://")).exists(),
+        "socket",
+    )
     second = start()
     _, errors = second.communicate(timeout=20)
     assert second.returncode == 1 and "already running" in errors.splitlines()[-1]

@@ -1,12 +1,13 @@
-"""The scheduler under random clients, workers and deaths; and the proof that this harness sees the bugs it is there for."""
+"""The scheduler under random clients, workers and deaths; and the proof that this harness sees the
+bugs it is there for."""
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
-from pagewire.scheduler import groups
+from pagewire.scheduler import prefix_groups
 from pagewire.scheduler.blocks import BlockPool
-from pagewire.scheduler.replica import Pending, Replica
+from pagewire.scheduler.worker_state import Pending, WorkerState
 from scheduler.scheduler_machine import SchedulerMachine
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -15,8 +16,8 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """The machine's prompts are short and its requests few."""
-    monkeypatch.setattr(groups, "LEAST_ROWS", 2)
-    monkeypatch.setattr(groups, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(prefix_groups, "LEAST_ROWS", 2)
+    monkeypatch.setattr(prefix_groups, "LEAST_TOKENS", 4)
 
 
 def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=True):
@@ -41,7 +42,7 @@ def test_random_lives():
 
 def seal_before_the_result(patch):
     """Blocks are sealed when the step is sent, not when it returns."""
-    original = Replica.place
+    original = WorkerState.place
 
     def place(self, request, cached):
         saved = original(self, request, cached)
@@ -51,11 +52,11 @@ def seal_before_the_result(patch):
         self.slots.sealed[request.slot] = max(full, len(cached)) if self.caching else 0
         return saved
 
-    patch.setattr(Replica, "place", place)
+    patch.setattr(WorkerState, "place", place)
 
 
 def free_before_the_step_returns(patch):
-    patch.setattr(Replica, "_last_step", lambda self, slot: 0)
+    patch.setattr(WorkerState, "_last_step", lambda self, slot: 0)
 
 
 def double_free(patch):
@@ -70,19 +71,19 @@ def double_free(patch):
 
 
 def release_twice(patch):
-    original = Replica._give_back
+    original = WorkerState._give_back
 
     def give_back(self, blocks, n, request):
         original(self, blocks, n, request)
         if request is None and len(blocks) > 3:
             self.pending.append(Pending(n + 1, blocks[-1:], None))
 
-    patch.setattr(Replica, "_give_back", give_back)
+    patch.setattr(WorkerState, "_give_back", give_back)
 
 
 def rows_by_slot_alone(patch):
     """Stale rows are taken for the slot's present request."""
-    original = Replica.place
+    original = WorkerState.place
 
     def place(self, request, cached):
         saved = original(self, request, cached)
@@ -97,8 +98,8 @@ def rows_by_slot_alone(patch):
         else:
             self.retire.append(request.slot)
 
-    patch.setattr(Replica, "place", place)
-    patch.setattr(Replica, "_withdraw", withdraw)
+    patch.setattr(WorkerState, "place", place)
+    patch.setattr(WorkerState, "_withdraw", withdraw)
 
 
 def parents_are_forgotten(patch):
@@ -118,22 +119,26 @@ def parents_are_forgotten(patch):
 
 def tokens_after_a_preemption_are_lost(patch):
     """What the steps in flight sampled for a preempted request is counted by nobody."""
-    original = Replica.preempt
+    original = WorkerState.preempt
 
     def preempt(self, request):
         original(self, request)
         if request.slot >= 0:
             self.slots.held[request.slot] -= 1
 
-    patch.setattr(Replica, "preempt", preempt)
+    patch.setattr(WorkerState, "preempt", preempt)
 
 
 def all_of_a_cached_prompt_is_skipped(patch):
-    patch.setattr(Replica, "cached_blocks", lambda self, r: self.pool.match(r.chained(self.block_size, r.tokens), len(r.tokens)))
+    patch.setattr(
+        WorkerState,
+        "cached_blocks",
+        lambda self, r: self.pool.match(r.chained(self.block_size, r.tokens), len(r.tokens)),
+    )
 
 
 def scored_prompts_read_the_cache(patch):
-    original = Replica.cached_blocks
+    original = WorkerState.cached_blocks
 
     def cached(self, request):
         asked, request.sampling = request.sampling, replace(request.sampling, prompt_logprobs=-1)
@@ -142,7 +147,7 @@ def scored_prompts_read_the_cache(patch):
         finally:
             request.sampling = asked
 
-    patch.setattr(Replica, "cached_blocks", cached)
+    patch.setattr(WorkerState, "cached_blocks", cached)
 
 
 BUGS = [

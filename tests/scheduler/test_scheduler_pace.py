@@ -1,4 +1,5 @@
-"""Steps filled to a time: the arithmetic of estimates, what a long prompt does to running decodes, how many steps are sent ahead."""
+"""Steps filled to a time: the arithmetic of estimates, what a long prompt does to running decodes,
+how many steps are sent ahead."""
 
 from math import ceil, inf
 
@@ -7,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagewire.config import SchedulerConfig
-from pagewire.scheduler import batch, loop, pace
-from pagewire.scheduler.pace import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk
+from pagewire.scheduler import batch, loop, step_estimator
 from pagewire.scheduler.state import Scheduler, Tick
-from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Step, StepCost, StepResult, Submit, WorkerFacts
+from pagewire.scheduler.step_estimator import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk
+from pagewire_protocol.messages import (
+    Heartbeat,
+    Hello,
+    Peer,
+    Role,
+    Step,
+    StepCost,
+    StepResult,
+    Submit,
+    WorkerFacts,
+)
 from pagewire_protocol.sampling import Sampling
 from scheduler.scheduler_sim import QUICK, SLOW, World, ints
 
@@ -22,10 +33,11 @@ BLOCK = 16
 @pytest.fixture(autouse=True)
 def least_chunk(monkeypatch):
     """The other tests here use a smaller one."""
-    monkeypatch.setattr(batch, "LEAST_CHUNK", pace.LEAST_CHUNK)
+    monkeypatch.setattr(batch, "LEAST_CHUNK", step_estimator.LEAST_CHUNK)
 
 
-# --- arithmetic -------------------------------------------------------------------------------------------------------
+# --- arithmetic
+#   -------------------------------------------------------------------------------------------------------
 
 
 def test_estimates_count_rows_reads_and_pairs():
@@ -35,7 +47,9 @@ def test_estimates_count_rows_reads_and_pairs():
     pairs = sum(100 + i + 1 for i in range(7))
     assert chunk_ms(cost, 100, 7) == pytest.approx(3.5 + pairs / 1000)
     assert chunk_ms(cost, 99, 1) == pytest.approx(0.5 + 0.3)
-    assert decodes_ms(cost, 2, 300) == pytest.approx(2.0 + chunk_ms(cost, 99, 1) + chunk_ms(cost, 199, 1))
+    assert decodes_ms(cost, 2, 300) == pytest.approx(
+        2.0 + chunk_ms(cost, 99, 1) + chunk_ms(cost, 199, 1)
+    )
 
 
 @given(
@@ -61,18 +75,38 @@ def test_no_time_is_no_chunk_and_endless_time_any():
 
 def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
     assert [SchedulerConfig().step_tokens(gpu) for gpu in (False, True)] == [2048, 8192]
-    assert [SchedulerConfig(max_step_ms=0).step_tokens(gpu) for gpu in (False, True)] == [2048, 16_384]
-    assert {SchedulerConfig(max_num_batched_tokens=77).step_tokens(gpu) for gpu in (False, True)} == {77}
-    assert (Pace(None, SchedulerConfig()).step_tokens, Pace(LARGE, SchedulerConfig()).step_tokens) == (2048, 8192)
+    assert [SchedulerConfig(max_step_ms=0).step_tokens(gpu) for gpu in (False, True)] == [
+        2048,
+        16_384,
+    ]
+    assert {
+        SchedulerConfig(max_num_batched_tokens=77).step_tokens(gpu) for gpu in (False, True)
+    } == {77}
+    assert (
+        Pace(None, SchedulerConfig()).step_tokens,
+        Pace(LARGE, SchedulerConfig()).step_tokens,
+    ) == (2048, 8192)
 
 
 def test_steps_are_no_larger_than_what_the_worker_has_memory_for():
     """It knows its GPU; what was asked for counts where it is less."""
     small = 24 << 30
-    assert [SchedulerConfig(max_step_ms=ms).step_tokens(True, small) for ms in (25, 0)] == [2048, 2048]
+    assert [SchedulerConfig(max_step_ms=ms).step_tokens(True, small) for ms in (25, 0)] == [
+        2048,
+        2048,
+    ]
     assert SchedulerConfig(max_num_batched_tokens=77).step_tokens(True, small) == 77
-    for reserved, asked, most in ((2048, 0, 2048), (2048, 512, 512), (2048, 4096, 2048), (0, 0, 8192), (0, 512, 512), (16_384, 0, 16_384)):
-        assert Pace(LARGE, SchedulerConfig(max_num_batched_tokens=asked), reserved).step_tokens == most
+    for reserved, asked, most in (
+        (2048, 0, 2048),
+        (2048, 512, 512),
+        (2048, 4096, 2048),
+        (0, 0, 8192),
+        (0, 512, 512),
+        (16_384, 0, 16_384),
+    ):
+        assert (
+            Pace(LARGE, SchedulerConfig(max_num_batched_tokens=asked), reserved).step_tokens == most
+        )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +121,10 @@ def test_limits_of_a_step(cost, max_step_ms, watched, unwatched):
 def test_steps_take_longer_while_many_wait_and_for_over_a_second():
     made = Pace(StepCost(1, 0.01, 0), SchedulerConfig())
     most = 1000 / 0.01
-    limits = [made.limit_ms(20, Waiting(n, tokens)) for n, tokens in ((11, most + 1), (10, most + 1), (11, most))]
+    limits = [
+        made.limit_ms(20, Waiting(n, tokens))
+        for n, tokens in ((11, most + 1), (10, most + 1), (11, most))
+    ]
     assert limits == [50, 25, 25]
     assert made.limit_ms(0, Waiting(11, most + 1)) == 100
     assert Pace(None, SchedulerConfig()).limit_ms(1, Waiting(11, 10 * most)) == inf
@@ -101,7 +138,10 @@ def test_a_crowd_is_let_in_by_longer_steps():
     assert 45 < max(times[5:]) <= 50
 
 
-@pytest.mark.parametrize(("ms", "ahead"), [(0.0, 4), (0.1, 4), (1.0, 4), (1.1, 3), (1.5, 3), (1.6, 2), (3.1, 2), (3.2, 1), (50.0, 1)])
+@pytest.mark.parametrize(
+    ("ms", "ahead"),
+    [(0.0, 4), (0.1, 4), (1.0, 4), (1.1, 3), (1.5, 3), (1.6, 2), (3.1, 2), (3.2, 1), (50.0, 1)],
+)
 def test_short_steps_are_sent_ahead_in_greater_number(ms, ahead):
     assert fill(Pace(LARGE, SchedulerConfig()), ms) == ahead
 
@@ -116,8 +156,18 @@ def fill(made, ms, now=0.0):
 
 
 def test_the_flag_is_the_most_steps_ahead_and_two_are_all_without_costs():
-    assert [fill(Pace(QUICK, SchedulerConfig(steps_in_flight=n)), 0.1) for n in (1, 2, 3, 8)] == [1, 2, 3, 8]
-    assert [fill(Pace(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)] == [1, 2, 2, 2]
+    assert [fill(Pace(QUICK, SchedulerConfig(steps_in_flight=n)), 0.1) for n in (1, 2, 3, 8)] == [
+        1,
+        2,
+        3,
+        8,
+    ]
+    assert [fill(Pace(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)] == [
+        1,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
@@ -170,11 +220,13 @@ def test_what_steps_with_prefill_take_of_their_estimate_counts():
     assert made.due() == pytest.approx((0.8 * 50 - 2.5) / 1000)
 
 
-# --- estimates and what became of them --------------------------------------------------------------------------------
+# --- estimates and what became of them
+#   --------------------------------------------------------------------------------
 
 
 def run_steps(made, steps, ms, took, mixed=True, start=0, now=0.0, ahead=2):
-    """Steps one after the other, each sent while the one before it runs; returns the number of the last and the time."""
+    """Steps one after the other, each sent while the one before it runs; returns the number of the
+    last and the time."""
     n = start
     for _ in range(ahead):
         n += 1
@@ -188,12 +240,18 @@ def run_steps(made, steps, ms, took, mixed=True, start=0, now=0.0, ahead=2):
     return n, now + ahead * took / 1000
 
 
-@pytest.mark.parametrize(("took", "ratio"), [(20.0, 1.0), (30.0, 1.5), (90.0, 2.0), (15.0, 0.75), (2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("took", "ratio"), [(20.0, 1.0), (30.0, 1.5), (90.0, 2.0), (15.0, 0.75), (2.0, 0.5)]
+)
 def test_the_ratio_follows_the_measured_time_within_bounds(took, ratio):
     made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
     run_steps(made, 300, 20.0, took)
-    assert made.ratio == pytest.approx(ratio, rel=0.01) and made.step_ms == pytest.approx(took, rel=0.01)
-    assert made.limit_ms(1) == pytest.approx(20 / made.ratio) and made.limit_ms(0) == pytest.approx(80 / made.ratio)
+    assert made.ratio == pytest.approx(ratio, rel=0.01) and made.step_ms == pytest.approx(
+        took, rel=0.01
+    )
+    assert made.limit_ms(1) == pytest.approx(20 / made.ratio) and made.limit_ms(0) == pytest.approx(
+        80 / made.ratio
+    )
 
 
 def test_the_ratio_moves_slowly():
@@ -219,11 +277,13 @@ def test_other_steps_teach_nothing(mixed, ms, ahead, gap):
     assert made.ratio == 1.0 and made.step_ms == pytest.approx(30.0)
 
 
-# --- whole steps ------------------------------------------------------------------------------------------------------
+# --- whole steps
+#   ------------------------------------------------------------------------------------------------------
 
 
 class Line:
-    """A scheduler and one worker that takes as long as its costs say, times `slower`. `rows` has (slot, context, tokens) of each step."""
+    """A scheduler and one worker that takes as long as its costs say, times `slower`. `rows` has
+    (slot, context, tokens) of each step."""
 
     def __init__(self, cost, slower=1.0, blocks=20_000, **config):
         self.cost, self.slower, self.now = cost, slower, 1.0
@@ -237,16 +297,34 @@ class Line:
         self.handle(Hello(Peer(Role.TOKENIZER, "t", "ipc:///t", 8, True)))
 
     def handle(self, event):
-        self.steps += [message for _, message in self.scheduler.handle(event) if isinstance(message, Step)]
+        self.steps += [
+            message for _, message in self.scheduler.handle(event) if isinstance(message, Step)
+        ]
 
     def submit(self, prompt, max_tokens):
         self._requests += 1
-        tokens = np.random.default_rng(self._requests).integers(0, 1000, prompt).astype(np.int32).tobytes()
+        tokens = (
+            np.random.default_rng(self._requests)
+            .integers(0, 1000, prompt)
+            .astype(np.int32)
+            .tobytes()
+        )
         n = self._requests
-        self.handle(Submit(n.to_bytes(16, "big"), 1, n, "ipc:///t", tokens, b"", Sampling(seed=0, max_tokens=max_tokens)))
+        self.handle(
+            Submit(
+                n.to_bytes(16, "big"),
+                1,
+                n,
+                "ipc:///t",
+                tokens,
+                b"",
+                Sampling(seed=0, max_tokens=max_tokens),
+            )
+        )
 
     def run(self, steps=10_000):
-        """The rows of the steps that were executed; the last one only frees slots when nothing is left."""
+        """The rows of the steps that were executed; the last one only frees slots when nothing is
+        left."""
         first = len(self.rows)
         self.handle(Tick(self.now))
         while self.steps and len(self.rows) < first + steps:
@@ -256,10 +334,16 @@ class Line:
     def step(self):
         step = self.steps.pop(0)
         for admission in step.admit:
-            self.known[admission.slot], self.computed[admission.slot] = len(admission.prompt) // 4, admission.computed
+            self.known[admission.slot], self.computed[admission.slot] = (
+                len(admission.prompt) // 4,
+                admission.computed,
+            )
         self._last = self._last if step.repeat else ints(step.run_slots)
         counts = [1] * len(self._last) if step.repeat else ints(step.run_counts)
-        rows = [(slot, self.computed[slot], count) for slot, count in zip(self._last, counts, strict=True)]
+        rows = [
+            (slot, self.computed[slot], count)
+            for slot, count in zip(self._last, counts, strict=True)
+        ]
         self.rows.append(rows)
         (replica,) = self.scheduler.engine.replicas.values()
         self.times.append(self.slower * self.ms(rows))
@@ -268,21 +352,29 @@ class Line:
             self.now = due
             self.handle(Tick(due))
         self.ahead.append(1 + len(self.steps))
-        assert replica.pace._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), "the estimate is not what the costs say"
+        assert replica.pace._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), (
+            "the estimate is not what the costs say"
+        )
         for slot, context, count in rows:
             self.computed[slot] = context + count
         sampled = [slot for slot in self._last if self.computed[slot] == self.known[slot]]
         for slot in sampled:
             self.known[slot] += 1
         self.now = end
-        columns = np.array(sampled, np.int32).tobytes(), np.full(len(sampled), 5, np.int32).tobytes(), bytes(len(sampled))
+        columns = (
+            np.array(sampled, np.int32).tobytes(),
+            np.full(len(sampled), 5, np.int32).tobytes(),
+            bytes(len(sampled)),
+        )
         self.handle(StepResult(1, 7, step.n, *columns))
         for inbox, incarnation in (("ipc:///w", 7), ("ipc:///t", 8)):
             self.handle(Heartbeat(inbox, incarnation, step.n, True))
         self.handle(Tick(self.now))
 
     def ms(self, rows):
-        return self.cost.fixed_ms + sum(chunk_ms(self.cost, context, count) for _, context, count in rows)
+        return self.cost.fixed_ms + sum(
+            chunk_ms(self.cost, context, count) for _, context, count in rows
+        )
 
 
 def decoding(cost, count, prompt=64, **config):
@@ -309,12 +401,17 @@ def test_decodes_get_a_token_in_every_step_while_a_long_prompt_comes_in():
     chunks = prefill_of(rows)
     assert sum(tokens for *_, tokens in chunks) >= 99_999
     first, last = chunks[0][0], chunks[-1][0]
-    assert [i for i, *_ in chunks] == list(range(first, last + 1)) and len({slot for _, slot, *_ in chunks}) == 1
+    assert [i for i, *_ in chunks] == list(range(first, last + 1)) and len(
+        {slot for _, slot, *_ in chunks}
+    ) == 1
     assert all(sum(1 for row in step if row[2] == 1) == 32 for step in rows[: last + 1])
     assert all(line.ms(step) <= 25.0 for step in rows)
     for i, _, context, tokens in chunks[:-1]:
-        assert tokens % BLOCK == 0 and line.ms(rows[i]) + chunk_ms(LARGE, context + tokens, BLOCK) > 25.0
-    assert chunks[0][3] > 2 * chunks[-2][3] > 2 * pace.LEAST_CHUNK
+        assert (
+            tokens % BLOCK == 0
+            and line.ms(rows[i]) + chunk_ms(LARGE, context + tokens, BLOCK) > 25.0
+        )
+    assert chunks[0][3] > 2 * chunks[-2][3] > 2 * step_estimator.LEAST_CHUNK
 
 
 @pytest.mark.parametrize("limit", [10, 20])
@@ -358,7 +455,11 @@ def test_prompts_come_in_order_of_arrival_and_share_a_step():
     chunks = prefill_of(rows)
     order = [slot for _, slot, *_ in chunks]
     parts = [order.count(slot) for slot in dict.fromkeys(order)]
-    assert len(parts) == 40 and [slot for slot, n in zip(dict.fromkeys(order), parts, strict=True) for _ in range(n)] == order
+    assert (
+        len(parts) == 40
+        and [slot for slot, n in zip(dict.fromkeys(order), parts, strict=True) for _ in range(n)]
+        == order
+    )
     assert max(parts) == 2, "a prompt lies in more steps than it must"
     for i in range(chunks[0][0], chunks[-1][0]):
         assert line.ms(rows[i]) <= 25 and sum(1 for j, *_ in chunks if j == i) > 1
@@ -396,13 +497,24 @@ def test_a_wrong_estimate_is_corrected(slower, before):
     for _ in range(4):
         line.submit(100_000, 1)
     line.run(1000)
-    mixed = [ms for ms, rows in zip(line.times, line.rows, strict=True) if sum(tokens for *_, tokens in rows) > 200]
-    assert mixed[2] == pytest.approx(before, rel=0.05) and max(mixed[150:-2]) < 26.5 and min(mixed[150:-8]) > 22
+    mixed = [
+        ms
+        for ms, rows in zip(line.times, line.rows, strict=True)
+        if sum(tokens for *_, tokens in rows) > 200
+    ]
+    assert (
+        mixed[2] == pytest.approx(before, rel=0.05)
+        and max(mixed[150:-2]) < 26.5
+        and min(mixed[150:-8]) > 22
+    )
     stats = line.scheduler.stats()
     assert stats["step_ms_ratio"] == pytest.approx(slower, rel=0.05) and 1 < stats["step_ms"] < 30
 
 
-@pytest.mark.parametrize(("cost", "ahead"), [(QUICK, 4), (StepCost(1.2, 0, 0), 4), (StepCost(2.0, 0, 0), 3), (StepCost(6.0, 0, 0), 2)])
+@pytest.mark.parametrize(
+    ("cost", "ahead"),
+    [(QUICK, 4), (StepCost(1.2, 0, 0), 4), (StepCost(2.0, 0, 0), 3), (StepCost(6.0, 0, 0), 2)],
+)
 def test_steps_in_flight_by_their_time(cost, ahead):
     """At the end of each."""
     line = decoding(cost, 2)
@@ -438,6 +550,8 @@ def test_the_loop_waits_until_the_next_step_is_due_and_not_past_it(monkeypatch, 
     """Also when that was while the loop was busy."""
     line = decoding(LARGE, 200, prompt=900, blocks=40_000)
     scheduler, now = line.scheduler, line.scheduler.now
-    monkeypatch.setattr(scheduler.engine, "due", lambda since: now + 0.010 if since < now + 0.010 else inf)
+    monkeypatch.setattr(
+        scheduler.engine, "due", lambda since: now + 0.010 if since < now + 0.010 else inf
+    )
     monkeypatch.setattr(loop.time, "monotonic", lambda: now + later_ms / 1000)
     assert loop.Loop(scheduler, None, None)._pause_s() == pytest.approx(pause_ms / 1000)

@@ -1,8 +1,19 @@
-"""What becomes of requests besides tokens: refusals, cancellation, attempts, placement, peers that come and go."""
+"""What becomes of requests besides tokens: refusals, cancellation, attempts, placement, peers that
+come and go."""
 
 import pytest
 from pagewire.scheduler.state import Tick, Unreachable
-from pagewire_protocol.messages import Finish, Goodbye, Heartbeat, Hello, Peer, Role, StepResult, Submit, pack
+from pagewire_protocol.messages import (
+    Finish,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Peer,
+    Role,
+    StepResult,
+    Submit,
+    pack,
+)
 from pagewire_protocol.sampling import Sampling
 from scheduler.scheduler_sim import World, expected_output
 
@@ -31,16 +42,27 @@ def refused(w, status, text, *args, **options):
 def test_what_never_fits_is_refused_with_the_arithmetic():
     w = world(facts={"max_model_len": 40, "num_blocks": 32})
     assert (
-        refused(w, 400, "33 prompt tokens and max_tokens 8 make 41, which is more than the context of 40", range(33)).param == "max_tokens"
+        refused(
+            w,
+            400,
+            "33 prompt tokens and max_tokens 8 make 41, which is more than the context of 40",
+            range(33),
+        ).param
+        == "max_tokens"
     )
     w = world(facts={"max_model_len": 400, "num_blocks": 10})
-    refused(w, 400, "make 41, which is more than the KV cache of 10 blocks of 4 = 40 tokens", range(33))
+    refused(
+        w, 400, "make 41, which is more than the KV cache of 10 blocks of 4 = 40 tokens", range(33)
+    )
     w.assert_idle()
 
 
 def test_tokens_outside_the_vocabulary_and_broken_columns_are_refused():
     w = world()
-    assert refused(w, 400, "token id 1000 is outside the model's vocabulary of 1000", [1, 1000]).param == "prompt"
+    assert (
+        refused(w, 400, "token id 1000 is outside the model's vocabulary of 1000", [1, 1000]).param
+        == "prompt"
+    )
     refused(w, 400, "token id -1 is outside", [1, -1])
     refused(w, 400, "prompt is empty", [])
     inbox = next(iter(w.tokenizers))
@@ -199,7 +221,9 @@ def test_placement_follows_the_prefix_then_the_load():
 def test_two_tokenizers_get_their_own_rows_only():
     w = world()
     other = w.add_tokenizer()
-    handles = [w.submit([i, 2, 3], tokenizer=t, max_tokens=9) for i in range(3) for t in list(w.tokenizers)]
+    handles = [
+        w.submit([i, 2, 3], tokenizer=t, max_tokens=9) for i in range(3) for t in list(w.tokenizers)
+    ]
     assert len({w.attempts[h].tokenizer for h in handles}) == 2
     w.step()
     w.kill_tokenizer(other)
@@ -298,7 +322,9 @@ def test_the_roster_tells_what_the_stack_can_do():
     refused(w, 400, "context of 48", [1], max_tokens=48)
     w.kill_worker(b)
     w.tick()
-    assert w.rosters[tokenizer].max_model_len == 64 and w.rosters[a.peer.inbox] == w.rosters[tokenizer]
+    assert (
+        w.rosters[tokenizer].max_model_len == 64 and w.rosters[a.peer.inbox] == w.rosters[tokenizer]
+    )
     h = w.submit([1], max_tokens=48)
     w.run()
     assert w.output(h) == w.expected(h)
@@ -318,8 +344,17 @@ def test_frontends_get_statistics_every_second_and_others_do_not():
     assert set(w.rosters) == {"ipc:///f"}
     stats = w.rosters["ipc:///f"].stats
     assert stats["prompt_tokens"] == 3 and stats["generation_tokens"] == 8
-    assert stats["kv_blocks_total"] == stats["kv_blocks_free"] == 32 and stats["kv_cache_usage_perc"] == 0
-    assert {"num_requests_running", "num_requests_waiting", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions"} <= set(stats)
+    assert (
+        stats["kv_blocks_total"] == stats["kv_blocks_free"] == 32
+        and stats["kv_cache_usage_perc"] == 0
+    )
+    assert {
+        "num_requests_running",
+        "num_requests_waiting",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "num_preemptions",
+    } <= set(stats)
 
 
 def test_peers_are_dropped_for_silence_replaced_by_name_and_greeted_when_unknown():

@@ -1,4 +1,5 @@
-"""Limits and log-probabilities as the scheduler sees them: what it refuses, what it forwards, when a prompt is computed whole."""
+"""Limits and log-probabilities as the scheduler sees them: what it refuses, what it forwards, when
+a prompt is computed whole."""
 
 import numpy as np
 import pytest
@@ -21,21 +22,45 @@ def world(workers=1, facts=None, **config):
 
 INF, NAN = float("inf"), float("nan")
 REFUSED = {
-    "bias beyond the vocabulary": ({"bias_ids": pack("i", [VOCAB]), "bias_values": pack("f", [1.0])}, "logit_bias"),
-    "negative bias id": ({"bias_ids": pack("i", [-1]), "bias_values": pack("f", [1.0])}, "logit_bias"),
-    "more ids than values": ({"bias_ids": pack("i", [1, 2]), "bias_values": pack("f", [1.0])}, "logit_bias"),
+    "bias beyond the vocabulary": (
+        {"bias_ids": pack("i", [VOCAB]), "bias_values": pack("f", [1.0])},
+        "logit_bias",
+    ),
+    "negative bias id": (
+        {"bias_ids": pack("i", [-1]), "bias_values": pack("f", [1.0])},
+        "logit_bias",
+    ),
+    "more ids than values": (
+        {"bias_ids": pack("i", [1, 2]), "bias_values": pack("f", [1.0])},
+        "logit_bias",
+    ),
     "values without ids": ({"bias_values": pack("f", [1.0])}, "logit_bias"),
     "half a bias id": ({"bias_ids": b"ab", "bias_values": pack("f", [1.0])}, "logit_bias"),
     "half a bias value": ({"bias_ids": pack("i", [1]), "bias_values": b"abc"}, "logit_bias"),
-    "bias over 100": ({"bias_ids": pack("i", [1]), "bias_values": pack("f", [100.5])}, "logit_bias"),
+    "bias over 100": (
+        {"bias_ids": pack("i", [1]), "bias_values": pack("f", [100.5])},
+        "logit_bias",
+    ),
     "infinite bias": ({"bias_ids": pack("i", [1]), "bias_values": pack("f", [-INF])}, "logit_bias"),
-    "bias that is no number": ({"bias_ids": pack("i", [1]), "bias_values": pack("f", [NAN])}, "logit_bias"),
-    "allowed beyond the vocabulary": ({"allowed_ids": pack("i", [1, 2**31 - 1])}, "allowed_token_ids"),
+    "bias that is no number": (
+        {"bias_ids": pack("i", [1]), "bias_values": pack("f", [NAN])},
+        "logit_bias",
+    ),
+    "allowed beyond the vocabulary": (
+        {"allowed_ids": pack("i", [1, 2**31 - 1])},
+        "allowed_token_ids",
+    ),
     "half an allowed id": ({"allowed_ids": b"abcde"}, "allowed_token_ids"),
-    "bad word beyond the vocabulary": ({"bad_words": (pack("i", [1]), pack("i", [2, VOCAB]))}, "bad_words"),
+    "bad word beyond the vocabulary": (
+        {"bad_words": (pack("i", [1]), pack("i", [2, VOCAB]))},
+        "bad_words",
+    ),
     "half a bad word": ({"bad_words": (b"a",)}, "bad_words"),
     "bad word of nothing": ({"bad_words": (b"",)}, "bad_words"),
-    "nothing left": ({"allowed_ids": pack("i", [7, 8]), "bad_words": (pack("i", [7]), pack("i", [8]))}, "allowed_token_ids"),
+    "nothing left": (
+        {"allowed_ids": pack("i", [7, 8]), "bad_words": (pack("i", [7]), pack("i", [8]))},
+        "allowed_token_ids",
+    ),
 }
 
 
@@ -51,7 +76,12 @@ def test_what_would_break_a_worker_is_refused_and_the_next_request_served(name, 
     w.tick()
     end = w.end(handle)
     assert end.finish is Finish.REFUSED and end.status == 400 and end.param == param, end
-    good = w.submit(PROMPT, bias_ids=pack("i", [VOCAB - 1]), bias_values=pack("f", [-100.0]), allowed_ids=pack("i", [0]))
+    good = w.submit(
+        PROMPT,
+        bias_ids=pack("i", [VOCAB - 1]),
+        bias_values=pack("f", [-100.0]),
+        allowed_ids=pack("i", [0]),
+    )
     w.run()
     assert w.end(good).finish is Finish.LENGTH
     w.assert_idle()
@@ -66,8 +96,12 @@ def test_a_scored_prompt_is_computed_whole_and_its_blocks_are_shared(budget):
     w.run()
     again = w.submit(PROMPT)
     w.run()
-    assert w.attempts[first].placed.cached_tokens == 0 and w.attempts[again].placed.cached_tokens == 12
-    assert w.attempts[scored].placed.cached_tokens == 0 and w.attempts[scored].scores == dict(enumerate(PROMPT[1:], 1))
+    assert (
+        w.attempts[first].placed.cached_tokens == 0 and w.attempts[again].placed.cached_tokens == 12
+    )
+    assert w.attempts[scored].placed.cached_tokens == 0 and w.attempts[scored].scores == dict(
+        enumerate(PROMPT[1:], 1)
+    )
     assert w.attempts[first].scores == w.attempts[again].scores == {}
     assert w.output(first) == w.output(scored) == w.output(again)
     w.assert_idle()
@@ -82,7 +116,10 @@ def test_a_scored_prompt_waits_for_nobody_and_fills_the_cache():
     w.run()
     cached = w.submit(long)
     w.run()
-    assert w.attempts[scored].scores == dict(enumerate(long[1:], 1)) and w.attempts[cached].placed.cached_tokens == 28
+    assert (
+        w.attempts[scored].scores == dict(enumerate(long[1:], 1))
+        and w.attempts[cached].placed.cached_tokens == 28
+    )
     w.assert_idle()
 
 
@@ -92,7 +129,9 @@ def test_after_preemption_each_position_came_and_a_resumed_request_reads_the_cac
     w.run()
     assert w.scheduler.engine.counters.num_preemptions > 0
     for i, handle in enumerate(handles):
-        assert w.attempts[handle].scores == dict(enumerate(range(9), 1)) and w.output(handle) == w.expected(handle), i
+        assert w.attempts[handle].scores == dict(enumerate(range(9), 1)) and w.output(
+            handle
+        ) == w.expected(handle), i
     w.assert_idle()
 
 
@@ -101,9 +140,15 @@ def test_a_resubmission_with_output_scores_no_prompt():
     first = w.submit(PROMPT, prompt_logprobs=0, max_tokens=4)
     w.run()
     said = w.output(first)
-    second = w.submit(PROMPT, rid=b"r" * 16, attempt=2, output=said[:2], prompt_logprobs=0, max_tokens=4)
+    second = w.submit(
+        PROMPT, rid=b"r" * 16, attempt=2, output=said[:2], prompt_logprobs=0, max_tokens=4
+    )
     w.run()
-    assert w.attempts[second].scores == {} and w.attempts[second].placed.cached_tokens == 12 and w.output(second) == said
+    assert (
+        w.attempts[second].scores == {}
+        and w.attempts[second].placed.cached_tokens == 12
+        and w.output(second) == said
+    )
 
 
 def test_prompt_scores_of_a_slot_that_was_not_run_are_distrusted():
@@ -115,7 +160,9 @@ def test_prompt_scores_of_a_slot_that_was_not_run_are_distrusted():
     result = worker.results[0]
     import msgspec
 
-    worker.results[0] = msgspec.structs.replace(result, prompt_logprobs=(msgspec.structs.replace(result.prompt_logprobs[0], place=5),))
+    worker.results[0] = msgspec.structs.replace(
+        result, prompt_logprobs=(msgspec.structs.replace(result.prompt_logprobs[0], place=5),)
+    )
     w.deliver(worker)
     w.tick()
     assert w.end(handle).finish is Finish.LOST
@@ -135,18 +182,30 @@ def columns(rows):
 
 def listed(given):
     """The inverse of `columns`."""
-    rows, counts, ranks, ids = (unpack("i", c).tolist() for c in (given.rows, given.counts, given.ranks, given.ids))
+    rows, counts, ranks, ids = (
+        unpack("i", c).tolist() for c in (given.rows, given.counts, given.ranks, given.ids)
+    )
     entries = iter(zip(ids, unpack("f", given.values).tolist(), strict=True))
-    return [(row, rank, [next(entries) for _ in range(count)]) for row, count, rank in zip(rows, counts, ranks, strict=True)]
+    return [
+        (row, rank, [next(entries) for _ in range(count)])
+        for row, count, rank in zip(rows, counts, ranks, strict=True)
+    ]
 
 
-ROWS = [(0, 1, [(10, -1.0)]), (2, 4, [(12, -2.0), (5, -0.5), (6, -0.75)]), (3, 2, [(13, -3.0), (7, -0.25)])]
+ROWS = [
+    (0, 1, [(10, -1.0)]),
+    (2, 4, [(12, -2.0), (5, -0.5), (6, -0.75)]),
+    (3, 2, [(13, -3.0), (7, -0.25)]),
+]
 
 
 def test_logprobs_of_kept_rows():
     keep = np.array([False, True, True, True])
     assert listed(select(columns(ROWS), keep)) == [(1, *ROWS[1][1:]), (2, *ROWS[2][1:])]
-    assert select(columns(ROWS), np.array([False, True, False, False])) is None and select(None, keep) is None
+    assert (
+        select(columns(ROWS), np.array([False, True, False, False])) is None
+        and select(None, keep) is None
+    )
 
 
 def test_logprobs_go_to_the_owner_of_each_row_over_several_steps():
@@ -156,8 +215,12 @@ def test_logprobs_go_to_the_owner_of_each_row_over_several_steps():
     everyone = np.arange(4, dtype=np.int32)
     out.tokens(slots, everyone, np.zeros(4, np.int64), everyone, columns(ROWS))
     out.tokens(slots, everyone[:1], np.ones(1, np.int64), everyone[:1], None)
-    out.tokens(slots, everyone[2:], np.ones(2, np.int64), everyone[2:], columns([(0, 9, [(1, -4.0)])]))
+    out.tokens(
+        slots, everyone[2:], np.ones(2, np.int64), everyone[2:], columns([(0, 9, [(1, -4.0)])])
+    )
     mail = {owner: part.message() for owner, part in out.take().items()}
-    assert unpack("I", mail[7].handles).tolist() == [100, 102, 100, 102] and unpack("I", mail[8].handles).tolist() == [101, 103, 103]
+    assert unpack("I", mail[7].handles).tolist() == [100, 102, 100, 102] and unpack(
+        "I", mail[8].handles
+    ).tolist() == [101, 103, 103]
     assert listed(mail[7].logprobs) == [(0, *ROWS[0][1:]), (1, *ROWS[1][1:]), (3, 9, [(1, -4.0)])]
     assert listed(mail[8].logprobs) == [(1, *ROWS[2][1:])]

@@ -1,4 +1,5 @@
-"""What a step holds: decode first, chunks, budgets, repeats, growth, preemption, the waste of running ahead."""
+"""What a step holds: decode first, chunks, budgets, repeats, growth, preemption, the waste of
+running ahead."""
 
 import numpy as np
 import pytest
@@ -49,7 +50,9 @@ def test_decodes_come_first_and_long_prompts_come_in_chunks(ahead):
     (worker,) = w.workers.values()
     before = len(worker.steps) + len(worker.inbox)
     w.run()
-    slot_of_long = next(a.slot for s in worker.steps for a in s.admit if a.execution == w.attempts[long].execution)
+    slot_of_long = next(
+        a.slot for s in worker.steps for a in s.admit if a.execution == w.attempts[long].execution
+    )
     counts = []
     for step in worker.steps[before:]:
         slots, sizes = ints(step.run_slots), ints(step.run_counts)
@@ -71,8 +74,14 @@ def test_the_longest_decode_first():
     known, orders = dict[int, int](), []
     for step in worker.steps:
         known |= {a.slot: len(a.prompt) // 4 for a in step.admit}
-        orders += [[known[slot] for slot in ints(step.run_slots)]] if step.run_slots and max(ints(step.run_counts)) == 1 else []
-    assert [40, 40, 12, 5, 3] in orders and all(order == sorted(order, reverse=True) for order in orders)
+        orders += (
+            [[known[slot] for slot in ints(step.run_slots)]]
+            if step.run_slots and max(ints(step.run_counts)) == 1
+            else []
+        )
+    assert [40, 40, 12, 5, 3] in orders and all(
+        order == sorted(order, reverse=True) for order in orders
+    )
 
 
 def test_no_step_has_more_rows_than_max_num_seqs():
@@ -167,7 +176,10 @@ def test_stop_tokens_min_tokens_and_ignore_eos():
     deaf = w.submit(prompt, max_tokens=30, ignore_eos=True)
     w.run()
     assert w.output(stop) == free[:3] and w.end(stop).stop_reason == free[2]
-    assert w.output(late) == expected_output(prompt, sampling(30, min_tokens=6), (free[4],)) and len(w.output(late)) >= 6
+    assert (
+        w.output(late) == expected_output(prompt, sampling(30, min_tokens=6), (free[4],))
+        and len(w.output(late)) >= 6
+    )
     assert w.output(deaf) == free and w.end(deaf).finish is Finish.LENGTH
     w.assert_idle()
 
@@ -175,7 +187,11 @@ def test_stop_tokens_min_tokens_and_ignore_eos():
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 def test_preemption_happens_and_changes_no_token(caching, ahead):
-    w = world(facts={"num_blocks": 16, "block_size": 4, "cost": QUICK}, enable_prefix_caching=caching, steps_in_flight=ahead)
+    w = world(
+        facts={"num_blocks": 16, "block_size": 4, "cost": QUICK},
+        enable_prefix_caching=caching,
+        steps_in_flight=ahead,
+    )
     handles = [w.submit([i, 2, 3, 4, 5], max_tokens=40) for i in range(4)]
     w.run()
     assert w.scheduler.stats()["num_preemptions"] > 0
@@ -186,7 +202,9 @@ def test_preemption_happens_and_changes_no_token(caching, ahead):
 
 def test_the_youngest_of_the_lowest_priority_is_preempted():
     w = world(facts={"num_blocks": 16, "block_size": 4})
-    urgent_but_late = [w.submit([i, 2, 3, 4, 5], max_tokens=40, priority=p) for i, p in enumerate([5, 5, -1, -1])]
+    urgent_but_late = [
+        w.submit([i, 2, 3, 4, 5], max_tokens=40, priority=p) for i, p in enumerate([5, 5, -1, -1])
+    ]
     preempted = []
     (replica,) = w.scheduler.engine.replicas.values()
     original = replica.preempt
@@ -238,11 +256,15 @@ def sampling(max_tokens, **more):
 
 
 def test_the_simulated_model_is_a_chain():
-    assert next_token([1, 2]) != next_token([2, 1]) and np.unique([next_token([i]) for i in range(50)]).size > 40
+    assert (
+        next_token([1, 2]) != next_token([2, 1])
+        and np.unique([next_token([i]) for i in range(50)]).size > 40
+    )
 
 
 def handed_over(w, *answers):
-    """The steps and tokens of a tick: those handed over as they were made, where the answer was yes, and those that it gave back."""
+    """The steps and tokens of a tick: those handed over as they were made, where the answer was
+    yes, and those that it gave back."""
     sent, answers = [], iter(answers)
 
     def take(inbox, message):
@@ -251,7 +273,11 @@ def handed_over(w, *answers):
         return taken
 
     w.scheduler.at_once = take
-    back = [message for _, message in w.scheduler.handle(Tick(w.now + 0.001)) if isinstance(message, (Step, Tokens))]
+    back = [
+        message
+        for _, message in w.scheduler.handle(Tick(w.now + 0.001))
+        if isinstance(message, (Step, Tokens))
+    ]
     w.scheduler.at_once = None
     return sent, back
 

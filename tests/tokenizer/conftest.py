@@ -1,4 +1,5 @@
-"""Small tokenizers built in the process: a byte-level BPE, and a sentencepiece-like one with scores, each also as a GGUF file."""
+"""Small tokenizers built in the process: a byte-level BPE, and a sentencepiece-like one with
+scores, each also as a GGUF file."""
 
 import os
 from pathlib import Path
@@ -38,15 +39,20 @@ def template_source() -> str:
 
 @pytest.fixture(scope="session")
 def bpe() -> Tokenizer:
-    """Byte-level BPE with digits apart, as SmolLM's; few merges, so that most characters beyond ASCII take several tokens."""
+    """Byte-level BPE with digits apart, as SmolLM's; few merges, so that most characters beyond
+    ASCII take several tokens."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
     words = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
 
@@ -89,10 +95,34 @@ def bpe_fields(tokenizer: Tokenizer, pre: str = "smollm") -> dict[str, object]:
 
 
 def spm_fields() -> dict[str, object]:
-    """A hand-made sentencepiece vocabulary: control tokens, all bytes, characters, and pieces scored by their order."""
-    pieces = ["▁t", "he", "▁the", "▁c", "▁ca", "at", "▁cat", "▁s", "▁sat", "▁▁", "hello", "▁hello", "he", "ll", "llo"]
+    """A hand-made sentencepiece vocabulary: control tokens, all bytes, characters, and pieces
+    scored by their order."""
+    pieces = [
+        "▁t",
+        "he",
+        "▁the",
+        "▁c",
+        "▁ca",
+        "at",
+        "▁cat",
+        "▁s",
+        "▁sat",
+        "▁▁",
+        "hello",
+        "▁hello",
+        "he",
+        "ll",
+        "llo",
+    ]
     characters = sorted(set("▁abcdefghijklmnopqrstuvwxyz.,!世"))
-    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *dict.fromkeys(pieces), *characters]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *[f"<0x{byte:02X}>" for byte in range(256)],
+        *dict.fromkeys(pieces),
+        *characters,
+    ]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
     scores = [0.0] * 259 + [-float(n) for n in range(len(tokens) - 259)]
     return {
@@ -122,10 +152,10 @@ def make_gguf(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer):
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The demo model's file, where it is on this machine already."""
-    from pagewire import hub
+    from pagewire.hub import huggingface
 
     given = os.environ.get("PAGEWIRE_TEST_GGUF")
-    path = Path(given) if given else hub.cache_dir() / "demo" / hub.DEMO_GGUF
+    path = Path(given) if given else huggingface.cache_dir() / "demo" / huggingface.DEMO_GGUF
     if not path.is_file():
         pytest.skip("the demo model is not on this machine; set PAGEWIRE_TEST_GGUF")
     return path

@@ -47,8 +47,14 @@ EXPECTED = {
         "[gMASK]<sop><|user|>\nHi<|assistant|>\nHello.<|user|>\nWho?<|assistant|>",
         "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>",
     ),
-    "phi-1_5": ("Alice: Hi\n\nBob: Hello.\n\nAlice: Who?\n\nBob:", "Be brief.\n\nAlice: Hi\n\nBob:"),
-    "phi-2": ("Instruct: Hi\nOutput: Hello.\nInstruct: Who?\nOutput:", "Be brief.\nInstruct: Hi\nOutput:"),
+    "phi-1_5": (
+        "Alice: Hi\n\nBob: Hello.\n\nAlice: Who?\n\nBob:",
+        "Be brief.\n\nAlice: Hi\n\nBob:",
+    ),
+    "phi-2": (
+        "Instruct: Hi\nOutput: Hello.\nInstruct: Who?\nOutput:",
+        "Be brief.\nInstruct: Hi\nOutput:",
+    ),
     "baichuan": ("<U>Hi<A>Hello.<U>Who?<A>", "Be brief.<U>Hi<A>"),
 }
 
@@ -70,7 +76,11 @@ def test_text(name: str):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_final_message_can_be_continued(name: str):
     found = ChatTemplate(read_option(name), NAMES).render(
-        chat([("user", "Hi"), ("assistant", "I am")], add_generation_prompt=False, continue_final_message=True)
+        chat(
+            [("user", "Hi"), ("assistant", "I am")],
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
     )
     assert found.endswith("I am")
 
@@ -78,7 +88,9 @@ def test_a_final_message_can_be_continued(name: str):
 @pytest.mark.parametrize("name", ["vicuna", "alpaca", "llama-2", "baichuan", "phi-1_5", "phi-2"])
 def test_unknown_roles_are_refused(name: str):
     with pytest.raises(TemplateRefused, match=r"user and assistant.*system at the beginning"):
-        ChatTemplate(read_option(name), NAMES).render(chat([("user", "Hi"), ("tool", "x"), ("user", "y")]))
+        ChatTemplate(read_option(name), NAMES).render(
+            chat([("user", "Hi"), ("tool", "x"), ("user", "y")])
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,12 @@ def test_unknown_roles_are_refused(name: str):
         ("Qwen-1_8B", {"model_type": "qwen"}, {"chat_format": "raw"}, ""),
         ("vicuna-7b-v1.5", {"model_type": "llama"}, {}, "vicuna"),
         ("alpaca-7b", {"model_type": "llama"}, {}, "alpaca"),
-        ("models--meta-llama--Llama-2-7b-chat-hf/snapshots/0123", {"model_type": "llama"}, {}, "llama-2"),
+        (
+            "models--meta-llama--Llama-2-7b-chat-hf/snapshots/0123",
+            {"model_type": "llama"},
+            {},
+            "llama-2",
+        ),
         ("Llama-2-7b-hf", {"model_type": "llama"}, {}, ""),
         ("m", {"model_type": "llama", "_name_or_path": "lmsys/vicuna-13b"}, {}, "vicuna"),
         ("m", {"model_type": "chatglm", "_name_or_path": "THUDM/chatglm3-6b"}, {}, "chatglm3"),

@@ -25,7 +25,9 @@ def spm(make_gguf) -> Tokenizer:
 @pytest.fixture(scope="module")
 def wordpiece() -> Tokenizer:
     words = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat", "un", "##able", "."]
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[1:3]])
@@ -38,18 +40,24 @@ def deltas(decoding: Decoding, ids: list[int], **options: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_random_ids_decode_as_the_library_decodes_them(byte_level: Decoding, bpe: Tokenizer, skip: bool):
+def test_random_ids_decode_as_the_library_decodes_them(
+    byte_level: Decoding, bpe: Tokenizer, skip: bool
+):
     @settings(max_examples=500, deadline=None)
     @given(st.lists(st.integers(0, bpe.get_vocab_size() - 1), max_size=40))
     def check(ids: list[int]) -> None:
-        assert "".join(deltas(byte_level, ids, skip_special=skip)) == bpe.decode(ids, skip_special_tokens=skip)
+        assert "".join(deltas(byte_level, ids, skip_special=skip)) == bpe.decode(
+            ids, skip_special_tokens=skip
+        )
 
     check()
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=60))
-def test_any_text_comes_back_whole_and_in_whole_characters(byte_level: Decoding, bpe: Tokenizer, text: str):
+def test_any_text_comes_back_whole_and_in_whole_characters(
+    byte_level: Decoding, bpe: Tokenizer, text: str
+):
     found = deltas(byte_level, bpe.encode(text).ids, skip_special=False)
     assert "".join(found) == text
     assert "\ufffd" in text or not any("\ufffd" in delta for delta in found)
@@ -83,7 +91,11 @@ def test_padding_rows_of_a_model_have_no_text(bpe: Tokenizer):
     decoding = Decoding(bpe)
     decoding.grow(1000)
     assert deltas(decoding, [999]) == ["", ""]
-    assert decoding.bytes_of(np.array([999, bpe.token_to_id("ä"), 1], np.int32)) == (b"", b"\xe4", b"<|im_start|>")
+    assert decoding.bytes_of(np.array([999, bpe.token_to_id("ä"), 1], np.int32)) == (
+        b"",
+        b"\xe4",
+        b"<|im_start|>",
+    )
     for outside in (1000, -1):
         with pytest.raises(ValueError, match="vocabulary of 1000"):
             decoding.bytes_of(np.array([5, outside], np.int32))
@@ -94,7 +106,10 @@ def test_sentencepiece_text_comes_back(spm: Tokenizer):
     assert decoding.tabled
     rng = random.Random(5)
     for _ in range(300):
-        text = "".join(rng.choice(["the cat", " ", "世", "é", "😀", "hello", "\n", "z"]) for _ in range(rng.randrange(12)))
+        text = "".join(
+            rng.choice(["the cat", " ", "世", "é", "😀", "hello", "\n", "z"])
+            for _ in range(rng.randrange(12))
+        )
         ids = spm.encode(text).ids
         assert decoding.decode(ids) == spm.decode(ids) == text
         assert "".join(deltas(decoding, ids, at_start=True)) == text
@@ -116,7 +131,9 @@ def test_byte_fallback_is_held_until_whole(spm: Tokenizer):
 
 
 def test_metaspace(bpe: Tokenizer):
-    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁cat", -1.0), ("s", -1.0)], unk_id=0))
+    tokenizer = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁cat", -1.0), ("s", -1.0)], unk_id=0)
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     decoding = Decoding(tokenizer)
     assert decoding.tabled
@@ -129,7 +146,10 @@ def test_decoders_that_look_at_neighbours_use_a_window(wordpiece: Tokenizer):
     assert isinstance(decoding.start(silent=True), TableDecoder)
     rng = random.Random(3)
     text = "the cats sat unable. the cat sat"
-    for ids in [wordpiece.encode(text).ids, *[[rng.randrange(3, 10) for _ in range(8)] for _ in range(20)]]:
+    for ids in [
+        wordpiece.encode(text).ids,
+        *[[rng.randrange(3, 10) for _ in range(8)] for _ in range(20)],
+    ]:
         if not wordpiece.id_to_token(ids[0]).startswith("##"):
             joined = "".join(deltas(decoding, ids))
             assert joined.replace(" .", ".") == wordpiece.decode(ids).replace(" .", ".")
@@ -138,4 +158,7 @@ def test_decoders_that_look_at_neighbours_use_a_window(wordpiece: Tokenizer):
 def test_spaces_between_special_tokens(wordpiece: Tokenizer):
     decoding = Decoding(wordpiece)
     assert "".join(deltas(decoding, [1, 2, 3], skip_special=False)) == "[CLS] [SEP] the"
-    assert "".join(deltas(decoding, [1, 2, 3], skip_special=False, spaces_between_special=False)) == "[CLS][SEP] the"
+    assert (
+        "".join(deltas(decoding, [1, 2, 3], skip_special=False, spaces_between_special=False))
+        == "[CLS][SEP] the"
+    )

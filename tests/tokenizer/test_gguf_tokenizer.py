@@ -15,8 +15,14 @@ from tokenizers import Tokenizer
 def test_metadata_equals_the_gguf_package_s(make_gguf):
     path = make_gguf()
     found = read_metadata(path)
-    fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
-    assert {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()} == fields
+    fields = {
+        key: field.contents()
+        for key, field in gguf.GGUFReader(path).fields.items()
+        if not key.startswith("GGUF.")
+    }
+    assert {
+        key: list(value) if isinstance(value, tuple) else value for key, value in found.items()
+    } == fields
 
 
 def test_not_a_gguf_file(tmp_path: Path):
@@ -50,7 +56,12 @@ def test_round_trip_with_each_pre_tokenizer(make_gguf, texts: list[str], pre: st
     built = build(read_metadata(make_gguf(tokenizer__ggml__pre=pre)))
     for text in texts:
         if "e\u0301" not in text:  # qwen2 composes characters before anything else
-            assert built.decode(built.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+            assert (
+                built.decode(
+                    built.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+                )
+                == text
+            )
 
 
 @pytest.mark.parametrize(
@@ -73,11 +84,18 @@ def test_pre_tokenizers_split_as_their_models_do(make_gguf, pre: str, expected: 
 
 def test_bos_first_when_the_file_says_so(make_gguf):
     assert build(read_metadata(make_gguf())).encode("hi").ids[0] != 1
-    assert build(read_metadata(make_gguf(tokenizer__ggml__add_bos_token=True))).encode("hi").ids[0] == 1
+    assert (
+        build(read_metadata(make_gguf(tokenizer__ggml__add_bos_token=True))).encode("hi").ids[0]
+        == 1
+    )
     llama3 = build(read_metadata(make_gguf(tokenizer__ggml__pre="llama-bpe")))
     assert llama3.encode("hi").ids[0] == 1
     assert llama3.encode("hi", add_special_tokens=False).ids[0] != 1
-    both = build(read_metadata(make_gguf(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__add_eos_token=True)))
+    both = build(
+        read_metadata(
+            make_gguf(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__add_eos_token=True)
+        )
+    )
     assert both.encode("hi").ids[:: len(both.encode("hi").ids) - 1] == [1, 2]
 
 
@@ -92,21 +110,38 @@ def test_sentencepiece(make_gguf):
     for text in ("the cat sat", "hello  world", "世界 é😀", " x", "a\nb\tc"):
         assert built.decode(built.encode(text).ids) == text
         assert Decoding(built).decode(built.encode(text).ids) == text
-    bare = build(read_metadata(make_gguf("spm", tokenizer__ggml__add_space_prefix=False, tokenizer__ggml__add_bos_token=False)))
+    bare = build(
+        read_metadata(
+            make_gguf(
+                "spm", tokenizer__ggml__add_space_prefix=False, tokenizer__ggml__add_bos_token=False
+            )
+        )
+    )
     assert bare.encode("the").tokens == ["t", "he"]
     assert bare.decode(bare.encode(" the cat").ids) == " the cat"
 
 
 def test_sentencepiece_agrees_with_its_own_library(tmp_path: Path):
     sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text").write_text("the cat sat on the mat with the hat\nhello world, the world says hello\n" * 50)
+    (tmp_path / "text").write_text(
+        "the cat sat on the mat with the hat\nhello world, the world says hello\n" * 50
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=340, model_type="bpe", byte_fallback=True,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     size = reference.vocab_size()
-    kinds = [2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1 for i in range(size)]
+    kinds = [
+        2
+        if reference.is_unknown(i)
+        else 3
+        if reference.is_control(i)
+        else 6
+        if reference.is_byte(i)
+        else 1
+        for i in range(size)
+    ]
     built = build(
         {
             "tokenizer.ggml.model": "llama",
@@ -116,7 +151,12 @@ def test_sentencepiece_agrees_with_its_own_library(tmp_path: Path):
             "tokenizer.ggml.unknown_token_id": reference.unk_id(),
         }
     )
-    for text in ("the cat sat on the hat", "hello world, says the mat", "thethe hhello wworld", "x é 世界"):
+    for text in (
+        "the cat sat on the hat",
+        "hello world, says the mat",
+        "thethe hhello wworld",
+        "x é 世界",
+    ):
         assert built.encode(text, add_special_tokens=False).ids == reference.encode(text)
 
 

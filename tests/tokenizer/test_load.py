@@ -27,13 +27,28 @@ def test_tokenizer_json_alone(directory: Path, bpe: Tokenizer):
 
 
 def test_configured_names_and_template(directory: Path):
-    write(directory, "special_tokens_map.json", {"bos_token": {"content": "<|im_start|>"}, "pad_token": "P", "extra": ["x"]})
-    write(directory, "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": None, "chat_template": "from config"})
+    write(
+        directory,
+        "special_tokens_map.json",
+        {"bos_token": {"content": "<|im_start|>"}, "pad_token": "P", "extra": ["x"]},
+    )
+    write(
+        directory,
+        "tokenizer_config.json",
+        {"eos_token": "<|im_end|>", "pad_token": None, "chat_template": "from config"},
+    )
     loaded = load(directory)
     assert loaded.chat_template == "from config"
     assert loaded.names == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     write(
-        directory, "tokenizer_config.json", {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
+        directory,
+        "tokenizer_config.json",
+        {
+            "chat_template": [
+                {"name": "tool_use", "template": "t"},
+                {"name": "default", "template": "d"},
+            ]
+        },
     )
     assert load(directory).chat_template == "d"
     write(directory, "chat_template.json", {"chat_template": "from json"})
@@ -61,7 +76,9 @@ def test_nothing_there(tmp_path: Path):
     with pytest.raises(NoTokenizer, match="holds no model"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(NoTokenizer, match=r"has no tokenizer\.json; .*--tokenizer.*--skip-tokenizer-init"):
+    with pytest.raises(
+        NoTokenizer, match=r"has no tokenizer\.json; .*--tokenizer.*--skip-tokenizer-init"
+    ):
         load(tmp_path)
 
 
@@ -73,13 +90,26 @@ def test_damaged_files_are_named(directory: Path, name: str):
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
-def test_vocab_and_merges_as_transformers(kind: str, tmp_path: Path, bpe: Tokenizer, texts: list[str]):
+def test_vocab_and_merges_as_transformers(
+    kind: str, tmp_path: Path, bpe: Tokenizer, texts: list[str]
+):
     transformers = pytest.importorskip("transformers")
     bpe.model.save(str(tmp_path))
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
     size = bpe.get_vocab_size()
-    added = {str(size): {"content": "<tool>", "special": False}, str(size + 1): {"content": "<end>", "special": True}}
-    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": kind, **names, "added_tokens_decoder": added})
+    added = {
+        str(size): {"content": "<tool>", "special": False},
+        str(size + 1): {"content": "<end>", "special": True},
+    }
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        {"tokenizer_class": kind, **names, "added_tokens_decoder": added},
+    )
     loaded, theirs = load(tmp_path), getattr(transformers, kind).from_pretrained(str(tmp_path))
     assert loaded.names == names
     for text in [*texts, "a<tool>b<end>", "  ab\u0301 12 "]:
@@ -91,10 +121,17 @@ def test_vocab_and_merges_as_transformers(kind: str, tmp_path: Path, bpe: Tokeni
 def test_opt_begins_texts_with_its_own_token(tmp_path: Path, bpe: Tokenizer):
     """OPT has GPT-2's files, and says in its configuration that a text begins with a token."""
     bpe.model.save(str(tmp_path))
-    names = {"bos_token": {"content": "<|im_end|>"}, "eos_token": "<|im_end|>", "add_bos_token": True}
+    names = {
+        "bos_token": {"content": "<|im_end|>"},
+        "eos_token": "<|im_end|>",
+        "add_bos_token": True,
+    }
     write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **names})
     tokenizer = load(tmp_path).tokenizer
-    assert tokenizer.encode("hello").ids == [bpe.token_to_id("<|im_end|>"), *bpe.encode("hello").ids]
+    assert tokenizer.encode("hello").ids == [
+        bpe.token_to_id("<|im_end|>"),
+        *bpe.encode("hello").ids,
+    ]
     assert tokenizer.encode("hello", add_special_tokens=False).ids == bpe.encode("hello").ids
 
 
@@ -109,14 +146,28 @@ def test_damaged_vocabularies_are_named(tmp_path: Path, bpe: Tokenizer):
 def test_other_formats_without_torch(tmp_path: Path):
     """BERT's vocab.txt goes through transformers, in a process that must not load torch for it."""
     pytest.importorskip("transformers")
-    write(tmp_path, "vocab.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "wor", "##ld"]))
-    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "sep_token": "[SEP]"})
+    write(
+        tmp_path,
+        "vocab.txt",
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "wor", "##ld"]),
+    )
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "sep_token": "[SEP]"},
+    )
     code = (
         "import sys, pathlib; from pagewire.tokenizer.load import load; found = load(pathlib.Path(sys.argv[1]));"
         "assert found.tokenizer.encode('Hello world', add_special_tokens=False).ids == [5, 6, 7];"
         "assert found.names['sep_token'] == '[SEP]'; assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "PyTorch" not in done.stderr
 
@@ -125,7 +176,23 @@ def test_tokenizers_of_code_are_refused_in_one_line(tmp_path: Path):
     """In a process of its own: transformers is imported for it, without torch."""
     pytest.importorskip("transformers")
     write(tmp_path, "vocab.json", "{}")
-    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}})
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]},
+        },
+    )
     code = "import sys, pathlib; from pagewire.tokenizer.load import load; load(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
-    assert "has no tokenizer.json but a OwnTokenizer of its repository's own code" in done.stderr.strip().splitlines()[-1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (
+        "has no tokenizer.json but a OwnTokenizer of its repository's own code"
+        in done.stderr.strip().splitlines()[-1]
+    )

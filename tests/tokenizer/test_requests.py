@@ -36,7 +36,9 @@ X = 1 << 43 | 7
 """An execution of epoch 1."""
 
 
-def roster(epoch: int = 1, frontends: Iterable[str] = (OWNER, OTHER), max_model_len: int = 64) -> Roster:
+def roster(
+    epoch: int = 1, frontends: Iterable[str] = (OWNER, OTHER), max_model_len: int = 64
+) -> Roster:
     peers = tuple(Peer(Role.FRONTEND, inbox[-15:], inbox, 5, True) for inbox in frontends)
     return Roster(epoch, peers, max_model_len, VOCAB, (2,), True, True)
 
@@ -48,18 +50,43 @@ class Bench:
         self.tokenizer = tokenizer
         self.offloaded: list[Generate] = []
         self.encoder = Encoder(tokenizer, ChatTemplate(template, {}) if template else None)
-        self.requests = Requests(self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append)
+        self.requests = Requests(
+            self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
+        )
         self.requests.joined(roster(), True)
 
-    def generate(self, prompt: Prompt | str = "hi", rid: int = 1, attempt: int = 1, handle: int = 70, **fields) -> None:
+    def generate(
+        self,
+        prompt: Prompt | str = "hi",
+        rid: int = 1,
+        attempt: int = 1,
+        handle: int = 70,
+        **fields,
+    ) -> None:
         if isinstance(prompt, str):
             prompt = Prompt(text=prompt)
-        sampling = fields.pop("sampling", Sampling(3, fields.pop("max_tokens", 8), fields.pop("min_tokens", 0)))
-        options = {name: fields.pop(name) for name in list(fields) if name in TextOptions.__struct_fields__}
+        sampling = fields.pop(
+            "sampling", Sampling(3, fields.pop("max_tokens", 8), fields.pop("min_tokens", 0))
+        )
+        options = {
+            name: fields.pop(name) for name in list(fields) if name in TextOptions.__struct_fields__
+        }
         output = pack("i", fields.pop("output", ()))
         reply_to = fields.pop("reply_to", OWNER)
         text = TextOptions(**options)
-        self.requests.generate(Generate(rid.to_bytes(16, "big"), attempt, handle, reply_to, prompt, output, sampling, text, **fields))
+        self.requests.generate(
+            Generate(
+                rid.to_bytes(16, "big"),
+                attempt,
+                handle,
+                reply_to,
+                prompt,
+                output,
+                sampling,
+                text,
+                **fields,
+            )
+        )
 
     def sent(self) -> list[Submit | Cancel]:
         sent, self.requests.to_scheduler = self.requests.to_scheduler, []
@@ -90,7 +117,14 @@ def step(*rows: tuple[int, int, int], execution: int = X, **fields) -> Tokens:
     handles, positions, tokens = zip(*rows, strict=True) if rows else ((), (), ())
     ones = [1] * len(rows)
     executions = pack("Q", [execution] * len(rows))
-    return Tokens(pack("I", handles), pack("I", ones), executions, pack("i", positions), pack("i", tokens), **fields)
+    return Tokens(
+        pack("I", handles),
+        pack("I", ones),
+        executions,
+        pack("i", positions),
+        pack("i", tokens),
+        **fields,
+    )
 
 
 def rows(deltas: Deltas) -> list[tuple[int, int, int, int, list[int], str]]:
@@ -98,9 +132,15 @@ def rows(deltas: Deltas) -> list[tuple[int, int, int, int, list[int], str]]:
     tokens, start, found = unpack("i", deltas.tokens).tolist(), 0, []
     columns = [
         unpack(code, column).tolist()
-        for code, column in zip("IIQi", (deltas.handles, deltas.attempts, deltas.executions, deltas.positions), strict=True)
+        for code, column in zip(
+            "IIQi",
+            (deltas.handles, deltas.attempts, deltas.executions, deltas.positions),
+            strict=True,
+        )
     ]
-    for handle, attempt, execution, position, count, text in zip(*columns, unpack("i", deltas.counts), deltas.texts, strict=True):
+    for handle, attempt, execution, position, count, text in zip(
+        *columns, unpack("i", deltas.counts), deltas.texts, strict=True
+    ):
         found.append((handle, attempt, execution, position, tokens[start : start + count], text))
         start += count
     assert start == len(tokens)
@@ -112,34 +152,50 @@ def bench(bpe: Tokenizer, template_source: str) -> Bench:
     return Bench(bpe, template_source)
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts
+#   ----------------------------------------------------------------------------------------------------------
 
 
 def test_text_becomes_a_submit(bench: Bench):
     submit = bench.submit("hello 世界", priority=3, cache_salt="s", max_tokens=5)
     assert unpack("i", submit.prompt).tolist() == bench.ids("hello 世界")
-    assert (submit.rid, submit.attempt, submit.reply_to) == ((1).to_bytes(16, "big"), 1, "ipc:///run/tokenizer.sock")
-    assert (submit.priority, submit.cache_salt, submit.sampling, submit.output) == (3, "s", Sampling(3, 5), b"")
+    assert (submit.rid, submit.attempt, submit.reply_to) == (
+        (1).to_bytes(16, "big"),
+        1,
+        "ipc:///run/tokenizer.sock",
+    )
+    assert (submit.priority, submit.cache_salt, submit.sampling, submit.output) == (
+        3,
+        "s",
+        Sampling(3, 5),
+        b"",
+    )
     assert bench.submit(rid=2).handle != submit.handle
 
 
 def test_chat_is_rendered(bench: Bench):
     submit = bench.submit(Prompt(chat=Chat((ChatMessage("user", "hey"),))))
-    assert unpack("i", submit.prompt).tolist() == bench.ids("<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n")
+    assert unpack("i", submit.prompt).tolist() == bench.ids(
+        "<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_ids_pass(bench: Bench):
     assert bench.submit(Prompt(ids=pack("i", [5, VOCAB - 1]))).prompt == pack("i", [5, VOCAB - 1])
 
 
-def test_special_tokens_are_added_to_plain_prompts_only_and_on_request(make_gguf, template_source: str):
+def test_special_tokens_are_added_to_plain_prompts_only_and_on_request(
+    make_gguf, template_source: str
+):
     from pagewire.tokenizer.load import load
 
     bench = Bench(load(make_gguf(tokenizer__ggml__add_bos_token=True)).tokenizer, template_source)
     assert unpack("i", bench.submit("x").prompt)[0] == 1
     assert unpack("i", bench.submit("x", rid=2, add_special_tokens=False).prompt)[0] != 1
     chat = Prompt(chat=Chat((ChatMessage("user", "x"),)))
-    assert unpack("i", bench.submit(chat, rid=3).prompt).tolist().count(1) == 2  # the template's own <|im_start|>s
+    assert (
+        unpack("i", bench.submit(chat, rid=3).prompt).tolist().count(1) == 2
+    )  # the template's own <|im_start|>s
 
 
 def test_max_tokens_is_what_the_context_leaves(bench: Bench):
@@ -150,23 +206,54 @@ def test_max_tokens_is_what_the_context_leaves(bench: Bench):
 @pytest.mark.parametrize(
     ("length", "max_tokens", "rest", "text", "param"),
     [
-        (60, 5, False, "64 tokens. However, you requested 65 tokens (60 in the prompt, 5 for the completion)", "max_tokens"),
-        (64, 5, False, "64 tokens. However, you requested 69 tokens (64 in the prompt, 5 for the completion)", "prompt"),
-        (70, 1, True, "64 tokens. However, you requested 71 tokens (70 in the prompt, 1 for the completion)", "prompt"),
+        (
+            60,
+            5,
+            False,
+            "64 tokens. However, you requested 65 tokens (60 in the prompt, 5 for the completion)",
+            "max_tokens",
+        ),
+        (
+            64,
+            5,
+            False,
+            "64 tokens. However, you requested 69 tokens (64 in the prompt, 5 for the completion)",
+            "prompt",
+        ),
+        (
+            70,
+            1,
+            True,
+            "64 tokens. However, you requested 71 tokens (70 in the prompt, 1 for the completion)",
+            "prompt",
+        ),
         (0, 5, False, "the prompt is empty", "prompt"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(bench: Bench, length: int, max_tokens: int, rest: bool, text: str, param: str):
-    bench.generate(Prompt(ids=pack("i", [5] * length)), max_tokens=max_tokens, max_tokens_is_rest=rest)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    bench: Bench, length: int, max_tokens: int, rest: bool, text: str, param: str
+):
+    bench.generate(
+        Prompt(ids=pack("i", [5] * length)), max_tokens=max_tokens, max_tokens_is_rest=rest
+    )
     end = bench.end()
-    assert (end.handle, end.attempt, end.finish, end.status, end.param) == (70, 1, Finish.REFUSED, 400, param)
+    assert (end.handle, end.attempt, end.finish, end.status, end.param) == (
+        70,
+        1,
+        Finish.REFUSED,
+        400,
+        param,
+    )
     assert text in end.message and not bench.sent() and not len(bench.requests)
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1, 2**31 - 1])
 def test_ids_outside_the_vocabulary_are_refused(bench: Bench, token: int):
     bench.generate(Prompt(ids=pack("i", [5, token])))
-    assert re.search(rf"token id {token} is outside the model's vocabulary of {VOCAB} tokens", bench.end().message)
+    assert re.search(
+        rf"token id {token} is outside the model's vocabulary of {VOCAB} tokens",
+        bench.end().message,
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,12 +302,18 @@ def test_without_a_tokenizer():
     assert rows(bench.mail()) == [(70, 1, X, 0, [499], "")]
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens
+#   -----------------------------------------------------------------------------------------------------------
 
 
 def test_placed_becomes_started(bench: Bench):
-    one, two = bench.submit("hello"), bench.submit("hello", rid=2, handle=71, return_prompt_ids=True)
-    bench.requests.tokens([step(placed=(Placed(one.handle, 1, 4), Placed(two.handle, 1, 0), Placed(999, 1, 0)))])
+    one, two = (
+        bench.submit("hello"),
+        bench.submit("hello", rid=2, handle=71, return_prompt_ids=True),
+    )
+    bench.requests.tokens(
+        [step(placed=(Placed(one.handle, 1, 4), Placed(two.handle, 1, 0), Placed(999, 1, 0)))]
+    )
     first, second = bench.mail().started
     assert (first.handle, first.attempt, first.cached_tokens, first.prompt_ids) == (70, 1, 4, None)
     assert first.prompt_tokens == len(bench.ids("hello")) and second.prompt_ids == two.prompt
@@ -260,14 +353,20 @@ def test_other_executions_and_repeated_rows_are_dropped_and_gaps_are_lost(bench:
 def test_damaged_columns_lose_every_stream(bench: Bench):
     handle = bench.submit().handle
     whole = step((handle, 0, 5))
-    for broken in (Tokens(whole.handles, b"", b"", b"", b""), step((handle, 0, VOCAB)), step((handle, 0, -1))):
+    for broken in (
+        Tokens(whole.handles, b"", b"", b"", b""),
+        step((handle, 0, VOCAB)),
+        step((handle, 0, -1)),
+    ):
         bench.requests.tokens([broken])
         assert bench.end().finish is Finish.LOST
         handle = bench.submit().handle
 
 
 @pytest.mark.parametrize("finish", [Finish.LENGTH, Finish.CANCELLED, Finish.FAILED, Finish.LOST])
-def test_ends_are_passed_on_and_unfinished_text_only_with_a_finished_generation(bench: Bench, finish: Finish):
+def test_ends_are_passed_on_and_unfinished_text_only_with_a_finished_generation(
+    bench: Bench, finish: Finish
+):
     ids = bench.ids("𐌰")
     handle = bench.submit(stop=("ab",)).handle
     bench.requests.tokens([step((handle, 0, ids[0]), ended=(End(handle, 1, finish, status=7),))])
@@ -289,13 +388,16 @@ def test_held_text_comes_with_an_end_that_comes_alone(bench: Bench):
 def test_a_stop_token_counts_and_has_no_text_unless_included(bench: Bench, include: bool):
     a, b = bench.ids("ab")
     handle = bench.submit(include_stop=include).handle
-    bench.requests.tokens([step((handle, 0, b)), step((handle, 1, b), ended=(End(handle, 1, Finish.STOP, b),))])
+    bench.requests.tokens(
+        [step((handle, 0, b)), step((handle, 1, b), ended=(End(handle, 1, Finish.STOP, b),))]
+    )
     deltas = bench.mail()
     assert rows(deltas) == [(70, 1, X, 0, [b, b], "bb" if include else "b")]
     assert deltas.ended[0].stop_reason == b != a
 
 
-# --- stop strings -----------------------------------------------------------------------------------------------------
+# --- stop strings
+#   -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "hello "), (True, "hello ST")])
@@ -317,7 +419,13 @@ def test_a_stop_string_ends_the_request_here(bench: Bench, include: bool, text: 
 def test_rows_after_a_stop_string_in_the_same_drain_are_dropped(bench: Bench):
     a, b = bench.ids("ab")
     handle = bench.submit(stop=("b",)).handle
-    bench.requests.tokens([step((handle, 0, a)), step((handle, 1, b)), step((handle, 2, a), ended=(End(handle, 1, Finish.LENGTH),))])
+    bench.requests.tokens(
+        [
+            step((handle, 0, a)),
+            step((handle, 1, b)),
+            step((handle, 2, a), ended=(End(handle, 1, Finish.LENGTH),)),
+        ]
+    )
     deltas = bench.mail()
     assert rows(deltas) == [(70, 1, X, 0, [a, b], "a")]
     assert deltas.ended == (End(70, 1, Finish.STOP, "b"),)
@@ -333,22 +441,31 @@ def test_stop_strings_count_after_min_tokens(bench: Bench):
     assert deltas.texts == ("",) and deltas.ended[0].stop_reason == "ab"
 
 
-# --- attempts ---------------------------------------------------------------------------------------------------------
+# --- attempts
+#   ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_resubmission_continues_where_the_text_stopped(bench: Bench):
-    """Whatever the place where the first attempt broke off, the text of both together is the same."""
+    """Whatever the place where the first attempt broke off, the text of both together is the
+    same."""
     ids = bench.ids("x 世界 𐌰 😀 almost EN") + bench.ids("D") + bench.ids("never")
     expected = "x 世界 𐌰 😀 almost "
     for broken in range(len(ids)):
         rid = 100 + broken
         first = bench.submit(rid=rid, stop=("END",))
-        bench.requests.tokens([step((first.handle, n, token)) for n, token in enumerate(ids[:broken])] or [step()])
+        bench.requests.tokens(
+            [step((first.handle, n, token)) for n, token in enumerate(ids[:broken])] or [step()]
+        )
         text = "".join(bench.mail().texts) if broken else ""
         bench.generate(rid=rid, attempt=2, handle=72, stop=("END",), output=ids[:broken])
         sent = bench.sent()
         if isinstance(sent[-1], Submit):
-            bench.requests.tokens([step((sent[-1].handle, n, ids[n]), execution=X + 9) for n in range(broken, len(ids))])
+            bench.requests.tokens(
+                [
+                    step((sent[-1].handle, n, ids[n]), execution=X + 9)
+                    for n in range(broken, len(ids))
+                ]
+            )
         deltas = bench.mail()
         assert text + "".join(deltas.texts) == expected, broken
         assert deltas.ended == (End(72, 2, Finish.STOP, "END"),)
@@ -361,7 +478,9 @@ def test_attempts_only_grow(bench: Bench):
     bench.generate(attempt=1)
     assert not bench.sent()
     second = bench.submit(attempt=3, handle=75)
-    bench.requests.tokens([step((first.handle, 0, 5)), step((second.handle, 0, 5), execution=X + 1)])
+    bench.requests.tokens(
+        [step((first.handle, 0, 5)), step((second.handle, 0, 5), execution=X + 1)]
+    )
     assert [row[:3] for row in rows(bench.mail())] == [(75, 3, X + 1)]
 
 
@@ -381,7 +500,8 @@ def test_a_new_scheduler_starts_over(bench: Bench):
     assert not bench.requests.mails[OWNER] and len(bench.requests) == 1
 
 
-# --- cancellation -----------------------------------------------------------------------------------------------------
+# --- cancellation
+#   -----------------------------------------------------------------------------------------------------
 
 
 def test_cancel_goes_to_the_scheduler_which_ends_it(bench: Bench):
@@ -432,7 +552,8 @@ def test_a_scheduler_that_reads_nothing_refuses(bench: Bench):
     assert bench.end().status == 503 and not len(bench.requests)
 
 
-# --- log-probabilities ------------------------------------------------------------------------------------------------
+# --- log-probabilities
+#   ------------------------------------------------------------------------------------------------
 
 
 def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
@@ -440,7 +561,13 @@ def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
     one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
 
     def columns(row: int, token: int) -> LogprobColumns:
-        return LogprobColumns(pack("i", [row]), pack("i", [2]), pack("i", [3]), pack("i", [token, 499]), pack("f", [-0.5, -1.5]))
+        return LogprobColumns(
+            pack("i", [row]),
+            pack("i", [2]),
+            pack("i", [3]),
+            pack("i", [token, 499]),
+            pack("f", [-0.5, -1.5]),
+        )
 
     steps = [
         step((one, 0, ids[0]), (two, 0, 5), logprobs=columns(0, ids[0])),
@@ -450,13 +577,30 @@ def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
     deltas = bench.mail()
     first, second = deltas.logprobs
     at = [row[0] for row in rows(deltas)].index(70)
-    assert (first.row, first.index, first.rank, first.ids, first.values) == (at, 0, 3, (ids[0], 499), (-0.5, -1.5))
+    assert (first.row, first.index, first.rank, first.ids, first.values) == (
+        at,
+        0,
+        3,
+        (ids[0], 499),
+        (-0.5, -1.5),
+    )
     assert (second.row, second.index) == (at, 1)
     whole = "世a".encode()
-    assert first.texts[0] + second.texts[0] == whole[: len(first.texts[0] + second.texts[0])] and first.texts[1] == b"" != first.texts[0]
+    assert (
+        first.texts[0] + second.texts[0] == whole[: len(first.texts[0] + second.texts[0])]
+        and first.texts[1] == b"" != first.texts[0]
+    )
 
 
-@pytest.mark.parametrize("broken", [{"rows": pack("i", [1])}, {"counts": pack("i", [3])}, {"ranks": b""}, {"ids": pack("i", [5, 500])}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"rows": pack("i", [1])},
+        {"counts": pack("i", [3])},
+        {"ranks": b""},
+        {"ids": pack("i", [5, 500])},
+    ],
+)
 def test_damaged_logprobs_lose_every_stream(bench: Bench, broken):
     handle = bench.submit().handle
     whole = {

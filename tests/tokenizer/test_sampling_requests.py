@@ -1,4 +1,5 @@
-"""What the tokenizer adds to sampling: bad words as token ids, the end of a long prompt, log-probabilities of a prompt as bytes."""
+"""What the tokenizer adds to sampling: bad words as token ids, the end of a long prompt,
+log-probabilities of a prompt as bytes."""
 
 import numpy as np
 import pytest
@@ -32,12 +33,16 @@ class Bench:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.offloaded: list[Generate] = []
         self.encoder = Encoder(tokenizer, None)
-        self.requests = Requests(self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append)
+        self.requests = Requests(
+            self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
+        )
         frontend = Peer(Role.FRONTEND, "f", OWNER, 5, True)
         self.requests.joined(Roster(1, (frontend,), CONTEXT, VOCAB, (2,), True, True), True)
 
     def generate(self, prompt: Prompt, sampling: Sampling, text: TextOptions, **fields) -> None:
-        self.requests.generate(Generate(b"r" * 16, 1, 70, OWNER, prompt, b"", sampling, text, **fields))
+        self.requests.generate(
+            Generate(b"r" * 16, 1, 70, OWNER, prompt, b"", sampling, text, **fields)
+        )
 
     def submit(self, *args, **fields) -> Submit:
         self.generate(*args, **fields)
@@ -50,7 +55,11 @@ class Bench:
         self.generate(*args)
         ((deltas,),) = (self.requests.mails[OWNER].messages(),)
         (end,) = deltas.ended
-        assert end.finish is Finish.REFUSED and not self.requests.to_scheduler and not len(self.requests)
+        assert (
+            end.finish is Finish.REFUSED
+            and not self.requests.to_scheduler
+            and not len(self.requests)
+        )
         return end.status, end.message, end.param
 
 
@@ -66,11 +75,13 @@ def ids(column: bytes) -> list[int]:
 HI, PLAIN = Prompt(text="hi"), Sampling(3, 8)
 
 
-# --- bad words --------------------------------------------------------------------------------------------------------
+# --- bad words
+#   --------------------------------------------------------------------------------------------------------
 
 
 def vllm_sequences(tokenizer: Tokenizer, words: tuple[str, ...]) -> list[list[int]]:
-    """The rule as vLLM documents it: without a space always; with one when as long and different from the first token on."""
+    """The rule as vLLM documents it: without a space always; with one when as long and different
+    from the first token on."""
     found: list[list[int]] = []
     for word in words:
         bare = tokenizer.encode(word.lstrip(), add_special_tokens=False).ids
@@ -95,7 +106,9 @@ def test_a_bad_word_without_tokens_or_with_too_many_is_refused(bench: Bench, wor
 
 
 def test_bad_words_need_a_tokenizer():
-    status, message, param = Bench(None).refusal(Prompt(ids=pack("i", [1])), PLAIN, TextOptions(bad_words=("x",)))
+    status, message, param = Bench(None).refusal(
+        Prompt(ids=pack("i", [1])), PLAIN, TextOptions(bad_words=("x",))
+    )
     assert status == 400 and param == "bad_words" and "--skip-tokenizer-init" in message
 
 
@@ -122,11 +135,14 @@ def test_columns_that_no_model_could_take_are_refused_here_already(bench: Bench,
 
 def test_nothing_is_left_when_the_only_allowed_token_is_a_bad_word(bench: Bench, bpe: Tokenizer):
     (token,) = bpe.encode("!", add_special_tokens=False).ids
-    status, message, param = bench.refusal(HI, Sampling(3, 8, allowed_ids=pack("i", [token])), TextOptions(bad_words=("!",)))
+    status, message, param = bench.refusal(
+        HI, Sampling(3, 8, allowed_ids=pack("i", [token])), TextOptions(bad_words=("!",))
+    )
     assert (status, param) == (400, "allowed_token_ids") and "no token could be sampled" in message
 
 
-# --- truncation -------------------------------------------------------------------------------------------------------
+# --- truncation
+#   -------------------------------------------------------------------------------------------------------
 
 LONG_IDS = list(range(3, 103))
 
@@ -143,13 +159,21 @@ LONG_IDS = list(range(3, 103))
         (0, 8, False, None),
     ],
 )
-def test_the_end_of_a_long_prompt_is_kept(bench: Bench, keep: int, max_tokens: int, rest: bool, kept: int | None):
-    given = Prompt(ids=pack("i", LONG_IDS)), Sampling(3, max_tokens), TextOptions(truncate_prompt=keep, return_prompt_ids=True)
+def test_the_end_of_a_long_prompt_is_kept(
+    bench: Bench, keep: int, max_tokens: int, rest: bool, kept: int | None
+):
+    given = (
+        Prompt(ids=pack("i", LONG_IDS)),
+        Sampling(3, max_tokens),
+        TextOptions(truncate_prompt=keep, return_prompt_ids=True),
+    )
     if kept is None:
         assert "maximum context length is 64" in bench.refusal(*given)[1]
         return
     submit = bench.submit(*given, max_tokens_is_rest=rest)
-    assert ids(submit.prompt) == LONG_IDS[-kept:] and submit.sampling.max_tokens == (CONTEXT - kept if rest else max_tokens)
+    assert ids(submit.prompt) == LONG_IDS[-kept:] and submit.sampling.max_tokens == (
+        CONTEXT - kept if rest else max_tokens
+    )
     bench.requests.tokens([Tokens(b"", b"", b"", b"", b"", (Placed(submit.handle, 1, 0),))])
     (started,) = bench.requests.mails[OWNER].take().started
     assert started.prompt_tokens == kept and started.prompt_ids == submit.prompt
@@ -157,9 +181,23 @@ def test_the_end_of_a_long_prompt_is_kept(bench: Bench, keep: int, max_tokens: i
 
 def test_text_is_cut_by_tokens_and_short_prompts_stay(bench: Bench, bpe: Tokenizer):
     whole = bpe.encode("hello there, world").ids
-    assert ids(bench.submit(Prompt(text="hello there, world"), PLAIN, TextOptions(truncate_prompt=3)).prompt) == whole[-3:]
+    assert (
+        ids(
+            bench.submit(
+                Prompt(text="hello there, world"), PLAIN, TextOptions(truncate_prompt=3)
+            ).prompt
+        )
+        == whole[-3:]
+    )
     bench = Bench(bpe)
-    assert ids(bench.submit(Prompt(text="hello there, world"), PLAIN, TextOptions(truncate_prompt=-1)).prompt) == whole
+    assert (
+        ids(
+            bench.submit(
+                Prompt(text="hello there, world"), PLAIN, TextOptions(truncate_prompt=-1)
+            ).prompt
+        )
+        == whole
+    )
 
 
 def test_no_room_at_all_is_refused_not_cut_to_nothing(bench: Bench):
@@ -167,10 +205,13 @@ def test_no_room_at_all_is_refused_not_cut_to_nothing(bench: Bench):
     assert bench.refusal(*given)[0] == 400
 
 
-# --- log-probabilities of the prompt ----------------------------------------------------------------------------------
+# --- log-probabilities of the prompt
+#   ----------------------------------------------------------------------------------
 
 
-def run_of(handle: int, first: int, tokens: list[int], execution: int = X, attempt: int = 1, **columns) -> PromptLogprobs:
+def run_of(
+    handle: int, first: int, tokens: list[int], execution: int = X, attempt: int = 1, **columns
+) -> PromptLogprobs:
     count = len(tokens)
     parts = {
         "counts": pack("i", [2] * count),
@@ -186,43 +227,78 @@ def said(*runs: PromptLogprobs, **more) -> Tokens:
     return Tokens(b"", b"", b"", b"", b"", prompt_logprobs=runs, **more)
 
 
-def test_prompt_logprobs_come_after_started_before_rows_with_their_bytes(bench: Bench, bpe: Tokenizer):
-    submit = bench.submit(Prompt(text="世界 hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions())
+def test_prompt_logprobs_come_after_started_before_rows_with_their_bytes(
+    bench: Bench, bpe: Tokenizer
+):
+    submit = bench.submit(
+        Prompt(text="世界 hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()
+    )
     prompt, handle = ids(submit.prompt), submit.handle
     first, second = run_of(handle, 1, prompt[1:4]), run_of(handle, 4, prompt[4:])
     row = (pack("I", [handle]), pack("I", [1]), pack("Q", [X]), pack("i", [0]), pack("i", [5]))
-    bench.requests.tokens([said(first, placed=(Placed(handle, 1, 0),)), Tokens(*row, prompt_logprobs=(second,))])
+    bench.requests.tokens(
+        [said(first, placed=(Placed(handle, 1, 0),)), Tokens(*row, prompt_logprobs=(second,))]
+    )
     mail = bench.requests.mails[OWNER]
     assert mail
     messages = mail.messages()
-    assert not mail and [[len(m.started), len(m.prompt_logprobs), len(m.texts)] for m in messages] == [
+    assert not mail and [
+        [len(m.started), len(m.prompt_logprobs), len(m.texts)] for m in messages
+    ] == [
         [1, 0, 0],
         [0, 1, 0],
         [0, 1, 0],
         [0, 0, 1],
     ]
     runs: list[PromptLogprobs] = [run for message in messages for run in message.prompt_logprobs]
-    assert [(run.place, run.first, run.attempt, run.execution) for run in runs] == [(70, 1, 1, X), (70, 4, 1, X)]
-    assert runs[0].ids == first.ids and runs[0].ranks == first.ranks and runs[0].values == first.values
+    assert [(run.place, run.first, run.attempt, run.execution) for run in runs] == [
+        (70, 1, 1, X),
+        (70, 4, 1, X),
+    ]
+    assert (
+        runs[0].ids == first.ids and runs[0].ranks == first.ranks and runs[0].values == first.values
+    )
     own = b"".join(text for run in runs for text in run.texts[::2])
     whole = "世界 hello".encode()
-    assert whole.endswith(own) and own.decode(errors="ignore").endswith("hello") and len(own) >= len(prompt) - 1
+    assert (
+        whole.endswith(own)
+        and own.decode(errors="ignore").endswith("hello")
+        and len(own) >= len(prompt) - 1
+    )
 
 
 def test_prompt_logprobs_of_another_attempt_or_execution_are_dropped(bench: Bench):
-    handle = bench.submit(Prompt(text="hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()).handle
+    handle = bench.submit(
+        Prompt(text="hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()
+    ).handle
     bench.requests.tokens(
-        [said(run_of(handle, 1, [7]), run_of(handle, 2, [7], X + 1), run_of(handle, 3, [7], attempt=2), run_of(9, 4, [7]))]
+        [
+            said(
+                run_of(handle, 1, [7]),
+                run_of(handle, 2, [7], X + 1),
+                run_of(handle, 3, [7], attempt=2),
+                run_of(9, 4, [7]),
+            )
+        ]
     )
     deltas: list[Deltas] = bench.requests.mails[OWNER].messages()
     assert [run.first for message in deltas for run in message.prompt_logprobs] == [1]
 
 
 @pytest.mark.parametrize(
-    "broken", [{"counts": pack("i", [3])}, {"ranks": b""}, {"values": pack("f", [1.0])}, {"ids": b"abc"}, {"counts": pack("i", [0])}]
+    "broken",
+    [
+        {"counts": pack("i", [3])},
+        {"ranks": b""},
+        {"values": pack("f", [1.0])},
+        {"ids": b"abc"},
+        {"counts": pack("i", [0])},
+    ],
 )
 def test_damaged_prompt_logprobs_lose_their_stream_alone(bench: Bench, broken):
-    handle = bench.submit(Prompt(text="hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()).handle
+    handle = bench.submit(
+        Prompt(text="hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()
+    ).handle
     bench.requests.tokens([said(run_of(handle, 1, [7], **broken))])
     (message,) = bench.requests.mails[OWNER].messages()
     assert message.ended[0].finish is Finish.LOST and not len(bench.requests)

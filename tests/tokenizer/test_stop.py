@@ -27,7 +27,9 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 @settings(max_examples=1500, deadline=None)
 @given(texts, stops, st.booleans(), st.lists(st.integers(0, 100), max_size=12))
-def test_as_the_plain_definition_however_the_text_is_cut(text: str, stops: tuple[str, ...], include: bool, places: list[int]):
+def test_as_the_plain_definition_however_the_text_is_cut(
+    text: str, stops: tuple[str, ...], include: bool, places: list[int]
+):
     matcher = Matcher(stops, include)
     shown = seen = ""
     for piece in cut(text, places):
@@ -35,8 +37,14 @@ def test_as_the_plain_definition_however_the_text_is_cut(text: str, stops: tuple
         shown += matcher.feed(piece)
         if matcher.found:
             break
-        ends = [seen[at:] for at in range(len(seen) + 1) if any(stop.startswith(seen[at:]) for stop in stops)]
-        assert matcher.held == ends[0], "exactly the longest end that could become a stop string is held back"
+        ends = [
+            seen[at:]
+            for at in range(len(seen) + 1)
+            if any(stop.startswith(seen[at:]) for stop in stops)
+        ]
+        assert matcher.held == ends[0], (
+            "exactly the longest end that could become a stop string is held back"
+        )
         assert shown + matcher.held == seen
     else:
         shown += matcher.flush()

@@ -39,16 +39,24 @@ def by_transformers(source: str, messages: list[tuple[str, str]], **options: boo
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_as_transformers(name: str, add_generation_prompt: bool):
-    found = ChatTemplate(TEMPLATES[name], NAMES).render(chat(add_generation_prompt=add_generation_prompt))
-    assert found == by_transformers(TEMPLATES[name], MESSAGES, add_generation_prompt=add_generation_prompt)
+    found = ChatTemplate(TEMPLATES[name], NAMES).render(
+        chat(add_generation_prompt=add_generation_prompt)
+    )
+    assert found == by_transformers(
+        TEMPLATES[name], MESSAGES, add_generation_prompt=add_generation_prompt
+    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 @pytest.mark.parametrize("last", ["The answer is", "The answer is  ", "  The"])
 def test_continue_final_message_as_transformers(name: str, last: str):
     messages = [*MESSAGES, ("assistant", last)]
-    found = ChatTemplate(TEMPLATES[name], NAMES).render(chat(messages, add_generation_prompt=False, continue_final_message=True))
-    assert found == by_transformers(TEMPLATES[name], messages, add_generation_prompt=False, continue_final_message=True)
+    found = ChatTemplate(TEMPLATES[name], NAMES).render(
+        chat(messages, add_generation_prompt=False, continue_final_message=True)
+    )
+    assert found == by_transformers(
+        TEMPLATES[name], messages, add_generation_prompt=False, continue_final_message=True
+    )
     assert found.endswith(last.strip() if name == "llama2" else last)
 
 
@@ -59,16 +67,26 @@ def test_continue_and_prompt_exclude_each_other():
 
 def test_continue_needs_the_final_message_in_the_text():
     with pytest.raises(TemplateRefused, match="leaves out the final message"):
-        ChatTemplate("{{ messages[0].content }}", {}).render(chat(add_generation_prompt=False, continue_final_message=True))
+        ChatTemplate("{{ messages[0].content }}", {}).render(
+            chat(add_generation_prompt=False, continue_final_message=True)
+        )
 
 
 def test_names_of_speakers():
-    template = ChatTemplate("{% for m in messages %}{{ m.name | default('nobody') }} {% endfor %}", {})
-    assert template.render(Chat((ChatMessage("user", "a", "Ann"), ChatMessage("user", "b")))) == "Ann nobody "
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.name | default('nobody') }} {% endfor %}", {}
+    )
+    assert (
+        template.render(Chat((ChatMessage("user", "a", "Ann"), ChatMessage("user", "b"))))
+        == "Ann nobody "
+    )
 
 
 def test_raise_exception_gives_its_message_alone():
-    template = ChatTemplate("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", {})
+    template = ChatTemplate(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+        {},
+    )
     with pytest.raises(TemplateRefused) as caught:
         template.render(chat())
     assert str(caught.value) == "System role not supported"
@@ -112,7 +130,9 @@ THINKING = "{{ messages[0].content }}{% if enable_thinking is defined and not en
 
 
 def test_further_variables_reach_the_template():
-    found = ChatTemplate(THINKING, NAMES).render(chat(template_kwargs=b'{"enable_thinking": false, "tools": [1, 2]}'))
+    found = ChatTemplate(THINKING, NAMES).render(
+        chat(template_kwargs=b'{"enable_thinking": false, "tools": [1, 2]}')
+    )
     assert found == "Be brief & <polite>.<no-think>2"
 
 
@@ -122,7 +142,10 @@ def test_further_variables_reach_the_template():
         (b"{", "is not JSON"),
         (b"[" * 60_000, "is not JSON"),
         (b"[1]", "must be an object"),
-        (b'{"messages": [], "add_generation_prompt": 1}', "add_generation_prompt, messages is given by a field"),
+        (
+            b'{"messages": [], "add_generation_prompt": 1}',
+            "add_generation_prompt, messages is given by a field",
+        ),
     ],
 )
 def test_further_variables_that_cannot_be_used_are_refused(given: bytes, told: str):
@@ -134,7 +157,10 @@ def test_option_is_a_file_or_a_template(tmp_path):
     (tmp_path / "t.jinja").write_text("from a file {{ messages }}")
     assert read_option(str(tmp_path / "t.jinja")) == "from a file {{ messages }}"
     assert read_option("{{ messages }}") == "{{ messages }}"
-    with pytest.raises(ValueError, match=r"--chat-template: nowhere/t is neither a file nor .* built-in one \(alpaca, .*vicuna\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"--chat-template: nowhere/t is neither a file nor .* built-in one \(alpaca, .*vicuna\)",
+    ):
         read_option("nowhere/t")
 
 

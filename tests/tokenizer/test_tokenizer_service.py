@@ -89,14 +89,41 @@ class Stand:
     def send(self, message: Message) -> None:
         assert self.outbox.send(self.tokenizer, message)
 
-    def generate(self, prompt: Prompt, rid: int = 1, attempt: int = 1, handle: int = 5, output: tuple[int, ...] = ()) -> None:
+    def generate(
+        self,
+        prompt: Prompt,
+        rid: int = 1,
+        attempt: int = 1,
+        handle: int = 5,
+        output: tuple[int, ...] = (),
+    ) -> None:
         sampling, text = Sampling(0, 16), TextOptions(stop=("STOP",))
         column = pack("i", output)
-        self.send(Generate(rid.to_bytes(16, "big"), attempt, handle, self.frontend.address, prompt, column, sampling, text))
+        self.send(
+            Generate(
+                rid.to_bytes(16, "big"),
+                attempt,
+                handle,
+                self.frontend.address,
+                prompt,
+                column,
+                sampling,
+                text,
+            )
+        )
 
     def step(self, handle: int, position: int, token: int, execution: int = X, **fields) -> None:
         one = pack("I", [1])
-        self.send(Tokens(pack("I", [handle]), one, pack("Q", [execution]), pack("i", [position]), pack("i", [token]), **fields))
+        self.send(
+            Tokens(
+                pack("I", [handle]),
+                one,
+                pack("Q", [execution]),
+                pack("i", [position]),
+                pack("i", [token]),
+                **fields,
+            )
+        )
 
     def close(self) -> None:
         self.scheduler.close()
@@ -119,11 +146,17 @@ def stand(run_dir: Path) -> Iterator[Stand]:
 
 @pytest.fixture
 def service(stand: Stand, run_dir: Path, make_gguf) -> Iterator[Service]:
-    service = Service(RunConfig(str(run_dir)), ModelConfig(model=str(make_gguf())), TokenizerConfig())
+    service = Service(
+        RunConfig(str(run_dir)), ModelConfig(model=str(make_gguf())), TokenizerConfig()
+    )
     thread = threading.Thread(target=service.loop)
     thread.start()
     hello = stand.greet()
-    assert hello.tokenizer is not None and hello.tokenizer.has_text and hello.tokenizer.has_chat_template
+    assert (
+        hello.tokenizer is not None
+        and hello.tokenizer.has_text
+        and hello.tokenizer.has_chat_template
+    )
     yield service
     service.stop()
     thread.join(10)
@@ -140,18 +173,29 @@ def test_from_chat_to_text_and_back(service: Service, stand: Stand, bpe: Tokeniz
     answer = bpe.encode("Paris 𐌰!").ids
     stand.step(submit.handle, 0, answer[0], placed=(Placed(submit.handle, 1, 3),))
     first = stand.deltas()
-    assert (first.started[0].handle, first.started[0].prompt_tokens, first.started[0].cached_tokens) == (5, len(expected), 3)
+    assert (
+        first.started[0].handle,
+        first.started[0].prompt_tokens,
+        first.started[0].cached_tokens,
+    ) == (5, len(expected), 3)
     text = "".join(first.texts)
     for position, token in enumerate(answer[1:], 1):
         last = position == len(answer) - 1
-        stand.step(submit.handle, position, token, ended=(End(submit.handle, 1, Finish.LENGTH),) if last else ())
+        stand.step(
+            submit.handle,
+            position,
+            token,
+            ended=(End(submit.handle, 1, Finish.LENGTH),) if last else (),
+        )
     while not (deltas := stand.deltas()).ended:
         text += "".join(deltas.texts)
     assert text + "".join(deltas.texts) == "Paris 𐌰!"
     assert deltas.ended == (End(5, 1, Finish.LENGTH),)
 
 
-def test_frontends_are_reached_when_they_are_heard_of(stand: Stand, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def test_frontends_are_reached_when_they_are_heard_of(
+    stand: Stand, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
     """Else the first answer to each would wait for its connection."""
     reached: list[str] = []
     monkeypatch.setattr(Outbox, "reach", lambda _, address: reached.append(address))
@@ -181,7 +225,9 @@ def test_stop_cancel_and_replay(service: Service, stand: Stand, bpe: Tokenizer):
         text += "".join(stand.deltas().texts)
     stand.generate(Prompt(text="hello"), attempt=2, handle=6, output=out)
     second = stand.submit()
-    assert second.attempt == 2 and second.output == pack("i", out) and second.handle != submit.handle
+    assert (
+        second.attempt == 2 and second.output == pack("i", out) and second.handle != submit.handle
+    )
     for offset, token in enumerate(bpe.encode("O").ids + bpe.encode("P").ids):
         stand.step(second.handle, len(out) + offset, token, X + 1)
     cancel = stand.expect(stand.scheduler, lambda m: isinstance(m, Cancel))
@@ -204,7 +250,11 @@ def test_long_prompts_come_back_and_the_client_s_cancel_passes(service: Service,
 def test_it_keeps_showing_progress(service: Service, stand: Stand):
     first = stand.expect(stand.scheduler, lambda m: isinstance(m, Heartbeat))
     second = stand.expect(stand.scheduler, lambda m: isinstance(m, Heartbeat))
-    assert isinstance(first, Heartbeat) and isinstance(second, Heartbeat) and second.progress > first.progress
+    assert (
+        isinstance(first, Heartbeat)
+        and isinstance(second, Heartbeat)
+        and second.progress > first.progress
+    )
 
 
 def test_what_cannot_be_loaded_ends_the_service(stand: Stand, run_dir: Path, tmp_path: Path):
@@ -215,7 +265,9 @@ def test_what_cannot_be_loaded_ends_the_service(stand: Stand, run_dir: Path, tmp
 
 def start(run_dir: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pagewire", "tokenizer", "--run-dir", str(run_dir), *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
 
 
 def test_sigterm_ends_the_process_in_order(stand: Stand, run_dir: Path):

@@ -1,7 +1,8 @@
-"""Runs what five tutorials for vLLM tell a reader to do: their commands, programs and requests, with `pagewire` in the place of `vllm`.
+"""Runs what five tutorials for vLLM tell a reader to do: their commands, programs and requests,
+with `pagewire` in the place of `vllm`.
 
-The models are where the tutorials' downloads would have put them, small and with random weights (tiny_models.py); host and port are the
-test's. docs/tutorials.md says which test shows what.
+The models are where the tutorials' downloads would have put them, small and with random weights
+(tiny_models.py); host and port are the test's. docs/tutorials.md says which test shows what.
 """
 
 import os
@@ -25,15 +26,20 @@ SECRETS = ("VLLM_API_KEY", "PAGEWIRE_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOK
 
 
 class Served(Stack):
-    """A command of a tutorial that starts a server. Its host and port are taken over by the test's: the last ones given count."""
+    """A command of a tutorial that starts a server. Its host and port are taken over by the test's:
+    the last ones given count."""
 
     def __init__(self, command: str, environment: dict[str, str]) -> None:
         program, *words = shlex.split(command)
         own = words if program.startswith("python") else [str(BIN / program), *words]
-        super().__init__("--host", "127.0.0.1", "--port", "0", environment=environment, command=tuple(own))
+        super().__init__(
+            "--host", "127.0.0.1", "--port", "0", environment=environment, command=tuple(own)
+        )
 
     def post(self, path: str, body: dict[str, Any], key: str = "EMPTY") -> requests.Response:
-        return requests.post(self.url + path, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        return requests.post(
+            self.url + path, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
+        )
 
 
 @pytest.fixture(scope="session")
@@ -45,18 +51,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def environment(home: Path) -> dict[str, str]:
     """No network, no secrets, and a cache with the models."""
-    return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **dict.fromkeys(SECRETS, "")}
+    return {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **dict.fromkeys(SECRETS, ""),
+    }
 
 
 @pytest.fixture(scope="session")
 def downloaded(home: Path) -> Callable[..., Path]:
-    """downloaded(repository) puts it in the cache; downloaded(repository, path) where a tutorial's own download would. Once each."""
+    """downloaded(repository) puts it in the cache; downloaded(repository, path) where a tutorial's
+    own download would. Once each."""
     made: dict[tuple[str, Path | None], Path] = {}
 
     def get(repository: str, path: Path | None = None) -> Path:
         key = (repository, path)
         if key not in made:
-            made[key] = tiny_models.save_model(path, repository) if path else tiny_models.in_hub_cache(home, repository)
+            made[key] = (
+                tiny_models.save_model(path, repository)
+                if path
+                else tiny_models.in_hub_cache(home, repository)
+            )
         return made[key]
 
     return get
@@ -70,7 +86,8 @@ def qwen1(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def serve(environment: dict[str, str]) -> Iterator[Callable[..., Served]]:
-    """serve(command, **variables): a tutorial's server, ready. It ends with the tutorial: each holds a GiB of memory."""
+    """serve(command, **variables): a tutorial's server, ready. It ends with the tutorial: each
+    holds a GiB of memory."""
     started: list[Served] = []
 
     def start(command: str, **variables: str) -> Served:
@@ -85,14 +102,17 @@ def serve(environment: dict[str, str]) -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture(scope="session")
 def run(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """run(command, **variables): a tutorial's command to its end. Programs are looked for in programs/."""
+    """run(command, **variables): a tutorial's command to its end. Programs are looked for in
+    programs/."""
 
     def call(command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         program, *words = shlex.split(command)
         words = [str(PROGRAMS / word) if word.endswith(".py") else word for word in words]
         full = [sys.executable if program.startswith("python") else str(BIN / program), *words]
         own = {**os.environ, **environment, **variables}
-        return subprocess.run(full, capture_output=True, text=True, timeout=100, env=own, check=False)
+        return subprocess.run(
+            full, capture_output=True, text=True, timeout=100, env=own, check=False
+        )
 
     return call
 

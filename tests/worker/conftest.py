@@ -1,4 +1,5 @@
-"""Tiny models of every family, made with transformers and saved as users would have them; a harness that runs ours position by position."""
+"""Tiny models of every family, made with transformers and saved as users would have them; a harness
+that runs ours position by position."""
 
 import random
 from collections.abc import Sequence
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker import setup
-from pagewire.worker.runner import Runner
+from pagewire.worker.cpu.runner import Runner
+from pagewire.worker.load import loader
 from pagewire_kernels.batch import make_batch
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -19,7 +20,8 @@ BLOCK = 8
 
 
 def build(variant: str):
-    """A transformers model in float32, random biases and norms included: their defaults of 0 and 1 would hide mistakes."""
+    """A transformers model in float32, random biases and norms included: their defaults of 0 and 1
+    would hide mistakes."""
     import transformers
 
     family, extra = (VARIANTS | BY_LENGTH)[variant]
@@ -63,14 +65,26 @@ def tiny(tmp_path_factory):
 
 
 def worker_config(**settings) -> WorkerConfig:
-    return WorkerConfig(**{"device": "cpu", "dtype": "float32", "block_size": BLOCK, "num_kv_blocks": 160, "threads": 1, **settings})
+    return WorkerConfig(
+        **{
+            "device": "cpu",
+            "dtype": "float32",
+            "block_size": BLOCK,
+            "num_kv_blocks": 160,
+            "threads": 1,
+            **settings,
+        }
+    )
 
 
 class Harness:
-    """Runs a loaded model on chosen chunks of sequences, over block tables in random order; gives the logits of every position."""
+    """Runs a loaded model on chosen chunks of sequences, over block tables in random order; gives
+    the logits of every position."""
 
     def __init__(self, path: Path, model: ModelConfig | None = None, **settings) -> None:
-        self._loaded = setup.load(path, model or ModelConfig(), worker_config(**settings), lambda stage, fraction: None)
+        self._loaded = loader.load(
+            path, model or ModelConfig(), worker_config(**settings), lambda stage, fraction: None
+        )
         self.free = list(range(self._loaded.sizing.num_blocks))
         random.Random(3).shuffle(self.free)
         with torch.inference_mode():
@@ -85,7 +99,12 @@ class Harness:
 
     def step(self, work: list[tuple[list[int], int, int, list[int]]]) -> torch.Tensor:
         """work: (tokens, first, end, table) of each sequence -> [sum of end - first, V]."""
-        batch = make_batch([end - first for _, first, end, _ in work], [end for _, _, end, _ in work], [w[3] for w in work], BLOCK)
+        batch = make_batch(
+            [end - first for _, first, end, _ in work],
+            [end for _, _, end, _ in work],
+            [w[3] for w in work],
+            BLOCK,
+        )
         ids = torch.tensor([token for tokens, first, end, _ in work for token in tokens[first:end]])
         with torch.inference_mode():
             loaded = self._loaded
@@ -94,15 +113,29 @@ class Harness:
     def logits(self, tokens: list[int], chunk: int) -> torch.Tensor:
         table = self.table(len(tokens))
         firsts = range(0, len(tokens), chunk)
-        return torch.cat([self.step([(tokens, first, min(first + chunk, len(tokens)), table)]) for first in firsts])
+        return torch.cat(
+            [
+                self.step([(tokens, first, min(first + chunk, len(tokens)), table)])
+                for first in firsts
+            ]
+        )
 
 
 class Driver:
-    """A scheduler in miniature: places requests in slots of a Runner, runs them, collects their tokens."""
+    """A scheduler in miniature: places requests in slots of a Runner, runs them, collects their
+    tokens."""
 
-    def __init__(self, path: Path, model: ModelConfig | None = None, max_num_seqs: int = 64, **settings) -> None:
+    def __init__(
+        self, path: Path, model: ModelConfig | None = None, max_num_seqs: int = 64, **settings
+    ) -> None:
         config = worker_config(**settings)
-        self.runner = Runner(path, model or ModelConfig(), SchedulerConfig(max_num_seqs=max_num_seqs), config, incarnation=5)
+        self.runner = Runner(
+            path,
+            model or ModelConfig(),
+            SchedulerConfig(max_num_seqs=max_num_seqs),
+            config,
+            incarnation=5,
+        )
         self.facts = self.runner.facts()
         self.block_size = config.block_size
         self.free = list(range(self.facts.num_blocks))
@@ -112,14 +145,28 @@ class Driver:
         self.results: list[StepResult] = []
 
     def admission(
-        self, slot: int, prompt: list[int], sampling: Sampling, output: tuple[int, ...] = (), room: int = 0, cached: Sequence[int] = ()
+        self,
+        slot: int,
+        prompt: list[int],
+        sampling: Sampling,
+        output: tuple[int, ...] = (),
+        room: int = 0,
+        cached: Sequence[int] = (),
     ) -> Admission:
         """`cached`: blocks of another request that hold the beginning of this one's tokens."""
         needed = -(-(len(prompt) + len(output) + room) // self.block_size)
         own = [self.free.pop() for _ in range(needed - len(cached))]
         self.held[slot], self.out[slot] = own, list(output)
         computed = len(cached) * self.block_size
-        return Admission(slot, slot, pack("i", prompt), pack("i", output), pack("i", [*cached, *own]), computed, sampling)
+        return Admission(
+            slot,
+            slot,
+            pack("i", prompt),
+            pack("i", output),
+            pack("i", [*cached, *own]),
+            computed,
+            sampling,
+        )
 
     def step(self, epoch: int = 1, **parts) -> StepResult:
         result = self.runner.execute(Step(epoch, len(self.results), **parts))
@@ -128,7 +175,9 @@ class Driver:
             self.out[slot].append(token)
         return result
 
-    def generate(self, prompts: list[list[int]], samplings: list[Sampling], count: int, chunk: int = 10**6) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], samplings: list[Sampling], count: int, chunk: int = 10**6
+    ) -> list[list[int]]:
         """`count` tokens for each prompt, all in one batch, prompts in chunks."""
         slots = list(range(len(prompts)))
         admit = tuple(self.admission(s, prompts[s], samplings[s], room=count) for s in slots)

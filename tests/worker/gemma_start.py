@@ -1,5 +1,6 @@
-"""A model with Gemma 2's attention (head size 256, grouped heads, soft caps, a window in every other layer), few layers and random weights:
-a worker's start, a few tokens of some requests, and how far its log-probabilities are from transformers in float32. For gpu_shapes.py.
+"""A model with Gemma 2's attention (head size 256, grouped heads, soft caps, a window in every
+other layer), few layers and random weights: a worker's start, a few tokens of some requests, and
+how far its log-probabilities are from transformers in float32. For gpu_shapes.py.
 """
 
 import copy
@@ -15,14 +16,20 @@ from pagewire_protocol.sampling import Sampling
 
 VOCAB, STEPS, TOP, SEED = 4096, 8, 5, 7
 SIZES = {
-    "cuda": ({"hidden_size": 2304, "intermediate_size": 4608, "sliding_window": 512}, (1, 130, 700, 1800), 512),
+    "cuda": (
+        {"hidden_size": 2304, "intermediate_size": 4608, "sliding_window": 512},
+        (1, 130, 700, 1800),
+        512,
+    ),
     "cpu": ({"hidden_size": 64, "intermediate_size": 96, "sliding_window": 24}, (1, 13, 60), 32),
 }
 """Sizes, lengths of prompts, and tokens of a chunk."""
 EXACT = 2e-3
-"""What float32's log-probabilities may be off by: sums in another order, over logits of some ten."""
+"""What float32's log-probabilities may be off by: sums in another order, over logits of some
+ten."""
 MEAN, MOST = 1.25, 2.0
-"""By how much the errors in bfloat16 may exceed those of transformers' own bfloat16, on average and at their largest."""
+"""By how much the errors in bfloat16 may exceed those of transformers' own bfloat16, on average and
+at their largest."""
 
 
 def save(path: Path, device: str) -> None:
@@ -30,8 +37,21 @@ def save(path: Path, device: str) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(SEED)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "num_hidden_layers": 2, "query_pre_attn_scalar": 256}
-    config = Gemma2Config(vocab_size=VOCAB, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, **heads, **SIZES[device][0])
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "num_hidden_layers": 2,
+        "query_pre_attn_scalar": 256,
+    }
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        **heads,
+        **SIZES[device][0],
+    )
     model: Any = Gemma2ForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,20 +70,27 @@ class Told:
 
 def prompts(device: str) -> list[list[int]]:
     make = torch.Generator().manual_seed(SEED)
-    return [torch.randint(3, VOCAB, (length,), generator=make).tolist() for length in SIZES[device][1]]
+    return [
+        torch.randint(3, VOCAB, (length,), generator=make).tolist() for length in SIZES[device][1]
+    ]
 
 
 def started(path: Path, device: str, dtype: str) -> Any:
     settings = WorkerConfig(device=device, dtype=dtype, num_kv_blocks=512)
-    given = path, ModelConfig(max_model_len=2048), SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=2048), settings
+    given = (
+        path,
+        ModelConfig(max_model_len=2048),
+        SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=2048),
+        settings,
+    )
     if device == "cuda":
-        from pagewire.worker.cuda import CudaRunner
+        from pagewire.worker.gpu.runner import CudaRunner
 
         return CudaRunner(*given)
-    from pagewire.worker.loop import Blocking
-    from pagewire.worker.runner import Runner
+    from pagewire.worker.cpu.runner import Runner
+    from pagewire.worker.loop import SyncRunner
 
-    return Blocking(Runner(*given))
+    return SyncRunner(Runner(*given))
 
 
 def run(runner: Any, asked: list[list[int]], chunk: int) -> list[Told]:
@@ -73,7 +100,9 @@ def run(runner: Any, asked: list[list[int]], chunk: int) -> list[Told]:
     admit, n = _admissions(asked, runner.facts().block_size), 0
     while running := [slot for slot, told in enumerate(found) if len(told.tokens) < end[slot]]:
         counts = [min(chunk, len(found[slot].tokens) - sent[slot]) for slot in running]
-        flight = runner.launch(Step(1, n, admit=admit, run_slots=pack("i", running), run_counts=pack("i", counts)))
+        flight = runner.launch(
+            Step(1, n, admit=admit, run_slots=pack("i", running), run_counts=pack("i", counts))
+        )
         admit, n = (), n + 1
         for slot, count in zip(running, counts, strict=True):
             sent[slot] += count
@@ -85,7 +114,9 @@ def run(runner: Any, asked: list[list[int]], chunk: int) -> list[Told]:
 
 def _admissions(asked: list[list[int]], block_size: int) -> tuple[Admission, ...]:
     free, found = iter(range(512)), list[Admission]()
-    sampling = Sampling(SEED, STEPS, temperature=0.0, logprobs=TOP, prompt_logprobs=TOP, ignore_eos=True)
+    sampling = Sampling(
+        SEED, STEPS, temperature=0.0, logprobs=TOP, prompt_logprobs=TOP, ignore_eos=True
+    )
     for slot, prompt in enumerate(asked):
         blocks = [next(free) for _ in range(-(-(len(prompt) + STEPS) // block_size))]
         found.append(Admission(slot, slot, pack("i", prompt), b"", pack("i", blocks), 0, sampling))
@@ -101,11 +132,22 @@ def _take(result: StepResult, found: list[Told]) -> None:
     for part in result.prompt_logprobs:
         counts = unpack("i", part.counts).tolist()
         places = [part.first + i for i, count in enumerate(counts) for _ in range(count)]
-        found[part.place].scores += zip(places, unpack("i", part.ids).tolist(), unpack("f", part.values).tolist(), strict=True)
+        found[part.place].scores += zip(
+            places, unpack("i", part.ids).tolist(), unpack("f", part.values).tolist(), strict=True
+        )
     if (columns := result.logprobs) is not None:
         mine = [slots[row] for row in unpack("i", columns.rows).tolist()]
-        owners = [slot for slot, count in zip(mine, unpack("i", columns.counts).tolist(), strict=True) for _ in range(count)]
-        for slot, token, value in zip(owners, unpack("i", columns.ids).tolist(), unpack("f", columns.values).tolist(), strict=True):
+        owners = [
+            slot
+            for slot, count in zip(mine, unpack("i", columns.counts).tolist(), strict=True)
+            for _ in range(count)
+        ]
+        for slot, token, value in zip(
+            owners,
+            unpack("i", columns.ids).tolist(),
+            unpack("f", columns.values).tolist(),
+            strict=True,
+        ):
             found[slot].scores.append((len(found[slot].tokens) - 1, token, value))
 
 
@@ -114,15 +156,24 @@ def judge(path: Path, told: list[Told], dtype: str, device: str) -> tuple[str, l
     """A line of figures, and what is wrong."""
     from transformers import Gemma2ForCausalLM
 
-    exact: Any = Gemma2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").to(device).eval()
+    exact: Any = (
+        Gemma2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        .to(device)
+        .eval()
+    )
     rough = copy.deepcopy(exact)
-    for parameter in rough.parameters():  # not the buffers: transformers keeps the rotary frequencies in float32
+    for parameter in (
+        rough.parameters()
+    ):  # not the buffers: transformers keeps the rotary frequencies in float32
         parameter.data = parameter.data.bfloat16()
     ours, theirs, behind = list[torch.Tensor](), list[torch.Tensor](), 0.0
     for request in told:
         ids = torch.tensor([request.tokens], device=device)
         true, near = (model(ids).logits[0].float().log_softmax(-1) for model in (exact, rough))
-        at, tokens = (torch.tensor(column, device=device) for column in list(zip(*request.scores, strict=True))[:2])
+        at, tokens = (
+            torch.tensor(column, device=device)
+            for column in list(zip(*request.scores, strict=True))[:2]
+        )
         values = torch.tensor([score[2] for score in request.scores], device=device)
         ours.append((values - true[at - 1, tokens]).abs())
         theirs.append((near[at - 1, tokens] - true[at - 1, tokens]).abs())
@@ -140,4 +191,8 @@ def _wrong(mine: torch.Tensor, others: torch.Tensor, behind: float, dtype: str) 
     if dtype == "float32":
         return [] if mine.max() <= EXACT and behind <= EXACT else [f"more than {EXACT}"]
     close = mine.mean() <= MEAN * others.mean() and mine.max() <= MOST * others.max()
-    return [] if close and behind <= 2 * float(others.max()) else ["more than transformers in bfloat16"]
+    return (
+        []
+        if close and behind <= 2 * float(others.max())
+        else ["more than transformers in bfloat16"]
+    )

@@ -2,11 +2,12 @@
 
     python tests/worker/gpu_greedy.py [--model FILE.gguf or directory] [--device cuda|cpu]
 
-The demo model, or another, in bf16, served by the whole stack: 64 prompts, then many behind a common prefix, each twice (the second time
-over cached prefixes), in several set-ups that are to change nothing. Tokens and log-probabilities are held against transformers in float32,
-and may be off by what its own bf16 is (gpu_oracle.py); texts that equal those of the float32 CPU worker are counted. One line for each
-set-up, one for the verdict; the exit status is 0 when all is well. With `--device cpu`, fewer and shorter prompts: does the check itself
-work?
+The demo model, or another, in bf16, served by the whole stack: 64 prompts, then many behind a
+common prefix, each twice (the second time over cached prefixes), in several set-ups that are to
+change nothing. Tokens and log-probabilities are held against transformers in float32, and may be
+off by what its own bf16 is (gpu_oracle.py); texts that equal those of the float32 CPU worker are
+counted. One line for each set-up, one for the verdict; the exit status is 0 when all is well. With
+`--device cpu`, fewer and shorter prompts: does the check itself work?
 """
 
 import argparse
@@ -22,14 +23,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from e2e.greedy_prompts import Tokens, greedy_prompts, long_text
 from pagewire import LLM, SamplingParams
-from pagewire.hub import demo_gguf
-from pagewire.local_tokenizer import as_transformers
+from pagewire.hub.huggingface import demo_gguf
+from pagewire.offline.local_tokenizer import as_transformers
 from worker.gpu_oracle import TOP, Oracle, Said, begin, conclude, in_turn, judge
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Every `each`-th prompt, cut to `longest`; `rows` prompts behind `common` tokens; `few` KV blocks are too few for all of them."""
+    """Every `each`-th prompt, cut to `longest`; `rows` prompts behind `common` tokens; `few` KV
+    blocks are too few for all of them."""
 
     each: int
     longest: int
@@ -51,7 +53,11 @@ def setups(scale: Scale) -> dict[str, tuple[dict[str, Any], bool, bool]]:
         "no prefix cache": ({"enable_prefix_caching": False}, True, True),
         "no cascade": ({"enable_cascade": False}, False, True),
         "chunks of 64": ({"max_num_batched_tokens": 64, "max_num_seqs": 64}, True, False),
-        f"{scale.few} KV blocks": ({"num_kv_blocks": scale.few, "max_model_len": scale.longest + 2 * scale.steps}, True, False),
+        f"{scale.few} KV blocks": (
+            {"num_kv_blocks": scale.few, "max_model_len": scale.longest + 2 * scale.steps},
+            True,
+            False,
+        ),
     }
 
 
@@ -61,7 +67,9 @@ class Asked:
         long, every = long_text(tokenizer), greedy_prompts(tokenizer)
         self.prompts = [ids[: scale.longest] for ids in [*every[: -2 : scale.each], *every[-2:]]]
         tails = [
-            every[i % 62][: 20 + make.randrange(20)] + [make.randrange(100, len(tokenizer)) for _ in range(3)] for i in range(scale.rows)
+            every[i % 62][: 20 + make.randrange(20)]
+            + [make.randrange(100, len(tokenizer)) for _ in range(3)]
+            for i in range(scale.rows)
         ]
         self.behind = [long[: scale.common] + tail for tail in tails]
         self.common = long[: scale.common]
@@ -69,7 +77,8 @@ class Asked:
 
 @dataclass
 class Run:
-    """Outputs of the first and the second time, by kind of prompt; the second time without log-probabilities."""
+    """Outputs of the first and the second time, by kind of prompt; the second time without
+    log-probabilities."""
 
     prompts: list[list[Any]] = field(default_factory=list[list[Any]])
     behind: list[list[Any]] = field(default_factory=list[list[Any]])
@@ -93,10 +102,14 @@ def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> Run:
     }
     with LLM(str(path), **{**base, **settings}) as llm:
         if prompts:
-            found.prompts = [generate(llm, asked.prompts, scale.steps, logprobs) for logprobs in (TOP, None)]
+            found.prompts = [
+                generate(llm, asked.prompts, scale.steps, logprobs) for logprobs in (TOP, None)
+            ]
         if behind:
             generate(llm, [asked.common], scale.steps)
-            found.behind = [generate(llm, asked.behind, scale.steps, logprobs) for logprobs in (TOP, None)]
+            found.behind = [
+                generate(llm, asked.behind, scale.steps, logprobs) for logprobs in (TOP, None)
+            ]
         found.preemptions = int(llm.stats()["num_preemptions"])
     return found
 
@@ -127,7 +140,9 @@ def report(name: str, found: Run, first: Run, exact: list[str], line: str) -> li
     if "KV blocks" in name:
         line += f"; {found.preemptions} preemptions"
     print(f"{name}: {line}", flush=True)
-    return [f"{name}: nothing was preempted"] if "KV blocks" in name and not found.preemptions else []
+    return (
+        [f"{name}: nothing was preempted"] if "KV blocks" in name and not found.preemptions else []
+    )
 
 
 def check(path: Path, device: str) -> list[str]:
@@ -152,7 +167,9 @@ def check(path: Path, device: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Greedy tokens in bf16 against float32, in several set-ups.")
+    parser = argparse.ArgumentParser(
+        description="Greedy tokens in bf16 against float32, in several set-ups."
+    )
     parser.add_argument("--model", type=Path, help="GGUF file or directory (default: the demo)")
     parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
     options = parser.parse_args()

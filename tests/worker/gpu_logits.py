@@ -2,11 +2,13 @@
 
     python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b]
 
-Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by the whole stack: prompts of very different
-lengths in one batch, cut in chunks, with decodes beside them; requests behind cached prefixes; many rows behind one common prefix. Their
-log-probabilities, at each position of the prompts and of the output, are held against transformers in float32 with the same weights; the
-errors may be as large as those of transformers' own bf16 (gpu_oracle.py). One line for each set-up, one for the verdict; the exit status
-is 0 when all is well. With `--device cpu`, small sizes: does the check itself work?
+Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
+the whole stack: prompts of very different lengths in one batch, cut in chunks, with decodes beside
+them; requests behind cached prefixes; many rows behind one common prefix. Their log-probabilities,
+at each position of the prompts and of the output, are held against transformers in float32 with the
+same weights; the errors may be as large as those of transformers' own bf16 (gpu_oracle.py). One
+line for each set-up, one for the verdict; the exit status is 0 when all is well. With `--device
+cpu`, small sizes: does the check itself work?
 """
 
 import argparse
@@ -34,7 +36,8 @@ CHANGED = {"hopper attention off": PROMPTS, "no cascade": ROWS}
 
 @dataclass(frozen=True)
 class Scale:
-    """`rows` requests behind `common` tokens; `setups` by name: settings, and whether they are given those requests."""
+    """`rows` requests behind `common` tokens; `setups` by name: settings, and whether they are
+    given those requests."""
 
     layers: dict[str, int]
     vocab: int
@@ -74,7 +77,11 @@ class Asked:
 
         self.alone = [words(count) for count in scale.lengths]
         longest = sorted(self.alone, key=len)[-3:]
-        self.behind = [prompt[: len(prompt) * part // 3] + words(len(prompt) // 5) for prompt in longest for part in (1, 2)]
+        self.behind = [
+            prompt[: len(prompt) * part // 3] + words(len(prompt) // 5)
+            for prompt in longest
+            for part in (1, 2)
+        ]
         self.common = words(scale.common)
         self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows)]
 
@@ -83,8 +90,15 @@ def save_model(name: str, scale: Scale, path: Path, device: str) -> None:
     """Weights N(0, 0.02), in bf16; norms are not quite 1, which would hide mistakes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    cut = {"num_hidden_layers": scale.layers[name], "vocab_size": scale.vocab, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(**{**json.loads((MODELS / name / "config.json").read_text()), **cut})
+    cut = {
+        "num_hidden_layers": scale.layers[name],
+        "vocab_size": scale.vocab,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(
+        **{**json.loads((MODELS / name / "config.json").read_text()), **cut}
+    )
     torch.manual_seed(5)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -98,7 +112,12 @@ def save_model(name: str, scale: Scale, path: Path, device: str) -> None:
 def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[Said]:
     """What the stack says in one set-up."""
     settings, grouped = scale.setups[name]
-    base: dict[str, Any] = {"device": device, "dtype": "bfloat16", "num_kv_blocks": scale.blocks, "skip_tokenizer_init": True}
+    base: dict[str, Any] = {
+        "device": device,
+        "dtype": "bfloat16",
+        "num_kv_blocks": scale.blocks,
+        "skip_tokenizer_init": True,
+    }
     longest = max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS
     with LLM(str(path), max_num_seqs=128, max_model_len=longest, **base, **settings) as llm:
         alone = generate(llm, asked.alone, TOP)
@@ -108,7 +127,9 @@ def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[
         rows = generate(llm, asked.rows) if grouped else []
     for output in behind + rows:
         if not output.num_cached_tokens:
-            raise ValueError(f"{name}: nothing of a prompt of {len(output.prompt_token_ids)} tokens was found in the cache")
+            raise ValueError(
+                f"{name}: nothing of a prompt of {len(output.prompt_token_ids)} tokens was found in the cache"
+            )
     said = [Said.prompt(name, PROMPTS, output) for output in alone]
     for part, outputs in {"outputs": alone, "behind cached prefixes": behind, ROWS: rows}.items():
         said += [Said.output(name, part, output) for output in outputs]
@@ -116,7 +137,13 @@ def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[
 
 
 def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = None) -> list[Any]:
-    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=TOP, prompt_logprobs=prompt_logprobs)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=STEPS,
+        ignore_eos=True,
+        logprobs=TOP,
+        prompt_logprobs=prompt_logprobs,
+    )
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
@@ -127,17 +154,29 @@ def setups_of(scale: Scale, device: str) -> list[str]:
 
         if hopper_has(torch.cuda.get_device_capability(), torch.bfloat16, 128, 4, 16):
             return list(scale.setups)
-        print("no attention kernel for Hopper on this GPU, or for this release of Triton", flush=True)
-    return [name for name, (settings, _) in scale.setups.items() if "hopper_attention" not in settings]
+        print(
+            "no attention kernel for Hopper on this GPU, or for this release of Triton", flush=True
+        )
+    return [
+        name for name, (settings, _) in scale.setups.items() if "hopper_attention" not in settings
+    ]
 
 
 def same(said: dict[str, list[Said]]) -> list[str]:
-    """What was meant to differ in a set-up and does not: kernels that were left out must have been used in the first one."""
+    """What was meant to differ in a set-up and does not: kernels that were left out must have been
+    used in the first one."""
     faults: list[str] = []
     for name, part in CHANGED.items():
         if name in said:
-            ours, others = ([one.scores for one in several if one.part == part] for several in (said[name], next(iter(said.values()))))
-            faults += [f"{name}: {part} are told the very same as in the first set-up"] if ours == others else []
+            ours, others = (
+                [one.scores for one in several if one.part == part]
+                for several in (said[name], next(iter(said.values())))
+            )
+            faults += (
+                [f"{name}: {part} are told the very same as in the first set-up"]
+                if ours == others
+                else []
+            )
     return faults
 
 
@@ -147,21 +186,35 @@ def check(name: str, scale: Scale, device: str) -> list[str]:
         save_model(name, scale, path, device)
         one = functools.partial(run, path, scale, device, Asked(scale))
         said = in_turn(one, setups_of(scale, device), 4 if device == "cuda" else 1)
-        verdicts = judge(Oracle(path, device), [told for several in said.values() for told in several])
+        verdicts = judge(
+            Oracle(path, device), [told for several in said.values() for told in several]
+        )
     for setup, (line, _) in verdicts.items():
         print(f"{name}, {setup}: {line}", flush=True)
-    return [f"{name}, {fault}" for fault in [*same(said), *(fault for _, faults in verdicts.values() for fault in faults)]]
+    return [
+        f"{name}, {fault}"
+        for fault in [*same(said), *(fault for _, faults in verdicts.values() for fault in faults)]
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Log-probabilities in bf16 against float32, real head sizes.")
+    parser = argparse.ArgumentParser(
+        description="Log-probabilities in bf16 against float32, real head sizes."
+    )
     parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
-    parser.add_argument("--models", default=",".join(SCALES["cuda"].layers), help="of bench/models, separated by commas")
+    parser.add_argument(
+        "--models",
+        default=",".join(SCALES["cuda"].layers),
+        help="of bench/models, separated by commas",
+    )
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
         return 2
     models, scale = options.models.split(","), SCALES[options.device]
-    return conclude("gpu_logits", lambda: [fault for name in models for fault in check(name, scale, options.device)])
+    return conclude(
+        "gpu_logits",
+        lambda: [fault for name in models for fault in check(name, scale, options.device)],
+    )
 
 
 if __name__ == "__main__":

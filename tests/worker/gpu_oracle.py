@@ -1,8 +1,10 @@
-"""How far what a stack said is from transformers in float32, beside how far transformers' own bf16 is: for checks on a machine with a GPU.
+"""How far what a stack said is from transformers in float32, beside how far transformers' own bf16
+is: for checks on a machine with a GPU.
 
-A chosen token, or the n-th most likely one, may be behind float32's by twice the largest error of transformers' bf16 logits at its
-position: each of the two logits that are compared may be off by one such error. Errors of log-probabilities are bounded by those of
-transformers' bf16 for the same tokens at the same positions. Knows neither models nor how the stack was set up.
+A chosen token, or the n-th most likely one, may be behind float32's by twice the largest error of
+transformers' bf16 logits at its position: each of the two logits that are compared may be off by
+one such error. Errors of log-probabilities are bounded by those of transformers' bf16 for the same
+tokens at the same positions. Knows neither models nor how the stack was set up.
 """
 
 import copy
@@ -20,7 +22,8 @@ from torch import Tensor
 PIECE = 512
 """Positions whose logits exist at a time."""
 MEAN, MOST = 1.25, 2.0
-"""By how much our errors may exceed those of transformers' bf16, on average and at their largest."""
+"""By how much our errors may exceed those of transformers' bf16, on average and at their
+largest."""
 TOP = 5
 """Log-probabilities that are asked for."""
 
@@ -28,7 +31,8 @@ R = TypeVar("R")
 
 
 class Oracle:
-    """The model at `path`, a directory or a GGUF file, in float32 and with the same weights in bf16."""
+    """The model at `path`, a directory or a GGUF file, in float32 and with the same weights in
+    bf16."""
 
     def __init__(self, path: Path, device: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -36,25 +40,36 @@ class Oracle:
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
         self._device = device
-        self._exact: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place).to(device).eval()
+        self._exact: Any = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
+            .to(device)
+            .eval()
+        )
         self._rough: Any = copy.deepcopy(self._exact)
-        for parameter in self._rough.parameters():  # not the buffers: transformers keeps the rotary frequencies in float32
+        for parameter in (
+            self._rough.parameters()
+        ):  # not the buffers: transformers keeps the rotary frequencies in float32
             parameter.data = parameter.data.bfloat16()
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(position, exact, rough): float32 [n, V] of what follows the tokens from `position` on, the first piece from `first` on."""
+        """(position, exact, rough): float32 [n, V] of what follows the tokens from `position` on,
+        the first piece from `first` on."""
         ids, models = torch.tensor([tokens], device=self._device), (self._exact, self._rough)
         states = [model.base_model(ids, use_cache=False).last_hidden_state[0] for model in models]
         for at in range(first, len(tokens), PIECE):
-            exact, rough = (model.lm_head(state[at : at + PIECE]).float() for model, state in zip(models, states, strict=True))
+            exact, rough = (
+                model.lm_head(state[at : at + PIECE]).float()
+                for model, state in zip(models, states, strict=True)
+            )
             yield at, exact, rough
 
 
 @dataclass
 class Said:
-    """What one request was told in a set-up, or a part of it: `tokens` are prompt and output; those from `chosen` on were chosen greedily.
-    A score is (position of the token, id, rank, log-probability)."""
+    """What one request was told in a set-up, or a part of it: `tokens` are prompt and output; those
+    from `chosen` on were chosen greedily. A score is (position of the token, id, rank,
+    log-probability)."""
 
     setup: str
     part: str
@@ -67,13 +82,21 @@ class Said:
         """Raises ValueError where a token has no scores, or not all that were asked for."""
         tokens, first = _tokens(output), len(output.prompt_token_ids)
         told = output.outputs[0].logprobs
-        return cls(setup, part, tokens, first, _flat(tokens[first:], first, told, setup) if told else [])
+        return cls(
+            setup, part, tokens, first, _flat(tokens[first:], first, told, setup) if told else []
+        )
 
     @classmethod
     def prompt(cls, setup: str, part: str, output: Any) -> "Said":
         """Raises ValueError likewise."""
         tokens = _tokens(output)
-        return cls(setup, part, tokens, len(tokens), _flat(output.prompt_token_ids[1:], 1, output.prompt_logprobs[1:], setup))
+        return cls(
+            setup,
+            part,
+            tokens,
+            len(tokens),
+            _flat(output.prompt_token_ids[1:], 1, output.prompt_logprobs[1:], setup),
+        )
 
     @property
     def first(self) -> int:
@@ -85,20 +108,29 @@ def _tokens(output: Any) -> list[int]:
     return [*output.prompt_token_ids, *output.outputs[0].token_ids]
 
 
-def _flat(tokens: list[int], first: int, entries: list[Any], setup: str) -> list[tuple[int, int, int, float]]:
+def _flat(
+    tokens: list[int], first: int, entries: list[Any], setup: str
+) -> list[tuple[int, int, int, float]]:
     """The scores of `tokens`, whose positions begin at `first`."""
     if len(entries) != len(tokens):
         raise ValueError(f"{setup}: {len(entries)} of {len(tokens)} tokens have log-probabilities")
     for position, (token, told) in enumerate(zip(tokens, entries, strict=True), first):
         if not told or token not in told or len(told) < TOP:
-            raise ValueError(f"{setup}: token {token} at {position} has the log-probabilities {told}")
-    return [(at, token, one.rank, one.logprob) for at, told in enumerate(entries, first) for token, one in told.items()]
+            raise ValueError(
+                f"{setup}: token {token} at {position} has the log-probabilities {told}"
+            )
+    return [
+        (at, token, one.rank, one.logprob)
+        for at, told in enumerate(entries, first)
+        for token, one in told.items()
+    ]
 
 
 @dataclass
 class Tally:
-    """Of one part of a set-up. `chosen` tokens, of which `second` are not float32's first; of `ranked` tokens (these, and the most likely
-    ones) `outside` are further behind than they may be. `behind`: the furthest, in errors of transformers' bf16."""
+    """Of one part of a set-up. `chosen` tokens, of which `second` are not float32's first; of
+    `ranked` tokens (these, and the most likely ones) `outside` are further behind than they may be.
+    `behind`: the furthest, in errors of transformers' bf16."""
 
     chosen: int = 0
     second: int = 0
@@ -113,7 +145,10 @@ class Tally:
         noise = (rough - exact).abs().amax(-1)
         best = exact.topk(TOP).values
         end = min(at + len(exact), len(said.tokens) - 1)
-        chosen = [(place - 1 - at, said.tokens[place]) for place in range(max(said.chosen, at + 1), end + 1)]
+        chosen = [
+            (place - 1 - at, said.tokens[place])
+            for place in range(max(said.chosen, at + 1), end + 1)
+        ]
         if chosen:
             rows, ids = torch.tensor(chosen, device=exact.device).T
             gap = best[rows, 0] - exact[rows, ids]
@@ -122,39 +157,64 @@ class Tally:
             self._check(gap, noise[rows])
         scores = [score for score in said.scores if at < score[0] <= at + len(exact)]
         if scores:
-            places, ids, ranks = torch.tensor([score[:3] for score in scores], device=exact.device).T
-            self._score(places - 1 - at, ids, ranks, torch.tensor([score[3] for score in scores], device=exact.device), exact, rough)
+            places, ids, ranks = torch.tensor(
+                [score[:3] for score in scores], device=exact.device
+            ).T
+            self._score(
+                places - 1 - at,
+                ids,
+                ranks,
+                torch.tensor([score[3] for score in scores], device=exact.device),
+                exact,
+                rough,
+            )
             rows = (places - 1 - at)[ranks <= TOP]
-            self._check(best[rows, ranks[ranks <= TOP] - 1] - exact[rows, ids[ranks <= TOP]], noise[rows])
+            self._check(
+                best[rows, ranks[ranks <= TOP] - 1] - exact[rows, ids[ranks <= TOP]], noise[rows]
+            )
 
     def _check(self, gap: Tensor, noise: Tensor) -> None:
         self.ranked += len(gap)
         self.outside += int((~(gap <= 2 * noise)).sum())
         self.behind = max(self.behind, float((gap / noise).max()))
 
-    def _score(self, rows: Tensor, ids: Tensor, ranks: Tensor, values: Tensor, exact: Tensor, rough: Tensor) -> None:
+    def _score(
+        self, rows: Tensor, ids: Tensor, ranks: Tensor, values: Tensor, exact: Tensor, rough: Tensor
+    ) -> None:
         true = exact.log_softmax(-1)[rows, ids]
         self._ours.append((values - true).abs().cpu())
         self._theirs.append((rough.log_softmax(-1)[rows, ids] - true).abs().cpu())
 
     def verdict(self) -> tuple[str, list[str]]:
         """Figures, and what is wrong."""
-        words = [f"{self.second} of {self.chosen:,} tokens not float32's first"] if self.chosen else []
+        words = (
+            [f"{self.second} of {self.chosen:,} tokens not float32's first"] if self.chosen else []
+        )
         words.append(f"{self.outside} of {self.ranked:,} ranks wrong (worst {self.behind:.2f})")
-        faults = [f"{self.outside} tokens are ranked higher than an error of bf16 explains"] if self.outside else []
+        faults = (
+            [f"{self.outside} tokens are ranked higher than an error of bf16 explains"]
+            if self.outside
+            else []
+        )
         if self._ours:
             ours, theirs = torch.cat(self._ours), torch.cat(self._theirs)
-            words.append(f"{len(ours):,} scores off by {ours.mean():.4f}, {ours.max():.3f} (bf16 {theirs.mean():.4f}, {theirs.max():.3f})")
+            words.append(
+                f"{len(ours):,} scores off by {ours.mean():.4f}, {ours.max():.3f} (bf16 {theirs.mean():.4f}, {theirs.max():.3f})"
+            )
             if not ours.mean() <= MEAN * theirs.mean():
-                faults.append(f"log-probabilities are off by {ours.mean():.4f} on average, more than {MEAN} times {theirs.mean():.4f}")
+                faults.append(
+                    f"log-probabilities are off by {ours.mean():.4f} on average, more than {MEAN} times {theirs.mean():.4f}"
+                )
             if not ours.max() <= MOST * theirs.max():
-                faults.append(f"a log-probability is off by {ours.max():.3f}, more than {MOST} times {theirs.max():.3f}")
+                faults.append(
+                    f"a log-probability is off by {ours.max():.3f}, more than {MOST} times {theirs.max():.3f}"
+                )
         return ", ".join(words), faults
 
 
 def judge(oracle: Oracle, said: list[Said]) -> dict[str, tuple[str, list[str]]]:
-    """For each set-up a line of figures and what is wrong, part by part: a small part may be wrong where the whole looks right.
-    Transformers reads only once what several set-ups said alike."""
+    """For each set-up a line of figures and what is wrong, part by part: a small part may be wrong
+    where the whole looks right. Transformers reads only once what several set-ups said alike."""
     alike: dict[tuple[int, ...], list[Said]] = {}
     for one in said:
         alike.setdefault(tuple(one.tokens), []).append(one)
@@ -169,19 +229,28 @@ def judge(oracle: Oracle, said: list[Said]) -> dict[str, tuple[str, list[str]]]:
     for setup, parts in tallies.items():
         verdicts = {part: tally.verdict() for part, tally in parts.items()}
         line = "; ".join(f"{part}: {figures}" for part, (figures, _) in verdicts.items())
-        found[setup] = line, [f"{setup}, {part}: {'; '.join(faults)}" for part, (_, faults) in verdicts.items() if faults]
+        found[setup] = (
+            line,
+            [
+                f"{setup}, {part}: {'; '.join(faults)}"
+                for part, (_, faults) in verdicts.items()
+                if faults
+            ],
+        )
     return found
 
 
 def in_turn(run: Callable[[str], R], names: list[str], at_once: int) -> dict[str, R]:
-    """run(name) of each: the first alone, so that the others find its kernels compiled, then several stacks side by side."""
+    """run(name) of each: the first alone, so that the others find its kernels compiled, then
+    several stacks side by side."""
     found = {names[0]: run(names[0])}
     with ThreadPoolExecutor(at_once) as pool:
         return found | dict(zip(names[1:], pool.map(run, names[1:]), strict=True))
 
 
 def conclude(check: str, work: Callable[[], list[str]]) -> int:
-    """Prints what `work` says is wrong, and the verdict as the last line; the exit status. A stack that breaks down is a fault, too."""
+    """Prints what `work` says is wrong, and the verdict as the last line; the exit status. A stack
+    that breaks down is a fault, too."""
     start = time.monotonic()
     try:
         faults = work()

@@ -2,11 +2,13 @@
 
     python tests/worker/gpu_shapes.py [--device cuda|cpu] [--parts kernels,model,timing]
 
-The launch shapes that cards with less shared memory get, forced on this one (pagewire_kernels.shapes.pretend), and its own. Kernels: each
-one at head sizes 64, 128 and 256 in bfloat16, float16 and float32, against float64. Model: a worker with Gemma 2's attention from start to
-tokens, in bfloat16 and float32, against transformers in float32. Timing: on Hopper the shapes must be the measured ones, and kernels that
-choose them as fast as with these given. A table and the verdict come last; the exit status is 0 when all is well. With `--device cpu`,
-small inputs in Triton's interpreter, the CPU's worker and no timing: does the check itself work?
+The launch shapes that cards with less shared memory get, forced on this one
+(pagewire_kernels.shapes.pretend), and its own. Kernels: each one at head sizes 64, 128 and 256 in
+bfloat16, float16 and float32, against float64. Model: a worker with Gemma 2's attention from start
+to tokens, in bfloat16 and float32, against transformers in float32. Timing: on Hopper the shapes
+must be the measured ones, and kernels that choose them as fast as with these given. A table and the
+verdict come last; the exit status is 0 when all is well. With `--device cpu`, small inputs in
+Triton's interpreter, the CPU's worker and no timing: does the check itself work?
 """
 
 import argparse
@@ -32,9 +34,9 @@ import torch
 from ops import hopper_shapes, shape_cases
 from ops.shape_cases import BOUNDS, BY_HEAD_SIZE, KERNELS, PAGE, Place
 from ops.triton_cases import error
-from pagewire.worker.gpus import survey
-from pagewire.worker.kv import Sizing
-from pagewire.worker.memory_errors import GpuFailed, explained
+from pagewire.worker.gpu.gpus import survey
+from pagewire.worker.gpu.memory_errors import GpuFailed, explained
+from pagewire.worker.load.kv_sizing import Sizing
 from pagewire_kernels import shapes
 from pagewire_kernels.attention_decode import decode_attention
 from pagewire_kernels.decode_shapes import DecodeConfig
@@ -46,7 +48,8 @@ LIMITS = (KIB_99, KIB_163)
 DIMS = (64, 128, 256)
 ROUNDS = 5
 LEAST_RATIO, TARGET_RATIO = 0.97, 0.99
-"""Of the time with the measured shapes given, to that with the chosen ones: below the first is a fault, below the second is marked."""
+"""Of the time with the measured shapes given, to that with the chosen ones: below the first is a
+fault, below the second is marked."""
 AT_ONCE = 14
 
 
@@ -67,7 +70,9 @@ def kernels(device: str, dtype: torch.dtype, dim: int) -> list[Row]:
     """Every kernel at a head size, in each of the shapes that cards choose for it."""
     torch.manual_seed(dim)
     scale = shape_cases.LARGE if device == "cuda" else shape_cases.SMALL
-    place = Place(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), dtype, dim, scale)
+    place = Place(
+        torch.device(device, 0) if device == "cuda" else torch.device("cpu"), dtype, dim, scale
+    )
     found: list[Row] = []
     for name in BY_HEAD_SIZE if dim > DIMS[0] else KERNELS:
         found.append(_one_kernel(name, place))
@@ -82,7 +87,9 @@ def _one_kernel(name: str, place: Place) -> Row:
             shape, wrong = KERNELS[name](place)
         seen[shape] = max(seen.get(shape, 0.0), wrong)
         if not wrong <= BOUNDS[place.dtype]:
-            faults.append(f"{name}, head size {place.dim}, {place.dtype}, {limit:,} bytes, {shape}: error {wrong:.2g}")
+            faults.append(
+                f"{name}, head size {place.dim}, {place.dtype}, {limit:,} bytes, {shape}: error {wrong:.2g}"
+            )
     figures = "; ".join(f"{_fields(shape)} {wrong:.1e}" for shape, wrong in seen.items())
     return Row("kernels", f"{name} {place.dim} {str(place.dtype)[6:]}", figures, faults)
 
@@ -93,7 +100,11 @@ def _card(limit: int) -> contextlib.AbstractContextManager[None]:
 
 
 def _fields(shape: Any) -> str:
-    return ",".join(str(value) for value in vars(shape).values()) if hasattr(shape, "__dict__") else str(shape)
+    return (
+        ",".join(str(value) for value in vars(shape).values())
+        if hasattr(shape, "__dict__")
+        else str(shape)
+    )
 
 
 def model(path: Path, device: str, dtype: str, limit: int) -> list[Row]:
@@ -106,15 +117,27 @@ def model(path: Path, device: str, dtype: str, limit: int) -> list[Row]:
         told = gemma_start.run(runner, gemma_start.prompts(device), gemma_start.SIZES[device][2])
     figures, faults = gemma_start.judge(path, told, dtype, device)
     what = f"Gemma 2, {dtype}, {f'{limit:,} bytes' if limit else 'this card'}"
-    return [Row("model", what, f"started in {took:.0f} s; {figures}", [f"{what}: {fault}" for fault in faults])]
+    return [
+        Row(
+            "model",
+            what,
+            f"started in {took:.0f} s; {figures}",
+            [f"{what}: {fault}" for fault in faults],
+        )
+    ]
 
 
 def net(device: str) -> list[Row]:
-    """A shape that no card has room for gives way to the next one; one without a next is told in a line."""
+    """A shape that no card has room for gives way to the next one; one without a next is told in a
+    line."""
     place = Place(torch.device(device, 0), torch.bfloat16, 256, shape_cases.LARGE)
     lengths = list(place.scale.lengths)
     q, k, v, batch = place.paged([1] * len(lengths), lengths)
-    out, huge, small = shape_cases.poisoned(q), DecodeConfig(128, 4, 4, 128, 32), DecodeConfig(32, 2, 2, 128, 32)
+    out, huge, small = (
+        shape_cases.poisoned(q),
+        DecodeConfig(128, 4, 4, 128, 32),
+        DecodeConfig(32, 2, 2, 128, 32),
+    )
 
     def launch(config: DecodeConfig) -> None:
         decode_attention(q, k, v, batch.block_tables, batch.seq_lens, 0.1, out=out, config=config)
@@ -122,7 +145,11 @@ def net(device: str) -> list[Row]:
     choice = Choice("decode attention", (Candidate(huge), Candidate(small)))
     choice.launch(place.device, launch)
     wrong = error(out, shape_cases.exact(q, k, v, batch, 0.1, None, None))
-    faults = [] if choice.first(place.device) == small and wrong <= BOUNDS[place.dtype] else [f"the net: error {wrong:.2g}"]
+    faults = (
+        []
+        if choice.first(place.device) == small and wrong <= BOUNDS[place.dtype]
+        else [f"the net: error {wrong:.2g}"]
+    )
     line = "nothing was raised"
     try:
         with explained("capturing graphs", Sizing(1, 1, 1, PAGE, PAGE, gpu=survey(0))):
@@ -130,12 +157,21 @@ def net(device: str) -> list[Row]:
     except GpuFailed as told:
         line = str(told)
     faults += [] if line.startswith("decode attention does not fit GPU 0") else [f"the net: {line}"]
-    return [Row("kernels", "a shape that is too large", f"gave way, error {wrong:.1e}; without another: {line}", faults)]
+    return [
+        Row(
+            "kernels",
+            "a shape that is too large",
+            f"gave way, error {wrong:.1e}; without another: {line}",
+            faults,
+        )
+    ]
 
 
 def side_by_side(tasks: list[tuple[Callable[..., list[Row]], tuple[Any, ...]]]) -> list[Row]:
     """The rows of all; a task that breaks down is a row, too."""
-    with ProcessPoolExecutor(min(AT_ONCE, len(tasks), os.cpu_count() or 1), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(AT_ONCE, len(tasks), os.cpu_count() or 1), get_context("spawn")
+    ) as pool:
         running = [(pool.submit(work, *given), work.__name__, given) for work, given in tasks]
         return [row for future, name, given in running for row in _rows(future, name, given)]
 
@@ -159,9 +195,15 @@ def timing() -> list[Row]:
     place = torch.device("cuda", 0)
     if torch.cuda.get_device_capability() != (9, 0):
         return [Row("timing", "not a Hopper GPU", f"{shapes.limit(place):,} bytes a block", [])]
-    wrong = [f"{what}: {chosen} instead of {measured}" for what, chosen, measured in hopper_shapes.choices(place) if chosen != measured]
+    wrong = [
+        f"{what}: {chosen} instead of {measured}"
+        for what, chosen, measured in hopper_shapes.choices(place)
+        if chosen != measured
+    ]
     if shapes.limit(place) != KIB_227:
-        wrong.append(f"a block may have {shapes.limit(place):,} bytes of shared memory, not {KIB_227:,}")
+        wrong.append(
+            f"a block may have {shapes.limit(place):,} bytes of shared memory, not {KIB_227:,}"
+        )
     distrust_hopper()  # the kernel whose shapes are chosen
     found = [Row("timing", "chosen shapes", "the measured ones" if not wrong else "others", wrong)]
     return found + [_compared(name, make) for name, make in _cases().items()]
@@ -182,9 +224,15 @@ def _cases() -> dict[str, Callable[[], tuple[Callable[[int], Any], Callable[[int
         return attention(Product(n, k, rows), hopper_shapes.SKINNY[rows, n, k])
 
     return {
-        "prefill 4x512 of 2048, 128": lambda: attention(Prefill(4, 512, 2048, 32, 128), hopper_shapes.PREFILL[128]),
-        "prefill 1x4096, 64": lambda: attention(Prefill(1, 4096, 4096, 32, 64), hopper_shapes.PREFILL[64]),
-        "prefill 1x2048, 256": lambda: attention(Prefill(1, 2048, 2048, 32, 256), hopper_shapes.PREFILL[256]),
+        "prefill 4x512 of 2048, 128": lambda: attention(
+            Prefill(4, 512, 2048, 32, 128), hopper_shapes.PREFILL[128]
+        ),
+        "prefill 1x4096, 64": lambda: attention(
+            Prefill(1, 4096, 4096, 32, 64), hopper_shapes.PREFILL[64]
+        ),
+        "prefill 1x2048, 256": lambda: attention(
+            Prefill(1, 2048, 2048, 32, 256), hopper_shapes.PREFILL[256]
+        ),
         "decode 1x1024": lambda: decode(1),
         "decode 8x1024": lambda: decode(8),
         "decode 64x1024": lambda: decode(64),
@@ -199,7 +247,9 @@ def _cases() -> dict[str, Callable[[], tuple[Callable[[int], Any], Callable[[int
 def _decode_shape(programs: int) -> Any:
     from pagewire_kernels.decode_shapes import DecodeConfig
 
-    return DecodeConfig(*next(fields for limit, fields in hopper_shapes.DECODE.items() if programs <= limit))
+    return DecodeConfig(
+        *next(fields for limit, fields in hopper_shapes.DECODE.items() if programs <= limit)
+    )
 
 
 def _common() -> tuple[Callable[[int], Any], Callable[[int], Any], int]:
@@ -211,7 +261,12 @@ def _common() -> tuple[Callable[[int], Any], Callable[[int], Any], int]:
     sets = inputs.tables(rows, shared + own)
     for table in sets:
         table[1:, : shared // inputs.PAGE] = table[0, : shared // inputs.PAGE]
-    groups = Groups(inputs.int32(list(range(rows))), inputs.int32([0, rows]), inputs.int32([shared]), inputs.int32([shared] * rows))
+    groups = Groups(
+        inputs.int32(list(range(rows))),
+        inputs.int32([0, rows]),
+        inputs.int32([shared]),
+        inputs.int32([shared] * rows),
+    )
     q, lens = inputs.rand(rows, 32, 128), inputs.int32([shared + own] * rows)
 
     def launch(i: int, config: Any = None) -> Any:
@@ -220,7 +275,9 @@ def _common() -> tuple[Callable[[int], Any], Callable[[int], Any], int]:
     return launch, lambda i: launch(i, hopper_shapes.PREFIX[128]), len(sets)
 
 
-def _compared(name: str, make: Callable[[], tuple[Callable[[int], Any], Callable[[int], Any], int]]) -> Row:
+def _compared(
+    name: str, make: Callable[[], tuple[Callable[[int], Any], Callable[[int], Any], int]]
+) -> Row:
     from pagewire.bench.ops import inputs
     from pagewire.bench.ops.case import graph_us
 
@@ -235,7 +292,8 @@ def _compared(name: str, make: Callable[[], tuple[Callable[[int], Any], Callable
     ratio = before / after
     mark = "" if ratio >= TARGET_RATIO else f" (below {TARGET_RATIO})"
     figures = (
-        f"{before:.1f} us given, {after:.1f} chosen, ratio {ratio:.3f}{mark}; launched from Python {launched[0]:.1f}, {launched[1]:.1f}"
+        f"{before:.1f} us given, {after:.1f} chosen, ratio {ratio:.3f}{mark}; "
+        f"launched from Python {launched[0]:.1f}, {launched[1]:.1f}"
     )
     return Row("timing", name, figures, [f"{name}: {figures}"] if ratio < LEAST_RATIO else [])
 
@@ -264,7 +322,14 @@ def exact_speed() -> list[Row]:
         args = q, k, v, batch.block_tables, batch.seq_lens, batch.query_start, dim**-0.5
         took = graph_us(lambda i, args=args: prefill_attention(*args), 1, 2000.0)
         flops = 4 * q.shape[1] * dim * 1024 * 512
-        found.append(Row("timing", f"prefill 1x1024, {dim}, float32", f"{took:.0f} us, {flops / took / 1e6:.1f} TFLOP/s", []))
+        found.append(
+            Row(
+                "timing",
+                f"prefill 1x1024, {dim}, float32",
+                f"{took:.0f} us, {flops / took / 1e6:.1f} TFLOP/s",
+                [],
+            )
+        )
     return found
 
 
@@ -279,7 +344,12 @@ def check(device: str, parts: list[str]) -> list[str]:
             gemma_start.save(Path(folder), device)
             own = [(model, (Path(folder), device, dtype, 0)) for dtype in ("bfloat16", "float32")]
             tasks += own + (
-                [(model, (Path(folder), device, dtype, KIB_99)) for dtype in ("bfloat16", "float32")] if device == "cuda" else []
+                [
+                    (model, (Path(folder), device, dtype, KIB_99))
+                    for dtype in ("bfloat16", "float32")
+                ]
+                if device == "cuda"
+                else []
             )
         if "kernels" in parts:
             types = BOUNDS if device == "cuda" else (torch.float32, torch.float16)
@@ -288,18 +358,31 @@ def check(device: str, parts: list[str]) -> list[str]:
         rows += side_by_side(tasks) if tasks else []
     if "timing" in parts and device == "cuda":
         rows += [*timing(), *exact_speed()]
-    print("", *(f"{row.part:8} {'FAILED' if row.faults else 'ok':6} {row.what}: {row.figures}" for row in rows), sep="\n", flush=True)
+    print(
+        "",
+        *(
+            f"{row.part:8} {'FAILED' if row.faults else 'ok':6} {row.what}: {row.figures}"
+            for row in rows
+        ),
+        sep="\n",
+        flush=True,
+    )
     return [fault for row in rows for fault in row.faults]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kernels and a model in the launch shapes of smaller cards.")
+    parser = argparse.ArgumentParser(
+        description="Kernels and a model in the launch shapes of smaller cards."
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", default="kernels,model,timing", help="separated by commas")
     options = parser.parse_args()
     if not begin("gpu_shapes", options.device):
         return 2
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}", flush=True)
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}",
+        flush=True,
+    )
     return conclude("gpu_shapes", lambda: check(options.device, options.parts.split(",")))
 
 

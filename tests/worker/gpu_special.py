@@ -2,12 +2,14 @@
 
     python tests/worker/gpu_special.py [cpu|torch]
 
-A tiny random model in float32, requests of every kind in one batch, steps several ahead of their results, slots that pass from one request
-to the next, requests that are resumed. Each token of the CudaRunner is held against transformers on the CPU: its logits, restricted by its
-own processors. Since a GPU rounds otherwise, a token may be second best by less than TIE. Log-probabilities of tokens and of prompts are
-held against exact ones, and what the CPU's Runner says to the same requests is counted. One line tells the verdict; the exit status is 0
-when all is well. With `cpu`, the CPU's Runner is put to the same test: does the check itself work? With
-`torch`, attention and products run as on GPUs below compute capability 8.0: through torch, without graphs.
+A tiny random model in float32, requests of every kind in one batch, steps several ahead of their
+results, slots that pass from one request to the next, requests that are resumed. Each token of the
+CudaRunner is held against transformers on the CPU: its logits, restricted by its own processors.
+Since a GPU rounds otherwise, a token may be second best by less than TIE. Log-probabilities of
+tokens and of prompts are held against exact ones, and what the CPU's Runner says to the same
+requests is counted. One line tells the verdict; the exit status is 0 when all is well. With `cpu`,
+the CPU's Runner is put to the same test: does the check itself work? With `torch`, attention and
+products run as on GPUs below compute capability 8.0: through torch, without graphs.
 """
 
 import random
@@ -32,7 +34,13 @@ from worker.sampling_reference import bias, continued, restricted, scored, words
 VOCAB, BLOCKS, COUNT, AHEAD, EOS = 500, 600, 24, 4, (2,)
 TIE, NEAR = 0.02, 0.01
 GREEDY: dict[str, Any] = {"seed": 3, "max_tokens": 200, "temperature": 0.0}
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 Asked = list[tuple[list[int], Sampling]]
 """(prompt, sampling) of each request."""
@@ -46,7 +54,13 @@ class Model:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(5)
-        config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=512, eos_token_id=2, initializer_range=0.2, **SHAPE)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            max_position_embeddings=512,
+            eos_token_id=2,
+            initializer_range=0.2,
+            **SHAPE,
+        )
         self._model: Any = LlamaForCausalLM(config).eval()
         self._model.save_pretrained(path)
 
@@ -56,7 +70,8 @@ class Model:
 
 
 def requests(model: Model, make: random.Random) -> Asked:
-    """Twelve of different kinds, in random order; what they forbid is what they would otherwise say."""
+    """Twelve of different kinds, in random order; what they forbid is what they would otherwise
+    say."""
     found: Asked = []
     for which in range(12):
         prompt = [make.randrange(3, VOCAB) for _ in range(make.randrange(2, 70))]
@@ -74,10 +89,28 @@ def requests(model: Model, make: random.Random) -> Asked:
             {"bad_words": words(out[2:22]), "prompt_logprobs": 0},
             ends,
             counts,
-            {**counts, **ends, **bias({out[1]: -5.0}), "allowed_ids": some, "bad_words": words(*pairs), "logprobs": 20},
-            {**ends, "bad_words": words(*pairs), "temperature": 0.7, "top_k": 1, "prompt_logprobs": 20},
+            {
+                **counts,
+                **ends,
+                **bias({out[1]: -5.0}),
+                "allowed_ids": some,
+                "bad_words": words(*pairs),
+                "logprobs": 20,
+            },
+            {
+                **ends,
+                "bad_words": words(*pairs),
+                "temperature": 0.7,
+                "top_k": 1,
+                "prompt_logprobs": 20,
+            },
             {"allowed_ids": pack("i", EOS), "min_tokens": 5},
-            {"temperature": 0.9, "top_p": 0.95, "bad_words": words(*[[token] for token in out]), "logprobs": 2},
+            {
+                "temperature": 0.9,
+                "top_p": 0.95,
+                "bad_words": words(*[[token] for token in out]),
+                "logprobs": 2,
+            },
         ]
         found.append((prompt, Sampling(**{**GREEDY, **kinds[which]})))
     make.shuffle(found)
@@ -88,17 +121,18 @@ def runner(path: Path, device: str) -> Any:
     settings = WorkerConfig(device=device, dtype="float32", num_kv_blocks=BLOCKS)
     given = path, ModelConfig(), SchedulerConfig(max_num_seqs=16), settings
     if device == "cuda":
-        from pagewire.worker.cuda import CudaRunner
+        from pagewire.worker.gpu.runner import CudaRunner
 
         return CudaRunner(*given)
-    from pagewire.worker.loop import Blocking
-    from pagewire.worker.runner import Runner
+    from pagewire.worker.cpu.runner import Runner
+    from pagewire.worker.loop import SyncRunner
 
-    return Blocking(Runner(*given))
+    return SyncRunner(Runner(*given))
 
 
 class Lane:
-    """A runner that is fed several steps ahead; `results` and `out`, by slot, grow when they land."""
+    """A runner that is fed several steps ahead; `results` and `out`, by slot, grow when they
+    land."""
 
     def __init__(self, path: Path, device: str) -> None:
         self._runner = runner(path, device)
@@ -111,7 +145,9 @@ class Lane:
     def generate(self, asked: Asked, outputs: list[list[int]], chunk: int) -> list[list[int]]:
         """All in one batch, in slots from 0 on, prompts in chunks beside others' decodes."""
         self.results, self.out = [], [list(output) for output in outputs]
-        known = [len(prompt) + len(output) for (prompt, _), output in zip(asked, outputs, strict=True)]
+        known = [
+            len(prompt) + len(output) for (prompt, _), output in zip(asked, outputs, strict=True)
+        ]
         sent, end = [0] * len(asked), [len(prompt) + COUNT for prompt, _ in asked]
         admit = self._admissions(asked, outputs)
         while any(n < last for n, last in zip(known, end, strict=True)):
@@ -132,7 +168,11 @@ class Lane:
         found: list[Admission] = []
         for slot, ((prompt, sampling), output) in enumerate(zip(asked, outputs, strict=True)):
             blocks = [free.pop() for _ in range(-(-(len(prompt) + COUNT) // self._block))]
-            found.append(Admission(slot, slot, pack("i", prompt), pack("i", output), pack("i", blocks), 0, sampling))
+            found.append(
+                Admission(
+                    slot, slot, pack("i", prompt), pack("i", output), pack("i", blocks), 0, sampling
+                )
+            )
         return tuple(found)
 
     def _launch(self, **parts: Any) -> None:
@@ -147,7 +187,9 @@ class Lane:
             time.sleep(0)
         self.results.append(flight.result())
         assert not any(self.results[-1].flags), "logits that are not finite"
-        for slot, token in zip(unpack("i", self.results[-1].slots), unpack("i", self.results[-1].tokens), strict=True):
+        for slot, token in zip(
+            unpack("i", self.results[-1].slots), unpack("i", self.results[-1].tokens), strict=True
+        ):
             self.out[slot].append(token)
 
 
@@ -164,9 +206,18 @@ class Verdict:
             logits = self._model.logits(prompt + output)
             exact.append(torch.log_softmax(logits.double(), -1))
             self._tokens(logits, prompt, output, sampling, f"{name}, slot {slot}")
-            runs = [run for result in lane.results for run in result.prompt_logprobs if run.place == slot]
-            self._prompt(logits, exact[slot], prompt, sampling.prompt_logprobs, runs, f"{name}, slot {slot}")
-        ends = [len(prompt) + len(output) for (prompt, _), output in zip(asked, lane.out, strict=True)]
+            runs = [
+                run
+                for result in lane.results
+                for run in result.prompt_logprobs
+                if run.place == slot
+            ]
+            self._prompt(
+                logits, exact[slot], prompt, sampling.prompt_logprobs, runs, f"{name}, slot {slot}"
+            )
+        ends = [
+            len(prompt) + len(output) for (prompt, _), output in zip(asked, lane.out, strict=True)
+        ]
         for result in reversed(lane.results):
             slots = unpack("i", result.slots).tolist()
             for slot in slots:
@@ -176,7 +227,14 @@ class Verdict:
                 own = lane.out[slot][ends[slot] - len(asked[slot][0])]
                 self._scores(entries, exact[slot][ends[slot] - 1], own, f"{name}, slot {slot}")
 
-    def _tokens(self, logits: torch.Tensor, prompt: list[int], output: list[int], sampling: Sampling, name: str) -> None:
+    def _tokens(
+        self,
+        logits: torch.Tensor,
+        prompt: list[int],
+        output: list[int],
+        sampling: Sampling,
+        name: str,
+    ) -> None:
         drawn = not sampling.greedy and sampling.top_k != 1
         for step, token in enumerate(output):
             x = restricted(logits[len(prompt) + step - 1], prompt, output[:step], sampling, EOS)
@@ -189,16 +247,29 @@ class Verdict:
             if behind > (20.0 if drawn else TIE):
                 self.faults.append(f"{name}: token {step} is {token}, {behind:.3f} behind the best")
 
-    def _prompt(self, logits: torch.Tensor, exact: torch.Tensor, prompt: list[int], top: int, runs: list[Any], name: str) -> None:
+    def _prompt(
+        self,
+        logits: torch.Tensor,
+        exact: torch.Tensor,
+        prompt: list[int],
+        top: int,
+        runs: list[Any],
+        name: str,
+    ) -> None:
         told = [entry for run in runs for entry in scores_of(run)]
         wanted = scored(logits, prompt, top) if top >= 0 else []
         if [position for position, _ in told] != [position for position, _, _ in wanted]:
-            self.faults.append(f"{name}: the prompt tokens {[position for position, _ in told]} are scored")
+            self.faults.append(
+                f"{name}: the prompt tokens {[position for position, _ in told]} are scored"
+            )
         for position, entries in told:
-            self._scores(entries, exact[position - 1], prompt[position], f"{name}, prompt token {position}")
+            self._scores(
+                entries, exact[position - 1], prompt[position], f"{name}, prompt token {position}"
+            )
 
     def _scores(self, entries: Scores, exact: torch.Tensor, own: int, name: str) -> None:
-        """The first is `own`, the others are the most likely ones, all with their log-probabilities."""
+        """The first is `own`, the others are the most likely ones, all with their
+        log-probabilities."""
         best = exact.sort(descending=True).values[: len(entries) - 1].tolist()
         wrong = [abs(value - float(exact[token])) for token, value in entries]
         wrong += [abs(value - wanted) for (_, value), wanted in zip(entries[1:], best, strict=True)]
@@ -211,16 +282,23 @@ class Verdict:
 def scores_of(run: Any) -> list[tuple[int, Scores]]:
     """(position, scores) of each prompt token."""
     pairs = iter(zip(unpack("i", run.ids).tolist(), unpack("f", run.values).tolist(), strict=True))
-    return [(run.first + i, [next(pairs) for _ in range(count)]) for i, count in enumerate(unpack("i", run.counts).tolist())]
+    return [
+        (run.first + i, [next(pairs) for _ in range(count)])
+        for i, count in enumerate(unpack("i", run.counts).tolist())
+    ]
 
 
 def sampled_scores(result: StepResult) -> list[tuple[int, Scores]]:
     """(row, scores) of each row that has any."""
     if (columns := result.logprobs) is None:
         return []
-    pairs = iter(zip(unpack("i", columns.ids).tolist(), unpack("f", columns.values).tolist(), strict=True))
+    pairs = iter(
+        zip(unpack("i", columns.ids).tolist(), unpack("f", columns.values).tolist(), strict=True)
+    )
     rows, counts = unpack("i", columns.rows).tolist(), unpack("i", columns.counts).tolist()
-    return [(row, [next(pairs) for _ in range(count)]) for row, count in zip(rows, counts, strict=True)]
+    return [
+        (row, [next(pairs) for _ in range(count)]) for row, count in zip(rows, counts, strict=True)
+    ]
 
 
 def main(device: str) -> int:
@@ -239,7 +317,9 @@ def main(device: str) -> int:
             verdict.check(asked, lane, f"chunks of {chunk}")
             again = lane.generate(asked, [out[:10] for out in outputs], 1000)
             verdict.check(asked, lane, f"resumed after chunks of {chunk}")
-            cpu = Driver(path, num_kv_blocks=BLOCKS).generate([prompt for prompt, _ in asked], [given for _, given in asked], COUNT)
+            cpu = Driver(path, num_kv_blocks=BLOCKS).generate(
+                [prompt for prompt, _ in asked], [given for _, given in asked], COUNT
+            )
             same += sum(a == b for a, b in zip(outputs, cpu, strict=True))
             resumed += sum(a == b for a, b in zip(outputs, again, strict=True))
     print(

@@ -1,4 +1,5 @@
-"""SpecialRows outside a GPU runner: slots on both sides, CPU tensors, and steps whose tokens the host does not look at."""
+"""ExtraSampling outside a GPU runner: slots on both sides, CPU tensors, and steps whose tokens the
+host does not look at."""
 
 import random
 from types import SimpleNamespace
@@ -6,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pagewire.worker.gpu.resample import Extra, ExtraSampling, Kernels
 from pagewire.worker.slots import Slots
-from pagewire.worker.special import Extra, Kernels, SpecialRows
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
 from pagewire_kernels.sampling import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
@@ -31,17 +32,24 @@ class Device:
     def __init__(self, kernels: Kernels = PLAIN) -> None:
         self.slots = Slots(SLOTS, 200, 8)
         self.state = SlotState.empty(SLOTS, 32, "cpu")
-        loaded: Any = SimpleNamespace(decoder=SimpleNamespace(arch=SimpleNamespace(vocab_size=VOCAB)), eos_token_ids=EOS)
-        uploads: Any = SimpleNamespace(up=lambda values, out=None: torch.from_numpy(np.ascontiguousarray(values).copy()))
-        self.special = SpecialRows(loaded, self.slots, self.state, uploads, kernels)
+        loaded: Any = SimpleNamespace(
+            decoder=SimpleNamespace(arch=SimpleNamespace(vocab_size=VOCAB)), eos_token_ids=EOS
+        )
+        uploads: Any = SimpleNamespace(
+            up=lambda values, out=None: torch.from_numpy(np.ascontiguousarray(values).copy())
+        )
+        self.special = ExtraSampling(loaded, self.slots, self.state, uploads, kernels)
 
-    def admit(self, slot: int, prompt: list[int], given: Sampling, output: tuple[int, ...] = ()) -> None:
+    def admit(
+        self, slot: int, prompt: list[int], given: Sampling, output: tuple[int, ...] = ()
+    ) -> None:
         blocks = pack("i", range(20))
         self.slots.admit(Admission(slot, 1, pack("i", prompt), pack("i", output), blocks, 0, given))
         self.special.admit(np.array([slot]))
 
     def step(self, logits: torch.Tensor, slots: list[int]) -> tuple[list[int], Extra | None]:
-        """What the graph wrote, then the special rows; the host counts the tokens and keeps none of them."""
+        """What the graph wrote, then the special rows; the host counts the tokens and keeps none of
+        them."""
         report, which = logits.argmax(-1).int(), np.array(slots)
         report[logits.isnan().any(-1)] = -1
         self.state.last_token[which] = report.clamp(min=0)
@@ -65,7 +73,12 @@ def settings(seed: int) -> list[dict[str, Any]]:
         {**bias({token: make.uniform(-4, 4) for token in some(12)})},
         {"bad_words": words(*[[token] for token in some(20)], *[some(2) for _ in range(25)])},
         {"min_tokens": 7, "stop_token_ids": tuple(some(9))},
-        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.4, "bad_words": words(some(3))},
+        {
+            "presence_penalty": 1.0,
+            "frequency_penalty": 0.5,
+            "repetition_penalty": 1.4,
+            "bad_words": words(some(3)),
+        },
         {
             **bias({token: make.uniform(-4, 4) for token in some(12)}),
             "allowed_ids": pack("i", some(30)),
@@ -80,7 +93,8 @@ def settings(seed: int) -> list[dict[str, Any]]:
 
 
 class Rows:
-    """A request of every kind in its slot, with some output already; steps of any of them are compared with transformers."""
+    """A request of every kind in its slot, with some output already; steps of any of them are
+    compared with transformers."""
 
     def __init__(self, seed: int, kernels: Kernels = PLAIN) -> None:
         self.make, self.device = random.Random(seed), Device(kernels)
@@ -101,6 +115,8 @@ class Rows:
         got, extra = self.device.step(logits.clone(), slots)
         for slot, row, token in zip(slots, logits, got, strict=True):
             wanted = restricted(row, self.prompts[slot], self.outputs[slot], self.given[slot], EOS)
-            assert token == int(wanted.argmax()), f"slot {slot} after {len(self.outputs[slot])} tokens"
+            assert token == int(wanted.argmax()), (
+                f"slot {slot} after {len(self.outputs[slot])} tokens"
+            )
             self.outputs[slot].append(token)
         return logits, slots, got, extra

@@ -17,7 +17,10 @@ def test_the_result_comes_back_and_ticks_meanwhile(monkeypatch):
         if len(ticks) > 3:
             enough.set()
 
-    assert beside(lambda: enough.wait(30) and threading.current_thread(), tick) is not threading.current_thread()
+    assert (
+        beside(lambda: enough.wait(30) and threading.current_thread(), tick)
+        is not threading.current_thread()
+    )
     assert len(ticks) > 3 and set(ticks) == {threading.current_thread()}
 
 
@@ -40,7 +43,9 @@ def test_ticks_come_while_this_thread_is_held_up_and_end_with_the_block(monkeypa
 
     with ticking(tick):
         assert enough.wait(30)
-    assert threading.current_thread() not in ticks and len(set(ticks)) == 1 and not ticks[0].is_alive()
+    assert (
+        threading.current_thread() not in ticks and len(set(ticks)) == 1 and not ticks[0].is_alive()
+    )
 
 
 def test_an_error_of_the_block_comes_back_and_ends_the_ticks(monkeypatch):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from ops.known_models import MODELS
 from pagewire.config import WorkerConfig
-from pagewire.worker import capture
-from pagewire.worker.gpus import GIB, Gpu
-from pagewire.worker.kv import Sizing
-from pagewire.worker.layers import Build
+from pagewire.worker.gpu import capture
+from pagewire.worker.gpu.gpus import GIB, Gpu
+from pagewire.worker.load.kv_sizing import Sizing
+from pagewire.worker.load.loader import Loaded
 from pagewire.worker.models import describe
 from pagewire.worker.models.decoder import Decoder
-from pagewire.worker.setup import Loaded
+from pagewire.worker.models.layers import Build
 from pagewire_kernels.backend import backend
 
 MIXTURE, DENSE = describe(MODELS["Qwen3-30B-A3B"]), describe(MODELS["SmolLM2-135M"])
@@ -35,7 +35,11 @@ def gpu(*capability: int) -> Gpu:
     ],
 )
 def test_experts_are_captured_where_they_stay_on_the_device(
-    capability: tuple[int, int], dtype: torch.dtype, free: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    free: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for arch, captured in ((MIXTURE, free), (DENSE, True)):
@@ -45,14 +49,20 @@ def test_experts_are_captured_where_they_stay_on_the_device(
         assert config.enforce_eager is not captured
         assert len(caplog.records) == (not captured)
         decoder = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
-        loaded = Loaded(decoder, Sizing(1, 1, 1, 16, 16), [], torch.empty(0, dtype=dtype), (), "cuda")
+        loaded = Loaded(
+            decoder, Sizing(1, 1, 1, 16, 16), [], torch.empty(0, dtype=dtype), (), "cuda"
+        )
         assert loaded.capturable is captured
 
 
-def test_the_log_says_why_once_and_not_where_it_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_why_once_and_not_where_it_was_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.INFO):
         asked = WorkerConfig(enforce_eager=True)
-        assert capture.eager_if_needed(asked, MIXTURE, HALF, gpu(8, 9)) is asked and not caplog.records
+        assert (
+            capture.eager_if_needed(asked, MIXTURE, HALF, gpu(8, 9)) is asked and not caplog.records
+        )
         capture.eager_if_needed(WorkerConfig(), MIXTURE, HALF, gpu(8, 9))
     line = caplog.records[0].getMessage()
     assert "NVIDIA L4" in line and "compute capability 8.9" in line and "--enforce-eager" in line

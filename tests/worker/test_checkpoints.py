@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from pagewire.config import ModelConfig
-from pagewire.worker import kv, setup
-from pagewire.worker.architecture import Unsupported
-from pagewire.worker.gguf_file import LAYER_NAMES, TOP_NAMES
+from pagewire.worker.load import kv_sizing, loader
+from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import describe
+from pagewire.worker.models.architecture import Unsupported
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Row h*D + i + j*D/2 of a checkpoint goes to h*D + 2*i + j: what converters to GGUF do to Llama's queries and keys."""
+    """Row h*D + i + j*D/2 of a checkpoint goes to h*D + 2*i + j: what converters to GGUF do to
+    Llama's queries and keys."""
     size = len(weight) // heads
     out = np.empty_like(weight)
     for h in range(heads):
@@ -26,7 +27,8 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
-    """Save a transformers model as GGUF; returns the state that the file holds after quantization."""
+    """Save a transformers model as GGUF; returns the state that the file holds after
+    quantization."""
     config, writer, state = model.config, gguf.GGUFWriter(path, kind), {}
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -34,13 +36,17 @@ def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if config.rope_parameters["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
-        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_orig_ctx_len(
+            config.rope_parameters["original_max_position_embeddings"]
+        )
         writer.add_rope_scaling_yarn_beta_fast(config.rope_parameters["beta_fast"])
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(9)
@@ -51,11 +57,20 @@ def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         value, (stem, suffix) = tensor.numpy(), name.rsplit(".", 1)
-        layer = stem.removeprefix("model.layers.").partition(".") if stem.startswith("model.layers.") else None
-        target = f"blk.{layer[0]}.{names[layer[2]]}.{suffix}" if layer else f"{names[stem]}.{suffix}"
+        layer = (
+            stem.removeprefix("model.layers.").partition(".")
+            if stem.startswith("model.layers.")
+            else None
+        )
+        target = (
+            f"blk.{layer[0]}.{names[layer[2]]}.{suffix}" if layer else f"{names[stem]}.{suffix}"
+        )
         raw = value
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
-            raw = permute(value, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            raw = permute(
+                value,
+                config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+            )
         if value.ndim == 2 and quantization is not None:
             raw = gguf.quants.quantize(raw, quantization)
             value = gguf.quants.dequantize(gguf.quants.quantize(value, quantization), quantization)
@@ -71,7 +86,9 @@ def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("quantization", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+@pytest.mark.parametrize(
+    "quantization", [None, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1]
+)
 def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness, numbers, tmp_path):
     path, model, tokens = tmp_path / "tiny.gguf", copy.deepcopy(tiny(variant).model), numbers(50)
     model.load_state_dict(write_gguf(path, model, variant, quantization), strict=False)
@@ -80,8 +97,10 @@ def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness,
         wanted = model(torch.tensor([tokens])).logits[0]
     ours = harness(path).logits(tokens, 50)
     assert (ours - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
-    assert setup.open_model(path, "auto")[2] == (2, 9)
-    assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), "a directory that holds only a GGUF is that GGUF"
+    assert loader.open_model(path, "auto")[2] == (2, 9)
+    assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), (
+        "a directory that holds only a GGUF is that GGUF"
+    )
 
 
 def test_gguf_with_yarn(tiny, harness, numbers, tmp_path):
@@ -93,7 +112,10 @@ def test_gguf_with_yarn(tiny, harness, numbers, tmp_path):
 
 def test_dummy_weights_follow_the_seed(tiny, harness, numbers):
     path, tokens = tiny("llama").path, numbers(10)
-    first, again, other = (harness(path, ModelConfig(load_format="dummy", seed=seed)).logits(tokens, 10) for seed in (1, 1, 2))
+    first, again, other = (
+        harness(path, ModelConfig(load_format="dummy", seed=seed)).logits(tokens, 10)
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
@@ -102,7 +124,9 @@ def altered(source, target, **changes):
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (target / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     return target
 
 
@@ -138,7 +162,10 @@ def test_half_a_download_is_named_with_what_to_do(tiny, tmp_path, harness):
     half = weights.read_bytes()[: weights.stat().st_size // 2]
     weights.unlink()
     weights.write_bytes(half)
-    with pytest.raises(Unsupported, match=rf"model\.safetensors \({len(half):,} bytes\) is broken .* fetch it again"):
+    with pytest.raises(
+        Unsupported,
+        match=rf"model\.safetensors \({len(half):,} bytes\) is broken .* fetch it again",
+    ):
         harness(path)
     whole = tmp_path / "half.gguf"
     write_gguf(whole, tiny("llama").model, "llama", None)
@@ -150,10 +177,17 @@ def test_half_a_download_is_named_with_what_to_do(tiny, tmp_path, harness):
 def test_end_of_sequence_ids_of_both_files(tiny, tmp_path):
     path = altered(tiny("llama").path, tmp_path, eos_token_id=5)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
-    assert setup.open_model(path, "auto")[2] == (5, 7)
+    assert loader.open_model(path, "auto")[2] == (5, 7)
 
 
-SIZING = {"available": 8 * kv.GIB, "kv_bytes": kv.GIB, "blocks": 0, "block_size": 16, "max_model_len": 0, "weights": 1 << 20}
+SIZING = {
+    "available": 8 * kv_sizing.GIB,
+    "kv_bytes": kv_sizing.GIB,
+    "blocks": 0,
+    "block_size": 16,
+    "max_model_len": 0,
+    "weights": 1 << 20,
+}
 
 
 def arch(tiny):
@@ -162,22 +196,27 @@ def arch(tiny):
 
 def test_sizing_arithmetic(tiny):
     """One block: 2 (K, V) * 3 layers * 2 heads * 16 tokens * 16 * 4 bytes."""
-    sizing = kv.size(arch(tiny), 4, **SIZING)
+    sizing = kv_sizing.size(arch(tiny), 4, **SIZING)
     assert sizing.block_bytes == 2 * 3 * 2 * 16 * 16 * 4
-    assert sizing.num_blocks == kv.GIB // sizing.block_bytes
+    assert sizing.num_blocks == kv_sizing.GIB // sizing.block_bytes
     assert sizing.max_model_len == 512
     assert "87,381 blocks of 16 tokens" in sizing.lines()[1]
 
 
 def test_context_shrinks_to_what_fits_unless_asked_for(tiny):
     small = SIZING | {"blocks": 10}
-    assert kv.size(arch(tiny), 4, **small).max_model_len == 160
-    with pytest.raises(kv.DoesNotFit, match=r"a context of 400 tokens needs 25 KV blocks .* room for 10"):
-        kv.size(arch(tiny), 4, **(small | {"max_model_len": 400}))
-    with pytest.raises(kv.DoesNotFit, match="more than the 512 positions"):
-        kv.size(arch(tiny), 4, **(SIZING | {"max_model_len": 513}))
+    assert kv_sizing.size(arch(tiny), 4, **small).max_model_len == 160
+    with pytest.raises(
+        kv_sizing.DoesNotFit, match=r"a context of 400 tokens needs 25 KV blocks .* room for 10"
+    ):
+        kv_sizing.size(arch(tiny), 4, **(small | {"max_model_len": 400}))
+    with pytest.raises(kv_sizing.DoesNotFit, match="more than the 512 positions"):
+        kv_sizing.size(arch(tiny), 4, **(SIZING | {"max_model_len": 513}))
 
 
 def test_too_little_memory_is_said_with_numbers(tiny):
-    with pytest.raises(kv.DoesNotFit, match=r"needs 1\.25 GiB .* but 1\.00 GiB is free; lower --cpu-kv-cache-gb"):
-        kv.size(arch(tiny), 4, **(SIZING | {"available": kv.GIB}))
+    with pytest.raises(
+        kv_sizing.DoesNotFit,
+        match=r"needs 1\.25 GiB .* but 1\.00 GiB is free; lower --cpu-kv-cache-gb",
+    ):
+        kv_sizing.size(arch(tiny), 4, **(SIZING | {"available": kv_sizing.GIB}))

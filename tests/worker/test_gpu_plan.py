@@ -1,4 +1,5 @@
-"""What a start is planned with on the GPUs that people have, from their names in the shop to their tokens of KV cache, on numbers alone."""
+"""What a start is planned with on the GPUs that people have, from their names in the shop to their
+tokens of KV cache, on numbers alone."""
 
 import json
 import logging
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker import gpu_plan
-from pagewire.worker.gpus import GIB, Gpu
-from pagewire.worker.kv import DoesNotFit
+from pagewire.worker.gpu import gpu_plan
+from pagewire.worker.gpu.gpus import GIB, Gpu
+from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.models import describe
 
 MODELS = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
@@ -19,7 +20,9 @@ BF16, HALF = torch.bfloat16, torch.float16
 
 def gpu(name: str, capability: tuple[int, int], total: float, used: float = 0.45) -> Gpu:
     """total, used before the model: GiB as torch shows them."""
-    return Gpu(0, name, capability, int(total * GIB), int((total - used) * GIB), own=int(used * GIB))
+    return Gpu(
+        0, name, capability, int(total * GIB), int((total - used) * GIB), own=int(used * GIB)
+    )
 
 
 CARDS = {
@@ -36,11 +39,19 @@ CARDS = {
 }
 
 
-def planned(card: str | Gpu, name: str, scheduler: SchedulerConfig | None = None, model: ModelConfig | None = None, **settings):
+def planned(
+    card: str | Gpu,
+    name: str,
+    scheduler: SchedulerConfig | None = None,
+    model: ModelConfig | None = None,
+    **settings,
+):
     chosen = CARDS[card] if isinstance(card, str) else card
     dtype = HALF if chosen.capability < (8, 0) else BF16
     arch, config = describe(MODELS[name]), WorkerConfig(**settings)
-    return gpu_plan.plan_gpu(arch, dtype, model or ModelConfig(), config, chosen, scheduler or SchedulerConfig())
+    return gpu_plan.plan_gpu(
+        arch, dtype, model or ModelConfig(), config, chosen, scheduler or SchedulerConfig()
+    )
 
 
 def tokens(plan: gpu_plan.GpuPlan) -> int:
@@ -107,10 +118,14 @@ def test_large_cards_keep_what_they_had(card, name, serving, offline):
 
 @pytest.mark.parametrize("card", ["L4", "H200"])
 def test_what_was_asked_for_is_done(card):
-    plan = planned(card, "qwen2.5-3b", SchedulerConfig(max_num_seqs=300, max_num_batched_tokens=4096))
+    plan = planned(
+        card, "qwen2.5-3b", SchedulerConfig(max_num_seqs=300, max_num_batched_tokens=4096)
+    )
     assert (plan.step_tokens, plan.rows) == (4096, 300)
     assert planned(card, "llama-3.1-8b", SchedulerConfig(max_num_seqs=256)).rows == 256
-    assert SchedulerConfig(max_num_seqs=3000).step_tokens(True, 24 * GIB) == 3000, "all of them get on"
+    assert SchedulerConfig(max_num_seqs=3000).step_tokens(True, 24 * GIB) == 3000, (
+        "all of them get on"
+    )
 
 
 def test_a_context_cut_too_short_is_refused_with_the_arithmetic():
@@ -118,7 +133,11 @@ def test_a_context_cut_too_short_is_refused_with_the_arithmetic():
     with pytest.raises(DoesNotFit) as caught:
         planned(busy, "gemma-2-9b", SchedulerConfig(max_num_seqs=64))
     text = str(caught.value)
-    assert "\n" not in text and "tokens is all that fits, of 8,192, and less than 2,048 is served only when asked for" in text
+    assert (
+        "\n" not in text
+        and "tokens is all that fits, of 8,192, and less than 2,048 is served only when asked for"
+        in text
+    )
     assert "weights take 17.2" in text and "raise --gpu-memory-utilization from 0.9 to 0.9" in text
 
 
@@ -129,27 +148,44 @@ def test_advice_on_a_context_cut_too_short_helps():
         planned(busy, "gemma-2-9b", few)
     text = str(caught.value)
     held = int(text.partition("--max-model-len ")[2].split()[0])
-    assert planned(busy, "gemma-2-9b", few, ModelConfig(max_model_len=held)).sizing.max_model_len == held < 2048
+    assert (
+        planned(busy, "gemma-2-9b", few, ModelConfig(max_model_len=held)).sizing.max_model_len
+        == held
+        < 2048
+    )
     share = float(text.partition("--gpu-memory-utilization from 0.9 to ")[2].split(";")[0])
-    assert planned(busy, "gemma-2-9b", few, gpu_memory_utilization=share).sizing.max_model_len >= 2048
+    assert (
+        planned(busy, "gemma-2-9b", few, gpu_memory_utilization=share).sizing.max_model_len >= 2048
+    )
 
 
 def test_a_short_context_that_is_the_models_own_or_was_asked_for_is_no_fault():
     assert planned("L4", "gpt2").sizing.max_model_len == 1024
-    assert planned("4090", "gemma-2-9b", model=ModelConfig(max_model_len=512)).sizing.max_model_len == 512
+    assert (
+        planned("4090", "gemma-2-9b", model=ModelConfig(max_model_len=512)).sizing.max_model_len
+        == 512
+    )
     assert planned("H200", "llama-3.1-8b", num_kv_blocks=40).sizing.max_model_len == 640
 
 
 def test_fit_does_not_cut_to_what_serves_nobody():
     busy = replace(CARDS["4090"], free=int(21.5 * GIB), own=int(2.05 * GIB))
     with pytest.raises(DoesNotFit, match="less than 2,048 is served only when asked for"):
-        planned(busy, "gemma-2-9b", SchedulerConfig(max_num_seqs=64), ModelConfig(max_model_len=8000), fit=True)
+        planned(
+            busy,
+            "gemma-2-9b",
+            SchedulerConfig(max_num_seqs=64),
+            ModelConfig(max_model_len=8000),
+            fit=True,
+        )
 
 
 def test_a_gpu_without_tensor_cores_in_triton_says_so_once_and_runs_without_graphs(caplog):
     plan = planned("T4", "qwen2.5-3b")
     assert plan.attends_by_torch and "graphs 0.00 GiB" in plan.sizing.lines()[2]
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ] == [
         "GPU 0 (Tesla T4, 14.6 GiB) has compute capability 7.5; below 8.0 Triton has no tensor cores, so attention and products run "
         "through torch, without CUDA graphs (--enforce-eager)"
     ]
@@ -157,6 +193,7 @@ def test_a_gpu_without_tensor_cores_in_triton_says_so_once_and_runs_without_grap
 
 
 def test_memory_for_attention_by_torch_follows_the_context_that_can_be_held():
-    """Of a model with many KV heads and a long context, what could never be in the cache is not reserved for."""
+    """Of a model with many KV heads and a long context, what could never be in the cache is not
+    reserved for."""
     plan = planned("T4", "phi-3.5-mini")
     assert 10_000 < tokens(plan) < 20_000 and plan.sizing.workspace < 2.2 * GIB

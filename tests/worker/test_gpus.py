@@ -1,4 +1,5 @@
-"""What is found out about GPUs, with a driver's tools replaced: processes on them, why torch uses none, which ones run our kernels."""
+"""What is found out about GPUs, with a driver's tools replaced: processes on them, why torch uses
+none, which ones run our kernels."""
 
 import os
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from pagewire.worker import driver, gpus, precision, processor, setup
-from pagewire.worker.architecture import Unsupported
-from pagewire.worker.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
-from pagewire.worker.processor import Processor
+from pagewire.worker.cpu import processor
+from pagewire.worker.cpu.processor import Processor
+from pagewire.worker.gpu import driver, gpus
+from pagewire.worker.gpu.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
+from pagewire.worker.load import loader, precision
+from pagewire.worker.models.architecture import Unsupported
 
 MIB = 1 << 20
 T4 = Gpu(0, "Tesla T4", (7, 5), int(14.6 * GIB), 14 * GIB)
@@ -46,7 +49,10 @@ def smi(tmp_path, monkeypatch, no_nvml):
 
 def test_processes_by_nvidia_smi(smi):
     smi(SMI)
-    assert gpus.processes("GPU-aa") == [Process(4242, "python3", 36900 * MIB), Process(18, "a name, with a comma", 0)]
+    assert gpus.processes("GPU-aa") == [
+        Process(4242, "python3", 36900 * MIB),
+        Process(18, "a name, with a comma", 0),
+    ]
     smi("", 9)
     assert gpus.processes("GPU-aa") == []
 
@@ -60,7 +66,10 @@ def test_processes_by_nvml(monkeypatch):
     nvml = types.ModuleType("pynvml")
     nvml.nvmlInit = lambda: None
     nvml.nvmlDeviceGetHandleByUUID = {"GPU-aa": 5}.__getitem__
-    running = [types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB), types.SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None)]
+    running = [
+        types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB),
+        types.SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None),
+    ]
     nvml.nvmlDeviceGetComputeRunningProcesses = {5: running}.__getitem__
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     own, other = gpus.processes("GPU-aa")
@@ -70,8 +79,14 @@ def test_processes_by_nvml(monkeypatch):
 
 def test_our_own_process_is_none_of_the_others():
     gpu = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 100 * GIB)
-    seen = gpus.with_processes(gpu, [Process(os.getpid(), "me", 3 * GIB), Process(7, "you", 36 * GIB)])
-    assert seen.own == 3 * GIB and seen.foreign == 37 * GIB and seen.others == (Process(7, "you", 36 * GIB),)
+    seen = gpus.with_processes(
+        gpu, [Process(os.getpid(), "me", 3 * GIB), Process(7, "you", 36 * GIB)]
+    )
+    assert (
+        seen.own == 3 * GIB
+        and seen.foreign == 37 * GIB
+        and seen.others == (Process(7, "you", 36 * GIB),)
+    )
     assert seen.users() == "37.0 GiB are used by other processes: you (pid 7) 36.0 GiB"
 
 
@@ -84,8 +99,14 @@ def test_others_that_cannot_be_seen_are_counted_and_little_use_is_not_mentioned(
 @pytest.mark.parametrize(
     ("text", "version"),
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version: 12\n", "535.129.03"),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n", "580.65.06"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version: 12\n",
+            "535.129.03",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n",
+            "580.65.06",
+        ),
         ("something new\n", "unknown"),
     ],
 )
@@ -105,7 +126,14 @@ OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found v
     [
         ("13.0", "", False, "", None, ""),
         ("", "", False, "", None, ""),
-        ("13.0", "580.65", False, "", None, "no GPU is given to this process; start a container with --gpus all"),
+        (
+            "13.0",
+            "580.65",
+            False,
+            "",
+            None,
+            "no GPU is given to this process; start a container with --gpus all",
+        ),
         ("", "580.65", True, "", None, "built without CUDA; install a CUDA build"),
         ("13.0", "580.65", True, "", "", "CUDA_VISIBLE_DEVICES='' hides every GPU"),
         (
@@ -135,7 +163,8 @@ def test_why_torch_uses_no_gpu(cuda, number, device, warning, visible, said):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch, smi):
-    """machine(devices, library): what /dev has, and whether NVIDIA's library can be loaded; no kernel module."""
+    """machine(devices, library): what /dev has, and whether NVIDIA's library can be loaded; no
+    kernel module."""
 
     def make(*devices: str, library: bool = False) -> None:
         (tmp_path / "dev").mkdir()
@@ -158,7 +187,10 @@ def test_wsl2_without_nvidias_library_has_no_nvidia_driver(machine, caplog):
     assert not gpus.usable("auto") and not caplog.records
 
 
-@pytest.mark.parametrize(("output", "status", "number"), [("560.94\n", 0, "560.94"), ("560.94\n560.94\n", 0, "560.94"), ("", 9, "unknown")])
+@pytest.mark.parametrize(
+    ("output", "status", "number"),
+    [("560.94\n", 0, "560.94"), ("560.94\n560.94\n", 0, "560.94"), ("", 9, "unknown")],
+)
 def test_wsl2_with_nvidias_library(output, status, number, machine, smi):
     smi(output, status)
     machine("dxg", library=True)
@@ -167,7 +199,9 @@ def test_wsl2_with_nvidias_library(output, status, number, machine, smi):
     assert ("560.94 is too old" in least) == (number == "560.94") and "unknown" not in least
 
 
-@pytest.mark.parametrize(("devices", "found"), [((), False), (("nvidia0", "nvidiactl"), True), (("nvidiactl",), False)])
+@pytest.mark.parametrize(
+    ("devices", "found"), [((), False), (("nvidia0", "nvidiactl"), True), (("nvidiactl",), False)]
+)
 def test_devices_of_nvidia(devices, found, machine):
     machine(*devices)
     assert driver.has_device() == found and driver.driver_version() == ""
@@ -199,13 +233,19 @@ def test_amd_gpus_are_refused_in_a_line_and_auto_takes_the_cpu(rocm, two_gpus, m
 def test_a_torch_for_amd_beside_an_nvidia_gpu_or_none(rocm, machine, monkeypatch):
     machine("nvidia0")
     sight = gpus.look()
-    assert "an NVIDIA driver, but this torch was built for AMD GPUs (ROCm 6.4.2); install a CUDA build" in sight.reason and not sight.hidden
+    assert (
+        "an NVIDIA driver, but this torch was built for AMD GPUs (ROCm 6.4.2); install a CUDA build"
+        in sight.reason
+        and not sight.hidden
+    )
     monkeypatch.setattr(driver, "has_device", lambda: False)
     assert gpus.look().reason == ""
 
 
 def test_a_slice_of_a_gpu_is_asked_for_by_its_own_name(two_gpus, smi, monkeypatch):
-    facts = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, uuid="aa")
+    facts = types.SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, uuid="aa"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
     smi("MIG-aa, 4242, python, 900\nGPU-aa, 17, other, 70000\n")
     taken = gpus.survey(1)
@@ -213,10 +253,15 @@ def test_a_slice_of_a_gpu_is_asked_for_by_its_own_name(two_gpus, smi, monkeypatc
 
 
 A10 = Gpu(0, "NVIDIA A10", (8, 6), 22 * GIB, 3 * GIB)
-UNLIKE = [Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 79 * GIB), Gpu(2, "NVIDIA A10", (8, 6), 22 * GIB, 21 * GIB)]
+UNLIKE = [
+    Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 79 * GIB),
+    Gpu(2, "NVIDIA A10", (8, 6), 22 * GIB, 21 * GIB),
+]
 
 
-@pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("4,GPU-1f2e,0", "GPU-1f2e"), ("3, 2, 1", "2")])
+@pytest.mark.parametrize(
+    ("visible", "name"), [(None, "1"), ("4,GPU-1f2e,0", "GPU-1f2e"), ("3, 2, 1", "2")]
+)
 def test_a_gpu_with_more_room_is_named_and_how_to_choose_it(visible, name):
     line = gpus.better(A10, UNLIKE, visible)
     assert line.startswith(
@@ -235,7 +280,11 @@ def test_gpus_that_are_alike_are_not_worth_a_line():
 def test_other_gpus_are_looked_at_without_a_context_on_them(two_gpus, smi, monkeypatch):
     names = {0: ("NVIDIA A10", 8, 6, "aa", 22 * GIB), 1: ("NVIDIA A100", 8, 0, "bb", 80 * GIB)}
     keys = ("name", "major", "minor", "uuid", "total_memory")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(**dict(zip(keys, names[i], strict=True))))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: types.SimpleNamespace(**dict(zip(keys, names[i], strict=True))),
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", None)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_86"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -243,7 +292,10 @@ def test_other_gpus_are_looked_at_without_a_context_on_them(two_gpus, smi, monke
     chosen = Gpu(0, "NVIDIA A10", (8, 6), 22 * GIB, 21 * GIB)
     assert gpus.idle_elsewhere(chosen) == "", "it is larger, and taken"
     smi("", 9)
-    assert "GPU 1 (NVIDIA A100, 80.0 GiB) has 79.2 GiB free: CUDA_VISIBLE_DEVICES=1 takes that one" in gpus.idle_elsewhere(chosen)
+    assert (
+        "GPU 1 (NVIDIA A100, 80.0 GiB) has 79.2 GiB free: CUDA_VISIBLE_DEVICES=1 takes that one"
+        in gpus.idle_elsewhere(chosen)
+    )
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
     assert gpus.idle_elsewhere(chosen) == "", "this torch has no code for it"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -268,8 +320,16 @@ def test_the_record_of_a_gpu(two_gpus, smi):
     sight = gpus.look()
     assert (sight.count, sight.architectures, sight.reason) == (2, ("sm_90",), "")
     idle, taken = sight.gpus
-    assert (idle.title(), idle.capability, idle.uuid, idle.others) == ("GPU 0 (NVIDIA H200, 140.0 GiB)", (9, 0), "GPU-aa", ())
-    assert taken.others == (Process(4242, "python", 70000 * MIB),) and taken.foreign == 70 * GIB - gpus.CONTEXT
+    assert (idle.title(), idle.capability, idle.uuid, idle.others) == (
+        "GPU 0 (NVIDIA H200, 140.0 GiB)",
+        (9, 0),
+        "GPU-aa",
+        (),
+    )
+    assert (
+        taken.others == (Process(4242, "python", 70000 * MIB),)
+        and taken.foreign == 70 * GIB - gpus.CONTEXT
+    )
     assert gpus.look(detailed=False).gpus == ()
     assert gpus.read_sight(msgspec.json.encode(sight).decode()) == sight
 
@@ -289,14 +349,19 @@ def test_choice_of_device(monkeypatch, caplog):
         gpus.usable("cuda")
     sees(monkeypatch, Sight("2.13", "", "580.1", reason="this torch was built without CUDA"))
     assert not gpus.usable("auto") and not gpus.usable("auto")
-    assert [record.getMessage() for record in caplog.records] == ["running on the CPU: this torch was built without CUDA"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "running on the CPU: this torch was built without CUDA"
+    ]
     with pytest.raises(NoUsableGpu, match="--device cuda: this torch was built without CUDA"):
         gpus.usable("cuda")
     gpus.usable.cache_clear()
 
 
 def test_old_gpus_are_refused_by_name():
-    with pytest.raises(NoUsableGpu, match=r"GPU 2 \(Tesla P100, 16\.0 GiB\) has compute capability 6\.0, and 7\.0 or newer is needed"):
+    with pytest.raises(
+        NoUsableGpu,
+        match=r"GPU 2 \(Tesla P100, 16\.0 GiB\) has compute capability 6\.0, and 7\.0 or newer is needed",
+    ):
         gpus.check(Gpu(2, "Tesla P100", (6, 0), 16 * GIB, 15 * GIB), ())
     gpus.check(T4, ("sm_75", "sm_80"))
     gpus.check(A100, ())
@@ -305,11 +370,18 @@ def test_old_gpus_are_refused_by_name():
 def test_a_v100_is_told_which_torch_has_code_for_it():
     """It is promised, and the usual torch has none."""
     with pytest.raises(NoUsableGpu) as caught:
-        gpus.check(Gpu(0, "Tesla V100-SXM2-16GB", (7, 0), 16 * GIB, 15 * GIB), ("sm_75", "sm_80", "sm_90"))
-    assert "install a torch that was built for sm_70, such as PyTorch's builds for CUDA 12.6" in str(caught.value)
+        gpus.check(
+            Gpu(0, "Tesla V100-SXM2-16GB", (7, 0), 16 * GIB, 15 * GIB), ("sm_75", "sm_80", "sm_90")
+        )
+    assert (
+        "install a torch that was built for sm_70, such as PyTorch's builds for CUDA 12.6"
+        in str(caught.value)
+    )
     with pytest.raises(NoUsableGpu) as caught:
         gpus.check(A100, ("sm_90",))
-    assert "12.6" not in str(caught.value) and str(caught.value).endswith("built for sm_80; --device cpu runs without it")
+    assert "12.6" not in str(caught.value) and str(caught.value).endswith(
+        "built for sm_80; --device cpu runs without it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +401,10 @@ def test_what_torch_was_built_for(capability, built, runs):
     gpu = Gpu(0, "some GPU", capability, GIB, GIB)
     if runs:
         return gpus.check(gpu, built)
-    with pytest.raises(NoUsableGpu, match=f"built for {', '.join(built)} only; install a torch that was built for sm_"):
+    with pytest.raises(
+        NoUsableGpu,
+        match=f"built for {', '.join(built)} only; install a torch that was built for sm_",
+    ):
         gpus.check(gpu, built)
 
 
@@ -340,7 +415,13 @@ def test_what_torch_was_built_for(capability, built, runs):
         ("auto", "torch.float16", A100, "float16", ""),
         ("auto", "float32", A100, "bfloat16", "float32: using bfloat16"),
         ("auto", "float32", T4, "float16", "float32: using float16"),
-        ("auto", "bfloat16", T4, "float16", "a Tesla T4 (compute capability 7.5) does not have: using float16"),
+        (
+            "auto",
+            "bfloat16",
+            T4,
+            "float16",
+            "a Tesla T4 (compute capability 7.5) does not have: using float16",
+        ),
         ("auto", "float16", T4, "float16", ""),
         ("half", "bfloat16", T4, "float16", ""),
         ("float", "bfloat16", T4, "float32", ""),
@@ -350,7 +431,13 @@ def test_what_torch_was_built_for(capability, built, runs):
         ("auto", "float16", XEON, "bfloat16", "slow on a CPU: using bfloat16"),
         ("float16", "float16", XEON, "float16", ""),
         ("bfloat16", "float32", XEON, "bfloat16", ""),
-        ("auto", "bfloat16", LAPTOP, "float32", "bfloat16, for which this processor, Some i7 (AVX2), has no products: using float32"),
+        (
+            "auto",
+            "bfloat16",
+            LAPTOP,
+            "float32",
+            "bfloat16, for which this processor, Some i7 (AVX2), has no products: using float32",
+        ),
         ("auto", "float16", LAPTOP, "float32", "float16, for which this processor"),
         ("auto", "float32", LAPTOP, "float32", ""),
         ("float32", "bfloat16", LAPTOP, "float32", ""),
@@ -362,7 +449,10 @@ def test_dtype(asked, saved, gpu, dtype, note):
 
 
 def test_bfloat16_on_a_processor_without_it_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"--dtype bfloat16: this processor, Some i7 \(AVX2\), has no .*use --dtype float32") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"--dtype bfloat16: this processor, Some i7 \(AVX2\), has no .*use --dtype float32",
+    ) as caught:
         precision.choose("bfloat16", "bfloat16", LAPTOP)
     assert "\n" not in str(caught.value)
 
@@ -384,16 +474,20 @@ def test_bfloat16_on_an_old_gpu_is_refused_in_the_known_words():
 def test_gemma_in_float16_is_warned_of():
     for name in ("gemma", "gemma2", "gemma3_text"):
         line = precision.overflow("float16", name)
-        assert line.startswith(f"{name} in float16 may overflow") and "--dtype float32" in line and "\n" not in line
+        assert (
+            line.startswith(f"{name} in float16 may overflow")
+            and "--dtype float32" in line
+            and "\n" not in line
+        )
     assert precision.overflow("bfloat16", "gemma2") == precision.overflow("float16", "llama") == ""
 
 
 def test_a_checkpoint_of_gemma_on_an_old_gpu_says_both(caplog):
-    dtype = setup.choose_dtype("auto", {"model_type": "gemma2", "torch_dtype": "bfloat16"}, T4)
+    dtype = loader.choose_dtype("auto", {"model_type": "gemma2", "torch_dtype": "bfloat16"}, T4)
     said = [record.getMessage() for record in caplog.records]
     assert dtype == torch.float16 and len(said) == 2
     assert "does not have: using float16" in said[0] and "gemma2 in float16 may overflow" in said[1]
-    setup.choose_dtype("auto", {"model_type": "llama", "torch_dtype": "float16"}, T4)
+    loader.choose_dtype("auto", {"model_type": "llama", "torch_dtype": "float16"}, T4)
     assert len(caplog.records) == 2
 
 
@@ -404,7 +498,12 @@ def test_types_that_nothing_computes_in():
 
 def test_the_report_of_this_machine_can_be_read():
     """As the doctor does it, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "pagewire.worker.gpus"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-m", "pagewire.worker.gpu.gpus"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     sight = gpus.read_sight(done.stdout)
     assert sight.torch and sight.count == len(sight.gpus)

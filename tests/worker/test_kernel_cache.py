@@ -1,4 +1,5 @@
-"""Compiled kernels are kept where the next start finds them, or somewhere at least, and the images and compose files give them a volume."""
+"""Compiled kernels are kept where the next start finds them, or somewhere at least, and the images
+and compose files give them a volume."""
 
 import os
 import re
@@ -41,7 +42,10 @@ def test_without_a_writable_home_the_run_directory_serves(home, tmp_path, monkey
     assert kernel_cache.prepare(tmp_path / "run") == tmp_path / "run" / "triton"
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "run" / "triton")
     (record,) = caplog.records
-    assert "cannot be kept" in record.getMessage() and "set TRITON_CACHE_DIR to a directory that stays" in record.getMessage()
+    assert (
+        "cannot be kept" in record.getMessage()
+        and "set TRITON_CACHE_DIR to a directory that stays" in record.getMessage()
+    )
 
 
 def test_what_was_compiled_is_counted(home, tmp_path, caplog):
@@ -64,6 +68,12 @@ def test_what_was_compiled_is_counted(home, tmp_path, caplog):
 def test_containers_keep_them_in_a_named_volume(name, service):
     (place,) = re.findall(r"^ENV TRITON_CACHE_DIR=(\S+)", (ROOT / "Dockerfile").read_text(), re.M)
     compose = yaml.safe_load((ROOT / "compose" / f"{name}.yaml").read_text())
-    mounts = dict(volume.split(":")[:2][::-1] for volume in compose["services"][service]["volumes"] if "${" not in volume)
+    mounts = dict(
+        volume.split(":")[:2][::-1]
+        for volume in compose["services"][service]["volumes"]
+        if "${" not in volume
+    )
     (volume,) = [source for target, source in mounts.items() if Path(place).is_relative_to(target)]
-    assert volume in compose["volumes"] and not compose["volumes"][volume], "a volume on disk, not in memory"
+    assert volume in compose["volumes"] and not compose["volumes"][volume], (
+        "a volume on disk, not in memory"
+    )

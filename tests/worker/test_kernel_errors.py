@@ -3,11 +3,11 @@
 from typing import NoReturn
 
 import pytest
-from pagewire.worker import memory_errors
-from pagewire.worker.gpus import GIB, Gpu
-from pagewire.worker.kernel_errors import is_triton, kernel_of
-from pagewire.worker.kv import Sizing
-from pagewire.worker.memory_errors import GpuFailed, explained
+from pagewire.worker.gpu import memory_errors
+from pagewire.worker.gpu.gpus import GIB, Gpu
+from pagewire.worker.gpu.kernel_errors import is_triton, kernel_of
+from pagewire.worker.gpu.memory_errors import GpuFailed, explained
+from pagewire.worker.load.kv_sizing import Sizing
 
 triton = pytest.importorskip("triton")
 
@@ -62,13 +62,24 @@ def test_a_kernel_that_does_not_compile(which: str, monkeypatch: pytest.MonkeyPa
     from triton.runtime.errors import PTXASError
 
     words = "ptxas fatal:\n  no such instruction " + "x" * 1000
-    error = PTXASError(words) if which == "PTXASError" else triton.CompilationError("def f():\n    pass", None, words)
+    error = (
+        PTXASError(words)
+        if which == "PTXASError"
+        else triton.CompilationError("def f():\n    pass", None, words)
+    )
     monkeypatch.setattr(driver, "_active", Broken(error))
     with pytest.raises(GpuFailed) as caught, explained("capturing graphs", SIZING):
         JITFunction(_made_up)[(1,)](3)
     line = str(caught.value)
-    assert line.startswith(f"the kernel _made_up does not compile for GPU 0 (NVIDIA L4, 22.0 GiB) while capturing graphs: {which}: ")
-    assert "no such instruction" in line and "--device cpu" in line and "\n" not in line and len(line) < 800
+    assert line.startswith(
+        f"the kernel _made_up does not compile for GPU 0 (NVIDIA L4, 22.0 GiB) while capturing graphs: {which}: "
+    )
+    assert (
+        "no such instruction" in line
+        and "--device cpu" in line
+        and "\n" not in line
+        and len(line) < 800
+    )
 
 
 def test_what_is_not_tritons_passes() -> None:

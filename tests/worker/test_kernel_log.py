@@ -1,11 +1,12 @@
-"""`--log-kernels`: what is told of the kernels that ran, and when. The profiler and the GPU are stand-ins."""
+"""`--log-kernels`: what is told of the kernels that ran, and when. The profiler and the GPU are
+stand-ins."""
 
 import logging
 
 import pytest
 import torch
-from pagewire.worker import kernel_log
-from pagewire.worker.kernel_log import Kernel, KernelLog, kind_of, summary
+from pagewire.worker.gpu import kernel_profile
+from pagewire.worker.gpu.kernel_profile import Kernel, KernelLog, kind_of, summary
 
 US = 1000
 
@@ -31,16 +32,32 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(kernel_log, "time", clock)
+    monkeypatch.setattr(kernel_profile, "time", clock)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "done", True)
     return clock
 
 
 def test_names_have_their_kinds() -> None:
-    names = ("_decode", "_decode_inputs", "nvjet_sm90_tst_128x64", "void cublasLt::splitKreduce_kernel<32>", "_norm", "Memcpy HtoD", "x")
+    names = (
+        "_decode",
+        "_decode_inputs",
+        "nvjet_sm90_tst_128x64",
+        "void cublasLt::splitKreduce_kernel<32>",
+        "_norm",
+        "Memcpy HtoD",
+        "x",
+    )
     found = [kind_of(name) for name in names]
-    assert found == ["decode attention", "other", "products", "products", "norms", "copies", "other"]
+    assert found == [
+        "decode attention",
+        "other",
+        "products",
+        "products",
+        "norms",
+        "copies",
+        "other",
+    ]
 
 
 def test_the_summary_adds_up() -> None:
@@ -56,13 +73,20 @@ def test_the_summary_adds_up() -> None:
     assert lines[2].split()[:6] == ["0.2", "ms", "26.7%", "2", "x", "100.0"]
 
 
-@pytest.mark.parametrize(("pause", "busy", "told"), [(0.05, False, 0), (0.3, False, 1), (0.3, True, 0), (25.0, True, 1)])
+@pytest.mark.parametrize(
+    ("pause", "busy", "told"), [(0.05, False, 0), (0.3, False, 1), (0.3, True, 0), (25.0, True, 1)]
+)
 def test_a_record_is_told_by_the_first_step_after_a_pause(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock, pause: float, busy: bool, told: int
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Clock,
+    pause: float,
+    busy: bool,
+    told: int,
 ) -> None:
     started: list[float] = []
-    monkeypatch.setattr(kernel_log, "_start", lambda: started.append(clock.now))
-    monkeypatch.setattr(kernel_log, "_stop", lambda: [("_sample", 0, 5 * US)])
+    monkeypatch.setattr(kernel_profile, "_start", lambda: started.append(clock.now))
+    monkeypatch.setattr(kernel_profile, "_stop", lambda: [("_sample", 0, 5 * US)])
     made = KernelLog()
     with caplog.at_level(logging.INFO):
         for wait in (0.0, 0.01, 0.01, pause):
@@ -70,12 +94,17 @@ def test_a_record_is_told_by_the_first_step_after_a_pause(
             monkeypatch.setattr(Event, "done", not busy)
             made.begin()
             made.end(7)
-    assert len(started) == 1 + told and [r.getMessage().split(",")[0] for r in caplog.records][:1] == ["3 steps"] * told
+    assert (
+        len(started) == 1 + told
+        and [r.getMessage().split(",")[0] for r in caplog.records][:1] == ["3 steps"] * told
+    )
 
 
-def test_nothing_recorded_is_nothing_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
-    monkeypatch.setattr(kernel_log, "_start", lambda: None)
-    monkeypatch.setattr(kernel_log, "_stop", list)
+def test_nothing_recorded_is_nothing_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    monkeypatch.setattr(kernel_profile, "_start", lambda: None)
+    monkeypatch.setattr(kernel_profile, "_stop", list)
     made = KernelLog()
     made.begin()
     clock.now += 1

@@ -1,4 +1,5 @@
-"""The worker as a process, with this test for a scheduler: hello, loading, ready, steps, epochs, an orderly end."""
+"""The worker as a process, with this test for a scheduler: hello, loading, ready, steps, epochs, an
+orderly end."""
 
 import signal
 import subprocess
@@ -10,7 +11,18 @@ from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
 from pagewire.worker import loop
 from pagewire.worker.loop import Stuck, Watch
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
-from pagewire_protocol.messages import Admission, Goodbye, Heartbeat, Hello, Role, Roster, Step, StepResult, pack, unpack
+from pagewire_protocol.messages import (
+    Admission,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Role,
+    Roster,
+    Step,
+    StepResult,
+    pack,
+    unpack,
+)
 from pagewire_protocol.sampling import Sampling
 
 PROGRAM = """
@@ -27,7 +39,12 @@ class Worker:
     def __init__(self, run_dir, model: str, **settings) -> None:
         import msgspec
 
-        parts = (RunConfig(run_dir=str(run_dir)), ModelConfig(model=model), SchedulerConfig(max_num_seqs=4), settings)
+        parts = (
+            RunConfig(run_dir=str(run_dir)),
+            ModelConfig(model=model),
+            SchedulerConfig(max_num_seqs=4),
+            settings,
+        )
         self.directory = prepare_run_dir(str(run_dir))
         self.inbox = Inbox(self.directory, Role.SCHEDULER, new_incarnation())
         self.outbox = Outbox()
@@ -46,7 +63,9 @@ class Worker:
                     self.seen = self.seen[checked:]
                     return message
             if self.process.poll() is not None and not self.inbox.wait(0):
-                raise AssertionError(f"the worker ended with {self.process.returncode}: {self.process.stderr.read()}")
+                raise AssertionError(
+                    f"the worker ended with {self.process.returncode}: {self.process.stderr.read()}"
+                )
             self.inbox.wait(0.1)
             self.seen += self.inbox.drain()
         raise AssertionError("the worker did not send what was awaited")
@@ -80,15 +99,29 @@ def roster(epoch: int) -> Roster:
 
 
 def step(epoch: int, n: int, prompt: list[int]) -> Step:
-    admission = Admission(0, n, pack("i", prompt), b"", pack("i", [3]), 0, Sampling(seed=0, max_tokens=5, temperature=0.0))
-    return Step(epoch, n, admit=(admission,), run_slots=pack("i", [0]), run_counts=pack("i", [len(prompt)]))
+    admission = Admission(
+        0,
+        n,
+        pack("i", prompt),
+        b"",
+        pack("i", [3]),
+        0,
+        Sampling(seed=0, max_tokens=5, temperature=0.0),
+    )
+    return Step(
+        epoch, n, admit=(admission,), run_slots=pack("i", [0]), run_counts=pack("i", [len(prompt)])
+    )
 
 
 def test_life_of_a_worker(start, tiny, numbers):
     reference, prompt = tiny("llama"), numbers(5)
     worker = start(str(reference.path), device="cpu", dtype="float32", num_kv_blocks=64, threads=1)
     first = worker.wait_for(lambda m: isinstance(m, Hello))
-    assert first.peer.role is Role.WORKER and not first.peer.ready and first.peer.name == f"worker-{worker.process.pid}"
+    assert (
+        first.peer.role is Role.WORKER
+        and not first.peer.ready
+        and first.peer.name == f"worker-{worker.process.pid}"
+    )
     stages = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.stage == "importing torch")
     assert stages.worker is None
     ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready)
@@ -98,11 +131,18 @@ def test_life_of_a_worker(start, tiny, numbers):
     worker.send(step(3, 1, prompt))
     result = worker.wait_for(lambda m: isinstance(m, StepResult))
     wanted = int(reference.logits(prompt)[-1].argmax())
-    assert (result.epoch, result.n, result.incarnation, list(unpack("i", result.tokens))) == (3, 1, ready.peer.incarnation, [wanted])
+    assert (result.epoch, result.n, result.incarnation, list(unpack("i", result.tokens))) == (
+        3,
+        1,
+        ready.peer.incarnation,
+        [wanted],
+    )
     worker.send(step(2, 2, prompt))
     worker.send(step(4, 3, prompt))
     result = worker.wait_for(lambda m: isinstance(m, StepResult))
-    assert (result.epoch, result.n) == (4, 3), "an older epoch's step is ignored, a newer one clears slot 0"
+    assert (result.epoch, result.n) == (4, 3), (
+        "an older epoch's step is ignored, a newer one clears slot 0"
+    )
     worker.send(roster(5))
     worker.send(step(5, 4, prompt))
     assert worker.wait_for(lambda m: isinstance(m, StepResult)).n == 4
@@ -138,7 +178,12 @@ def test_stopping_while_loading(start, tiny):
 def test_failure_names_its_reason_on_the_last_line(settings, reason, start, tiny):
     worker = start(str(tiny("llama").path), device="cpu", threads=1, **settings)
     assert worker.process.wait(60) == 1
-    assert worker.process.stderr.read().strip().splitlines()[-1].startswith(f"pagewire worker: {reason}")
+    assert (
+        worker.process.stderr.read()
+        .strip()
+        .splitlines()[-1]
+        .startswith(f"pagewire worker: {reason}")
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +202,14 @@ def test_only_defects_name_their_kind(error, line):
 
 def test_steps_that_never_end_are_noticed():
     watch = Watch(limit_s=60)
-    for now, flights, progress in ((0, 2, 5), (50, 2, 6), (105, 2, 6), (110, 0, 6), (300, 1, 6), (355, 1, 6)):
+    for now, flights, progress in (
+        (0, 2, 5),
+        (50, 2, 6),
+        (105, 2, 6),
+        (110, 0, 6),
+        (300, 1, 6),
+        (355, 1, 6),
+    ):
         watch.look(flights, progress, now)
     with pytest.raises(Stuck, match="no step has ended for 61 s while 3 are under way"):
         watch.look(3, 6, 361)
@@ -181,12 +233,18 @@ sys.exit(loop.run(RunConfig(run_dir=sys.argv[1]), ModelConfig(), SchedulerConfig
 
 
 def test_a_worker_whose_gpu_hangs_ends_itself(start, monkeypatch):
-    monkeypatch.setitem(globals(), "PROGRAM", HUNG.replace("sys.argv[1]", "__import__('json').loads(sys.argv[1])[0]['run_dir']"))
+    monkeypatch.setitem(
+        globals(),
+        "PROGRAM",
+        HUNG.replace("sys.argv[1]", "__import__('json').loads(sys.argv[1])[0]['run_dir']"),
+    )
     worker = start(device="fake")
     ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready, 20)
     worker.address = ready.peer.inbox
     worker.send(roster(1))
     worker.send(step(1, 1, [5, 6]))
-    assert worker.wait_for(lambda m: isinstance(m, Goodbye), 20).incarnation == ready.peer.incarnation
+    assert (
+        worker.wait_for(lambda m: isinstance(m, Goodbye), 20).incarnation == ready.peer.incarnation
+    )
     assert worker.process.wait(10) == 1
     assert "no step has ended for" in worker.process.stderr.read().strip().splitlines()[-1]

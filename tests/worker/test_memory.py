@@ -1,4 +1,5 @@
-"""The division of a GPU's memory, on numbers alone: what is planned, what is refused, and that every advice given really helps."""
+"""The division of a GPU's memory, on numbers alone: what is planned, what is refused, and that
+every advice given really helps."""
 
 import json
 import re
@@ -8,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker import gpu_plan, memory
-from pagewire.worker.gpus import GIB, Gpu, Process
-from pagewire.worker.kv import DoesNotFit, block_bytes
-from pagewire.worker.memory import Load, Wish
-from pagewire.worker.memory_errors import GpuFailed, explain, explained
+from pagewire.worker.gpu import gpu_memory, gpu_plan
+from pagewire.worker.gpu.gpu_memory import Load, Wish
+from pagewire.worker.gpu.gpus import GIB, Gpu, Process
+from pagewire.worker.gpu.memory_errors import GpuFailed, explain, explained
+from pagewire.worker.load.kv_sizing import DoesNotFit, block_bytes
 from pagewire.worker.models import describe
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
-WORKER = Path(memory.__file__).parent
+WORKER = Path(gpu_memory.__file__).parent
 H200 = Gpu(0, "NVIDIA H200", (9, 0), int(139.8 * GIB), int(139.2 * GIB), own=int(0.6 * GIB))
 T4 = Gpu(1, "Tesla T4", (7, 5), int(14.6 * GIB), int(14.3 * GIB), own=int(0.3 * GIB))
 WISH = Wish(0.9, 16)
@@ -31,8 +32,14 @@ def weights(name: str = "llama-3.1-8b", itemsize: int = 2) -> int:
     return arch(name).parameters * itemsize
 
 
-def size(gpu: Gpu = H200, wish: Wish = WISH, load: Load = LOAD, name: str = "llama-3.1-8b", itemsize: int = 2):
-    return memory.size(arch(name), itemsize, weights(name, itemsize), gpu, wish, load)
+def size(
+    gpu: Gpu = H200,
+    wish: Wish = WISH,
+    load: Load = LOAD,
+    name: str = "llama-3.1-8b",
+    itemsize: int = 2,
+):
+    return gpu_memory.size(arch(name), itemsize, weights(name, itemsize), gpu, wish, load)
 
 
 def refusal(*args, **settings) -> str:
@@ -57,23 +64,29 @@ def test_overhead_on_a_large_gpu_is_at_most_4_gb(name):
 
 
 def test_the_workspace_follows_from_model_and_load():
-    space = memory.workspace(arch(), 2, LOAD)
+    space = gpu_memory.workspace(arch(), 2, LOAD)
     inner = 8192 * 2 * 3 * 14336
     assert inner < space.activations < 2 * inner
-    assert memory.workspace(arch(), 2, replace(LOAD, tokens=2048)).activations < 0.6 * space.activations
-    assert memory.workspace(arch(), 2, replace(LOAD, rows=64)).sampling == space.sampling // 4
-    assert memory.workspace(arch(), 2, replace(LOAD, graphs=False)).graphs == 0
-    assert memory.workspace(arch(), 2, replace(LOAD, fused=False)).activations > 2 * space.activations
+    assert (
+        gpu_memory.workspace(arch(), 2, replace(LOAD, tokens=2048)).activations
+        < 0.6 * space.activations
+    )
+    assert gpu_memory.workspace(arch(), 2, replace(LOAD, rows=64)).sampling == space.sampling // 4
+    assert gpu_memory.workspace(arch(), 2, replace(LOAD, graphs=False)).graphs == 0
+    assert (
+        gpu_memory.workspace(arch(), 2, replace(LOAD, fused=False)).activations
+        > 2 * space.activations
+    )
     parts = (space.activations, space.graphs, space.sampling, space.tables, space.libraries)
     assert sum(parts) == space.total and all(parts)
 
 
 def test_experts_need_room_for_each_token_as_often_as_it_is_routed():
     dense = arch()
-    from pagewire.worker.architecture import Moe
+    from pagewire.worker.models.architecture import Moe
 
     sparse = replace(dense, moe=Moe(experts=8, chosen=2, intermediate_size=14336, normalise=True))
-    assert memory.step_bytes(sparse, 2, 100) > 1.5 * memory.step_bytes(dense, 2, 100)
+    assert gpu_memory.step_bytes(sparse, 2, 100) > 1.5 * gpu_memory.step_bytes(dense, 2, 100)
 
 
 def test_what_is_said_adds_up():
@@ -91,31 +104,47 @@ def test_what_is_said_adds_up():
 def test_other_processes_share_the_utilization_and_are_named():
     busy = replace(H200, free=int(102 * GIB), others=(Process(4242, "python", int(36.9 * GIB)),))
     assert size(busy).kv_bytes == pytest.approx(size().kv_bytes - 37.2 * GIB, abs=GIB // 100)
-    assert "37.2 GiB are used by other processes: python (pid 4242) 36.9 GiB" in size(busy).lines()[0]
+    assert (
+        "37.2 GiB are used by other processes: python (pid 4242) 36.9 GiB" in size(busy).lines()[0]
+    )
     message = refusal(replace(busy, free=15 * GIB))
-    assert "of GPU 0 (NVIDIA H200, 139.8 GiB)" in message and "python (pid 4242) 36.9 GiB. What helps: end the other processes" in message
+    assert (
+        "of GPU 0 (NVIDIA H200, 139.8 GiB)" in message
+        and "python (pid 4242) 36.9 GiB. What helps: end the other processes" in message
+    )
 
 
 def test_a_model_that_is_too_large_names_what_there_is_room_for():
     message = refusal(T4, load=replace(LOAD, tokens=2048))
     assert re.match(
-        r"the model needs 1\d\.\d\d GiB \(weights 14\.96 GiB, workspace \d\.\d\d GiB, KV cache at least 0\.25 GiB\) but of", message
+        r"the model needs 1\d\.\d\d GiB \(weights 14\.96 GiB, workspace \d\.\d\d GiB, KV cache at least 0\.25 GiB\) but of",
+        message,
     )
     assert "12.84 GiB may be used (90% of it less 0.30 GiB in use)" in message
     assert "a smaller model (1" in message and "--max-num-batched-tokens" in message
 
 
 def test_float32_is_told_of_half_types():
-    assert "--dtype half or bfloat16" in refusal(replace(H200, total=24 * GIB, free=23 * GIB), itemsize=4)
+    assert "--dtype half or bfloat16" in refusal(
+        replace(H200, total=24 * GIB, free=23 * GIB), itemsize=4
+    )
 
 
 def test_advice_on_utilization_is_right():
     small = replace(H200, total=20 * GIB, free=int(19.5 * GIB))
-    message = refusal(small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=0.8))
+    message = refusal(
+        small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=0.8)
+    )
     share = float(re.search(r"raise --gpu-memory-utilization from 0\.8 to ([\d.]+)", message)[1])
-    assert size(small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=share)).num_blocks
+    assert size(
+        small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=share)
+    ).num_blocks
     with pytest.raises(DoesNotFit):
-        size(small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=share - 0.01))
+        size(
+            small,
+            load=replace(LOAD, tokens=2048, rows=64),
+            wish=replace(WISH, utilization=share - 0.01),
+        )
 
 
 SMALL = replace(H200, total=24 * GIB, free=int(23.5 * GIB))
@@ -124,7 +153,10 @@ SMALL = replace(H200, total=24 * GIB, free=int(23.5 * GIB))
 
 def test_a_context_that_was_asked_for_and_does_not_fit():
     message = refusal(SMALL, replace(WISH, max_model_len=100_000))
-    assert "a context of 100,000 tokens needs 6,250 KV blocks (12.21 GiB), there is room for" in message
+    assert (
+        "a context of 100,000 tokens needs 6,250 KV blocks (12.21 GiB), there is room for"
+        in message
+    )
     length = int(re.search(r"lower --max-model-len to (\d+)", message)[1])
     assert size(SMALL, replace(WISH, max_model_len=length)).max_model_len == length
     with pytest.raises(DoesNotFit):
@@ -136,7 +168,10 @@ def test_fit_cuts_the_context_and_says_so():
     sizing = size(SMALL, asked)
     assert sizing.max_model_len == sizing.num_blocks * 16 < 100_000
     assert sizing.lines()[-1] == sizing.note
-    assert f"cut to the {sizing.max_model_len:,} tokens that memory holds, from the 100,000 of --max-model-len" in sizing.note
+    assert (
+        f"cut to the {sizing.max_model_len:,} tokens that memory holds, from the 100,000 of --max-model-len"
+        in sizing.note
+    )
     assert size(H200, asked).max_model_len == 100_000 and not size(H200, asked).note
 
 
@@ -153,12 +188,19 @@ def test_more_positions_than_the_model_has_are_refused_even_with_fit():
 def test_blocks_and_bytes_replace_the_share():
     each = block_bytes(arch(), 16, 2)
     assert size(wish=replace(WISH, blocks=9000, utilization=0.2)).num_blocks == 9000
-    assert size(wish=replace(WISH, kv_bytes=20 * GIB, utilization=0.2)).num_blocks == 20 * GIB // each
-    assert size(wish=replace(WISH, kv_bytes=118 * GIB)).kv_bytes > size().kv_bytes, "beyond the share, within what is free"
+    assert (
+        size(wish=replace(WISH, kv_bytes=20 * GIB, utilization=0.2)).num_blocks == 20 * GIB // each
+    )
+    assert size(wish=replace(WISH, kv_bytes=118 * GIB)).kv_bytes > size().kv_bytes, (
+        "beyond the share, within what is free"
+    )
     assert "(free)" in size(wish=replace(WISH, blocks=9000)).lines()[1]
 
 
-@pytest.mark.parametrize(("flag", "asked"), [("--num-kv-blocks", {"blocks": 70_000}), ("--kv-cache-memory-bytes", {"kv_bytes": 130 * GIB})])
+@pytest.mark.parametrize(
+    ("flag", "asked"),
+    [("--num-kv-blocks", {"blocks": 70_000}), ("--kv-cache-memory-bytes", {"kv_bytes": 130 * GIB})],
+)
 def test_too_many_blocks_or_bytes_name_the_number_that_fits(flag, asked):
     message = refusal(wish=replace(WISH, **asked))
     fitting = int(re.search(rf"lower {flag} to (\d+)", message)[1])
@@ -166,7 +208,8 @@ def test_too_many_blocks_or_bytes_name_the_number_that_fits(flag, asked):
 
 
 @pytest.mark.parametrize(
-    ("flag", "name", "asked"), [("--num-kv-blocks", "blocks", 100), ("--kv-cache-memory-bytes", "kv_bytes", 200 << 20)]
+    ("flag", "name", "asked"),
+    [("--num-kv-blocks", "blocks", 100), ("--kv-cache-memory-bytes", "kv_bytes", 200 << 20)],
 )
 def test_too_few_blocks_or_bytes_for_a_context_name_the_number_that_does(flag, name, asked):
     message = refusal(wish=replace(WISH, max_model_len=4096, **{name: asked}))
@@ -176,13 +219,25 @@ def test_too_few_blocks_or_bytes_for_a_context_name_the_number_that_does(flag, n
 
 def test_settings_reach_the_arithmetic():
     """From flags to the sizing, with the weights counted from the tensors' shapes."""
-    config = WorkerConfig(kv_cache_memory_bytes=3 * GIB, gpu_memory_utilization=0.5, fit=True, enforce_eager=True)
+    config = WorkerConfig(
+        kv_cache_memory_bytes=3 * GIB, gpu_memory_utilization=0.5, fit=True, enforce_eager=True
+    )
     gpu_sizing = gpu_plan.plan_gpu(
-        arch("qwen3-0.6b"), torch.bfloat16, ModelConfig(max_model_len=40000), config, H200, SchedulerConfig(max_num_seqs=8)
+        arch("qwen3-0.6b"),
+        torch.bfloat16,
+        ModelConfig(max_model_len=40000),
+        config,
+        H200,
+        SchedulerConfig(max_num_seqs=8),
     ).sizing
-    assert gpu_sizing.kv_bytes <= 3 * GIB and gpu_sizing.max_model_len == gpu_sizing.num_blocks * 16 < 40000
+    assert (
+        gpu_sizing.kv_bytes <= 3 * GIB
+        and gpu_sizing.max_model_len == gpu_sizing.num_blocks * 16 < 40000
+    )
     assert "graphs 0.00 GiB" in gpu_sizing.lines()[2]
-    assert 0 <= gpu_sizing.weight_bytes - weights("qwen3-0.6b") < 1e6, "norms are all that parameters leave out"
+    assert 0 <= gpu_sizing.weight_bytes - weights("qwen3-0.6b") < 1e6, (
+        "norms are all that parameters leave out"
+    )
 
 
 TORCH_OOM = (
@@ -192,7 +247,9 @@ TORCH_OOM = (
 
 
 def test_out_of_memory_becomes_one_line_with_the_numbers():
-    now = replace(H200, free=GIB, others=(Process(7, "python3", int(36.9 * GIB)),), own=int(101.9 * GIB))
+    now = replace(
+        H200, free=GIB, others=(Process(7, "python3", int(36.9 * GIB)),), own=int(101.9 * GIB)
+    )
     error = explain(torch.OutOfMemoryError(TORCH_OOM), "capturing graphs", size(), now)
     assert isinstance(error, DoesNotFit)
     text = str(error)
@@ -200,7 +257,10 @@ def test_out_of_memory_becomes_one_line_with_the_numbers():
         "out of memory while capturing graphs: 2.00 GiB more were asked for, of GPU 0 (NVIDIA H200, 139.8 GiB) 1.00 GiB are free."
     )
     assert "Planned: weights 14.96 GiB, KV cache 10" in text and "python3 (pid 7) 36.9 GiB" in text
-    assert "end the other processes" in text and "lower --gpu-memory-utilization or --max-model-len" in text
+    assert (
+        "end the other processes" in text
+        and "lower --gpu-memory-utilization or --max-model-len" in text
+    )
     smaller = int(re.search(r"--kv-cache-memory-bytes (\d+)", text)[1])
     assert size(wish=replace(WISH, kv_bytes=smaller)).kv_bytes <= size().kv_bytes - GIB
     assert "\n" not in text
@@ -216,7 +276,11 @@ def test_out_of_memory_becomes_one_line_with_the_numbers():
 )
 def test_other_words_for_out_of_memory(text):
     error = explain(RuntimeError(text), "loading the model", size(), None)
-    assert isinstance(error, DoesNotFit) and "more was asked for, than GPU 0" in str(error) and "\n" not in str(error)
+    assert (
+        isinstance(error, DoesNotFit)
+        and "more was asked for, than GPU 0" in str(error)
+        and "\n" not in str(error)
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,14 +305,18 @@ def test_errors_that_are_none_of_the_gpus_pass():
     with pytest.raises(RuntimeError) as caught, explained("x", replace(size(), gpu=None)):
         raise defect
     assert caught.value is defect
-    with pytest.raises(DoesNotFit, match="out of memory while x"), explained("x", replace(size(), gpu=None)):
+    with (
+        pytest.raises(DoesNotFit, match="out of memory while x"),
+        explained("x", replace(size(), gpu=None)),
+    ):
         raise torch.OutOfMemoryError(TORCH_OOM)
 
 
 def test_the_outcome_is_held_against_the_plan():
     sizing = size()
     free = H200.free - sizing.weight_bytes - sizing.kv_bytes - 2 * GIB
-    text = memory.outcome(sizing, 120 * GIB, 121 * GIB, free)
+    text = gpu_memory.outcome(sizing, 120 * GIB, 121 * GIB, free)
     assert (
-        f"workspace 2.00 GiB so far of {memory.gib(sizing.workspace)}" in text and "torch reserved 120.00 GiB, 121.00 GiB at most" in text
+        f"workspace 2.00 GiB so far of {gpu_memory.gib(sizing.workspace)}" in text
+        and "torch reserved 120.00 GiB, 121.00 GiB at most" in text
     )

@@ -1,5 +1,6 @@
-"""The activations reckoned with, against those that the decoder really keeps alive: it is run on torch's meta device, where every tensor
-has a size and none has memory, with operations that allocate what the GPU's do.
+"""The activations reckoned with, against those that the decoder really keeps alive: it is run on
+torch's meta device, where every tensor has a size and none has memory, with operations that
+allocate what the GPU's do.
 """
 
 from dataclasses import replace
@@ -7,14 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from live_bytes import Live
-from pagewire.worker import memory
-from pagewire.worker.architecture import Architecture, Moe
-from pagewire.worker.layers import Build
+from pagewire.worker.gpu import gpu_memory
+from pagewire.worker.models.architecture import Architecture, Moe
 from pagewire.worker.models.decoder import Decoder
-from pagewire.worker.rope import Rope
+from pagewire.worker.models.layers import Build
+from pagewire.worker.models.rope import Rope
 
 TOKENS = 1000
-SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 1024, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 
 
 class MetaOps:
@@ -58,7 +66,8 @@ class MetaOps:
         return q.new_empty(len(q), q.shape[1] * q.shape[2])
 
     def experts(self, x, gate_up, down, chosen, weights):
-        """As in the grouped product: rows gathered by expert, both products, rows back in order, their sum in float32."""
+        """As in the grouped product: rows gathered by expert, both products, rows back in order,
+        their sum in float32."""
         rows = chosen.numel()
         inner = self.silu_mul(self.linear(x.new_empty(rows, x.shape[1]), gate_up[0]))
         ordered = inner.new_empty(rows, x.shape[1])
@@ -67,7 +76,14 @@ class MetaOps:
 
 
 def architecture(**differences) -> Architecture:
-    fields = {"model_type": "x", "head_dim": 64, "norm_eps": 1e-5, "max_position": 512, "tied": False, "windows": (None,) * 3}
+    fields = {
+        "model_type": "x",
+        "head_dim": 64,
+        "norm_eps": 1e-5,
+        "max_position": 512,
+        "tied": False,
+        "windows": (None,) * 3,
+    }
     return Architecture(**{**SIZES, **fields, "rope": Rope(theta=1e4, size=64), **differences})
 
 
@@ -88,7 +104,17 @@ PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias"
         {"moe": MOE},
         {"moe": replace(MOE, chosen=4, intermediate_size=64)},
     ],
-    ids=["gated", "attention", "wide", "sandwich", "parallel", "plain", "post", "experts", "small-experts"],
+    ids=[
+        "gated",
+        "attention",
+        "wide",
+        "sandwich",
+        "parallel",
+        "plain",
+        "post",
+        "experts",
+        "small-experts",
+    ],
 )
 def test_a_step_keeps_what_was_reckoned_and_not_far_less(differences):
     arch = architecture(**differences)
@@ -97,5 +123,5 @@ def test_a_step_keeps_what_was_reckoned_and_not_far_less(differences):
     caches = [torch.empty(2, 1, device="meta")] * arch.num_layers
     with torch.inference_mode(), Live() as live:
         decoder(ids, [ids] * arch.num_layers, caches, None, ids[:1], lambda: None)
-    reckoned = memory.step_bytes(arch, 2, TOKENS)
+    reckoned = gpu_memory.step_bytes(arch, 2, TOKENS)
     assert reckoned / 2 < live.peak <= reckoned, f"{live.peak / reckoned:.2f} of what was reckoned"

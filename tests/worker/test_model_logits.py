@@ -1,4 +1,5 @@
-"""Our decoders against transformers' own, in float32: the whole prompt at once, in chunks, step by step, in mixed batches."""
+"""Our decoders against transformers' own, in float32: the whole prompt at once, in chunks, step by
+step, in mixed batches."""
 
 import json
 
@@ -27,7 +28,9 @@ def test_mixed_batch(variant, tiny, harness, numbers):
     """Decodes, chunks and a fresh prompt in one step, with block tables in random order."""
     reference, ours = tiny(variant), harness(tiny(variant).path)
     spans = [(40, 41), (0, 33), (16, 48), (70, 71), (7, 8), (0, 33)]
-    work = [(numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)]
+    work = [
+        (numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)
+    ]
     for tokens, first, _, table in work:
         if first:
             ours.step([(tokens, 0, first, table)])
@@ -48,13 +51,18 @@ def test_sharded_checkpoint(tiny, harness, numbers, tmp_path):
 
 
 def test_older_configuration_format(tiny, harness, numbers, tmp_path):
-    """rope_theta and rope_scaling at the top level, torch_dtype, as files from before transformers 5 have them."""
+    """rope_theta and rope_scaling at the top level, torch_dtype, as files from before transformers
+    5 have them."""
     reference, tokens = tiny("llama3-rope"), numbers(80)
     for file in reference.path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     scaling = config.pop("rope_parameters")
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+    config |= {
+        "rope_theta": scaling.pop("rope_theta"),
+        "rope_scaling": scaling,
+        "torch_dtype": config.pop("dtype"),
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     close(harness(tmp_path).logits(tokens, 80), reference.logits(tokens))
 
@@ -62,6 +70,9 @@ def test_older_configuration_format(tiny, harness, numbers, tmp_path):
 def test_bfloat16_is_near(tiny, harness, numbers):
     """Loosely: the type's own rounding through three layers; a wrong operation is far outside."""
     reference, tokens = tiny("qwen3"), numbers(60)
-    ours, wanted = harness(reference.path, dtype="bfloat16").logits(tokens, 25).float(), reference.logits(tokens)
+    ours, wanted = (
+        harness(reference.path, dtype="bfloat16").logits(tokens, 25).float(),
+        reference.logits(tokens),
+    )
     similarity = torch.nn.functional.cosine_similarity(ours, wanted, dim=-1)
     assert similarity.min() > 0.99

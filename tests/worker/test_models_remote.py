@@ -1,13 +1,14 @@
-"""Families whose own code lives in their repositories, without that code: against oracles written from what was published."""
+"""Families whose own code lives in their repositories, without that code: against oracles written
+from what was published."""
 
 import json
 
 import pytest
 import torch
 from pagewire.config import ModelConfig
-from pagewire.worker import setup
-from pagewire.worker.architecture import Unsupported
+from pagewire.worker.load import loader
 from pagewire.worker.models import describe
+from pagewire.worker.models.architecture import Unsupported
 from pagewire_protocol.sampling import Sampling
 from worker.remote_oracles import CASES, make
 
@@ -46,11 +47,16 @@ def test_mixed_batch(name, remote, harness, numbers):
     reference = remote(name)
     ours = harness(reference.path)
     spans = [(40, 41), (0, 33), (16, 48)]
-    work = [(numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)]
+    work = [
+        (numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)
+    ]
     for tokens, first, _, table in work:
         if first:
             ours.step([(tokens, 0, first, table)])
-    close(ours.step(work), torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work]))
+    close(
+        ours.step(work),
+        torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work]),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +93,11 @@ def test_contexts_end_where_the_original_would_change_its_rotation(remote):
     [
         ("qwen1", {"scale_attn_weights": False}, "without scaling"),
         ("qwen1", {"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
-        ("chatglm2", {"multi_query_attention": False}, "multi_query_attention False of chatglm is not supported"),
+        (
+            "chatglm2",
+            {"multi_query_attention": False},
+            "multi_query_attention False of chatglm is not supported",
+        ),
         ("chatglm2", {"quantization_bit": 4}, "weights of 4 bits"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm False"),
         ("chatglm2", {"padded_vocab_size": None}, "the first ChatGLM is not supported"),
@@ -95,7 +105,9 @@ def test_contexts_end_where_the_original_would_change_its_rotation(remote):
     ],
 )
 def test_what_is_not_built_is_refused_by_name(name, changes, told, remote):
-    config = {key: value for key, value in (remote(name).config | changes).items() if value is not None}
+    config = {
+        key: value for key, value in (remote(name).config | changes).items() if value is not None
+    }
     with pytest.raises(Unsupported, match=told):
         describe(config)
 
@@ -104,16 +116,32 @@ def test_what_is_not_built_is_refused_by_name(name, changes, told, remote):
     ("config", "generation", "ends"),
     [
         ({"model_type": "qwen", "eos_token_id": 151643}, {"chat_format": "raw"}, (151643,)),
-        ({"model_type": "qwen"}, {"chat_format": "chatml", "eos_token_id": 151643}, (151643, 151644, 151645)),
-        ({"model_type": "chatglm", "padded_vocab_size": 65024, "eos_token_id": 2}, {}, (2, 64795, 64797)),
-        ({"model_type": "chatglm", "padded_vocab_size": 151552, "eos_token_id": [151329, 151336, 151338]}, {}, (151329, 151336, 151338)),
+        (
+            {"model_type": "qwen"},
+            {"chat_format": "chatml", "eos_token_id": 151643},
+            (151643, 151644, 151645),
+        ),
+        (
+            {"model_type": "chatglm", "padded_vocab_size": 65024, "eos_token_id": 2},
+            {},
+            (2, 64795, 64797),
+        ),
+        (
+            {
+                "model_type": "chatglm",
+                "padded_vocab_size": 151552,
+                "eos_token_id": [151329, 151336, 151338],
+            },
+            {},
+            (151329, 151336, 151338),
+        ),
     ],
 )
 def test_ends_of_a_message(config, generation, ends, tmp_path):
     """Some are in no file: the repository's code knows them."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert setup.open_model(tmp_path, "dummy")[2] == ends
+    assert loader.open_model(tmp_path, "dummy")[2] == ends
 
 
 @pytest.mark.parametrize("name", ["qwen1", "baichuan2-7b", "chatglm2"])

@@ -1,8 +1,9 @@
-"""The counter-based generator against numpy's, by way of a textbook version that serves both word sizes, and published answers."""
+"""The counter-based generator against numpy's, by way of a textbook version that serves both word
+sizes, and published answers."""
 
 import numpy as np
 import torch
-from pagewire.worker.philox import philox, uniform
+from pagewire.worker.cpu.philox import philox, uniform
 from scipy import stats
 
 CONSTANTS = {
@@ -35,7 +36,9 @@ def words(rows):
 
 
 def test_textbook_version_is_numpys():
-    generator = np.random.Philox(key=np.array([123, 456], np.uint64), counter=np.array([7, 0, 2, 0], np.uint64))
+    generator = np.random.Philox(
+        key=np.array([123, 456], np.uint64), counter=np.array([7, 0, 2, 0], np.uint64)
+    )
     assert tuple(int(x) for x in generator.random_raw(4)) == textbook((8, 0, 2, 0), (123, 456), 64)
 
 
@@ -54,4 +57,7 @@ def test_uniform_is_uniform_and_a_function_of_its_row():
     assert values.min() >= 0 and values.max() < 1
     assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
     assert uniform(seeds[:1], positions[77:78])[0] == values[77]
-    assert len(set(uniform(torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)).tolist())) == 20_000
+    assert (
+        len(set(uniform(torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)).tolist()))
+        == 20_000
+    )

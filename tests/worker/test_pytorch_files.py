@@ -6,12 +6,13 @@ import pathlib
 import pytest
 import torch
 from pagewire.config import ModelConfig
-from pagewire.worker.architecture import Unsupported
+from pagewire.worker.models.architecture import Unsupported
 
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    """saved(**state): a directory with the tiny OPT-like checkpoint as one pytorch_model.bin, and more tensors or other objects."""
+    """saved(**state): a directory with the tiny OPT-like checkpoint as one pytorch_model.bin, and
+    more tensors or other objects."""
 
     def make(old: bool = False, **more) -> pathlib.Path:
         reference = tiny("llama-biases")
@@ -41,18 +42,29 @@ def test_shards(saved, tiny, harness, numbers):
         torch.save({name: state[name] for name in part}, path / file)
     index = {name: file for file, part in parts.items() for name in part}
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
-    assert torch.allclose(harness(path).logits(tokens, 20), tiny("llama-biases").logits(tokens), atol=1e-4)
+    assert torch.allclose(
+        harness(path).logits(tokens, 20), tiny("llama-biases").logits(tokens), atol=1e-4
+    )
     (path / "pytorch_model-00001-of-00002.bin").unlink()
-    with pytest.raises(Unsupported, match=r"names pytorch_model-00001-of-00002\.bin, which is not there: the download is incomplete"):
+    with pytest.raises(
+        Unsupported,
+        match=r"names pytorch_model-00001-of-00002\.bin, which is not there: the download is incomplete",
+    ):
         harness(path)
 
 
 def test_safetensors_come_first_unless_pt_is_asked_for(saved, tiny, harness, numbers):
     path, tokens = saved(), numbers(10)
     (path / "pytorch_model.bin").write_bytes(b"nothing to load")
-    (path / "model.safetensors").write_bytes((tiny("llama-biases").path / "model.safetensors").read_bytes())
-    assert torch.allclose(harness(path).logits(tokens, 10), tiny("llama-biases").logits(tokens), atol=1e-4)
-    with pytest.raises(Unsupported, match=r"pytorch_model\.bin \(15 bytes\) is broken or its download incomplete"):
+    (path / "model.safetensors").write_bytes(
+        (tiny("llama-biases").path / "model.safetensors").read_bytes()
+    )
+    assert torch.allclose(
+        harness(path).logits(tokens, 10), tiny("llama-biases").logits(tokens), atol=1e-4
+    )
+    with pytest.raises(
+        Unsupported, match=r"pytorch_model\.bin \(15 bytes\) is broken or its download incomplete"
+    ):
         harness(path, ModelConfig(load_format="pt"))
     (path / "pytorch_model.bin").unlink()
     with pytest.raises(Unsupported, match=r"has no \.safetensors and no pytorch_model\.bin file"):
@@ -69,7 +81,9 @@ def test_truncated(old, saved, harness):
 
 
 def test_a_file_that_could_run_code_is_not_loaded(saved, harness):
-    with pytest.raises(Unsupported, match="holds more than tensors, which could run code: it is not loaded"):
+    with pytest.raises(
+        Unsupported, match="holds more than tensors, which could run code: it is not loaded"
+    ):
         harness(saved(surprise=pathlib.Path("x")))
 
 

@@ -1,5 +1,5 @@
-"""Models with quantized matrices on a CPU: GGUF's types as the `gguf` library reads them, decoders in machine code against the same weights
-in full, and what `--quantization` does."""
+"""Models with quantized matrices on a CPU: GGUF's types as the `gguf` library reads them, decoders
+in machine code against the same weights in full, and what `--quantization` does."""
 
 import gguf
 import numpy as np
@@ -7,17 +7,27 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pagewire.config import ModelConfig, WorkerConfig
-from pagewire.worker import cpu_choice, cpu_weights, rotary, setup
-from pagewire.worker.architecture import Unsupported
-from pagewire.worker.gguf_quantized import TYPES, take_apart
-from pagewire.worker.layers import Build
-from pagewire.worker.models import describe
+from pagewire.worker.cpu import gemm_autotune, quantization
+from pagewire.worker.load import loader
+from pagewire.worker.load.gguf_quantized import TYPES, take_apart
+from pagewire.worker.load.weights import load
+from pagewire.worker.models import describe, rotary
+from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.decoder import Decoder
-from pagewire.worker.weights import load
+from pagewire.worker.models.layers import Build
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 """Where blocks have their float16."""
 LLAMA = {
     "model_type": "llama", "vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,7 +55,9 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
     random, (_, size) = np.random.default_rng(0), GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rows = random.integers(0, 256, (5, 3 * size), dtype=np.uint8)
     for place in HALVES[kind]:
-        rows.reshape(-1, size)[:, place : place + 2] = random.standard_normal((15, 1)).astype(np.float16).view(np.uint8)
+        rows.reshape(-1, size)[:, place : place + 2] = (
+            random.standard_normal((15, 1)).astype(np.float16).view(np.uint8)
+        )
     wanted = gguf.quants.dequantize(rows, GGMLQuantizationType[kind])
     assert np.array_equal(take_apart(kind, rows, size).dequantize().numpy(), wanted)
 
@@ -53,16 +65,26 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
 def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:
     """With random weights rounded to `bits`; `like`: with the same, in full."""
     arch = describe(config)
-    made = Decoder(arch, Build(backend("cpu"), dtype, "cpu", like is None, bits if like is None else 0))
+    made = Decoder(
+        arch, Build(backend("cpu"), dtype, "cpu", like is None, bits if like is None else 0)
+    )
     load(made, None, config, 3, lambda stage, share: None)
     return made
 
 
-def run(decoder: Decoder, dtype: torch.dtype, cache: torch.Tensor, batch: tuple, wanted: torch.Tensor | None = None) -> torch.Tensor:
+def run(
+    decoder: Decoder,
+    dtype: torch.dtype,
+    cache: torch.Tensor,
+    batch: tuple,
+    wanted: torch.Tensor | None = None,
+) -> torch.Tensor:
     arch, (ids, counts, lengths, tables) = decoder.arch, batch
     everywhere = rotary.table(arch.rope, arch.head_dim, 256)
     step = make_batch(counts, lengths, tables, 4)
-    return decoder(torch.tensor(ids), [everywhere] * arch.num_layers, list(cache), step, wanted, lambda: None)
+    return decoder(
+        torch.tensor(ids), [everywhere] * arch.num_layers, list(cache), step, wanted, lambda: None
+    )
 
 
 STEPS = [
@@ -77,20 +99,32 @@ STEPS = [
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_machine_code_computes_what_the_operations_do(variant: str, bits: int, dtype: torch.dtype, monkeypatch) -> None:
-    """The same decoder, with and without the one call for all layers: prompts, chunks, several sequences."""
+def test_machine_code_computes_what_the_operations_do(
+    variant: str, bits: int, dtype: torch.dtype, monkeypatch
+) -> None:
+    """The same decoder, with and without the one call for all layers: prompts, chunks, several
+    sequences."""
     quantized = decoder_of({**LLAMA, **VARIANTS[variant]}, dtype, bits)
     assert (quantized._native is not None) == (variant in IN_MACHINE_CODE)
     arch = quantized.arch
-    caches = torch.zeros(2, arch.num_layers, 2, 16, arch.num_kv_heads, 4, arch.head_dim, dtype=dtype)
+    caches = torch.zeros(
+        2, arch.num_layers, 2, 16, arch.num_kv_heads, 4, arch.head_dim, dtype=dtype
+    )
     for step in STEPS:
         with monkeypatch.context() as patch:
             patch.setattr(quantized, "_native", None)
             wanted = run(quantized, dtype, caches[0], step)
         ours = run(quantized, dtype, caches[1], step)
         atol = 2e-4 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(ours.float(), wanted.float(), atol=atol * float(wanted.abs().max().clamp(min=1)), rtol=0)
-    torch.testing.assert_close(caches[1].float(), caches[0].float(), atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0.02)
+        torch.testing.assert_close(
+            ours.float(), wanted.float(), atol=atol * float(wanted.abs().max().clamp(min=1)), rtol=0
+        )
+    torch.testing.assert_close(
+        caches[1].float(),
+        caches[0].float(),
+        atol=1e-4 if dtype == torch.float32 else 0.05,
+        rtol=0.02,
+    )
 
 
 @torch.inference_mode()
@@ -100,12 +134,19 @@ def test_only_the_tokens_that_are_wanted_get_logits() -> None:
     everything = run(decoder, torch.float32, cache, STEPS[0])
     some = run(decoder, torch.float32, cache, STEPS[0], torch.tensor([6, 2]))
     torch.testing.assert_close(some, everything[[6, 2]], atol=1e-5, rtol=1e-5)
-    assert run(decoder, torch.float32, cache, STEPS[0], torch.tensor([], dtype=torch.int64)).shape == (0, 150)
+    assert run(
+        decoder, torch.float32, cache, STEPS[0], torch.tensor([], dtype=torch.int64)
+    ).shape == (0, 150)
 
 
 def start(path, **settings):
     model = {key: settings.pop(key) for key in ("quantization", "load_format") if key in settings}
-    return setup.load(path, ModelConfig(**model), WorkerConfig(cpu_kv_cache_gb=0.01, **settings), lambda stage, share: None)
+    return loader.load(
+        path,
+        ModelConfig(**model),
+        WorkerConfig(cpu_kv_cache_gb=0.01, **settings),
+        lambda stage, share: None,
+    )
 
 
 @pytest.fixture
@@ -122,30 +163,40 @@ def test_a_full_checkpoint_is_rounded_as_asked_for(asked, checkpoint, caplog) ->
     loaded = start(checkpoint, quantization=asked, load_format="dummy", device="cpu")
     assert loaded.decoder._native is not None and f"rounded to {asked}" in caplog.text
     full = start(checkpoint, load_format="dummy", device="cpu")
-    assert full.decoder._native is None and loaded.sizing.weight_bytes < full.sizing.weight_bytes / 1.7
+    assert (
+        full.decoder._native is None and loaded.sizing.weight_bytes < full.sizing.weight_bytes / 1.7
+    )
 
 
 def test_what_cannot_be_quantized_is_refused_in_one_line(checkpoint) -> None:
     with pytest.raises(Unsupported, match=r"--quantization int8 .*float16") as caught:
         start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float16")
     assert "\n" not in str(caught.value)
-    assert "on a GPU it is not supported yet" in cpu_weights.refused("int8", "cuda", False, None)
-    assert "run through transformers" in cpu_weights.refused("int4", "cpu", True, None)
+    assert "on a GPU it is not supported yet" in quantization.refused("int8", "cuda", False, None)
+    assert "run through transformers" in quantization.refused("int4", "cpu", True, None)
 
 
 def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cpu_weights, "_obstacle", lambda dtype: "Numba cannot be imported")
-    assert cpu_weights.choose(None, "int8", torch.float32) == cpu_weights.NONE
+    monkeypatch.setattr(quantization, "_obstacle", lambda dtype: "Numba cannot be imported")
+    assert quantization.choose(None, "int8", torch.float32) == quantization.NONE
     assert "made full (Numba cannot be imported)" in caplog.text
 
 
 def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint) -> None:
     monkeypatch.setenv("PAGEWIRE_CACHE", str(tmp_path / "cache"))
     measured = []
-    monkeypatch.setattr(cpu_choice, "crossing", lambda product, dtype: measured.append((product.key, dtype)) or 12)
-    first = start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32")
+    monkeypatch.setattr(
+        gemm_autotune,
+        "crossing",
+        lambda product, dtype: measured.append((product.key, dtype)) or 12,
+    )
+    first = start(
+        checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32"
+    )
     assert measured and len(set(measured)) == len(measured)
-    again = start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32")
+    again = start(
+        checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float32"
+    )
     assert len(set(measured)) == len(measured)
     for loaded in (first, again):
         assert {matrix.crossing for matrix in loaded.decoder.packed()} == {12}
@@ -154,8 +205,11 @@ def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint)
 def test_a_crossing_lies_where_the_dense_product_wins(monkeypatch) -> None:
     product = decoder_of(LLAMA, torch.float32, 8).layers[0].attention.qkv.weight
     for slower, wanted in ((0, 6), (40, 48), (1000, 256)):
-        cost = {product.native: lambda rows: rows, product.dense: lambda rows, slower=slower: slower}
-        monkeypatch.setattr(cpu_choice, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
-        assert cpu_choice.crossing(product, torch.float32) == wanted
+        cost = {
+            product.native: lambda rows: rows,
+            product.dense: lambda rows, slower=slower: slower,
+        }
+        monkeypatch.setattr(gemm_autotune, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
+        assert gemm_autotune.crossing(product, torch.float32) == wanted
     monkeypatch.undo()
-    assert 0 < cpu_choice._seconds(product.native, torch.randn(2, product.columns)) < 60
+    assert 0 < gemm_autotune._seconds(product.native, torch.randn(2, product.columns)) < 60

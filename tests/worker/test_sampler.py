@@ -3,18 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from pagewire.worker import sampler
-from pagewire.worker.sampler import Rows, sample
+from pagewire.worker.cpu import sampler
+from pagewire.worker.cpu.sampler import Rows, sample
 from pagewire_protocol.columns import unpack
 from scipy import stats
 
-DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence": 0.0, "frequency": 0.0, "repetition": 1.0}
+DEFAULTS = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "presence": 0.0,
+    "frequency": 0.0,
+    "repetition": 1.0,
+}
 
 
 def rows(settings: list[dict], seeds=None, positions=None, restrict=None, history=None) -> Rows:
     count = len(settings)
     columns = {
-        name: torch.tensor([s.get(name, default) for s in settings], dtype=torch.int64 if name == "top_k" else torch.float32)
+        name: torch.tensor(
+            [s.get(name, default) for s in settings],
+            dtype=torch.int64 if name == "top_k" else torch.float32,
+        )
         for name, default in DEFAULTS.items()
     }
     return Rows(
@@ -27,8 +38,11 @@ def rows(settings: list[dict], seeds=None, positions=None, restrict=None, histor
     )
 
 
-def filter_reference(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """Probabilities after temperature, min-p, top-k and top-p in this order, one token at a time."""
+def filter_reference(
+    logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
+) -> np.ndarray:
+    """Probabilities after temperature, min-p, top-k and top-p in this order, one token at a
+    time."""
     x = logits.astype(np.float64) / temperature
     p = np.exp(x - x.max())
     p /= p.sum()
@@ -62,10 +76,15 @@ FILTERS = [
 @pytest.mark.parametrize("vocabulary", [60, 3000])
 def test_frequencies_follow_the_filtered_distribution(settings, vocabulary):
     draws = 20_000
-    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 3 if vocabulary == 60 else 1.5, vocabulary)).float()
+    logits = torch.from_numpy(
+        np.random.default_rng(1).normal(0, 3 if vocabulary == 60 else 1.5, vocabulary)
+    ).float()
     tokens = np.concatenate(
         [
-            sample(logits.expand(500, -1), rows([settings] * 500, seeds=[9] * 500, positions=list(range(first, first + 500)))).tokens
+            sample(
+                logits.expand(500, -1),
+                rows([settings] * 500, seeds=[9] * 500, positions=list(range(first, first + 500))),
+            ).tokens
             for first in range(0, draws, 500)
         ]
     )
@@ -87,13 +106,19 @@ def test_a_row_does_not_depend_on_its_company():
     random = torch.Generator().manual_seed(0)
     logits = (torch.randn(32, 5003, generator=random) * 3).bfloat16()
     settings = [
-        {**FILTERS[i % len(FILTERS)], "temperature": 0.0 if i % 8 == 7 else FILTERS[i % len(FILTERS)].get("temperature", 1.0)}
+        {
+            **FILTERS[i % len(FILTERS)],
+            "temperature": 0.0 if i % 8 == 7 else FILTERS[i % len(FILTERS)].get("temperature", 1.0),
+        }
         for i in range(32)
     ]
     for position in range(20):
         seeds, positions = list(range(100, 132)), [position] * 32
         together = sample(logits, rows(settings, seeds, positions)).tokens
-        alone = [sample(logits[i : i + 1], rows([settings[i]], [seeds[i]], [position])).tokens[0] for i in range(32)]
+        alone = [
+            sample(logits[i : i + 1], rows([settings[i]], [seeds[i]], [position])).tokens[0]
+            for i in range(32)
+        ]
         assert together.tolist() == alone
 
 
@@ -113,35 +138,54 @@ def penalty_reference(logits, prompt, output, presence, frequency, repetition):
     return x
 
 
-@pytest.mark.parametrize("penalties", [(0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 1.4), (0.3, -0.4, 0.8)])
+@pytest.mark.parametrize(
+    "penalties", [(0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 1.4), (0.3, -0.4, 0.8)]
+)
 def test_penalties(penalties):
     random = np.random.default_rng(2)
     logits = random.normal(0, 2, (3, 50)).astype(np.float32)
-    prompts, outputs = random.integers(0, 50, (3, 12)).tolist(), random.integers(0, 50, (3, 30)).tolist()
-    settings = [dict(zip(("presence", "frequency", "repetition"), penalties, strict=True), temperature=0.0)] * 3
+    prompts, outputs = (
+        random.integers(0, 50, (3, 12)).tolist(),
+        random.integers(0, 50, (3, 30)).tolist(),
+    )
+    settings = [
+        dict(zip(("presence", "frequency", "repetition"), penalties, strict=True), temperature=0.0)
+    ] * 3
     history = {i: (torch.tensor(prompts[i]), torch.tensor(outputs[i])) for i in (0, 2)}
     x = torch.from_numpy(logits.copy())
     given = rows(settings, history=history)
     sampler.penalize(x, given)
     for i in (0, 2):
-        np.testing.assert_allclose(x[i], penalty_reference(logits[i], prompts[i], outputs[i], *penalties), atol=1e-5)
+        np.testing.assert_allclose(
+            x[i], penalty_reference(logits[i], prompts[i], outputs[i], *penalties), atol=1e-5
+        )
     np.testing.assert_array_equal(x[1], logits[1])
     assert sample(torch.from_numpy(logits), given).tokens.tolist() == x.argmax(-1).tolist()
 
 
 def test_logprobs_are_of_the_raw_logits():
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(5))
-    settings = [{"temperature": 0.2, "logprobs": 3, "frequency": 1.0}, {}, {"temperature": 0.0, "logprobs": 0}]
+    settings = [
+        {"temperature": 0.2, "logprobs": 3, "frequency": 1.0},
+        {},
+        {"temperature": 0.0, "logprobs": 0},
+    ]
     found = sample(logits, rows(settings, history={0: (torch.tensor([1]), torch.tensor([2, 2]))}))
     got = found.logprobs
     assert got is not None
     columns = got.columns(found.tokens)
-    rows_, counts, ranks, ids = (unpack("i", c).tolist() for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
+    rows_, counts, ranks, ids = (
+        unpack("i", c).tolist() for c in (columns.rows, columns.counts, columns.ranks, columns.ids)
+    )
     exact = logits.double() - logits.double().logsumexp(-1, keepdim=True)
     assert rows_ == [0, 2] and counts == [4, 1]
-    np.testing.assert_allclose(unpack("f", columns.values), [*exact[0, ids[:4]], exact[2, ids[4]]], atol=1e-5)
+    np.testing.assert_allclose(
+        unpack("f", columns.values), [*exact[0, ids[:4]], exact[2, ids[4]]], atol=1e-5
+    )
     assert [ids[0], ids[4]] == found.tokens[[0, 2]].tolist()
-    assert ranks == [int(1 + (exact[row] > exact[row, own]).sum()) for row, own in ((0, ids[0]), (2, ids[4]))]
+    assert ranks == [
+        int(1 + (exact[row] > exact[row, own]).sum()) for row, own in ((0, ids[0]), (2, ids[4]))
+    ]
     assert ids[1:4] == exact[0].topk(3).indices.tolist()
 
 

@@ -1,4 +1,5 @@
-"""The demo model in float32, token for token against transformers on the same dequantized weights."""
+"""The demo model in float32, token for token against transformers on the same dequantized
+weights."""
 
 import os
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig
-from pagewire.worker.gguf_file import Gguf
-from pagewire.worker.weights import from_gguf
+from pagewire.worker.load.gguf_file import Gguf
+from pagewire.worker.load.weights import from_gguf
 from pagewire_protocol.sampling import Sampling
 
 STEPS = 64
@@ -19,11 +20,11 @@ def gguf_path() -> Path:
     given = os.environ.get("PAGEWIRE_TEST_GGUF")
     if given:
         return Path(given)
-    from pagewire import hub
+    from pagewire.hub import huggingface
 
     try:
-        return hub.demo_gguf()
-    except hub.ModelNotFound as error:
+        return huggingface.demo_gguf()
+    except huggingface.ModelNotFound as error:
         pytest.skip(f"the demo model cannot be had here: {error}")
 
 
@@ -33,7 +34,11 @@ def reference(gguf_path):
 
     file = Gguf(gguf_path)
     config = file.config()
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="eager"))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="eager"
+        )
+    )
     model.load_state_dict(dict(from_gguf(file, config)), strict=False)
     model.tie_weights()
     return model.eval()
@@ -52,7 +57,12 @@ def test_greedy_equals_transformers(gguf_path, reference, prompts, driver):
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             out = reference.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=STEPS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         wanted.append(out[0, len(prompt) :].tolist())
     ours = driver(gguf_path, ModelConfig(max_model_len=1024), num_kv_blocks=400, threads=0)

@@ -1,4 +1,5 @@
-"""`pagewire bench KIND`: figures for the offline interface, a server under load, one request, the kernels, and the path between."""
+"""`pagewire bench KIND`: figures for the offline interface, a server under load, one request, the
+kernels, and the path between."""
 
 import importlib
 import sys

@@ -1,4 +1,5 @@
-"""Processes that play the clients of a server, so that neither its CPU time nor its measurement shares an interpreter with anything.
+"""Processes that play the clients of a server, so that neither its CPU time nor its measurement
+shares an interpreter with anything.
 
 They stay up between loads. A load begins in all of them at once, when the requests of all are made.
 """
@@ -40,7 +41,10 @@ def play(pipe: Connection) -> None:
     """A client process: tasks until None comes."""
     while (task := pipe.recv()) is not None:
         load = task.workload
-        made = [{"model": task.model, **body} for body in workloads.bodies(load, task.seed, task.common_seed, task.vocab)]
+        made = [
+            {"model": task.model, **body}
+            for body in workloads.bodies(load, task.seed, task.common_seed, task.vocab)
+        ]
         pipe.send(None)
         pipe.recv()
         if load.rate:
@@ -66,12 +70,23 @@ class Clients:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, target: Target, model: str, load: workloads.Workload, seed: int, vocab: int = 0) -> list[Sample]:
+    def run(
+        self, target: Target, model: str, load: workloads.Workload, seed: int, vocab: int = 0
+    ) -> list[Sample]:
         """Raises OSError when a client has died or the load outlasts the timeout."""
         shares = workloads.split(load, len(self._pipes))
         pipes = self._pipes[: len(shares)]
         for i, (pipe, part) in enumerate(zip(pipes, shares, strict=True)):
-            pipe.send(Task(target, model, part, f"{load.name} {seed} {i}", f"{load.name} {seed} common", vocab))
+            pipe.send(
+                Task(
+                    target,
+                    model,
+                    part,
+                    f"{load.name} {seed} {i}",
+                    f"{load.name} {seed} common",
+                    vocab,
+                )
+            )
         for pipe in pipes:
             self._take(pipe, GO_S)
         for pipe in pipes:
@@ -97,5 +112,10 @@ class Clients:
     def __enter__(self) -> "Clients":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

@@ -1,7 +1,8 @@
-"""`pagewire bench kernels`: checks every GPU kernel against a float32 oracle and times it beside other libraries' kernels.
+"""`pagewire bench kernels`: checks every GPU kernel against a float32 oracle and times it beside
+other libraries' kernels.
 
-Times are medians over replays of a CUDA graph of many launches that rotate through inputs larger than the L2 cache. Other processes compile
-first, so that compilation uses all cores.
+Times are medians over replays of a CUDA graph of many launches that rotate through inputs larger
+than the L2 cache. Other processes compile first, so that compilation uses all cores.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import new_parser, positive
 from . import machine
-from .figures import table, write_json
 from .options import say
+from .stats import table, write_json
 
 if TYPE_CHECKING:
     from .ops.case import Job
@@ -40,21 +41,45 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    parser = new_parser("bench kernels", "Check every GPU kernel against a float32 oracle and time it. Needs a GPU.")
-    parser.add_argument("--only", default="", metavar="LIST", help="names of kernels, like decode,gemm (default: all)")
-    parser.add_argument("--sweep", action="store_true", help="try launch shapes as well, and print the best ones")
-    parser.add_argument("--processes", type=positive, default=12, metavar="N", help="that compile at once (default: 12)")
+    parser = new_parser(
+        "bench kernels", "Check every GPU kernel against a float32 oracle and time it. Needs a GPU."
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="LIST",
+        help="names of kernels, like decode,gemm (default: all)",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="try launch shapes as well, and print the best ones"
+    )
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="that compile at once (default: 12)",
+    )
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file, after each kernel")
+    parser.add_argument(
+        "--json",
+        default="",
+        metavar="FILE",
+        help="also write the figures to this file, after each kernel",
+    )
     options = parser.parse_args(arguments)
     if not has_gpu():
-        raise OSError("the kernels run on a GPU only, and torch sees none here; `pagewire doctor` says more")
+        raise OSError(
+            "the kernels run on a GPU only, and torch sees none here; `pagewire doctor` says more"
+        )
     from .ops.jobs import jobs
 
     wanted = options.only.split(",") if options.only else []
     chosen = [job for job in jobs() if not wanted or job.name in wanted]
     if not chosen:
-        parser.error(f"argument --only: {options.only}: one of {', '.join(sorted({job.name for job in jobs()}))} is needed")
+        parser.error(
+            f"argument --only: {options.only}: one of {', '.join(sorted({job.name for job in jobs()}))} is needed"
+        )
     if options.part:
         compile_part(chosen, options)
         return 0
@@ -76,21 +101,39 @@ def has_gpu() -> bool:
 
 
 def compile_all(options: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "pagewire", "bench", "kernels", *(["--sweep"] if options.sweep else []), "--only", options.only]
-    running = [subprocess.Popen([*command, "--part", f"{i}/{options.processes}"]) for i in range(options.processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "pagewire",
+        "bench",
+        "kernels",
+        *(["--sweep"] if options.sweep else []),
+        "--only",
+        options.only,
+    ]
+    running = [
+        subprocess.Popen([*command, "--part", f"{i}/{options.processes}"])
+        for i in range(options.processes)
+    ]
     for process in running:
         process.wait()
     say("compiled")
 
 
 def compile_part(chosen: "list[Job]", options: argparse.Namespace) -> None:
-    """This process's share. A whole layer has kernels that other jobs compile, cuBLAS has none to compile."""
+    """This process's share. A whole layer has kernels that other jobs compile, cuBLAS has none to
+    compile."""
     import torch
 
     from .ops import inputs
 
     part, parts = map(int, options.part.split("/"))
-    work = [(job, config) for job in chosen if job.name not in ("layer", "product") for config in [None, *shapes_of(job, options.sweep)]]
+    work = [
+        (job, config)
+        for job in chosen
+        if job.name not in ("layer", "product")
+        for config in [None, *shapes_of(job, options.sweep)]
+    ]
     for job, config in work[part::parts]:
         try:
             job.make().launch(0, config)
@@ -101,8 +144,13 @@ def compile_part(chosen: "list[Job]", options: argparse.Namespace) -> None:
 
 
 def shapes_of(job: "Job", sweep: bool) -> list[Any]:
-    """Launch shapes are searched where there is a target or a peer; other shapes take what those found."""
-    return job.configs if sweep and (job.target is not None or job.name in ("gemm", "decode", "prefill")) else []
+    """Launch shapes are searched where there is a target or a peer; other shapes take what those
+    found."""
+    return (
+        job.configs
+        if sweep and (job.target is not None or job.name in ("gemm", "decode", "prefill"))
+        else []
+    )
 
 
 # --- measuring ---
@@ -114,7 +162,13 @@ def measure_all(chosen: "list[Job]", options: argparse.Namespace) -> list[Row]:
     torch.manual_seed(int(time.time()))
     rows: list[Row] = []
     for job in chosen:
-        row: Row = {"name": job.name, "shape": job.shape, "target": job.target, "unit": job.unit, "peer": job.peer}
+        row: Row = {
+            "name": job.name,
+            "shape": job.shape,
+            "target": job.target,
+            "unit": job.unit,
+            "peer": job.peer,
+        }
         rows.append(row)
         try:
             row |= measure(job, options.sweep)
@@ -122,7 +176,14 @@ def measure_all(chosen: "list[Job]", options: argparse.Namespace) -> list[Row]:
             row["failed"] = str(problem)[:300]
         torch.cuda.empty_cache()
         if options.json:
-            write_json(options.json, {"kind": "kernels", "machine": machine.describe() if len(rows) == len(chosen) else {}, "rows": rows})
+            write_json(
+                options.json,
+                {
+                    "kind": "kernels",
+                    "machine": machine.describe() if len(rows) == len(chosen) else {},
+                    "rows": rows,
+                },
+            )
     say(f"measured {len(rows)} kernels on {torch.cuda.get_device_name()}")
     return rows
 
@@ -139,7 +200,12 @@ def measure(job: "Job", sweep: bool) -> Row:
     for config in shapes_of(job, sweep):
         try:
             bad = case.check(config)
-            tried.append((graph_us(lambda i, config=config: case.launch(i, config), case.sets, 1500.0), f"{config} error {bad:.1e}"))
+            tried.append(
+                (
+                    graph_us(lambda i, config=config: case.launch(i, config), case.sets, 1500.0),
+                    f"{config} error {bad:.1e}",
+                )
+            )
         except Exception as problem:
             say(f"{job.name} {job.shape} {config}: {str(problem)[:100]}")
     for us, text in sorted(tried):
@@ -157,8 +223,21 @@ def full_table(rows: list[Row]) -> str:
             lines.append([row["name"], row["shape"], row["failed"], "", "", "", "", ""])
         else:
             rate, wrong = f"{row['rate']:.2f} {row['unit']}", f"{row['error']:.1e}"
-            lines.append([row["name"], row["shape"], row["us"], row["target"] or "", rate, wrong, row.get("peer_us", ""), row["peer"]])
-    return table("kernels", ("kernel", "shape", "us", "target", "rate", "error", "us", "peer"), lines)
+            lines.append(
+                [
+                    row["name"],
+                    row["shape"],
+                    row["us"],
+                    row["target"] or "",
+                    rate,
+                    wrong,
+                    row.get("peer_us", ""),
+                    row["peer"],
+                ]
+            )
+    return table(
+        "kernels", ("kernel", "shape", "us", "target", "rate", "error", "us", "peer"), lines
+    )
 
 
 def short_table(rows: list[Row]) -> str:
@@ -166,13 +245,29 @@ def short_table(rows: list[Row]) -> str:
     lines: list[list[Any]] = []
     for row in rows:
         key = row["name"], row["shape"]
-        known, whose = (ELSEWHERE[key], "FA3") if key in ELSEWHERE else (row.get("peer_us", ""), row["peer"])
+        known, whose = (
+            (ELSEWHERE[key], "FA3") if key in ELSEWHERE else (row.get("peer_us", ""), row["peer"])
+        )
         if "failed" in row:
             lines.append([" ".join(key), row["failed"][:60], "", "", "", "", ""])
         elif is_wrong(row) or row["target"] or (known and not row["shape"].endswith(("M2", "M4"))):
             wrong = f"error {row['error']}" if is_wrong(row) else ""
-            lines.append([" ".join(key), row["us"], row["target"] or "", known, whose, f"{row['rate']:.2f} {row['unit']}", wrong])
-    return table("kernels, microseconds", ("kernel", "us", "target", "other", "whose", "rate", "wrong"), lines)
+            lines.append(
+                [
+                    " ".join(key),
+                    row["us"],
+                    row["target"] or "",
+                    known,
+                    whose,
+                    f"{row['rate']:.2f} {row['unit']}",
+                    wrong,
+                ]
+            )
+    return table(
+        "kernels, microseconds",
+        ("kernel", "us", "target", "other", "whose", "rate", "wrong"),
+        lines,
+    )
 
 
 def is_wrong(row: Row) -> bool:

@@ -1,4 +1,5 @@
-"""`pagewire bench latency`: one request at a time through LLM, percentiles of its latencies by size."""
+"""`pagewire bench latency`: one request at a time through LLM, percentiles of its latencies by
+size."""
 
 import argparse
 import itertools
@@ -9,22 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import new_parser
 from . import workloads
-from .figures import GRID, distribution, latencies, percentile, table, write_json
+from .interleave import Budget, Result, Row, in_turns
 from .load import Sample
 from .offline import describe, settings_of, start, vocabulary
 from .options import add_common, add_plot, say
-from .turns import Budget, Result, Row, in_turns
+from .stats import GRID, distribution, latencies, percentile, table, write_json
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from ..offline.llm import LLM
 
 SIZES = "32/32,128/128,1024/128,128/512"
 SHARES = (0.5, 0.9, 0.99)
 
 
 def main(arguments: list[str]) -> int:
-    parser = new_parser("bench latency", "One request at a time through LLM: percentiles of its latencies by size.")
-    parser.add_argument("--sizes", default=SIZES, metavar="LIST", help=f"INPUT/OUTPUT tokens of a request (default: {SIZES})")
+    parser = new_parser(
+        "bench latency", "One request at a time through LLM: percentiles of its latencies by size."
+    )
+    parser.add_argument(
+        "--sizes",
+        default=SIZES,
+        metavar="LIST",
+        help=f"INPUT/OUTPUT tokens of a request (default: {SIZES})",
+    )
     add_common(parser, runs=20)
     add_plot(parser)
     settings, options = settings_of(parser, arguments)
@@ -45,7 +53,11 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(
-    llm: "LLM", chosen: list[workloads.Workload], options: argparse.Namespace, budget: Budget, report: dict[str, Any]
+    llm: "LLM",
+    chosen: list[workloads.Workload],
+    options: argparse.Namespace,
+    budget: Budget,
+    report: dict[str, Any],
 ) -> dict[str, Result]:
     vocab, samples = vocabulary(llm, options.vocab), dict[str, list[Sample]]()
     loads = {load.name.removeprefix("1x"): load.scaled(options.scale) for load in chosen}
@@ -59,23 +71,29 @@ def measure(
         return row_of(sample)
 
     def done(name: str, result: Result) -> None:
-        report["loads"][name] = result.as_json() | {"distribution": distribution(latencies(samples.get(name, [])))}
+        report["loads"][name] = result.as_json() | {
+            "distribution": distribution(latencies(samples.get(name, [])))
+        }
         if options.json:
             write_json(options.json, report)
 
-    results = in_turns({name: lambda run, name=name: one(name, run) for name in loads}, options.runs, budget, done)
+    results = in_turns(
+        {name: lambda run, name=name: one(name, run) for name in loads}, options.runs, budget, done
+    )
     say(f"{sum(len(result.rows) for result in results.values())} requests")
     return results
 
 
 def ask(llm: "LLM", load: workloads.Workload, run: int, vocab: int) -> Sample:
     """One request, with the moment of each of its tokens."""
-    from ..llm import Batch
-    from ..params import SamplingParams
-    from ..prompts import as_params, as_prompts
+    from ..offline.llm import Batch
+    from ..offline.prompts import as_params, as_prompts
+    from ..offline.sampling_params import SamplingParams
 
     prompt = workloads.ids(random.Random(f"{load.name} {run}"), load.prompt[0], vocab)
-    params = SamplingParams(temperature=0.6, max_tokens=load.output[0], ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0.6, max_tokens=load.output[0], ignore_eos=True, detokenize=False
+    )
     batch = Batch(llm, as_prompts([prompt]), as_params(params, 1), timed=True)
     began = time.monotonic()
     batch.run()
@@ -101,6 +119,18 @@ def tables(report: dict[str, Any], results: dict[str, Result]) -> str:
             rows.append([name, result.error, *[""] * (len(SHARES) + 2)])
         for figure in result.rows[0] if result.rows else ():
             values = [row[figure] for row in result.rows]
-            rows.append([name, figure, *(percentile(values, share) for share in SHARES), max(values), len(values)])
+            rows.append(
+                [
+                    name,
+                    figure,
+                    *(percentile(values, share) for share in SHARES),
+                    max(values),
+                    len(values),
+                ]
+            )
     title = f"{Path(report['model']).name}, one request at a time; ms"
-    return table(title, ("in/out", "figure", *(f"p{share * 100:g}" for share in SHARES), "most", "requests"), rows)
+    return table(
+        title,
+        ("in/out", "figure", *(f"p{share * 100:g}" for share in SHARES), "most", "requests"),
+        rows,
+    )

@@ -1,7 +1,8 @@
 """A client that costs little: streams completions over raw connections and notes when bytes come.
 
-It parses no event; it counts them, so that on a small machine the measured server and not the client is the limit. Figures that need the
-number of tokens take it from the usage in the last event.
+It parses no event; it counts them, so that on a small machine the measured server and not the
+client is the limit. Figures that need the number of tokens take it from the usage in the last
+event.
 """
 
 import asyncio
@@ -20,8 +21,8 @@ TAIL = 4096
 
 @dataclass
 class Sample:
-    """One request: moments in seconds on the monotonic clock, the first before connecting. `chunks` counts events, `gaps` the pauses
-    between arrivals."""
+    """One request: moments in seconds on the monotonic clock, the first before connecting. `chunks`
+    counts events, `gaps` the pauses between arrivals."""
 
     began: float = 0.0
     first: float = 0.0
@@ -79,12 +80,27 @@ class Target:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"--url {url}: an address like http://localhost:8000 is needed")
-        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions", key)
+        return cls(
+            parts.hostname,
+            parts.port or 80,
+            parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions",
+            key,
+        )
 
     def request(self, body: dict[str, Any]) -> bytes:
-        content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-        lines = [f"POST {self.path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Content-Type: application/json", "Connection: close"]
-        lines += [f"Content-Length: {len(content)}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
+        content = json.dumps(
+            {**body, "stream": True, "stream_options": {"include_usage": True}}
+        ).encode()
+        lines = [
+            f"POST {self.path} HTTP/1.1",
+            f"Host: {self.host}:{self.port}",
+            "Content-Type: application/json",
+            "Connection: close",
+        ]
+        lines += [
+            f"Content-Length: {len(content)}",
+            *([f"Authorization: Bearer {self.key}"] if self.key else []),
+        ]
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
@@ -92,14 +108,20 @@ async def send(target: Target, body: dict[str, Any]) -> Sample:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     try:
-        _, stream = await loop.create_connection(lambda: _Stream(target.request(body), ended), target.host, target.port)
+        _, stream = await loop.create_connection(
+            lambda: _Stream(target.request(body), ended), target.host, target.port
+        )
     except OSError as error:
-        return Sample(error=f"no connection to {target.host}:{target.port}: {error.strerror or error}")
+        return Sample(
+            error=f"no connection to {target.host}:{target.port}: {error.strerror or error}"
+        )
     await ended
     return stream.sample
 
 
-async def send_all(target: Target, bodies: Iterable[dict[str, Any]], concurrency: int) -> list[Sample]:
+async def send_all(
+    target: Target, bodies: Iterable[dict[str, Any]], concurrency: int
+) -> list[Sample]:
     """All requests, at most `concurrency` at a time."""
     waiting, samples = iter(bodies), list[Sample]()
 
@@ -111,8 +133,11 @@ async def send_all(target: Target, bodies: Iterable[dict[str, Any]], concurrency
     return samples
 
 
-async def send_at(target: Target, bodies: Iterable[dict[str, Any]], moments: Iterable[float]) -> list[Sample]:
-    """Each request at its moment, in seconds from now, whether or not earlier ones have been answered."""
+async def send_at(
+    target: Target, bodies: Iterable[dict[str, Any]], moments: Iterable[float]
+) -> list[Sample]:
+    """Each request at its moment, in seconds from now, whether or not earlier ones have been
+    answered."""
     loop = asyncio.get_running_loop()
     began = loop.time()
 
@@ -120,4 +145,6 @@ async def send_at(target: Target, bodies: Iterable[dict[str, Any]], moments: Ite
         await asyncio.sleep(began + moment - loop.time())
         return await send(target, body)
 
-    return await asyncio.gather(*(one(body, moment) for body, moment in zip(bodies, moments, strict=True)))
+    return await asyncio.gather(
+        *(one(body, moment) for body, moment in zip(bodies, moments, strict=True))
+    )

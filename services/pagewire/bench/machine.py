@@ -15,7 +15,12 @@ PACKAGES = ("torch", "triton", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    found = {"pagewire": __version__, "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)), "gpu": _query("name")}
+    found = {
+        "pagewire": __version__,
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": _query("name"),
+    }
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -33,7 +38,9 @@ def _query(field: str) -> str | None:
         return None
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     return lines[0].strip() if lines else None

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli import add_model, new_parser, positive, read_all, take_model
-from ..config import ModelConfig, RunConfig, SchedulerConfig, TokenizerConfig, WorkerConfig, add_flags
-from . import machine, peers, workloads
-from .figures import table, write_json
+from ..config import (
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    WorkerConfig,
+    add_flags,
+)
+from . import baselines, machine, workloads
+from .interleave import Budget, Result, Row, in_turns
 from .options import add_common, cells, say, told
-from .turns import Budget, Result, Row, in_turns
+from .stats import table, write_json
 
 if TYPE_CHECKING:
-    from ..llm import LLM
+    from ..offline.llm import LLM
 
 STRUCTS = (RunConfig, ModelConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
 OWN = ("workloads", "runs", "budget_s", "scale", "json", "vocab", "repeats", "sizes", "plot")
@@ -39,8 +46,11 @@ def main(arguments: list[str]) -> int:
     return 1 if any(result.error for result in results.values()) else 0
 
 
-def settings_of(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], argparse.Namespace]:
-    """(the keyword arguments of LLM, the measurement's own options). Exits with status 2 and one line on a bad flag or value."""
+def settings_of(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """(the keyword arguments of LLM, the measurement's own options). Exits with status 2 and one
+    line on a bad flag or value."""
     add_model(parser)
     add_flags(parser, *STRUCTS, skip=("run_dir", "name"))
     about = f"prompts are random token ids from {workloads.FIRST_ID} to this (default: {workloads.VOCAB}, or the model's)"
@@ -59,7 +69,7 @@ def _vocabulary(text: str) -> int:
 
 def start(settings: dict[str, Any]) -> "LLM":
     """Raises OSError when a service does not start, with its last words."""
-    from ..llm import LLM, EngineError
+    from ..offline.llm import LLM, EngineError
 
     try:
         return LLM(**settings)
@@ -75,12 +85,22 @@ def describe(llm: "LLM", settings: dict[str, Any], ready: float) -> dict[str, An
     say(
         f"{Path(model).name} ready in {ready:.1f} s, KV cache of {held:,} tokens{f', {memory:.1f} GiB of the GPU in use' if memory else ''}"
     )
-    report = {"kind": "offline", "model": model, "ready_s": ready, "kv_tokens": held, "gpu_gib": memory}
+    report = {
+        "kind": "offline",
+        "model": model,
+        "ready_s": ready,
+        "kv_tokens": held,
+        "gpu_gib": memory,
+    }
     return report | {"settings": settings, "machine": machine.describe()}
 
 
 def measure(
-    llm: "LLM", chosen: list[workloads.Workload], options: argparse.Namespace, budget: Budget, report: dict[str, Any]
+    llm: "LLM",
+    chosen: list[workloads.Workload],
+    options: argparse.Namespace,
+    budget: Budget,
+    report: dict[str, Any],
 ) -> dict[str, Result]:
     vocab = vocabulary(llm, options.vocab)
     once(llm, workloads.OFFLINE["single"].scaled(min(options.scale, 0.25)), -1, vocab)
@@ -95,7 +115,12 @@ def measure(
         if options.json:
             write_json(options.json, report)
 
-    return in_turns({workload.name: one(workload.scaled(options.scale)) for workload in chosen}, options.runs, budget, done)
+    return in_turns(
+        {workload.name: one(workload.scaled(options.scale)) for workload in chosen},
+        options.runs,
+        budget,
+        done,
+    )
 
 
 def vocabulary(llm: "LLM", asked: int) -> int:
@@ -104,17 +129,28 @@ def vocabulary(llm: "LLM", asked: int) -> int:
 
 def once(llm: "LLM", workload: workloads.Workload, run: int, vocab: int) -> Row:
     """Raises ValueError when a request is refused or ends before its length."""
-    from ..params import SamplingParams
+    from ..offline.sampling_params import SamplingParams
 
     prompts, lengths = workloads.batch(workload, run, vocab)
-    params = [SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    params = [
+        SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in lengths
+    ]
     began = time.monotonic()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+    )
     seconds = time.monotonic() - began
     produced = [len(output.outputs[0].token_ids) for output in outputs]
     if produced != lengths:
-        raise ValueError(f"{workload.name}: asked for {sum(lengths):,} tokens, got {sum(produced):,}")
-    return {"out tok/s": sum(produced) / seconds, "in tok/s": sum(map(len, prompts)) / seconds, "seconds": seconds}
+        raise ValueError(
+            f"{workload.name}: asked for {sum(lengths):,} tokens, got {sum(produced):,}"
+        )
+    return {
+        "out tok/s": sum(produced) / seconds,
+        "in tok/s": sum(map(len, prompts)) / seconds,
+        "seconds": seconds,
+    }
 
 
 def shown(workload: str) -> str:
@@ -123,14 +159,28 @@ def shown(workload: str) -> str:
 
 
 def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
-    model = peers.identify(report["model"]) if known else ""
+    model = baselines.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
         figure, values = shown(name), [row[shown(name)] for row in result.rows]
         if values:
             middle = result.median()[figure]
-            rows.append([name, figure, middle, min(values), max(values), len(values), *cells(model, name, figure, middle)])
+            rows.append(
+                [
+                    name,
+                    figure,
+                    middle,
+                    min(values),
+                    max(values),
+                    len(values),
+                    *cells(model, name, figure, middle),
+                ]
+            )
         else:
             rows.append([name, result.error, "", "", "", "", "", "", ""])
     title = f"{Path(report['model']).name}, offline: ready in {report['ready_s']:.1f} s, KV cache of {report['kv_tokens']:,} tokens"
-    return table(title, ("workload", "figure", "median", "least", "most", "runs", "vLLM", "goal", "of goal"), rows)
+    return table(
+        title,
+        ("workload", "figure", "median", "least", "most", "runs", "vLLM", "goal", "of goal"),
+        rows,
+    )

@@ -6,22 +6,44 @@ import time
 from typing import Any
 
 from ..cli import positive
-from . import figures, peers
-from .turns import Result
+from . import baselines, stats
+from .interleave import Result
 
 BEGAN = time.monotonic()
 
 
 def add_common(parser: argparse.ArgumentParser, runs: int = 3) -> None:
-    parser.add_argument("--runs", type=positive, default=runs, help=f"times to measure each; the median is shown (default: {runs})")
+    parser.add_argument(
+        "--runs",
+        type=positive,
+        default=runs,
+        help=f"times to measure each; the median is shown (default: {runs})",
+    )
     about = "stop repeating when this much time would be exceeded; 0: no bound (default: 0)"
     parser.add_argument("--budget-s", type=float, default=0.0, metavar="S", help=about)
-    parser.add_argument("--scale", type=_scale, default=1.0, metavar="X", help="shrink requests and lengths, for a trial (default: 1)")
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file, after each run")
+    parser.add_argument(
+        "--scale",
+        type=_scale,
+        default=1.0,
+        metavar="X",
+        help="shrink requests and lengths, for a trial (default: 1)",
+    )
+    parser.add_argument(
+        "--json",
+        default="",
+        metavar="FILE",
+        help="also write the figures to this file, after each run",
+    )
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", type=_png, default=None, metavar="FILE", help="also draw them (PNG; needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        type=_png,
+        default=None,
+        metavar="FILE",
+        help="also draw them (PNG; needs matplotlib)",
+    )
 
 
 def _scale(text: str) -> float:
@@ -34,7 +56,9 @@ def _scale(text: str) -> float:
 def _png(text: str) -> str:
     """Refused before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("matplotlib is not installed; `pip install 'pagewire[bench]'` brings it")
+        raise argparse.ArgumentTypeError(
+            "matplotlib is not installed; `pip install 'pagewire[bench]'` brings it"
+        )
     return text
 
 
@@ -47,14 +71,19 @@ def told(result: Result, *names: str) -> str:
     """The last row of a result in a few words."""
     if result.error:
         return f"failed: {result.error}"
-    return ", ".join(f"{name} {figures.number(result.rows[-1][name])}" for name in names)
+    return ", ".join(f"{name} {stats.number(result.rows[-1][name])}" for name in names)
 
 
 def cells(model: str, workload: str, figure: str, value: Any) -> list[Any]:
-    """The columns "vLLM", "goal" and "of goal" for a figure of ours; a share of 100% or more meets the goal."""
-    peer, goal = peers.beside(model, workload, figure)
+    """The columns "vLLM", "goal" and "of goal" for a figure of ours; a share of 100% or more meets
+    the goal."""
+    peer, goal = baselines.beside(model, workload, figure)
     if not goal or not isinstance(value, int | float):
         return [peer, goal, ""]
     wanted = float(goal.replace(",", ""))
     lower_is_better = "tok/s" not in figure
-    return [peer, goal, f"{(wanted / value if lower_is_better else value / wanted) if value else 0:.0%}"]
+    return [
+        peer,
+        goal,
+        f"{(wanted / value if lower_is_better else value / wanted) if value else 0:.0%}",
+    ]

@@ -1,8 +1,10 @@
-"""`pagewire bench path`: what a token costs between the worker and the client, and how many of them this machine can carry.
+"""`pagewire bench path`: what a token costs between the worker and the client, and how many of them
+this machine can carry.
 
-A fake worker (a hash for a model) feeds concurrent HTTP streams, with so many frontends and tokenizers, and a step every so many
-milliseconds: a service that falls behind merges tokens into fewer messages and chunks, which makes each cheaper, so the cost depends on the
-pace. The cost of a service is its user and system time during a load, over the tokens of the load.
+A fake worker (a hash for a model) feeds concurrent HTTP streams, with so many frontends and
+tokenizers, and a step every so many milliseconds: a service that falls behind merges tokens into
+fewer messages and chunks, which makes each cheaper, so the cost depends on the pace. The cost of a
+service is its user and system time during a load, over the tokens of the load.
 """
 
 import argparse
@@ -16,11 +18,11 @@ from typing import Any
 from ..cli import new_parser, positive
 from . import machine, workloads
 from .clients import Clients
-from .figures import table, write_json
+from .interleave import Budget, Result, Row, in_turns
 from .options import add_common, say, told
 from .serve import Server
 from .servers import ask_model, started
-from .turns import Budget, Result, Row, in_turns
+from .stats import table, write_json
 
 KINDS = ("frontend", "tokenizer", "scheduler", "worker")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -34,17 +36,38 @@ SHOWN = ("out tok/s", "TTFT p50", "gap p99", "chunks/token", *(f"{kind} us" for 
 
 
 def main(arguments: list[str]) -> int:
-    parser = new_parser("bench path", "The path without a model; flags not listed here go to `pagewire serve`.")
+    parser = new_parser(
+        "bench path", "The path without a model; flags not listed here go to `pagewire serve`."
+    )
     about = "FRONTENDSxTOKENIZERS to compare (default: 1x1,2x1,2x2,4x2)"
-    parser.add_argument("--replicas", type=_pairs, default="1x1,2x1,2x2,4x2", metavar="LIST", help=about)
-    parser.add_argument("--step-ms", type=_numbers, default="0,3,10", metavar="LIST", help="time of a step (default: 0,3,10)")
-    parser.add_argument("--load", type=_load, default="256x32/1000", help="as for bench serve (default: 256x32/1000)")
+    parser.add_argument(
+        "--replicas", type=_pairs, default="1x1,2x1,2x2,4x2", metavar="LIST", help=about
+    )
+    parser.add_argument(
+        "--step-ms",
+        type=_numbers,
+        default="0,3,10",
+        metavar="LIST",
+        help="time of a step (default: 0,3,10)",
+    )
+    parser.add_argument(
+        "--load",
+        type=_load,
+        default="256x32/1000",
+        help="as for bench serve (default: 256x32/1000)",
+    )
     about = f"of {','.join(ASKING)}: five log-probabilities a token, three stop strings (default: plain)"
     parser.add_argument("--asking", type=_asking, default="plain", metavar="LIST", help=about)
     parser.add_argument("--clients", type=positive, default=4, help="client processes (default: 4)")
     add_common(parser, runs=1)
     options, rest = parser.parse_known_args(arguments)
-    report: dict[str, Any] = {"kind": "path", "machine": machine.describe(), "load": options.load.name, "settings": rest, "rows": {}}
+    report: dict[str, Any] = {
+        "kind": "path",
+        "machine": machine.describe(),
+        "load": options.load.name,
+        "settings": rest,
+        "rows": {},
+    }
     with Clients(options.clients) as clients:
         results = measure(clients, options, rest, report)
     print(tables(report, results))
@@ -76,13 +99,24 @@ def _load(text: str) -> workloads.Workload:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def measure(clients: Clients, options: argparse.Namespace, rest: list[str], report: dict[str, Any]) -> dict[str, Result]:
+def measure(
+    clients: Clients, options: argparse.Namespace, rest: list[str], report: dict[str, Any]
+) -> dict[str, Result]:
     load = options.load.scaled(options.scale)
 
     def one(replicas: tuple[int, int], step_ms: float, asking: str, run: int) -> Row:
-        flags = ["--num-frontends", str(replicas[0]), "--num-tokenizers", str(replicas[1]), "--fake-step-ms", str(step_ms)]
+        flags = [
+            "--num-frontends",
+            str(replicas[0]),
+            "--num-tokenizers",
+            str(replicas[1]),
+            "--fake-step-ms",
+            str(step_ms),
+        ]
         asked = dataclasses.replace(load, extra=tuple(ASKING[asking].items()))
-        return once(clients, asked, run, [*rest, "--device", "fake", "--log-level", "warning", *flags])
+        return once(
+            clients, asked, run, [*rest, "--device", "fake", "--log-level", "warning", *flags]
+        )
 
     def done(name: str, result: Result) -> None:
         say(f"{name}: {told(result, *SHOWN)}")
@@ -91,7 +125,9 @@ def measure(clients: Clients, options: argparse.Namespace, rest: list[str], repo
             write_json(options.json, report)
 
     measures = {
-        f"{pair[0]}x{pair[1]}, {step_ms:g} ms{'' if asking == 'plain' else ', ' + asking}": partial(one, pair, step_ms, asking)
+        f"{pair[0]}x{pair[1]}, {step_ms:g} ms{'' if asking == 'plain' else ', ' + asking}": partial(
+            one, pair, step_ms, asking
+        )
         for pair in options.replicas
         for step_ms in options.step_ms
         for asking in options.asking
@@ -112,7 +148,14 @@ def once(clients: Clients, load: workloads.Workload, run: int, flags: list[str])
 
 def tables(report: dict[str, Any], results: dict[str, Result]) -> str:
     rows = [
-        [name, *((result.median()[figure] for figure in SHOWN) if result.rows else (result.error, *[""] * (len(SHOWN) - 1)))]
+        [
+            name,
+            *(
+                (result.median()[figure] for figure in SHOWN)
+                if result.rows
+                else (result.error, *[""] * (len(SHOWN) - 1))
+            ),
+        ]
         for name, result in results.items()
     ]
     title = f"the path without a model, {report['load']}, {report['machine']['cores']} cores; us: CPU time a token of all of a kind"
@@ -140,7 +183,8 @@ def services(root: int) -> dict[str, list[int]]:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """User plus system time of all threads; nanosecond run time where the kernel shows it, else clock ticks."""
+    """User plus system time of all threads; nanosecond run time where the kernel shows it, else
+    clock ticks."""
     total = 0.0
     for pid in pids:
         try:

@@ -1,4 +1,5 @@
-"""Figures as pictures: throughput against concurrency, and how latencies are distributed. The only module that knows matplotlib."""
+"""Figures as pictures: throughput against concurrency, and how latencies are distributed. The only
+module that knows matplotlib."""
 
 from typing import Any
 
@@ -8,7 +9,11 @@ from matplotlib.figure import Figure
 from . import workloads
 from .serve import THEIRS
 
-KINDS = {"TTFT": "time to first token, ms", "TPOT": "time a token after the first, ms", "gap": "gap between chunks, ms"}
+KINDS = {
+    "TTFT": "time to first token, ms",
+    "TPOT": "time a token after the first, ms",
+    "gap": "gap between chunks, ms",
+}
 
 
 def draw(report: dict[str, Any], path: str) -> None:
@@ -19,7 +24,10 @@ def draw(report: dict[str, Any], path: str) -> None:
     panels = max(1, len(kinds) + bool(lines))
     columns = min(2, panels)
     figure = Figure(figsize=(6 * columns, 4.2 * -(-panels // columns)), layout="constrained")
-    figure.suptitle(f"{report['model']}, {report['machine'].get('gpu') or 'no GPU'}, {report['machine']['date']}", fontsize=9)
+    figure.suptitle(
+        f"{report['model']}, {report['machine'].get('gpu') or 'no GPU'}, {report['machine']['date']}",
+        fontsize=9,
+    )
     axes = iter([figure.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)])
     if lines:
         _throughput(next(axes), lines)
@@ -29,8 +37,8 @@ def draw(report: dict[str, Any], path: str) -> None:
 
 
 def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """(streams, output tokens a second) by the lengths of the requests; those measured with one number of streams only make no curve
-    unless nothing else does."""
+    """(streams, output tokens a second) by the lengths of the requests; those measured with one
+    number of streams only make no curve unless nothing else does."""
     found: dict[str, list[tuple[int, float]]] = {}
     for name, load in loads.items():
         plain = name.removesuffix(THEIRS)
@@ -43,14 +51,20 @@ def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _drawable(load: dict[str, Any], kind: str) -> list[float]:
-    return [value for value in load["distribution"].get(kind, []) if value is not None and value == value]
+    return [
+        value
+        for value in load["distribution"].get(kind, [])
+        if value is not None and value == value
+    ]
 
 
 def _throughput(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
     for shape, points in lines.items():
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=shape)
     streams = sorted({x for points in lines.values() for x, _ in points})
-    axes.set(xlabel="requests at a time", ylabel="output tokens a second", xscale="log", ylim=(0, None))
+    axes.set(
+        xlabel="requests at a time", ylabel="output tokens a second", xscale="log", ylim=(0, None)
+    )
     axes.set_xticks(streams, [str(n) for n in streams], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)

@@ -1,4 +1,5 @@
-"""`pagewire bench serve`: concurrent streaming load over HTTP on a server that runs, or on one that is started for it."""
+"""`pagewire bench serve`: concurrent streaming load over HTTP on a server that runs, or on one that
+is started for it."""
 
 import argparse
 import contextlib
@@ -9,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import hub
 from ..cli import new_parser, positive
 from ..config import ModelConfig
-from . import machine, peers, workloads
+from ..hub import huggingface
+from . import baselines, machine, workloads
 from .clients import Clients
-from .figures import GRID, distribution, latencies, summarize, table, write_json
+from .interleave import Budget, Result, Row, in_turns
 from .load import Target
 from .options import add_common, add_plot, cells, say, told
 from .servers import ask_model, metrics, started
-from .turns import Budget, Result, Row, in_turns
+from .stats import GRID, distribution, latencies, summarize, table, write_json
 
 GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
 SHOWN_ALONE = ("out tok/s", "TTFT p50", "TPOT p50")
@@ -26,7 +27,19 @@ SHOWN_CLOSED = ("out tok/s", "TTFT p50", "TPOT p50", "gap p99")
 SHOWN_OPEN = ("TTFT p50", "TTFT p99", "TPOT p50", "gap p99")
 """Of one stream, of many, and of requests that come at a rate."""
 CEILING = "256x128/128"
-HEADER = ("load", "figure", "median", "least", "most", "runs", "against", "ratio", "vLLM", "goal", "of goal")
+HEADER = (
+    "load",
+    "figure",
+    "median",
+    "least",
+    "most",
+    "runs",
+    "against",
+    "ratio",
+    "vLLM",
+    "goal",
+    "of goal",
+)
 THEIRS = " (against)"
 BLIND = "--skip-tokenizer-init"
 
@@ -43,7 +56,11 @@ class Server:
     def play(self, clients: Clients, load: workloads.Workload, run: int, vocab: int) -> Row:
         """Raises OSError when a request failed or ended early."""
         samples = clients.run(Target.of(self.url, self.key), self.model, load, run, vocab)
-        short = [s.error or f"{s.tokens} tokens" for s in samples if s.error or not load.output[0] <= s.tokens <= load.output[1]]
+        short = [
+            s.error or f"{s.tokens} tokens"
+            for s in samples
+            if s.error or not load.output[0] <= s.tokens <= load.output[1]
+        ]
         if short:
             raise OSError(f"{len(short)} of {len(samples)} answers were not as asked: {short[0]}")
         for kind, values in latencies(samples).items():
@@ -62,7 +79,11 @@ def main(arguments: list[str]) -> int:
             report["ceiling"] = ceiling(clients, options, rest)
         began = time.monotonic()
         url = options.url or cleanup.enter_context(started(rest))
-        servers = {"": Server(url, options.api_key, options.served_model or ask_model(url, options.api_key))}
+        servers = {
+            "": Server(
+                url, options.api_key, options.served_model or ask_model(url, options.api_key)
+            )
+        }
         report |= describe(servers[""], None if options.url else time.monotonic() - began)
         if options.against:
             model = options.against_model or ask_model(options.against, options.against_key)
@@ -77,11 +98,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = new_parser("bench serve", "Streaming load. Without --url, every other flag goes to a `pagewire serve` started for it.")
+    parser = new_parser(
+        "bench serve",
+        "Streaming load. Without --url, every other flag goes to a `pagewire serve` started for it.",
+    )
     parser.add_argument("--url", default="", help="a running server, like http://localhost:8000")
     parser.add_argument("--api-key", default=os.environ.get("PAGEWIRE_API_KEY", ""))
-    parser.add_argument("--served-model", default="", help="model name to ask for (default: the first the server names)")
-    parser.add_argument("--against", default="", metavar="URL", help="another OpenAI-compatible server, given the same load in turns")
+    parser.add_argument(
+        "--served-model",
+        default="",
+        help="model name to ask for (default: the first the server names)",
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="URL",
+        help="another OpenAI-compatible server, given the same load in turns",
+    )
     parser.add_argument("--against-key", default="", metavar="KEY")
     parser.add_argument("--against-model", default="", metavar="NAME")
     about = "STREAMSxINPUT/OUTPUT[+COMMON] or poissonRATExINPUT/OUTPUT, or `standard` or `sweep` for a list of them (default: standard)"
@@ -89,14 +122,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--clients", type=positive, default=4, help="client processes (default: 4)")
     about = "prompts of token ids below this instead of words; 0: words (default: 0)"
     parser.add_argument("--vocab", type=int, default=0, metavar="N", help=about)
-    parser.add_argument("--no-ceiling", action="store_true", help="do not measure the path without a model first")
+    parser.add_argument(
+        "--no-ceiling", action="store_true", help="do not measure the path without a model first"
+    )
     add_common(parser)
     add_plot(parser)
     options, rest = parser.parse_known_args(arguments)
     if options.url and rest:
         parser.error(f"unknown with --url: {' '.join(rest)}")
     if options.vocab and options.vocab <= workloads.FIRST_ID:
-        parser.error(f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed")
+        parser.error(
+            f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"
+        )
     try:
         options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
     except ValueError as error:
@@ -107,13 +144,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
     """What these clients and the services carry with no model behind them, on this machine."""
     load, flags, vocab = workloads.parse(CEILING).scaled(options.scale), rest, options.vocab
-    if options.url and hub.cached(ModelConfig()) is None:
+    if options.url and huggingface.cached(ModelConfig()) is None:
         flags, vocab = [BLIND], workloads.VOCAB
     with started([*flags, "--device", "fake", "--log-level", "warning"]) as url:
         server = Server(url, options.api_key, ask_model(url, options.api_key))
         server.play(clients, load.warmup(), -1, vocab)
         row = server.play(clients, load, 0, vocab)
-    say(f"ceiling, {CEILING} without a model: {row['out tok/s']:,.0f} tok/s, gap p99 {row['gap p99']:.1f} ms")
+    say(
+        f"ceiling, {CEILING} without a model: {row['out tok/s']:,.0f} tok/s, gap p99 {row['gap p99']:.1f} ms"
+    )
     return row
 
 
@@ -122,7 +161,13 @@ def describe(server: Server, ready: float | None) -> dict[str, Any]:
     blocks = next((value for name, value in told.items() if name.endswith("kv_blocks_total")), 0)
     if ready is not None:
         say(f"{Path(server.model).name} ready in {ready:.1f} s at {server.url}")
-    return {"model": server.model, "url": server.url, "ready_s": ready, "kv_blocks": blocks, "gpu_gib": machine.gpu_memory_gib()}
+    return {
+        "model": server.model,
+        "url": server.url,
+        "ready_s": ready,
+        "kv_blocks": blocks,
+        "gpu_gib": machine.gpu_memory_gib(),
+    }
 
 
 def measure(
@@ -153,7 +198,9 @@ def measure(
     return in_turns(measures, options.runs, budget, done)
 
 
-def _measure(server: Server, clients: Clients, load: workloads.Workload, vocab: int) -> Callable[[int], Row]:
+def _measure(
+    server: Server, clients: Clients, load: workloads.Workload, vocab: int
+) -> Callable[[int], Row]:
     def one(run: int) -> Row:
         if not run:
             server.play(clients, load.warmup(), -1, vocab)
@@ -169,7 +216,7 @@ def shown(load: str) -> tuple[str, ...]:
 
 
 def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
-    model = peers.identify(report["model"]) if known else ""
+    model = baselines.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
         if name.endswith(THEIRS):
@@ -177,13 +224,21 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
         theirs = results.get(name + THEIRS, Result()).median()
         if not result.rows:
             rows.append([name, result.error, *[""] * (len(HEADER) - 2)])
-        for figure, ours in ((figure, value) for figure, value in result.median().items() if figure in shown(name)):
+        for figure, ours in (
+            (figure, value) for figure, value in result.median().items() if figure in shown(name)
+        ):
             other: Any = theirs.get(figure, "")
             ratio = f"{ours / other:.2f}" if other else ""
             values = [row[figure] for row in result.rows]
             spread = (min(values), max(values), len(values)) if len(values) > 1 else ("", "", 1)
-            rows.append([name, figure, ours, *spread, other, ratio, *cells(model, name, figure, ours)])
+            rows.append(
+                [name, figure, ours, *spread, other, ratio, *cells(model, name, figure, ours)]
+            )
     ready = f", ready in {report['ready_s']:.1f} s" if report["ready_s"] else ""
-    held = f"; ceiling without a model {report['ceiling']['out tok/s']:,.0f} tok/s" if "ceiling" in report else ""
+    held = (
+        f"; ceiling without a model {report['ceiling']['out tok/s']:,.0f} tok/s"
+        if "ceiling" in report
+        else ""
+    )
     title = f"{Path(report['model']).name}, over HTTP{ready}{held}; latencies in ms"
     return table(title, HEADER, rows)

@@ -16,10 +16,25 @@ READY_S = 900.0
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S) -> Iterator[str]:
-    """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it does not come up in time."""
-    command = [sys.executable, "-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
+def started(
+    arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S
+) -> Iterator[str]:
+    """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it
+    does not come up in time."""
+    command = [
+        sys.executable,
+        "-m",
+        "pagewire",
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+    )
     timer = threading.Timer(within_s, process.kill)
     timer.start()
     try:
@@ -27,7 +42,11 @@ def started(arguments: list[str], environment: Mapping[str, str] | None = None, 
         line = process.stdout.readline()
         if " at http" not in line:
             process.wait()
-            raise OSError("the server did not start" if process.returncode >= 0 else f"the server was not ready in {within_s:.0f} s")
+            raise OSError(
+                "the server did not start"
+                if process.returncode >= 0
+                else f"the server was not ready in {within_s:.0f} s"
+            )
         timer.cancel()
         yield line.rpartition(" at ")[2].strip().removesuffix("/v1")
     finally:
@@ -42,7 +61,9 @@ def started(arguments: list[str], environment: Mapping[str, str] | None = None, 
             process.stdout.close()
 
 
-def ready_seconds(arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S) -> float:
+def ready_seconds(
+    arguments: list[str], environment: Mapping[str, str] | None = None, within_s: float = READY_S
+) -> float:
     """From the start of `pagewire serve` to its ready line."""
     began = time.monotonic()
     with started(arguments, environment, within_s):
@@ -66,7 +87,8 @@ def ask_model(url: str, key: str = "") -> str:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """The values of /metrics by name, summed over labels; empty when the server shows none. Several frontends answer in turns."""
+    """The values of /metrics by name, summed over labels; empty when the server shows none. Several
+    frontends answer in turns."""
     values: dict[str, float] = {}
     try:
         with urllib.request.urlopen(f"{base_of(url)}/metrics", timeout=10) as answer:

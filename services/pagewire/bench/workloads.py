@@ -1,8 +1,9 @@
-"""What is measured: requests by number, lengths and arrival, each with a name, and the prompts they draw from a seed.
+"""What is measured: requests by number, lengths and arrival, each with a name, and the prompts they
+draw from a seed.
 
-The named workloads are those that published figures exist for. Others are written out: `16x128/64` is 16 requests at a time of 128
-tokens in and 64 out, `256x512/128+1024` puts 1,024 common tokens before the prompts, and `poisson32x512/128` sends 32 a second whatever
-comes back.
+The named workloads are those that published figures exist for. Others are written out: `16x128/64`
+is 16 requests at a time of 128 tokens in and 64 out, `256x512/128+1024` puts 1,024 common tokens
+before the prompts, and `poisson32x512/128` sends 32 a second whatever comes back.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ WRITTEN = re.compile(r"(?:(poisson)(\d+(?:\.\d+)?)|(\d+))x(\d+)/(\d+)(?:\+(\d+))
 
 @dataclass(frozen=True)
 class Workload:
-    """`requests` in all, at most `streams` at a time, or `rate` a second; `common` tokens start every prompt of a run."""
+    """`requests` in all, at most `streams` at a time, or `rate` a second; `common` tokens start
+    every prompt of a run."""
 
     name: str
     requests: int
@@ -50,7 +52,9 @@ class Workload:
         """(prompt, output) tokens of each request."""
         if self.prompt[0] == self.prompt[1] and self.output[0] == self.output[1]:
             return [(self.prompt[0], self.output[0])] * self.requests
-        return [(make.randint(*self.prompt), make.randint(*self.output)) for _ in range(self.requests)]
+        return [
+            (make.randint(*self.prompt), make.randint(*self.output)) for _ in range(self.requests)
+        ]
 
     def scaled(self, factor: float) -> "Workload":
         """The same in small, for a trial: fewer requests, shorter."""
@@ -71,11 +75,16 @@ class Workload:
         )
 
     def warmup(self) -> "Workload":
-        """As many requests at a time, for a few tokens: what is compiled or captured on first use is, before anything is timed."""
+        """As many requests at a time, for a few tokens: what is compiled or captured on first use
+        is, before anything is timed."""
         if self.streams == 1:
-            return dataclasses.replace(self, requests=WARMUPS_ALONE, output=(min(self.output[0], 8),) * 2)
+            return dataclasses.replace(
+                self, requests=WARMUPS_ALONE, output=(min(self.output[0], 8),) * 2
+            )
         short = min(self.output[0], max(8, self.output[0] // 8))
-        return dataclasses.replace(self, requests=min(self.requests, max(self.streams, 1)), output=(short, short))
+        return dataclasses.replace(
+            self, requests=min(self.requests, max(self.streams, 1)), output=(short, short)
+        )
 
 
 def _batch(name: str, requests: int, prompt: Span, output: Span, common: int = 0) -> Workload:
@@ -97,24 +106,31 @@ SWEEP = tuple(f"{streams}x128/128" for streams in (1, 4, 16, 64, 256))
 
 
 def parse(text: str, one_at_a_time: int = 1) -> Workload:
-    """A workload by name or as written out; `one_at_a_time`: how many requests a single stream sends. Raises ValueError."""
+    """A workload by name or as written out; `one_at_a_time`: how many requests a single stream
+    sends. Raises ValueError."""
     if text in OFFLINE:
         return OFFLINE[text]
     found = WRITTEN.fullmatch(text)
     if not found:
         names = ", ".join(OFFLINE)
-        raise ValueError(f"workload {text!r}: one of {names}, or STREAMSxINPUT/OUTPUT[+COMMON], or poissonRATExINPUT/OUTPUT is needed")
+        raise ValueError(
+            f"workload {text!r}: one of {names}, or STREAMSxINPUT/OUTPUT[+COMMON], or poissonRATExINPUT/OUTPUT is needed"
+        )
     _, rate, streams, prompt, output, common = found.groups()
     given = [int(n) for n in (streams or 1, prompt, output)]
     if not all(given) or (rate and not float(rate)):
         raise ValueError(f"workload {text!r}: numbers of at least 1 are needed")
     lengths = {"prompt": (given[1],) * 2, "output": (given[2],) * 2, "common": int(common or 0)}
     if rate:
-        return Workload(text, max(1, round(float(rate) * POISSON_S)), 0, rate=float(rate), **lengths)
+        return Workload(
+            text, max(1, round(float(rate) * POISSON_S)), 0, rate=float(rate), **lengths
+        )
     return Workload(text, one_at_a_time if given[0] == 1 else given[0], given[0], **lengths)
 
 
-def parse_list(text: str, groups: dict[str, tuple[str, ...]], one_at_a_time: int = 1) -> list[Workload]:
+def parse_list(
+    text: str, groups: dict[str, tuple[str, ...]], one_at_a_time: int = 1
+) -> list[Workload]:
     """Workloads separated by commas; a group's name stands for its members."""
     names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
     return [parse(name, one_at_a_time) for name in names]
@@ -142,7 +158,12 @@ def share(workload: Workload, part: int, parts: int) -> Workload:
     def cut(n: int) -> int:
         return n // parts + (part < n % parts)
 
-    return dataclasses.replace(workload, requests=cut(workload.requests), streams=cut(workload.streams), rate=workload.rate / parts)
+    return dataclasses.replace(
+        workload,
+        requests=cut(workload.requests),
+        streams=cut(workload.streams),
+        rate=workload.rate / parts,
+    )
 
 
 def split(workload: Workload, parts: int) -> list[Workload]:
@@ -151,8 +172,11 @@ def split(workload: Workload, parts: int) -> list[Workload]:
     return [share(workload, part, parts) for part in range(parts)]
 
 
-def bodies(workload: Workload, seed: str, common_seed: str, vocab: int) -> Iterator[dict[str, object]]:
-    """The fields of each completion request. vocab 0: prompts of words; else of token ids below it."""
+def bodies(
+    workload: Workload, seed: str, common_seed: str, vocab: int
+) -> Iterator[dict[str, object]]:
+    """The fields of each completion request. vocab 0: prompts of words; else of token ids below
+    it."""
     make, shared = random.Random(seed), random.Random(common_seed)
     prefix = words(shared, workload.common) if not vocab else ids(shared, workload.common, vocab)
     for length, output in workload.sizes(make):
@@ -160,4 +184,10 @@ def bodies(workload: Workload, seed: str, common_seed: str, vocab: int) -> Itera
             prompt: object = f"{prefix} {words(make, length)}".strip()
         else:
             prompt = prefix + ids(make, length, vocab)
-        yield {"prompt": prompt, "max_tokens": output, "temperature": 0.6, "ignore_eos": True, **dict(workload.extra)}
+        yield {
+            "prompt": prompt,
+            "max_tokens": output,
+            "temperature": 0.6,
+            "ignore_eos": True,
+            **dict(workload.extra),
+        }

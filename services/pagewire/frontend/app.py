@@ -1,5 +1,5 @@
-"""Routes, and what happens around every request: keys, request ids, cross-origin headers, errors as JSON. Knows handlers, not what they
-do."""
+"""Routes, and what happens around every request: keys, request ids, cross-origin headers, errors as
+JSON. Knows handlers, not what they do."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
-from .errors import JSON, ApiError
+from ..requests.errors import JSON, ApiError
 from .generate import STREAMING, TENANT, chat_completions, completions
 from .probes import health, live, load, metrics, model, models, ready, version
 from .request_ids import HEADER, request_id
@@ -54,7 +54,8 @@ _OPEN: Final = frozenset(PROBES.values())
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse without a key, except for the probes; turn every failure into a body that clients can read."""
+    """Refuse without a key, except for the probes; turn every failure into a body that clients can
+    read."""
     state = request.app[STATE]
     try:
         response = await _answer(state, request, handler)
@@ -84,7 +85,12 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
     if request.match_info.handler not in _OPEN:
         tenant = state.auth.tenant(request.headers.getall("Authorization", []))
         if tenant is None:
-            return web.Response(body=_UNAUTHORIZED, status=401, headers={"WWW-Authenticate": "Bearer"}, content_type=JSON)
+            return web.Response(
+                body=_UNAUTHORIZED,
+                status=401,
+                headers={"WWW-Authenticate": "Bearer"},
+                content_type=JSON,
+            )
         request[TENANT] = tenant
     return await handler(request)
 
@@ -97,7 +103,9 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
 
 
 def _error(error: ApiError) -> web.Response:
-    return web.Response(body=error.body(), status=error.status, headers=error.headers(), content_type=JSON)
+    return web.Response(
+        body=error.body(), status=error.status, headers=error.headers(), content_type=JSON
+    )
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
@@ -107,5 +115,8 @@ def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
         failure.headers = lambda: {"Allow": allowed}
         return failure
     if error.status == 404:
-        return ApiError(404, "There is no such route; generation is at /v1/completions and /v1/chat/completions.")
+        return ApiError(
+            404,
+            "There is no such route; generation is at /v1/completions and /v1/chat/completions.",
+        )
     return ApiError(error.status, error.reason)

@@ -1,11 +1,12 @@
-"""The body of a request: its type, its size, the time it may take. Knows HTTP, nothing of what a body says."""
+"""The body of a request: its type, its size, the time it may take. Knows HTTP, nothing of what a
+body says."""
 
 import asyncio
 from typing import Final
 
 from aiohttp import web
 
-from .errors import ApiError, bad
+from ..requests.errors import ApiError, bad
 
 BODY_S: Final = 60.0
 """How long a client may take to send its request."""
@@ -16,7 +17,9 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     _check_type(request.headers.get("Content-Type", ""))
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise ApiError(415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed.")
+        raise ApiError(
+            415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed."
+        )
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     try:
@@ -33,11 +36,21 @@ async def read_body(request: web.Request, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.")
+    return ApiError(
+        413,
+        f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.",
+    )
 
 
 def _check_type(given: str) -> None:
-    """JSON, or not said: some clients post a string without a type. A web page of another origin can only send other types unasked."""
+    """JSON, or not said: some clients post a string without a type. A web page of another origin
+    can only send other types unasked."""
     kind = given.partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise ApiError(415, f"Content-Type {kind[:64]!r} is not supported; only 'application/json' is.")
+    if (
+        kind
+        and kind != "application/json"
+        and not (kind.startswith("application/") and kind.endswith("+json"))
+    ):
+        raise ApiError(
+            415, f"Content-Type {kind[:64]!r} is not supported; only 'application/json' is."
+        )

@@ -1,35 +1,48 @@
-"""What a request costs before anything is done for it: choices, copies, scores. Each has a limit of its own, and a refusal with numbers."""
+"""What a request costs before anything is done for it: choices, copies, scores. Each has a limit of
+its own, and a refusal with numbers."""
 
 from typing import Final
 
-from pagewire_protocol.parts import Prompt
 from pagewire_protocol.sampling import Sampling, TextOptions
+from pagewire_protocol.structs import Prompt
 
+from ..requests.errors import bad
 from .choices import Choices
-from .errors import bad
 from .limits import I31
 from .prompts import Model
 
 MAX_CHOICES: Final = 1024
 MAX_COPIED: Final = 128 << 20
-"""Bytes of prompts and parameters that one HTTP request may put into messages: each choice carries its own."""
+"""Bytes of prompts and parameters that one HTTP request may put into messages: each choice carries
+its own."""
 MAX_SCORED: Final = 4_194_304
 """Candidates that one HTTP request may be told of for the tokens of its prompts."""
 
 
-def charge(prompts: list[Prompt], choices: Choices, sampling: Sampling, text: TextOptions, model: Model) -> None:
+def charge(
+    prompts: list[Prompt], choices: Choices, sampling: Sampling, text: TextOptions, model: Model
+) -> None:
     count = choices.cost * len(prompts)
     each = f"best_of={choices.cost}" if choices.cost > choices.n else f"n={choices.n}"
     if count > MAX_CHOICES:
-        raise bad(f"{len(prompts)} prompts with {each} are {count} choices; at most {MAX_CHOICES} are allowed.", "prompt")
+        raise bad(
+            f"{len(prompts)} prompts with {each} are {count} choices; at most {MAX_CHOICES} are allowed.",
+            "prompt",
+        )
     copied = choices.cost * sum(map(_bytes, prompts)) + count * _parameters(sampling, text)
     if copied > MAX_COPIED:
-        raise bad(f"{len(prompts)} prompts with {each} take {copied >> 20} MiB; at most {MAX_COPIED >> 20} are allowed.", "prompt")
+        raise bad(
+            f"{len(prompts)} prompts with {each} take {copied >> 20} MiB; at most {MAX_COPIED >> 20} are allowed.",
+            "prompt",
+        )
     longest = model.max_model_len or I31
-    scored = (sampling.prompt_logprobs + 1) * sum(min(_tokens(prompt), longest) for prompt in prompts)
+    scored = (sampling.prompt_logprobs + 1) * sum(
+        min(_tokens(prompt), longest) for prompt in prompts
+    )
     if scored > MAX_SCORED:
         raise bad(
-            f"Scoring these prompts takes up to {scored} log-probabilities; at most {MAX_SCORED} are allowed. Send fewer at once.", "prompt"
+            f"Scoring these prompts takes up to {scored} log-probabilities; at most {MAX_SCORED} are allowed. Send fewer at once.",
+            "prompt",
         )
 
 
@@ -44,8 +57,17 @@ def _tokens(prompt: Prompt) -> int:
 
 
 def _characters(prompt: Prompt) -> int:
-    return sum(len(message.content) for message in prompt.chat.messages) if prompt.chat else len(prompt.text or "")
+    return (
+        sum(len(message.content) for message in prompt.chat.messages)
+        if prompt.chat
+        else len(prompt.text or "")
+    )
 
 
 def _parameters(sampling: Sampling, text: TextOptions) -> int:
-    return len(sampling.allowed_ids) + 2 * len(sampling.bias_ids) + sum(map(len, text.stop)) + sum(map(len, text.bad_words))
+    return (
+        len(sampling.allowed_ids)
+        + 2 * len(sampling.bias_ids)
+        + sum(map(len, text.stop))
+        + sum(map(len, text.bad_words))
+    )

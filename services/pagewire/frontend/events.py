@@ -1,9 +1,10 @@
-"""The answer that is sent as it comes: each piece as an event, as soon as it is there. Knows no HTTP."""
+"""The answer that is sent as it comes: each piece as an event, as soon as it is there. Knows no
+HTTP."""
 
 import asyncio
 from collections.abc import Sequence
 
-from pagewire_protocol.parts import TokenLogprobs
+from pagewire_protocol.structs import TokenLogprobs
 
 from .logprobs import token_text
 from .reply import Choice, Echo, Reply
@@ -12,7 +13,13 @@ from .sse import DONE, HOLE, Flusher, Outlet, encode, event, template
 
 
 class SseReply(Reply):
-    def __init__(self, shape: Shape, loop: asyncio.AbstractEventLoop, echoes: Sequence[Echo], flusher: Flusher) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        loop: asyncio.AbstractEventLoop,
+        echoes: Sequence[Echo],
+        flusher: Flusher,
+    ) -> None:
         self.outlet = Outlet(flusher)
         super().__init__(shape, loop, echoes)
 
@@ -23,12 +30,21 @@ class SseReply(Reply):
         """The first events: who speaks, and what comes before the generated text."""
         plan, usage = self.plan, self.usage() if self.plan.continuous_usage else None
         if plan.chat:
-            said = [event(self.shape.chunk(ChoiceData(choice.index), usage, role=True)) for choice in self.choices]
+            said = [
+                event(self.shape.chunk(ChoiceData(choice.index), usage, role=True))
+                for choice in self.choices
+            ]
             continued = self.choices if plan.opening else ()
-            return said + [event(self.shape.chunk(ChoiceData(choice.index, plan.opening), usage)) for choice in continued]
+            return said + [
+                event(self.shape.chunk(ChoiceData(choice.index, plan.opening), usage))
+                for choice in continued
+            ]
         if not plan.echo or plan.scores_echo:
             return []
-        return [event(self.shape.chunk(ChoiceData(choice.index, choice.echo.text), usage)) for choice in self.choices]
+        return [
+            event(self.shape.chunk(ChoiceData(choice.index, choice.echo.text), usage))
+            for choice in self.choices
+        ]
 
     def close(self) -> None:
         if self.done.done():
@@ -70,9 +86,20 @@ class SseChoice(Choice):
         self.reply.open()
         self._pay_score()
         if text or (logprobs and plan.logprobs >= 0) or plan.return_token_ids:
-            self._send(ChoiceData(self.index, text, tokens, logprobs, offset=self._offset, prompt_ids=self.data.prompt_ids))
+            self._send(
+                ChoiceData(
+                    self.index,
+                    text,
+                    tokens,
+                    logprobs,
+                    offset=self._offset,
+                    prompt_ids=self.data.prompt_ids,
+                )
+            )
             self.data.prompt_ids = None
-            self._advance([token_text(entry.texts[0], entry.ids[0], plan.ids_as_text) for entry in logprobs])
+            self._advance(
+                [token_text(entry.texts[0], entry.ids[0], plan.ids_as_text) for entry in logprobs]
+            )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         mute = self.reply.plan.mute
@@ -80,11 +107,16 @@ class SseChoice(Choice):
         self.reply.open()
         self._pay_score()
         reason, stop_reason = ("length", None) if mute else (reason, stop_reason)
-        self._send(ChoiceData(self.index, reason=reason, stop_reason=stop_reason, prompt_ids=self.data.prompt_ids))
+        self._send(
+            ChoiceData(
+                self.index, reason=reason, stop_reason=stop_reason, prompt_ids=self.data.prompt_ids
+            )
+        )
         self.reply.choice_finished()
 
     def _pay_score(self) -> None:
-        """The prompt with its log-probabilities, which are complete before the first token comes."""
+        """The prompt with its log-probabilities, which are complete before the first token
+        comes."""
         if self._owes_score and self.score:
             self._owes_score = False
             self._send(ChoiceData(self.index, self.echo.text, score=self.score))

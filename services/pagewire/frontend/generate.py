@@ -1,4 +1,5 @@
-"""POST /v1/completions and /v1/chat/completions: from a body to streams, and from their reply to an answer or an event stream."""
+"""POST /v1/completions and /v1/chat/completions: from a body to streams, and from their reply to an
+answer or an event stream."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -7,9 +8,10 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
+from ..requests.errors import JSON, ApiError
+from ..requests.request import Job, Stream
 from .beams import search_all
 from .body import read_body
-from .errors import JSON, ApiError
 from .events import SseReply
 from .openai import ChatRequest, CompletionRequest, Request
 from .params import Plan, plan_chat, plan_completion
@@ -19,13 +21,17 @@ from .reply import Reply
 from .request_ids import adopt_request_id
 from .responses import Shape
 from .state import STATE, State
-from .stream import Job, Stream
 
 STREAMING: Final = web.RequestKey("streaming", bool)
 """Set on a request whose answer's head may be on its way: no other answer can follow."""
 TENANT: Final = web.RequestKey("tenant", str)
-"""What a request's key adds to its cache salt: the prefix cache shows nobody what holders of other keys have sent."""
-_EVENTS: Final = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""What a request's key adds to its cache salt: the prefix cache shows nobody what holders of other
+keys have sent."""
+_EVENTS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -58,12 +64,18 @@ async def _counted(request: web.Request, state: State, plan: Plan) -> web.Stream
 
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    shape = Shape(plan, ("chatcmpl-" if plan.chat else "cmpl-") + adopt_request_id(request, plan.request_id), state.names[0])
+    shape = Shape(
+        plan,
+        ("chatcmpl-" if plan.chat else "cmpl-") + adopt_request_id(request, plan.request_id),
+        state.names[0],
+    )
     state.tally.params_n.observe(plan.n)
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     loop = asyncio.get_running_loop()
-    reply = SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
+    reply = (
+        SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
+    )
     cancel, timer = start(state, plan, jobs, reply), _limit(state, reply, loop)
     try:
         await _opened(state, reply, loop)
@@ -79,7 +91,9 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
             timer.cancel()
 
 
-def _limit(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -> asyncio.TimerHandle | None:
+def _limit(
+    state: State, reply: Reply, loop: asyncio.AbstractEventLoop
+) -> asyncio.TimerHandle | None:
     """What ends the request when its time is up."""
     seconds = state.request_timeout_s
     if not seconds:
@@ -126,7 +140,8 @@ async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -
 
 
 async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
-    """Send the head through aiohttp, then let the reply's outlet write to the transport itself; this task sleeps until the end."""
+    """Send the head through aiohttp, then let the reply's outlet write to the transport itself;
+    this task sleeps until the end."""
     request[STREAMING] = True
     response = web.StreamResponse(headers=_EVENTS)
     chunked = request.version >= (1, 1)

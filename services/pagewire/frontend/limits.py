@@ -1,8 +1,9 @@
-"""Ranges: a value between its bounds, or a refusal that names the parameter, the bounds and what was given."""
+"""Ranges: a value between its bounds, or a refusal that names the parameter, the bounds and what
+was given."""
 
 from typing import Final, TypeVar
 
-from .errors import bad
+from ..requests.errors import bad
 
 I31: Final = 2**31 - 1
 

@@ -1,4 +1,5 @@
-"""Log-probabilities in the three shapes that clients read: OpenAI's of completions, OpenAI's of chats, vLLM's of prompts."""
+"""Log-probabilities in the three shapes that clients read: OpenAI's of completions, OpenAI's of
+chats, vLLM's of prompts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -6,7 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw
 from pagewire_protocol.columns import unpack
-from pagewire_protocol.parts import PromptLogprobs, TokenLogprobs
+from pagewire_protocol.structs import PromptLogprobs, TokenLogprobs
 
 LOWEST: Final = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -16,24 +17,32 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def token_text(raw: bytes, token: int, ids_as_text: bool = False) -> str:
-    """What a token is called: its text, or its id where that was asked for or there is no tokenizer to tell."""
+    """What a token is called: its text, or its id where that was asked for or there is no tokenizer
+    to tell."""
     return f"token_id:{token}" if ids_as_text or not raw else raw.decode("utf-8", "replace")
 
 
 def _candidates(entry: TokenLogprobs, ids_as_text: bool) -> list[Candidate]:
     rows = zip(entry.ids, entry.values, entry.texts, strict=True)
-    return [(token_text(raw, token, ids_as_text), max(value, LOWEST), raw) for token, value, raw in rows]
+    return [
+        (token_text(raw, token, ids_as_text), max(value, LOWEST), raw) for token, value, raw in rows
+    ]
 
 
 def _by_text(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """Reversed, so that of two tokens of one text the likelier stays, and the token itself before all others."""
+    """Reversed, so that of two tokens of one text the likelier stays, and the token itself before
+    all others."""
     return {text: value for text, value, _ in reversed(candidates)}
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprobs], offset: int = 0, ids_as_text: bool = False, prompt: "PromptScore | None" = None
+    entries: Sequence[TokenLogprobs],
+    offset: int = 0,
+    ids_as_text: bool = False,
+    prompt: "PromptScore | None" = None,
 ) -> Json:
-    """`offset`: characters in the token texts of earlier chunks. The tokens of `prompt` come first, where it is given."""
+    """`offset`: characters in the token texts of earlier chunks. The tokens of `prompt` come first,
+    where it is given."""
     tokens: list[str] = list(prompt.tokens) if prompt else []
     values: list[float | None] = list(prompt.values) if prompt else []
     tops: list[Any] = list(prompt.tops) if prompt else []
@@ -46,23 +55,31 @@ def completion_logprobs(
     for token in tokens:
         offsets.append(offset)
         offset += len(token)
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+    return {
+        "text_offset": offsets,
+        "token_logprobs": values,
+        "tokens": tokens,
+        "top_logprobs": tops,
+    }
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], ids_as_text: bool = False) -> Json:
     content: list[Json] = []
     for entry in entries:
-        shown = [{"token": text, "logprob": value, "bytes": list(raw)} for text, value, raw in _candidates(entry, ids_as_text)]
+        shown = [
+            {"token": text, "logprob": value, "bytes": list(raw)}
+            for text, value, raw in _candidates(entry, ids_as_text)
+        ]
         content.append({**shown[0], "top_logprobs": shown[1:]})
     return {"content": content}
 
 
 class PromptScore:
-    """What the model makes of a prompt, token by token. Encoded as it comes in, run by run, so that a long prompt does not hold up other
-    requests when its answer is put together.
+    """What the model makes of a prompt, token by token. Encoded as it comes in, run by run, so that
+    a long prompt does not hold up other requests when its answer is put together.
 
-    first: what the first token is called, which nothing precedes and so has no log-probability; echoed, shown: candidates of a token in
-    `tops` and in `rows`, -1 to leave them out.
+    first: what the first token is called, which nothing precedes and so has no log-probability;
+    echoed, shown: candidates of a token in `tops` and in `rows`, -1 to leave them out.
     """
 
     def __init__(self, first: str, echoed: int, shown: int, ids_as_text: bool) -> None:
@@ -89,7 +106,9 @@ class PromptScore:
 def _tokens(entry: PromptLogprobs) -> Iterator[TokenLogprobs]:
     ids, values, at = unpack("i", entry.ids).tolist(), unpack("f", entry.values).tolist(), 0
     texts = entry.texts or (b"",) * len(ids)
-    for count, rank in zip(unpack("i", entry.counts).tolist(), unpack("i", entry.ranks).tolist(), strict=True):
+    for count, rank in zip(
+        unpack("i", entry.counts).tolist(), unpack("i", entry.ranks).tolist(), strict=True
+    ):
         run = slice(at, at + count)
         yield TokenLogprobs(0, 0, rank, tuple(ids[run]), tuple(values[run]), texts[run])
         at += count
@@ -99,6 +118,10 @@ def _row(entry: TokenLogprobs, shown: int) -> dict[str, Json]:
     """The token itself, then the likeliest ones."""
     row: dict[str, Json] = {}
     for i in range(min(len(entry.ids), shown + 1)):
-        told = {"logprob": max(entry.values[i], LOWEST), "rank": i or entry.rank, "decoded_token": token_text(entry.texts[i], entry.ids[i])}
+        told = {
+            "logprob": max(entry.values[i], LOWEST),
+            "rank": i or entry.rank,
+            "decoded_token": token_text(entry.texts[i], entry.ids[i]),
+        }
         row.setdefault(str(entry.ids[i]), told)
     return row

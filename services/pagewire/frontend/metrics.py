@@ -1,6 +1,8 @@
-"""/metrics in Prometheus' text format. Names that vLLM has are kept, so that its dashboards work; the others begin with `pagewire:`.
+"""/metrics in Prometheus' text format. Names that vLLM has are kept, so that its dashboards work;
+the others begin with `pagewire:`.
 
-The numbers lie in the Tallies of all frontends and in the scheduler's roster; they are read when somebody asks.
+The numbers lie in the Tallies of all frontends and in the scheduler's roster; they are read when
+somebody asks.
 """
 
 import re
@@ -8,11 +10,16 @@ from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from ..requests.counters import Histogram
 from .state import State
-from .tally import Histogram
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 _GAUGES: Final = {
@@ -29,20 +36,35 @@ _OLD_NAMES: Final = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
 _HISTOGRAMS: Final = {
     "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
     "inter_token_latency_seconds": ("inter_token_latency", "Between two rows of output."),
-    "time_per_output_token_seconds": ("inter_token_latency", "As vllm:inter_token_latency_seconds, for older boards."),
-    "request_time_per_output_token_seconds": ("time_per_output_token", "A request's mean time between two tokens."),
+    "time_per_output_token_seconds": (
+        "inter_token_latency",
+        "As vllm:inter_token_latency_seconds, for older boards.",
+    ),
+    "request_time_per_output_token_seconds": (
+        "time_per_output_token",
+        "A request's mean time between two tokens.",
+    ),
     "e2e_request_latency_seconds": ("e2e_latency", "From the request to its end."),
-    "request_queue_time_seconds": ("queue_time", "From the request to its place in a worker's batch."),
+    "request_queue_time_seconds": (
+        "queue_time",
+        "From the request to its place in a worker's batch.",
+    ),
     "request_prefill_time_seconds": ("prefill_time", "From that place to the first token."),
     "request_decode_time_seconds": ("decode_time", "From the first token to the last."),
     "request_inference_time_seconds": ("inference_time", "From that place to the last token."),
     "request_prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request that ended."),
-    "request_generation_tokens": ("request_generation_tokens", "Tokens generated for a request that ended."),
-    "request_max_num_generation_tokens": ("request_generation_tokens", "As vllm:request_generation_tokens: choices are counted singly."),
+    "request_generation_tokens": (
+        "request_generation_tokens",
+        "Tokens generated for a request that ended.",
+    ),
+    "request_max_num_generation_tokens": (
+        "request_generation_tokens",
+        "As vllm:request_generation_tokens: choices are counted singly.",
+    ),
     "request_params_max_tokens": ("params_max_tokens", "max_tokens of a request that ended."),
     "request_params_n": ("params_n", "n of an HTTP request."),
 }
-"""What vLLM calls it: what the Tally calls it, and what it is."""
+"""What vLLM calls it: what the Counters calls it, and what it is."""
 _NO_NAME: Final = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -71,18 +93,34 @@ class _Collector:
             value = stats.pop(name, 0.0)
             yield self._gauge(f"vllm:{name}", text, value)
             if name in _OLD_NAMES:
-                yield self._gauge(f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value)
+                yield self._gauge(
+                    f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value
+                )
         for name, text in _COUNTERS.items():
-            yield self._counter(f"vllm:{name}", text, stats.pop(name, None) or stats.pop(f"{name}_total", 0.0))
+            yield self._counter(
+                f"vllm:{name}", text, stats.pop(name, None) or stats.pop(f"{name}_total", 0.0)
+            )
         for name, value in stats.items():
-            yield self._gauge(f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value)
+            yield self._gauge(
+                f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value
+            )
 
     def _requests(self) -> Iterator[Metric]:
         tally = self._tally
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens)
-        yield self._counter("vllm:prompt_tokens_cached", "Those of them that need no computing.", tally.cached_tokens)
+        yield self._counter(
+            "vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens
+        )
+        yield self._counter(
+            "vllm:prompt_tokens_cached",
+            "Those of them that need no computing.",
+            tally.cached_tokens,
+        )
         yield self._counter("vllm:generation_tokens", "Tokens generated.", tally.generation_tokens)
-        success = CounterMetricFamily("vllm:request_success", "Requests that ended.", labels=[*self._labels, "finished_reason"])
+        success = CounterMetricFamily(
+            "vllm:request_success",
+            "Requests that ended.",
+            labels=[*self._labels, "finished_reason"],
+        )
         for reason, count in tally.reasons.items():
             success.add_metric([*self._labels.values(), reason], count)
         yield success
@@ -91,19 +129,43 @@ class _Collector:
 
     def _frontend(self) -> Iterator[Metric]:
         state = self._state
-        yield self._gauge("pagewire:frontend_streams", "Requests owned by this process.", len(state.owner))
-        yield self._gauge("pagewire:frontend_streams_parked", "Those of them waiting for the next attempt.", len(state.owner.parked))
-        yield self._gauge("pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s)
-        yield self._counter("pagewire:frontend_resubmissions", "Attempts beyond the first.", self._tally.resubmissions)
-        yield self._counter("pagewire:frontend_malformed_messages", "Messages dropped as malformed.", self._tally.malformed)
-        yield self._counter("pagewire:cached_prompt_tokens", "Prompt tokens that need no computing.", self._tally.cached_tokens)
-        answers = CounterMetricFamily("pagewire:frontend_http_responses", "HTTP answers.", labels=["code"])
+        yield self._gauge(
+            "pagewire:frontend_streams", "Requests owned by this process.", len(state.owner)
+        )
+        yield self._gauge(
+            "pagewire:frontend_streams_parked",
+            "Those of them waiting for the next attempt.",
+            len(state.owner.parked),
+        )
+        yield self._gauge(
+            "pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s
+        )
+        yield self._counter(
+            "pagewire:frontend_resubmissions",
+            "Attempts beyond the first.",
+            self._tally.resubmissions,
+        )
+        yield self._counter(
+            "pagewire:frontend_malformed_messages",
+            "Messages dropped as malformed.",
+            self._tally.malformed,
+        )
+        yield self._counter(
+            "pagewire:cached_prompt_tokens",
+            "Prompt tokens that need no computing.",
+            self._tally.cached_tokens,
+        )
+        answers = CounterMetricFamily(
+            "pagewire:frontend_http_responses", "HTTP answers.", labels=["code"]
+        )
         for status, count in sorted(self._tally.responses.items()):
             answers.add_metric([str(status)], count)
         yield answers
 
     def _services(self) -> Iterator[Metric]:
-        services = GaugeMetricFamily("pagewire:service_ready", "1 when the service is ready.", labels=["role", "name"])
+        services = GaugeMetricFamily(
+            "pagewire:service_ready", "1 when the service is ready.", labels=["role", "name"]
+        )
         for peer in self._state.stack.roster.peers if self._state.stack.roster else ():
             services.add_metric([peer.role.name.lower(), peer.name], float(peer.ready))
         yield services

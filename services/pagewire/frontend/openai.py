@@ -1,5 +1,5 @@
-"""The requests of OpenAI's API, with vLLM's additions, as typed Structs. Knows names and types; parsing.py reads bodies, and params.py,
-sampling.py and prompts.py check ranges.
+"""The requests of OpenAI's API, with vLLM's additions, as typed Structs. Knows names and types;
+parsing.py reads bodies, and params.py, sampling.py and prompts.py check ranges.
 
 Every accepted parameter is a field here.
 """
@@ -23,7 +23,8 @@ class ResponseFormat(Struct):
 
 
 class Part(Struct, forbid_unknown_fields=True):
-    """A piece of a message's content. The kinds after `text` are known so that they can be refused by name."""
+    """A piece of a message's content. The kinds after `text` are known so that they can be refused
+    by name."""
 
     type: str
     text: str | None = None

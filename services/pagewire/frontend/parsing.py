@@ -1,7 +1,7 @@
 """How a body becomes a request. Knows no parameter's meaning, only which are known.
 
-A parameter that is no field of the request is refused by name, except that a known one may carry a value that changes nothing
-(`"tools": null`), since clients send their whole parameter list.
+A parameter that is no field of the request is refused by name, except that a known one may carry a
+value that changes nothing (`"tools": null`), since clients send their whole parameter list.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import Raw, Struct
 
-from .errors import ApiError, bad
+from ..requests.errors import ApiError, bad
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 R = TypeVar("R", bound=Struct)
@@ -64,10 +64,12 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "watermarking": (),
     "web_search_options": (),
 }
-"""Parameters that are known but not supported (by an endpoint), with the values besides null that ask for nothing."""
+"""Parameters that are known but not supported (by an endpoint), with the values besides null that
+ask for nothing."""
 
 _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    kind: msgspec.json.Decoder(kind)
+    for kind in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 }
 _fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
@@ -76,7 +78,8 @@ _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """The request in `body`. Raises ApiError 400 naming the parameter or the place that is wrong."""
+    """The request in `body`. Raises ApiError 400 naming the parameter or the place that is
+    wrong."""
     if not body.strip():
         raise bad("The request body is empty; a JSON object is needed.")
     try:
@@ -97,7 +100,8 @@ def parse(kind: type[R], body: bytes) -> R:
 
 
 def _without_neutral(kind: type[R], body: bytes) -> bytes:
-    """The body less the fields that ask for nothing. Raises ApiError for the first that asks for something."""
+    """The body less the fields that ask for nothing. Raises ApiError for the first that asks for
+    something."""
     given, known = _fields.decode(body), kind.__struct_fields__
     for name in [name for name in given if name not in known]:
         if not _asks_nothing(name, given):
@@ -110,7 +114,10 @@ def _asks_nothing(name: str, given: dict[str, Raw]) -> bool:
     if name not in NEUTRAL:
         return False
     value = msgspec.json.decode(given[name])
-    return value is None or any(value == neutral and isinstance(value, bool) is isinstance(neutral, bool) for neutral in NEUTRAL[name])
+    return value is None or any(
+        value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
+        for neutral in NEUTRAL[name]
+    )
 
 
 def _explained(text: str) -> ApiError:

@@ -1,4 +1,5 @@
-"""What a server says of itself: whether it lives, what it loads, which models it has, how busy it is. Generates nothing."""
+"""What a server says of itself: whether it lives, what it loads, which models it has, how busy it
+is. Generates nothing."""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ from aiohttp import web
 
 from pagewire.version import __version__
 
-from .errors import JSON, unknown_model
+from ..requests.errors import JSON, unknown_model
 from .metrics import CONTENT_TYPE, render
 from .state import STATE, State
 

@@ -1,4 +1,5 @@
-"""What a handler asks a tokenizer while it waits: the ids of a prompt, the text of ids, what is to be echoed. Knows no HTTP."""
+"""What a handler asks a tokenizer while it waits: the ids of a prompt, the text of ids, what is to
+be echoed. Knows no HTTP."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,14 +7,14 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
-from pagewire_protocol.parts import Prompt
+from pagewire_protocol.structs import Prompt
 
-from .asks import Question
-from .errors import ApiError, bad
+from ..requests.errors import ApiError, bad
+from ..requests.queries import Question
+from ..requests.request import Job
 from .params import Plan
 from .reply import Echo
 from .state import State
-from .stream import Job
 
 
 async def ask(state: State, question: Question) -> Tokenized:
@@ -46,13 +47,18 @@ async def text_of(state: State, ids: bytes, skip_special_tokens: bool = False) -
 
 
 async def resolve(state: State, plan: Plan) -> tuple[list[Job], Sequence[Echo]]:
-    """The plan's jobs, and what is to be shown of each prompt. Where that needs the prompt's ids, the jobs get them too."""
+    """The plan's jobs, and what is to be shown of each prompt. Where that needs the prompt's ids,
+    the jobs get them too."""
     each = 1 if plan.beams else plan.per_prompt
     if plan.chat or not plan.echo:
         return plan.jobs, [Echo()] * (len(plan.jobs) // each)
     groups = [plan.jobs[i : i + each] for i in range(0, len(plan.jobs), each)]
     echoes = await asyncio.gather(*(_echo(state, plan, group[0]) for group in groups))
-    jobs = [job if ids is None else _with_ids(job, ids) for group, (_, ids) in zip(groups, echoes, strict=True) for job in group]
+    jobs = [
+        job if ids is None else _with_ids(job, ids)
+        for group, (_, ids) in zip(groups, echoes, strict=True)
+        for job in group
+    ]
     return jobs, [echo for echo, _ in echoes]
 
 
@@ -63,13 +69,19 @@ async def _echo(state: State, plan: Plan, job: Job) -> tuple[Echo, bytes | None]
     if not state.stack.model().has_text:
         ids = truncated(job, job.prompt.ids or b"", state.stack.model().max_model_len)
         return Echo("", f"token_id:{unpack('i', ids)[0]}"), ids
-    ids = truncated(job, await ids_of(state, job.prompt, job.add_special_tokens), state.stack.model().max_model_len)
+    ids = truncated(
+        job,
+        await ids_of(state, job.prompt, job.add_special_tokens),
+        state.stack.model().max_model_len,
+    )
     if not ids:
         raise bad("The prompt has no tokens.", "prompt")
     if text is None or job.text.truncate_prompt:
         text = await text_of(state, ids)
     first = unpack("i", ids)[0]
-    return Echo(text, f"token_id:{first}" if plan.ids_as_text else await text_of(state, pack("i", [first]))), ids
+    return Echo(
+        text, f"token_id:{first}" if plan.ids_as_text else await text_of(state, pack("i", [first]))
+    ), ids
 
 
 def truncated(job: Job, ids: bytes, max_model_len: int) -> bytes:

@@ -1,14 +1,14 @@
-"""The answer to one HTTP request, put together from what its streams deliver. Knows no HTTP; events.py has the answer that is sent as it
-comes."""
+"""The answer to one HTTP request, put together from what its streams deliver. Knows no HTTP;
+events.py has the answer that is sent as it comes."""
 
 import asyncio
 from collections.abc import Sequence
 
 from msgspec import Struct
 from pagewire_protocol.columns import unpack
-from pagewire_protocol.parts import PromptLogprobs, Started, TokenLogprobs
+from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
-from .errors import ApiError
+from ..requests.errors import ApiError
 from .logprobs import PromptScore
 from .responses import ChoiceData, Shape, Usage
 from .sse import encode
@@ -22,12 +22,15 @@ class Echo(Struct, frozen=True):
 
 
 class Reply:
-    """Gathers its choices. `opened` is set when the outcome is known to be an answer or an error, `done` when all is there.
+    """Gathers its choices. `opened` is set when the outcome is known to be an answer or an error,
+    `done` when all is there.
 
     echoes: one for each prompt.
     """
 
-    def __init__(self, shape: Shape, loop: asyncio.AbstractEventLoop, echoes: Sequence[Echo]) -> None:
+    def __init__(
+        self, shape: Shape, loop: asyncio.AbstractEventLoop, echoes: Sequence[Echo]
+    ) -> None:
         self.shape, self.plan, self.echoes = shape, shape.plan, echoes
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
@@ -42,7 +45,8 @@ class Reply:
         return encode(self.shape.whole(self._shown(), self.usage()))
 
     def _shown(self) -> list[ChoiceData]:
-        """The best of each prompt, in their places. What is known of a prompt is known by its first choice."""
+        """The best of each prompt, in their places. What is known of a prompt is known by its first
+        choice."""
         shown: list[ChoiceData] = []
         each, n = self.plan.per_prompt, self.plan.n
         for start in range(0, len(self.choices), each):
@@ -54,7 +58,8 @@ class Reply:
         return shown
 
     def usage(self) -> Usage:
-        """Prompts count once, however many choices they have; tokens count whether their choice is shown or not."""
+        """Prompts count once, however many choices they have; tokens count whether their choice is
+        shown or not."""
         firsts = self.choices[:: self.plan.per_prompt]
         return Usage(
             sum(choice.usage.prompt_tokens for choice in firsts),
@@ -87,14 +92,21 @@ class Choice:
 
     def __init__(self, reply: Reply, index: int) -> None:
         plan = reply.plan
-        self.wants_tokens = plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n or plan.mute
+        self.wants_tokens = (
+            plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n or plan.mute
+        )
         self.usage = Usage()
         self.reply, self.index = reply, index
         self.data = ChoiceData(index)
         self.echo = reply.echoes[index // plan.per_prompt]
         self.score: PromptScore | None = None
         if plan.scores_echo or plan.prompt_logprobs >= 0:
-            self.score = PromptScore(self.echo.first, plan.logprobs if plan.echo else -1, plan.prompt_logprobs, plan.ids_as_text)
+            self.score = PromptScore(
+                self.echo.first,
+                plan.logprobs if plan.echo else -1,
+                plan.prompt_logprobs,
+                plan.ids_as_text,
+            )
         self._text: list[str] = [self.echo.text or plan.opening]
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -109,7 +121,10 @@ class Choice:
         if self._started:
             return
         self._started = True
-        self.usage.prompt_tokens, self.usage.cached_tokens = started.prompt_tokens, started.cached_tokens
+        self.usage.prompt_tokens, self.usage.cached_tokens = (
+            started.prompt_tokens,
+            started.cached_tokens,
+        )
         if self.reply.plan.return_token_ids and started.prompt_ids is not None:
             self.data.prompt_ids = unpack("i", started.prompt_ids).tolist()
         self.reply.open()
@@ -130,7 +145,9 @@ class Choice:
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
         data.text, data.tokens, data.logprobs = "".join(self._text), self._tokens, self._logprobs
-        data.reason, data.stop_reason = ("length", None) if self.reply.plan.mute else (reason, stop_reason)
+        data.reason, data.stop_reason = (
+            ("length", None) if self.reply.plan.mute else (reason, stop_reason)
+        )
         self.usage.completion_tokens = 0 if self.reply.plan.mute else completion_tokens
         self.reply.choice_finished()
 

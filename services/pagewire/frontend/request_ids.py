@@ -1,4 +1,5 @@
-"""X-Request-Id: the client's where it is usable, else one of ours; the same in the answer's header and in its body's id."""
+"""X-Request-Id: the client's where it is usable, else one of ours; the same in the answer's header
+and in its body's id."""
 
 import uuid
 from typing import Final

@@ -1,11 +1,12 @@
-"""The bodies of answers, in OpenAI's two shapes. Knows what a choice holds, not how it got there or how it is sent."""
+"""The bodies of answers, in OpenAI's two shapes. Knows what a choice holds, not how it got there or
+how it is sent."""
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
-from pagewire_protocol.parts import TokenLogprobs
+from pagewire_protocol.structs import TokenLogprobs
 
 from .logprobs import PromptScore, chat_logprobs, completion_logprobs
 from .params import Plan
@@ -53,17 +54,28 @@ class Shape:
 
     def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
         kind = "chat.completion" if self.plan.chat else "text_completion"
-        body: Json = {**self.head, "object": kind, "choices": [self._choice(choice, False) for choice in choices], "usage": usage.body()}
+        body: Json = {
+            **self.head,
+            "object": kind,
+            "choices": [self._choice(choice, False) for choice in choices],
+            "usage": usage.body(),
+        }
         if self.plan.chat and choices[0].prompt_ids is not None:
             body["prompt_token_ids"] = choices[0].prompt_ids
         if self.plan.chat and self.plan.prompt_logprobs >= 0 and choices[0].score:
             body["prompt_logprobs"] = choices[0].score.rows
         return body
 
-    def chunk(self, choice: ChoiceData | None, usage: Usage | None = None, role: bool = False) -> Json:
+    def chunk(
+        self, choice: ChoiceData | None, usage: Usage | None = None, role: bool = False
+    ) -> Json:
         """One event of a stream; without a choice, the one that tells the usage."""
         kind = "chat.completion.chunk" if self.plan.chat else "text_completion"
-        body: Json = {**self.head, "object": kind, "choices": [] if choice is None else [self._choice(choice, True, role)]}
+        body: Json = {
+            **self.head,
+            "object": kind,
+            "choices": [] if choice is None else [self._choice(choice, True, role)],
+        }
         if self.plan.chat and choice and choice.prompt_ids is not None:
             body["prompt_token_ids"] = choice.prompt_ids
         if self.plan.include_usage or self.plan.continuous_usage:

@@ -1,4 +1,5 @@
-"""How tokens are chosen: a request's knobs as the protocol's Sampling and TextOptions. Knows ranges; knows no prompt and no stack.
+"""How tokens are chosen: a request's knobs as the protocol's Sampling and TextOptions. Knows
+ranges; knows no prompt and no stack.
 
 Everything is counted before it is copied, and every refusal names the parameter.
 """
@@ -20,7 +21,7 @@ from pagewire_protocol.sampling import (
     TextOptions,
 )
 
-from .errors import bad
+from ..requests.errors import bad
 from .limits import I31, above_zero, at_most, short, within
 from .openai import Request
 
@@ -34,14 +35,23 @@ _GOLDEN: Final = 0x9E3779B97F4A7C15
 _U64: Final = 2**64 - 1
 
 
-def sampling_of(request: Request, max_tokens: int, logprobs: int, scored: int, vocab_size: int) -> Sampling:
-    """`scored`: candidates to report for each prompt token, -1 for none. `vocab_size` 0: not known."""
+def sampling_of(
+    request: Request, max_tokens: int, logprobs: int, scored: int, vocab_size: int
+) -> Sampling:
+    """`scored`: candidates to report for each prompt token, -1 for none. `vocab_size` 0: not
+    known."""
     minimum = within("min_tokens", request.min_tokens, 0, I31, 0)
     if minimum > max_tokens:
-        raise bad(f"`min_tokens` is {minimum} but at most {max_tokens} tokens are asked for.", "min_tokens")
+        raise bad(
+            f"`min_tokens` is {minimum} but at most {max_tokens} tokens are asked for.",
+            "min_tokens",
+        )
     stops = request.stop_token_ids or []
     at_most("stop_token_ids", len(stops), MAX_STOP_TOKENS, "ids")
-    top_p, repetition = above_zero("top_p", request.top_p, 1.0), above_zero("repetition_penalty", request.repetition_penalty, 100.0)
+    top_p, repetition = (
+        above_zero("top_p", request.top_p, 1.0),
+        above_zero("repetition_penalty", request.repetition_penalty, 100.0),
+    )
     bias_ids, bias_values = _bias(request.logit_bias, vocab_size)
     return Sampling(
         seed=_seed(request.seed),
@@ -85,7 +95,9 @@ def _bias(given: dict[str, float] | None, vocab_size: int) -> tuple[bytes, bytes
     ids: list[int] = []
     for name, value in given.items():
         if not (name.isascii() and name.isdecimal() and len(name) <= 10):
-            raise bad(f"`logit_bias` has the key {name[:32]!r}; its keys are token ids.", "logit_bias")
+            raise bad(
+                f"`logit_bias` has the key {name[:32]!r}; its keys are token ids.", "logit_bias"
+            )
         ids.append(_in_vocabulary("logit_bias", int(name), vocab_size))
         within("logit_bias", value, -MAX_BIAS_VALUE, MAX_BIAS_VALUE, 0.0)
     return pack("i", ids), pack("f", given.values())
@@ -95,7 +107,9 @@ def _allowed(given: list[int] | None, vocab_size: int) -> bytes:
     if given is None:
         return b""
     if not given:
-        raise bad("`allowed_token_ids` is empty: it must hold at least 1 token id.", "allowed_token_ids")
+        raise bad(
+            "`allowed_token_ids` is empty: it must hold at least 1 token id.", "allowed_token_ids"
+        )
     at_most("allowed_token_ids", len(given), MAX_ALLOWED, "token ids")
     return pack("i", [_in_vocabulary("allowed_token_ids", token, vocab_size) for token in given])
 
@@ -103,7 +117,9 @@ def _allowed(given: list[int] | None, vocab_size: int) -> bytes:
 def _in_vocabulary(name: str, token: int, vocab_size: int) -> int:
     top = vocab_size - 1 if vocab_size else I31
     if not 0 <= token <= top:
-        raise bad(f"`{name}` has the token id {short(token)}, which is not between 0 and {top}.", name)
+        raise bad(
+            f"`{name}` has the token id {short(token)}, which is not between 0 and {top}.", name
+        )
     return token
 
 
@@ -112,15 +128,24 @@ def text_options(request: Request) -> TextOptions:
     at_most("stop", len(stop), MAX_STOP_STRINGS, "strings")
     for text in stop:
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
-            raise bad(f"A string in `stop` must have 1 to {MAX_STOP_LENGTH} characters, got {len(text)}.", "stop")
+            raise bad(
+                f"A string in `stop` must have 1 to {MAX_STOP_LENGTH} characters, got {len(text)}.",
+                "stop",
+            )
     words = request.bad_words or []
     at_most("bad_words", len(words), MAX_BAD_WORDS, "strings")
     for word in words:
         if not 1 <= len(word) <= MAX_BAD_WORD:
-            raise bad(f"A string in `bad_words` must have 1 to {MAX_BAD_WORD} characters, got {len(word)}.", "bad_words")
+            raise bad(
+                f"A string in `bad_words` must have 1 to {MAX_BAD_WORD} characters, got {len(word)}.",
+                "bad_words",
+            )
     truncate = within("truncate_prompt_tokens", request.truncate_prompt_tokens, -1, I31, 0)
     if request.truncate_prompt_tokens == 0:
-        raise bad("`truncate_prompt_tokens` must be -1 (what the context holds) or at least 1, got 0.", "truncate_prompt_tokens")
+        raise bad(
+            "`truncate_prompt_tokens` must be -1 (what the context holds) or at least 1, got 0.",
+            "truncate_prompt_tokens",
+        )
     return TextOptions(
         stop=tuple(stop),
         include_stop=bool(request.include_stop_str_in_output),
@@ -144,7 +169,8 @@ def _seed(given: int | None) -> int:
 
 
 def with_seed(sampling: Sampling, choice: int) -> Sampling:
-    """Choice 0 keeps the seed; the others get one mixed from it by SplitMix64's finaliser, so that choices are unlike each other."""
+    """Choice 0 keeps the seed; the others get one mixed from it by SplitMix64's finaliser, so that
+    choices are unlike each other."""
     if choice == 0:
         return sampling
     mixed = (sampling.seed + choice * _GOLDEN) & _U64

@@ -1,4 +1,5 @@
-"""The frontend process: its event loop, its listening socket, its inbox, its end. Knows no endpoint."""
+"""The frontend process: its event loop, its listening socket, its inbox, its end. Knows no
+endpoint."""
 
 import asyncio
 import contextlib
@@ -16,22 +17,22 @@ import uvloop
 from aiohttp import web
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
-from pagewire_protocol.parts import Role
+from pagewire_protocol.structs import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
-from pagewire.membership import Membership
+from pagewire.process.membership import Membership
 
+from ..requests.counter_exchange import CounterExchange
+from ..requests.counters import Counters
+from ..requests.errors import ApiError
+from ..requests.owner import RequestOwner
 from .app import make_app
 from .auth import Auth, configured_keys
 from .cors import cors_of
-from .errors import ApiError
 from .sse import Flusher
 from .stack import Stack
 from .state import State
-from .streams import Owner
-from .tally import Tally
 from .tls import context_of
-from .together import Together
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
@@ -48,7 +49,9 @@ class StartError(RuntimeError):
 
 def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
     """Serve HTTP until SIGTERM or SIGINT; 0 then, 1 when it could not start."""
-    logging.basicConfig(level=run.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=run.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
+    )
     try:
         uvloop.run(_main(run, model, config))
     except (StartError, OSError, ValueError) as error:
@@ -66,7 +69,12 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
         async with Service(run, names, Auth(keys), config).serving(listener) as service:
             host, port = listener.getsockname()[:2]
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            log.info("listening on %s for model %s, %s", where, names[0], "with API keys" if keys else "without API keys")
+            log.info(
+                "listening on %s for model %s, %s",
+                where,
+                names[0],
+                "with API keys" if keys else "without API keys",
+            )
             gc.collect()
             gc.freeze()
             gc.set_threshold(50_000, 50, 50)
@@ -83,13 +91,17 @@ def listening_socket(config: FrontendConfig) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host") from None
+        raise StartError(
+            f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host"
+        ) from None
 
 
 class Service:
     """The parts of a frontend, wired to the event loop that runs."""
 
-    def __init__(self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig) -> None:
+    def __init__(
+        self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig
+    ) -> None:
         """Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls, self._shutdown_timeout_s = context_of(config), config.shutdown_timeout
@@ -97,9 +109,11 @@ class Service:
         self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
         self.outbox = Outbox()
         name = run.name or f"frontend-{os.getpid()}"
-        self.membership = Membership(Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir)
-        tally, keep_alive_s = Tally(), config.sse_keep_alive_interval
-        owner = Owner(self.inbox.address, self.outbox.send, time.monotonic, tally)
+        self.membership = Membership(
+            Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir
+        )
+        tally, keep_alive_s = Counters(), config.sse_keep_alive_interval
+        owner = RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, tally)
         flusher = Flusher(self._loop, keep_alive_s)
         self.state = State(
             names,
@@ -115,7 +129,7 @@ class Service:
             config.request_timeout,
             started=int(time.time()),
         )
-        self.state.together = Together(run_dir, incarnation, tally)
+        self.state.together = CounterExchange(run_dir, incarnation, tally)
         self._inboxes: set[str] = set()
         self._next_tick = self._next_leave = 0.0
         self._ticker: asyncio.TimerHandle | None = None
@@ -196,7 +210,8 @@ class Service:
             self.state.together.leave()
 
     def _on_inbox(self) -> None:
-        """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest of the loop."""
+        """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest
+        of the loop."""
         handled = 0
         for message in self.inbox.drain(_DRAIN_LIMIT):
             handled += 1

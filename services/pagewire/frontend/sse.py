@@ -1,8 +1,10 @@
-"""Server-sent events at the price of a few list appends a token. Knows sockets and bytes, nothing of requests.
+"""Server-sent events at the price of a few list appends a token. Knows sockets and bytes, nothing
+of requests.
 
-All events of an answer that share their form are cut from one template: the JSON of a chunk with a hole where the text goes. Events are
-collected in their Outlet and leave in one write, as one HTTP chunk. A socket write costs more than everything else that happens to a token,
-so under load the Flusher spaces the rounds of writes: many tokens of a stream then share one.
+All events of an answer that share their form are cut from one template: the JSON of a chunk with a
+hole where the text goes. Events are collected in their Outlet and leave in one write, as one HTTP
+chunk. A socket write costs more than everything else that happens to a token, so under load the
+Flusher spaces the rounds of writes: many tokens of a stream then share one.
 """
 
 import asyncio
@@ -12,14 +14,15 @@ import msgspec
 
 DONE: Final = b"data: [DONE]\n\n"
 PING: Final = b": ping\n\n"
-"""A comment, which clients skip; what is between them and the server sees that the connection lives."""
+"""A comment, which clients skip; what is between them and the server sees that the connection
+lives."""
 FULL: Final = 1 << 20
 """Bytes waiting for a client from which on it counts as not reading."""
 STUFFED: Final = 64 << 20
 PATIENCE_S: Final = 30.0
 SPACING_S: Final = 30e-6
-"""Least time between two rounds of writes, for each client written to: a write takes 5 to 8 microseconds, so writes get a quarter of a
-core. An answer's first events do not wait."""
+"""Least time between two rounds of writes, for each client written to: a write takes 5 to 8
+microseconds, so writes get a quarter of a core. An answer's first events do not wait."""
 _TIMER_S: Final = 0.5e-3
 """Shorter waits are not worth a timer, whose grain is a millisecond."""
 _HOLE: Final = "\x00text\x00"
@@ -44,7 +47,15 @@ HOLE: Final = _HOLE
 class Outlet:
     """The way to one client. Until `attach`, events are kept."""
 
-    __slots__ = ("_chunked", "_flusher", "_full_since", "_quiet_since", "_transport", "_wrote", "pieces")
+    __slots__ = (
+        "_chunked",
+        "_flusher",
+        "_full_since",
+        "_quiet_since",
+        "_transport",
+        "_wrote",
+        "pieces",
+    )
 
     def __init__(self, flusher: "Flusher") -> None:
         self.pieces: list[bytes] = []
@@ -91,7 +102,9 @@ class Outlet:
             self._full_since = 0.0
         elif not self._full_since:
             self._full_since = now
-        if transport and (waiting > STUFFED or (self._full_since and now - self._full_since > PATIENCE_S)):
+        if transport and (
+            waiting > STUFFED or (self._full_since and now - self._full_since > PATIENCE_S)
+        ):
             transport.abort()
 
     def keep_alive(self, now: float, interval: float) -> None:
@@ -111,7 +124,8 @@ class Flusher:
         self._timer: asyncio.TimerHandle | None = None
 
     def soon(self) -> None:
-        """Write what has gathered, now or after the spacing. Call when the messages that were waiting have been handled."""
+        """Write what has gathered, now or after the spacing. Call when the messages that were
+        waiting have been handled."""
         if self._timer or not self.dirty:
             return
         wait = self._last + SPACING_S * len(self.dirty) - self._loop.time()

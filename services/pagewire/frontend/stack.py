@@ -1,12 +1,13 @@
-"""What this frontend knows of the rest of the stack: who is ready, who is still loading, what the model can take."""
+"""What this frontend knows of the rest of the stack: who is ready, who is still loading, what the
+model can take."""
 
 import re
 from typing import Any, Final
 
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.parts import Peer, Role
+from pagewire_protocol.structs import Peer, Role
 
-from .errors import ApiError
+from ..requests.errors import ApiError
 from .prompts import Model
 
 SILENT_S: Final = 10.0
@@ -29,7 +30,13 @@ class Stack:
         roster = self.roster
         if roster is None:
             return Model()
-        return Model(roster.max_model_len, roster.vocab_size, roster.has_text, roster.has_chat_template, roster.eos_token_ids)
+        return Model(
+            roster.max_model_len,
+            roster.vocab_size,
+            roster.has_text,
+            roster.has_chat_template,
+            roster.eos_token_ids,
+        )
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""
@@ -39,7 +46,9 @@ class Stack:
         for role in (Role.TOKENIZER, Role.WORKER):
             peers = [peer for peer in self.roster.peers if peer.role is role]
             if not any(peer.ready for peer in peers):
-                missing += [_of_peer(peer) for peer in peers] or [_entry(role.name.lower(), "", "not started yet", 0.0)]
+                missing += [_of_peer(peer) for peer in peers] or [
+                    _entry(role.name.lower(), "", "not started yet", 0.0)
+                ]
         return missing
 
     def ready(self, now: float) -> bool:
@@ -48,10 +57,22 @@ class Stack:
     def unavailable(self, now: float) -> ApiError:
         """Why generation is not possible, for the client."""
         if self.draining:
-            return ApiError(503, "The server is shutting down.", retry_after_s=5, extra={"status": "draining", "loading": []})
+            return ApiError(
+                503,
+                "The server is shutting down.",
+                retry_after_s=5,
+                extra={"status": "draining", "loading": []},
+            )
         missing = self.loading(now)
-        what = "; ".join(f"{item['role']}: {item['stage']} ({100 * item['fraction']:.0f}%)" for item in missing)
-        return ApiError(503, f"The server is loading: {what}.", retry_after_s=2, extra={"status": "loading", "loading": missing})
+        what = "; ".join(
+            f"{item['role']}: {item['stage']} ({100 * item['fraction']:.0f}%)" for item in missing
+        )
+        return ApiError(
+            503,
+            f"The server is loading: {what}.",
+            retry_after_s=2,
+            extra={"status": "loading", "loading": missing},
+        )
 
 
 def _of_peer(peer: Peer) -> dict[str, Any]:
@@ -59,4 +80,9 @@ def _of_peer(peer: Peer) -> dict[str, Any]:
 
 
 def _entry(role: str, name: str, stage: str, fraction: float) -> dict[str, Any]:
-    return {"role": role, "name": _PATH.sub("…", name), "stage": _PATH.sub("…", stage), "fraction": round(fraction, 3)}
+    return {
+        "role": role,
+        "name": _PATH.sub("…", name),
+        "stage": _PATH.sub("…", stage),
+        "fraction": round(fraction, 3),
+    }

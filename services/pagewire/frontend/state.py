@@ -1,29 +1,30 @@
-"""What the HTTP handlers share: one object per process, made by the service or a test. No globals."""
+"""What the HTTP handlers share: one object per process, made by the service or a test. No
+globals."""
 
 import time
 from collections.abc import Callable
 
 from aiohttp import web
 from msgspec import Struct
-from pagewire_protocol.parts import Role
+from pagewire_protocol.structs import Role
 
+from ..requests.counter_exchange import CounterExchange
+from ..requests.counters import Counters
+from ..requests.errors import ApiError, unknown_model
+from ..requests.owner import RequestOwner
 from .auth import Auth
 from .cors import Cors
-from .errors import ApiError, unknown_model
 from .sse import Flusher
 from .stack import Stack
-from .streams import Owner
-from .tally import Tally
-from .together import Together
 
 
 class State(Struct):
     names: tuple[str, ...]
     """What the model is called; answers carry the first."""
     auth: Auth
-    owner: Owner
+    owner: RequestOwner
     stack: Stack
-    tally: Tally
+    tally: Counters
     flusher: Flusher
     cors: Cors
     max_body: int
@@ -41,15 +42,19 @@ class State(Struct):
     """HTTP requests whose answers are under way."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
-    together: Together | None = None
+    together: CounterExchange | None = None
     """The way to the counts of the other frontends."""
 
     def frontends(self) -> set[int]:
         """The incarnations of the frontends of this stack."""
         roster = self.stack.roster
-        return {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND} if roster else set()
+        return (
+            {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND}
+            if roster
+            else set()
+        )
 
-    def all_counts(self) -> Tally:
+    def all_counts(self) -> Counters:
         """Those of every frontend of the stack."""
         several = len(self.frontends()) > 1
         return self.together.whole(self.frontends()) if self.together and several else self.tally

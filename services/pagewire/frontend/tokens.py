@@ -3,10 +3,10 @@
 from aiohttp import web
 from pagewire_protocol.columns import MAX_TOKENS, unpack
 from pagewire_protocol.messages import Detokenize, Tokenize
-from pagewire_protocol.parts import Prompt
+from pagewire_protocol.structs import Prompt
 
+from ..requests.errors import JSON, bad
 from .body import read_body
-from .errors import JSON, bad
 from .limits import at_most
 from .openai import DetokenizeRequest, TokenizeRequest
 from .parsing import parse
@@ -23,11 +23,18 @@ async def tokenize(request: web.Request) -> web.Response:
     state.check_model(parsed.model)
     model = state.stack.model()
     prompt = _prompt(parsed, model)
-    special = prompt.chat is None if parsed.add_special_tokens is None else parsed.add_special_tokens
+    special = (
+        prompt.chat is None if parsed.add_special_tokens is None else parsed.add_special_tokens
+    )
     answer = await ask(state, Tokenize(0, "-", prompt, special, bool(parsed.return_token_strs)))
     ids = unpack("i", answer.ids).tolist()
     texts = list(answer.texts) if parsed.return_token_strs else None
-    body = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts}
+    body = {
+        "count": len(ids),
+        "max_model_len": model.max_model_len,
+        "tokens": ids,
+        "token_strs": texts,
+    }
     return web.Response(body=encode(body), content_type=JSON)
 
 
@@ -37,7 +44,13 @@ def _prompt(parsed: TokenizeRequest, model: Model) -> Prompt:
     if parsed.prompt is not None:
         return text_prompt(parsed.prompt, model) if parsed.prompt else Prompt(text="")
     return Prompt(
-        chat=chat_of(parsed.messages or [], parsed.add_generation_prompt, parsed.continue_final_message, parsed.chat_template_kwargs, model)
+        chat=chat_of(
+            parsed.messages or [],
+            parsed.add_generation_prompt,
+            parsed.continue_final_message,
+            parsed.chat_template_kwargs,
+            model,
+        )
     )
 
 
@@ -48,5 +61,7 @@ async def detokenize(request: web.Request) -> web.Response:
     state.check_model(parsed.model)
     model = state.stack.model()
     at_most("tokens", len(parsed.tokens), MAX_TOKENS, "token ids")
-    answer = await ask(state, Detokenize(0, "-", token_column("tokens", parsed.tokens, model), False))
+    answer = await ask(
+        state, Detokenize(0, "-", token_column("tokens", parsed.tokens, model), False)
+    )
     return web.Response(body=encode({"prompt": answer.text}), content_type=JSON)

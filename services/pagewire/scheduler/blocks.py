@@ -1,8 +1,9 @@
 """The KV blocks of one worker as the scheduler counts them, and the prefix cache they form.
 
-A block is FREE, WRITABLE (held by one execution) or SEALED (full, hashed, shared by `refs` holders). Sealed blocks without holders stay
-reusable, least recently used first, until their place is needed. Knows nothing of requests, slots or steps: when a block may be sealed
-or given back is the caller's decision.
+A block is FREE, WRITABLE (held by one execution) or SEALED (full, hashed, shared by `refs`
+holders). Sealed blocks without holders stay reusable, least recently used first, until their place
+is needed. Knows nothing of requests, slots or steps: when a block may be sealed or given back is
+the caller's decision.
 """
 
 from collections import OrderedDict
@@ -25,12 +26,16 @@ class BlockError(AssertionError):
 
 def root_hash(salt: str, adapter: str = "") -> bytes:
     """Where a hash chain starts: requests share blocks only under the same salt and adapter."""
-    return blake2b(b"%d:" % len(salt.encode()) + salt.encode() + adapter.encode(), digest_size=HASH_BYTES).digest()
+    return blake2b(
+        b"%d:" % len(salt.encode()) + salt.encode() + adapter.encode(), digest_size=HASH_BYTES
+    ).digest()
 
 
-def extend_chain(chain: list[bytes], root: bytes, tokens: NDArray[np.int32], block_size: int) -> None:
-    """Append to `chain` the hashes of the full blocks of `tokens` [known, int32] that it lacks. Entry i covers all tokens up to the end of
-    block i, since each hash takes its parent's in."""
+def extend_chain(
+    chain: list[bytes], root: bytes, tokens: NDArray[np.int32], block_size: int
+) -> None:
+    """Append to `chain` the hashes of the full blocks of `tokens` [known, int32] that it lacks.
+    Entry i covers all tokens up to the end of block i, since each hash takes its parent's in."""
     first, width = len(chain), 4 * block_size
     data = tokens[first * block_size :].tobytes()
     parent = chain[-1] if chain else root
@@ -70,8 +75,8 @@ class BlockPool:
         return self._hash[block]
 
     def take(self, count: int) -> list[int]:
-        """`count` WRITABLE blocks, the free ones first, then the least recently used of the cache. Raises BlockError when there are fewer:
-        callers look at `available` before."""
+        """`count` WRITABLE blocks, the free ones first, then the least recently used of the cache.
+        Raises BlockError when there are fewer: callers look at `available` before."""
         if count > self.available:
             raise BlockError(f"{count} blocks wanted, {self.available} of {self.total} available")
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -91,7 +96,8 @@ class BlockPool:
             del self._index[key]
 
     def match(self, chain: Sequence[bytes], limit: int) -> list[int]:
-        """The cached blocks of the longest prefix of `chain`, at most `limit`. They are not held yet."""
+        """The cached blocks of the longest prefix of `chain`, at most `limit`. They are not held
+        yet."""
         found: list[int] = []
         for key in chain[:limit]:
             block = self._index.get(key)
@@ -101,7 +107,8 @@ class BlockPool:
         return found
 
     def idle(self, blocks: Iterable[int]) -> int:
-        """How many of these sealed blocks nobody holds: holding them lowers `available` by as many."""
+        """How many of these sealed blocks nobody holds: holding them lowers `available` by as
+        many."""
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def hold(self, blocks: Iterable[int]) -> None:
@@ -113,7 +120,8 @@ class BlockPool:
             self._idle.pop(block, None)
 
     def seal(self, block: int, key: bytes) -> None:
-        """A WRITABLE block is full and its content final. Of two blocks with the same content the first stays the shared one."""
+        """A WRITABLE block is full and its content final. Of two blocks with the same content the
+        first stays the shared one."""
         if self._state[block] != WRITABLE:
             raise BlockError(f"block {block} is sealed in state {self._state[block]}, not writable")
         self._state[block], self._refs[block], self._hash[block] = SEALED, 1, key
@@ -126,7 +134,8 @@ class BlockPool:
                 self._unindex(block)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Their holder is done with them. The end of a chain is released first, so that it is evicted before its beginning."""
+        """Their holder is done with them. The end of a chain is released first, so that it is
+        evicted before its beginning."""
         for block in reversed(blocks):
             state = self._state[block]
             if state == WRITABLE:
@@ -134,7 +143,9 @@ class BlockPool:
             elif state == SEALED and self._refs[block] > 0:
                 self._release_sealed(block)
             else:
-                raise BlockError(f"block {block} is released twice (state {state}, {self._refs[block]} holders)")
+                raise BlockError(
+                    f"block {block} is released twice (state {state}, {self._refs[block]} holders)"
+                )
 
     def _release_sealed(self, block: int) -> None:
         self._refs[block] -= 1
@@ -154,9 +165,15 @@ class BlockPool:
         return sum(1 for block in blocks if self._refs[block] <= 1)
 
     def check(self) -> None:
-        """The law: free + writable + sealed = total, and the lists agree with the states. Raises BlockError."""
+        """The law: free + writable + sealed = total, and the lists agree with the states. Raises
+        BlockError."""
         free, writable, sealed = (self._state.count(state) for state in (FREE, WRITABLE, SEALED))
-        if free + writable + sealed != self.total or free != len(self._free) or len(self._idle) > sealed or len(self._index) > sealed:
+        if (
+            free + writable + sealed != self.total
+            or free != len(self._free)
+            or len(self._idle) > sealed
+            or len(self._index) > sealed
+        ):
             raise BlockError(
                 f"of {self.total} blocks {free} are free ({len(self._free)} listed), {writable} writable, {sealed} sealed "
                 f"({len(self._idle)} idle, {len(self._index)} indexed)"

@@ -1,4 +1,5 @@
-"""What the scheduler has to say to each tokenizer since it last spoke: token rows, placements and ends, one Tokens message each.
+"""What the scheduler has to say to each tokenizer since it last spoke: token rows, placements and
+ends, one Tokens message each.
 
 Knows owners by number only; the address behind a number is in `peers.py`.
 """
@@ -37,7 +38,12 @@ class Mail:
         handles, attempts, executions, positions, tokens = (
             parts[0] if len(parts) == 1 else [b"".join(p[i] for p in parts) for i in range(5)]
         )
-        rest = tuple(self.placed), tuple(self.ended), _joined(self.rows), tuple(self.prompt_logprobs)
+        rest = (
+            tuple(self.placed),
+            tuple(self.ended),
+            _joined(self.rows),
+            tuple(self.prompt_logprobs),
+        )
         return Tokens(handles, attempts, executions, positions, tokens, *rest)
 
 
@@ -55,13 +61,21 @@ class Outgoing:
         mail, self._mail = self._mail, {}
         return mail
 
-    def tokens(self, slots: Slots, rows: I32, positions: I64, tokens: I32, logprobs: LogprobColumns | None) -> None:
+    def tokens(
+        self, slots: Slots, rows: I32, positions: I64, tokens: I32, logprobs: LogprobColumns | None
+    ) -> None:
         """Row i: `tokens[i]` is output token `positions[i]` of the request in slot `rows[i]`."""
         if not len(rows):
             return
         owners = slots.owner[rows]
         first = int(owners[0])
-        columns: tuple[Column, ...] = (slots.handle[rows], slots.attempt[rows], slots.execution[rows], positions.astype(np.int32), tokens)
+        columns: tuple[Column, ...] = (
+            slots.handle[rows],
+            slots.attempt[rows],
+            slots.execution[rows],
+            positions.astype(np.int32),
+            tokens,
+        )
         if (owners == first).all():
             self.mail(first).rows.append(Rows(len(rows), _packed(columns), logprobs))
             return
@@ -84,7 +98,8 @@ def _packed(columns: tuple[Column, ...]) -> tuple[bytes, bytes, bytes, bytes, by
 
 
 def select(logprobs: LogprobColumns | None, keep: NDArray[np.bool_]) -> LogprobColumns | None:
-    """The log-probabilities of the rows where `keep` [rows] holds, with `rows` counted among those."""
+    """The log-probabilities of the rows where `keep` [rows] holds, with `rows` counted among
+    those."""
     if logprobs is None:
         return None
     rows, counts = np.frombuffer(logprobs.rows, np.int32), np.frombuffer(logprobs.counts, np.int32)
@@ -113,7 +128,9 @@ def _joined(parts: list[Rows]) -> LogprobColumns | None:
             found.append((before, part.logprobs))
         before += part.count
     return LogprobColumns(
-        rows=b"".join((np.frombuffer(p.rows, np.int32) + np.int32(offset)).tobytes() for offset, p in found),
+        rows=b"".join(
+            (np.frombuffer(p.rows, np.int32) + np.int32(offset)).tobytes() for offset, p in found
+        ),
         counts=b"".join(p.counts for _, p in found),
         ranks=b"".join(p.ranks for _, p in found),
         ids=b"".join(p.ids for _, p in found),

@@ -1,7 +1,7 @@
 """The life of every request: taken in, placed, stepped, ended exactly once.
 
-Owns the queue, the replicas and the table of live attempts. Knows owners by number and workers by incarnation; who is alive, what time it
-is and where messages go is decided in `state.py`.
+Owns the queue, the replicas and the table of live attempts. Knows owners by number and workers by
+incarnation; who is alive, what time it is and where messages go is decided in `state.py`.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from pagewire.config import SchedulerConfig
 
 from . import batch, results
 from .emit import Outgoing
-from .pace import Waiting
 from .placement import Queue, choose, overload, unservable
-from .replica import Counters, Replica
 from .request import Phase, Refusal, Request, malformed
+from .step_estimator import Waiting
+from .worker_state import Counters, WorkerState
 
-NO_WORKER = Refusal(503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5)
+NO_WORKER = Refusal(
+    503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
+)
 REMEMBERED_LOSSES = 64
 
 
@@ -26,13 +28,14 @@ class Engine:
     def __init__(self, epoch: int, config: SchedulerConfig) -> None:
         self.epoch, self.config = epoch, config
         self.queue, self.out, self.counters = Queue(), Outgoing(), Counters()
-        self.replicas: dict[int, Replica] = {}
+        self.replicas: dict[int, WorkerState] = {}
         self.live: dict[bytes, Request] = {}
-        self._lost: dict[int, Replica] = {}
+        self._lost: dict[int, WorkerState] = {}
         self._executions = 0
         self._arrivals = 0
 
-    # --- requests -----------------------------------------------------------------------------------------------------
+    # --- requests
+    #   -----------------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit, owner: int, hopeful: bool) -> None:
         """`hopeful`: a worker is on its way, so that a request may wait for it."""
@@ -69,11 +72,15 @@ class Engine:
         return refusal
 
     def _overload(self, request: Request) -> Refusal | None:
-        tokens = max((r.pace.step_tokens for r in self.replicas.values()), default=self.config.step_tokens(gpu=False))
+        tokens = max(
+            (r.pace.step_tokens for r in self.replicas.values()),
+            default=self.config.step_tokens(gpu=False),
+        )
         return overload(request, self.queue, self.config, tokens)
 
     def _finished_before(self, request: Request) -> tuple[Finish, int | None] | None:
-        """A resubmitted output may end with the very token that ended it: the owner lost only the End."""
+        """A resubmitted output may end with the very token that ended it: the owner lost only the
+        End."""
         if request.output_len == 0:
             return None
         eos = next((r.slots.eos for r in self.replicas.values()), frozenset[int]())
@@ -84,7 +91,13 @@ class Engine:
         if request is not None and request.attempt <= attempt:
             self.end(request, Finish.CANCELLED)
 
-    def end(self, request: Request, finish: Finish, stop: int | None = None, refusal: Refusal | None = None) -> None:
+    def end(
+        self,
+        request: Request,
+        finish: Finish,
+        stop: int | None = None,
+        refusal: Refusal | None = None,
+    ) -> None:
         """The one way out for every accepted attempt."""
         if request.replica is not None:
             request.replica.release(request)
@@ -95,10 +108,20 @@ class Engine:
         self._say_end(request.owner, request.handle, request.attempt, finish, stop, refusal)
 
     def _say_end(
-        self, owner: int, handle: int, attempt: int, finish: Finish, stop: int | None = None, refusal: Refusal | None = None
+        self,
+        owner: int,
+        handle: int,
+        attempt: int,
+        finish: Finish,
+        stop: int | None = None,
+        refusal: Refusal | None = None,
     ) -> None:
         why = refusal or Refusal(0, "")
-        self.out.mail(owner).ended.append(End(handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s))
+        self.out.mail(owner).ended.append(
+            End(
+                handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s
+            )
+        )
 
     def drop_owner(self, owner: int) -> None:
         """Nobody waits for these requests here any more; their owners resubmit elsewhere."""
@@ -110,11 +133,13 @@ class Engine:
         for request in self.queue.waiting():
             self.end(request, Finish.REFUSED, refusal=NO_WORKER)
 
-    # --- workers ------------------------------------------------------------------------------------------------------
+    # --- workers
+    #   ------------------------------------------------------------------------------------------------------
 
     def add_worker(self, incarnation: int, inbox: str, facts: WorkerFacts) -> None:
-        """A worker that was given up and comes back is told to empty the slots that it may still hold."""
-        replica = Replica(inbox, facts, self.config, self.counters)
+        """A worker that was given up and comes back is told to empty the slots that it may still
+        hold."""
+        replica = WorkerState(inbox, facts, self.config, self.counters)
         former = self._lost.pop(incarnation, None)
         if former is not None:
             replica.sent = replica.returned = former.sent
@@ -154,16 +179,18 @@ class Engine:
     def _failed(self, request: Request, why: str) -> None:
         self.end(request, Finish.FAILED, refusal=Refusal(500, why))
 
-    # --- steps --------------------------------------------------------------------------------------------------------
+    # --- steps
+    #   --------------------------------------------------------------------------------------------------------
 
     def advance(self, send: Callable[[str, Step], None], now: float) -> None:
-        """Place what can be placed and fill every worker's steps in flight. `now`: monotonic seconds."""
+        """Place what can be placed and fill every worker's steps in flight. `now`: monotonic
+        seconds."""
         for replica in self.replicas.values():
             replica.pace.returned(replica.returned, now)
         open_ = [replica for replica in self.replicas.values() if self._due(replica) <= now]
         while open_:
             self._place()
-            stepped: list[Replica] = []
+            stepped: list[WorkerState] = []
             for replica in open_:
                 step = batch.form(replica, self.epoch, now, self._waiting())
                 self._take_back(replica)
@@ -173,16 +200,22 @@ class Engine:
             open_ = [replica for replica in stepped if self._due(replica) <= now]
 
     def due(self, now: float) -> float:
-        """When `advance` has something to do, if nothing happens before; inf when it has not. What is due already had nothing to send."""
-        return min((due for replica in self.replicas.values() if (due := self._due(replica)) > now), default=inf)
+        """When `advance` has something to do, if nothing happens before; inf when it has not. What
+        is due already had nothing to send."""
+        return min(
+            (due for replica in self.replicas.values() if (due := self._due(replica)) > now),
+            default=inf,
+        )
 
-    def _due(self, replica: Replica) -> float:
+    def _due(self, replica: WorkerState) -> float:
         return replica.pace.due(replica.backlog() + self.queue.tokens / len(self.replicas))
 
     def _waiting(self) -> Waiting:
-        return Waiting(self.queue.count / len(self.replicas), self.queue.tokens / len(self.replicas))
+        return Waiting(
+            self.queue.count / len(self.replicas), self.queue.tokens / len(self.replicas)
+        )
 
-    def _take_back(self, replica: Replica) -> None:
+    def _take_back(self, replica: WorkerState) -> None:
         """Preempted requests whose last tokens have arrived wait again."""
         requeued, replica.requeued = replica.requeued, []
         for request in requeued:
@@ -197,8 +230,9 @@ class Engine:
             self.queue.pop()
             self._put(request, *choice)
 
-    def _put(self, request: Request, replica: Replica, cached: list[int]) -> None:
-        """A preempted request keeps its execution id: its owner has pinned it, and only one chain of its tokens was ever emitted."""
+    def _put(self, request: Request, replica: WorkerState, cached: list[int]) -> None:
+        """A preempted request keeps its execution id: its owner has pinned it, and only one chain
+        of its tokens was ever emitted."""
         if request.execution:
             replica.place(request, cached)
             return

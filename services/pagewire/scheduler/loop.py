@@ -42,8 +42,8 @@ class Loop:
             self.deliver(self.state.handle(Tick(time.monotonic())))
 
     def _pause_s(self) -> float:
-        """Until the next step is due, in whole milliseconds, which is what a wait is counted in. What became due since the last tick has
-        not been tried yet."""
+        """Until the next step is due, in whole milliseconds, which is what a wait is counted in.
+        What became due since the last tick has not been tried yet."""
         due = self.state.engine.due(self.state.now)
         return min(WAIT_S, max(0.0, due - time.monotonic()) + 0.001)
 
@@ -60,13 +60,16 @@ class Loop:
     def _send(self, address: str, message: Message) -> bool:
         try:
             return self.outbox.send(address, message)
-        except Exception as error:  # an address that ZeroMQ refuses must not stop the scheduler for everyone else
+        except (
+            Exception
+        ) as error:  # an address that ZeroMQ refuses must not stop the scheduler for everyone else
             log.error("cannot send a %s to %s: %s", type(message).__name__, address, error)
             return False
 
 
 def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
-    """Schedule until SIGTERM or SIGINT. Returns the exit code; 1 when the run directory belongs to someone else or is in use."""
+    """Schedule until SIGTERM or SIGINT. Returns the exit code; 1 when the run directory belongs to
+    someone else or is in use."""
     del model
     try:
         run_dir = prepare_run_dir(run.run_dir)

@@ -1,20 +1,31 @@
-"""The processes of the stack as the scheduler sees them: who is alive, what they can do, and the Roster that tells the others.
+"""The processes of the stack as the scheduler sees them: who is alive, what they can do, and the
+Roster that tells the others.
 
-Time comes with the calls. Knows nothing of requests; owners of requests are known by a number that stands for their inbox.
+Time comes with the calls. Knows nothing of requests; owners of requests are known by a number that
+stands for their inbox.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 from msgspec.structs import replace
-from pagewire_protocol.messages import Heartbeat, Hello, Peer, Role, Roster, TokenizerFacts, WorkerFacts
+from pagewire_protocol.messages import (
+    Heartbeat,
+    Hello,
+    Peer,
+    Role,
+    Roster,
+    TokenizerFacts,
+    WorkerFacts,
+)
 
 SILENCE_S: Final = 10.0
 """A ready peer not heard of for this long is dropped."""
 LOADING_SILENCE_S: Final = 60.0
 """The same for one that is loading: an import or a large file may hold its interpreter for long."""
 PAUSE_S: Final = 2.0
-"""A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that its peers were silent."""
+"""A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that
+its peers were silent."""
 
 
 @dataclass(slots=True)
@@ -52,7 +63,10 @@ class Peers:
         if known is None:
             return False
         known.last_seen = now
-        if not known.peer.ready and (known.peer.stage, known.peer.fraction) != (beat.stage, beat.fraction):
+        if not known.peer.ready and (known.peer.stage, known.peer.fraction) != (
+            beat.stage,
+            beat.fraction,
+        ):
             known.peer = replace(known.peer, stage=beat.stage, fraction=beat.fraction)
             self._roster = None
         return True
@@ -65,10 +79,15 @@ class Peers:
 
     def expired(self, now: float) -> list[int]:
         limit = {True: SILENCE_S, False: LOADING_SILENCE_S}
-        return [k.peer.incarnation for k in self._known.values() if now - k.last_seen > limit[k.peer.ready]]
+        return [
+            k.peer.incarnation
+            for k in self._known.values()
+            if now - k.last_seen > limit[k.peer.ready]
+        ]
 
     def forgive(self, seconds: float) -> None:
-        """The scheduler itself stood still for `seconds`: nobody is blamed for a silence it could not hear."""
+        """The scheduler itself stood still for `seconds`: nobody is blamed for a silence it could
+        not hear."""
         for known in self._known.values():
             known.last_seen += seconds
 
@@ -108,7 +127,8 @@ class Peers:
 
 
 class Owners:
-    """Inboxes that results go to, by number. One whose process never said Hello is given up after SILENCE_S."""
+    """Inboxes that results go to, by number. One whose process never said Hello is given up after
+    SILENCE_S."""
 
     def __init__(self) -> None:
         self._number: dict[str, int] = {}

@@ -1,6 +1,8 @@
-"""One attempt at a request as the scheduler keeps it, and the refusals that need nothing but the request itself.
+"""One attempt at a request as the scheduler keeps it, and the refusals that need nothing but the
+request itself.
 
-Knows tokens and sampling limits; knows no worker's state (its columns while it runs are in `slots.py`).
+Knows tokens and sampling limits; knows no worker's state (its columns while it runs are in
+`slots.py`).
 """
 
 from dataclasses import dataclass
@@ -12,13 +14,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from pagewire_protocol.messages import Finish, Submit
 from pagewire_protocol.sampling import Sampling
-
-from pagewire.sampling_check import fault
+from pagewire_protocol.sampling_checks import fault
 
 from .blocks import extend_chain, root_hash
 
 if TYPE_CHECKING:
-    from .replica import Replica
+    from .worker_state import WorkerState
 
 
 class Phase(IntEnum):
@@ -26,7 +27,8 @@ class Phase(IntEnum):
     RUNNING = 1
     """It has a slot and blocks on a worker."""
     DRAINING = 2
-    """Preempted; its slot is kept until the steps in flight have returned, since their tokens count."""
+    """Preempted; its slot is kept until the steps in flight have returned, since their tokens
+    count."""
     ENDED = 3
 
 
@@ -39,7 +41,8 @@ class Refusal:
 
 
 class Request:
-    """`prompt` and `tokens` (prompt, then output) are int32 arrays; while it runs its tokens live in its slot and `tokens` is stale."""
+    """`prompt` and `tokens` (prompt, then output) are int32 arrays; while it runs its tokens live
+    in its slot and `tokens` is stale."""
 
     __slots__ = (
         "attempt",
@@ -72,7 +75,7 @@ class Request:
         self.chain: list[bytes] = []
         self.chain_block_size = 0
         self.phase, self.execution = Phase.WAITING, 0
-        self.replica: Replica | None = None
+        self.replica: WorkerState | None = None
         self.slot = -1
         self.blocks: list[int] = []
 
@@ -96,20 +99,25 @@ class Request:
         return self.sampling.prompt_logprobs >= 0
 
     def know(self, tokens: NDArray[np.int32]) -> None:
-        """`tokens` are known. Output among them came after the log-probabilities of the whole prompt, which are not wanted twice."""
+        """`tokens` are known. Output among them came after the log-probabilities of the whole
+        prompt, which are not wanted twice."""
         self.tokens = tokens
         if self.scores_prompt and self.output_len:
             self.sampling = replace(self.sampling, prompt_logprobs=-1)
 
     def chained(self, block_size: int, tokens: NDArray[np.int32]) -> list[bytes]:
-        """The hashes of the full blocks of `tokens`, which are this request's from its first one on."""
+        """The hashes of the full blocks of `tokens`, which are this request's from its first one
+        on."""
         if self.chain_block_size != block_size:
             self.chain, self.chain_block_size = [], block_size
         extend_chain(self.chain, self.root, tokens, block_size)
         return self.chain
 
-    def finish_at(self, token: int, output_len: int, eos: frozenset[int]) -> tuple[Finish, int | None] | None:
-        """How the request ends when `token` is its `output_len`-th output token; None when it goes on."""
+    def finish_at(
+        self, token: int, output_len: int, eos: frozenset[int]
+    ) -> tuple[Finish, int | None] | None:
+        """How the request ends when `token` is its `output_len`-th output token; None when it goes
+        on."""
         if output_len >= self.sampling.min_tokens:
             if token in self.sampling.stop_token_ids:
                 return Finish.STOP, token
@@ -119,9 +127,14 @@ class Request:
 
 
 def malformed(submit: Submit) -> Refusal | None:
-    """What is wrong with a submission whoever serves it. Everything else about it is checked before, by its wire type."""
+    """What is wrong with a submission whoever serves it. Everything else about it is checked
+    before, by its wire type."""
     if len(submit.prompt) % 4 or len(submit.output) % 4:
-        return Refusal(400, "token ids must be a column of int32: its length is no multiple of 4 bytes", "prompt")
+        return Refusal(
+            400,
+            "token ids must be a column of int32: its length is no multiple of 4 bytes",
+            "prompt",
+        )
     if not submit.prompt:
         return Refusal(400, "the prompt is empty; give at least one token", "prompt")
     found = fault(submit.sampling, 0)
@@ -129,7 +142,8 @@ def malformed(submit: Submit) -> Refusal | None:
 
 
 def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
-    """A token, in the prompt or among those that sampling speaks of, that the model does not have."""
+    """A token, in the prompt or among those that sampling speaks of, that the model does not
+    have."""
     found = fault(request.sampling, vocab_size)
     if found is not None:
         return Refusal(400, *found)
@@ -137,4 +151,8 @@ def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
     if low >= 0 and high < vocab_size:
         return None
     wrong = low if low < 0 else high
-    return Refusal(400, f"token id {wrong} is outside the model's vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})", "prompt")
+    return Refusal(
+        400,
+        f"token id {wrong} is outside the model's vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})",
+        "prompt",
+    )

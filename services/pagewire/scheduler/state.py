@@ -1,7 +1,9 @@
-"""The scheduler as a state machine: `handle(event)` takes a message or the time and returns what is to be sent. No sockets, no clock.
+"""The scheduler as a state machine: `handle(event)` takes a message or the time and returns what is
+to be sent. No sockets, no clock.
 
-Decides who is alive and what everyone is told; the requests themselves are in `engine.py`. Messages only change state: steps, tokens and
-rosters go out with the next `Tick`, so that all that arrived together is answered together.
+Decides who is alive and what everyone is told; the requests themselves are in `engine.py`. Messages
+only change state: steps, tokens and rosters go out with the next `Tick`, so that all that arrived
+together is answered together.
 """
 
 import logging
@@ -32,7 +34,8 @@ log = logging.getLogger("pagewire.scheduler")
 EVERY_S: Final = 1.0
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
-"""A new scheduler gives the workers of its predecessor this long to say Hello before it says that there are none."""
+"""A new scheduler gives the workers of its predecessor this long to say Hello before it says that
+there are none."""
 WORKER_GRACE_S: Final = 60.0
 """How long requests that were already served wait for a new worker when there is none."""
 
@@ -61,7 +64,8 @@ class Scheduler:
         self.engine, self.peers, self.owners = Engine(epoch, config), Peers(), Owners()
         self.epoch, self.now = epoch, 0.0
         self.at_once: Callable[[str, Message], bool] | None = None
-        """What takes steps and tokens as soon as they are made, while the next ones are; False where it could not."""
+        """What takes steps and tokens as soon as they are made, while the next ones are; False
+        where it could not."""
         self._outputs: list[Output] = []
         self._greet: set[str] = set()
         self._distrusted: set[int] = set()
@@ -91,7 +95,8 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    # --- requests -----------------------------------------------------------------------------------------------------
+    # --- requests
+    #   -----------------------------------------------------------------------------------------------------
 
     def _submit(self, submit: Submit) -> None:
         owner = self.owners.number(submit.reply_to, bool(self.peers.at(submit.reply_to)), self.now)
@@ -106,11 +111,16 @@ class Scheduler:
             self._distrusted.add(result.incarnation)
             self._remove(result.incarnation, "cannot be trusted")
 
-    # --- peers --------------------------------------------------------------------------------------------------------
+    # --- peers
+    #   --------------------------------------------------------------------------------------------------------
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
-        if peer.incarnation in self._distrusted or peer.role is Role.SCHEDULER or not peer.inbox.startswith("ipc://"):
+        if (
+            peer.incarnation in self._distrusted
+            or peer.role is Role.SCHEDULER
+            or not peer.inbox.startswith("ipc://")
+        ):
             return
         for former in self.peers.hello(hello, self.now):
             self._gone(former, "was replaced")
@@ -146,7 +156,8 @@ class Scheduler:
             self._remove(incarnation, "is unreachable")
         self._forget(inbox)
 
-    # --- time ---------------------------------------------------------------------------------------------------------
+    # --- time
+    #   ---------------------------------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> None:
         if self._started == NOT_YET:
@@ -165,7 +176,8 @@ class Scheduler:
             self._send_rosters(due)
 
     def _send_mail(self) -> None:
-        """Before the next steps, which are not urgent while others are under way, and after them, for those who got their places."""
+        """Before the next steps, which are not urgent while others are under way, and after them,
+        for those who got their places."""
         for owner, mail in self.engine.out.take().items():
             inbox = self.owners.inbox(owner)
             if inbox is not None:
@@ -197,18 +209,24 @@ class Scheduler:
         if inboxes:
             stats = self.stats()
             for inbox in sorted(inboxes):
-                self._outputs.append((inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {})))
+                self._outputs.append(
+                    (inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {}))
+                )
 
     def stats(self) -> dict[str, float]:
-        """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction of 1.
+        """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction
+        of 1.
 
-        step_ms is the time of a step lately, step_ms_ratio what steps with prefill take of their estimate; both of the slowest worker."""
+        step_ms is the time of a step lately, step_ms_ratio what steps with prefill take of their
+        estimate; both of the slowest worker."""
         engine = self.engine
         pools = [replica.pool for replica in engine.replicas.values()]
         paces = [replica.pace for replica in engine.replicas.values()]
         total, available = sum(pool.total for pool in pools), sum(pool.available for pool in pools)
         return {
-            "num_requests_running": float(sum(replica.load for replica in engine.replicas.values())),
+            "num_requests_running": float(
+                sum(replica.load for replica in engine.replicas.values())
+            ),
             "num_requests_waiting": float(engine.queue.count),
             "num_tokens_waiting": float(engine.queue.tokens),
             "kv_blocks_total": float(total),
@@ -216,7 +234,9 @@ class Scheduler:
             "kv_blocks_cached": float(sum(pool.cached for pool in pools)),
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
             "workers": float(len(pools)),
-            "steps_in_flight": float(sum(len(replica.flights) for replica in engine.replicas.values())),
+            "steps_in_flight": float(
+                sum(len(replica.flights) for replica in engine.replicas.values())
+            ),
             "step_ms": max((pace.step_ms for pace in paces), default=0.0),
             "step_ms_ratio": max((pace.ratio for pace in paces), default=1.0),
             **{name: float(value) for name, value in asdict(engine.counters).items()},

@@ -1,7 +1,9 @@
-"""Token ids back to text, one token at a time, never a broken character. It knows neither requests nor stop strings.
+"""Token ids back to text, one token at a time, never a broken character. It knows neither requests
+nor stop strings.
 
-For most tokenizers a token stands for fixed bytes, whatever stands around it; then decoding is a table look-up, and only a token that is no
-whole UTF-8 by itself costs more (`TableDecoder`). For the others (WordPiece, CTC, …) a window of tokens is decoded again at each step.
+For most tokenizers a token stands for fixed bytes, whatever stands around it; then decoding is a
+table look-up, and only a token that is no whole UTF-8 by itself costs more (`TableDecoder`). For
+the others (WordPiece, CTC, …) a window of tokens is decoded again at each step.
 """
 
 import codecs
@@ -20,17 +22,21 @@ REPLACEMENT: Final = "\ufffd"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the others for the characters from U+0100 on."""
+    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the others for
+    the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + n): byte for n, byte in enumerate(others)
+    }
 
 
 BYTE_OF: Final = _byte_alphabet()
 
 
 class Decoder(Protocol):
-    """One request's decoding. `texts[token]` may be used in place of `step` while `clean`, unless it is None."""
+    """One request's decoding. `texts[token]` may be used in place of `step` while `clean`, unless
+    it is None."""
 
     texts: list[str | None]
     clean: bool
@@ -72,7 +78,8 @@ class TableDecoder:
 
 
 class WindowDecoder:
-    """Decodes the tokens since the last certain text twice, with and without the new one; the difference is the new text."""
+    """Decodes the tokens since the last certain text twice, with and without the new one; the
+    difference is the new text."""
 
     clean = False
 
@@ -104,7 +111,8 @@ class WindowDecoder:
 
 
 class Tables(NamedTuple):
-    """By token id: the bytes it stands for, and its text, None where the bytes are no whole UTF-8. Shared by all requests."""
+    """By token id: the bytes it stands for, and its text, None where the bytes are no whole UTF-8.
+    Shared by all requests."""
 
     raw: list[bytes]
     texts: list[str | None]
@@ -121,7 +129,11 @@ class Decoding:
         steps = _flatten(_state(tokenizer.decoder)) if tokenizer else []
         self.tabled = tokenizer is None or _is_tabled(steps)
         self.lead = int(any(step["type"] == "Strip" or _strips(step) for step in steps))
-        raw = [_token_bytes(token, steps) for token in tokens] if self.tabled else [token.encode() for token in tokens]
+        raw = (
+            [_token_bytes(token, steps) for token in tokens]
+            if self.tabled
+            else [token.encode() for token in tokens]
+        )
         self._all = Tables(raw, [_text(data) for data in raw])
         kept = [b"" if token in self.special else data for token, data in enumerate(raw)]
         self._without_special = Tables(kept, [_text(data) for data in kept])
@@ -139,9 +151,15 @@ class Decoding:
             texts.extend([""] * missing)
 
     def start(
-        self, *, silent: bool = False, skip_special: bool = True, spaces_between_special: bool = True, at_start: bool = False
+        self,
+        *,
+        silent: bool = False,
+        skip_special: bool = True,
+        spaces_between_special: bool = True,
+        at_start: bool = False,
     ) -> Decoder:
-        """`silent`: no text at all. `at_start`: nothing was said before, so a space that begins every text is taken off."""
+        """`silent`: no text at all. `at_start`: nothing was said before, so a space that begins
+        every text is taken off."""
         if silent:
             return TableDecoder(self._silent.texts, self._silent.raw)
         if not self.tabled and self._tokenizer:
@@ -151,9 +169,12 @@ class Decoding:
         return TableDecoder(tables.texts, tables.raw, self.lead if at_start else 0)
 
     def bytes_of(self, ids: NDArray[np.int32]) -> tuple[bytes, ...]:
-        """What each token stands for, special ones included. Raises ValueError for an id beyond the vocabulary."""
+        """What each token stands for, special ones included. Raises ValueError for an id beyond the
+        vocabulary."""
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.size:
-            raise ValueError(f"token ids from {ids.min()} to {ids.max()} with a vocabulary of {self.size}")
+            raise ValueError(
+                f"token ids from {ids.min()} to {ids.max()} with a vocabulary of {self.size}"
+            )
         return tuple(map(self._all.raw.__getitem__, ids.tolist()))
 
     def is_start(self, ids: Iterable[int]) -> bool:
@@ -186,7 +207,11 @@ def _state(decoder: Any) -> dict[str, Any]:
 
 
 def _flatten(state: dict[str, Any]) -> list[dict[str, Any]]:
-    return [inner for step in state["decoders"] for inner in _flatten(step)] if state["type"] == "Sequence" else [state]
+    return (
+        [inner for step in state["decoders"] for inner in _flatten(step)]
+        if state["type"] == "Sequence"
+        else [state]
+    )
 
 
 def _strips(step: dict[str, Any]) -> bool:
@@ -194,11 +219,15 @@ def _strips(step: dict[str, Any]) -> bool:
 
 
 def _is_tabled(steps: list[dict[str, Any]]) -> bool:
-    """Whether each step treats a token without regard to its neighbours, but for one space stripped off the whole text's start."""
+    """Whether each step treats a token without regard to its neighbours, but for one space stripped
+    off the whole text's start."""
     fused = False
     for step in steps:
         match step:
-            case {"type": "ByteLevel" | "ByteFallback" | "Metaspace"} | {"type": "Replace", "pattern": {"String": _}}:
+            case {"type": "ByteLevel" | "ByteFallback" | "Metaspace"} | {
+                "type": "Replace",
+                "pattern": {"String": _},
+            }:
                 if fused:
                     return False
             case {"type": "Fuse"}:

@@ -1,6 +1,8 @@
-"""A prompt as token ids, and whether it can be served at all. It knows what a request says, not who sent it or where it goes.
+"""A prompt as token ids, and whether it can be served at all. It knows what a request says, not who
+sent it or where it goes.
 
-Everything that is wrong with a request is a `Refused`, whose text is for the client and has the numbers.
+Everything that is wrong with a request is a `Refused`, whose text is for the client and has the
+numbers.
 """
 
 from typing import Final, NamedTuple
@@ -9,9 +11,9 @@ import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
+from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
 
-from ..sampling_check import fault
 from .template import ChatTemplate, TemplateRefused
 
 LONG: Final = 20_000
@@ -37,7 +39,8 @@ def size_of(prompt: Prompt) -> int:
 
 
 class Encoded(NamedTuple):
-    """What was text in a request, as int32 columns: the prompt, and the sequences of token ids that its bad words stand for."""
+    """What was text in a request, as int32 columns: the prompt, and the sequences of token ids that
+    its bad words stand for."""
 
     prompt: bytes
     bad_words: tuple[bytes, ...] = ()
@@ -56,14 +59,20 @@ class Encoder:
 
     def encode_request(self, request: Generate) -> Encoded:
         """Raises Refused."""
-        return Encoded(self.encode(request.prompt, request.add_special_tokens), self._words(request.text.bad_words))
+        return Encoded(
+            self.encode(request.prompt, request.add_special_tokens),
+            self._words(request.text.bad_words),
+        )
 
     def encode(self, prompt: Prompt, add_special_tokens: bool) -> bytes:
         """The prompt as an int32 column. Raises Refused."""
         match (prompt.ids, prompt.text, prompt.chat):
             case (bytes() as ids, None, None):
                 if len(ids) % 4:
-                    raise Refused(f"the token ids are {len(ids)} bytes long, which is no multiple of 4", "prompt")
+                    raise Refused(
+                        f"the token ids are {len(ids)} bytes long, which is no multiple of 4",
+                        "prompt",
+                    )
                 return ids
             case (None, str() as text, None):
                 return self._encode_text(text, add_special_tokens, "prompt")
@@ -87,25 +96,37 @@ class Encoder:
     def _known(self, column: bytes) -> list[int]:
         assert self._tokenizer is not None
         if len(column) % 4:
-            raise Refused(f"the token ids are {len(column)} bytes long, which is no multiple of 4", "tokens")
+            raise Refused(
+                f"the token ids are {len(column)} bytes long, which is no multiple of 4", "tokens"
+            )
         ids, size = np.frombuffer(column, np.int32), self._tokenizer.get_vocab_size()
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
-            raise Refused(f"token id {outside[0]} is outside the tokenizer's vocabulary of {size} tokens", "tokens")
+            raise Refused(
+                f"token id {outside[0]} is outside the tokenizer's vocabulary of {size} tokens",
+                "tokens",
+            )
         return ids.tolist()
 
     def _words(self, words: tuple[str, ...]) -> tuple[bytes, ...]:
-        """As vLLM reads them: each as at the beginning of a text, and as after a space where that makes another first token and as many."""
+        """As vLLM reads them: each as at the beginning of a text, and as after a space where that
+        makes another first token and as many."""
         if not words:
             return ()
         if self._tokenizer is None:
             raise _no_tokenizer("bad_words")
         texts = [space + word.lstrip() for word in words for space in ("", " ")]
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = [
+            encoding.ids
+            for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
         found: list[list[int]] = []
         for word, bare, spaced in zip(words, ids[::2], ids[1::2], strict=True):
             if not 0 < len(bare) <= MAX_BAD_WORD_TOKENS:
-                raise Refused(f"bad_words: {word!r} is {len(bare)} tokens long; 1 to {MAX_BAD_WORD_TOKENS} are possible", "bad_words")
+                raise Refused(
+                    f"bad_words: {word!r} is {len(bare)} tokens long; 1 to {MAX_BAD_WORD_TOKENS} are possible",
+                    "bad_words",
+                )
             found.append(bare)
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 found.append(spaced)
@@ -115,7 +136,10 @@ class Encoder:
         if self._tokenizer is None:
             raise _no_tokenizer("messages")
         if self._template is None:
-            raise Refused("this model has no chat template: start the server with --chat-template, or use /v1/completions", "messages")
+            raise Refused(
+                "this model has no chat template: start the server with --chat-template, or use /v1/completions",
+                "messages",
+            )
         try:
             return self._template.render(chat)
         except TemplateRefused as refusal:
@@ -124,25 +148,35 @@ class Encoder:
     def _encode_text(self, text: str, add_special_tokens: bool, param: str) -> bytes:
         if self._tokenizer is None:
             raise _no_tokenizer(param)
-        # The batch call keeps no offsets and releases the interpreter's lock, so a long prompt in a thread delays nobody.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        # The batch call keeps no offsets and releases the interpreter's lock, so a long prompt in a
+        # thread delays nobody.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
         return np.array(encoding.ids, np.int32).tobytes()
 
 
 def _no_tokenizer(param: str) -> Refused:
-    return Refused("this server was started with --skip-tokenizer-init and takes token ids only, not text", param)
+    return Refused(
+        "this server was started with --skip-tokenizer-init and takes token ids only, not text",
+        param,
+    )
 
 
 def truncated(request: Generate, ids: bytes, max_model_len: int) -> bytes:
-    """The prompt without its beginning, as far as the client asked for that. Where the context has no room at all it stays whole."""
+    """The prompt without its beginning, as far as the client asked for that. Where the context has
+    no room at all it stays whole."""
     keep = request.text.truncate_prompt
     if keep < 0:
-        keep = max(0, max_model_len - (1 if request.max_tokens_is_rest else request.sampling.max_tokens))
+        keep = max(
+            0, max_model_len - (1 if request.max_tokens_is_rest else request.sampling.max_tokens)
+        )
     return ids[-4 * keep :] if keep else ids
 
 
 def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
-    """The sampling to submit, with max_tokens and bad words filled in. Raises Refused when the model cannot serve the request."""
+    """The sampling to submit, with max_tokens and bad words filled in. Raises Refused when the
+    model cannot serve the request."""
     sampling = request.sampling
     if encoded.bad_words:
         sampling = replace(sampling, bad_words=sampling.bad_words + encoded.bad_words)
@@ -150,7 +184,9 @@ def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
     if found is not None:
         raise Refused(*found)
     max_tokens = _max_tokens(request, encoded.prompt, roster)
-    return sampling if max_tokens == sampling.max_tokens else replace(sampling, max_tokens=max_tokens)
+    return (
+        sampling if max_tokens == sampling.max_tokens else replace(sampling, max_tokens=max_tokens)
+    )
 
 
 def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
@@ -160,14 +196,20 @@ def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
         raise Refused("the prompt is empty: it has 0 tokens", param)
     outside = prompt[(prompt < 0) | (prompt >= roster.vocab_size)]
     if len(outside):
-        raise Refused(f"token id {outside[0]} is outside the model's vocabulary of {roster.vocab_size} tokens", param)
+        raise Refused(
+            f"token id {outside[0]} is outside the model's vocabulary of {roster.vocab_size} tokens",
+            param,
+        )
     room = roster.max_model_len - len(prompt)
     if request.max_tokens_is_rest:
         if room < 1:
             raise Refused(_too_long(roster.max_model_len, len(prompt), 1), param)
         return room
     if request.sampling.max_tokens > room:
-        raise Refused(_too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens), param if room < 1 else "max_tokens")
+        raise Refused(
+            _too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),
+            param if room < 1 else "max_tokens",
+        )
     return request.sampling.max_tokens
 
 

@@ -1,8 +1,9 @@
-"""Directories whose tokenizer is no tokenizer.json but a sentencepiece model, a file of ranks or GPT-2's two files: which it is, and what
-its family adds.
+"""Directories whose tokenizer is no tokenizer.json but a sentencepiece model, a file of ranks or
+GPT-2's two files: which it is, and what its family adds.
 
-Families differ in the tokens outside the file and in what they put before a text; elsewhere that is said by code of the repository.
-Known by the class that tokenizer_config.json names, or by config.json. It knows neither file format.
+Families differ in the tokens outside the file and in what they put before a text; elsewhere that is
+said by code of the repository. Known by the class that tokenizer_config.json names, or by
+config.json. It knows neither file format.
 """
 
 from collections.abc import Sequence
@@ -10,27 +11,72 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from . import sentencepiece_model, sentencepiece_tokenizer, tiktoken_bpe
 from .gguf_tokenizer import LLAMA3, QWEN2
 
 Config = dict[str, Any]
 Added = list[tuple[AddedToken, int]]
-NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 MODEL_FILE: Final = "tokenizer.model"
 LLAMA_LIKE: Final = (
     *("", "LlamaTokenizer", "LLaMATokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"),
     *("BaichuanTokenizer", "BaiChuanTokenizer", "PreTrainedTokenizerFast"),
 )
-GPT2_LIKE: Final = ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast", "Qwen2Tokenizer")
+GPT2_LIKE: Final = (
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "CodeGenTokenizer",
+    "CodeGenTokenizerFast",
+    "Qwen2Tokenizer",
+)
 GPT2_FILES: Final = ("vocab.json", "merges.txt")
 GLM4: Final = (
-    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *(
+        "<|endoftext|>",
+        "[MASK]",
+        "[gMASK]",
+        "[sMASK]",
+        "<sop>",
+        "<eop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+    ),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
 )
-CHATGLM: Final = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-"""In the order of their ids, which follow the pieces. ChatGLM itself calls two of them sop and eop, as if they were words."""
+CHATGLM: Final = (
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+)
+"""In the order of their ids, which follow the pieces. ChatGLM itself calls two of them sop and eop,
+as if they were words."""
 CHATGLM_PREFIX: Final = ("[gMASK]", "<sop>")
 BAICHUAN_MARKS: Final = {"user": 195, "assistant": 196}
 """The ids that begin a role's message, where generation_config.json names no others."""
@@ -46,8 +92,9 @@ class Built(NamedTuple):
 
 
 def build(path: Path, settings: Config, config: Config, generation: Config) -> Built | None:
-    """The tokenizer in directory `path`, by tokenizer_config.json, config.json and generation_config.json; None where there is none that
-    is known here. Raises BadFiles, BadRanks, BadModel, UnsupportedModel, OSError."""
+    """The tokenizer in directory `path`, by tokenizer_config.json, config.json and
+    generation_config.json; None where there is none that is known here. Raises BadFiles, BadRanks,
+    BadModel, UnsupportedModel, OSError."""
     ranks = next(iter(sorted(path.glob("*.tiktoken"))), None)
     file = path / MODEL_FILE
     kind = str(settings.get("tokenizer_class") or "")
@@ -57,7 +104,9 @@ def build(path: Path, settings: Config, config: Config, generation: Config) -> B
         return _gpt2(path, settings)
     if not file.is_file():
         return None
-    chatglm = kind in ("ChatGLMTokenizer", "ChatGLM4Tokenizer") or config.get("model_type") == "chatglm"
+    chatglm = (
+        kind in ("ChatGLMTokenizer", "ChatGLM4Tokenizer") or config.get("model_type") == "chatglm"
+    )
     if tiktoken_bpe.is_ranks(file):
         return _glm4(file, settings) if chatglm else None
     if chatglm:
@@ -87,15 +136,28 @@ def _gpt2(path: Path, settings: Config) -> Built:
     names = named(settings)
     for token, _ in sorted(_added(settings), key=lambda entry: entry[1]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-    tokenizer.add_special_tokens([_special(token) for token in dict.fromkeys(names.values()) if tokenizer.token_to_id(token) is not None])
-    _surround(tokenizer, [names["bos_token"]] if settings.get("add_bos_token") and "bos_token" in names else [], [])
+    tokenizer.add_special_tokens(
+        [
+            _special(token)
+            for token in dict.fromkeys(names.values())
+            if tokenizer.token_to_id(token) is not None
+        ]
+    )
+    _surround(
+        tokenizer,
+        [names["bos_token"]] if settings.get("add_bos_token") and "bos_token" in names else [],
+        [],
+    )
     return Built(tokenizer, names)
 
 
 def _qwen(file: Path) -> Built:
     ranks = tiktoken_bpe.read_ranks(file)
     special = [(token, len(ranks) + n) for n, token in enumerate(tiktoken_bpe.QWEN_SPECIAL)]
-    return Built(tiktoken_bpe.build(ranks, QWEN2, special, composed=True), {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    return Built(
+        tiktoken_bpe.build(ranks, QWEN2, special, composed=True),
+        {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    )
 
 
 def _glm4(file: Path, settings: Config) -> Built:
@@ -115,7 +177,10 @@ def _chatglm(model: sentencepiece_model.Model) -> Built:
 
 
 def _marks(model: sentencepiece_model.Model, generation: Config) -> dict[str, int]:
-    ids = {f"{role}_token": int(generation.get(f"{role}_token_id", index)) for role, index in BAICHUAN_MARKS.items()}
+    ids = {
+        f"{role}_token": int(generation.get(f"{role}_token_id", index))
+        for role, index in BAICHUAN_MARKS.items()
+    }
     return {name: index for name, index in ids.items() if index < len(model.pieces)}
 
 
@@ -125,24 +190,42 @@ def _llama(model: sentencepiece_model.Model, settings: Config, marks: dict[str, 
         model = replace(model, dummy_prefix=False)
     added = [entry for entry in _added(settings) if entry[1] >= len(model.pieces)]
     added += [(_special(model.pieces[index]), index) for index in marks.values()]
-    tokenizer = sentencepiece_tokenizer.build(model, added, prefix_first_only=settings.get("legacy") is False)
-    names = {**_named(model), **{name: model.pieces[index] for name, index in marks.items()}, **named(settings)}
-    before = [names["bos_token"]] if settings.get("add_bos_token", True) and "bos_token" in names else []
-    after = [names["eos_token"]] if settings.get("add_eos_token", False) and "eos_token" in names else []
+    tokenizer = sentencepiece_tokenizer.build(
+        model, added, prefix_first_only=settings.get("legacy") is False
+    )
+    names = {
+        **_named(model),
+        **{name: model.pieces[index] for name, index in marks.items()},
+        **named(settings),
+    }
+    before = (
+        [names["bos_token"]] if settings.get("add_bos_token", True) and "bos_token" in names else []
+    )
+    after = (
+        [names["eos_token"]]
+        if settings.get("add_eos_token", False) and "eos_token" in names
+        else []
+    )
     _surround(tokenizer, before, after)
     return Built(tokenizer, names)
 
 
 def named(settings: Config) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json or special_tokens_map.json names, which chat templates may use."""
+    """The special tokens that tokenizer_config.json or special_tokens_map.json names, which chat
+    templates may use."""
     values = {name: settings.get(name) for name in NAMED}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    contents = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
     return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 def _named(model: sentencepiece_model.Model) -> dict[str, str]:
     ids = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unk}
-    return {name: model.pieces[index] for name, index in ids.items() if 0 <= index < len(model.pieces)}
+    return {
+        name: model.pieces[index] for name, index in ids.items() if 0 <= index < len(model.pieces)
+    }
 
 
 def _special(token: str) -> AddedToken:
@@ -156,7 +239,10 @@ def _added(settings: Config) -> Added:
 
 
 def _added_token(entry: Config) -> AddedToken:
-    options = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+    options = {
+        name: bool(entry.get(name))
+        for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+    }
     return AddedToken(entry["content"], **options)
 
 
@@ -164,6 +250,10 @@ def _surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str])
     """What is put around each text that is encoded with special tokens."""
     tokens = [*before, *after]
     if tokens:
-        single = " ".join([*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)])
+        single = " ".join(
+            [*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)]
+        )
         special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(tokens)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )

@@ -1,7 +1,9 @@
-"""Reads the key-value part of a GGUF file, and nothing of its tensors. It does not know what the keys mean.
+"""Reads the key-value part of a GGUF file, and nothing of its tensors. It does not know what the
+keys mean.
 
-The `gguf` package builds a numpy view for every string, which takes seconds for a vocabulary; the tokenizer needs plain lists.
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (little-endian, versions 2 and 3).
+The `gguf` package builds a numpy view for every string, which takes seconds for a vocabulary; the
+tokenizer needs plain lists. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+(little-endian, versions 2 and 3).
 """
 
 import mmap
@@ -12,7 +14,19 @@ from typing import Any, Final
 MAGIC: Final = b"GGUF"
 STRING: Final = 8
 ARRAY: Final = 9
-SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS: Final = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 Buffer = mmap.mmap
 _length = struct.Struct("<Q").unpack_from
@@ -23,11 +37,14 @@ class BadGguf(ValueError):
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """All keys with their values: str, int, float, bool, or a list or tuple of these. Raises BadGguf, OSError."""
+    """All keys with their values: str, int, float, bool, or a list or tuple of these. Raises
+    BadGguf, OSError."""
     with path.open("rb") as file:
         head = file.read(4)
         if head != MAGIC:
-            raise BadGguf(f"{path.name} is not a GGUF file: {f'it begins with {head!r}' if head else 'it is empty'}")
+            raise BadGguf(
+                f"{path.name} is not a GGUF file: {f'it begins with {head!r}' if head else 'it is empty'}"
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             try:
                 return _read_all(buffer)

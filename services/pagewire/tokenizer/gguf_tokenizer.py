@@ -1,12 +1,23 @@
-"""Builds a `tokenizers.Tokenizer` from GGUF metadata: byte-level BPE ("gpt2") and sentencepiece BPE with scores ("llama").
+"""Builds a `tokenizers.Tokenizer` from GGUF metadata: byte-level BPE ("gpt2") and sentencepiece BPE
+with scores ("llama").
 
-It knows the pre-tokenizers that GGUF only names (`tokenizer.ggml.pre`), as the models' own tokenizer.json files define them;
-where a rule is known from llama.cpp alone (src/llama-vocab.cpp), that one.
+It knows the pre-tokenizers that GGUF only names (`tokenizer.ggml.pre`), as the models' own
+tokenizer.json files define them; where a rule is known from llama.cpp alone (src/llama-vocab.cpp),
+that one.
 """
 
 from typing import Any, Final
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from . import sentencepiece_tokenizer
 from .sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Model
@@ -22,7 +33,14 @@ CASED: Final = (  # written as escapes: what Unicode normalization would change
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌ"
     "ῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-DEEPSEEK: Final = ("[\r\n]", rf"\s?[{CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+DEEPSEEK: Final = (
+    "[\r\n]",
+    rf"\s?[{CASED}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}",
+)
 DEFAULT: Final = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 DIGITS_GPT2: Final = (r"\p{N}", GPT2)
 
@@ -46,7 +64,8 @@ SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "deepseek-llm": DEEPSEEK,
 }
 WHOLE_WORDS: Final = ("llama-bpe", "llama3", "llama-v3")
-"""A pre-token that is a vocabulary entry is taken whole, whatever the merges say. These also put BOS first by default."""
+"""A pre-token that is a vocabulary entry is taken whole, whatever the merges say. These also put
+BOS first by default."""
 COMPOSED: Final = ("qwen2", "deepseek-r1-qwen")
 
 
@@ -74,7 +93,13 @@ def build(metadata: dict[str, Any]) -> Tokenizer:
 def named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     """The special tokens that chat templates may name, e.g. {"bos_token": "<s>"}."""
     tokens: list[str] = metadata[PREFIX + "tokens"]
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator"}
+    keys = {
+        "bos_token": "bos",
+        "eos_token": "eos",
+        "unk_token": "unknown",
+        "pad_token": "padding",
+        "sep_token": "seperator",
+    }
     ids = {name: metadata.get(f"{PREFIX}{key}_token_id", -1) for name, key in keys.items()}
     return {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
 
@@ -91,13 +116,16 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     if pre in COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    # A piece may itself contain a space in files made from sentencepiece models; the separator is the first that leaves two pieces.
+    # A piece may itself contain a space in files made from sentencepiece models; the separator is
+    # the first that leaves two pieces.
     cut = merge.find(" ", 1)
     return merge[:cut], merge[cut + 1 :]
 
@@ -105,7 +133,10 @@ def _pair(merge: str) -> tuple[str, str]:
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     tokens: list[str] = metadata[PREFIX + "tokens"]
     kinds = metadata.get(PREFIX + "token_type") or [NORMAL] * len(tokens)
-    ids = {name: metadata.get(f"{PREFIX}{key}_token_id", -1) for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))}
+    ids = {
+        name: metadata.get(f"{PREFIX}{key}_token_id", -1)
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))
+    }
     return sentencepiece_tokenizer.build(
         Model(
             list(tokens),
@@ -124,18 +155,38 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     kinds = metadata.get(PREFIX + "token_type", ())
     wanted = [
-        (token, kind) for token, kind in zip(metadata[PREFIX + "tokens"], kinds, strict=False) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        (token, kind)
+        for token, kind in zip(metadata[PREFIX + "tokens"], kinds, strict=False)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind in wanted if kind != USER_DEFINED])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token, kind in wanted if kind == USER_DEFINED])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in wanted
+            if kind != USER_DEFINED
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=False)
+            for token, kind in wanted
+            if kind == USER_DEFINED
+        ]
+    )
 
 
 def _add_post_processor(tokenizer: Tokenizer, metadata: dict[str, Any], kind: str) -> None:
     named = named_tokens(metadata)
     first_by_default = kind == "llama" or metadata.get(PREFIX + "pre") in WHOLE_WORDS
-    bos = named.get("bos_token") if metadata.get(PREFIX + "add_bos_token", first_by_default) else None
+    bos = (
+        named.get("bos_token") if metadata.get(PREFIX + "add_bos_token", first_by_default) else None
+    )
     eos = named.get("eos_token") if metadata.get(PREFIX + "add_eos_token", False) else None
     special = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
     if special:
-        single = " ".join(filter(None, [f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else ""]))
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        single = " ".join(
+            filter(None, [f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else ""])
+        )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )

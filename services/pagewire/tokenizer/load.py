@@ -1,7 +1,9 @@
-"""Finds and builds the tokenizer of a model: its `tokenizers` object, chat template and named special tokens. It knows no requests.
+"""Finds and builds the tokenizer of a model: its `tokenizers` object, chat template and named
+special tokens. It knows no requests.
 
-Sources: a directory with tokenizer.json, one of the formats of `formats`, or one GGUF file; or a GGUF file. Directories with other formats
-only go through transformers, imported then and without torch. A model that ships no chat template may get a built-in one.
+Sources: a directory with tokenizer.json, one of the formats of `formats`, or one GGUF file; or a
+GGUF file. Directories with other formats only go through transformers, imported then and without
+torch. A model that ships no chat template may get a built-in one.
 """
 
 import contextlib
@@ -15,10 +17,25 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
-from . import formats, gguf_metadata, gguf_tokenizer, sentencepiece_model, sentencepiece_tokenizer, templates, tiktoken_bpe
+from . import (
+    formats,
+    gguf_metadata,
+    gguf_tokenizer,
+    sentencepiece_model,
+    sentencepiece_tokenizer,
+    templates,
+    tiktoken_bpe,
+)
 
 log = logging.getLogger("pagewire.tokenizer")
-OLD_FORMATS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken", "spiece.model", "sentencepiece.bpe.model")
+OLD_FORMATS: Final = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 BROKEN: Final = (
@@ -32,7 +49,8 @@ BROKEN: Final = (
 
 
 class NoTokenizer(ValueError):
-    """There is no tokenizer that can be used; the text says where it was looked for and what to do."""
+    """There is no tokenizer that can be used; the text says where it was looked for and what to
+    do."""
 
 
 class Loaded(NamedTuple):
@@ -69,18 +87,29 @@ def _load_directory(path: Path) -> Loaded:
         return Loaded(_read_json_form(path / "tokenizer.json"), template, formats.named(settings))
     built = formats.build(path, settings, config, generation)
     if built is not None:
-        # ChatGLM2 and 3 call this token `sop`, as if it were a word of the text: here it has a name of its own.
-        return Loaded(built.tokenizer, template.replace("[gMASK]sop", "[gMASK]<sop>"), {**built.names, **formats.named(settings)})
+        # ChatGLM2 and 3 call this token `sop`, as if it were a word of the text: here it has a name
+        # of its own.
+        return Loaded(
+            built.tokenizer,
+            template.replace("[gMASK]sop", "[gMASK]<sop>"),
+            {**built.names, **formats.named(settings)},
+        )
     if any((path / name).is_file() for name in OLD_FORMATS):
         return _load_with_transformers(path, template, settings)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _load_gguf(ggufs[0])
     if len(ggufs) > 1:
-        raise NoTokenizer(f"{path} has {len(ggufs)} GGUF files; give one of them, for example {ggufs[0]}")
+        raise NoTokenizer(
+            f"{path} has {len(ggufs)} GGUF files; give one of them, for example {ggufs[0]}"
+        )
     if not (path / "config.json").is_file():
-        raise NoTokenizer(f"{path} holds no model: it has no config.json, no tokenizer.json and no .gguf file")
-    raise NoTokenizer(f"{path} has no tokenizer.json; name a tokenizer with --tokenizer, or serve token ids with --skip-tokenizer-init")
+        raise NoTokenizer(
+            f"{path} holds no model: it has no config.json, no tokenizer.json and no .gguf file"
+        )
+    raise NoTokenizer(
+        f"{path} has no tokenizer.json; name a tokenizer with --tokenizer, or serve token ids with --skip-tokenizer-init"
+    )
 
 
 def _read_json_form(path: Path) -> Tokenizer:
@@ -93,7 +122,11 @@ def _read_json_form(path: Path) -> Tokenizer:
 def _built_in(path: Path, config: dict[str, Any], generation: dict[str, Any]) -> str:
     name = templates.choose(path, config, generation)
     if name:
-        log.info("%s ships no chat template: using the built-in one called %s (--chat-template overrides it)", path, name)
+        log.info(
+            "%s ships no chat template: using the built-in one called %s (--chat-template overrides it)",
+            path,
+            name,
+        )
     return templates.source(name) if name else ""
 
 
@@ -106,7 +139,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _template(path: Path, config: dict[str, Any]) -> str:
-    """The newest place first: a file of its own, a JSON file, the tokenizer's configuration; of several templates the one named default."""
+    """The newest place first: a file of its own, a JSON file, the tokenizer's configuration; of
+    several templates the one named default."""
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text()
     found = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
@@ -118,12 +152,16 @@ def _template(path: Path, config: dict[str, Any]) -> str:
 
 
 def _load_with_transformers(path: Path, template: str, settings: dict[str, Any]) -> Loaded:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell people that torch is missing
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it would tell people that torch is missing
     try:
         with _torch_hidden():
             from transformers import AutoTokenizer  # type: ignore[import-untyped]
 
-            slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            slow = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         if "AutoTokenizer" in (settings.get("auto_map") or ()):
             kind = settings.get("tokenizer_class")
@@ -132,16 +170,21 @@ def _load_with_transformers(path: Path, template: str, settings: dict[str, Any])
                 "tokenizer that has one with --tokenizer"
             ) from None
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NoTokenizer(f"{path} has no tokenizer.json, and transformers cannot convert what is there: {line}") from None
+        raise NoTokenizer(
+            f"{path} has no tokenizer.json, and transformers cannot convert what is there: {line}"
+        ) from None
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise NoTokenizer(f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer")
+        raise NoTokenizer(
+            f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer"
+        )
     return Loaded(backend, template, formats.named(dict(slow.special_tokens_map)))
 
 
 @contextlib.contextmanager
 def _torch_hidden() -> Iterator[None]:
-    """Inside, torch is as if it were not installed: transformers converts vocabularies without it."""
+    """Inside, torch is as if it were not installed: transformers converts vocabularies without
+    it."""
     if "torch" in sys.modules:
         yield
         return

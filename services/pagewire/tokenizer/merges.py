@@ -1,6 +1,8 @@
-"""From the pieces of a byte-pair vocabulary and their order to the list of merges that `tokenizers` works by. It knows no file format.
+"""From the pieces of a byte-pair vocabulary and their order to the list of merges that `tokenizers`
+works by. It knows no file format.
 
-tiktoken and sentencepiece join those neighbours whose union comes first in the vocabulary, leftmost first; they keep no list of pairs.
+tiktoken and sentencepiece join those neighbours whose union comes first in the vocabulary, leftmost
+first; they keep no list of pairs.
 """
 
 import math
@@ -11,11 +13,16 @@ Piece = TypeVar("Piece", str, bytes)
 
 
 def merges_of(ranks: dict[Piece, int]) -> list[tuple[Piece, Piece]]:
-    """The pair that each piece of several characters (or bytes) is merged from, in the order of ranks; none for one that merging never
-    reaches. A piece has one such pair only: while all that it is made of is being merged, what stands around it does not matter."""
+    """The pair that each piece of several characters (or bytes) is merged from, in the order of
+    ranks; none for one that merging never reaches. A piece has one such pair only: while all that
+    it is made of is being merged, what stands around it does not matter."""
     found: list[tuple[Piece, Piece]] = []
     for piece in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in ranks and piece[cut:] in ranks]
+        pairs = [
+            (piece[:cut], piece[cut:])
+            for cut in range(1, len(piece))
+            if piece[:cut] in ranks and piece[cut:] in ranks
+        ]
         pair = pairs[0] if len(pairs) == 1 else _last_merge(piece, ranks) if pairs else None
         if pair is not None:
             found.append(pair)
@@ -26,7 +33,10 @@ def _last_merge(piece: Piece, ranks: dict[Piece, int]) -> tuple[Piece, Piece] | 
     """Merge the piece's own characters, the lowest rank first, until two parts are left."""
     parts = [piece[n : n + 1] for n in range(len(piece))]
     while len(parts) > 2:
-        rank, at = min((ranks.get(left + right, math.inf), n) for n, (left, right) in enumerate(pairwise(parts)))
+        rank, at = min(
+            (ranks.get(left + right, math.inf), n)
+            for n, (left, right) in enumerate(pairwise(parts))
+        )
         if rank == math.inf:
             return None
         parts[at : at + 2] = [parts[at] + parts[at + 1]]

@@ -1,4 +1,5 @@
-"""Answers to questions that belong to no request: the ids of a prompt, the text of ids. No sockets, no state; safe in any thread."""
+"""Answers to questions that belong to no request: the ids of a prompt, the text of ids. No sockets,
+no state; safe in any thread."""
 
 import logging
 
@@ -22,14 +23,23 @@ def answer(encoder: Encoder, question: Question) -> Tokenized:
     handle = question.handle
     try:
         if isinstance(question, Detokenize):
-            return Tokenized(handle, text=encoder.decode(question.ids, question.skip_special_tokens))
+            return Tokenized(
+                handle, text=encoder.decode(question.ids, question.skip_special_tokens)
+            )
         ids = encoder.encode(question.prompt, question.add_special_tokens)
         return Tokenized(handle, ids, encoder.strings(ids) if question.with_texts else ())
     except Refused as refusal:
-        return Tokenized(handle, status=refusal.status, message=refusal.message, param=refusal.param)
-    except Exception as error:  # the tokenizers library raises bare Exception; one question must not end the service
+        return Tokenized(
+            handle, status=refusal.status, message=refusal.message, param=refusal.param
+        )
+    # the tokenizers library raises bare Exception; one question must not end the service
+    except Exception as error:
         log.exception("a question could not be answered")
-        return Tokenized(handle, status=500, message=f"the question could not be answered ({type(error).__name__})")
+        return Tokenized(
+            handle,
+            status=500,
+            message=f"the question could not be answered ({type(error).__name__})",
+        )
 
 
 def not_yet(question: Question) -> Tokenized:

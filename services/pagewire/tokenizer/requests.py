@@ -1,6 +1,8 @@
-"""The requests of this tokenizer: which attempts live, what becomes of the messages about them. No sockets, no threads, no clock.
+"""The requests of this tokenizer: which attempts live, what becomes of the messages about them. No
+sockets, no threads, no clock.
 
-Messages go in through the methods; what is to be sent collects in `to_scheduler` and `mails` until the service sends it, once a drain.
+Messages go in through the methods; what is to be sent collects in `to_scheduler` and `mails` until
+the service sends it, once a drain.
 """
 
 import logging
@@ -9,7 +11,18 @@ from itertools import count
 
 import numpy as np
 from msgspec.structs import replace
-from pagewire_protocol.messages import Cancel, End, Finish, Generate, Placed, Role, Roster, Started, Submit, Tokens
+from pagewire_protocol.messages import (
+    Cancel,
+    End,
+    Finish,
+    Generate,
+    Placed,
+    Role,
+    Roster,
+    Started,
+    Submit,
+    Tokens,
+)
 
 from .decode import Decoding
 from .encode import LONG, Encoded, Encoder, Refused, check, truncated, work_of
@@ -21,12 +34,20 @@ EPOCH_SHIFT = 43
 
 
 class Requests:
-    def __init__(self, encoder: Encoder, decoding: Decoding, inbox: str, offload: Callable[[Generate], None]) -> None:
-        """`inbox`: where the scheduler sends results. `offload` encodes a long prompt elsewhere and later hands it to `encoded`."""
+    def __init__(
+        self, encoder: Encoder, decoding: Decoding, inbox: str, offload: Callable[[Generate], None]
+    ) -> None:
+        """`inbox`: where the scheduler sends results. `offload` encodes a long prompt elsewhere and
+        later hands it to `encoded`."""
         self.to_scheduler: list[Submit | Cancel] = []
         self.mails: dict[str, Mail] = {}
         self.roster: Roster | None = None
-        self._encoder, self._decoding, self._inbox, self._offload = encoder, decoding, inbox, offload
+        self._encoder, self._decoding, self._inbox, self._offload = (
+            encoder,
+            decoding,
+            inbox,
+            offload,
+        )
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
         self._encoding: dict[bytes, Generate] = {}
@@ -37,14 +58,17 @@ class Requests:
     def __len__(self) -> int:
         return len(self._streams) + len(self._encoding)
 
-    # --- requests ----------------------------------------------------------------------------------------------------
+    # --- requests
+    #   ----------------------------------------------------------------------------------------------------
 
     def generate(self, request: Generate) -> None:
         if self._is_stale(request):
             return
         self._forget(request.rid)
         if self.roster is None or not self.roster.max_model_len:
-            self._refuse(request, Refused("no worker is ready yet: the model is still loading", status=503))
+            self._refuse(
+                request, Refused("no worker is ready yet: the model is still loading", status=503)
+            )
         elif work_of(request) > LONG:
             self._encoding[request.rid] = request
             self._offload(request)
@@ -63,15 +87,21 @@ class Requests:
             request = self._encoding.get(rid)
             if request is not None and request.attempt <= attempt:
                 del self._encoding[rid]
-                self._mail(request.reply_to).ended.append(End(request.handle, request.attempt, Finish.CANCELLED))
+                self._mail(request.reply_to).ended.append(
+                    End(request.handle, request.attempt, Finish.CANCELLED)
+                )
         self.to_scheduler.append(message)
 
     def unsent(self, message: Submit | Cancel) -> None:
-        """The scheduler's queue is full. A cancellation is lost without harm: what it meant has ended here, or ends with the scheduler."""
+        """The scheduler's queue is full. A cancellation is lost without harm: what it meant has
+        ended here, or ends with the scheduler."""
         stream = self._streams.get(message.handle) if isinstance(message, Submit) else None
         if stream is not None:
             text = "the scheduler does not take requests; try again later"
-            self._end(stream, End(0, stream.attempt, Finish.REFUSED, status=503, message=text, retry_after_s=1))
+            self._end(
+                stream,
+                End(0, stream.attempt, Finish.REFUSED, status=503, message=text, retry_after_s=1),
+            )
 
     def _is_stale(self, request: Generate) -> bool:
         known = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
@@ -94,7 +124,17 @@ class Requests:
             self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
             return
         numbers = request.rid, request.attempt, stream.handle
-        self.to_scheduler.append(Submit(*numbers, self._inbox, prompt, request.output, sampling, request.priority, request.cache_salt))
+        self.to_scheduler.append(
+            Submit(
+                *numbers,
+                self._inbox,
+                prompt,
+                request.output,
+                sampling,
+                request.priority,
+                request.cache_salt,
+            )
+        )
 
     def _open(self, request: Generate, prompt: bytes) -> Stream:
         options = request.text
@@ -102,7 +142,9 @@ class Requests:
             silent=not options.detokenize,
             skip_special=options.skip_special_tokens,
             spaces_between_special=options.spaces_between_special_tokens,
-            at_start=self._decoding.is_start(np.frombuffer(prompt, np.int32).tolist()) if self._decoding.lead else False,
+            at_start=self._decoding.is_start(np.frombuffer(prompt, np.int32).tolist())
+            if self._decoding.lead
+            else False,
         )
         stream = Stream(request, next(self._handles), prompt, decoder, self._mail(request.reply_to))
         if request.output:
@@ -111,22 +153,45 @@ class Requests:
         return stream
 
     def _refuse(self, request: Generate, refusal: Refused) -> None:
-        end = End(request.handle, request.attempt, Finish.REFUSED, status=refusal.status, message=refusal.message, param=refusal.param)
+        end = End(
+            request.handle,
+            request.attempt,
+            Finish.REFUSED,
+            status=refusal.status,
+            message=refusal.message,
+            param=refusal.param,
+        )
         retry = 1 if refusal.status == 503 else 0
         self._mail(request.reply_to).ended.append(replace(end, retry_after_s=retry))
 
-    # --- results -----------------------------------------------------------------------------------------------------
+    # --- results
+    #   -----------------------------------------------------------------------------------------------------
 
     def tokens(self, batch: list[Tokens]) -> None:
-        """All Tokens messages of a drain. If one contradicts itself, what it said cannot be known: all streams are lost."""
+        """All Tokens messages of a drain. If one contradicts itself, what it said cannot be known:
+        all streams are lost."""
         for placed in [placed for message in batch for placed in message.placed]:
             self._placed(placed)
-        self._lose(pass_prompts(batch, self._streams, self._decoding), "log-probabilities were damaged on the way to the tokenizer")
+        self._lose(
+            pass_prompts(batch, self._streams, self._decoding),
+            "log-probabilities were damaged on the way to the tokenizer",
+        )
         try:
-            columns, entries = columns_of(batch, self._decoding.size), entries_of(batch, self._decoding)
+            columns, entries = (
+                columns_of(batch, self._decoding.size),
+                entries_of(batch, self._decoding),
+            )
         except ValueError as error:
-            log.error("dropped %d Tokens message(s) and all %d streams: %s", len(batch), len(self._streams), error)
-            self._lose(list(self._streams.values()), "a step's result was damaged on the way to the tokenizer")
+            log.error(
+                "dropped %d Tokens message(s) and all %d streams: %s",
+                len(batch),
+                len(self._streams),
+                error,
+            )
+            self._lose(
+                list(self._streams.values()),
+                "a step's result was damaged on the way to the tokenizer",
+            )
             return
         ended = [end for message in batch for end in message.ended]
         self._mute(ended, columns.handles, columns.positions)
@@ -141,10 +206,19 @@ class Requests:
     def _placed(self, placed: Placed) -> None:
         stream = self._streams.get(placed.handle)
         if stream is not None:
-            stream.mail.started.append(Started(stream.owner, stream.attempt, stream.prompt_tokens, placed.cached_tokens, stream.prompt_ids))
+            stream.mail.started.append(
+                Started(
+                    stream.owner,
+                    stream.attempt,
+                    stream.prompt_tokens,
+                    placed.cached_tokens,
+                    stream.prompt_ids,
+                )
+            )
 
     def _mute(self, ended: list[End], handles: list[int], positions: list[int]) -> None:
-        """The last token of a stream that ends by a stop token is that token: it counts, and has no text."""
+        """The last token of a stream that ends by a stop token is that token: it counts, and has no
+        text."""
         stops = {end.handle for end in ended if end.finish is Finish.STOP}
         for handle, position in zip(handles, positions, strict=True) if stops else ():
             stream = self._streams.get(handle)
@@ -171,10 +245,12 @@ class Requests:
         stream.mail.ended.append(replace(end, handle=stream.owner, attempt=stream.attempt))
         self._forget(stream.rid)
 
-    # --- who is there ------------------------------------------------------------------------------------------------
+    # --- who is there
+    #   ------------------------------------------------------------------------------------------------
 
     def joined(self, roster: Roster, new_epoch: bool) -> set[str]:
-        """The newest roster. Returns the inboxes of frontends that are gone, whose requests are cancelled with them."""
+        """The newest roster. Returns the inboxes of frontends that are gone, whose requests are
+        cancelled with them."""
         self.roster = roster
         self._decoding.grow(roster.vocab_size)
         frontends = {peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND}
@@ -191,17 +267,24 @@ class Requests:
         """Nobody wants the results that would go to `inbox`."""
         orphans = [stream for stream in self._streams.values() if stream.reply_to == inbox]
         if orphans:
-            self.to_scheduler.append(Cancel(tuple((stream.rid, stream.attempt) for stream in orphans)))
+            self.to_scheduler.append(
+                Cancel(tuple((stream.rid, stream.attempt) for stream in orphans))
+            )
         for stream in orphans:
             self._forget(stream.rid)
-        for request in [request for request in self._encoding.values() if request.reply_to == inbox]:
+        for request in [
+            request for request in self._encoding.values() if request.reply_to == inbox
+        ]:
             del self._encoding[request.rid]
         self.mails.pop(inbox, None)
 
     def _start_over(self, epoch: int) -> None:
-        """What the old scheduler had is gone. An owner that learnt of the new one first has resubmitted already, and which scheduler has
-        that attempt cannot be known here: telling each owner is harmless where it knows and necessary where it does not."""
-        old = [stream for stream in self._streams.values() if stream.execution >> EPOCH_SHIFT != epoch]
+        """What the old scheduler had is gone. An owner that learnt of the new one first has
+        resubmitted already, and which scheduler has that attempt cannot be known here: telling each
+        owner is harmless where it knows and necessary where it does not."""
+        old = [
+            stream for stream in self._streams.values() if stream.execution >> EPOCH_SHIFT != epoch
+        ]
         self._lose(old, "the scheduler was replaced")
 
     def _forget(self, rid: bytes) -> None:
@@ -227,6 +310,8 @@ def encode(encoder: Encoder, request: Generate) -> Encoded | Refused:
         return encoder.encode_request(request)
     except Refused as refusal:
         return refusal
-    except Exception as error:  # the tokenizers library raises bare Exception; one prompt must not end the service
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises bare Exception; one prompt must not end the service
         log.exception("a prompt could not be encoded")
         return Refused(f"the prompt could not be encoded ({type(error).__name__})", status=500)

@@ -1,6 +1,8 @@
-"""A drain's Tokens messages as the rows of Deltas: the hot path, once through a tight loop. It knows streams by handle, nothing of sockets.
+"""A drain's Tokens messages as the rows of Deltas: the hot path, once through a tight loop. It
+knows streams by handle, nothing of sockets.
 
-Rows of several messages are sorted by stream, so that a stream's tokens become one row of the Deltas.
+Rows of several messages are sorted by stream, so that a stream's tokens become one row of the
+Deltas.
 """
 
 import logging
@@ -18,7 +20,8 @@ log = logging.getLogger("pagewire.tokenizer")
 
 
 Entry = tuple[int, tuple[int, ...], tuple[float, ...], tuple[bytes, ...]]
-"""Log-probabilities of one row of a step: the token's rank, then ids, values and bytes of the candidates."""
+"""Log-probabilities of one row of a step: the token's rank, then ids, values and bytes of the
+candidates."""
 Entries = dict[int, Entry]
 """By handle and position: handle << 32 | position."""
 
@@ -31,10 +34,16 @@ class Columns(NamedTuple):
 
 
 def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
-    """All rows, those of a stream together and in order. Raises ValueError when columns differ in length or a token id is none."""
+    """All rows, those of a stream together and in order. Raises ValueError when columns differ in
+    length or a token id is none."""
     types = (np.uint32, np.uint64, np.int32, np.uint32)
     messages = [
-        [np.frombuffer(column, kind) for column, kind in zip((m.handles, m.executions, m.positions, m.tokens), types, strict=True)]
+        [
+            np.frombuffer(column, kind)
+            for column, kind in zip(
+                (m.handles, m.executions, m.positions, m.tokens), types, strict=True
+            )
+        ]
         for m in batch
     ]
     if any(len({len(column) for column in message}) != 1 for message in messages):
@@ -58,15 +67,29 @@ def entries_of(batch: list[Tokens], decoding: Decoding) -> Entries:
     return found
 
 
-def _add_entries(found: Entries, message: Tokens, columns: LogprobColumns, decoding: Decoding) -> None:
+def _add_entries(
+    found: Entries, message: Tokens, columns: LogprobColumns, decoding: Decoding
+) -> None:
     rows = len(message.handles) // 4
-    which, counts, ranks, ids = (np.frombuffer(c, np.int32) for c in (columns.rows, columns.counts, columns.ranks, columns.ids))
+    which, counts, ranks, ids = (
+        np.frombuffer(c, np.int32)
+        for c in (columns.rows, columns.counts, columns.ranks, columns.ids)
+    )
     values = np.frombuffer(columns.values, np.float32)
     if len(which) and not 0 <= which.min() <= which.max() < rows:
         raise ValueError(f"log-probabilities of row {which.max()} of {rows}")
-    if not len(which) == len(counts) == len(ranks) or (counts < 1).any() or not counts.sum() == len(ids) == len(values):
-        raise ValueError(f"{len(which)} rows of log-probabilities with {len(ids)} ids and {len(values)} values do not fit")
-    handles, positions = np.frombuffer(message.handles, np.uint32)[which], np.frombuffer(message.positions, np.int32)[which]
+    if (
+        not len(which) == len(counts) == len(ranks)
+        or (counts < 1).any()
+        or not counts.sum() == len(ids) == len(values)
+    ):
+        raise ValueError(
+            f"{len(which)} rows of log-probabilities with {len(ids)} ids and {len(values)} values do not fit"
+        )
+    handles, positions = (
+        np.frombuffer(message.handles, np.uint32)[which],
+        np.frombuffer(message.positions, np.int32)[which],
+    )
     keys = handles.astype(np.int64) << 32 | positions
     tokens, numbers, texts = tuple(ids.tolist()), tuple(values.tolist()), decoding.bytes_of(ids)
     start = 0
@@ -76,9 +99,11 @@ def _add_entries(found: Entries, message: Tokens, columns: LogprobColumns, decod
         start = end
 
 
-def pass_prompts(batch: list[Tokens], streams: dict[int, Stream], decoding: Decoding) -> list[Stream]:
-    """Log-probabilities of prompts go to the streams' mails, with the bytes of each candidate. Returns the streams whose columns do not fit
-    each other."""
+def pass_prompts(
+    batch: list[Tokens], streams: dict[int, Stream], decoding: Decoding
+) -> list[Stream]:
+    """Log-probabilities of prompts go to the streams' mails, with the bytes of each candidate.
+    Returns the streams whose columns do not fit each other."""
     broken: list[Stream] = []
     for entry in [entry for message in batch for entry in message.prompt_logprobs]:
         stream = streams.get(entry.place)
@@ -100,15 +125,27 @@ def pass_prompts(batch: list[Tokens], streams: dict[int, Stream], decoding: Deco
 
 def _checked(entry: PromptLogprobs) -> NDArray[np.int32]:
     """The ids. Raises ValueError."""
-    counts, ranks, ids = (np.frombuffer(column, np.int32) for column in (entry.counts, entry.ranks, entry.ids))
+    counts, ranks, ids = (
+        np.frombuffer(column, np.int32) for column in (entry.counts, entry.ranks, entry.ids)
+    )
     values = np.frombuffer(entry.values, np.float32)
-    if len(ranks) != len(counts) or (counts < 1).any() or counts.sum() != len(ids) or len(values) != len(ids):
-        raise ValueError(f"{len(counts)} tokens, {len(ranks)} ranks, {len(ids)} ids and {len(values)} values do not fit")
+    if (
+        len(ranks) != len(counts)
+        or (counts < 1).any()
+        or counts.sum() != len(ids)
+        or len(values) != len(ids)
+    ):
+        raise ValueError(
+            f"{len(counts)} tokens, {len(ranks)} ranks, {len(ids)} ids and {len(values)} values do not fit"
+        )
     return ids
 
 
-def fill(streams: dict[int, Stream], columns: Columns, entries: Entries) -> tuple[list[Stream], list[Stream]]:
-    """Append to the streams' mails. Returns the streams that met a stop string and those that lost rows; both are gone from `streams`."""
+def fill(
+    streams: dict[int, Stream], columns: Columns, entries: Entries
+) -> tuple[list[Stream], list[Stream]]:
+    """Append to the streams' mails. Returns the streams that met a stop string and those that lost
+    rows; both are gone from `streams`."""
     met: list[Stream] = []
     lost: list[Stream] = []
     previous: Stream | None = None
@@ -116,7 +153,9 @@ def fill(streams: dict[int, Stream], columns: Columns, entries: Entries) -> tupl
         stream = streams.get(handle)
         if stream is None:
             continue
-        if (stream.position != position or stream.execution != execution) and not _accept(stream, execution, position):
+        if (stream.position != position or stream.execution != execution) and not _accept(
+            stream, execution, position
+        ):
             if stream.execution == execution and position > stream.position:
                 lost.append(streams.pop(handle))
             continue

@@ -1,7 +1,9 @@
-"""Reads sentencepiece's `tokenizer.model` into one record. It does not know what a tokenizer does with it.
+"""Reads sentencepiece's `tokenizer.model` into one record. It does not know what a tokenizer does
+with it.
 
 Few fields of a protocol buffer are needed, so they are read here, without a library for either.
-Layout: sentencepiece_model.proto (messages ModelProto, TrainerSpec, NormalizerSpec) and the protocol buffers' wire format.
+Layout: sentencepiece_model.proto (messages ModelProto, TrainerSpec, NormalizerSpec) and the
+protocol buffers' wire format.
 """
 
 import struct
@@ -24,7 +26,8 @@ class BadModel(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """pieces[i], scores[i] and kinds[i] belong to id i. `bos`, `eos` and `unk` are -1 where there is none."""
+    """pieces[i], scores[i] and kinds[i] belong to id i. `bos`, `eos` and `unk` are -1 where there
+    is none."""
 
     pieces: list[str]
     scores: list[float]
@@ -45,7 +48,9 @@ def read(path: Path) -> Model:
     try:
         return _model(path.read_bytes())
     except (ValueError, IndexError, struct.error) as error:
-        raise BadModel(f"{path} is not a sentencepiece model, or damaged ({error}); fetch it again") from None
+        raise BadModel(
+            f"{path} is not a sentencepiece model, or damaged ({error}); fetch it again"
+        ) from None
 
 
 def _model(data: bytes) -> Model:

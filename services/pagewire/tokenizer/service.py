@@ -1,6 +1,8 @@
-"""The tokenizer service: a loop around one inbox. It moves messages between sockets and `Requests`, and decides nothing about them.
+"""The tokenizer service: a loop around one inbox. It moves messages between sockets and `Requests`,
+and decides nothing about them.
 
-The tokenizer is built, and long prompts are encoded, in threads; they hand their results over in a queue and wake the loop.
+The tokenizer is built, and long prompts are encoded, in threads; they hand their results over in a
+queue and wake the loop.
 """
 
 import contextlib
@@ -31,8 +33,8 @@ from pagewire_protocol.messages import (
 )
 
 from ..config import ModelConfig, RunConfig, TokenizerConfig
-from ..hub import has_own_tokenizer, resolve, tokenizer_model
-from ..membership import Membership
+from ..hub.huggingface import has_own_tokenizer, resolve, tokenizer_model
+from ..process.membership import Membership
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
 from .load import Loaded, load
@@ -54,12 +56,15 @@ class Text:
     def __init__(self, loaded: Loaded | None, option: str = "") -> None:
         tokenizer = loaded.tokenizer if loaded else None
         source = read_option(option) if option else loaded.chat_template if loaded else ""
-        template = ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
+        template = (
+            ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
+        )
         self.encoder, self.decoding = Encoder(tokenizer, template), Decoding(tokenizer)
         self.facts = TokenizerFacts(tokenizer is not None, template is not None, self.decoding.size)
 
     def rehearse(self) -> None:
-        """Encode and decode something, so that what the tokenizers library makes on first use is there when somebody waits."""
+        """Encode and decode something, so that what the tokenizers library makes on first use is
+        there when somebody waits."""
         with contextlib.suppress(Exception):  # a vocabulary need not have these letters
             for _ in range(REHEARSALS):
                 column = self.encoder.encode(Prompt(text=REHEARSED), True)
@@ -70,7 +75,10 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
     """Raises ValueError, OSError."""
     if model.skip_tokenizer_init:
         return Text(None)
-    return Text(load(resolve(tokenizer_model(model) if has_own_tokenizer(model) else model, log.info)), config.chat_template)
+    return Text(
+        load(resolve(tokenizer_model(model) if has_own_tokenizer(model) else model, log.info)),
+        config.chat_template,
+    )
 
 
 class Service:
@@ -80,11 +88,15 @@ class Service:
         self.inbox: Inbox[ToTokenizer] = Inbox(run_dir, Role.TOKENIZER, incarnation)
         self.outbox = Outbox()
         name = run.name or f"tokenizer-{os.getpid()}"
-        self.members = Membership(Role.TOKENIZER, name, incarnation, self.inbox, self.outbox, run_dir)
+        self.members = Membership(
+            Role.TOKENIZER, name, incarnation, self.inbox, self.outbox, run_dir
+        )
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
-        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Question] | None] = queue.SimpleQueue()
+        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Question] | None] = (
+            queue.SimpleQueue()
+        )
         self._encoded: queue.SimpleQueue[tuple[Generate, Encoded | Refused]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[str, Tokenized]] = queue.SimpleQueue()
         self._encoder: Encoder | None = None
@@ -137,14 +149,23 @@ class Service:
         if isinstance(text, Exception):
             raise text
         self._encoder = text.encoder
-        self.requests = Requests(text.encoder, text.decoding, self.inbox.address, lambda request: self._offload(text.encoder, request))
+        self.requests = Requests(
+            text.encoder,
+            text.decoding,
+            self.inbox.address,
+            lambda request: self._offload(text.encoder, request),
+        )
         if self.members.roster is not None:
             self._meet(self.requests, self.members.roster, False)
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 50, 50)  # a drain's rows are many objects without cycles
         self.members.ready(tokenizer=text.facts)
-        log.info("ready: %d tokens, chat template: %s", text.facts.vocab_size, "yes" if text.facts.has_chat_template else "no")
+        log.info(
+            "ready: %d tokens, chat template: %s",
+            text.facts.vocab_size,
+            "yes" if text.facts.has_chat_template else "no",
+        )
 
     def _drain(self) -> None:
         steps: list[Tokens] = []
@@ -174,7 +195,16 @@ class Service:
             return
         mail = Mail()
         message = "this tokenizer is still loading"
-        mail.ended.append(End(request.handle, request.attempt, Finish.REFUSED, status=503, message=message, retry_after_s=1))
+        mail.ended.append(
+            End(
+                request.handle,
+                request.attempt,
+                Finish.REFUSED,
+                status=503,
+                message=message,
+                retry_after_s=1,
+            )
+        )
         self.outbox.send(request.reply_to, mail.take())
 
     def _ask(self, question: Question) -> None:
@@ -221,13 +251,18 @@ class Service:
         messages, requests.to_scheduler = requests.to_scheduler, []
         for message in messages:
             if not self.outbox.send(self.members.scheduler, message):
-                log.error("the scheduler reads nothing: could not send a %s", type(message).__name__)
+                log.error(
+                    "the scheduler reads nothing: could not send a %s", type(message).__name__
+                )
                 requests.unsent(message)
 
 
 def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError when the tokenizer cannot be had."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time needs no pool of threads, one a core
+    """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError
+    when the tokenizer cannot be had."""
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # one prompt at a time needs no pool of threads, one a core
     service = Service(run, model, config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())

@@ -1,6 +1,7 @@
 """Stop strings in a text that comes in pieces. It knows no tokens.
 
-What is found does not depend on how the text is cut: the stop string that ends first wins, of those that end together the longest.
+What is found does not depend on how the text is cut: the stop string that ends first wins, of those
+that end together the longest.
 """
 
 import re
@@ -10,8 +11,9 @@ NOTHING: Final = ""
 
 
 class Matcher:
-    """Holds back the longest end of the text that could become a stop string, and no more. O(1) amortized per character and stop string:
-    each stop string has Knuth, Morris and Pratt's failure table."""
+    """Holds back the longest end of the text that could become a stop string, and no more. O(1)
+    amortized per character and stop string: each stop string has Knuth, Morris and Pratt's failure
+    table."""
 
     __slots__ = ("_first", "_held", "_include", "_states", "_stops", "_tables", "found")
 
@@ -29,7 +31,8 @@ class Matcher:
         return self._held
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now. After a match, `found` names the stop string and the rest is dropped."""
+        """The text that may be shown now. After a match, `found` names the stop string and the rest
+        is dropped."""
         begin = 0
         if not self._held:
             first = self._first.search(text)

@@ -1,15 +1,24 @@
-"""The state of one attempt that is being generated, and the letters under way to one frontend. No sockets, no policy."""
+"""The state of one attempt that is being generated, and the letters under way to one frontend. No
+sockets, no policy."""
 
 from collections.abc import Iterable
 
 import numpy as np
-from pagewire_protocol.messages import Deltas, End, Generate, PromptLogprobs, Started, TokenLogprobs, pack
+from pagewire_protocol.messages import (
+    Deltas,
+    End,
+    Generate,
+    PromptLogprobs,
+    Started,
+    TokenLogprobs,
+    pack,
+)
 
 from .decode import Decoder
 from .stop import Matcher
 
 Row = tuple[int, int, int, int, str]
-"""Owner's handle, attempt, execution, position, text."""
+"""The owner's handle, attempt, execution, position, text."""
 
 
 class Mail:
@@ -31,10 +40,16 @@ class Mail:
         return bool(self.rows or self.started or self.ended or self.prompt_logprobs)
 
     def messages(self) -> list[Deltas]:
-        """All of it, in order; leaves this empty. Log-probabilities of prompts are long: each run of them is a message of its own."""
+        """All of it, in order; leaves this empty. Log-probabilities of prompts are long: each run
+        of them is a message of its own."""
         if not self.prompt_logprobs:
             return [self.take()]
-        prompts, self.prompt_logprobs, started, self.started = self.prompt_logprobs, [], tuple(self.started), []
+        prompts, self.prompt_logprobs, started, self.started = (
+            self.prompt_logprobs,
+            [],
+            tuple(self.started),
+            [],
+        )
         nothing = (b"", b"", b"", b"", b"", b"", ())
         first = [Deltas(*nothing, started)] if started else []
         whole = [*first, *(Deltas(*nothing, prompt_logprobs=(prompt,)) for prompt in prompts)]
@@ -43,7 +58,14 @@ class Mail:
     def take(self) -> Deltas:
         """The message of all but prompts; leaves that empty."""
         deltas = self._deltas()
-        self.rows, self.tokens, self.counts, self.started, self.ended, self.logprobs = [], [], {}, [], [], []
+        self.rows, self.tokens, self.counts, self.started, self.ended, self.logprobs = (
+            [],
+            [],
+            {},
+            [],
+            [],
+            [],
+        )
         return deltas
 
     def _deltas(self) -> Deltas:
@@ -74,13 +96,16 @@ class Mail:
             self.counts[at] = self.counts.get(at, 1) + tokens
 
     def add_text(self, stream: "Stream", text: str) -> None:
-        """Text without a token: to the newest row of the attempt in this drain, else as a row of 0 tokens."""
+        """Text without a token: to the newest row of the attempt in this drain, else as a row of 0
+        tokens."""
         for at in range(len(self.rows) - 1, -1, -1):
             if self.rows[at][:2] == (stream.owner, stream.attempt):
                 self.extend_row(at, text, 0)
                 return
         self.counts[len(self.rows)] = 0
-        self.rows.append((stream.owner, stream.attempt, max(stream.execution, 0), stream.position, text))
+        self.rows.append(
+            (stream.owner, stream.attempt, max(stream.execution, 0), stream.position, text)
+        )
 
 
 class Stream:
@@ -107,9 +132,16 @@ class Stream:
         "unchecked",
     )
 
-    def __init__(self, request: Generate, handle: int, prompt: bytes, decoder: Decoder, mail: Mail) -> None:
+    def __init__(
+        self, request: Generate, handle: int, prompt: bytes, decoder: Decoder, mail: Mail
+    ) -> None:
         options = request.text
-        self.rid, self.attempt, self.owner, self.reply_to = request.rid, request.attempt, request.handle, request.reply_to
+        self.rid, self.attempt, self.owner, self.reply_to = (
+            request.rid,
+            request.attempt,
+            request.handle,
+            request.reply_to,
+        )
         self.handle, self.mail, self.decoder, self.texts = handle, mail, decoder, decoder.texts
         self.execution = -1
         self.position = 0
@@ -120,12 +152,14 @@ class Stream:
         self.unchecked = request.sampling.min_tokens if options.stop else 0
         """Tokens whose text takes no part in stop strings."""
         self.muted_from = 2**31
-        """The output position from which on tokens have no text: a stop token's own text is not shown."""
+        """The output position from which on tokens have no text: a stop token's own text is not
+        shown."""
         self.always_careful = self.matcher is not None
         self.careful = self.always_careful or not decoder.clean
 
     def take(self, token: int) -> str:
-        """The text to show after one more token; advances the position. `found` tells whether a stop string ended it."""
+        """The text to show after one more token; advances the position. `found` tells whether a
+        stop string ended it."""
         position, decoder = self.position, self.decoder
         self.position = position + 1
         if position >= self.muted_from:
@@ -150,6 +184,7 @@ class Stream:
             self.take(token)
 
     def finish(self) -> str:
-        """The text held back, when no token follows. May find a stop string (that ends in U+FFFD)."""
+        """The text held back, when no token follows. May find a stop string (that ends in
+        U+FFFD)."""
         text = self._match(self.decoder.flush(), self.position)
         return text + self.matcher.flush() if self.matcher and self.found is None else text

@@ -1,7 +1,9 @@
-"""Chat templates: a conversation as the text the model was trained on. It knows jinja and no tokens.
+"""Chat templates: a conversation as the text the model was trained on. It knows jinja and no
+tokens.
 
-Rendered as transformers renders them (the same names, filters and whitespace rules), inside jinja's immutable sandbox and under limits:
-the size of the output, the reach of `range` and of repetition, and the time, which `Watchdog` enforces.
+Rendered as transformers renders them (the same names, filters and whitespace rules), inside jinja's
+immutable sandbox and under limits: the size of the output, the reach of `range` and of repetition,
+and the time, which `Watchdog` enforces.
 """
 
 import json
@@ -23,13 +25,14 @@ from .watchdog import RenderTimeout, Watchdog
 MAX_OUTPUT: Final = 16_777_216
 TIMEOUT_S: Final = 2.0
 MARK: Final = "\uf8ffpagewire:continue\uf8ff "
-"""Where the final message ends in the rendered text. Private-use characters, so that no message contains it; the space at its end shows
-whether the template strips messages."""
+"""Where the final message ends in the rendered text. Private-use characters, so that no message
+contains it; the space at its end shows whether the template strips messages."""
 OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message"}
 
 
 class TemplateRefused(ValueError):
-    """The template rejects this conversation, or cannot be rendered with it. The text is for the client."""
+    """The template rejects this conversation, or cannot be rendered with it. The text is for the
+    client."""
 
 
 class _Raised(jinja2.TemplateError):
@@ -41,7 +44,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         for sequence, count in ((left, right), (right, left)):
-            if hasattr(sequence, "__len__") and isinstance(count, int) and len(sequence) * count > MAX_OUTPUT:
+            if (
+                hasattr(sequence, "__len__")
+                and isinstance(count, int)
+                and len(sequence) * count > MAX_OUTPUT
+            ):
                 raise SecurityError(f"a repetition is limited to {MAX_OUTPUT} items")
         if operator == "**" and isinstance(right, int) and abs(right) > 64:
             raise SecurityError("an exponent is limited to 64")
@@ -49,7 +56,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; here its body is rendered as it is."""
+    """`{% generation %}` marks the assistant's part for training; here its body is rendered as it
+    is."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
 
@@ -58,8 +66,16 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -71,7 +87,9 @@ def _strftime_now(layout: str) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -79,7 +97,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def read_option(option: str) -> str:
-    """The template of --chat-template: a built-in one by its name, a file's content, or the option itself when it is a template.
+    """The template of --chat-template: a built-in one by its name, a file's content, or the option
+    itself when it is a template.
 
     Raises ValueError."""
     if option in templates.names():
@@ -88,15 +107,20 @@ def read_option(option: str) -> str:
         path = Path(option).expanduser()
         if not path.is_file():
             known = ", ".join(templates.names())
-            raise ValueError(f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({known})")
+            raise ValueError(
+                f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({known})"
+            )
         return path.read_text()
     return option
 
 
 class ChatTemplate:
-    """One compiled template. `names` are the special tokens it may use, like bos_token. Raises ValueError when it does not compile."""
+    """One compiled template. `names` are the special tokens it may use, like bos_token. Raises
+    ValueError when it does not compile."""
 
-    def __init__(self, source: str, names: dict[str, str], watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self, source: str, names: dict[str, str], watchdog: Watchdog | None = None
+    ) -> None:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -114,7 +138,9 @@ class ChatTemplate:
         if not chat.continue_final_message:
             return self._render({**values, "messages": messages})
         if chat.add_generation_prompt:
-            raise TemplateRefused("continue_final_message and add_generation_prompt exclude each other; set one of them to false")
+            raise TemplateRefused(
+                "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
+            )
         messages[-1]["content"] += MARK
         return _cut(self._render({**values, "messages": messages}))
 
@@ -125,9 +151,21 @@ class ChatTemplate:
         except _Raised as error:
             raise TemplateRefused(str(error)) from None
         except RenderTimeout:
-            raise TemplateRefused(f"the chat template took longer than {self._watchdog.timeout_s:g} s with these messages") from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise TemplateRefused(f"the chat template cannot be rendered with these messages: {error}") from None
+            raise TemplateRefused(
+                f"the chat template took longer than {self._watchdog.timeout_s:g} s with these messages"
+            ) from None
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise TemplateRefused(
+                f"the chat template cannot be rendered with these messages: {error}"
+            ) from None
 
     def _collect(self, values: dict[str, Any]) -> str:
         pieces: list[str] = []
@@ -153,14 +191,19 @@ def _values(chat: Chat) -> dict[str, Any]:
         raise TemplateRefused("chat_template_kwargs must be an object of names and values")
     taken = OWN_NAMES & given.keys()
     if taken:
-        raise TemplateRefused(f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself")
+        raise TemplateRefused(
+            f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself"
+        )
     return {**values, **given}
 
 
 def _cut(rendered: str) -> str:
-    """The text up to the end of the final message; without its trailing space where the template strips messages."""
+    """The text up to the end of the final message; without its trailing space where the template
+    strips messages."""
     at = rendered.rfind(MARK.rstrip())
     if at < 0:
-        raise TemplateRefused("continue_final_message: the chat template leaves out the final message")
+        raise TemplateRefused(
+            "continue_final_message: the chat template leaves out the final message"
+        )
     kept = rendered[:at]
     return kept if rendered.startswith(MARK, at) else kept.rstrip()

@@ -1,8 +1,10 @@
-"""Ends Python code that runs too long, in whatever thread it runs. It does not know what the code is.
+"""Ends Python code that runs too long, in whatever thread it runs. It does not know what the code
+is.
 
-A chat template is a program: `range` and output are limited elsewhere, but nested loops that print nothing could run for ever. Around the
-code stands `with watchdog:`, which costs two dictionary operations; a daemon thread looks in a few times a second and raises RenderTimeout
-inside a block that is late.
+A chat template is a program: `range` and output are limited elsewhere, but nested loops that print
+nothing could run for ever. Around the code stands `with watchdog:`, which costs two dictionary
+operations; a daemon thread looks in a few times a second and raises RenderTimeout inside a block
+that is late.
 """
 
 import ctypes
@@ -23,7 +25,9 @@ class Watchdog:
 
     def __enter__(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="template-watchdog", daemon=True)
+            self._thread = threading.Thread(
+                target=self._watch, name="template-watchdog", daemon=True
+            )
             self._thread.start()
         with self._lock:
             self._since[threading.get_ident()] = time.monotonic()
@@ -32,7 +36,8 @@ class Watchdog:
         with self._lock:
             late = self._since.pop(threading.get_ident(), None) is None
         if late:
-            # The exception is on its way: the interpreter delivers it at a jump backwards, so give it one inside the caller's `try`.
+            # The exception is on its way: the interpreter delivers it at a jump backwards, so give
+            # it one inside the caller's `try`.
             for _turn in range(10_000):
                 pass
 
@@ -43,4 +48,6 @@ class Watchdog:
             with self._lock:
                 for thread in [thread for thread, since in self._since.items() if since < limit]:
                     del self._since[thread]
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(RenderTimeout))
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread), ctypes.py_object(RenderTimeout)
+                    )

@@ -1,5 +1,5 @@
-"""Work that takes long and reports nothing, and a process that goes on saying that it lives: either is put into a thread. Knows nothing of
-the work."""
+"""Work that takes long and reports nothing, and a process that goes on saying that it lives: either
+is put into a thread. Knows nothing of the work."""
 
 import contextlib
 import threading
@@ -10,7 +10,8 @@ TICK_S = 1.0
 
 
 def beside(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
-    """What `work` returns or raises; `tick` is called each second meanwhile. A process that is told to stop does not wait for it."""
+    """What `work` returns or raises; `tick` is called each second meanwhile. A process that is told
+    to stop does not wait for it."""
     found: list[Any] = []
     failed: list[BaseException] = []
 
@@ -32,8 +33,9 @@ def beside(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
 
 @contextlib.contextmanager
 def ticking(tick: Callable[[], None]) -> Iterator[None]:
-    """`tick` is called each second by another thread while the block runs, for work that must stay in this one, such as what binds a GPU's
-    context. It may come between any two calls of the block, never after it."""
+    """`tick` is called each second by another thread while the block runs, for work that must stay
+    in this one, such as what binds a GPU's context. It may come between any two calls of the block,
+    never after it."""
     ended = threading.Event()
 
     def run() -> None:

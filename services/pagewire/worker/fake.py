@@ -1,7 +1,9 @@
-"""A stand-in for the model, for tests without torch: the next token is a hash of all tokens before it.
+"""A stand-in for the model, for tests without torch: the next token is a hash of all tokens before
+it.
 
-A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or foreign token is seen at once. The runner
-keeps slots as the real one does; it has no KV tensors and no opinion of block tables. Only numpy is needed.
+A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or
+foreign token is seen at once. The runner keeps slots as the real one does; it has no KV tensors and
+no opinion of block tables. Only numpy is needed.
 """
 
 import time
@@ -11,12 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from pagewire_protocol.columns import pack
 from pagewire_protocol.messages import Step, StepResult
-from pagewire_protocol.parts import Admission, LogprobColumns, PromptLogprobs, StepCost, WorkerFacts
+from pagewire_protocol.structs import (
+    Admission,
+    LogprobColumns,
+    PromptLogprobs,
+    StepCost,
+    WorkerFacts,
+)
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 
 FACTOR: Final = 0x9E3779B97F4A7C15
-"""Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] + 1) * FACTOR^(n-1-i) modulo 2^64."""
+"""Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] +
+1) * FACTOR^(n-1-i) modulo 2^64."""
 MASK: Final = 2**64 - 1
 MIX: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 DEFAULT_BLOCKS: Final = 65_536
@@ -58,31 +67,44 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
 
 
 def score(slot: int, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
-    """What the fake model makes of a prompt of two tokens or more, beside each its `count` likeliest tokens: the one that it says itself
-    has probability 1 (log 0), any other -100."""
+    """What the fake model makes of a prompt of two tokens or more, beside each its `count`
+    likeliest tokens: the one that it says itself has probability 1 (log 0), any other -100."""
     ids, values, ranks = list[int](), list[float](), list[int]()
     state = extend(0, tokens[0])
     for token in tokens[1:]:
         said = draw(state, vocab_size)
         ids += [token, *((said + j) % vocab_size for j in range(count))]
-        values += [0.0 if token == said else -100.0, *(0.0 if j == 0 else -100.0 for j in range(count))]
+        values += [
+            0.0 if token == said else -100.0,
+            *(0.0 if j == 0 else -100.0 for j in range(count)),
+        ]
         ranks.append(1 if token == said else 2)
         state = extend(state, token)
     counts = [count + 1] * len(ranks)
-    return PromptLogprobs(slot, 1, pack("i", counts), pack("i", ranks), pack("i", ids), pack("f", values))
+    return PromptLogprobs(
+        slot, 1, pack("i", counts), pack("i", ranks), pack("i", ids), pack("f", values)
+    )
 
 
 def hash_all(tokens: npt.NDArray[np.int32]) -> int:
     """`extend` over a whole sequence at once. tokens: [n] int32."""
     powers = np.full(len(tokens), FACTOR, np.uint64)
     powers[:1] = 1
-    return int((np.cumprod(powers)[::-1] * (tokens.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
+    return int(
+        (np.cumprod(powers)[::-1] * (tokens.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
+    )
 
 
 class FakeRunner:
     """The interface of the real runner: `facts`, `execute`, `clear`."""
 
-    def __init__(self, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int = 1) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        scheduler: SchedulerConfig,
+        config: WorkerConfig,
+        incarnation: int = 1,
+    ) -> None:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
@@ -174,14 +196,21 @@ class FakeRunner:
             new[: len(old)] = old
             setattr(self, name, new)
 
-    def _logprob_columns(self, slots: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
-        """The chosen token has probability 1 (log 0); as other candidates serve its successors in the vocabulary, at -100."""
+    def _logprob_columns(
+        self, slots: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]
+    ) -> LogprobColumns | None:
+        """The chosen token has probability 1 (log 0); as other candidates serve its successors in
+        the vocabulary, at -100."""
         wanted = self._logprobs[slots]
         rows = np.flatnonzero(wanted >= 0).astype(np.int32)
         if not len(rows):
             return None
         counts = wanted[rows] + 1
-        ids = [(int(tokens[row]) + max(0, j - 1)) % int(self._vocab) for row, n in zip(rows, counts, strict=True) for j in range(n)]
+        ids = [
+            (int(tokens[row]) + max(0, j - 1)) % int(self._vocab)
+            for row, n in zip(rows, counts, strict=True)
+            for j in range(n)
+        ]
         values = [0.0 if j < 2 else -100.0 for n in counts for j in range(n)]
         ranks = np.ones(len(rows), np.int32)
         return LogprobColumns(

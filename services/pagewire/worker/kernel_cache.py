@@ -1,4 +1,5 @@
-"""Where Triton keeps compiled kernels: on disk, so that the second start compiles nothing. To be set before a kernel is compiled."""
+"""Where Triton keeps compiled kernels: on disk, so that the second start compiles nothing. To be
+set before a kernel is compiled."""
 
 import contextlib
 import logging
@@ -8,26 +9,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from ..hub import cache_dir
+from ..hub.huggingface import cache_dir
 
 log = logging.getLogger("pagewire.worker")
 VARIABLE: Final = "TRITON_CACHE_DIR"
 
 
 def usual() -> Path:
-    """What the user named, else a directory in the user's cache. Raises RuntimeError where there is no home."""
+    """What the user named, else a directory in the user's cache. Raises RuntimeError where there is
+    no home."""
     given = os.environ.get(VARIABLE)
     return Path(given) if given else cache_dir() / "triton"
 
 
 def prepare(run_dir: Path) -> Path:
-    """Make the directory and point Triton at it. Where it cannot be written, one below `run_dir` serves, for as long as that exists."""
+    """Make the directory and point Triton at it. Where it cannot be written, one below `run_dir`
+    serves, for as long as that exists."""
     try:
         place = usual()
         try_writing(place)
     except (OSError, RuntimeError) as error:
         place = run_dir / "triton"
-        log.warning("compiled kernels cannot be kept (%s): they go to %s; set %s to a directory that stays", error, place, VARIABLE)
+        log.warning(
+            "compiled kernels cannot be kept (%s): they go to %s; set %s to a directory that stays",
+            error,
+            place,
+            VARIABLE,
+        )
         try_writing(place)
     os.environ[VARIABLE] = str(place)
     return place

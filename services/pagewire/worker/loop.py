@@ -1,4 +1,5 @@
-"""The worker's process: introduces itself, loads, then turns Steps into StepResults until it is told to stop. Knows no tensors.
+"""The worker's process: introduces itself, loads, then turns Steps into StepResults until it is
+told to stop. Knows no tensors.
 
 torch is imported while loading, after the first Hello, so that /health can say what is going on.
 """
@@ -22,19 +23,21 @@ from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker,
 
 from ..cli import EXPECTED, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
-from ..membership import HEARTBEAT_S, Membership
+from ..process.membership import HEARTBEAT_S, Membership
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
 FAREWELL_S = 0.5
-"""What was said last leaves by another thread, which an exit that is not orderly does not wait for."""
+"""What was said last leaves by another thread, which an exit that is not orderly does not wait
+for."""
 STUCK_S = 60.0
 """Far beyond any step: those that compile or capture something do so before they are under way."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
-"""How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By default they spin for milliseconds: a few
-percent faster where cores are idle, tens of times slower where another process wants one."""
+"""How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
+default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
+where another process wants one."""
 
 
 class Flight(Protocol):
@@ -45,7 +48,8 @@ class Flight(Protocol):
 
 
 class Runs(Protocol):
-    """What the loop wants of a runner. `notify` names a function that a thread may call when a flight is done."""
+    """What the loop wants of a runner. `notify` names a function that a thread may call when a
+    flight is done."""
 
     def facts(self) -> WorkerFacts: ...
     def notify(self, wake: Callable[[], None]) -> None: ...
@@ -61,7 +65,7 @@ class Executes(Protocol):
     def clear(self) -> None: ...
 
 
-class Landed:
+class CompletedStep:
     """The flight of a step that was over when it began."""
 
     def __init__(self, result: StepResult) -> None:
@@ -74,7 +78,7 @@ class Landed:
         return self._result
 
 
-class Blocking:
+class SyncRunner:
     """Makes a runner that launches of one that computes while it is called."""
 
     def __init__(self, runner: Executes) -> None:
@@ -85,7 +89,7 @@ class Blocking:
         """Nothing is ever under way between two calls."""
 
     def launch(self, step: Step) -> Flight:
-        return Landed(self._execute(step))
+        return CompletedStep(self._execute(step))
 
 
 class Stuck(Exception):
@@ -102,12 +106,17 @@ def _stop(*_: object) -> None:
     raise Stopped
 
 
-def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig) -> int:
-    """Serve until SIGTERM or SIGINT. 0 after an orderly stop, 1 when the model cannot be loaded or run: stderr's last line says why."""
+def run(
+    run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig
+) -> int:
+    """Serve until SIGTERM or SIGINT. 0 after an orderly stop, 1 when the model cannot be loaded or
+    run: stderr's last line says why."""
     run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
     inbox: Inbox[ToWorker] = Inbox(run_dir, Role.WORKER, incarnation)
     outbox = Outbox()
-    membership = Membership(Role.WORKER, run.name or f"worker-{os.getpid()}", incarnation, inbox, outbox, run_dir)
+    membership = Membership(
+        Role.WORKER, run.name or f"worker-{os.getpid()}", incarnation, inbox, outbox, run_dir
+    )
     status, stuck = 0, False
     try:
         signal.signal(signal.SIGTERM, _stop)
@@ -137,45 +146,69 @@ def run(run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, config: 
 
 
 def told(error: Exception) -> str:
-    """One line. Errors that are meant for people speak for themselves; any other is a defect, whose kind says something too."""
+    """One line. Errors that are meant for people speak for themselves; any other is a defect, whose
+    kind says something too."""
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, ModuleNotFoundError):
         return missing(error)
-    return line if line and isinstance(error, (*EXPECTED, Stuck)) else f"{type(error).__name__}: {line}"
+    return (
+        line
+        if line and isinstance(error, (*EXPECTED, Stuck))
+        else f"{type(error).__name__}: {line}"
+    )
 
 
 def _load(
-    run_dir: Path, model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig, incarnation: int, membership: Membership
+    run_dir: Path,
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    config: WorkerConfig,
+    incarnation: int,
+    membership: Membership,
 ) -> Runs:
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return Blocking(FakeRunner(model, scheduler, config, incarnation))
-    from ..hub import resolve
+        return SyncRunner(FakeRunner(model, scheduler, config, incarnation))
+    from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
     membership.loading("importing torch")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     _keep_memory()
-    from . import setup
+    from .load import loader
 
     narrate = _Narrator(membership)
-    if setup.choose_device(config.device) == "cuda":
+    if loader.choose_device(config.device) == "cuda":
         from . import kernel_cache
         from .beside import ticking
 
-        with kernel_cache.kept(run_dir), ticking(narrate.alive):  # a kernel may take minutes to compile
-            from .cuda import CudaRunner
+        with (
+            kernel_cache.kept(run_dir),
+            ticking(narrate.alive),
+        ):  # a kernel may take minutes to compile
+            from .gpu.runner import CudaRunner
 
             return CudaRunner(path, model, scheduler, config, incarnation, narrate)
-    from .runner import Runner
+    from .cpu.runner import Runner
 
-    return Blocking(Runner(path, model, scheduler, config, incarnation, narrate, lambda: membership.tick(time.monotonic())))
+    return SyncRunner(
+        Runner(
+            path,
+            model,
+            scheduler,
+            config,
+            incarnation,
+            narrate,
+            lambda: membership.tick(time.monotonic()),
+        )
+    )
 
 
 def _keep_memory() -> None:
-    """Have glibc keep freed memory: by default each large activation is mapped anew and faulted in page by page, a tenth of a prefill."""
+    """Have glibc keep freed memory: by default each large activation is mapped anew and faulted in
+    page by page, a tenth of a prefill."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
@@ -183,8 +216,8 @@ def _keep_memory() -> None:
 
 
 class _Narrator:
-    """Passes progress on, but not more often than people can read. One thread may report while another says that the process lives:
-    sockets are not for two at once."""
+    """Passes progress on, but not more often than people can read. One thread may report while
+    another says that the process lives: sockets are not for two at once."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership, self._stage, self._next = membership, "", 0.0
@@ -213,12 +246,15 @@ class Watch:
         if not flights or not self._flights or progress != self._progress:
             self._progress, self._since = progress, now
         elif now - self._since > self._limit_s:
-            raise Stuck(f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew")
+            raise Stuck(
+                f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew"
+            )
         self._flights = flights
 
 
 def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
-    """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest one heard of are ignored."""
+    """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
+    one heard of are ignored."""
     epoch = 0
     flights: deque[Flight] = deque()
     runner.notify(inbox.wake)
@@ -238,7 +274,9 @@ def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Mem
                     flights.append(runner.launch(message))
                     _land(flights, outbox, membership)
                 case Step():
-                    log.warning("a step of epoch %d came after epoch %d: ignored", message.epoch, epoch)
+                    log.warning(
+                        "a step of epoch %d came after epoch %d: ignored", message.epoch, epoch
+                    )
         _land(flights, outbox, membership)
         watch.look(len(flights), membership.progress, time.monotonic())
 

@@ -1,4 +1,5 @@
-"""The first model that a server lists, asked for a text with no more than a prompt. The server's URL is the argument."""
+"""The first model that a server lists, asked for a text with no more than a prompt. The server's
+URL is the argument."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""A model by its repository's name, revision and a directory for downloads; prints whether it generated.
+"""A model by its repository's name, revision and a directory for downloads; prints whether it
+generated.
 
 python from_hub.py REPOSITORY REVISION DIRECTORY
 """

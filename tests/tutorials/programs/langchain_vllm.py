@@ -13,7 +13,14 @@ from langchain_classic.chains import LLMChain  # noqa: E402
 from langchain_classic.prompts import PromptTemplate  # noqa: E402
 from langchain_community.llms import VLLM  # noqa: E402
 
-llm = VLLM(model="microsoft/phi-1_5", trust_remote_code=True, max_new_tokens=128, top_k=10, top_p=0.95, temperature=0.8)
+llm = VLLM(
+    model="microsoft/phi-1_5",
+    trust_remote_code=True,
+    max_new_tokens=128,
+    top_k=10,
+    top_p=0.95,
+    temperature=0.8,
+)
 response = llm.invoke("What is the capital of France?")
 print(repr(response))
 

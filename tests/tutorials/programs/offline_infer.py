@@ -1,4 +1,5 @@
-"""Two questions to a chat model as plain prompts, printed as the tutorial prints them. The model's directory is the argument."""
+"""Two questions to a chat model as plain prompts, printed as the tutorial prints them. The model's
+directory is the argument."""
 
 import sys
 

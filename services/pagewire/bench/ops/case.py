@@ -22,7 +22,8 @@ class Case:
         raise NotImplementedError
 
     def check(self, config: Any = None) -> float:
-        """The relative error against an oracle, on fresh inputs and poisoned outputs; NaN when anything is not finite."""
+        """The relative error against an oracle, on fresh inputs and poisoned outputs; NaN when
+        anything is not finite."""
         raise NotImplementedError
 
     def other(self, i: int) -> Any:
@@ -32,7 +33,8 @@ class Case:
 
 @dataclass
 class Job:
-    """A kernel at a shape. `work`: bytes or operations of a launch, by unit; `target` in microseconds; `configs`: launch shapes to try."""
+    """A kernel at a shape. `work`: bytes or operations of a launch, by unit; `target` in
+    microseconds; `configs`: launch shapes to try."""
 
     name: str
     shape: str
@@ -45,7 +47,8 @@ class Job:
 
 
 def graph_us(launch: Callable[[int], Any], sets: int, goal_us: float = GOAL_US) -> float:
-    """Median microseconds a launch, over replays of a graph of enough launches to run about goal_us."""
+    """Median microseconds a launch, over replays of a graph of enough launches to run about
+    goal_us."""
     count = _count(launch, sets, goal_us)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

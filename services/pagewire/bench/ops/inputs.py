@@ -1,4 +1,5 @@
-"""Random inputs on the device, large enough that repeated launches do not find them in a cache, and a float32 oracle of attention."""
+"""Random inputs on the device, large enough that repeated launches do not find them in a cache, and
+a float32 oracle of attention."""
 
 import torch
 from torch import Tensor
@@ -61,12 +62,24 @@ def tables(rows: int, length: int) -> list[Tensor]:
     return [order[i * need : (i + 1) * need].view(rows, -1) for i in range(sets)]
 
 
-def oracle(q: Tensor, table: Tensor, positions: Tensor, dim: int, window: int | None = None) -> Tensor:
-    """float32 attention of tokens q [n, Hq, dim] at `positions` of one sequence -> [n, Hq * dim]."""
-    k, v = (c[table.long()].transpose(1, 2).flatten(0, 1).float().repeat_interleave(q.shape[1] // HKV, 1) for c in pool(dim))
+def oracle(
+    q: Tensor, table: Tensor, positions: Tensor, dim: int, window: int | None = None
+) -> Tensor:
+    """float32 attention of tokens q [n, Hq, dim] at `positions` of one sequence -> [n, Hq *
+    dim]."""
+    k, v = (
+        c[table.long()]
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .float()
+        .repeat_interleave(q.shape[1] // HKV, 1)
+        for c in pool(dim)
+    )
     j = torch.arange(len(k), device=DEVICE)[None]
     seen = j <= positions[:, None]
     if window:
         seen &= j > positions[:, None] - window
     s = torch.einsum("nhd,shd->hns", q.float(), k) * dim**-0.5
-    return torch.einsum("hns,shd->nhd", s.masked_fill(~seen, float("-inf")).softmax(-1), v).flatten(1)
+    return torch.einsum("hns,shd->nhd", s.masked_fill(~seen, float("-inf")).softmax(-1), v).flatten(
+        1
+    )

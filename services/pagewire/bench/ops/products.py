@@ -5,13 +5,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pagewire_kernels import activation, attention_decode, cuda, gemm, gemm_cublaslt, gemm_row, norm, rope, workspace
+from pagewire_kernels import (
+    activation,
+    attention_decode,
+    cuda,
+    gemm,
+    gemm_cublaslt,
+    gemm_row,
+    norm,
+    rope,
+    workspace,
+)
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.gemm import SkinnyConfig
 from torch import Tensor
 from torch.nn import functional
 
-from ...worker.products import fastest
+from ...worker.gpu.gemm_autotune import fastest
 from . import inputs
 from .case import Case, Job
 from .inputs import HKV, PAGE, error, int32, nan, pool, rand, tables, weights
@@ -50,7 +60,11 @@ class Product(Case):
 
     def launch(self, i: int, config: Any = None) -> Tensor:
         weight = self._weights[i]
-        return gemm.skinny_linear(self._x, weight, None, config) if config else gemm.linear(self._x, weight)
+        return (
+            gemm.skinny_linear(self._x, weight, None, config)
+            if config
+            else gemm.linear(self._x, weight)
+        )
 
     def check(self, config: Any = None) -> float:
         self.launch(0, config).fill_(float("nan"))
@@ -62,7 +76,14 @@ class Product(Case):
 
 def product(label: str, n: int, k: int, rows: int) -> Job:
     shapes = [SkinnyConfig(*shape) for shape in (ONE_ROW if rows == 1 else SOME_ROWS)]
-    return Job("gemm", f"{label} {n}x{k} M{rows}", lambda: Product(n, k, rows), n * k * 2.0, configs=shapes, peer="cuBLAS")
+    return Job(
+        "gemm",
+        f"{label} {n}x{k} M{rows}",
+        lambda: Product(n, k, rows),
+        n * k * 2.0,
+        configs=shapes,
+        peer="cuBLAS",
+    )
 
 
 class Chosen(Product):
@@ -70,11 +91,20 @@ class Chosen(Product):
 
     def __init__(self, n: int, k: int, rows: int) -> None:
         super().__init__(n, k, rows)
-        gemm_cublaslt.choose((n, k, inputs.DTYPE), {rows: fastest(rows, (n, k, inputs.DTYPE), self._weights)})
+        gemm_cublaslt.choose(
+            (n, k, inputs.DTYPE), {rows: fastest(rows, (n, k, inputs.DTYPE), self._weights)}
+        )
 
 
 def chosen(label: str, n: int, k: int, rows: int) -> Job:
-    return Job("product", f"{label} {n}x{k} M{rows}", lambda: Chosen(n, k, rows), 2.0 * n * k * rows, unit="TFLOP/s", peer="cuBLAS")
+    return Job(
+        "product",
+        f"{label} {n}x{k} M{rows}",
+        lambda: Chosen(n, k, rows),
+        2.0 * n * k * rows,
+        unit="TFLOP/s",
+        peer="cuBLAS",
+    )
 
 
 class AddNorm(Case):
@@ -103,33 +133,64 @@ class SiluMul(Case):
 
 
 class RopeAndCache(Case):
-    """Norm of queries and keys, rotation, and the write of keys and values to their pages: 32 query heads, 8 KV heads, size 128."""
+    """Norm of queries and keys, rotation, and the write of keys and values to their pages: 32 query
+    heads, 8 KV heads, size 128."""
 
     def __init__(self, rows: int) -> None:
-        self._qkv, self._cos_sin = rand(rows, 48 * 128), torch.randn(4096, 128, device=inputs.DEVICE)
-        self._weight, self._k, self._v = rand(128), nan(rows + 1, HKV, PAGE, 128), rand(rows + 1, HKV, PAGE, 128)
+        self._qkv, self._cos_sin = (
+            rand(rows, 48 * 128),
+            torch.randn(4096, 128, device=inputs.DEVICE),
+        )
+        self._weight, self._k, self._v = (
+            rand(128),
+            nan(rows + 1, HKV, PAGE, 128),
+            rand(rows + 1, HKV, PAGE, 128),
+        )
         places = torch.randperm(rows * PAGE, device=inputs.DEVICE)[:rows]
         starts, lens = int32([0, rows]), int32([rows])
-        self._batch = Batch(torch.arange(rows, device=inputs.DEVICE), places, starts, lens, int32([0])[None], rows, rows)
+        self._batch = Batch(
+            torch.arange(rows, device=inputs.DEVICE),
+            places,
+            starts,
+            lens,
+            int32([0])[None],
+            rows,
+            rows,
+        )
 
     def launch(self, i: int, config: Any = None) -> Tensor:
         w = self._weight
-        return rope.rope_and_cache(self._qkv, self._cos_sin, w, w, 1e-6, self._k, self._v, self._batch)
+        return rope.rope_and_cache(
+            self._qkv, self._cos_sin, w, w, 1e-6, self._k, self._v, self._batch
+        )
 
     def check(self, config: Any = None) -> float:
         q, places = self.launch(0), self._batch.slot_mapping
         x = self._qkv.view(-1, 48, 128).float()
-        y = x[:, :40] * torch.rsqrt(x[:, :40].pow(2).mean(-1, keepdim=True) + 1e-6) * self._weight.float()
+        y = (
+            x[:, :40]
+            * torch.rsqrt(x[:, :40].pow(2).mean(-1, keepdim=True) + 1e-6)
+            * self._weight.float()
+        )
         cos, sin = self._cos_sin[self._batch.positions][:, None].split(64, -1)
-        y = torch.cat((y[..., :64] * cos - y[..., 64:] * sin, y[..., 64:] * cos + y[..., :64] * sin), -1)
+        y = torch.cat(
+            (y[..., :64] * cos - y[..., 64:] * sin, y[..., 64:] * cos + y[..., :64] * sin), -1
+        )
         at = (places // PAGE, slice(None), places % PAGE)
-        return max(error(q, y[:, :32]), error(self._k[at], y[:, 32:]), error(self._v[at], x[:, 40:]))
+        return max(
+            error(q, y[:, :32]), error(self._k[at], y[:, 32:]), error(self._v[at], x[:, 40:])
+        )
 
 
 def fused(rows: int) -> Iterator[Job]:
     yield Job("add+rmsnorm", f"{rows}x4096", lambda: AddNorm(rows, 4096), rows * 4096 * 8.0)
     yield Job("silu*mul", f"{rows}x28672", lambda: SiluMul(rows, 14336), rows * 14336 * 6.0)
-    yield Job("qknorm+rope+kv", f"{rows} tokens 48 heads", lambda: RopeAndCache(rows), rows * 48 * 128 * 4.0)
+    yield Job(
+        "qknorm+rope+kv",
+        f"{rows} tokens 48 heads",
+        lambda: RopeAndCache(rows),
+        rows * 48 * 128 * 4.0,
+    )
 
 
 OVERLAPPING: tuple[Any, ...] = (activation, attention_decode, gemm, gemm_row, norm, rope)
@@ -148,11 +209,17 @@ def without_overlap() -> Iterator[None]:
 
 
 class Layer(Case):
-    """All kernels of one decoder layer in a row; beside it the same without overlapping launches."""
+    """All kernels of one decoder layer in a row; beside it the same without overlapping
+    launches."""
 
     def __init__(self, rows: int, context: int, hidden: int, inner: int, heads: int) -> None:
         self.sets = max(2, int(inputs.WEIGHT_BYTES / (2 * hidden * (2 * heads * 128 + 3 * inner))))
-        shapes = ((heads + 2 * HKV) * 128, hidden), (hidden, heads * 128), (2 * inner, hidden), (hidden, inner)
+        shapes = (
+            ((heads + 2 * HKV) * 128, hidden),
+            (hidden, heads * 128),
+            (2 * inner, hidden),
+            (hidden, inner),
+        )
         self._weights = [[rand(*shape) * 0.02 for shape in shapes] for _ in range(self.sets)]
         table, lens = tables(rows, context)[0], int32([context] * rows)
         slots = table[:, -1].long() * PAGE + PAGE - 1
@@ -185,13 +252,16 @@ class Layer(Case):
 
 
 class RowLayer(Layer):
-    """The five kernels that a layer of one row takes; beside them the nine of any other number of rows."""
+    """The five kernels that a layer of one row takes; beside them the nine of any other number of
+    rows."""
 
     def launch(self, i: int, config: Any = None) -> Tensor:
         qkv_w, o_w, gate_up_w, down_w = self._weights[i]
         (k, v), weight = pool(128), self._norm
         qkv = cuda.norm_linear(self._x, weight, 1e-5, qkv_w)
-        mixed = cuda.rope_attention(qkv, cuda.Rope(self._cos_sin, None, None, 1e-5), k, v, self._batch, 128**-0.5, None)
+        mixed = cuda.rope_attention(
+            qkv, cuda.Rope(self._cos_sin, None, None, 1e-5), k, v, self._batch, 128**-0.5, None
+        )
         whole = cuda.linear_add(mixed, o_w, None, self._x)
         return cuda.linear_add(cuda.norm_gated(whole, weight, 1e-5, gate_up_w), down_w, None, whole)
 

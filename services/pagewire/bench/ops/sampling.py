@@ -41,12 +41,19 @@ class Sample(Case):
         logits, got = self._logits, self.launch(0)
         logp = torch.log_softmax(logits.float(), -1)
         worst = (got.logprobs - logp.gather(1, got.tokens[:, None])[:, 0]).abs().max().item()
-        if self._kind == "greedy" and not torch.equal(logits.gather(1, got.tokens[:, None])[:, 0], logits.max(-1).values):
+        if self._kind == "greedy" and not torch.equal(
+            logits.gather(1, got.tokens[:, None])[:, 0], logits.max(-1).values
+        ):
             return float("nan")
-        return worst if not self._kind.startswith("top") or self._cuts_where_it_should() else float("nan")
+        return (
+            worst
+            if not self._kind.startswith("top") or self._cuts_where_it_should()
+            else float("nan")
+        )
 
     def _cuts_where_it_should(self) -> bool:
-        """Nothing that belongs to the likeliest is left out, and nothing is let in beyond what bf16 cannot tell from them."""
+        """Nothing that belongs to the likeliest is left out, and nothing is let in beyond what bf16
+        cannot tell from them."""
         order = self._logits.float().sort(-1, descending=True).values
         if self._k:
             order = order.masked_fill(order < order[:, self._k - 1 : self._k], float("-inf"))
@@ -59,4 +66,6 @@ class Sample(Case):
 
 
 def sampling(rows: int, kind: str, width: int = 128_256) -> Job:
-    return Job("sample", f"{rows}x{width} {kind}", lambda: Sample(rows, kind, width), rows * width * 2.0)
+    return Job(
+        "sample", f"{rows}x{width} {kind}", lambda: Sample(rows, kind, width), rows * width * 2.0
+    )

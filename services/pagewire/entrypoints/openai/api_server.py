@@ -1,4 +1,5 @@
-"""`python -m pagewire.entrypoints.openai.api_server --model X`: the spelling that older guides use for `pagewire serve`."""
+"""`python -m pagewire.entrypoints.openai.api_server --model X`: the spelling that older guides use
+for `pagewire serve`."""
 
 import sys
 

@@ -1,6 +1,8 @@
-"""Chat templates for families whose repositories ship none, one .jinja file each, and the table that says which model gets which.
+"""Chat templates for families whose repositories ship none, one .jinja file each, and the table
+that says which model gets which.
 
-It knows names and configurations, not how a template is rendered. A model that is not known to be made for chat gets none.
+It knows names and configurations, not how a template is rendered. A model that is not known to be
+made for chat gets none.
 """
 
 from pathlib import Path
@@ -32,17 +34,26 @@ def source(name: str) -> str:
 
 
 def choose(path: Path, config: Config, generation: Config) -> str:
-    """The name of the template for the model in directory `path`, by config.json and generation_config.json; empty for none."""
+    """The name of the template for the model in directory `path`, by config.json and
+    generation_config.json; empty for none."""
     kind, name = config.get("model_type"), _name(path, config)
     if kind == "qwen":
         chat = generation.get("chat_format", "chatml" if "chat" in name else "") == "chatml"
         return "chatml" if chat else ""
     if kind == "baichuan":
         return "baichuan" if "user_token_id" in generation else ""
-    return next((template for of, words, template in BY_NAME if of == kind and all(word in name for word in words)), "")
+    return next(
+        (
+            template
+            for of, words, template in BY_NAME
+            if of == kind and all(word in name for word in words)
+        ),
+        "",
+    )
 
 
 def _name(path: Path, config: Config) -> str:
-    """What the model is called, as far as its files say: the directory's name, or the repository's in the hub's cache."""
+    """What the model is called, as far as its files say: the directory's name, or the repository's
+    in the hub's cache."""
     folder = path.parent.parent.name if path.parent.name == "snapshots" else path.name
     return f"{folder} {config.get('_name_or_path', '')}".lower()

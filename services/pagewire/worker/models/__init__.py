@@ -2,19 +2,23 @@
 
 To add one, write a file of its differences and name it in FAMILIES:
 
-1. `describe(config) -> Architecture`: usually `common({**config, ...}, ...)`, where the dict gives Llama's names to what config.json calls
+1. `describe(config) -> Architecture`: usually `common({**config, ...}, ...)`, where the dict
+gives Llama's names to what config.json calls
    otherwise and the keywords are the fields of Architecture in which the family differs.
-2. Where the checkpoint has other names or joined matrices, `tensors`: a `checkpoint.Names` table and `checkpoint.renamed` for most, a
-   generator of its own for the rest. Rotary embeddings of a part of each head, or of neighbouring dimensions, are only described
-   (`Rope.size`, `Rope.interleaved`): loading puts the rows of queries and keys in the order that the kernels want.
-3. What no field can say yet becomes a field of Architecture, chosen when a part is made (`parts`, `decoder`), never in a call.
+2. Where the checkpoint has other names or joined matrices, `tensors`: a `checkpoint.Names` table
+and `checkpoint.renamed` for most, a
+   generator of its own for the rest. Rotary embeddings of a part of each head, or of
+   neighbouring dimensions, are only described
+   (`Rope.size`, `Rope.interleaved`): loading puts the rows of queries and keys in the order that
+   the kernels want.
+3. What no field can say yet becomes a field of Architecture, chosen when a part is made
+(`parts`, `decoder`), never in a call.
 4. A variant in tests/worker/model_variants.py, and a row in docs/models.md.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..architecture import Architecture, Config, Unsupported
 from . import (
     baichuan,
     chatglm,
@@ -38,6 +42,7 @@ from . import (
     qwen3,
     qwen3_moe,
 )
+from .architecture import Architecture, Config, Unsupported
 from .checkpoint import Tensors
 
 
@@ -81,14 +86,19 @@ def family(config: Config) -> Family:
     """Raises Unsupported when it is unknown."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise Unsupported(f"model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise Unsupported(
+            f"model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[kind]
 
 
 def describe(config: Config) -> Architecture:
-    """The architecture that `config` asks for. Raises Unsupported when the family is unknown or a field of its configuration is missing."""
+    """The architecture that `config` asks for. Raises Unsupported when the family is unknown or a
+    field of its configuration is missing."""
     found = family(config)
     try:
         return found.describe(config)
     except KeyError as error:
-        raise Unsupported(f"the configuration of this {config['model_type']} model has no {error.args[0]!r}") from None
+        raise Unsupported(
+            f"the configuration of this {config['model_type']} model has no {error.args[0]!r}"
+        ) from None

@@ -4,8 +4,8 @@ import math
 
 
 def slopes(heads: int) -> tuple[float, ...]:
-    """For a power of two a falling geometric series from 2 ** (-8 / heads); else that of the next lower power, then every other one of the
-    next higher."""
+    """For a power of two a falling geometric series from 2 ** (-8 / heads); else that of the next
+    lower power, then every other one of the next higher."""
     power = 1 << math.floor(math.log2(heads))
     found = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     return (*found, *(2 ** (-4 * (n + 1) / power) for n in range(0, 2 * (heads - power), 2)))

@@ -1,19 +1,26 @@
-"""Baichuan 1 and 2: Llama with joined queries, keys and values. The 7B ones rotate, the 13B ones have ALiBi and name no positions.
+"""Baichuan 1 and 2: Llama with joined queries, keys and values. The 7B ones rotate, the 13B ones
+have ALiBi and name no positions.
 
-Baichuan 2 has a head whose rows are brought to length 1 before use; that is done to the weights at loading."""
+Baichuan 2 has a head whose rows are brought to length 1 before use; that is done to the weights at
+loading."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..architecture import Architecture, Config, common
-from ..rope import NO_ROPE
 from .alibi import slopes
+from .architecture import Architecture, Config, common
 from .checkpoint import Names, renamed
+from .rope import NO_ROPE
 
 BAICHUAN2, BAICHUAN2_VOCABULARY = "baichuan2", 125_696
-NAMES = Names(layers="model.layers", top={}, parts={"self_attn.W_pack": "self_attn.qkv_proj"}, ignored=("rotary_emb.inv_freq",))
+NAMES = Names(
+    layers="model.layers",
+    top={},
+    parts={"self_attn.W_pack": "self_attn.qkv_proj"},
+    ignored=("rotary_emb.inv_freq",),
+)
 _renamed = renamed(NAMES)
 
 

@@ -1,13 +1,18 @@
-"""ChatGLM 2 and 3, and GLM-4 as first published: few KV heads, half of each head rotated by pairs of neighbours, joined matrices."""
+"""ChatGLM 2 and 3, and GLM-4 as first published: few KV heads, half of each head rotated by pairs
+of neighbours, joined matrices."""
 
-from ..architecture import Architecture, Config, Unsupported, common
-from ..rope import Rope
+from .architecture import Architecture, Config, Unsupported, common
 from .checkpoint import Names, renamed
+from .rope import Rope
 
 NAMES = Names(
     prefix="transformer.",
     layers="encoder.layers",
-    top={"embedding.word_embeddings": "model.embed_tokens", "encoder.final_layernorm": "model.norm", "output_layer": "lm_head"},
+    top={
+        "embedding.word_embeddings": "model.embed_tokens",
+        "encoder.final_layernorm": "model.norm",
+        "output_layer": "lm_head",
+    },
     parts={
         "input_layernorm": "input_layernorm",
         "self_attention.query_key_value": "self_attn.qkv_proj",
@@ -18,7 +23,12 @@ NAMES = Names(
     },
     ignored=("rotary_pos_emb.inv_freq",),
 )
-NEEDED = {"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True, "apply_residual_connection_post_layernorm": False}
+NEEDED = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "multi_query_attention": True,
+    "apply_residual_connection_post_layernorm": False,
+}
 tensors = renamed(NAMES)
 
 
@@ -26,7 +36,9 @@ def describe(config: Config) -> Architecture:
     if "padded_vocab_size" not in config:
         raise Unsupported("the first ChatGLM is not supported; ChatGLM 2 and 3 and GLM-4 are")
     if config.get("quantization_bit"):
-        raise Unsupported(f"weights of {config['quantization_bit']} bits (quantization_bit) of chatglm are not supported")
+        raise Unsupported(
+            f"weights of {config['quantization_bit']} bits (quantization_bit) of chatglm are not supported"
+        )
     for name, value in NEEDED.items():
         if bool(config.get(name, value)) != value:
             raise Unsupported(f"{name} {config[name]} of chatglm is not supported; {value} is")
@@ -39,6 +51,15 @@ def describe(config: Config) -> Architecture:
         "head_dim": size,
         "max_position_embeddings": config["seq_length"],
     }
-    rope = Rope(theta=10_000.0 * float(config.get("rope_ratio", 1)), size=size // 2, interleaved=True)
+    rope = Rope(
+        theta=10_000.0 * float(config.get("rope_ratio", 1)), size=size // 2, interleaved=True
+    )
     qkv_bias = bias or bool(config.get("add_qkv_bias", False))
-    return common(config | own, norm_eps=float(config["layernorm_epsilon"]), rope=rope, qkv_bias=qkv_bias, output_bias=bias, mlp_bias=bias)
+    return common(
+        config | own,
+        norm_eps=float(config["layernorm_epsilon"]),
+        rope=rope,
+        qkv_bias=qkv_bias,
+        output_bias=bias,
+        mlp_bias=bias,
+    )

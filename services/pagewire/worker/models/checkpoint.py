@@ -1,7 +1,9 @@
-"""From the tensors of a checkpoint to those of the decoder: other names, and matrices that are joined or transposed there.
+"""From the tensors of a checkpoint to those of the decoder: other names, and matrices that are
+joined or transposed there.
 
-The decoder's own names are Llama's as transformers saves them (see decoder and parts). A checkpoint's joined matrices are renamed to
-`….self_attn.qkv_proj` and `….mlp.gate_up_proj`, and `split` cuts them.
+The decoder's own names are Llama's as transformers saves them (see decoder and parts). A
+checkpoint's joined matrices are renamed to `….self_attn.qkv_proj` and `….mlp.gate_up_proj`, and
+`split` cuts them.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,18 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture, Unsupported
+from .architecture import Architecture, Unsupported
 
 Named = tuple[str, Tensor]
 Tensors = Callable[[str, Tensor, Architecture], Iterator[Named]]
-"""(name and tensor of a checkpoint, architecture) -> tensors of the decoder: none for one that is not needed, several for a joined one. A
-name that it does not know it passes on as it is, and loading refuses it."""
+"""(name and tensor of a checkpoint, architecture) -> tensors of the decoder: none for one that is
+not needed, several for a joined one. A name that it does not know it passes on as it is, and
+loading refuses it."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a checkpoint spells the decoder's names. `top` and `parts`: checkpoint -> decoder, without .weight and .bias; `parts` are those
-    of a layer, which stand after `layers` and a number. `prefix` may be missing from a checkpoint."""
+    """How a checkpoint spells the decoder's names. `top` and `parts`: checkpoint -> decoder,
+    without .weight and .bias; `parts` are those of a layer, which stand after `layers` and a
+    number. `prefix` may be missing from a checkpoint."""
 
     layers: str
     top: dict[str, str]
@@ -55,8 +59,8 @@ def renamed(names: Names, by_group: bool = False) -> Tensors:
 
 
 def split(name: str, tensor: Tensor, arch: Architecture, by_group: bool = False) -> Iterator[Named]:
-    """Cut the rows (or biases) of joined matrices; others pass. Queries, keys and values follow each other, or, `by_group`, those of each
-    KV head: its query heads, its key, its value."""
+    """Cut the rows (or biases) of joined matrices; others pass. Queries, keys and values follow
+    each other, or, `by_group`, those of each KV head: its query heads, its key, its value."""
     stem, joined, suffix = name.rpartition(".qkv_proj.")
     if joined:
         for letter, rows in zip("qkv", _heads(name, tensor, arch, by_group), strict=True):
@@ -74,7 +78,9 @@ def split(name: str, tensor: Tensor, arch: Architecture, by_group: bool = False)
 def _heads(name: str, tensor: Tensor, arch: Architecture, by_group: bool) -> tuple[Tensor, ...]:
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if len(tensor) != q + 2 * kv:
-        raise Unsupported(f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {q + 2 * kv} rows")
+        raise Unsupported(
+            f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {q + 2 * kv} rows"
+        )
     if not by_group:
         return tensor.split((q, kv, kv))
     group = arch.num_heads // arch.num_kv_heads
@@ -84,4 +90,9 @@ def _heads(name: str, tensor: Tensor, arch: Architecture, by_group: bool) -> tup
 
 def plus_one(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
     """For families that save their norms' weights as the difference from 1."""
-    yield name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + 1 if name.endswith("norm.weight") else tensor
+    yield (
+        name,
+        tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + 1
+        if name.endswith("norm.weight")
+        else tensor,
+    )

@@ -1,10 +1,11 @@
-"""Falcon: 7B has one KV head and one LayerNorm for attention and MLP side by side; 40B and 180B ("new decoder architecture") several KV
-heads and a norm each; 11B several heads and one norm; the RW models are sequential, with ALiBi."""
+"""Falcon: 7B has one KV head and one LayerNorm for attention and MLP side by side; 40B and 180B
+("new decoder architecture") several KV heads and a norm each; 11B several heads and one norm; the
+RW models are sequential, with ALiBi."""
 
-from ..architecture import Architecture, Config, gpt_like
-from ..rope import NO_ROPE, read_rope
 from .alibi import slopes
+from .architecture import Architecture, Config, gpt_like
 from .checkpoint import Names, renamed
+from .rope import NO_ROPE, read_rope
 
 OLD_NAMES = {
     "hidden_size": "n_embed",
@@ -31,11 +32,17 @@ tensors = renamed(NAMES, by_group=True)
 
 
 def describe(config: Config) -> Architecture:
-    own = {name: config[old] for name, old in OLD_NAMES.items() if name not in config and old in config}
+    own = {
+        name: config[old] for name, old in OLD_NAMES.items() if name not in config and old in config
+    }
     own["max_position_embeddings"] = config.get("max_position_embeddings", 2048)
     own["hidden_act"] = config.get("activation", "gelu")
     config = config | own
-    hidden, heads, several = int(config["hidden_size"]), int(config["num_attention_heads"]), config.get("new_decoder_architecture", False)
+    hidden, heads, several = (
+        int(config["hidden_size"]),
+        int(config["num_attention_heads"]),
+        config.get("new_decoder_architecture", False),
+    )
     one_head = config.get("multi_query", True) and not several
     config["intermediate_size"] = config.get("ffn_hidden_size") or 4 * hidden
     config["num_key_value_heads"] = 1 if one_head else config.get("num_kv_heads") or heads

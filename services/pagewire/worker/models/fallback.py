@@ -1,8 +1,10 @@
-"""Any other decoder-only model that transformers knows, run through the paged cache: transformers computes, attention is ours.
+"""Any other decoder-only model that transformers knows, run through the paged cache: transformers
+computes, attention is ours.
 
-`plan` looks at a model without its weights, by running it on torch's meta device, and refuses by name what cannot be served: no decoder,
-layers without attention, attention of another kind. `load` makes it, and compares it with transformers' own attention before it serves.
-transformers is imported only here, and only for such a model.
+`plan` looks at a model without its weights, by running it on torch's meta device, and refuses by
+name what cannot be served: no decoder, layers without attention, attention of another kind. `load`
+makes it, and compares it with transformers' own attention before it serves. transformers is
+imported only here, and only for such a model.
 """
 
 import copy
@@ -19,16 +21,17 @@ from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch, make_batch
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported
-from ..rope import NO_ROPE
+from .architecture import Architecture, Config, Unsupported
 from .decoder import Tap
 from .fallback_attention import Attention, Call, Recorder
+from .rope import NO_ROPE
 
 log = logging.getLogger("pagewire.worker")
 TOKENS = 12
 CHUNKS = ((0, 5), (5, 11), (11, 12))
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far logits may be from those of transformers' own attention, relative to their size, by the weights' type."""
+"""How far logits may be from those of transformers' own attention, relative to their size, by the
+weights' type."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class OtherArchitecture(Architecture):
 
 @dataclass(frozen=True)
 class Plan:
-    """A model that can be served, not loaded yet. calls: what its layers ask of attention, in their order."""
+    """A model that can be served, not loaded yet. calls: what its layers ask of attention, in their
+    order."""
 
     path: Path
     arch: OtherArchitecture
@@ -50,11 +54,18 @@ class Plan:
     calls: tuple[Call, ...]
     trust: bool
 
-    def load(self, load_format: str, ops: Ops, dtype: torch.dtype, device: str, seed: int) -> "FallbackDecoder":
-        """Raises Unsupported: broken or missing weights, or logits that are not those of transformers' own attention."""
+    def load(
+        self, load_format: str, ops: Ops, dtype: torch.dtype, device: str, seed: int
+    ) -> "FallbackDecoder":
+        """Raises Unsupported: broken or missing weights, or logits that are not those of
+        transformers' own attention."""
         attention = Attention(ops, self.calls, self.arch.head_dim)
         with _quietly(), torch.inference_mode(False), torch.no_grad():
-            made = self._random(dtype, seed) if load_format == "dummy" else self._weights(load_format, dtype)
+            made = (
+                self._random(dtype, seed)
+                if load_format == "dummy"
+                else self._weights(load_format, dtype)
+            )
             made = made.to(device).eval()
         decoder = FallbackDecoder(self.arch, made, attention)
         with _quietly(), torch.inference_mode():
@@ -65,7 +76,9 @@ class Plan:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=dtype, trust_remote_code=self.trust)
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(self.config), dtype=dtype, trust_remote_code=self.trust
+        )
 
     def _weights(self, load_format: str, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
@@ -81,15 +94,25 @@ class Plan:
                 output_loading_info=True,
             )
         except Exception as error:  # transformers and the files' readers raise errors of many kinds
-            raise Unsupported(f"the weights in {self.path} cannot be loaded: {_line(error)}") from None
+            raise Unsupported(
+                f"the weights in {self.path} cannot be loaded: {_line(error)}"
+            ) from None
         made, told = found
         missing = sorted(told["missing_keys"])
         if missing or told["mismatched_keys"]:
-            lacking = f"lacks {len(missing)} tensors, among them {missing[0]}" if missing else f"differs: {_line(told['mismatched_keys'])}"
+            lacking = (
+                f"lacks {len(missing)} tensors, among them {missing[0]}"
+                if missing
+                else f"differs: {_line(told['mismatched_keys'])}"
+            )
             raise Unsupported(f"the checkpoint in {self.path} {lacking}")
         if told["unexpected_keys"]:
             names = sorted(told["unexpected_keys"])
-            log.warning("%d tensors of the checkpoint are not used by this model, among them %s", len(names), names[0])
+            log.warning(
+                "%d tensors of the checkpoint are not used by this model, among them %s",
+                len(names),
+                names[0],
+            )
         return made
 
 
@@ -97,7 +120,12 @@ class FallbackDecoder:
     """Called like decoder.Decoder, from which it differs in who computes what is no attention."""
 
     def __init__(self, arch: Architecture, model: Any, attention: Attention) -> None:
-        self.arch, self.attention_name, self._model, self._attention = arch, attention.name, model, attention
+        self.arch, self.attention_name, self._model, self._attention = (
+            arch,
+            attention.name,
+            model,
+            attention,
+        )
         model.set_attn_implementation(attention.name)
 
     def __call__(
@@ -113,7 +141,9 @@ class FallbackDecoder:
         """See Decoder. With a `tap`, the logits of all tokens exist at once."""
         kept = {} if wanted is None or tap is not None else {"logits_to_keep": wanted}
         with self._attention.running(cos_sin, caches, batch, tick):
-            logits = self._model(input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept).logits[0]
+            logits = self._model(
+                input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept
+            ).logits[0]
         if tap is None:
             return logits
         tap(lambda rows: logits[rows])
@@ -134,16 +164,22 @@ def plan(path: Path, settings: Config, trust: bool) -> Plan:
             f"{name} is not supported: {len(calls)} of its {layers} layers go through transformers' common attention; others (state-space, "
             "linear, convolutional, or attention of their own) cannot use the paged cache"
         )
-    for call, kind in zip(calls, getattr(config, "layer_types", None) or ("",) * layers, strict=True):
+    for call, kind in zip(
+        calls, getattr(config, "layer_types", None) or ("",) * layers, strict=True
+    ):
         hidden = "hides its windows" if kind == "sliding_attention" and call.window is None else ""
         if call.refused or hidden:
             raise Unsupported(f"{name} is not supported: its attention {call.refused or hidden}")
     if len({(call.kv_heads, call.size) for call in calls}) != 1:
-        raise Unsupported(f"{name} is not supported: its layers differ in the number or size of their KV heads")
+        raise Unsupported(
+            f"{name} is not supported: its layers differ in the number or size of their KV heads"
+        )
     return Plan(path, _architecture(settings, config, model, calls), config, calls, trust)
 
 
-def _architecture(settings: Config, config: Any, model: Any, calls: tuple[Call, ...]) -> OtherArchitecture:
+def _architecture(
+    settings: Config, config: Any, model: Any, calls: tuple[Call, ...]
+) -> OtherArchitecture:
     return OtherArchitecture(
         model_type=str(settings["model_type"]),
         vocab_size=int(config.vocab_size),
@@ -163,13 +199,24 @@ def _architecture(settings: Config, config: Any, model: Any, calls: tuple[Call, 
 
 
 def _longest(config: Any) -> int:
-    """Rotation that depends on the length of the longest sequence in a batch would give others wrong keys: the context ends before it."""
+    """Rotation that depends on the length of the longest sequence in a batch would give others
+    wrong keys: the context ends before it."""
     longest = getattr(config, "max_position_embeddings", None)
     if not longest:
-        raise Unsupported(f"the configuration of this {config.model_type} model does not say how long contexts may be")
+        raise Unsupported(
+            f"the configuration of this {config.model_type} model does not say how long contexts may be"
+        )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or longest
-    return int(min(original, longest) if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic") else longest)
+    original = (
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or longest
+    )
+    return int(
+        min(original, longest)
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic")
+        else longest
+    )
 
 
 def _config(path: Path, settings: Config, trust: bool) -> Any:
@@ -177,15 +224,21 @@ def _config(path: Path, settings: Config, trust: bool) -> Any:
 
     kind = settings.get("model_type")
     if kind not in transformers.CONFIG_MAPPING and not settings.get("auto_map"):
-        raise Unsupported(f"model_type {kind!r} is known neither here nor to transformers {transformers.__version__}")
+        raise Unsupported(
+            f"model_type {kind!r} is known neither here nor to transformers {transformers.__version__}"
+        )
     if kind not in transformers.CONFIG_MAPPING and not trust:
         raise Unsupported(
             f"model_type {kind!r} needs code from its repository, which --trust-remote-code allows (only for a repository that you trust)"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust)
+        return transformers.AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=trust
+        )
     except Exception as error:  # validation errors are of many kinds
-        raise Unsupported(f"the configuration of this {kind} model is wrong: {_line(error)}") from None
+        raise Unsupported(
+            f"the configuration of this {kind} model is wrong: {_line(error)}"
+        ) from None
 
 
 def _refuse(config: Any) -> None:
@@ -194,16 +247,30 @@ def _refuse(config: Any) -> None:
     named = next(iter(config.architectures or ()), "")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if config.is_encoder_decoder:
-        raise Unsupported(f"{named or config.model_type} is an encoder with a decoder; only models of a decoder alone are supported")
+        raise Unsupported(
+            f"{named or config.model_type} is an encoder with a decoder; only models of a decoder alone are supported"
+        )
     if not getattr(config, "auto_map", None) and (known is None or (named and named != known)):
-        raise Unsupported(f"{named or config.model_type} is no causal language model; only those are supported")
+        raise Unsupported(
+            f"{named or config.model_type} is no causal language model; only those are supported"
+        )
     if config.get_text_config() is not config:
-        raise Unsupported(f"{named or config.model_type} is made of several models; only plain language models are supported")
+        raise Unsupported(
+            f"{named or config.model_type} is made of several models; only plain language models are supported"
+        )
     if getattr(config, "quantization_config", None):
-        raise Unsupported(f"quantized weights of {config.model_type} are not supported; give unquantized safetensors")
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")}
+        raise Unsupported(
+            f"quantized weights of {config.model_type} are not supported; give unquantized safetensors"
+        )
+    kinds = {
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if kind not in ("full_attention", "sliding_attention")
+    }
     if kinds:
-        raise Unsupported(f"{named or config.model_type} has layers of type {', '.join(sorted(kinds))}, which is not supported")
+        raise Unsupported(
+            f"{named or config.model_type} has layers of type {', '.join(sorted(kinds))}, which is not supported"
+        )
 
 
 def _on_meta(config: Any, recorder: Recorder, trust: bool) -> Any:
@@ -211,10 +278,14 @@ def _on_meta(config: Any, recorder: Recorder, trust: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     bare = copy.deepcopy(config)
-    bare._experts_implementation = "batched_mm"  # the only way through a mixture of experts that does not depend on values
+    bare._experts_implementation = (
+        "batched_mm"  # the only way through a mixture of experts that does not depend on values
+    )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(bare, attn_implementation=recorder.name, trust_remote_code=trust).eval()
+            model = AutoModelForCausalLM.from_config(
+                bare, attn_implementation=recorder.name, trust_remote_code=trust
+            ).eval()
             ids = torch.zeros(1, 4, dtype=torch.long)
             with torch.inference_mode():
                 model(input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False)
@@ -223,26 +294,43 @@ def _on_meta(config: Any, recorder: Recorder, trust: bool) -> Any:
     except Exception as error:  # whatever the model's code does when its attention is replaced
         name = next(iter(config.architectures or ()), config.model_type)
         own = isinstance(error, KeyError) and recorder.name in str(error)
-        why = "its attention is its own" if own else f"without its weights and with another attention it does not run ({_line(error)})"
+        why = (
+            "its attention is its own"
+            if own
+            else f"without its weights and with another attention it does not run ({_line(error)})"
+        )
         raise Unsupported(f"{name} is not supported: {why}") from None
     return model
 
 
 def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str) -> None:
-    """A few tokens in chunks through the paged cache against all at once through transformers. Raises Unsupported."""
+    """A few tokens in chunks through the paged cache against all at once through transformers.
+    Raises Unsupported."""
     arch = decoder.arch
     ids = torch.arange(3, 3 + TOKENS, device=device) * 7919 % arch.vocab_size
-    caches = [torch.zeros(2, 1, arch.num_kv_heads, 16, arch.head_dim, dtype=dtype, device=device) for _ in range(arch.num_layers)]
+    caches = [
+        torch.zeros(2, 1, arch.num_kv_heads, 16, arch.head_dim, dtype=dtype, device=device)
+        for _ in range(arch.num_layers)
+    ]
     still = torch.zeros(TOKENS, arch.head_dim, device=device)
     still[:, : arch.head_dim // 2] = 1
     found = [
-        decoder(ids[a:b], [still] * arch.num_layers, caches, make_batch([b - a], [b], [[0]], 16, device), None, lambda: None)
+        decoder(
+            ids[a:b],
+            [still] * arch.num_layers,
+            caches,
+            make_batch([b - a], [b], [[0]], 16, device),
+            None,
+            lambda: None,
+        )
         for a, b in CHUNKS
     ]
     model.set_attn_implementation("eager")
     wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
     model.set_attn_implementation(decoder.attention_name)
-    error = (torch.cat(found).float() - wanted).norm(dim=-1) / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+    error = (torch.cat(found).float() - wanted).norm(dim=-1) / (
+        wanted - wanted.mean(-1, keepdim=True)
+    ).norm(dim=-1)
     # The median: a mixture of experts may choose another expert for a token by rounding alone.
     if not error.median() <= TOLERANCE[dtype]:
         raise Unsupported(
@@ -252,7 +340,8 @@ def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str)
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers prints bars and tables and warns of much that is no concern of who serves a model."""
+    """transformers prints bars and tables and warns of much that is no concern of who serves a
+    model."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -1,6 +1,8 @@
-"""What stands in transformers' place for attention: a recorder of what a model asks for, and the paged attention itself.
+"""What stands in transformers' place for attention: a recorder of what a model asks for, and the
+paged attention itself.
 
-transformers finds a function by its name in a table of the whole process, so each instance enters itself under a name of its own.
+transformers finds a function by its name in a table of the whole process, so each instance enters
+itself under a name of its own.
 """
 
 import itertools
@@ -16,14 +18,32 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _numbers = itertools.count()
-KNOWN = {"dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
-KNOWN |= {"output_router_logits", "output_hidden_states", "logits_to_keep", "return_dict", "past_key_values", "position_embeddings"}
+KNOWN = {
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "is_causal",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+}
+KNOWN |= {
+    "output_router_logits",
+    "output_hidden_states",
+    "logits_to_keep",
+    "return_dict",
+    "past_key_values",
+    "position_embeddings",
+}
 """Arguments that change nothing here, or are taken into account."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one layer asks for. size: of a head in the cache; value_size: of its values, which may be smaller."""
+    """What one layer asks for. size: of a head in the cache; value_size: of its values, which may
+    be smaller."""
 
     heads: int
     kv_heads: int
@@ -50,7 +70,13 @@ class Recorder:
         self.name = _enter(self)
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **more: Any,
     ) -> tuple[Tensor, None]:
         size, scale = query.shape[3], more.get("scaling")
         self.calls.append(
@@ -81,14 +107,17 @@ class Attention:
     """Layers call it in their order, once each, in a forward pass within `running`."""
 
     def __init__(self, ops: Ops, calls: tuple[Call, ...], size: int) -> None:
-        """`size`: of all heads in the cache; smaller ones are padded with zeros, which changes no product."""
+        """`size`: of all heads in the cache; smaller ones are padded with zeros, which changes no
+        product."""
         self._ops, self._calls, self._size = ops, calls, size
         self._layer = 0
         self._pass: tuple[list[Tensor], list[Tensor], Batch, Callable[[], None]] | None = None
         self.name = _enter(self)
 
     @contextmanager
-    def running(self, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, tick: Callable[[], None]) -> Iterator[None]:
+    def running(
+        self, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, tick: Callable[[], None]
+    ) -> Iterator[None]:
         self._pass, self._layer = (cos_sin, caches, batch, tick), 0
         try:
             yield
@@ -96,7 +125,13 @@ class Attention:
             self._pass = None
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **more: Any,
     ) -> tuple[Tensor, None]:
         """query [1, Hq, T, D], rotated already -> [1, T, Hq, value size]."""
         assert self._pass is not None
@@ -104,10 +139,16 @@ class Attention:
         call, cache = self._calls[layer], caches[layer]
         self._layer += 1
         qkv = torch.cat([self._flat(part, cache.dtype) for part in (query, key, value)], 1)
-        q = self._ops.rope_and_cache(qkv, cos_sin[layer], None, None, 0.0, cache[0], cache[1], batch)
-        out = self._ops.paged_attention(q, cache[0], cache[1], batch, call.scale, call.window, call.soft_cap)
+        q = self._ops.rope_and_cache(
+            qkv, cos_sin[layer], None, None, 0.0, cache[0], cache[1], batch
+        )
+        out = self._ops.paged_attention(
+            q, cache[0], cache[1], batch, call.scale, call.window, call.soft_cap
+        )
         tick()
-        return out.view(1, len(out), call.heads, self._size)[..., : call.value_size].to(query.dtype), None
+        return out.view(1, len(out), call.heads, self._size)[..., : call.value_size].to(
+            query.dtype
+        ), None
 
     def _flat(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         """[1, H, T, d] -> [T, H * D]."""

@@ -1,8 +1,9 @@
-"""Gemma: a GELU gate, embeddings scaled by the root of the hidden size, norms saved as their difference from 1, the head tied."""
+"""Gemma: a GELU gate, embeddings scaled by the root of the hidden size, norms saved as their
+difference from 1, the head tied."""
 
 from typing import Any
 
-from ..architecture import Architecture, Config, common
+from .architecture import Architecture, Config, common
 from .checkpoint import plus_one
 
 tensors = plus_one

@@ -1,9 +1,10 @@
-"""Gemma 2: norms around attention and MLP, a window in every other layer, soft caps on scores and logits."""
+"""Gemma 2: norms around attention and MLP, a window in every other layer, soft caps on scores and
+logits."""
 
 from typing import Any
 
-from ..architecture import Architecture, Config
 from . import gemma
+from .architecture import Architecture, Config
 from .checkpoint import plus_one as tensors
 
 __all__ = ["describe", "tensors"]
@@ -13,7 +14,11 @@ def windows(config: Config, pattern: int) -> tuple[int | None, ...]:
     """By `layer_types`, or in all layers but every `pattern`-th."""
     layers, window = int(config["num_hidden_layers"]), config["sliding_window"]
     kinds = config.get("layer_types")
-    local = [kind == "sliding_attention" for kind in kinds] if kinds else [(i + 1) % pattern > 0 for i in range(layers)]
+    local = (
+        [kind == "sliding_attention" for kind in kinds]
+        if kinds
+        else [(i + 1) % pattern > 0 for i in range(layers)]
+    )
     return tuple(window if near else None for near in local)
 
 

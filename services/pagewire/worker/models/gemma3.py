@@ -1,15 +1,16 @@
-"""Gemma 3, of which the text: Gemma 2 with queries and keys normalised, five layers in six local, and those rotated by a base of their own.
-The models that also see images are served for text; their vision parts are not loaded."""
+"""Gemma 3, of which the text: Gemma 2 with queries and keys normalised, five layers in six local,
+and those rotated by a base of their own. The models that also see images are served for text; their
+vision parts are not loaded."""
 
 from collections.abc import Iterator
 from typing import Final
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported
-from ..rope import read_rope
 from . import gemma2
+from .architecture import Architecture, Config, Unsupported
 from .checkpoint import Named, plus_one
+from .rope import read_rope
 
 DEFAULTS: Final[Config] = {
     "vocab_size": 262_208,
@@ -22,16 +23,29 @@ DEFAULTS: Final[Config] = {
     "rope_theta": 1e6,
 }
 """What the configurations of the models with images leave out."""
-VISION: Final = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-LANGUAGE: Final = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
+VISION: Final = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+LANGUAGE: Final = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
 
 
 def describe(config: Config) -> Architecture:
     config = DEFAULTS | config | config.get("text_config", {})
     if config.get("use_bidirectional_attention"):
-        raise Unsupported("use_bidirectional_attention of gemma3 is not supported: it embeds, it does not generate")
+        raise Unsupported(
+            "use_bidirectional_attention of gemma3 is not supported: it embeds, it does not generate"
+        )
     size, newer = int(config["head_dim"]), config.get("rope_parameters") or {}
-    near = newer.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
+    near = newer.get("sliding_attention") or {
+        "rope_theta": config.get("rope_local_base_freq", 10_000.0)
+    }
     return gemma2.describe(
         config,
         pattern=int(config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6))),

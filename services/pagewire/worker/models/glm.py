@@ -1,10 +1,11 @@
-"""GLM-4 as transformers has it (glm), and GLM-4-0414 (glm4), which also norms what attention and MLP give."""
+"""GLM-4 as transformers has it (glm), and GLM-4-0414 (glm4), which also norms what attention and
+MLP give."""
 
 from dataclasses import replace
 
-from ..architecture import Architecture, Config, common
-from ..rope import read_rope
+from .architecture import Architecture, Config, common
 from .checkpoint import Names, renamed
+from .rope import read_rope
 
 SANDWICH = {
     "post_self_attn_layernorm": "post_attention_layernorm",

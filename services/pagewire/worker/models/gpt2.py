@@ -1,12 +1,13 @@
-"""GPT-2: learned positions, biases everywhere, LayerNorm, an MLP without a gate; matrices saved transposed, queries to values joined."""
+"""GPT-2: learned positions, biases everywhere, LayerNorm, an MLP without a gate; matrices saved
+transposed, queries to values joined."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported, gpt_like
-from ..rope import NO_ROPE
+from .architecture import Architecture, Config, Unsupported, gpt_like
 from .checkpoint import Named, Names, split
+from .rope import NO_ROPE
 
 NAMES = Names(
     prefix="transformer.",
@@ -37,7 +38,9 @@ def describe(config: Config) -> Architecture:
         "max_position_embeddings": config["n_positions"],
         "hidden_act": config.get("activation_function", "gelu_new"),
     }
-    scale = (hidden // int(config["n_head"])) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
+    scale = (
+        (hidden // int(config["n_head"])) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
+    )
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     return gpt_like(
         config | own,

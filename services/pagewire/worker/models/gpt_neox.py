@@ -1,11 +1,16 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side, a quarter of each head rotated, LayerNorm, queries to values joined head by head."""
+"""GPT-NeoX and Pythia: attention and MLP side by side, a quarter of each head rotated, LayerNorm,
+queries to values joined head by head."""
 
-from ..architecture import Architecture, Config, gpt_like
+from .architecture import Architecture, Config, gpt_like
 from .checkpoint import Names, renamed
 
 NAMES = Names(
     layers="gpt_neox.layers",
-    top={"gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head"},
+    top={
+        "gpt_neox.embed_in": "model.embed_tokens",
+        "gpt_neox.final_layer_norm": "model.norm",
+        "embed_out": "lm_head",
+    },
     parts={
         "input_layernorm": "input_layernorm",
         "attention.query_key_value": "self_attn.qkv_proj",

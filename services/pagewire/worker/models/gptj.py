@@ -1,9 +1,9 @@
-"""GPT-J: attention and MLP side by side after one LayerNorm, neighbouring dimensions of a part of each head rotated, biases in the MLP and
-the head only."""
+"""GPT-J: attention and MLP side by side after one LayerNorm, neighbouring dimensions of a part of
+each head rotated, biases in the MLP and the head only."""
 
-from ..architecture import Architecture, Config, gpt_like
-from ..rope import Rope
+from .architecture import Architecture, Config, gpt_like
 from .checkpoint import Names, renamed
+from .rope import Rope
 
 NAMES = Names(
     prefix="transformer.",
@@ -40,7 +40,9 @@ def describe(config: Config) -> Architecture:
         bias=False,
         block="parallel",
         one_norm=True,
-        rope=Rope(theta=10_000.0, size=int(config.get("rotary_dim") or hidden // heads), interleaved=True),
+        rope=Rope(
+            theta=10_000.0, size=int(config.get("rotary_dim") or hidden // heads), interleaved=True
+        ),
         mlp_bias=True,
         head_bias=True,
     )

@@ -1,7 +1,9 @@
 """Mistral: Llama with a sliding window in every layer (none in the later releases)."""
 
-from ..architecture import Architecture, Config, common
+from .architecture import Architecture, Config, common
 
 
 def describe(config: Config) -> Architecture:
-    return common(config, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"]))
+    return common(
+        config, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
+    )

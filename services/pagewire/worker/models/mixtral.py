@@ -5,15 +5,27 @@ from typing import Final
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Moe, common
+from .architecture import Architecture, Config, Moe, common
 from .checkpoint import Named
 
-PARTS: Final = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+PARTS: Final = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w2.": ".down_proj.",
+    ".w3.": ".up_proj.",
+}
 
 
 def describe(config: Config) -> Architecture:
-    moe = Moe(int(config["num_local_experts"]), int(config["num_experts_per_tok"]), int(config["intermediate_size"]), normalise=True)
-    return common(config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"]))
+    moe = Moe(
+        int(config["num_local_experts"]),
+        int(config["num_experts_per_tok"]),
+        int(config["intermediate_size"]),
+        normalise=True,
+    )
+    return common(
+        config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
+    )
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:

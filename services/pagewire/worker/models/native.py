@@ -1,4 +1,5 @@
-"""A decoder's layers as one piece of machine code for few tokens, where the back end and the weights allow (pagewire_kernels.cpu_decode).
+"""A decoder's layers as one piece of machine code for few tokens, where the back end and the
+weights allow (pagewire_kernels.cpu_decode).
 
 Holds no weights: it borrows those of the layers it stands for.
 """
@@ -12,9 +13,9 @@ import torch
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
-from ..architecture import Architecture
-from ..layers import Linear, RmsNorm, TiedHead
-from .parts import Attention, Mlp
+from .architecture import Architecture
+from .blocks import Attention, Mlp
+from .layers import Linear, RmsNorm, TiedHead
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
 
 def plain(arch: Architecture) -> bool:
     """Whether layers are of the kind that the machine code knows."""
-    sequential = arch.block == "sequential" and arch.norm == "rms" and arch.gated and arch.moe is None
-    return sequential and arch.soft_cap is None and not (arch.slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
+    sequential = (
+        arch.block == "sequential" and arch.norm == "rms" and arch.gated and arch.moe is None
+    )
+    return (
+        sequential
+        and arch.soft_cap is None
+        and not (arch.slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
+    )
 
 
 class Native:
@@ -33,7 +40,13 @@ class Native:
         self._decoder, self.most_tokens = decoder, most_tokens
 
     def __call__(
-        self, x: Tensor, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, wanted: Tensor | None, tick: Callable[[], None]
+        self,
+        x: Tensor,
+        cos_sin: list[Tensor],
+        caches: list[Tensor],
+        batch: Batch,
+        wanted: Tensor | None,
+        tick: Callable[[], None],
     ) -> Tensor:
         """x [T, H] -> logits [R, V] float32."""
         logits = self._decoder(x.float().contiguous(), cos_sin, caches, batch, wanted)
@@ -57,17 +70,38 @@ def make(decoder: Decoder) -> Native | None:
     if not all(layer.fits(width) for layer in layers):
         return None
     gelu = arch.activation == "gelu_tanh"
-    sizes = Sizes(arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim, arch.intermediate_size, arch.norm_eps, gelu)
+    sizes = Sizes(
+        arch.hidden_size,
+        arch.num_heads,
+        arch.num_kv_heads,
+        arch.head_dim,
+        arch.intermediate_size,
+        arch.norm_eps,
+        gelu,
+    )
     return Native(NativeDecoder(layers, norm.weight.float(), head.weight, sizes), MOST_TOKENS)
 
 
 def _pieces(layer: Any) -> tuple[Any, ...] | None:
     """What DecodeLayer is made of."""
     attention, mlp, norms = layer.attention, layer.mlp, layer.norms_made
-    if not isinstance(attention, Attention) or not isinstance(mlp, Mlp) or not all(isinstance(norm, RmsNorm) for norm in norms):
+    if (
+        not isinstance(attention, Attention)
+        or not isinstance(mlp, Mlp)
+        or not all(isinstance(norm, RmsNorm) for norm in norms)
+    ):
         return None
     matrices = (attention.qkv.weight, attention.output.weight, mlp.up.weight, mlp.down.weight)
-    floats = [_float(x) for x in (norms[0].weight, norms[1].weight, attention.qkv.bias, attention.q_weight, attention.k_weight)]
+    floats = [
+        _float(x)
+        for x in (
+            norms[0].weight,
+            norms[1].weight,
+            attention.qkv.bias,
+            attention.q_weight,
+            attention.k_weight,
+        )
+    ]
     return *matrices, *floats, attention.window or 0, attention.scale
 
 

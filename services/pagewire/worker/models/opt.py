@@ -1,13 +1,13 @@
-"""OPT and Galactica: learned positions, saved behind two rows that are never used. The 350M model normalises after each addition and has
-smaller embeddings than layers."""
+"""OPT and Galactica: learned positions, saved behind two rows that are never used. The 350M model
+normalises after each addition and has smaller embeddings than layers."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..architecture import Architecture, Config, Unsupported, gpt_like
-from ..rope import NO_ROPE
+from .architecture import Architecture, Config, Unsupported, gpt_like
 from .checkpoint import Named, Names
+from .rope import NO_ROPE
 
 UNUSED_POSITIONS = 2
 NAMES = Names(
@@ -38,7 +38,10 @@ def describe(config: Config) -> Architecture:
     for name, value in NEEDED.items():
         if config.get(name, value) != value:
             raise Unsupported(f"{name} {config[name]} of opt is not supported; {value} is")
-    bias, width = bool(config.get("enable_bias", True)), config.get("word_embed_proj_dim") or config["hidden_size"]
+    bias, width = (
+        bool(config.get("enable_bias", True)),
+        config.get("word_embed_proj_dim") or config["hidden_size"],
+    )
     own = {
         "intermediate_size": config["ffn_dim"],
         "num_key_value_heads": None,
@@ -59,4 +62,7 @@ def describe(config: Config) -> Architecture:
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
     found = NAMES(name)
     if found is not None:
-        yield found, tensor[UNUSED_POSITIONS:] if found == "model.embed_positions.weight" else tensor
+        yield (
+            found,
+            tensor[UNUSED_POSITIONS:] if found == "model.embed_positions.weight" else tensor,
+        )

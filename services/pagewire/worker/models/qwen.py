@@ -1,9 +1,11 @@
-"""Qwen-1: Llama with its own names, biases on joined queries, keys and values, and the gate as the second half of the MLP.
+"""Qwen-1: Llama with its own names, biases on joined queries, keys and values, and the gate as the
+second half of the MLP.
 
-Beyond `seq_length`, to which it was trained, the original changes its rotary base and its queries with the length of each prompt; keys that
-are cached for several requests cannot follow that, so contexts end there."""
+Beyond `seq_length`, to which it was trained, the original changes its rotary base and its queries
+with the length of each prompt; keys that are cached for several requests cannot follow that, so
+contexts end there."""
 
-from ..architecture import Architecture, Config, Unsupported, common
+from .architecture import Architecture, Config, Unsupported, common
 from .checkpoint import Names, renamed
 
 NAMES = Names(
@@ -25,7 +27,9 @@ tensors = renamed(NAMES)
 
 def describe(config: Config) -> Architecture:
     if not config.get("scale_attn_weights", True):
-        raise Unsupported("attention without scaling (scale_attn_weights false) of qwen is not supported")
+        raise Unsupported(
+            "attention without scaling (scale_attn_weights false) of qwen is not supported"
+        )
     bias = not config.get("no_bias", True)
     own = {
         "head_dim": config["kv_channels"],
@@ -34,4 +38,10 @@ def describe(config: Config) -> Architecture:
         "max_position_embeddings": config["seq_length"],
         "partial_rotary_factor": config.get("rotary_pct", 1.0),
     }
-    return common(config | own, norm_eps=float(config["layer_norm_epsilon"]), qkv_bias=True, output_bias=bias, mlp_bias=bias)
+    return common(
+        config | own,
+        norm_eps=float(config["layer_norm_epsilon"]),
+        qkv_bias=True,
+        output_bias=bias,
+        mlp_bias=bias,
+    )

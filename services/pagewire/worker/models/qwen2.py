@@ -1,6 +1,7 @@
-"""Qwen2 and 2.5: biases on queries, keys and values; a sliding window in the upper layers where switched on."""
+"""Qwen2 and 2.5: biases on queries, keys and values; a sliding window in the upper layers where
+switched on."""
 
-from ..architecture import Architecture, Config, common, layer_windows
+from .architecture import Architecture, Config, common, layer_windows
 
 
 def describe(config: Config) -> Architecture:

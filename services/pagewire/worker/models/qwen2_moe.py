@@ -1,20 +1,28 @@
-"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2 with many small experts and a shared one, in all layers that the configuration does not name."""
+"""Qwen2-MoE (Qwen1.5-MoE too): Qwen2 with many small experts and a shared one, in all layers that
+the configuration does not name."""
 
-from ..architecture import Architecture, Config, Moe, common, layer_windows
+from .architecture import Architecture, Config, Moe, common, layer_windows
 
 
 def mixture(config: Config, shared_size: int = 0) -> Moe:
     step, plain = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
     return Moe(
-        experts=int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
+        experts=int(
+            config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+        ),
         chosen=int(config["num_experts_per_tok"]),
         intermediate_size=int(config["moe_intermediate_size"]),
         normalise=bool(config.get("norm_topk_prob", False)),
         shared_size=shared_size,
-        dense=frozenset(i for i in range(int(config["num_hidden_layers"])) if i in plain or (i + 1) % step),
+        dense=frozenset(
+            i for i in range(int(config["num_hidden_layers"])) if i in plain or (i + 1) % step
+        ),
     )
 
 
 def describe(config: Config) -> Architecture:
-    moe, bias = mixture(config, int(config["shared_expert_intermediate_size"])), bool(config.get("qkv_bias", True))
+    moe, bias = (
+        mixture(config, int(config["shared_expert_intermediate_size"])),
+        bool(config.get("qkv_bias", True)),
+    )
     return common(config, moe=moe, qkv_bias=bias, windows=layer_windows(config))

@@ -1,10 +1,15 @@
 """Qwen3-MoE: Qwen3 with many small experts; a window, where switched on, is in every layer."""
 
-from ..architecture import Architecture, Config, common
+from .architecture import Architecture, Config, common
 from .qwen2_moe import mixture
 
 
 def describe(config: Config) -> Architecture:
-    bias, window = bool(config.get("attention_bias", False)), config.get("sliding_window") if config.get("use_sliding_window") else None
+    bias, window = (
+        bool(config.get("attention_bias", False)),
+        config.get("sliding_window") if config.get("use_sliding_window") else None,
+    )
     windows = (window,) * int(config["num_hidden_layers"])
-    return common(config, moe=mixture(config), qk_norm=True, qkv_bias=bias, output_bias=bias, windows=windows)
+    return common(
+        config, moe=mixture(config), qk_norm=True, qkv_bias=bias, output_bias=bias, windows=windows
+    )

@@ -1,0 +1,237 @@
+"""The parts that messages are made of: who is who, how a request ends, what a request is. Each is a
+strict, bounded, array-like Struct."""
+
+from enum import IntEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from .columns import (
+    MAX_ROWS,
+    MAX_TOKENS,
+    Attempt,
+    Count,
+    Execution,
+    Handle,
+    Inbox,
+    Incarnation,
+    Name,
+    RowsI32,
+    ShortText,
+    Text,
+    TokenBytes,
+    TokensF32,
+    TokensI32,
+)
+from .sampling import Sampling, TokenId
+
+
+class Role(IntEnum):
+    FRONTEND = 1
+    TOKENIZER = 2
+    SCHEDULER = 3
+    WORKER = 4
+
+
+class Finish(IntEnum):
+    """Why a request ended. The first three end a generation; the others end an attempt without
+    one."""
+
+    STOP = 1
+    """An end-of-sequence token, a stop token id or a stop string."""
+    LENGTH = 2
+    CANCELLED = 3
+    REFUSED = 4
+    """The request is at fault or the server is full: `status`, `message` and `param` say which."""
+    FAILED = 5
+    """The server is at fault and resubmission would not help."""
+    LOST = 6
+    """The execution is gone (worker death, drained service): the owner resubmits."""
+
+
+class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of the parts of messages."""
+
+
+class ChatMessage(Record, frozen=True):
+    role: Annotated[str, Meta(max_length=64)]
+    content: Text
+    name: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class Chat(Record, frozen=True):
+    """A conversation that the tokenizer renders with the model's chat template."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=4096)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Annotated[bytes, Meta(max_length=65_536)] = b""
+    """A JSON object with further variables for the template."""
+
+
+class Prompt(Record, frozen=True):
+    """Exactly one of text, token ids (int32 column) or chat."""
+
+    text: Text | None = None
+    ids: TokensI32 | None = None
+    chat: Chat | None = None
+
+
+class End(Record, frozen=True):
+    """The terminal word on an attempt. Each attempt that a service accepted gets exactly one."""
+
+    handle: Handle
+    attempt: Attempt
+    finish: Finish
+    stop_reason: TokenId | Annotated[str, Meta(max_length=1024)] | None = None
+    """The stop token id or stop string that was met; None for an end-of-sequence token."""
+    status: Annotated[int, Meta(ge=0, le=599)] = 0
+    """The HTTP status for REFUSED and FAILED."""
+    message: ShortText = ""
+    param: Annotated[str, Meta(max_length=64)] | None = None
+    retry_after_s: Annotated[int, Meta(ge=0, le=3600)] = 0
+
+
+class Placed(Record, frozen=True):
+    """An attempt got a place on a worker."""
+
+    handle: Handle
+    attempt: Attempt
+    cached_tokens: Count
+
+
+class Started(Record, frozen=True):
+    """What the owner learns of an attempt before its first token."""
+
+    handle: Handle
+    attempt: Attempt
+    prompt_tokens: Count
+    cached_tokens: Count
+    prompt_ids: TokensI32 | None = None
+
+
+class LogprobColumns(Record, frozen=True):
+    """Log-probabilities for some rows of a step: row `rows[i]` has `counts[i]` entries in `ids` and
+    `values`.
+
+    Entry 0 is the sampled token, then the most likely ones in falling order. `ranks[i]` is the
+    sampled token's rank from 1.
+    """
+
+    rows: RowsI32
+    counts: RowsI32
+    ranks: RowsI32
+    ids: TokensI32
+    values: TokensF32
+
+
+class TokenLogprobs(Record, frozen=True):
+    """Log-probabilities of one token of one delta row, with the bytes each candidate stands for."""
+
+    row: Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+    index: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+    """Which of the row's tokens."""
+    rank: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
+    values: Annotated[tuple[float, ...], Meta(max_length=64)]
+    texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=64)]
+
+
+class PromptLogprobs(Record, frozen=True):
+    """Log-probabilities of a run of prompt tokens, from position `first` (at least 1) on: token i
+    has `counts[i]` entries in `ids` and `values`, its own first, then the most likely ones in
+    falling order; `ranks[i]` is its own rank from 1.
+
+    `place` is the slot when a worker says it, the receiver's handle afterwards; the tokenizer adds
+    the candidates' bytes.
+    """
+
+    place: Handle
+    first: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    counts: TokensI32
+    ranks: TokensI32
+    ids: TokensI32
+    values: TokensF32
+    attempt: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    execution: Execution = 0
+    texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=MAX_TOKENS)] = ()
+
+
+class StepCost(Record, frozen=True):
+    """How long a worker's steps take, fitted to measured ones: the sum of `fixed_ms`, `token_ms`
+    for each new token, `megapair_ms` for each million pairs of a prefill chunk (a pair is a new
+    token and a token that it attends to, counted where a row has several new tokens), and
+    `megaread_ms` for each million tokens that rows of one new token attend to. Chunks are bound by
+    arithmetic, single tokens by memory."""
+
+    fixed_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    token_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    megapair_ms: Annotated[float, Meta(ge=0, le=1e6)]
+    megaread_ms: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+
+
+class WorkerFacts(Record, frozen=True):
+    """What a worker can hold; sent when it is ready."""
+
+    num_blocks: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    block_size: Annotated[int, Meta(ge=1, le=4096)]
+    max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
+    device: Name
+    cascade: bool = False
+    """It reads blocks that rows of a step have in common once for all of them: steps may bring
+    `Shared`."""
+    cost: StepCost | None = None
+    """None: not measured."""
+    max_num_batched_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    """Most tokens of a step, for which it has reserved memory; 0: as many as the scheduler
+    likes."""
+
+
+class TokenizerFacts(Record, frozen=True):
+    has_text: bool
+    """False under --skip-tokenizer-init: token ids only."""
+    has_chat_template: bool
+    vocab_size: Count
+
+
+class Peer(Record, frozen=True):
+    """One live process as the scheduler sees it."""
+
+    role: Role
+    name: Name
+    inbox: Inbox
+    incarnation: Incarnation
+    ready: bool
+    stage: Name = ""
+    """What it is doing while not ready, for people."""
+    fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
+class Shared(Record, frozen=True):
+    """Groups of rows whose block tables begin with the same blocks.
+
+    Group g consists of the rows `order[starts[g]:starts[g + 1]]`, indices into the step's
+    `run_slots`, whose first `lengths[g]` tokens lie in the same blocks: a multiple of the block
+    size, less than the tokens of each member. A row is in one group at most.
+    """
+
+    order: RowsI32
+    starts: RowsI32
+    lengths: RowsI32
+
+
+class Admission(Record, frozen=True):
+    """A request placed in a worker's slot, whole. `blocks` holds the first blocks of its table;
+    `computed` tokens of them are filled already (prefix cache). Prompt and output are kept apart:
+    penalties and seeds depend on which is which."""
+
+    slot: Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+    execution: Execution
+    prompt: TokensI32
+    output: TokensI32
+    blocks: TokensI32
+    computed: Count
+    sampling: Sampling

@@ -1,0 +1,329 @@
+"""`pagewire doctor`: looks at this machine and says in plain words what works, what does not, and
+what to do about it.
+
+Each check is a function that returns one finding; torch is looked at in a process of its own, so
+that a broken installation is a finding and not a crash.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..cli import add_model, new_parser, read_all, take_model
+from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
+from ..hub import huggingface
+from ..version import __version__
+from ..worker import kernel_cache
+from ..worker.gpu.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
+from ..worker.gpu.gpus import check as check_gpu
+from ..worker.load.precision import BFLOAT16_FROM
+from .doctor_gpus import describe
+
+Mark = Literal["ok", "note", "BROKEN"]
+PACKAGES = (
+    "pyzmq",
+    "msgspec",
+    "uvloop",
+    "aiohttp",
+    "tokenizers",
+    "jinja2",
+    "numpy",
+    "torch",
+    "transformers",
+    "safetensors",
+    "gguf",
+    "tqdm",
+)
+OPTIONAL = ("uvloop", "tqdm", "triton")
+LOW_MEMORY_GB, LOW_DISK_GB = 2.0, 2.0
+LOOK_S = 120
+DOCTORS_BLOCKS, DOCTORS_CONTEXT = 64, 512
+"""KV blocks and context of the generation that is tried: little, so that it fits beside a running
+server."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    mark: Mark
+    subject: str
+    text: str
+
+
+def check_versions() -> Finding:
+    found, missing = [f"pagewire {__version__}", f"Python {platform.python_version()}"], list[str]()
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    needed = [name for name in missing if name not in OPTIONAL]
+    if needed:
+        return Finding(
+            "BROKEN", "versions", f"{', '.join(needed)} not installed; pip install 'pagewire[all]'"
+        )
+    return Finding("ok", "versions", ", ".join(found))
+
+
+def look_at_gpus() -> Sight:
+    """In a process of its own. Raises RuntimeError with torch's last word where it cannot be
+    imported."""
+    command = [sys.executable, "-m", "pagewire.worker.gpu.gpus"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=False)
+    if result.returncode:
+        raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])
+    return read_sight(result.stdout)
+
+
+def check_device(sight: Sight, device: str) -> Finding:
+    """`device` is the flag: what keeps torch from a GPU is no defect where the CPU was asked
+    for."""
+    built = f"torch {sight.torch}" + (f" for CUDA {sight.cuda}" if sight.cuda else "")
+    if sight.gpus:
+        return _first_gpu(sight, built, device)
+    if sight.reason:
+        wanted = device == "cuda" or (device == "auto" and not sight.hidden)
+        return Finding("BROKEN" if wanted else "note", "device", f"{sight.reason} ({built})")
+    none = f"no GPU: the model runs on {os.cpu_count()} CPU cores of {cpu_name()} ({built})"
+    return (
+        Finding("BROKEN", "device", f"--device cuda, but {none}")
+        if device == "cuda"
+        else Finding("note", "device", none)
+    )
+
+
+def _first_gpu(sight: Sight, built: str, device: str) -> Finding:
+    """The one that a worker takes; of several, what is said to someone who might want another."""
+    built, visible = (
+        f"({built}, driver {sight.driver or 'unknown'})",
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    if device not in ("auto", "cuda"):
+        return Finding("ok", "device", f"--device {device}: no GPU is used {built}")
+    first, *others = sight.gpus
+    others = [gpu for gpu in others if runs(gpu, sight.architectures)]
+    try:
+        check_gpu(first, sight.architectures)
+    except NoUsableGpu as error:
+        instead = (
+            f"; CUDA_VISIBLE_DEVICES={name_of(others[0].index, visible)} takes {others[0].title()}"
+            if others
+            else ""
+        )
+        return Finding("BROKEN", "device", f"{error}{instead}")
+    line = better(first, others, visible)
+    return Finding(
+        "note" if line else "ok",
+        "device",
+        f"{line or 'the model goes to ' + first.title()} {built}",
+    )
+
+
+def check_each_gpu(sight: Sight) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    for gpu in sight.gpus:
+        subject, (usable, text) = f"GPU {gpu.index}", describe(gpu, sight)
+        limited = not usable or gpu.users() or gpu.capability < BFLOAT16_FROM
+        yield subject, functools.partial(Finding, "note" if limited else "ok", subject, text)
+
+
+def check_compiler() -> Finding:
+    """Triton builds its launchers with it."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return Finding(
+            "BROKEN",
+            "compiler",
+            f"no C compiler ({', '.join(names)}), which the GPU's kernels need: install gcc",
+        )
+    return Finding("ok", "compiler", found)
+
+
+def check_kernel_cache() -> Finding:
+    try:
+        place = kernel_cache.usual()
+        kernel_cache.try_writing(place)
+    except (OSError, RuntimeError) as error:
+        text = f"compiled kernels cannot be kept, so that each start compiles them: {error}; set {kernel_cache.VARIABLE}"
+        return Finding("note", "kernel cache", text)
+    return Finding(
+        "ok", "kernel cache", f"{kernel_cache.compiled(place)} compiled kernels in {place}"
+    )
+
+
+def cpu_name() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def check_memory() -> Finding:
+    facts = {
+        line.split(":")[0]: int(line.split()[1]) / 2**20
+        for line in _lines("/proc/meminfo")
+        if line.split()[1:2]
+    }
+    free, total = facts.get("MemAvailable", 0.0), facts.get("MemTotal", 0.0)
+    limit = next(
+        (int(line) / 2**30 for line in _lines("/sys/fs/cgroup/memory.max") if line.isdecimal()),
+        None,
+    )
+    text = f"{free:.1f} of {total:.1f} GiB free" + (
+        f", this container may use {limit:.1f} GiB" if limit else ""
+    )
+    low = min(free, limit or free) < LOW_MEMORY_GB
+    return Finding(
+        "BROKEN" if low else "ok",
+        "memory",
+        text + ("; the demo alone needs about 2 GiB" if low else ""),
+    )
+
+
+def check_disk() -> Finding:
+    place = huggingface.cache_dir()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    low = free < LOW_DISK_GB
+    return Finding(
+        "note" if low else "ok",
+        "disk",
+        f"{free:.1f} GiB free in {place}" + ("; downloads may not fit" if low else ""),
+    )
+
+
+def check_run_dir() -> Finding:
+    from ..launch.stack import new_run_dir, remove_run_dir
+
+    path = new_run_dir()
+    remove_run_dir(path)
+    return Finding("ok", "run directory", f"{path.parent} can be written")
+
+
+def check_model(model: ModelConfig) -> Finding:
+    cached = huggingface.cached(model)
+    reachable = (
+        "the hub is told to be left alone (HF_HUB_OFFLINE)" if huggingface.offline() else None
+    )
+    reachable = reachable or (
+        "the hub answers" if huggingface.hub_reachable() else "the hub does not answer"
+    )
+    if cached is not None:
+        return Finding("ok", "model", f"{model.model} is at {cached}; {reachable}")
+    if reachable == "the hub answers":
+        return Finding(
+            "note", "model", f"{model.model} is not cached yet and will be downloaded; {reachable}"
+        )
+    if model.model == DEMO_MODEL:
+        return Finding(
+            "note",
+            "model",
+            f"the demo model is not cached and {reachable}; the package index will be tried",
+        )
+    return Finding(
+        "BROKEN",
+        "model",
+        f"{model.model} is not cached and {reachable}; check the network, a proxy, or give a local path",
+    )
+
+
+def check_port(frontend: FrontendConfig) -> Finding:
+    from ..launch.serve import open_socket
+
+    open_socket(frontend.host, frontend.port).close()
+    return Finding("ok", "port", f"{frontend.host}:{frontend.port} is free")
+
+
+def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
+    """One token through tokenizer, scheduler and worker."""
+    from .. import LLM, SamplingParams
+
+    began = time.monotonic()
+    settings = {
+        "device": worker.device,
+        "dtype": worker.dtype,
+        "max_num_seqs": 4,
+        "max_model_len": min(model.max_model_len or DOCTORS_CONTEXT, DOCTORS_CONTEXT),
+        "num_kv_blocks": max(DOCTORS_BLOCKS, -(-DOCTORS_CONTEXT // worker.block_size)),
+        "block_size": worker.block_size,
+        "enforce_eager": True,
+        "tokenizer": model.tokenizer,
+    }
+    with LLM(model.model, **{key: value for key, value in settings.items() if value}) as llm:
+        ready = time.monotonic() - began
+        answer = llm.generate(
+            "The capital of France is", SamplingParams(temperature=0, max_tokens=1), use_tqdm=False
+        )
+    text = answer[0].outputs[0].text
+    return Finding(
+        "ok",
+        "generation",
+        f"ready in {ready:.1f} s; 'The capital of France is' goes on with {text!r}",
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = new_parser(
+        "doctor", "Check this machine. The exit code is 1 when something is broken."
+    )
+    add_model(parser)
+    add_flags(parser, ModelConfig, FrontendConfig, WorkerConfig, skip=("socket_fd",))
+    parser.add_argument(
+        "--no-generation", action="store_true", help="leave out the one-token generation"
+    )
+    options = parser.parse_args(arguments)
+    take_model(parser, options)
+    model, frontend, worker = read_all(
+        parser.error, (ModelConfig, FrontendConfig, WorkerConfig), options
+    )
+    checks = list_checks(model, frontend, worker, not options.no_generation)
+    broken = [subject for subject, check in checks if report(subject, check).mark == "BROKEN"]
+    print(f"\nbroken: {', '.join(broken)}" if broken else "\neverything works")
+    return 1 if broken else 0
+
+
+def list_checks(
+    model: ModelConfig, frontend: FrontendConfig, worker: WorkerConfig, generate: bool
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """What is to be checked, in order; what only a GPU needs comes where one was found."""
+    sight = functools.cache(look_at_gpus)
+    yield "versions", check_versions
+    yield "device", lambda: check_device(sight(), worker.device)
+    with contextlib.suppress(RuntimeError, subprocess.SubprocessError):  # the finding above says so
+        yield from check_each_gpu(sight())
+        if sight().gpus and worker.device != "cpu":
+            yield from (("compiler", check_compiler), ("kernel cache", check_kernel_cache))
+    yield "memory", check_memory
+    yield "disk", check_disk
+    yield "run directory", check_run_dir
+    yield "port", lambda: check_port(frontend)
+    yield "model", lambda: check_model(model)
+    if generate:
+        yield "generation", lambda: check_generation(model, worker)
+
+
+def report(subject: str, check: Callable[[], Finding]) -> Finding:
+    """Run one check and print its finding; whatever it raises is the finding."""
+    try:
+        finding = check()
+    except Exception as error:
+        finding = Finding("BROKEN", subject, f"{error}" or type(error).__name__)
+    print(f"{finding.mark:<7} {finding.subject:<14} {finding.text}", flush=True)
+    return finding
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

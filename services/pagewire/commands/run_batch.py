@@ -1,0 +1,226 @@
+"""`pagewire run-batch`: answers a file of requests, each line as the HTTP endpoint would, on
+services that it starts and ends.
+
+A line in is {"custom_id", "method": "POST", "url", "body"}, a line out {"id", "custom_id",
+"response", "error"}, in the order in which the answers come. This process is a frontend without
+HTTP: parsing, checking and answering are the frontend's own.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+from msgspec import structs
+
+from ..frontend.auth import Auth
+from ..frontend.generate import start
+from ..frontend.openai import ChatRequest, CompletionRequest
+from ..frontend.params import Plan, plan_chat, plan_completion
+from ..frontend.parsing import parse
+from ..frontend.questions import resolve
+from ..frontend.reply import Reply
+from ..frontend.responses import Shape
+from ..frontend.service import Service
+from ..frontend.state import State
+from ..launch import flags, stack
+from ..launch.background import BackgroundServices, find_files
+from ..offline.engine import EngineError
+from ..offline.sinks import Bar
+from ..requests.errors import ApiError, bad, request_failed
+from .batch_lines import Answered, Journal, Line, Outcome, refusal_of
+
+AHEAD = 2
+"""Lines under way, in multiples of what a worker runs at once."""
+POLL_S, PAUSE_S = 0.1, 0.2
+PATIENCE_S = 120.0
+"""How long a line is sent again to services that are not ready or full."""
+DESCRIPTION = "Answer the requests of a file, one a line, as the server would; what the output has already is not done again."
+
+
+def main(arguments: list[str]) -> int:
+    parser = flags.new("run-batch", DESCRIPTION)
+    parser.add_argument(
+        "-i",
+        "--input-file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="requests, one JSON object a line",
+    )
+    parser.add_argument(
+        "-o",
+        "--output-file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="answers; an interrupted run goes on where it stopped",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    config, options = flags.parse(parser, arguments, flags.warn)
+    try:
+        with Journal(options.input_file, options.output_file) as journal:
+            return _run(config, options, journal)
+    except EngineError as error:
+        print(f"pagewire run-batch: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journal) -> int:
+    began = time.monotonic()
+    if journal.left:
+        if "max_step_ms" not in options:  # nobody waits for single tokens here
+            config = structs.replace(
+                config, scheduler=structs.replace(config.scheduler, max_step_ms=0.0)
+            )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        asyncio.run(_with_services(config, journal, not options.no_progress))
+    told = (
+        f"{journal.answered} answered, {journal.failed} with an error, {journal.before} done before"
+    )
+    print(f"{options.output_file}: {told}, in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return 0
+
+
+async def _with_services(config: stack.StackConfig, journal: Journal, shown: bool) -> None:
+    model = find_files(config, flags.warn)
+    run_dir = stack.new_run_dir()
+    config = structs.replace(
+        config, run=structs.replace(config.run, run_dir=str(run_dir), log_level="warning")
+    )
+    frontend, crew = config.frontend, None
+    assert frontend is not None
+    try:
+        service = Service(
+            config.run, frontend.served_model_name or (config.model.model,), Auth(()), frontend
+        )
+        crew = BackgroundServices(structs.replace(config, frontend=None), model, lambda: None)
+        with service.joined():
+            await _while_alive(crew, _wait_ready(service.state))
+            crew.mark_ready()
+            limit = AHEAD * config.scheduler.num_seqs() * config.num_workers
+            with contextlib.closing(
+                Bar(shown, journal.total, "Running batch", journal.before)
+            ) as bar:
+                await _while_alive(
+                    crew,
+                    answer_all(
+                        service.state,
+                        journal.lines(),
+                        limit,
+                        lambda outcome: _note(journal, bar, outcome),
+                    ),
+                )
+    finally:
+        if crew is not None:
+            crew.stop()
+        stack.remove_run_dir(run_dir)
+
+
+def _note(journal: Journal, bar: Bar, outcome: Outcome) -> None:
+    journal.write(outcome)
+    bar.add(outcome.prompt_tokens, outcome.completion_tokens)
+
+
+async def _wait_ready(state: State) -> None:
+    while not state.stack.ready(state.clock()):
+        await asyncio.sleep(POLL_S)
+
+
+async def _while_alive(crew: BackgroundServices, work: Awaitable[None]) -> None:
+    """Raises EngineError when the services end before the work does."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=POLL_S))[0]:
+            if not crew.alive:
+                raise EngineError(crew.failure)
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def answer_all(
+    state: State, lines: Iterable[Line], limit: int, note: Callable[[Outcome], None]
+) -> None:
+    """All lines, `limit` at a time; `note` gets each outcome when it is there."""
+    running: set[asyncio.Task[Outcome]] = set()
+    try:
+        for line in lines:
+            running.add(asyncio.create_task(answer(state, line)))
+            if len(running) >= limit:
+                running = _noted(
+                    *await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED), note
+                )
+        while running:
+            running = _noted(
+                *await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED), note
+            )
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _noted(
+    done: set[asyncio.Task[Outcome]],
+    running: set[asyncio.Task[Outcome]],
+    note: Callable[[Outcome], None],
+) -> set[asyncio.Task[Outcome]]:
+    for task in done:
+        note(task.result())
+    return running
+
+
+async def answer(state: State, line: Line) -> Outcome:
+    """The line's answer or error; full queues and services that are starting again are waited
+    for."""
+    give_up = state.clock() + PATIENCE_S
+    while True:
+        try:
+            plan = _plan(state, line)
+            state.check_ready()
+            return await _generate(state, line, plan)
+        except ApiError as error:
+            if error.status not in (429, 503) or state.clock() >= give_up:
+                return refusal_of(line, error)
+        await asyncio.sleep(PAUSE_S)
+
+
+def _plan(state: State, line: Line) -> Plan:
+    if line.error is not None:
+        raise bad(line.error)
+    if line.chat:
+        chat = parse(ChatRequest, line.body)
+        state.check_model(chat.model)
+        plan = plan_chat(chat, state.stack.model())
+    else:
+        completion = parse(CompletionRequest, line.body)
+        state.check_model(completion.model)
+        plan = plan_completion(completion, state.stack.model())
+    if plan.stream:
+        raise bad("`stream` is not possible in a file of requests.", "stream")
+    return plan
+
+
+async def _generate(state: State, line: Line, plan: Plan) -> Outcome:
+    request_id = ("chatcmpl-" if plan.chat else "cmpl-") + line.request_id
+    jobs, echoes = await resolve(state, plan)
+    reply = Reply(Shape(plan, request_id, state.names[0]), asyncio.get_running_loop(), echoes)
+    cancel = start(state, plan, jobs, reply)
+    try:
+        await reply.done
+    finally:
+        cancel()
+    if reply.error is not None:
+        raise (
+            reply.error
+            if reply.error.status < 500 or reply.error.status == 503
+            else request_failed()
+        )
+    usage = reply.usage()
+    return Outcome(Answered(line, 200, reply.body()), usage.prompt_tokens, usage.completion_tokens)

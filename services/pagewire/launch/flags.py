@@ -1,0 +1,208 @@
+"""The command line of `pagewire serve` and `pagewire run-batch`: own settings, vLLM's, and a file
+of either. Starts nothing."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from ..cli import add_model, new_parser, positive, read_all, take_model
+from ..config import (
+    BadSetting,
+    FrontendConfig,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    WorkerConfig,
+    add_flags,
+)
+from . import stack
+from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
+
+EPILOG = "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
+RUN_DIR_HELP = (
+    "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
+)
+STRUCTS: tuple[type[Any], ...] = (
+    RunConfig,
+    ModelConfig,
+    FrontendConfig,
+    TokenizerConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
+REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
+INTERNAL = ("socket_fd", "name", "run_dir")
+
+
+def new(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser for everything that a stack is started with. What was not given is absent from its
+    namespace."""
+    parser = new_parser(command, description)
+    parser.epilog = EPILOG
+    add_model(parser)
+    parser.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of settings by these names; flags win",
+    )
+    parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
+    add_flags(parser, *STRUCTS, skip=INTERNAL)
+    for name in REPLICAS:
+        kind, usual = (
+            name.removeprefix("num_"),
+            "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores",
+        )
+        about = f"how many {kind} (default: {usual})"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=positive,
+            default=argparse.SUPPRESS,
+            metavar="N",
+            help=about,
+        )
+    _add_aliases(parser)
+    _add_foreign(parser)
+    return parser
+
+
+def _add_aliases(parser: argparse.ArgumentParser) -> None:
+    actions = {action.dest: action for action in parser._actions}
+    for alias, name in ALIASES.items():
+        kind: Any = actions[name].type
+        parser.add_argument(
+            "--" + alias.replace("_", "-"),
+            dest=name,
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument(
+        "--disable-cascade-attn", dest="enable_cascade", action="store_false", **hidden
+    )
+    parser.add_argument("--hf-token", **hidden)
+
+
+def _add_foreign(parser: argparse.ArgumentParser) -> None:
+    own = {action.dest for action in parser._actions}
+    for name, foreign in FOREIGN.items():
+        if name in own:
+            continue
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": argparse.SUPPRESS,
+        }
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
+        parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **kind)
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str], say: Callable[[str], None]
+) -> tuple[stack.StackConfig, argparse.Namespace]:
+    """The stack's settings, and everything that was given. Exits with status 2 and one line on what
+    is wrong; `say` gets a line for each setting that is accepted without effect."""
+    options = parser.parse_args(arguments)
+    take_model(parser, options)
+    if "config" in options:
+        options = _with_file(parser, options)
+    for line in _judge_all(parser, options):
+        say(line)
+    if token := getattr(options, "hf_token", None):
+        os.environ["HF_TOKEN"] = token
+    return configure(parser, options), options
+
+
+def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> stack.StackConfig:
+    run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
+    if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
+        run = structs.replace(run, run_dir="")
+    usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
+    counts = {
+        name: getattr(options, name, default) for name, default in zip(REPLICAS, usual, strict=True)
+    }
+    config = stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
+    try:
+        return stack.check_workers(config)
+    except BadSetting as error:
+        return parser.error(str(error))
+
+
+def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    lines = ignored_variables(os.environ)
+    own = {name for struct in STRUCTS for name in struct.__struct_fields__}
+    for name, value in vars(options).items():
+        if name not in FOREIGN or name in own:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        try:
+            line = judge(name, value)
+        except Refused as refusal:
+            return parser.error(f"{flag}{'' if value is True else f' {value}'}: {refusal}")
+        if line:
+            lines.append(f"{flag} {line}")
+    return lines
+
+
+def _with_file(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
+    """The settings of the file, and over them what the command line says."""
+    arguments = _from_file(parser, options.config)
+    filed = parser.parse_args(arguments)
+    take_model(parser, filed)
+    return argparse.Namespace(**{**vars(filed), **vars(options)})
+
+
+def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """A YAML mapping as flags. Exits with one line when it is none, or has a key that is no
+    setting."""
+    try:
+        import yaml
+    except ImportError:
+        return parser.error("--config needs PyYAML: pip install pyyaml")
+    try:
+        found = yaml.safe_load(Path(name).expanduser().read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        return parser.error(f"--config {name}: {getattr(error, 'strerror', None) or error}")
+    except yaml.YAMLError as error:
+        return parser.error(f"--config {name}: {' '.join(str(error).split())}")
+    if found is not None and not isinstance(found, dict):
+        return parser.error(
+            f"--config {name}: a mapping of settings to values is needed, not a {type(found).__name__}"
+        )
+    return [
+        flag
+        for key, value in (found or {}).items()
+        for flag in _as_flags(parser, name, str(key), value)
+    ]
+
+
+def _as_flags(parser: argparse.ArgumentParser, file: str, key: str, value: Any) -> list[str]:
+    known, flag = parser._option_string_actions, "--" + key.replace("_", "-")
+    if flag not in known or key == "config":
+        close = difflib.get_close_matches(flag, known, 1, 0.75)
+        hint = f"; did you mean {close[0][2:]}?" if close else ""
+        return parser.error(f"--config {file}: unknown setting {key}{hint}")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        takes_none = known[flag].nargs == 0
+        return (
+            [flag if value else f"--no-{key.replace('_', '-')}"]
+            if takes_none
+            else [f"{flag}={str(value).lower()}"]
+        )
+    if isinstance(value, list):
+        return [f"{flag}={one}" for one in value]
+    return [f"{flag}={value}"]
+
+
+def warn(line: str) -> None:
+    print(f"pagewire: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,199 @@
+"""What one stack on this machine consists of: its run directory and the command line of each of its
+services.
+
+Shared by `pagewire serve` and `LLM`. It knows the settings, not the processes.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+from msgspec import Struct, structs
+from pagewire_protocol.channels import check_unused, prepare_run_dir
+
+from ..config import (
+    BadSetting,
+    FrontendConfig,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    WorkerConfig,
+    to_flags,
+)
+from .supervisor import Service
+
+_numbers = itertools.count()
+
+
+class StackConfig(Struct, frozen=True):
+    """Everything that a stack is started with. `frontend` is None when the program itself holds the
+    requests (`LLM`)."""
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    scheduler: SchedulerConfig
+    worker: WorkerConfig
+    frontend: FrontendConfig | None = None
+    num_frontends: int = 1
+    num_tokenizers: int = 1
+    num_workers: int = 1
+
+
+def replicas(cores: int, device: str, has_gpu: bool) -> tuple[int, int]:
+    """(frontends, tokenizers) of a machine where nobody said how many. One frontend and one
+    tokenizer keep up with a model on a CPU, whose worker wants every core. Beside a GPU, worker,
+    scheduler and they take a core each; from 8 cores on, others have nothing else to do."""
+    on_gpu = device == "cuda" or (device == "auto" and has_gpu)
+    if cores < 8 or not (on_gpu or device == "fake"):
+        return 1, 1
+    return min(4, cores // 4), 2
+
+
+def cores() -> int:
+    """Those that this process may use: its affinity, or its control group's quota if that is
+    less."""
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def has_gpu() -> bool:
+    """Whether a driver for NVIDIA's GPUs is loaded; asking torch would take seconds."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, by CUDA's numbers or by the names that
+    CUDA_VISIBLE_DEVICES gives them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return list(
+        itertools.takewhile(
+            lambda name: name not in ("", "-1"), (name.strip() for name in given.split(","))
+        )
+    )
+
+
+def check_workers(config: StackConfig) -> StackConfig:
+    """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
+    for."""
+    found, share = (
+        gpus() if config.worker.device in ("auto", "cuda") else [],
+        config.worker.gpu_memory_utilization,
+    )
+    room = len(found) * int(1 / share + 1e-6)
+    if found and config.num_workers > room:
+        each = f"with room for {int(1 / share + 1e-6)} each at --gpu-memory-utilization {share:g}"
+        raise BadSetting(
+            "num_workers",
+            config.num_workers,
+            f"there are {len(found)} GPU(s), {each}; lower one of the two",
+        )
+    return config
+
+
+def needs_files(config: StackConfig) -> bool:
+    """Whether any service reads the model's files at all."""
+    return not (config.worker.device == "fake" and config.model.skip_tokenizer_init)
+
+
+def early_services(config: StackConfig) -> list[Service]:
+    """Those that need no model files: they start before a download has ended."""
+    services = []
+    if config.frontend is not None:
+        fd = config.frontend.socket_fd
+        for i in range(config.num_frontends):
+            service = _service(
+                config.run,
+                "frontend",
+                i,
+                config.model,
+                config.frontend,
+                fds=(fd,) if fd >= 0 else (),
+            )
+            services.append(dataclasses.replace(service, drain_s=config.frontend.shutdown_timeout))
+    return [*services, _service(config.run, "scheduler", 0, config.model, config.scheduler)]
+
+
+def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
+    """Workers first, since theirs is the longest way to ready; several take turns over the GPUs
+    there are. `model` names local files."""
+    workers = [
+        _service(config.run, "worker", i, model, config.scheduler, config.worker)
+        for i in range(config.num_workers)
+    ]
+    homes = gpus() if len(workers) > 1 and config.worker.device in ("auto", "cuda") else []
+    if homes:
+        places = itertools.cycle([(("CUDA_VISIBLE_DEVICES", home),) for home in homes])
+        workers = [
+            dataclasses.replace(worker, environment=place)
+            for worker, place in zip(workers, places, strict=False)
+        ]
+    return workers + [
+        _service(config.run, "tokenizer", i, model, config.tokenizer)
+        for i in range(config.num_tokenizers)
+    ]
+
+
+def local_model(model: ModelConfig, files: Path, tokenizer: Path | None) -> ModelConfig:
+    """`model` with its files in place of its name, so that no service looks for them again."""
+    return structs.replace(
+        model, model=str(files), tokenizer=str(tokenizer or ""), revision="", download_dir=""
+    )
+
+
+def _service(
+    run: RunConfig, kind: str, number: int, *configs: Struct, fds: tuple[int, ...] = ()
+) -> Service:
+    name = f"{kind}-{number}"
+    flags = [
+        flag for config in (structs.replace(run, name=name), *configs) for flag in to_flags(config)
+    ]
+    return Service(name, (kind, *flags), fds)
+
+
+def new_run_dir() -> Path:
+    """A private directory of this process's own, `/tmp/pagewire-UID/PID-START-N`; those of dead
+    processes are removed on the way."""
+    root = prepare_run_dir(f"/tmp/pagewire-{os.getuid()}")
+    for old in root.iterdir():
+        if _is_abandoned(old.name):
+            shutil.rmtree(old, ignore_errors=True)
+    return prepare_run_dir(f"{root}/{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}")
+
+
+def take_run_dir(given: str) -> Path:
+    """The directory that the user named. Raises AlreadyRunning before any service of a second stack
+    could join the first."""
+    run_dir = prepare_run_dir(given)
+    check_unused(run_dir)
+    return run_dir
+
+
+def remove_run_dir(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(name: str) -> bool:
+    parts = name.split("-")
+    return (
+        len(parts) == 3
+        and all(part.isdecimal() for part in parts)
+        and _start_time(int(parts[0])) != int(parts[1])
+    )
+
+
+def _start_time(pid: int) -> int:
+    """When `pid` started, in clock ticks since boot; -1 when there is no such process. Field 22 of
+    proc(5)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return -1

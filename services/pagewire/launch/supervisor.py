@@ -1,0 +1,255 @@
+"""Starts the services of one stack as operating-system processes, restarts those that die, and ends
+them all.
+
+It knows command lines, exit codes and output lines; what the services say to each other is not its
+business. It runs in the main thread of `pagewire serve` and in a thread of a program that uses
+`LLM`. Beside that only the standard library is imported here.
+"""
+
+import contextlib
+import os
+import platform
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..process.parent import PARENT_VARIABLE
+
+ORDERLY_EXIT_S = 3.5
+GIVE_UP_DEATHS, GIVE_UP_WINDOW_S = 5, 60.0
+TICK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Service:
+    """What to start: `python -m pagewire` with `arguments`, under a `name` that stays the same over
+    restarts."""
+
+    name: str
+    arguments: tuple[str, ...]
+    pass_fds: tuple[int, ...] = ()
+    drain_s: float | None = None
+    """How long it may finish its work at the end, while those without such a time still serve
+    it."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables beside those that it inherits."""
+
+
+@dataclass
+class Child:
+    service: Service
+    process: subprocess.Popen[bytes] | None = None
+    start_at: float = 0.0
+    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=GIVE_UP_DEATHS))
+    last_line: str = ""
+    partial: bytes = b""
+
+
+def backoff_s(recent_deaths: int) -> float:
+    """At once after the first death, then 0.5, 1, 2, ... seconds."""
+    return 0.0 if recent_deaths <= 1 else min(30.0, 0.5 * 2.0 ** (recent_deaths - 2))
+
+
+def how_it_ended(returncode: int) -> str:
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"was killed by signal {-returncode}"
+
+
+class Supervisor:
+    """`run` blocks until `stop` is called or a service cannot be kept alive; no child survives its
+    return.
+
+    Before `mark_ready`, a service that exits with an error ends the stack (`failure` holds its last
+    line): its settings are wrong, and trying again would not help. A killed one is started again,
+    and afterwards so is every one that ends, with growing pauses, until it has died 5 times in 60
+    seconds.
+    """
+
+    def __init__(self, services: list[Service], on_line: Callable[[str, str], None]) -> None:
+        """Raises OSError on another system than Linux."""
+        if platform.system() != "Linux":
+            raise OSError(
+                f"Pagewire runs on Linux, and this is {platform.system()}: use its container there, or WSL2 on Windows"
+            )
+        self.failure: str | None = None
+        self._children = [Child(service) for service in services]
+        self._on_line = on_line
+        self._ready = False
+        self._stops = 0
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+
+    def add(self, service: Service) -> None:
+        """Start one more service; call from `tick`."""
+        self._children.append(Child(service))
+
+    def mark_ready(self) -> None:
+        self._ready = True
+
+    def stop(self) -> None:
+        """End everything; a second call ends it without waiting. Safe from signal handlers and
+        other threads."""
+        self._stops += 1
+        os.eventfd_write(self._wake, 1)
+
+    def pids(self) -> dict[str, int]:
+        return {c.service.name: c.process.pid for c in self._children if c.process is not None}
+
+    def run(self, tick: Callable[[], None] = lambda: None) -> int:
+        """0 after `stop`, 1 when the stack could not be kept alive. `tick` is called about ten
+        times a second."""
+        try:
+            while not self._stops and self.failure is None:
+                self._start_due()
+                tick()
+                self._wait(TICK_S)
+                self._reap()
+        finally:
+            self._end_all()
+        return 0 if self.failure is None else 1
+
+    def fail(self, reason: str) -> None:
+        self.failure = self.failure or reason
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.process is None and child.start_at <= now:
+                self._start(child)
+
+    def _start(self, child: Child) -> None:
+        own = {
+            PARENT_VARIABLE: str(os.getpid()),
+            "PYTHONSAFEPATH": "1",
+            **dict(child.service.environment),
+        }
+        child.process = subprocess.Popen(
+            [sys.executable, "-m", "pagewire", *child.service.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **own},
+            pass_fds=child.service.pass_fds,
+            process_group=0,
+        )
+        assert child.process.stdout is not None
+        os.set_blocking(child.process.stdout.fileno(), False)
+        self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
+
+    def _wait(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            if key.fd == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            else:
+                self._read(key.data)
+
+    def _read(self, child: Child) -> None:
+        """Forward what the child wrote, line by line. Its death shows as the end of its output."""
+        process = child.process
+        assert process is not None and process.stdout is not None
+        try:
+            data = os.read(process.stdout.fileno(), 65536)
+        except BlockingIOError:
+            return
+        *lines, child.partial = (child.partial + data).split(b"\n")
+        for line in lines:
+            self._say(child, line)
+        if not data:
+            self._selector.unregister(process.stdout)
+            process.stdout.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+
+    def _say(self, child: Child, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            child.last_line = text
+            self._on_line(child.service.name, text)
+
+    def _reap(self) -> None:
+        for child in self._alive():
+            if child.process is not None and child.process.poll() is not None:
+                self._on_death(child, self._close(child))
+
+    def _close(self, child: Child) -> int:
+        """Take the rest of a dead child's output and let go of it; its exit code."""
+        assert child.process is not None and child.process.stdout is not None
+        stdout = child.process.stdout
+        if not stdout.closed:
+            self._read(child)
+        if not stdout.closed:
+            self._selector.unregister(stdout)
+            stdout.close()
+        self._say(child, child.partial)
+        code = child.process.wait()
+        child.process, child.partial = None, b""
+        return code
+
+    def _on_death(self, child: Child, code: int) -> None:
+        name, now = child.service.name, time.monotonic()
+        child.deaths.append(now)
+        if code > 0 and not self._ready:
+            return self.fail(
+                child.last_line.removeprefix("pagewire ")
+                or f"{name} {how_it_ended(code)} without a word"
+            )
+        if len(child.deaths) == GIVE_UP_DEATHS and now - child.deaths[0] < GIVE_UP_WINDOW_S:
+            last = f"; its last line: {child.last_line}" if child.last_line else ""
+            return self.fail(
+                f"{name} died {GIVE_UP_DEATHS} times in {now - child.deaths[0]:.0f} s, giving up{last}"
+            )
+        pause = backoff_s(sum(now - death < GIVE_UP_WINDOW_S for death in child.deaths))
+        child.start_at = now + pause
+        self._on_line(
+            "supervisor",
+            f"{name} {how_it_ended(code)}; starting it again{f' in {pause:g} s' if pause else ''}",
+        )
+
+    def _end_all(self) -> None:
+        self._end([child for child in self._alive() if child.service.drain_s is not None])
+        self._end(self._alive())
+        self._selector.close()
+
+    def _end(self, children: list[Child]) -> None:
+        deadline = (
+            time.monotonic()
+            + ORDERLY_EXIT_S
+            + max((child.service.drain_s or 0.0 for child in children), default=0.0)
+        )
+        _signal(children, signal.SIGTERM)
+        while _alive(children) and time.monotonic() < deadline and self._stops < 2:
+            self._wait(TICK_S / 2)
+            self._close_ended()
+        _signal(children, signal.SIGKILL)
+        while _alive(children):
+            self._wait(TICK_S / 10)
+            self._close_ended()
+
+    def _alive(self) -> list[Child]:
+        return _alive(self._children)
+
+    def _close_ended(self) -> None:
+        for child in self._alive():
+            if child.process is not None and child.process.poll() is not None:
+                self._close(child)
+
+
+def _alive(children: list[Child]) -> list[Child]:
+    return [child for child in children if child.process is not None]
+
+
+def _signal(children: list[Child], number: signal.Signals) -> None:
+    for child in _alive(children):
+        assert child.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, number)

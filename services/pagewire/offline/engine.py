@@ -1,0 +1,169 @@
+"""The stack behind `LLM`: the services as child processes, and this program in the place of the
+frontend.
+
+The program owns its requests by the same rules as the HTTP frontend (`frontend.streams`), in a
+synchronous loop: nothing moves between two calls of `pump`. crew.py keeps the services running.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import structs
+from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
+from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
+from pagewire_protocol.structs import Role
+
+from ..launch import stack
+from ..launch.background import BackgroundServices, find_files
+from ..process.membership import Membership
+from ..requests.counters import Counters
+from ..requests.errors import ApiError
+from ..requests.owner import RequestOwner
+from ..requests.request import Job, Sink, Stream
+
+PUMP_S = 0.2
+
+
+class EngineError(RuntimeError):
+    """The services could not be started or kept running; the message holds their last words."""
+
+
+class Engine:
+    """Services, inbox and owned requests of one `LLM`. Who uses it holds `lock`; `close` ends
+    everything."""
+
+    def __init__(
+        self, config: stack.StackConfig, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        model = find_files(config, say)
+        self.tokenizer_path = Path(model.tokenizer or model.model)
+        self._pid = os.getpid()
+        self._run_dir: Path = stack.new_run_dir()
+        config = structs.replace(
+            config, run=structs.replace(config.run, run_dir=str(self._run_dir))
+        )
+        incarnation = new_incarnation()
+        self._inbox: Inbox[ToFrontend] = Inbox(self._run_dir, Role.FRONTEND, incarnation)
+        self._outbox = Outbox()
+        self._membership = Membership(
+            Role.FRONTEND,
+            f"program-{self._pid}",
+            incarnation,
+            self._inbox,
+            self._outbox,
+            self._run_dir,
+        )
+        self.tally = Counters()
+        self.owner = RequestOwner(
+            self._inbox.address, self._outbox.send, time.monotonic, self.tally
+        )
+        self.lock = threading.RLock()
+        self._fresh = False
+        self._closed = False
+        self._crew = BackgroundServices(config, model, self._inbox.wake)
+
+    @property
+    def roster(self) -> Roster | None:
+        return self._membership.roster
+
+    def wait_ready(self, say: Callable[[str], None] = lambda _: None) -> Roster:
+        """Block until a tokenizer and a worker are ready. Raises EngineError when one cannot
+        start."""
+        self._membership.ready()
+        shown = ""
+        while (roster := self._membership.roster) is None or not is_ready(roster):
+            self.pump()
+            stage = describe(self._membership.roster)
+            if stage != shown:
+                shown = stage
+                say(stage)
+        self._crew.mark_ready()
+        return roster
+
+    def check_open(self) -> None:
+        """Raises EngineError after `close`."""
+        if self._closed:
+            raise EngineError("this LLM was shut down; make a new one")
+
+    def refresh(self) -> None:
+        """Renew this program's membership, lost when it did something else for a while; call before
+        submitting."""
+        self._fresh = False
+        self._membership.hello()
+        while not self._fresh:
+            self.pump()
+
+    def submit(self, job: Job, sink: Sink) -> Stream | None:
+        """None when the stack cannot take it right now."""
+        try:
+            return self.owner.submit(job, sink)
+        except ApiError as error:
+            if error.status != 503:
+                raise
+            return None
+
+    def pump(self, timeout_s: float = PUMP_S) -> None:
+        """Wait for messages and apply them all. Raises EngineError when the services are gone for
+        good."""
+        self._inbox.wait(timeout_s)
+        for message in self._inbox.drain():
+            match message:
+                case Deltas():
+                    self._on_deltas(message)
+                case Tokenized():
+                    self.owner.asks.on_answer(message)
+                case Roster():
+                    self._membership.on_roster(message)
+                    self.owner.on_roster(message)
+                    self._fresh = True
+        self._membership.busy = len(self.owner) > 0
+        self._membership.progress += 1
+        self._membership.tick(time.monotonic())
+        self.owner.tick()
+        if not self._crew.alive:
+            raise EngineError(self._crew.failure)
+
+    def pids(self) -> dict[str, int]:
+        """The services' process ids by name."""
+        return self._crew.pids()
+
+    def close(self) -> None:
+        """End the services and remove their run directory. Does nothing the second time, or in a
+        forked copy of the program."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        self._crew.stop()
+        self._inbox.close()
+        self._outbox.close()
+        stack.remove_run_dir(self._run_dir)
+
+    def _on_deltas(self, deltas: Deltas) -> None:
+        try:
+            self.owner.on_deltas(deltas)
+        except (ValueError, TypeError):
+            self.tally.malformed += 1
+
+
+def is_ready(roster: Roster) -> bool:
+    roles = {peer.role for peer in roster.peers if peer.ready}
+    return Role.TOKENIZER in roles and Role.WORKER in roles
+
+
+def describe(roster: Roster | None) -> str:
+    """What is loading, for people."""
+    waiting = (
+        [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND]
+        if roster
+        else []
+    )
+    return (
+        ", ".join(
+            f"{peer.role.name.lower()}: {peer.stage or 'starting'} {peer.fraction:.0%}"
+            for peer in waiting
+        )
+        or "starting"
+    )

@@ -1,0 +1,243 @@
+"""LLM: generation for a program, without HTTP. It starts the same services as `pagewire serve` and
+ends them with the program."""
+
+import random
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pagewire_protocol.structs import Chat
+
+from ..config import DEMO_MODEL
+from . import settings as program_settings
+from .engine import Engine, EngineError
+from .generation import Batch
+from .outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from .prompts import Entry, as_chats, as_params, as_prompts
+from .sampling_params import BeamSearchParams, SamplingParams
+from .translate import beam_search
+
+__all__ = ["LLM", "EngineError"]
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Progress = bool | Callable[..., Any]
+
+
+class LLM:
+    """A model ready to generate. Beside the arguments named here, `settings` takes every flag of
+    `pagewire serve` that concerns the tokenizer, scheduler or worker, with underscores
+    (`device="cpu"`, `num_kv_blocks=512`, ...), and vLLM's: those that change no result are accepted
+    with a line, others refused.
+
+    Raises ValueError or TypeError for wrong settings, `pagewire.hub.huggingface.ModelNotFound` when
+    the model cannot be had and EngineError when a service does not start. Use as a context manager,
+    or call `shutdown`; the end of the program does it as well.
+    """
+
+    def __init__(
+        self,
+        model: str = DEMO_MODEL,
+        tokenizer: Any = None,
+        tokenizer_mode: str = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        seed: int | None = 0,
+        gpu_memory_utilization: float = 0.9,
+        *,
+        max_model_len: int | str | None = None,
+        download_dir: str | None = None,
+        load_format: str = "auto",
+        chat_template: str | None = None,
+        enforce_eager: bool = False,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        **settings: Any,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "settings")}
+        self._config = program_settings.configure({**settings, **given}, _say)
+        self._random = random.Random(self._config.model.seed)
+        self._counter = 0
+        self._tokenizer: Any = None
+        self._engine = Engine(self._config, _say)
+        self._finalizer = weakref.finalize(self, self._engine.close)
+        try:
+            self._roster = self._engine.wait_ready()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def generate(
+        self,
+        prompts: Any = None,
+        sampling_params: Params = None,
+        prompt_token_ids: Any = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt: str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a
+        list of these. `prompt_token_ids` is the older way to give ids, instead of `prompts` or
+        beside them. Results are in the order of the prompts. Raises ValueError when the stack
+        refuses a prompt, with the reason; none of the others is then returned."""
+        _refuse(lora_request=lora_request)
+        entries = as_prompts(prompts, prompt_token_ids)
+        if priority is not None:
+            if len(priority) != len(entries):
+                raise ValueError(
+                    f"{len(entries)} prompts but {len(priority)} priorities; give one for each"
+                )
+            entries = [
+                entry._replace(priority=number)
+                for entry, number in zip(entries, priority, strict=True)
+            ]
+        self._check_text(entries)
+        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
+        the model's chat template or, for this call, the one given: a template, a file with one, or
+        the name of a built-in one."""
+        _refuse(lora_request=lora_request, tools=tools, mm_processor_kwargs=mm_processor_kwargs)
+        if chat_template_content_format not in ("auto", "string"):
+            raise ValueError(
+                f"chat_template_content_format={chat_template_content_format!r} is not supported; 'auto' and 'string' are"
+            )
+        if chat_template is None and not self._roster.has_chat_template:
+            raise ValueError(
+                f"{self._config.model.model} has no chat template; give one as LLM(..., chat_template=FILE)"
+            )
+        render = self._renderer(chat_template) if chat_template is not None else None
+        entries = as_chats(
+            messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render
+        )
+        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: Progress = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, by the rules of transformers' beam
+        search. At most `concurrency_limit` prompts are searched at a time."""
+        _refuse(lora_request=lora_request)
+        entries = as_prompts(prompts)
+        self._check_text(entries)
+        common, options = beam_search(params)
+        size = concurrency_limit or max(1, len(entries))
+        found: list[BeamSearchOutput] = []
+        for start in range(0, len(entries), size):
+            part = entries[start : start + size]
+            batch = Batch(self, part, as_params(common, len(part)), beams=options)
+            batch.run(use_tqdm)
+            found += [
+                _hypotheses(run.prompt_text, group.output) for run, group in batch.searches.items()
+            ]
+        return found
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer as one of transformers' (imported now), with the chat template that
+        this LLM uses."""
+        if self._tokenizer is None:
+            from .local_tokenizer import as_transformers
+
+            self._need_text()
+            self._tokenizer = as_transformers(
+                self._engine.tokenizer_path, self._config.tokenizer.chat_template
+            )
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams()
+
+    def stats(self) -> dict[str, float]:
+        """The scheduler's gauges and counters, by the names that /metrics shows."""
+        with self._engine.lock:
+            self._engine.check_open()
+            self._engine.refresh()
+            roster = self._engine.roster
+        return dict(roster.stats) if roster else {}
+
+    def pids(self) -> dict[str, int]:
+        """The services' process ids by name."""
+        return self._engine.pids()
+
+    def shutdown(self) -> None:
+        """End the services. Does nothing the second time."""
+        self._finalizer()
+
+    def next_id(self) -> str:
+        """The name of one more request."""
+        self._counter += 1
+        return str(self._counter - 1)
+
+    def _check_text(self, entries: Sequence[Entry]) -> None:
+        if any(entry.prompt.text is not None for entry in entries):
+            self._need_text()
+
+    def _need_text(self) -> None:
+        if self._config.model.skip_tokenizer_init:
+            raise ValueError(
+                "text prompts need a tokenizer; with skip_tokenizer_init=True give {'prompt_token_ids': [...]}"
+            )
+
+    def _renderer(self, chat_template: str) -> Callable[[Chat], str]:
+        from .local_tokenizer import renderer
+
+        self._need_text()
+        return renderer(self._engine.tokenizer_path, chat_template)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+
+def _refuse(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} is not supported in this version")
+
+
+def _hypotheses(prompt_text: str, output: RequestOutput) -> BeamSearchOutput:
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                tokens=output.prompt_token_ids + one.token_ids,
+                logprobs=one.logprobs or [],
+                cum_logprob=one.cumulative_logprob or 0.0,
+                text=(prompt_text or output.prompt or "") + one.text,
+                finish_reason=one.finish_reason,
+                stop_reason=one.stop_reason,
+            )
+            for one in output.outputs
+        ]
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

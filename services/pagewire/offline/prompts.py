@@ -1,0 +1,213 @@
+"""The forms in which a program may hand over prompts, made into one form. Knows no process and no
+socket."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from pagewire_protocol.columns import pack
+from pagewire_protocol.structs import Chat, ChatMessage, Prompt
+
+from .sampling_params import SamplingParams
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+MAX_CACHE_SALT = 128
+MAX_KWARGS = 65_536
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text; prompts of different salts share no cached blocks."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, and its text if the program knows it."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+class Entry(NamedTuple):
+    """One prompt as it goes to the stack, and `text` as the program gave it. `special`: whether the
+    tokenizer adds special tokens."""
+
+    prompt: Prompt
+    text: str | None = None
+    special: bool = True
+    cache_salt: str = ""
+    priority: int = 0
+
+
+def as_prompts(prompts: Any, token_ids: Any = None) -> list[Entry]:
+    """str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. `token_ids`
+    is the older way to give ids, one list or a list of them, beside or instead of texts. Raises
+    ValueError or TypeError naming the place."""
+    if token_ids is not None:
+        return _with_ids(prompts, [token_ids] if _is_ids(token_ids) else token_ids)
+    if isinstance(prompts, (str, Mapping)) or _is_ids(prompts):
+        prompts = [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts must be a string, token ids, a dict or a list of these, got {type(prompts).__name__}"
+        )
+    return [_as_entry(prompt, i) for i, prompt in enumerate(prompts)]
+
+
+def _with_ids(prompts: Any, token_ids: Any) -> list[Entry]:
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, (str, bytes)):
+        raise TypeError(
+            f"prompt_token_ids must be a list of token ids or a list of such lists, got {type(token_ids).__name__}"
+        )
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or [None] * len(token_ids))
+    if len(texts) != len(token_ids):
+        raise ValueError(
+            f"{len(texts)} prompts but {len(token_ids)} prompt_token_ids; give one for each"
+        )
+    return [
+        _as_entry(ids, i)._replace(text=text)
+        for i, (text, ids) in enumerate(zip(texts, token_ids, strict=True))
+    ]
+
+
+def _is_ids(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, (str, bytes))
+        and len(value) > 0
+        and all(type(t) is int for t in value)
+    )
+
+
+def _as_entry(prompt: Any, place: int) -> Entry:
+    if isinstance(prompt, str):
+        return Entry(Prompt(text=prompt), prompt)
+    if isinstance(prompt, Mapping):
+        return _from_mapping(prompt, place)
+    if not _is_ids(prompt):
+        raise ValueError(
+            f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
+        )
+    try:
+        return Entry(Prompt(ids=pack("i", prompt)))
+    except OverflowError:
+        raise ValueError(
+            f"prompt {place}: a token id is out of range: {max(prompt, key=abs)}"
+        ) from None
+
+
+def _from_mapping(prompt: Mapping[Any, Any], place: int) -> Entry:
+    extra = {key for key, value in prompt.items() if value is not None} - PROMPT_KEYS
+    if extra:
+        raise ValueError(
+            f"prompt {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
+        )
+    ids, text, salt = prompt.get("prompt_token_ids"), prompt.get("prompt"), prompt.get("cache_salt")
+    if isinstance(ids, Mapping) or isinstance(text, Mapping):
+        raise ValueError(
+            f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
+        )
+    if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_CACHE_SALT):
+        raise ValueError(
+            f"prompt {place}: cache_salt must be a string of 1 to {MAX_CACHE_SALT} characters, got {salt!r:.80}"
+        )
+    entry = _as_entry(text if ids is None else ids, place)
+    return entry._replace(text=text, cache_salt=salt or "")
+
+
+def as_chats(
+    messages: Any,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+    render: Callable[[Chat], str] | None = None,
+) -> list[Entry]:
+    """One conversation (a list of {"role", "content"}) or a list of conversations. `render` makes
+    the text here instead of leaving it to the tokenizer service."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise ValueError(
+            "messages must be a list of {'role': ..., 'content': ...}, or a list of such lists"
+        )
+    talks = [messages] if isinstance(messages[0], Mapping) else messages
+    kwargs = _kwargs(template_kwargs)
+    entries: list[Entry] = []
+    for place, talk in enumerate(talks):
+        said = tuple(_as_message(message, place) for message in talk)
+        if not said:
+            raise ValueError(
+                f"conversation {place}: at least one message with a role and content is needed"
+            )
+        chat = Chat(said, add_generation_prompt, continue_final_message, kwargs)
+        text = render(chat) if render else None
+        entries.append(
+            Entry(Prompt(chat=chat) if text is None else Prompt(text=text), text, special=False)
+        )
+    return entries
+
+
+def _kwargs(given: Mapping[str, Any] | None) -> bytes:
+    if not given:
+        return b""
+    try:
+        encoded = json.dumps(dict(given)).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"chat_template_kwargs must be what JSON can say: {error}") from None
+    if len(encoded) > MAX_KWARGS:
+        raise ValueError(
+            f"chat_template_kwargs has {len(encoded)} bytes as JSON, at most {MAX_KWARGS} are allowed"
+        )
+    return encoded
+
+
+def _as_message(message: Any, place: int) -> ChatMessage:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"conversation {place}: a message needs a role and content, got {message!r:.80}"
+        )
+    extra = {key for key, value in message.items() if value is not None} - {
+        "role",
+        "content",
+        "name",
+    }
+    if extra:
+        raise ValueError(
+            f"conversation {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
+        )
+    if "content" not in message:
+        raise ValueError(
+            f"conversation {place}: a message needs a role and content, got {message!r:.80}"
+        )
+    return ChatMessage(
+        message["role"], _content(message.get("content"), place), message.get("name")
+    )
+
+
+def _content(content: Any, place: int) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts: list[str] = []
+    for part in content:
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            raise ValueError(f"conversation {place}: content must be text, got {part!r:.80}")
+        parts.append(part["text"])
+    return "\n".join(parts)
+
+
+def as_params(params: Any, count: int) -> list[SamplingParams]:
+    """One for all prompts, or one for each."""
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    chosen = list(params)
+    if len(chosen) != count:
+        raise ValueError(
+            f"{count} prompts but {len(chosen)} sampling_params; give one for all or one for each"
+        )
+    return chosen

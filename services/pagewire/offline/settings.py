@@ -1,0 +1,89 @@
+"""The settings of `LLM` from keyword arguments, in a program's words. Starts nothing."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import structs
+
+from ..config import (
+    BadSetting,
+    ModelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    WorkerConfig,
+    as_number,
+    read,
+)
+from ..launch.stack import StackConfig, check_workers
+from ..launch.vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
+
+STRUCTS = {
+    "run": RunConfig,
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "scheduler": SchedulerConfig,
+    "worker": WorkerConfig,
+}
+REPLICAS = ("num_tokenizers", "num_workers")
+KNOWN = {field.name for kind in STRUCTS.values() for field in structs.fields(kind)} - {
+    "run_dir",
+    "name",
+} | {*REPLICAS}
+UNWATCHED = {"max_step_ms": 0.0, "log_level": "warning"}
+"""Nobody waits for single tokens here, and a program's error stream is its own."""
+
+
+def configure(given: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> StackConfig:
+    """None means the default; `say` gets a line for each setting of vLLM's that is accepted without
+    effect. Raises TypeError for an unknown name, ValueError for a value."""
+    given = {ALIASES.get(key, key): value for key, value in given.items() if value is not None}
+    if given.pop("disable_cascade_attn", False):
+        given["enable_cascade"] = False
+    if token := given.pop("hf_token", None):
+        os.environ["HF_TOKEN"] = str(token)
+    unknown = set(given) - KNOWN - set(FOREIGN)
+    if unknown:
+        raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}")
+    for line in ignored_variables(os.environ) + [
+        _judged(name, given.pop(name)) for name in set(given) - KNOWN
+    ]:
+        if line:
+            say(f"pagewire: {line}")
+    counts = {key: given.pop(key) for key in REPLICAS if key in given}
+    namespace = argparse.Namespace(**{**UNWATCHED, **_normal(given)})
+    try:
+        return check_workers(
+            StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
+        )
+    except BadSetting as error:
+        raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
+
+
+def _judged(name: str, value: Any) -> str:
+    try:
+        line = judge(name, value)
+    except Refused as refusal:
+        raise ValueError(f"{name}={value!r}: {refusal}") from None
+    return f"{name}={value!r} {line}" if line else ""
+
+
+def _normal(given: dict[str, Any]) -> dict[str, Any]:
+    """Forms that programs use beside the plain ones: a tokenizer, path or dtype as an object, a
+    length that means "what fits"."""
+    given = dict(given)
+    for key in ("model", "tokenizer", "download_dir", "chat_template"):
+        if key in given and isinstance(given[key], os.PathLike):
+            given[key] = os.fspath(given[key])
+    if "tokenizer" in given and not isinstance(given["tokenizer"], str):
+        given["tokenizer"] = getattr(given["tokenizer"], "name_or_path", given["tokenizer"])
+    if "dtype" in given and not isinstance(given["dtype"], str):
+        given["dtype"] = str(given["dtype"]).removeprefix("torch.")
+    length = given.get("max_model_len")
+    if length in (-1, "auto"):
+        given["max_model_len"] = 0
+    elif isinstance(length, str) and length[:-1].isdecimal():
+        given["max_model_len"] = as_number(length)
+    return given

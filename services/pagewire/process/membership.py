@@ -1,0 +1,116 @@
+"""A process's standing in the stack: it introduces itself to the scheduler, shows progress, and
+keeps the latest roster.
+
+Used by every service but the scheduler. It has no thread and no clock of its own: the service's
+loop calls `tick`.
+"""
+
+import logging
+from pathlib import Path
+
+from pagewire_protocol.channels import Inbox, Outbox, inbox_address
+from pagewire_protocol.messages import (
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Peer,
+    Role,
+    Roster,
+    TokenizerFacts,
+    ToScheduler,
+    WorkerFacts,
+)
+
+HEARTBEAT_S = 1.0
+ALONE_S = 10.0
+"""After so long without a word from a scheduler a person should know."""
+log = logging.getLogger("pagewire.process.membership")
+
+
+class Membership:
+    def __init__(
+        self, role: Role, name: str, incarnation: int, inbox: Inbox, outbox: Outbox, run_dir: Path
+    ) -> None:
+        self.scheduler = inbox_address(run_dir, Role.SCHEDULER, 0)
+        self.roster: Roster | None = None
+        self.progress = 0
+        self.busy = False
+        self._role, self._name, self._incarnation = role, name, incarnation
+        self._inbox, self._outbox = inbox, outbox
+        self._worker: WorkerFacts | None = None
+        self._tokenizer: TokenizerFacts | None = None
+        self._stage, self._fraction, self._ready = "starting", 0.0, False
+        self._next_beat = 0.0
+        self._run_dir = run_dir
+        self._warn_at: float | None = None
+
+    def hello(self) -> None:
+        peer = Peer(
+            self._role,
+            self._name,
+            self._inbox.address,
+            self._incarnation,
+            self._ready,
+            self._stage,
+            self._fraction,
+        )
+        self._send(Hello(peer, self._worker, self._tokenizer))
+
+    def loading(self, stage: str, fraction: float = 0.0) -> None:
+        """Say what keeps this process from being ready; shown by /health and the start-up log."""
+        self._stage, self._fraction = stage, min(1.0, max(0.0, fraction))
+        self.hello()
+
+    def ready(
+        self, worker: WorkerFacts | None = None, tokenizer: TokenizerFacts | None = None
+    ) -> None:
+        self._worker, self._tokenizer = worker, tokenizer
+        self._ready, self._stage, self._fraction = True, "", 1.0
+        self.hello()
+
+    def tick(self, now: float) -> None:
+        """Call at least once a second with a monotonic time in seconds."""
+        if now < self._next_beat:
+            return
+        self._next_beat = now + HEARTBEAT_S
+        self._warn_when_alone(now)
+        beat = Heartbeat(
+            self._inbox.address,
+            self._incarnation,
+            self.progress,
+            self.busy,
+            self._stage,
+            self._fraction,
+        )
+        self._send(beat)
+
+    def _warn_when_alone(self, now: float) -> None:
+        """Once: a service whose scheduler lives in another run directory waits for it in vain, but
+        rightly when it only starts late."""
+        if self._warn_at is None:
+            self._warn_at = now + ALONE_S
+        elif now >= self._warn_at and self.roster is None:
+            self._warn_at = float("inf")
+            log.warning(
+                "no scheduler has answered in %s for %.0f s; is one running with this --run-dir?",
+                self._run_dir,
+                ALONE_S,
+            )
+
+    def on_roster(self, roster: Roster) -> bool:
+        """Keep the newest roster. True when it comes from a new scheduler, to which this process
+        has then said Hello."""
+        known = self.roster.epoch if self.roster else 0
+        if roster.epoch < known:
+            return False
+        listed = any(peer.incarnation == self._incarnation for peer in roster.peers)
+        self.roster = roster
+        if not listed:
+            self.hello()
+        return roster.epoch > known
+
+    def goodbye(self) -> None:
+        self._send(Goodbye(self._incarnation))
+
+    def _send(self, message: ToScheduler) -> None:
+        self._outbox.send(self.scheduler, message)

@@ -1,0 +1,21 @@
+"""A child process that ends with its parent. Only the standard library is imported here."""
+
+import ctypes
+import os
+import signal
+
+PARENT_VARIABLE = "PAGEWIRE_PARENT"
+"""Names, in a child's environment, the process that started it."""
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+
+
+def die_with_parent() -> None:
+    """Called first thing in a child: the kernel kills this process when its parent is gone, however
+    the parent ended."""
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if not parent:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        os._exit(1)

@@ -1,0 +1,172 @@
+"""How long one worker's steps take, by the costs that it measured at its start: how much prefill
+fits into a step, and how many steps are sent ahead of their results. Knows tokens and milliseconds;
+knows neither requests nor blocks.
+"""
+
+from collections import deque
+from math import inf, sqrt
+from typing import Final, NamedTuple
+
+from pagewire_protocol.messages import StepCost
+
+from pagewire.config import SchedulerConfig
+
+UNWATCHED: Final = 4.0
+"""A step without decodes may take this many times --max-step-ms: nobody's next token waits for it,
+only newcomers do."""
+PRESSED: Final = 2.0
+PRESSED_MS: Final = 1000.0
+"""While prompts wait that would take longer than this by themselves, and more than half as many
+as decode, steps may take so many times
+--max-step-ms: for so many, over a second until the first token is worse than an uneven stream
+  for the others."""
+LEAST_CHUNK: Final = 64
+"""Prefill tokens that every step may hold whatever its decodes take, so that prompts always come
+forward."""
+LEAST_AHEAD: Final = 2
+"""Steps in flight where nobody would gain from waiting: the next one is there when a worker has
+finished one."""
+AHEAD_MS: Final = 2.5
+"""Otherwise the next step is sent when those in flight are about to be over in so many
+milliseconds, which is ample for making it, the way to the worker and the launch; not earlier, since
+who arrives meanwhile would wait for it as well."""
+SURE: Final = 0.8
+"""Of an estimate, what a step takes at least: a worker that has finished early is idle until the
+scheduler has heard of it."""
+OUTLIER: Final = 4.0
+"""A step that took this many times its estimate was held up by something else; more is not
+believed."""
+MOST_CORRECTION: Final = 2.0
+SLOWNESS: Final = 32
+"""Full steps after which a correction has covered two thirds of its way."""
+RECENT: Final = 16
+"""Steps over which `step_ms` is averaged, about."""
+
+
+def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:
+    """Time of a step of `rows` decodes that attend to `reads` tokens together, in milliseconds."""
+    return cost.fixed_ms + rows * cost.token_ms + reads * cost.megaread_ms / 1e6
+
+
+def chunk_ms(cost: StepCost, context: int, tokens: int) -> float:
+    """What a chunk of `tokens` new tokens after `context` computed ones adds to a step, in
+    milliseconds."""
+    if tokens == 1:
+        return cost.token_ms + (context + 1) * cost.megaread_ms / 1e6
+    return tokens * cost.token_ms + tokens * (context + (tokens + 1) / 2) * cost.megapair_ms / 1e6
+
+
+def longest_chunk(cost: StepCost, ms: float, context: int) -> float:
+    """Tokens, not rounded, of the chunk that takes `ms` milliseconds after `context` computed
+    tokens; inf when nothing limits it.
+
+    The positive root of pair/2 c^2 + (token + pair (context + 1/2)) c = ms, in the form that
+    divides by no zero when pair is 0."""
+    if ms <= 0 or ms == inf:
+        return max(0.0, ms)
+    pair = cost.megapair_ms / 1e6
+    slope = cost.token_ms + pair * (context + 0.5)
+    divisor = slope + sqrt(slope * slope + 2 * pair * ms)
+    return 2 * ms / divisor if divisor else inf
+
+
+class Sent(NamedTuple):
+    """A step in flight: sent at `at` (monotonic seconds), estimated to take `ms`; `mixed`: with
+    prefill."""
+
+    n: int
+    ms: float
+    at: float
+    mixed: bool
+
+
+class Waiting(NamedTuple):
+    """One worker's share of the requests that have no place yet, and of their tokens."""
+
+    requests: float
+    tokens: float
+
+
+NOBODY: Final = Waiting(0, 0)
+
+
+class Pace:
+    """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited
+    by time. reserved: most tokens of a step that the worker has memory for; 0: it has said
+    nothing."""
+
+    def __init__(self, cost: StepCost | None, config: SchedulerConfig, reserved: int = 0) -> None:
+        self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
+        usual = config.step_tokens(gpu=cost is not None)
+        self.step_tokens = min(reserved, config.max_num_batched_tokens or reserved) or usual
+        self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
+        self._most = (
+            config.steps_in_flight if self.measured else min(LEAST_AHEAD, config.steps_in_flight)
+        )
+        self._sent: deque[Sent] = deque()
+        self._last = -inf
+        self.ratio = 1.0
+        """Measured time of steps with prefill over their estimate, lately."""
+        self.step_ms = 0.0
+        """Measured time of a step, lately."""
+
+    def limit_ms(self, decodes: int, waiting: Waiting = NOBODY) -> float:
+        """Most that a step with this many decodes may be estimated to take."""
+        pressed = (
+            2 * waiting.requests > decodes and waiting.tokens * self.cost.token_ms > PRESSED_MS
+        )
+        return (
+            self._limit_ms
+            * (UNWATCHED if not decodes else PRESSED if pressed else 1.0)
+            / self.ratio
+        )
+
+    def chunk(self, limit_ms: float, ms: float, context: int) -> float:
+        """Tokens that may be added after `context` ones to a step of `ms` milliseconds, not
+        rounded."""
+        return longest_chunk(self.cost, limit_ms - ms, context)
+
+    def due(self, backlog: float = 0.0) -> float:
+        """When one more step is to be sent, in monotonic seconds; inf while only a result can
+        change that. backlog: prefill tokens that no step has yet; where they fill the next step, or
+        nothing but throughput counts, no newcomer would be in it."""
+        sent = self._sent
+        if not sent:
+            return -inf
+        if len(sent) >= self._most:
+            return inf
+        full = (
+            backlog >= self.step_tokens
+            or backlog * self.cost.token_ms * self.ratio >= self._limit_ms
+        )
+        if len(sent) < LEAST_AHEAD and (full or self._limit_ms == inf):
+            return -inf
+        least_ms = SURE * sum([one.ms * (self.ratio if one.mixed else 1.0) for one in sent])
+        return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
+
+    def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
+        self._sent.append(Sent(n, ms, now, mixed))
+
+    def returned(self, n: int, now: float) -> None:
+        """The results of all steps up to `n` are there. A step began when it was sent or the one
+        before it ended, whichever was later."""
+        sent = self._sent
+        if not sent or sent[0].n > n:
+            return
+        steps, ms, at, mixed = 0, 0.0, sent[0].at, False
+        while sent and sent[0].n <= n:
+            one = sent.popleft()
+            steps, ms, mixed = steps + 1, ms + one.ms, mixed or one.mixed
+        took = 1000 * (now - max(at, self._last))
+        self.step_ms += (took / steps - self.step_ms) / (RECENT if self.step_ms else 1)
+        if mixed and ms and at <= self._last:
+            self._learn(took, ms)
+        self._last = now
+
+    def _learn(self, took: float, ms: float) -> None:
+        """From steps that waited for others only, since the way to an idle worker is no part of a
+        step. Decodes alone do not teach: the ratio serves to cut prefill, and rows that share what
+        they read take less than the costs say."""
+        weight = min(1.0, ms / self._limit_ms) / SLOWNESS
+        ratio = self.ratio + (min(took / ms, OUTLIER) - self.ratio) * weight
+        self.ratio = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio))

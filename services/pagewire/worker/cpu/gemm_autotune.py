@@ -1,0 +1,96 @@
+"""From how many rows on a product with quantized weights is faster through a dense copy than in our
+own machine code: measured at the first start, for each shape and type, and kept on disk, so that
+later starts measure nothing and compute the same.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pagewire_kernels.cpu_linear import QuantizedLinear
+
+from ...hub.huggingface import cache_dir
+from . import processor
+
+log = logging.getLogger("pagewire.worker")
+SIZES: Final = (8, 16, 32, 64, 128, 256)
+"""Rows that are tried. The crossing is taken to lie half-way between the last size that the machine
+code wins and the next."""
+ROUNDS: Final = 3
+MOST_S: Final = 0.25
+"""A product that takes longer is measured once."""
+
+
+def choose(packed: Iterable[Any], dtype: torch.dtype) -> None:
+    """Set the crossing of each quantized product among a decoder's packed matrices, for inputs of
+    `dtype`; those of one shape share it."""
+    place, began = _file(), time.monotonic()
+    known = _read(place)
+    before = len(known)
+    for product in (matrix for matrix in packed if isinstance(matrix, QuantizedLinear)):
+        kind = torch.float32 if product.wide else dtype
+        key = f"{product.key} {str(kind).removeprefix('torch.')}"
+        if key not in known:
+            known[key] = crossing(product, kind)
+        product.crossing = known[key]
+    if len(known) > before:
+        _write(place, known)
+        log.info(
+            "%d products timed in %.1f s, kept in %s",
+            len(known) - before,
+            time.monotonic() - began,
+            place,
+        )
+
+
+def crossing(product: QuantizedLinear, dtype: torch.dtype) -> int:
+    """The most rows for which the machine code is faster."""
+    best = SIZES[0] // 2
+    for rows in SIZES:
+        x = torch.randn(rows, product.columns).to(dtype)
+        if _seconds(product.native, x) >= _seconds(product.dense, x):
+            return (best + rows) // 2
+        best = rows
+    return best
+
+
+def _seconds(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+    """The least of some rounds; the first is not counted if there are more."""
+    times: list[float] = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        run(x)
+        times.append(time.perf_counter() - began)
+        if times[-1] > MOST_S:
+            break
+    return min(times[1:] or times)
+
+
+def _file() -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", processor.look().title().lower())
+    return (
+        cache_dir()
+        / f"cpu-products-{name}-{torch.get_num_threads()}-torch-{torch.__version__}.json"
+    )
+
+
+def _read(place: Path) -> dict[str, int]:
+    try:
+        return {str(key): int(value) for key, value in json.loads(place.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(place: Path, known: dict[str, int]) -> None:
+    """In one move, since another worker may read it."""
+    with contextlib.suppress(OSError):
+        passing = place.with_suffix(f".{os.getpid()}")
+        passing.write_text(json.dumps(known, indent=0))
+        passing.replace(place)

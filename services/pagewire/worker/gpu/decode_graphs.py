@@ -1,0 +1,157 @@
+"""A whole decode step, embedding to slot state, as one captured CUDA graph for each batch size
+bucket.
+
+A graph reads the slots to run from a fixed buffer and everything else from the slot state, so that
+replaying it needs at most one small copy. Buckets are captured from large to small into one memory
+pool. Steps whose rows have blocks in common have graphs of their own, with the groups in fixed
+buffers too; they come in larger batches, so their buckets are fewer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from pagewire_kernels import cuda as ops
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.slot_state import (
+    HEAT,
+    MIN_P,
+    TOP_P,
+    DecodeRows,
+    SlotState,
+    commit,
+    decode_inputs,
+)
+from pagewire_protocol.messages import Shared
+from torch import Tensor
+
+from ..load.loader import Loaded
+from .borrowed import borrowed
+from .cascade_buffers import GroupBuffers
+from .staging import Uploads
+
+Pool = Any
+"""Memory that graphs share, since they run one after the other."""
+CASCADE_STEP: Final = 32
+LEAST_CASCADE: Final = 2 * CASCADE_STEP
+"""Smaller batches, whose common blocks the GPU's cache is expected to hold, are decoded plainly:
+fewer kernels to compile at start."""
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes with a graph of their own, rising: 1, 2, 4, then multiples of 8, of 16 above 256
+    and of 32 above 512."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+def cascade_buckets(most: int) -> list[int]:
+    """Batch sizes with a graph for rows in groups, rising."""
+    sizes = [*range(LEAST_CASCADE, 257, CASCADE_STEP), *range(384, 1025, 128)]
+    return [size for size in sizes if size < most] + [most] if most >= LEAST_CASCADE else []
+
+
+@dataclass
+class Decoded:
+    """logits [B, V]; report int32 [B]: the sampled tokens, -1 where the logits were not finite."""
+
+    logits: Tensor
+    report: Tensor
+
+
+class DecodeGraphs:
+    """`run(rows, ...)` decodes the first `rows` entries of `slots`, which the caller fills (-1 is
+    padding)."""
+
+    def __init__(
+        self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool, pool: Pool
+    ) -> None:
+        self._loaded, self._state, self._eager = loaded, state, eager
+        self.slots = torch.full((most,), -1, dtype=torch.int32, device="cuda")
+        self.sizes = buckets(most)
+        self.cascade_sizes = cascade_buckets(most) if cascade else []
+        self._groups = GroupBuffers(most, "cuda")
+        self._rows = DecodeRows.empty(most, state.table.shape[1], "cuda")
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device="cuda")
+        self._report = torch.empty(most, dtype=torch.int32, device="cuda")
+        self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
+        self._pool = pool
+
+    def bucket(self, rows: int) -> int:
+        """The smallest captured size that holds `rows`."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def group(self, shared: Shared | None, rows: int, uploads: Uploads) -> int:
+        """Take in the groups of the next steps, of `rows` rows: the bucket to `run` them in with
+        cascade, 0 when that is not worthwhile."""
+        if shared is None or rows < LEAST_CASCADE:
+            return 0
+        size = next((size for size in self.cascade_sizes if size >= rows), 0)
+        if size:
+            self._groups.load(shared, rows, uploads)
+        return size
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        wanted = [
+            *((size, False) for size in reversed(self.sizes)),
+            *((size, True) for size in reversed(self.cascade_sizes)),
+        ]
+        for done, (size, cascade) in enumerate(wanted):
+            self._capture(size, False, cascade)
+            progress(done / len(wanted))
+
+    def run(self, size: int, filtered: bool, cascade: bool) -> Decoded:
+        """`size` is a bucket; `filtered`: some row restricts the vocabulary; `cascade`: common
+        blocks are read once a group."""
+        if self._eager:
+            return self._decode(size, filtered, cascade)
+        if (size, filtered, cascade) not in self._graphs:
+            self._capture(size, filtered, cascade)
+        graph, decoded = self._graphs[size, filtered, cascade]
+        graph.replay()
+        return decoded
+
+    def _capture(self, size: int, filtered: bool, cascade: bool) -> None:
+        """The slots wait as padding meanwhile: neither the warm-up nor the capture may move a
+        request on."""
+        if self._eager:
+            return
+        waiting = self.slots.clone()
+        self.slots.fill_(-1)
+        self._decode(size, filtered, cascade)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            decoded = self._decode(size, filtered, cascade)
+        self._graphs[size, filtered, cascade] = (
+            graph,
+            Decoded(borrowed(decoded.logits), decoded.report),
+        )
+        self.slots.copy_(waiting)
+
+    def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
+        loaded, rows, slots = self._loaded, self._rows.first(size), self.slots[:size]
+        decode_inputs(slots, self._state, loaded.sizing.block_size, rows)
+        starts = self._starts[: size + 1]
+        batch = Batch(
+            rows.positions,
+            rows.mapping,
+            starts,
+            rows.seq_lens,
+            rows.tables,
+            1,
+            loaded.sizing.max_model_len,
+        )
+        batch.groups = self._groups.first(size) if cascade else None
+        logits = loaded.decoder(
+            rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
+        )
+        odds = rows.odds
+        sampling = ops.SamplingRows(
+            odds[HEAT], rows.top_k, odds[TOP_P], odds[MIN_P], rows.seeds, rows.positions, filtered
+        )
+        sampled = ops.sample(logits, sampling)
+        report = self._report[:size]
+        commit(slots, sampled.tokens, sampled.bad, self._state, report)
+        return Decoded(logits, report)

@@ -1,0 +1,169 @@
+"""Which of cuBLASLt's algorithms is fastest for each matrix product of the model, timed at the
+first start and kept on disk.
+
+The library's heuristic ranks candidates without running them, and on large shapes the first is
+often a tenth slower than the best. Each candidate is held against torch's result before it is
+timed, on the model's own weights. Choices are kept beside the compiled kernels, for one kind of GPU
+and one version of the library; so starts after the first measure nothing, and compute the same.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from pagewire_kernels import gemm_cublaslt
+from pagewire_kernels.gemm import pick_config
+from pagewire_kernels.gemm_cublaslt import Product, Shape
+from torch import Tensor
+
+from .. import kernel_cache
+
+log = logging.getLogger("pagewire.worker")
+LEAST_GAIN: Final = 0.02
+"""Less is noise."""
+LEAST_COLUMNS: Final = 256
+"""Smaller products, such as a router's, cost next to nothing."""
+BURST_US: Final = 60.0
+"""How long a candidate runs at a time, at least."""
+ROUNDS: Final = 3
+LAUNCH_US: Final = 20.0
+"""Shorter products would wait for the CPU, so they queue up while the GPU is kept busy."""
+CYCLES: Final = 16_000
+"""Of the GPU's clock for each launch in the queue, some 8 us."""
+TOLERANCE: Final = 0.02
+"""Relative; what two orders of the same sum differ by in bf16 is a tenth of it."""
+
+Run = Callable[[Tensor], object]
+
+
+def choose(
+    forward: Callable[[], object],
+    tokens: Sequence[int],
+    rows: Sequence[int],
+    progress: Callable[[float], None],
+) -> None:
+    """Have products use the fastest algorithms. `forward` runs the model once, over more tokens
+    than rows; `tokens`: sizes of steps that will be run; `rows`: how many tokens of a step are
+    sampled."""
+    if not gemm_cublaslt.version():
+        return
+    with gemm_cublaslt.recording() as seen:
+        forward()
+    place, began = _file(), time.monotonic()
+    known = _read(place)
+    before, most = len(known), max((count for count, _ in seen.values()), default=0)
+    for done, (shape, (count, weights)) in enumerate(seen.items()):
+        sizes = [
+            size
+            for size in (tokens if count == most else rows)
+            if pick_config(size, shape[0], shape[1]) is None
+        ]
+        if shape[0] < LEAST_COLUMNS or shape[2] not in gemm_cublaslt.TYPES:
+            continue
+        for i, size in enumerate(sizes):
+            if _key(size, shape) not in known:
+                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
+            progress((done + i / len(sizes)) / len(seen))
+        gemm_cublaslt.choose(
+            shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes}
+        )
+    if len(known) > before:
+        _write(place, known)
+    log.info(
+        "%d matrix products timed in %.1f s, %d found in %s",
+        len(known) - before,
+        time.monotonic() - began,
+        before,
+        place,
+    )
+
+
+def _key(rows: int, shape: Shape) -> str:
+    n, k, dtype = shape
+    return f"{rows}x{n}x{k} {str(dtype).removeprefix('torch.')}"
+
+
+def _file() -> Path:
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
+
+
+def _read(place: Path) -> dict[str, str]:
+    """Algorithms by product, as hexadecimal digits; empty where torch's choice is as fast."""
+    try:
+        found = json.loads(place.read_text())
+        return {str(key): bytes.fromhex(value).hex() for key, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(place: Path, known: dict[str, str]) -> None:
+    """In one move, since another worker may read it."""
+    with contextlib.suppress(OSError):
+        passing = place.with_suffix(f".{os.getpid()}")
+        passing.write_text(json.dumps(known, indent=0))
+        passing.replace(place)
+
+
+def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
+    """None where there is no memory for a result beside the others."""
+    try:
+        return fastest(rows, shape, weights)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return b""
+
+
+def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
+    """An algorithm; none where torch's choice is as fast. Launches take turns over `weights`, all
+    that have the shape: in a step, too, no weight is in the GPU's cache when its turn comes."""
+    n, k, dtype = shape
+    x = torch.randn(rows, k, dtype=dtype, device=weights[0].device)
+    out = torch.empty(rows, n, dtype=dtype, device=x.device)
+    runs: dict[bytes, Run] = {b"": lambda weight: torch.mm(x, weight.t(), out=out)}
+    sample = slice(None, None, max(1, rows // 64))
+    runs[b""](weights[0])
+    exact = out[sample].float()
+    product = Product(rows, shape)
+    for algorithm in product.candidates():
+        multiply = product.bound(algorithm, x.device)
+        with contextlib.suppress(RuntimeError):  # what the library names it cannot always do
+            multiply(x, weights[0], out.fill_(float("nan")))
+            if float((out[sample].float() - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                runs[algorithm] = lambda weight, multiply=multiply: multiply(x, weight, out)
+    return best(_times(runs, weights)) if len(runs) > 1 else b""
+
+
+def _times(runs: dict[bytes, Run], weights: Sequence[Tensor]) -> dict[bytes, float]:
+    """Microseconds of each, the least of some rounds in which they take turns."""
+    count = max(1, math.ceil(BURST_US / _burst(runs[b""], weights, 2)))
+    rounds = [[_burst(run, weights, count) for run in runs.values()] for _ in range(ROUNDS)]
+    return dict(zip(runs, map(min, zip(*rounds, strict=True)), strict=True))
+
+
+def _burst(run: Run, weights: Sequence[Tensor], count: int) -> float:
+    """Microseconds of one launch of `count`."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if count > BURST_US / LAUNCH_US:
+        torch.cuda._sleep(CYCLES * count)
+    began.record()
+    for i in range(count):
+        run(weights[i % len(weights)])
+    ended.record()
+    ended.synchronize()
+    return 1000 * began.elapsed_time(ended) / count
+
+
+def best(times: dict[bytes, float]) -> bytes:
+    """The algorithm of the least time, if that is clearly less than torch's, which is filed under
+    none."""
+    fast = min(times, key=lambda algorithm: times[algorithm])
+    return fast if times[fast] < times[b""] * (1 - LEAST_GAIN) else b""

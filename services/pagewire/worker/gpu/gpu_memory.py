@@ -1,0 +1,302 @@
+"""How a GPU's memory is divided: what a step needs beside weights and KV blocks, what is left for
+the blocks, and what to change when nothing is. Works on numbers alone and allocates nothing;
+`kv.py` has the blocks themselves.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from ..load.kv_sizing import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
+from ..models.architecture import Architecture
+from .gpus import Gpu
+
+CAPTURED_TOKENS: Final = 4096
+CAPTURED_TOKENS_SMALL: Final = 8192
+SMALL_MODEL: Final = 2_000_000_000
+"""Parameters."""
+UNFUSED: Final = 2.5
+"""Activations of a model that is computed operation by operation, norms in float32, beside our own
+decoder's."""
+SLACK: Final = 1.25
+"""Of activations: steps differ in size, and freed blocks do not always fit the next one."""
+LIBRARIES: Final = 320 * MIB
+"""Machine code that is loaded at its first use, cuBLAS's workspaces, counters of our kernels."""
+GRAPH: Final = 2 * MIB
+"""What the driver keeps of one captured graph."""
+PROMPT_LOGITS: Final = 1 << 24
+"""Logits that exist at a time for log-probabilities of prompts."""
+MOST_UTILIZATION: Final = 0.98
+"""What is worth suggesting."""
+LEAST_CONTEXT: Final = 2048
+"""A longer context is not cut to less than that without being asked to: few requests would fit."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The most that runs at a time: tokens of a step, rows (requests) of a step, positions of a
+    request. fused: by our own decoder, which keeps fewer intermediate results than a model computed
+    operation by operation. attention: bytes that attention works in where torch computes it; 0
+    where kernels do."""
+
+    tokens: int
+    rows: int
+    positions: int
+    graphs: bool = True
+    fused: bool = True
+    attention: int = 0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes beside weights and KV blocks."""
+
+    activations: int
+    graphs: int
+    sampling: int
+    tables: int
+    libraries: int = LIBRARIES
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.graphs + self.sampling + self.tables + self.libraries
+
+    def line(self) -> str:
+        return (
+            f"workspace {gib(self.total)}: activations {gib(self.activations)}, graphs {gib(self.graphs)}, sampling {gib(self.sampling)}, "
+            f"tables {gib(self.tables)}, libraries {gib(self.libraries)}"
+        )
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the flags ask for. kv_bytes, blocks, max_model_len 0: from the memory there is; the
+    first two replace utilization."""
+
+    utilization: float
+    block_size: int
+    kv_bytes: int = 0
+    blocks: int = 0
+    max_model_len: int = 0
+    fit: bool = False
+
+
+def gib(amount: float) -> str:
+    return f"{amount / GIB:.2f} GiB"
+
+
+def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
+    """Activations of a step at their largest: in the MLP, or around attention, whichever is more.
+    Hidden states: the residual, the layer's input and its normed form, one more for blocks that add
+    two results."""
+    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    width = max(2 * heads + 2 * kv, _mlp_width(arch))
+    return tokens * itemsize * (4 * arch.hidden_size + heads + width)
+
+
+def captured_tokens(arch: Architecture) -> int:
+    """Tokens of the largest step with prompts that is captured in a graph. Larger ones keep the GPU
+    busy for longer than the CPU takes to launch their kernels, which is soon so for large models;
+    and graphs have activations of their own."""
+    return CAPTURED_TOKENS_SMALL if arch.parameters < SMALL_MODEL else CAPTURED_TOKENS
+
+
+def _mlp_width(arch: Architecture) -> int:
+    """Elements a token between the MLP's input and its output: both products and what lies
+    between."""
+    dense = (3 if arch.gated else 2) * (arch.intermediate_size or 4 * arch.hidden_size)
+    if arch.moe is None:
+        return dense
+    inner = arch.moe.intermediate_size
+    routed = arch.moe.chosen * max(3 * inner, inner + 5 * arch.hidden_size) + 4 * arch.moe.experts
+    return max(dense if arch.moe.dense else 0, routed + 3 * arch.moe.shared_size)
+
+
+def partial_bytes(arch: Architecture, rows: int) -> int:
+    """Partial results of attention, in float32: of contexts that are split among programs, and of
+    groups with common blocks."""
+    group = arch.num_heads // arch.num_kv_heads
+    slots = max(8192 * group, rows * arch.num_heads) + 32768
+    return slots * (arch.head_dim + 1) * 4
+
+
+def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
+    """What steps of at most `load` need. Logits are scored and restricted in float32, after the
+    layers have given their memory back; what penalties (a count and a flag) and biases (a float,
+    kept twice while they grow) remember of each slot is there all the time."""
+    logits = load.rows * arch.vocab_size
+    scored = (
+        logits * (itemsize + 4 + 4 + 1)
+        + PROMPT_LOGITS * (itemsize + 4 + 1)
+        + logits * 4 * (arch.logit_cap is not None)
+    )
+    step = step_bytes(arch, itemsize, load.tokens) * (1.0 if load.fused else UNFUSED)
+    activations = max(step, scored) + (load.attention or partial_bytes(arch, load.rows))
+    graphs = 0
+    if load.graphs:
+        largest = min(captured_tokens(arch), load.tokens)
+        captured = step_bytes(arch, itemsize, largest) + step_bytes(arch, itemsize, load.rows)
+        graphs = (
+            captured
+            + partial_bytes(arch, load.rows)
+            + 2 * logits * itemsize
+            + GRAPH * (64 + load.rows // 4)
+        )
+    tables = 2 * load.positions * arch.head_dim * 4 + 4 * load.rows * (load.positions // 16 + 1) * 4
+    return Workspace(int(activations * SLACK), graphs, logits * (5 + 6), tables)
+
+
+def size(
+    arch: Architecture, itemsize: int, weights: int, gpu: Gpu, wish: Wish, load: Load
+) -> Sizing:
+    """Divide the memory of `gpu`, of which `weights` bytes go to weights. Raises DoesNotFit."""
+    each, space = block_bytes(arch, wish.block_size, itemsize), workspace(arch, itemsize, load)
+    fixed = weights + space.total
+    exact = wish.blocks or wish.kv_bytes // each
+    budget = (
+        gpu.free
+        if wish.blocks or wish.kv_bytes
+        else gpu.free - int(gpu.total * (1 - wish.utilization))
+    )
+    count = exact or max(0, budget - fixed) // each
+    if not count or fixed + count * each > budget:
+        least = exact or max(1, -(-_least(arch, wish) // wish.block_size))
+        raise DoesNotFit(_no_room(gpu, wish, weights, space.total, least, each, budget, itemsize))
+    length, note = context(arch, count * wish.block_size, wish.max_model_len, wish.fit)
+    if length > count * wish.block_size:
+        raise DoesNotFit(_too_long(gpu, wish, fixed, length, count, each))
+    if note and not exact and length < _least(arch, wish):
+        raise DoesNotFit(
+            _too_short(
+                gpu,
+                wish,
+                (weights, space.total, count * each),
+                length,
+                wish.max_model_len or arch.max_position,
+            )
+        )
+    head = (_seen(gpu), _divided(gpu, wish, weights, space, count * each, budget), space.line())
+    return Sizing(weights, each, count, wish.block_size, length, space.total, gpu, head, note)
+
+
+def _seen(gpu: Gpu) -> str:
+    users = gpu.users()
+    return f"{gpu.title()}: {gib(gpu.free)} free" + (f"; {users}" if users else "")
+
+
+def _divided(gpu: Gpu, wish: Wish, weights: int, space: Workspace, cache: int, budget: int) -> str:
+    asked = f"{wish.utilization:.0%} of the GPU less {gib(gpu.total - gpu.free)} in use"
+    given = f"{gib(budget)} ({'free' if wish.blocks or wish.kv_bytes else asked})"
+    left = gpu.free - weights - space.total - cache
+    return f"of {given}: weights {gib(weights)}, workspace {gib(space.total)}, KV cache {gib(cache)}; {gib(left)} stay free"
+
+
+def _no_room(
+    gpu: Gpu,
+    wish: Wish,
+    weights: int,
+    space: int,
+    count: int,
+    each: int,
+    budget: int,
+    itemsize: int,
+) -> str:
+    """Weights and workspace leave less than the KV blocks that were asked for, or none where at
+    least `count` are needed."""
+    fixed, least, exact = weights + space, count * each, bool(wish.blocks or wish.kv_bytes)
+    parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'' if exact else 'at least '}{gib(least)}"
+    asked = (
+        "is free"
+        if exact
+        else f"may be used ({wish.utilization:.0%} of it less {gib(gpu.total - gpu.free)} in use)"
+    )
+    help_: list[str] = []
+    fitting = max(0, budget - fixed) // each
+    if exact and fitting:
+        flag = (
+            f"--num-kv-blocks to {fitting}"
+            if wish.blocks
+            else f"--kv-cache-memory-bytes to {fitting * each}"
+        )
+        help_.append(f"lower {flag}")
+    if not exact:
+        help_ += _more_memory(gpu, wish, fixed + least)
+    if itemsize == 4:
+        help_.append("--dtype half or bfloat16 halves the weights")
+    if weights > budget:
+        room = max(0, budget - space)
+        help_.append(f"a smaller model ({gib(room)} are there for weights)")
+    help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
+    return (
+        f"the model needs {gib(fixed + least)} ({parts}) but of {gpu.title()} {gib(max(0, budget))} {asked}. "
+        + _told(gpu, help_)
+    )
+
+
+def _too_long(gpu: Gpu, wish: Wish, fixed: int, length: int, count: int, each: int) -> str:
+    needed, held = -(-length // wish.block_size), count * wish.block_size
+    help_ = [f"lower --max-model-len to {held} (--fit does so by itself)"]
+    if wish.blocks:
+        help_.append(f"raise --num-kv-blocks to {needed}")
+    elif wish.kv_bytes:
+        help_.append(f"raise --kv-cache-memory-bytes to {needed * each}")
+    else:
+        help_ += _more_memory(gpu, wish, fixed + needed * each)
+    help_.append("a smaller model leaves more for it")
+    return (
+        f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * each)}), there is room for {count:,} "
+        f"({gib(count * each)}, {held:,} tokens). " + _told(gpu, help_)
+    )
+
+
+def _least(arch: Architecture, wish: Wish) -> int:
+    """Tokens below which a context that is cut is no use. Who asks for a shorter one may have it,
+    and with --fit even less."""
+    if wish.max_model_len:
+        return LEAST_CONTEXT if wish.max_model_len >= LEAST_CONTEXT else 0
+    return min(LEAST_CONTEXT, arch.max_position)
+
+
+def _too_short(gpu: Gpu, wish: Wish, parts: tuple[int, int, int], held: int, wanted: int) -> str:
+    """parts: weights, workspace and what is left for KV blocks, in bytes."""
+    weights, space, cache = parts
+    least = min(LEAST_CONTEXT, wanted)
+    help_ = _more_memory(
+        gpu, wish, weights + space + cache * least // held + cache // held * wish.block_size
+    )
+    help_.append(f"--max-model-len {held} serves so short a context")
+    help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
+    help_.append("a smaller model leaves more for it")
+    return (
+        f"a context of {held:,} tokens is all that fits, of {wanted:,}, and less than {least:,} is served only when asked for: of "
+        f"{gpu.title()} {gib(weights + space + cache)} may be used, weights take {gib(weights)} and the workspace {gib(space)}, which "
+        f"leaves {gib(cache)} for the KV cache. " + _told(gpu, help_)
+    )
+
+
+def _more_memory(gpu: Gpu, wish: Wish, needed: int) -> list[str]:
+    """Ways to `needed` bytes, beside what is in use."""
+    share = math.ceil((gpu.total - gpu.free + needed) / gpu.total * 100) / 100
+    if wish.utilization < share <= MOST_UTILIZATION:
+        return [f"raise --gpu-memory-utilization from {wish.utilization:g} to {share:g}"]
+    return []
+
+
+def _told(gpu: Gpu, help_: list[str]) -> str:
+    users = gpu.users()
+    if users:
+        help_ = ["end the other processes", *help_]
+    return (f"{users}. " if users else "") + "What helps: " + "; ".join(help_)
+
+
+def outcome(sizing: Sizing, reserved: int, peak: int, free: int) -> str:
+    """Planned against measured, once everything is allocated: torch's reserved bytes, now and at
+    their peak, and what the GPU has free."""
+    before = sizing.gpu.free if sizing.gpu is not None else free
+    used = before - free
+    space = used - sizing.weight_bytes - sizing.kv_bytes
+    planned = sizing.weight_bytes + sizing.kv_bytes + sizing.workspace
+    return (
+        f"GPU memory: {gib(used)} taken of {gib(planned)} planned, {gib(free)} free; workspace {gib(space)} so far of "
+        f"{gib(sizing.workspace)}; torch reserved {gib(reserved)}, {gib(peak)} at most"
+    )

@@ -1,0 +1,135 @@
+"""What a start on a GPU is planned with: which GPU, how its memory is divided, how large steps get
+and who computes attention. Decides before anything large is allocated.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from pagewire_kernels.attention_torch_plan import Shape, workspace
+from pagewire_kernels.backend import backend
+from pagewire_kernels.capability import attends_by_torch
+
+from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
+from ..load import kv_sizing
+from ..load.kv_sizing import DoesNotFit, Sizing
+from ..models.architecture import Architecture
+from ..models.decoder import Decoder
+from ..models.fallback import OtherArchitecture
+from ..models.layers import Build
+from . import gpu_memory, gpus
+from .gpu_memory import Load, Wish
+from .gpus import Gpu
+
+log = logging.getLogger("pagewire.worker")
+FEWER_ROWS: Final = (128, 64)
+"""What is tried on a small GPU where nobody said how many."""
+ROW_TOKENS: Final = 128
+"""Rows that have less of the KV cache each are too many: what is reserved for them would serve
+better as blocks."""
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """step_tokens, rows: most tokens and most requests of a step."""
+
+    sizing: Sizing
+    step_tokens: int
+    rows: int
+    attends_by_torch: bool
+
+
+def look_at_gpu() -> Gpu:
+    """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on
+    it."""
+    gpu = gpus.survey(torch.cuda.current_device())
+    gpus.check(gpu, torch.cuda.get_arch_list())
+    if line := gpus.idle_elsewhere(gpu):
+        log.warning(line)
+    return gpu
+
+
+def plan_gpu(
+    arch: Architecture,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    config: WorkerConfig,
+    gpu: Gpu,
+    scheduler: SchedulerConfig,
+) -> GpuPlan:
+    """Raises kv.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
+    by_torch = attends_by_torch(gpu.capability)
+    if by_torch:
+        major, minor = gpu.capability
+        log.warning(
+            f"{gpu.title()} has compute capability {major}.{minor}; below 8.0 Triton has no tensor cores, so attention and products run "
+            f"through torch, without CUDA graphs (--enforce-eager)"
+        )
+    weights, tokens = weight_bytes(arch, dtype), scheduler.step_tokens(True, gpu.total)
+
+    def size(rows: int) -> Sizing:
+        load = Load(tokens, rows, model.max_model_len or arch.max_position)
+        load = load_of(arch, dtype.itemsize, gpu, weights, config, load)
+        return gpu_memory.size(arch, dtype.itemsize, weights, gpu, wish_of(model, config), load)
+
+    rows, sizing = most_rows(scheduler, gpu, size)
+    return GpuPlan(sizing, tokens, rows, by_torch)
+
+
+def most_rows(
+    scheduler: SchedulerConfig, gpu: Gpu, size: Callable[[int], Sizing]
+) -> tuple[int, Sizing]:
+    """(rows, what `size` gives for them): as many as asked for or usual; on a small GPU where
+    nobody asked, fewer when the KV cache would be too small for them. Raises what `size` raises."""
+    usual = scheduler.num_seqs()
+    if scheduler.max_num_seqs or gpu.total >= LARGE_GPU:
+        return usual, size(usual)
+    for rows in (usual, *FEWER_ROWS):
+        with contextlib.suppress(DoesNotFit):
+            sizing = size(rows)
+            if sizing.num_blocks * sizing.block_size >= rows * ROW_TOKENS:
+                return rows, sizing
+    return FEWER_ROWS[-1], size(FEWER_ROWS[-1])
+
+
+def wish_of(model: ModelConfig, config: WorkerConfig) -> Wish:
+    share, blocks = config.gpu_memory_utilization, config.num_kv_blocks
+    return Wish(
+        share,
+        config.block_size,
+        config.kv_cache_memory_bytes,
+        blocks,
+        model.max_model_len,
+        config.fit,
+    )
+
+
+def load_of(
+    arch: Architecture, itemsize: int, gpu: Gpu, weights: int, config: WorkerConfig, load: Load
+) -> Load:
+    """`load` with what follows from the kinds of GPU and model. weights: bytes."""
+    fused = not isinstance(arch, OtherArchitecture)
+    if not attends_by_torch(gpu.capability):
+        return replace(load, graphs=fused and not config.enforce_eager, fused=fused)
+    held = max(0, gpu.free - weights) // kv_sizing.block_bytes(arch, 1, itemsize)
+    shape = Shape(arch.num_heads, arch.num_kv_heads, arch.head_dim)
+    return replace(
+        load,
+        graphs=False,
+        fused=fused,
+        attention=workspace(shape, min(load.positions, held), itemsize),
+    )
+
+
+def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Of all tensors that the model will have on a GPU, from their shapes alone."""
+    if isinstance(arch, OtherArchitecture):
+        return arch.parameters * dtype.itemsize
+    places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
+    return max(
+        sum(place.nbytes for place in places.values()),
+        kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=False),
+    )

@@ -1,0 +1,124 @@
+"""Which kernels the GPU's time goes to, told when the load pauses. For `--log-kernels`.
+
+Recording costs the GPU about a microsecond between kernels, so shares are what to look at;
+`--log-steps` has times that nothing is added to. Knows kernels by their names alone.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch._C._profiler import _ExperimentalConfig  # pyright: ignore[reportMissingModuleSource, reportPrivateUsage]
+from torch.autograd import (
+    ProfilerActivity,  # pyright: ignore[reportPrivateImportUsage]
+    ProfilerConfig,  # pyright: ignore[reportPrivateImportUsage]
+    ProfilerState,  # pyright: ignore[reportPrivateImportUsage]
+    _disable_profiler,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    _enable_profiler,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    _prepare_profiler,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+)
+
+log = logging.getLogger("pagewire.worker")
+PAUSE_S: Final = 0.1
+MOST_S: Final = 20.0
+"""Of one record: 100,000 kernels and more, in memory until they are told."""
+SHOWN: Final = 12
+KINDS: Final = {
+    "_decode_inputs": "other",
+    "_decode": "decode attention",
+    "_prefix": "common blocks",
+    "_prefill": "prefill attention",
+    "_norm": "norms",
+    "_rope_and_cache": "rotary and cache",
+    "_gated": "activation",
+    "_sample": "sampling",
+    "_thresholds": "sampling",
+    "_skinny": "products",
+    "_row": "products",
+    "Memcpy": "copies",
+    "Memset": "copies",
+}
+"""By how a name begins; cuBLAS's names are many, and all that is neither is 'other'."""
+CUBLAS: Final = ("nvjet", "gemm", "cublas", "cutlass", "splitK")
+
+Kernel = tuple[str, int, int]
+"""Name, and when it began and ended, in nanoseconds."""
+
+
+def kind_of(name: str) -> str:
+    found = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
+    return found or ("products" if any(part in name for part in CUBLAS) else "other")
+
+
+def summary(kernels: Iterable[Kernel], steps: int) -> Iterator[str]:
+    """The lines to be told: all of it, by kind, and the kernels that took longest."""
+    ordered = sorted(kernels, key=lambda kernel: kernel[1])
+    busy, end, kinds, names = 0, 0, dict[str, int](), dict[str, tuple[int, int]]()
+    for name, began, ended in ordered:
+        busy, end = busy + max(0, ended - max(began, end)), max(end, ended)
+        took, count = names.get(name, (0, 0))
+        names[name] = took + ended - began, count + 1
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + ended - began
+    span = end - ordered[0][1]
+    parts = ", ".join(
+        f"{kind} {took / 1e6:,.0f}"
+        for kind, took in sorted(kinds.items(), key=lambda item: -item[1])
+    )
+    yield f"{steps} steps, {len(ordered):,} kernels in {span / 1e6:,.0f} ms, busy for {busy / span:.1%}; ms: {parts}"
+    for name, (took, count) in sorted(names.items(), key=lambda item: -item[1][0])[:SHOWN]:
+        yield f"{took / 1e6:10,.1f} ms {took / busy:6.1%} {count:8,} x {took / count / 1e3:8.1f} us  {name[:80]}"
+
+
+class KernelLog:
+    """`begin` before a step's first launch, `end` after its last. A record is told by the first
+    step after a pause."""
+
+    def __init__(self) -> None:
+        self._began = self._last = 0.0
+        self._steps = 0
+        self._ended = torch.cuda.Event()
+
+    def begin(self) -> None:
+        now = time.monotonic()
+        if self._steps and (
+            now - self._began > MOST_S or (now - self._last > PAUSE_S and self._ended.query())
+        ):
+            self._tell()
+        if not self._steps:
+            _start()
+            self._began = now
+        self._steps, self._last = self._steps + 1, now
+
+    def end(self, tokens: int) -> None:
+        self._ended.record()
+
+    def _tell(self) -> None:
+        kernels, steps, self._steps = _stop(), self._steps, 0
+        for line in summary(kernels, steps) if kernels else ():
+            log.info("%s", line)
+
+
+def _start() -> None:
+    # torch.profiler would make an object of each of the kernels, for longer than a worker may be
+    # silent.
+    config = ProfilerConfig(
+        ProfilerState.KINETO, False, False, False, False, False, _ExperimentalConfig()
+    )
+    _prepare_profiler(config, {ProfilerActivity.CUDA})
+    _enable_profiler(config, {ProfilerActivity.CUDA})
+
+
+def _stop() -> list[Kernel]:
+    torch.cuda.synchronize()
+    found = _disable_profiler().events()
+    return [
+        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in found
+        if _on_gpu(event)
+    ]
+
+
+def _on_gpu(event: Any) -> bool:
+    return str(event.device_type()).endswith("CUDA")

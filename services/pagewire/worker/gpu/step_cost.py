@@ -1,0 +1,90 @@
+"""How long a GPU's steps take: a few of them timed at start, and a line fitted through the times.
+Writes no KV block that a request could read before filling it.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from pagewire_kernels import cuda as ops
+from pagewire_kernels.batch import Batch
+from pagewire_protocol.messages import StepCost
+from torch import Tensor
+
+from ..load.loader import Loaded
+from .mixed_steps import MixedSteps
+
+SMALL: Final = 128
+LARGE: Final = 2048
+"""Tokens of the two steps between which a token's time is measured; the second is shorter where
+steps are."""
+CHUNK: Final = 1024
+DEPTH: Final = 8192
+"""New tokens, and tokens they attend to at most, of the chunk whose attention is measured."""
+READERS: Final = 64
+READ: Final = 1024
+"""Rows of one new token, and the tokens each attends to."""
+REPEATS: Final = 5
+LAUNCHES: Final = 4
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Milliseconds of one of `run`'s launches on the GPU, the median of some measurements after one
+    that does not count."""
+    times: list[float] = []
+    for _ in range(REPEATS + 1):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        for _ in range(LAUNCHES):
+            run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / LAUNCHES)
+    return statistics.median(times[1:])
+
+
+def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
+    """Steps without attention give the time of a step and of a token in it; attention is measured
+    in one layer and taken for all."""
+    most = max(2 * SMALL, min(LARGE, step_tokens))
+    small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, most))
+    token = max(0.0, (large - small) / (most - SMALL))
+    layers = loaded.decoder.arch.num_layers
+    depth = min(
+        DEPTH, loaded.sizing.max_model_len, loaded.sizing.num_blocks * loaded.sizing.block_size
+    )
+    chunk, read = min(CHUNK, depth), min(READ, depth)
+    pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2
+    rows = steps.padded(READERS)
+    chunked = (
+        timed(_attention(loaded, [chunk] + [0] * (rows - 1), [depth] + [0] * (rows - 1))) * layers
+    )
+    reading = timed(_attention(loaded, [1] * rows, [read] * rows)) * layers
+    return StepCost(
+        fixed_ms=max(0.0, small - SMALL * token),
+        token_ms=token,
+        megapair_ms=chunked / pairs * 1e6,
+        megaread_ms=reading / (rows * read) * 1e6,
+    )
+
+
+def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callable[[], Tensor]:
+    """The first layer's attention of rows with `counts` new tokens, spread over the blocks there
+    are."""
+    arch, sizing, cache = loaded.decoder.arch, loaded.sizing, loaded.caches[0]
+    rows, width = len(counts), -(-max(lengths) // sizing.block_size)
+    ids = torch.zeros(sum(counts), dtype=torch.int64, device="cuda")
+    starts = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
+    tables = (torch.arange(rows * width, device="cuda") % sizing.num_blocks).int().view(rows, width)
+    batch = Batch(
+        ids,
+        ids - 1,
+        starts,
+        torch.tensor(lengths, device="cuda").int(),
+        tables,
+        max(counts),
+        max(lengths),
+    )
+    q = torch.randn(len(ids), arch.num_heads, arch.head_dim, dtype=cache.dtype, device="cuda")
+    return lambda: ops.paged_attention(q, cache[0], cache[1], batch, arch.head_dim**-0.5, None)

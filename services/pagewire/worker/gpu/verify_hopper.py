@@ -1,0 +1,78 @@
+"""The Hopper kernel is held against the general one before it serves anybody, in the very shapes it
+will be captured with.
+
+It is written in a language that changes between releases of Triton. Where the two disagree, or it
+does not compile, the general kernel serves alone, and the log says so: slower answers, not wrong
+ones.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from pagewire_kernels import attention_prefill
+from pagewire_kernels.attention_prefill import LEAST_TOKENS, choose, prefill_attention
+from torch import Tensor
+
+log = logging.getLogger("pagewire.worker")
+COUNTS: Final = (130, 1, 7, 64, 1, 300, 16)
+BEFORE: Final = (0, 40, 333, 5, 900, 128, 17)
+"""New tokens of the rows, in turns, and tokens computed before them."""
+LIVE: Final = 64
+"""Rows with tokens, spread over the batch: enough, whatever its size."""
+TOLERANCE: Final = 0.02
+"""Relative, several times what the rounding to bf16 of one kernel's weights makes."""
+
+
+def check_prefill(cache: Tensor, heads: int, rows: Sequence[int]) -> None:
+    """cache [2, blocks, Hkv, block_size, D] of a layer, which is written over; heads: query heads;
+    rows: the batches' padded row counts."""
+    keys, values = cache
+    probe = torch.empty(
+        LEAST_TOKENS, heads, cache.shape[-1], dtype=cache.dtype, device=cache.device
+    )
+    if not attention_prefill.takes_hopper(probe, keys, values):
+        return
+    try:
+        worst = max(disagreement(keys, values, heads, count) for count in rows)
+        if worst <= TOLERANCE:
+            return
+        why = f"its results differ from the general kernel's by {worst:.3g} of their size"
+    except Exception as error:  # whatever an experimental compiler raises
+        why = f"it failed: {str(error)[:200]}"
+    attention_prefill.distrust_hopper()
+    log.warning(
+        "the attention kernel for Hopper GPUs is not used: %s; prompts of thousands of tokens take up to a quarter longer",
+        why,
+    )
+
+
+def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:
+    """The relative norm of the two kernels' difference over a batch of `rows` rows, some of one
+    token, some padding; infinity for NaN."""
+    blocks, _, page, dim = keys.shape
+    used = min(blocks, 256)
+    keys[:used].normal_()
+    values[:used].normal_()
+    apart, room = -(-rows // LIVE), used * page
+    live = [i // apart if i % apart == 0 and i < max(1, rows - 3) else -1 for i in range(rows)]
+    counts = [min(COUNTS[i % len(COUNTS)], room) if i >= 0 else 0 for i in live]
+    lengths = [
+        min(count + BEFORE[i % len(BEFORE)], room) if i >= 0 else 0
+        for i, count in zip(live, counts, strict=True)
+    ]
+    device = keys.device
+    starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    tables = torch.randint(used, (rows, -(-max(lengths) // page)), dtype=torch.int32, device=device)
+    q = torch.randn(max(LEAST_TOKENS, sum(counts)), heads, dim, dtype=keys.dtype, device=device)
+    results: list[Tensor] = []
+    for config in (None, choose(dim, keys.element_size()).first(device)):
+        out = torch.zeros(len(q), heads * dim, dtype=q.dtype, device=device)
+        sizes = torch.tensor(lengths, device=device).int()
+        prefill_attention(
+            q, keys, values, tables, sizes, starts, dim**-0.5, skip_one=True, out=out, config=config
+        )
+        results.append(out.float())
+    error = float((results[0] - results[1]).norm() / results[1].norm())
+    return error if error == error else float("inf")

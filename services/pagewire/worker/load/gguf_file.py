@@ -1,0 +1,282 @@
+"""Reading a GGUF file: its metadata as a configuration, its tensors by the names of a Hugging Face
+checkpoint.
+
+The header is parsed here, skipping the vocabulary (the library's reader takes seconds over it);
+dequantization is the `gguf` library's. Format: the GGUF specification in ggml's documentation.
+"""
+
+import contextlib
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from pagewire_kernels.quantized import Quantized
+
+from ..models.architecture import Config, Unsupported
+from . import gguf_quantized
+
+SCALARS: Final = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+STRING: Final = 8
+ARRAY: Final = 9
+MODEL_TYPES: Final = ("llama", "qwen2", "qwen3")
+LAYER_NAMES: Final = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES: Final = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in the file: shape as in torch, ggml type number, offset within the data."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class Gguf:
+    """An open GGUF file. Raises Unsupported when it is none, or of a version before 2."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 24
+        self._bytes = np.memmap(path, np.uint8, "r")
+        self._view = self._bytes.data
+        if len(self._view) < 24 or bytes(self._view[:4]) != b"GGUF":
+            raise Unsupported(f"{path} is not a GGUF file")
+        version, tensors, pairs = struct.unpack_from("<IQQ", self._view, 4)
+        if version not in (2, 3):
+            raise Unsupported(f"{path} is GGUF version {version}; versions 2 and 3 are supported")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            name = self._string()
+            self.metadata[name] = self._value(self._scalar(4))
+        self.entries = dict(self._entry() for _ in range(tensors))
+        alignment = int(self.metadata.get("general.alignment", 32))
+        self._data = -(-self._at // alignment) * alignment
+
+    def _scalar(self, kind: int) -> Any:
+        (value,) = struct.unpack_from(SCALARS[kind], self._view, self._at)
+        self._at += struct.calcsize(SCALARS[kind])
+        return value
+
+    def _string(self) -> str:
+        length = self._scalar(10)
+        self._at += length
+        return str(self._view[self._at - length : self._at], "utf-8", "replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind != ARRAY:
+            return self._scalar(kind)
+        item, count = self._scalar(4), self._scalar(10)
+        if item != STRING:
+            return (
+                [self._value(item) for _ in range(count)]
+                if count <= 64
+                else self._skip(count * struct.calcsize(SCALARS[item]))
+            )
+        unpack, view, at = struct.Struct("<Q").unpack_from, self._view, self._at
+        for _ in range(count):
+            at += 8 + unpack(view, at)[0]
+        self._at = at
+        return None
+
+    def _skip(self, length: int) -> None:
+        self._at += length
+
+    def _entry(self) -> tuple[str, Entry]:
+        name, dimensions = self._string(), self._scalar(4)
+        shape = tuple(self._scalar(10) for _ in range(dimensions))[::-1]
+        return name, Entry(shape, self._scalar(4), self._scalar(10))
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The dequantized tensor, float32, in torch's shape. Raises Unsupported for a type that
+        cannot be dequantized."""
+        from gguf.quants import dequantize
+
+        entry = self.entries[name]
+        with self._read_errors(name):
+            kind, _, raw = self._raw(name)
+            return np.require(dequantize(raw, kind), np.float32, "W").reshape(entry.shape)
+
+    @contextlib.contextmanager
+    def _read_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (NotImplementedError, ValueError, KeyError) as error:
+            raise Unsupported(
+                f"tensor {name} of {self._path} (ggml type {self.entries[name].kind}) cannot be read: {error}"
+            ) from None
+
+    def _raw(self, name: str) -> tuple[Any, int, np.ndarray]:
+        """(the type, bytes of a block, [..., bytes of a row] uint8)."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        entry = self.entries[name]
+        kind = GGMLQuantizationType(entry.kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        row = entry.shape[-1] // block * size
+        first = self._data + entry.offset
+        last = first + row * int(np.prod(entry.shape[:-1]))
+        if last > len(self._bytes):
+            raise ValueError(
+                f"it ends at byte {last:,} of a file of {len(self._bytes):,}: the download is incomplete; fetch it again"
+            )
+        return kind, size, self._bytes[first:last].reshape(*entry.shape[:-1], row)
+
+    def kinds(self) -> dict[str, int]:
+        """How many weights have which of ggml's types."""
+        from gguf import GGMLQuantizationType
+
+        counts: dict[str, int] = {}
+        for number in (entry.kind for entry in self.entries.values() if len(entry.shape) == 2):
+            with contextlib.suppress(ValueError):
+                kind = GGMLQuantizationType(number).name
+                counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+    def count_bytes(self, kept: Mapping[str, float], itemsize: int) -> int:
+        """Of all weights in memory: `kept` says how many bytes a number of some types takes, any
+        other takes `itemsize`."""
+        from gguf import GGMLQuantizationType
+
+        total = 0.0
+        for entry in self.entries.values():
+            with contextlib.suppress(ValueError):
+                name = GGMLQuantizationType(entry.kind).name
+                total += float(np.prod(entry.shape)) * (
+                    kept.get(name, itemsize) if len(entry.shape) == 2 else itemsize
+                )
+        return int(total)
+
+    def config(self) -> Config:
+        """The metadata under the names of a config.json."""
+        kind = self.metadata.get("general.architecture")
+        if kind not in MODEL_TYPES:
+            raise Unsupported(
+                f"GGUF architecture {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
+            )
+
+        def field(name: str, default: Any = None) -> Any:
+            return self.metadata.get(f"{kind}.{name}", default)
+
+        heads = field("attention.head_count")
+        config = {
+            "model_type": kind,
+            "vocab_size": self.entries["token_embd.weight"].shape[0],
+            "hidden_size": field("embedding_length"),
+            "intermediate_size": field("feed_forward_length"),
+            "num_hidden_layers": field("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": field("attention.head_count_kv", heads),
+            "head_dim": field("attention.key_length") or field("embedding_length") // heads,
+            "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": field("context_length"),
+            "tie_word_embeddings": "output.weight" not in self.entries,
+            "rope_parameters": self._rope(field),
+        }
+        return {name: value for name, value in config.items() if value is not None}
+
+    def _rope(self, field: Any) -> Config:
+        rope: Config = {
+            "rope_theta": field("rope.freq_base", 10_000.0),
+            "rope_type": field("rope.scaling.type", "none"),
+        }
+        if rope["rope_type"] == "none":
+            rope["rope_type"] = "default"
+        rope["factor"] = field("rope.scaling.factor", 1.0)
+        rope["original_max_position_embeddings"] = field("rope.scaling.original_context_length")
+        rope["beta_fast"], rope["beta_slow"] = (
+            field("rope.scaling.yarn_beta_fast"),
+            field("rope.scaling.yarn_beta_slow"),
+        )
+        if "rope_freqs.weight" in self.entries:
+            rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
+        return rope
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        named = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        return tuple(sorted({int(token) for token in named if token is not None}))
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(name in the file, name in a Hugging Face checkpoint) of every weight."""
+        for name in self.entries:
+            if name != "rope_freqs.weight":
+                yield name, checkpoint_name(name)
+
+    def weight(
+        self, name: str, config: Config, quantized: bool = False
+    ) -> torch.Tensor | Quantized:
+        """In torch's shape, with the rows of Llama's queries and keys back in the order of the
+        checkpoint: float32, or where `quantized` and the type can stay so, as it is in the file."""
+        value = self._quantized(name) if quantized else None
+        if value is None:
+            value = torch.from_numpy(self.tensor(name))
+        kind = name.split(".")[-2]
+        if config["model_type"] == "llama" and kind in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+            rows = torch.from_numpy(unpermute(np.arange(value.shape[0]), heads))
+            return value.take(rows) if isinstance(value, Quantized) else value[rows]
+        return value
+
+    def _quantized(self, name: str) -> Quantized | None:
+        """None where the tensor is no matrix, or of another type."""
+        if len(self.entries[name].shape) != 2:
+            return None
+        with self._read_errors(name):
+            kind, size, raw = self._raw(name)
+            return (
+                gguf_quantized.take_apart(kind.name, raw, size)
+                if kind.name in gguf_quantized.TYPES
+                else None
+            )
+
+
+def checkpoint_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight. Names without a counterpart
+    stay, and loading refuses them."""
+    head, _, suffix = name.rpartition(".")
+    if head in TOP_NAMES:
+        return f"{TOP_NAMES[head]}.{suffix}"
+    parts = head.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{suffix}"
+    return name
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF stores Llama's queries and keys for a rotation of neighbours (i, i+1); the rotation here
+    pairs i with i + D/2."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

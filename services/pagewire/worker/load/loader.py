@@ -1,0 +1,233 @@
+"""From settings to a loaded model: which files, which type, how much memory, and the weights in
+place. Runs once, before the first step."""
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from msgspec import structs
+from pagewire_kernels.backend import backend
+from torch import Tensor
+
+from ...config import ModelConfig, SchedulerConfig, WorkerConfig
+from ..beside import beside
+from ..cpu import gemm_autotune, processor, quantization
+from ..cpu.quantization import NONE
+from ..gpu import capture, gpus, memory_errors
+from ..gpu.gpu_plan import GpuPlan, look_at_gpu, plan_gpu
+from ..gpu.gpus import Gpu
+from ..models import FAMILIES, describe, fallback, rotary
+from ..models.architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
+from ..models.decoder import Decoder
+from ..models.fallback import FallbackDecoder, Plan
+from ..models.layers import Build
+from . import kv_sizing, precision, weights
+from .gguf_file import Gguf
+from .pytorch_file import PATTERN, PytorchFiles
+from .weights import Source
+
+log = logging.getLogger("pagewire.worker")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Loaded:
+    """A model ready to run: caches[layer] is [2, blocks, Hkv, block_size, D], all views of `cache`
+    [layers, 2, blocks, ...]; cos_sin[layer] is [positions, D], the same tensor for layers that
+    rotate alike."""
+
+    decoder: Decoder | FallbackDecoder
+    sizing: kv_sizing.Sizing
+    cos_sin: list[Tensor]
+    cache: Tensor
+    eos_token_ids: tuple[int, ...]
+    device: str
+    plan: GpuPlan | None = None
+    """On a GPU: what its memory was divided for."""
+
+    @property
+    def on_gpu(self) -> GpuPlan:
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a forward pass may be captured as a CUDA graph on this GPU."""
+        if not isinstance(self.decoder, Decoder) or (self.plan and self.plan.attends_by_torch):
+            return False
+        return not capture.obstacle(
+            self.decoder.arch, self.cache.dtype, torch.cuda.get_device_capability()
+        )
+
+    @property
+    def caches(self) -> list[Tensor]:
+        return list(self.cache)
+
+
+def load(
+    path: Path,
+    model: ModelConfig,
+    config: WorkerConfig,
+    progress: weights.Progress,
+    scheduler: SchedulerConfig | None = None,
+) -> Loaded:
+    """The model at `path` (a directory or a .gguf file). `scheduler` says how large steps get.
+    Raises Unsupported, kv.DoesNotFit, gpus.NoUsableGpu or memory_errors.GpuFailed with what is
+    wrong and what to do."""
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    device = choose_device(config.device)
+    gpu = look_at_gpu() if device == "cuda" else None
+    source, settings, eos = open_model(path, model.load_format)
+    other = None
+    if settings.get("model_type") not in FAMILIES:
+        other, config = (
+            plan_other(path, source, settings, model),
+            structs.replace(config, enforce_eager=True),
+        )
+    arch = other.arch if other else describe(settings)
+    dtype = choose_dtype(config.dtype, settings, gpu)
+    config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
+    plan = (
+        plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
+    )
+    quantizing = NONE if gpu or other else quantization.choose(source, model.quantization, dtype)
+    if model.quantization and not quantizing.bits:
+        raise Unsupported(quantization.refused(model.quantization, device, bool(other), source))
+    sizing = plan.sizing if plan else _size(arch, dtype, model, config, quantizing)
+    where = device if gpu else processor.look().title()
+    for line in (
+        f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}",
+        *sizing.lines(),
+    ):
+        log.info(line)
+    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
+        if other is None:
+            decoder = Decoder(
+                arch, Build(backend(device), dtype, device, quantizing.kept, quantizing.bits)
+            )
+            weights.load(decoder, source, settings, model.seed, progress)
+            if quantizing.kept:
+                gemm_autotune.choose(decoder.packed(), dtype)
+        else:
+            made = functools.partial(
+                other.load, model.load_format, backend(device), dtype, device, model.seed
+            )
+            decoder = beside(made, lambda: progress("loading weights through transformers", 0.0))
+        if gpu:
+            # tensors are converted on the GPU: what that took is not to be missing from the cache
+            torch.cuda.empty_cache()
+        cache = torch.zeros(
+            (
+                arch.num_layers,
+                2,
+                sizing.num_blocks,
+                arch.num_kv_heads,
+                sizing.block_size,
+                arch.head_dim,
+            ),
+            dtype=dtype,
+            device=device,
+        )
+    return Loaded(
+        decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device, plan
+    )
+
+
+def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
+    """For a model of no family of ours. Raises Unsupported."""
+    if isinstance(source, Path):
+        weights.check_safetensors(source)
+    found = fallback.plan(path, settings, model.trust_remote_code)
+    log.info(
+        "model_type %r has no implementation here: it runs through transformers, correctly but more slowly",
+        found.arch.model_type,
+    )
+    return found
+
+
+def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
+    """The rotary table of each layer."""
+    with torch.inference_mode():
+        everywhere = rotary.table(arch.rope, arch.head_dim, positions).to(device)
+        local = (
+            rotary.table(arch.local_rope, arch.head_dim, positions).to(device)
+            if arch.local_rope
+            else everywhere
+        )
+    return [everywhere if window is None else local for window in arch.windows]
+
+
+def open_model(path: Path, load_format: str) -> tuple[Source | None, Config, tuple[int, ...]]:
+    """(where the weights come from, None for random ones; the configuration; the end-of-sequence
+    ids)."""
+    if path.is_dir() and load_format in ("auto", "gguf") and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise Unsupported(
+                f"{path} has {len(files)} GGUF files; give one of them, for example {files[0].name}"
+            )
+        path = files[0] if files else path
+    if path.suffix == ".gguf":
+        if load_format == "safetensors":
+            raise Unsupported(f"{path.name} is a GGUF file, but --load-format is safetensors")
+        file = Gguf(path)
+        return (None if load_format == "dummy" else file), file.config(), file.eos_token_ids()
+    if load_format == "gguf":
+        raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
+    config = read_config(path)
+    return _weights(path, load_format), config, eos_token_ids(path, config)
+
+
+def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
+    """PyTorch's own files only where they are asked for, or where there is nothing else."""
+    if load_format == "dummy":
+        return None
+    if load_format == "pt" or (
+        load_format == "auto" and not any(path.glob("*.safetensors")) and any(path.glob(PATTERN))
+    ):
+        return PytorchFiles.of(path)
+    return path
+
+
+def choose_device(asked: str) -> str:
+    """cpu or cuda, which is torch's current device. Raises gpus.NoUsableGpu where cuda is asked for
+    in vain."""
+    return ("cuda" if gpus.usable(asked) else "cpu") if asked in ("auto", "cuda") else asked
+
+
+def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
+    """What `precision` chooses; a configuration that names no type, such as a GGUF file's, counts
+    as bfloat16."""
+    choice = precision.choose(
+        asked,
+        str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        gpu or processor.look(),
+    )
+    for line in (choice.note, precision.overflow(choice.dtype, str(config.get("model_type")))):
+        if line:
+            log.warning("%s", line)
+    return DTYPES[choice.dtype]
+
+
+def _size(
+    arch: Architecture,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    config: WorkerConfig,
+    quantizing: quantization.Quantizing,
+) -> kv_sizing.Sizing:
+    return kv_sizing.size(
+        arch,
+        dtype.itemsize,
+        weights=quantizing.weight_bytes(arch)
+        or kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=True),
+        available=kv_sizing.available_memory(),
+        kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv_sizing.GIB),
+        blocks=config.num_kv_blocks,
+        block_size=config.block_size,
+        max_model_len=model.max_model_len,
+        fit=config.fit,
+    )

@@ -1,0 +1,74 @@
+"""Reading PyTorch's own checkpoints (pytorch_model.bin, one or sharded), for models that were never
+saved as safetensors.
+
+Such a file is a program that builds objects; torch's restricted loader runs only what builds
+tensors, and refuses everything else.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.architecture import Unsupported
+
+INDEX = "pytorch_model.bin.index.json"
+PATTERN = "pytorch_model*.bin"
+
+
+@dataclass(frozen=True)
+class PytorchFiles:
+    """The .bin files of a directory. Raises Unsupported when there are none, or not all that the
+    index names."""
+
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> "PytorchFiles":
+        index = directory / INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            paths = tuple(directory / name for name in names)
+        else:
+            paths = tuple(sorted(directory.glob(PATTERN)))
+        if not paths:
+            raise Unsupported(
+                f"{directory} has no .safetensors and no pytorch_model.bin file; convert the checkpoint to safetensors"
+            )
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise Unsupported(
+                f"{index} names {missing[0]}, which is not there: the download is incomplete"
+            )
+        return cls(paths)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for path in self.paths:
+            yield from _load(path).items()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        found: Any = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # the loader raises errors of many kinds
+        raise Unsupported(_why(path, error)) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(value, Tensor) for value in found.values()
+    ):
+        raise Unsupported(
+            f"{path} holds something else than named tensors; convert the checkpoint to safetensors"
+        )
+    return found
+
+
+def _why(path: Path, error: Exception) -> str:
+    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        return f"{path} holds more than tensors, which could run code: it is not loaded; convert the checkpoint to safetensors"
+    return f"{path} ({path.stat().st_size:,} bytes) is broken or its download incomplete; fetch it again"

@@ -1,0 +1,201 @@
+"""Filling a model's weights: from safetensors (one file or sharded, memory-mapped), GGUF, PyTorch's
+files, or with random numbers.
+
+A family's own names and shapes become the decoder's first (models/checkpoint), then the dimensions
+of heads get the order that the kernels want (rotary). Strict: a tensor that the model does not
+know, lacks or has in another shape is an error that names it.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pagewire_kernels.quantized import Quantized
+from torch import Tensor
+
+from ..models import family, rotary
+from ..models.architecture import Architecture, Config, Unsupported
+from ..models.checkpoint import Named
+from ..models.decoder import Decoder
+from ..models.layers import Place
+from .gguf_file import Gguf
+from .pytorch_file import PytorchFiles
+
+Source = Path | Gguf | PytorchFiles
+"""A directory of safetensors, or another kind of file, open."""
+Value = tuple[str, Tensor | Quantized]
+"""A tensor by its name."""
+Progress = Callable[[str, float], None]
+DUMMY_STD: Final = 0.02
+GROUP: Final = 16
+"""Tensors dequantized at a time: bounds what waits in float32."""
+IGNORED: Final = "rotary_emb.inv_freq"
+"""A buffer that old checkpoints carry along and that follows from the configuration."""
+QUERIES_AND_KEYS: Final = tuple(
+    f".self_attn.{part}.{kind}"
+    for part in ("q_proj", "k_proj", "q_norm", "k_norm")
+    for kind in ("weight", "bias")
+)
+
+
+def load(
+    model: Decoder, source: Source | None, config: Config, seed: int, progress: Progress
+) -> None:
+    """Fill and pack `model` from `source`, or (None) at random. Raises Unsupported."""
+    places = dict(model.places())
+    if source is None:
+        _fill_randomly(places, seed, progress)
+    else:
+        _fill(
+            places,
+            in_order(_read(source, config, model.arch, model.keeps_quantized), model.arch),
+            model.arch.tied,
+            progress,
+        )
+    for done in model.pack():
+        progress("packing weights", done)
+
+
+def _read(source: Source, config: Config, arch: Architecture, quantized: bool) -> Iterator[Value]:
+    if isinstance(source, Gguf):
+        return from_gguf(source, config, quantized)
+    return converted(
+        source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source),
+        config,
+        arch,
+    )
+
+
+def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> Iterator[Named]:
+    """From the family's names and shapes to the decoder's."""
+    convert = family(config).tensors
+    for name, tensor in tensors:
+        if convert is None:
+            yield name, tensor
+        else:
+            yield from convert(name, tensor, arch)
+
+
+def in_order(tensors: Iterable[Value], arch: Architecture) -> Iterator[Value]:
+    """With the dimensions of queries' and keys' heads where the kernels look for them."""
+    order = rotary.order(arch.rope, arch.head_dim)
+    for name, tensor in tensors:
+        if (
+            order is not None
+            and name.endswith(QUERIES_AND_KEYS)
+            and tensor.shape[0] % arch.head_dim == 0
+        ):
+            rows = (
+                torch.arange(tensor.shape[0]).unflatten(0, (-1, arch.head_dim))[:, order].flatten()
+            )
+            yield name, tensor.take(rows) if isinstance(tensor, Quantized) else tensor[rows]
+        else:
+            yield name, tensor
+
+
+def _fill(
+    places: dict[str, Place], tensors: Iterable[Value], tied: bool, progress: Progress
+) -> None:
+    missing = set(places)
+    for name, tensor in tensors:
+        if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
+            continue
+        place = places.get(name)
+        if place is None:
+            raise Unsupported(
+                f"the checkpoint has a tensor {name} {list(tensor.shape)} that this architecture does not use"
+            )
+        if place.shape != tensor.shape:
+            raise Unsupported(
+                f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
+            )
+        place.copy_(
+            tensor.dequantize()
+            if isinstance(tensor, Quantized) and isinstance(place, Tensor)
+            else tensor
+        )
+        missing.discard(name)
+        progress("loading weights", 1 - len(missing) / len(places))
+    if missing:
+        raise Unsupported(
+            f"the checkpoint lacks {len(missing)} of {len(places)} tensors, among them {min(missing)}"
+        )
+
+
+def _fill_randomly(places: dict[str, Any], seed: int, progress: Progress) -> None:
+    """N(0, 0.02), each tensor from a seed of its own so that order does not matter; norms are
+    ones."""
+    for done, (name, place) in enumerate(places.items()):
+        if name.endswith("norm.weight"):
+            place.fill_(1)
+        else:
+            tensor = place if isinstance(place, Tensor) else torch.empty(place.shape)
+            generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()) ^ seed)
+            tensor.normal_(0, DUMMY_STD, generator=generator)
+            if tensor is not place:
+                place.copy_(tensor)
+        progress("making random weights", done / len(places))
+
+
+def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Named]:
+    """Every tensor of the files of `directory`; `only_headers`: none, but each file is opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in safetensors_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in () if only_headers else file.keys():
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise Unsupported(
+                f"{path} ({size:,} bytes) is broken or its download incomplete: {error}; fetch it again"
+            ) from None
+
+
+def check_safetensors(directory: Path) -> None:
+    """Whether the files of `directory` are there and whole, as far as their headers say. Raises
+    Unsupported."""
+    for _ in from_safetensors(directory, only_headers=True):
+        pass
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The index's shards, or all .safetensors files when there is no index. Raises Unsupported when
+    there is none, or one is missing."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(
+            directory / name for name in set(json.loads(index.read_text())["weight_map"].values())
+        )
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise Unsupported(
+            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
+        )
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise Unsupported(
+            f"{index} names {missing[0]}, which is not there: the download is incomplete"
+        )
+    return files
+
+
+def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:
+    """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is
+    one of those that can stay so, else dequantized to float32."""
+    names = list(file.names())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for first in range(0, len(names), GROUP):
+            group = names[first : first + GROUP]
+            for (_, name), value in zip(
+                group,
+                pool.map(lambda pair: file.weight(pair[0], config, quantized), group),
+                strict=True,
+            ):
+                yield name, value

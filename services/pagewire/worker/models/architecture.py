@@ -1,0 +1,255 @@
+"""What a model's configuration says about its shape, in one frozen record whatever file it came
+from.
+
+Reads config.json and generation_config.json directly: importing transformers would cost seconds of
+every start. The files under models/ turn a configuration into an Architecture and say only what
+differs between families.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from .rope import Rope, Unsupported, read_rope
+
+__all__ = [
+    "Architecture",
+    "Config",
+    "Moe",
+    "Unsupported",
+    "activation_of",
+    "common",
+    "eos_token_ids",
+    "gpt_like",
+    "layer_windows",
+    "read_config",
+]
+
+Config = dict[str, Any]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Block = Literal["sequential", "parallel", "sandwich", "post"]
+ACTIVATIONS: Final[dict[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""By the names of configurations. The three spellings of GELU's approximation differ only in the
+order of their arithmetic."""
+GATED: Final = ("silu", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts in place of the MLP. dense: layers that have a plain MLP all the
+    same."""
+
+    experts: int
+    chosen: int
+    intermediate_size: int
+    normalise: bool
+    """The chosen experts' weights are made to sum to one."""
+    shared_size: int = 0
+    """Inner size of an expert that every token goes through, behind a gate of its own; 0: none."""
+    dense: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes are counts, not bytes. What is not given is as in Llama."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_position: int
+    tied: bool
+    rope: Rope
+    windows: tuple[int | None, ...]
+    """For each layer how many tokens it sees, itself included; None is all."""
+    local_rope: Rope | None = None
+    """Of the layers with a window, where it differs. Must have the same `size` and
+    `interleaved`."""
+    extended_position: int = 0
+    """How far the context may be stretched beyond max_position where asked for; 0: not at all."""
+    block: Block = "sequential"
+    """sequential: x += attention(norm(x)), x += mlp(norm(x)). parallel: x += attention(norm(x)) +
+    mlp(norm(x)). sandwich: as sequential, with norms on what is added too. post: x = norm(x +
+    attention(x)), x = norm(x + mlp(x)), and no norm at the end."""
+    one_norm: bool = False
+    """Of a parallel block: attention and MLP read the same normed input."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    wide_norms: bool = False
+    """Norm weights are kept in float32."""
+    activation: Activation = "silu"
+    gated: bool = True
+    moe: Moe | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    """Queries and keys are normalised by head (RMS) before they are rotated."""
+    scales: tuple[float, ...] = ()
+    """Of attention scores, by layer; empty: head_dim ** -0.5."""
+    slopes: tuple[float, ...] = ()
+    """ALiBi, by head: slope * (key position - query position) is added to the scaled score."""
+    soft_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    embedding_size: int = 0
+    """Of the token embedding and the head, with projections to and from the hidden size; 0: the
+    hidden size itself."""
+    learned_positions: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """The weights' count, norms and biases left out; a tied head counts once."""
+        hidden, width, moe = self.hidden_size, self.embedding_size or self.hidden_size, self.moe
+        attention = 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
+        total = self.num_layers * attention + self.vocab_size * width * (1 if self.tied else 2)
+        total += self.max_position * hidden * self.learned_positions + 2 * width * hidden * (
+            self.embedding_size > 0
+        )
+        dense, matrices = self.num_layers if moe is None else len(moe.dense), 3 if self.gated else 2
+        if moe is not None:
+            inner = moe.experts * moe.intermediate_size + moe.shared_size
+            total += (self.num_layers - dense) * hidden * (3 * inner + moe.experts)
+        return total + dense * matrices * hidden * self.intermediate_size
+
+    @property
+    def longest_position(self) -> int:
+        return max(self.max_position, self.extended_position)
+
+
+def read_config(directory: Path) -> Config:
+    """config.json as it is. Raises Unsupported when there is none or it is no JSON object."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise Unsupported(
+            f"{directory} has no config.json; give a directory with a model, or a .gguf file"
+        ) from None
+    except ValueError as error:
+        raise Unsupported(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise Unsupported(f"{path} holds no JSON object")
+    return config
+
+
+def eos_token_ids(directory: Path, config: Config) -> tuple[int, ...]:
+    """The end-of-sequence ids that config.json and generation_config.json name, in rising order."""
+    path = directory / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    found: set[int] = set()
+    for given in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        found.update(given if isinstance(given, list) else [] if given is None else [given])
+    return tuple(sorted(found | _unnamed_ends(config, generation)))
+
+
+def _unnamed_ends(config: Config, generation: Config) -> set[int]:
+    """Tokens that end a message by a family's own code alone: Qwen-1's <|im_start|> and <|im_end|>,
+    the next speaker's of ChatGLM3."""
+    if config.get("model_type") == "qwen" and generation.get("chat_format") == "chatml":
+        return {151_644, 151_645}
+    return (
+        {64_795, 64_797}
+        if config.get("model_type") == "chatglm" and config.get("padded_vocab_size") == 65_024
+        else set()
+    )
+
+
+def common(config: Config, **differences: Any) -> Architecture:
+    """What families share, from a configuration with Llama's names for its fields; `differences`
+    are fields of Architecture, and replace what would be read. Raises Unsupported, by name, for
+    what is not built, and KeyError for a field that is missing."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise Unsupported(
+            f"weights quantized with {method!r} are not supported; give unquantized safetensors or a GGUF file"
+        )
+    heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    fields: dict[str, Any] = {
+        "model_type": config["model_type"],
+        "vocab_size": int(config["vocab_size"]),
+        "hidden_size": int(config["hidden_size"]),
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": head_dim,
+        "max_position": int(config["max_position_embeddings"]),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "windows": (None,) * layers,
+    }
+    if "norm_eps" not in differences:
+        fields["norm_eps"] = float(config["rms_norm_eps"])
+    if "rope" not in differences:
+        fields["rope"] = read_rope(config, head_dim)
+    arch = Architecture(**{**fields, "activation": activation_of(config), **differences})
+    if arch.gated and arch.activation not in GATED:
+        raise Unsupported(
+            f"activation {config['hidden_act']!r} of {config['model_type']} is not supported behind a gate"
+        )
+    if arch.moe is not None and arch.activation != "silu":
+        raise Unsupported(
+            f"activation {config['hidden_act']!r} of {config['model_type']} is not supported in a mixture of experts"
+        )
+    if arch.rope.kind in ("linear", "dynamic", "yarn"):
+        return replace(
+            arch, extended_position=int(arch.rope.original_max_position * arch.rope.factor)
+        )
+    return arch
+
+
+def gpt_like(config: Config, norm_eps: float, bias: bool, **differences: Any) -> Architecture:
+    """What GPT-2 and its kin have in common: LayerNorm, an MLP without a gate, biases in all
+    matrices or none."""
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), bias)
+    return common(
+        config,
+        **{
+            "norm": "layer",
+            "norm_eps": norm_eps,
+            "norm_bias": True,
+            "gated": False,
+            **biases,
+            **differences,
+        },
+    )
+
+
+def activation_of(config: Config) -> Activation:
+    """From `hidden_act`, silu where there is none. Raises Unsupported for one that is not built."""
+    named = config.get("hidden_act", "silu")
+    if named not in ACTIVATIONS:
+        raise Unsupported(
+            f"activation {named!r} of {config['model_type']} is not supported; there are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[named]
+
+
+def layer_windows(config: Config) -> tuple[int | None, ...]:
+    """Sliding windows where only some layers have them: those that `layer_types` names, else those
+    from `max_window_layers` on."""
+    layers, window = int(config["num_hidden_layers"]), config.get("sliding_window")
+    if not config.get("use_sliding_window") or window is None:
+        return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return tuple(
+            window if i >= config.get("max_window_layers", layers) else None for i in range(layers)
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,21 @@
+"""Every module says what it is responsible for."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOTS = ("protocol", "services", "kernels")
+SOURCES = sorted(path for root in ROOTS for path in (ROOT / root).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    text = path.read_text()
+    has_docstring = bool(ast.get_docstring(ast.parse(text)))
+    assert not text.strip() or has_docstring, f"{name_of(path)} has no module docstring"
