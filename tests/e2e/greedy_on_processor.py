@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker.cpu import processor
 from pagewire.worker.cpu.runner import Runner
+from pagewire.worker.device import processor
 from pagewire.worker.load import precision
 from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Admission, Step, pack, unpack

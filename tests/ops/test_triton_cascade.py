@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops.triton_cases import error, grouped, paged
 from pagewire.worker.gpu.cascade_buffers import MOST_GROUPS, GroupBuffers
-from pagewire.worker.slots import BadStep
+from pagewire.worker.step.slots import BadStep
 from pagewire_kernels import cuda, reference
 from pagewire_kernels.cascade import cascade_attention
 from pagewire_protocol.messages import Shared, pack

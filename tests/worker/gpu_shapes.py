@@ -34,9 +34,9 @@ import torch
 from ops import hopper_shapes, shape_cases
 from ops.shape_cases import BOUNDS, BY_HEAD_SIZE, KERNELS, PAGE, Place
 from ops.triton_cases import error
-from pagewire.worker.gpu.gpus import survey
-from pagewire.worker.gpu.memory_errors import GpuFailed, explained
+from pagewire.worker.device.gpus import survey
 from pagewire.worker.load.kv_sizing import Sizing
+from pagewire.worker.load.memory_errors import GpuFailed, explained
 from pagewire_kernels import shapes
 from pagewire_kernels.attention_decode import decode_attention
 from pagewire_kernels.decode_shapes import DecodeConfig

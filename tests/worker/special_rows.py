@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from pagewire.worker.gpu.resample import Extra, ExtraSampling, Kernels
-from pagewire.worker.slots import Slots
+from pagewire.worker.step.slots import Slots
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
 from pagewire_kernels.sampling import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState

@@ -3,8 +3,8 @@
 import threading
 
 import pytest
-from pagewire.worker import beside as module
-from pagewire.worker.beside import beside, ticking
+from pagewire.worker.load import in_thread as module
+from pagewire.worker.load.in_thread import beside, ticking
 from pagewire.worker.loop import _Narrator
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pagewire.commands import doctor, doctor_gpus
 from pagewire.config import FrontendConfig, ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker.gpu import driver
-from pagewire.worker.gpu.gpu_plan import plan_gpu
-from pagewire.worker.gpu.gpus import GIB, Gpu, Process, Sight
+from pagewire.worker.device import driver
+from pagewire.worker.device.gpus import GIB, Gpu, Process, Sight
+from pagewire.worker.load.gpu_plan import plan_gpu
 from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.models import describe
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker.gpu import gpu_plan
-from pagewire.worker.gpu.gpus import GIB, Gpu
+from pagewire.worker.device.gpus import GIB, Gpu
+from pagewire.worker.load import gpu_plan
 from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.models import describe
 

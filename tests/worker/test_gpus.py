@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from pagewire.worker.cpu import processor
-from pagewire.worker.cpu.processor import Processor
-from pagewire.worker.gpu import driver, gpus
-from pagewire.worker.gpu.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
+from pagewire.worker.device import driver, gpus, processor
+from pagewire.worker.device.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
+from pagewire.worker.device.processor import Processor
 from pagewire.worker.load import loader, precision
 from pagewire.worker.models.architecture import Unsupported
 
@@ -499,7 +498,7 @@ def test_types_that_nothing_computes_in():
 def test_the_report_of_this_machine_can_be_read():
     """As the doctor does it, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pagewire.worker.gpu.gpus"],
+        [sys.executable, "-m", "pagewire.worker.device.gpus"],
         capture_output=True,
         text=True,
         timeout=100,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pagewire.worker import kernel_cache
+from pagewire.worker.device import kernel_cache
 
 ROOT = Path(__file__).parents[2]
 

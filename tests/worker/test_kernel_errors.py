@@ -3,11 +3,11 @@
 from typing import NoReturn
 
 import pytest
-from pagewire.worker.gpu import memory_errors
-from pagewire.worker.gpu.gpus import GIB, Gpu
-from pagewire.worker.gpu.kernel_errors import is_triton, kernel_of
-from pagewire.worker.gpu.memory_errors import GpuFailed, explained
+from pagewire.worker.device.gpus import GIB, Gpu
+from pagewire.worker.device.kernel_errors import is_triton, kernel_of
+from pagewire.worker.load import memory_errors
 from pagewire.worker.load.kv_sizing import Sizing
+from pagewire.worker.load.memory_errors import GpuFailed, explained
 
 triton = pytest.importorskip("triton")
 

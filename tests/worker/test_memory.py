@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.worker.gpu import gpu_memory, gpu_plan
-from pagewire.worker.gpu.gpu_memory import Load, Wish
-from pagewire.worker.gpu.gpus import GIB, Gpu, Process
-from pagewire.worker.gpu.memory_errors import GpuFailed, explain, explained
+from pagewire.worker.device.gpus import GIB, Gpu, Process
+from pagewire.worker.load import gpu_memory, gpu_plan
+from pagewire.worker.load.gpu_memory import Load, Wish
 from pagewire.worker.load.kv_sizing import DoesNotFit, block_bytes
+from pagewire.worker.load.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"

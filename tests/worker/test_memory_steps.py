@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from live_bytes import Live
-from pagewire.worker.gpu import gpu_memory
+from pagewire.worker.load import gpu_memory
 from pagewire.worker.models.architecture import Architecture, Moe
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build

@@ -3,7 +3,7 @@ sizes, and published answers."""
 
 import numpy as np
 import torch
-from pagewire.worker.cpu.philox import philox, uniform
+from pagewire.worker.step.philox import philox, uniform
 from scipy import stats
 
 CONSTANTS = {

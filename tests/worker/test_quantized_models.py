@@ -7,8 +7,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pagewire.config import ModelConfig, WorkerConfig
-from pagewire.worker.cpu import gemm_autotune, quantization
-from pagewire.worker.load import loader
+from pagewire.worker.load import cpu_crossings, cpu_quantization, loader
 from pagewire.worker.load.gguf_quantized import TYPES, take_apart
 from pagewire.worker.load.weights import load
 from pagewire.worker.models import describe, rotary
@@ -172,13 +171,15 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(checkpoint) -> None:
     with pytest.raises(Unsupported, match=r"--quantization int8 .*float16") as caught:
         start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float16")
     assert "\n" not in str(caught.value)
-    assert "on a GPU it is not supported yet" in quantization.refused("int8", "cuda", False, None)
-    assert "run through transformers" in quantization.refused("int4", "cpu", True, None)
+    assert "on a GPU it is not supported yet" in cpu_quantization.refused(
+        "int8", "cuda", False, None
+    )
+    assert "run through transformers" in cpu_quantization.refused("int4", "cpu", True, None)
 
 
 def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(quantization, "_obstacle", lambda dtype: "Numba cannot be imported")
-    assert quantization.choose(None, "int8", torch.float32) == quantization.NONE
+    monkeypatch.setattr(cpu_quantization, "_obstacle", lambda dtype: "Numba cannot be imported")
+    assert cpu_quantization.choose(None, "int8", torch.float32) == cpu_quantization.NONE
     assert "made full (Numba cannot be imported)" in caplog.text
 
 
@@ -186,7 +187,7 @@ def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint)
     monkeypatch.setenv("PAGEWIRE_CACHE", str(tmp_path / "cache"))
     measured = []
     monkeypatch.setattr(
-        gemm_autotune,
+        cpu_crossings,
         "crossing",
         lambda product, dtype: measured.append((product.key, dtype)) or 12,
     )
@@ -209,7 +210,7 @@ def test_a_crossing_lies_where_the_dense_product_wins(monkeypatch) -> None:
             product.native: lambda rows: rows,
             product.dense: lambda rows, slower=slower: slower,
         }
-        monkeypatch.setattr(gemm_autotune, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
-        assert gemm_autotune.crossing(product, torch.float32) == wanted
+        monkeypatch.setattr(cpu_crossings, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
+        assert cpu_crossings.crossing(product, torch.float32) == wanted
     monkeypatch.undo()
-    assert 0 < gemm_autotune._seconds(product.native, torch.randn(2, product.columns)) < 60
+    assert 0 < cpu_crossings._seconds(product.native, torch.randn(2, product.columns)) < 60

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from pagewire.worker.slots import BadStep
+from pagewire.worker.step.slots import BadStep
 from pagewire_protocol.messages import Step, pack, unpack
 from pagewire_protocol.sampling import Sampling
 

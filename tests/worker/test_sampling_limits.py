@@ -188,7 +188,7 @@ def listed(runs) -> list[tuple[int, int, list[tuple[int, float]]]]:
 
 @pytest.mark.parametrize("chunk", [1000, 11, 1])
 def test_prompt_logprobs_whatever_the_chunks(model, driver, numbers, chunk, monkeypatch):
-    from pagewire.worker import logprobs
+    from pagewire.worker.step import logprobs
 
     monkeypatch.setattr(logprobs, "PROMPT_LOGITS", 257 * 16)  # so that a run takes several pieces
     prompts, tops = [numbers(n, n) for n in (60, 1, 2, 33)], [3, 5, 0, -1]
@@ -220,7 +220,7 @@ def test_prompt_logprobs_end_with_the_prompt_when_output_is_recomputed(model, dr
 
 def test_more_logprobs_than_there_are_tokens(model):
     import torch
-    from pagewire.worker.logprobs import score
+    from pagewire.worker.step.logprobs import score
 
     found = score(torch.randn(2, 7), torch.tensor([1, 2]), 20)
     counts, _, ids, _ = found.columns(

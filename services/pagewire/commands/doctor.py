@@ -23,9 +23,9 @@ from ..cli import add_model, new_parser, read_all, take_model
 from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from ..hub import huggingface
 from ..version import __version__
-from ..worker import kernel_cache
-from ..worker.gpu.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
-from ..worker.gpu.gpus import check as check_gpu
+from ..worker.device import kernel_cache
+from ..worker.device.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
+from ..worker.device.gpus import check as check_gpu
 from ..worker.load.precision import BFLOAT16_FROM
 from .doctor_gpus import describe
 
@@ -77,7 +77,7 @@ def check_versions() -> Finding:
 def look_at_gpus() -> Sight:
     """In a process of its own. Raises RuntimeError with torch's last word where it cannot be
     imported."""
-    command = [sys.executable, "-m", "pagewire.worker.gpu.gpus"]
+    command = [sys.executable, "-m", "pagewire.worker.device.gpus"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=False)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])

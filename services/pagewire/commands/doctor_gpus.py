@@ -5,7 +5,7 @@ how. Works on what torch was seen to see; starts nothing.
 from pagewire_kernels.capability import attends_by_torch, captures_experts
 
 from ..config import SchedulerConfig
-from ..worker.gpu.gpus import GIB, Gpu, NoUsableGpu, Sight, check
+from ..worker.device.gpus import GIB, Gpu, NoUsableGpu, Sight, check
 from ..worker.load.precision import BFLOAT16_FROM
 
 WORKSPACE, WORKSPACE_SHARE = 5 * GIB // 2, 0.05

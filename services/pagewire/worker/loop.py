@@ -181,8 +181,8 @@ def _load(
 
     narrate = _Narrator(membership)
     if loader.choose_device(config.device) == "cuda":
-        from . import kernel_cache
-        from .beside import ticking
+        from .device import kernel_cache
+        from .load.in_thread import ticking
 
         with (
             kernel_cache.kept(run_dir),

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..logprobs import SampledScores, score
-from .philox import uniform
+from ..step.logprobs import SampledScores, score
+from ..step.philox import uniform
 
 CANDIDATES: Final = 1024
 """How many of the most likely tokens are looked at before a whole row is sorted."""

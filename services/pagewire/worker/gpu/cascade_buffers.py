@@ -12,7 +12,7 @@ import torch
 from pagewire_kernels.cascade import Groups
 from pagewire_protocol.messages import Shared
 
-from ..slots import BadStep
+from ..step.slots import BadStep
 from .staging import Uploads
 
 MOST_GROUPS: Final = 8

@@ -24,7 +24,7 @@ from pagewire_kernels.gemm import pick_config
 from pagewire_kernels.gemm_cublaslt import Product, Shape
 from torch import Tensor
 
-from .. import kernel_cache
+from ..device import kernel_cache
 
 log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02

@@ -18,14 +18,14 @@ from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared
 from torch import Tensor
 
-from ..cpu.runner import spread
+from ..load.gpu_memory import captured_tokens
 from ..load.loader import Loaded
 from ..models.decoder import Tap
-from ..slots import Ints, Slots
+from ..step.apply import spread
+from ..step.slots import Ints, Slots
 from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
 from .decode_graphs import LEAST_CASCADE, Decoded, Pool
-from .gpu_memory import captured_tokens
 from .staging import Uploads
 
 ROWS: Final = (16, 64)

@@ -20,9 +20,16 @@ from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
 from ..load.loader import Loaded
-from ..logit_constraints import Limits
-from ..logprobs import PromptRun, PromptScores, SampledScores, prompt_runs, score, score_prompts
-from ..slots import Ints, Slots
+from ..step.logit_constraints import Limits
+from ..step.logprobs import (
+    PromptRun,
+    PromptScores,
+    SampledScores,
+    prompt_runs,
+    score,
+    score_prompts,
+)
+from ..step.slots import Ints, Slots
 from .staging import Uploads
 
 

@@ -22,10 +22,10 @@ from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
-from ..cpu.runner import NO_SLOTS, apply_step, facts_of, spread
-from ..load import loader, weights
-from ..slots import Ints, Slots
-from . import gemm_autotune, gpu_memory, memory_errors, step_cost, verify_hopper
+from ..load import gpu_memory, loader, memory_errors, weights
+from ..step.apply import NO_SLOTS, apply_step, facts_of, spread
+from ..step.slots import Ints, Slots
+from . import gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
 from .mixed_steps import MixedSteps
 from .resample import Extra, ExtraSampling

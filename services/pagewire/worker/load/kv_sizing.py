@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..gpu.gpus import Gpu
+from ..device.gpus import Gpu
 from ..models.architecture import Architecture
 
 MIB: Final = 1 << 20

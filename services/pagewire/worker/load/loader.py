@@ -13,19 +13,18 @@ from pagewire_kernels.backend import backend
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
-from ..beside import beside
-from ..cpu import gemm_autotune, processor, quantization
-from ..cpu.quantization import NONE
-from ..gpu import capture, gpus, memory_errors
-from ..gpu.gpu_plan import GpuPlan, look_at_gpu, plan_gpu
-from ..gpu.gpus import Gpu
+from ..device import capture, gpus, processor
+from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
 from ..models.decoder import Decoder
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build
-from . import kv_sizing, precision, weights
+from . import cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
+from .cpu_quantization import NONE
 from .gguf_file import Gguf
+from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
+from .in_thread import beside
 from .pytorch_file import PATTERN, PytorchFiles
 from .weights import Source
 
@@ -93,9 +92,11 @@ def load(
     plan = (
         plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
     )
-    quantizing = NONE if gpu or other else quantization.choose(source, model.quantization, dtype)
+    quantizing = (
+        NONE if gpu or other else cpu_quantization.choose(source, model.quantization, dtype)
+    )
     if model.quantization and not quantizing.bits:
-        raise Unsupported(quantization.refused(model.quantization, device, bool(other), source))
+        raise Unsupported(cpu_quantization.refused(model.quantization, device, bool(other), source))
     sizing = plan.sizing if plan else _size(arch, dtype, model, config, quantizing)
     where = device if gpu else processor.look().title()
     for line in (
@@ -110,7 +111,7 @@ def load(
             )
             weights.load(decoder, source, settings, model.seed, progress)
             if quantizing.kept:
-                gemm_autotune.choose(decoder.packed(), dtype)
+                cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
                 other.load, model.load_format, backend(device), dtype, device, model.seed
@@ -217,7 +218,7 @@ def _size(
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
-    quantizing: quantization.Quantizing,
+    quantizing: cpu_quantization.Quantizing,
 ) -> kv_sizing.Sizing:
     return kv_sizing.size(
         arch,

@@ -3,8 +3,8 @@ and what the device can do."""
 
 from typing import Final, NamedTuple
 
-from ..cpu.processor import Processor
-from ..gpu.gpus import Gpu
+from ..device.gpus import Gpu
+from ..device.processor import Processor
 from ..models.architecture import Unsupported
 
 TYPES: Final = {

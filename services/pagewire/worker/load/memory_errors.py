@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from ..load.kv_sizing import DoesNotFit, Sizing
-from . import gpu_memory, gpus, kernel_errors
-from .gpus import Gpu
+from ..device import gpus, kernel_errors
+from ..device.gpus import Gpu
+from . import gpu_memory
+from .kv_sizing import DoesNotFit, Sizing
 
 log = logging.getLogger("pagewire.worker")
 EXHAUSTED: Final = re.compile(r"out of memory|ALLOC_FAILED|MEMORY_ALLOCATION", re.I)

@@ -14,15 +14,15 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.capability import attends_by_torch
 
 from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
-from ..load import kv_sizing
-from ..load.kv_sizing import DoesNotFit, Sizing
+from ..device import gpus
+from ..device.gpus import Gpu
 from ..models.architecture import Architecture
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
-from . import gpu_memory, gpus
+from . import gpu_memory, kv_sizing
 from .gpu_memory import Load, Wish
-from .gpus import Gpu
+from .kv_sizing import DoesNotFit, Sizing
 
 log = logging.getLogger("pagewire.worker")
 FEWER_ROWS: Final = (128, 64)

@@ -17,7 +17,7 @@ import torch
 from pagewire_kernels.cpu_linear import QuantizedLinear
 
 from ...hub.huggingface import cache_dir
-from . import processor
+from ..device import processor
 
 log = logging.getLogger("pagewire.worker")
 SIZES: Final = (8, 16, 32, 64, 128, 256)

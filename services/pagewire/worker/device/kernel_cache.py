@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from ..hub.huggingface import cache_dir
+from ...hub.huggingface import cache_dir
 
 log = logging.getLogger("pagewire.worker")
 VARIABLE: Final = "TRITON_CACHE_DIR"

@@ -1,7 +1,7 @@
 """Which GPUs torch can use, why it can use none, and whose processes hold their memory. Finds out;
 decides only what cannot run at all.
 
-`python -m pagewire.worker.gpu.gpus` prints the same as JSON, so that others can look without
+`python -m pagewire.worker.device.gpus` prints the same as JSON, so that others can look without
 importing torch themselves.
 """
 
@@ -318,7 +318,7 @@ def usable(asked: str) -> bool:
 
 
 def read_sight(text: str) -> Sight:
-    """What `python -m pagewire.worker.gpu.gpus` printed."""
+    """What `python -m pagewire.worker.device.gpus` printed."""
     return msgspec.json.decode(text, type=Sight)
 
 

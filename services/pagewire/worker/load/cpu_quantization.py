@@ -13,11 +13,11 @@ from pagewire_kernels import cpu_native
 from pagewire_kernels.cpu_native import NoNativeCode
 
 from ...hub.huggingface import cache_dir
-from .. import kernel_cache
-from ..load import gguf_quantized
-from ..load.gguf_file import Gguf
-from ..load.weights import Source
+from ..device import kernel_cache
 from ..models.architecture import Architecture
+from . import gguf_quantized
+from .gguf_file import Gguf
+from .weights import Source
 
 log = logging.getLogger("pagewire.worker")
 BITS: Final = {"int4": 4, "int8": 8}

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from ..load.kv_sizing import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
+from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from .gpus import Gpu
+from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
 
 CAPTURED_TOKENS: Final = 4096
 CAPTURED_TOKENS_SMALL: Final = 8192
