@@ -99,7 +99,8 @@ def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:
     lacking = reach[is_short] - slots.num_allocated[short]
     missing = -(-lacking // worker.kv_cache.block_size)
     needed = dict(zip(ints(short), ints(missing), strict=True))
-    rows = _make_room(worker, rows, needed)
+    if worker.kv_cache.pool.available < sum(needed.values()):
+        rows = _make_room(worker, rows, needed)
     _grow(worker, needed, growth)
     return rows
 
@@ -137,15 +138,13 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[int, int]) -> I32:
 
 def _grow(worker: WorkerState, needed: dict[int, int], growth: Growth) -> None:
     """Append blocks to the tables of the slots in `needed`."""
-    blocks = worker.kv_cache.pool.take(sum(needed.values()))
-    first = 0
-    for slot, count in needed.items():
-        added = blocks[first : first + count]
-        first += count
-        worker.slots.request_in(slot).blocks += added
-        worker.slots.num_allocated[slot] += count * worker.kv_cache.block_size
-        growth.slots += [slot] * count
-        growth.blocks += added
+    growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
+    growth.blocks = worker.kv_cache.pool.take(len(growth.slots))
+    for slot, block in zip(growth.slots, growth.blocks, strict=True):
+        worker.slots.request_in(slot).blocks.append(block)
+    # A slot may come several times, which indexing with += would count once.
+    grown = np.array(growth.slots, np.int32)
+    np.add.at(worker.slots.num_allocated, grown, worker.kv_cache.block_size)
 
 
 # --- prefill ---

@@ -326,13 +326,17 @@ def _seal_full(worker: WorkerState, rows: I32) -> None:
     if not worker.kv_cache.prefix_caching:
         return
     slots = worker.slots
-    full = slots.num_computed[rows] // worker.kv_cache.block_size
-    for i in ints(np.flatnonzero(full > slots.num_sealed[rows])):
-        slot = int(rows[i])
-        last = int(full[i])
+    block_size = worker.kv_cache.block_size
+    num_full = slots.num_computed[rows] // block_size
+    filled = num_full > slots.num_sealed[rows]
+    if not filled.any():
+        return
+    rows = rows[filled]
+    first = slots.num_sealed[rows]
+    last = num_full[filled]
+    slots.num_sealed[rows] = last
+    for slot, begin, end in zip(ints(rows), ints(first), ints(last), strict=True):
         request = slots.request_in(slot)
-        if len(request.chain) < last:
-            block_size = worker.kv_cache.block_size
-            request.extend_chain(block_size, slots.tokens[slot, : last * block_size])
-        worker.kv_cache.seal(request, int(slots.num_sealed[slot]), last)
-        slots.num_sealed[slot] = last
+        if len(request.chain) < end:
+            request.extend_chain(block_size, slots.tokens[slot, : end * block_size])
+        worker.kv_cache.seal(request, begin, end)
