@@ -456,6 +456,7 @@ class World:
         output=(),
         priority=0,
         salt="",
+        adapter="",
         **sampling,
     ):
         self._handles += 1
@@ -479,6 +480,7 @@ class World:
                 sampling,
                 priority,
                 salt,
+                adapter=adapter,
             )
         )
         return handle

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
-from pagewire.scheduler import prefix_groups
+from pagewire.scheduler import prefix_groups, results
 from pagewire.scheduler.blocks import BlockPool
 from pagewire.scheduler.in_flight import InFlightSteps
 from pagewire.scheduler.kv_cache import DeferredRelease, KVCacheManager
@@ -154,6 +154,24 @@ def scored_prompts_read_the_cache(patch):
     patch.setattr(KVCacheManager, "cached_blocks", cached)
 
 
+def lengths_stay_too_long(patch):
+    """A row that brings fewer tokens than it might have is counted as if it had brought all."""
+    patch.setattr(WorkerState, "correct_lengths", lambda self, slots: None)
+
+
+def computed_tokens_are_sealed_before_a_row_is_known_to_move(patch):
+    """The last token of a row that brings none counts as computed, so its block is shared while the
+    next step writes it again."""
+    original = results._count_computed
+
+    def count_computed(worker, step):
+        run = original(worker, step)
+        results._seal_full(worker, run)
+        return run
+
+    patch.setattr(results, "_count_computed", count_computed)
+
+
 BUGS = [
     seal_before_the_result,
     free_before_the_step_returns,
@@ -176,6 +194,8 @@ BUGS = [
         rows_by_slot_alone,
         parents_are_forgotten,
         scored_prompts_read_the_cache,
+        lengths_stay_too_long,
+        computed_tokens_are_sealed_before_a_row_is_known_to_move,
     ],
 )
 def test_a_planted_bug_is_caught(bug, monkeypatch):

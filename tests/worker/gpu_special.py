@@ -210,7 +210,7 @@ class Verdict:
                 run
                 for result in lane.results
                 for run in result.prompt_logprobs
-                if run.place == slot
+                if run.slot == slot
             ]
             self._prompt(
                 logits, exact[slot], prompt, sampling.prompt_logprobs, runs, f"{name}, slot {slot}"
