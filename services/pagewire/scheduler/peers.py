@@ -146,7 +146,11 @@ class Peers:
 
     def _build(self, epoch: int) -> Roster:
         ready = [state for state in self._peers.values() if state.peer.ready]
-        workers = [state.worker for state in ready if state.worker is not None]
+        workers = [
+            state.worker
+            for state in ready
+            if state.worker is not None and self.ready_leader(state.peer) is state
+        ]
         tokenizers = [state.tokenizer for state in ready if state.tokenizer is not None]
         return Roster(
             epoch,
