@@ -8,6 +8,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Final
 
+from pagewire_protocol.columns import BlockId
+
 from pagewire.config import SchedulerConfig
 
 from .request import Phase, Refusal, Request, foreign_token
@@ -67,7 +69,7 @@ class Queue:
 
 def choose(
     request: Request, workers: Sequence[WorkerState]
-) -> tuple[WorkerState, list[int]] | None:
+) -> tuple[WorkerState, list[BlockId]] | None:
     """The worker for `request` and the blocks it has of it already: the longest cached prefix, then
     the least load. None when it must wait.
 
@@ -79,7 +81,7 @@ def choose(
     if not ready:
         return None
     least_load = min(worker.load for worker in ready)
-    best: tuple[WorkerState, list[int]] | None = None
+    best: tuple[WorkerState, list[BlockId]] | None = None
     best_score = (0, 0)
     for worker in ready:
         cached = worker.kv_cache.cached_blocks(request)
