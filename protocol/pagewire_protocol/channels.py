@@ -184,6 +184,7 @@ class Inbox(Generic[M]):
             self._socket.recv(zmq.NOBLOCK)
 
     def close(self) -> None:
+        """Unbind and remove the socket's file; what has not been received is lost."""
         self._socket.close(linger=0)
         with self._lock:
             wake, self._wake = self._wake, -1
@@ -236,6 +237,7 @@ class Outbox:
             socket.close(linger=0)
 
     def close(self, linger_ms: int = 0) -> None:
+        """Close all sockets; what is queued gets `linger_ms` milliseconds to leave."""
         for socket in self._sockets.values():
             socket.close(linger=linger_ms)
         self._sockets.clear()

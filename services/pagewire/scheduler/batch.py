@@ -145,9 +145,9 @@ def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
     growth.blocks = worker.kv_cache.pool.take(len(growth.slots))
     for slot, block in zip(growth.slots, growth.blocks, strict=True):
         worker.slots.request_in(slot).blocks.append(block)
-    # A slot may come several times, which indexing with += would count once.
-    grown = np.array(growth.slots, np.int32)
-    np.add.at(worker.slots.num_allocated, grown, worker.kv_cache.block_size)
+    grown = np.array(list(needed), np.int32)
+    counts = np.array(list(needed.values()), np.int64)
+    worker.slots.num_allocated[grown] += counts * worker.kv_cache.block_size
 
 
 # --- prefill ---
@@ -251,7 +251,7 @@ def _message(
     groups: Shared | None,
     repeat: bool,
 ) -> Step:
-    """`step` as the worker is told of it. A repetition leaves out what it has in common with the
+    """`step` as a message to the worker. A repetition leaves out what it has in common with the
     step before."""
     run_slots = run_counts = b""
     if not repeat:

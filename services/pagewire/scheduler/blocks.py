@@ -22,7 +22,7 @@ HASH_BYTES: Final = 16
 
 
 class BlockError(AssertionError):
-    """The law of the blocks is broken: a bug of the scheduler, never of a request."""
+    """The conservation law of the blocks is broken: a bug of the scheduler, never of a request."""
 
 
 def root_hash(salt: str, adapter: str = "") -> bytes:
@@ -64,6 +64,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
+        """Blocks that hold nothing."""
         return len(self._free)
 
     @property
@@ -72,9 +73,11 @@ class BlockPool:
         return len(self._idle)
 
     def is_sealed(self, block: BlockId) -> bool:
+        """Whether it is full and may be shared."""
         return self._state[block] == SEALED
 
     def hash_of(self, block: BlockId) -> bytes | None:
+        """What it was sealed under; None when it is not sealed."""
         return self._hash[block]
 
     def take(self, count: int) -> list[BlockId]:

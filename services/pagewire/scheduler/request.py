@@ -169,7 +169,7 @@ def malformed(submit: Submit) -> Refusal | None:
     return None if wrong is None else Refusal(400, *wrong)
 
 
-def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
+def token_outside_vocabulary(request: Request, vocab_size: int) -> Refusal | None:
     """A token, in the prompt or among those that sampling speaks of, that the model does not
     have."""
     wrong = fault(request.sampling, vocab_size)
