@@ -90,18 +90,22 @@ def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:
     """Those of `rows` that have a block for every token which this step may write, after adding
     blocks where they lack; these are noted in `growth`."""
     slots = worker.slots
+    per_row = worker.facts.max_tokens_per_row
     # A row writes at `num_scheduled` and, where the worker may bring several tokens, at the
     # positions that follow; never beyond the longest that its request can become.
-    reach = slots.num_scheduled[rows] + worker.facts.max_tokens_per_row
-    if worker.facts.max_tokens_per_row > 1:
+    reach = slots.num_scheduled[rows] + per_row
+    if per_row > 1:
         reach = np.minimum(reach, slots.max_len[rows])
-    is_short = reach > slots.num_allocated[rows]
-    if not is_short.any():
-        return rows
+    lacking = reach - slots.num_allocated[rows]
+    is_short = lacking > 0
     short = rows[is_short]
-    lacking = reach[is_short] - slots.num_allocated[short]
-    missing = -(-lacking // worker.kv_cache.block_size)
-    needed = dict(zip(slots_of(short), ints(missing), strict=True))
+    if not len(short):
+        return rows
+    if per_row == 1:
+        needed = dict.fromkeys(slots_of(short), 1)
+    else:
+        missing = -(-lacking[is_short] // worker.kv_cache.block_size)
+        needed = dict(zip(slots_of(short), ints(missing), strict=True))
     if worker.kv_cache.pool.available < sum(needed.values()):
         rows = _make_room(worker, rows, needed)
     _grow(worker, needed, growth)
@@ -141,12 +145,18 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[Slot, int]) -> I32:
 
 def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
     """Append blocks to the tables of the slots in `needed`."""
-    growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
-    growth.blocks = worker.kv_cache.pool.take(len(growth.slots))
+    growth.blocks = worker.kv_cache.pool.take(sum(needed.values()))
+    if len(growth.blocks) == len(needed):
+        growth.slots = list(needed)
+    else:
+        growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
+    requests = worker.slots.requests
     for slot, block in zip(growth.slots, growth.blocks, strict=True):
-        worker.slots.request_in(slot).blocks.append(block)
-    grown = np.array(list(needed), np.int32)
-    counts = np.array(list(needed.values()), np.int64)
+        request = requests[slot]
+        assert request is not None
+        request.blocks.append(block)
+    grown = np.fromiter(needed, np.int32, len(needed))
+    counts = np.fromiter(needed.values(), np.int64, len(needed))
     worker.slots.num_allocated[grown] += counts * worker.kv_cache.block_size
 
 

@@ -88,9 +88,10 @@ class KVCacheManager:
     def seal(self, request: Request, first: int, last: int) -> None:
         """The blocks `first` to `last` - 1 of `request` are full, and the steps that filled them
         have come back good: others may share them. Its chain reaches so far."""
+        chain = request.chain
         for i in range(first, last):
-            self.pool.seal(request.blocks[i], request.chain[i])
-            self.computing.discard(request.chain[i])
+            self.pool.seal(request.blocks[i], chain[i])
+            self.computing.discard(chain[i])
 
     def disown(self, request: Request) -> None:
         """What `request` computed is suspect: nobody new may share its blocks."""
