@@ -71,9 +71,9 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x: Tensor, gate_up: Any, down: Any, chosen: Tensor, weights: Tensor
+        self, x: Tensor, gate_up: Any, down: Any, top_k_ids: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """x [T, H] -> [T, H]; chosen [T, k] int64, weights [T, k] float32; gate_up [E, 2I, H] and
+        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32; gate_up [E, 2I, H] and
         down [E, H, I] are packed."""
         ...
 
@@ -99,10 +99,10 @@ class Ops(Protocol):
         batch: Batch,
         scale: float,
         window: int | None,
-        soft_cap: float | None = None,
-        slopes: Tensor | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
-        """soft_cap c holds scores within +-c (c * tanh(score / c)); slopes (ALiBi) float32 [Hq]."""
+        """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32 [Hq]."""
         ...
 
 

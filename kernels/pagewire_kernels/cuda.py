@@ -84,28 +84,28 @@ def paged_attention(
     batch: Batch,
     scale: float,
     window: int | None,
-    soft_cap: float | None = None,
-    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token
-    i see j with i - w < j <= i; `slopes` are ALiBi's, float32 [Hq].
+    i see j with i - w < j <= i; `alibi_slopes` are ALiBi's, float32 [Hq].
 
     With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new
     token go to the decode kernel, which splits long contexts, and the others to the prefill kernel.
     Common blocks are read once a group where the batch has groups and the layer neither window nor
-    slopes. GPUs on which that is slow leave all of it to torch.
+    alibi_slopes. GPUs on which that is slow leave all of it to torch.
     """
     if attention_torch.serves(q.device):
         return attention_torch.paged_attention(
-            q, k_cache, v_cache, batch, scale, window, soft_cap, slopes
+            q, k_cache, v_cache, batch, scale, window, softcap, alibi_slopes
         )
     rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
-    groups = batch.groups if window is None and slopes is None else None
+    groups = batch.groups if window is None and alibi_slopes is None else None
     if batch.max_query_len == 1 and groups is not None:
-        return cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, soft_cap)
+        return cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, softcap)
     if batch.max_query_len == 1:
         return decode_attention(
-            q, k_cache, v_cache, tables, lengths, scale, window, soft_cap, slopes=slopes
+            q, k_cache, v_cache, tables, lengths, scale, window, softcap, alibi_slopes=alibi_slopes
         )
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     mixed, starts = rows > 1, batch.query_start
@@ -118,7 +118,7 @@ def paged_attention(
             lengths,
             groups,
             scale,
-            soft_cap,
+            softcap,
             query_start=starts,
             out=out,
         )
@@ -133,9 +133,9 @@ def paged_attention(
             lengths,
             scale,
             window,
-            soft_cap,
+            softcap,
             query_start=starts,
-            slopes=slopes,
+            alibi_slopes=alibi_slopes,
             out=out,
         )
     return prefill_attention(
@@ -147,9 +147,9 @@ def paged_attention(
         starts,
         scale,
         window,
-        soft_cap,
+        softcap,
         skip_one=mixed,
-        slopes=slopes,
+        alibi_slopes=alibi_slopes,
         out=out,
     )
 
@@ -162,7 +162,7 @@ def rope_attention(
     batch: Batch,
     scale: float,
     window: int | None,
-    soft_cap: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding
     few rows without groups takes one launch; among many, what each program does before it reads
@@ -180,10 +180,10 @@ def rope_attention(
             batch.seq_lens,
             scale,
             window,
-            soft_cap,
+            softcap,
             rope=rope,
         )
     q = rope_and_cache(
         qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, k_cache, v_cache, batch
     )
-    return paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)
+    return paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)

@@ -21,7 +21,7 @@ from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
 from . import gpu_memory, kv_sizing
-from .gpu_memory import Load, Wish
+from .gpu_memory import Load, MemoryRequest
 from .kv_sizing import DoesNotFit, Sizing
 
 log = logging.getLogger("pagewire.worker")
@@ -73,7 +73,9 @@ def plan_gpu(
     def size(rows: int) -> Sizing:
         load = Load(tokens, rows, model.max_model_len or arch.max_position)
         load = load_of(arch, dtype.itemsize, gpu, weights, config, load)
-        return gpu_memory.size(arch, dtype.itemsize, weights, gpu, wish_of(model, config), load)
+        return gpu_memory.size(
+            arch, dtype.itemsize, weights, gpu, memory_request(model, config), load
+        )
 
     rows, sizing = most_rows(scheduler, gpu, size)
     return GpuPlan(sizing, tokens, rows, by_torch)
@@ -95,9 +97,9 @@ def most_rows(
     return FEWER_ROWS[-1], size(FEWER_ROWS[-1])
 
 
-def wish_of(model: ModelConfig, config: WorkerConfig) -> Wish:
+def memory_request(model: ModelConfig, config: WorkerConfig) -> MemoryRequest:
     share, blocks = config.gpu_memory_utilization, config.num_kv_blocks
-    return Wish(
+    return MemoryRequest(
         share,
         config.block_size,
         config.kv_cache_memory_bytes,

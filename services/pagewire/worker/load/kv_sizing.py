@@ -55,7 +55,7 @@ class Sizing:
 
 def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
     """`head_copy`: a tied head is kept a second time, in the back end's own layout."""
-    extra = arch.vocab_size * arch.hidden_size if arch.tied and head_copy else 0
+    extra = arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings and head_copy else 0
     return (arch.parameters + extra) * itemsize
 
 

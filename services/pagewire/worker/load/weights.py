@@ -53,7 +53,7 @@ def load(
         _fill(
             places,
             in_order(_read(source, config, model.arch, model.keeps_quantized), model.arch),
-            model.arch.tied,
+            model.arch.tie_word_embeddings,
             progress,
         )
     for done in model.pack():

@@ -3,7 +3,7 @@
 import math
 
 
-def slopes(heads: int) -> tuple[float, ...]:
+def alibi_slopes(heads: int) -> tuple[float, ...]:
     """For a power of two a falling geometric series from 2 ** (-8 / heads); else that of the next
     lower power, then every other one of the next higher."""
     power = 1 << math.floor(math.log2(heads))

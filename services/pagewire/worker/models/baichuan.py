@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .alibi import slopes
+from .alibi import alibi_slopes
 from .architecture import Architecture, Config, common
 from .checkpoint import Names, renamed
 from .rope import NO_ROPE
@@ -37,4 +37,6 @@ def describe(config: Config) -> Architecture:
     if "max_position_embeddings" in config:
         return common(config | own)
     own["max_position_embeddings"] = config["model_max_length"]
-    return common(config | own, rope=NO_ROPE, slopes=slopes(int(config["num_attention_heads"])))
+    return common(
+        config | own, rope=NO_ROPE, alibi_slopes=alibi_slopes(int(config["num_attention_heads"]))
+    )

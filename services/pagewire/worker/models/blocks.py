@@ -16,7 +16,7 @@ from .layers import Build, LayerNorm, Linear, Norm, Part, Places, RmsNorm
 def make_norm(arch: Architecture, build: Build, name: str) -> Norm:
     if arch.norm == "layer":
         return LayerNorm(build, name, arch.hidden_size, arch.norm_eps, arch.norm_bias)
-    return RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.wide_norms)
+    return RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.fp32_norm)
 
 
 class Attention:
@@ -30,17 +30,19 @@ class Attention:
             build, {f"{name}.o_proj": arch.hidden_size}, arch.num_heads * size, arch.output_bias
         )
         self._norms = (
-            [RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.wide_norms) for x in "qk"]
+            [RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.fp32_norm) for x in "qk"]
             if arch.qk_norm
             else []
         )
         self.q_weight, self.k_weight = [norm.weight for norm in self._norms] or (None, None)
-        self._more: tuple[Any, ...] = () if arch.soft_cap is None else (arch.soft_cap,)
-        self._fused = hasattr(build.ops, "rope_attention") and not arch.slopes
-        if arch.slopes:
+        self._more: tuple[Any, ...] = (
+            () if arch.attn_logit_softcapping is None else (arch.attn_logit_softcapping,)
+        )
+        self._fused = hasattr(build.ops, "rope_attention") and not arch.alibi_slopes
+        if arch.alibi_slopes:
             self._more = (
-                arch.soft_cap,
-                torch.tensor(arch.slopes, dtype=torch.float32, device=build.device),
+                arch.attn_logit_softcapping,
+                torch.tensor(arch.alibi_slopes, dtype=torch.float32, device=build.device),
             )
 
     def parts(self) -> list[Part]:
@@ -150,11 +152,16 @@ class Mixture:
     def __init__(self, arch: Architecture, build: Build, name: str) -> None:
         moe = arch.moe
         assert moe is not None
-        self._chosen, self._normalise = moe.chosen, moe.normalise
+        self._chosen, self._normalise = moe.top_k, moe.renormalize
         self._router = Linear(
-            replace(build, quantize_to=0), {f"{name}.gate": moe.experts}, arch.hidden_size, False
+            replace(build, quantize_to=0),
+            {f"{name}.gate": moe.num_experts},
+            arch.hidden_size,
+            False,
         )
-        self._experts = Experts(arch, build, f"{name}.experts", moe.experts, moe.intermediate_size)
+        self._experts = Experts(
+            arch, build, f"{name}.experts", moe.num_experts, moe.intermediate_size
+        )
         self._shared = (
             Mlp(arch, build, f"{name}.shared_expert", moe.shared_size) if moe.shared_size else None
         )

@@ -37,7 +37,7 @@ SPARE_POSITIONS = 16
 there; its result is dropped."""
 
 
-Tap = Callable[[Callable[[Tensor], Tensor]], None]
+LogitsHook = Callable[[Callable[[Tensor], Tensor]], None]
 
 
 class Layer:
@@ -48,7 +48,7 @@ class Layer:
     def __init__(self, arch: Architecture, index: int, build: Build) -> None:
         name = f"model.layers.{index}"
         self.attention = Attention(arch, build, f"{name}.self_attn", index)
-        dense = arch.moe is None or index in arch.moe.dense
+        dense = arch.moe is None or index in arch.moe.dense_layers
         self.mlp = (
             Mlp(arch, build, f"{name}.mlp", arch.intermediate_size)
             if dense
@@ -131,7 +131,7 @@ class PostNormLayer(Layer):
 
 def layer_kind(arch: Architecture) -> type[Layer]:
     if arch.block == "parallel":
-        return OneNormLayer if arch.one_norm else ParallelLayer
+        return OneNormLayer if arch.shared_norm else ParallelLayer
     return {"sequential": Layer, "sandwich": SandwichLayer, "post": PostNormLayer}[arch.block]
 
 
@@ -191,22 +191,26 @@ class Decoder:
         batch: Batch,
         wanted: Tensor | None,
         tick: Callable[[], None],
-        tap: Tap | None = None,
+        logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin
-        and caches: one for each layer. `tick` is called after every layer; `tap`, before the end,
+        and caches: one for each layer. `tick` is called after every layer; `logits_hook`, before the end,
         with a function from such a `wanted` to logits, for those who look at many tokens, a few at
         a time."""
-        if self._native is not None and tap is None and len(ids) <= self._native.most_tokens:
+        if (
+            self._native is not None
+            and logits_hook is None
+            and len(ids) <= self._native.most_tokens
+        ):
             return self._native(self.entrance(ids, batch), cos_sin, caches, batch, wanted, tick)
         x, residual = self.entrance(ids, batch), None
         layers = self._singles if self._singles and len(ids) == 1 else self.layers
         for layer, factors, cache in zip(layers, cos_sin, caches, strict=True):
             x, residual = layer(x, residual, factors, cache, batch)
             tick()
-        if tap is not None:
+        if logits_hook is not None:
             hidden, rest = x, residual
-            tap(lambda rows: self._logits(hidden, rest, rows))
+            logits_hook(lambda rows: self._logits(hidden, rest, rows))
         return self._logits(x, residual, wanted)
 
     def _logits(self, x: Tensor, residual: Tensor | None, wanted: Tensor | None) -> Tensor:
@@ -237,17 +241,17 @@ def _exit(arch: Architecture, build: Build, embedding: Embedding) -> Head:
     width = arch.embedding_size or arch.hidden_size
     head: Head = (
         TiedHead(build, embedding)
-        if arch.tied
+        if arch.tie_word_embeddings
         else Linear(build, {"lm_head": arch.vocab_size}, width, arch.head_bias, wide=True)
     )
-    if arch.logit_cap is None and not arch.embedding_size:
+    if arch.final_logit_softcapping is None and not arch.embedding_size:
         return head
     project = (
         Linear(build, {"model.project_out": width}, arch.hidden_size, False)
         if arch.embedding_size
         else None
     )
-    return LMHead(head, project, arch.logit_cap)
+    return LMHead(head, project, arch.final_logit_softcapping)
 
 
 class Positions(Embedding):

@@ -22,7 +22,7 @@ from pagewire_kernels.batch import Batch, make_batch
 from torch import Tensor
 
 from .architecture import Architecture, Config, Unsupported
-from .decoder import Tap
+from .decoder import LogitsHook
 from .fallback_attention import Attention, Call, Recorder
 from .rope import NO_ROPE
 
@@ -136,17 +136,17 @@ class FallbackDecoder:
         batch: Batch,
         wanted: Tensor | None,
         tick: Callable[[], None],
-        tap: Tap | None = None,
+        logits_hook: LogitsHook | None = None,
     ) -> Tensor:
-        """See Decoder. With a `tap`, the logits of all tokens exist at once."""
-        kept = {} if wanted is None or tap is not None else {"logits_to_keep": wanted}
+        """See Decoder. With a `logits_hook`, the logits of all tokens exist at once."""
+        kept = {} if wanted is None or logits_hook is not None else {"logits_to_keep": wanted}
         with self._attention.running(cos_sin, caches, batch, tick):
             logits = self._model(
                 input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept
             ).logits[0]
-        if tap is None:
+        if logits_hook is None:
             return logits
-        tap(lambda rows: logits[rows])
+        logits_hook(lambda rows: logits[rows])
         return logits if wanted is None else logits[wanted]
 
 
@@ -191,7 +191,7 @@ def _architecture(
         head_dim=max(call.size for call in calls),
         norm_eps=0.0,
         max_position=_longest(config),
-        tied=False,
+        tie_word_embeddings=False,
         rope=NO_ROPE,
         windows=tuple(call.window for call in calls),
         count=sum(parameter.numel() for parameter in model.parameters()),

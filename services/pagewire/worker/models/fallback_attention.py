@@ -51,7 +51,7 @@ class Call:
     value_size: int
     scale: float
     window: int | None
-    soft_cap: float | None
+    softcap: float | None
     refused: str = ""
     """Why it cannot be done, if so."""
 
@@ -87,7 +87,7 @@ class Recorder:
                 value_size=value.shape[3],
                 scale=size**-0.5 if scale is None else float(scale),
                 window=more.get("sliding_window"),
-                soft_cap=more.get("softcap"),
+                softcap=more.get("softcap"),
                 refused=_refused(module, attention_mask, more),
             )
         )
@@ -143,7 +143,7 @@ class Attention:
             qkv, cos_sin[layer], None, None, 0.0, cache[0], cache[1], batch
         )
         out = self._ops.paged_attention(
-            q, cache[0], cache[1], batch, call.scale, call.window, call.soft_cap
+            q, cache[0], cache[1], batch, call.scale, call.window, call.softcap
         )
         tick()
         return out.view(1, len(out), call.heads, self._size)[..., : call.value_size].to(

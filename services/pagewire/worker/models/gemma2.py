@@ -28,7 +28,7 @@ def describe(config: Config, pattern: int = 2, **differences: Any) -> Architectu
         block="sandwich",
         windows=windows(config, pattern),
         scales=(float(config["query_pre_attn_scalar"]) ** -0.5,) * int(config["num_hidden_layers"]),
-        soft_cap=config.get("attn_logit_softcapping"),
-        logit_cap=config.get("final_logit_softcapping"),
+        attn_logit_softcapping=config.get("attn_logit_softcapping"),
+        final_logit_softcapping=config.get("final_logit_softcapping"),
         **differences,
     )

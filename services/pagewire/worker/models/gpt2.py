@@ -49,7 +49,7 @@ def describe(config: Config) -> Architecture:
         rope=NO_ROPE,
         learned_positions=True,
         scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )
 
 

@@ -39,7 +39,7 @@ def describe(config: Config) -> Architecture:
         norm_eps=float(config["layer_norm_epsilon"]),
         bias=False,
         block="parallel",
-        one_norm=True,
+        shared_norm=True,
         rope=Rope(
             theta=10_000.0, size=int(config.get("rotary_dim") or hidden // heads), interleaved=True
         ),

@@ -21,7 +21,7 @@ def describe(config: Config) -> Architecture:
         int(config["num_local_experts"]),
         int(config["num_experts_per_tok"]),
         int(config["intermediate_size"]),
-        normalise=True,
+        renormalize=True,
     )
     return common(
         config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])

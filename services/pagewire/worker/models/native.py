@@ -28,8 +28,8 @@ def plain(arch: Architecture) -> bool:
     )
     return (
         sequential
-        and arch.soft_cap is None
-        and not (arch.slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
+        and arch.attn_logit_softcapping is None
+        and not (arch.alibi_slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
     )
 
 

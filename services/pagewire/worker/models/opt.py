@@ -55,7 +55,7 @@ def describe(config: Config) -> Architecture:
         rope=NO_ROPE,
         learned_positions=True,
         embedding_size=0 if width == config["hidden_size"] else width,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )
 
 

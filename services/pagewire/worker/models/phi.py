@@ -26,5 +26,5 @@ def describe(config: Config) -> Architecture:
         bias=True,
         head_bias=True,
         block="parallel",
-        one_norm=True,
+        shared_norm=True,
     )

@@ -24,7 +24,7 @@ def serves(arch: Architecture, ops: Any) -> bool:
         and arch.gated
         and arch.activation == "silu"
         and not arch.mlp_bias
-        and not arch.slopes
+        and not arch.alibi_slopes
         and hasattr(ops, "norm_linear")
     )
 
