@@ -229,18 +229,10 @@ def hopper_has(
     )
 
 
-_distrusted: list[bool] = []
-
-
-def distrust_hopper() -> None:
-    """From now on this process uses the general kernel alone."""
-    _distrusted.append(True)
-
-
 def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at
     multiples of 16 bytes, and caches without gaps."""
-    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS or _distrusted:
+    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS:
         return False
     _, hkv, page, dim = k_cache.shape
     if not hopper_has(
@@ -260,20 +252,22 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         query_start: torch.Tensor,
                       scale: float, window: int | None = None, softcap: float | None = None, *, skip_one: bool = False,
                       alibi_slopes: torch.Tensor | None = None, out: torch.Tensor | None = None,
-                      config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
+                      config: PrefillConfig | None = None, hopper: bool = True) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i]
     tokens, and see all before them.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B],
     query_start [B + 1] int32. Rows without new tokens are padding; with `skip_one` rows of one
     token are left to decode attention. Rows of `out` past the last token stay as they are.
-    `alibi_slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
+    `alibi_slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel,
+    in that shape; `hopper` False for it in the usual one.
     """
     dim = k_cache.shape[3]
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
     if (
-        config is None
+        hopper
+        and config is None
         and window is None
         and softcap is None
         and alibi_slopes is None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Ops
 from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
 from .quantized import Quantized
@@ -52,17 +53,6 @@ def pack_linear(weight: Tensor) -> Tensor:
     if not _packable(weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
-
-
-def pack_quantized(parts: Sequence[Quantized], wide: bool) -> "QuantizedLinear | None":
-    """Matrices that read the same input, side by side; None where there is no kernel for them.
-    wide: `linear` gives float32."""
-    from .cpu_linear import QuantizedLinear
-
-    try:
-        return QuantizedLinear(parts, wide)
-    except ValueError:
-        return None
 
 
 def linear(x: Tensor, weight: "Tensor | QuantizedLinear", bias: Tensor | None = None) -> Tensor:
@@ -281,3 +271,45 @@ def _scores(
         if mask is None
         else torch.baddbmm(mask, queries, keys, alpha=scale)
     )
+
+
+class CpuQuantized:
+    """See backend.QuantizedOps: machine code of our own (cpu_linear.py)."""
+
+    def pack(self, parts: Sequence[Quantized], float32_output: bool) -> "QuantizedLinear | None":
+        """Matrices that read the same input, side by side; None where there is no kernel for
+        them."""
+        from .cpu_linear import QuantizedLinear
+
+        try:
+            return QuantizedLinear(parts, float32_output)
+        except ValueError:
+            return None
+
+
+class CpuOps:
+    """See backend.Ops."""
+
+    fused = None
+    quantized = CpuQuantized()
+    pack_linear = staticmethod(pack_linear)
+    linear = staticmethod(linear)
+    tied_logits = staticmethod(tied_logits)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    layer_norm = staticmethod(layer_norm)
+    add_layer_norm = staticmethod(add_layer_norm)
+    silu_mul = staticmethod(silu_mul)
+    gelu_mul = staticmethod(gelu_mul)
+    gelu = staticmethod(gelu)
+    gelu_tanh = staticmethod(gelu_tanh)
+    relu = staticmethod(relu)
+    pack_experts = staticmethod(pack_experts)
+    experts = staticmethod(experts)
+    rope_and_cache = staticmethod(rope_and_cache)
+    paged_attention = staticmethod(paged_attention)
+
+
+OPS: Final = CpuOps()
+"""This process's."""
+_complete: Ops = OPS

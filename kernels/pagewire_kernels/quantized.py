@@ -47,6 +47,19 @@ class Quantized:
             None if self.minimum is None else self.minimum[index],
         )
 
+    def narrow(self, dim: int, start: int, length: int) -> "Quantized":
+        """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Raises ValueError for
+        columns that cut a group."""
+        group = self.group if dim else 1
+        if start % group or length % group:
+            raise ValueError(f"columns {start} to {start + length} cut a group of {group}")
+        first, count = start // group, length // group
+        return Quantized(
+            self.codes.narrow(dim, start, length),
+            self.scale.narrow(dim, first, count),
+            None if self.minimum is None else self.minimum.narrow(dim, first, count),
+        )
+
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
         grouped = (

@@ -234,10 +234,10 @@ def test_gpus_without_tensor_cores_in_triton_are_served_here(monkeypatch):
     q, k, v, batch = paged([1, 1], [40, 23], 2, 2, 64, 16)
     expected = reference.paged_attention(q, k, v, batch, 0.125, None)
     assert error(cuda.paged_attention(q, k, v, batch, 0.125, None), expected) < 1e-5
-    rope = cuda.Rope(torch.zeros(1), None, None, 1e-5)
     qkv = torch.cat((q.flatten(1), torch.zeros(2, 4 * 64)), 1)
     assert error(
-        cuda.rope_attention(qkv, rope, k, v, batch, 0.125, None), expected
+        cuda.rope_attention(qkv, torch.zeros(1), None, None, 1e-5, k, v, batch, 0.125, None),
+        expected,
     ) < 1e-5 and called == ["rope"]
     x, weight = torch.randn(3, 1024), torch.randn(64, 1024)
     torch.testing.assert_close(cuda.linear(x, weight), x @ weight.T)

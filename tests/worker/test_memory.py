@@ -12,9 +12,10 @@ from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.device.gpus import GIB, Gpu, Process
 from pagewire.worker.load import gpu_memory, gpu_plan
 from pagewire.worker.load.gpu_memory import Load, MemoryRequest
-from pagewire.worker.load.kv_sizing import DoesNotFit, block_bytes
+from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.load.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
+from pagewire.worker.models.cache_spec import cache_spec
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
 WORKER = Path(gpu_memory.__file__).parent
@@ -188,7 +189,7 @@ def test_more_positions_than_the_model_has_are_refused_even_with_fit():
 
 
 def test_blocks_and_bytes_replace_the_share():
-    each = block_bytes(arch(), 16, 2)
+    each = cache_spec(arch()).block_bytes(16, 2)
     assert size(request=replace(REQUEST, blocks=9000, utilization=0.2)).num_blocks == 9000
     assert (
         size(request=replace(REQUEST, kv_bytes=20 * GIB, utilization=0.2)).num_blocks

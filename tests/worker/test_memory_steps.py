@@ -28,6 +28,8 @@ SIZES = {
 class MetaOps:
     """What the GPU's operations allocate, and nothing computed."""
 
+    fused = quantized = None
+
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
 

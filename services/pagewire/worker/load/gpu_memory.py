@@ -9,7 +9,8 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
+from ..models.cache_spec import cache_spec
+from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, context
 
 CAPTURED_TOKENS: Final = 4096
 CAPTURED_TOKENS_SMALL: Final = 8192
@@ -152,7 +153,8 @@ def size(
     arch: Architecture, itemsize: int, weights: int, gpu: Gpu, request: MemoryRequest, load: Load
 ) -> Sizing:
     """Divide the memory of `gpu`, of which `weights` bytes go to weights. Raises DoesNotFit."""
-    each, space = block_bytes(arch, request.block_size, itemsize), workspace(arch, itemsize, load)
+    each = cache_spec(arch).block_bytes(request.block_size, itemsize)
+    space = workspace(arch, itemsize, load)
     fixed = weights + space.total
     exact = request.blocks or request.kv_bytes // each
     budget = (

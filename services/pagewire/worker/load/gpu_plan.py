@@ -17,6 +17,7 @@ from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import gpus
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
+from ..models.cache_spec import cache_spec
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
@@ -116,7 +117,7 @@ def load_of(
     fused = not isinstance(arch, OtherArchitecture)
     if not attends_by_torch(gpu.capability):
         return replace(load, graphs=fused and not config.enforce_eager, fused=fused)
-    held = max(0, gpu.free - weights) // kv_sizing.block_bytes(arch, 1, itemsize)
+    held = max(0, gpu.free - weights) // cache_spec(arch).block_bytes(1, itemsize)
     shape = Shape(arch.num_heads, arch.num_kv_heads, arch.head_dim)
     return replace(
         load,
@@ -127,11 +128,11 @@ def load_of(
 
 
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of all tensors that the model will have on a GPU, from their shapes alone."""
+    """Of all weights that the model will have on a GPU, asked of a model without memory."""
     if isinstance(arch, OtherArchitecture):
         return arch.parameters * dtype.itemsize
-    places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
+    model = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
     return max(
-        sum(place.nbytes for place in places.values()),
+        model.nbytes,
         kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=False),
     )

@@ -10,6 +10,7 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
+from ..models.cache_spec import cache_spec
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -59,10 +60,6 @@ def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
     return (arch.parameters + extra) * itemsize
 
 
-def block_bytes(arch: Architecture, block_size: int, itemsize: int) -> int:
-    return 2 * arch.num_layers * arch.num_kv_heads * block_size * arch.head_dim * itemsize
-
-
 def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
     """(the longest context, a line where it is shorter than people may expect), of a cache that
     holds `holds` tokens. asked 0: the model's own, or what is held; more than is held: what is held
@@ -95,12 +92,13 @@ def size(
     """Split `available` bytes of a CPU's memory. weights: bytes that they take. kv_bytes: what KV
     blocks may take; blocks: how many to have instead (0: as many as that holds). max_model_len,
     fit: as for `context`. Raises DoesNotFit."""
-    each = block_bytes(arch, block_size, itemsize)
+    cache = cache_spec(arch)
+    each = cache.block_bytes(block_size, itemsize)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)
     wanted, note = context(arch, count * block_size, max_model_len, fit)
     if count * block_size < wanted:
-        needed = -(-wanted // block_size)
+        needed = cache.blocks_for(wanted, block_size)
         raise DoesNotFit(
             f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
             f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len{_to(count * block_size)}"
