@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_layers, cpu_native
-from . import cpu_task as t
+from . import cpu_layers, cpu_native, cpu_task
 from .batch import Batch
 from .cpu_linear import QuantizedLinear
 from .cpu_team import MATRIX_FIELDS
@@ -54,14 +53,16 @@ class DecodeLayer:
 
     def fields(self) -> np.ndarray:
         """int64 [L_FIELDS], without what changes: rotary table and cache."""
-        out = np.zeros(t.L_FIELDS, np.int64)
+        out = np.zeros(cpu_task.L_FIELDS, np.int64)
         matrices = np.concatenate(
             [part.fields for part in (self.qkv, self.output, self.up, self.down)]
         )
         out[: len(matrices)] = matrices
         given = (self.norm, self.norm2, self.query_norm, self.key_norm, self.bias)
-        out[t.L_NORM : t.L_BIAS + 1] = [0 if x is None else x.data_ptr() for x in given]
-        out[t.L_WINDOW], out[t.L_SCALE] = self.window, float_bits(self.scale)
+        out[cpu_task.L_NORM : cpu_task.L_BIAS + 1] = [
+            0 if x is None else x.data_ptr() for x in given
+        ]
+        out[cpu_task.L_WINDOW], out[cpu_task.L_SCALE] = self.window, float_bits(self.scale)
         return out
 
 
@@ -118,7 +119,7 @@ class NativeDecoder:
         """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
         (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32
         or bfloat16: one for each layer."""
-        threads = torch.get_num_threads()
+        t, threads = cpu_task, torch.get_num_threads()
         rows = torch.arange(len(x)) if wanted is None else wanted
         rows_of = self._rows_of(batch)
         logits = torch.empty(len(rows), self._head.padded)
@@ -134,7 +135,7 @@ class NativeDecoder:
 
     def _point_to(self, cos_sin: list[Tensor], caches: list[Tensor]) -> None:
         """Write into the layers' fields what may have moved since the last step."""
-        table = self._table
+        t, table = cpu_task, self._table
         table[:, t.L_ROTARY] = [factors.data_ptr() for factors in cos_sin]
         table[:, t.L_CACHE] = [cache[0].data_ptr() for cache in caches]
         table[:, t.L_VALUES] = [cache[1].data_ptr() for cache in caches]
@@ -143,7 +144,8 @@ class NativeDecoder:
         """int64 [T_FIELDS]: sizes, the batch's columns, and the buffers that the layers hand their
         results on in; without rows and logits. Strides are bytes. The caller keeps all of it alive
         until the task has run."""
-        s, tokens = self._sizes, len(x)
+        t, s = cpu_task, self._sizes
+        tokens = len(x)
         width = s.heads * s.head_dim
         # of a thread: the inputs of all tokens with their sums by group, or the scores of one head
         longest = max(s.hidden, s.inner, width)

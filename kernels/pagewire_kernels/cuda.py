@@ -4,7 +4,7 @@ the choice between kernels for one operation.
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for
 the device or allocates anything but its results, grids depend on shapes alone, and lengths are read
 on the device. Exceptions are, on some GPUs, attention by torch (attention_torch.py) and a mixture
-of experts (grouped_product.py).
+of experts (grouped_gemm.py).
 """
 
 from typing import Final

@@ -4,7 +4,7 @@ expert has how many tokens is known on the device only.
 In bfloat16 the rows are sorted by expert and multiplied by torch's grouped product, which reads the
 matrices of the experts in use only. It has a kernel of its own (CUTLASS) for compute capability 9.x
 and 10.x; on others it copies the counts to the CPU and multiplies expert by expert, which is right
-but cannot be captured in a CUDA graph (grouped_product.py). In other types every token goes through
+but cannot be captured in a CUDA graph (grouped_gemm.py). In other types every token goes through
 every expert, weighted by zero where it is not among the token's.
 """
 

@@ -72,7 +72,7 @@ def test_float16(softcap):
     assert out.dtype == torch.float16 and error(out, expected) < 2e-3
 
 
-def test_products_beyond_float16_are_scaled_before():
+def test_gemm_choice_beyond_float16_are_scaled_before():
     """The Qwen2 family has keys whose products with queries leave float16's range, though the
     scaled ones do not."""
     q, k, v, batch = paged([1, 5], [30, 9], 1, 2, 128, 16, dtype=torch.float16)

@@ -72,6 +72,7 @@ class Gpu:
         return max(0, self.total - self.free - self.own)
 
     def title(self) -> str:
+        """Number, name and size, human-readable."""
         return f"GPU {self.index} ({self.name}, {self.total / GIB:.1f} GiB)"
 
     def users(self) -> str:
@@ -205,6 +206,7 @@ def parse_smi(text: str, uuid: str) -> list[Process]:
 
 
 def process_name(pid: int) -> str:
+    """Of process `pid`, as /proc says."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return "a process"
@@ -294,6 +296,7 @@ def parse_free(text: str) -> dict[str, int]:
 
 
 def runs(gpu: Gpu, architectures: Sequence[str]) -> bool:
+    """Whether our kernels run on `gpu` with a torch built for `architectures`."""
     try:
         check(gpu, architectures)
     except NoUsableGpu:
@@ -323,6 +326,7 @@ def read_probe(text: str) -> GpuProbe:
 
 
 def main() -> None:
+    """Print what torch sees, as JSON for `read_probe`."""
     print(msgspec.json.encode(look()).decode())
 
 

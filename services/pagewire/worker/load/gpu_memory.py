@@ -60,9 +60,11 @@ class Workspace:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.activations + self.graphs + self.sampling + self.tables + self.libraries
 
     def line(self) -> str:
+        """The division, human-readable."""
         return (
             f"workspace {gib(self.total)}: activations {gib(self.activations)}, graphs {gib(self.graphs)}, sampling {gib(self.sampling)}, "
             f"tables {gib(self.tables)}, libraries {gib(self.libraries)}"
@@ -83,6 +85,7 @@ class MemoryRequest:
 
 
 def gib(amount: float) -> str:
+    """`amount` bytes, human-readable."""
     return f"{amount / GIB:.2f} GiB"
 
 

@@ -40,6 +40,7 @@ class Sizing:
 
     @property
     def kv_bytes(self) -> int:
+        """Bytes of all KV blocks."""
         return self.num_blocks * self.block_bytes
 
     def lines(self) -> list[str]:

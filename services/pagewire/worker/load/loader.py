@@ -13,7 +13,7 @@ from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
-from ..device import capture, gpus, processor
+from ..device import gpus, processor
 from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
@@ -22,7 +22,7 @@ from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
-from . import cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
+from . import capture, cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
 from .cpu_quantization import NONE
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
@@ -51,6 +51,7 @@ class Loaded:
 
     @property
     def on_gpu(self) -> GpuPlan:
+        """The plan, of a model on a GPU."""
         assert self.plan is not None
         return self.plan
 
@@ -143,12 +144,12 @@ def plan_other(path: Path, source: Source | None, settings: Config, model: Model
     """For a model of no family of ours. Raises Unsupported."""
     if isinstance(source, Path):
         weights.check_safetensors(source)
-    found = fallback.plan(path, settings, model.trust_remote_code)
+    plan = fallback.plan(path, settings, model.trust_remote_code)
     log.info(
         "model_type %r has no implementation here: it runs through transformers, correctly but more slowly",
-        found.arch.model_type,
+        plan.arch.model_type,
     )
-    return found
+    return plan
 
 
 def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:

@@ -134,6 +134,7 @@ class Architecture:
 
     @property
     def longest_position(self) -> int:
+        """Positions that a context may have at most, stretched where the model allows it."""
         return max(self.max_position, self.extended_position)
 
 

@@ -33,12 +33,15 @@ class CpuQuantizedMethod:
     bits: int = 0
 
     def allocate(self, spec: LinearSpec) -> "CpuQuantizedLinear":
+        """See LinearMethod."""
         return CpuQuantizedLinear(self, spec)
 
     def allocate_experts(self, spec: ExpertsSpec) -> "CpuQuantizedExperts":
+        """See LinearMethod."""
         return CpuQuantizedExperts(self, spec)
 
     def allocate_embedding(self, name: str, rows: int, columns: int) -> "CpuQuantizedEmbedding":
+        """See LinearMethod."""
         return CpuQuantizedEmbedding(self, name, rows, columns)
 
 
@@ -53,6 +56,7 @@ class QuantizedSlot:
         self.value: Tensor | Quantized | None = None
 
     def copy_(self, value: Tensor | Quantized) -> None:
+        """Keep `value` [rows, columns], rounded where asked for and its columns are whole groups."""
         if isinstance(value, Tensor) and self._bits and self.shape[1] % GROUP == 0:
             value = quantize(value, self._bits)
         if isinstance(value, Tensor):
@@ -80,10 +84,12 @@ class CpuQuantizedLinear(LinearWeight):
         self.kernel_weight: Any = None
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         for part, slot in zip(self._spec.parts, self._slots, strict=True):
             yield matrix_slot(part, slot, self._spec.columns)
 
     def pack(self) -> None:
+        """See Weight."""
         values = [slot.value for slot in self._slots]
         parts = [value for value in values if isinstance(value, Quantized)]
         packed = None
@@ -98,9 +104,11 @@ class CpuQuantizedLinear(LinearWeight):
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return 0 if self.kernel_weight is None else self.kernel_weight.nbytes
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See LinearWeight."""
         return self._method.ops.linear(x, self.kernel_weight, bias)
 
 
@@ -115,11 +123,13 @@ class CpuQuantizedExperts(ExpertsWeight):
         self._packed: tuple[list[Any], list[Any]] = ([], [])
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         for gate_up, down in zip(self._gate_up, self._down, strict=True):
             yield from gate_up.weight_slots()
             yield from down.weight_slots()
 
     def pack(self) -> None:
+        """See Weight."""
         for weight in (*self._gate_up, *self._down):
             weight.pack()
         self._packed = (
@@ -128,14 +138,17 @@ class CpuQuantizedExperts(ExpertsWeight):
         )
 
     def packed(self) -> Iterator[Any]:
+        """See Weight."""
         for weights in self._packed:
             yield from weights
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return sum(weight.nbytes for weight in (*self._gate_up, *self._down))
 
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
         gate_up, down = self._packed
         return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
 
@@ -151,9 +164,11 @@ class CpuQuantizedEmbedding(EmbeddingWeight):
         self.kernel_weight: Any = None
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         yield WeightSlot(f"{self._name}.weight", self._slot)
 
     def pack(self) -> None:
+        """See Weight."""
         value = self._slot.value
         if isinstance(value, Quantized):
             self.kernel_weight = self._method.quantized.pack([value], True)
@@ -163,22 +178,27 @@ class CpuQuantizedEmbedding(EmbeddingWeight):
         self._slot.value = None
 
     def packed(self) -> Iterator[Any]:
+        """See Weight."""
         yield self.kernel_weight
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return 0 if self.kernel_weight is None else self.kernel_weight.nbytes
 
     def embed(self, ids: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
         if self._table is not None:
             return torch.embedding(self._table, ids)
         return self.kernel_weight.embed(ids).to(self._method.dtype)
 
     def pack_head(self) -> None:
+        """See EmbeddingWeight."""
         if self._table is not None:
             self.kernel_weight = self._method.ops.pack_linear(self._table)
 
     def logits(self, x: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
         if self._table is not None:
             return self._method.ops.tied_logits(x, self.kernel_weight, self._table)
         return self._method.ops.linear(x, self.kernel_weight)

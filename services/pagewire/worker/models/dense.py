@@ -28,15 +28,19 @@ class DenseMethod:
     device: str
 
     def empty(self, *shape: int) -> Tensor:
+        """Uninitialised memory."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def allocate(self, spec: LinearSpec) -> "DenseLinear":
+        """See LinearMethod."""
         return DenseLinear(self, spec)
 
     def allocate_experts(self, spec: ExpertsSpec) -> "DenseExperts":
+        """See LinearMethod."""
         return DenseExperts(self, spec)
 
     def allocate_embedding(self, name: str, rows: int, columns: int) -> "DenseEmbedding":
+        """See LinearMethod."""
         return DenseEmbedding(self, name, rows, columns)
 
 
@@ -57,6 +61,7 @@ class DenseLinear(LinearWeight):
         self.kernel_weight: Tensor = method.empty(spec.held_rows, spec.held_columns)
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         first = 0
         for part in self._spec.parts:
             rows = self.kernel_weight[first : first + part.held]
@@ -64,13 +69,16 @@ class DenseLinear(LinearWeight):
             first += part.held
 
     def pack(self) -> None:
+        """See Weight."""
         self.kernel_weight = self._ops.pack_linear(self.kernel_weight)
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return self.kernel_weight.nbytes
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See LinearWeight."""
         return self._ops.linear(x, self.kernel_weight, bias)
 
 
@@ -89,9 +97,11 @@ class DenseExperts(ExpertsWeight):
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return self._nbytes
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         inner = self._spec.held_inner
         for expert in range(self._spec.num_experts):
             gate, up = self._spec.gate_up(expert).parts
@@ -101,14 +111,17 @@ class DenseExperts(ExpertsWeight):
             yield matrix_slot(down.parts[0], self._down[expert], down.columns)
 
     def pack(self) -> None:
+        """See Weight."""
         self._gate_up = self._ops.pack_experts(self._gate_up)
         self._down = self._ops.pack_experts(self._down)
 
     def packed(self) -> Iterator[Any]:
+        """See Weight."""
         yield from self._gate_up
         yield from self._down
 
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
         return self._ops.experts(x, self._gate_up, self._down, top_k_ids, top_k_weights)
 
 
@@ -123,23 +136,29 @@ class DenseEmbedding(EmbeddingWeight):
         self.kernel_weight: Any = self.table
 
     def weight_slots(self) -> WeightSlots:
+        """See Weight."""
         yield WeightSlot(f"{self._name}.weight", self.table)
 
     def pack(self) -> None:
         """A table is read row by row, as it is."""
 
     def packed(self) -> Iterator[Any]:
+        """See Weight."""
         yield self.kernel_weight
 
     @property
     def nbytes(self) -> int:
+        """See Weight."""
         return self.table.nbytes
 
     def embed(self, ids: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
         return torch.embedding(self.table, ids)
 
     def pack_head(self) -> None:
+        """See EmbeddingWeight."""
         self.kernel_weight = self._ops.pack_linear(self.table)
 
     def logits(self, x: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
         return self._ops.tied_logits(x, self.kernel_weight, self.table)

@@ -32,6 +32,7 @@ tensors = renamed(NAMES, by_group=True)
 
 
 def describe(config: Config) -> Architecture:
+    """Any Falcon, from today's or the first release's names."""
     own = {
         name: config[old] for name, old in OLD_NAMES.items() if name not in config and old in config
     }

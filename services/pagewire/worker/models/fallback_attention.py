@@ -65,6 +65,8 @@ def _enter(function: Callable[..., Any]) -> str:
 
 
 class Recorder:
+    """Stands in place of attention while a model runs without memory, and notes what is asked for."""
+
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.name = _enter(self)
@@ -118,6 +120,8 @@ class Attention:
     def running(
         self, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, tick: Callable[[], None]
     ) -> Iterator[None]:
+        """Within: a forward pass of `batch` over these tables and caches, one each for every layer;
+        `tick` is called after every layer."""
         self._pass, self._layer = (cos_sin, caches, batch, tick), 0
         try:
             yield

@@ -10,6 +10,7 @@ tensors = plus_one
 
 
 def describe(config: Config, **differences: Any) -> Architecture:
+    """Gemma; `differences`: those of its successors, as for `common`."""
     bias = bool(config.get("attention_bias", False))
     return common(
         config | {"hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh"},

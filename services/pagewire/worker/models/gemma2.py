@@ -23,6 +23,8 @@ def windows(config: Config, pattern: int) -> tuple[int | None, ...]:
 
 
 def describe(config: Config, pattern: int = 2, **differences: Any) -> Architecture:
+    """Gemma 2, or with other `differences` its successor. pattern: every so many layers one sees
+    all tokens."""
     return gemma.describe(
         config,
         block="sandwich",

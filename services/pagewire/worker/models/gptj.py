@@ -24,6 +24,7 @@ tensors = renamed(NAMES)
 
 
 def describe(config: Config) -> Architecture:
+    """GPT-J."""
     hidden, heads = int(config["n_embd"]), int(config["n_head"])
     own = {
         "hidden_size": hidden,

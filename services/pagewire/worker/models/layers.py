@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
 from .dense import DenseMethod
@@ -30,10 +31,6 @@ MethodChoice = Callable[[Sequence[str]], LinearMethod]
 """From the checkpoint's names of a layer's matrices, without a suffix, to the format that they are
 held in. A layer of several matrices has one; a format that cannot hold unlike ones side by side
 keeps them apart by itself."""
-
-SPARE_POSITIONS = 16
-"""Places past the last position: a step launched before a request was known to have ended may write
-or look there; its result is dropped."""
 
 
 @dataclass(frozen=True)

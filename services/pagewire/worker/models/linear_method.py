@@ -53,10 +53,12 @@ class LinearSpec:
 
     @property
     def held_rows(self) -> int:
+        """Rows of all parts that this rank holds."""
         return sum(part.held for part in self.parts)
 
     @property
     def held_columns(self) -> int:
+        """Columns that this rank holds."""
         return self.in_features if self.columns is None else self.columns.length
 
 
@@ -73,6 +75,7 @@ class ExpertsSpec:
 
     @property
     def held_inner(self) -> int:
+        """Elements of the intermediate size that this rank holds."""
         return self.intermediate_size if self.inner is None else self.inner.length
 
     def gate_up(self, expert: int) -> LinearSpec:
@@ -121,6 +124,7 @@ class LinearWeight(Weight):
     Tensor."""
 
     def packed(self) -> Iterator[Any]:
+        """The one matrix; a format that keeps parts apart gives several."""
         yield self.kernel_weight
 
     @abstractmethod

@@ -20,13 +20,19 @@ class SequentialLayer(Protocol):
     """What is borrowed of a decoder's layer."""
 
     @property
-    def attention(self) -> Attention: ...
+    def attention(self) -> Attention:
+        """Its attention."""
+        ...
 
     @property
-    def mlp(self) -> Mlp | Mixture: ...
+    def mlp(self) -> Mlp | Mixture:
+        """Its MLP, of either kind."""
+        ...
 
     @property
-    def norms(self) -> Sequence[Norm]: ...
+    def norms(self) -> Sequence[Norm]:
+        """Its norms, in the order of the block."""
+        ...
 
 
 def plain(arch: Architecture) -> bool:

@@ -5,6 +5,8 @@ from .architecture import Architecture, Config, Moe, common, layer_windows
 
 
 def mixture(config: Config, shared_size: int = 0) -> Moe:
+    """The mixture of experts of Qwen2 and Qwen3; shared_size: inner size of the shared expert, 0:
+    none."""
     step, plain = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
     return Moe(
         num_experts=int(
@@ -21,6 +23,7 @@ def mixture(config: Config, shared_size: int = 0) -> Moe:
 
 
 def describe(config: Config) -> Architecture:
+    """Qwen1.5-MoE or Qwen2-MoE."""
     moe, bias = (
         mixture(config, int(config["shared_expert_intermediate_size"])),
         bool(config.get("qkv_bias", True)),

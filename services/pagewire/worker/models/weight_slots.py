@@ -42,6 +42,7 @@ class Shard:
 
     @property
     def whole(self) -> bool:
+        """Whether there is one rank only."""
         return self.size == 1
 
     def split(self, count: int, dim: int, unit: int = 1) -> TensorSlice | None:
@@ -66,9 +67,13 @@ class SlotTarget(Protocol):
     after slicing."""
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size:
+        """Of the slot's part."""
+        ...
 
-    def copy_(self, value: Tensor | Quantized, /) -> object: ...
+    def copy_(self, value: Tensor | Quantized, /) -> object:
+        """Take the slot's part of a checkpoint's tensor."""
+        ...
 
 
 @dataclass(frozen=True)
