@@ -17,6 +17,9 @@ from .cpu_native import NEEDED, NoNativeCode
 
 FORMAT_BY_NAME: Final = {form.name: form for form in FORMATS}
 OF_C: Final = ("sqrtf", "memset", "memcpy")
+_unfinished: list[Any] = []
+"""What Numba's engine still refers to, in case someone else has it compile something in this
+process."""
 ENTRY: Final = """
 define void @{name}(i64 %task) {{
   %result = alloca ptr
@@ -73,6 +76,7 @@ def _by_numba(name: str) -> tuple[str, bytes]:
         dispatcher.compile(arguments)
         made = dispatcher.overloads[arguments]
         made.library.finalize()
+    _unfinished.append(made)
     parsed = llvm.parse_assembly(
         made.library.get_llvm_str() + ENTRY.format(name=name, inner=made.fndesc.llvm_func_name)
     )
