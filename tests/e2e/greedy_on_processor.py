@@ -7,7 +7,6 @@ A program of its own, since qemu runs whole processes.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,9 +63,6 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     log = Lines()
     logging.getLogger("pagewire.worker").addHandler(log)
     logging.getLogger("pagewire.worker").setLevel(logging.INFO)
-    target = os.environ.get("NUMBA_CPU_FEATURES")
-    if target:  # made on this processor for another
-        cpu_native.converts_half = lambda: "+f16c" in target.split(",")
     file = path.endswith(".gguf")
     model = ModelConfig(
         max_model_len=64,
@@ -75,6 +71,8 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     )
     config = WorkerConfig(device="cpu", dtype=dtype, num_kv_blocks=BLOCKS)
     runner = Runner(Path(path), model, SchedulerConfig(max_num_seqs=1), config)
+    for name in cpu_native.FOR_ALL:
+        cpu_native.address(name)  # which of them a run needs depends on what is fast there
     look = processor.look()
     found = {
         "half": cpu_native.converts_half(),
