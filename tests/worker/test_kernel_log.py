@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from pagewire.worker.gpu import kernel_profile
-from pagewire.worker.gpu.kernel_profile import Kernel, KernelLog, kind_of, summary
+from pagewire.worker.gpu.kernel_profile import Kernel, KernelProfile, kind_of, summary
 
 US = 1000
 
@@ -87,7 +87,7 @@ def test_a_record_is_told_by_the_first_step_after_a_pause(
     started: list[float] = []
     monkeypatch.setattr(kernel_profile, "_start", lambda: started.append(clock.now))
     monkeypatch.setattr(kernel_profile, "_stop", lambda: [("_sample", 0, 5 * US)])
-    made = KernelLog()
+    made = KernelProfile()
     with caplog.at_level(logging.INFO):
         for wait in (0.0, 0.01, 0.01, pause):
             clock.now += wait
@@ -105,7 +105,7 @@ def test_nothing_recorded_is_nothing_told(
 ) -> None:
     monkeypatch.setattr(kernel_profile, "_start", lambda: None)
     monkeypatch.setattr(kernel_profile, "_stop", list)
-    made = KernelLog()
+    made = KernelProfile()
     made.begin()
     clock.now += 1
     made.begin()

@@ -14,16 +14,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
-from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
+from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
 from ..cli import EXPECTED, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.membership import HEARTBEAT_S, Membership
+from .runners import AsyncFromSync, AsyncRunner, StepHandle
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
@@ -38,58 +37,6 @@ SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
 default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
 where another process wants one."""
-
-
-class Flight(Protocol):
-    """A step that was launched."""
-
-    def done(self) -> bool: ...
-    def result(self) -> StepResult: ...
-
-
-class Runs(Protocol):
-    """What the loop wants of a runner. `notify` names a function that a thread may call when a
-    flight is done."""
-
-    def facts(self) -> WorkerFacts: ...
-    def notify(self, wake: Callable[[], None]) -> None: ...
-    def launch(self, step: Step) -> Flight: ...
-    def clear(self) -> None: ...
-
-
-class Executes(Protocol):
-    """A runner that computes while it is called."""
-
-    def facts(self) -> WorkerFacts: ...
-    def execute(self, step: Step) -> StepResult: ...
-    def clear(self) -> None: ...
-
-
-class CompletedStep:
-    """The flight of a step that was over when it began."""
-
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult:
-        return self._result
-
-
-class SyncRunner:
-    """Makes a runner that launches of one that computes while it is called."""
-
-    def __init__(self, runner: Executes) -> None:
-        self._execute = runner.execute
-        self.facts, self.clear = runner.facts, runner.clear
-
-    def notify(self, wake: Callable[[], None]) -> None:
-        """Nothing is ever under way between two calls."""
-
-    def launch(self, step: Step) -> Flight:
-        return CompletedStep(self._execute(step))
 
 
 class Stuck(Exception):
@@ -165,11 +112,11 @@ def _load(
     config: WorkerConfig,
     incarnation: int,
     membership: Membership,
-) -> Runs:
+) -> AsyncRunner:
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return SyncRunner(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -188,12 +135,12 @@ def _load(
             kernel_cache.kept(run_dir),
             ticking(narrate.alive),
         ):  # a kernel may take minutes to compile
-            from .gpu.runner import CudaRunner
+            from .gpu.runner import start
 
-            return CudaRunner(path, model, scheduler, config, incarnation, narrate)
+            return start(path, model, scheduler, config, incarnation, narrate)
     from .cpu.runner import Runner
 
-    return SyncRunner(
+    return AsyncFromSync(
         Runner(
             path,
             model,
@@ -239,52 +186,54 @@ class Watch:
     """Notices that steps are under way and none ends."""
 
     def __init__(self, limit_s: float = STUCK_S) -> None:
-        self._limit_s, self._flights, self._progress, self._since = limit_s, 0, 0, 0.0
+        self._limit_s, self._in_flight, self._progress, self._since = limit_s, 0, 0, 0.0
 
-    def look(self, flights: int, progress: int, now: float) -> None:
+    def look(self, in_flight: int, progress: int, now: float) -> None:
         """now: monotonic seconds. Raises Stuck."""
-        if not flights or not self._flights or progress != self._progress:
+        if not in_flight or not self._in_flight or progress != self._progress:
             self._progress, self._since = progress, now
         elif now - self._since > self._limit_s:
             raise Stuck(
-                f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew"
+                f"no step has ended for {now - self._since:.0f} s while {in_flight} are under way: the GPU hangs; starting anew"
             )
-        self._flights = flights
+        self._in_flight = in_flight
 
 
-def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
+def _serve(
+    runner: AsyncRunner, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership
+) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
     one heard of are ignored."""
     epoch = 0
-    flights: deque[Flight] = deque()
+    in_flight: deque[StepHandle] = deque()
     runner.notify(inbox.wake)
     watch = Watch()
     while True:
-        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(flights)
+        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(in_flight)
         membership.tick(time.monotonic())
         for message in inbox.drain():
             if message.epoch > epoch:
                 epoch = message.epoch
                 runner.clear()
-                flights.clear()
+                in_flight.clear()
             match message:
                 case Roster():
                     membership.on_roster(message)
                 case Step() if message.epoch == epoch:
-                    flights.append(runner.launch(message))
-                    _land(flights, outbox, membership)
+                    in_flight.append(runner.launch(message))
+                    _send_done(in_flight, outbox, membership)
                 case Step():
                     log.warning(
                         "a step of epoch %d came after epoch %d: ignored", message.epoch, epoch
                     )
-        _land(flights, outbox, membership)
-        watch.look(len(flights), membership.progress, time.monotonic())
+        _send_done(in_flight, outbox, membership)
+        watch.look(len(in_flight), membership.progress, time.monotonic())
 
 
-def _land(flights: deque[Flight], outbox: Outbox, membership: Membership) -> None:
+def _send_done(in_flight: deque[StepHandle], outbox: Outbox, membership: Membership) -> None:
     """Send the results that are there, oldest first."""
-    while flights and flights[0].done():
-        result = flights.popleft().result()
+    while in_flight and in_flight[0].done():
+        result = in_flight.popleft().result()
         if not outbox.send(membership.scheduler, result):
             log.error("the result of step %d is lost: the scheduler's queue is full", result.n)
         membership.progress += 1

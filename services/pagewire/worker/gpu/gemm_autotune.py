@@ -114,7 +114,7 @@ def _write(place: Path, known: dict[str, str]) -> None:
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """None where there is no memory for a result beside the others."""
+    """See `fastest`. Torch's choice (empty) where there is no memory for one result more."""
     try:
         return fastest(rows, shape, weights)
     except torch.OutOfMemoryError:
@@ -123,8 +123,9 @@ def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> by
 
 
 def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """An algorithm; none where torch's choice is as fast. Launches take turns over `weights`, all
-    that have the shape: in a step, too, no weight is in the GPU's cache when its turn comes."""
+    """The fastest algorithm for [rows, K] @ [N, K]^T; empty where torch's choice is as fast.
+    Launches go round `weights`, all those of this shape: in a step, too, no weight is in the GPU's
+    cache when it is read."""
     n, k, dtype = shape
     x = torch.randn(rows, k, dtype=dtype, device=weights[0].device)
     out = torch.empty(rows, n, dtype=dtype, device=x.device)

@@ -100,7 +100,7 @@ def _obstacle(dtype: torch.dtype) -> str:
     """Why there can be no quantized products here, empty when there can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there are no quantized products for {dtype}"
-    _keep_compiled()
+    keep_compiled()
     try:
         cpu_native.numba()
     except NoNativeCode as error:
@@ -108,7 +108,7 @@ def _obstacle(dtype: torch.dtype) -> str:
     return ""
 
 
-def _keep_compiled() -> None:
+def keep_compiled() -> None:
     """Compiled functions go to the user's cache, or where that cannot be written to a directory of
     this user's for as long as the machine runs."""
     try:

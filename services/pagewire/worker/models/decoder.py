@@ -12,6 +12,7 @@ from typing import Any
 
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
 from . import native
@@ -31,11 +32,6 @@ from .layers import (
     TiedHead,
 )
 from .single import SingleLayer, serves
-
-SPARE_POSITIONS = 16
-"""Rows past the last position: a step launched before a request was known to have ended may reach
-there; its result is dropped."""
-
 
 Tap = Callable[[Callable[[Tensor], Tensor]], None]
 
