@@ -54,6 +54,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
+    """x, and 0 where it is negative."""
     return x.clamp(min=0)
 
 

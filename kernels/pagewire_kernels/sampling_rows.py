@@ -27,15 +27,15 @@ class SamplingRows:
 
     def at(self, index: Tensor) -> "SamplingRows":
         """The rows `index` [N] int64."""
-        columns = (
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.seeds,
-            self.positions,
+        return SamplingRows(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+            self.seeds[index],
+            self.positions[index],
+            self.filtered,
         )
-        return SamplingRows(*(column[index] for column in columns), self.filtered)
 
 
 @dataclass

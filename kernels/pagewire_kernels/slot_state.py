@@ -33,6 +33,8 @@ class SlotState:
 
     @classmethod
     def empty(cls, slots: int, blocks: int, device: torch.device | str) -> "SlotState":
+        """`slots` slots with tables of `blocks` blocks, all zero."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -63,6 +65,8 @@ class DecodeRows:
 
     @classmethod
     def empty(cls, rows: int, blocks: int, device: torch.device | str) -> "DecodeRows":
+        """`rows` rows with tables of `blocks` blocks, all zero."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -186,6 +190,7 @@ def commit(
 def commit_reference(
     slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, sampled_tokens: Tensor
 ) -> None:
+    """The oracle of `commit`."""
     live = slots >= 0
     state.last_token[slots[live].long()] = sampled[live].int()
     state.num_computed[slots[live].long()] += 1

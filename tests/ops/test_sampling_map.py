@@ -114,20 +114,33 @@ def test_all_combinations_of_parameters_on_the_cpu(cases, cpu) -> None:
 
 
 def test_all_combinations_of_parameters_on_the_gpu(cases) -> None:
-    ties = sum(case.ties(sampling.sample(case.logits, case.rows).tokens.tolist()) for case in cases)
-    assert ties <= 2, f"{ties} of {ROWS * len(cases)} tokens differ: too many to be ties"
+    """Two rows of each, since the interpreter is slow."""
+    two, ties = torch.arange(2), 0
+    for case in cases:
+        fewer = Case(case.name, case.logits[:2], case.rows.at(two), case.exact[:2])
+        ties += fewer.ties(sampling.sample(fewer.logits, fewer.rows).tokens.tolist())
+    assert ties <= 1, f"{ties} of {2 * len(cases)} tokens differ: too many to be ties"
 
 
-def test_logits_of_few_values_give_the_same_tokens_everywhere(cpu) -> None:
-    """In bfloat16 many logits are equal, some are excluded, and thresholds fall on ties."""
-    logits = (torch.randn(ROWS, 777, generator=torch.Generator().manual_seed(2)) * 2).bfloat16()
-    logits = logits.float()
+def few_values() -> Tensor:
+    """In bfloat16 many logits are equal; some are excluded."""
+    logits = torch.randn(ROWS, 777, generator=torch.Generator().manual_seed(2)) * 2
     logits[:, 100:200] = float("-inf")
-    for i, combination in enumerate(COMBINATIONS[3::11]):
+    return logits.bfloat16().float()
+
+
+def test_thresholds_that_fall_on_equal_logits_on_the_cpu(cpu) -> None:
+    logits = few_values()
+    for i, combination in enumerate(COMBINATIONS):
         rows = parameters(combination, 1000 + ROWS * i)
-        exact = reference.sample(logits, rows)
-        assert torch.equal(cpu(logits, rows), exact)
-        assert torch.equal(sampling.sample(logits, rows).tokens, exact)
+        assert torch.equal(cpu(logits, rows), reference.sample(logits, rows))
+
+
+def test_thresholds_that_fall_on_equal_logits_on_the_gpu() -> None:
+    logits = few_values()
+    for i, combination in enumerate(COMBINATIONS[26::15]):
+        rows = parameters(combination, 1000 + ROWS * i)
+        assert torch.equal(sampling.sample(logits, rows).tokens, reference.sample(logits, rows))
 
 
 def test_rows_of_all_kinds_in_one_batch_are_sampled_as_alone(cpu) -> None:

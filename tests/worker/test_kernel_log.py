@@ -52,8 +52,8 @@ def test_names_have_their_kinds() -> None:
     assert found == [
         "decode attention",
         "other",
-        "products",
-        "products",
+        "GEMMs",
+        "GEMMs",
         "norms",
         "copies",
         "other",
@@ -68,7 +68,7 @@ def test_the_summary_adds_up() -> None:
         ("nvjet_b", 0, 100 * US),
     ]
     lines = list(summary(kernels, 3))
-    assert lines[0] == "3 steps, 4 kernels in 1 ms, busy for 71.4%; ms: products 1, norms 0"
+    assert lines[0] == "3 steps, 4 kernels in 1 ms, busy for 71.4%; ms: GEMMs 1, norms 0"
     assert [line.split()[-1] for line in lines[1:]] == ["nvjet_a", "_norm", "nvjet_b"]
     assert lines[2].split()[:6] == ["0.2", "ms", "26.7%", "2", "x", "100.0"]
 

@@ -186,17 +186,17 @@ class Watch:
     """Notices that steps are under way and none ends."""
 
     def __init__(self, limit_s: float = STUCK_S) -> None:
-        self._limit_s, self._in_flight, self._progress, self._since = limit_s, 0, 0, 0.0
+        self._limit_s, self._flights, self._progress, self._since = limit_s, 0, 0, 0.0
 
-    def look(self, in_flight: int, progress: int, now: float) -> None:
+    def look(self, flights: int, progress: int, now: float) -> None:
         """now: monotonic seconds. Raises Stuck."""
-        if not in_flight or not self._in_flight or progress != self._progress:
+        if not flights or not self._flights or progress != self._progress:
             self._progress, self._since = progress, now
         elif now - self._since > self._limit_s:
             raise Stuck(
-                f"no step has ended for {now - self._since:.0f} s while {in_flight} are under way: the GPU hangs; starting anew"
+                f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew"
             )
-        self._in_flight = in_flight
+        self._flights = flights
 
 
 def _serve(
@@ -205,35 +205,35 @@ def _serve(
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
     one heard of are ignored."""
     epoch = 0
-    in_flight: deque[StepHandle] = deque()
+    flights: deque[StepHandle] = deque()
     runner.notify(inbox.wake)
     watch = Watch()
     while True:
-        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(in_flight)
+        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(flights)
         membership.tick(time.monotonic())
         for message in inbox.drain():
             if message.epoch > epoch:
                 epoch = message.epoch
                 runner.clear()
-                in_flight.clear()
+                flights.clear()
             match message:
                 case Roster():
                     membership.on_roster(message)
                 case Step() if message.epoch == epoch:
-                    in_flight.append(runner.launch(message))
-                    _send_done(in_flight, outbox, membership)
+                    flights.append(runner.launch(message))
+                    _land(flights, outbox, membership)
                 case Step():
                     log.warning(
                         "a step of epoch %d came after epoch %d: ignored", message.epoch, epoch
                     )
-        _send_done(in_flight, outbox, membership)
-        watch.look(len(in_flight), membership.progress, time.monotonic())
+        _land(flights, outbox, membership)
+        watch.look(len(flights), membership.progress, time.monotonic())
 
 
-def _send_done(in_flight: deque[StepHandle], outbox: Outbox, membership: Membership) -> None:
+def _land(flights: deque[StepHandle], outbox: Outbox, membership: Membership) -> None:
     """Send the results that are there, oldest first."""
-    while in_flight and in_flight[0].done():
-        result = in_flight.popleft().result()
+    while flights and flights[0].done():
+        result = flights.popleft().result()
         if not outbox.send(membership.scheduler, result):
             log.error("the result of step %d is lost: the scheduler's queue is full", result.n)
         membership.progress += 1

@@ -119,7 +119,7 @@ class DecodeGraphs:
         return decoded
 
     def _capture(self, size: int, filtered: bool, cascade: bool) -> None:
-        """`slots` is all padding meanwhile: neither the warm-up nor the capture may move a request
+        """`slots` is all padding during that: neither the warm-up nor the capture may move a request
         on."""
         if self._eager:
             return

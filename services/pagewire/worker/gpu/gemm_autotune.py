@@ -1,5 +1,5 @@
-"""Which of cuBLASLt's algorithms is fastest for each matrix product of the model, timed at the
-first start and kept on disk.
+"""Which of cuBLASLt's algorithms is fastest for each GEMM of the model, timed at the first start
+and kept on disk.
 
 The library's heuristic ranks candidates without running them, and on large shapes the first is
 often a tenth slower than the best. Each candidate is held against torch's result before it is
@@ -30,12 +30,12 @@ log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02
 """Less is noise."""
 LEAST_COLUMNS: Final = 256
-"""Smaller products, such as a router's, cost next to nothing."""
+"""Smaller GEMMs, such as a router's, cost next to nothing."""
 BURST_US: Final = 60.0
 """How long a candidate runs at a time, at least."""
 ROUNDS: Final = 3
 LAUNCH_US: Final = 20.0
-"""Shorter products would wait for the CPU, so they queue up while the GPU is kept busy."""
+"""Shorter GEMMs would wait for the CPU, so they queue up while the GPU is kept busy."""
 CYCLES: Final = 16_000
 """Of the GPU's clock for each launch in the queue, some 8 us."""
 TOLERANCE: Final = 0.02
@@ -96,21 +96,21 @@ def _file() -> Path:
     return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
 
 
-def _read(place: Path) -> dict[str, str]:
-    """Algorithms by product, as hexadecimal digits; empty where torch's choice is as fast."""
+def _read(path: Path) -> dict[str, str]:
+    """Algorithms by GEMM (`_key`), as hexadecimal digits; empty where torch's choice is as fast."""
     try:
-        found = json.loads(place.read_text())
-        return {str(key): bytes.fromhex(value).hex() for key, value in found.items()}
+        algorithms = json.loads(path.read_text())
+        return {str(key): bytes.fromhex(value).hex() for key, value in algorithms.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def _write(place: Path, known: dict[str, str]) -> None:
+def _write(path: Path, algorithms: dict[str, str]) -> None:
     """In one move, since another worker may read it."""
     with contextlib.suppress(OSError):
-        passing = place.with_suffix(f".{os.getpid()}")
-        passing.write_text(json.dumps(known, indent=0))
-        passing.replace(place)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(algorithms, indent=0))
+        temporary.replace(path)
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
@@ -144,7 +144,8 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
 
 
 def _times(runs: dict[bytes, Run], weights: Sequence[Tensor]) -> dict[bytes, float]:
-    """Microseconds of each, the least of some rounds in which they take turns."""
+    """Microseconds of each, the least of some rounds; in a round all run one after the other, so
+    that a change of clock meets all of them."""
     count = max(1, math.ceil(BURST_US / _burst(runs[b""], weights, 2)))
     rounds = [[_burst(run, weights, count) for run in runs.values()] for _ in range(ROUNDS)]
     return dict(zip(runs, map(min, zip(*rounds, strict=True)), strict=True))
@@ -164,7 +165,7 @@ def _burst(run: Run, weights: Sequence[Tensor], count: int) -> float:
 
 
 def best(times: dict[bytes, float]) -> bytes:
-    """The algorithm of the least time, if that is clearly less than torch's, which is filed under
-    none."""
+    """The algorithm of the least time if that is clearly less than torch's, else torch's, whose key
+    is empty."""
     fast = min(times, key=lambda algorithm: times[algorithm])
     return fast if times[fast] < times[b""] * (1 - LEAST_GAIN) else b""

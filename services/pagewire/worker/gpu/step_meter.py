@@ -45,11 +45,10 @@ class StepMeter:
         steps = tokens = 0
         while len(self._steps) > 1 and self._steps[1][1].query():
             began, ended, count = self._steps.popleft()
-            busy, idle = (
-                busy + began.elapsed_time(ended),
-                idle + ended.elapsed_time(self._steps[0][0]),
-            )
-            steps, tokens = steps + 1, tokens + count
+            busy += began.elapsed_time(ended)
+            idle += ended.elapsed_time(self._steps[0][0])
+            steps += 1
+            tokens += count
         if steps:
             log.info(
                 "%d steps of %.1f tokens and %.2f ms; between them %.3f ms, %.1f%% of the time",

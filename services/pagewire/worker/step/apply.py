@@ -75,8 +75,7 @@ class StepApplier:
         be repeated. Raises BadStep."""
         first, end = self._slots.take(slots, counts)
         self._running = slots
-        last_token = end == self._slots.num_tokens[slots]
-        sampling = np.flatnonzero(last_token & self._slots.samples[slots])
+        sampling = np.flatnonzero(self._slots.samples(slots, end))
         return StepRows(slots, counts, first, end, sampling)
 
 

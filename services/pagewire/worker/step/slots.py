@@ -63,8 +63,8 @@ class Slots:
         words, a minimum of tokens."""
 
         # What follows from the parameters, so that a step looks at one column.
-        self.samples = np.zeros(count, bool)
-        """The request wants tokens, not only its prompt computed."""
+        self.prefill_only = np.zeros(count, bool)
+        """The request wants no token: it is over when its prompt is computed."""
         self.needs_extra = np.zeros(count, bool)
         """Sampling takes more than temperature and filters: penalties, constraints or
         log-probabilities."""
@@ -122,7 +122,7 @@ class Slots:
             sampling.min_tokens or sampling.allowed_ids or sampling.bias_ids or sampling.bad_words
         )
         self.constrained[slot] = sampling if constrained else None
-        self.samples[slot] = sampling.max_tokens > 0
+        self.prefill_only[slot] = sampling.max_tokens == 0
         penalized = (
             sampling.presence_penalty != 0
             or sampling.frequency_penalty != 0
@@ -190,6 +190,11 @@ class Slots:
             )
         self.num_computed[slots] = end
         return first, end
+
+    def samples(self, slots: Ints, end: Ints) -> Bools:
+        """Which of `slots` [N] sample in a step that computes them up to position end[i]: those
+        whose last token it computes, unless they want none."""
+        return (end == self.num_tokens[slots]) & ~self.prefill_only[slots]
 
     def append_tokens(self, slots: Ints, tokens: npt.NDArray[np.int32]) -> None:
         """One sampled token more for each of `slots` [N], which differ."""
