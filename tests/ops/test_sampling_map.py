@@ -15,7 +15,7 @@ from pagewire_kernels.sampling_rows import SamplingRows
 from torch import Tensor
 
 ROWS = 6
-WIDTHS = (61, 1999)
+WIDTHS = (61, 1301)
 TIE = 1e-5
 """Relative to the largest score: what logarithms of two libraries and a sum in float32 may
 differ by."""
@@ -114,12 +114,13 @@ def test_all_combinations_of_parameters_on_the_cpu(cases, cpu) -> None:
 
 
 def test_all_combinations_of_parameters_on_the_gpu(cases) -> None:
-    """Two rows of each, since the interpreter is slow."""
-    two, ties = torch.arange(2), 0
-    for case in cases:
-        fewer = Case(case.name, case.logits[:2], case.rows.at(two), case.exact[:2])
-        ties += fewer.ties(sampling.sample(fewer.logits, fewer.rows).tokens.tolist())
-    assert ties <= 1, f"{ties} of {2 * len(cases)} tokens differ: too many to be ties"
+    """One row of each, since the interpreter is slow."""
+    ties = 0
+    for i, case in enumerate(cases):
+        row = torch.tensor([i % ROWS])
+        one = Case(case.name, case.logits[row], case.rows.at(row), [case.exact[i % ROWS]])
+        ties += one.ties(sampling.sample(one.logits, one.rows).tokens.tolist())
+    assert ties <= 1, f"{ties} of {len(cases)} tokens differ: too many to be ties"
 
 
 def few_values() -> Tensor:
@@ -138,7 +139,7 @@ def test_thresholds_that_fall_on_equal_logits_on_the_cpu(cpu) -> None:
 
 def test_thresholds_that_fall_on_equal_logits_on_the_gpu() -> None:
     logits = few_values()
-    for i, combination in enumerate(COMBINATIONS[26::15]):
+    for i, combination in enumerate(COMBINATIONS[27::23]):
         rows = parameters(combination, 1000 + ROWS * i)
         assert torch.equal(sampling.sample(logits, rows).tokens, reference.sample(logits, rows))
 
