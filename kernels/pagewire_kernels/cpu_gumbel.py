@@ -2,7 +2,7 @@
 vocabulary gets its random words, and almost none of it needs a logarithm.
 
 Compiled by Numba for one address of int64, the fields of a task by number; every thread of the team
-takes its share of the pieces. Imported on first use only. The caller computes the noise of the few
+takes its share of the pieces. Imported only to compile. The caller computes the noise of the few
 candidates that are left over (cpu_sampling), so that tokens do not depend on whether there is
 machine code.
 """
@@ -14,33 +14,27 @@ import math
 from typing import Final
 
 import numpy as np
-from numba import njit
 
-from .cpu_kernels import bits_of, floats, longs, uints
-from .cpu_team import FAST, share, thread_count, thread_number
+from .cpu_kernels import bits_of, floats, inlined, longs, uints
+from .cpu_task import (
+    G_BLOCK,
+    G_CANDIDATES,
+    G_COUNTS,
+    G_FLOORS,
+    G_IDS,
+    G_LOGITS,
+    G_POSITIONS,
+    G_ROWS,
+    G_SCALES,
+    G_SCRATCH,
+    G_SEEDS,
+    G_SLICES,
+    G_WIDTH,
+    G_WORDS,
+)
+from .cpu_team import share, thread_count, thread_number
 from .philox import MULTIPLIERS, ROUNDS, WEYL
 
-# Fields of the task of `find_candidates`. Addresses, but for the three numbers.
-(
-    G_LOGITS,  # float32 [rows, width], contiguous
-    G_ROWS,
-    G_WIDTH,
-    G_SLICES,  # pieces of a row, for threads to share
-    G_SCALES,  # float32 [rows]: 1 / temperature
-    G_FLOORS,  # float32 [rows]: the least logit that is kept
-    G_SEEDS,  # int64 [rows]
-    G_POSITIONS,  # int64 [rows]
-    G_SCRATCH,  # uint32 [threads, BLOCK]
-    G_IDS,  # int64 [rows, slices, CANDIDATES], written
-    G_WORDS,  # int64 [rows, slices, CANDIDATES], written
-    G_COUNTS,  # int64 [rows, slices], written; more than CANDIDATES where they overflow
-    G_FIELDS,
-) = range(13)
-
-CANDIDATES: Final = 8
-"""Tokens of a slice whose exact scores the caller compares."""
-BLOCK: Final = 1024
-"""Vocabulary ids whose words are computed before they are looked at: they stay in the L1 cache."""
 MARGIN: Final = 1e-3
 RELATIVE: Final = 5e-7
 """Scores closer to the best one than MARGIN + RELATIVE * |best| are left to the caller: more than
@@ -56,7 +50,7 @@ KEY_STEP_1: Final = np.uint64(WEYL[1])
 LN2: Final = np.float32(math.log(2.0))
 
 
-@njit(fastmath=FAST, inline="always")
+@inlined
 def _round(a, b, c, d, k0, k1):
     """One round of Philox4x32 on uint64 values under 2^32."""
     p = a * FIRST
@@ -64,7 +58,7 @@ def _round(a, b, c, d, k0, k1):
     return (q >> HALF) ^ b ^ k0, q & LOW, (p >> HALF) ^ d ^ k1, p & LOW
 
 
-@njit(fastmath=FAST)
+@inlined
 def _fill_words(words, group, groups, seed, position):
     """words[4 * j + w] = word w of vocabulary group `group` + j, for j under `groups`."""
     for j in range(groups):
@@ -84,7 +78,7 @@ def _fill_words(words, group, groups, seed, position):
         words[4 * j + 3] = np.uint32(d)
 
 
-@njit(fastmath=FAST)
+@inlined
 def _most_noise(word):
     """An upper bound of a word's noise without a logarithm. -log(-log(1 - u)) < -log(u), and a
     float's exponent and mantissa, read as one number, are a line below its binary logarithm."""
@@ -93,7 +87,7 @@ def _most_noise(word):
     return LN2 * (np.float32(32.0) - binary_log)
 
 
-@njit(fastmath=FAST)
+@inlined
 def _best_bound(logits, words, count, scale, floor):
     """The largest score that any of `count` tokens might have."""
     most = np.float32(LOWEST)
@@ -105,20 +99,22 @@ def _best_bound(logits, words, count, scale, floor):
     return most
 
 
-@njit
+@inlined
 def _noise(word):
     """Within a few roundings of `reference.gumbel`."""
     u = np.float64(np.float32(np.float32(word) + np.float32(0.5))) * 2.0**-32
-    return -math.log(-math.log1p(-u)) if u < 0.01 else -math.log(-math.log(max(1.0 - u, 2.98e-8)))
+    if u < 0.01:
+        return -math.log(u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25))))
+    return -math.log(-math.log(max(1.0 - u, 2.98e-8)))
 
 
-@njit
+@inlined
 def _search(logits, first, last, scale, floor, seed, position, words, ids_out, words_out):
     """Writes the candidates among the ids first (a multiple of 4) to last and returns their
     number."""
     best, margin, found = LOWEST, 0.0, 0
-    for start in range(first, last, BLOCK):
-        count = min(BLOCK, last - start)
+    for start in range(first, last, G_BLOCK):
+        count = min(G_BLOCK, last - start)
         _fill_words(words, start // 4, (count + 3) // 4, seed, position)
         if _best_bound(floats(logits + 4 * start), words, count, scale, floor) < best - margin:
             continue
@@ -135,7 +131,7 @@ def _search(logits, first, last, scale, floor, seed, position, words, ids_out, w
                 margin = MARGIN + RELATIVE * abs(best)
             elif score < best - margin:
                 continue
-            if found < CANDIDATES:
+            if found < G_CANDIDATES:
                 ids_out[found] = start + i
                 words_out[found] = np.int64(words[i])
             found += 1
@@ -160,7 +156,7 @@ def find_candidates(task):
             floats(t[G_FLOORS])[row],
             longs(t[G_SEEDS])[row],
             longs(t[G_POSITIONS])[row],
-            uints(t[G_SCRATCH] + 4 * BLOCK * me),
-            longs(t[G_IDS] + 8 * CANDIDATES * piece),
-            longs(t[G_WORDS] + 8 * CANDIDATES * piece),
+            uints(t[G_SCRATCH] + 4 * G_BLOCK * me),
+            longs(t[G_IDS] + 8 * G_CANDIDATES * piece),
+            longs(t[G_WORDS] + 8 * G_CANDIDATES * piece),
         )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_native
+from . import cpu_native, cpu_task
 from .philox import WORDS, sampling_words
 from .reference import gumbel
 from .sampling_rows import GREEDY_BELOW, SamplingRows
@@ -29,17 +29,15 @@ LEAST_NOISE: Final = -2.9
 """No noise is smaller: -log(-log(2.98e-8))."""
 PIECE: Final = 16_384
 """Philox counters that are computed at a time without machine code."""
-_compiled: list[Any] = []
-"""The machine code of `cpu_gumbel.find_candidates`, once `compile_search` is through."""
+_search: list[int] = []
+"""The address of `cpu_gumbel.find_candidates`, once `compile_search` is through."""
 
 
 def compile_search() -> None:
     """Have the words of whole vocabularies computed by machine code from now on. Takes seconds
-    where Numba has nothing on disk; may run in a thread beside `sample`. Raises NoNativeCode."""
-    cpu_native.numba()
-    from .cpu_gumbel import find_candidates
-
-    _compiled[:] = [cpu_native.compiled(find_candidates, 1)]
+    where there is none on disk; may run in a thread beside `sample`. Raises NoNativeCode."""
+    cpu_native.openmp()
+    _search[:] = [cpu_native.address("find_candidates")]
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
@@ -110,7 +108,7 @@ def _total(weights: Tensor) -> Tensor:
 def _draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     """One token for each row, of which none is greedy."""
     floors = thresholds(logits, rows)
-    if not _compiled or logits.device.type != "cpu":
+    if not _search or logits.device.type != "cpu":
         return _draw_by_torch(logits, rows, floors)
     ids, words, overflowed = _find_candidates(logits.contiguous(), rows, floors)
     tokens = _winners(logits.gather(1, ids), ids, words, rows.temperature)
@@ -126,35 +124,33 @@ def _find_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, words) int64 [R, N] of the tokens that might win, the first of them repeated where a
     row has fewer; and the rows [M] that have more than there is room for."""
-    from . import cpu_gumbel as gumbel_search
-
     count, width = logits.shape
     threads = torch.get_num_threads()
     slices = -(-threads // count)
     scales = 1.0 / rows.temperature
-    room = gumbel_search.CANDIDATES
+    room = cpu_task.G_CANDIDATES
     ids = torch.zeros(count, slices, room, dtype=torch.int64)
     words = torch.zeros_like(ids)
     counts = torch.zeros(count, slices, dtype=torch.int64)
-    scratch = torch.empty(threads, gumbel_search.BLOCK, dtype=torch.int32)
+    scratch = torch.empty(threads, cpu_task.G_BLOCK, dtype=torch.int32)
     seeds, positions = rows.seeds.contiguous(), rows.positions.contiguous()
-    task = np.zeros(gumbel_search.G_FIELDS, np.int64)
+    task = np.zeros(cpu_task.G_FIELDS, np.int64)
     for field, value in (
-        (gumbel_search.G_LOGITS, logits.data_ptr()),
-        (gumbel_search.G_ROWS, count),
-        (gumbel_search.G_WIDTH, width),
-        (gumbel_search.G_SLICES, slices),
-        (gumbel_search.G_SCALES, scales.data_ptr()),
-        (gumbel_search.G_FLOORS, floors.data_ptr()),
-        (gumbel_search.G_SEEDS, seeds.data_ptr()),
-        (gumbel_search.G_POSITIONS, positions.data_ptr()),
-        (gumbel_search.G_SCRATCH, scratch.data_ptr()),
-        (gumbel_search.G_IDS, ids.data_ptr()),
-        (gumbel_search.G_WORDS, words.data_ptr()),
-        (gumbel_search.G_COUNTS, counts.data_ptr()),
+        (cpu_task.G_LOGITS, logits.data_ptr()),
+        (cpu_task.G_ROWS, count),
+        (cpu_task.G_WIDTH, width),
+        (cpu_task.G_SLICES, slices),
+        (cpu_task.G_SCALES, scales.data_ptr()),
+        (cpu_task.G_FLOORS, floors.data_ptr()),
+        (cpu_task.G_SEEDS, seeds.data_ptr()),
+        (cpu_task.G_POSITIONS, positions.data_ptr()),
+        (cpu_task.G_SCRATCH, scratch.data_ptr()),
+        (cpu_task.G_IDS, ids.data_ptr()),
+        (cpu_task.G_WORDS, words.data_ptr()),
+        (cpu_task.G_COUNTS, counts.data_ptr()),
     ):
         task[field] = value
-    cpu_native.run(_compiled[0], task, threads)
+    cpu_native.run(_search[0], task, threads)
     # Unused entries repeat one that is used, so that all of a row can be compared.
     used = (torch.arange(room) < counts[:, :, None]).flatten(1)
     first = used.byte().argmax(-1, keepdim=True)

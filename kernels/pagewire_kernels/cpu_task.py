@@ -1,10 +1,19 @@
-"""The numbers that a task of `cpu_layers.decode` is made of, by their place in an array of
+"""The numbers that the tasks of native functions are made of, by their place in an array of
 int64."""
 
 from typing import Final
 
-from .cpu_team import MATRIX_FIELDS
+# The fields of one matrix in a task. A matrix of several pieces (query, key, value) is several of
+# these.
+FUNCTION, DATA, GROUPS, GROUP, PANELS, DEQUANTIZE, MATRIX_FIELDS = range(7)
 
+# Of the task of `cpu_team.multiply`; the matrices follow.
+M_COUNT, M_X, M_X_STRIDE, M_SUMS, M_ROWS, M_OUT, M_OUT_STRIDE, M_FIELDS = range(8)
+
+# Of the task of `cpu_team.make_dense`; the matrix follows.
+D_OUT, D_OUT_STRIDE, D_BRIEF, D_FIELDS = range(4)
+
+# Of the task of `cpu_layers.decode`.
 T_LAYERS: Final = 0
 T_TABLE: Final = 1
 T_TOKENS: Final = 2
@@ -58,3 +67,24 @@ L_VALUES: Final = 7 * MATRIX_FIELDS + 7
 L_WINDOW: Final = 7 * MATRIX_FIELDS + 8
 L_SCALE: Final = 7 * MATRIX_FIELDS + 9
 L_FIELDS: Final = 7 * MATRIX_FIELDS + 10
+
+# Of the task of `cpu_gumbel.find_candidates`: addresses, but for the three numbers.
+(
+    G_LOGITS,  # float32 [rows, width], contiguous
+    G_ROWS,
+    G_WIDTH,
+    G_SLICES,  # pieces of a row, for threads to share
+    G_SCALES,  # float32 [rows]: 1 / temperature
+    G_FLOORS,  # float32 [rows]: the least logit that is kept
+    G_SEEDS,  # int64 [rows]
+    G_POSITIONS,  # int64 [rows]
+    G_SCRATCH,  # uint32 [threads, G_BLOCK]
+    G_IDS,  # int64 [rows, slices, G_CANDIDATES], written
+    G_WORDS,  # int64 [rows, slices, G_CANDIDATES], written
+    G_COUNTS,  # int64 [rows, slices], written; more than G_CANDIDATES where they overflow
+    G_FIELDS,
+) = range(13)
+G_CANDIDATES: Final = 8
+"""Tokens of a slice whose exact scores the caller compares."""
+G_BLOCK: Final = 1024
+"""Vocabulary ids whose words are computed before they are looked at: they stay in the L1 cache."""

@@ -6,6 +6,7 @@ small services start fast.
 
 import argparse
 import difflib
+import gc
 import importlib
 import logging
 import sys
@@ -103,7 +104,7 @@ def _guarded(command: str, arguments: list[str]) -> int:
     try:
         if command in SERVICES:
             return run_service(command, arguments)
-        return importlib.import_module(f".{COMMANDS[command][0]}", __package__).main(arguments)
+        return imported(COMMANDS[command][0]).main(arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -209,7 +210,17 @@ def run_service(command: str, arguments: list[str]) -> int:
     module, structs, description = SERVICES[command]
     configs = parse_structs(command, description, structs, arguments)
     set_up_logging(configs[0].log_level)
-    return importlib.import_module(f".{module}", __package__).run(*configs)
+    return imported(module).run(*configs)
+
+
+def imported(module: str) -> Any:
+    """A module of this package. Imports make no garbage, so none is looked for meanwhile: with
+    torch that is a third of the time."""
+    gc.disable()
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    finally:
+        gc.enable()
 
 
 def set_up_logging(level: str) -> None:

@@ -29,9 +29,9 @@ COMBINATIONS = list(
 def cpu(request, monkeypatch, tmp_path_factory):
     """The CPU's sampler, with and without machine code."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu_sampling, "_compiled", [])
+        monkeypatch.setattr(cpu_sampling, "_search", [])
     else:
-        cpu_native.keep_in(tmp_path_factory.getbasetemp() / "numba")
+        cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
         try:
             cpu_sampling.compile_search()
         except cpu_native.NoNativeCode as error:
@@ -182,7 +182,6 @@ def test_a_token_hangs_on_seed_and_position(cpu) -> None:
 
 def test_more_candidates_than_there_is_room_for() -> None:
     """At so low a temperature many scores are equal in float32: torch decides then."""
-    cpu_native.numba()
     cpu_sampling.compile_search()
     logits = torch.full((2, 3000), 5.0)
     logits[:, 17] = 4.0

@@ -16,7 +16,7 @@ from scipy import stats
 @pytest.fixture(scope="module", autouse=True)
 def native(tmp_path_factory):
     """As in a worker that has drawn for a while; without Numba torch does the same, slowly."""
-    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "numba")
+    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
     with contextlib.suppress(cpu_native.NoNativeCode):
         cpu_sampling.compile_search()
 

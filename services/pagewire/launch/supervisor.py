@@ -89,8 +89,9 @@ class Supervisor:
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def add(self, service: Service) -> None:
-        """Start one more service; call from `tick`."""
-        self._children.append(Child(service))
+        """Start one more service, before any other that is still to be started; call from
+        `tick`."""
+        self._children.insert(0, Child(service))
 
     def mark_ready(self) -> None:
         self._ready = True

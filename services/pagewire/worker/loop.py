@@ -16,12 +16,14 @@ import time
 from collections import deque
 from pathlib import Path
 
+from pagewire_kernels import cpu_native
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
-from ..cli import EXPECTED, missing
+from ..cli import EXPECTED, imported, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.membership import HEARTBEAT_S, Membership
+from .device import driver
 from .runners import AsyncFromSync, AsyncRunner, StepHandle
 
 log = logging.getLogger("pagewire.worker")
@@ -120,16 +122,22 @@ def _load(
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
+    if _may_stay_quantized(path, model, config):
+        from .device import kernel_cache
+
+        kernel_cache.keep_native()
+        cpu_native.compile_beside()
     membership.loading("importing torch")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     _keep_memory()
-    from .load import loader
-
+    setup = imported("worker.setup")
+    gc.freeze()
     narrate = _Narrator(membership)
-    if loader.choose_device(config.device) == "cuda":
+    from .load.in_thread import ticking
+
+    if setup.choose_device(config.device) == "cuda":
         from .device import kernel_cache
-        from .load.in_thread import ticking
 
         with (
             kernel_cache.kept(run_dir),
@@ -140,16 +148,25 @@ def _load(
             return start(path, model, scheduler, config, incarnation, narrate)
     from .cpu.runner import Runner
 
-    return AsyncFromSync(
-        Runner(
-            path,
-            model,
-            scheduler,
-            config,
-            incarnation,
-            narrate,
-            lambda: membership.tick(time.monotonic()),
+    with ticking(narrate.alive):  # compiling may take as long here
+        return AsyncFromSync(
+            Runner(
+                path,
+                model,
+                scheduler,
+                config,
+                incarnation,
+                narrate,
+                lambda: membership.tick(time.monotonic()),
+            )
         )
+
+
+def _may_stay_quantized(path: Path, model: ModelConfig, config: WorkerConfig) -> bool:
+    """As far as can be told without torch."""
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not driver.has_device())
+    return on_cpu and (
+        path.suffix == ".gguf" or bool(model.quantization) or any(path.glob("*.gguf"))
     )
 
 

@@ -19,7 +19,8 @@ from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
-from ..load import cpu_quantization, loader, weights
+from ..device import kernel_cache
+from ..load import loader, weights
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
@@ -207,7 +208,7 @@ class Runner:
 
 def _compile_search() -> None:
     try:
-        cpu_quantization.keep_compiled()
+        kernel_cache.keep_native()
         cpu_sampling.compile_search()
     except Exception as error:  # whatever a compiler raises; torch goes on drawing
         log.info("sampling has no native code, which is slower for many rows: %s", error)
