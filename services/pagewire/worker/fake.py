@@ -96,7 +96,7 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
 
 
 class FakeRunner:
-    """The interface of the real runner: `facts`, `execute`, `clear`."""
+    """A SyncRunner (runners.py)."""
 
     def __init__(
         self,

@@ -14,18 +14,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from pagewire_kernels import cpu_native
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
-from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
+from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
 from ..cli import EXPECTED, imported, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.membership import HEARTBEAT_S, Membership
 from .device import driver
+from .runners import AsyncFromSync, AsyncRunner, StepHandle
 
 log = logging.getLogger("pagewire.worker")
 SAY_EVERY_S = 0.2
@@ -40,58 +39,6 @@ SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
 default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
 where another process wants one."""
-
-
-class Flight(Protocol):
-    """A step that was launched."""
-
-    def done(self) -> bool: ...
-    def result(self) -> StepResult: ...
-
-
-class Runs(Protocol):
-    """What the loop wants of a runner. `notify` names a function that a thread may call when a
-    flight is done."""
-
-    def facts(self) -> WorkerFacts: ...
-    def notify(self, wake: Callable[[], None]) -> None: ...
-    def launch(self, step: Step) -> Flight: ...
-    def clear(self) -> None: ...
-
-
-class Executes(Protocol):
-    """A runner that computes while it is called."""
-
-    def facts(self) -> WorkerFacts: ...
-    def execute(self, step: Step) -> StepResult: ...
-    def clear(self) -> None: ...
-
-
-class CompletedStep:
-    """The flight of a step that was over when it began."""
-
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult:
-        return self._result
-
-
-class SyncRunner:
-    """Makes a runner that launches of one that computes while it is called."""
-
-    def __init__(self, runner: Executes) -> None:
-        self._execute = runner.execute
-        self.facts, self.clear = runner.facts, runner.clear
-
-    def notify(self, wake: Callable[[], None]) -> None:
-        """Nothing is ever under way between two calls."""
-
-    def launch(self, step: Step) -> Flight:
-        return CompletedStep(self._execute(step))
 
 
 class Stuck(Exception):
@@ -167,11 +114,11 @@ def _load(
     config: WorkerConfig,
     incarnation: int,
     membership: Membership,
-) -> Runs:
+) -> AsyncRunner:
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return SyncRunner(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -196,13 +143,13 @@ def _load(
             kernel_cache.kept(run_dir),
             ticking(narrate.alive),
         ):  # a kernel may take minutes to compile
-            from .gpu.runner import CudaRunner
+            from .gpu.runner import start
 
-            return CudaRunner(path, model, scheduler, config, incarnation, narrate)
+            return start(path, model, scheduler, config, incarnation, narrate)
     from .cpu.runner import Runner
 
     with ticking(narrate.alive):  # compiling may take as long here
-        return SyncRunner(
+        return AsyncFromSync(
             Runner(
                 path,
                 model,
@@ -269,11 +216,13 @@ class Watch:
         self._flights = flights
 
 
-def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
+def _serve(
+    runner: AsyncRunner, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership
+) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
     one heard of are ignored."""
     epoch = 0
-    flights: deque[Flight] = deque()
+    flights: deque[StepHandle] = deque()
     runner.notify(inbox.wake)
     watch = Watch()
     while True:
@@ -298,7 +247,7 @@ def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Mem
         watch.look(len(flights), membership.progress, time.monotonic())
 
 
-def _land(flights: deque[Flight], outbox: Outbox, membership: Membership) -> None:
+def _land(flights: deque[StepHandle], outbox: Outbox, membership: Membership) -> None:
     """Send the results that are there, oldest first."""
     while flights and flights[0].done():
         result = flights.popleft().result()

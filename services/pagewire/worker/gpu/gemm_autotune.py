@@ -1,5 +1,5 @@
-"""Which of cuBLASLt's algorithms is fastest for each matrix product of the model, timed at the
-first start and kept on disk.
+"""Which of cuBLASLt's algorithms is fastest for each GEMM of the model, timed at the first start
+and kept on disk.
 
 The library's heuristic ranks candidates without running them, and on large shapes the first is
 often a tenth slower than the best. Each candidate is held against torch's result before it is
@@ -28,12 +28,12 @@ log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02
 """Less is noise."""
 LEAST_COLUMNS: Final = 256
-"""Smaller products, such as a router's, cost next to nothing."""
+"""Smaller GEMMs, such as a router's, cost next to nothing."""
 BURST_US: Final = 60.0
 """How long a candidate runs at a time, at least."""
 ROUNDS: Final = 3
 LAUNCH_US: Final = 20.0
-"""Shorter products would wait for the CPU, so they queue up while the GPU is kept busy."""
+"""Shorter GEMMs would wait for the CPU, so they queue up while the GPU is kept busy."""
 CYCLES: Final = 16_000
 """Of the GPU's clock for each launch in the queue, some 8 us."""
 TOLERANCE: Final = 0.02
@@ -100,7 +100,7 @@ def _digits(algorithm: str) -> str:
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """None where there is no memory for a result beside the others."""
+    """See `fastest`. Torch's choice (empty) where there is no memory for one result more."""
     try:
         return fastest(rows, shape, weights)
     except torch.OutOfMemoryError:
@@ -109,8 +109,9 @@ def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> by
 
 
 def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """An algorithm; none where torch's choice is as fast. Launches take turns over `weights`, all
-    that have the shape: in a step, too, no weight is in the GPU's cache when its turn comes."""
+    """The fastest algorithm for [rows, K] @ [N, K]^T; empty where torch's choice is as fast.
+    Launches go round `weights`, all those of this shape: in a step, too, no weight is in the GPU's
+    cache when it is read."""
     n, k, dtype = shape
     x = torch.randn(rows, k, dtype=dtype, device=weights[0].device)
     out = torch.empty(rows, n, dtype=dtype, device=x.device)
@@ -129,7 +130,8 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
 
 
 def _times(runs: dict[bytes, Run], weights: Sequence[Tensor]) -> dict[bytes, float]:
-    """Microseconds of each, the least of some rounds in which they take turns."""
+    """Microseconds of each, the least of some rounds; in a round all run one after the other, so
+    that a change of clock meets all of them."""
     count = max(1, math.ceil(BURST_US / _burst(runs[b""], weights, 2)))
     rounds = [[_burst(run, weights, count) for run in runs.values()] for _ in range(ROUNDS)]
     return dict(zip(runs, map(min, zip(*rounds, strict=True)), strict=True))
@@ -149,7 +151,7 @@ def _burst(run: Run, weights: Sequence[Tensor], count: int) -> float:
 
 
 def best(times: dict[bytes, float]) -> bytes:
-    """The algorithm of the least time, if that is clearly less than torch's, which is filed under
-    none."""
+    """The algorithm of the least time if that is clearly less than torch's, else torch's, whose key
+    is empty."""
     fast = min(times, key=lambda algorithm: times[algorithm])
     return fast if times[fast] < times[b""] * (1 - LEAST_GAIN) else b""
