@@ -23,6 +23,7 @@ from .config import (
     add_flags,
     read,
 )
+from .process.errors import EXPECTED, missing_package
 from .version import __version__
 
 COMMANDS = {
@@ -62,9 +63,6 @@ SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
         "the model on its device",
     ),
 }
-EXPECTED = (ValueError, OSError, MemoryError)
-"""Errors whose message alone tells a person what to do; any other is a defect and keeps its
-traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,14 +110,9 @@ def _guarded(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or __package__ or "").startswith("pagewire"):
             raise
-        return report_error(command, ModuleNotFoundError(missing(error)))
+        return report_error(command, ModuleNotFoundError(missing_package(error)))
     except EXPECTED as error:
         return report_error(command, error)
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """Pagewire alone, without the packages that its services need, can be installed as well."""
-    return f"{error.name or error} is not installed; `pip install 'pagewire[all]'` (in a clone '.[all]') brings all that Pagewire needs"
 
 
 def report_error(command: str, error: BaseException) -> int:

@@ -80,8 +80,6 @@ class SseChoice(Choice):
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         plan = self.reply.plan
-        if plan.mute:
-            return
         self.usage.completion_tokens += len(tokens)
         self.reply.open()
         self._pay_score()
@@ -102,11 +100,9 @@ class SseChoice(Choice):
             )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        mute = self.reply.plan.mute
-        self.usage.completion_tokens = 0 if mute else completion_tokens
+        self.usage.completion_tokens = completion_tokens
         self.reply.open()
         self._pay_score()
-        reason, stop_reason = ("length", None) if mute else (reason, stop_reason)
         self._send(
             ChoiceData(
                 self.index, reason=reason, stop_reason=stop_reason, prompt_ids=self.data.prompt_ids

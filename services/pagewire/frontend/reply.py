@@ -92,9 +92,7 @@ class Choice:
 
     def __init__(self, reply: Reply, index: int) -> None:
         plan = reply.plan
-        self.wants_tokens = (
-            plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n or plan.mute
-        )
+        self.wants_tokens = plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n
         self.usage = Usage()
         self.reply, self.index = reply, index
         self.data = ChoiceData(index)
@@ -137,18 +135,15 @@ class Choice:
         self._text.append(text)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        if not self.reply.plan.mute:
-            self._text.append(text)
-            self._tokens += tokens
-            self._logprobs += logprobs
+        self._text.append(text)
+        self._tokens += tokens
+        self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
         data.text, data.tokens, data.logprobs = "".join(self._text), self._tokens, self._logprobs
-        data.reason, data.stop_reason = (
-            ("length", None) if self.reply.plan.mute else (reason, stop_reason)
-        )
-        self.usage.completion_tokens = 0 if self.reply.plan.mute else completion_tokens
+        data.reason, data.stop_reason = reason, stop_reason
+        self.usage.completion_tokens = completion_tokens
         self.reply.choice_finished()
 
     def failed(self, error: ApiError) -> None:

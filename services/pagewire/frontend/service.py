@@ -3,7 +3,6 @@ endpoint."""
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -15,12 +14,11 @@ from typing import Final
 
 import uvloop
 from aiohttp import web
-from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.structs import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
-from pagewire.process.membership import Membership
+from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
@@ -75,9 +73,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
                 names[0],
                 "with API keys" if keys else "without API keys",
             )
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(50_000, 50, 50)
+            settle_gc(MANY_OBJECTS)
             await stop.wait()
             await service.drain()
 
@@ -105,13 +101,8 @@ class Service:
         """Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls, self._shutdown_timeout_s = context_of(config), config.shutdown_timeout
-        run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
-        self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
-        self.outbox = Outbox()
-        name = run.name or f"frontend-{os.getpid()}"
-        self.membership = Membership(
-            Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir
-        )
+        node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
+        self.inbox, self.outbox, self.membership = node.inbox, node.outbox, node.membership
         tally, keep_alive_s = Counters(), config.sse_keep_alive_interval
         owner = RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, tally)
         flusher = Flusher(self._loop, keep_alive_s)
@@ -129,7 +120,7 @@ class Service:
             config.request_timeout,
             started=int(time.time()),
         )
-        self.state.together = CounterExchange(run_dir, incarnation, tally)
+        self.state.together = CounterExchange(node.run_dir, node.incarnation, tally)
         self._inboxes: set[str] = set()
         self._next_tick = self._next_leave = 0.0
         self._ticker: asyncio.TimerHandle | None = None

@@ -122,7 +122,7 @@ class RequestOwner:
             peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER
         }
         self._servable = any(peer.role is Role.WORKER for peer in ready)
-        known = {peer.incarnation for peer in roster.peers}
+        known: set[int] = {peer.incarnation for peer in roster.peers}
         self.asks.on_tokenizers(self._tokenizers, known)
         for stream in [s for s in self.live.values() if new_reign or s.pin[0] not in known]:
             self._interrupted(stream, strike=False)
@@ -172,7 +172,7 @@ class RequestOwner:
 
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """By the rules of a row but the last: positions of the prompt may come again."""
-        stream = self.live.get(entry.place)
+        stream = self.live.get(-1 if entry.handle is None else entry.handle)
         if (
             stream is not None
             and stream.attempt == entry.attempt

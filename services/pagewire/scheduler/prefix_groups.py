@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
+from pagewire_protocol.columns import BlockId, Slot
 from pagewire_protocol.messages import Shared, pack
 
 from .slots import I32, I64
@@ -46,7 +47,7 @@ def _often(values: I32) -> I32:
     return found[order][counts[order] >= LEAST_ROWS]
 
 
-class Prefixes:
+class PrefixFinder:
     """The blocks that each slot began with; later ones are its own alone, or shared too rarely to
     look for."""
 
@@ -55,7 +56,7 @@ class Prefixes:
         self._tables = np.zeros((slots, 64), np.int32)
         self._counts = np.zeros(slots, np.int64)
 
-    def placed(self, slot: int, blocks: list[int]) -> None:
+    def placed(self, slot: Slot, blocks: list[BlockId]) -> None:
         """`slot` has a new request, whose table begins with `blocks`, at least one."""
         width = self._tables.shape[1]
         if len(blocks) > width:
@@ -102,7 +103,7 @@ def _gain(groups: list[Group]) -> int:
     return sum(group.gain for group in groups)
 
 
-def saved(shared: Shared) -> int:
+def saved_reads(shared: Shared) -> int:
     """Tokens that a step need not read again, since they are read once for a whole group."""
     starts, lengths = (
         np.frombuffer(shared.starts, np.int32),

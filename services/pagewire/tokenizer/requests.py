@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 from msgspec.structs import replace
+from pagewire_protocol.columns import epoch_of
 from pagewire_protocol.messages import (
     Cancel,
     End,
@@ -30,7 +31,6 @@ from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import Mail, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
-EPOCH_SHIFT = 43
 
 
 class Requests:
@@ -133,6 +133,10 @@ class Requests:
                 sampling,
                 request.priority,
                 request.cache_salt,
+                request.kind,
+                request.model,
+                request.adapter,
+                request.grammar,
             )
         )
 
@@ -282,9 +286,7 @@ class Requests:
         """What the old scheduler had is gone. An owner that learnt of the new one first has
         resubmitted already, and which scheduler has that attempt cannot be known here: telling each
         owner is harmless where it knows and necessary where it does not."""
-        old = [
-            stream for stream in self._streams.values() if stream.execution >> EPOCH_SHIFT != epoch
-        ]
+        old = [stream for stream in self._streams.values() if epoch_of(stream.execution) != epoch]
         self._lose(old, "the scheduler was replaced")
 
     def _forget(self, rid: bytes) -> None:

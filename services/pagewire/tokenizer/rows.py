@@ -6,7 +6,7 @@ Deltas.
 """
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -20,7 +20,7 @@ log = logging.getLogger("pagewire.tokenizer")
 
 
 Entry = tuple[int, tuple[int, ...], tuple[float, ...], tuple[bytes, ...]]
-"""Log-probabilities of one row of a step: the token's rank, then ids, values and bytes of the
+"""Log-probabilities of one token: its token's rank, then ids, values and bytes of the
 candidates."""
 Entries = dict[int, Entry]
 """By handle and position: handle << 32 | position."""
@@ -34,8 +34,8 @@ class Columns(NamedTuple):
 
 
 def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
-    """All rows, those of a stream together and in order. Raises ValueError when columns differ in
-    length or a token id is none."""
+    """All tokens, one entry each, those of a stream together and in order. Raises ValueError when
+    columns do not fit each other or a token id is none."""
     types = (np.uint32, np.uint64, np.int32, np.uint32)
     messages = [
         [
@@ -46,6 +46,9 @@ def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
         ]
         for m in batch
     ]
+    for message, columns in zip(batch, messages, strict=True):
+        if message.counts:
+            columns[:3] = _by_token(message, *columns)
     if any(len({len(column) for column in message}) != 1 for message in messages):
         raise ValueError("columns of different lengths")
     top = max(int(message[3].max(initial=0)) for message in messages)
@@ -56,6 +59,29 @@ def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
     joined = [np.concatenate(parts) for parts in zip(*messages, strict=True)]
     order = np.argsort(joined[0], kind="stable")
     return Columns(*(column[order].tolist() for column in joined))
+
+
+def _by_token(
+    message: Tokens,
+    handles: NDArray[Any],
+    executions: NDArray[Any],
+    positions: NDArray[Any],
+    tokens: NDArray[Any],
+) -> list[NDArray[Any]]:
+    """Handles, executions and positions of a message whose rows have several tokens or none, with
+    one entry a token. Raises ValueError."""
+    counts = np.frombuffer(message.counts, np.int32)
+    rows = {len(handles), len(executions), len(positions), len(counts)}
+    if len(rows) != 1 or (counts < 0).any() or counts.sum() != len(tokens):
+        raise ValueError(f"counts of {counts.sum()} tokens for {len(tokens)}")
+    starts = np.cumsum(counts) - counts
+    index_in_row = np.arange(len(tokens)) - np.repeat(starts, counts)
+    first = np.repeat(positions, counts)
+    return [
+        np.repeat(handles, counts),
+        np.repeat(executions, counts),
+        (first + index_in_row).astype(np.int32),
+    ]
 
 
 def entries_of(batch: list[Tokens], decoding: Decoding) -> Entries:
@@ -70,14 +96,14 @@ def entries_of(batch: list[Tokens], decoding: Decoding) -> Entries:
 def _add_entries(
     found: Entries, message: Tokens, columns: LogprobColumns, decoding: Decoding
 ) -> None:
-    rows = len(message.handles) // 4
+    tokens_sent = len(message.tokens) // 4
     which, counts, ranks, ids = (
         np.frombuffer(c, np.int32)
         for c in (columns.rows, columns.counts, columns.ranks, columns.ids)
     )
     values = np.frombuffer(columns.values, np.float32)
-    if len(which) and not 0 <= which.min() <= which.max() < rows:
-        raise ValueError(f"log-probabilities of row {which.max()} of {rows}")
+    if len(which) and not 0 <= which.min() <= which.max() < tokens_sent:
+        raise ValueError(f"log-probabilities of token {which.max()} of {tokens_sent}")
     if (
         not len(which) == len(counts) == len(ranks)
         or (counts < 1).any()
@@ -86,10 +112,13 @@ def _add_entries(
         raise ValueError(
             f"{len(which)} rows of log-probabilities with {len(ids)} ids and {len(values)} values do not fit"
         )
-    handles, positions = (
-        np.frombuffer(message.handles, np.uint32)[which],
-        np.frombuffer(message.positions, np.int32)[which],
-    )
+    handles = np.frombuffer(message.handles, np.uint32)
+    positions = np.frombuffer(message.positions, np.int32)
+    if message.counts:
+        handles, _, positions = _by_token(
+            message, handles, handles, positions, np.frombuffer(message.tokens, np.int32)
+        )
+    handles, positions = handles[which], positions[which]
     keys = handles.astype(np.int64) << 32 | positions
     tokens, numbers, texts = tuple(ids.tolist()), tuple(values.tolist()), decoding.bytes_of(ids)
     start = 0
@@ -106,7 +135,7 @@ def pass_prompts(
     Returns the streams whose columns do not fit each other."""
     broken: list[Stream] = []
     for entry in [entry for message in batch for entry in message.prompt_logprobs]:
-        stream = streams.get(entry.place)
+        stream = streams.get(-1 if entry.handle is None else entry.handle)
         if stream is None or stream.attempt != entry.attempt:
             continue
         if stream.execution < 0:
@@ -117,9 +146,9 @@ def pass_prompts(
             texts = decoding.bytes_of(_checked(entry))
         except ValueError as error:
             log.error("log-probabilities of a prompt: %s", error)
-            broken.append(streams.pop(entry.place))
+            broken.append(streams.pop(stream.handle))
             continue
-        stream.mail.prompt_logprobs.append(replace(entry, place=stream.owner, texts=texts))
+        stream.mail.prompt_logprobs.append(replace(entry, handle=stream.owner, texts=texts))
     return broken
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pagewire_protocol.columns import pack
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation, Slot, pack
 from pagewire_protocol.messages import Step, StepResult
 from pagewire_protocol.structs import (
     Admission,
@@ -66,7 +66,7 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
     return said
 
 
-def score(slot: int, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
+def score(slot: Slot, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
     """What the fake model makes of a prompt of two tokens or more, beside each its `count`
     likeliest tokens: the one that it says itself has probability 1 (log 0), any other -100."""
     ids, values, ranks = list[int](), list[float](), list[int]()
@@ -103,7 +103,7 @@ class FakeRunner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
     ) -> None:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
@@ -120,6 +120,7 @@ class FakeRunner:
         self._known = np.zeros(0, np.int64)
         self._computed = np.zeros(0, np.int64)
         self._logprobs = np.zeros(0, np.int32)
+        self._prefill_only = np.zeros(0, np.bool_)
         self._last = np.zeros(0, np.int32)
         self._scores: list[PromptLogprobs] = []
         """Of the prompts that were admitted with this step."""
@@ -151,7 +152,7 @@ class FakeRunner:
             self._last = np.frombuffer(step.run_slots, np.int32)
         slots = self._last
         self._computed[slots] += 1 if step.repeat else np.frombuffer(step.run_counts, np.int32)
-        slots = slots[self._computed[slots] == self._known[slots]]
+        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
         tokens = self._sample(slots)
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
@@ -185,12 +186,15 @@ class FakeRunner:
         self._known[slot] = len(tokens)
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
+        self._prefill_only[slot] = admission.sampling.max_tokens == 0
         prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
-            self._scores.append(score(slot, tokens[:prompt].tolist(), asked, int(self._vocab)))
+            self._scores.append(
+                score(Slot(slot), tokens[:prompt].tolist(), asked, int(self._vocab))
+            )
 
     def _grow_to(self, count: int) -> None:
-        for name in ("_state", "_known", "_computed", "_logprobs"):
+        for name in ("_state", "_known", "_computed", "_logprobs", "_prefill_only"):
             old: npt.NDArray[np.generic] = getattr(self, name)
             new = np.zeros(count, old.dtype)
             new[: len(old)] = old

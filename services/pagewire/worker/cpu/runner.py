@@ -15,6 +15,7 @@ import torch
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.sampling_rows import SamplingRows
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Runner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:

@@ -18,6 +18,7 @@ import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda
 from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, WorkerFacts
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class GpuStep:
     where logits were not finite."""
 
     step: Step
-    incarnation: int
+    incarnation: Incarnation
     slots: npt.NDArray[np.int32]
     sampled_tokens: Tensor
     event: torch.cuda.Event
@@ -104,7 +105,7 @@ def start(
     model: ModelConfig,
     scheduler: SchedulerConfig,
     config: WorkerConfig,
-    incarnation: int = 1,
+    incarnation: Incarnation = FIRST_INCARNATION,
     progress: weights.Progress = lambda stage, fraction: None,
 ) -> "GpuRunner":
     """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
@@ -217,7 +218,7 @@ class GpuRunner:
         self,
         parts: GpuParts,
         cost: StepCost,
-        incarnation: int,
+        incarnation: Incarnation,
         observers: list[StepObserver],
     ) -> None:
         self._loaded = parts.loaded

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
@@ -146,7 +147,7 @@ class SpanLogprobs:
             )
         )
         wanted = np.full(len(span.tokens), span.wanted, np.int64)
-        return PromptLogprobs(span.slot, span.first, *whole.columns(span.tokens, wanted))
+        return PromptLogprobs(Slot(span.slot), span.first, *whole.columns(span.tokens, wanted))
 
 
 def prompt_logprobs(
