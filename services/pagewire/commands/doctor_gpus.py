@@ -5,7 +5,7 @@ how. Works on what torch was seen to see; starts nothing.
 from pagewire_kernels.capability import attends_by_torch, captures_experts
 
 from ..config import SchedulerConfig
-from ..worker.device.gpus import GIB, Gpu, NoUsableGpu, Sight, check
+from ..worker.device.gpus import GIB, Gpu, GpuProbe, NoUsableGpu, check
 from ..worker.load.precision import BFLOAT16_FROM
 
 WORKSPACE, WORKSPACE_SHARE = 5 * GIB // 2, 0.05
@@ -15,7 +15,7 @@ SHARE = 0.9
 """--gpu-memory-utilization where nobody says it."""
 
 
-def describe(gpu: Gpu, sight: Sight) -> tuple[bool, str]:
+def describe(gpu: Gpu, probe: GpuProbe) -> tuple[bool, str]:
     """(whether a model can run on it, a line)."""
     major, minor = gpu.capability
     room = f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
@@ -23,7 +23,7 @@ def describe(gpu: Gpu, sight: Sight) -> tuple[bool, str]:
     if gpu.users():
         parts.append(gpu.users())
     try:
-        check(gpu, sight.architectures)
+        check(gpu, probe.architectures)
     except NoUsableGpu as error:
         return False, "; ".join([*parts, str(error)])
     return True, "; ".join([*parts, *capabilities(gpu)])

@@ -131,12 +131,12 @@ def _load(
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     _keep_memory()
-    setup = imported("worker.setup")
+    loader = imported("worker.load.loader")
     gc.freeze()
     narrate = _Narrator(membership)
     from .load.in_thread import ticking
 
-    if setup.choose_device(config.device) == "cuda":
+    if loader.choose_device(config.device) == "cuda":
         from .device import kernel_cache
 
         with (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..load.gpu_memory import captured_tokens
 from ..load.loader import Loaded
-from ..models.decoder import Tap
+from ..models.decoder import LogitsHook
 from ..step.apply import StepRows, spread
 from ..step.slots import Ints, Slots
 from .borrowed import borrowed
@@ -123,7 +123,7 @@ class MixedSteps:
         step: StepRows,
         host_known_len: Ints,
         shared: Shared | None,
-        hook: Tap | None = None,
+        hook: LogitsHook | None = None,
     ) -> Decoded:
         """Compute `step`; the first rows of the result are those of step.sampling, in order.
 
@@ -241,7 +241,7 @@ class MixedSteps:
         columns[PICKED_POSITIONS, : len(sampling)] = step.end[sampling] - 1
         return columns
 
-    def forward(self, inputs: Inputs, hook: Tap | None = None) -> Decoded:
+    def forward(self, inputs: Inputs, hook: LogitsHook | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for
         sampling mean nothing."""
         loaded, state = self._loaded, self._state

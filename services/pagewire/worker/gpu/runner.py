@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
-from pagewire_kernels.attention_prefill import distrust_hopper
+from pagewire_kernels import cuda
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, WorkerFacts
 from torch import Tensor
@@ -155,11 +155,13 @@ def _allocate(loaded: loader.Loaded, block_size: int, eager: bool, cascade: bool
 
 def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
     """Before anything is captured, since graphs keep the kernels they were captured with."""
+    choices = cuda.OPS.choices
     if wanted:
         heads = parts.loaded.decoder.arch.num_heads
-        verify_hopper.check_prefill(parts.loaded.caches[0], heads, parts.mixed.row_counts())
+        cache = parts.loaded.caches[0]
+        verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
     else:
-        distrust_hopper()
+        choices.hopper_prefill = False
 
 
 def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
@@ -168,7 +170,11 @@ def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
     rows = sorted({*graphs.sizes, *graphs.cascade_sizes, *mixed.row_counts()})
     tokens = sorted({*rows, *mixed.sizes(parts.loaded.on_gpu.step_tokens)})
     gemm_autotune.choose(
-        mixed.probe, tokens, rows, lambda fraction: progress("timing matrix products", fraction)
+        cuda.OPS.choices.gemm,
+        mixed.probe,
+        tokens,
+        rows,
+        lambda fraction: progress("timing GEMMs", fraction),
     )
 
 
