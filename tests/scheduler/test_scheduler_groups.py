@@ -87,7 +87,7 @@ def test_the_most_worthwhile_are_sent():
     ]
     assert (
         sorted(tokens for _, tokens in found(rows))
-        == [16 * (16 + g) for g in range(12)][-MAX_PREFIX_GROUPS :]
+        == [16 * (16 + g) for g in range(12)][-MAX_PREFIX_GROUPS:]
     )
 
 
