@@ -54,32 +54,35 @@ def choose(
     many tokens of a step are sampled."""
     if not gemm_cublaslt.version():
         return
-    with algorithms.recording() as seen:
+    with algorithms.recording() as gemms:
         forward()
-    place, began = _file(), time.monotonic()
-    known = choices.read(place, _digits)
-    before, most = len(known), max((count for count, _ in seen.values()), default=0)
-    for done, (shape, (count, weights)) in enumerate(seen.items()):
-        sizes = [
-            size
-            for size in (tokens if count == most else rows)
-            if pick_config(size, shape[0], shape[1]) is None
-        ]
-        if shape[0] < LEAST_COLUMNS or shape[2] not in gemm_cublaslt.TYPES:
+    path = _path()
+    began = time.monotonic()
+    timed = choices.read(path, _digits)
+    num_kept = len(timed)
+    most = max((count for count, _ in gemms.values()), default=0)
+    for done, (shape, (count, weights)) in enumerate(gemms.items()):
+        n, k, dtype = shape
+        if n < LEAST_COLUMNS or dtype not in gemm_cublaslt.TYPES:
             continue
+        # A GEMM of fewer rows than the step has tokens, such as the head's, is of sampled rows
+        # only. Where our own kernel serves so few rows, there is nothing to choose.
+        sizes = [
+            size for size in (tokens if count == most else rows) if pick_config(size, n, k) is None
+        ]
         for i, size in enumerate(sizes):
-            if _key(size, shape) not in known:
-                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
-            progress((done + i / len(sizes)) / len(seen))
-        algorithms.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
-    if len(known) > before:
-        choices.write(place, known)
+            if _key(size, shape) not in timed:
+                timed[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
+            progress((done + i / len(sizes)) / len(gemms))
+        algorithms.choose(shape, {size: bytes.fromhex(timed[_key(size, shape)]) for size in sizes})
+    if len(timed) > num_kept:
+        choices.write(path, timed)
     log.info(
-        "%d matrix products timed in %.1f s, %d found in %s",
-        len(known) - before,
+        "%d GEMMs timed in %.1f s, %d found in %s",
+        len(timed) - num_kept,
         time.monotonic() - began,
-        before,
-        place,
+        num_kept,
+        path,
     )
 
 
@@ -88,7 +91,7 @@ def _key(rows: int, shape: Shape) -> str:
     return f"{rows}x{n}x{k} {str(dtype).removeprefix('torch.')}"
 
 
-def _file() -> Path:
+def _path() -> Path:
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
     return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
 

@@ -156,13 +156,13 @@ def _allocate(loaded: loader.Loaded, block_size: int, eager: bool, cascade: bool
 
 def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
     """Before anything is captured, since graphs keep the kernels they were captured with."""
+    choices = cuda.OPS.choices
     if wanted:
         heads = parts.loaded.decoder.arch.num_heads
-        verify_hopper.check_prefill(
-            cuda.OPS.choices, parts.loaded.caches[0], heads, parts.mixed.row_counts()
-        )
+        cache = parts.loaded.caches[0]
+        verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
     else:
-        cuda.OPS.choices.hopper_prefill = False
+        choices.hopper_prefill = False
 
 
 def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
@@ -175,7 +175,7 @@ def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
         mixed.probe,
         tokens,
         rows,
-        lambda fraction: progress("timing matrix products", fraction),
+        lambda fraction: progress("timing GEMMs", fraction),
     )
 
 
