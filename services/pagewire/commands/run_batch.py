@@ -18,13 +18,11 @@ from pathlib import Path
 from msgspec import structs
 
 from ..frontend.auth import Auth
-from ..frontend.generate import start
+from ..frontend.generate import new_reply, start
 from ..frontend.openai import ChatRequest, CompletionRequest
 from ..frontend.params import Plan, plan_chat, plan_completion
 from ..frontend.parsing import parse
 from ..frontend.questions import resolve
-from ..frontend.reply import Reply
-from ..frontend.responses import Shape
 from ..frontend.service import Service
 from ..frontend.state import State
 from ..launch import flags, stack
@@ -208,9 +206,8 @@ def _plan(state: State, line: Line) -> Plan:
 
 
 async def _generate(state: State, line: Line, plan: Plan) -> Outcome:
-    request_id = ("chatcmpl-" if plan.chat else "cmpl-") + line.request_id
     jobs, echoes = await resolve(state, plan)
-    reply = Reply(Shape(plan, request_id, state.names[0]), asyncio.get_running_loop(), echoes)
+    reply = new_reply(state, plan, line.request_id, echoes)
     cancel = start(state, plan, jobs, reply)
     try:
         await reply.done

@@ -12,6 +12,7 @@ from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.errors import ApiError, unknown_model
 from ..requests.owner import RequestOwner
+from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .cors import Cors
 from .sse import Flusher
@@ -42,6 +43,8 @@ class State(Struct):
     """HTTP requests whose answers are under way."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
+    chat_parser: ParserFactory = PLAIN
+    """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
     together: CounterExchange | None = None
     """The way to the counts of the other frontends."""
 
