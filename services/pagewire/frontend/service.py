@@ -24,7 +24,7 @@ from pagewire.process.membership import Membership
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError
+from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
 from .app import make_app
 from .auth import Auth, configured_keys
@@ -176,7 +176,7 @@ class Service:
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await self._site.stop()
-        self.state.owner.fail_all(ApiError(503, "The server is shutting down.", retry_after_s=5))
+        self.state.owner.fail_all(unavailable("The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)
 
@@ -188,7 +188,7 @@ class Service:
         self.outbox.close(linger_ms=200)
         self.inbox.close()
         if self.state.together:
-            self.state.together.forget()
+            self.state.together.remove()
 
     def _tick(self) -> None:
         now, state = self._loop.time(), self.state
@@ -207,7 +207,7 @@ class Service:
         """Once a second, where there are other frontends to read them."""
         if now >= self._next_leave and self.state.together and len(self.state.frontends()) > 1:
             self._next_leave = now + LEAVE_S
-            self.state.together.leave()
+            self.state.together.publish()
 
     def _on_inbox(self) -> None:
         """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest
@@ -229,7 +229,7 @@ class Service:
                     self.state.tally.malformed += 1
                     log.warning("dropped a malformed message: %s", error)
             case Tokenized():
-                self.state.owner.asks.on_answer(message)
+                self.state.owner.queries.on_answer(message)
             case Roster():
                 self._on_roster(message)
 

@@ -10,11 +10,11 @@ from pagewire_protocol.structs import Role
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError, unknown_model
 from ..requests.owner import RequestOwner
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .cors import Cors
+from .errors import ApiError, unknown_model
 from .sse import Flusher
 from .stack import Stack
 
@@ -60,7 +60,7 @@ class State(Struct):
     def all_counts(self) -> Counters:
         """Those of every frontend of the stack."""
         several = len(self.frontends()) > 1
-        return self.together.whole(self.frontends()) if self.together and several else self.tally
+        return self.together.total(self.frontends()) if self.together and several else self.tally
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
