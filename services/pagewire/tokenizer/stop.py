@@ -1,6 +1,6 @@
 """Stop strings in a text that comes in pieces. It knows no tokens.
 
-What is found does not depend on how the text is cut: the stop string that ends first wins, of those
+The outcome does not depend on how the text is cut: the stop string that ends first wins, of those
 that end together the longest.
 """
 
@@ -15,11 +15,12 @@ class Matcher:
     amortized per character and stop string: each stop string has Knuth, Morris and Pratt's failure
     table."""
 
-    __slots__ = ("_first", "_held", "_include", "_states", "_stops", "_tables", "found")
+    __slots__ = ("_first", "_held", "_include", "_states", "_stops", "_tables", "matched")
 
     def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
         """`include`: the stop string itself is part of the text."""
-        self.found: str | None = None
+        self.matched: str | None = None
+        """The stop string that was hit."""
         self._stops, self._include = stops, include
         self._first = re.compile("[" + "".join({re.escape(stop[0]) for stop in stops}) + "]")
         self._tables = [_failures(stop) for stop in stops]
@@ -28,10 +29,11 @@ class Matcher:
 
     @property
     def held(self) -> str:
+        """The end of the text that could become a stop string."""
         return self._held
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now. After a match, `found` names the stop string and the rest
+        """The text that may be shown now. After a match, `matched` names the stop string and the rest
         is dropped."""
         begin = 0
         if not self._held:
@@ -41,10 +43,10 @@ class Matcher:
             begin = first.start()
         whole = self._held + text
         end = self._scan(text, begin)
-        if self.found is not None:
+        if self.matched is not None:
             cut = len(self._held) + end
             self._held = NOTHING
-            return whole[: cut if self._include else cut - len(self.found)]
+            return whole[: cut if self._include else cut - len(self.matched)]
         keep = len(whole) - max(self._states)
         self._held = whole[keep:]
         return whole[:keep]
@@ -55,7 +57,7 @@ class Matcher:
         return held
 
     def _scan(self, text: str, begin: int) -> int:
-        """Sets `found` and returns where the stop string ends in `text`."""
+        """Sets `matched` and returns where the stop string ends in `text`."""
         states = self._states
         for at in range(begin, len(text)):
             character = text[at]
@@ -64,9 +66,9 @@ class Matcher:
                 while state and stop[state] != character:
                     state = self._tables[which][state - 1]
                 states[which] = state = state + (stop[state] == character)
-                if state == len(stop) and (self.found is None or state > len(self.found)):
-                    self.found = stop
-            if self.found is not None:
+                if state == len(stop) and (self.matched is None or state > len(self.matched)):
+                    self.matched = stop
+            if self.matched is not None:
                 return at + 1
         return len(text)
 

@@ -14,8 +14,8 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from .decode import BYTE_OF
 from .merges import merges_of
+from .token_bytes import BYTE_OF
 
 Ranks = dict[bytes, int]
 CHARACTER_OF: Final = {byte: character for character, byte in BYTE_OF.items()}
