@@ -22,6 +22,7 @@ from typing import Literal
 from ..cli import add_model, new_parser, read_all, take_model
 from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from ..hub import huggingface
+from ..process.listening import listening_socket
 from ..version import __version__
 from ..worker.device import kernel_cache
 from ..worker.device.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
@@ -238,9 +239,7 @@ def check_model(model: ModelConfig) -> Finding:
 
 
 def check_port(frontend: FrontendConfig) -> Finding:
-    from ..launch.serve import open_socket
-
-    open_socket(frontend.host, frontend.port).close()
+    listening_socket(frontend.host, frontend.port).close()
     return Finding("ok", "port", f"{frontend.host}:{frontend.port} is free")
 
 
