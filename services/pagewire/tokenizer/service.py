@@ -252,7 +252,9 @@ class Service:
         if requests is None:
             return
         for inbox, outgoing in list(requests.outgoing.items()):
-            if outgoing and not all(self.outbox.send(inbox, part) for part in outgoing.messages()):
+            if outgoing and not all(
+                self.outbox.send(inbox, deltas) for deltas in outgoing.messages()
+            ):
                 log.warning("a frontend reads nothing any more; its requests are cancelled")
                 requests.drop_frontend(inbox)
         messages, requests.to_scheduler = requests.to_scheduler, []

@@ -5,9 +5,6 @@ that end together the longest.
 """
 
 import re
-from typing import Final
-
-NOTHING: Final = ""
 
 
 class Matcher:
@@ -25,7 +22,7 @@ class Matcher:
         self._first = re.compile("[" + "".join({re.escape(stop[0]) for stop in stops}) + "]")
         self._tables = [_failures(stop) for stop in stops]
         self._states = [0] * len(stops)
-        self._held = NOTHING
+        self._held = ""
 
     @property
     def held(self) -> str:
@@ -45,7 +42,7 @@ class Matcher:
         end = self._scan(text, begin)
         if self.matched is not None:
             cut = len(self._held) + end
-            self._held = NOTHING
+            self._held = ""
             return whole[: cut if self._include else cut - len(self.matched)]
         keep = len(whole) - max(self._states)
         self._held = whole[keep:]
@@ -53,14 +50,14 @@ class Matcher:
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
-        held, self._held = self._held, NOTHING
+        held, self._held = self._held, ""
         return held
 
     def _scan(self, text: str, begin: int) -> int:
         """Sets `matched` and returns where the stop string ends in `text`."""
         states = self._states
-        for at in range(begin, len(text)):
-            character = text[at]
+        for position in range(begin, len(text)):
+            character = text[position]
             for which, stop in enumerate(self._stops):
                 state = states[which]
                 while state and stop[state] != character:
@@ -69,7 +66,7 @@ class Matcher:
                 if state == len(stop) and (self.matched is None or state > len(self.matched)):
                     self.matched = stop
             if self.matched is not None:
-                return at + 1
+                return position + 1
         return len(text)
 
 
@@ -77,9 +74,9 @@ def _failures(stop: str) -> list[int]:
     """For each prefix, the length of its longest proper end that is also its beginning."""
     table = [0] * len(stop)
     length = 0
-    for at in range(1, len(stop)):
-        while length and stop[length] != stop[at]:
+    for position in range(1, len(stop)):
+        while length and stop[length] != stop[position]:
             length = table[length - 1]
-        length += stop[length] == stop[at]
-        table[at] = length
+        length += stop[length] == stop[position]
+        table[position] = length
     return table

@@ -49,7 +49,7 @@ def is_ranks(path: Path) -> bool:
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Raises BadRanks, OSError."""
+    """The tokens of a file with their ranks. Raises BadRanks, OSError."""
     ranks: Ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
@@ -72,7 +72,7 @@ def read_ranks(path: Path) -> Ranks:
 def build(
     ranks: Ranks, pattern: str, special: Iterable[tuple[str, int]], composed: bool
 ) -> Tokenizer:
-    """`pattern` cuts a text into pieces, `special` are tokens with their ids; `composed`: texts are
+    """The tokenizer. `pattern` cuts a text into pieces, `special` are tokens with their ids; `composed`: texts are
     brought to NFC first."""
     vocab = {_printable(token): rank for token, rank in ranks.items()}
     vocab.update(special)
