@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 import pytest
+from msgspec.structs import replace
 from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import LONG, Encoder
 from pagewire.tokenizer.requests import Requests, encode
@@ -20,6 +21,7 @@ from pagewire_protocol.messages import (
     Peer,
     Placed,
     Prompt,
+    RequestKind,
     Role,
     Roster,
     Submit,
@@ -338,6 +340,42 @@ def test_several_steps_in_a_drain_become_one_row_a_stream(bench: Bench):
     assert second[3:5] == (0, [ids[0]] * len(ids))
 
 
+def test_rows_of_several_tokens_and_of_none(bench: Bench):
+    ids = bench.ids("𐌰世界")
+    one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
+    first, rest = ids[:1], ids[1:]
+    counts = pack("i", [1, 0, len(rest)])
+    row = step((one, 0, first[0]), (two, 0, 0), (one, 1, 0))
+    message = replace(row, tokens=pack("i", [*first, *rest]), counts=counts)
+    bench.requests.tokens([message])
+    assert rows(bench.outgoing()) == [(70, 1, X, 0, ids, "𐌰世界")]
+
+
+def test_rows_of_several_tokens_beside_rows_of_one(bench: Bench):
+    """A drain of two messages, one with counts and one without."""
+    ids = bench.ids("世界")
+    one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
+    several = replace(
+        step((one, 0, 0), (two, 0, 0)),
+        tokens=pack("i", [*ids, ids[0]]),
+        counts=pack("i", [len(ids), 1]),
+    )
+    bench.requests.tokens([several, step((one, len(ids), ids[0]), (two, 1, ids[1]))])
+    first, second = rows(bench.outgoing())
+    assert first[3:5] == (0, [*ids, ids[0]]) and second[3:5] == (0, ids[:2])
+
+
+def test_a_gap_inside_a_drain_of_several_tokens_is_seen(bench: Bench):
+    handle = bench.submit().handle
+    message = replace(step((handle, 1, 0)), tokens=pack("i", [5, 6]), counts=pack("i", [2]))
+    replay = replace(step((handle, 0, 0)), tokens=pack("i", [5]), counts=pack("i", [1]))
+    bench.requests.tokens([replay])
+    bench.requests.tokens([message])
+    assert len(bench.requests) == 1
+    bench.requests.tokens([replace(message, positions=pack("i", [4]))])
+    assert bench.end().finish is Finish.LOST
+
+
 def test_other_executions_and_repeated_rows_are_dropped_and_gaps_are_lost(bench: Bench):
     (a,) = bench.ids("a")
     handle = bench.submit().handle
@@ -357,6 +395,9 @@ def test_damaged_columns_lose_every_stream(bench: Bench):
         Tokens(whole.handles, b"", b"", b"", b""),
         step((handle, 0, VOCAB)),
         step((handle, 0, -1)),
+        step((handle, 0, 5), counts=pack("i", [2])),
+        step((handle, 0, 5), counts=pack("i", [1, 0])),
+        step((handle, 0, 5), counts=pack("i", [-1])),
     ):
         bench.requests.tokens([broken])
         assert bench.end().finish is Finish.LOST
@@ -590,6 +631,37 @@ def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
         first.texts[0] + second.texts[0] == whole[: len(first.texts[0] + second.texts[0])]
         and first.texts[1] == b"" != first.texts[0]
     )
+
+
+def test_logprobs_of_rows_with_several_tokens_go_by_token(bench: Bench):
+    ids = bench.ids("世a")
+    handle = bench.submit().handle
+    count = len(ids)
+    each = pack("i", [1] * count)
+    columns = LogprobColumns(
+        pack("i", range(count)), each, each, pack("i", ids), pack("f", [-0.5] * count)
+    )
+    message = replace(step((handle, 0, 0)), tokens=pack("i", ids), counts=pack("i", [count]))
+    bench.requests.tokens([replace(message, logprobs=columns)])
+    entries = bench.outgoing().logprobs
+    assert [(entry.row, entry.index, entry.ids) for entry in entries] == [
+        (0, index, (token,)) for index, token in enumerate(ids)
+    ]
+
+
+def test_kind_model_adapter_and_grammar_are_carried(bench: Bench):
+    submit = bench.submit(kind=RequestKind.GENERATE, model="m", adapter="a", grammar="g")
+    carried = submit.kind, submit.model, submit.adapter, submit.grammar
+    assert carried == (RequestKind.GENERATE, "m", "a", "g")
+
+
+def test_a_prompt_that_fills_the_context_fits_when_no_token_is_wanted(bench: Bench):
+    room = bench.requests.roster.max_model_len
+    ids = pack("i", [5] * room)
+    assert bench.submit(Prompt(ids=ids), max_tokens=0).sampling.max_tokens == 0
+    bench.generate(Prompt(ids=ids), rid=2, max_tokens=1)
+    end = bench.end()
+    assert end.status == 400 and "maximum context length" in end.message
 
 
 @pytest.mark.parametrize(

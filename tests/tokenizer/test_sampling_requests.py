@@ -220,7 +220,7 @@ def run_of(
         "values": pack("f", [-1.0] * 2 * count),
         **columns,
     }
-    return PromptLogprobs(handle, first, *parts.values(), attempt, execution)
+    return PromptLogprobs(None, first, *parts.values(), attempt, execution, handle=handle)
 
 
 def said(*runs: PromptLogprobs, **more) -> Tokens:
@@ -251,7 +251,7 @@ def test_prompt_logprobs_come_after_started_before_rows_with_their_bytes(
         [0, 0, 1],
     ]
     runs: list[PromptLogprobs] = [run for message in messages for run in message.prompt_logprobs]
-    assert [(run.place, run.first, run.attempt, run.execution) for run in runs] == [
+    assert [(run.handle, run.first, run.attempt, run.execution) for run in runs] == [
         (70, 1, 1, X),
         (70, 4, 1, X),
     ]

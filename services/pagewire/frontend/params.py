@@ -45,8 +45,6 @@ class Plan(Struct, frozen=True):
     """Tokens are called `token_id:123` in log-probabilities."""
     echo: bool = False
     """The prompt comes before the text, and its log-probabilities before the text's."""
-    mute: bool = False
-    """max_tokens is 0: the one token that is generated is not shown."""
     role: str = "assistant"
     opening: str = ""
     """What a chat's answer begins with: the message that it continues, under `echo`."""
@@ -75,7 +73,7 @@ def plan_completion(request: CompletionRequest, model: Model) -> Plan:
         candidates("prompt_logprobs", request.prompt_logprobs),
     )
     scored = max(shown, logprobs if echo else -1)
-    max_tokens = max(1, within("max_tokens", request.max_tokens, 0, I31, DEFAULT_MAX_TOKENS))
+    max_tokens = within("max_tokens", request.max_tokens, 0, I31, DEFAULT_MAX_TOKENS)
     text, choices = text_options(request), choices_of(request)
     prompts = prompts_of(request.prompt, model, bool(text.truncate_prompt))
     sampling = sampling_of(request, max_tokens, logprobs, scored, model.vocab_size)
@@ -86,7 +84,7 @@ def plan_completion(request: CompletionRequest, model: Model) -> Plan:
             "echo",
         )
     plan = _plan(request, prompts, choices, sampling, text, logprobs, shown, False)
-    return replace(plan, echo=echo, mute=request.max_tokens == 0)
+    return replace(plan, echo=echo)
 
 
 def plan_chat(request: ChatRequest, model: Model) -> Plan:

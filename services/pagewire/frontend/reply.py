@@ -106,9 +106,7 @@ class Choice:
 
     def __init__(self, reply: Reply, index: int) -> None:
         plan = reply.plan
-        self.wants_tokens = (
-            plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n or plan.mute
-        )
+        self.wants_tokens = plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n
         self.usage = Usage()
         self.reply = reply
         self.index = index
@@ -153,10 +151,9 @@ class Choice:
         self._texts.append(text)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        if not self.reply.plan.mute:
-            self._texts.append(text)
-            self._tokens += tokens
-            self._logprobs += logprobs
+        self._texts.append(text)
+        self._tokens += tokens
+        self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
@@ -165,20 +162,9 @@ class Choice:
             data.add(delta)
         data.tokens = self._tokens
         data.logprobs = self._logprobs
-        self.set_end(data, reason, stop_reason, called_tools=bool(data.tool_calls))
-        self.usage.completion_tokens = 0 if self.reply.plan.mute else completion_tokens
+        data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))
+        self.usage.completion_tokens = completion_tokens
         self.reply.choice_finished()
-
-    def set_end(
-        self, data: ChoiceData, reason: str, stop_reason: int | str | None, *, called_tools: bool
-    ) -> None:
-        """Fill in why the choice ended, as the client sees it."""
-        if self.reply.plan.mute:
-            reason, stop_reason = "length", None
-        elif called_tools and reason == "stop":
-            reason = "tool_calls"
-        data.reason = reason
-        data.stop_reason = stop_reason
 
     def failed(self, error: ApiError) -> None:
         self.reply.fail(error)

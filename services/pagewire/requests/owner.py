@@ -172,7 +172,7 @@ class RequestOwner:
 
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """By the rules of a row but the last: positions of the prompt may come again."""
-        stream = self.live.get(entry.place)
+        stream = self.live.get(-1 if entry.handle is None else entry.handle)
         if (
             stream is not None
             and stream.attempt == entry.attempt

@@ -8,10 +8,10 @@ until the service sends it, once a drain.
 import logging
 from collections.abc import Callable, Iterable
 from itertools import count
-from typing import Final
 
 import numpy as np
 from msgspec.structs import replace
+from pagewire_protocol.columns import epoch_of
 from pagewire_protocol.messages import (
     Cancel,
     End,
@@ -31,8 +31,6 @@ from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import Stream
 
 log = logging.getLogger("pagewire.tokenizer")
-EPOCH_SHIFT: Final = 43
-"""Bits of an execution id below its epoch."""
 
 
 class Requests:
@@ -135,6 +133,10 @@ class Requests:
                 sampling,
                 request.priority,
                 request.cache_salt,
+                request.kind,
+                request.model,
+                request.adapter,
+                request.grammar,
             )
         )
 
@@ -277,7 +279,7 @@ class Requests:
         So each frontend is told: it is necessary for those that have not heard, and harmless for
         the others."""
         former = [
-            stream for stream in self._streams.values() if stream.execution >> EPOCH_SHIFT != epoch
+            stream for stream in self._streams.values() if epoch_of(stream.execution) != epoch
         ]
         self._lose(former, "the scheduler was replaced")
 

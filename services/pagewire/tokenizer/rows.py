@@ -20,8 +20,7 @@ log = logging.getLogger("pagewire.tokenizer")
 
 
 Entry = tuple[int, tuple[int, ...], tuple[float, ...], tuple[bytes, ...]]
-"""Log-probabilities of one row of a step: the token's rank, then ids, values and bytes of the
-candidates."""
+"""Log-probabilities of one token: its rank, then ids, values and bytes of the candidates."""
 Entries = dict[int, Entry]
 """By handle and position: handle << 32 | position."""
 
@@ -36,9 +35,9 @@ class Columns(NamedTuple):
 
 
 def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
-    """All rows, those of a stream together and in order. Raises ValueError when columns differ in
-    length or a token id is none."""
-    messages = [_arrays_of(message) for message in batch]
+    """All tokens, one entry each, those of a stream together and in order. Raises ValueError when
+    columns do not fit each other or a token id is none."""
+    messages = [_by_token(message) for message in batch]
     if any(len({len(column) for column in columns}) != 1 for columns in messages):
         raise ValueError("columns of different lengths")
     highest = max(int(tokens.max(initial=0)) for *_, tokens in messages)
@@ -52,14 +51,27 @@ def columns_of(batch: list[Tokens], vocab_size: int) -> Columns:
     return Columns(*(column[order].tolist() for column in joined))
 
 
-def _arrays_of(message: Tokens) -> tuple[NDArray[Any], ...]:
-    """The columns of `Columns`. Token ids as unsigned, so that a negative one is beyond every
-    vocabulary."""
+def _by_token(message: Tokens) -> tuple[NDArray[Any], ...]:
+    """The columns of `Columns`, one entry a token, also where rows have several tokens or none.
+    Token ids as unsigned, so that a negative one is beyond every vocabulary. Raises ValueError
+    when `counts` fits neither rows nor tokens."""
+    handles = np.frombuffer(message.handles, np.uint32)
+    executions = np.frombuffer(message.executions, np.uint64)
+    positions = np.frombuffer(message.positions, np.int32)
+    tokens = np.frombuffer(message.tokens, np.uint32)
+    if not message.counts:  # each row has one token
+        return handles, executions, positions, tokens
+    counts = np.frombuffer(message.counts, np.int32)
+    lengths = {len(handles), len(executions), len(positions), len(counts)}
+    if len(lengths) != 1 or (counts < 0).any() or counts.sum() != len(tokens):
+        raise ValueError(f"counts of {counts.sum()} tokens for {len(tokens)}")
+    starts = np.cumsum(counts) - counts
+    index_in_row = np.arange(len(tokens)) - np.repeat(starts, counts)
     return (
-        np.frombuffer(message.handles, np.uint32),
-        np.frombuffer(message.executions, np.uint64),
-        np.frombuffer(message.positions, np.int32),
-        np.frombuffer(message.tokens, np.uint32),
+        np.repeat(handles, counts),
+        np.repeat(executions, counts),
+        (np.repeat(positions, counts) + index_in_row).astype(np.int32),
+        tokens,
     )
 
 
@@ -80,9 +92,9 @@ def _add_entries(
     ranks = np.frombuffer(columns.ranks, np.int32)
     ids = np.frombuffer(columns.ids, np.int32)
     values = np.frombuffer(columns.values, np.float32)
-    row_count = len(message.handles) // 4
-    if len(rows) and not 0 <= rows.min() <= rows.max() < row_count:
-        raise ValueError(f"log-probabilities of row {rows.max()} of {row_count}")
+    token_count = len(message.tokens) // 4
+    if len(rows) and not 0 <= rows.min() <= rows.max() < token_count:
+        raise ValueError(f"log-probabilities of token {rows.max()} of {token_count}")
     if (
         not len(rows) == len(counts) == len(ranks)
         or (counts < 1).any()
@@ -91,9 +103,8 @@ def _add_entries(
         raise ValueError(
             f"{len(rows)} rows of log-probabilities with {len(ids)} ids and {len(values)} values do not fit"
         )
-    handles = np.frombuffer(message.handles, np.uint32)[rows]
-    positions = np.frombuffer(message.positions, np.int32)[rows]
-    keys = handles.astype(np.int64) << 32 | positions
+    handles, _, positions, _ = _by_token(message)
+    keys = handles[rows].astype(np.int64) << 32 | positions[rows]
     # Python objects once for the whole message, then slices: faster than arrays a row.
     all_ids = tuple(ids.tolist())
     all_values = tuple(values.tolist())
@@ -112,7 +123,7 @@ def pass_prompts(
     Returns the streams whose columns do not fit each other; they are gone from `streams`."""
     broken: list[Stream] = []
     for entry in [entry for message in batch for entry in message.prompt_logprobs]:
-        stream = streams.get(entry.place)
+        stream = streams.get(-1 if entry.handle is None else entry.handle)
         if stream is None or stream.attempt != entry.attempt:
             continue
         if stream.execution == NO_EXECUTION:
@@ -123,9 +134,9 @@ def pass_prompts(
             texts = decoding.bytes_of(_checked(entry))
         except ValueError as error:
             log.error("log-probabilities of a prompt: %s", error)
-            broken.append(streams.pop(entry.place))
+            broken.append(streams.pop(stream.handle))
             continue
-        entry = replace(entry, place=stream.frontend_handle, texts=texts)
+        entry = replace(entry, handle=stream.frontend_handle, texts=texts)
         stream.outgoing.prompt_logprobs.append(entry)
     return broken
 
