@@ -15,18 +15,20 @@ MAX_TOKENS: Final = 4_194_304
 MAX_TEXT: Final = 16_777_216
 MAX_CACHE_SALT: Final = 128
 """Characters."""
+MAX_TOKENS_PER_ROW: Final = 16
+"""Most tokens that one row of a step can bring."""
 
 Rid = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """A request, chosen at random by the frontend that owns it; the same over all attempts."""
 Attempt = Annotated[int, Meta(ge=1, le=2**32 - 1)]
 """Grows with every resubmission of a request."""
 Handle = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-"""The receiver's own short name for a request, never reused within an incarnation."""
+"""A request's number in the process that receives the message, never reused within an
+incarnation."""
 Execution = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-"""One placement of one attempt on one worker: epoch (20 bits), then a counter (43 bits). Unique
-over schedulers."""
+"""One placement of one attempt on one worker, made by `execution_id`. Unique over schedulers."""
 Epoch = Annotated[int, Meta(ge=1, le=2**20 - 1)]
-"""A scheduler's reign, counted in its lock file."""
+"""The term of one scheduler, counted in its lock file: a later scheduler has a higher one."""
 Incarnation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 """One life of one process."""
 Count = Annotated[int, Meta(ge=0, le=2**62)]
@@ -44,6 +46,21 @@ RowsU8 = Annotated[bytes, Meta(max_length=MAX_ROWS)]
 TokensI32 = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 TokensF32 = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 TokenBytes = Annotated[bytes, Meta(max_length=4096)]
+
+EXECUTION_BITS: Final = 43
+"""Bits of an execution id below its epoch: how many executions one scheduler can count."""
+
+
+def execution_id(epoch: int, number: int) -> int:
+    """The id of the `number`-th execution (from 1) that the scheduler of `epoch` starts: the epoch
+    in the upper 20 bits, the number in the lower 43."""
+    return epoch << EXECUTION_BITS | number
+
+
+def epoch_of(execution: int) -> int:
+    """The epoch of the scheduler that started this execution; below 0 for the -1 that stands for no
+    execution."""
+    return execution >> EXECUTION_BITS
 
 
 def pack(code: str, values: Iterable[int] | Iterable[float]) -> bytes:

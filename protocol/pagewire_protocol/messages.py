@@ -44,11 +44,13 @@ from .structs import (
     ChatMessage,
     End,
     Finish,
+    GrammarText,
     LogprobColumns,
     Peer,
     Placed,
     Prompt,
     PromptLogprobs,
+    RequestKind,
     Role,
     Shared,
     Started,
@@ -62,8 +64,8 @@ from .structs import (
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "Detokenize", "End",
     "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns",
-    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "Rid", "Role", "Roster", "Shared", "Started", "Step", "StepCost",
-    "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized",
+    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role", "Roster", "Shared", "Started", "Step",
+    "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized",
     "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
 ]
 # fmt: on
@@ -89,8 +91,9 @@ class Hello(Message, tag=True, frozen=True):
 
 
 class Heartbeat(Message, tag=True, frozen=True):
-    """Sent every second. `progress` counts work done; it stands still in a hung process. An unknown
-    incarnation is answered with a Roster, whose new epoch makes the sender say Hello again."""
+    """Sent every second. `progress` counts work done; it stands still in a hung process. A sender
+    that the scheduler does not know is answered with a Roster that does not list it, which makes
+    it say Hello again."""
 
     inbox: Inbox
     incarnation: Incarnation
@@ -119,6 +122,13 @@ class Submit(Message, tag=True, frozen=True):
     sampling: Sampling
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: CacheSalt = ""
+    kind: RequestKind = RequestKind.GENERATE
+    model: Name = ""
+    """Which model, by its served name; empty: the one that there is."""
+    adapter: Name = ""
+    """Which LoRA adapter; empty: none."""
+    grammar: GrammarText = ""
+    """What the output must match; empty: anything."""
 
 
 class Cancel(Message, tag=True, frozen=True):
@@ -128,17 +138,24 @@ class Cancel(Message, tag=True, frozen=True):
 
 
 class StepResult(Message, tag=True, frozen=True):
-    """What a step sampled: one row a slot that reached its last known token. `flags` is 1 where the
-    logits were not finite: the token is then meaningless."""
+    """What a step sampled: one row for each slot whose last token the step computed, unless its
+    request wants no token (`max_tokens` is 0).
+
+    Row i brings `counts[i]` tokens, which follow each other in `tokens`: 0 to the worker's
+    `max_tokens_per_row`. Empty `counts`: one token a row. A row without a token has not moved: the
+    next step that runs its slot computes the slot's last token again. `flags` is 1 where the logits
+    were not finite: the row's tokens are then meaningless.
+    """
 
     epoch: Epoch
     incarnation: Incarnation
     n: Count
     slots: RowsI32
-    tokens: RowsI32
+    tokens: TokensI32
     flags: RowsU8
     logprobs: LogprobColumns | None = None
     prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
+    counts: RowsI32 = b""
 
 
 ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | StepResult
@@ -165,22 +182,34 @@ class Generate(Message, tag=True, frozen=True):
     """max_tokens was not given: it becomes what the context leaves after the prompt."""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: CacheSalt = ""
+    kind: RequestKind = RequestKind.GENERATE
+    model: Name = ""
+    """Which model, by its served name; empty: the one that there is."""
+    adapter: Name = ""
+    """Which LoRA adapter; empty: none."""
+    grammar: GrammarText = ""
+    """What the output must match; empty: anything."""
 
 
 class Tokens(Message, tag=True, frozen=True):
-    """One step's tokens for the requests of one tokenizer: a row is one token. `handles` are the
-    tokenizer's. `ended` is read after the rows, `placed` before them."""
+    """The tokens of one step or more for the requests of one tokenizer.
+
+    Row i brings `counts[i]` tokens, which follow each other in `tokens`, from output position
+    `positions[i]` on. Empty `counts`: one token a row. `handles` are the tokenizer's. `placed` is
+    read before the rows, `ended` after them.
+    """
 
     handles: RowsU32
     attempts: RowsU32
     executions: RowsU64
     positions: RowsI32
-    tokens: RowsI32
+    tokens: TokensI32
     placed: Annotated[tuple[Placed, ...], Meta(max_length=MAX_ROWS)] = ()
     ended: Annotated[tuple[End, ...], Meta(max_length=MAX_ROWS)] = ()
     logprobs: LogprobColumns | None = None
     prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
     """Read after `placed` and before the rows."""
+    counts: RowsI32 = b""
 
 
 class Tokenize(Message, tag=True, frozen=True):
@@ -246,12 +275,13 @@ class Tokenized(Message, tag=True, frozen=True):
 class Step(Message, tag=True, frozen=True):
     """One forward pass. Applied in this order: retire, admit, grow, run.
 
-    `run_slots[i]` computes its next `run_counts[i]` tokens; a row that reaches the slot's last
-    known token samples one more, which the worker appends to the slot itself. `repeat` runs the
-    previous step's slots again with one token each, columns left empty. Rows of one token that go
-    on decoding come first. `shared` names some of those, and saves work without changing results;
-    its groups last while steps repeat: tables only grow at their ends meanwhile. An `epoch` above
-    the worker's own clears all its slots first; one below is ignored.
+    `run_slots[i]` computes its next `run_counts[i]` tokens. A row that computes the last token of
+    its slot samples, and the worker appends what it samples to the slot itself; a request whose
+    `max_tokens` is 0 samples nothing. A worker writes no further than the slot's block table
+    reaches. `repeat` runs the previous step's slots again with one token each, columns left empty.
+    Rows of one token that go on decoding come first. `shared` names some of those, and saves work
+    without changing results; its groups last while steps repeat: tables only grow at their ends
+    meanwhile. An `epoch` above the worker's own clears all its slots first; one below is ignored.
     """
 
     epoch: Epoch

@@ -42,7 +42,8 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     """
 
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    """0: prefill only. The request ends when its prompt is computed, and no token is sampled."""
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from .columns import (
     MAX_ROWS,
     MAX_TOKENS,
+    MAX_TOKENS_PER_ROW,
     Attempt,
     Count,
     Execution,
@@ -38,6 +39,8 @@ taken for gone."""
 
 
 class Role(IntEnum):
+    """Which of the four services a process is."""
+
     FRONTEND = 1
     TOKENIZER = 2
     SCHEDULER = 3
@@ -60,11 +63,23 @@ class Finish(IntEnum):
     """The execution is gone (worker death, drained service): the owner resubmits."""
 
 
+class RequestKind(IntEnum):
+    """What a request is for."""
+
+    GENERATE = 0
+    """Tokens that follow the prompt."""
+
+
+GrammarText = Annotated[str, Meta(max_length=65_536)]
+
+
 class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Base of the parts of messages."""
 
 
 class ChatMessage(Record, frozen=True):
+    """One message of a conversation."""
+
     role: Annotated[str, Meta(max_length=MAX_MESSAGE_ROLE)]
     content: Text
     name: Annotated[str, Meta(max_length=MAX_MESSAGE_NAME)] | None = None
@@ -89,13 +104,13 @@ class Prompt(Record, frozen=True):
 
 
 class End(Record, frozen=True):
-    """The terminal word on an attempt. Each attempt that a service accepted gets exactly one."""
+    """How an attempt ended. Each attempt that a service accepted gets exactly one."""
 
     handle: Handle
     attempt: Attempt
     finish: Finish
     stop_reason: TokenId | Annotated[str, Meta(max_length=1024)] | None = None
-    """The stop token id or stop string that was met; None for an end-of-sequence token."""
+    """The stop token id or stop string that was hit; None for an end-of-sequence token."""
     status: Annotated[int, Meta(ge=0, le=599)] = 0
     """The HTTP status for REFUSED and FAILED."""
     message: ShortText = ""
@@ -104,7 +119,7 @@ class End(Record, frozen=True):
 
 
 class Placed(Record, frozen=True):
-    """An attempt got a place on a worker."""
+    """An attempt got a slot on a worker; `cached_tokens` of its prompt need not be computed."""
 
     handle: Handle
     attempt: Attempt
@@ -122,8 +137,8 @@ class Started(Record, frozen=True):
 
 
 class LogprobColumns(Record, frozen=True):
-    """Log-probabilities for some rows of a step: row `rows[i]` has `counts[i]` entries in `ids` and
-    `values`.
+    """Log-probabilities for some tokens of a message: its token `rows[i]` (an index into `tokens`,
+    which is the row where each row has one token) has `counts[i]` entries in `ids` and `values`.
 
     Entry 0 is the sampled token, then the most likely ones in falling order. `ranks[i]` is the
     sampled token's rank from 1.
@@ -153,11 +168,11 @@ class PromptLogprobs(Record, frozen=True):
     has `counts[i]` entries in `ids` and `values`, its own first, then the most likely ones in
     falling order; `ranks[i]` is its own rank from 1.
 
-    `place` is the slot when a worker says it, the receiver's handle afterwards; the tokenizer adds
-    the candidates' bytes.
+    The worker names the `slot`; the scheduler and the tokenizer name the receiver's `handle`
+    instead, with attempt and execution. The tokenizer adds the candidates' bytes.
     """
 
-    place: Handle
+    slot: Annotated[int, Meta(ge=0, le=MAX_ROWS)] | None
     first: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     counts: TokensI32
     ranks: TokensI32
@@ -166,6 +181,7 @@ class PromptLogprobs(Record, frozen=True):
     attempt: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
     execution: Execution = 0
     texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=MAX_TOKENS)] = ()
+    handle: Handle | None = None
 
 
 class StepCost(Record, frozen=True):
@@ -199,9 +215,13 @@ class WorkerFacts(Record, frozen=True):
     max_num_batched_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     """Most tokens of a step, for which it has reserved memory; 0: as many as the scheduler
     likes."""
+    max_tokens_per_row: Annotated[int, Meta(ge=1, le=MAX_TOKENS_PER_ROW)] = 1
+    """Most tokens that one row of a step may bring; above 1 for a worker that verifies guesses."""
 
 
 class TokenizerFacts(Record, frozen=True):
+    """What a tokenizer can do; sent when it is ready."""
+
     has_text: bool
     """False under --skip-tokenizer-init: token ids only."""
     has_chat_template: bool
@@ -217,8 +237,15 @@ class Peer(Record, frozen=True):
     incarnation: Incarnation
     ready: bool
     stage: Name = ""
-    """What it is doing while not ready, for people."""
+    """What it is doing while not ready, to be shown to users."""
     fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    group: Name = ""
+    """Processes that run one model together share a group: they are ready, and lost, together. Empty:
+    alone."""
+    rank: Annotated[int, Meta(ge=0, le=1023)] = 0
+    """Its number in the group. Rank 0 receives the steps and answers them."""
+    group_size: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """How many ranks the group has."""
 
 
 class Shared(Record, frozen=True):
@@ -246,3 +273,7 @@ class Admission(Record, frozen=True):
     blocks: TokensI32
     computed: Count
     sampling: Sampling
+    kind: RequestKind = RequestKind.GENERATE
+    model: Name = ""
+    adapter: Name = ""
+    grammar: GrammarText = ""

@@ -379,7 +379,7 @@ class FakeStack:
         for first, last in ((1, 2), (2, len(ids))):
             run = ids[first:last]
             entry = PromptLogprobs(
-                generate.handle,
+                None,
                 first,
                 pack("i", [k + 1] * len(run)),
                 pack("i", range(first, first + len(run))),
@@ -397,6 +397,7 @@ class FakeStack:
                 tuple(
                     self.words.text(one).encode() for own in run for one in (own, *range(7, 7 + k))
                 ),
+                generate.handle,
             )
             self._send(generate, replace_rows(generate, prompt_logprobs=(entry,) if run else ()))
 

@@ -144,7 +144,7 @@ def test_prompt_logprobs_pass_by_handle_attempt_and_execution() -> None:
 
     def said(first: int, handle: int = 0, attempt: int = 1, execution: int = 7) -> None:
         entry = PromptLogprobs(
-            handle,
+            None,
             first,
             pack("i", [1]),
             pack("i", [1]),
@@ -152,6 +152,7 @@ def test_prompt_logprobs_pass_by_handle_attempt_and_execution() -> None:
             pack("f", [-1.0]),
             attempt,
             execution,
+            handle=handle,
         )
         h.owner.on_deltas(Deltas(*[b""] * 6, (), prompt_logprobs=(entry,)))
 

@@ -69,6 +69,16 @@ def test_a_completion_follows_the_chain(fake_stack: Any) -> None:
     assert answer["usage"] == {**answer["usage"], "prompt_tokens": 3, "completion_tokens": 40}
 
 
+def test_scoring_a_prompt_generates_nothing(fake_stack: Any) -> None:
+    prompt = [5, *chain([5], 3, VOCAB), 77]
+    answer = ask(fake_stack, prompt, 0, echo=True, prompt_logprobs=0)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length" and not choice["token_ids"]
+    assert answer["usage"]["completion_tokens"] == 0
+    ranks = [next(iter(entry.values()))["rank"] for entry in choice["prompt_logprobs"][1:]]
+    assert ranks == [1, 1, 1, 2]
+
+
 def test_a_stop_token_ends_a_completion(fake_stack: Any) -> None:
     expected = chain([9, 9], 20, VOCAB)
     stop = expected[7]

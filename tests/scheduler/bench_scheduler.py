@@ -32,7 +32,8 @@ DECODER = msgspec.msgpack.Decoder(ToScheduler)
 
 
 def setup(rows, tokenizers, prompt, max_tokens, stop, config):
-    scheduler = Scheduler(1, config)
+    outputs = []
+    scheduler = Scheduler(1, config, lambda _, message: outputs.append(message), lambda _: None)
     scheduler.handle(Tick(1.0))
     facts = WorkerFacts(
         65_536, 16, rows, 32_768, 49_152, (0, 2), "sim", True, StepCost(2.0, 0.004, 0.3, 12.0)
@@ -49,7 +50,7 @@ def setup(rows, tokenizers, prompt, max_tokens, stop, config):
         scheduler.handle(
             Submit(i.to_bytes(16, "big"), 1, i, inboxes[i % tokenizers], ids, b"", sampling)
         )
-    return scheduler
+    return scheduler, outputs
 
 
 def answer(step, last, known):
@@ -80,7 +81,7 @@ def main():
     args = parser.parse_args()
     config = SchedulerConfig(max_num_seqs=args.rows, max_num_batched_tokens=8192)
     stop = (41_000, 41_001) if args.stop_ids else ()
-    scheduler = setup(args.rows, args.tokenizers, 60, args.steps + 1000, stop, config)
+    scheduler, outputs = setup(args.rows, args.tokenizers, 60, args.steps + 1000, stop, config)
     last, known, now = np.zeros(0, np.int32), np.zeros(args.rows, np.int64), 2.0
     steps, spent, tokens, repeats, worst = [], 0.0, 0, 0, 0.0
     spans = []
@@ -97,14 +98,14 @@ def main():
         if args.profile and n == 200:
             profile.enable()
         began = time.thread_time()
-        outputs = []
+        outputs.clear()
         for frame in frames:
-            outputs += scheduler.handle(DECODER.decode(frame))
-        outputs += scheduler.handle(Tick(now))
-        for _, message in outputs:
+            scheduler.handle(DECODER.decode(frame))
+        scheduler.handle(Tick(now))
+        for message in outputs:
             ENCODER.encode(message)
         took = time.thread_time() - began
-        for _, message in outputs:
+        for message in outputs:
             if isinstance(message, Step):
                 steps.append(message)
                 repeats += message.repeat

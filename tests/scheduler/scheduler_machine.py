@@ -35,8 +35,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks=st.integers(14, 30),
         workers=st.integers(1, 2),
         cost=st.sampled_from([None, QUICK, SLOW]),
+        row_tokens=st.sampled_from([(1,), (1,), (1,), (0, 1, 3), (1, 1, 0), (3,)]),
     )
-    def start(self, ahead, budget, seqs, caching, blocks, workers, cost):
+    def start(self, ahead, budget, seqs, caching, blocks, workers, cost, row_tokens):
         self.world = World(
             max_num_seqs=seqs,
             max_num_batched_tokens=budget,
@@ -52,6 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "max_model_len": 48,
             "eos": EOS,
             "cost": cost,
+            "row_tokens": row_tokens,
         }
         for _ in range(workers):
             self.world.add_worker(**self.facts)
@@ -71,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         data=st.data(),
         prefix=st.integers(0, len(PREFIXES) - 1),
         tail=st.lists(st.integers(0, 6), max_size=6),
-        tokens=st.integers(1, 24),
+        tokens=st.integers(0, 24),
     )
     def submit(self, data, prefix, tail, tokens):
         options = data.draw(st.sampled_from(OPTIONS))

@@ -9,13 +9,13 @@ tokens before it. `World.audit` compares the scheduler's books with what was rea
 """
 
 import hashlib
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 from pagewire.config import SchedulerConfig
-from pagewire.scheduler import batch
-from pagewire.scheduler import worker_state as replica_module
+from pagewire.scheduler import batch, kv_cache
 from pagewire.scheduler.blocks import SEALED, WRITABLE
 from pagewire.scheduler.request import Phase
 from pagewire.scheduler.state import Scheduler, Tick
@@ -40,7 +40,7 @@ from pagewire_protocol.messages import (
 )
 from pagewire_protocol.sampling import Sampling
 
-replica_module.WORTH_WAITING = 2  # so that the short prompts here meet it
+kv_cache.WORTH_WAITING = 2  # so that the short prompts here meet it
 batch.LEAST_CHUNK = 5
 QUICK = StepCost(0.1, 0.001, 0.1, 1.0)
 """So short that as many steps are sent ahead as may be."""
@@ -77,6 +77,7 @@ class SlotState:
         self.blocks = ints(admission.blocks)
         self.computed = admission.computed
         self.execution = admission.execution
+        self.prefill_only = admission.sampling.max_tokens == 0
         self.prompt, self.scored = (
             len(ints(admission.prompt)),
             admission.sampling.prompt_logprobs >= 0,
@@ -91,48 +92,80 @@ class SlotState:
         return self.marks[position]
 
 
-class Shadow:
-    """Where the steps that were sent write, known when they are sent: until the result is delivered
-    the blocks are in use."""
+@dataclass
+class Admitted:
+    """A slot's request as the steps that were sent know it: the blocks of its table, and the first
+    position that a step whose result is not delivered yet may write."""
 
-    def __init__(self, block_size):
-        self.block_size, self.blocks, self.computed, self.last, self.writes = (
-            block_size,
-            {},
-            {},
-            [],
-            {},
-        )
+    blocks: list
+    first: int
+    length: int
+
+
+class Shadow:
+    """Where the steps that were sent may write: until their result is delivered the blocks are in
+    use. Steps that bring one token a row write where it can be told when they are sent; with other
+    numbers anything may be written behind the last position that is certain."""
+
+    def __init__(self, block_size, exact):
+        self.block_size, self.exact = block_size, exact
+        self.slots, self.last = {}, []
+        self.runs = {}
+        """By step: (what is in the slot, first position, count) of each slot."""
 
     def sent(self, step):
         given = [
             b for a in step.admit for b in ints(a.blocks)[a.computed // self.block_size :]
         ] + ints(step.grow_blocks)
-        for n, blocks in self.writes.items():
+        for n in self.runs:
+            blocks = self._written_by(n)
             assert not blocks & set(given), (
                 f"blocks {blocks & set(given)} are given away while step {n}, which writes them, is in flight"
             )
-        for admission in step.admit:
-            self.blocks[admission.slot], self.computed[admission.slot] = (
-                ints(admission.blocks),
-                admission.computed,
-            )
+        for a in step.admit:
+            length = len(ints(a.prompt)) + len(ints(a.output))
+            self.slots[a.slot] = Admitted(ints(a.blocks), a.computed, length)
         for slot, block in zip(ints(step.grow_slots), ints(step.grow_blocks), strict=True):
-            self.blocks[slot].append(block)
+            self.slots[slot].blocks.append(block)
         if not step.repeat:
             self.last = ints(step.run_slots)
         counts = [1] * len(self.last) if step.repeat else ints(step.run_counts)
-        self.writes[step.n] = {
-            block
-            for slot, count in zip(self.last, counts, strict=True)
-            for block in self._run(slot, count)
-        }
+        run = {}
+        for slot, count in zip(self.last, counts, strict=True):
+            admitted = self.slots[slot]
+            run[slot] = admitted, admitted.first, count
+            if self.exact:
+                admitted.first += count
+        self.runs[step.n] = run
 
-    def _run(self, slot, count):
-        first, self.computed[slot] = self.computed[slot], self.computed[slot] + count
-        return self.blocks[slot][
-            first // self.block_size : (first + count - 1) // self.block_size + 1
-        ]
+    def delivered(self, result):
+        run = self.runs.pop(result.n, None)
+        if run is None or self.exact:
+            return
+        slots = ints(result.slots)
+        counts = ints(result.counts) if result.counts else [1] * len(slots)
+        brought = dict(zip(slots, counts, strict=True))
+        for slot, (admitted, _, count) in run.items():
+            if slot in brought:
+                admitted.length += brought[slot]
+                admitted.first = admitted.length - 1
+            else:
+                admitted.first += count
+
+    def in_use(self):
+        return set().union(*(self._written_by(n) for n in self.runs))
+
+    def _written_by(self, n):
+        blocks = set()
+        for admitted, first, count in self.runs[n].values():
+            if self.exact:
+                last = first + count - 1
+                blocks |= set(
+                    admitted.blocks[first // self.block_size : last // self.block_size + 1]
+                )
+            else:
+                blocks |= set(admitted.blocks[admitted.first // self.block_size :])
+        return blocks
 
 
 class SimWorker:
@@ -148,7 +181,10 @@ class SimWorker:
         eos=(),
         cascade=True,
         cost=None,
+        row_tokens=(1,),
     ):
+        """row_tokens: how many tokens the rows of its steps bring, one after the other, as far as
+        the slot's blocks have room for them."""
         self.incarnation = 1000 + number
         self.peer = Peer(
             Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True
@@ -163,10 +199,13 @@ class SimWorker:
             "sim",
             cascade,
             cost,
+            max_tokens_per_row=max(1, *row_tokens),
         )
+        self.row_tokens = itertools.cycle(row_tokens)
+        self.always_one = set(row_tokens) == {1}
         self.slots = {}
         self.cells = np.full((num_blocks, block_size), -1, np.int64)
-        self.shadow = Shadow(block_size)
+        self.shadow = Shadow(block_size, self.always_one)
         self.prefixes = [None] * num_blocks
         self.last = []
         self.shared = None
@@ -211,7 +250,7 @@ class SimWorker:
             for slot, first, count in runs
             if self._scores(slot, first)
         )
-        self._report(step, [(slot, token) for slot, token in rows if token is not None], prompts)
+        self._report(step, [(slot, tokens) for slot, tokens in rows if tokens is not None], prompts)
 
     def _scores(self, slot, first):
         return self.slots[slot].scored and first < self.slots[slot].prompt - 1
@@ -277,25 +316,37 @@ class SimWorker:
                 )
 
     def _run(self, slot, count):
+        """The tokens that the row brings; None where it samples none."""
         state, size = self.slots[slot], self.facts.block_size
         assert count >= 1 and state.computed + count <= len(state.tokens)
-        for position in range(state.computed, state.computed + count):
+        self._compute(slot, state.computed + count)
+        if state.computed < len(state.tokens) or state.prefill_only:
+            return None
+        room = len(state.blocks) * size - state.computed
+        wanted = next(self.row_tokens)
+        brings = min(wanted, room + 1)
+        tokens = []
+        for _ in range(brings):
+            tokens.append(next_token(state.tokens))
+            state.tokens.append(tokens[-1])
+        if tokens:
+            self._compute(slot, len(state.tokens) - 1)
+        else:
+            state.computed -= 1
+        return tokens
+
+    def _compute(self, slot, end):
+        state, size = self.slots[slot], self.facts.block_size
+        begin, state.computed = state.computed, end
+        for position in range(begin, end):
             self.cells[state.blocks[position // size], position % size] = state.mark(position)
-        state.computed += count
-        for position in range(state.computed):
+        for position in range(end):
             block = state.blocks[position // size]
             assert self.cells[block, position % size] == state.mark(position), (
                 f"slot {slot} reads foreign content in block {block}"
             )
-        for i in range((state.computed - count) // size, -(-state.computed // size)):
-            self.prefixes[state.blocks[i]] = tuple(
-                state.tokens[: min((i + 1) * size, state.computed)]
-            )
-        if state.computed < len(state.tokens):
-            return None
-        token = next_token(state.tokens)
-        state.tokens.append(token)
-        return token
+        for i in range(begin // size, -(-end // size)):
+            self.prefixes[state.blocks[i]] = tuple(state.tokens[: min((i + 1) * size, end)])
 
     def _report(self, step, rows, prompts):
         flags = [1 if slot in self.flag_next else 0 for slot, _ in rows]
@@ -304,15 +355,20 @@ class SimWorker:
         order = list(range(len(rows)))
         if self.shuffle:
             order.reverse()
+        said = [
+            [-1] * len(tokens) if flag else tokens
+            for flag, (_, tokens) in zip(flags, rows, strict=True)
+        ]
         self.results.append(
             StepResult(
                 step.epoch,
                 self.incarnation,
                 step.n,
                 pack("i", [rows[i][0] for i in order]),
-                pack("i", [-1 if flags[i] else rows[i][1] for i in order]),
+                pack("i", [token for i in order for token in said[i]]),
                 bytes(flags[i] for i in order),
                 prompt_logprobs=prompts,
+                counts=b"" if self.always_one else pack("i", [len(said[i]) for i in order]),
             )
         )
 
@@ -338,13 +394,13 @@ class Attempt:
 class World:
     def __init__(self, epoch=1, **config):
         self.config = SchedulerConfig(**config)
-        self.scheduler = Scheduler(epoch, self.config)
+        self.forgotten = []
+        self.scheduler = Scheduler(epoch, self.config, self._receive, self.forgotten.append)
         self.now = 100.0
         self.workers = {}
         self.tokenizers = {}
         self.attempts = {}
         self.rosters = {}
-        self.forgotten = []
         self._handles = 0
         self._rids = 0
         self._names = 0
@@ -354,8 +410,7 @@ class World:
     #   -------------------------------------------------------------------------------------------------------
 
     def send(self, event):
-        for inbox, message in self.scheduler.handle(event):
-            self._receive(inbox, message)
+        self.scheduler.handle(event)
 
     def tick(self, seconds=0.001):
         self.now += seconds
@@ -401,6 +456,7 @@ class World:
         output=(),
         priority=0,
         salt="",
+        adapter="",
         **sampling,
     ):
         self._handles += 1
@@ -424,6 +480,7 @@ class World:
                 sampling,
                 priority,
                 salt,
+                adapter=adapter,
             )
         )
         return handle
@@ -443,7 +500,7 @@ class World:
 
     def deliver(self, worker):
         result = worker.results.popleft()
-        worker.shadow.writes.pop(result.n, None)
+        worker.shadow.delivered(result)
         self.send(result)
 
     def run(self, limit=2000):
@@ -460,8 +517,6 @@ class World:
 
     def _receive(self, inbox, message):
         match message:
-            case None:
-                self.forgotten.append(inbox)
             case Step():
                 if inbox in self.workers:
                     self.workers[inbox].shadow.sent(message)
@@ -478,14 +533,17 @@ class World:
             attempt.placed = placed
         for entry in message.prompt_logprobs:
             self._scored(inbox, entry)
+        handles = ints(message.handles, np.uint32)
         columns = (
-            ints(message.handles, np.uint32),
+            handles,
             ints(message.attempts, np.uint32),
             ints(message.executions, np.uint64),
             ints(message.positions),
-            ints(message.tokens),
+            ints(message.counts) if message.counts else [1] * len(handles),
         )
-        for handle, number, execution, position, token in zip(*columns, strict=True):
+        tokens = iter(ints(message.tokens))
+        for handle, number, execution, position, count in zip(*columns, strict=True):
+            assert count > 0, "a row without a token"
             attempt = self.attempts[handle]
             assert (
                 attempt.tokenizer == inbox
@@ -499,7 +557,8 @@ class World:
             assert position == len(attempt.output), (
                 f"position {position} after {len(attempt.output)} tokens"
             )
-            attempt.output.append(token)
+            attempt.output += itertools.islice(tokens, count)
+        assert next(tokens, None) is None, "tokens that belong to no row"
         for end in message.ended:
             attempt = self.attempts[end.handle]
             assert (
@@ -508,7 +567,7 @@ class World:
             attempt.ends.append(end)
 
     def _scored(self, inbox, entry):
-        attempt = self.attempts[entry.place]
+        attempt = self.attempts[entry.handle]
         assert (
             attempt.tokenizer == inbox
             and attempt.attempt == entry.attempt
@@ -536,10 +595,10 @@ class World:
 
     def audit(self):
         self.scheduler.engine.check()
-        for replica in self.scheduler.engine.replicas.values():
-            worker = self.workers.get(replica.inbox)
+        for state in self.scheduler.engine.workers.values():
+            worker = self.workers.get(state.inbox)
             if worker is not None:
-                audit_replica(replica, worker)
+                audit_worker(state, worker)
 
     def assert_idle(self):
         """Nothing runs, waits or is held."""
@@ -550,25 +609,25 @@ class World:
             and engine.queue.tokens == 0
             and engine.queue.head() is None
         )
-        for replica in engine.replicas.values():
-            pool = replica.pool
+        for state in engine.workers.values():
+            pool = state.kv_cache.pool
             assert pool.available == pool.total, f"{pool.total - pool.available} blocks are lost"
             assert (
-                not replica.flights
-                and not replica.pending
-                and not replica.prefill
-                and replica.load == 0
+                not state.in_flight.steps
+                and not state.kv_cache.deferred
+                and not state.prefill
+                and state.load == 0
             )
-            assert not replica.slots.decoding.any() and (replica.slots.watched <= 1).all()
+            assert not state.decode_set and (state.slots.stop_token_uses <= 1).all()
 
 
-def audit_replica(replica, worker):
+def audit_worker(books, worker):
     """Holders are counted once each, one writer a block, and what the index claims is what was
     written."""
-    pool = replica.pool
+    pool = books.kv_cache.pool
     holders, writers = [0] * pool.total, [0] * pool.total
-    held = [r.blocks for r in replica.requests() if r.phase is Phase.RUNNING] + [
-        p.blocks for p in replica.pending
+    held = [r.blocks for r in books.requests() if r.phase is Phase.RUNNING] + [
+        entry.blocks for entry in books.kv_cache.deferred
     ]
     for blocks in held:
         for block in blocks:
@@ -584,7 +643,7 @@ def audit_replica(replica, worker):
         ), f"block {block}: {holders[block]}"
         assert (block in pool._idle) == (state == SEALED and pool._refs[block] == 0)
     assert len(set(pool._free)) == len(pool._free)
-    in_flight = set().union(*worker.shadow.writes.values())
+    in_flight = worker.shadow.in_use()
     for block in in_flight:
         assert holders[block], f"block {block} is free while a step that writes it is in flight"
     for key, block in pool._index.items():
@@ -593,21 +652,21 @@ def audit_replica(replica, worker):
         assert block not in in_flight, (
             f"block {block} is shared while a step that writes it is in flight"
         )
-        assert content is not None and len(content) % replica.block_size == 0, (
+        assert content is not None and len(content) % books.kv_cache.block_size == 0, (
             f"block {block} is shared before it was full"
         )
-        assert pool_claim(replica, key) in (None, content), (
+        assert pool_claim(books, key) in (None, content), (
             f"block {block} does not hold what its hash says"
         )
 
 
-def pool_claim(replica, key):
+def pool_claim(books, key):
     """The tokens that `key` stands for, where a live request knows it."""
-    for request in replica.requests():
+    for request in books.requests():
         if key in request.chain:
             return tuple(
-                replica.slots.tokens[
-                    request.slot, : (request.chain.index(key) + 1) * replica.block_size
+                books.slots.tokens[
+                    request.slot, : (request.chain.index(key) + 1) * books.kv_cache.block_size
                 ].tolist()
             )
     return None

@@ -56,8 +56,8 @@ def test_a_prefix_under_way_is_waited_for_and_computed_once():
         w.attempts[second].placed.cached_tokens == 32
     )  # the last block of 4 was not worth waiting for
     w.assert_idle()
-    (replica,) = w.scheduler.engine.replicas.values()
-    assert not replica.computing
+    (worker,) = w.scheduler.engine.workers.values()
+    assert not worker.kv_cache.computing
 
 
 def test_nobody_waits_for_a_prefix_that_was_given_up():
@@ -69,8 +69,8 @@ def test_nobody_waits_for_a_prefix_that_was_given_up():
     w.run()
     assert w.output(second) == w.expected(second)
     w.assert_idle()
-    (replica,) = w.scheduler.engine.replicas.values()
-    assert not replica.computing
+    (worker,) = w.scheduler.engine.workers.values()
+    assert not worker.kv_cache.computing
 
 
 def test_output_is_cached_as_well():
@@ -94,8 +94,8 @@ def test_caching_can_be_switched_off():
     assert one(w, PROMPT) == 0 == one(w, PROMPT)
     stats = w.scheduler.stats()
     assert stats["prefix_cache_queries"] == 0 and stats["kv_blocks_cached"] == 0
-    (replica,) = w.scheduler.engine.replicas.values()
-    assert replica.pool.free == replica.pool.total
+    (worker,) = w.scheduler.engine.workers.values()
+    assert worker.kv_cache.pool.free == worker.kv_cache.pool.total
 
 
 def test_the_least_recently_used_prefix_is_evicted():
@@ -115,7 +115,7 @@ def test_blocks_are_shared_while_in_use():
     second = w.submit(PROMPT, max_tokens=30)
     w.step()
     assert w.attempts[second].placed.cached_tokens == 12
-    a, b = (r.blocks for r in next(iter(w.scheduler.engine.replicas.values())).requests())
+    a, b = (r.blocks for r in next(iter(w.scheduler.engine.workers.values())).requests())
     assert len(set(a) & set(b)) == 3
     w.run()
     assert w.output(first) == w.output(second) == w.expected(first)
@@ -126,8 +126,8 @@ def test_nothing_is_shared_before_its_step_has_returned():
     w = world()
     w.submit(PROMPT)
     w.tick()
-    (replica,) = w.scheduler.engine.replicas.values()
-    assert replica.flights and replica.pool._index == {}
+    (worker,) = w.scheduler.engine.workers.values()
+    assert worker.in_flight.steps and worker.kv_cache.pool._index == {}
     second = w.submit(PROMPT)
     w.tick()
     w.step()
@@ -144,8 +144,8 @@ def test_non_finite_logits_fail_the_request_and_share_nothing():
     w.tick()
     w.step()
     w.step()
-    (replica,) = w.scheduler.engine.replicas.values()
-    slot = next(r.slot for r in replica.requests() if r.handle == bad)
+    (state,) = w.scheduler.engine.workers.values()
+    slot = next(r.slot for r in state.requests() if r.handle == bad)
     seen = len(w.output(bad))
     worker.flag_next.add(slot)
     w.run()

@@ -4,7 +4,7 @@ nothing that is not shared."""
 import numpy as np
 import pytest
 from pagewire.scheduler import prefix_groups
-from pagewire.scheduler.prefix_groups import Prefixes
+from pagewire.scheduler.prefix_groups import PrefixFinder
 from scheduler.scheduler_sim import World
 
 SIZE = 64
@@ -12,9 +12,9 @@ FACTS = {"num_blocks": 256, "block_size": SIZE, "max_num_seqs": 16, "max_model_l
 
 
 def found(tables, lengths=None, rows=None, size=16):
-    """{common tokens: [rows]} of each group, by what `Prefixes` says of block tables given as
+    """{common tokens: [rows]} of each group, by what `PrefixFinder` says of block tables given as
     lists."""
-    prefixes = Prefixes(len(tables), size)
+    prefixes = PrefixFinder(len(tables), size)
     for slot, blocks in enumerate(tables):
         prefixes.placed(slot, blocks)
     rows = np.arange(len(tables), dtype=np.int32) if rows is None else np.array(rows, np.int32)

@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from pagewire.config import SchedulerConfig
 from pagewire.process.membership import Membership
+from pagewire.scheduler import loop
+from pagewire.scheduler.state import Tick
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address, new_incarnation
 from pagewire_protocol.messages import (
+    Hello,
     Role,
     Roster,
     Step,
@@ -193,6 +197,39 @@ def test_a_second_scheduler_says_why_it_does_not_start(run_dir, start):
     _, errors = second.communicate(timeout=20)
     assert second.returncode == 1 and "already running" in errors.splitlines()[-1]
     assert stop(first)[0] == 0
+
+
+class FullOutbox(Outbox):
+    """An outbox whose queue to one inbox is full."""
+
+    def __init__(self, full):
+        super().__init__()
+        self.full, self.sent, self.forgotten = full, [], []
+
+    def send(self, address, message):
+        if address == self.full:
+            return False
+        self.sent.append((address, message))
+        return True
+
+    def forget(self, address):
+        self.forgotten.append(address)
+
+
+def test_a_peer_that_takes_nothing_is_dropped_after_the_event():
+    outbox = FullOutbox("ipc:///w1")
+    made = loop.Loop(1, SchedulerConfig(), None, outbox)
+    worker, healthy = SimWorker(1), SimWorker(2)
+    for event in (
+        Hello(worker.peer, worker.facts),
+        Hello(healthy.peer, healthy.facts),
+        Tick(1.0),
+    ):
+        made.handle(event)
+    assert list(made.state.engine.workers) == [healthy.incarnation]
+    assert set(outbox.forgotten) == {"ipc:///w1"}
+    assert {address for address, _ in outbox.sent} == {"ipc:///w2"}
+    assert not made._unreachable
 
 
 def test_a_process_that_hears_no_scheduler_says_so_once(run_dir, caplog):

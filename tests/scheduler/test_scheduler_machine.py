@@ -5,9 +5,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
-from pagewire.scheduler import prefix_groups
+from pagewire.scheduler import prefix_groups, results
 from pagewire.scheduler.blocks import BlockPool
-from pagewire.scheduler.worker_state import Pending, WorkerState
+from pagewire.scheduler.in_flight import InFlightSteps
+from pagewire.scheduler.kv_cache import DeferredRelease, KVCacheManager
+from pagewire.scheduler.worker_state import WorkerState
 from scheduler.scheduler_machine import SchedulerMachine
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -46,17 +48,18 @@ def seal_before_the_result(patch):
 
     def place(self, request, cached):
         saved = original(self, request, cached)
-        full = len(request.prompt) // self.block_size
-        for i in range(len(cached), full if self.caching else 0):
-            self.pool.seal(request.blocks[i], request.chain[i])
-        self.slots.sealed[request.slot] = max(full, len(cached)) if self.caching else 0
+        cache = self.kv_cache
+        full = len(request.prompt) // cache.block_size
+        if cache.prefix_caching:
+            cache.seal(request, len(cached), full)
+            self.slots.num_sealed[request.slot] = max(full, len(cached))
         return saved
 
     patch.setattr(WorkerState, "place", place)
 
 
 def free_before_the_step_returns(patch):
-    patch.setattr(WorkerState, "_last_step", lambda self, slot: 0)
+    patch.setattr(InFlightSteps, "last_step_of", lambda self, slot: 0)
 
 
 def double_free(patch):
@@ -71,14 +74,14 @@ def double_free(patch):
 
 
 def release_twice(patch):
-    original = WorkerState._give_back
+    original = KVCacheManager.release_after
 
-    def give_back(self, blocks, n, request):
-        original(self, blocks, n, request)
-        if request is None and len(blocks) > 3:
-            self.pending.append(Pending(n + 1, blocks[-1:], None))
+    def release_after(self, n, blocks, preempted=None):
+        original(self, n, blocks, preempted)
+        if preempted is None and len(blocks) > 3:
+            self.deferred.append(DeferredRelease(n + 1, blocks[-1:], None))
 
-    patch.setattr(WorkerState, "_give_back", give_back)
+    patch.setattr(KVCacheManager, "release_after", release_after)
 
 
 def rows_by_slot_alone(patch):
@@ -87,19 +90,20 @@ def rows_by_slot_alone(patch):
 
     def place(self, request, cached):
         saved = original(self, request, cached)
-        self.slots.born[request.slot] = 0
+        self.slots.admitted_step[request.slot] = 0
         return saved
 
-    def withdraw(self, request):
+    def stop_running(self, request):
+        self.decode_set.discard_slot(request.slot)
         if request in self.prefill:
             self.prefill.remove(request)
-        if request in self.admit:
-            self.admit.remove(request)
+        if request in self.to_admit:
+            self.to_admit.remove(request)
         else:
-            self.retire.append(request.slot)
+            self.to_retire.append(request.slot)
 
     patch.setattr(WorkerState, "place", place)
-    patch.setattr(WorkerState, "_withdraw", withdraw)
+    patch.setattr(WorkerState, "_stop_running", stop_running)
 
 
 def parents_are_forgotten(patch):
@@ -124,21 +128,21 @@ def tokens_after_a_preemption_are_lost(patch):
     def preempt(self, request):
         original(self, request)
         if request.slot >= 0:
-            self.slots.held[request.slot] -= 1
+            self.slots.num_received[request.slot] -= 1
 
     patch.setattr(WorkerState, "preempt", preempt)
 
 
 def all_of_a_cached_prompt_is_skipped(patch):
     patch.setattr(
-        WorkerState,
+        KVCacheManager,
         "cached_blocks",
-        lambda self, r: self.pool.match(r.chained(self.block_size, r.tokens), len(r.tokens)),
+        lambda self, r: self.pool.match(r.extend_chain(self.block_size, r.tokens), len(r.tokens)),
     )
 
 
 def scored_prompts_read_the_cache(patch):
-    original = WorkerState.cached_blocks
+    original = KVCacheManager.cached_blocks
 
     def cached(self, request):
         asked, request.sampling = request.sampling, replace(request.sampling, prompt_logprobs=-1)
@@ -147,7 +151,25 @@ def scored_prompts_read_the_cache(patch):
         finally:
             request.sampling = asked
 
-    patch.setattr(WorkerState, "cached_blocks", cached)
+    patch.setattr(KVCacheManager, "cached_blocks", cached)
+
+
+def lengths_stay_too_long(patch):
+    """A row that brings fewer tokens than it might have is counted as if it had brought all."""
+    patch.setattr(WorkerState, "correct_lengths", lambda self, slots: None)
+
+
+def computed_tokens_are_sealed_before_a_row_is_known_to_move(patch):
+    """The last token of a row that brings none counts as computed, so its block is shared while the
+    next step writes it again."""
+    original = results._count_computed
+
+    def count_computed(worker, step):
+        run = original(worker, step)
+        results._seal_full(worker, run)
+        return run
+
+    patch.setattr(results, "_count_computed", count_computed)
 
 
 BUGS = [
@@ -172,6 +194,8 @@ BUGS = [
         rows_by_slot_alone,
         parents_are_forgotten,
         scored_prompts_read_the_cache,
+        lengths_stay_too_long,
+        computed_tokens_are_sealed_before_a_row_is_known_to_move,
     ],
 )
 def test_a_planted_bug_is_caught(bug, monkeypatch):

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler import batch, loop, step_estimator
 from pagewire.scheduler.state import Scheduler, Tick
-from pagewire.scheduler.step_estimator import Pace, Waiting, chunk_ms, decodes_ms, longest_chunk
+from pagewire.scheduler.step_estimator import (
+    StepEstimator,
+    Waiting,
+    chunk_ms,
+    decodes_ms,
+    longest_chunk,
+)
+from pagewire_protocol.channels import Outbox
 from pagewire_protocol.messages import (
     Heartbeat,
     Hello,
@@ -83,8 +90,8 @@ def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
         SchedulerConfig(max_num_batched_tokens=77).step_tokens(gpu) for gpu in (False, True)
     } == {77}
     assert (
-        Pace(None, SchedulerConfig()).step_tokens,
-        Pace(LARGE, SchedulerConfig()).step_tokens,
+        StepEstimator(None, SchedulerConfig()).step_tokens,
+        StepEstimator(LARGE, SchedulerConfig()).step_tokens,
     ) == (2048, 8192)
 
 
@@ -105,7 +112,10 @@ def test_steps_are_no_larger_than_what_the_worker_has_memory_for():
         (16_384, 0, 16_384),
     ):
         assert (
-            Pace(LARGE, SchedulerConfig(max_num_batched_tokens=asked), reserved).step_tokens == most
+            StepEstimator(
+                LARGE, SchedulerConfig(max_num_batched_tokens=asked), reserved
+            ).step_tokens
+            == most
         )
 
 
@@ -114,12 +124,12 @@ def test_steps_are_no_larger_than_what_the_worker_has_memory_for():
     [(LARGE, 25, 25, 100), (LARGE, 10, 10, 40), (LARGE, 0, inf, inf), (None, 25, inf, inf)],
 )
 def test_limits_of_a_step(cost, max_step_ms, watched, unwatched):
-    made = Pace(cost, SchedulerConfig(max_step_ms=max_step_ms))
+    made = StepEstimator(cost, SchedulerConfig(max_step_ms=max_step_ms))
     assert (made.limit_ms(1), made.limit_ms(0)) == (watched, unwatched)
 
 
 def test_steps_take_longer_while_many_wait_and_for_over_a_second():
-    made = Pace(StepCost(1, 0.01, 0), SchedulerConfig())
+    made = StepEstimator(StepCost(1, 0.01, 0), SchedulerConfig())
     most = 1000 / 0.01
     limits = [
         made.limit_ms(20, Waiting(n, tokens))
@@ -127,7 +137,7 @@ def test_steps_take_longer_while_many_wait_and_for_over_a_second():
     ]
     assert limits == [50, 25, 25]
     assert made.limit_ms(0, Waiting(11, most + 1)) == 100
-    assert Pace(None, SchedulerConfig()).limit_ms(1, Waiting(11, 10 * most)) == inf
+    assert StepEstimator(None, SchedulerConfig()).limit_ms(1, Waiting(11, 10 * most)) == inf
 
 
 def test_a_crowd_is_let_in_by_longer_steps():
@@ -143,7 +153,7 @@ def test_a_crowd_is_let_in_by_longer_steps():
     [(0.0, 4), (0.1, 4), (1.0, 4), (1.1, 3), (1.5, 3), (1.6, 2), (3.1, 2), (3.2, 1), (50.0, 1)],
 )
 def test_short_steps_are_sent_ahead_in_greater_number(ms, ahead):
-    assert fill(Pace(LARGE, SchedulerConfig()), ms) == ahead
+    assert fill(StepEstimator(LARGE, SchedulerConfig()), ms) == ahead
 
 
 def fill(made, ms, now=0.0):
@@ -156,13 +166,17 @@ def fill(made, ms, now=0.0):
 
 
 def test_the_flag_is_the_most_steps_ahead_and_two_are_all_without_costs():
-    assert [fill(Pace(QUICK, SchedulerConfig(steps_in_flight=n)), 0.1) for n in (1, 2, 3, 8)] == [
+    assert [
+        fill(StepEstimator(QUICK, SchedulerConfig(steps_in_flight=n)), 0.1) for n in (1, 2, 3, 8)
+    ] == [
         1,
         2,
         3,
         8,
     ]
-    assert [fill(Pace(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)] == [
+    assert [
+        fill(StepEstimator(None, SchedulerConfig(steps_in_flight=n)), 0.0) for n in (1, 2, 3, 8)
+    ] == [
         1,
         2,
         2,
@@ -171,7 +185,7 @@ def test_the_flag_is_the_most_steps_ahead_and_two_are_all_without_costs():
 
 
 def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
-    made = Pace(LARGE, SchedulerConfig())
+    made = StepEstimator(LARGE, SchedulerConfig())
     assert made.due() == -inf
     made.sent(1, 25.0, 10.0, True)
     assert made.due() == pytest.approx(10.0 + (0.8 * 25 - 2.5) / 1000)
@@ -181,13 +195,13 @@ def test_the_next_step_is_sent_when_the_ones_in_flight_are_nearly_over():
     assert made.due() == pytest.approx(10.024 + (0.8 * 10 - 2.5) / 1000)
     made.returned(2, 10.034)
     assert made.due() == -inf
-    full = Pace(LARGE, SchedulerConfig(steps_in_flight=1))
+    full = StepEstimator(LARGE, SchedulerConfig(steps_in_flight=1))
     full.sent(1, 0.0, 10.0, False)
     assert full.due() == inf
 
 
 def test_nothing_is_waited_for_that_would_not_be_in_the_next_step():
-    made = Pace(LARGE, SchedulerConfig())
+    made = StepEstimator(LARGE, SchedulerConfig())
     made.sent(1, 25.0, 10.0, True)
     enough = 25 / LARGE.token_ms
     assert made.due(enough - 1) > 10 and made.due(enough + 1) == -inf
@@ -195,7 +209,7 @@ def test_nothing_is_waited_for_that_would_not_be_in_the_next_step():
     assert made.due(enough / 2 + 1) == -inf
     made.sent(2, 25.0, 10.0, True)
     assert made.due(enough) > 10.02
-    offline = Pace(LARGE, SchedulerConfig(max_step_ms=0))
+    offline = StepEstimator(LARGE, SchedulerConfig(max_step_ms=0))
     offline.sent(1, 100.0, 10.0, True)
     assert offline.due() == -inf
     offline.sent(2, 100.0, 10.0, True)
@@ -203,7 +217,7 @@ def test_nothing_is_waited_for_that_would_not_be_in_the_next_step():
 
 
 def test_a_long_step_counts_with_its_time_and_no_more_when_it_has_returned():
-    made = Pace(LARGE, SchedulerConfig())
+    made = StepEstimator(LARGE, SchedulerConfig())
     made.sent(1, 80.0, 0.0, True)
     made.sent(2, 0.5, 0.0, False)
     assert made.due() == pytest.approx((0.8 * 80.5 - 2.5) / 1000)
@@ -212,7 +226,7 @@ def test_a_long_step_counts_with_its_time_and_no_more_when_it_has_returned():
 
 
 def test_what_steps_with_prefill_take_of_their_estimate_counts():
-    made = Pace(LARGE, SchedulerConfig())
+    made = StepEstimator(LARGE, SchedulerConfig())
     made.ratio = 1.5
     made.sent(1, 20.0, 0.0, True)
     assert made.due() == pytest.approx((0.8 * 30 - 2.5) / 1000)
@@ -244,7 +258,7 @@ def run_steps(made, steps, ms, took, mixed=True, start=0, now=0.0, ahead=2):
     ("took", "ratio"), [(20.0, 1.0), (30.0, 1.5), (90.0, 2.0), (15.0, 0.75), (2.0, 0.5)]
 )
 def test_the_ratio_follows_the_measured_time_within_bounds(took, ratio):
-    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    made = StepEstimator(LARGE, SchedulerConfig(max_step_ms=20))
     run_steps(made, 300, 20.0, took)
     assert made.ratio == pytest.approx(ratio, rel=0.01) and made.step_ms == pytest.approx(
         took, rel=0.01
@@ -255,7 +269,7 @@ def test_the_ratio_follows_the_measured_time_within_bounds(took, ratio):
 
 
 def test_the_ratio_moves_slowly():
-    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    made = StepEstimator(LARGE, SchedulerConfig(max_step_ms=20))
     run_steps(made, 1, 20.0, 60_000.0)
     assert 1.0 < made.ratio < 1.3
 
@@ -266,7 +280,7 @@ def test_the_ratio_moves_slowly():
     ids=["decodes alone", "estimated to take no time", "sent to an idle worker"],
 )
 def test_other_steps_teach_nothing(mixed, ms, ahead, gap):
-    made = Pace(LARGE, SchedulerConfig(max_step_ms=20))
+    made = StepEstimator(LARGE, SchedulerConfig(max_step_ms=20))
     n, now = 0, 0.0
     for _ in range(40):
         if gap:
@@ -287,8 +301,9 @@ class Line:
 
     def __init__(self, cost, slower=1.0, blocks=20_000, **config):
         self.cost, self.slower, self.now = cost, slower, 1.0
-        self.scheduler = Scheduler(1, SchedulerConfig(**config))
-        self.steps, self.rows, self.times, self.ahead = [], [], [], []
+        self.steps = []
+        self.scheduler = Scheduler(1, SchedulerConfig(**config), self.receive, lambda inbox: None)
+        self.rows, self.times, self.ahead = [], [], []
         self.known, self.computed, self._last = {}, {}, []
         self._requests = 0
         self.handle(Tick(self.now))
@@ -296,10 +311,12 @@ class Line:
         self.handle(Hello(Peer(Role.WORKER, "w", "ipc:///w", 7, True), facts))
         self.handle(Hello(Peer(Role.TOKENIZER, "t", "ipc:///t", 8, True)))
 
+    def receive(self, inbox, message):
+        if isinstance(message, Step):
+            self.steps.append(message)
+
     def handle(self, event):
-        self.steps += [
-            message for _, message in self.scheduler.handle(event) if isinstance(message, Step)
-        ]
+        self.scheduler.handle(event)
 
     def submit(self, prompt, max_tokens):
         self._requests += 1
@@ -345,14 +362,14 @@ class Line:
             for slot, count in zip(self._last, counts, strict=True)
         ]
         self.rows.append(rows)
-        (replica,) = self.scheduler.engine.replicas.values()
+        (worker,) = self.scheduler.engine.workers.values()
         self.times.append(self.slower * self.ms(rows))
         end = self.now + self.times[-1] / 1000
         while (due := self.scheduler.engine.due(self.now)) < end:
             self.now = due
             self.handle(Tick(due))
         self.ahead.append(1 + len(self.steps))
-        assert replica.pace._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), (
+        assert worker.estimator._sent[0].ms == pytest.approx(self.ms(rows) if rows else 0.0), (
             "the estimate is not what the costs say"
         )
         for slot, context, count in rows:
@@ -554,4 +571,6 @@ def test_the_loop_waits_until_the_next_step_is_due_and_not_past_it(monkeypatch, 
         scheduler.engine, "due", lambda since: now + 0.010 if since < now + 0.010 else inf
     )
     monkeypatch.setattr(loop.time, "monotonic", lambda: now + later_ms / 1000)
-    assert loop.Loop(scheduler, None, None)._pause_s() == pytest.approx(pause_ms / 1000)
+    made = loop.Loop(1, SchedulerConfig(), None, Outbox())
+    made.state = scheduler
+    assert made._pause_s() == pytest.approx(pause_ms / 1000)

@@ -145,8 +145,8 @@ def test_cancel_of_a_preempted_request():
     handles = [w.submit([i, 2, 3, 4, 5], max_tokens=40) for i in range(4)]
     while not w.scheduler.engine.counters.num_preemptions:
         w.step()
-    (replica,) = w.scheduler.engine.replicas.values()
-    draining = [p.request for p in replica.pending if p.request]
+    (worker,) = w.scheduler.engine.workers.values()
+    draining = [p.request for p in worker.kv_cache.deferred if p.request]
     assert draining
     w.cancel(draining[0].handle)
     w.run()
@@ -203,15 +203,15 @@ def test_placement_follows_the_prefix_then_the_load():
     other = b if home == a else a
     busy = [w.submit([9, i], max_tokens=50) for i in range(4)]
     w.tick()
-    loads = {r.inbox: r.load for r in w.scheduler.engine.replicas.values()}
+    loads = {r.inbox: r.load for r in w.scheduler.engine.workers.values()}
     assert loads == {home: 2, other: 2}
     extra = w.submit([7, 7], max_tokens=50)
     w.tick()
     again = w.submit(PROMPT)
     w.step()
     assert w.attempts[again].placed.cached_tokens == 12
-    replica = w.scheduler.engine.live[w.attempts[again].rid].replica
-    assert replica.inbox == home
+    engine = w.scheduler.engine
+    assert engine.workers[engine.live[w.attempts[again].rid].worker].inbox == home
     w.run()
     for h in [first, *busy, extra, again]:
         assert w.output(h) == w.expected(h)
@@ -260,7 +260,7 @@ def test_a_worker_given_up_may_come_back_and_is_emptied_first():
     h = w.submit([1, 2, 3], max_tokens=20)
     w.step()
     w.send(Unreachable(worker.peer.inbox))
-    worker.shadow.writes.clear()
+    worker.shadow.runs.clear()
     w.tick()
     assert w.end(h).finish is Finish.LOST
     w.send(Hello(worker.peer, worker.facts))
@@ -289,9 +289,9 @@ def test_answers_that_do_not_fit_cost_the_worker_its_place():
             n += 1
         w.send(StepResult(1, worker.incarnation, n, slots, tokens, bytes(len(slots) // 4)))
         w.tick()
-        assert w.end(h).finish is Finish.LOST and not w.scheduler.engine.replicas
+        assert w.end(h).finish is Finish.LOST and not w.scheduler.engine.workers
         w.send(Hello(worker.peer, worker.facts))
-        assert not w.scheduler.engine.replicas
+        assert not w.scheduler.engine.workers
 
 
 def test_stale_results_change_nothing():
@@ -368,20 +368,20 @@ def test_peers_are_dropped_for_silence_replaced_by_name_and_greeted_when_unknown
     for _ in range(8):
         w.send(Heartbeat(worker.peer.inbox, worker.incarnation, 0, False))
         w.tick(1.5)
-    assert not w.tokenizers.keys() - set(w.forgotten) and w.scheduler.engine.replicas
+    assert not w.tokenizers.keys() - set(w.forgotten) and w.scheduler.engine.workers
     assert not w.scheduler.engine.live and not w.attempts[h].ends
     twin = Peer(Role.WORKER, worker.peer.name, "ipc:///w2", 4242, True)
     w.send(Hello(twin, worker.facts))
-    assert list(w.scheduler.engine.replicas) == [4242]
+    assert list(w.scheduler.engine.workers) == [4242]
     w.send(Goodbye(4242))
-    assert not w.scheduler.engine.replicas
+    assert not w.scheduler.engine.workers
 
 
 def test_a_pause_of_the_scheduler_is_not_its_peers_silence():
     w = world()
     w.scheduler.handle(Tick(w.now + 60))
     w.scheduler.handle(Tick(w.now + 61))
-    assert w.scheduler.engine.replicas and not w.forgotten
+    assert w.scheduler.engine.workers and not w.forgotten
 
 
 def test_results_for_a_process_that_never_says_hello_are_given_up():

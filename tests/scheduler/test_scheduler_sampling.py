@@ -3,7 +3,7 @@ a prompt is computed whole."""
 
 import numpy as np
 import pytest
-from pagewire.scheduler.emit import Outgoing, select
+from pagewire.scheduler.outgoing import Outgoing, select
 from pagewire.scheduler.slots import Slots
 from pagewire_protocol.messages import Finish, LogprobColumns, pack, unpack
 from scheduler.scheduler_sim import VOCAB, World
@@ -161,7 +161,7 @@ def test_prompt_scores_of_a_slot_that_was_not_run_are_distrusted():
     import msgspec
 
     worker.results[0] = msgspec.structs.replace(
-        result, prompt_logprobs=(msgspec.structs.replace(result.prompt_logprobs[0], place=5),)
+        result, prompt_logprobs=(msgspec.structs.replace(result.prompt_logprobs[0], slot=5),)
     )
     w.deliver(worker)
     w.tick()
@@ -210,13 +210,18 @@ def test_logprobs_of_kept_rows():
 
 def test_logprobs_go_to_the_owner_of_each_row_over_several_steps():
     slots, out = Slots(4, 100, ()), Outgoing()
-    slots.owner[:] = [7, 8, 7, 8]
+    slots.reply_route[:] = [7, 8, 7, 8]
     slots.handle[:] = [100, 101, 102, 103]
     everyone = np.arange(4, dtype=np.int32)
-    out.tokens(slots, everyone, np.zeros(4, np.int64), everyone, columns(ROWS))
-    out.tokens(slots, everyone[:1], np.ones(1, np.int64), everyone[:1], None)
-    out.tokens(
-        slots, everyone[2:], np.ones(2, np.int64), everyone[2:], columns([(0, 9, [(1, -4.0)])])
+    out.add_tokens(slots, everyone, np.zeros(4, np.int64), everyone, None, columns(ROWS))
+    out.add_tokens(slots, everyone[:1], np.ones(1, np.int64), everyone[:1], None, None)
+    out.add_tokens(
+        slots,
+        everyone[2:],
+        np.ones(2, np.int64),
+        everyone[2:],
+        None,
+        columns([(0, 9, [(1, -4.0)])]),
     )
     mail = {owner: part.message() for owner, part in out.take().items()}
     assert unpack("I", mail[7].handles).tolist() == [100, 102, 100, 102] and unpack(

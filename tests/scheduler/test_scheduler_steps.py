@@ -151,11 +151,15 @@ def test_blocks_wait_for_the_steps_in_flight(ahead):
     w.step()
     w.step()
     assert w.end(h).finish is Finish.STOP
-    (replica,) = w.scheduler.engine.replicas.values()
+    (worker,) = w.scheduler.engine.workers.values()
     for _ in range(ahead - 1):
-        assert replica.pool.available < replica.pool.total and replica.flights and replica.load == 0
+        assert (
+            worker.kv_cache.pool.available < worker.kv_cache.pool.total
+            and worker.in_flight.steps
+            and worker.load == 0
+        )
         w.step()
-    assert replica.pool.available == replica.pool.total
+    assert worker.kv_cache.pool.available == worker.kv_cache.pool.total
 
 
 def test_length_end_wastes_no_step():
@@ -206,9 +210,9 @@ def test_the_youngest_of_the_lowest_priority_is_preempted():
         w.submit([i, 2, 3, 4, 5], max_tokens=40, priority=p) for i, p in enumerate([5, 5, -1, -1])
     ]
     preempted = []
-    (replica,) = w.scheduler.engine.replicas.values()
-    original = replica.preempt
-    replica.preempt = lambda request: (preempted.append(request.handle), original(request))
+    (worker,) = w.scheduler.engine.workers.values()
+    original = worker.preempt
+    worker.preempt = lambda request: (preempted.append(request.handle), original(request))
     w.run()
     assert preempted and preempted[0] == urgent_but_late[1]
     for h in urgent_but_late:
@@ -262,41 +266,30 @@ def test_the_simulated_model_is_a_chain():
     )
 
 
-def handed_over(w, *answers):
-    """The steps and tokens of a tick: those handed over as they were made, where the answer was
-    yes, and those that it gave back."""
-    sent, answers = [], iter(answers)
+def sent_in_a_tick(w):
+    """The steps and tokens that a tick sends, each with the number of steps in flight when it
+    left."""
+    sent = []
+    (worker,) = w.scheduler.engine.workers.values()
+    receive = w._receive
 
-    def take(inbox, message):
-        taken = next(answers)
-        sent.extend([message] if taken else [])
-        return taken
+    def record(inbox, message):
+        if isinstance(message, (Step, Tokens)):
+            sent.append((message, len(worker.in_flight)))
+        receive(inbox, message)
 
-    w.scheduler.at_once = take
-    back = [
-        message
-        for _, message in w.scheduler.handle(Tick(w.now + 0.001))
-        if isinstance(message, (Step, Tokens))
-    ]
-    w.scheduler.at_once = None
-    return sent, back
+    w.scheduler._send = record
+    w.scheduler.handle(Tick(w.now + 0.001))
+    return sent
 
 
 def test_each_step_leaves_before_the_next_one_is_made():
     w = world(steps_in_flight=2)
     w.submit([1, 2, 3], max_tokens=5)
-    sent, back = handed_over(w, True, True, True)
-    assert [type(message) for message in sent] == [Step, Step, Tokens] and not back
-    assert [message.n for message in sent[:2]] == [1, 2] and sent[2].placed
-
-
-def test_nothing_overtakes_what_could_not_be_handed_over():
-    w = world(steps_in_flight=2)
-    w.submit([1, 2, 3], max_tokens=5)
-    sent, back = handed_over(w, True, False, True)
-    assert [message.n for message in sent] == [1]
-    assert [type(message) for message in back] == [Step, Tokens]
-    assert [message.n for message in back[:1]] == [2]
+    sent = sent_in_a_tick(w)
+    assert [type(message) for message, _ in sent] == [Step, Step, Tokens]
+    assert [in_flight for _, in_flight in sent] == [1, 2, 2]
+    assert [message.n for message, _ in sent[:2]] == [1, 2] and sent[2][0].placed
 
 
 def test_tokens_leave_before_the_steps_that_follow_them():
@@ -306,5 +299,4 @@ def test_tokens_leave_before_the_steps_that_follow_them():
     (worker,) = w.workers.values()
     worker.execute()
     w.deliver(worker)
-    sent, back = handed_over(w, True, True)
-    assert [type(message) for message in sent] == [Tokens, Step] and not back
+    assert [type(message) for message, _ in sent_in_a_tick(w)] == [Tokens, Step]

@@ -132,7 +132,7 @@ def _take(result: StepResult, found: list[Told]) -> None:
     for part in result.prompt_logprobs:
         counts = unpack("i", part.counts).tolist()
         places = [part.first + i for i, count in enumerate(counts) for _ in range(count)]
-        found[part.place].scores += zip(
+        found[part.slot].scores += zip(
             places, unpack("i", part.ids).tolist(), unpack("f", part.values).tolist(), strict=True
         )
     if (columns := result.logprobs) is not None:

@@ -207,10 +207,7 @@ class Verdict:
             exact.append(torch.log_softmax(logits.double(), -1))
             self._tokens(logits, prompt, output, sampling, f"{name}, slot {slot}")
             runs = [
-                run
-                for result in lane.results
-                for run in result.prompt_logprobs
-                if run.place == slot
+                run for result in lane.results for run in result.prompt_logprobs if run.slot == slot
             ]
             self._prompt(
                 logits, exact[slot], prompt, sampling.prompt_logprobs, runs, f"{name}, slot {slot}"

@@ -104,6 +104,27 @@ def test_chunks_sample_only_at_the_last_known_token(small, numbers, reference):
     assert small.out[0] == reference(prompt, 1)
 
 
+@pytest.mark.parametrize("chunks", [(20,), (12, 8)])
+def test_a_request_for_no_tokens_samples_none(chunks, small, numbers, reference):
+    """Beside one that decodes."""
+    prompt, other = numbers(20, 5), numbers(7, 6)
+    nothing = Sampling(seed=0, max_tokens=0, prompt_logprobs=0)
+    small.step(
+        admit=(small.admission(1, other, GREEDY, room=8),), run_slots=ints(1), run_counts=ints(7)
+    )
+    admit = (small.admission(0, prompt, nothing),)
+    positions = []
+    for count in chunks:
+        result = small.step(admit=admit, run_slots=ints(1, 0), run_counts=ints(1, count))
+        assert unpack("i", result.slots).tolist() == [1] and len(result.tokens) == 4
+        for run in result.prompt_logprobs:
+            assert run.slot == 0
+            positions += range(run.first, run.first + len(run.ranks) // 4)
+        admit = ()
+    assert positions == list(range(1, 20))
+    assert small.out[0] == [] and small.out[1] == reference(other, 1 + len(chunks))
+
+
 def test_prefix_blocks_and_resumed_output(small, numbers, reference):
     """Another request's sealed blocks stand for computed tokens; output that came before counts as
     known."""

@@ -196,7 +196,7 @@ def test_prompt_logprobs_whatever_the_chunks(model, driver, numbers, chunk, monk
     ours.generate(prompts, [sampling(prompt_logprobs=top, logprobs=1) for top in tops], 2, chunk)
     for slot, (prompt, top) in enumerate(zip(prompts, tops, strict=True)):
         runs = [
-            run for result in ours.results for run in result.prompt_logprobs if run.place == slot
+            run for result in ours.results for run in result.prompt_logprobs if run.slot == slot
         ]
         got, wanted = listed(runs), scored(model.logits(prompt), prompt, top) if top >= 0 else []
         assert [(p, rank, [i for i, _ in entries]) for p, rank, entries in got] == [

@@ -79,7 +79,7 @@ def test_prompts_are_scored_from_the_steps_logits():
     run, first, end = np.array([0, 1]), np.array([0, 1]), np.array([3, 5])
     device.special.prompt_tap(run, first, end, extra)(lambda rows: torch_logits[rows])
     (found,) = extra.prompt_logprobs()
-    assert (found.place, found.first) == (1, 2) and unpack("i", found.counts).tolist() == [3, 3, 3]
+    assert (found.slot, found.first) == (1, 2) and unpack("i", found.counts).tolist() == [3, 3, 3]
     exact = torch.log_softmax(torch_logits.double(), -1)
     ids, values = unpack("i", found.ids).tolist(), unpack("f", found.values).tolist()
     for i, token in enumerate(

@@ -82,8 +82,6 @@ class SseChoice(Choice):
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         rendering = self.reply.rendering
-        if rendering.hide_output:
-            return
         self.usage.completion_tokens += len(tokens)
         self.reply.open()
         self._send_score()
@@ -110,13 +108,13 @@ class SseChoice(Choice):
             )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        self.usage.completion_tokens = 0 if self.reply.rendering.hide_output else completion_tokens
+        self.usage.completion_tokens = completion_tokens
         self.reply.open()
         self._send_score()
         for delta in self._noted(self._parser.finish()):
             self._send_delta(delta)
         data = ChoiceData(self.index, prompt_ids=self.data.prompt_ids)
-        self.set_end(data, reason, stop_reason, called_tools=self._called_tools)
+        data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()
 

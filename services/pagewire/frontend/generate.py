@@ -68,7 +68,7 @@ async def _counted(request: web.Request, state: State, plan: Plan) -> web.Stream
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     request_id = adopt_request_id(request, plan.request_id)
-    state.tally.params_n.observe(plan.choices.n)
+    state.counters.params_n.observe(plan.choices.n)
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     reply = new_reply(state, plan, request_id, echoes)

@@ -24,8 +24,6 @@ class Rendering(Struct, frozen=True, kw_only=True):
     """Tokens are called `token_id:123` in log-probabilities."""
     echo: bool = False
     """The prompt comes before the text, and its log-probabilities before the text's."""
-    hide_output: bool = False
-    """max_tokens is 0: the one token that is generated is not shown."""
     role: str = "assistant"
     prefix: str = ""
     """What a chat's answer begins with: the message that it continues, under `echo`."""

@@ -111,7 +111,6 @@ class Choice:
             rendering.logprobs >= 0
             or rendering.return_token_ids
             or rendering.per_prompt > rendering.n
-            or rendering.hide_output
         )
         self.usage = Usage()
         self.reply = reply
@@ -157,10 +156,9 @@ class Choice:
         self._texts.append(text)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        if not self.reply.rendering.hide_output:
-            self._texts.append(text)
-            self._tokens += tokens
-            self._logprobs += logprobs
+        self._texts.append(text)
+        self._tokens += tokens
+        self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
@@ -169,20 +167,9 @@ class Choice:
             data.add(delta)
         data.tokens = self._tokens
         data.logprobs = self._logprobs
-        self.set_end(data, reason, stop_reason, called_tools=bool(data.tool_calls))
-        self.usage.completion_tokens = 0 if self.reply.rendering.hide_output else completion_tokens
+        data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))
+        self.usage.completion_tokens = completion_tokens
         self.reply.choice_finished()
-
-    def set_end(
-        self, data: ChoiceData, reason: str, stop_reason: int | str | None, *, called_tools: bool
-    ) -> None:
-        """Fill in why the choice ended, as the client sees it."""
-        if self.reply.rendering.hide_output:
-            reason, stop_reason = "length", None
-        elif called_tools and reason == "stop":
-            reason = "tool_calls"
-        data.reason = reason
-        data.stop_reason = stop_reason
 
     def failed(self, error: RequestError) -> None:
         self.reply.fail(error)

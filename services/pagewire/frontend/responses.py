@@ -54,6 +54,14 @@ class ChoiceData(Struct):
     score: PromptScore | None = None
     """Log-probabilities of the prompt, where the client asked for them."""
 
+    def set_end(
+        self, reason: str, stop_reason: int | str | None, *, called_tools: bool = False
+    ) -> None:
+        """Fill in why the choice ended. An answer that called tools and ended by itself waits for
+        their results: clients know that by its reason."""
+        self.reason = "tool_calls" if called_tools and reason == "stop" else reason
+        self.stop_reason = stop_reason
+
     def add(self, delta: Delta) -> None:
         """Append a parser's delta."""
         match delta:

@@ -1,5 +1,5 @@
-"""What this frontend knows of the rest of the stack: who is ready, who is still loading, what the
-model can take."""
+"""What this frontend has heard of the other services: which are ready, which are still loading, what
+the model can take."""
 
 import re
 from typing import Any, Final
@@ -14,6 +14,8 @@ _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
 
 
 class Stack:
+    """The latest roster, and what follows from it."""
+
     def __init__(self) -> None:
         self.roster: Roster | None = None
         self.draining = False
@@ -21,11 +23,12 @@ class Stack:
         """When the last roster came, on the caller's clock."""
 
     def on_roster(self, roster: Roster, now: float) -> None:
+        """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
 
     def model(self) -> ModelFacts:
-        """What is known of the model; nothing yet before the first roster."""
+        """What requests must fit; without a roster, nothing is known and everything passes."""
         return ModelFacts() if self.roster is None else model_facts(self.roster)
 
     def loading(self, now: float) -> list[dict[str, Any]]:
@@ -42,10 +45,11 @@ class Stack:
         return missing
 
     def ready(self, now: float) -> bool:
+        """Whether generation can begin."""
         return not self.draining and not self.loading(now)
 
     def unavailable(self, now: float) -> ApiError:
-        """Why generation is not possible, for the client."""
+        """Why generation is not possible, as an answer to the client."""
         if self.draining:
             return ApiError(
                 503,

@@ -18,15 +18,17 @@ from .tokenizer_queries import query
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    """{"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens", "token_strs"}."""
+    """POST /tokenize: {"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens",
+    "token_strs"}."""
     state = request.app[STATE]
     parsed = parse(TokenizeRequest, await read_body(request, state.max_body))
     state.check_model(parsed.model)
     model = state.stack.model()
     prompt = _prompt(parsed, model)
-    special = (
-        prompt.chat is None if parsed.add_special_tokens is None else parsed.add_special_tokens
-    )
+    # A chat template writes the special tokens that its model wants.
+    special = parsed.add_special_tokens
+    if special is None:
+        special = prompt.chat is None
     answer = await query(state, Tokenize(0, "-", prompt, special, bool(parsed.return_token_strs)))
     ids = unpack("i", answer.ids).tolist()
     texts = list(answer.texts) if parsed.return_token_strs else None
@@ -56,7 +58,7 @@ def _prompt(parsed: TokenizeRequest, model: ModelFacts) -> Prompt:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    """{"tokens"} -> {"prompt"}."""
+    """POST /detokenize: {"tokens"} -> {"prompt"}."""
     state = request.app[STATE]
     parsed = parse(DetokenizeRequest, await read_body(request, state.max_body))
     state.check_model(parsed.model)

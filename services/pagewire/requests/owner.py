@@ -181,7 +181,7 @@ class RequestOwner:
 
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """By the rules of a row but the last: positions of the prompt may come again."""
-        request = self.live.get(entry.place)
+        request = self.live.get(-1 if entry.handle is None else entry.handle)
         if (
             request is not None
             and request.attempt == entry.attempt

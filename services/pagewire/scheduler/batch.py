@@ -1,222 +1,292 @@
 """The forming of one step: running decodes first, then prefill chunks, within the budgets of tokens
 and time; growth of block tables; preemption.
 
-There are no phases: a row computes the next tokens that its request knows. The step is formed
-before the results of the ones before it are there, so lengths run ahead of values: a row that
-reaches its last known token is counted as knowing one more.
+There are no phases. A row computes the next tokens of its request, whether those came from the
+prompt or were sampled.
+
+A step is formed before the results of the ones before it are there, so lengths run ahead of values.
+A row that is given the last token of its slot will sample, and is counted at once as having all the
+tokens that the worker may bring for it; which ones they are, the worker knows and feeds back by
+itself. Only the lengths are needed to form the next step: where blocks must be added, what the rows
+attend to, who reaches `max_len` and runs no more.
 """
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from pagewire_protocol.messages import Admission, Shared, Step, pack
 
-from .prefix_groups import saved
+from .decode_set import NO_DECODES, NO_VERSION, Decodes
+from .in_flight import InFlightStep
 from .request import Phase, Request
-from .slots import I32, NEVER, ints
-from .step_estimator import LEAST_CHUNK, NOBODY, Waiting, chunk_ms, decodes_ms
-from .worker_state import NO_ROWS, Flight, WorkerState
+from .slots import I32, NO_ROWS, ints
+from .step_estimator import LEAST_CHUNK, NO_WAITING, Waiting, chunk_ms, decodes_ms
+from .worker_state import WorkerState
 
 
-def form(replica: WorkerState, epoch: int, now: float, waiting: Waiting = NOBODY) -> Step | None:
+@dataclass(slots=True)
+class Growth:
+    """Blocks that a step appends to block tables: `blocks[i]` to that of `slots[i]`."""
+
+    slots: list[int] = field(default_factory=list[int])
+    blocks: list[int] = field(default_factory=list[int])
+
+
+@dataclass(slots=True)
+class Chunks:
+    """The prefill of a step: `lengths[i]` tokens of `requests[i]`. `ms`: how long the whole step is
+    estimated to take, decodes included."""
+
+    requests: list[Request]
+    lengths: list[int]
+    ms: float
+
+
+def form(worker: WorkerState, epoch: int, now: float, waiting: Waiting = NO_WAITING) -> Step | None:
     """The next step, recorded as in flight since `now` (monotonic seconds); None when there is
-    nothing to do."""
-    grown: dict[int, int] = {}
-    decodes = _decode_rows(replica, replica.pace.step_tokens, grown)
-    reads, shared = _reads(replica, decodes), _shared(replica, decodes)
-    ms = decodes_ms(replica.pace.cost, len(decodes), reads - replica.groups_save)
-    chunks, ms = _chunks(replica, len(decodes), ms, waiting) if replica.prefill else ([], ms)
-    if not len(decodes) and not chunks and not replica.retire:
+    nothing to do. `waiting`: this worker's share of the requests that wait for a slot."""
+    growth = Growth()
+    decodes = _select_decodes(worker, growth)
+    attended = worker.decode_set.attended_tokens(decodes)
+    groups, saved_reads = worker.decode_set.prefix_groups(decodes)
+    ms = decodes_ms(worker.estimator.cost, len(decodes.rows), attended - saved_reads)
+    chunks = _select_chunks(worker, len(decodes.rows), ms, waiting)
+    if not len(decodes.rows) and not chunks.requests and not worker.to_retire:
         return None
-    replica.last_reads = reads
-    replica.sent += 1
-    replica.counters.steps += 1
-    repeat = not chunks and len(decodes) > 0 and decodes is replica.last_run
-    flight = _advance(replica, decodes, chunks)
-    replica.flights.append(flight)
-    replica.pace.sent(flight.n, ms if len(flight.run) else 0.0, now, bool(chunks))
-    return _message(replica, epoch, flight, grown, repeat=repeat, shared=None if repeat else shared)
+
+    step = _schedule(worker, decodes, chunks, attended)
+    worker.in_flight.push(step)
+    worker.counters.steps += 1
+    has_chunks = bool(chunks.requests)
+    worker.estimator.sent(step.n, chunks.ms if len(step.run) else 0.0, now, has_chunks)
+    repeat = decodes.unchanged and not has_chunks
+    return _message(worker, epoch, step, growth, groups, repeat)
 
 
-def _decode_rows(replica: WorkerState, budget: int, grown: dict[int, int]) -> I32:
-    slots = replica.slots
-    rows = slots.decode_rows()
-    if not len(rows):
-        return NO_ROWS
-    short = rows[slots.sent[rows] >= slots.capacity[rows]]
-    if len(short):
-        rows = _grow(replica, rows, short, grown)
+# --- decodes ---
+
+
+def _select_decodes(worker: WorkerState, growth: Growth) -> Decodes:
+    """Everyone who decodes gets their next token, as far as blocks and the token budget reach."""
+    decode_set = worker.decode_set
+    version = decode_set.version
+    all_rows = decode_set.rows()
+    if not len(all_rows):
+        return NO_DECODES
+    rows = _with_blocks(worker, all_rows, growth)
+    budget = worker.estimator.step_tokens
     if len(rows) > budget:
-        rows = np.roll(rows, -(replica.sent * budget) % len(rows))[:budget]
+        # More rows than a step may have tokens: they take turns, so the first row moves on by as
+        # many as one step takes.
+        first = worker.in_flight.num_sent * budget % len(rows)
+        rows = np.roll(rows, -first)[:budget]
+    return decode_set.decodes(rows, version if rows is all_rows else NO_VERSION)
+
+
+def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:
+    """Those of `rows` that have a block for every token which this step may write, after adding
+    blocks where they lack; these are noted in `growth`."""
+    slots = worker.slots
+    # A row writes at `num_scheduled` and, where the worker may bring several tokens, at the
+    # positions that follow; never beyond the longest that its request can become.
+    reach = slots.num_scheduled[rows] + worker.facts.max_tokens_per_row
+    if worker.facts.max_tokens_per_row > 1:
+        reach = np.minimum(reach, slots.max_len[rows])
+    is_short = reach > slots.num_allocated[rows]
+    if not is_short.any():
+        return rows
+    short = rows[is_short]
+    lacking = reach[is_short] - slots.num_allocated[short]
+    missing = -(-lacking // worker.kv_cache.block_size)
+    needed = dict(zip(ints(short), ints(missing), strict=True))
+    if worker.kv_cache.pool.available < sum(needed.values()):
+        rows = _make_room(worker, rows, needed)
+    _grow(worker, needed, growth)
     return rows
 
 
-def _grow(replica: WorkerState, rows: I32, short: I32, grown: dict[int, int]) -> I32:
-    """One more block for each row of `short`, noted in `grown` by slot. When blocks run out the
-    youngest request loses its place; rows that must wait for blocks in flight to come back are left
-    out of this step."""
-    pool, slots = replica.pool, replica.slots
-    while pool.available + replica.returning() < len(short):
-        victim = max(
-            (r for r in replica.requests() if r.phase is Phase.RUNNING), key=lambda r: r.order
-        )
-        short, rows = short[short != victim.slot], rows[rows != victim.slot]
-        replica.preempt(victim)
-    if pool.available < len(short):
-        eldest = sorted(ints(short), key=lambda slot: slots.tenant(slot).order)
-        rows = rows[~np.isin(rows, eldest[pool.available :])]
-        short = np.array(eldest[: pool.available], np.int32)
-    grown.update(zip(ints(short), pool.take(len(short)), strict=True))
-    for slot, block in grown.items():
-        slots.tenant(slot).blocks.append(block)
-    slots.capacity[short] += replica.block_size
+def _make_room(worker: WorkerState, rows: I32, needed: dict[int, int]) -> I32:
+    """See to it that the blocks `needed`, by slot, can be taken. Drops from `needed` the slots that
+    get none, and returns `rows` without them."""
+    pool = worker.kv_cache.pool
+
+    # Blocks of requests that have ended come back with the steps in flight that still write them.
+    # If even those do not suffice, somebody must give way: the youngest, which has least to lose
+    # and whose turn would come last if all waited again.
+    while pool.available + worker.kv_cache.returning() < sum(needed.values()):
+        running = [r for r in worker.requests() if r.phase is Phase.RUNNING]
+        victim = max(running, key=lambda request: request.order)
+        needed.pop(victim.slot, None)
+        rows = rows[rows != victim.slot]
+        worker.preempt(victim)
+
+    # What is on its way is not here yet. The eldest take what there is; the others sit out this
+    # step, keep their slots and go on when blocks have come back.
+    left = pool.available
+    if left < sum(needed.values()):
+        waits: list[int] = []
+        for slot in sorted(needed, key=lambda slot: worker.slots.request_in(slot).order):
+            if needed[slot] <= left and not waits:
+                left -= needed[slot]
+            else:
+                waits.append(slot)
+        for slot in waits:
+            del needed[slot]
+        rows = rows[~np.isin(rows, waits)]
     return rows
 
 
-def _reads(replica: WorkerState, decodes: I32) -> int:
-    """Tokens that the decodes attend to together: one more for each row as long as the same rows
-    run."""
-    if decodes is replica.last_run:
-        return replica.last_reads + len(decodes)
-    return int(replica.slots.sent[decodes].sum()) + len(decodes) if replica.pace.measured else 0
+def _grow(worker: WorkerState, needed: dict[int, int], growth: Growth) -> None:
+    """Append blocks to the tables of the slots in `needed`."""
+    growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
+    growth.blocks = worker.kv_cache.pool.take(len(growth.slots))
+    for slot, block in zip(growth.slots, growth.blocks, strict=True):
+        worker.slots.request_in(slot).blocks.append(block)
+    # A slot may come several times, which indexing with += would count once.
+    grown = np.array(growth.slots, np.int32)
+    np.add.at(worker.slots.num_allocated, grown, worker.kv_cache.block_size)
 
 
-def _chunks(
-    replica: WorkerState, decodes: int, ms: float, waiting: Waiting
-) -> tuple[list[tuple[Request, int]], float]:
-    """The prefill beside `decodes` rows that take `ms` milliseconds, in order of arrival, and the
-    time of all of it. The first request comes forward by LEAST_CHUNK tokens whatever they take."""
-    pace, slots, chunks = replica.pace, replica.slots, list[tuple[Request, int]]()
-    room, limit = pace.step_tokens - decodes, pace.limit_ms(decodes, waiting)
-    for request in replica.prefill:
-        sent = int(slots.sent[request.slot])
-        rest = int(slots.known[request.slot]) - sent
-        fits = pace.chunk(limit, ms, sent)
-        count = _whole_blocks(
-            sent,
-            rest,
-            int(min(room, fits if chunks else max(fits, LEAST_CHUNK))),
-            replica.block_size,
-            not chunks,
-        )
-        if count <= 0:
+# --- prefill ---
+
+
+def _select_chunks(worker: WorkerState, decodes: int, ms: float, waiting: Waiting) -> Chunks:
+    """The prefill beside `decodes` rows that take `ms` milliseconds, in order of arrival, up to the
+    budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
+    decodes take: prompts must come forward."""
+    chunks = Chunks([], [], ms)
+    if not worker.prefill:
+        return chunks
+    estimator = worker.estimator
+    slots = worker.slots
+    room = estimator.step_tokens - decodes
+    limit_ms = estimator.limit_ms(decodes, waiting)
+    for request in worker.prefill:
+        scheduled = int(slots.num_scheduled[request.slot])
+        rest = int(slots.num_tokens[request.slot]) - scheduled
+        is_first = not chunks.requests
+        fits = estimator.chunk(limit_ms, chunks.ms, scheduled)
+        if is_first:
+            fits = max(fits, LEAST_CHUNK)
+        most = int(min(room, fits))
+        length = _whole_blocks(scheduled, rest, most, worker.kv_cache.block_size, is_first)
+        if length <= 0:
             break
-        chunks.append((request, count))
-        room, ms = room - count, ms + chunk_ms(pace.cost, sent, count)
-        if count < rest:
+        chunks.requests.append(request)
+        chunks.lengths.append(length)
+        chunks.ms += chunk_ms(estimator.cost, scheduled, length)
+        room -= length
+        if length < rest:
+            # The budgets are spent. A shorter chunk of the next request might still fit, but it
+            # would only delay this one.
             break
-    return chunks, ms
+    return chunks
 
 
-def _whole_blocks(sent: int, rest: int, fits: int, block_size: int, must: bool) -> int:
-    """Tokens of a chunk of at most `fits`: all the rest, or up to the end of a block, so that
-    blocks are full early. A chunk that cannot even fill a block is taken only where something
-    `must` be."""
-    if rest <= fits:
+def _whole_blocks(scheduled: int, rest: int, most: int, block_size: int, is_first: bool) -> int:
+    """Tokens of a chunk that begins at `scheduled` and has at most `most`: all the `rest`, or up to
+    the end of a block, so that blocks are full early and can be shared. A chunk that cannot even
+    fill a block is worth its launch only where nothing else would be computed."""
+    if rest <= most:
         return rest
-    whole = (sent + fits) // block_size * block_size - sent
-    return whole if whole > 0 or not must else fits
+    whole = (scheduled + most) // block_size * block_size - scheduled
+    return whole if whole > 0 or not is_first else most
 
 
-def _advance(replica: WorkerState, decodes: I32, chunks: list[tuple[Request, int]]) -> Flight:
-    """Count the step's tokens as computed, and those it will sample as known."""
-    _sample(replica, decodes)
-    if chunks:
-        return _advance_chunks(replica, decodes, chunks)
-    if decodes is not replica.last_run:
-        replica.last_run, replica.last_bytes = decodes, decodes.tobytes()
-    return Flight(replica.sent, decodes, None, decodes, replica.last_bytes, replica.slots.releases)
+# --- the step ---
 
 
-def _advance_chunks(
-    replica: WorkerState, decodes: I32, chunks: list[tuple[Request, int]]
-) -> Flight:
-    slots = replica.slots
-    chunked = np.array([request.slot for request, _ in chunks], np.int32)
-    lengths = np.array([count for _, count in chunks], np.int32)
-    slots.sent[chunked] += lengths
-    replica.unsent = None
-    complete = chunked[slots.sent[chunked] == slots.known[chunked]]
-    if len(complete):
-        slots.set_decoding(complete, True)
-        _sample(replica, complete)
-        over = set(ints(complete))
-        replica.prefill = [request for request in replica.prefill if request.slot not in over]
-    run = np.concatenate([decodes, chunked])
-    counts = np.concatenate([np.ones(len(decodes), np.int32), lengths])
-    sampled = np.concatenate([decodes, complete])
-    replica.last_run, replica.last_bytes = run, run.tobytes()
-    return Flight(replica.sent, run, counts, sampled, sampled.tobytes(), slots.releases)
+def _schedule(worker: WorkerState, decodes: Decodes, chunks: Chunks, attended: int) -> InFlightStep:
+    """Count the step's tokens as scheduled, and those that it will sample as there."""
+    slots = worker.slots
+    n = worker.in_flight.num_sent + 1
+    worker.decode_set.schedule(decodes, attended, with_chunks=bool(chunks.requests))
+    if not chunks.requests:
+        rows = decodes.rows
+        row_bytes = worker.decode_set.bytes_of(decodes)
+        return InFlightStep(n, rows, None, rows, row_bytes, NO_ROWS, slots.num_vacated)
+
+    chunked = np.array([request.slot for request in chunks.requests], np.int32)
+    lengths = np.array(chunks.lengths, np.int32)
+    sampled, prefilled = _schedule_chunks(worker, chunked, lengths)
+    sampled = np.concatenate([decodes.rows, sampled])
+    return InFlightStep(
+        n,
+        run=np.concatenate([decodes.rows, chunked]),
+        counts=np.concatenate([np.ones(len(decodes.rows), np.int32), lengths]),
+        sampled=sampled,
+        sampled_bytes=sampled.tobytes(),
+        prefilled=prefilled,
+        num_vacated=slots.num_vacated,
+    )
 
 
-def _sample(replica: WorkerState, rows: I32) -> None:
-    """Each of `rows` computes its last known token and samples one more; those that may not grow
-    further run no more. As long as the same rows run, it is known when the first of them gets
-    there."""
-    slots = replica.slots
-    known = slots.known[rows] + 1
-    slots.known[rows] = known
-    slots.sent[rows] = known - 1
-    if rows is replica.last_run and replica.last_room > 1:
-        replica.last_room -= 1
-        return
-    room = slots.final[rows] - known
-    replica.last_room = int(room.min(initial=NEVER))
-    if replica.last_room <= 0:
-        slots.set_decoding(rows[room <= 0], False)
+def _schedule_chunks(worker: WorkerState, chunked: I32, lengths: I32) -> tuple[I32, I32]:
+    """The slots `chunked` compute `lengths` more tokens. Returns those that reach their last token
+    with it: the ones that sample, and decode from now on, and the ones that want no token."""
+    slots = worker.slots
+    slots.num_scheduled[chunked] += lengths
+    complete = chunked[slots.num_scheduled[chunked] == slots.num_tokens[chunked]]
+    worker.prefill_changed()
+    if not len(complete):
+        return NO_ROWS, NO_ROWS
+    over = set(ints(complete))
+    worker.prefill = [request for request in worker.prefill if request.slot not in over]
+    wants_tokens = slots.max_len[complete] > slots.num_tokens[complete]
+    sampled = complete[wants_tokens]
+    if len(sampled):
+        worker.decode_set.add(sampled)
+        worker.decode_set.schedule_samples(sampled)
+    return sampled, complete[~wants_tokens]
 
 
 def _message(
-    replica: WorkerState,
+    worker: WorkerState,
     epoch: int,
-    flight: Flight,
-    grown: dict[int, int],
-    *,
+    step: InFlightStep,
+    growth: Growth,
+    groups: Shared | None,
     repeat: bool,
-    shared: Shared | None,
 ) -> Step:
-    columns = {}
+    """`step` as the worker is told of it. A repetition leaves out what it has in common with the
+    step before."""
+    run_slots = run_counts = b""
     if not repeat:
-        ones = np.ones(len(flight.run), np.int32)
-        columns = {
-            "run_slots": replica.last_bytes,
-            "run_counts": (ones if flight.counts is None else flight.counts).tobytes(),
-        }
+        ones = np.ones(len(step.run), np.int32)
+        run_slots = step.sampled_bytes if step.counts is None else step.run.tobytes()
+        run_counts = (ones if step.counts is None else step.counts).tobytes()
     message = Step(
         epoch,
-        flight.n,
-        retire=pack("i", replica.retire),
-        admit=tuple([_admission(replica, request) for request in replica.admit]),
-        grow_slots=pack("i", grown),
-        grow_blocks=pack("i", grown.values()),
+        step.n,
+        retire=pack("i", worker.to_retire),
+        admit=tuple([_admission(worker, request, step.n) for request in worker.to_admit]),
+        grow_slots=pack("i", growth.slots),
+        grow_blocks=pack("i", growth.blocks),
+        run_slots=run_slots,
+        run_counts=run_counts,
         repeat=repeat,
-        shared=shared,
-        **columns,
+        shared=None if repeat else groups,
     )
-    replica.retire, replica.admit = [], []
+    worker.to_retire = []
+    worker.to_admit = []
     return message
 
 
-def _shared(replica: WorkerState, decodes: I32) -> Shared | None:
-    """The groups of decodes with common blocks, which last as long as the same rows decode, and
-    what they save of each step's reads."""
-    if replica.prefixes is not None and decodes is not replica.grouped:
-        lengths = replica.slots.sent[decodes] + 1
-        replica.grouped, replica.groups = (
-            decodes,
-            replica.prefixes.find(decodes, lengths) if len(decodes) else None,
-        )
-        replica.groups_save = 0 if replica.groups is None else saved(replica.groups)
-    return replica.groups
-
-
-def _admission(replica: WorkerState, request: Request) -> Admission:
-    slots, slot, size = replica.slots, request.slot, len(request.prompt)
-    slots.born[slot] = replica.sent
+def _admission(worker: WorkerState, request: Request, n: int) -> Admission:
+    """`request` enters its slot with step `n`."""
+    slots = worker.slots
+    slots.admitted_step[request.slot] = n
+    prompt_len = len(request.prompt)
     return Admission(
-        slot=slot,
+        slot=request.slot,
         execution=request.execution,
         prompt=request.prompt.tobytes(),
-        output=request.tokens[size:].tobytes(),
+        output=request.tokens[prompt_len:].tobytes(),
         blocks=pack("i", request.blocks),
-        computed=int(slots.done[slot]),
+        computed=int(slots.num_computed[request.slot]),
         sampling=request.sampling,
+        kind=request.kind,
+        model=request.model,
+        adapter=request.adapter,
+        grammar=request.grammar,
     )

@@ -1,18 +1,19 @@
 """The life of every request: taken in, placed, stepped, ended exactly once.
 
-Owns the queue, the replicas and the table of live attempts. Knows owners by number and workers by
-incarnation; who is alive, what time it is and where messages go is decided in `state.py`.
+Owns the queue, the workers' states and the table of live attempts. Knows reply routes by number and
+workers by incarnation; who is alive, what time it is and where messages go is decided in `state.py`.
 """
 
 from collections.abc import Callable
 from math import inf
 
+from pagewire_protocol.columns import execution_id
 from pagewire_protocol.messages import End, Finish, Placed, Step, StepResult, Submit, WorkerFacts
 
 from pagewire.config import SchedulerConfig
 
 from . import batch, results
-from .emit import Outgoing
+from .outgoing import Outgoing
 from .placement import Queue, choose, overload, unservable
 from .request import Phase, Refusal, Request, malformed
 from .step_estimator import Waiting
@@ -22,14 +23,22 @@ NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
 REMEMBERED_LOSSES = 64
+"""Workers that were given up of which it is remembered what they may still hold."""
 
 
 class Engine:
+    """The requests and workers of the scheduler of `epoch`."""
+
     def __init__(self, epoch: int, config: SchedulerConfig) -> None:
-        self.epoch, self.config = epoch, config
-        self.queue, self.out, self.counters = Queue(), Outgoing(), Counters()
-        self.replicas: dict[int, WorkerState] = {}
+        self.epoch = epoch
+        self.config = config
+        self.queue = Queue()
+        self.out = Outgoing()
+        self.counters = Counters()
+        self.workers: dict[int, WorkerState] = {}
+        """By incarnation."""
         self.live: dict[bytes, Request] = {}
+        """Attempts that were accepted and have not ended, by rid."""
         self._lost: dict[int, WorkerState] = {}
         self._executions = 0
         self._arrivals = 0
@@ -37,35 +46,41 @@ class Engine:
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
 
-    def submit(self, submit: Submit, owner: int, hopeful: bool) -> None:
-        """`hopeful`: a worker is on its way, so that a request may wait for it."""
+    def submit(self, submit: Submit, reply_route: int, worker_expected: bool) -> None:
+        """Accept or refuse an attempt, whose results go to `reply_route`. It replaces an earlier
+        attempt at the same request. `worker_expected`: a worker is on its way, so that a request
+        may wait for it."""
         old = self.live.get(submit.rid)
         if old is not None and old.attempt >= submit.attempt:
-            if (old.owner, old.handle) != (owner, submit.handle):
-                self._say_end(owner, submit.handle, submit.attempt, Finish.CANCELLED)
+            if (old.reply_route, old.handle) != (reply_route, submit.handle):
+                self._report_end(reply_route, submit.handle, submit.attempt, Finish.CANCELLED)
             return
         if old is not None:
             self.end(old, Finish.CANCELLED)
         refusal = malformed(submit)
         if refusal is not None:
-            self._say_end(owner, submit.handle, submit.attempt, Finish.REFUSED, refusal=refusal)
+            self._report_end(
+                reply_route, submit.handle, submit.attempt, Finish.REFUSED, refusal=refusal
+            )
             return
         self._arrivals += 1
-        request = Request(submit, owner, self._arrivals)
-        refusal = self._refusal(request, hopeful)
+        request = Request(submit, reply_route, self._arrivals)
+        refusal = self._refusal(request, worker_expected)
         if refusal is not None:
-            self._say_end(owner, request.handle, request.attempt, Finish.REFUSED, refusal=refusal)
+            self._report_end(
+                reply_route, request.handle, request.attempt, Finish.REFUSED, refusal=refusal
+            )
         elif (finish := self._finished_before(request)) is not None:
-            self._say_end(owner, request.handle, request.attempt, finish[0], finish[1])
+            self._report_end(reply_route, request.handle, request.attempt, finish[0], finish[1])
         else:
             self.live[request.rid] = request
             self.queue.push(request)
 
-    def _refusal(self, request: Request, hopeful: bool) -> Refusal | None:
-        replicas = list(self.replicas.values())
-        if not replicas and not hopeful and request.attempt == 1:
+    def _refusal(self, request: Request, worker_expected: bool) -> Refusal | None:
+        workers = list(self.workers.values())
+        if not workers and not worker_expected and request.attempt == 1:
             return NO_WORKER
-        refusal = unservable(request, replicas) if replicas else None
+        refusal = unservable(request, workers) if workers else None
         if refusal is None and self._overload(request) is not None:
             self._place()
             refusal = self._overload(request)
@@ -73,7 +88,7 @@ class Engine:
 
     def _overload(self, request: Request) -> Refusal | None:
         tokens = max(
-            (r.pace.step_tokens for r in self.replicas.values()),
+            (worker.estimator.step_tokens for worker in self.workers.values()),
             default=self.config.step_tokens(gpu=False),
         )
         return overload(request, self.queue, self.config, tokens)
@@ -83,10 +98,11 @@ class Engine:
         End."""
         if request.output_len == 0:
             return None
-        eos = next((r.slots.eos for r in self.replicas.values()), frozenset[int]())
+        eos = next((worker.slots.eos for worker in self.workers.values()), frozenset[int]())
         return request.finish_at(int(request.tokens[-1]), request.output_len, eos)
 
     def cancel(self, rid: bytes, attempt: int) -> None:
+        """End `attempt` at this request, or an earlier one."""
         request = self.live.get(rid)
         if request is not None and request.attempt <= attempt:
             self.end(request, Finish.CANCELLED)
@@ -99,17 +115,19 @@ class Engine:
         refusal: Refusal | None = None,
     ) -> None:
         """The one way out for every accepted attempt."""
-        if request.replica is not None:
-            request.replica.release(request)
+        if request.worker is not None:
+            self.workers[request.worker].release(request)
         else:
             self.queue.forget(request)
         request.phase = Phase.ENDED
         del self.live[request.rid]
-        self._say_end(request.owner, request.handle, request.attempt, finish, stop, refusal)
+        self._report_end(
+            request.reply_route, request.handle, request.attempt, finish, stop, refusal
+        )
 
-    def _say_end(
+    def _report_end(
         self,
-        owner: int,
+        reply_route: int,
         handle: int,
         attempt: int,
         finish: Finish,
@@ -117,15 +135,15 @@ class Engine:
         refusal: Refusal | None = None,
     ) -> None:
         why = refusal or Refusal(0, "")
-        self.out.mail(owner).ended.append(
+        self.out.to(reply_route).ended.append(
             End(
                 handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s
             )
         )
 
-    def drop_owner(self, owner: int) -> None:
+    def drop_route(self, reply_route: int) -> None:
         """Nobody waits for these requests here any more; their owners resubmit elsewhere."""
-        for request in [r for r in self.live.values() if r.owner == owner]:
+        for request in [r for r in self.live.values() if r.reply_route == reply_route]:
             self.end(request, Finish.CANCELLED)
 
     def refuse_waiting(self) -> None:
@@ -137,44 +155,48 @@ class Engine:
     #   ------------------------------------------------------------------------------------------------------
 
     def add_worker(self, incarnation: int, inbox: str, facts: WorkerFacts) -> None:
-        """A worker that was given up and comes back is told to empty the slots that it may still
-        hold."""
-        replica = WorkerState(inbox, facts, self.config, self.counters)
+        """A worker is ready. One that was given up and comes back is told to empty the slots that
+        it may still hold."""
+        worker = WorkerState(incarnation, inbox, facts, self.config, self.counters)
         former = self._lost.pop(incarnation, None)
         if former is not None:
-            replica.sent = replica.returned = former.sent
-            replica.retire = former.retire
-        self.replicas[incarnation] = replica
+            worker.in_flight.continue_after(former.in_flight.num_sent)
+            worker.to_retire = former.to_retire
+        self.workers[incarnation] = worker
         self._refuse_unservable()
 
     def lose_worker(self, incarnation: int) -> None:
-        replica = self.replicas.pop(incarnation, None)
-        if replica is None:
+        """A worker is gone. Its requests end as lost, and their owners resubmit them."""
+        worker = self.workers.get(incarnation)
+        if worker is None:
             return
-        replica.returned = replica.sent
-        replica.settle()
-        self._take_back(replica)
-        for request in replica.requests():
+        # Nothing writes its blocks any more: preempted requests need not wait for its steps.
+        worker.in_flight.num_returned = worker.in_flight.num_sent
+        worker.release_due()
+        self._requeue_preempted(worker)
+        for request in worker.requests():
             self.end(request, Finish.LOST)
-        self._lost[incarnation] = replica
+        del self.workers[incarnation]
+        self._lost[incarnation] = worker
         if len(self._lost) > REMEMBERED_LOSSES:
             del self._lost[next(iter(self._lost))]
         self._refuse_unservable()
 
     def _refuse_unservable(self) -> None:
-        replicas = list(self.replicas.values())
-        for request in self.queue.waiting() if replicas else ():
-            refusal = unservable(request, replicas)
+        workers = list(self.workers.values())
+        for request in self.queue.waiting() if workers else ():
+            refusal = unservable(request, workers)
             if refusal is not None:
                 self.end(request, Finish.REFUSED, refusal=refusal)
 
     def result(self, result: StepResult) -> None:
-        """Raises WorkerFault when the worker cannot be trusted any more."""
-        replica = self.replicas.get(result.incarnation)
-        if replica is None or result.epoch != self.epoch:
+        """Take in a step's result; one of another epoch or of an unknown worker is ignored. Raises
+        WorkerFault when the worker cannot be trusted any more."""
+        worker = self.workers.get(result.incarnation)
+        if worker is None or result.epoch != self.epoch:
             return
-        results.absorb(replica, result, self.out, self.end, self._failed)
-        self._take_back(replica)
+        results.absorb(worker, result, self.out, self.end, self._failed)
+        self._requeue_preempted(worker)
 
     def _failed(self, request: Request, why: str) -> None:
         self.end(request, Finish.FAILED, refusal=Refusal(500, why))
@@ -185,64 +207,65 @@ class Engine:
     def advance(self, send: Callable[[str, Step], None], now: float) -> None:
         """Place what can be placed and fill every worker's steps in flight. `now`: monotonic
         seconds."""
-        for replica in self.replicas.values():
-            replica.pace.returned(replica.returned, now)
-        open_ = [replica for replica in self.replicas.values() if self._due(replica) <= now]
-        while open_:
+        for worker in self.workers.values():
+            worker.estimator.returned(worker.in_flight.num_returned, now)
+        due = [worker for worker in self.workers.values() if self._due(worker) <= now]
+        while due:
             self._place()
             stepped: list[WorkerState] = []
-            for replica in open_:
-                step = batch.form(replica, self.epoch, now, self._waiting())
-                self._take_back(replica)
+            for worker in due:
+                step = batch.form(worker, self.epoch, now, self._waiting())
+                self._requeue_preempted(worker)
                 if step is not None:
-                    send(replica.inbox, step)
-                    stepped.append(replica)
-            open_ = [replica for replica in stepped if self._due(replica) <= now]
+                    send(worker.inbox, step)
+                    stepped.append(worker)
+            due = [worker for worker in stepped if self._due(worker) <= now]
 
     def due(self, now: float) -> float:
         """When `advance` has something to do, if nothing happens before; inf when it has not. What
         is due already had nothing to send."""
         return min(
-            (due for replica in self.replicas.values() if (due := self._due(replica)) > now),
+            (due for worker in self.workers.values() if (due := self._due(worker)) > now),
             default=inf,
         )
 
-    def _due(self, replica: WorkerState) -> float:
-        return replica.pace.due(replica.backlog() + self.queue.tokens / len(self.replicas))
+    def _due(self, worker: WorkerState) -> float:
+        queued = self.queue.tokens / len(self.workers)
+        return worker.estimator.due(worker.pending_prefill_tokens() + queued)
 
     def _waiting(self) -> Waiting:
-        return Waiting(
-            self.queue.count / len(self.replicas), self.queue.tokens / len(self.replicas)
-        )
+        return Waiting(self.queue.count / len(self.workers), self.queue.tokens / len(self.workers))
 
-    def _take_back(self, replica: WorkerState) -> None:
+    def _requeue_preempted(self, worker: WorkerState) -> None:
         """Preempted requests whose last tokens have arrived wait again."""
-        requeued, replica.requeued = replica.requeued, []
-        for request in requeued:
+        for request in worker.requeued:
             self.queue.push(request)
+        worker.requeued = []
 
     def _place(self) -> None:
-        replicas = list(self.replicas.values())
+        workers = list(self.workers.values())
         while (request := self.queue.head()) is not None:
-            choice = choose(request, replicas)
+            choice = choose(request, workers)
             if choice is None:
                 return
             self.queue.pop()
             self._put(request, *choice)
 
-    def _put(self, request: Request, replica: WorkerState, cached: list[int]) -> None:
-        """A preempted request keeps its execution id: its owner has pinned it, and only one chain
-        of its tokens was ever emitted."""
+    def _put(self, request: Request, worker: WorkerState, cached: list[int]) -> None:
+        """A preempted request keeps its execution id: its owner accepts rows of no other, and only one
+        chain of its tokens was ever sent."""
         if request.execution:
-            replica.place(request, cached)
+            worker.place(request, cached)
             return
         self._executions += 1
-        request.execution = self.epoch << 43 | self._executions
-        saved = replica.place(request, cached)
+        request.execution = execution_id(self.epoch, self._executions)
+        saved = worker.place(request, cached)
         self.counters.prompt_tokens += len(request.prompt)
-        self.out.mail(request.owner).placed.append(Placed(request.handle, request.attempt, saved))
+        self.out.to(request.reply_route).placed.append(
+            Placed(request.handle, request.attempt, saved)
+        )
 
     def check(self) -> None:
         """The conservation law on every worker. Raises BlockError."""
-        for replica in self.replicas.values():
-            replica.pool.check()
+        for worker in self.workers.values():
+            worker.kv_cache.pool.check()

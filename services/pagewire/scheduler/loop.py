@@ -17,29 +17,44 @@ from pagewire_protocol.messages import Message, Role, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
 
-from .state import Output, Scheduler, Tick, Unreachable
+from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
 WAIT_S: Final = 0.25
 
 
 class Loop:
-    def __init__(self, state: Scheduler, inbox: Inbox[ToScheduler], outbox: Outbox) -> None:
-        self.state, self.inbox, self.outbox = state, inbox, outbox
+    """Receives, has the state machine decide, and sends what it says."""
+
+    def __init__(
+        self, epoch: int, config: SchedulerConfig, inbox: Inbox[ToScheduler], outbox: Outbox
+    ) -> None:
+        self.inbox = inbox
+        self.outbox = outbox
         self.stopping = False
-        state.at_once = self._send
+        self.state = Scheduler(epoch, config, self._send, outbox.forget)
+        self._unreachable: deque[str] = deque()
 
     def stop(self, *_: object) -> None:
+        """End `forever`; safe as a signal handler."""
         self.stopping = True
         self.inbox.wake()
 
     def forever(self) -> None:
-        self.deliver(self.state.handle(Tick(time.monotonic())))
+        """Until `stop`."""
+        self.handle(Tick(time.monotonic()))
         while not self.stopping:
             self.inbox.wait(self._pause_s())
             for message in self.inbox.drain():
-                self.deliver(self.state.handle(message))
-            self.deliver(self.state.handle(Tick(time.monotonic())))
+                self.handle(message)
+            self.handle(Tick(time.monotonic()))
+
+    def handle(self, event: Event) -> None:
+        """`event`, and then what could not be sent while it was handled: a peer that cannot be
+        reached is one more event."""
+        self.state.handle(event)
+        while self._unreachable:
+            self.state.handle(Unreachable(self._unreachable.popleft()))
 
     def _pause_s(self) -> float:
         """Until the next step is due, in whole milliseconds, which is what a wait is counted in.
@@ -47,24 +62,17 @@ class Loop:
         due = self.state.engine.due(self.state.now)
         return min(WAIT_S, max(0.0, due - time.monotonic()) + 0.001)
 
-    def deliver(self, outputs: list[Output]) -> None:
-        """Send. A peer that cannot be reached is one more event, whose outputs are sent as well."""
-        todo = deque(outputs)
-        while todo:
-            address, message = todo.popleft()
-            if message is None:
-                self.outbox.forget(address)
-            elif not self._send(address, message):
-                todo.extend(self.state.handle(Unreachable(address)))
-
-    def _send(self, address: str, message: Message) -> bool:
+    def _send(self, address: str, message: Message) -> None:
+        if address in self._unreachable:
+            return
         try:
-            return self.outbox.send(address, message)
-        except (
-            Exception
-        ) as error:  # an address that ZeroMQ refuses must not stop the scheduler for everyone else
+            sent = self.outbox.send(address, message)
+        except Exception as error:
+            # An address that ZeroMQ refuses must not stop the scheduler for everyone else.
             log.error("cannot send a %s to %s: %s", type(message).__name__, address, error)
-            return False
+            sent = False
+        if not sent:
+            self._unreachable.append(address)
 
 
 def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
@@ -78,7 +86,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
         print(f"pagewire scheduler: {error}", file=sys.stderr)
         return 1
     inbox: Inbox[ToScheduler] = Inbox(run_dir, Role.SCHEDULER, 0)
-    loop = Loop(Scheduler(epoch, config), inbox, Outbox())
+    loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
     gc.collect()

@@ -1,8 +1,8 @@
 """The processes of the stack as the scheduler sees them: who is alive, what they can do, and the
 Roster that tells the others.
 
-Time comes with the calls. Knows nothing of requests; owners of requests are known by a number that
-stands for their inbox.
+Time comes with the calls. Knows nothing of requests; where their results go is known by a number
+that stands for an inbox.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ its peers were silent."""
 
 
 @dataclass(slots=True)
-class Known:
+class PeerState:
+    """What one peer last said of itself, and when it was heard (monotonic seconds)."""
+
     peer: Peer
     worker: WorkerFacts | None
     tokenizer: TokenizerFacts | None
@@ -37,20 +39,22 @@ class Known:
 
 
 class Peers:
+    """All live peers, by incarnation."""
+
     def __init__(self) -> None:
-        self._known: dict[int, Known] = {}
+        self._peers: dict[int, PeerState] = {}
         self._roster: Roster | None = None
 
-    def hello(self, hello: Hello, now: float) -> list[Known]:
+    def hello(self, hello: Hello, now: float) -> list[PeerState]:
         """Note a peer. Returns those it replaces: an earlier life under the same role and name."""
         peer = hello.peer
-        gone = [k for k in self._known.values() if self._is_former(k.peer, peer)]
-        for known in gone:
-            del self._known[known.peer.incarnation]
-        new = Known(peer, hello.worker, hello.tokenizer, now)
-        if peer.incarnation not in self._known or self._known[peer.incarnation].peer != peer:
+        gone = [state for state in self._peers.values() if self._is_former(state.peer, peer)]
+        for state in gone:
+            del self._peers[state.peer.incarnation]
+        new = PeerState(peer, hello.worker, hello.tokenizer, now)
+        if peer.incarnation not in self._peers or self._peers[peer.incarnation].peer != peer:
             self._roster = None
-        self._known[peer.incarnation] = new
+        self._peers[peer.incarnation] = new
         return gone
 
     @staticmethod
@@ -59,47 +63,77 @@ class Peers:
 
     def heartbeat(self, beat: Heartbeat, now: float) -> bool:
         """False when the sender is unknown."""
-        known = self._known.get(beat.incarnation)
-        if known is None:
+        state = self._peers.get(beat.incarnation)
+        if state is None:
             return False
-        known.last_seen = now
-        if not known.peer.ready and (known.peer.stage, known.peer.fraction) != (
+        state.last_seen = now
+        if not state.peer.ready and (state.peer.stage, state.peer.fraction) != (
             beat.stage,
             beat.fraction,
         ):
-            known.peer = replace(known.peer, stage=beat.stage, fraction=beat.fraction)
+            state.peer = replace(state.peer, stage=beat.stage, fraction=beat.fraction)
             self._roster = None
         return True
 
-    def remove(self, incarnation: int) -> Known | None:
-        known = self._known.pop(incarnation, None)
-        if known is not None:
+    def remove(self, incarnation: int) -> PeerState | None:
+        """Forget a peer, and return what was known of it; None when nothing was."""
+        state = self._peers.pop(incarnation, None)
+        if state is not None:
             self._roster = None
-        return known
+        return state
 
     def expired(self, now: float) -> list[int]:
+        """The incarnations of peers that were silent for too long."""
         limit = {True: SILENCE_S, False: LOADING_SILENCE_S}
         return [
-            k.peer.incarnation
-            for k in self._known.values()
-            if now - k.last_seen > limit[k.peer.ready]
+            state.peer.incarnation
+            for state in self._peers.values()
+            if now - state.last_seen > limit[state.peer.ready]
         ]
 
     def forgive(self, seconds: float) -> None:
         """The scheduler itself stood still for `seconds`: nobody is blamed for a silence it could
         not hear."""
-        for known in self._known.values():
-            known.last_seen += seconds
+        for state in self._peers.values():
+            state.last_seen += seconds
+
+    def group_of(self, peer: Peer) -> list[int]:
+        """The incarnations of all ranks of `peer`'s group that are there; none when it is alone."""
+        if not peer.group:
+            return []
+        return [state.peer.incarnation for state in self._group(peer.group)]
+
+    def ready_leader(self, peer: Peer) -> PeerState | None:
+        """Rank 0 of `peer`'s group when all its ranks are there and ready; `peer` itself when it is
+        alone and ready."""
+        if not peer.group:
+            return self._peers[peer.incarnation] if peer.ready else None
+        ready = {state.peer.rank: state for state in self._group(peer.group) if state.peer.ready}
+        return ready.get(0) if len(ready) >= peer.group_size else None
+
+    def _group(self, name: str) -> list[PeerState]:
+        return [state for state in self._peers.values() if state.peer.group == name]
 
     def at(self, inbox: str) -> list[int]:
-        return [k.peer.incarnation for k in self._known.values() if k.peer.inbox == inbox]
+        """The incarnations of peers with this inbox."""
+        return [
+            state.peer.incarnation for state in self._peers.values() if state.peer.inbox == inbox
+        ]
 
     def inboxes(self, role: Role | None = None) -> list[str]:
-        return [k.peer.inbox for k in self._known.values() if role is None or k.peer.role is role]
+        """The inboxes of all peers, or those with this role."""
+        return [
+            state.peer.inbox
+            for state in self._peers.values()
+            if role is None or state.peer.role is role
+        ]
 
     def loading(self) -> bool:
         """A worker is on its way."""
-        return any(k.peer.role is Role.WORKER and not k.peer.ready for k in self._known.values())
+        return any(
+            state.peer.role is Role.WORKER and not state.peer.ready
+            for state in self._peers.values()
+        )
 
     @property
     def changed(self) -> bool:
@@ -107,17 +141,18 @@ class Peers:
         return self._roster is None
 
     def roster(self, epoch: int, stats: dict[str, float]) -> Roster:
+        """The peers as the others are told of them."""
         if self._roster is None:
             self._roster = self._build(epoch)
         return replace(self._roster, stats=stats) if stats else self._roster
 
     def _build(self, epoch: int) -> Roster:
-        ready = [k for k in self._known.values() if k.peer.ready]
-        workers = [k.worker for k in ready if k.worker is not None]
-        tokenizers = [k.tokenizer for k in ready if k.tokenizer is not None]
+        ready = [state for state in self._peers.values() if state.peer.ready]
+        workers = [state.worker for state in ready if state.worker is not None]
+        tokenizers = [state.tokenizer for state in ready if state.tokenizer is not None]
         return Roster(
             epoch,
-            tuple(k.peer for k in self._known.values())[:1024],
+            tuple(state.peer for state in self._peers.values())[:1024],
             max_model_len=min((w.max_model_len for w in workers), default=0),
             vocab_size=min((w.vocab_size for w in workers), default=0),
             eos_token_ids=workers[0].eos_token_ids if workers else (),
@@ -126,7 +161,7 @@ class Peers:
         )
 
 
-class Owners:
+class ReplyRoutes:
     """Inboxes that results go to, by number. One whose process never said Hello is given up after
     SILENCE_S."""
 
@@ -134,25 +169,31 @@ class Owners:
         self._number: dict[str, int] = {}
         self._inbox: dict[int, str] = {}
         self._strangers: dict[str, float] = {}
+        """Since when results are sent to a process that never said Hello, by inbox."""
         self._next = 0
 
-    def number(self, inbox: str, known: bool, now: float) -> int:
+    def number(self, inbox: str, introduced: bool, now: float) -> int:
+        """The number of `inbox`, a new one where it has none. `introduced`: its process has said
+        Hello."""
         number = self._number.get(inbox)
         if number is None:
             number = self._number[inbox] = self._next
             self._inbox[number] = inbox
             self._next += 1
-            if not known:
+            if not introduced:
                 self._strangers[inbox] = now
         return number
 
     def introduced(self, inbox: str) -> None:
+        """The process of `inbox` has said Hello."""
         self._strangers.pop(inbox, None)
 
     def overdue(self, now: float) -> list[str]:
+        """The inboxes whose processes should have said Hello by now."""
         return [inbox for inbox, since in self._strangers.items() if now - since > SILENCE_S]
 
     def inbox(self, number: int) -> str | None:
+        """The inbox with this number; None when it is gone."""
         return self._inbox.get(number)
 
     def remove(self, inbox: str) -> int | None:

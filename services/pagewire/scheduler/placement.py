@@ -1,7 +1,7 @@
 """Who goes next and where: the queue of waiting requests, the choice of a worker, and refusals that
 depend on the workers there are.
 
-Knows replicas by what they can hold; knows neither messages nor steps.
+Knows workers by what they can hold; knows neither messages nor steps.
 """
 
 import heapq
@@ -31,7 +31,7 @@ class Queue:
 
     def push(self, request: Request) -> None:
         heapq.heappush(self._heap, (*request.order, request))
-        self._counted(request, 1)
+        self._count(request, 1)
 
     def head(self) -> Request | None:
         while self._heap and self._heap[0][2].phase is not Phase.WAITING:
@@ -40,11 +40,11 @@ class Queue:
 
     def pop(self) -> None:
         """Take the head out."""
-        self._counted(heapq.heappop(self._heap)[2], -1)
+        self._count(heapq.heappop(self._heap)[2], -1)
 
     def forget(self, request: Request) -> None:
         """`request`, which waits, has ended: its entry is skipped when it comes up."""
-        self._counted(request, -1)
+        self._count(request, -1)
         if len(self._heap) > 64 and len(self._heap) > 2 * self.count:
             self._heap = [
                 entry
@@ -53,7 +53,7 @@ class Queue:
             ]
             heapq.heapify(self._heap)
 
-    def _counted(self, request: Request, sign: int) -> None:
+    def _count(self, request: Request, sign: int) -> None:
         self.count += sign
         self.tokens += sign * len(request.tokens)
 
@@ -66,7 +66,7 @@ class Queue:
 
 
 def choose(
-    request: Request, replicas: Sequence[WorkerState]
+    request: Request, workers: Sequence[WorkerState]
 ) -> tuple[WorkerState, list[int]] | None:
     """The worker for `request` and the blocks it has of it already: the longest cached prefix, then
     the least load. None when it must wait.
@@ -75,53 +75,59 @@ def choose(
     nothing: that prefill goes before theirs. A worker takes new requests only while its unstarted
     prefill is less than a step's worth, so that late arrivals of higher priority and prefixes that
     are just being computed are still considered."""
-    ready = [
-        r
-        for r in replicas
-        if r.accepting and holds(r, request) and r.slots.free and r.backlog() < r.pace.step_tokens
-    ]
+    ready = [worker for worker in workers if _takes(worker, request)]
     if not ready:
         return None
-    lightest = min(r.load for r in ready)
-    scored: list[tuple[int, int, WorkerState, list[int]]] = []
-    for replica in ready:
-        cached = replica.cached_blocks(request)
-        if replica.has_room(request, cached):
-            near = replica.load - lightest <= AFFINITY_SLACK
-            scored.append(
-                (-len(cached) * replica.block_size if near else 0, replica.load, replica, cached)
-            )
-    if not scored:
+    least_load = min(worker.load for worker in ready)
+    best: tuple[WorkerState, list[int]] | None = None
+    best_score = (0, 0)
+    for worker in ready:
+        cached = worker.kv_cache.cached_blocks(request)
+        if not worker.has_room(request, cached):
+            continue
+        near = worker.load - least_load <= AFFINITY_SLACK
+        saved = len(cached) * worker.kv_cache.block_size if near else 0
+        score = (-saved, worker.load)
+        if best is None or score < best_score:
+            best = worker, cached
+            best_score = score
+    if best is None:
         return None
-    _, _, replica, cached = min(scored, key=lambda entry: entry[:2])
-    return None if replica.is_computing(request, cached) else (replica, cached)
+    worker, cached = best
+    return None if worker.kv_cache.is_being_computed(request, cached) else best
 
 
-def holds(replica: WorkerState, request: Request) -> bool:
-    return request.longest <= min(replica.capacity, replica.facts.max_model_len)
+def _takes(worker: WorkerState, request: Request) -> bool:
+    """Whether `worker` considers `request` now, if it has the blocks for it."""
+    return (
+        worker.accepting
+        and worker.holds(request)
+        and bool(worker.slots.free)
+        and worker.pending_prefill_tokens() < worker.estimator.step_tokens
+    )
 
 
-def unservable(request: Request, replicas: Sequence[WorkerState]) -> Refusal | None:
-    """Why no worker could ever run `request`, with the arithmetic; None when one could. `replicas`
+def unservable(request: Request, workers: Sequence[WorkerState]) -> Refusal | None:
+    """Why no worker could ever run `request`, with the arithmetic; None when one could. `workers`
     are the ready ones, at least one."""
-    prompt, more = len(request.prompt), request.sampling.max_tokens
-    asked = f"{prompt} prompt tokens and max_tokens {more} make {prompt + more}"
-    context = min(r.facts.max_model_len for r in replicas)
-    if request.longest > context:
+    prompt = len(request.prompt)
+    max_tokens = request.sampling.max_tokens
+    wanted = f"{prompt} prompt tokens and max_tokens {max_tokens} make {prompt + max_tokens}"
+    context = min(worker.facts.max_model_len for worker in workers)
+    if request.max_len > context:
         return Refusal(
             400,
-            f"{asked}, which is more than the context of {context} tokens; {ADVICE}",
+            f"{wanted}, which is more than the context of {context} tokens; {ADVICE}",
             "max_tokens",
         )
-    largest = max(replicas, key=lambda r: r.capacity)
-    if request.longest > largest.capacity:
-        has = (
-            f"{largest.facts.num_blocks} blocks of {largest.block_size} = {largest.capacity} tokens"
-        )
+    largest = max((worker.kv_cache for worker in workers), key=lambda cache: cache.max_tokens)
+    if request.max_len > largest.max_tokens:
+        total = largest.pool.total
+        holds = f"{total} blocks of {largest.block_size} = {largest.max_tokens} tokens"
         return Refusal(
-            400, f"{asked}, which is more than the KV cache of {has}; {ADVICE}", "max_tokens"
+            400, f"{wanted}, which is more than the KV cache of {holds}; {ADVICE}", "max_tokens"
         )
-    return foreign_token(request, min(r.facts.vocab_size for r in replicas))
+    return foreign_token(request, min(worker.facts.vocab_size for worker in workers))
 
 
 def overload(

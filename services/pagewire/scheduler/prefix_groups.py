@@ -48,7 +48,7 @@ def _often(values: I32) -> I32:
     return found[order][counts[order] >= LEAST_ROWS]
 
 
-class Prefixes:
+class PrefixFinder:
     """The blocks that each slot began with; later ones are its own alone, or shared too rarely to
     look for."""
 
@@ -104,7 +104,7 @@ def _gain(groups: list[Group]) -> int:
     return sum(group.gain for group in groups)
 
 
-def saved(shared: Shared) -> int:
+def saved_reads(shared: Shared) -> int:
     """Tokens that a step need not read again, since they are read once for a whole group."""
     starts, lengths = (
         np.frombuffer(shared.starts, np.int32),

@@ -7,7 +7,6 @@ Knows tokens and sampling limits; knows no worker's state (its columns while it 
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -18,11 +17,10 @@ from pagewire_protocol.sampling_checks import fault
 
 from .blocks import extend_chain, root_hash
 
-if TYPE_CHECKING:
-    from .worker_state import WorkerState
-
 
 class Phase(IntEnum):
+    """Where a request is in its life."""
+
     WAITING = 0
     RUNNING = 1
     """It has a slot and blocks on a worker."""
@@ -34,6 +32,9 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """Why a request is not served: an HTTP status, a message with the numbers, and the parameter
+    at fault."""
+
     status: int
     message: str
     param: str | None = None
@@ -41,83 +42,104 @@ class Refusal:
 
 
 class Request:
-    """`prompt` and `tokens` (prompt, then output) are int32 arrays; while it runs its tokens live
-    in its slot and `tokens` is stale."""
+    """One attempt at a request, from its Submit to its End.
+
+    `prompt` and `tokens` (prompt, then output) are int32 arrays. While it runs its tokens live in
+    its slot and `tokens` is stale. `reply_route` is the number of the inbox that its results go to;
+    `number` counts arrivals.
+    """
 
     __slots__ = (
+        "adapter",
         "attempt",
         "blocks",
         "chain",
         "chain_block_size",
         "execution",
+        "grammar",
         "handle",
-        "owner",
+        "kind",
+        "model",
+        "number",
         "phase",
         "priority",
         "prompt",
-        "replica",
+        "reply_route",
         "rid",
         "root",
         "sampling",
-        "seq",
         "slot",
         "tokens",
+        "worker",
     )
 
-    def __init__(self, submit: Submit, owner: int, seq: int) -> None:
-        self.rid, self.attempt, self.handle = submit.rid, submit.attempt, submit.handle
-        self.owner, self.seq, self.priority = owner, seq, submit.priority
+    def __init__(self, submit: Submit, reply_route: int, number: int) -> None:
+        self.rid = submit.rid
+        self.attempt = submit.attempt
+        self.handle = submit.handle
+        self.reply_route = reply_route
+        self.number = number
+        self.priority = submit.priority
+        self.kind = submit.kind
+        self.model = submit.model
+        self.adapter = submit.adapter
+        self.grammar = submit.grammar
         self.sampling: Sampling = submit.sampling
         self.prompt: NDArray[np.int32] = np.frombuffer(submit.prompt, np.int32)
         self.tokens: NDArray[np.int32]
-        self.know(np.frombuffer(submit.prompt + submit.output, np.int32))
-        self.root = root_hash(submit.cache_salt)
+        self.set_tokens(np.frombuffer(submit.prompt + submit.output, np.int32))
+        self.root = root_hash(submit.cache_salt, submit.adapter)
         self.chain: list[bytes] = []
+        """Hashes of its full blocks, as far as they were needed."""
         self.chain_block_size = 0
-        self.phase, self.execution = Phase.WAITING, 0
-        self.replica: WorkerState | None = None
+        self.phase = Phase.WAITING
+        self.execution = 0
+        self.worker: int | None = None
+        """The incarnation of the worker in whose slot it is."""
         self.slot = -1
         self.blocks: list[int] = []
 
     @property
     def order(self) -> tuple[int, int]:
         """Who goes first: the lower priority number, then the earlier arrival."""
-        return self.priority, self.seq
+        return self.priority, self.number
 
     @property
-    def longest(self) -> int:
-        """Tokens it can grow to."""
+    def max_len(self) -> int:
+        """Tokens that it can grow to."""
         return len(self.prompt) + self.sampling.max_tokens
 
     @property
     def output_len(self) -> int:
+        """Tokens of output in `tokens`."""
         return len(self.tokens) - len(self.prompt)
 
     @property
-    def scores_prompt(self) -> bool:
+    def wants_prompt_logprobs(self) -> bool:
         """The log-probabilities of its prompt are still wanted, so all of it must be computed."""
         return self.sampling.prompt_logprobs >= 0
 
-    def know(self, tokens: NDArray[np.int32]) -> None:
-        """`tokens` are known. Output among them came after the log-probabilities of the whole
-        prompt, which are not wanted twice."""
+    def set_tokens(self, tokens: NDArray[np.int32]) -> None:
+        """`tokens` are all that exist. Output among them came after the log-probabilities of the
+        whole prompt, which are not wanted twice."""
         self.tokens = tokens
-        if self.scores_prompt and self.output_len:
+        if self.wants_prompt_logprobs and self.output_len:
             self.sampling = replace(self.sampling, prompt_logprobs=-1)
 
-    def chained(self, block_size: int, tokens: NDArray[np.int32]) -> list[bytes]:
+    def extend_chain(self, block_size: int, tokens: NDArray[np.int32]) -> list[bytes]:
         """The hashes of the full blocks of `tokens`, which are this request's from its first one
         on."""
         if self.chain_block_size != block_size:
-            self.chain, self.chain_block_size = [], block_size
+            self.chain = []
+            self.chain_block_size = block_size
         extend_chain(self.chain, self.root, tokens, block_size)
         return self.chain
 
     def finish_at(
         self, token: int, output_len: int, eos: frozenset[int]
     ) -> tuple[Finish, int | None] | None:
-        """How the request ends when `token` is its `output_len`-th output token; None when it goes
-        on."""
+        """How the request ends when `token` is its `output_len`-th output token, with the stop
+        token id to report; None when it goes on."""
         if output_len >= self.sampling.min_tokens:
             if token in self.sampling.stop_token_ids:
                 return Finish.STOP, token
@@ -137,22 +159,22 @@ def malformed(submit: Submit) -> Refusal | None:
         )
     if not submit.prompt:
         return Refusal(400, "the prompt is empty; give at least one token", "prompt")
-    found = fault(submit.sampling, 0)
-    return None if found is None else Refusal(400, *found)
+    wrong = fault(submit.sampling, 0)
+    return None if wrong is None else Refusal(400, *wrong)
 
 
 def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
     """A token, in the prompt or among those that sampling speaks of, that the model does not
     have."""
-    found = fault(request.sampling, vocab_size)
-    if found is not None:
-        return Refusal(400, *found)
+    wrong = fault(request.sampling, vocab_size)
+    if wrong is not None:
+        return Refusal(400, *wrong)
     low, high = int(request.tokens.min()), int(request.tokens.max())
     if low >= 0 and high < vocab_size:
         return None
-    wrong = low if low < 0 else high
+    outside = low if low < 0 else high
     return Refusal(
         400,
-        f"token id {wrong} is outside the model's vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})",
+        f"token id {outside} is outside the model's vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})",
         "prompt",
     )

@@ -1,194 +1,342 @@
 """Taking in one step's result: which rows still count, what they add to their requests, what ends,
 which blocks are full.
 
-Results come in order, a step or more after later steps were sent. A row is told from its slot's
-earlier tenants by the step that admitted the present one, never by the slot alone. Knows no peers
-and no queue; ends are reported to the caller.
+Results come in order, a step or more after later steps were sent. A row is told from those of its
+slot's earlier requests by the step that admitted the present one, never by the slot alone. Knows no
+peers and no queue; ends are reported to the caller.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pagewire_protocol.messages import Finish, LogprobColumns, StepResult
 
-from .emit import Outgoing, select
+from .in_flight import InFlightStep
+from .outgoing import Outgoing, select
 from .request import Request
-from .slots import I32, I64, ints
-from .worker_state import Flight, WorkerState
+from .slots import I32, Bools, ints
+from .worker_state import WorkerState
 
 Ended = Callable[[Request, Finish, int | None], None]
+"""Called with a request, how it ended and the stop token id to report."""
 Failed = Callable[[Request, str], None]
+"""Called with a request and what went wrong with it."""
 
 
 class WorkerFault(ValueError):
     """The worker's answer does not fit the step it was sent: its slots can no longer be trusted."""
 
 
+@dataclass(slots=True)
+class SampledRows:
+    """The rows of a result, in the order of the step's `sampled`: row i brings `counts[i]` of
+    `tokens` to the slot `slots[i]`. `counts` is None where each row brings one. `may_end` [tokens]
+    marks tokens that may end their request; `logprobs.rows` are indices into `tokens`."""
+
+    slots: I32
+    tokens: I32
+    counts: I32 | None
+    may_end: Bools
+    logprobs: LogprobColumns | None
+
+    def keep(self, rows: Bools) -> "SampledRows":
+        """Those rows for which `rows` [rows] holds."""
+        tokens = rows if self.counts is None else np.repeat(rows, self.counts)
+        return SampledRows(
+            self.slots[rows],
+            self.tokens[tokens],
+            None if self.counts is None else self.counts[rows],
+            self.may_end[tokens],
+            select(self.logprobs, tokens),
+        )
+
+
 def absorb(
-    replica: WorkerState, result: StepResult, out: Outgoing, ended: Ended, failed: Failed
+    worker: WorkerState, result: StepResult, out: Outgoing, ended: Ended, failed: Failed
 ) -> None:
     """Raises WorkerFault, with nothing changed, when `result` is not the answer to the oldest step
     in flight."""
-    flight = replica.flights[0] if replica.flights else None
-    if flight is None or result.n < flight.n:
+    step = worker.in_flight.oldest
+    if step is None or result.n < step.n:
         return
-    if result.n != flight.n:
+    if result.n != step.n:
         raise WorkerFault(
-            f"it answered step {result.n} while step {flight.n} is the next one due; results were lost"
+            f"it answered step {result.n} while step {step.n} is the next one due; results were lost"
         )
-    tokens, flags, logprobs = _columns(flight, result)
-    hits = _hits(replica, tokens, flags)
-    _prompts(replica, flight, result, out)
-    replica.flights.popleft()
-    rows = flight.sampled
+    flags = _flags(step, result)
+    sampled = _sampled_rows(worker, step, result, flags)
+    _check_prompt_logprobs(step, result)
+
+    _pass_prompt_logprobs(worker, step, result, out)
+    worker.in_flight.steps.popleft()
     if flags is not None:
-        _fail(replica, flight, flags, failed)
-    if replica.slots.releases != flight.releases:
-        keep = replica.slots.born[rows] <= flight.n
-        rows, tokens, hits, logprobs = rows[keep], tokens[keep], hits[keep], select(logprobs, keep)
-    _record(replica, rows, tokens, hits, logprobs, out, ended, flight)
-    replica.returned = (
-        flight.n
-    )  # not before: a preempted request whose last row this is must be read before it moves
-    replica.settle()
+        _fail(worker, step, step.sampled[flags], failed)
+    if worker.slots.num_vacated != step.num_vacated:
+        sampled = sampled.keep(worker.slots.admitted_step[sampled.slots] <= step.n)
+    if sampled.counts is None:
+        _record_one_each(worker, step, sampled, out, ended)
+    else:
+        _record(worker, step, sampled, sampled.counts, out, ended)
+    if len(step.prefilled):
+        _end_prefilled(worker, step, ended)
+    # Only now: a preempted request whose last row this is must get it before it waits again.
+    worker.in_flight.num_returned = step.n
+    worker.release_due()
 
 
-def _columns(
-    flight: Flight, result: StepResult
-) -> tuple[I32, NDArray[np.bool_] | None, LogprobColumns | None]:
-    """Tokens and flags in the order of `flight.sampled`; flags are None when no row is flagged."""
-    count = len(flight.sampled)
-    if (
-        len(result.tokens) != 4 * count
-        or len(result.slots) != 4 * count
-        or len(result.flags) != count
-    ):
+# --- does the result fit its step? ---
+
+
+def _flags(step: InFlightStep, result: StepResult) -> Bools | None:
+    """Which rows are flagged, in the order of `step.sampled`; None when none is."""
+    rows = len(step.sampled)
+    if len(result.slots) != 4 * rows or len(result.flags) != rows:
         raise WorkerFault(
-            f"it returned {len(result.slots) // 4} rows for step {result.n}, which samples {count}"
+            f"it returned {len(result.slots) // 4} rows for step {result.n}, which samples {rows}"
         )
+    if result.flags.count(0) == rows:
+        return None
+    flags = np.frombuffer(result.flags, np.bool_)
+    return flags if result.slots == step.sampled_bytes else flags[_source_rows(step, result)]
+
+
+def _sampled_rows(
+    worker: WorkerState, step: InFlightStep, result: StepResult, flags: Bools | None
+) -> SampledRows:
+    """The rows in the order of `step.sampled`."""
+    counts = _counts(worker, step, result)
     tokens = np.frombuffer(result.tokens, np.int32)
-    flags = np.frombuffer(result.flags, np.bool_) if result.flags.count(0) != count else None
-    if result.slots == flight.sampled_bytes:
-        return tokens, flags, result.logprobs
-    return _reordered(flight, result, tokens, flags)
-
-
-def _prompts(replica: WorkerState, flight: Flight, result: StepResult, out: Outgoing) -> None:
-    """Log-probabilities of prompts go on to the requests that still have their slots."""
-    if not result.prompt_logprobs:
-        return
-    run = set(ints(flight.run))
-    if any(entry.place not in run for entry in result.prompt_logprobs):
-        raise WorkerFault(
-            f"step {result.n} came back with the prompts of slots that it did not run"
-        )
-    for entry in result.prompt_logprobs:
-        if replica.slots.born[entry.place] <= flight.n:
-            out.prompt_logprobs(replica.slots, entry)
-
-
-def _reordered(
-    flight: Flight, result: StepResult, tokens: I32, flags: NDArray[np.bool_] | None
-) -> tuple[I32, NDArray[np.bool_] | None, LogprobColumns | None]:
-    slots = np.frombuffer(result.slots, np.int32)
-    theirs, ours = np.argsort(slots), np.argsort(flight.sampled)
-    if not np.array_equal(slots[theirs], flight.sampled[ours]):
-        raise WorkerFault(f"step {result.n} came back with slots that it did not sample")
-    source = np.empty_like(theirs)
-    source[ours] = theirs
     logprobs = result.logprobs
-    if logprobs is not None:
-        place = np.argsort(source).astype(np.int32)
-        moved = place[np.frombuffer(logprobs.rows, np.int32)].tobytes()
-        logprobs = LogprobColumns(
-            moved, logprobs.counts, logprobs.ranks, logprobs.ids, logprobs.values
+    if result.slots != step.sampled_bytes:
+        source = _source_rows(step, result)
+        source_tokens = source
+        if counts is not None:
+            source_tokens = _tokens_of_rows(counts, source)
+            counts = counts[source]
+        tokens = tokens[source_tokens]
+        logprobs = _moved(logprobs, source_tokens)
+    return SampledRows(
+        step.sampled, tokens, counts, _may_end(worker, tokens, counts, flags), logprobs
+    )
+
+
+def _counts(worker: WorkerState, step: InFlightStep, result: StepResult) -> I32 | None:
+    """Tokens of each row, in the worker's order; None when each has one."""
+    rows = len(step.sampled)
+    if not result.counts:
+        if len(result.tokens) != 4 * rows:
+            raise WorkerFault(
+                f"it returned {len(result.tokens) // 4} tokens for the {rows} rows of step {result.n}"
+            )
+        return None
+    most = worker.facts.max_tokens_per_row
+    if len(result.counts) != 4 * rows:
+        raise WorkerFault(
+            f"it returned {len(result.counts) // 4} counts for the {rows} rows of step {result.n}"
         )
-    return tokens[source], None if flags is None else flags[source], logprobs
+    counts = np.frombuffer(result.counts, np.int32)
+    if (counts < 0).any() or (counts > most).any() or 4 * counts.sum() != len(result.tokens):
+        raise WorkerFault(
+            f"its counts for step {result.n} do not fit: each must be 0 to {most}, and their sum "
+            f"the {len(result.tokens) // 4} tokens that it returned"
+        )
+    return counts
 
 
-def _hits(replica: WorkerState, tokens: I32, flags: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Where a token may end its request [rows]. The token of a flagged row means nothing, so it may
-    lie outside the vocabulary."""
+def _source_rows(step: InFlightStep, result: StepResult) -> I32:
+    """Where the worker put each row of `step.sampled` [rows]."""
+    slots = np.frombuffer(result.slots, np.int32)
+    theirs = np.argsort(slots)
+    ours = np.argsort(step.sampled)
+    if not np.array_equal(slots[theirs], step.sampled[ours]):
+        raise WorkerFault(f"step {result.n} came back with slots that it did not sample")
+    source = np.empty(len(theirs), np.int32)
+    source[ours] = theirs
+    return source
+
+
+def _tokens_of_rows(counts: I32, rows: I32) -> I32:
+    """Indices of the tokens of `rows`, one row after the other; row i has `counts[i]`."""
+    ends = np.cumsum(counts)
+    return np.array(
+        [i for row in ints(rows) for i in range(ends[row] - counts[row], ends[row])], np.int32
+    )
+
+
+def _moved(logprobs: LogprobColumns | None, source: I32) -> LogprobColumns | None:
+    """The same log-probabilities after token `source[i]` has become token i."""
+    if logprobs is None:
+        return None
+    target = np.argsort(source).astype(np.int32)
+    rows = target[np.frombuffer(logprobs.rows, np.int32)].tobytes()
+    return LogprobColumns(rows, logprobs.counts, logprobs.ranks, logprobs.ids, logprobs.values)
+
+
+def _may_end(worker: WorkerState, tokens: I32, counts: I32 | None, flags: Bools | None) -> Bools:
+    """Where a token may end its request [tokens]. The tokens of a flagged row mean nothing, so they
+    may lie outside the vocabulary."""
     if flags is not None:
-        tokens = np.where(flags, 0, tokens)
+        tokens = np.where(flags if counts is None else np.repeat(flags, counts), 0, tokens)
     try:
-        return replica.slots.watched[tokens.view(np.uint32)] > 0
+        return worker.slots.stop_token_uses[tokens.view(np.uint32)] > 0
     except IndexError:
         raise WorkerFault(
-            f"it sampled a token outside its vocabulary of {replica.slots.vocab_size}"
+            f"it sampled a token outside its vocabulary of {worker.slots.vocab_size}"
         ) from None
 
 
-def _fail(replica: WorkerState, flight: Flight, flags: NDArray[np.bool_], failed: Failed) -> None:
-    slots = replica.slots
-    for slot in ints(flight.sampled[flags]):
-        request = slots.requests[slot]
-        if request is not None and slots.born[slot] <= flight.n:
-            replica.pool.disown(request.blocks)
-            failed(
-                request, f"the model produced non-finite logits at position {int(slots.held[slot])}"
-            )
+def _check_prompt_logprobs(step: InFlightStep, result: StepResult) -> None:
+    if not result.prompt_logprobs:
+        return
+    run = set(ints(step.run))
+    if any(entry.slot not in run for entry in result.prompt_logprobs):
+        raise WorkerFault(
+            f"step {result.n} came back with the prompts of slots that it did not run"
+        )
 
 
-def _record(
-    replica: WorkerState,
-    rows: I32,
-    tokens: I32,
-    hits: NDArray[np.bool_],
-    logprobs: LogprobColumns | None,
-    out: Outgoing,
-    ended: Ended,
-    flight: Flight,
+# --- what it changes ---
+
+
+def _pass_prompt_logprobs(
+    worker: WorkerState, step: InFlightStep, result: StepResult, out: Outgoing
 ) -> None:
-    slots = replica.slots
-    held = slots.held[rows]
-    positions: I64 = held - slots.prompt_len[rows]
-    slots.tokens[rows, held] = tokens
-    held += 1
-    slots.held[rows] = held
-    _computed(replica, flight)
-    out.tokens(slots, rows, positions, tokens, logprobs)
-    replica.counters.generation_tokens += len(rows)
-    over = hits | (held >= slots.final[rows])
+    """Log-probabilities of prompts go on to the requests that still have their slots."""
+    for entry in result.prompt_logprobs:
+        assert entry.slot is not None
+        if worker.slots.admitted_step[entry.slot] <= step.n:
+            out.add_prompt_logprobs(worker.slots, entry.slot, entry)
+
+
+def _fail(worker: WorkerState, step: InFlightStep, flagged: I32, failed: Failed) -> None:
+    slots = worker.slots
+    for slot in ints(flagged):
+        request = slots.requests[slot]
+        if request is not None and slots.admitted_step[slot] <= step.n:
+            worker.kv_cache.disown(request)
+            position = int(slots.num_received[slot])
+            failed(request, f"the model produced non-finite logits at position {position}")
+
+
+def _record_one_each(
+    worker: WorkerState, step: InFlightStep, sampled: SampledRows, out: Outgoing, ended: Ended
+) -> None:
+    """Each row brings one token: the hot path, without a loop over rows."""
+    slots = worker.slots
+    rows = sampled.slots
+    received = slots.num_received[rows]
+    positions = received - slots.prompt_len[rows]
+    slots.tokens[rows, received] = sampled.tokens
+    received += 1
+    slots.num_received[rows] = received
+    _seal_full(worker, _count_computed(worker, step))
+    out.add_tokens(slots, rows, positions, sampled.tokens, None, sampled.logprobs)
+    worker.counters.generation_tokens += len(rows)
+    over = sampled.may_end | (received >= slots.max_len[rows])
     if over.any():
         for i in ints(np.flatnonzero(over)):
-            _maybe_end(replica, int(rows[i]), int(tokens[i]), ended)
+            _end_if_over(worker, int(rows[i]), int(sampled.tokens[i]), ended)
 
 
-def _maybe_end(replica: WorkerState, slot: int, token: int, ended: Ended) -> None:
-    request = replica.slots.requests[slot]
-    assert request is not None
-    finish = request.finish_at(
-        token, int(replica.slots.held[slot]) - len(request.prompt), replica.slots.eos
-    )
+def _end_if_over(worker: WorkerState, slot: int, token: int, ended: Ended) -> None:
+    request = worker.slots.request_in(slot)
+    output_len = int(worker.slots.num_received[slot]) - len(request.prompt)
+    finish = request.finish_at(token, output_len, worker.slots.eos)
     if finish is not None:
         ended(request, *finish)
 
 
-def _computed(replica: WorkerState, flight: Flight) -> None:
-    """The step came back good: its rows' tokens are in the cache, and the blocks that they fill are
-    sealed."""
-    slots, run, counts = replica.slots, flight.run, flight.counts
-    if slots.releases != flight.releases:
-        keep = slots.born[run] <= flight.n
-        run, counts = run[keep], None if counts is None else counts[keep]
-    done = slots.done[run] + (1 if counts is None else counts)
-    slots.done[run] = done
-    if not replica.caching:
+def _record(
+    worker: WorkerState,
+    step: InFlightStep,
+    sampled: SampledRows,
+    counts: I32,
+    out: Outgoing,
+    ended: Ended,
+) -> None:
+    """Row i brings `counts[i]` tokens. What follows the token that ends a request is dropped."""
+    slots = worker.slots
+    rows = sampled.slots
+    positions = slots.num_received[rows] - slots.prompt_len[rows]
+    taken = np.zeros(len(rows), np.int32)
+    finishes: list[tuple[Request, Finish, int | None]] = []
+    first = 0
+    for i, (slot, count) in enumerate(zip(ints(rows), ints(counts), strict=True)):
+        request = slots.request_in(slot)
+        tokens = ints(sampled.tokens[first : first + count])
+        first += count
+        received = int(slots.num_received[slot])
+        for token in tokens:
+            slots.tokens[slot, received] = token
+            received += 1
+            taken[i] += 1
+            finish = request.finish_at(token, received - len(request.prompt), slots.eos)
+            if finish is not None:
+                finishes.append((request, *finish))
+                break
+        slots.num_received[slot] = received
+
+    run = _count_computed(worker, step)
+    # A row without a token computes its last one again; one with several had the others computed
+    # beside it. Either way all but the last token are in the cache.
+    slots.num_computed[rows] = slots.num_received[rows] - 1
+    _seal_full(worker, run)
+
+    kept = _first_tokens_of_rows(counts, taken)
+    logprobs = select(sampled.logprobs, kept)
+    out.add_tokens(slots, rows, positions, sampled.tokens[kept], taken, logprobs)
+    worker.counters.generation_tokens += int(taken.sum())
+    for request, finish, stop in finishes:
+        ended(request, finish, stop)
+    worker.correct_lengths(ints(rows))
+
+
+def _first_tokens_of_rows(counts: I32, taken: I32) -> Bools:
+    """Of the tokens of rows that have `counts[i]`, the first `taken[i]` [tokens]."""
+    starts = np.cumsum(counts) - counts
+    index_in_row = np.arange(int(counts.sum())) - np.repeat(starts, counts)
+    return index_in_row < np.repeat(taken, counts)
+
+
+def _end_prefilled(worker: WorkerState, step: InFlightStep, ended: Ended) -> None:
+    """The prompts of requests that want no token are computed: that was all."""
+    for slot in ints(step.prefilled):
+        request = worker.slots.requests[slot]
+        if request is not None and worker.slots.admitted_step[slot] <= step.n:
+            ended(request, Finish.LENGTH, None)
+
+
+def _count_computed(worker: WorkerState, step: InFlightStep) -> I32:
+    """The step came back good: the tokens that its rows computed, one each or a chunk, are in the
+    cache. Returns the slots that it ran and whose requests are still there."""
+    slots = worker.slots
+    run = step.run
+    counts = step.counts
+    if slots.num_vacated != step.num_vacated:
+        keep = slots.admitted_step[run] <= step.n
+        run = run[keep]
+        counts = None if counts is None else counts[keep]
+    slots.num_computed[run] += 1 if counts is None else counts
+    return run
+
+
+def _seal_full(worker: WorkerState, rows: I32) -> None:
+    """Put the blocks of the slots `rows` that are full by now into the prefix cache."""
+    if not worker.kv_cache.prefix_caching:
         return
-    full = done // replica.block_size
-    for i in ints(np.flatnonzero(full > slots.sealed[run])):
-        _seal(replica, int(run[i]), int(full[i]))
-
-
-def _seal(replica: WorkerState, slot: int, full: int) -> None:
-    request = replica.slots.requests[slot]
-    assert request is not None
-    chain = request.chain
-    if len(chain) < full:
-        request.chained(replica.block_size, replica.slots.tokens[slot, : full * replica.block_size])
-    for i in range(int(replica.slots.sealed[slot]), full):
-        replica.pool.seal(request.blocks[i], chain[i])
-        replica.computing.discard(chain[i])
-    replica.slots.sealed[slot] = full
+    slots = worker.slots
+    block_size = worker.kv_cache.block_size
+    num_full = slots.num_computed[rows] // block_size
+    filled = num_full > slots.num_sealed[rows]
+    if not filled.any():
+        return
+    rows = rows[filled]
+    first = slots.num_sealed[rows]
+    last = num_full[filled]
+    slots.num_sealed[rows] = last
+    for slot, begin, end in zip(ints(rows), ints(first), ints(last), strict=True):
+        request = slots.request_in(slot)
+        if len(request.chain) < end:
+            request.extend_chain(block_size, slots.tokens[slot, : end * block_size])
+        worker.kv_cache.seal(request, begin, end)

@@ -1,5 +1,5 @@
-"""The scheduler as a state machine: `handle(event)` takes a message or the time and returns what is
-to be sent. No sockets, no clock.
+"""The scheduler as a state machine: `handle(event)` takes a message or the time, and calls `send`
+and `forget` with what follows from it. No sockets, no clock.
 
 Decides who is alive and what everyone is told; the requests themselves are in `engine.py`. Messages
 only change state: steps, tokens and rosters go out with the next `Tick`, so that all that arrived
@@ -17,6 +17,7 @@ from pagewire_protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    Peer,
     Role,
     StepResult,
     Submit,
@@ -26,12 +27,13 @@ from pagewire_protocol.messages import (
 from pagewire.config import SchedulerConfig
 
 from .engine import Engine
-from .peers import PAUSE_S, Known, Owners, Peers
+from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
 from .results import WorkerFault
 
 log = logging.getLogger("pagewire.scheduler")
 
-EVERY_S: Final = 1.0
+HOUSEKEEPING_S: Final = 1.0
+"""How often silent peers are looked for and rosters refreshed."""
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
 """A new scheduler gives the workers of its predecessor this long to say Hello before it says that
@@ -55,24 +57,34 @@ class Unreachable:
 
 
 Event = ToScheduler | Tick | Unreachable
-Output = tuple[str, Message | None]
-"""An inbox and what to send there; None: forget the inbox, its process is gone."""
+Send = Callable[[str, Message], None]
+"""Sends a message to an inbox. A failure comes back as an Unreachable event, after the present one
+was handled."""
+Forget = Callable[[str], None]
+"""Drops the connection to an inbox, whose process is gone."""
 
 
 class Scheduler:
-    def __init__(self, epoch: int, config: SchedulerConfig) -> None:
-        self.engine, self.peers, self.owners = Engine(epoch, config), Peers(), Owners()
-        self.epoch, self.now = epoch, 0.0
-        self.at_once: Callable[[str, Message], bool] | None = None
-        """What takes steps and tokens as soon as they are made, while the next ones are; False
-        where it could not."""
-        self._outputs: list[Output] = []
+    """The scheduler of `epoch`. Messages go out by `send` as soon as they are made, while the next
+    ones are."""
+
+    def __init__(self, epoch: int, config: SchedulerConfig, send: Send, forget: Forget) -> None:
+        self.epoch = epoch
+        self.engine = Engine(epoch, config)
+        self.peers = Peers()
+        self.reply_routes = ReplyRoutes()
+        self.now = 0.0
+        """Of the last Tick, in monotonic seconds."""
+        self._send = send
+        self._forget = forget
         self._greet: set[str] = set()
+        """Inboxes that get a roster with the next Tick whether it has changed or not."""
         self._distrusted: set[int] = set()
-        self._second = 0.0
+        self._next_housekeeping = 0.0
         self._started = self._worker_seen = NOT_YET
 
-    def handle(self, event: Event) -> list[Output]:
+    def handle(self, event: Event) -> None:
+        """Take in one event."""
         match event:
             case StepResult():
                 self._result(event)
@@ -92,16 +104,15 @@ class Scheduler:
                 self._remove(event.incarnation, "said goodbye")
             case Unreachable():
                 self._unreachable(event.inbox)
-        outputs, self._outputs = self._outputs, []
-        return outputs
 
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
 
     def _submit(self, submit: Submit) -> None:
-        owner = self.owners.number(submit.reply_to, bool(self.peers.at(submit.reply_to)), self.now)
-        hopeful = self.peers.loading() or self.now - self._started < START_S
-        self.engine.submit(submit, owner, hopeful)
+        inbox = submit.reply_to
+        route = self.reply_routes.number(inbox, bool(self.peers.at(inbox)), self.now)
+        worker_expected = self.peers.loading() or self.now - self._started < START_S
+        self.engine.submit(submit, route, worker_expected)
 
     def _result(self, result: StepResult) -> None:
         try:
@@ -125,36 +136,49 @@ class Scheduler:
         for former in self.peers.hello(hello, self.now):
             self._gone(former, "was replaced")
         self._greet.add(peer.inbox)
-        self.owners.introduced(peer.inbox)
-        replica = self.engine.replicas.get(peer.incarnation)
-        if replica is not None:
-            replica.accepting = peer.ready
-        elif peer.role is Role.WORKER and peer.ready and hello.worker is not None:
-            self.engine.add_worker(peer.incarnation, peer.inbox, hello.worker)
+        self.reply_routes.introduced(peer.inbox)
+        worker = self.engine.workers.get(peer.incarnation)
+        if worker is not None:
+            worker.accepting = peer.ready
+        elif peer.role is Role.WORKER:
+            self._start_worker(peer)
+
+    def _start_worker(self, peer: Peer) -> None:
+        """`peer` is new or has something new to say: where it makes its group complete, the group
+        is one more worker, known by its rank 0."""
+        leader = self.peers.ready_leader(peer)
+        if leader is None or leader.worker is None:
+            return
+        incarnation = leader.peer.incarnation
+        if incarnation not in self.engine.workers:
+            self.engine.add_worker(incarnation, leader.peer.inbox, leader.worker)
 
     def _remove(self, incarnation: int, why: str) -> None:
-        known = self.peers.remove(incarnation)
-        if known is not None:
-            self._gone(known, why)
+        state = self.peers.remove(incarnation)
+        if state is not None:
+            self._gone(state, why)
 
-    def _gone(self, known: Known, why: str) -> None:
-        peer = known.peer
+    def _gone(self, state: PeerState, why: str) -> None:
+        """A peer has been removed; with it go the other ranks of its group."""
+        peer = state.peer
         log.info("%s %s %s", peer.role.name.lower(), peer.name, why)
         if peer.role is Role.WORKER:
             self.engine.lose_worker(peer.incarnation)
-        self._forget(peer.inbox)
+        self._drop_inbox(peer.inbox)
+        for incarnation in self.peers.group_of(peer):
+            self._remove(incarnation, f"is lost with its group {peer.group}")
 
-    def _forget(self, inbox: str) -> None:
-        owner = self.owners.remove(inbox)
-        if owner is not None:
-            self.engine.drop_owner(owner)
+    def _drop_inbox(self, inbox: str) -> None:
+        route = self.reply_routes.remove(inbox)
+        if route is not None:
+            self.engine.drop_route(route)
         self._greet.discard(inbox)
-        self._outputs.append((inbox, None))
+        self._forget(inbox)
 
     def _unreachable(self, inbox: str) -> None:
         for incarnation in self.peers.at(inbox):
             self._remove(incarnation, "is unreachable")
-        self._forget(inbox)
+        self._drop_inbox(inbox)
 
     # --- time
     #   ---------------------------------------------------------------------------------------------------------
@@ -165,35 +189,30 @@ class Scheduler:
         elif now - self.now > PAUSE_S:
             self.peers.forgive(now - self.now)
         self.now = now
-        due = now >= self._second
+        due = now >= self._next_housekeeping
         if due:
-            self._second = now + EVERY_S
-            self._every_second()
-        self._send_mail()
+            self._next_housekeeping = now + HOUSEKEEPING_S
+            self._keep_house()
+        # Tokens go out before the next steps, which are not urgent while others are under way, and
+        # again after them, for the requests that got their slots.
+        self._send_tokens()
         self.engine.advance(self._send, now)
-        self._send_mail()
+        self._send_tokens()
         if due or self._greet or self.peers.changed:
             self._send_rosters(due)
 
-    def _send_mail(self) -> None:
-        """Before the next steps, which are not urgent while others are under way, and after them,
-        for those who got their places."""
-        for owner, mail in self.engine.out.take().items():
-            inbox = self.owners.inbox(owner)
+    def _send_tokens(self) -> None:
+        for route, outgoing in self.engine.out.take().items():
+            inbox = self.reply_routes.inbox(route)
             if inbox is not None:
-                self._send(inbox, mail.message())
+                self._send(inbox, outgoing.message())
 
-    def _send(self, inbox: str, message: Message) -> None:
-        """Nothing overtakes what was made before it."""
-        if self._outputs or self.at_once is None or not self.at_once(inbox, message):
-            self._outputs.append((inbox, message))
-
-    def _every_second(self) -> None:
+    def _keep_house(self) -> None:
         for incarnation in self.peers.expired(self.now):
             self._remove(incarnation, "was silent for too long")
-        for inbox in self.owners.overdue(self.now):
-            self._forget(inbox)
-        if self.engine.replicas or self.peers.loading():
+        for inbox in self.reply_routes.overdue(self.now):
+            self._drop_inbox(inbox)
+        if self.engine.workers or self.peers.loading():
             self._worker_seen = self.now
         elif self.now - self._worker_seen > WORKER_GRACE_S:
             self.engine.refuse_waiting()
@@ -206,12 +225,9 @@ class Scheduler:
             inboxes |= set(self.peers.inboxes())
         elif due:
             inboxes |= frontends
-        if inboxes:
-            stats = self.stats()
-            for inbox in sorted(inboxes):
-                self._outputs.append(
-                    (inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {}))
-                )
+        stats = self.stats() if inboxes else {}
+        for inbox in sorted(inboxes):
+            self._send(inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {}))
 
     def stats(self) -> dict[str, float]:
         """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction
@@ -220,24 +236,22 @@ class Scheduler:
         step_ms is the time of a step lately, step_ms_ratio what steps with prefill take of their
         estimate; both of the slowest worker."""
         engine = self.engine
-        pools = [replica.pool for replica in engine.replicas.values()]
-        paces = [replica.pace for replica in engine.replicas.values()]
-        total, available = sum(pool.total for pool in pools), sum(pool.available for pool in pools)
-        return {
-            "num_requests_running": float(
-                sum(replica.load for replica in engine.replicas.values())
-            ),
-            "num_requests_waiting": float(engine.queue.count),
-            "num_tokens_waiting": float(engine.queue.tokens),
-            "kv_blocks_total": float(total),
-            "kv_blocks_free": float(available),
-            "kv_blocks_cached": float(sum(pool.cached for pool in pools)),
+        workers = list(engine.workers.values())
+        pools = [worker.kv_cache.pool for worker in workers]
+        total = sum(pool.total for pool in pools)
+        available = sum(pool.available for pool in pools)
+        estimators = [worker.estimator for worker in workers]
+        gauges = {
+            "num_requests_running": sum(worker.load for worker in workers),
+            "num_requests_waiting": engine.queue.count,
+            "num_tokens_waiting": engine.queue.tokens,
+            "kv_blocks_total": total,
+            "kv_blocks_free": available,
+            "kv_blocks_cached": sum(pool.cached for pool in pools),
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
-            "workers": float(len(pools)),
-            "steps_in_flight": float(
-                sum(len(replica.flights) for replica in engine.replicas.values())
-            ),
-            "step_ms": max((pace.step_ms for pace in paces), default=0.0),
-            "step_ms_ratio": max((pace.ratio for pace in paces), default=1.0),
-            **{name: float(value) for name, value in asdict(engine.counters).items()},
+            "workers": len(workers),
+            "steps_in_flight": sum(len(worker.in_flight) for worker in workers),
+            "step_ms": max((estimator.step_ms for estimator in estimators), default=0.0),
+            "step_ms_ratio": max((estimator.ratio for estimator in estimators), default=1.0),
         }
+        return {name: float(value) for name, value in {**gauges, **asdict(engine.counters)}.items()}

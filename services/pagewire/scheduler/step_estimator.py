@@ -87,10 +87,10 @@ class Waiting(NamedTuple):
     tokens: float
 
 
-NOBODY: Final = Waiting(0, 0)
+NO_WAITING: Final = Waiting(0, 0)
 
 
-class Pace:
+class StepEstimator:
     """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited
     by time. reserved: most tokens of a step that the worker has memory for; 0: it has said
     nothing."""
@@ -110,7 +110,7 @@ class Pace:
         self.step_ms = 0.0
         """Measured time of a step, lately."""
 
-    def limit_ms(self, decodes: int, waiting: Waiting = NOBODY) -> float:
+    def limit_ms(self, decodes: int, waiting: Waiting = NO_WAITING) -> float:
         """Most that a step with this many decodes may be estimated to take."""
         pressed = (
             2 * waiting.requests > decodes and waiting.tokens * self.cost.token_ms > PRESSED_MS

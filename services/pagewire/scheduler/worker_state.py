@@ -1,30 +1,25 @@
-"""One worker as the scheduler sees it: its blocks, its slots, the steps in flight, and what must
-wait for their return.
+"""One worker as the scheduler sees it: what it can hold, which requests it runs, and the steps it
+has been sent.
 
-Knows how a request takes and leaves its place; the choice of requests is made in `placement.py`,
-the content of a step in `batch.py`.
+Knows how a request enters and leaves its slot. Which request does is decided in `placement.py`,
+what a step holds in `batch.py`, what a result means in `results.py`.
 """
 
 from bisect import insort
-from collections import deque
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
-from pagewire_protocol.messages import Shared, WorkerFacts
+from pagewire_protocol.messages import WorkerFacts
 
 from pagewire.config import SchedulerConfig
 
-from .blocks import BlockPool
-from .prefix_groups import Prefixes
+from .decode_set import DecodeSet
+from .in_flight import InFlightSteps
+from .kv_cache import KVCacheManager
+from .prefix_groups import PrefixFinder
 from .request import Phase, Request
-from .slots import I32, NEVER, Slots
-from .step_estimator import Pace
-
-WORTH_WAITING: Final = 16
-"""Blocks in common with a prefill under way for which a request waits, rather than compute them
-beside it."""
-NO_ROWS: Final = np.zeros(0, np.int32)
+from .slots import NEVER, Slots
+from .step_estimator import StepEstimator
 
 
 @dataclass(slots=True)
@@ -40,206 +35,169 @@ class Counters:
     steps: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
-    """A step whose result is not there yet: `counts[i]` tokens of slot `run[i]` (one each when
-    None); `sampled` slots return a token."""
-
-    n: int
-    run: I32
-    counts: I32 | None
-    sampled: I32
-    sampled_bytes: bytes
-    releases: int
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """Blocks to give back once step `n` has returned, and the preempted request, if any, that then
-    waits again."""
-
-    n: int
-    blocks: list[int]
-    request: Request | None
-
-
 class WorkerState:
-    def __init__(
-        self, inbox: str, facts: WorkerFacts, config: SchedulerConfig, counters: Counters
-    ) -> None:
-        self.inbox, self.facts, self.counters = inbox, facts, counters
-        self.caching = config.enable_prefix_caching
-        self.block_size = facts.block_size
-        self.pool = BlockPool(facts.num_blocks)
-        self.slots = Slots(
-            min(config.num_seqs(), facts.max_num_seqs), facts.vocab_size, facts.eos_token_ids
-        )
-        cascade = self.caching and config.enable_cascade and facts.cascade
-        self.prefixes = Prefixes(self.slots.count, self.block_size) if cascade else None
-        self.pace = Pace(facts.cost, config, facts.max_num_batched_tokens)
-        self.accepting = True
-        self.sent = self.returned = 0
-        self.flights: deque[Flight] = deque()
-        self.pending: list[Pending] = []
-        self.prefill: list[Request] = []
-        self.unsent: int | None = 0
-        """The backlog; None where it is to be counted anew."""
-        self.admit: list[Request] = []
-        self.retire: list[int] = []
-        self.requeued: list[Request] = []
-        self.computing: set[bytes] = set()
-        """Hashes of blocks that placed requests will seal."""
-        self.last_run: I32 = NO_ROWS
-        self.grouped: I32 = NO_ROWS
-        self.groups: Shared | None = None
-        self.groups_save = 0
-        """The rows of the newest step; the same array as long as the same ones run, for which then
-        hold"""
-        self.last_bytes = b""
-        self.last_reads = 0
-        """the tokens that they attend to together, and"""
-        self.last_room = 0
-        """the tokens that the one nearest to its end may still grow."""
+    """The worker `incarnation` at `inbox`, which is as `facts` says."""
 
-    @property
-    def capacity(self) -> int:
-        """The longest request it could ever hold alone, in tokens."""
-        return self.facts.num_blocks * self.block_size
+    def __init__(
+        self,
+        incarnation: int,
+        inbox: str,
+        facts: WorkerFacts,
+        config: SchedulerConfig,
+        counters: Counters,
+    ) -> None:
+        self.incarnation = incarnation
+        self.inbox = inbox
+        self.facts = facts
+        self.counters = counters
+        self.accepting = True
+        """Whether it takes new requests."""
+        num_slots = min(config.num_seqs(), facts.max_num_seqs)
+        self.slots = Slots(num_slots, facts.vocab_size, facts.eos_token_ids)
+        self.kv_cache = KVCacheManager(facts, config.enable_prefix_caching)
+        self.in_flight = InFlightSteps()
+        cascade = config.enable_prefix_caching and config.enable_cascade and facts.cascade
+        self._prefixes = PrefixFinder(num_slots, facts.block_size) if cascade else None
+        self.decode_set = DecodeSet(self.slots, facts.max_tokens_per_row, self._prefixes)
+        self.estimator = StepEstimator(facts.cost, config, facts.max_num_batched_tokens)
+        self.prefill: list[Request] = []
+        """Requests of which no step has been given all known tokens yet, in order of arrival."""
+        self.to_admit: list[Request] = []
+        """Requests whose Admission goes out with the next step."""
+        self.to_retire: list[int] = []
+        """Slots that the next step retires."""
+        self.requeued: list[Request] = []
+        """Preempted requests that wait again, to be fetched by the engine."""
+        self._pending_prefill: int | None = 0
 
     @property
     def load(self) -> int:
+        """Requests that it runs."""
         return self.slots.used
 
     def requests(self) -> list[Request]:
+        """The requests in its slots."""
         return [request for request in self.slots.requests if request is not None]
 
-    def backlog(self) -> int:
-        """Known tokens that no step has been given yet, but for the next one of each decoding
-        request."""
-        if self.unsent is None:
-            self.unsent = sum(
-                int(self.slots.known[r.slot] - self.slots.sent[r.slot]) for r in self.prefill
+    def holds(self, request: Request) -> bool:
+        """Whether it could run `request` to its end, were it alone."""
+        return request.max_len <= min(self.kv_cache.max_tokens, self.facts.max_model_len)
+
+    def pending_prefill_tokens(self) -> int:
+        """Tokens of running requests that no step has been given yet, but for the next one of each
+        decoding request."""
+        if self._pending_prefill is None:
+            slots = self.slots
+            self._pending_prefill = sum(
+                int(slots.num_tokens[r.slot] - slots.num_scheduled[r.slot]) for r in self.prefill
             )
-        return self.unsent
+        return self._pending_prefill
 
-    # --- taking a place
-    #   -----------------------------------------------------------------------------------------------
+    def prefill_changed(self) -> None:
+        """Requests in `prefill` were given to a step, or left it."""
+        self._pending_prefill = None
 
-    def cached_blocks(self, request: Request) -> list[int]:
-        """Blocks that hold the beginning of `request`. Its last token is always computed again,
-        since its logits are wanted."""
-        if not self.caching or request.scores_prompt:
-            return []
-        return self.pool.match(
-            request.chained(self.block_size, request.tokens),
-            (len(request.tokens) - 1) // self.block_size,
-        )
-
-    def is_computing(self, request: Request, cached: list[int]) -> bool:
-        """Whether the blocks that follow `cached` in `request` are on their way for another
-        request, and enough of them to wait for."""
-        if request.scores_prompt:
-            return False
-        chain, first = request.chain, len(cached)
-        last = first + WORTH_WAITING - 1
-        return (
-            last < len(chain) and chain[first] in self.computing and chain[last] in self.computing
-        )
+    # --- entering a slot ---
 
     def has_room(self, request: Request, cached: list[int]) -> bool:
-        """A free slot, and blocks for all its tokens with some left for others to grow, so that it
-        does not cause a preemption at once."""
-        if not self.slots.free:
-            return False
-        needed = self._blocks_for(len(request.tokens)) - len(cached) + self.pool.idle(cached)
-        return needed + self.slots.used <= self.pool.available
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
+        """A free slot, and blocks for `request` beside the `cached` ones."""
+        return bool(self.slots.free) and self.kv_cache.has_room(request, cached, self.load)
 
     def place(self, request: Request, cached: list[int]) -> int:
         """Take slot and blocks for `request`, whose Admission goes out with the next step. Returns
-        the tokens the cache saves."""
-        if self.caching:
-            self.computing.update(request.chained(self.block_size, request.tokens)[len(cached) :])
-        self.pool.hold(cached)
-        request.blocks = cached + self.pool.take(
-            self._blocks_for(len(request.tokens)) - len(cached)
-        )
-        computed = len(cached) * self.block_size
-        request.slot = self.slots.occupy(request, computed, len(request.blocks) * self.block_size)
-        self.slots.sealed[request.slot] = len(cached)
-        if self.prefixes is not None:
-            self.prefixes.placed(request.slot, request.blocks)
-        request.phase, request.replica = Phase.RUNNING, self
-        self.admit.append(request)
-        self.unsent = self.backlog() + len(request.tokens) - computed
+        the tokens that the cache saves."""
+        block_size = self.kv_cache.block_size
+        computed = len(cached) * block_size
+        self.kv_cache.allocate(request, cached)
+        slot = self.slots.occupy(request, computed, len(request.blocks) * block_size)
+        self.slots.num_sealed[slot] = len(cached)
+        if self._prefixes is not None:
+            self._prefixes.placed(slot, request.blocks)
+        request.slot = slot
+        request.phase = Phase.RUNNING
+        request.worker = self.incarnation
+        self.to_admit.append(request)
+        self._pending_prefill = self.pending_prefill_tokens() + len(request.tokens) - computed
         insort(self.prefill, request, key=lambda r: r.order)
-        if self.caching and not request.scores_prompt:
+        if self.kv_cache.prefix_caching and not request.wants_prompt_logprobs:
             self.counters.prefix_cache_queries += len(request.tokens)
             self.counters.prefix_cache_hits += computed
         return computed
 
-    # --- leaving it
-    #   ---------------------------------------------------------------------------------------------------
+    # --- leaving it ---
 
     def release(self, request: Request) -> None:
         """The request is over. Its slot is free for the next step; its blocks once no step in
         flight can write them."""
         if request.phase is Phase.DRAINING:
-            entry = next(p for p in self.pending if p.request is request)
-            entry.request = None
+            self.kv_cache.forget_preempted(request)
         else:
-            self._withdraw(request)
-            self._give_back(request.blocks, self._last_step(request.slot), None)
-        self.slots.vacate(request.slot)
-        request.slot, request.replica, request.blocks = -1, None, []
+            self._stop_running(request)
+            last_step = self.in_flight.last_step_of(request.slot)
+            self.kv_cache.release_after(last_step, request.blocks)
+        self._leave_slot(request)
+        self.release_due()
 
     def preempt(self, request: Request) -> None:
-        """Take the request's place away; it waits again, with all its tokens, once the steps in
-        flight have returned theirs."""
+        """Take slot and blocks from `request`. It waits again, with all its tokens, once the steps
+        in flight have returned theirs."""
         self.counters.num_preemptions += 1
-        self._withdraw(request)
-        self.slots.stop(request.slot)
+        self._stop_running(request)
         request.phase = Phase.DRAINING
-        self._give_back(request.blocks, self._last_step(request.slot), request)
+        last_step = self.in_flight.last_step_of(request.slot)
+        self.kv_cache.release_after(last_step, request.blocks, request)
+        self.release_due()
 
-    def _withdraw(self, request: Request) -> None:
+    def release_due(self) -> None:
+        """Give back what waited for the steps that have returned by now."""
+        for request in self.kv_cache.release_due(self.in_flight.num_returned):
+            request.set_tokens(self.slots.received_tokens(request.slot).copy())
+            self._leave_slot(request)
+            request.phase = Phase.WAITING
+            self.requeued.append(request)
+
+    def _stop_running(self, request: Request) -> None:
         """No further step names the request but the one that retires its slot."""
-        self.computing.difference_update(request.chain[int(self.slots.sealed[request.slot]) :])
+        slot = request.slot
+        self.decode_set.discard_slot(slot)
+        self.kv_cache.stop_computing(request, int(self.slots.num_sealed[slot]))
         if request in self.prefill:
             self.prefill.remove(request)
-            self.unsent = None
-        if self.slots.born[request.slot] == NEVER:
-            self.admit.remove(request)
+            self.prefill_changed()
+        if self.slots.admitted_step[slot] == NEVER:
+            self.to_admit.remove(request)
         else:
-            self.retire.append(request.slot)
+            self.to_retire.append(slot)
 
-    def _last_step(self, slot: int) -> int:
-        """The newest step in flight that runs `slot`; 0 when none does."""
-        return next((f.n for f in reversed(self.flights) if bool((f.run == slot).any())), 0)
-
-    def _give_back(self, blocks: list[int], n: int, request: Request | None) -> None:
-        self.pending.append(Pending(n, blocks, request))
-        self.settle()
-
-    def settle(self) -> None:
-        """Give back the blocks whose last step has returned."""
-        due = [entry for entry in self.pending if entry.n <= self.returned]
-        if not due:
-            return
-        self.pending = [entry for entry in self.pending if entry.n > self.returned]
-        for entry in due:
-            self.pool.release(entry.blocks)
-            if entry.request is not None:
-                self._requeue(entry.request)
-
-    def _requeue(self, request: Request) -> None:
-        request.know(self.slots.held_tokens(request.slot).copy())
+    def _leave_slot(self, request: Request) -> None:
         self.slots.vacate(request.slot)
-        request.slot, request.replica, request.blocks, request.phase = -1, None, [], Phase.WAITING
-        self.requeued.append(request)
+        request.slot = -1
+        request.worker = None
+        request.blocks = []
 
-    def returning(self) -> int:
-        """Blocks that become available when the steps in flight have returned."""
-        return sum(self.pool.freeable(entry.blocks) for entry in self.pending)
+    # --- lengths that were assumed too long ---
+
+    def correct_lengths(self, slots: list[int]) -> None:
+        """A step brought these slots fewer tokens than their rows might have: bound their lengths
+        anew, by what is there and what the steps in flight may still bring. A slot that was thought
+        to have reached its end decodes again."""
+        again: list[int] = []
+        for slot in slots:
+            request = self.slots.requests[slot]
+            if request is None:
+                continue
+            under_way = sum(
+                bool((step.sampled == slot).any())
+                for step in self.in_flight.steps
+                if step.n >= self.slots.admitted_step[slot]
+            )
+            longest = int(self.slots.num_received[slot])
+            longest += under_way * self.facts.max_tokens_per_row
+            longest = min(longest, request.max_len)
+            self.slots.num_tokens[slot] = longest
+            self.slots.num_scheduled[slot] = longest - 1
+            if request.phase is Phase.RUNNING and longest < request.max_len:
+                again.append(slot)
+        self.decode_set.lengths_changed()
+        if again:
+            self.decode_set.add(np.array(again, np.int32))

@@ -117,6 +117,7 @@ class FakeRunner:
         self._known = np.zeros(0, np.int64)
         self._computed = np.zeros(0, np.int64)
         self._logprobs = np.zeros(0, np.int32)
+        self._prefill_only = np.zeros(0, np.bool_)
         self._last = np.zeros(0, np.int32)
         self._scores: list[PromptLogprobs] = []
         """Of the prompts that were admitted with this step."""
@@ -148,7 +149,7 @@ class FakeRunner:
             self._last = np.frombuffer(step.run_slots, np.int32)
         slots = self._last
         self._computed[slots] += 1 if step.repeat else np.frombuffer(step.run_counts, np.int32)
-        slots = slots[self._computed[slots] == self._known[slots]]
+        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
         tokens = self._sample(slots)
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
@@ -182,12 +183,13 @@ class FakeRunner:
         self._known[slot] = len(tokens)
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
+        self._prefill_only[slot] = admission.sampling.max_tokens == 0
         prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
             self._scores.append(score(slot, tokens[:prompt].tolist(), asked, int(self._vocab)))
 
     def _grow_to(self, count: int) -> None:
-        for name in ("_state", "_known", "_computed", "_logprobs"):
+        for name in ("_state", "_known", "_computed", "_logprobs", "_prefill_only"):
             old: npt.NDArray[np.generic] = getattr(self, name)
             new = np.zeros(count, old.dtype)
             new[: len(old)] = old

@@ -65,7 +65,7 @@ class Runner:
             self._limits.admit(np.array([admission.slot for admission in step.admit], np.int64))
         first, end = self._slots.take(slots, counts)
         self._last = slots
-        sampling = np.flatnonzero(end == self._slots.known[slots])
+        sampling = np.flatnonzero(self._slots.samples(slots, end))
         sampled = None
         if len(slots):
             with torch.inference_mode():

@@ -171,7 +171,7 @@ class CudaRunner:
                 meter.begin()
             self._mirror(step)
             first, end = self._slots.take(slots, counts)
-            sampling = end == self._slots.known[slots]
+            sampling = self._slots.samples(slots, end)
             rows = slots[sampling]
             report, extra = self._run(step, slots, counts, first, end, sampling)
             self._slots.known[rows] += 1

@@ -45,6 +45,8 @@ class Slots:
         self.logprobs = np.full(count, -1, np.int64)
         self.prompt_logprobs = np.full(count, -1, np.int64)
         self.min_tokens = np.zeros(count, np.int64)
+        self.prefill_only = np.zeros(count, bool)
+        """The request wants no token: it is over when its prompt is computed."""
         self.special = np.zeros(count, bool)
         """Sampling needs more than temperature and filters: penalties, limits,
         log-probabilities."""
@@ -99,6 +101,7 @@ class Slots:
             given.min_tokens,
         )
         self.prompt_logprobs[slot] = given.prompt_logprobs
+        self.prefill_only[slot] = given.max_tokens == 0
         limited = bool(given.min_tokens or given.allowed_ids or given.bias_ids or given.bad_words)
         self.limits[slot] = given if limited else None
         neutral = (given.presence_penalty, given.frequency_penalty, given.repetition_penalty) == (
@@ -158,6 +161,11 @@ class Slots:
             )
         self.computed[slots] = end
         return first, end
+
+    def samples(self, slots: Ints, end: Ints) -> npt.NDArray[np.bool_]:
+        """Which of `slots` sample in a step that computes them up to `end`: those whose last token
+        it computes, unless they want none."""
+        return (end == self.known[slots]) & ~self.prefill_only[slots]
 
     def append_tokens(self, slots: Ints, tokens: npt.NDArray[np.int32]) -> None:
         self.tokens[slots, self.known[slots]] = tokens
