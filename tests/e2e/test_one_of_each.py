@@ -173,6 +173,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "truncation by 0": (PROMPT, {"truncate_prompt_tokens": 0}),
     "a prompt that is too long": ([1] * (CONTEXT + 1), {"max_tokens": 9}),
     "a prompt that leaves too little": ([1] * CONTEXT, {"max_tokens": 9}),
+    "a prompt outside": ([1, VOCAB], {}),
+    "a prompt below": ([-1, 1], {}),
     "a bias of nothing": (PROMPT, {"logit_bias": {"x": 1}}),
     "a bias too large": (PROMPT, {"logit_bias": {"5": 101}}),
     "a bias outside": (PROMPT, {"logit_bias": {str(VOCAB): 1}}),
