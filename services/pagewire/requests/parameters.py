@@ -44,21 +44,22 @@ class ActsIn(Enum):
     WORKER = "worker"
 
 
-class Parameter(Struct, frozen=True, kw_only=True):
+class Parameter(Struct, frozen=True):
     """One row. With `max_items` the parameter is a list, and `type`, `low` and `high` are of its
     items; of strings, `low` and `high` bound the number of characters."""
 
     name: str
     type: type
+    low: Any
+    high: Any
+    """None where there are no bounds."""
     default: Any
     """What None stands for."""
     acts_in: ActsIn
-    low: Any = None
-    high: Any = None
     above_low: bool = False
     """`low` itself is out of bounds."""
-    min_items: int = 0
     max_items: int | None = None
+    min_items: int = 0
     ignored_by_beams: bool = False
     """Beam search goes by the model's own log-probabilities and by token ids, so it could only
     ignore this: any value but the neutral one, the default, is refused beside it."""
@@ -78,252 +79,51 @@ def _top_k_to_wire(value: int) -> int:
     return max(0, value)
 
 
+OWNER, TOKENIZER, SCHEDULER, WORKER = ActsIn
+# fmt: off
 _ROWS: Final = (
+    #         name, type, low, high, default, acts in
     # --- how many answers, and how they are found
-    Parameter(name="n", type=int, low=1, high=MAX_N, default=1, acts_in=ActsIn.OWNER),
-    Parameter(name="best_of", type=int, low=1, high=MAX_N, default=None, acts_in=ActsIn.OWNER),
-    Parameter(name="use_beam_search", type=bool, default=False, acts_in=ActsIn.OWNER),
-    Parameter(
-        name="length_penalty",
-        type=float,
-        low=-100.0,
-        high=100.0,
-        default=1.0,
-        acts_in=ActsIn.OWNER,
-    ),
-    Parameter(name="early_stopping", type=object, default=False, acts_in=ActsIn.OWNER),
-    Parameter(
-        name="seed",
-        type=int,
-        low=-(2**63),
-        high=2**63 - 1,
-        default=None,
-        acts_in=ActsIn.WORKER,
-    ),
+    Parameter("n", int, 1, MAX_N, 1, OWNER),
+    Parameter("best_of", int, 1, MAX_N, None, OWNER),
+    Parameter("use_beam_search", bool, None, None, False, OWNER),
+    Parameter("length_penalty", float, -100.0, 100.0, 1.0, OWNER),
+    Parameter("early_stopping", object, None, None, False, OWNER),
+    Parameter("seed", int, -(2**63), 2**63 - 1, None, WORKER),
     # --- how long an answer may be
-    Parameter(
-        name="max_tokens",
-        type=int,
-        low=1,
-        high=MAX_INT32,
-        default=16,
-        acts_in=ActsIn.SCHEDULER,
-    ),
-    Parameter(
-        name="min_tokens",
-        type=int,
-        low=0,
-        high=MAX_INT32,
-        default=0,
-        acts_in=ActsIn.WORKER,
-        wire="min_tokens",
-    ),
-    Parameter(
-        name="ignore_eos",
-        type=bool,
-        default=False,
-        acts_in=ActsIn.SCHEDULER,
-        wire="ignore_eos",
-    ),
-    Parameter(
-        name="stop",
-        type=str,
-        low=1,
-        high=MAX_STOP_LENGTH,
-        max_items=MAX_STOP_STRINGS,
-        default=(),
-        acts_in=ActsIn.TOKENIZER,
-        ignored_by_beams=True,
-        wire="stop",
-        to_wire=tuple,
-    ),
-    Parameter(
-        name="stop_token_ids",
-        type=int,
-        low=0,
-        high=MAX_INT32,
-        max_items=MAX_STOP_TOKENS,
-        default=(),
-        acts_in=ActsIn.SCHEDULER,
-        wire="stop_token_ids",
-        to_wire=tuple,
-    ),
+    Parameter("max_tokens", int, 1, MAX_INT32, 16, SCHEDULER),
+    Parameter("min_tokens", int, 0, MAX_INT32, 0, WORKER, wire="min_tokens"),
+    Parameter("ignore_eos", bool, None, None, False, SCHEDULER, wire="ignore_eos"),
+    Parameter("stop", str, 1, MAX_STOP_LENGTH, (), TOKENIZER, max_items=MAX_STOP_STRINGS, ignored_by_beams=True,
+              wire="stop", to_wire=tuple),
+    Parameter("stop_token_ids", int, 0, MAX_INT32, (), SCHEDULER, max_items=MAX_STOP_TOKENS, wire="stop_token_ids", to_wire=tuple),
     # --- how a token is chosen
-    Parameter(
-        name="temperature",
-        type=float,
-        low=0.0,
-        high=100.0,
-        default=1.0,
-        acts_in=ActsIn.WORKER,
-        wire="temperature",
-        to_wire=effective_temperature,
-    ),
-    Parameter(
-        name="top_p",
-        type=float,
-        low=0.0,
-        high=1.0,
-        above_low=True,
-        default=1.0,
-        acts_in=ActsIn.WORKER,
-        wire="top_p",
-    ),
-    Parameter(
-        name="top_k",
-        type=int,
-        low=-1,
-        high=MAX_INT32,
-        default=-1,
-        acts_in=ActsIn.WORKER,
-        wire="top_k",
-        to_wire=_top_k_to_wire,
-    ),
-    Parameter(
-        name="min_p",
-        type=float,
-        low=0.0,
-        high=1.0,
-        default=0.0,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-        wire="min_p",
-    ),
-    Parameter(
-        name="presence_penalty",
-        type=float,
-        low=-2.0,
-        high=2.0,
-        default=0.0,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-        wire="presence_penalty",
-    ),
-    Parameter(
-        name="frequency_penalty",
-        type=float,
-        low=-2.0,
-        high=2.0,
-        default=0.0,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-        wire="frequency_penalty",
-    ),
-    Parameter(
-        name="repetition_penalty",
-        type=float,
-        low=0.0,
-        high=100.0,
-        above_low=True,
-        default=1.0,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-        wire="repetition_penalty",
-    ),
-    Parameter(
-        name="logit_bias",
-        type=float,
-        low=-MAX_BIAS_VALUE,
-        high=MAX_BIAS_VALUE,
-        max_items=MAX_BIAS,
-        default=None,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-    ),
-    Parameter(
-        name="allowed_token_ids",
-        type=int,
-        low=0,
-        high=MAX_INT32,
-        min_items=1,
-        max_items=MAX_ALLOWED_IDS,
-        default=None,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-    ),
-    Parameter(
-        name="bad_words",
-        type=str,
-        low=1,
-        high=MAX_BAD_WORD_LENGTH,
-        max_items=MAX_BAD_WORDS,
-        default=(),
-        acts_in=ActsIn.TOKENIZER,
-        ignored_by_beams=True,
-        wire="bad_words",
-        to_wire=tuple,
-    ),
+    Parameter("temperature", float, 0.0, 100.0, 1.0, WORKER, wire="temperature", to_wire=effective_temperature),
+    Parameter("top_p", float, 0.0, 1.0, 1.0, WORKER, above_low=True, wire="top_p"),
+    Parameter("top_k", int, -1, MAX_INT32, -1, WORKER, wire="top_k", to_wire=_top_k_to_wire),
+    Parameter("min_p", float, 0.0, 1.0, 0.0, WORKER, ignored_by_beams=True, wire="min_p"),
+    Parameter("presence_penalty", float, -2.0, 2.0, 0.0, WORKER, ignored_by_beams=True, wire="presence_penalty"),
+    Parameter("frequency_penalty", float, -2.0, 2.0, 0.0, WORKER, ignored_by_beams=True, wire="frequency_penalty"),
+    Parameter("repetition_penalty", float, 0.0, 100.0, 1.0, WORKER, above_low=True, ignored_by_beams=True, wire="repetition_penalty"),
+    Parameter("logit_bias", float, -MAX_BIAS_VALUE, MAX_BIAS_VALUE, None, WORKER, max_items=MAX_BIAS, ignored_by_beams=True),
+    Parameter("allowed_token_ids", int, 0, MAX_INT32, None, WORKER, min_items=1, max_items=MAX_ALLOWED_IDS, ignored_by_beams=True),
+    Parameter("bad_words", str, 1, MAX_BAD_WORD_LENGTH, (), TOKENIZER, max_items=MAX_BAD_WORDS, ignored_by_beams=True,
+              wire="bad_words", to_wire=tuple),
     # --- what comes back
-    Parameter(
-        name="logprobs", type=int, low=0, high=MAX_LOGPROBS, default=None, acts_in=ActsIn.WORKER
-    ),
-    Parameter(
-        name="prompt_logprobs",
-        type=int,
-        low=0,
-        high=MAX_LOGPROBS,
-        default=None,
-        acts_in=ActsIn.WORKER,
-        ignored_by_beams=True,
-    ),
-    Parameter(
-        name="include_stop_str_in_output",
-        type=bool,
-        default=False,
-        acts_in=ActsIn.TOKENIZER,
-        wire="include_stop",
-    ),
-    Parameter(
-        name="detokenize",
-        type=bool,
-        default=True,
-        acts_in=ActsIn.TOKENIZER,
-        wire="detokenize",
-    ),
-    Parameter(
-        name="skip_special_tokens",
-        type=bool,
-        default=True,
-        acts_in=ActsIn.TOKENIZER,
-        wire="skip_special_tokens",
-    ),
-    Parameter(
-        name="spaces_between_special_tokens",
-        type=bool,
-        default=True,
-        acts_in=ActsIn.TOKENIZER,
-        wire="spaces_between_special_tokens",
-    ),
+    Parameter("logprobs", int, 0, MAX_LOGPROBS, None, WORKER),
+    Parameter("prompt_logprobs", int, 0, MAX_LOGPROBS, None, WORKER, ignored_by_beams=True),
+    Parameter("include_stop_str_in_output", bool, None, None, False, TOKENIZER, wire="include_stop"),
+    Parameter("detokenize", bool, None, None, True, TOKENIZER, wire="detokenize"),
+    Parameter("skip_special_tokens", bool, None, None, True, TOKENIZER, wire="skip_special_tokens"),
+    Parameter("spaces_between_special_tokens", bool, None, None, True, TOKENIZER, wire="spaces_between_special_tokens"),
     # --- the prompt, and the request's turn
-    Parameter(
-        name="truncate_prompt_tokens",
-        type=int,
-        low=-1,
-        high=MAX_INT32,
-        default=None,
-        acts_in=ActsIn.TOKENIZER,
-    ),
-    Parameter(
-        name="priority",
-        type=int,
-        low=-(2**31),
-        high=MAX_INT32,
-        default=0,
-        acts_in=ActsIn.SCHEDULER,
-    ),
-    Parameter(
-        name="cache_salt",
-        type=str,
-        low=1,
-        high=MAX_CACHE_SALT,
-        default="",
-        acts_in=ActsIn.SCHEDULER,
-    ),
+    Parameter("truncate_prompt_tokens", int, -1, MAX_INT32, None, TOKENIZER),
+    Parameter("priority", int, -(2**31), MAX_INT32, 0, SCHEDULER),
+    Parameter("cache_salt", str, 1, MAX_CACHE_SALT, "", SCHEDULER),
 )
+# fmt: on
 PARAMETERS: Final = {row.name: row for row in _ROWS}
-BEAM_WIDTH: Final = Parameter(
-    name="beam_width", type=int, low=1, high=MAX_WIDTH, default=None, acts_in=ActsIn.OWNER
-)
+BEAM_WIDTH: Final = Parameter("beam_width", int, 1, MAX_WIDTH, None, OWNER)
 """Of `LLM.beam_search`; in a request, `best_of` is the width."""
 
 

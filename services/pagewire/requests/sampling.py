@@ -31,6 +31,9 @@ from .parameters import (
 _ON_WIRE: Final = [row for row in PARAMETERS.values() if row.wire]
 _SAMPLING_ROWS: Final = [row for row in _ON_WIRE if row.acts_in is not ActsIn.TOKENIZER]
 _TEXT_ROWS: Final = [row for row in _ON_WIRE if row.acts_in is ActsIn.TOKENIZER]
+_DEFAULTS: Final = {
+    row.wire: row.to_wire(row.default) if row.to_wire else row.default for row in _ON_WIRE
+}
 _ID_DIGITS: Final = 10
 """Of the largest token id that a message holds."""
 
@@ -50,7 +53,7 @@ def sampling_of(
     `logprobs` and `prompt_logprobs` are numbers of candidates, -1 for none. `vocab_size` 0: not
     known yet. Raises RequestError.
     """
-    fields = {row.wire: _wire_value(row, source) for row in _SAMPLING_ROWS}
+    fields = _wire_fields(_SAMPLING_ROWS, source)
     check_min_tokens(fields["min_tokens"], max_tokens)
     bias_ids, bias_values = _bias(getattr(source, "logit_bias", None), vocab_size)
     return Sampling(
@@ -68,7 +71,7 @@ def sampling_of(
 def text_options_of(source: object, *, return_prompt_ids: bool, has_text: bool) -> TextOptions:
     """The protocol's TextOptions, from the same attributes. `has_text`: the stack has a tokenizer.
     Raises RequestError."""
-    fields = {row.wire: _wire_value(row, source) for row in _TEXT_ROWS}
+    fields = _wire_fields(_TEXT_ROWS, source)
     if fields["stop"] and not fields["detokenize"]:
         raise invalid(
             "`stop` strings need detokenize=True; without text, use `stop_token_ids`.", "stop"
@@ -98,8 +101,17 @@ def check_parameters(source: object) -> None:
     choices_of(source)
 
 
-def _wire_value(parameter: Parameter, source: object) -> Any:
-    value: Any = getattr(source, parameter.name, None)
+def _wire_fields(rows: list[Parameter], source: object) -> dict[str, Any]:
+    """Of the rows, by their names on the wire. Most requests give few parameters, so what is not
+    given takes no check."""
+    fields: dict[str, Any] = {}
+    for row in rows:
+        value: Any = getattr(source, row.name, None)
+        fields[row.wire] = _DEFAULTS[row.wire] if value is None else _wire_value(row, value)
+    return fields
+
+
+def _wire_value(parameter: Parameter, value: Any) -> Any:
     if parameter.max_items is None:
         value = checked(parameter, value)
     else:
