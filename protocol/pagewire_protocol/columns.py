@@ -15,6 +15,8 @@ MAX_TOKENS: Final = 4_194_304
 MAX_TEXT: Final = 16_777_216
 MAX_TOKENS_PER_ROW: Final = 16
 """Most tokens that one row of a step can bring."""
+MAX_CACHE_SALT: Final = 128
+"""Characters."""
 
 Rid = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """A request, chosen at random by the frontend that owns it; the same over all attempts."""
@@ -34,6 +36,8 @@ Name = Annotated[str, Meta(max_length=256)]
 Inbox = Annotated[str, Meta(min_length=1, max_length=256)]
 ShortText = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+CacheSalt = Annotated[str, Meta(max_length=MAX_CACHE_SALT)]
+"""Requests of different salts share no cached blocks."""
 
 RowsI32 = Annotated[bytes, Meta(max_length=4 * MAX_ROWS)]
 RowsU32 = Annotated[bytes, Meta(max_length=4 * MAX_ROWS)]

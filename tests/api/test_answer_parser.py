@@ -17,7 +17,7 @@ from pagewire.frontend.answers import (
     parse_whole,
 )
 from pagewire.frontend.events import ParsedSseChoice, SseChoice, SseReply
-from pagewire.frontend.params import Plan
+from pagewire.frontend.rendering import Rendering
 from pagewire.frontend.reply import Echo, Reply
 from pagewire.frontend.responses import ChoiceData, formatter_for
 from pagewire.frontend.sse import Flusher
@@ -94,9 +94,8 @@ CUTS = [1, 2, 3, 5, 7, 11, len(TEXT)]
 """Characters in a piece of a stream."""
 
 
-def plan(*, stream: bool, chat: bool = True, **more: object) -> Plan:
+def rendering(*, stream: bool, chat: bool = True, **more: object) -> Rendering:
     fields = {
-        "jobs": [],
         "n": 1,
         "per_prompt": 1,
         "include_usage": False,
@@ -106,7 +105,7 @@ def plan(*, stream: bool, chat: bool = True, **more: object) -> Plan:
         "return_token_ids": False,
         "ids_as_text": False,
     }
-    return Plan(chat=chat, stream=stream, **{**fields, **more})
+    return Rendering(chat=chat, stream=stream, **{**fields, **more})
 
 
 class Loop:
@@ -128,7 +127,9 @@ class Future:
 
 
 def whole(text: str, parser=ToyParser, **more: object) -> dict:
-    reply = Reply(formatter_for(plan(stream=False, **more), "1", "m"), Loop(), [Echo()], parser)
+    reply = Reply(
+        formatter_for(rendering(stream=False, **more), "1", "m"), Loop(), [Echo()], parser
+    )
     (choice,) = reply.choices
     choice.text(text)
     choice.finished("stop", None, 5)
@@ -137,7 +138,7 @@ def whole(text: str, parser=ToyParser, **more: object) -> dict:
 
 def streamed(pieces: Sequence[str], parser=ToyParser, **more: object) -> list[dict]:
     """The choice of every event, after those that precede the text."""
-    formatter = formatter_for(plan(stream=True, **more), "1", "m")
+    formatter = formatter_for(rendering(stream=True, **more), "1", "m")
     reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
     (choice,) = reply.choices
     for position, piece in enumerate(pieces):
@@ -213,7 +214,7 @@ def test_a_call_without_content_has_null_content() -> None:
 
 
 def test_a_length_end_stays_one() -> None:
-    reply = Reply(formatter_for(plan(stream=False), "1", "m"), Loop(), [Echo()], ToyParser)
+    reply = Reply(formatter_for(rendering(stream=False), "1", "m"), Loop(), [Echo()], ToyParser)
     (choice,) = reply.choices
     choice.text("<call add>{")
     choice.finished("length", None, 5)
@@ -233,7 +234,7 @@ def test_without_another_parser_all_text_is_content(pieces: list[str]) -> None:
 
 def test_only_another_parser_leaves_the_fast_path() -> None:
     for parser, kind in ((PLAIN, SseChoice), (ToyParser, ParsedSseChoice)):
-        formatter = formatter_for(plan(stream=True), "1", "m")
+        formatter = formatter_for(rendering(stream=True), "1", "m")
         reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
         assert type(reply.choices[0]) is kind
 

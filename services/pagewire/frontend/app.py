@@ -8,7 +8,8 @@ from typing import Final
 
 from aiohttp import web
 
-from ..requests.errors import JSON, ApiError
+from ..requests.errors import RequestError
+from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions
 from .probes import health, live, load, metrics, model, models, ready, version
 from .request_ids import HEADER, request_id
@@ -60,8 +61,8 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     state = request.app[STATE]
     try:
         response = await _answer(state, request, handler)
-    except ApiError as error:
-        response = _error(error)
+    except (ApiError, RequestError) as error:
+        response = _error(as_api_error(error))
     except web.HTTPException as error:
         response = _error(_of_http(request, error))
     except (asyncio.CancelledError, ConnectionError):

@@ -6,14 +6,15 @@ from typing import Final
 
 from aiohttp import web
 
-from ..requests.errors import ApiError, bad
+from ..requests.errors import invalid
+from .errors import ApiError
 
 BODY_S: Final = 60.0
 """How long a client may take to send its request."""
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes. Raises ApiError."""
+    """The whole body, at most `limit` bytes. Raises ApiError or RequestError."""
     _check_type(request.headers.get("Content-Type", ""))
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
@@ -32,7 +33,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
     except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
-        raise bad("The request body could not be read.") from None
+        raise invalid("The request body could not be read.") from None
 
 
 def _too_large(limit: int) -> ApiError:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
+from .errors import as_api_error
 from .logprobs import token_text
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
@@ -32,7 +33,7 @@ class SseReply(Reply):
 
     def first_events(self) -> list[bytes]:
         """The events that precede all generated text."""
-        usage = self.usage() if self.plan.continuous_usage else None
+        usage = self.usage() if self.rendering.continuous_usage else None
         prefixes = [choice.prefix for choice in self.choices]
         return [event(chunk) for chunk in self.formatter.first_chunks(prefixes, usage)]
 
@@ -42,11 +43,11 @@ class SseReply(Reply):
         if self.done.done():
             return
         if self.error is None:
-            if self.plan.include_usage:
+            if self.rendering.include_usage:
                 self.outlet.push(event(self.formatter.usage_chunk(self.usage())))
             self.outlet.push(DONE)
         elif self.opened.done():
-            self.outlet.push(b"data: " + self.error.body() + b"\n\n", DONE)
+            self.outlet.push(b"data: " + as_api_error(self.error).body() + b"\n\n", DONE)
         super().close()
 
 
@@ -62,14 +63,14 @@ class SseChoice(Choice):
 
     def __init__(self, reply: SseReply, index: int) -> None:
         super().__init__(reply, index)
-        self.wants_tokens = self.wants_tokens or reply.plan.continuous_usage
+        self.wants_tokens = self.wants_tokens or reply.rendering.continuous_usage
         self._head, self._tail = template(reply.formatter.chunk(ChoiceData(index, HOLE)))
         self._outlet = reply.outlet
         self._pieces = reply.outlet.pieces
         self._offset = 0
         self._parser = reply.make_parser()
         self._called_tools = False
-        self._owes_score = reply.plan.scores_echo
+        self._owes_score = reply.rendering.scores_echo
         """The echoed prompt with its log-probabilities was not sent yet."""
 
     def text(self, text: str, /) -> None:
@@ -80,11 +81,11 @@ class SseChoice(Choice):
         pieces += (self._head, encode(text), self._tail)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        plan = self.reply.plan
+        rendering = self.reply.rendering
         self.usage.completion_tokens += len(tokens)
         self.reply.open()
         self._send_score()
-        if text or (logprobs and plan.logprobs >= 0) or plan.return_token_ids:
+        if text or (logprobs and rendering.logprobs >= 0) or rendering.return_token_ids:
             # What a row brings beside its text goes with the first of its events.
             first, *more = self._noted(self._parser.feed(text)) or (ContentDelta(""),)
             data = ChoiceData(
@@ -100,7 +101,10 @@ class SseChoice(Choice):
                 self._send_delta(delta)
             self.data.prompt_ids = None
             self._advance(
-                [token_text(entry.texts[0], entry.ids[0], plan.ids_as_text) for entry in logprobs]
+                [
+                    token_text(entry.texts[0], entry.ids[0], rendering.ids_as_text)
+                    for entry in logprobs
+                ]
             )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
@@ -137,7 +141,7 @@ class SseChoice(Choice):
         self._offset += sum(map(len, tokens))
 
     def _send(self, data: ChoiceData) -> None:
-        usage = self.reply.usage() if self.reply.plan.continuous_usage else None
+        usage = self.reply.usage() if self.reply.rendering.continuous_usage else None
         self._outlet.push(event(self.reply.formatter.chunk(data, usage)))
 
 

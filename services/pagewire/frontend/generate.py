@@ -3,25 +3,25 @@ answer or an event stream."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 from msgspec.structs import replace
 
-from ..requests.errors import JSON, ApiError
-from ..requests.request import Job, Stream
+from ..requests.request import Job, OwnedRequest
 from .answers import PLAIN
-from .beams import search_all
+from .beams import start_beams
 from .body import read_body
+from .errors import JSON, ApiError
 from .events import SseReply
 from .openai import ChatRequest, CompletionRequest, Request
 from .params import Plan, plan_chat, plan_completion
 from .parsing import parse
-from .questions import resolve
 from .reply import Echo, Reply
 from .request_ids import adopt_request_id
 from .responses import formatter_for
 from .state import STATE, State
+from .tokenizer_queries import resolve
 
 STREAMING: Final = web.RequestKey("streaming", bool)
 """Set on a request whose answer's head may be on its way: no other answer can follow."""
@@ -57,8 +57,8 @@ def _check(state: State, parsed: Request) -> None:
 
 
 async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    if state.force_usage and plan.stream:
-        plan = replace(plan, include_usage=True)
+    if state.force_usage and plan.rendering.stream:
+        plan = replace(plan, rendering=replace(plan.rendering, include_usage=True))
     state.generating += 1
     try:
         return await _generate(request, state, plan)
@@ -68,7 +68,7 @@ async def _counted(request: web.Request, state: State, plan: Plan) -> web.Stream
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     request_id = adopt_request_id(request, plan.request_id)
-    state.counters.params_n.observe(plan.n)
+    state.counters.params_n.observe(plan.choices.n)
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     reply = new_reply(state, plan, request_id, echoes)
@@ -92,10 +92,10 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
 def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo]) -> Reply:
     """The empty answer to a plan, an SseReply where it is streamed. `echoes`: one for each
     prompt."""
-    formatter = formatter_for(plan, request_id, state.names[0])
+    formatter = formatter_for(plan.rendering, request_id, state.names[0])
     make_parser = state.chat_parser if formatter.has_structure else PLAIN
     loop = asyncio.get_running_loop()
-    if plan.stream:
+    if plan.rendering.stream:
         return SseReply(formatter, loop, echoes, state.flusher, make_parser)
     return Reply(formatter, loop, echoes, make_parser)
 
@@ -118,20 +118,20 @@ def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:
     return [replace(job, cache_salt=salt) for job in jobs]
 
 
-def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], Any]:
+def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], None]:
     """Submit the jobs, whose output goes to `reply`. Returns a function that cancels those still
-    running. Raises ApiError when no tokenizer can take them."""
-    if plan.beams:
-        return asyncio.create_task(search_all(state, plan, jobs, reply)).cancel
-    streams: list[Stream] = []
+    running. Raises RequestError when no tokenizer can take them."""
+    if plan.choices.beams:
+        return start_beams(state, plan.choices.beams, jobs, reply)
+    requests: list[OwnedRequest] = []
 
     def cancel() -> None:
-        for stream in streams:
-            state.owner.cancel(stream)
+        for request in requests:
+            state.owner.cancel(request)
 
     try:
         for job, choice in zip(jobs, reply.choices, strict=True):
-            streams.append(state.owner.submit(job, choice))
+            requests.append(state.owner.submit(job, choice))
     except BaseException:
         cancel()
         raise

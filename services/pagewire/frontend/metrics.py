@@ -140,7 +140,7 @@ class _Collector:
         yield self._gauge(
             "pagewire:frontend_streams_parked",
             "Those of them waiting for the next attempt.",
-            len(state.owner.parked),
+            len(state.owner.suspended),
         )
         yield self._gauge(
             "pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s

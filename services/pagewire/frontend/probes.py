@@ -8,7 +8,7 @@ from aiohttp import web
 
 from pagewire.version import __version__
 
-from ..requests.errors import JSON, unknown_model
+from .errors import JSON, unknown_model
 from .metrics import CONTENT_TYPE, render
 from .state import STATE, State
 

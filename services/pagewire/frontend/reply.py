@@ -8,8 +8,9 @@ from msgspec import Struct
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
-from ..requests.errors import ApiError
+from ..requests.errors import RequestError
 from .answers import PLAIN, ParserFactory, parse_whole
+from .errors import ApiError
 from .logprobs import PromptScore
 from .responses import ChoiceData, ResponseFormatter, Usage
 from .sse import encode
@@ -35,13 +36,13 @@ class Reply:
     ) -> None:
         """`echoes`: one for each prompt. `make_parser`: makes the parser of each choice's text."""
         self.formatter = formatter
-        self.plan = formatter.plan
+        self.rendering = formatter.rendering
         self.echoes = echoes
         self.make_parser = make_parser
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
-        self.error: ApiError | None = None
-        self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.plan.per_prompt)
+        self.error: ApiError | RequestError | None = None
+        self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.rendering.per_prompt)
         self._unfinished = len(self.choices)
 
     def _make_choices(self, count: int) -> "Sequence[Choice]":
@@ -55,7 +56,7 @@ class Reply:
         """The `n` best choices of each prompt, numbered anew. Only a prompt's first choice has its
         log-probabilities: the others show those."""
         best: list[ChoiceData] = []
-        per_prompt, n = self.plan.per_prompt, self.plan.n
+        per_prompt, n = self.rendering.per_prompt, self.rendering.n
         for start in range(0, len(self.choices), per_prompt):
             choices = self.choices[start : start + per_prompt]
             score = choices[0].score
@@ -70,7 +71,7 @@ class Reply:
     def usage(self) -> Usage:
         """Prompts count once, however many choices they have; generated tokens count whether their
         choice is shown or not."""
-        first_choices = self.choices[:: self.plan.per_prompt]
+        first_choices = self.choices[:: self.rendering.per_prompt]
         return Usage(
             sum(choice.usage.prompt_tokens for choice in first_choices),
             sum(choice.usage.completion_tokens for choice in self.choices),
@@ -88,7 +89,7 @@ class Reply:
         if not self._unfinished:
             self.close()
 
-    def fail(self, error: ApiError) -> None:
+    def fail(self, error: ApiError | RequestError) -> None:
         """End the answer with `error`, unless it has ended. The first error counts."""
         if self.error is None and not self.done.done():
             self.error = error
@@ -105,23 +106,27 @@ class Choice:
     """The sink of one choice's stream: keeps all output until the answer is complete."""
 
     def __init__(self, reply: Reply, index: int) -> None:
-        plan = reply.plan
-        self.wants_tokens = plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n
+        rendering = reply.rendering
+        self.wants_tokens = (
+            rendering.logprobs >= 0
+            or rendering.return_token_ids
+            or rendering.per_prompt > rendering.n
+        )
         self.usage = Usage()
         self.reply = reply
         self.index = index
         self.data = ChoiceData(index)
-        self.echo = reply.echoes[index // plan.per_prompt]
-        self.prefix = self.echo.text or plan.opening
+        self.echo = reply.echoes[index // rendering.per_prompt]
+        self.prefix = self.echo.text or rendering.prefix
         """What the answer begins with, before the generated text: an echoed prompt, or the message
         that the answer continues."""
         self.score: PromptScore | None = None
-        if plan.scores_echo or plan.prompt_logprobs >= 0:
+        if rendering.scores_echo or rendering.prompt_logprobs >= 0:
             self.score = PromptScore(
                 self.echo.first,
-                plan.logprobs if plan.echo else -1,
-                plan.prompt_logprobs,
-                plan.ids_as_text,
+                rendering.logprobs if rendering.echo else -1,
+                rendering.prompt_logprobs,
+                rendering.ids_as_text,
             )
         self._texts: list[str] = []
         self._tokens: list[int] = []
@@ -139,7 +144,7 @@ class Choice:
         self._started = True
         self.usage.prompt_tokens = started.prompt_tokens
         self.usage.cached_tokens = started.cached_tokens
-        if self.reply.plan.return_token_ids and started.prompt_ids is not None:
+        if self.reply.rendering.return_token_ids and started.prompt_ids is not None:
             self.data.prompt_ids = unpack("i", started.prompt_ids).tolist()
         self.reply.open()
 
@@ -166,5 +171,5 @@ class Choice:
         self.usage.completion_tokens = completion_tokens
         self.reply.choice_finished()
 
-    def failed(self, error: ApiError) -> None:
+    def failed(self, error: RequestError) -> None:
         self.reply.fail(error)

@@ -12,7 +12,7 @@ from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from .logprobs import PromptScore, chat_logprobs, completion_logprobs
-from .params import Plan
+from .rendering import Rendering
 
 Json = dict[str, Any]
 
@@ -93,8 +93,8 @@ class ResponseFormatter(ABC):
     has_structure: ClassVar[bool]
     """Whether an answer can have reasoning and tool calls beside its content."""
 
-    def __init__(self, plan: Plan, request_id: str, model: str) -> None:
-        self.plan = plan
+    def __init__(self, rendering: Rendering, request_id: str, model: str) -> None:
+        self.rendering = rendering
         self.head: Json = {
             "id": self.id_prefix + request_id,
             "created": int(time.time()),
@@ -136,7 +136,7 @@ class ResponseFormatter(ABC):
 
     def _event(self, choices: list[Json], usage: Usage | None, prompt: Json) -> Json:
         body: Json = {**self.head, "object": self.chunk_object, "choices": choices, **prompt}
-        if self.plan.include_usage or self.plan.continuous_usage:
+        if self.rendering.include_usage or self.rendering.continuous_usage:
             body["usage"] = usage.body() if usage else None
         return body
 
@@ -154,7 +154,7 @@ class ChatFormatter(ResponseFormatter):
         is to be shown, an event with that message for each choice."""
         chunks: list[Json] = []
         for index in range(len(prefixes)):
-            delta = {"role": self.plan.role, "content": ""}
+            delta = {"role": self.rendering.role, "content": ""}
             chunks.append(self._event([self._from_delta(ChoiceData(index), delta)], usage, {}))
         chunks += [
             self.chunk(ChoiceData(index, prefix), usage)
@@ -164,14 +164,14 @@ class ChatFormatter(ResponseFormatter):
         return chunks
 
     def _whole_choice(self, choice: ChoiceData) -> Json:
-        message: Json = {"role": self.plan.role, "content": choice.content}
+        message: Json = {"role": self.rendering.role, "content": choice.content}
         message |= _reasoning(choice)
         if choice.tool_calls:
             message["content"] = choice.content or None
             message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
         logprobs = None
-        if self.plan.logprobs >= 0:
-            logprobs = chat_logprobs(choice.logprobs, self.plan.ids_as_text)
+        if self.rendering.logprobs >= 0:
+            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
         return self._finish_choice(choice, {"message": message}, logprobs)
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
@@ -184,8 +184,8 @@ class ChatFormatter(ResponseFormatter):
 
     def _from_delta(self, choice: ChoiceData, delta: Json) -> Json:
         logprobs = None
-        if self.plan.logprobs >= 0 and choice.logprobs:
-            logprobs = chat_logprobs(choice.logprobs, self.plan.ids_as_text)
+        if self.rendering.logprobs >= 0 and choice.logprobs:
+            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
         return self._finish_choice(choice, {"delta": delta}, logprobs)
 
     def _finish_choice(self, choice: ChoiceData, message: Json, logprobs: Json | None) -> Json:
@@ -198,7 +198,7 @@ class ChatFormatter(ResponseFormatter):
         }
         if choice.reason:
             body["stop_reason"] = choice.stop_reason
-        if self.plan.return_token_ids:
+        if self.rendering.return_token_ids:
             body["token_ids"] = list(choice.tokens)
         return body
 
@@ -206,7 +206,7 @@ class ChatFormatter(ResponseFormatter):
         fields: Json = {}
         if choice.prompt_ids is not None:
             fields["prompt_token_ids"] = choice.prompt_ids
-        if self.plan.prompt_logprobs >= 0 and choice.score:
+        if self.rendering.prompt_logprobs >= 0 and choice.score:
             fields["prompt_logprobs"] = choice.score.rows
         return fields
 
@@ -221,7 +221,7 @@ class CompletionFormatter(ResponseFormatter):
     def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
         """The echoed prompt of each choice; one that comes with log-probabilities waits for
         them."""
-        if not self.plan.echo or self.plan.scores_echo:
+        if not self.rendering.echo or self.rendering.scores_echo:
             return []
         return [
             self.chunk(ChoiceData(index, prefix), usage) for index, prefix in enumerate(prefixes)
@@ -231,18 +231,18 @@ class CompletionFormatter(ResponseFormatter):
         return self._choice(choice, self._logprobs(choice))
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
-        has_logprobs = choice.logprobs or (self.plan.echo and choice.score)
+        has_logprobs = choice.logprobs or (self.rendering.echo and choice.score)
         return self._choice(choice, self._logprobs(choice) if has_logprobs else None)
 
     def _logprobs(self, choice: ChoiceData) -> Json | None:
-        plan = self.plan
-        if plan.logprobs < 0:
+        rendering = self.rendering
+        if rendering.logprobs < 0:
             return None
-        score = choice.score if plan.echo else None
-        return completion_logprobs(choice.logprobs, choice.offset, plan.ids_as_text, score)
+        score = choice.score if rendering.echo else None
+        return completion_logprobs(choice.logprobs, choice.offset, rendering.ids_as_text, score)
 
     def _choice(self, choice: ChoiceData, logprobs: Json | None) -> Json:
-        plan = self.plan
+        rendering = self.rendering
         body: Json = {
             "index": choice.index,
             "text": choice.content,
@@ -250,11 +250,11 @@ class CompletionFormatter(ResponseFormatter):
             "finish_reason": choice.reason,
             "stop_reason": choice.stop_reason,
         }
-        if plan.return_token_ids:
+        if rendering.return_token_ids:
             body["token_ids"] = list(choice.tokens)
             if choice.prompt_ids is not None:
                 body["prompt_token_ids"] = choice.prompt_ids
-        if plan.prompt_logprobs >= 0 and choice.score:
+        if rendering.prompt_logprobs >= 0 and choice.score:
             body["prompt_logprobs"] = choice.score.rows
         return body
 
@@ -279,7 +279,7 @@ def _tool_call_delta(call: ToolCallDelta) -> Json:
     return {"index": call.index, **_tool_call(call)}
 
 
-def formatter_for(plan: Plan, request_id: str, model: str) -> ResponseFormatter:
+def formatter_for(rendering: Rendering, request_id: str, model: str) -> ResponseFormatter:
     """The formatter of a request's endpoint."""
-    kind = ChatFormatter if plan.chat else CompletionFormatter
-    return kind(plan, request_id, model)
+    kind = ChatFormatter if rendering.chat else CompletionFormatter
+    return kind(rendering, request_id, model)

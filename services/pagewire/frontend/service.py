@@ -25,7 +25,7 @@ from pagewire.process.membership import Membership
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError
+from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
 from .app import make_app
 from .auth import Auth, configured_keys
@@ -170,7 +170,7 @@ class Service:
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await self._site.stop()
-        self.state.owner.fail_all(ApiError(503, "The server is shutting down.", retry_after_s=5))
+        self.state.owner.fail_all(unavailable("The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)
 
@@ -182,7 +182,7 @@ class Service:
         self.outbox.close(linger_ms=200)
         self.inbox.close()
         if self.state.counter_exchange:
-            self.state.counter_exchange.forget()
+            self.state.counter_exchange.remove()
 
     def _tick(self) -> None:
         now, state = self._loop.time(), self.state
@@ -202,7 +202,7 @@ class Service:
         exchange = self.state.counter_exchange
         if exchange and now >= self._next_share and len(self.state.frontends()) > 1:
             self._next_share = now + SHARE_COUNTERS_S
-            exchange.leave()
+            exchange.publish()
 
     def _on_inbox(self) -> None:
         """Handle the messages that wait. The inbox's descriptor is edge-triggered, so this goes on
@@ -224,7 +224,7 @@ class Service:
                     self.state.counters.malformed += 1
                     log.warning("dropped a malformed message: %s", error)
             case Tokenized():
-                self.state.owner.asks.on_answer(message)
+                self.state.owner.queries.on_answer(message)
             case Roster():
                 self._on_roster(message)
 

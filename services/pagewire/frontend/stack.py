@@ -5,13 +5,11 @@ import re
 from typing import Any, Final
 
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.structs import Peer, Role
+from pagewire_protocol.structs import SILENCE_S, Peer, Role
 
-from ..requests.errors import ApiError
-from .prompts import Model
+from ..requests.model_facts import ModelFacts, model_facts
+from .errors import ApiError
 
-SILENT_S: Final = 10.0
-"""A scheduler that sent no roster for this long is taken for gone; it sends one a second."""
 _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
 
 
@@ -29,22 +27,13 @@ class Stack:
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
 
-    def model(self) -> Model:
-        """What requests must fit; without a roster, nothing is known and everything passes."""
-        roster = self.roster
-        if roster is None:
-            return Model()
-        return Model(
-            roster.max_model_len,
-            roster.vocab_size,
-            roster.has_text,
-            roster.has_chat_template,
-            roster.eos_token_ids,
-        )
+    def model(self) -> ModelFacts:
+        """What requests must fit; before the first roster nothing is known, and everything fits."""
+        return ModelFacts() if self.roster is None else model_facts(self.roster)
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""
-        if self.roster is None or now - self.seen > SILENT_S:
+        if self.roster is None or now - self.seen > SILENCE_S:
             return [_entry("scheduler", "", "waiting for it to answer", 0.0)]
         missing: list[dict[str, Any]] = []
         for role in (Role.TOKENIZER, Role.WORKER):

@@ -10,11 +10,11 @@ from pagewire_protocol.structs import Role
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError, unknown_model
 from ..requests.owner import RequestOwner
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .cors import Cors
+from .errors import ApiError, unknown_model
 from .sse import Flusher
 from .stack import Stack
 
@@ -62,7 +62,7 @@ class State(Struct):
         frontends = self.frontends()
         if self.counter_exchange is None or len(frontends) < 2:
             return self.counters
-        return self.counter_exchange.whole(frontends)
+        return self.counter_exchange.total(frontends)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a name that is not the model's."""

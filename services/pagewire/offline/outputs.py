@@ -15,7 +15,7 @@ class Logprob:
 
 
 PromptLogprobs = list[dict[int, Logprob] | None]
-"""For each prompt token its own entry first, then the likeliest ones; None for the first token,
+"""For each prompt token its own entry first, then the most likely ones; None for the first token,
 which nothing precedes."""
 
 

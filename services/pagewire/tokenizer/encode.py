@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
+from pagewire_protocol.prompt_length import kept_prompt_tokens, too_long, truncated_ids
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
@@ -172,12 +173,10 @@ def _no_tokenizer(param: str) -> Refused:
 def truncated(request: Generate, ids: bytes, max_model_len: int) -> bytes:
     """The prompt without its beginning, as far as the client asked for that. Where the context has
     no room at all it stays whole."""
-    keep = request.text.truncate_prompt
-    if keep < 0:
-        keep = max(
-            0, max_model_len - (1 if request.max_tokens_is_rest else request.sampling.max_tokens)
-        )
-    return ids[-4 * keep :] if keep else ids
+    completion = 1 if request.max_tokens_is_rest else request.sampling.max_tokens
+    return truncated_ids(
+        ids, kept_prompt_tokens(request.text.truncate_prompt, max_model_len, completion)
+    )
 
 
 def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
@@ -209,18 +208,11 @@ def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
     room = roster.max_model_len - len(prompt)
     if request.max_tokens_is_rest:
         if room < 1:
-            raise Refused(_too_long(roster.max_model_len, len(prompt), 1), param)
+            raise Refused(too_long(roster.max_model_len, len(prompt), 1), param)
         return room
     if request.sampling.max_tokens > room:
         raise Refused(
-            _too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),
+            too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),
             param if room < 1 else "max_tokens",
         )
     return request.sampling.max_tokens
-
-
-def _too_long(context: int, prompt: int, completion: int) -> str:
-    return (
-        f"This model's maximum context length is {context} tokens. However, you requested {prompt + completion} tokens "
-        f"({prompt} in the prompt, {completion} for the completion). Reduce the prompt or max_tokens."
-    )
