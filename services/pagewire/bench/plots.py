@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import workloads
-from .serve import THEIRS
+from .workloads import AGAINST_SUFFIX
 
 KINDS = {
     "TTFT": "time to first token, ms",
@@ -41,7 +41,7 @@ def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     number of streams only make no curve unless nothing else does."""
     points_by_shape: dict[str, list[tuple[int, float]]] = {}
     for name, load in loads.items():
-        plain = name.removesuffix(THEIRS)
+        plain = name.removesuffix(AGAINST_SUFFIX)
         workload = workloads.parse(plain) if "x" in plain else None
         if workload is not None and not workload.rate:
             shape = plain.partition("x")[2] + name[len(plain) :]

@@ -20,6 +20,7 @@ from .load import Target
 from .options import add_common, add_plot, cells, figures_line, say
 from .servers import ask_model, metrics, started
 from .stats import GRID, distribution, latencies, summarize, table, write_json
+from .workloads import AGAINST_SUFFIX
 
 GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
 SHOWN_ALONE = ("out tok/s", "TTFT p50", "TPOT p50")
@@ -40,7 +41,6 @@ HEADER = (
     "goal",
     "of goal",
 )
-THEIRS = " (against)"
 BLIND = "--skip-tokenizer-init"
 
 
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         report |= describe(servers[""], None if options.url else time.monotonic() - began)
         if options.against:
             model = options.against_model or ask_model(options.against, options.against_key)
-            servers[THEIRS] = Server(options.against, options.against_key, model)
+            servers[AGAINST_SUFFIX] = Server(options.against, options.against_key, model)
         results = measure(servers, clients, loads, options, budget, report)
     print(tables(report, results, known=options.scale == 1 and "fake" not in rest))
     if options.plot:
@@ -190,7 +190,7 @@ def measure(
             measures[load.name + mark] = _measure(server, clients, load, options.vocab)
 
     def done(name: str, result: Result) -> None:
-        mark = THEIRS if name.endswith(THEIRS) else ""
+        mark = AGAINST_SUFFIX if name.endswith(AGAINST_SUFFIX) else ""
         say(f"{name}: {figures_line(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
         measured = servers[mark].latencies.get(name.removesuffix(mark), {})
         report["loads"][name] = result.as_json() | {"distribution": distribution(measured)}
@@ -221,9 +221,9 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
     model = baselines.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
-        if name.endswith(THEIRS):
+        if name.endswith(AGAINST_SUFFIX):
             continue
-        theirs = results.get(name + THEIRS, Result()).median()
+        theirs = results.get(name + AGAINST_SUFFIX, Result()).median()
         if not result.rows:
             rows.append([name, result.error, *[""] * (len(HEADER) - 2)])
         for figure, ours in (

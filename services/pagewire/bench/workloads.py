@@ -15,6 +15,8 @@ from dataclasses import dataclass
 Span = tuple[int, int]
 """Least and most, uniform between."""
 
+AGAINST_SUFFIX = " (against)"
+"""Ends the name of a load that the server compared against was given."""
 VOCAB = 30_000
 FIRST_ID = 100
 """Smallest token id of a prompt: ids below are often special."""
