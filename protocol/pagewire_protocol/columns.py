@@ -13,10 +13,10 @@ from msgspec import Meta
 MAX_ROWS: Final = 65_536
 MAX_TOKENS: Final = 4_194_304
 MAX_TEXT: Final = 16_777_216
-MAX_TOKENS_PER_ROW: Final = 16
-"""Most tokens that one row of a step can bring."""
 MAX_CACHE_SALT: Final = 128
 """Characters."""
+MAX_TOKENS_PER_ROW: Final = 16
+"""Most tokens that one row of a step can bring."""
 
 Rid = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """A request, chosen at random by the frontend that owns it; the same over all attempts."""

@@ -28,7 +28,7 @@ ON_WIRE = [row for row in PARAMETERS.values() if row.wire]
 NAMED = {
     # Wire fields that are not a row's own: named code translates them.
     "seed": ("seed", 0, 2**63 - 1),
-    "max_tokens": ("max_tokens", 1, 2**31 - 1),
+    "max_tokens": ("max_tokens", 0, 2**31 - 1),
     "logprobs": ("logprobs", -1, 20),
     "prompt_logprobs": ("prompt_logprobs", -1, 20),
 }
@@ -136,7 +136,8 @@ def test_bounds(row: Parameter) -> None:
         assert checked(row, value) == value
     for value in (low - step, row.high + step):
         words = refusal(row, value)
-        assert f"`{row.name}`" in words and f"got {value}" in words
+        shown = f"{value:g}" if row.type is float else str(value)
+        assert f"`{row.name}`" in words and f"got {shown}" in words
     assert checked(row, None) == row.default
 
 

@@ -21,6 +21,8 @@ MAX_SHOWN: Final = 80
 
 
 class LineIn(Struct):
+    """A line of the input, as it must be."""
+
     custom_id: str
     url: str
     body: Raw
@@ -39,6 +41,7 @@ class Line(Struct):
 
     @property
     def key(self) -> str:
+        """The id of its answer."""
         return f"batch_req_{self.number}"
 
 
@@ -51,6 +54,7 @@ class Answered(Struct):
     error: dict[str, Any] | None = None
 
     def encoded(self) -> bytes:
+        """The line of the output."""
         response = {
             "status_code": self.status,
             "request_id": self.line.request_id,
@@ -66,6 +70,8 @@ class Answered(Struct):
 
 
 class Outcome(Struct):
+    """What became of a line, and the tokens that it took."""
+
     answered: Answered
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -114,6 +120,7 @@ def _custom_id(text: bytes) -> str | None:
 
 
 def refusal_of(line: Line, error: ApiError) -> Outcome:
+    """The line is answered with an error."""
     return Outcome(Answered(line, error.status, error.body(), error.fields()))
 
 

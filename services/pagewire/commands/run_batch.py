@@ -42,6 +42,7 @@ DESCRIPTION = "Answer the requests of a file, one a line, as the server would; l
 
 
 def main(arguments: list[str]) -> int:
+    """The command's exit status."""
     parser = flags.new("run-batch", DESCRIPTION)
     parser.add_argument(
         "-i",

@@ -46,15 +46,13 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
             "suffix",
         )
     echo = bool(request.echo)
-    # max_tokens 0 scores a prompt, which only `echo` shows: nothing is generated.
-    is_prefill_only = echo and request.max_tokens == 0
-    max_tokens = 0 if is_prefill_only else checked_max_tokens(request.max_tokens)
+    max_tokens = 0 if echo and request.max_tokens == 0 else checked_max_tokens(request.max_tokens)
     if max_tokens is None:
         max_tokens = int(PARAMETERS["max_tokens"].default)
     logprobs = checked_logprobs("logprobs", request.logprobs)
     prompt_logprobs = checked_logprobs("prompt_logprobs", request.prompt_logprobs)
     choices = choices_of(request)
-    if choices.beams and echo and (logprobs >= 0 or is_prefill_only):
+    if choices.beams and echo and (logprobs >= 0 or max_tokens == 0):
         raise invalid(
             "Scoring a prompt (`echo` with `logprobs`, or `max_tokens` of 0) is not supported "
             "together with beam search.",
@@ -73,14 +71,7 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
     prompts = prompts_of(
         request.prompt, model, max_tokens, truncated=bool(template.text.truncate_prompt)
     )
-    rendering = _rendering(
-        request,
-        choices,
-        logprobs,
-        prompt_logprobs,
-        chat=False,
-        echo=echo,
-    )
+    rendering = _rendering(request, choices, logprobs, prompt_logprobs, chat=False, echo=echo)
     return _plan(request, prompts, template, rendering, model)
 
 

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 from msgspec import Raw
 from pagewire_protocol.columns import MAX_TOKENS, pack
-from pagewire_protocol.prompt_length import too_long
+from pagewire_protocol.prompt_checks import outside_vocabulary, too_long
 from pagewire_protocol.structs import (
     MAX_MESSAGE_NAME,
     MAX_MESSAGE_ROLE,
@@ -90,15 +90,15 @@ def id_prompt(
 
 def token_column(name: str, ids: list[int], model: ModelFacts) -> bytes:
     """Token ids of the parameter `name` as an int32 column. Raises RequestError."""
-    top = model.vocab_size - 1 if model.vocab_size else MAX_INT32
+    vocab_size = model.vocab_size or MAX_INT32 + 1
     for token in ids:
         if type(token) is not int:
             raise invalid(
                 f"`{name}` mixes kinds; give a string, strings, token ids, or lists of token ids.",
                 name,
             )
-        if not 0 <= token <= top:
-            raise invalid(f"Token id {shown(token)} in `{name}` is not between 0 and {top}.", name)
+        if not 0 <= token < vocab_size:
+            raise invalid(outside_vocabulary(shown(token), vocab_size), name)
     return pack("i", ids)
 
 

@@ -28,7 +28,7 @@ class Stack:
             self.roster, self.seen = roster, now
 
     def model(self) -> ModelFacts:
-        """What requests must fit; before the first roster nothing is known, and everything fits."""
+        """What requests must fit; without a roster, nothing is known and everything passes."""
         return ModelFacts() if self.roster is None else model_facts(self.roster)
 
     def loading(self, now: float) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from functools import partial
 from msgspec.structs import replace
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
-from pagewire_protocol.prompt_length import kept_prompt_tokens, truncated_ids
+from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.structs import Prompt
 
 from ..requests.errors import RequestError, invalid

@@ -189,6 +189,7 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
+        """New parameters with every default."""
         return SamplingParams()
 
     def stats(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Detokenize
-from pagewire_protocol.prompt_length import kept_prompt_tokens, too_long
+from pagewire_protocol.prompt_checks import kept_prompt_tokens, too_long
 from pagewire_protocol.sampling import TextOptions
 from pagewire_protocol.structs import Prompt, PromptLogprobs, Started, TokenLogprobs
 

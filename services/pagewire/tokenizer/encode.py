@@ -10,7 +10,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
-from pagewire_protocol.prompt_length import kept_prompt_tokens, too_long, truncated_ids
+from pagewire_protocol.prompt_checks import (
+    kept_prompt_tokens,
+    outside_vocabulary,
+    too_long,
+    truncated_ids,
+)
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
@@ -202,7 +207,7 @@ def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
     outside = prompt[(prompt < 0) | (prompt >= roster.vocab_size)]
     if len(outside):
         raise Refused(
-            f"token id {outside[0]} is outside the model's vocabulary of {roster.vocab_size} tokens",
+            outside_vocabulary(outside[0], roster.vocab_size),
             param,
         )
     room = roster.max_model_len - len(prompt)

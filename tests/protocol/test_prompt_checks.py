@@ -2,7 +2,7 @@
 
 import pytest
 from pagewire_protocol.columns import pack, unpack
-from pagewire_protocol.prompt_length import kept_prompt_tokens, too_long, truncated_ids
+from pagewire_protocol.prompt_checks import kept_prompt_tokens, too_long, truncated_ids
 
 
 @pytest.mark.parametrize(

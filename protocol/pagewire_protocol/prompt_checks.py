@@ -1,6 +1,7 @@
-"""How long a prompt may be, and which part of it stays where the client asked for a shorter one.
+"""What a prompt may hold, how long it may be, and which part of it stays where the client asked for
+a shorter one.
 
-Both who owns a request and the tokenizer decide this, so the rule and its words stand here once.
+Both who owns a request and the tokenizer decide this, so the rules and their words stand here once.
 """
 
 
@@ -29,3 +30,8 @@ def too_long(max_model_len: int, prompt_tokens: int, completion_tokens: int) -> 
         f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the prompt, "
         f"{completion_tokens} for the completion). Reduce the prompt or max_tokens."
     )
+
+
+def outside_vocabulary(token: object, vocab_size: int) -> str:
+    """The refusal of a token id that the model does not have."""
+    return f"token id {token} is outside the model's vocabulary of {vocab_size} tokens"
