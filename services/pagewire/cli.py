@@ -22,6 +22,7 @@ from .config import (
     add_flags,
     read,
 )
+from .process.errors import EXPECTED, missing_package
 from .version import __version__
 
 COMMANDS = {
@@ -61,9 +62,6 @@ SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
         "the model on its device",
     ),
 }
-EXPECTED = (ValueError, OSError, MemoryError)
-"""Errors whose message alone tells the user what to do; any other is a defect and keeps its
-traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,15 +111,9 @@ def _guarded(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or __package__ or "").startswith("pagewire"):
             raise
-        return report_error(command, ModuleNotFoundError(missing(error)))
+        return report_error(command, ModuleNotFoundError(missing_package(error)))
     except EXPECTED as error:
         return report_error(command, error)
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What to say of a missing package: Pagewire can be installed without those that its services
-    need."""
-    return f"{error.name or error} is not installed; `pip install 'pagewire[all]'` (in a clone '.[all]') brings all that Pagewire needs"
 
 
 def report_error(command: str, error: BaseException) -> int:

@@ -1,6 +1,8 @@
 """Queries that belong to no request, and prompt log-probabilities, as the owner handles them;
 without sockets."""
 
+from functools import partial
+
 import pytest
 from pagewire.requests.counters import Counters
 from pagewire.requests.errors import ErrorKind, RequestError, unavailable
@@ -12,7 +14,7 @@ from pagewire_protocol.messages import Deltas, Detokenize, Roster, Tokenize, Tok
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import Peer, Prompt, PromptLogprobs, Role
 
-QUERY = Tokenize(0, "x", Prompt(text="hi"), with_texts=True)
+QUERY = partial(Tokenize, prompt=Prompt(text="hi"), with_texts=True)
 
 
 class Harness:
@@ -60,7 +62,7 @@ def test_a_query_is_answered_once() -> None:
 def test_queries_spread_over_tokenizers() -> None:
     h = Harness(1, 2)
     for _ in range(4):
-        h.owner.query(Detokenize(0, "x", b""), h.answers.append)
+        h.owner.query(partial(Detokenize, ids=b""), h.answers.append)
     assert sorted(h.queried()) == [("t1", 0), ("t1", 2), ("t2", 1), ("t2", 3)]
 
 

@@ -8,6 +8,7 @@ from pagewire.requests.beam_driver import CONTEXT_TOKENS, BeamRun
 from pagewire.requests.choices import BeamOptions
 from pagewire.requests.errors import ErrorKind, RequestError, unavailable
 from pagewire.requests.model_facts import ModelFacts
+from pagewire.requests.queries import MakeQuery
 from pagewire.requests.request import Job, Sink
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Detokenize, Tokenized
@@ -33,7 +34,9 @@ class Stack:
         self.rounds.append([job for job, _ in beams])
         self._sinks += beams
 
-    def send_query(self, message: Detokenize, on_answer: Any) -> None:
+    def send_query(self, make: MakeQuery, on_answer: Any) -> None:
+        message = make(0, "ipc:///run/frontend.sock")
+        assert isinstance(message, Detokenize)
         ids = unpack("i", message.ids).tolist()
         self.decoded.append(ids)
         on_answer(Tokenized(0, text="".join(f"<{token}>" for token in ids)))

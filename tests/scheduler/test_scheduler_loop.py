@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from pagewire.config import SchedulerConfig
-from pagewire.process.membership import Membership
+from pagewire.process.node import Node
 from pagewire.scheduler import loop
 from pagewire.scheduler.state import Tick
-from pagewire_protocol.channels import Inbox, Outbox, inbox_address, new_incarnation
+from pagewire_protocol.channels import Outbox, inbox_address
 from pagewire_protocol.messages import (
     Hello,
     Role,
@@ -40,11 +40,9 @@ class Process:
     """One peer of the scheduler, driven by the test."""
 
     def __init__(self, role, run_dir):
-        self.incarnation = new_incarnation()
-        self.inbox, self.outbox = Inbox(run_dir, role, self.incarnation), Outbox()
-        self.membership = Membership(
-            role, f"{role.name}-1", self.incarnation, self.inbox, self.outbox, run_dir
-        )
+        node = Node(run_dir, role, f"{role.name}-1")
+        self.incarnation, self.inbox, self.outbox = node.incarnation, node.inbox, node.outbox
+        self.membership = node.membership
 
     def drain(self, wait_s=0.02):
         self.membership.tick(time.monotonic())

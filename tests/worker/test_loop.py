@@ -8,7 +8,7 @@ import time
 
 import pytest
 from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
-from pagewire.worker import loop
+from pagewire.process.errors import error_line
 from pagewire.worker.loop import Stuck, Watch
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import (
@@ -197,7 +197,7 @@ def test_failure_names_its_reason_on_the_last_line(settings, reason, start, tiny
     ],
 )
 def test_only_defects_name_their_kind(error, line):
-    assert loop.told(error) == line
+    assert error_line(error) == line
 
 
 def test_steps_that_never_end_are_noticed():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import new_parser
 from . import workloads
-from .interleave import Budget, Result, Row, in_turns
+from .interleave import Budget, Result, Row, run_interleaved
 from .load import Sample
 from .offline import describe, settings_of, start, vocabulary
 from .options import add_common, add_plot, say
@@ -77,7 +77,7 @@ def measure(
         if options.json:
             write_json(options.json, report)
 
-    results = in_turns(
+    results = run_interleaved(
         {name: lambda run, name=name: one(name, run) for name in loads}, options.runs, budget, done
     )
     say(f"{sum(len(result.rows) for result in results.values())} requests")

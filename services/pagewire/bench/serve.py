@@ -15,11 +15,12 @@ from ..config import ModelConfig
 from ..hub import huggingface
 from . import baselines, machine, workloads
 from .clients import Clients
-from .interleave import Budget, Result, Row, in_turns
+from .interleave import Budget, Result, Row, run_interleaved
 from .load import Target
-from .options import add_common, add_plot, cells, say, told
+from .options import add_common, add_plot, cells, figures_line, say
 from .servers import ask_model, metrics, started
 from .stats import GRID, distribution, latencies, summarize, table, write_json
+from .workloads import AGAINST_SUFFIX
 
 GROUPS = {"standard": workloads.ONLINE, "sweep": workloads.SWEEP}
 SHOWN_ALONE = ("out tok/s", "TTFT p50", "TPOT p50")
@@ -40,18 +41,17 @@ HEADER = (
     "goal",
     "of goal",
 )
-THEIRS = " (against)"
 BLIND = "--skip-tokenizer-init"
 
 
 @dataclass
 class Server:
-    """A server under load, and the latencies that it showed, by load and kind."""
+    """A server under load, and its latencies in milliseconds, by load and kind."""
 
     url: str
     key: str
     model: str
-    seen: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    latencies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def play(self, clients: Clients, load: workloads.Workload, run: int, vocab: int) -> Row:
         """Raises OSError when a request failed or ended early."""
@@ -64,7 +64,7 @@ class Server:
         if short:
             raise OSError(f"{len(short)} of {len(samples)} answers were not as asked: {short[0]}")
         for kind, values in latencies(samples).items():
-            self.seen.setdefault(load.name, {}).setdefault(kind, []).extend(values)
+            self.latencies.setdefault(load.name, {}).setdefault(kind, []).extend(values)
         return summarize(samples)
 
 
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         report |= describe(servers[""], None if options.url else time.monotonic() - began)
         if options.against:
             model = options.against_model or ask_model(options.against, options.against_key)
-            servers[THEIRS] = Server(options.against, options.against_key, model)
+            servers[AGAINST_SUFFIX] = Server(options.against, options.against_key, model)
         results = measure(servers, clients, loads, options, budget, report)
     print(tables(report, results, known=options.scale == 1 and "fake" not in rest))
     if options.plot:
@@ -157,8 +157,10 @@ def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> R
 
 
 def describe(server: Server, ready: float | None) -> dict[str, Any]:
-    told = metrics(server.url)
-    blocks = next((value for name, value in told.items() if name.endswith("kv_blocks_total")), 0)
+    server_metrics = metrics(server.url)
+    blocks = next(
+        (value for name, value in server_metrics.items() if name.endswith("kv_blocks_total")), 0
+    )
     if ready is not None:
         say(f"{Path(server.model).name} ready in {ready:.1f} s at {server.url}")
     return {
@@ -188,14 +190,14 @@ def measure(
             measures[load.name + mark] = _measure(server, clients, load, options.vocab)
 
     def done(name: str, result: Result) -> None:
-        mark = THEIRS if name.endswith(THEIRS) else ""
-        say(f"{name}: {told(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
-        seen = servers[mark].seen.get(name.removesuffix(mark), {})
-        report["loads"][name] = result.as_json() | {"distribution": distribution(seen)}
+        mark = AGAINST_SUFFIX if name.endswith(AGAINST_SUFFIX) else ""
+        say(f"{name}: {figures_line(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
+        measured = servers[mark].latencies.get(name.removesuffix(mark), {})
+        report["loads"][name] = result.as_json() | {"distribution": distribution(measured)}
         if options.json:
             write_json(options.json, report)
 
-    return in_turns(measures, options.runs, budget, done)
+    return run_interleaved(measures, options.runs, budget, done)
 
 
 def _measure(
@@ -204,7 +206,7 @@ def _measure(
     def one(run: int) -> Row:
         if not run:
             server.play(clients, load.warmup(), -1, vocab)
-            server.seen.pop(load.name, None)
+            server.latencies.pop(load.name, None)
         return server.play(clients, load, run, vocab)
 
     return one
@@ -219,9 +221,9 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
     model = baselines.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
-        if name.endswith(THEIRS):
+        if name.endswith(AGAINST_SUFFIX):
             continue
-        theirs = results.get(name + THEIRS, Result()).median()
+        theirs = results.get(name + AGAINST_SUFFIX, Result()).median()
         if not result.rows:
             rows.append([name, result.error, *[""] * (len(HEADER) - 2)])
         for figure, ours in (

@@ -4,13 +4,12 @@ hypotheses become the reply's choices."""
 from collections.abc import Callable, Sequence
 
 from pagewire_protocol.columns import pack
-from pagewire_protocol.messages import Detokenize
 from pagewire_protocol.structs import Started
 
 from ..requests.beam_driver import BeamResult, BeamRun
 from ..requests.choices import BeamOptions
 from ..requests.errors import RequestError
-from ..requests.queries import OnAnswer, TokenizerQuery
+from ..requests.queries import MakeQuery, OnAnswer, TokenizerQuery
 from ..requests.request import Job, OwnedRequest, Sink
 from .reply import Choice, Reply
 from .state import State
@@ -70,9 +69,9 @@ class _Search:
                 sink.failed(error)
                 return
 
-    def _send_query(self, message: Detokenize, on_answer: OnAnswer) -> None:
+    def _send_query(self, make: MakeQuery, on_answer: OnAnswer) -> None:
         try:
-            self._queries.append(self._owner.query(message, on_answer))
+            self._queries.append(self._owner.query(make, on_answer))
         except RequestError as error:
             on_answer(error)
 

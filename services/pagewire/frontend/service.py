@@ -3,9 +3,7 @@ endpoint."""
 
 import asyncio
 import contextlib
-import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,13 +13,12 @@ from typing import Final
 
 import uvloop
 from aiohttp import web
-from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.structs import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
 from pagewire.process.listening import BACKLOG, listening_socket
-from pagewire.process.membership import Membership
+from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
@@ -74,9 +71,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
                 names[0],
                 "with API keys" if keys else "without API keys",
             )
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(50_000, 50, 50)
+            settle_gc(MANY_OBJECTS)
             await stop.wait()
             await service.drain()
 
@@ -98,14 +93,10 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
         self._shutdown_timeout_s = config.shutdown_timeout
-        run_dir = prepare_run_dir(run.run_dir)
-        incarnation = new_incarnation()
-        self.inbox: Inbox[ToFrontend] = Inbox(run_dir, Role.FRONTEND, incarnation)
-        self.outbox = Outbox()
-        name = run.name or f"frontend-{os.getpid()}"
-        self.membership = Membership(
-            Role.FRONTEND, name, incarnation, self.inbox, self.outbox, run_dir
-        )
+        node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
+        self.inbox = node.inbox
+        self.outbox = node.outbox
+        self.membership = node.membership
         counters = Counters()
         self.state = State(
             names=names,
@@ -120,7 +111,7 @@ class Service:
             keep_alive_s=config.sse_keep_alive_interval,
             request_timeout_s=config.request_timeout,
             started=int(time.time()),
-            counter_exchange=CounterExchange(run_dir, incarnation, counters),
+            counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
         self._tokenizer_inboxes: set[str] = set()
         self._next_tick = 0.0

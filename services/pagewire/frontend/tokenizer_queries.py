@@ -3,6 +3,7 @@ to be echoed. Knows no HTTP."""
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec.structs import replace
 from pagewire_protocol.columns import pack, unpack
@@ -11,7 +12,7 @@ from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.structs import Prompt
 
 from ..requests.errors import RequestError, invalid
-from ..requests.queries import Answer, Query
+from ..requests.queries import Answer, MakeQuery
 from ..requests.request import Job
 from .params import Plan
 from .rendering import Rendering
@@ -19,7 +20,7 @@ from .reply import Echo
 from .state import State
 
 
-async def query(state: State, message: Query) -> Tokenized:
+async def query(state: State, make: MakeQuery) -> Tokenized:
     """The answer to a query. Raises RequestError where there is none."""
     future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
@@ -27,7 +28,7 @@ async def query(state: State, message: Query) -> Tokenized:
         if not future.done():
             future.set_result(answer)
 
-    pending = state.owner.query(message, on_answer)
+    pending = state.owner.query(make, on_answer)
     try:
         answer = await future
     finally:
@@ -41,12 +42,14 @@ async def ids_of(state: State, prompt: Prompt, add_special_tokens: bool) -> byte
     """A prompt's ids, as an int32 column. Raises RequestError."""
     if prompt.ids is not None:
         return prompt.ids
-    return (await query(state, Tokenize(0, "-", prompt, add_special_tokens))).ids
+    make = partial(Tokenize, prompt=prompt, add_special_tokens=add_special_tokens)
+    return (await query(state, make)).ids
 
 
 async def text_of(state: State, ids: bytes, skip_special_tokens: bool = False) -> str:
     """The text of an int32 column. Raises RequestError."""
-    return (await query(state, Detokenize(0, "-", ids, skip_special_tokens))).text
+    make = partial(Detokenize, ids=ids, skip_special_tokens=skip_special_tokens)
+    return (await query(state, make)).text
 
 
 async def resolve(state: State, plan: Plan) -> tuple[list[Job], Sequence[Echo]]:

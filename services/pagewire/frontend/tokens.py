@@ -1,5 +1,7 @@
 """POST /tokenize and /detokenize, as vLLM has them: a tokenizer's work without the model's."""
 
+from functools import partial
+
 from aiohttp import web
 from pagewire_protocol.columns import MAX_TOKENS, unpack
 from pagewire_protocol.messages import Detokenize, Tokenize
@@ -29,7 +31,13 @@ async def tokenize(request: web.Request) -> web.Response:
     special = parsed.add_special_tokens
     if special is None:
         special = prompt.chat is None
-    answer = await query(state, Tokenize(0, "-", prompt, special, bool(parsed.return_token_strs)))
+    make = partial(
+        Tokenize,
+        prompt=prompt,
+        add_special_tokens=special,
+        with_texts=bool(parsed.return_token_strs),
+    )
+    answer = await query(state, make)
     ids = unpack("i", answer.ids).tolist()
     texts = list(answer.texts) if parsed.return_token_strs else None
     body = {
@@ -64,7 +72,6 @@ async def detokenize(request: web.Request) -> web.Response:
     state.check_model(parsed.model)
     model = state.stack.model()
     at_most("tokens", len(parsed.tokens), MAX_TOKENS, "token ids")
-    answer = await query(
-        state, Detokenize(0, "-", token_column("tokens", parsed.tokens, model), False)
-    )
+    column = token_column("tokens", parsed.tokens, model)
+    answer = await query(state, partial(Detokenize, ids=column, skip_special_tokens=False))
     return web.Response(body=encode({"prompt": answer.text}), content_type=JSON)

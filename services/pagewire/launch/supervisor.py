@@ -7,6 +7,7 @@ business. It runs in the main thread of `pagewire serve` and in a thread of a pr
 """
 
 import contextlib
+import math
 import os
 import platform
 import selectors
@@ -38,16 +39,38 @@ class Service:
     it."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables beside those that it inherits."""
+    group: str = ""
+    """Services of one group run one model together: when one of them ends, the others are ended,
+    and all are started again. Empty: alone."""
+
+
+def _no_deaths() -> deque[float]:
+    return deque(maxlen=GIVE_UP_DEATHS)
 
 
 @dataclass
 class Child:
+    """A service and its present process, if any. Times are monotonic seconds."""
+
     service: Service
     process: subprocess.Popen[bytes] | None = None
     start_at: float = 0.0
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=GIVE_UP_DEATHS))
+    kill_at: float = math.inf
+    """It was asked to end with its group, and gets until then."""
+    deaths: deque[float] = field(default_factory=_no_deaths)
+    """When it ended by itself, lately; shared by a group."""
     last_line: str = ""
     partial: bytes = b""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was asked to end and has not yet."""
+        return self.process is not None and self.kill_at < math.inf
+
+
+def command_of(service: Service) -> list[str]:
+    """The command line of its process."""
+    return [sys.executable, "-m", "pagewire", *service.arguments]
 
 
 def backoff_s(recent_deaths: int) -> float:
@@ -70,7 +93,8 @@ class Supervisor:
     Before `mark_ready`, a service that exits with an error ends the stack (`failure` holds its last
     line): its settings are wrong, and trying again would not help. A killed one is started again,
     and afterwards so is every one that ends, with growing pauses, until it has died 5 times in 60
-    seconds.
+    seconds. The services of a group count as one: they are started together, the end of one ends
+    all, and its deaths are theirs.
     """
 
     def __init__(self, services: list[Service], on_line: Callable[[str, str], None]) -> None:
@@ -80,7 +104,8 @@ class Supervisor:
                 f"Pagewire runs on Linux, and this is {platform.system()}: use its container there, or WSL2 on Windows"
             )
         self.failure: str | None = None
-        self._children = [Child(service) for service in services]
+        self._group_deaths: dict[str, deque[float]] = {}
+        self._children = [self._child(service) for service in services]
         self._on_line = on_line
         self._ready = False
         self._stops = 0
@@ -90,9 +115,24 @@ class Supervisor:
 
     def add(self, service: Service) -> None:
         """Start one more service; call from `tick`."""
-        self._children.append(Child(service))
+        self._children.append(self._child(service))
+
+    def _child(self, service: Service) -> Child:
+        if not service.group:
+            return Child(service)
+        deaths = self._group_deaths.setdefault(service.group, _no_deaths())
+        return Child(service, deaths=deaths)
+
+    def _others_of_group(self, child: Child) -> list[Child]:
+        group = child.service.group
+        return [
+            other
+            for other in self._children
+            if group and other.service.group == group and other is not child
+        ]
 
     def mark_ready(self) -> None:
+        """The stack serves: from now on a service that ends is started again."""
         self._ready = True
 
     def stop(self) -> None:
@@ -102,6 +142,7 @@ class Supervisor:
         os.eventfd_write(self._wake, 1)
 
     def pids(self) -> dict[str, int]:
+        """Process ids by service name."""
         return {c.service.name: c.process.pid for c in self._children if c.process is not None}
 
     def run(self, tick: Callable[[], None] = lambda: None) -> int:
@@ -113,18 +154,23 @@ class Supervisor:
                 tick()
                 self._wait(TICK_S)
                 self._reap()
+                self._kill_overdue()
         finally:
             self._end_all()
         return 0 if self.failure is None else 1
 
     def fail(self, reason: str) -> None:
+        """End the stack because of `reason`, if nothing else has ended it before."""
         self.failure = self.failure or reason
 
     def _start_due(self) -> None:
         now = time.monotonic()
         for child in self._children:
-            if child.process is None and child.start_at <= now:
-                self._start(child)
+            if child.process is not None or child.start_at > now:
+                continue
+            if any(other.is_ending for other in self._others_of_group(child)):
+                continue
+            self._start(child)
 
     def _start(self, child: Child) -> None:
         own = {
@@ -133,7 +179,7 @@ class Supervisor:
             **dict(child.service.environment),
         }
         child.process = subprocess.Popen(
-            [sys.executable, "-m", "pagewire", *child.service.arguments],
+            command_of(child.service),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,7 +225,18 @@ class Supervisor:
     def _reap(self) -> None:
         for child in self._alive():
             if child.process is not None and child.process.poll() is not None:
-                self._on_death(child, self._close(child))
+                was_asked = child.is_ending
+                code = self._close(child)
+                if was_asked:
+                    child.kill_at = math.inf
+                else:
+                    self._on_death(child, code)
+
+    def _kill_overdue(self) -> None:
+        """A rank may hang in a collective whose other ranks are gone: SIGTERM does not reach it
+        there."""
+        overdue = [child for child in self._alive() if time.monotonic() >= child.kill_at]
+        _signal(overdue, signal.SIGKILL)
 
     def _close(self, child: Child) -> int:
         """Take the rest of a dead child's output and let go of it; its exit code."""
@@ -210,9 +267,16 @@ class Supervisor:
             )
         pause = backoff_s(sum(now - death < GIVE_UP_WINDOW_S for death in child.deaths))
         child.start_at = now + pause
+        others = self._others_of_group(child)
+        for other in others:
+            other.start_at = child.start_at
+            if other.process is not None and not other.is_ending:
+                other.kill_at = now + ORDERLY_EXIT_S
+                _signal([other], signal.SIGTERM)
+        again = f"its group {child.service.group}" if others else "it"
         self._on_line(
             "supervisor",
-            f"{name} {how_it_ended(code)}; starting it again{f' in {pause:g} s' if pause else ''}",
+            f"{name} {how_it_ended(code)}; starting {again} again{f' in {pause:g} s' if pause else ''}",
         )
 
     def _end_all(self) -> None:

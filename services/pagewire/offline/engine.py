@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import structs
-from pagewire_protocol.channels import Inbox, Outbox, new_incarnation
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.structs import Role
 
 from ..launch import stack
 from ..launch.background import BackgroundServices, find_files
-from ..process.membership import Membership
+from ..process.node import Node
 from ..requests.counters import Counters
 from ..requests.errors import ErrorKind, RequestError
 from ..requests.owner import RequestOwner
@@ -46,17 +45,8 @@ class Engine:
         config = structs.replace(
             config, run=structs.replace(config.run, run_dir=str(self._run_dir))
         )
-        incarnation = new_incarnation()
-        self._inbox: Inbox[ToFrontend] = Inbox(self._run_dir, Role.FRONTEND, incarnation)
-        self._outbox = Outbox()
-        self._membership = Membership(
-            Role.FRONTEND,
-            f"program-{self._pid}",
-            incarnation,
-            self._inbox,
-            self._outbox,
-            self._run_dir,
-        )
+        node: Node[ToFrontend] = Node(self._run_dir, Role.FRONTEND, f"program-{self._pid}")
+        self._inbox, self._outbox, self._membership = node.inbox, node.outbox, node.membership
         self.counters = Counters()
         self.owner = RequestOwner(
             self._inbox.address, self._outbox.send, time.monotonic, self.counters

@@ -15,7 +15,7 @@ from ..requests.beam_driver import BeamRun
 from ..requests.errors import ErrorKind, RequestError
 from ..requests.job_template import JobTemplate
 from ..requests.model_facts import ModelFacts
-from ..requests.queries import Answer, OnAnswer, TokenizerQuery
+from ..requests.queries import Answer, MakeQuery, OnAnswer, TokenizerQuery
 from ..requests.request import Job, OwnedRequest, Sink
 from .engine import Engine, EngineError
 from .outputs import RequestOutput
@@ -67,7 +67,7 @@ class Batch:
         self._running: set[Submission] = set()
         self._ended: list[Submission] = []
         self._ended_searches: list[BeamRun] = []
-        self._waiting_queries: deque[tuple[Detokenize, OnAnswer]] = deque()
+        self._waiting_queries: deque[tuple[MakeQuery, OnAnswer]] = deque()
         self._queries: set[TokenizerQuery] = set()
         for index, (entry, template) in enumerate(zip(entries, templates, strict=True)):
             self._add(RequestGroup(context.next_request_id(), index, entry, template))
@@ -122,8 +122,8 @@ class Batch:
         for job, sink in beams:
             add(Submission(group, job, sink, group.note_times, self._ended.append))
 
-    def _add_query(self, message: Detokenize, on_answer: OnAnswer) -> None:
-        self._waiting_queries.append((message, on_answer))
+    def _add_query(self, make: MakeQuery, on_answer: OnAnswer) -> None:
+        self._waiting_queries.append((make, on_answer))
 
     # --- the loop ---
 
@@ -214,9 +214,10 @@ class Batch:
                 group.output.prompt = answer.text
             self._done(group)
 
-        self._add_query(Detokenize(0, "-", pack("i", group.output.prompt_token_ids)), on_answer)
+        column = pack("i", group.output.prompt_token_ids)
+        self._add_query(partial(Detokenize, ids=column), on_answer)
 
-    def _send_query(self, message: Detokenize, on_answer: OnAnswer) -> bool:
+    def _send_query(self, make: MakeQuery, on_answer: OnAnswer) -> bool:
         """False when no tokenizer takes it now."""
 
         def on_reply(answer: Answer) -> None:
@@ -224,7 +225,7 @@ class Batch:
             on_answer(answer)
 
         try:
-            query = self._engine.owner.query(message, on_reply)
+            query = self._engine.owner.query(make, on_reply)
         except RequestError:
             return False
         self._queries.add(query)

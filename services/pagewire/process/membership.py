@@ -1,4 +1,4 @@
-"""A process's standing in the stack: it introduces itself to the scheduler, shows progress, and
+"""A process's membership of the stack: it introduces itself to the scheduler, shows progress, and
 keeps the latest roster.
 
 Used by every service but the scheduler. It has no thread and no clock of its own: the service's
@@ -8,6 +8,7 @@ loop calls `tick`.
 import logging
 from pathlib import Path
 
+from msgspec.structs import replace
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
 from pagewire_protocol.messages import (
     Goodbye,
@@ -27,15 +28,38 @@ log = logging.getLogger("pagewire.process.membership")
 
 
 class Membership:
+    """What the process `name` says of itself, and the latest roster it was sent. `group`, `rank`
+    and `group_size` as in Peer."""
+
     def __init__(
-        self, role: Role, name: str, incarnation: int, inbox: Inbox, outbox: Outbox, run_dir: Path
+        self,
+        role: Role,
+        name: str,
+        incarnation: int,
+        inbox: Inbox,
+        outbox: Outbox,
+        run_dir: Path,
+        group: str = "",
+        rank: int = 0,
+        group_size: int = 1,
     ) -> None:
         self.scheduler = inbox_address(run_dir, Role.SCHEDULER, 0)
         self.roster: Roster | None = None
         self.progress = 0
         self.busy = False
-        self._role, self._name, self._incarnation = role, name, incarnation
-        self._inbox, self._outbox = inbox, outbox
+        self._incarnation = incarnation
+        self._inbox = inbox
+        self._outbox = outbox
+        self._peer = Peer(
+            role,
+            name,
+            inbox.address,
+            incarnation,
+            ready=False,
+            group=group,
+            rank=rank,
+            group_size=group_size,
+        )
         self._worker: WorkerFacts | None = None
         self._tokenizer: TokenizerFacts | None = None
         self._stage, self._fraction, self._ready = "starting", 0.0, False
@@ -44,15 +68,8 @@ class Membership:
         self._warn_at: float | None = None
 
     def hello(self) -> None:
-        peer = Peer(
-            self._role,
-            self._name,
-            self._inbox.address,
-            self._incarnation,
-            self._ready,
-            self._stage,
-            self._fraction,
-        )
+        """Introduce this process as it is now."""
+        peer = replace(self._peer, ready=self._ready, stage=self._stage, fraction=self._fraction)
         self._send(Hello(peer, self._worker, self._tokenizer))
 
     def loading(self, stage: str, fraction: float = 0.0) -> None:
@@ -63,7 +80,9 @@ class Membership:
     def ready(
         self, worker: WorkerFacts | None = None, tokenizer: TokenizerFacts | None = None
     ) -> None:
-        self._worker, self._tokenizer = worker, tokenizer
+        """This process is ready, and can do what these facts say."""
+        self._worker = worker
+        self._tokenizer = tokenizer
         self._ready, self._stage, self._fraction = True, "", 1.0
         self.hello()
 
@@ -99,16 +118,17 @@ class Membership:
     def on_roster(self, roster: Roster) -> bool:
         """Keep the newest roster. True when it comes from a new scheduler, to which this process
         has then said Hello."""
-        known = self.roster.epoch if self.roster else 0
-        if roster.epoch < known:
+        former_epoch = self.roster.epoch if self.roster else 0
+        if roster.epoch < former_epoch:
             return False
         listed = any(peer.incarnation == self._incarnation for peer in roster.peers)
         self.roster = roster
         if not listed:
             self.hello()
-        return roster.epoch > known
+        return roster.epoch > former_epoch
 
     def goodbye(self) -> None:
+        """This process ends in order."""
         self._send(Goodbye(self._incarnation))
 
     def _send(self, message: ToScheduler) -> None:

@@ -7,6 +7,7 @@ search itself are in `beam_search.py`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from msgspec import Struct
@@ -21,7 +22,7 @@ from .beam_search import Beam, BeamSearch, Hypothesis
 from .choices import BeamOptions
 from .errors import RequestError, failed, invalid
 from .model_facts import ModelFacts
-from .queries import Answer, OnAnswer
+from .queries import Answer, MakeQuery, OnAnswer
 from .request import Job, Sink
 
 CONTEXT_TOKENS: Final = 16
@@ -30,7 +31,7 @@ begins, and a character may begin in the prompt and end in the hypothesis."""
 SubmitRound = Callable[[Sequence[tuple[Job, Sink]]], object]
 """Takes the jobs of one round with their sinks, at once or later. It does not raise: a job that
 cannot be sent fails its sink."""
-SendQuery = Callable[[Detokenize, OnAnswer], object]
+SendQuery = Callable[[MakeQuery, OnAnswer], object]
 """Takes a query to a tokenizer, at once or later. It does not raise: a query that cannot be sent is
 answered with an error."""
 
@@ -288,8 +289,10 @@ class _HypothesisTexts:
         self._queries = len(queries)
         skip_special_tokens = self._run.job.text.skip_special_tokens
         for index, tokens in enumerate(queries):
-            query = Detokenize(0, "-", pack("i", tokens), skip_special_tokens)
-            self._send_query(query, lambda answer, index=index: self._on_answer(index, answer))
+            make = partial(
+                Detokenize, ids=pack("i", tokens), skip_special_tokens=skip_special_tokens
+            )
+            self._send_query(make, lambda answer, index=index: self._on_answer(index, answer))
 
     def _shown(self, hypothesis: Hypothesis) -> list[int]:
         tokens = hypothesis.beam.tokens()

@@ -19,7 +19,7 @@ from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
 
 from .counters import Counters
 from .errors import RequestError, failed, unavailable
-from .queries import OnAnswer, PendingQueries, Query, TokenizerQuery
+from .queries import MakeQuery, OnAnswer, PendingQueries, TokenizerQuery
 from .request import NO_EXECUTION, Job, OwnedRequest, Row, Sink, error_of, rows_of
 
 MAX_INTERRUPTIONS: Final = 10
@@ -87,9 +87,9 @@ class RequestOwner:
             self._cancel_remote(request)
             self._counters.finished("abort")
 
-    def query(self, message: Query, on_answer: OnAnswer) -> TokenizerQuery:
+    def query(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
         """See PendingQueries.send."""
-        return self.queries.send(message, on_answer)
+        return self.queries.send(make, on_answer)
 
     def fail_all(self, error: RequestError) -> None:
         """End every request and query with `error`; for a process that goes down."""

@@ -7,7 +7,6 @@ A query whose tokenizer is gone goes to another one, but not for ever: it may be
 from collections.abc import Callable
 from typing import Final
 
-from msgspec.structs import replace
 from pagewire_protocol.messages import Detokenize, Message, Tokenize, Tokenized
 
 from .errors import RequestError, failed, invalid, unavailable
@@ -17,6 +16,9 @@ ANSWER_S: Final = 60.0
 MAX_DEATHS: Final = 3
 """Tokenizers that may end while they have a query."""
 Query = Tokenize | Detokenize
+MakeQuery = Callable[[int, str], Query]
+"""Makes a query's message from the handle and the inbox that its answer goes to, for example
+`partial(Detokenize, ids=column, skip_special_tokens=True)`."""
 Answer = Tokenized | RequestError
 OnAnswer = Callable[[Answer], None]
 _UNAVAILABLE: Final = 503
@@ -57,13 +59,13 @@ class PendingQueries:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def send(self, message: Query, on_answer: OnAnswer) -> TokenizerQuery:
-        """`on_answer` is called once, later, unless the TokenizerQuery is discarded before. The
-        message's `handle` and `reply_to` are filled in here. Raises RequestError UNAVAILABLE when
-        no tokenizer can take it."""
+    def send(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
+        """Make a query's message and send it. `on_answer` is called once, later, unless the
+        TokenizerQuery is discarded before. Raises RequestError UNAVAILABLE when no tokenizer can
+        take it."""
         handle = self._next_handle
-        addressed = replace(message, handle=handle, reply_to=self._inbox)
-        query = TokenizerQuery(handle, addressed, on_answer, self._clock() + ANSWER_S)
+        message = make(handle, self._inbox)
+        query = TokenizerQuery(handle, message, on_answer, self._clock() + ANSWER_S)
         if not self._dispatch(query):
             raise unavailable("No service can take the request now; try it again.")
         self._next_handle += 1

@@ -3,7 +3,6 @@
 Knows nothing of requests; everything that is decided is decided in `state.py`.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from pagewire_protocol.channels import AlreadyRunning, Inbox, Outbox, prepare_ru
 from pagewire_protocol.messages import Message, Role, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
+from pagewire.process.node import settle_gc
 
 from .state import Event, Scheduler, Tick, Unreachable
 
@@ -89,8 +89,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
-    gc.collect()
-    gc.freeze()
+    settle_gc()
     log.info("epoch %d, listening on %s", epoch, inbox.address)
     try:
         loop.forever()

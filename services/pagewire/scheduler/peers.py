@@ -46,15 +46,14 @@ class Peers:
         self._roster: Roster | None = None
 
     def hello(self, hello: Hello, now: float) -> list[PeerState]:
-        """Note a peer. Returns those it replaces: an earlier life under the same role and name."""
+        """Note a peer. Returns those that it replaces: an earlier life under the same role and
+        name, with the other ranks of its group."""
         peer = hello.peer
-        gone = [state for state in self._peers.values() if self._is_former(state.peer, peer)]
-        for state in gone:
-            del self._peers[state.peer.incarnation]
-        new = PeerState(peer, hello.worker, hello.tokenizer, now)
+        former = [state for state in self._peers.values() if self._is_former(state.peer, peer)]
+        gone = [lost for state in former for lost in self.remove(state.peer.incarnation)]
         if peer.incarnation not in self._peers or self._peers[peer.incarnation].peer != peer:
             self._roster = None
-        self._peers[peer.incarnation] = new
+        self._peers[peer.incarnation] = PeerState(peer, hello.worker, hello.tokenizer, now)
         return gone
 
     @staticmethod
@@ -75,12 +74,17 @@ class Peers:
             self._roster = None
         return True
 
-    def remove(self, incarnation: int) -> PeerState | None:
-        """Forget a peer, and return what was known of it; None when nothing was."""
+    def remove(self, incarnation: int) -> list[PeerState]:
+        """Forget a peer, and with it the other ranks of its group. Returns what was known of them,
+        the peer itself first."""
         state = self._peers.pop(incarnation, None)
-        if state is not None:
-            self._roster = None
-        return state
+        if state is None:
+            return []
+        self._roster = None
+        others = self._group(state.peer.group) if state.peer.group else []
+        for other in others:
+            del self._peers[other.peer.incarnation]
+        return [state, *others]
 
     def expired(self, now: float) -> list[int]:
         """The incarnations of peers that were silent for too long."""
@@ -96,12 +100,6 @@ class Peers:
         not hear."""
         for state in self._peers.values():
             state.last_seen += seconds
-
-    def group_of(self, peer: Peer) -> list[int]:
-        """The incarnations of all ranks of `peer`'s group that are there; none when it is alone."""
-        if not peer.group:
-            return []
-        return [state.peer.incarnation for state in self._group(peer.group)]
 
     def ready_leader(self, peer: Peer) -> PeerState | None:
         """Rank 0 of `peer`'s group when all its ranks are there and ready; `peer` itself when it is
@@ -148,7 +146,11 @@ class Peers:
 
     def _build(self, epoch: int) -> Roster:
         ready = [state for state in self._peers.values() if state.peer.ready]
-        workers = [state.worker for state in ready if state.worker is not None]
+        workers = [
+            state.worker
+            for state in ready
+            if state.worker is not None and self.ready_leader(state.peer) is state
+        ]
         tokenizers = [state.tokenizer for state in ready if state.tokenizer is not None]
         return Roster(
             epoch,

@@ -154,19 +154,16 @@ class Scheduler:
             self.engine.add_worker(incarnation, leader.peer.inbox, leader.worker)
 
     def _remove(self, incarnation: int, why: str) -> None:
-        state = self.peers.remove(incarnation)
-        if state is not None:
+        for state in self.peers.remove(incarnation):
             self._gone(state, why)
+            why = f"is lost with its group {state.peer.group}"
 
     def _gone(self, state: PeerState, why: str) -> None:
-        """A peer has been removed; with it go the other ranks of its group."""
         peer = state.peer
         log.info("%s %s %s", peer.role.name.lower(), peer.name, why)
         if peer.role is Role.WORKER:
             self.engine.lose_worker(peer.incarnation)
         self._drop_inbox(peer.inbox)
-        for incarnation in self.peers.group_of(peer):
-            self._remove(incarnation, f"is lost with its group {peer.group}")
 
     def _drop_inbox(self, inbox: str) -> None:
         route = self.reply_routes.remove(inbox)

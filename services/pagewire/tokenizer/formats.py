@@ -87,6 +87,8 @@ class BadFiles(ValueError):
 
 
 class Built(NamedTuple):
+    """A tokenizer, and its special tokens by the names that chat templates use."""
+
     tokenizer: Tokenizer
     names: dict[str, str]
 

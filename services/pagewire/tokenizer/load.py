@@ -54,6 +54,8 @@ class NoTokenizer(ValueError):
 
 
 class Loaded(NamedTuple):
+    """What a model's files say about text."""
+
     tokenizer: Tokenizer
     chat_template: str
     """Empty when the model has none."""

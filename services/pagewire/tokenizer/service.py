@@ -6,7 +6,6 @@ queue and wake the loop.
 """
 
 import contextlib
-import gc
 import logging
 import os
 import queue
@@ -14,7 +13,6 @@ import signal
 import threading
 import time
 
-from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import (
     Cancel,
@@ -34,7 +32,7 @@ from pagewire_protocol.messages import (
 
 from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub.huggingface import has_own_tokenizer, resolve, tokenizer_model
-from ..process.membership import Membership
+from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
 from .load import Loaded, load
@@ -88,15 +86,11 @@ class Service:
     """The parts of a tokenizer process, wired to its inbox."""
 
     def __init__(self, run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> None:
-        """Raises OSError when the run directory cannot be used."""
-        run_dir = prepare_run_dir(run.run_dir)
-        incarnation = new_incarnation()
-        self.inbox: Inbox[ToTokenizer] = Inbox(run_dir, Role.TOKENIZER, incarnation)
-        self.outbox = Outbox()
-        name = run.name or f"tokenizer-{os.getpid()}"
-        self.members = Membership(
-            Role.TOKENIZER, name, incarnation, self.inbox, self.outbox, run_dir
-        )
+        """Raises PermissionError and ValueError for a run directory that cannot be used."""
+        node: Node[ToTokenizer] = Node(run.run_dir, Role.TOKENIZER, run.name)
+        self.inbox = node.inbox
+        self.outbox = node.outbox
+        self.members = node.membership
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
@@ -164,9 +158,7 @@ class Service:
         )
         if self.members.roster is not None:
             self._follow_roster(self.requests, self.members.roster, new_epoch=False)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 50, 50)  # a drain's rows are many objects without cycles
+        settle_gc(MANY_OBJECTS)
         self.members.ready(tokenizer=text.facts)
         log.info(
             "ready: %d tokens, chat template: %s",

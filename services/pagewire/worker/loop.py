@@ -6,7 +6,6 @@ torch is imported while loading, after the first Hello, so that /health can say 
 
 import contextlib
 import ctypes
-import gc
 import logging
 import os
 import signal
@@ -15,20 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
-from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
 
-from ..cli import EXPECTED, missing
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
+from ..process.errors import EXPECTED, error_line
 from ..process.membership import HEARTBEAT_S, Membership
+from ..process.node import Node, settle_gc
 
 log = logging.getLogger("pagewire.worker")
-SAY_EVERY_S = 0.2
-FAREWELL_S = 0.5
-"""What was said last leaves by another thread, which an exit that is not orderly does not wait
+REPORT_EVERY_S = 0.2
+LINGER_S = 0.5
+"""The last messages leave by another thread, which an exit that is not orderly does not wait
 for."""
 STUCK_S = 60.0
 """Far beyond any step: those that compile or capture something do so before they are under way."""
@@ -40,24 +38,24 @@ default they spin for milliseconds: a few percent faster where cores are idle, t
 where another process wants one."""
 
 
-class Flight(Protocol):
+class StepHandle(Protocol):
     """A step that was launched."""
 
     def done(self) -> bool: ...
     def result(self) -> StepResult: ...
 
 
-class Runs(Protocol):
+class Runner(Protocol):
     """What the loop wants of a runner. `notify` names a function that a thread may call when a
-    flight is done."""
+    step is done."""
 
     def facts(self) -> WorkerFacts: ...
     def notify(self, wake: Callable[[], None]) -> None: ...
-    def launch(self, step: Step) -> Flight: ...
+    def launch(self, step: Step) -> StepHandle: ...
     def clear(self) -> None: ...
 
 
-class Executes(Protocol):
+class BlockingRunner(Protocol):
     """A runner that computes while it is called."""
 
     def facts(self) -> WorkerFacts: ...
@@ -66,7 +64,7 @@ class Executes(Protocol):
 
 
 class CompletedStep:
-    """The flight of a step that was over when it began."""
+    """The handle of a step that was over when it began."""
 
     def __init__(self, result: StepResult) -> None:
         self._result = result
@@ -79,16 +77,16 @@ class CompletedStep:
 
 
 class SyncRunner:
-    """Makes a runner that launches of one that computes while it is called."""
+    """A Runner made of one that computes while it is called."""
 
-    def __init__(self, runner: Executes) -> None:
+    def __init__(self, runner: BlockingRunner) -> None:
         self._execute = runner.execute
         self.facts, self.clear = runner.facts, runner.clear
 
     def notify(self, wake: Callable[[], None]) -> None:
         """Nothing is ever under way between two calls."""
 
-    def launch(self, step: Step) -> Flight:
+    def launch(self, step: Step) -> StepHandle:
         return CompletedStep(self._execute(step))
 
 
@@ -111,61 +109,41 @@ def run(
 ) -> int:
     """Serve until SIGTERM or SIGINT. 0 after an orderly stop, 1 when the model cannot be loaded or
     run: stderr's last line says why."""
-    run_dir, incarnation = prepare_run_dir(run.run_dir), new_incarnation()
-    inbox: Inbox[ToWorker] = Inbox(run_dir, Role.WORKER, incarnation)
-    outbox = Outbox()
-    membership = Membership(
-        Role.WORKER, run.name or f"worker-{os.getpid()}", incarnation, inbox, outbox, run_dir
-    )
+    node: Node[ToWorker] = Node(run.run_dir, Role.WORKER, run.name)
+    membership = node.membership
     status, stuck = 0, False
     try:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
         membership.hello()
         began = time.monotonic()
-        runner = _load(run_dir, model, scheduler, config, incarnation, membership)
+        runner = _load(node, model, scheduler, config)
         membership.ready(worker=runner.facts())
-        gc.collect()
-        gc.freeze()
+        settle_gc()
         log.info("ready after %.1f s", time.monotonic() - began)
-        _serve(runner, inbox, outbox, membership)
+        _serve(runner, node)
     except Stopped:
         log.info("stopped")
     except Exception as error:
         status = 1
         log.debug("the worker failed", exc_info=True)
-        print(f"pagewire worker: {told(error)}", file=sys.stderr, flush=True)
+        print(
+            f"pagewire worker: {error_line(error, (*EXPECTED, Stuck))}", file=sys.stderr, flush=True
+        )
         stuck = isinstance(error, Stuck)
     membership.goodbye()
-    inbox.close()
-    outbox.close(linger_ms=500)
+    node.close(linger_ms=500)
     if stuck:
-        time.sleep(FAREWELL_S)
+        time.sleep(LINGER_S)
         os._exit(status)  # an orderly exit would wait for the GPU
     return status
 
 
-def told(error: Exception) -> str:
-    """One line. Errors that are meant for people speak for themselves; any other is a defect, whose
-    kind says something too."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, ModuleNotFoundError):
-        return missing(error)
-    return (
-        line
-        if line and isinstance(error, (*EXPECTED, Stuck))
-        else f"{type(error).__name__}: {line}"
-    )
-
-
 def _load(
-    run_dir: Path,
-    model: ModelConfig,
-    scheduler: SchedulerConfig,
-    config: WorkerConfig,
-    incarnation: int,
-    membership: Membership,
-) -> Runs:
+    node: Node[ToWorker], model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig
+) -> Runner:
+    incarnation = node.incarnation
+    membership = node.membership
     if config.device == "fake":
         from .fake import FakeRunner
 
@@ -185,16 +163,16 @@ def _load(
         from .load.in_thread import ticking
 
         with (
-            kernel_cache.kept(run_dir),
+            kernel_cache.kept(node.run_dir),
             ticking(narrate.alive),
         ):  # a kernel may take minutes to compile
             from .gpu.runner import CudaRunner
 
             return CudaRunner(path, model, scheduler, config, incarnation, narrate)
-    from .cpu.runner import Runner
+    from .cpu.runner import Runner as CpuRunner
 
     return SyncRunner(
-        Runner(
+        CpuRunner(
             path,
             model,
             scheduler,
@@ -216,7 +194,7 @@ def _keep_memory() -> None:
 
 
 class _Narrator:
-    """Passes progress on, but not more often than people can read. One thread may report while
+    """Passes progress on, but not more often than anyone can read. One thread may report while
     another says that the process lives: sockets are not for two at once."""
 
     def __init__(self, membership: Membership) -> None:
@@ -227,7 +205,7 @@ class _Narrator:
         now = time.monotonic()
         with self._lock:
             if stage != self._stage or now >= self._next:
-                self._stage, self._next = stage, now + SAY_EVERY_S
+                self._stage, self._next = stage, now + REPORT_EVERY_S
                 self._membership.loading(stage, fraction)
 
     def alive(self) -> None:
@@ -239,52 +217,57 @@ class Watch:
     """Notices that steps are under way and none ends."""
 
     def __init__(self, limit_s: float = STUCK_S) -> None:
-        self._limit_s, self._flights, self._progress, self._since = limit_s, 0, 0, 0.0
+        self._limit_s = limit_s
+        self._steps = 0
+        self._progress = 0
+        self._since = 0.0
 
-    def look(self, flights: int, progress: int, now: float) -> None:
+    def look(self, steps: int, progress: int, now: float) -> None:
         """now: monotonic seconds. Raises Stuck."""
-        if not flights or not self._flights or progress != self._progress:
+        if not steps or not self._steps or progress != self._progress:
             self._progress, self._since = progress, now
         elif now - self._since > self._limit_s:
             raise Stuck(
-                f"no step has ended for {now - self._since:.0f} s while {flights} are under way: the GPU hangs; starting anew"
+                f"no step has ended for {now - self._since:.0f} s while {steps} are under way: the GPU hangs; starting anew"
             )
-        self._flights = flights
+        self._steps = steps
 
 
-def _serve(runner: Runs, inbox: Inbox[ToWorker], outbox: Outbox, membership: Membership) -> None:
+def _serve(runner: Runner, node: Node[ToWorker]) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
     one heard of are ignored."""
+    inbox = node.inbox
+    membership = node.membership
     epoch = 0
-    flights: deque[Flight] = deque()
+    steps: deque[StepHandle] = deque()
     runner.notify(inbox.wake)
     watch = Watch()
     while True:
-        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(flights)
+        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(steps)
         membership.tick(time.monotonic())
         for message in inbox.drain():
             if message.epoch > epoch:
                 epoch = message.epoch
                 runner.clear()
-                flights.clear()
+                steps.clear()
             match message:
                 case Roster():
                     membership.on_roster(message)
                 case Step() if message.epoch == epoch:
-                    flights.append(runner.launch(message))
-                    _land(flights, outbox, membership)
+                    steps.append(runner.launch(message))
+                    _send_results(steps, node)
                 case Step():
                     log.warning(
                         "a step of epoch %d came after epoch %d: ignored", message.epoch, epoch
                     )
-        _land(flights, outbox, membership)
-        watch.look(len(flights), membership.progress, time.monotonic())
+        _send_results(steps, node)
+        watch.look(len(steps), membership.progress, time.monotonic())
 
 
-def _land(flights: deque[Flight], outbox: Outbox, membership: Membership) -> None:
+def _send_results(steps: deque[StepHandle], node: Node[ToWorker]) -> None:
     """Send the results that are there, oldest first."""
-    while flights and flights[0].done():
-        result = flights.popleft().result()
-        if not outbox.send(membership.scheduler, result):
+    while steps and steps[0].done():
+        result = steps.popleft().result()
+        if not node.outbox.send(node.membership.scheduler, result):
             log.error("the result of step %d is lost: the scheduler's queue is full", result.n)
-        membership.progress += 1
+        node.membership.progress += 1
