@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_layers, cpu_native, cpu_task
+from . import cpu_native, cpu_task
 from .batch import Batch
 from .cpu_linear import QuantizedLinear
-from .cpu_team import MATRIX_FIELDS
+from .cpu_task import MATRIX_FIELDS
 from .quantized import GROUP
 
 MOST_TOKENS: Final = 32
@@ -88,7 +88,7 @@ class NativeDecoder:
         self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes
     ) -> None:
         self._layers, self._norm, self._head, self._sizes = layers, norm, head, sizes
-        self._run = cpu_native.compiled(cpu_layers.decode, 1)
+        self._run = cpu_native.address("decode")
         self._table = np.stack([layer.fields() for layer in layers])
         self._memory: dict[str, Tensor] = {}
 

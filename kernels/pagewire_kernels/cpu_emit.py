@@ -11,11 +11,13 @@ from typing import Any, Final, NamedTuple
 
 from llvmlite import ir
 
-from .cpu_panels import ROWS, Format
+from .cpu_format import ROWS, Format
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 FUSE: Final = ("contract", "nsz")
+MATMUL_ARGUMENTS: Final = 11
+DEQUANTIZE_ARGUMENTS: Final = 7
 TILES: Final = ((8, 1), (4, 1), (2, 2), (1, 3))
 """(rows of x, panels) that are worked on at a time: enough independent sums to hide the latency of
 an addition, few enough for the registers of AVX2."""
@@ -267,3 +269,18 @@ def _store_row(code: Code, value: Any, row: Any, panel: Any, short: Any) -> None
             )
         with otherwise:
             code.store(value, b.add(row, b.mul(panel, constant(4 * ROWS))), 4)
+
+
+def module(kind: str, form: Format) -> ir.Module:
+    """With one function, of int64 alone: `matmul`, whose arguments are Operands, or `dequantize`.
+    It is named like the module."""
+    count = MATMUL_ARGUMENTS if kind == "matmul" else DEQUANTIZE_ARGUMENTS
+    made = ir.Module(f"{kind}_{form.name}")
+    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * count), made.name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    if kind == "matmul":
+        emit_matmul(Code(builder), form, Operands(*function.args))
+    else:
+        emit_dequantize(Code(builder), form, *function.args)
+    builder.ret_void()
+    return made

@@ -16,7 +16,7 @@ BY_FORMAT = pytest.mark.parametrize("form", FORMATS, ids=str)
 
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path_factory):
-    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "numba")
+    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
     torch.manual_seed(0)
 
 

@@ -207,10 +207,12 @@ def test_a_crossing_lies_where_the_dense_product_wins(monkeypatch) -> None:
     product = decoder_of(LLAMA, torch.float32, 8).layers[0].attention.qkv.weight
     for slower, wanted in ((0, 6), (40, 48), (1000, 256)):
         cost = {
-            product.native: lambda rows: rows,
-            product.dense: lambda rows, slower=slower: slower,
+            product.native: lambda rows: rows / 1000,
+            product.dense: lambda rows, slower=slower: slower / 1000,
         }
         monkeypatch.setattr(cpu_crossings, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
         assert cpu_crossings.crossing(product, torch.float32) == wanted
+    monkeypatch.setattr(cpu_crossings, "_seconds", lambda run, x: 2.0)
+    assert cpu_crossings.crossing(product, torch.float32) == product.crossing
     monkeypatch.undo()
     assert 0 < cpu_crossings._seconds(product.native, torch.randn(2, product.columns)) < 60

@@ -8,10 +8,8 @@ and one version of the library; so starts after the first measure nothing, and c
 """
 
 import contextlib
-import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ from pagewire_kernels.gemm import pick_config
 from pagewire_kernels.gemm_cublaslt import Product, Shape
 from torch import Tensor
 
-from ..device import kernel_cache
+from ..device import choices, kernel_cache
 
 log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02
@@ -58,7 +56,7 @@ def choose(
     with gemm_cublaslt.recording() as seen:
         forward()
     place, began = _file(), time.monotonic()
-    known = _read(place)
+    known = choices.read(place, _digits)
     before, most = len(known), max((count for count, _ in seen.values()), default=0)
     for done, (shape, (count, weights)) in enumerate(seen.items()):
         sizes = [
@@ -76,7 +74,7 @@ def choose(
             shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes}
         )
     if len(known) > before:
-        _write(place, known)
+        choices.write(place, known)
     log.info(
         "%d matrix products timed in %.1f s, %d found in %s",
         len(known) - before,
@@ -96,21 +94,10 @@ def _file() -> Path:
     return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
 
 
-def _read(place: Path) -> dict[str, str]:
-    """Algorithms by product, as hexadecimal digits; empty where torch's choice is as fast."""
-    try:
-        found = json.loads(place.read_text())
-        return {str(key): bytes.fromhex(value).hex() for key, value in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _write(place: Path, known: dict[str, str]) -> None:
-    """In one move, since another worker may read it."""
-    with contextlib.suppress(OSError):
-        passing = place.with_suffix(f".{os.getpid()}")
-        passing.write_text(json.dumps(known, indent=0))
-        passing.replace(place)
+def _digits(algorithm: str) -> str:
+    """An algorithm as hexadecimal digits; empty where torch's choice is as fast. Raises ValueError
+    for anything else."""
+    return bytes.fromhex(algorithm).hex()
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
