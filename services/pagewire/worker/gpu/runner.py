@@ -18,6 +18,7 @@ import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels.attention_prefill import distrust_hopper
 from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Flight:
     row, -1 where logits were not finite."""
 
     step: Step
-    incarnation: int
+    incarnation: Incarnation
     slots: npt.NDArray[np.int32]
     report: Tensor
     event: torch.cuda.Event
@@ -75,7 +76,7 @@ class CudaRunner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
     ) -> None:
         self._incarnation = incarnation
