@@ -81,6 +81,19 @@ class Quantized:
             None if self.minimum is None else self.minimum[index],
         )
 
+    def narrow(self, dim: int, start: int, length: int) -> "Quantized":
+        """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Raises ValueError for
+        columns that cut a group."""
+        if dim == 0:
+            return self.take(torch.arange(start, start + length))
+        if start % self.group or length % self.group:
+            raise ValueError(f"columns {start} to {start + length} cut a group of {self.group}")
+        first, count = start // self.group, length // self.group
+        minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
+        return Quantized(
+            self.codes.narrow(1, start, length), self.scale.narrow(1, first, count), minimum
+        )
+
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
         grouped = (

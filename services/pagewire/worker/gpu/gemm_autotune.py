@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from pagewire_kernels import gemm_cublaslt
 from pagewire_kernels.gemm import pick_config
-from pagewire_kernels.gemm_cublaslt import Product, Shape
+from pagewire_kernels.gemm_cublaslt import Gemm, GemmAlgorithms, Shape
 from torch import Tensor
 
 from ..device import choices, kernel_cache
@@ -43,17 +43,18 @@ Run = Callable[[Tensor], object]
 
 
 def choose(
+    algorithms: GemmAlgorithms,
     forward: Callable[[], object],
     tokens: Sequence[int],
     rows: Sequence[int],
     progress: Callable[[float], None],
 ) -> None:
-    """Have products use the fastest algorithms. `forward` runs the model once, over more tokens
-    than rows; `tokens`: sizes of steps that will be run; `rows`: how many tokens of a step are
-    sampled."""
+    """Fill `algorithms`, which `forward` multiplies with, with the fastest ones. `forward` runs the
+    model once, over more tokens than rows; `tokens`: sizes of steps that will be run; `rows`: how
+    many tokens of a step are sampled."""
     if not gemm_cublaslt.version():
         return
-    with gemm_cublaslt.recording() as seen:
+    with algorithms.recording() as seen:
         forward()
     place, began = _file(), time.monotonic()
     known = choices.read(place, _digits)
@@ -70,9 +71,7 @@ def choose(
             if _key(size, shape) not in known:
                 known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
             progress((done + i / len(sizes)) / len(seen))
-        gemm_cublaslt.choose(
-            shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes}
-        )
+        algorithms.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
     if len(known) > before:
         choices.write(place, known)
     log.info(
@@ -119,7 +118,7 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
     sample = slice(None, None, max(1, rows // 64))
     runs[b""](weights[0])
     exact = out[sample].float()
-    product = Product(rows, shape)
+    product = Gemm(rows, shape)
     for algorithm in product.candidates():
         multiply = product.bound(algorithm, x.device)
         with contextlib.suppress(RuntimeError):  # what the library names it cannot always do

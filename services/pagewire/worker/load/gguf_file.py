@@ -223,6 +223,7 @@ class Gguf:
         return rope
 
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids that the file names, in rising order."""
         named = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
         return tuple(sorted({int(token) for token in named if token is not None}))
 
