@@ -128,12 +128,17 @@ def scalars() -> str:
     home = {n: getattr(columns if hasattr(columns, n) else sampling, n) for n in names}
     words = documentation()
     rows = [
-        f"| `{name}` | {describe(wire.type_info(kind))} | {words.get(name, '')} |"
+        f"| `{plain(name)}` | {describe(wire.type_info(kind))} | {words.get(plain(name), '')} |"
         for name, kind in home.items()
     ]
     return "\n".join(
         ["## Scalars and columns\n", "| name | what | meaning |", "|---|---|---|", *rows, ""]
     )
+
+
+def plain(alias: str) -> str:
+    """The name of the type that a field's alias bounds: `EpochField` is an `Epoch`."""
+    return alias.removesuffix("Field")
 
 
 def section(struct: type[msgspec.Struct]) -> str:
@@ -159,9 +164,9 @@ def title(name: str, words: dict[str, str]) -> list[str]:
 
 def shown(annotation: str, info: wire.Type) -> str:
     """The alias as written in the source where there is one, else the bounds in words."""
-    plain = annotation.removesuffix(" | None")
-    alias = hasattr(getattr(columns, plain, getattr(sampling, plain, None)), "__metadata__")
-    return f"`{plain}`{' or null' if annotation != plain else ''}" if alias else describe(info)
+    name = annotation.removesuffix(" | None")
+    alias = hasattr(getattr(columns, name, getattr(sampling, name, None)), "__metadata__")
+    return f"`{plain(name)}`{' or null' if annotation != name else ''}" if alias else describe(info)
 
 
 def describe(info: wire.Type) -> str:

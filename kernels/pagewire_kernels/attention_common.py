@@ -84,13 +84,13 @@ def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def raw_scores(q, k, scale_log2, soft_cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [M, N], still to be multiplied by `score_scale`. With CAP: soft_cap * tanh(scaled
-    score / soft_cap), already in base 2."""
+def raw_scores(q, k, scale_log2, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 [M, N], still to be multiplied by `score_scale`. With CAP: softcap * tanh(scaled
+    score / softcap), already in base 2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
-        x = s * (scale_log2 / (1.4426950408889634 * soft_cap))
-        s = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
+        x = s * (scale_log2 / (1.4426950408889634 * softcap))
+        s = softcap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
     return s
 
 

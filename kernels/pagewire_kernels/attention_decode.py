@@ -84,7 +84,7 @@ def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: 
 
 
 @triton.jit
-def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, soft_cap, M: tl.constexpr,
+def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, softcap, M: tl.constexpr,
         D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Online softmax of the rows of q, whose token is at `position`, over tokens lo..hi."""
@@ -102,7 +102,7 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope,
             v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
         )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
-        s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
         if ALIBI:
             s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
         visible = n < stop
@@ -153,8 +153,8 @@ def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, b
 
 
 @triton.jit
-def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, cos_sin, q_weight, k_weight, out, part, lse, arrived,
-        scale_log2, soft_cap, eps, q_stride, table_stride, block_stride,
+def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_slopes, cos_sin, q_weight, k_weight, out, part, lse, arrived,
+        scale_log2, softcap, eps, q_stride, table_stride, block_stride,
             HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr,
             D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
@@ -212,9 +212,11 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, slopes, 
         query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     slope = g.to(tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
+        slope = (
+            tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
+        )
     acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
-        block_stride, scale_log2, soft_cap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+        block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     acc = acc / total[:, None]
@@ -247,14 +249,14 @@ class Rope:
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         scale: float,
-                     window: int | None = None, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
-                     out: torch.Tensor | None = None, slopes: torch.Tensor | None = None, rope: Rope | None = None,
+                     window: int | None = None, softcap: float | None = None, *, query_start: torch.Tensor | None = None,
+                     out: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, rope: Rope | None = None,
                      shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
     0 for padding. Without `query_start`, row i is token i. With it ([B + 1] int32) only rows of
-    exactly one token are computed, and the other rows of `out` stay as they are. `slopes`: ALiBi's,
+    exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`: ALiBi's,
     float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and
     values are written to their pages. `shared`: a cascade.Shared whose partial results join the
     merge.
@@ -274,8 +276,8 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         )
     else:
         partial = _Partial(shared.part, shared.lse, shared.splits, shared.lengths)
-    inputs = q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out
-    launch = functools.partial(_launch, inputs, rope, partial, group, scale, window, soft_cap)
+    inputs = q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out
+    launch = functools.partial(_launch, inputs, rope, partial, group, scale, window, softcap)
     if config is not None:
         launch(config)
     else:
@@ -299,21 +301,22 @@ _Inputs = tuple[
 """Those of decode_attention, and `out`."""
 
 
-def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, scale: float, window: int | None, soft_cap: float | None,
+def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, scale: float, window: int | None, softcap: float | None,
             c: DecodeConfig) -> None:  # fmt: skip
-    q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out = inputs
+    q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out = inputs
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     cos_sin, q_weight, k_weight, eps = (
         (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     )
     d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, partial.lengths, slopes, cos_sin, q_weight, k_weight,
+        q, k_cache, v_cache, tables, seq_lens, query_start, partial.lengths, alibi_slopes, cos_sin, q_weight, k_weight,
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),
-        scale * LOG2E, soft_cap or 1.0, eps, q.stride(0), tables.stride(0), k_cache.stride(0),
+        scale * LOG2E, softcap or 1.0, eps, q.stride(0), tables.stride(0), k_cache.stride(0),
         HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
-        PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0, CAP=soft_cap is not None, ALIBI=slopes is not None,
+        PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0,
+        CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
         num_warps=c.warps, **overlap(q.device))  # fmt: skip

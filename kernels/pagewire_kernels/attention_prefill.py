@@ -72,7 +72,7 @@ def _find_request(query_start, lengths, block, rows, B_PAD: tl.constexpr, BQ: tl
 
 
 @triton.jit
-def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride, scale_log2, soft_cap, acc, peak, total,
+def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride, scale_log2, softcap, acc, peak, total,
         D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr,
         EDGE: tl.constexpr):  # fmt: skip
@@ -88,7 +88,7 @@ def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride,
             v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE
         )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, PER_PAGE)
-        s = raw_scores(q, k, scale_log2, soft_cap, CAP, PRECISION)
+        s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
         n = start + tl.arange(0, BLOCK_N)
         if ALIBI:
             s = with_slopes(s, n[None, :] - position[:, None], slope, scale_log2, CAP)
@@ -115,8 +115,9 @@ def _bounds(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, scale_log2, soft_cap, q_stride, table_stride, block_stride,
-             rows, HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out, scale_log2, softcap, q_stride,
+             table_stride, block_stride, rows, HKV: tl.constexpr, GROUP: tl.constexpr,
+             GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
              BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
              SKIP_ONE: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,19 +150,19 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, sc
     slope = m.to(tl.float32)
     if ALIBI:
         slope = (
-            tl.load(slopes + head * GROUP + m % GP, mask=m % GP < GROUP, other=0.0)
+            tl.load(alibi_slopes + head * GROUP + m % GP, mask=m % GP < GROUP, other=0.0)
             * 1.4426950408889634
         )
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     peak = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if WINDOW > 0:
-        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, slope, block_stride, scale_log2, soft_cap, acc,
+        acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, slope, block_stride, scale_log2, softcap, acc,
             peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
         begin = tl.maximum(begin, clear)
-    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, slope, block_stride, scale_log2, soft_cap, acc,
+    acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, slope, block_stride, scale_log2, softcap, acc,
         peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, slope, block_stride, scale_log2, soft_cap, acc,
+    acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, slope, block_stride, scale_log2, softcap, acc,
         peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     acc = acc / tl.maximum(total, 1e-30)[:, None]
     out_at = at[:, None] * (HKV * GROUP * D) + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
@@ -228,18 +229,10 @@ def hopper_has(
     )
 
 
-_distrusted: list[bool] = []
-
-
-def distrust_hopper() -> None:
-    """From now on this process uses the general kernel alone."""
-    _distrusted.append(True)
-
-
 def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at
     multiples of 16 bytes, and caches without gaps."""
-    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS or _distrusted:
+    if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS:
         return False
     _, hkv, page, dim = k_cache.shape
     if not hopper_has(
@@ -257,25 +250,27 @@ def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) 
 
 def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         query_start: torch.Tensor,
-                      scale: float, window: int | None = None, soft_cap: float | None = None, *, skip_one: bool = False,
-                      slopes: torch.Tensor | None = None, out: torch.Tensor | None = None,
-                      config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
+                      scale: float, window: int | None = None, softcap: float | None = None, *, skip_one: bool = False,
+                      alibi_slopes: torch.Tensor | None = None, out: torch.Tensor | None = None,
+                      config: PrefillConfig | None = None, hopper: bool = True) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i]
     tokens, and see all before them.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B],
     query_start [B + 1] int32. Rows without new tokens are padding; with `skip_one` rows of one
     token are left to decode attention. Rows of `out` past the last token stay as they are.
-    `slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel.
+    `alibi_slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel,
+    in that shape; `hopper` False for it in the usual one.
     """
     dim = k_cache.shape[3]
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1] * dim, dtype=q.dtype, device=q.device)
     if (
-        config is None
+        hopper
+        and config is None
         and window is None
-        and soft_cap is None
-        and slopes is None
+        and softcap is None
+        and alibi_slopes is None
         and takes_hopper(q, k_cache, v_cache)
     ):
         from .attention_prefill_hopper import hopper_prefill
@@ -291,11 +286,11 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         tables,
         seq_lens,
         query_start,
-        slopes,
+        alibi_slopes,
         out,
         scale,
         window,
-        soft_cap,
+        softcap,
         skip_one,
     )
     if config is not None:
@@ -306,18 +301,18 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
 
 
 def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
-            query_start: torch.Tensor, slopes: torch.Tensor | None, out: torch.Tensor, scale: float, window: int | None,
-            soft_cap: float | None, skip_one: bool, c: PrefillConfig) -> None:  # fmt: skip
+            query_start: torch.Tensor, alibi_slopes: torch.Tensor | None, out: torch.Tensor, scale: float, window: int | None,
+            softcap: float | None, skip_one: bool, c: PrefillConfig) -> None:  # fmt: skip
     rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
     group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
     _prefill[((q.shape[0] // (block_m // gp) + rows) * hkv,)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, slopes, out, scale * LOG2E, soft_cap or 1.0, q.stride(0), tables.stride(0),
+        q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out, scale * LOG2E, softcap or 1.0, q.stride(0), tables.stride(0),
         k_cache.stride(0), rows,
         HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=c.block_n,
         B_PAD=triton.next_power_of_2(rows),
-        WINDOW=window or 0, CAP=soft_cap is not None, ALIBI=slopes is not None,
+        WINDOW=window or 0, CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0,
         num_warps=c.warps)  # fmt: skip

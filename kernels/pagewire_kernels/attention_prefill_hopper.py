@@ -4,7 +4,7 @@ models have; see attention_prefill.py.
 A program is 128 rows: one warp copies queries, and pages of keys and values, to shared memory; two
 groups of four warps, 64 rows each, read the same tiles there. While one group takes exponents the
 other multiplies, and inside a group the products with a tile's values run beside the exponents of
-the next tile. Tiles go from the diagonal backward. Knows nothing of windows, caps and slopes.
+the next tile. Tiles go from the diagonal backward. Knows nothing of windows, caps and alibi_slopes.
 
 Written in Gluon, whose interface changes between releases of Triton: `attention_prefill.hopper_has`
 names the one this is for.

@@ -73,8 +73,8 @@ def paged_attention(
     batch: Batch,
     scale: float,
     window: int | None,
-    soft_cap: float | None = None,
-    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """As reference.paged_attention; tokens of no sequence, and sequences of length 0, give
     zeros."""
@@ -82,10 +82,10 @@ def paged_attention(
     for group in _groups(batch, q.shape[1], k_cache, window):
         keys, values = (_gather(cache, group) for cache in (k_cache, v_cache))
         queries = _by_kv_head(q, group, keys.shape[1])
-        if soft_cap is None and slopes is None:
+        if softcap is None and alibi_slopes is None:
             result = _plain(queries, keys, values, group, scale)
         else:
-            result = _scored(queries, keys, values, group, scale, soft_cap, slopes)
+            result = _scored(queries, keys, values, group, scale, softcap, alibi_slopes)
         out.index_copy_(
             0,
             group.tokens.flatten(),
@@ -161,20 +161,20 @@ def _scored(
     values: Tensor,
     group: Group,
     scale: float,
-    soft_cap: float | None,
-    slopes: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """The same with caps or slopes, which torch's attention does not know. Scores are float32: 16
+    """The same with soft caps or ALiBi, which torch's attention does not know. Scores are float32: 16
     bits cannot hold a long distance, and float16 no large product either, so queries are scaled
     before."""
     count, kv_heads, n, heads, size = queries.shape
-    asking = (queries * (scale / (soft_cap or 1.0))).reshape(count, kv_heads, n * heads, size)
+    asking = (queries * (scale / (softcap or 1.0))).reshape(count, kv_heads, n * heads, size)
     scores = (asking @ keys.mT).float().view(count, kv_heads, n, heads, -1)
-    if soft_cap is not None:
-        scores = scores.tanh_().mul_(soft_cap)
-    if slopes is not None:
+    if softcap is not None:
+        scores = scores.tanh_().mul_(softcap)
+    if alibi_slopes is not None:
         apart = (group.at[:, None, :] - group.asking[:, :, None]).to(scores.dtype)
-        scores.addcmul_(slopes.view(1, kv_heads, 1, heads, 1), apart[:, None, :, None])
+        scores.addcmul_(alibi_slopes.view(1, kv_heads, 1, heads, 1), apart[:, None, :, None])
     scores.add_(group.mask(queries.dtype)[:, None, :, None])
     shares = scores.softmax(-1).to(values.dtype).view(count, kv_heads, n * heads, -1)
     return (shares @ values).view(queries.shape)

@@ -1,33 +1,107 @@
 """The interface of a back end, and the way to get one by name.
 
-A back end is a module with the functions of `Ops`. `reference` states what each computes; here is
-what a caller may rely on.
+`Ops` is what a model calls; what only some back ends have is in `FusedOps` and `QuantizedOps`,
+which a back end names or says that it lacks. `reference` states what each operation computes; here
+is what a caller may rely on. Sampling is not part of it: runners sample, models do not.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .batch import Batch
 from .quantized import Quantized
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
+"""Each has `OPS`, the process's one set of operations for the device."""
+
+
+class PackedQuantized(Protocol):
+    """Quantized matrices side by side, in a back end's own layout, as `Ops.linear` takes them."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] int64 of the first matrix, [T, K] float32."""
+        ...
+
+
+class QuantizedOps(Protocol):
+    """Of a back end that multiplies with quantized matrices."""
+
+    def pack(self, parts: Sequence[Quantized], float32_output: bool) -> PackedQuantized | None:
+        """Matrices [N, K] that read the same input, side by side, for `Ops.linear`; None where
+        there is no kernel for them. float32_output: `linear` gives float32."""
+        ...
+
+
+class FusedOps(Protocol):
+    """Of a back end that has several operations in one kernel."""
+
+    def rope_attention(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
+        ...
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """linear(rms_norm(x), weight, bias) of one row: x [1, K], norm [K], weight [N, K] -> [1, N]."""
+        ...
+
+    def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+        """silu_mul(linear(rms_norm(x), weight)) of one row: weight [2I, K] -> [1, I]."""
+        ...
+
+    def linear_add(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> Tensor:
+        """linear(x, weight, bias) + residual of one row."""
+        ...
 
 
 class Ops(Protocol):
     """T tokens, H hidden size, I intermediate size, Hq and Hkv query and KV heads of size D; caches
     [blocks, Hkv, block_size, D]."""
 
+    @property
+    def fused(self) -> FusedOps | None:
+        """Kernels that do several operations at once; None: the back end has none."""
+        ...
+
+    @property
+    def quantized(self) -> QuantizedOps | None:
+        """Products with quantized matrices; None: the back end has none."""
+        ...
+
     def pack_linear(self, weight: Tensor) -> Any:
         """weight [N, K] in whatever form `linear` is fastest with. The caller drops its own
         reference."""
-        ...
-
-    def pack_quantized(self, parts: Sequence[Quantized], wide: bool) -> Any:
-        """Matrices [N, K] that read the same input, side by side and still quantized, for `linear`;
-        None where there is no kernel for them. wide: `linear` gives float32. On the CPU only."""
         ...
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -39,7 +113,9 @@ class Ops(Protocol):
         x's type or float32."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H] over the root of its mean square, times weight [H]."""
+        ...
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -47,7 +123,9 @@ class Ops(Protocol):
         """(rms_norm(x + residual), x + residual); either input may be overwritten."""
         ...
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """x [T, H] less its mean, over its standard deviation, times weight [H], plus bias [H]."""
+        ...
 
     def add_layer_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
@@ -55,15 +133,25 @@ class Ops(Protocol):
         """(layer_norm(x + residual), x + residual); either input may be overwritten."""
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2I] -> [T, I]: SiLU of the first half times the second."""
+        ...
 
-    def gelu_mul(self, gate_up: Tensor) -> Tensor: ...
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2I] -> [T, I]: tanh-GELU of the first half times the second."""
+        ...
 
-    def gelu(self, x: Tensor) -> Tensor: ...
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU."""
+        ...
 
-    def gelu_tanh(self, x: Tensor) -> Tensor: ...
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """GELU with its tanh approximation."""
+        ...
 
-    def relu(self, x: Tensor) -> Tensor: ...
+    def relu(self, x: Tensor) -> Tensor:
+        """max(x, 0)."""
+        ...
 
     def pack_experts(self, weight: Tensor) -> Any:
         """weight [E, N, K] in whatever form `experts` is fastest with. The caller drops its own
@@ -71,9 +159,9 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, x: Tensor, gate_up: Any, down: Any, chosen: Tensor, weights: Tensor
+        self, x: Tensor, gate_up: Any, down: Any, top_k_ids: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """x [T, H] -> [T, H]; chosen [T, k] int64, weights [T, k] float32; gate_up [E, 2I, H] and
+        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32; gate_up [E, 2I, H] and
         down [E, H, I] are packed."""
         ...
 
@@ -99,18 +187,19 @@ class Ops(Protocol):
         batch: Batch,
         scale: float,
         window: int | None,
-        soft_cap: float | None = None,
-        slopes: Tensor | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
-        """soft_cap c holds scores within +-c (c * tanh(score / c)); slopes (ALiBi) float32 [Hq]."""
+        """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32 [Hq]."""
         ...
 
 
+@functools.cache
 def backend(name: str) -> Ops:
-    """The operations for device `name`, imported on first use. Raises ValueError for a name without
-    a back end."""
+    """The operations for device `name`, imported on first use; the same object for everybody in
+    this process. Raises ValueError for a name without a back end."""
     if name not in MODULES:
         raise ValueError(
             f"no kernels for device {name!r}; there are kernels for {', '.join(MODULES)}"
         )
-    return cast(Ops, importlib.import_module(MODULES[name]))
+    return importlib.import_module(MODULES[name]).OPS

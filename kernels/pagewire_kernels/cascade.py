@@ -64,7 +64,7 @@ def _store_partial(part, lse, slot, inside, acc, peak, total, D: tl.constexpr, D
 
 
 @triton.jit
-def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, soft_cap, q_stride, table_stride, block_stride,
+def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, softcap, q_stride, table_stride, block_stride,
         groups,
             HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_M: tl.constexpr,
@@ -95,9 +95,9 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     total = tl.zeros([BLOCK_M], tl.float32)
     whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     last = m * 0 + hi - 1
-    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, last, block_stride, scale_log2, soft_cap, acc, peak,
+    acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, last, block_stride, scale_log2, softcap, acc, peak,
         total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
-    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, last, block_stride, scale_log2, soft_cap, acc, peak,
+    acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, last, block_stride, scale_log2, softcap, acc, peak,
         total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
     slot = ((row * HKV + head) * GROUP + m % GP) * STRIDE + split
     _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
@@ -139,7 +139,7 @@ def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
 
 def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         groups: Groups,
-                      scale: float, soft_cap: float | None = None, *, query_start: torch.Tensor | None = None,
+                      scale: float, softcap: float | None = None, *, query_start: torch.Tensor | None = None,
                       out: torch.Tensor | None = None, config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window
     is not supported: use decode_attention. With `query_start`, the rows in groups are of one token
@@ -150,7 +150,7 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     splits = pick_config(dim, group, rows * hkv).splits
     shared = _shared(q, rows, count, hkv, dim, splits, groups.shared)
     launch = functools.partial(
-        _launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, soft_cap
+        _launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, softcap
     )
     if config is not None:
         launch(config)
@@ -164,7 +164,7 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         seq_lens,
         scale,
         None,
-        soft_cap,
+        softcap,
         query_start=query_start,
         out=out,
         shared=shared,
@@ -172,7 +172,7 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
 
 
 def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, groups: Groups, shared: Shared,
-            splits: int, scale: float, soft_cap: float | None, c: PrefillConfig) -> None:  # fmt: skip
+            splits: int, scale: float, softcap: float | None, c: PrefillConfig) -> None:  # fmt: skip
     (_, hkv, page, dim), count, rows = (
         k_cache.shape,
         groups.lengths.shape[0],
@@ -183,9 +183,9 @@ def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table
     block_m = max(c.block_m, gp)
     _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](
         q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E,
-        soft_cap or 1.0, q.stride(0), tables.stride(0),
+        softcap or 1.0, q.stride(0), tables.stride(0),
         k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m,
         BLOCK_N=c.block_n,
-        G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + splits, CAP=soft_cap is not None,
+        G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + splits, CAP=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
         PER_PAGE=c.block_n % page == 0 and page & (page - 1) == 0, num_warps=c.warps)  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Ops
 from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
 from .quantized import Quantized
@@ -52,17 +53,6 @@ def pack_linear(weight: Tensor) -> Tensor:
     if not _packable(weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
-
-
-def pack_quantized(parts: Sequence[Quantized], wide: bool) -> "QuantizedLinear | None":
-    """Matrices that read the same input, side by side; None where there is no kernel for them.
-    wide: `linear` gives float32."""
-    from .cpu_linear import QuantizedLinear
-
-    try:
-        return QuantizedLinear(parts, wide)
-    except ValueError:
-        return None
 
 
 def linear(x: Tensor, weight: "Tensor | QuantizedLinear", bias: Tensor | None = None) -> Tensor:
@@ -140,12 +130,12 @@ def pack_experts(weight: Tensor) -> list[Tensor]:
 
 
 def experts(
-    x: Tensor, gate_up: list[Tensor], down: list[Tensor], chosen: Tensor, weights: Tensor
+    x: Tensor, gate_up: list[Tensor], down: list[Tensor], top_k_ids: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Expert by expert over the tokens that chose it, so that each matrix is read once; sums in
     float32."""
-    expert, order = chosen.flatten().sort(stable=True)
-    tokens, shares = order // chosen.shape[1], weights.flatten()[order, None]
+    expert, order = top_k_ids.flatten().sort(stable=True)
+    tokens, shares = order // top_k_ids.shape[1], top_k_weights.flatten()[order, None]
     used, counts = expert.unique_consecutive(return_counts=True)
     out, first = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), 0
     for index, count in zip(used.tolist(), counts.tolist(), strict=True):
@@ -200,19 +190,19 @@ def paged_attention(
     batch: Batch,
     scale: float,
     window: int | None,
-    soft_cap: float | None = None,
-    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Sequences that are alike (by length when decoding, by position in prompts) go through one
     batched product over gathered blocks."""
     plan: Plan = batch.plan or make_plan(batch, k_cache)
     groups = plan.work(window)
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend(q, k_cache, v_cache, groups[0], scale, soft_cap, slopes)
+        return _attend(q, k_cache, v_cache, groups[0], scale, softcap, alibi_slopes)
     out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
     for group in groups:
         out[group.tokens] = _attend(
-            q[group.tokens], k_cache, v_cache, group, scale, soft_cap, slopes
+            q[group.tokens], k_cache, v_cache, group, scale, softcap, alibi_slopes
         )
     return out
 
@@ -234,8 +224,8 @@ def _attend(
     v_cache: Tensor,
     group: Group,
     scale: float,
-    soft_cap: float | None,
-    slopes: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of
     one product: keys are read once."""
@@ -245,11 +235,11 @@ def _attend(
     queries = heads.permute(0, 2, 1, 3, 4) if group.queries > 1 else heads
     queries = queries.reshape(pairs, -1, size)
     queries = queries.float() if group.wide else queries
-    scores = _scores(queries, _gather(k_cache, group).mT, group, scale, soft_cap)
+    scores = _scores(queries, _gather(k_cache, group).mT, group, scale, softcap)
     shares = torch.softmax(
-        scores if slopes is None else _sloped(scores, group, slopes, kv_heads), -1
+        scores if alibi_slopes is None else _sloped(scores, group, alibi_slopes, kv_heads), -1
     )
-    if slopes is not None:
+    if alibi_slopes is not None:
         shares = shares.to(queries.dtype)
     out = torch.bmm(shares, _gather(v_cache, group)).to(dtype)
     if group.queries > 1:
@@ -257,27 +247,69 @@ def _attend(
     return out.reshape(len(q), -1)
 
 
-def _sloped(scores: Tensor, group: Group, slopes: Tensor, kv_heads: int) -> Tensor:
+def _sloped(scores: Tensor, group: Group, alibi_slopes: Tensor, kv_heads: int) -> Tensor:
     """With ALiBi, in float32: 16 bits cannot hold a long distance."""
     parted = scores.float().view(group.size, kv_heads, group.queries, -1, scores.shape[-1])
     return parted.addcmul_(
-        slopes.view(1, kv_heads, 1, -1, 1), group.distances[:, None, :, None]
+        alibi_slopes.view(1, kv_heads, 1, -1, 1), group.distances[:, None, :, None]
     ).view(scores.shape)
 
 
 def _scores(
-    queries: Tensor, keys: Tensor, group: Group, scale: float, soft_cap: float | None
+    queries: Tensor, keys: Tensor, group: Group, scale: float, softcap: float | None
 ) -> Tensor:
     """queries [pairs, queries * heads, D] times keys [pairs, D, length], scaled, capped and
     masked."""
     mask = group.mask
     if mask is not None and group.queries > 1:
         mask = mask.repeat_interleave(queries.shape[1] // group.queries, 1)
-    if soft_cap is not None:
-        scores = torch.tanh(torch.bmm(queries, keys).mul_(scale / soft_cap)).mul_(soft_cap)
+    if softcap is not None:
+        scores = torch.tanh(torch.bmm(queries, keys).mul_(scale / softcap)).mul_(softcap)
         return scores if mask is None else scores.add_(mask)
     return (
         torch.bmm(queries, keys).mul_(scale)
         if mask is None
         else torch.baddbmm(mask, queries, keys, alpha=scale)
     )
+
+
+class CpuQuantized:
+    """See backend.QuantizedOps: machine code of our own (cpu_linear.py)."""
+
+    def pack(self, parts: Sequence[Quantized], float32_output: bool) -> "QuantizedLinear | None":
+        """Matrices that read the same input, side by side; None where there is no kernel for
+        them."""
+        from .cpu_linear import QuantizedLinear
+
+        try:
+            return QuantizedLinear(parts, float32_output)
+        except ValueError:
+            return None
+
+
+class CpuOps:
+    """See backend.Ops."""
+
+    fused = None
+    quantized = CpuQuantized()
+    pack_linear = staticmethod(pack_linear)
+    linear = staticmethod(linear)
+    tied_logits = staticmethod(tied_logits)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    layer_norm = staticmethod(layer_norm)
+    add_layer_norm = staticmethod(add_layer_norm)
+    silu_mul = staticmethod(silu_mul)
+    gelu_mul = staticmethod(gelu_mul)
+    gelu = staticmethod(gelu)
+    gelu_tanh = staticmethod(gelu_tanh)
+    relu = staticmethod(relu)
+    pack_experts = staticmethod(pack_experts)
+    experts = staticmethod(experts)
+    rope_and_cache = staticmethod(rope_and_cache)
+    paged_attention = staticmethod(paged_attention)
+
+
+OPS: Final = CpuOps()
+"""This process's."""
+_complete: Ops = OPS

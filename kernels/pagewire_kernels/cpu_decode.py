@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_layers, cpu_native, cpu_task
+from . import cpu_native, cpu_task
 from .batch import Batch
 from .cpu_linear import QuantizedLinear
-from .cpu_team import MATRIX_FIELDS
+from .cpu_task import MATRIX_FIELDS
 from .quantized import GROUP
 
 MOST_TOKENS: Final = 32
@@ -68,6 +68,8 @@ class DecodeLayer:
 
 @dataclass(frozen=True)
 class Sizes:
+    """Of the decoder: features, heads and elements, the same in all layers."""
+
     hidden: int
     heads: int
     kv_heads: int
@@ -79,16 +81,19 @@ class Sizes:
 
 
 def float_bits(value: float) -> int:
+    """The bits of a float32, as a task holds it."""
     (bits,) = struct.unpack("<i", struct.pack("<f", value))
     return bits
 
 
 class NativeDecoder:
+    """The decoder as one function; keeps its buffers from step to step."""
+
     def __init__(
         self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes
     ) -> None:
         self._layers, self._norm, self._head, self._sizes = layers, norm, head, sizes
-        self._run = cpu_native.compiled(cpu_layers.decode, 1)
+        self._run = cpu_native.address("decode")
         self._table = np.stack([layer.fields() for layer in layers])
         self._memory: dict[str, Tensor] = {}
 
@@ -114,35 +119,73 @@ class NativeDecoder:
         """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
         (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32
         or bfloat16: one for each layer."""
-        t, s, threads = cpu_task, self._sizes, torch.get_num_threads()
-        tokens, width = len(x), s.heads * s.head_dim
-        table = self._table
+        t, threads = cpu_task, torch.get_num_threads()
+        rows = torch.arange(len(x)) if wanted is None else wanted
+        rows_of = self._rows_of(batch)
+        logits = torch.empty(len(rows), self._head.padded)
+        self._point_to(cos_sin, caches)
+        task = self._task(x, caches[0], batch, threads)
+        task[t.T_ROW_OF] = rows_of.ctypes.data
+        task[t.T_WANTED] = rows.data_ptr()
+        task[t.T_COUNT] = len(rows)
+        task[t.T_LOGITS] = logits.data_ptr()
+        task[t.T_LOGITS_STRIDE] = 4 * self._head.padded
+        cpu_native.run(self._run, task, threads)
+        return logits[:, : self._head.rows]
+
+    def _point_to(self, cos_sin: list[Tensor], caches: list[Tensor]) -> None:
+        """Write into the layers' fields what may have moved since the last step."""
+        t, table = cpu_task, self._table
         table[:, t.L_ROTARY] = [factors.data_ptr() for factors in cos_sin]
         table[:, t.L_CACHE] = [cache[0].data_ptr() for cache in caches]
         table[:, t.L_VALUES] = [cache[1].data_ptr() for cache in caches]
-        rows_of, tables = self._rows_of(batch), batch.block_tables
-        rows = torch.arange(tokens) if wanted is None else wanted
-        private = (
-            max(tokens * max(s.hidden, s.inner, width) * (GROUP + 1) // GROUP, batch.max_seq_len)
-            + GROUP
-        )
-        scratch = self._room("scratch", threads, private)
-        qkv, attended = (
-            self._room("qkv", tokens, self._layers[0].qkv.padded),
-            self._room("attended", tokens, width),
-        )
+
+    def _task(self, x: Tensor, cache: Tensor, batch: Batch, threads: int) -> np.ndarray:
+        """int64 [T_FIELDS]: sizes, the batch's columns, and the buffers that the layers hand their
+        results on in; without rows and logits. Strides are bytes. The caller keeps all of it alive
+        until the task has run."""
+        t, s = cpu_task, self._sizes
+        tokens = len(x)
+        width = s.heads * s.head_dim
+        # of a thread: the inputs of all tokens with their sums by group, or the scores of one head
+        longest = max(s.hidden, s.inner, width)
+        private = max(tokens * longest * (GROUP + 1) // GROUP, batch.max_seq_len) + GROUP
         inner = self._layers[0].up.padded // 2
-        gate, up = self._room("gate", tokens, inner), self._room("up", tokens, inner)
-        logits = torch.empty(len(rows), self._head.padded)
+        scratch = self._room("scratch", threads, private)
+        qkv = self._room("qkv", tokens, self._layers[0].qkv.padded)
+        attended = self._room("attended", tokens, width)
+        gate = self._room("gate", tokens, inner)
+        up = self._room("up", tokens, inner)
+
         task = np.zeros(t.T_FIELDS, np.int64)
-        task[: t.T_HEAD] = (
-            len(table), table.ctypes.data, tokens, s.hidden, s.heads, s.kv_heads, s.head_dim, s.inner, caches[0].shape[3], x.data_ptr(),
-            batch.positions.data_ptr(), rows_of.ctypes.data, tables.data_ptr(), tables.stride(0),
-            batch.slot_mapping.data_ptr(), scratch.data_ptr(), 4 * private, qkv.data_ptr(), 4 * qkv.shape[1], attended.data_ptr(),
-            gate.data_ptr(), up.data_ptr(), 4 * inner, int(caches[0].dtype == torch.bfloat16), int(s.gelu), self._norm.data_ptr(),
-            rows.data_ptr(), len(rows), logits.data_ptr(), 4 * self._head.padded,
-        )  # fmt: skip
+        task[t.T_LAYERS] = len(self._table)
+        task[t.T_TABLE] = self._table.ctypes.data
+        task[t.T_TOKENS] = tokens
+        task[t.T_HIDDEN] = s.hidden
+        task[t.T_HEADS] = s.heads
+        task[t.T_KV_HEADS] = s.kv_heads
+        task[t.T_SIZE] = s.head_dim
+        task[t.T_INNER] = s.inner
+        task[t.T_BLOCK] = cache.shape[3]
+        task[t.T_SHORT] = int(cache.dtype == torch.bfloat16)
+        task[t.T_GELU] = int(s.gelu)
+
+        task[t.T_X] = x.data_ptr()
+        task[t.T_POSITIONS] = batch.positions.data_ptr()
+        task[t.T_TABLES] = batch.block_tables.data_ptr()
+        task[t.T_TABLE_STRIDE] = batch.block_tables.stride(0)
+        task[t.T_SLOTS] = batch.slot_mapping.data_ptr()
+
+        task[t.T_SCRATCH] = scratch.data_ptr()
+        task[t.T_SCRATCH_BYTES] = 4 * private
+        task[t.T_QKV] = qkv.data_ptr()
+        task[t.T_QKV_STRIDE] = 4 * qkv.shape[1]
+        task[t.T_ATTENDED] = attended.data_ptr()
+        task[t.T_GATE] = gate.data_ptr()
+        task[t.T_UP] = up.data_ptr()
+        task[t.T_INNER_STRIDE] = 4 * inner
+
+        task[t.T_NORM] = self._norm.data_ptr()
         task[t.T_HEAD : t.T_HEAD + MATRIX_FIELDS] = self._head.fields
         task[t.T_HEAD + MATRIX_FIELDS] = float_bits(s.eps)
-        cpu_native.run(self._run, task, threads)
-        return logits[:, : self._head.rows]
+        return task

@@ -11,11 +11,13 @@ from typing import Any, Final, NamedTuple
 
 from llvmlite import ir
 
-from .cpu_panels import ROWS, Format
+from .cpu_format import ROWS, Format
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 FUSE: Final = ("contract", "nsz")
+MATMUL_ARGUMENTS: Final = 11
+DEQUANTIZE_ARGUMENTS: Final = 7
 TILES: Final = ((8, 1), (4, 1), (2, 2), (1, 3))
 """(rows of x, panels) that are worked on at a time: enough independent sums to hide the latency of
 an addition, few enough for the registers of AVX2."""
@@ -137,49 +139,79 @@ def _emit_tile(
 ) -> None:
     """out[row : row + rows, 16 columns of each panel]."""
     b = code.b
-    panel_bytes, sums_stride = (
-        b.mul(o.groups, constant(form.group_bytes)),
-        b.mul(o.groups, constant(4)),
-    )
-    at = [b.add(o.weight, b.mul(b.add(panel, constant(p)), panel_bytes)) for p in range(panels)]
-    x_at = [b.add(o.x, b.mul(b.add(row, constant(r)), o.x_stride)) for r in range(rows)]
-    sums_at = [b.add(o.sums, b.mul(b.add(row, constant(r)), sums_stride)) for r in range(rows)]
-    chains = 2 if rows * panels < 4 else 1
+    panel_bytes = b.mul(o.groups, constant(form.group_bytes))
+    sums_stride = b.mul(o.groups, constant(4))
+    weights = [
+        b.add(o.weight, b.mul(b.add(panel, constant(p)), panel_bytes)) for p in range(panels)
+    ]
+    inputs = [b.add(o.x, b.mul(b.add(row, constant(r)), o.x_stride)) for r in range(rows)]
+    sums = [b.add(o.sums, b.mul(b.add(row, constant(r)), sums_stride)) for r in range(rows)]
 
     def body(group: Any, totals: list[Any]) -> list[Any]:
-        groups = [Group(code, form, b.add(a, b.mul(group, constant(form.group_bytes)))) for a in at]
-        inputs = [b.add(a, b.mul(group, constant(4 * form.group))) for a in x_at]
-        parts: list[list[Any]] = [[None] * chains for _ in range(rows * panels)]
-        for j in range(form.group // 2):
-            pairs = [g.pair(j) for g in groups]
-            for i in (0, 1):
-                for r in range(rows):
-                    x = code.everywhere(code.load(inputs[r], 4 * (2 * j + i), F32, 4))
-                    for p in range(panels):
-                        sums = parts[r * panels + p]
-                        sums[(2 * j + i) % chains] = code.times_plus(
-                            pairs[p][i], x, sums[(2 * j + i) % chains]
-                        )
-        scales, minima = (
-            [g.scales() for g in groups],
-            [g.minima() for g in groups] if form.minima else [],
-        )
-        found = []
-        for i, total in enumerate(totals):
-            r, p = divmod(i, panels)
-            part = parts[i][0] if chains == 1 else b.fadd(parts[i][0], parts[i][1], flags=FUSE)
-            total = code.times_plus(part, scales[p], total)
-            if form.minima:
-                given = code.load(b.add(sums_at[r], b.mul(group, constant(4))), 0, F32, 4)
-                total = code.times_plus(minima[p], code.everywhere(given), total)
-            found.append(total)
-        return found
+        groups = [
+            Group(code, form, b.add(weight, b.mul(group, constant(form.group_bytes))))
+            for weight in weights
+        ]
+        x_at = [b.add(x, b.mul(group, constant(4 * form.group))) for x in inputs]
+        products = _emit_group_products(code, form, groups, x_at)
+        return _emit_scaled(code, form, groups, group, products, sums, totals)
 
     zero = ir.Constant(vector(F32), [0.0] * ROWS)
     _, *totals = code.loop(constant(0), o.groups, 1, [zero] * (rows * panels), body)
     for i, total in enumerate(totals):
         r, p = divmod(i, panels)
         _emit_result(code, o, total, b.add(row, constant(r)), b.add(panel, constant(p)))
+
+
+def _emit_group_products(
+    code: Code, form: Format, groups: list[Group], x_at: list[Any]
+) -> list[list[Any]]:
+    """Codes times inputs, summed over one group: for each row and panel (rows * panels entries,
+    panels of a row side by side) one sum or two. x_at: addresses of the rows' inputs.
+
+    A tile of few sums gives each two chains of additions, since one would wait for itself.
+    """
+    rows, panels = len(x_at), len(groups)
+    chains = 2 if rows * panels < 4 else 1
+    products: list[list[Any]] = [[None] * chains for _ in range(rows * panels)]
+    for j in range(form.group // 2):
+        pairs = [group.pair(j) for group in groups]
+        for i in (0, 1):
+            k = 2 * j + i
+            for r in range(rows):
+                x = code.everywhere(code.load(x_at[r], 4 * k, F32, 4))
+                for p in range(panels):
+                    chain = products[r * panels + p]
+                    chain[k % chains] = code.times_plus(pairs[p][i], x, chain[k % chains])
+    return products
+
+
+def _emit_scaled(
+    code: Code,
+    form: Format,
+    groups: list[Group],
+    group: Any,
+    products: list[list[Any]],
+    sums: list[Any],
+    totals: list[Any],
+) -> list[Any]:
+    """`totals` with a group's products times its scales added, and its minima times the sum of its
+    inputs. sums: addresses of the rows' sums by group."""
+    b, panels = code.b, len(groups)
+    scales = [part.scales() for part in groups]
+    minima = [part.minima() for part in groups] if form.minima else []
+    results: list[Any] = []
+    for i, total in enumerate(totals):
+        r, p = divmod(i, panels)
+        product = products[i][0]
+        if len(products[i]) == 2:
+            product = b.fadd(products[i][0], products[i][1], flags=FUSE)
+        total = code.times_plus(product, scales[p], total)
+        if form.minima:
+            input_sum = code.load(b.add(sums[r], b.mul(group, constant(4))), 0, F32, 4)
+            total = code.times_plus(minima[p], code.everywhere(input_sum), total)
+        results.append(total)
+    return results
 
 
 def _emit_result(code: Code, o: Operands, total: Any, row: Any, panel: Any) -> None:
@@ -267,3 +299,18 @@ def _store_row(code: Code, value: Any, row: Any, panel: Any, short: Any) -> None
             )
         with otherwise:
             code.store(value, b.add(row, b.mul(panel, constant(4 * ROWS))), 4)
+
+
+def module(kind: str, form: Format) -> ir.Module:
+    """With one function, of int64 alone: `matmul`, whose arguments are Operands, or `dequantize`.
+    It is named like the module."""
+    count = MATMUL_ARGUMENTS if kind == "matmul" else DEQUANTIZE_ARGUMENTS
+    made = ir.Module(f"{kind}_{form.name}")
+    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * count), made.name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    if kind == "matmul":
+        emit_matmul(Code(builder), form, Operands(*function.args))
+    else:
+        emit_dequantize(Code(builder), form, *function.args)
+    builder.ret_void()
+    return made

@@ -10,14 +10,14 @@ Compiled by Numba; see `cpu_team` for what is common to all of it. Imported on f
 import math
 
 import numpy as np
-from numba import njit
 
 from . import cpu_task as task
-from .cpu_kernels import as_float, floats, ints, longs, shorts
-from .cpu_team import FAST, MATRIX_FIELDS, share
+from .cpu_kernels import as_float, floats, inlined, ints, longs, shorts
+from .cpu_task import MATRIX_FIELDS
+from .cpu_team import share
 
 
-@njit(fastmath=FAST)
+@inlined
 def exponential(x):
     """e to the x, to a few units in the last place; in plain arithmetic, so that a loop over it
     becomes vectors."""
@@ -34,12 +34,12 @@ def exponential(x):
     return value * as_float(biased << np.int32(23))
 
 
-@njit(fastmath=FAST)
+@inlined
 def bits_of(field):
     return as_float(np.int32(field))
 
 
-@njit(fastmath=FAST)
+@inlined
 def normalise(x, at, weight, eps, columns, out, to):
     squares = np.float32(0)
     for i in range(columns):
@@ -49,7 +49,7 @@ def normalise(x, at, weight, eps, columns, out, to):
         out[to + i] = x[at + i] * factor * weight[i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def rotate(x, at, size, factors, f):
     half = size // 2
     for i in range(half):
@@ -58,7 +58,7 @@ def rotate(x, at, size, factors, f):
         x[at + half + i] = b * factors[f + i] + a * factors[f + half + i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def keep(x, at, size, cache, place, short):
     """float32 number `at` and those that follow, behind address x, to the cache's element
     `place`."""
@@ -76,7 +76,7 @@ def keep(x, at, size, cache, place, short):
             full[place + i] = given[at + i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def score_block(q, at, size, cache, place, count, short, scores, to):
     """Products of q[at : at + size] with `count` keys that follow each other; the largest of
     them."""
@@ -100,7 +100,7 @@ def score_block(q, at, size, cache, place, count, short, scores, to):
     return most
 
 
-@njit(fastmath=FAST)
+@inlined
 def add_block(shares, first, size, cache, place, count, short, out, to):
     """out[to : to + size] += shares times `count` values that follow each other."""
     if short:
@@ -119,7 +119,7 @@ def add_block(shares, first, size, cache, place, count, short, out, to):
                 out[to + i] += part * full[place + j * size + i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def turn_and_keep(t, layer, me, threads):
     """Heads are normalised and turned, keys and values go to the cache; each thread some of the
     heads of some tokens."""
@@ -156,7 +156,7 @@ def turn_and_keep(t, layer, me, threads):
             keep(t[task.T_QKV], at, size, cache, place, t[task.T_SHORT])
 
 
-@njit(fastmath=FAST)
+@inlined
 def place_of(t, layer, table, head, token):
     """Where in a cache the key of a sequence's token lies, for a query head."""
     kv, block = t[task.T_KV_HEADS], t[task.T_BLOCK]
@@ -164,7 +164,7 @@ def place_of(t, layer, table, head, token):
     return ((page * kv + head // (t[task.T_HEADS] // kv)) * block + token % block) * t[task.T_SIZE]
 
 
-@njit(fastmath=FAST)
+@inlined
 def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores)
     times values."""
@@ -197,7 +197,7 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
         out[to + i] /= total
 
 
-@njit(fastmath=FAST)
+@inlined
 def attend(t, layer, mine, me, threads):
     """Softmax of scores over what each token sees, times the values; each thread some heads of some
     tokens."""

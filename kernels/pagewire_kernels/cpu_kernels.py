@@ -1,8 +1,8 @@
-"""Products of few rows with quantized weights, and such weights made dense, as functions of machine
-code: one a format.
+"""What native functions are written with: how they are compiled, and how they reach memory and the
+products of `cpu_emit`.
 
-Imported on first use only, since it needs Numba, of which this is the only place that reaches into
-LLVM's terms (`cpu_emit`).
+Imported only to compile, since it needs Numba, of which this is the only place that reaches into
+LLVM's terms.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -11,120 +11,28 @@ LLVM's terms (`cpu_emit`).
 from typing import Any, Final
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
-from .cpu_emit import F32, I64, Code, Operands, emit_dequantize, emit_matmul
-from .cpu_panels import Format
+from .cpu_emit import DEQUANTIZE_ARGUMENTS, F32, I64, MATMUL_ARGUMENTS
 
-MATMUL_ARGUMENTS: Final = 11
-DEQUANTIZE_ARGUMENTS: Final = 7
+FAST: Final = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def _format_of(parts: Any) -> Format | None:
-    values = [
-        part.literal_value if isinstance(part, types.IntegerLiteral) else None for part in parts
-    ]
-    return (
-        None if None in values else Format(values[0], values[1], bool(values[2]), bool(values[3]))
-    )
+class _Inner(Compiler):
+    """Leaves out machine code, which only a call from Python would take. Numba then has no entry to
+    a function, and gets something that looks like one."""
+
+    def compile_extra(self, func: Any) -> Any:
+        self.state.flags.no_compile = True
+        made, entry = super().compile_extra(func), [].append
+        self.state.targetctx.insert_user_function(entry, made.fndesc, [made.library])
+        return made._replace(entry_point=entry)
 
 
-@intrinsic(prefer_literal=True)
-def _matmul(typing: Any, bits: Any, group: Any, half: Any, minima: Any, weight: Any, x: Any, x_stride: Any, sums: Any, groups: Any,
-            rows: Any, first: Any, last: Any, out: Any, out_stride: Any, add: Any):  # fmt: skip
-    form = _format_of((bits, group, half, minima))
-    if form is None:
-        return None
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        emit_matmul(Code(builder), form, Operands(*arguments[4:]))
-        return context.get_dummy_value()
-
-    return types.void(bits, group, half, minima, *[types.int64] * MATMUL_ARGUMENTS), generate
-
-
-@intrinsic(prefer_literal=True)
-def _dequantize(typing: Any, bits: Any, group: Any, half: Any, minima: Any, weight: Any, groups: Any, first: Any, last: Any, out: Any,
-                stride: Any, brief: Any):  # fmt: skip
-    form = _format_of((bits, group, half, minima))
-    if form is None:
-        return None
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        emit_dequantize(Code(builder), form, *arguments[4:])
-        return context.get_dummy_value()
-
-    return types.void(bits, group, half, minima, *[types.int64] * DEQUANTIZE_ARGUMENTS), generate
-
-
-# One function a format at the top level of a module: only those does Numba keep on disk.
-
-
-def _matmul_4_half(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(4, 32, 1, 1, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _matmul_4(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(4, 32, 0, 1, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _matmul_8_half(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(8, 32, 1, 0, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _matmul_8(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(8, 32, 0, 0, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _matmul_8_minima(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(8, 32, 0, 1, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _matmul_8_by_16(w, x, xs, s, g, r, p, q, o, os, a):
-    _matmul(8, 16, 0, 0, w, x, xs, s, g, r, p, q, o, os, a)
-
-
-def _dequantize_4_half(w, g, p, q, o, os, b):
-    _dequantize(4, 32, 1, 1, w, g, p, q, o, os, b)
-
-
-def _dequantize_4(w, g, p, q, o, os, b):
-    _dequantize(4, 32, 0, 1, w, g, p, q, o, os, b)
-
-
-def _dequantize_8_half(w, g, p, q, o, os, b):
-    _dequantize(8, 32, 1, 0, w, g, p, q, o, os, b)
-
-
-def _dequantize_8(w, g, p, q, o, os, b):
-    _dequantize(8, 32, 0, 0, w, g, p, q, o, os, b)
-
-
-def _dequantize_8_minima(w, g, p, q, o, os, b):
-    _dequantize(8, 32, 0, 1, w, g, p, q, o, os, b)
-
-
-def _dequantize_8_by_16(w, g, p, q, o, os, b):
-    _dequantize(8, 16, 0, 0, w, g, p, q, o, os, b)
-
-
-MATMULS: Final = {
-    Format(4, 32, True, True): _matmul_4_half,
-    Format(4, 32, False, True): _matmul_4,
-    Format(8, 32, True, False): _matmul_8_half,
-    Format(8, 32, False, False): _matmul_8,
-    Format(8, 32, False, True): _matmul_8_minima,
-    Format(8, 16, False, False): _matmul_8_by_16,
-}
-DEQUANTIZES: Final = {
-    Format(4, 32, True, True): _dequantize_4_half,
-    Format(4, 32, False, True): _dequantize_4,
-    Format(8, 32, True, False): _dequantize_8_half,
-    Format(8, 32, False, False): _dequantize_8,
-    Format(8, 32, False, True): _dequantize_8_minima,
-    Format(8, 16, False, False): _dequantize_8_by_16,
-}
+inlined = njit(fastmath=FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Inner)
+"""For functions that become part of others, and those that are the others."""
 
 
 def _signature(arguments: int) -> ir.FunctionType:

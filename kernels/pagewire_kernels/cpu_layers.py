@@ -10,24 +10,15 @@ Imported on first use only.
 # Numba's decorators change the signatures of what they decorate.
 
 import numpy as np
-from numba import njit
 
 from . import cpu_task as task
 from .cpu_heads import attend, bits_of, exponential, normalise, turn_and_keep
-from .cpu_kernels import floats, longs
-from .cpu_team import (
-    FAST,
-    MATRIX_FIELDS,
-    PANELS,
-    barrier,
-    share,
-    thread_count,
-    thread_number,
-    times_matrix,
-)
+from .cpu_kernels import floats, inlined, longs
+from .cpu_task import MATRIX_FIELDS, PANELS
+from .cpu_team import barrier, share, thread_count, thread_number, times_matrix
 
 
-@njit(fastmath=FAST)
+@inlined
 def sum_groups(x, at, columns, sums, first):
     """sums[first:] = sums of x[at : at + columns] by 32."""
     for g in range(columns // 32):
@@ -37,7 +28,7 @@ def sum_groups(x, at, columns, sums, first):
         sums[first + g] = total
 
 
-@njit(fastmath=FAST)
+@inlined
 def normalised(t, x, norm, count, mine):
     """The calling thread's own copy of `count` rows of x, normalised, and behind it their sums by
     groups; the address of those."""
@@ -55,7 +46,7 @@ def normalised(t, x, norm, count, mine):
     return mine + 4 * after
 
 
-@njit(fastmath=FAST)
+@inlined
 def summed(x, columns, stride, count, mine):
     """The sums by groups of `count` rows of x that lie `stride` bytes apart, in the calling
     thread's own memory."""
@@ -65,7 +56,7 @@ def summed(x, columns, stride, count, mine):
     return mine
 
 
-@njit(fastmath=FAST)
+@inlined
 def project(t, layer, mine, me, threads):
     """Queries, keys and values of all tokens, normalised input times their matrices, plus biases;
     each thread some panels of the three."""
@@ -101,7 +92,7 @@ def project(t, layer, mine, me, threads):
                 out[r * stride + i] += bias[i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def activate(t, first, last):
     """gate = act(gate) * up, in columns first to last."""
     gate, up, stride = floats(t[task.T_GATE]), floats(t[task.T_UP]), t[task.T_INNER_STRIDE] // 4
@@ -116,7 +107,7 @@ def activate(t, first, last):
                 gate[i] = gate[i] / (np.float32(1) + exponential(-gate[i])) * up[i]
 
 
-@njit(fastmath=FAST)
+@inlined
 def back_to_hidden(t, layer, at, x, columns, stride, mine, me, threads):
     """The residual += x times a matrix."""
     tokens = t[task.T_TOKENS]
@@ -127,7 +118,7 @@ def back_to_hidden(t, layer, at, x, columns, stride, mine, me, threads):
     )
 
 
-@njit(fastmath=FAST)
+@inlined
 def mlp(t, layer, mine, me, threads):
     tokens, hidden = t[task.T_TOKENS], t[task.T_HIDDEN]
     sums = normalised(t, t[task.T_X], layer[task.L_NORM2], tokens, mine)
@@ -151,7 +142,7 @@ def mlp(t, layer, mine, me, threads):
     )
 
 
-@njit(fastmath=FAST)
+@inlined
 def head(t, mine, me, threads):
     """Logits of the tokens that are wanted."""
     hidden, count = t[task.T_HIDDEN], t[task.T_COUNT]

@@ -7,13 +7,13 @@ time.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_native
+from . import cpu_native, cpu_task
 from .cpu_panels import ROWS, Panels, pack, rows_of
 from .quantized import GROUP, Quantized
 
@@ -28,9 +28,7 @@ class QuantizedLinear:
     rows, K must be a multiple of 32."""
 
     def __init__(self, parts: Sequence[Quantized], wide: bool = False) -> None:
-        from . import cpu_team
-
-        if any(len(part.codes) % ROWS for part in parts[:-1]) or parts[0].shape[1] % GROUP:
+        if any(part.shape[0] % ROWS for part in parts[:-1]) or parts[0].shape[1] % GROUP:
             raise ValueError(
                 f"matrices of {[tuple(part.shape) for part in parts]} do not fit panels of {ROWS} rows and groups of {GROUP}"
             )
@@ -38,9 +36,6 @@ class QuantizedLinear:
         self.rows, self.columns = sum(panels.rows for panels in self.panels), parts[0].shape[1]
         self.padded = ROWS * sum(len(panels.data) for panels in self.panels)
         self.crossing, self.wide = CROSSING, wide
-        self._multiply, self._make_dense = (
-            cpu_native.compiled(f, 1) for f in (cpu_team.multiply, cpu_team.make_dense)
-        )
         self.fields = np.concatenate([matrix_fields(panels) for panels in self.panels])
 
     @property
@@ -54,12 +49,9 @@ class QuantizedLinear:
     @property
     def key(self) -> str:
         """Names the shape and the formats."""
-        forms = (panels.format for panels in self.panels)
-        parts = "+".join(
-            f"{form.bits}x{form.group}{'h' if form.half else ''}{'m' if form.minima else ''}"
-            for form in forms
+        return (
+            f"{self.rows}x{self.columns} {'+'.join(panels.format.name for panels in self.panels)}"
         )
-        return f"{self.rows}x{self.columns} {parts}"
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type, or where `wide` in float32."""
@@ -71,8 +63,6 @@ class QuantizedLinear:
     def native(self, x: Tensor) -> Tensor:
         """[T, N] float32. T may be 0: a step that only computes part of a prompt asks for no
         logits."""
-        from . import cpu_team as team
-
         x = x.float().contiguous()
         sums = x.view(len(x), self.columns // GROUP, GROUP).sum(-1)
         out = torch.empty(len(x), self.padded)
@@ -85,9 +75,9 @@ class QuantizedLinear:
             out.data_ptr(),
             4 * self.padded,
         )
-        assert len(head) == team.M_FIELDS
+        assert len(head) == cpu_task.M_FIELDS
         cpu_native.run(
-            self._multiply,
+            cpu_native.address("multiply"),
             np.concatenate([np.array(head, np.int64), self.fields]),
             torch.get_num_threads(),
         )
@@ -99,8 +89,6 @@ class QuantizedLinear:
 
     def transposed(self, dtype: torch.dtype) -> Tensor:
         """[K, N] of float32 or bfloat16, valid until the next call for any matrix."""
-        from . import cpu_team as team
-
         size = self.columns * self.padded
         room = _scratch.get(dtype)
         if room is None or room.numel() < size:
@@ -109,9 +97,9 @@ class QuantizedLinear:
         for panels in self.panels:
             out = place.data_ptr() + first * dtype.itemsize
             head = (out, self.padded * dtype.itemsize, int(dtype == torch.bfloat16))
-            assert len(head) == team.D_FIELDS
+            assert len(head) == cpu_task.D_FIELDS
             task = np.concatenate([np.array(head, np.int64), matrix_fields(panels)])
-            cpu_native.run(self._make_dense, task, torch.get_num_threads())
+            cpu_native.run(cpu_native.address("make_dense"), task, torch.get_num_threads())
             first += ROWS * len(panels.data)
         return place[:, : self.rows]
 
@@ -121,22 +109,11 @@ class QuantizedLinear:
 
 
 def matrix_fields(panels: Panels) -> np.ndarray:
-    """The fields of a matrix in a task (cpu_team), int64."""
-    from . import cpu_kernels as kernels
-
-    multiply: Any = cpu_native.compiled(kernels.MATMULS[panels.format], kernels.MATMUL_ARGUMENTS)
-    dense: Any = cpu_native.compiled(
-        kernels.DEQUANTIZES[panels.format], kernels.DEQUANTIZE_ARGUMENTS
+    """The fields of a matrix in a task (cpu_task), int64."""
+    multiply, dense = (
+        cpu_native.address(f"{kind}_{panels.format.name}") for kind in ("matmul", "dequantize")
     )
     count, groups = panels.data.shape[:2]
     return np.array(
-        [
-            multiply.address,
-            panels.data.data_ptr(),
-            groups,
-            panels.format.group,
-            count,
-            dense.address,
-        ],
-        np.int64,
+        [multiply, panels.data.data_ptr(), groups, panels.format.group, count, dense], np.int64
     )

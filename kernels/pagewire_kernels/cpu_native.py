@@ -1,23 +1,29 @@
-"""Machine code for the CPU made by Numba, and the team of threads it runs in: torch's own OpenMP
-threads, so that two pools never contend for the cores.
+"""Machine code for the CPU, kept on disk as object files, and the team of threads it runs in:
+torch's own OpenMP threads, so that two pools never contend for the cores.
 
 A native function takes the address of an array of int64 (numbers and addresses) and is run by every
-thread of the team at once; its parts meet at barriers. Compiled functions are kept on disk by
-Numba. Knows nothing of models.
+thread of the team at once; its parts meet at barriers. Loading one takes LLVM alone: Numba, which
+takes half a second to import, is for compiling (`cpu_compile`). Knows nothing of models.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-CACHE_VARIABLE: Final = "NUMBA_CACHE_DIR"
 NEEDED: Final = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+FOR_ALL: Final = ("multiply", "make_dense", "decode")
+"""Functions that most models need, and the ones that take longest to compile."""
+_place: list[Path] = []
+_helpers: list[subprocess.Popen[bytes]] = []
 
 
 class NoNativeCode(RuntimeError):
@@ -25,15 +31,43 @@ class NoNativeCode(RuntimeError):
 
 
 def keep_in(place: Path) -> None:
-    """Where compiled functions are kept. To be called before the first one is compiled."""
-    os.environ.setdefault(CACHE_VARIABLE, str(place))
+    """The directory where compiled functions are kept. Without one they are compiled for this
+    process alone."""
+    _place[:] = [place]
 
 
 def digest() -> str:
-    """Changes with any source of native code: Numba looks at the file of a function alone, not at
-    those of what it calls."""
+    """Changes with any source of native code."""
     sources = sorted(Path(__file__).parent.glob("cpu_*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+@functools.cache
+def target() -> tuple[str, str, str]:
+    """(triple, processor, features) that functions are compiled for: this machine's, or what
+    Numba's variables name."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    return (
+        llvm.get_process_triple(),
+        name,
+        os.environ.get("NUMBA_CPU_FEATURES") or llvm.get_host_cpu_features().flatten(),
+    )
+
+
+def machine() -> Any:
+    """LLVM's, a new one each time: engines own theirs. Options are those that Numba gives it."""
+    import llvmlite.binding as llvm
+
+    triple, name, features = target()
+    relocation = "static" if triple.startswith(("x86", "i686")) else "default"
+    found = llvm.Target.from_triple(triple)
+    return found.create_target_machine(
+        name, features, opt=3, reloc=relocation, codemodel="jitdefault", jit=True
+    )
 
 
 @functools.cache
@@ -50,48 +84,118 @@ def openmp() -> ctypes.CDLL:
     raise NoNativeCode("torch's threads are not of GNU OpenMP")
 
 
-@functools.cache
-def numba() -> Any:
-    """The library, with the team's functions made known to it. Raises NoNativeCode where there is
-    none."""
-    library = openmp()
-    try:
-        import llvmlite.binding as llvm
-        import numba
-    except ImportError as error:
-        raise NoNativeCode(f"Numba cannot be imported ({error})") from None
-    for name in NEEDED:
-        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    return numba
+def check() -> None:
+    """Raises NoNativeCode where nothing can be compiled or run. What is on disk counts as
+    compiled."""
+    openmp()
+    if not importlib.util.find_spec("llvmlite"):
+        raise NoNativeCode("llvmlite, which comes with Numba, is not installed")
+    if not all(_kept(name) for name in FOR_ALL) and not _helpers:
+        from .cpu_compile import load_numba
+
+        load_numba()
 
 
 @functools.cache
 def converts_half() -> bool:
     """Whether the processor turns float16 into float32 by itself; elsewhere that is a call for each
     number."""
-    import llvmlite.binding as llvm
+    triple, _, features = target()
+    return triple.startswith("aarch64") or "+f16c" in features.split(",")
 
-    return llvm.get_process_triple().startswith("aarch64") or bool(
-        llvm.get_host_cpu_features().get("f16c")
-    )
+
+def compile_beside() -> None:
+    """Have another process compile what most models need and is not on disk."""
+    missing = [name for name in FOR_ALL if not _kept(name)]
+    if missing and _place and importlib.util.find_spec("numba"):
+        command = [sys.executable, "-m", "pagewire_kernels.cpu_compile", str(_place[0]), *missing]
+        with contextlib.suppress(OSError):
+            _helpers.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
 
 
 @functools.cache
-def compiled(function: Callable[..., None], arguments: int) -> Any:
-    """`function` of `arguments` int64, compiled or found on disk. The result's `address` is that of
-    the machine code, which lives as long as the process."""
-    library = numba()
-    int64 = library.types.int64
-    signature = library.types.void(*[int64] * arguments)
-    return library.cfunc(signature, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})(
-        function
-    )
+def address(name: str) -> int:
+    """Of a function's machine code, which lives as long as the process. Raises NoNativeCode."""
+    symbol, code = object_of(name)
+    return _load(code, symbol)
 
 
-def run(function: Any, task: np.ndarray, threads: int) -> None:
-    """Every thread of the team calls `function` (of one argument) with the address of `task`."""
+def object_of(name: str) -> tuple[str, bytes]:
+    """(symbol, object file) of a function: found on disk, where another process is about to put it,
+    or compiled and put there."""
+    found = _kept(name)
+    if not found and name in FOR_ALL and _helpers:
+        _helpers.pop().wait()
+        found = _kept(name)
+    if not found:
+        from .cpu_compile import compiled
+
+        found = compiled(name)
+        _keep(name, found)
+    return found
+
+
+def _load(code: bytes, symbol: str) -> int:
+    import llvmlite.binding as llvm
+
+    for name in NEEDED:
+        llvm.add_symbol(name, ctypes.cast(getattr(openmp(), name), ctypes.c_void_p).value)
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine.get_function_address(symbol)
+
+
+@functools.cache
+def _engine() -> Any:
+    import llvmlite.binding as llvm
+
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
+
+
+def _file(name: str) -> Path:
+    import llvmlite
+
+    made_by = (*target(), llvmlite.__version__)
+    return _place[0] / f"{name}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}.o"
+
+
+def _kept(name: str) -> tuple[str, bytes] | None:
+    """What the file holds: a line with its checksum, one with the symbol, and the object file."""
+    if not _place:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        checksum, rest = _file(name).read_bytes().split(b"\n", 1)
+        if hashlib.sha256(rest).hexdigest().encode() == checksum:
+            symbol, code = rest.split(b"\n", 1)
+            return symbol.decode(), code
+    return None
+
+
+def _keep(name: str, found: tuple[str, bytes]) -> None:
+    """In one move, since another worker may read it."""
+    if not _place:
+        return
+    symbol, code = found
+    rest = symbol.encode() + b"\n" + code
+    with contextlib.suppress(OSError):
+        _place[0].mkdir(parents=True, exist_ok=True)
+        passing = _file(name).with_suffix(f".{os.getpid()}")
+        passing.write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+        passing.replace(_file(name))
+
+
+def run(function: int, task: np.ndarray, threads: int) -> None:
+    """Every thread of the team calls the function at an address with the address of `task`."""
     openmp().GOMP_parallel(
-        ctypes.c_void_p(function.address),
+        ctypes.c_void_p(function),
         ctypes.c_void_p(task.ctypes.data),
         ctypes.c_uint(threads),
         ctypes.c_uint(0),

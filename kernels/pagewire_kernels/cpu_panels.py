@@ -9,49 +9,20 @@ So a product reads memory from front to back, sixteen results side by side, what
 the processor's vectors.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu_format import FORMATS, ROWS, Format
 from .quantized import Quantized
 
-ROWS: Final = 16
-"""Of a panel."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """half: scales and minima are float16, which holds them exactly; else float32."""
-
-    bits: int
-    group: int
-    half: bool
-    minima: bool
-
-    @property
-    def code_bytes(self) -> int:
-        return ROWS * self.group * self.bits // 8
-
-    @property
-    def scale_bytes(self) -> int:
-        return ROWS * (2 if self.half else 4)
-
-    @property
-    def group_bytes(self) -> int:
-        return self.code_bytes + self.scale_bytes * (2 if self.minima else 1)
-
-
-FORMATS: Final = (
-    Format(4, 32, True, True),
-    Format(4, 32, False, True),
-    Format(8, 32, True, False),
-    Format(8, 32, False, False),
-    Format(8, 32, False, True),
-    Format(8, 16, False, False),
-)
-"""What there are kernels for; the first that holds a weight exactly is chosen."""
+AT_A_TIME: Final = 1 << 16
+"""Codes that are packed in one go: what that takes stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +75,58 @@ def pack(weight: Quantized, half: bool = True) -> Panels:
     """weight in panels. Raises ValueError where there is no kernel for it."""
     form, (rows, columns) = choose_format(weight, half), weight.shape
     panels, groups = -(-rows // ROWS), columns // form.group
-    codes = _padded(weight.codes, panels).view(panels, ROWS, groups, form.group).permute(0, 2, 3, 1)
-    if form.bits == 4:
-        codes = codes[:, :, ::2] | codes[:, :, 1::2] << 4
+    data = np.zeros((panels, groups, form.group_bytes), np.uint8)
+    threads = torch.get_num_threads()
+    shares = [slice(panels * i // threads, panels * (i + 1) // threads) for i in range(threads)]
+    list(
+        _threads(threads).map(
+            lambda share: _pack_codes(weight, form, data[share], share.start * ROWS), shares
+        )
+    )
     kind = torch.float16 if form.half else torch.float32
-    parts = [codes.reshape(panels, groups, -1).view(torch.uint8)]
-    for values in (weight.scale, weight.minimum) if form.minima else (weight.scale,):
-        found = torch.zeros_like(weight.scale) if values is None else values
-        by_group = _padded(found.to(kind), panels).view(panels, ROWS, groups).mT.contiguous()
-        parts.append(by_group.view(torch.uint8))
-    return Panels(torch.cat(parts, 2), rows, form)
+    for i, values in enumerate((weight.scale, weight.minimum) if form.minima else (weight.scale,)):
+        if values is not None:
+            first = form.code_bytes + i * form.scale_bytes
+            by_group = (
+                _padded(values.to(kind), panels)
+                .view(panels, ROWS, groups)
+                .numpy()
+                .transpose(0, 2, 1)
+            )
+            data[:, :, first : first + form.scale_bytes].view(by_group.dtype)[...] = by_group
+    return Panels(torch.from_numpy(data), rows, form)
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "pack")
+
+
+def _pack_codes(weight: Quantized, form: Format, out: np.ndarray, first: int) -> None:
+    """Codes of the rows from `first` on to their places in panels `out` [panels, groups, bytes of a
+    group]."""
+    step = max(1, AT_A_TIME // (ROWS * weight.shape[1]))
+    for i in range(0, len(out), step):
+        _pack_some(weight, form, out[i : i + step], first + i * ROWS)
+
+
+def _pack_some(weight: Quantized, form: Format, out: np.ndarray, first: int) -> None:
+    last = first + len(out) * ROWS
+    codes = weight.by_place(first, last, ROWS).view(np.uint8)
+    if last > weight.shape[0]:
+        codes[:, -1, :, weight.shape[0] - last :] = 0
+    parts, blocks = len(codes) // form.group, codes.shape[2]
+    if form.bits == 4:
+        codes = codes[::2] | codes[1::2] << 4
+    source = codes.reshape(parts, -1, len(out), blocks, ROWS).view(_SIXTEEN)[..., 0]
+    place = out.reshape(len(out), blocks, parts, form.group_bytes)[..., : form.code_bytes].view(
+        _SIXTEEN
+    )
+    place[...] = source.transpose(2, 3, 0, 1)
+
+
+_SIXTEEN: Final = np.dtype((np.void, ROWS))
+"""Bytes that numpy copies in one piece."""
 
 
 def _padded(values: Tensor, panels: int) -> Tensor:

@@ -1,10 +1,19 @@
-"""The numbers that a task of `cpu_layers.decode` is made of, by their place in an array of
+"""The numbers that the tasks of native functions are made of, by their place in an array of
 int64."""
 
 from typing import Final
 
-from .cpu_team import MATRIX_FIELDS
+# The fields of one matrix in a task. A matrix of several pieces (query, key, value) is several of
+# these.
+FUNCTION, DATA, GROUPS, GROUP, PANELS, DEQUANTIZE, MATRIX_FIELDS = range(7)
 
+# Of the task of `cpu_team.multiply`; the matrices follow.
+M_COUNT, M_X, M_X_STRIDE, M_SUMS, M_ROWS, M_OUT, M_OUT_STRIDE, M_FIELDS = range(8)
+
+# Of the task of `cpu_team.make_dense`; the matrix follows.
+D_OUT, D_OUT_STRIDE, D_BRIEF, D_FIELDS = range(4)
+
+# Of the task of `cpu_layers.decode`.
 T_LAYERS: Final = 0
 T_TABLE: Final = 1
 T_TOKENS: Final = 2

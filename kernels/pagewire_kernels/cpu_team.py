@@ -9,30 +9,42 @@ they meet at a barrier. Imported on first use only.
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Numba's decorators change the signatures of what they decorate.
 
-from typing import Final
+from numba import types
 
-from numba import njit, types
+from .cpu_kernels import call_dequantize, call_matmul, inlined, longs
+from .cpu_task import (
+    D_BRIEF,
+    D_FIELDS,
+    D_OUT,
+    D_OUT_STRIDE,
+    DATA,
+    DEQUANTIZE,
+    FUNCTION,
+    GROUPS,
+    M_COUNT,
+    M_FIELDS,
+    M_OUT,
+    M_OUT_STRIDE,
+    M_ROWS,
+    M_SUMS,
+    M_X,
+    M_X_STRIDE,
+    MATRIX_FIELDS,
+    PANELS,
+)
 
-from .cpu_kernels import call_dequantize, call_matmul, longs
-
-FAST: Final = {"reassoc", "contract", "nsz", "arcp"}
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
-@njit(fastmath=FAST)
+@inlined
 def share(total, part, parts):
     """(first, last) of what thread `part` does of `total` pieces."""
     return total * part // parts, total * (part + 1) // parts
 
 
-# The fields of one matrix in a task. A matrix of several pieces (query, key, value) is several of
-# these.
-FUNCTION, DATA, GROUPS, GROUP, PANELS, DEQUANTIZE, MATRIX_FIELDS = range(7)
-
-
-@njit(fastmath=FAST)
+@inlined
 def times_matrix(m, at, first, last, x, x_stride, sums, rows, out, out_stride, add):
     """out[:, 16 * first : 16 * last] (+)= x times those panels of the matrix at m[at]."""
     if last > first:
@@ -52,10 +64,6 @@ def times_matrix(m, at, first, last, x, x_stride, sums, rows, out, out_stride, a
         )
 
 
-# Fields of the task of `multiply`; the matrices follow.
-M_COUNT, M_X, M_X_STRIDE, M_SUMS, M_ROWS, M_OUT, M_OUT_STRIDE, M_FIELDS = range(8)
-
-
 def multiply(task):
     """out [rows, 16 * panels of all matrices] = x times each of them, side by side."""
     t = longs(task)
@@ -72,10 +80,6 @@ def multiply(task):
             t, at, first, last, t[M_X], t[M_X_STRIDE], t[M_SUMS], t[M_ROWS], out, t[M_OUT_STRIDE], 0
         )
         before += t[at + PANELS]
-
-
-# Fields of the task of `make_dense`; the matrix follows.
-D_OUT, D_OUT_STRIDE, D_BRIEF, D_FIELDS = range(4)
 
 
 def make_dense(task):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import gemm_cublaslt
+from .gemm_cublaslt import GemmAlgorithms
 from .shapes import Candidate, Choice
 from .workspace import counters, overlap
 
@@ -228,10 +228,17 @@ def _launch(
         **overlap(x.device))  # fmt: skip
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    algorithms: GemmAlgorithms | None = None,
+) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T + bias: by the kernel here where it is the faster one, else by
-    cuBLAS, with an algorithm chosen for the shape where there is one (gemm_cublaslt.py)."""
+    cuBLAS, with the algorithm for the shape where `algorithms` has one."""
     if pick_config(x.shape[0], weight.shape[0], x.shape[1]) is not None:
         return skinny_linear(x, weight, bias)
-    found = gemm_cublaslt.product(x, weight) if bias is None else None
-    return torch.nn.functional.linear(x, weight, bias) if found is None else found
+    out = None
+    if bias is None and algorithms is not None:
+        out = algorithms.matmul(x, weight)
+    return torch.nn.functional.linear(x, weight, bias) if out is None else out

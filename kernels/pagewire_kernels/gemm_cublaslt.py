@@ -2,7 +2,7 @@
 of the one its heuristic ranks first.
 
 Knows the library's C interface (its names and numbers are those of cublasLt.h) and runs what it is
-told to: which algorithm is fastest is for others to find out. Every product has the one workspace,
+asked to: which algorithm is fastest is for others to find out. Every product has the one workspace,
 so all must run on one stream. Where nothing was chosen, nothing is run.
 """
 
@@ -94,7 +94,7 @@ def _workspace(device: torch.device) -> Tensor:
     return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
 
-class Product:
+class Gemm:
     """[M, K] x [N, K]^T -> [M, N], all contiguous, as the library sees it: column-major, so the
     weight comes first."""
 
@@ -124,11 +124,11 @@ class Product:
 
     def candidates(self) -> list[bytes]:
         """What the heuristic considers, best first; nothing where it knows nothing."""
-        wish = _made("cublasLtMatmulPreferenceCreate")
+        preference = _made("cublasLtMatmulPreferenceCreate")
         limit = ctypes.c_size_t(WORKSPACE)
         _call(
             "cublasLtMatmulPreferenceSetAttribute",
-            wish,
+            preference,
             WORKSPACE_LIMIT,
             ctypes.byref(limit),
             ctypes.c_size_t(8),
@@ -141,12 +141,12 @@ class Product:
                 _handle(),
                 self._description,
                 *layouts,
-                wish,
+                preference,
                 MOST,
                 found,
                 ctypes.byref(count),
             )
-        _call("cublasLtMatmulPreferenceDestroy", wish)
+        _call("cublasLtMatmulPreferenceDestroy", preference)
         return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
 
     def accepts(self, algorithm: bytes) -> bool:
@@ -188,54 +188,57 @@ class Product:
         return run
 
 
-_chosen: dict[Shape, list[tuple[int, bytes]]] = {}
-_plans: dict[tuple[int, Shape], Callable[[Tensor, Tensor, Tensor], None] | None] = {}
-_seen: dict[Shape, tuple[int, list[Tensor]]] | None = None
+Run = Callable[[Tensor, Tensor, Tensor], None]
+"""(x, weight, out): one matrix product on the current stream."""
 
 
-def choose(shape: Shape, algorithms: Mapping[int, bytes]) -> None:
-    """What products with weights of `shape` use from now on, by row count; an empty algorithm
-    leaves them to torch."""
-    _chosen[shape] = sorted(algorithms.items())
-    _plans.clear()
+class GemmAlgorithms:
+    """Which algorithm the products with weights of a shape use, by row count: one for a process,
+    filled when it starts, empty until then."""
 
+    def __init__(self) -> None:
+        self.by_shape: dict[Shape, list[tuple[int, bytes]]] = {}
+        """Row counts in rising order; an empty algorithm leaves the product to torch."""
+        self._plans: dict[tuple[int, Shape], Run | None] = {}
+        self._recorded: dict[Shape, tuple[int, list[Tensor]]] | None = None
 
-def _plan(
-    rows: int, shape: Shape, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], None] | None:
-    """That of the next larger row count."""
-    table = _chosen[shape]
-    at = bisect_left(table, (rows, b""))
-    if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
-        return None
-    product = Product(rows, shape)
-    return product.bound(table[at][1], device) if product.accepts(table[at][1]) else None
+    def choose(self, shape: Shape, algorithms: Mapping[int, bytes]) -> None:
+        """What products with weights of `shape` use from now on, by row count; an empty algorithm
+        leaves them to torch."""
+        self.by_shape[shape] = sorted(algorithms.items())
+        self._plans.clear()
 
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """x [M, K] @ weight [N, K]^T -> [M, N]; None where torch is to do it."""
+        shape = (weight.shape[0], weight.shape[1], weight.dtype)
+        if self._recorded is not None:
+            self._recorded.setdefault(shape, (x.shape[0], []))[1].append(weight)
+            _workspace(x.device)  # not from the memory of a graph that is captured later
+        if shape not in self.by_shape or not x.is_contiguous():
+            return None
+        key = (x.shape[0], shape)
+        if key not in self._plans:
+            self._plans[key] = self._plan(*key, x.device)
+        if (plan := self._plans[key]) is None:
+            return None
+        out = torch.empty(x.shape[0], shape[0], dtype=x.dtype, device=x.device)
+        plan(x, weight, out)
+        return out
 
-def product(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x [M, K] @ weight [N, K]^T -> [M, N]; None where torch is to do it."""
-    shape = (weight.shape[0], weight.shape[1], weight.dtype)
-    if _seen is not None:
-        _seen.setdefault(shape, (x.shape[0], []))[1].append(weight)
-        _workspace(x.device)  # not from the memory of a graph that is captured later
-    if shape not in _chosen or not x.is_contiguous():
-        return None
-    key = (x.shape[0], shape)
-    if key not in _plans:
-        _plans[key] = _plan(*key, x.device)
-    if (plan := _plans[key]) is None:
-        return None
-    out = torch.empty(x.shape[0], shape[0], dtype=x.dtype, device=x.device)
-    plan(x, weight, out)
-    return out
+    def _plan(self, rows: int, shape: Shape, device: torch.device) -> Run | None:
+        """That of the next larger row count."""
+        table = self.by_shape[shape]
+        at = bisect_left(table, (rows, b""))
+        if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
+            return None
+        product = Gemm(rows, shape)
+        return product.bound(table[at][1], device) if product.accepts(table[at][1]) else None
 
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:
-    """What `product` is asked for meanwhile: by shape, the first row count and the weights."""
-    global _seen
-    _seen = {}
-    try:
-        yield _seen
-    finally:
-        _seen = None
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:
+        """What `matmul` is asked for meanwhile: by shape, the first row count and the weights."""
+        self._recorded = {}
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None

@@ -9,7 +9,9 @@ block_q6_K).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,44 +19,99 @@ GROUP = 32
 """Inputs that share a scale where weights are quantized here."""
 
 
+class Stored(Protocol):
+    """Codes [N, K] that stay in the blocks of a file until they are wanted."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """All of them."""
+        ...
+
+    def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
+        """Those of rows first to last, or as many as there are, by their place in a block: [values
+        of a block, (last - first) / lanes, blocks of a row, lanes]. Lanes without a row hold
+        anything."""
+        ...
+
+    def __getitem__(self, rows: Tensor) -> "Stored": ...
+
+
 @dataclass(frozen=True)
 class Quantized:
-    """codes [N, K]: uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32; minimum like
-    scale, None where it is zero."""
+    """values [N, K]: codes, uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32;
+    minimum like scale, None where it is zero."""
 
-    codes: Tensor
+    values: Tensor | Stored
     scale: Tensor
     minimum: Tensor | None = None
 
     @property
+    def codes(self) -> Tensor:
+        return self.values if isinstance(self.values, Tensor) else self.values.tensor()
+
+    @property
     def shape(self) -> torch.Size:
-        return self.codes.shape
+        return self.values.shape
 
     @property
     def bits(self) -> int:
-        return 4 if self.codes.dtype == torch.uint8 else 8
+        return 4 if self.values.dtype == torch.uint8 else 8
 
     @property
     def group(self) -> int:
-        return self.codes.shape[1] // self.scale.shape[1]
+        return self.shape[1] // self.scale.shape[1]
+
+    def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
+        """Codes as Stored gives them; without blocks, each row is one."""
+        if not isinstance(self.values, Tensor):
+            return self.values.by_place(first, last, lanes)
+        rows = pad_rows(self.values[first:last].numpy(), last - first)
+        return np.ascontiguousarray(rows.reshape(-1, lanes, self.shape[1]).transpose(2, 0, 1))[
+            :, :, None
+        ]
 
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
         index = torch.as_tensor(rows)
         return Quantized(
-            self.codes[index],
+            self.values[index],
             self.scale[index],
             None if self.minimum is None else self.minimum[index],
+        )
+
+    def narrow(self, dim: int, start: int, length: int) -> "Quantized":
+        """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Raises ValueError for
+        columns that cut a group."""
+        if dim == 0:
+            return self.take(torch.arange(start, start + length))
+        if start % self.group or length % self.group:
+            raise ValueError(f"columns {start} to {start + length} cut a group of {self.group}")
+        first, count = start // self.group, length // self.group
+        minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
+        return Quantized(
+            self.codes.narrow(1, start, length), self.scale.narrow(1, first, count), minimum
         )
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
         grouped = (
-            self.codes.float().view(len(self.codes), -1, self.group).mul_(self.scale[:, :, None])
+            self.codes.float().view(self.shape[0], -1, self.group).mul_(self.scale[:, :, None])
         )
         if self.minimum is not None:
             grouped.add_(self.minimum[:, :, None])
-        return grouped.view(self.codes.shape)
+        return grouped.view(self.shape)
+
+
+def pad_rows(values: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows: values [N, ...], and behind them zeros."""
+    missing = count - len(values)
+    return (
+        np.concatenate((values, np.zeros((missing, *values.shape[1:]), values.dtype)))
+        if missing
+        else values
+    )
 
 
 def quantize(weight: Tensor, bits: int) -> Quantized:

@@ -58,15 +58,17 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return gelu_tanh(gate) * up
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """x [T, H] through the experts chosen [T, k] for each token, weighted by weights [T, k]
-    float32. gate_up [E, 2I, H], down [E, H, I]."""
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, top_k_ids: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """x [T, H] through the experts top_k_ids [T, k] of each token, weighted by top_k_weights
+    [T, k] float32. gate_up [E, 2I, H], down [E, H, I]."""
     rows = [
         sum(
             w * (down[e] @ silu_mul((gate_up[e] @ token)[None])[0]).to(w.dtype)
             for e, w in zip(ids.tolist(), shares, strict=True)
         )
-        for token, ids, shares in zip(x, chosen, weights, strict=True)
+        for token, ids, shares in zip(x, top_k_ids, top_k_weights, strict=True)
     ]
     return torch.stack(rows).to(x.dtype)  # pyright: ignore[reportArgumentType]
 
@@ -118,8 +120,8 @@ def attend(
     v: Tensor,
     scale: float,
     window: int | None,
-    soft_cap: float | None,
-    slopes: Tensor | None = None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D].
     Softmax in float32 or wider."""
@@ -127,12 +129,12 @@ def attend(
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = k.repeat_interleave(group, 1).to(wide), v.repeat_interleave(group, 1).to(wide)
     scores = torch.einsum("nhd,shd->hns", q.to(wide), k) * scale
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     i = torch.arange(length - n, length, device=q.device)[:, None]
     j = torch.arange(length, device=q.device)[None]
-    if slopes is not None:
-        scores = scores + slopes[:, None, None] * (j - i)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes[:, None, None] * (j - i)
     hidden = (j > i) if window is None else (j > i) | (j <= i - window)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hns,shd->nhd", weights, v).to(q.dtype)
@@ -145,11 +147,11 @@ def paged_attention(
     batch: Batch,
     scale: float,
     window: int | None,
-    soft_cap: float | None = None,
-    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
-    token i see j with i - w < j <= i. slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
+    token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
     scaled, capped score."""
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
@@ -162,5 +164,5 @@ def paged_attention(
         k, v = (
             cache[blocks].transpose(1, 2).flatten(0, 1)[:length] for cache in (k_cache, v_cache)
         )
-        out[first:last] = attend(q[first:last], k, v, scale, window, soft_cap, slopes)
+        out[first:last] = attend(q[first:last], k, v, scale, window, softcap, alibi_slopes)
     return out.flatten(1)

@@ -19,6 +19,7 @@ from typing import Final, Generic, TypeVar
 import msgspec
 import zmq
 
+from .columns import Epoch, Incarnation
 from .messages import Message, Role, ToFrontend, ToScheduler, ToTokenizer, ToWorker
 
 TOPOLOGY: Final = {
@@ -29,6 +30,8 @@ TOPOLOGY: Final = {
     Role.WORKER: (ToWorker, (Role.SCHEDULER,)),
 }
 MAX_FRAME: Final = 64 * 1024 * 1024
+NO_INCARNATION: Final = Incarnation(0)
+"""In the place of the scheduler's, whose address does not depend on it."""
 QUEUE_LENGTH: Final = 100_000
 READABLE: Final = int(zmq.POLLIN)
 DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -70,11 +73,13 @@ def prepare_run_dir(run_dir: str) -> Path:
     return path
 
 
-def new_incarnation() -> int:
-    return secrets.randbits(62) | 1
+def new_incarnation() -> Incarnation:
+    """A random one, for a process that starts."""
+    return Incarnation(secrets.randbits(62) | 1)
 
 
-def inbox_address(run_dir: Path, role: Role, incarnation: int) -> str:
+def inbox_address(run_dir: Path, role: Role, incarnation: Incarnation) -> str:
+    """Where a process is reached; the scheduler everywhere at the same address."""
     name = "scheduler" if role is Role.SCHEDULER else f"{role.name.lower()}-{incarnation:016x}"
     return f"ipc://{run_dir}/{name}.sock"
 
@@ -95,7 +100,7 @@ def check_unused(run_dir: Path) -> None:
             raise _already_running(run_dir) from None
 
 
-def take_epoch(run_dir: Path) -> tuple[int, int]:
+def take_epoch(run_dir: Path) -> tuple[Epoch, int]:
     """The next epoch and the descriptor that holds the scheduler's lock for this process's life.
     Raises AlreadyRunning."""
     fd = os.open(run_dir / "scheduler.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -106,13 +111,13 @@ def take_epoch(run_dir: Path) -> tuple[int, int]:
         raise _already_running(run_dir) from None
     epoch = int(os.pread(fd, 32, 0) or b"0") + 1
     os.pwrite(fd, str(epoch).encode(), 0)
-    return epoch, fd
+    return Epoch(epoch), fd
 
 
 class Inbox(Generic[M]):
     """The bound PULL socket of one process, decoding into the union of its role."""
 
-    def __init__(self, run_dir: Path, role: Role, incarnation: int) -> None:
+    def __init__(self, run_dir: Path, role: Role, incarnation: Incarnation) -> None:
         self.address = inbox_address(run_dir, role, incarnation)
         self.undecodable = 0
         self._path = self.address.removeprefix("ipc://")
@@ -179,6 +184,7 @@ class Inbox(Generic[M]):
             self._socket.recv(zmq.NOBLOCK)
 
     def close(self) -> None:
+        """Unbind and remove the socket's file; what has not been received is lost."""
         self._socket.close(linger=0)
         with self._lock:
             wake, self._wake = self._wake, -1
@@ -231,6 +237,7 @@ class Outbox:
             socket.close(linger=0)
 
     def close(self, linger_ms: int = 0) -> None:
+        """Close all sockets; what is queued gets `linger_ms` milliseconds to leave."""
         for socket in self._sockets.values():
             socket.close(linger=linger_ms)
         self._sockets.clear()

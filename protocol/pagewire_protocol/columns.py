@@ -6,7 +6,7 @@ arrays with one entry a row.
 
 from array import array
 from collections.abc import Iterable
-from typing import Annotated, Final
+from typing import Annotated, Final, NewType
 
 from msgspec import Meta
 
@@ -18,6 +18,9 @@ MAX_CACHE_SALT: Final = 128
 MAX_TOKENS_PER_ROW: Final = 16
 """Most tokens that one row of a step can bring."""
 
+# Numbers that are easily taken for each other have types of their own; a message's field adds the
+# bounds.
+
 Rid = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """A request, chosen at random by the frontend that owns it; the same over all attempts."""
 Attempt = Annotated[int, Meta(ge=1, le=2**32 - 1)]
@@ -27,10 +30,19 @@ Handle = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 incarnation."""
 Execution = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """One placement of one attempt on one worker, made by `execution_id`. Unique over schedulers."""
-Epoch = Annotated[int, Meta(ge=1, le=2**20 - 1)]
+Epoch = NewType("Epoch", int)
 """The term of one scheduler, counted in its lock file: a later scheduler has a higher one."""
-Incarnation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Incarnation = NewType("Incarnation", int)
 """One life of one process."""
+FIRST_INCARNATION: Final = Incarnation(1)
+"""For a runner that is used without a process of its own."""
+Slot = NewType("Slot", int)
+"""A place for one running request on one worker."""
+BlockId = NewType("BlockId", int)
+"""A block of one worker's KV cache."""
+EpochField = Annotated[Epoch, Meta(ge=1, le=2**20 - 1)]
+IncarnationField = Annotated[Incarnation, Meta(ge=1, le=2**63 - 1)]
+SlotField = Annotated[Slot, Meta(ge=0, le=MAX_ROWS)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Name = Annotated[str, Meta(max_length=256)]
 Inbox = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -51,16 +63,16 @@ EXECUTION_BITS: Final = 43
 """Bits of an execution id below its epoch: how many executions one scheduler can count."""
 
 
-def execution_id(epoch: int, number: int) -> int:
+def execution_id(epoch: Epoch, number: int) -> int:
     """The id of the `number`-th execution (from 1) that the scheduler of `epoch` starts: the epoch
     in the upper 20 bits, the number in the lower 43."""
     return epoch << EXECUTION_BITS | number
 
 
-def epoch_of(execution: int) -> int:
+def epoch_of(execution: int) -> Epoch:
     """The epoch of the scheduler that started this execution; below 0 for the -1 that stands for no
     execution."""
-    return execution >> EXECUTION_BITS
+    return Epoch(execution >> EXECUTION_BITS)
 
 
 def pack(code: str, values: Iterable[int] | Iterable[float]) -> bytes:

@@ -21,10 +21,12 @@ from .columns import (
     CacheSalt,
     Count,
     Epoch,
+    EpochField,
     Execution,
     Handle,
     Inbox,
     Incarnation,
+    IncarnationField,
     Name,
     Rid,
     RowsI32,
@@ -96,7 +98,7 @@ class Heartbeat(Message, tag=True, frozen=True):
     it say Hello again."""
 
     inbox: Inbox
-    incarnation: Incarnation
+    incarnation: IncarnationField
     progress: Count
     busy: bool
     stage: Name = ""
@@ -106,7 +108,7 @@ class Heartbeat(Message, tag=True, frozen=True):
 class Goodbye(Message, tag=True, frozen=True):
     """An orderly exit: no more work for this incarnation."""
 
-    incarnation: Incarnation
+    incarnation: IncarnationField
 
 
 class Submit(Message, tag=True, frozen=True):
@@ -147,8 +149,8 @@ class StepResult(Message, tag=True, frozen=True):
     were not finite: the row's tokens are then meaningless.
     """
 
-    epoch: Epoch
-    incarnation: Incarnation
+    epoch: EpochField
+    incarnation: IncarnationField
     n: Count
     slots: RowsI32
     tokens: TokensI32
@@ -284,7 +286,7 @@ class Step(Message, tag=True, frozen=True):
     meanwhile. An `epoch` above the worker's own clears all its slots first; one below is ignored.
     """
 
-    epoch: Epoch
+    epoch: EpochField
     n: Count
     retire: RowsI32 = b""
     admit: Annotated[tuple[Admission, ...], Meta(max_length=MAX_ROWS)] = ()
@@ -303,7 +305,7 @@ class Step(Message, tag=True, frozen=True):
 class Roster(Message, tag=True, frozen=True):
     """The stack as the scheduler sees it, sent to every process when it changes."""
 
-    epoch: Epoch
+    epoch: EpochField
     peers: Annotated[tuple[Peer, ...], Meta(max_length=1024)]
     max_model_len: Count
     """0 until a worker is ready."""

@@ -75,6 +75,7 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken, without a random draw."""
         return self.temperature < GREEDY_BELOW
 
 

@@ -15,6 +15,8 @@ from pagewire_protocol.sampling import MAX_BIAS_VALUE, Sampling
 
 
 class Fault(NamedTuple):
+    """What is wrong, with the numbers, and the parameter at fault."""
+
     message: str
     param: str
 
@@ -26,7 +28,7 @@ def fault(sampling: Sampling, vocab_size: int) -> Fault | None:
         sampling.bias_ids or sampling.bias_values or sampling.allowed_ids or sampling.bad_words
     ):
         return None
-    return next((found for found in _faults(sampling, vocab_size)), None)
+    return next(_faults(sampling, vocab_size), None)
 
 
 def _faults(sampling: Sampling, vocab_size: int) -> Iterator[Fault]:

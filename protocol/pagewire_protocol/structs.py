@@ -15,10 +15,11 @@ from .columns import (
     Execution,
     Handle,
     Inbox,
-    Incarnation,
+    IncarnationField,
     Name,
     RowsI32,
     ShortText,
+    SlotField,
     Text,
     TokenBytes,
     TokensF32,
@@ -172,7 +173,7 @@ class PromptLogprobs(Record, frozen=True):
     instead, with attempt and execution. The tokenizer adds the candidates' bytes.
     """
 
-    slot: Annotated[int, Meta(ge=0, le=MAX_ROWS)] | None
+    slot: SlotField | None
     first: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     counts: TokensI32
     ranks: TokensI32
@@ -234,7 +235,7 @@ class Peer(Record, frozen=True):
     role: Role
     name: Name
     inbox: Inbox
-    incarnation: Incarnation
+    incarnation: IncarnationField
     ready: bool
     stage: Name = ""
     """What it is doing while not ready, to be shown to users."""
@@ -266,7 +267,7 @@ class Admission(Record, frozen=True):
     `computed` tokens of them are filled already (prefix cache). Prompt and output are kept apart:
     penalties and seeds depend on which is which."""
 
-    slot: Annotated[int, Meta(ge=0, le=MAX_ROWS)]
+    slot: SlotField
     execution: Execution
     prompt: TokensI32
     output: TokensI32

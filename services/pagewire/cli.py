@@ -6,7 +6,6 @@ small services start fast.
 
 import argparse
 import difflib
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .config import (
     read,
 )
 from .process.errors import EXPECTED, missing_package
+from .process.imports import imported
 from .version import __version__
 
 COMMANDS = {
@@ -103,7 +103,7 @@ def _guarded(command: str, arguments: list[str]) -> int:
     try:
         if command in SERVICES:
             return run_service(command, arguments)
-        return importlib.import_module(f".{COMMANDS[command][0]}", __package__).main(arguments)
+        return imported(COMMANDS[command][0]).main(arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -213,7 +213,7 @@ def run_service(command: str, arguments: list[str]) -> int:
     module, structs, description = SERVICES[command]
     configs = parse_structs(command, description, structs, arguments)
     set_up_logging(configs[0].log_level)
-    return importlib.import_module(f".{module}", __package__).run(*configs)
+    return imported(module).run(*configs)
 
 
 def set_up_logging(level: str) -> None:

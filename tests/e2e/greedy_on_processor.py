@@ -7,7 +7,6 @@ A program of its own, since qemu runs whole processes.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,9 +63,6 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     log = Lines()
     logging.getLogger("pagewire.worker").addHandler(log)
     logging.getLogger("pagewire.worker").setLevel(logging.INFO)
-    target = os.environ.get("NUMBA_CPU_FEATURES")
-    if target:  # made on this processor for another
-        cpu_native.converts_half = lambda: "+f16c" in target.split(",")
     file = path.endswith(".gguf")
     model = ModelConfig(
         max_model_len=64,

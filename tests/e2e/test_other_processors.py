@@ -2,9 +2,9 @@
 and without AVX at all. The model is small and its weights are random: qemu needs minutes for one
 step of the demo model.
 
-Compiling takes minutes there too, so it is done here first, by Numba for the other processor: its
-directory then has the code of both, and the emulated process must find its own and no other's,
-which would be illegal instructions.
+Compiling takes minutes there too, so it is done here first, for the other processor: its directory
+then has the code of both, and the emulated process must find its own and no other's, which would be
+illegal instructions.
 """
 
 import json
@@ -77,10 +77,10 @@ def test_the_worker_runs_and_gives_the_same_tokens(
 ) -> None:
     name, features = python(model, "-c", ASK, on=processor).split()
     greedy(model, "float32", NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features)
-    compiled = sorted(model.rglob("*.nbc"))
+    compiled = sorted(model.rglob("*.o"))
     found = greedy(model, "auto", on=processor)
     assert found["tokens"] == wanted
-    assert sorted(model.rglob("*.nbc")) == compiled, "it found what was compiled for it"
+    assert sorted(model.rglob("*.o")) == compiled, "it found what was compiled for it"
     assert found["half"] == half
     (why,) = [line for line in found["lines"] if "using float32" in line]
     assert f"({title})" in why and "bfloat16" in why

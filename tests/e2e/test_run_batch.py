@@ -152,6 +152,7 @@ def test_an_orderly_end_leaves_whole_answers_and_no_process(
     process = subprocess.Popen(
         command(source, target, *FAKE, "--fake-step-ms", "10", "--max-num-seqs", "8"),
         stderr=subprocess.DEVNULL,
+        preexec_fn=_heed_interrupts,
     )
     end = time.monotonic() + 60
     while not (target.exists() and target.stat().st_size):
@@ -167,6 +168,11 @@ def test_an_orderly_end_leaves_whole_answers_and_no_process(
     assert process.wait(20) == code
     assert target.read_bytes().endswith(b"\n") and 0 < len(answers(target)) < 300
     assert not [path for path in children if _parent(path) == process.pid]
+
+
+def _heed_interrupts() -> None:
+    """Tests that a shell runs in the background inherit SIGINT as ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _parent(process: Path) -> int:

@@ -15,6 +15,9 @@ from e2e.greedy_prompts import Tokens, greedy_prompts
 from pagewire import LLM, SamplingParams
 
 STEPS = 64
+SOME = slice(3, None, 4)
+"""Of the prompts, a quarter with a long one: what takes a step for each few tokens takes minutes
+with all."""
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +97,12 @@ def test_prefill_chunks_change_no_token(
     budget: int, prompts: list[Tokens], together: list[Any]
 ) -> None:
     with start(max_num_batched_tokens=budget, enable_prefix_caching=False) as llm:
-        assert ids_of(generate(llm, prompts)) == ids_of(together)
+        assert ids_of(generate(llm, prompts[SOME])) == ids_of(together[SOME])
 
 
 def test_one_at_a_time_changes_no_token(prompts: list[Tokens], together: list[Any]) -> None:
     with start(max_num_seqs=1, enable_prefix_caching=False) as llm:
-        assert ids_of(generate(llm, prompts)) == ids_of(together)
+        assert ids_of(generate(llm, prompts[SOME])) == ids_of(together[SOME])
 
 
 def test_preemption_changes_no_token(prompts: list[Tokens], together: list[Any]) -> None:

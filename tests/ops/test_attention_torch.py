@@ -51,36 +51,38 @@ def test_against_the_oracle(mix, hkv, group, dim, page, window):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("sloped", [False, True])
-def test_caps_and_slopes(mix, window, soft_cap, sloped):
+def test_caps_and_slopes(mix, window, softcap, sloped):
     q, k, v, batch = paged(*MIXES[mix], 2, 3, 64, 16)
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01]) if sloped else None
-    expected = reference.paged_attention(q, k, v, batch, 0.1, window, soft_cap, slopes)
-    assert error(paged_attention(q, k, v, batch, 0.1, window, soft_cap, slopes), expected) < 1e-5
+    alibi_slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01]) if sloped else None
+    expected = reference.paged_attention(q, k, v, batch, 0.1, window, softcap, alibi_slopes)
+    assert (
+        error(paged_attention(q, k, v, batch, 0.1, window, softcap, alibi_slopes), expected) < 1e-5
+    )
 
 
-@pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_float16(soft_cap):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_float16(softcap):
     q, k, v, batch = paged([1, 40, 9], [300, 70, 9], 2, 4, 128, 16, dtype=torch.float16)
     expected = reference.paged_attention(
-        q.double(), k.double(), v.double(), batch, 0.09, None, soft_cap
+        q.double(), k.double(), v.double(), batch, 0.09, None, softcap
     )
-    out = paged_attention(q, k, v, batch, 0.09, None, soft_cap)
+    out = paged_attention(q, k, v, batch, 0.09, None, softcap)
     assert out.dtype == torch.float16 and error(out, expected) < 2e-3
 
 
-def test_products_beyond_float16_are_scaled_before():
+def test_gemm_choice_beyond_float16_are_scaled_before():
     """The Qwen2 family has keys whose products with queries leave float16's range, though the
     scaled ones do not."""
     q, k, v, batch = paged([1, 5], [30, 9], 1, 2, 128, 16, dtype=torch.float16)
     q, k = q.abs() * 20, k.abs() * 40
     assert (q[0, 0].double() @ k[k.isfinite().all(-1)].double().T).max() > 65504
-    for soft_cap in (None, 5000.0):
+    for softcap in (None, 5000.0):
         expected = reference.paged_attention(
-            q.double(), k.double(), v.double(), batch, 0.01, None, soft_cap
+            q.double(), k.double(), v.double(), batch, 0.01, None, softcap
         )
-        assert error(paged_attention(q, k, v, batch, 0.01, None, soft_cap), expected) < 0.02
+        assert error(paged_attention(q, k, v, batch, 0.01, None, softcap), expected) < 0.02
 
 
 def padded(
@@ -125,8 +127,8 @@ def test_the_layers_of_a_step_read_its_lengths_once():
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize(("soft_cap", "sloped"), [(None, False), (3.0, False), (None, True)])
-def test_everything_is_computed_where_the_caches_are(window, soft_cap, sloped):
+@pytest.mark.parametrize(("softcap", "sloped"), [(None, False), (3.0, False), (None, True)])
+def test_everything_is_computed_where_the_caches_are(window, softcap, sloped):
     """On torch's meta device, whose tensors no operation mixes with those of the CPU; lengths alone
     are on the host."""
     q, k, v, batch = paged([1, 19, 4], [77, 50, 9], 2, 3, 64, 16)
@@ -136,10 +138,10 @@ def test_everything_is_computed_where_the_caches_are(window, soft_cap, sloped):
     }
     known = attention_torch.Steps(batch.query_start.long(), batch.seq_lens.long(), {})
     batch = replace(batch, plan=known, **far)
-    slopes = torch.ones(6, device="meta") if sloped else None
+    alibi_slopes = torch.ones(6, device="meta") if sloped else None
     for _ in range(2):
         out = paged_attention(
-            q.to("meta"), k.to("meta"), v.to("meta"), batch, 0.1, window, soft_cap, slopes
+            q.to("meta"), k.to("meta"), v.to("meta"), batch, 0.1, window, softcap, alibi_slopes
         )
         assert (out.device.type, out.shape) == ("meta", (24, 384))
 
@@ -199,16 +201,16 @@ def test_rows_that_are_alike_go_together():
 @pytest.mark.parametrize(
     ("counts", "lengths"), [([1] * 40, [900] * 40), ([700], [1500]), ([64] * 8, [64] * 8)]
 )
-@pytest.mark.parametrize("soft_cap", [None, 4.0])
-def test_the_workspace_holds_what_it_works_in(counts, lengths, soft_cap, monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_the_workspace_holds_what_it_works_in(counts, lengths, softcap, monkeypatch):
     monkeypatch.setattr(attention_torch_plan, "SCORES", 1 << 19)
     monkeypatch.setattr(attention_torch_plan, "GATHERED", 1 << 18)
     q, k, v, batch = paged(counts, lengths, 2, 3, 64, 16)
     with Live() as seen:
-        paged_attention(q, k, v, batch, 0.1, None, soft_cap)
+        paged_attention(q, k, v, batch, 0.1, None, softcap)
     limit = attention_torch_plan.workspace(Shape(6, 2, 64), max(lengths), 4)
     worked = seen.peak - 3 * q.nbytes
-    assert worked <= limit and (soft_cap is None or worked > limit / 6), (
+    assert worked <= limit and (softcap is None or worked > limit / 6), (
         "torch's own attention keeps no scores"
     )
 
@@ -232,10 +234,10 @@ def test_gpus_without_tensor_cores_in_triton_are_served_here(monkeypatch):
     q, k, v, batch = paged([1, 1], [40, 23], 2, 2, 64, 16)
     expected = reference.paged_attention(q, k, v, batch, 0.125, None)
     assert error(cuda.paged_attention(q, k, v, batch, 0.125, None), expected) < 1e-5
-    rope = cuda.Rope(torch.zeros(1), None, None, 1e-5)
     qkv = torch.cat((q.flatten(1), torch.zeros(2, 4 * 64)), 1)
     assert error(
-        cuda.rope_attention(qkv, rope, k, v, batch, 0.125, None), expected
+        cuda.rope_attention(qkv, torch.zeros(1), None, None, 1e-5, k, v, batch, 0.125, None),
+        expected,
     ) < 1e-5 and called == ["rope"]
     x, weight = torch.randn(3, 1024), torch.randn(64, 1024)
     torch.testing.assert_close(cuda.linear(x, weight), x @ weight.T)

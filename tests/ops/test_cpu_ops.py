@@ -163,15 +163,15 @@ def test_rope_and_cache(dtype, qk_norm, padded):
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("window", [None, 5, 64])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_paged_attention(mix, window, soft_cap, dtype):
+def test_paged_attention(mix, window, softcap, dtype):
     counts, lengths = MIXES[mix]
     batch = scattered(counts, lengths)
     cache = torch.randn(2, 128, 2, BLOCK, 16).to(dtype)
     q = torch.randn(sum(counts), 6, 16).to(dtype)
-    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap)
-    close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, soft_cap))
+    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, softcap)
+    close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, softcap))
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -181,12 +181,15 @@ def test_paged_attention_with_slopes(mix, window, dtype):
     counts, lengths = MIXES[mix]
     batch = scattered(counts, lengths)
     cache = torch.randn(2, 128, 2, BLOCK, 16).to(dtype)
-    q, slopes = (
+    q, alibi_slopes = (
         torch.randn(sum(counts), 6, 16).to(dtype),
         torch.tensor([0.5, 0.25, 0.1, 0.05, 0.02, 0.0]),
     )
-    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes)
-    close(ours, reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, slopes))
+    ours = cpu.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, alibi_slopes)
+    close(
+        ours,
+        reference.paged_attention(q, cache[0], cache[1], batch, 0.25, window, None, alibi_slopes),
+    )
 
 
 def test_attention_never_reads_blocks_of_others():

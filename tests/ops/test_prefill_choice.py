@@ -76,7 +76,7 @@ def _taken(monkeypatch: pytest.MonkeyPatch, **options: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 4}, {"soft_cap": 5.0}, {"slopes": torch.ones(4)}, {"config": SMALL}]
+    "options", [{"window": 4}, {"softcap": 5.0}, {"alibi_slopes": torch.ones(4)}, {"config": SMALL}]
 )
 def test_what_the_hopper_kernel_lacks_goes_to_the_other(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ BY_FORMAT = pytest.mark.parametrize("form", FORMATS, ids=str)
 
 @pytest.fixture(autouse=True)
 def _seeded(tmp_path_factory):
-    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "numba")
+    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
     torch.manual_seed(0)
 
 
@@ -69,20 +69,20 @@ def test_several_matrices_side_by_side_and_their_rows_alone():
         random_weight(FORMATS[-1], 16, 64),
         random_weight(FORMATS[2], 5, 64),
     ]
-    packed, x, bias = cpu.pack_quantized(parts, False), torch.randn(7, 64), torch.randn(53)
+    packed, x, bias = cpu.OPS.quantized.pack(parts, False), torch.randn(7, 64), torch.randn(53)
     full = torch.cat([part.dequantize() for part in parts])
     assert packed.shape == (53, 64) and far(cpu.linear(x, packed), x, full) < 1e-6
     assert far(cpu.linear(x, packed, bias) - bias, x, full) < 1e-6
     assert cpu.linear(x.bfloat16(), packed).dtype == torch.bfloat16
-    assert cpu.pack_quantized(parts[2:], True)(x.bfloat16()).dtype == torch.float32
+    assert cpu.OPS.quantized.pack(parts[2:], True)(x.bfloat16()).dtype == torch.float32
     assert far(packed.native(x[3:4]), x[3:4], full) < 1e-6
 
 
 def test_shapes_without_a_kernel():
     narrow = Quantized(torch.zeros(16, 48, dtype=torch.int8), torch.ones(16, 1))
-    assert cpu.pack_quantized([narrow], False) is None
+    assert cpu.OPS.quantized.pack([narrow], False) is None
     uneven = [random_weight(FORMATS[0], 17, 64), random_weight(FORMATS[0], 16, 64)]
-    assert cpu.pack_quantized(uneven, False) is None
+    assert cpu.OPS.quantized.pack(uneven, False) is None
 
 
 @pytest.mark.parametrize(("bits", "steps"), [(8, 254), (4, 15)])

@@ -23,7 +23,7 @@ def test_attention(kernel: str, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("limit", [KIB_99, KIB_163])
 @pytest.mark.parametrize("kernel", ["skinny", "search"])
-def test_products_and_the_search(kernel: str, limit: int, dtype: torch.dtype) -> None:
+def test_gemm_choice_and_the_search(kernel: str, limit: int, dtype: torch.dtype) -> None:
     with shapes.pretend(limit):
         shape, wrong = KERNELS[kernel](Place(CPU, dtype, 64, SMALL))
     assert wrong < BOUNDS[dtype], shape

@@ -104,10 +104,12 @@ def test_single_chunk_of_a_long_context_and_half_precision() -> None:
 def test_slopes() -> None:
     """ALiBi, in rows of one token and of many, with and without the soft cap."""
     q, k, v, batch = paged([1, 19, 1, 1], [77, 50, 130, 1], 2, 3, 64, 16)
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01])
+    alibi_slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03, 0.01])
     for cap in (None, 4.0):
-        expected = reference.paged_attention(q, k, v, batch, 0.125, None, cap, slopes)
-        assert error(paged_attention(q, k, v, batch, 0.125, None, cap, slopes), expected) < 1e-5
+        expected = reference.paged_attention(q, k, v, batch, 0.125, None, cap, alibi_slopes)
+        assert (
+            error(paged_attention(q, k, v, batch, 0.125, None, cap, alibi_slopes), expected) < 1e-5
+        )
 
 
 @pytest.mark.parametrize(

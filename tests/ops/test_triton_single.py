@@ -8,7 +8,7 @@ import torch
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
-from pagewire_kernels import cuda
+from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 
 COMMON: dict[str, Any] = {
@@ -27,9 +27,9 @@ FAMILIES = [
 def test_one_row(family: dict[str, Any]) -> None:
     torch.manual_seed(0)
     arch = describe({**COMMON, **family})
-    decoder = Decoder(arch, Build(cuda, torch.float32, "cpu"))  # type: ignore[arg-type]
-    for _, place in decoder.places():
-        place.copy_(torch.randn(place.shape) * 0.2)
+    decoder = Decoder(arch, Build(backend("cuda"), torch.float32, "cpu"))
+    for slot in decoder.weight_slots():
+        slot.target.copy_(torch.randn(slot.shape) * 0.2)
     assert list(decoder.pack())
     assert len(decoder._singles) == 2
     factors = [rotary.table(rope, arch.head_dim, 128) for rope in rotary_of(arch)]
@@ -58,6 +58,6 @@ def test_other_blocks_have_no_such_layers() -> None:
             "hidden_act": "gelu",
         }
     )
-    decoder = Decoder(arch, Build(cuda, torch.float32, "cpu"))  # type: ignore[arg-type]
+    decoder = Decoder(arch, Build(backend("cuda"), torch.float32, "cpu"))
     assert list(decoder.pack())
     assert decoder._singles == []

@@ -7,13 +7,13 @@ import pytest
 import torch
 from pagewire.worker.gpu import verify_hopper
 from pagewire_kernels import attention_prefill
+from pagewire_kernels.kernel_choices import KernelChoices
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Of a GPU for which there is the kernel, as far as the check can see; the interpreter runs the
     general one for both."""
-    monkeypatch.setattr(attention_prefill, "_distrusted", [])
     monkeypatch.setattr(attention_prefill, "takes_hopper", lambda q, keys, values: True)
     monkeypatch.setattr(verify_hopper, "COUNTS", (9, 1, 3))
     monkeypatch.setattr(verify_hopper, "BEFORE", (5, 0))
@@ -31,8 +31,9 @@ def test_kernels_that_agree_are_both_used(
     cache: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(verify_hopper, "prefill_attention", plain)
-    verify_hopper.check_prefill(cache, 4, [70, 5, 1])
-    assert not attention_prefill._distrusted and not caplog.records
+    choices = KernelChoices()
+    verify_hopper.check_prefill(choices, cache, 4, [70, 5, 1])
+    assert choices.hopper_prefill and not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,13 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_used(
         return out.mul_(fault) if config is None and fault is not None else out
 
     monkeypatch.setattr(verify_hopper, "prefill_attention", wrong)
+    choices = KernelChoices()
     with caplog.at_level(logging.WARNING):
-        verify_hopper.check_prefill(cache, 4, [5])
-    assert attention_prefill._distrusted and words in caplog.text
+        verify_hopper.check_prefill(choices, cache, 4, [5])
+    assert not choices.hopper_prefill and words in caplog.text
 
 
 def test_nothing_is_checked_where_there_is_no_such_kernel(caplog: pytest.LogCaptureFixture) -> None:
     cache = torch.full((2, 9, 2, 16, 32), 7.0)
-    verify_hopper.check_prefill(cache, 4, [5])
+    verify_hopper.check_prefill(KernelChoices(), cache, 4, [5])
     assert cache.eq(7).all() and not caplog.records

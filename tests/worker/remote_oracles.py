@@ -47,7 +47,7 @@ def rotate_pairs(x: Tensor, size: int, theta: float) -> Tensor:
     return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, slopes: list[float] | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: list[float] | None = None) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq * D], causal; query head h reads KV head h // (Hq
     / Hkv)."""
     tokens, heads, size = q.shape
@@ -55,8 +55,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, slopes: list[float] | None = None) -
     for head in range(heads):
         keys, values = k[:, head * k.shape[1] // heads], v[:, head * k.shape[1] // heads]
         scores = q[:, head] @ keys.T / math.sqrt(size)
-        if slopes is not None:
-            scores = scores + slopes[head] * (
+        if alibi_slopes is not None:
+            scores = scores + alibi_slopes[head] * (
                 torch.arange(tokens)[None] - torch.arange(tokens)[:, None]
             )
         hidden = torch.arange(tokens)[None] > torch.arange(tokens)[:, None]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ops.known_models import MODELS
 from pagewire.config import WorkerConfig
-from pagewire.worker.device import capture
 from pagewire.worker.device.gpus import GIB, Gpu
+from pagewire.worker.load import capture
 from pagewire.worker.load.kv_sizing import Sizing
 from pagewire.worker.load.loader import Loaded
 from pagewire.worker.models import describe

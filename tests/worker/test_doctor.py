@@ -10,13 +10,13 @@ import torch
 from pagewire.commands import doctor, doctor_gpus
 from pagewire.config import FrontendConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.device import driver
-from pagewire.worker.device.gpus import GIB, Gpu, Process, Sight
+from pagewire.worker.device.gpus import GIB, Gpu, GpuProbe, Process
 from pagewire.worker.load.gpu_plan import plan_gpu
 from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.models import describe
 
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, own=GIB)
-SEEN = Sight("2.13.0", "13.0", "580.65.06", 1, ("sm_75", "sm_90"), (H200,))
+SEEN = GpuProbe("2.13.0", "13.0", "580.65.06", 1, ("sm_75", "sm_90"), (H200,))
 
 
 L4 = Gpu(1, "NVIDIA L4", (8, 9), int(22.05 * GIB), int(21.6 * GIB), own=int(0.45 * GIB))
@@ -24,8 +24,8 @@ T4 = Gpu(0, "Tesla T4", (7, 5), int(14.6 * GIB), int(14.3 * GIB), own=int(0.3 * 
 BUILT = "(torch 2.13.0 for CUDA 13.0, driver 580.65.06)"
 
 
-def findings_of(sight: Sight) -> list[doctor.Finding]:
-    return [check() for _, check in doctor.check_each_gpu(sight)]
+def findings_of(probe: GpuProbe) -> list[doctor.Finding]:
+    return [check() for _, check in doctor.check_each_gpu(probe)]
 
 
 def test_a_gpu_that_works():
@@ -170,32 +170,32 @@ def test_a_model_as_large_as_is_said_fits_and_a_much_larger_one_does_not(card, s
 )
 def test_a_gpu_that_torch_does_not_see(device, hidden, mark):
     finding = doctor.check_device(
-        Sight("2.13.0+cpu", "", "580.1", reason="the reason", hidden=hidden), device
+        GpuProbe("2.13.0+cpu", "", "580.1", reason="the reason", hidden=hidden), device
     )
     assert finding.mark == mark and finding.text == "the reason (torch 2.13.0+cpu)"
 
 
 def test_amd_gpus_are_a_note_unless_a_gpu_is_asked_for():
-    sight = Sight(
+    probe = GpuProbe(
         "2.13.0+rocm6.4", "", "", reason=driver.why_no_rocm("6.4.2", "", False, True), hidden=True
     )
-    finding = doctor.check_device(sight, "auto")
+    finding = doctor.check_device(probe, "auto")
     assert finding.mark == "note" and finding.text.startswith(
         "AMD GPUs are not supported (this torch was built for ROCm 6.4.2)"
     )
-    assert doctor.check_device(sight, "cuda").mark == "BROKEN"
+    assert doctor.check_device(probe, "cuda").mark == "BROKEN"
 
 
 @pytest.mark.parametrize(
     ("device", "mark"), [("auto", "note"), ("cpu", "note"), ("cuda", "BROKEN")]
 )
 def test_a_machine_without_a_gpu(device, mark):
-    finding = doctor.check_device(Sight("2.13.0+cpu", "", ""), device)
+    finding = doctor.check_device(GpuProbe("2.13.0+cpu", "", ""), device)
     assert finding.mark == mark and "no GPU: the model runs on" in finding.text
 
 
-def subjects(monkeypatch, sight: Sight, **settings) -> list[str]:
-    monkeypatch.setattr(doctor, "look_at_gpus", lambda: sight)
+def subjects(monkeypatch, probe: GpuProbe, **settings) -> list[str]:
+    monkeypatch.setattr(doctor, "look_at_gpus", lambda: probe)
     return [
         name
         for name, _ in doctor.list_checks(
@@ -212,7 +212,7 @@ def test_tools_of_a_gpu_are_checked_where_there_is_one(monkeypatch):
         "GPU 1",
     ]
     assert "compiler" not in subjects(monkeypatch, SEEN, device="cpu")
-    assert "compiler" not in subjects(monkeypatch, Sight("2.13.0", "", ""))
+    assert "compiler" not in subjects(monkeypatch, GpuProbe("2.13.0", "", ""))
 
 
 def test_compiler(monkeypatch, tmp_path):

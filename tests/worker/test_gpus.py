@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 from pagewire.worker.device import driver, gpus, processor
-from pagewire.worker.device.gpus import GIB, Gpu, NoUsableGpu, Process, Sight
+from pagewire.worker.device.gpus import GIB, Gpu, GpuProbe, NoUsableGpu, Process
 from pagewire.worker.device.processor import Processor
 from pagewire.worker.load import loader, precision
 from pagewire.worker.models.architecture import Unsupported
@@ -180,8 +180,8 @@ def test_wsl2_without_nvidias_library_has_no_nvidia_driver(machine, caplog):
     """/dev/dxg is there for a GPU of any vendor."""
     machine("dxg")
     assert (driver.driver_version(), driver.has_device()) == ("", False)
-    sight = gpus.look(detailed=False)
-    assert (sight.reason, sight.driver) == ("", "")
+    probe = gpus.look(detailed=False)
+    assert (probe.reason, probe.driver) == ("", "")
     gpus.usable.cache_clear()
     assert not gpus.usable("auto") and not caplog.records
 
@@ -221,8 +221,8 @@ AMD = "AMD GPUs are not supported (this torch was built for ROCm 6.4.2); --devic
 def test_amd_gpus_are_refused_in_a_line_and_auto_takes_the_cpu(rocm, two_gpus, machine, caplog):
     """torch shows them as if they were CUDA's."""
     machine("kfd", "dri")
-    sight = gpus.look()
-    assert (sight.count, sight.reason, sight.hidden, sight.gpus) == (0, AMD, True, ())
+    probe = gpus.look()
+    assert (probe.count, probe.reason, probe.hidden, probe.gpus) == (0, AMD, True, ())
     assert not gpus.usable("auto") and not gpus.usable("auto")
     assert [record.getMessage() for record in caplog.records] == [f"running on the CPU: {AMD}"]
     with pytest.raises(NoUsableGpu, match=r"--device cuda: AMD GPUs are not supported"):
@@ -231,11 +231,11 @@ def test_amd_gpus_are_refused_in_a_line_and_auto_takes_the_cpu(rocm, two_gpus, m
 
 def test_a_torch_for_amd_beside_an_nvidia_gpu_or_none(rocm, machine, monkeypatch):
     machine("nvidia0")
-    sight = gpus.look()
+    probe = gpus.look()
     assert (
         "an NVIDIA driver, but this torch was built for AMD GPUs (ROCm 6.4.2); install a CUDA build"
-        in sight.reason
-        and not sight.hidden
+        in probe.reason
+        and not probe.hidden
     )
     monkeypatch.setattr(driver, "has_device", lambda: False)
     assert gpus.look().reason == ""
@@ -316,9 +316,9 @@ def two_gpus(monkeypatch):
 
 def test_the_record_of_a_gpu(two_gpus, smi):
     smi("GPU-aa, 4242, python, 70000\n")
-    sight = gpus.look()
-    assert (sight.count, sight.architectures, sight.reason) == (2, ("sm_90",), "")
-    idle, taken = sight.gpus
+    probe = gpus.look()
+    assert (probe.count, probe.architectures, probe.reason) == (2, ("sm_90",), "")
+    idle, taken = probe.gpus
     assert (idle.title(), idle.capability, idle.uuid, idle.others) == (
         "GPU 0 (NVIDIA H200, 140.0 GiB)",
         (9, 0),
@@ -330,23 +330,23 @@ def test_the_record_of_a_gpu(two_gpus, smi):
         and taken.foreign == 70 * GIB - gpus.CONTEXT
     )
     assert gpus.look(detailed=False).gpus == ()
-    assert gpus.read_sight(msgspec.json.encode(sight).decode()) == sight
+    assert gpus.read_probe(msgspec.json.encode(probe).decode()) == probe
 
 
-def sees(monkeypatch, sight: Sight) -> None:
+def sees(monkeypatch, probe: GpuProbe) -> None:
     gpus.usable.cache_clear()
-    monkeypatch.setattr(gpus, "look", lambda detailed: sight)
+    monkeypatch.setattr(gpus, "look", lambda detailed: probe)
 
 
 def test_choice_of_device(monkeypatch, caplog):
     caplog.set_level("INFO", "pagewire.worker")
-    sees(monkeypatch, Sight("2.13", "13.0", "580.1", 1, ("sm_90",)))
+    sees(monkeypatch, GpuProbe("2.13", "13.0", "580.1", 1, ("sm_90",)))
     assert gpus.usable("auto") and gpus.usable("cuda")
-    sees(monkeypatch, Sight("2.13", "", ""))
+    sees(monkeypatch, GpuProbe("2.13", "", ""))
     assert not gpus.usable("auto") and not caplog.records
     with pytest.raises(NoUsableGpu, match="--device cuda: there is no NVIDIA GPU"):
         gpus.usable("cuda")
-    sees(monkeypatch, Sight("2.13", "", "580.1", reason="this torch was built without CUDA"))
+    sees(monkeypatch, GpuProbe("2.13", "", "580.1", reason="this torch was built without CUDA"))
     assert not gpus.usable("auto") and not gpus.usable("auto")
     assert [record.getMessage() for record in caplog.records] == [
         "running on the CPU: this torch was built without CUDA"
@@ -504,5 +504,5 @@ def test_the_report_of_this_machine_can_be_read():
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    sight = gpus.read_sight(done.stdout)
-    assert sight.torch and sight.count == len(sight.gpus)
+    probe = gpus.read_probe(done.stdout)
+    assert probe.torch and probe.count == len(probe.gpus)

@@ -11,16 +11,17 @@ import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.device.gpus import GIB, Gpu, Process
 from pagewire.worker.load import gpu_memory, gpu_plan
-from pagewire.worker.load.gpu_memory import Load, Wish
-from pagewire.worker.load.kv_sizing import DoesNotFit, block_bytes
+from pagewire.worker.load.gpu_memory import Load, MemoryRequest
+from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.load.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
+from pagewire.worker.models.cache_spec import cache_spec
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
 WORKER = Path(gpu_memory.__file__).parent
 H200 = Gpu(0, "NVIDIA H200", (9, 0), int(139.8 * GIB), int(139.2 * GIB), own=int(0.6 * GIB))
 T4 = Gpu(1, "Tesla T4", (7, 5), int(14.6 * GIB), int(14.3 * GIB), own=int(0.3 * GIB))
-WISH = Wish(0.9, 16)
+REQUEST = MemoryRequest(0.9, 16)
 LOAD = Load(8192, 256, 131072)
 
 
@@ -34,12 +35,12 @@ def weights(name: str = "llama-3.1-8b", itemsize: int = 2) -> int:
 
 def size(
     gpu: Gpu = H200,
-    wish: Wish = WISH,
+    request: MemoryRequest = REQUEST,
     load: Load = LOAD,
     name: str = "llama-3.1-8b",
     itemsize: int = 2,
 ):
-    return gpu_memory.size(arch(name), itemsize, weights(name, itemsize), gpu, wish, load)
+    return gpu_memory.size(arch(name), itemsize, weights(name, itemsize), gpu, request, load)
 
 
 def refusal(*args, **settings) -> str:
@@ -85,7 +86,9 @@ def test_experts_need_room_for_each_token_as_often_as_it_is_routed():
     dense = arch()
     from pagewire.worker.models.architecture import Moe
 
-    sparse = replace(dense, moe=Moe(experts=8, chosen=2, intermediate_size=14336, normalise=True))
+    sparse = replace(
+        dense, moe=Moe(num_experts=8, top_k=2, intermediate_size=14336, renormalize=True)
+    )
     assert gpu_memory.step_bytes(sparse, 2, 100) > 1.5 * gpu_memory.step_bytes(dense, 2, 100)
 
 
@@ -133,17 +136,17 @@ def test_float32_is_told_of_half_types():
 def test_advice_on_utilization_is_right():
     small = replace(H200, total=20 * GIB, free=int(19.5 * GIB))
     message = refusal(
-        small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=0.8)
+        small, load=replace(LOAD, tokens=2048, rows=64), request=replace(REQUEST, utilization=0.8)
     )
     share = float(re.search(r"raise --gpu-memory-utilization from 0\.8 to ([\d.]+)", message)[1])
     assert size(
-        small, load=replace(LOAD, tokens=2048, rows=64), wish=replace(WISH, utilization=share)
+        small, load=replace(LOAD, tokens=2048, rows=64), request=replace(REQUEST, utilization=share)
     ).num_blocks
     with pytest.raises(DoesNotFit):
         size(
             small,
             load=replace(LOAD, tokens=2048, rows=64),
-            wish=replace(WISH, utilization=share - 0.01),
+            request=replace(REQUEST, utilization=share - 0.01),
         )
 
 
@@ -152,19 +155,19 @@ SMALL = replace(H200, total=24 * GIB, free=int(23.5 * GIB))
 
 
 def test_a_context_that_was_asked_for_and_does_not_fit():
-    message = refusal(SMALL, replace(WISH, max_model_len=100_000))
+    message = refusal(SMALL, replace(REQUEST, max_model_len=100_000))
     assert (
         "a context of 100,000 tokens needs 6,250 KV blocks (12.21 GiB), there is room for"
         in message
     )
     length = int(re.search(r"lower --max-model-len to (\d+)", message)[1])
-    assert size(SMALL, replace(WISH, max_model_len=length)).max_model_len == length
+    assert size(SMALL, replace(REQUEST, max_model_len=length)).max_model_len == length
     with pytest.raises(DoesNotFit):
-        size(SMALL, replace(WISH, max_model_len=length + 1))
+        size(SMALL, replace(REQUEST, max_model_len=length + 1))
 
 
 def test_fit_cuts_the_context_and_says_so():
-    asked = replace(WISH, max_model_len=100_000, fit=True)
+    asked = replace(REQUEST, max_model_len=100_000, fit=True)
     sizing = size(SMALL, asked)
     assert sizing.max_model_len == sizing.num_blocks * 16 < 100_000
     assert sizing.lines()[-1] == sizing.note
@@ -182,19 +185,20 @@ def test_without_a_length_it_is_cut_too():
 
 
 def test_more_positions_than_the_model_has_are_refused_even_with_fit():
-    assert "131,072 positions" in refusal(H200, replace(WISH, max_model_len=131_073, fit=True))
+    assert "131,072 positions" in refusal(H200, replace(REQUEST, max_model_len=131_073, fit=True))
 
 
 def test_blocks_and_bytes_replace_the_share():
-    each = block_bytes(arch(), 16, 2)
-    assert size(wish=replace(WISH, blocks=9000, utilization=0.2)).num_blocks == 9000
+    each = cache_spec(arch()).block_bytes(16, 2)
+    assert size(request=replace(REQUEST, blocks=9000, utilization=0.2)).num_blocks == 9000
     assert (
-        size(wish=replace(WISH, kv_bytes=20 * GIB, utilization=0.2)).num_blocks == 20 * GIB // each
+        size(request=replace(REQUEST, kv_bytes=20 * GIB, utilization=0.2)).num_blocks
+        == 20 * GIB // each
     )
-    assert size(wish=replace(WISH, kv_bytes=118 * GIB)).kv_bytes > size().kv_bytes, (
+    assert size(request=replace(REQUEST, kv_bytes=118 * GIB)).kv_bytes > size().kv_bytes, (
         "beyond the share, within what is free"
     )
-    assert "(free)" in size(wish=replace(WISH, blocks=9000)).lines()[1]
+    assert "(free)" in size(request=replace(REQUEST, blocks=9000)).lines()[1]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +206,9 @@ def test_blocks_and_bytes_replace_the_share():
     [("--num-kv-blocks", {"blocks": 70_000}), ("--kv-cache-memory-bytes", {"kv_bytes": 130 * GIB})],
 )
 def test_too_many_blocks_or_bytes_name_the_number_that_fits(flag, asked):
-    message = refusal(wish=replace(WISH, **asked))
+    message = refusal(request=replace(REQUEST, **asked))
     fitting = int(re.search(rf"lower {flag} to (\d+)", message)[1])
-    assert size(wish=replace(WISH, **dict.fromkeys(asked, fitting))).num_blocks
+    assert size(request=replace(REQUEST, **dict.fromkeys(asked, fitting))).num_blocks
 
 
 @pytest.mark.parametrize(
@@ -212,9 +216,11 @@ def test_too_many_blocks_or_bytes_name_the_number_that_fits(flag, asked):
     [("--num-kv-blocks", "blocks", 100), ("--kv-cache-memory-bytes", "kv_bytes", 200 << 20)],
 )
 def test_too_few_blocks_or_bytes_for_a_context_name_the_number_that_does(flag, name, asked):
-    message = refusal(wish=replace(WISH, max_model_len=4096, **{name: asked}))
+    message = refusal(request=replace(REQUEST, max_model_len=4096, **{name: asked}))
     enough = int(re.search(rf"raise {flag} to (\d+)", message)[1])
-    assert size(wish=replace(WISH, max_model_len=4096, **{name: enough})).max_model_len == 4096
+    assert (
+        size(request=replace(REQUEST, max_model_len=4096, **{name: enough})).max_model_len == 4096
+    )
 
 
 def test_settings_reach_the_arithmetic():
@@ -262,7 +268,7 @@ def test_out_of_memory_becomes_one_line_with_the_numbers():
         and "lower --gpu-memory-utilization or --max-model-len" in text
     )
     smaller = int(re.search(r"--kv-cache-memory-bytes (\d+)", text)[1])
-    assert size(wish=replace(WISH, kv_bytes=smaller)).kv_bytes <= size().kv_bytes - GIB
+    assert size(request=replace(REQUEST, kv_bytes=smaller)).kv_bytes <= size().kv_bytes - GIB
     assert "\n" not in text
 
 

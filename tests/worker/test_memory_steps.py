@@ -28,6 +28,8 @@ SIZES = {
 class MetaOps:
     """What the GPU's operations allocate, and nothing computed."""
 
+    fused = quantized = None
+
     def __init__(self, arch: Architecture) -> None:
         self._arch = arch
 
@@ -81,13 +83,13 @@ def architecture(**differences) -> Architecture:
         "head_dim": 64,
         "norm_eps": 1e-5,
         "max_position": 512,
-        "tied": False,
+        "tie_word_embeddings": False,
         "windows": (None,) * 3,
     }
     return Architecture(**{**SIZES, **fields, "rope": Rope(theta=1e4, size=64), **differences})
 
 
-MOE = Moe(experts=8, chosen=2, intermediate_size=512, normalise=True)
+MOE = Moe(num_experts=8, top_k=2, intermediate_size=512, renormalize=True)
 PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias": True}
 
 
@@ -98,11 +100,11 @@ PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias"
         {"intermediate_size": 128, "num_heads": 16},
         {"qk_norm": True, "intermediate_size": 4096},
         {"block": "sandwich"},
-        {"block": "parallel", "one_norm": True, **PLAIN},
+        {"block": "parallel", "shared_norm": True, **PLAIN},
         PLAIN,
         {"block": "post", **PLAIN},
         {"moe": MOE},
-        {"moe": replace(MOE, chosen=4, intermediate_size=64)},
+        {"moe": replace(MOE, top_k=4, intermediate_size=64)},
     ],
     ids=[
         "gated",

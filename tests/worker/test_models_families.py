@@ -217,7 +217,12 @@ def test_configurations_of_the_hub():
         "n_positions": 1024,
     }
     arch = describe(gpt2 | {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"})
-    assert (arch.tied, arch.activation, arch.intermediate_size, arch.parameters // 1_000_000) == (
+    assert (
+        arch.tie_word_embeddings,
+        arch.activation,
+        arch.intermediate_size,
+        arch.parameters // 1_000_000,
+    ) == (
         True,
         "gelu_tanh",
         3072,

@@ -64,9 +64,9 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
 def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:
     """With random weights rounded to `bits`; `like`: with the same, in full."""
     arch = describe(config)
-    made = Decoder(
-        arch, Build(backend("cpu"), dtype, "cpu", like is None, bits if like is None else 0)
-    )
+    quantizing = cpu_quantization.Quantizing(like is None, bits if like is None else 0)
+    method = loader.method_choice(backend("cpu"), dtype, quantizing)
+    made = Decoder(arch, Build(backend("cpu"), dtype, "cpu", method))
     load(made, None, config, 3, lambda stage, share: None)
     return made
 
@@ -204,13 +204,15 @@ def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint)
 
 
 def test_a_crossing_lies_where_the_dense_product_wins(monkeypatch) -> None:
-    product = decoder_of(LLAMA, torch.float32, 8).layers[0].attention.qkv.weight
+    product = decoder_of(LLAMA, torch.float32, 8).layers[0].attention.qkv.kernel_weight
     for slower, wanted in ((0, 6), (40, 48), (1000, 256)):
         cost = {
-            product.native: lambda rows: rows,
-            product.dense: lambda rows, slower=slower: slower,
+            product.native: lambda rows: rows / 1000,
+            product.dense: lambda rows, slower=slower: slower / 1000,
         }
         monkeypatch.setattr(cpu_crossings, "_seconds", lambda run, x, cost=cost: cost[run](len(x)))
         assert cpu_crossings.crossing(product, torch.float32) == wanted
+    monkeypatch.setattr(cpu_crossings, "_seconds", lambda run, x: 2.0)
+    assert cpu_crossings.crossing(product, torch.float32) == product.crossing
     monkeypatch.undo()
     assert 0 < cpu_crossings._seconds(product.native, torch.randn(2, product.columns)) < 60

@@ -25,7 +25,7 @@ from ..hub import huggingface
 from ..process.listening import listening_socket
 from ..version import __version__
 from ..worker.device import kernel_cache
-from ..worker.device.gpus import NoUsableGpu, Sight, better, name_of, read_sight, runs
+from ..worker.device.gpus import GpuProbe, NoUsableGpu, better, name_of, read_probe, runs
 from ..worker.device.gpus import check as check_gpu
 from ..worker.load.precision import BFLOAT16_FROM
 from .doctor_gpus import describe
@@ -82,25 +82,25 @@ def check_versions() -> Finding:
     return Finding("ok", "versions", ", ".join(versions))
 
 
-def look_at_gpus() -> Sight:
+def look_at_gpus() -> GpuProbe:
     """What torch sees, asked in a process of its own. Raises RuntimeError with the last line of its
     output where torch cannot be imported."""
     command = [sys.executable, "-m", "pagewire.worker.device.gpus"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])
-    return read_sight(result.stdout)
+    return read_probe(result.stdout)
 
 
-def check_device(sight: Sight, device: str) -> Finding:
+def check_device(probe: GpuProbe, device: str) -> Finding:
     """Which device the model would run on. `device` is the flag: that torch cannot use a GPU is no
     defect where the CPU was chosen."""
-    built = f"torch {sight.torch}" + (f" for CUDA {sight.cuda}" if sight.cuda else "")
-    if sight.gpus:
-        return _first_gpu(sight, built, device)
-    if sight.reason:
-        is_needed = device == "cuda" or (device == "auto" and not sight.hidden)
-        return Finding("BROKEN" if is_needed else "note", "device", f"{sight.reason} ({built})")
+    built = f"torch {probe.torch}" + (f" for CUDA {probe.cuda}" if probe.cuda else "")
+    if probe.gpus:
+        return _first_gpu(probe, built, device)
+    if probe.reason:
+        is_needed = device == "cuda" or (device == "auto" and not probe.hidden)
+        return Finding("BROKEN" if is_needed else "note", "device", f"{probe.reason} ({built})")
     none = f"no GPU: the model runs on {os.cpu_count()} CPU cores of {cpu_name()} ({built})"
     return (
         Finding("BROKEN", "device", f"--device cuda, but {none}")
@@ -109,16 +109,16 @@ def check_device(sight: Sight, device: str) -> Finding:
     )
 
 
-def _first_gpu(sight: Sight, built: str, device: str) -> Finding:
+def _first_gpu(probe: GpuProbe, built: str, device: str) -> Finding:
     """The GPU that a worker takes; of several, how to choose a better one."""
-    built = f"({built}, driver {sight.driver or 'unknown'})"
+    built = f"({built}, driver {probe.driver or 'unknown'})"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("auto", "cuda"):
         return Finding("ok", "device", f"--device {device}: no GPU is used {built}")
-    first, *others = sight.gpus
-    others = [gpu for gpu in others if runs(gpu, sight.architectures)]
+    first, *others = probe.gpus
+    others = [gpu for gpu in others if runs(gpu, probe.architectures)]
     try:
-        check_gpu(first, sight.architectures)
+        check_gpu(first, probe.architectures)
     except NoUsableGpu as error:
         instead = (
             f"; CUDA_VISIBLE_DEVICES={name_of(others[0].index, visible)} takes {others[0].title()}"
@@ -134,11 +134,11 @@ def _first_gpu(sight: Sight, built: str, device: str) -> Finding:
     )
 
 
-def check_each_gpu(sight: Sight) -> Iterator[tuple[str, Callable[[], Finding]]]:
+def check_each_gpu(probe: GpuProbe) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """A check for each GPU, with its subject."""
-    for gpu in sight.gpus:
+    for gpu in probe.gpus:
         subject = f"GPU {gpu.index}"
-        usable, text = describe(gpu, sight)
+        usable, text = describe(gpu, probe)
         limited = not usable or gpu.users() or gpu.capability < BFLOAT16_FROM
         yield subject, functools.partial(Finding, "note" if limited else "ok", subject, text)
 
@@ -305,12 +305,12 @@ def list_checks(
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """The checks in order, with their subjects. Those that concern GPUs alone are left out where
     there is none."""
-    sight = functools.cache(look_at_gpus)
+    probe = functools.cache(look_at_gpus)
     yield "versions", check_versions
-    yield "device", lambda: check_device(sight(), worker.device)
+    yield "device", lambda: check_device(probe(), worker.device)
     with contextlib.suppress(RuntimeError, subprocess.SubprocessError):  # the finding above says so
-        yield from check_each_gpu(sight())
-        if sight().gpus and worker.device != "cpu":
+        yield from check_each_gpu(probe())
+        if probe().gpus and worker.device != "cpu":
             yield from (("compiler", check_compiler), ("kernel cache", check_kernel_cache))
     yield "memory", check_memory
     yield "disk", check_disk

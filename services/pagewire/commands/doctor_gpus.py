@@ -5,7 +5,7 @@ how. Works on what torch reported; starts nothing.
 from pagewire_kernels.capability import attends_by_torch, captures_experts
 
 from ..config import SchedulerConfig
-from ..worker.device.gpus import GIB, Gpu, NoUsableGpu, Sight, check
+from ..worker.device.gpus import GIB, Gpu, GpuProbe, NoUsableGpu, check
 from ..worker.load.precision import BFLOAT16_FROM
 
 WORKSPACE = 5 * GIB // 2
@@ -16,7 +16,7 @@ SHARE = 0.9
 """The default of --gpu-memory-utilization."""
 
 
-def describe(gpu: Gpu, sight: Sight) -> tuple[bool, str]:
+def describe(gpu: Gpu, probe: GpuProbe) -> tuple[bool, str]:
     """Whether a model can run on the GPU, and a line about it."""
     major, minor = gpu.capability
     room = f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
@@ -24,7 +24,7 @@ def describe(gpu: Gpu, sight: Sight) -> tuple[bool, str]:
     if gpu.users():
         parts.append(gpu.users())
     try:
-        check(gpu, sight.architectures)
+        check(gpu, probe.architectures)
     except NoUsableGpu as error:
         return False, "; ".join([*parts, str(error)])
     return True, "; ".join([*parts, *capabilities(gpu)])

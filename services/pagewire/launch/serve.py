@@ -117,7 +117,7 @@ class Launch:
         )
 
     def _start_model(self, model: ModelConfig) -> None:
-        for service in stack.model_services(self.config, model):
+        for service in reversed(stack.model_services(self.config, model)):
             self.supervisor.add(service)
 
     def _tick(self) -> None:

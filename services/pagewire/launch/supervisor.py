@@ -114,8 +114,9 @@ class Supervisor:
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def add(self, service: Service) -> None:
-        """Start one more service; call from `tick`."""
-        self._children.append(self._child(service))
+        """Start one more service, before any other that is still to be started; call from
+        `tick`."""
+        self._children.insert(0, self._child(service))
 
     def _child(self, service: Service) -> Child:
         if not service.group:

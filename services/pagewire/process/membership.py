@@ -9,11 +9,12 @@ import logging
 from pathlib import Path
 
 from msgspec.structs import replace
-from pagewire_protocol.channels import Inbox, Outbox, inbox_address
+from pagewire_protocol.channels import NO_INCARNATION, Inbox, Outbox, inbox_address
 from pagewire_protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Incarnation,
     Peer,
     Role,
     Roster,
@@ -35,7 +36,7 @@ class Membership:
         self,
         role: Role,
         name: str,
-        incarnation: int,
+        incarnation: Incarnation,
         inbox: Inbox,
         outbox: Outbox,
         run_dir: Path,
@@ -43,7 +44,7 @@ class Membership:
         rank: int = 0,
         group_size: int = 1,
     ) -> None:
-        self.scheduler = inbox_address(run_dir, Role.SCHEDULER, 0)
+        self.scheduler = inbox_address(run_dir, Role.SCHEDULER, NO_INCARNATION)
         self.roster: Roster | None = None
         self.progress = 0
         self.busy = False

@@ -128,7 +128,7 @@ class RequestOwner:
             peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER
         }
         self._has_worker = any(peer.role is Role.WORKER for peer in ready)
-        present = {peer.incarnation for peer in roster.peers}
+        present: set[int] = {peer.incarnation for peer in roster.peers}
         self.queries.on_tokenizers(self._tokenizers, present)
         for request in [r for r in self.live.values() if new_epoch or r.tokenizer not in present]:
             self._interrupted(request, by_itself=False)

@@ -14,12 +14,13 @@ attend to, who reaches `max_len` and runs no more.
 from dataclasses import dataclass, field
 
 import numpy as np
-from pagewire_protocol.messages import Admission, Shared, Step, pack
+from pagewire_protocol.columns import BlockId, Slot
+from pagewire_protocol.messages import Admission, Epoch, Shared, Step, pack
 
 from .decode_set import NO_DECODES, NO_VERSION, Decodes
 from .in_flight import InFlightStep
 from .request import Phase, Request
-from .slots import I32, NO_ROWS, ints
+from .slots import I32, NO_ROWS, ints, slots_of
 from .step_estimator import LEAST_CHUNK, NO_WAITING, Waiting, chunk_ms, decodes_ms
 from .worker_state import WorkerState
 
@@ -28,8 +29,8 @@ from .worker_state import WorkerState
 class Growth:
     """Blocks that a step appends to block tables: `blocks[i]` to that of `slots[i]`."""
 
-    slots: list[int] = field(default_factory=list[int])
-    blocks: list[int] = field(default_factory=list[int])
+    slots: list[Slot] = field(default_factory=list[Slot])
+    blocks: list[BlockId] = field(default_factory=list[BlockId])
 
 
 @dataclass(slots=True)
@@ -42,7 +43,9 @@ class Chunks:
     ms: float
 
 
-def form(worker: WorkerState, epoch: int, now: float, waiting: Waiting = NO_WAITING) -> Step | None:
+def form(
+    worker: WorkerState, epoch: Epoch, now: float, waiting: Waiting = NO_WAITING
+) -> Step | None:
     """The next step, recorded as in flight since `now` (monotonic seconds); None when there is
     nothing to do. `waiting`: this worker's share of the requests that wait for a slot."""
     growth = Growth()
@@ -87,25 +90,29 @@ def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:
     """Those of `rows` that have a block for every token which this step may write, after adding
     blocks where they lack; these are noted in `growth`."""
     slots = worker.slots
+    per_row = worker.facts.max_tokens_per_row
     # A row writes at `num_scheduled` and, where the worker may bring several tokens, at the
     # positions that follow; never beyond the longest that its request can become.
-    reach = slots.num_scheduled[rows] + worker.facts.max_tokens_per_row
-    if worker.facts.max_tokens_per_row > 1:
+    reach = slots.num_scheduled[rows] + per_row
+    if per_row > 1:
         reach = np.minimum(reach, slots.max_len[rows])
-    is_short = reach > slots.num_allocated[rows]
-    if not is_short.any():
-        return rows
+    lacking = reach - slots.num_allocated[rows]
+    is_short = lacking > 0
     short = rows[is_short]
-    lacking = reach[is_short] - slots.num_allocated[short]
-    missing = -(-lacking // worker.kv_cache.block_size)
-    needed = dict(zip(ints(short), ints(missing), strict=True))
+    if not len(short):
+        return rows
+    if per_row == 1:
+        needed = dict.fromkeys(slots_of(short), 1)
+    else:
+        missing = -(-lacking[is_short] // worker.kv_cache.block_size)
+        needed = dict(zip(slots_of(short), ints(missing), strict=True))
     if worker.kv_cache.pool.available < sum(needed.values()):
         rows = _make_room(worker, rows, needed)
     _grow(worker, needed, growth)
     return rows
 
 
-def _make_room(worker: WorkerState, rows: I32, needed: dict[int, int]) -> I32:
+def _make_room(worker: WorkerState, rows: I32, needed: dict[Slot, int]) -> I32:
     """See to it that the blocks `needed`, by slot, can be taken. Drops from `needed` the slots that
     get none, and returns `rows` without them."""
     pool = worker.kv_cache.pool
@@ -124,7 +131,7 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[int, int]) -> I32:
     # step, keep their slots and go on when blocks have come back.
     left = pool.available
     if left < sum(needed.values()):
-        waits: list[int] = []
+        waits: list[Slot] = []
         for slot in sorted(needed, key=lambda slot: worker.slots.request_in(slot).order):
             if needed[slot] <= left and not waits:
                 left -= needed[slot]
@@ -136,15 +143,21 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[int, int]) -> I32:
     return rows
 
 
-def _grow(worker: WorkerState, needed: dict[int, int], growth: Growth) -> None:
+def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
     """Append blocks to the tables of the slots in `needed`."""
-    growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
-    growth.blocks = worker.kv_cache.pool.take(len(growth.slots))
+    growth.blocks = worker.kv_cache.pool.take(sum(needed.values()))
+    if len(growth.blocks) == len(needed):
+        growth.slots = list(needed)
+    else:
+        growth.slots = [slot for slot, count in needed.items() for _ in range(count)]
+    requests = worker.slots.requests
     for slot, block in zip(growth.slots, growth.blocks, strict=True):
-        worker.slots.request_in(slot).blocks.append(block)
-    # A slot may come several times, which indexing with += would count once.
-    grown = np.array(growth.slots, np.int32)
-    np.add.at(worker.slots.num_allocated, grown, worker.kv_cache.block_size)
+        request = requests[slot]
+        assert request is not None
+        request.blocks.append(block)
+    grown = np.fromiter(needed, np.int32, len(needed))
+    counts = np.fromiter(needed.values(), np.int64, len(needed))
+    worker.slots.num_allocated[grown] += counts * worker.kv_cache.block_size
 
 
 # --- prefill ---
@@ -242,13 +255,13 @@ def _schedule_chunks(worker: WorkerState, chunked: I32, lengths: I32) -> tuple[I
 
 def _message(
     worker: WorkerState,
-    epoch: int,
+    epoch: Epoch,
     step: InFlightStep,
     growth: Growth,
     groups: Shared | None,
     repeat: bool,
 ) -> Step:
-    """`step` as the worker is told of it. A repetition leaves out what it has in common with the
+    """`step` as a message to the worker. A repetition leaves out what it has in common with the
     step before."""
     run_slots = run_counts = b""
     if not repeat:

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pagewire_protocol.columns import BlockId
 
 FREE: Final = 0
 WRITABLE: Final = 1
@@ -21,7 +22,7 @@ HASH_BYTES: Final = 16
 
 
 class BlockError(AssertionError):
-    """The law of the blocks is broken: a bug of the scheduler, never of a request."""
+    """The conservation law of the blocks is broken: a bug of the scheduler, never of a request."""
 
 
 def root_hash(salt: str, adapter: str = "") -> bytes:
@@ -45,14 +46,16 @@ def extend_chain(
 
 
 class BlockPool:
+    """`total` blocks, numbered from 0, all FREE at first."""
+
     def __init__(self, total: int) -> None:
         self.total = total
         self._state = bytearray(total)
         self._refs = [0] * total
         self._hash: list[bytes | None] = [None] * total
-        self._free = list(range(total - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._index: dict[bytes, int] = {}
+        self._free = [BlockId(block) for block in range(total - 1, -1, -1)]
+        self._idle: OrderedDict[BlockId, None] = OrderedDict()
+        self._index: dict[bytes, BlockId] = {}
 
     @property
     def available(self) -> int:
@@ -61,6 +64,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
+        """Blocks that hold nothing."""
         return len(self._free)
 
     @property
@@ -68,13 +72,15 @@ class BlockPool:
         """Sealed blocks that nobody holds."""
         return len(self._idle)
 
-    def is_sealed(self, block: int) -> bool:
+    def is_sealed(self, block: BlockId) -> bool:
+        """Whether it is full and may be shared."""
         return self._state[block] == SEALED
 
-    def hash_of(self, block: int) -> bytes | None:
+    def hash_of(self, block: BlockId) -> bytes | None:
+        """What it was sealed under; None when it is not sealed."""
         return self._hash[block]
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> list[BlockId]:
         """`count` WRITABLE blocks, the free ones first, then the least recently used of the cache.
         Raises BlockError when there are fewer: callers look at `available` before."""
         if count > self.available:
@@ -84,21 +90,21 @@ class BlockPool:
             self._state[block] = WRITABLE
         return blocks
 
-    def _evict(self) -> int:
+    def _evict(self) -> BlockId:
         block, _ = self._idle.popitem(last=False)
         self._unindex(block)
         self._hash[block] = None
         return block
 
-    def _unindex(self, block: int) -> None:
+    def _unindex(self, block: BlockId) -> None:
         key = self._hash[block]
         if key is not None and self._index.get(key) == block:
             del self._index[key]
 
-    def match(self, chain: Sequence[bytes], limit: int) -> list[int]:
+    def match(self, chain: Sequence[bytes], limit: int) -> list[BlockId]:
         """The cached blocks of the longest prefix of `chain`, at most `limit`. They are not held
         yet."""
-        found: list[int] = []
+        found: list[BlockId] = []
         for key in chain[:limit]:
             block = self._index.get(key)
             if block is None:
@@ -106,12 +112,12 @@ class BlockPool:
             found.append(block)
         return found
 
-    def idle(self, blocks: Iterable[int]) -> int:
+    def idle(self, blocks: Iterable[BlockId]) -> int:
         """How many of these sealed blocks nobody holds: holding them lowers `available` by as
         many."""
         return sum(1 for block in blocks if self._refs[block] == 0)
 
-    def hold(self, blocks: Iterable[int]) -> None:
+    def hold(self, blocks: Iterable[BlockId]) -> None:
         """One more holder for each of these sealed blocks."""
         for block in blocks:
             if self._state[block] != SEALED:
@@ -119,7 +125,7 @@ class BlockPool:
             self._refs[block] += 1
             self._idle.pop(block, None)
 
-    def seal(self, block: int, key: bytes) -> None:
+    def seal(self, block: BlockId, key: bytes) -> None:
         """A WRITABLE block is full and its content final. Of two blocks with the same content the
         first stays the shared one."""
         if self._state[block] != WRITABLE:
@@ -127,13 +133,13 @@ class BlockPool:
         self._state[block], self._refs[block], self._hash[block] = SEALED, 1, key
         self._index.setdefault(key, block)
 
-    def disown(self, blocks: Iterable[int]) -> None:
+    def disown(self, blocks: Iterable[BlockId]) -> None:
         """Nobody new may share these blocks: their content is suspect."""
         for block in blocks:
             if self._state[block] == SEALED:
                 self._unindex(block)
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[BlockId]) -> None:
         """Their holder is done with them. The end of a chain is released first, so that it is
         evicted before its beginning."""
         for block in reversed(blocks):
@@ -147,7 +153,7 @@ class BlockPool:
                     f"block {block} is released twice (state {state}, {self._refs[block]} holders)"
                 )
 
-    def _release_sealed(self, block: int) -> None:
+    def _release_sealed(self, block: BlockId) -> None:
         self._refs[block] -= 1
         if self._refs[block] == 0:
             key = self._hash[block]
@@ -156,11 +162,11 @@ class BlockPool:
             else:
                 self._to_free(block)
 
-    def _to_free(self, block: int) -> None:
+    def _to_free(self, block: BlockId) -> None:
         self._state[block], self._hash[block] = FREE, None
         self._free.append(block)
 
-    def freeable(self, blocks: Iterable[int]) -> int:
+    def freeable(self, blocks: Iterable[BlockId]) -> int:
         """How many of a holder's blocks become available when it releases them."""
         return sum(1 for block in blocks if self._refs[block] <= 1)
 

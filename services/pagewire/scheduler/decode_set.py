@@ -8,6 +8,7 @@ valid as long as that is the present one. Knows neither requests nor blocks' sta
 from typing import Final, NamedTuple
 
 import numpy as np
+from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import Shared
 
 from .prefix_groups import PrefixFinder, saved_reads
@@ -62,7 +63,7 @@ class DecodeSet:
         self._member[slots] = False
         self.version += 1
 
-    def discard_slot(self, slot: int) -> None:
+    def discard_slot(self, slot: Slot) -> None:
         """The same for one slot, which need not be a member."""
         if self._member[slot]:
             self._member[slot] = False

@@ -7,15 +7,25 @@ workers by incarnation; who is alive, what time it is and where messages go is d
 from collections.abc import Callable
 from math import inf
 
-from pagewire_protocol.columns import execution_id
-from pagewire_protocol.messages import End, Finish, Placed, Step, StepResult, Submit, WorkerFacts
+from pagewire_protocol.columns import BlockId, execution_id
+from pagewire_protocol.messages import (
+    End,
+    Epoch,
+    Finish,
+    Incarnation,
+    Placed,
+    Step,
+    StepResult,
+    Submit,
+    WorkerFacts,
+)
 
 from pagewire.config import SchedulerConfig
 
 from . import batch, results
 from .outgoing import Outgoing
 from .placement import Queue, choose, overload, unservable
-from .request import Phase, Refusal, Request, malformed
+from .request import Phase, Refusal, ReplyRoute, Request, malformed
 from .step_estimator import Waiting
 from .worker_state import Counters, WorkerState
 
@@ -29,24 +39,24 @@ REMEMBERED_LOSSES = 64
 class Engine:
     """The requests and workers of the scheduler of `epoch`."""
 
-    def __init__(self, epoch: int, config: SchedulerConfig) -> None:
+    def __init__(self, epoch: Epoch, config: SchedulerConfig) -> None:
         self.epoch = epoch
         self.config = config
         self.queue = Queue()
         self.out = Outgoing()
         self.counters = Counters()
-        self.workers: dict[int, WorkerState] = {}
+        self.workers: dict[Incarnation, WorkerState] = {}
         """By incarnation."""
         self.live: dict[bytes, Request] = {}
         """Attempts that were accepted and have not ended, by rid."""
-        self._lost: dict[int, WorkerState] = {}
+        self._lost: dict[Incarnation, WorkerState] = {}
         self._executions = 0
         self._arrivals = 0
 
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
 
-    def submit(self, submit: Submit, reply_route: int, worker_expected: bool) -> None:
+    def submit(self, submit: Submit, reply_route: ReplyRoute, worker_expected: bool) -> None:
         """Accept or refuse an attempt, whose results go to `reply_route`. It replaces an earlier
         attempt at the same request. `worker_expected`: a worker is on its way, so that a request
         may wait for it."""
@@ -127,7 +137,7 @@ class Engine:
 
     def _report_end(
         self,
-        reply_route: int,
+        reply_route: ReplyRoute,
         handle: int,
         attempt: int,
         finish: Finish,
@@ -141,7 +151,7 @@ class Engine:
             )
         )
 
-    def drop_route(self, reply_route: int) -> None:
+    def drop_route(self, reply_route: ReplyRoute) -> None:
         """Nobody waits for these requests here any more; their owners resubmit elsewhere."""
         for request in [r for r in self.live.values() if r.reply_route == reply_route]:
             self.end(request, Finish.CANCELLED)
@@ -154,7 +164,7 @@ class Engine:
     # --- workers
     #   ------------------------------------------------------------------------------------------------------
 
-    def add_worker(self, incarnation: int, inbox: str, facts: WorkerFacts) -> None:
+    def add_worker(self, incarnation: Incarnation, inbox: str, facts: WorkerFacts) -> None:
         """A worker is ready. One that was given up and comes back is told to empty the slots that
         it may still hold."""
         worker = WorkerState(incarnation, inbox, facts, self.config, self.counters)
@@ -165,7 +175,7 @@ class Engine:
         self.workers[incarnation] = worker
         self._refuse_unservable()
 
-    def lose_worker(self, incarnation: int) -> None:
+    def lose_worker(self, incarnation: Incarnation) -> None:
         """A worker is gone. Its requests end as lost, and their owners resubmit them."""
         worker = self.workers.get(incarnation)
         if worker is None:
@@ -251,7 +261,7 @@ class Engine:
             self.queue.pop()
             self._put(request, *choice)
 
-    def _put(self, request: Request, worker: WorkerState, cached: list[int]) -> None:
+    def _put(self, request: Request, worker: WorkerState, cached: list[BlockId]) -> None:
         """A preempted request keeps its execution id: its owner accepts rows of no other, and only one
         chain of its tokens was ever sent."""
         if request.execution:

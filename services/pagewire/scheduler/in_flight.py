@@ -7,6 +7,8 @@ result means.
 from collections import deque
 from dataclasses import dataclass
 
+from pagewire_protocol.columns import Slot
+
 from .slots import I32
 
 
@@ -50,7 +52,7 @@ class InFlightSteps:
         self.num_sent = step.n
         self.steps.append(step)
 
-    def last_step_of(self, slot: int) -> int:
+    def last_step_of(self, slot: Slot) -> int:
         """The newest step in flight that runs `slot`; 0 when none does."""
         return next((s.n for s in reversed(self.steps) if bool((s.run == slot).any())), 0)
 

@@ -8,6 +8,7 @@ requests' tokens and block tables, and steps by number; knows neither slots nor 
 from dataclasses import dataclass
 from typing import Final
 
+from pagewire_protocol.columns import BlockId
 from pagewire_protocol.messages import WorkerFacts
 
 from .blocks import BlockPool
@@ -24,7 +25,7 @@ class DeferredRelease:
     waits again."""
 
     n: int
-    blocks: list[int]
+    blocks: list[BlockId]
     request: Request | None
 
 
@@ -44,7 +45,7 @@ class KVCacheManager:
 
     # --- a request takes its blocks ---
 
-    def cached_blocks(self, request: Request) -> list[int]:
+    def cached_blocks(self, request: Request) -> list[BlockId]:
         """Blocks that hold the beginning of `request`. Its last token is always computed again,
         since its logits are wanted."""
         if not self.prefix_caching or request.wants_prompt_logprobs:
@@ -52,7 +53,7 @@ class KVCacheManager:
         chain = request.extend_chain(self.block_size, request.tokens)
         return self.pool.match(chain, (len(request.tokens) - 1) // self.block_size)
 
-    def is_being_computed(self, request: Request, cached: list[int]) -> bool:
+    def is_being_computed(self, request: Request, cached: list[BlockId]) -> bool:
         """Whether the blocks that follow `cached` in `request` are being computed for another
         request, and enough of them to wait for."""
         if request.wants_prompt_logprobs:
@@ -64,14 +65,14 @@ class KVCacheManager:
             return False
         return chain[first] in self.computing and chain[last] in self.computing
 
-    def has_room(self, request: Request, cached: list[int], running: int) -> bool:
+    def has_room(self, request: Request, cached: list[BlockId], running: int) -> bool:
         """Whether there are blocks for all tokens of `request` and one more for each of the
         `running` requests, so that it does not cause a preemption at once."""
         # Cached blocks without a holder count as available until this request holds them.
         needed = self._blocks_for(request) - len(cached) + self.pool.idle(cached)
         return needed + running <= self.pool.available
 
-    def allocate(self, request: Request, cached: list[int]) -> None:
+    def allocate(self, request: Request, cached: list[BlockId]) -> None:
         """Give `request` the blocks `cached` and fresh ones for the rest of its tokens."""
         if self.prefix_caching:
             chain = request.extend_chain(self.block_size, request.tokens)
@@ -87,9 +88,10 @@ class KVCacheManager:
     def seal(self, request: Request, first: int, last: int) -> None:
         """The blocks `first` to `last` - 1 of `request` are full, and the steps that filled them
         have come back good: others may share them. Its chain reaches so far."""
+        chain = request.chain
         for i in range(first, last):
-            self.pool.seal(request.blocks[i], request.chain[i])
-            self.computing.discard(request.chain[i])
+            self.pool.seal(request.blocks[i], chain[i])
+            self.computing.discard(chain[i])
 
     def disown(self, request: Request) -> None:
         """What `request` computed is suspect: nobody new may share its blocks."""
@@ -102,7 +104,9 @@ class KVCacheManager:
         for the others."""
         self.computing.difference_update(request.chain[num_sealed:])
 
-    def release_after(self, n: int, blocks: list[int], preempted: Request | None = None) -> None:
+    def release_after(
+        self, n: int, blocks: list[BlockId], preempted: Request | None = None
+    ) -> None:
         """Give `blocks` back at the next `release_due` for step `n` or a later one."""
         self.deferred.append(DeferredRelease(n, blocks, preempted))
 

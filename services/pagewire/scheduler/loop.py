@@ -11,8 +11,15 @@ import time
 from collections import deque
 from typing import Final
 
-from pagewire_protocol.channels import AlreadyRunning, Inbox, Outbox, prepare_run_dir, take_epoch
-from pagewire_protocol.messages import Message, Role, ToScheduler
+from pagewire_protocol.channels import (
+    NO_INCARNATION,
+    AlreadyRunning,
+    Inbox,
+    Outbox,
+    prepare_run_dir,
+    take_epoch,
+)
+from pagewire_protocol.messages import Epoch, Message, Role, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
 from pagewire.process.node import settle_gc
@@ -27,7 +34,7 @@ class Loop:
     """Receives, has the state machine decide, and sends what it says."""
 
     def __init__(
-        self, epoch: int, config: SchedulerConfig, inbox: Inbox[ToScheduler], outbox: Outbox
+        self, epoch: Epoch, config: SchedulerConfig, inbox: Inbox[ToScheduler], outbox: Outbox
     ) -> None:
         self.inbox = inbox
         self.outbox = outbox
@@ -85,7 +92,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     except (AlreadyRunning, OSError, ValueError) as error:
         print(f"pagewire scheduler: {error}", file=sys.stderr)
         return 1
-    inbox: Inbox[ToScheduler] = Inbox(run_dir, Role.SCHEDULER, 0)
+    inbox: Inbox[ToScheduler] = Inbox(run_dir, Role.SCHEDULER, NO_INCARNATION)
     loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)

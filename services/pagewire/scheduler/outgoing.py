@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import End, LogprobColumns, Placed, PromptLogprobs, Tokens
 
+from .request import ReplyRoute
 from .slots import I32, I64, Bools, Slots, ints
 
 Column = NDArray[Any]
@@ -72,16 +74,16 @@ class Outgoing:
     """An OutgoingTokens for each reply route."""
 
     def __init__(self) -> None:
-        self._by_route: dict[int, OutgoingTokens] = {}
+        self._by_route: dict[ReplyRoute, OutgoingTokens] = {}
 
-    def to(self, reply_route: int) -> OutgoingTokens:
+    def to(self, reply_route: ReplyRoute) -> OutgoingTokens:
         """What goes to this route next, to be added to."""
         outgoing = self._by_route.get(reply_route)
         if outgoing is None:
             outgoing = self._by_route[reply_route] = OutgoingTokens()
         return outgoing
 
-    def take(self) -> dict[int, OutgoingTokens]:
+    def take(self) -> dict[ReplyRoute, OutgoingTokens]:
         """All there is, by route; leaves this empty."""
         taken = self._by_route
         self._by_route = {}
@@ -107,7 +109,7 @@ class Outgoing:
         if not len(rows):
             return
         routes = slots.reply_route[rows]
-        first = int(routes[0])
+        first = ReplyRoute(int(routes[0]))
         if (routes == first).all():
             self.to(first).rows.append(_packed(slots, rows, positions, tokens, counts, logprobs))
             return
@@ -122,9 +124,9 @@ class Outgoing:
                 None if counts is None else counts[mine],
                 select(logprobs, my_tokens),
             )
-            self.to(route).rows.append(part)
+            self.to(ReplyRoute(route)).rows.append(part)
 
-    def add_prompt_logprobs(self, slots: Slots, slot: int, entry: PromptLogprobs) -> None:
+    def add_prompt_logprobs(self, slots: Slots, slot: Slot, entry: PromptLogprobs) -> None:
         """`entry` is of the prompt in `slot`."""
         addressed = replace(
             entry,
@@ -133,7 +135,7 @@ class Outgoing:
             attempt=int(slots.attempt[slot]),
             execution=int(slots.execution[slot]),
         )
-        self.to(int(slots.reply_route[slot])).prompt_logprobs.append(addressed)
+        self.to(ReplyRoute(int(slots.reply_route[slot]))).prompt_logprobs.append(addressed)
 
 
 def _packed(

@@ -10,8 +10,10 @@ from typing import Final
 
 from msgspec.structs import replace
 from pagewire_protocol.messages import (
+    Epoch,
     Heartbeat,
     Hello,
+    Incarnation,
     Peer,
     Role,
     Roster,
@@ -19,6 +21,8 @@ from pagewire_protocol.messages import (
     WorkerFacts,
 )
 from pagewire_protocol.structs import SILENCE_S
+
+from .request import ReplyRoute
 
 LOADING_SILENCE_S: Final = 60.0
 """`SILENCE_S` for a peer that is loading: an import or a large file may hold its interpreter for
@@ -42,7 +46,7 @@ class Peers:
     """All live peers, by incarnation."""
 
     def __init__(self) -> None:
-        self._peers: dict[int, PeerState] = {}
+        self._peers: dict[Incarnation, PeerState] = {}
         self._roster: Roster | None = None
 
     def hello(self, hello: Hello, now: float) -> list[PeerState]:
@@ -74,7 +78,7 @@ class Peers:
             self._roster = None
         return True
 
-    def remove(self, incarnation: int) -> list[PeerState]:
+    def remove(self, incarnation: Incarnation) -> list[PeerState]:
         """Forget a peer, and with it the other ranks of its group. Returns what was known of them,
         the peer itself first."""
         state = self._peers.pop(incarnation, None)
@@ -86,7 +90,7 @@ class Peers:
             del self._peers[other.peer.incarnation]
         return [state, *others]
 
-    def expired(self, now: float) -> list[int]:
+    def expired(self, now: float) -> list[Incarnation]:
         """The incarnations of peers that were silent for too long."""
         limit = {True: SILENCE_S, False: LOADING_SILENCE_S}
         return [
@@ -112,7 +116,7 @@ class Peers:
     def _group(self, name: str) -> list[PeerState]:
         return [state for state in self._peers.values() if state.peer.group == name]
 
-    def at(self, inbox: str) -> list[int]:
+    def at(self, inbox: str) -> list[Incarnation]:
         """The incarnations of peers with this inbox."""
         return [
             state.peer.incarnation for state in self._peers.values() if state.peer.inbox == inbox
@@ -138,13 +142,13 @@ class Peers:
         """The roster differs from the last one built."""
         return self._roster is None
 
-    def roster(self, epoch: int, stats: dict[str, float]) -> Roster:
+    def roster(self, epoch: Epoch, stats: dict[str, float]) -> Roster:
         """The peers as the others are told of them."""
         if self._roster is None:
             self._roster = self._build(epoch)
         return replace(self._roster, stats=stats) if stats else self._roster
 
-    def _build(self, epoch: int) -> Roster:
+    def _build(self, epoch: Epoch) -> Roster:
         ready = [state for state in self._peers.values() if state.peer.ready]
         workers = [
             state.worker
@@ -168,18 +172,18 @@ class ReplyRoutes:
     SILENCE_S."""
 
     def __init__(self) -> None:
-        self._number: dict[str, int] = {}
-        self._inbox: dict[int, str] = {}
+        self._number: dict[str, ReplyRoute] = {}
+        self._inbox: dict[ReplyRoute, str] = {}
         self._strangers: dict[str, float] = {}
         """Since when results are sent to a process that never said Hello, by inbox."""
         self._next = 0
 
-    def number(self, inbox: str, introduced: bool, now: float) -> int:
+    def number(self, inbox: str, introduced: bool, now: float) -> ReplyRoute:
         """The number of `inbox`, a new one where it has none. `introduced`: its process has said
         Hello."""
         number = self._number.get(inbox)
         if number is None:
-            number = self._number[inbox] = self._next
+            number = self._number[inbox] = ReplyRoute(self._next)
             self._inbox[number] = inbox
             self._next += 1
             if not introduced:
@@ -194,11 +198,11 @@ class ReplyRoutes:
         """The inboxes whose processes should have said Hello by now."""
         return [inbox for inbox, since in self._strangers.items() if now - since > SILENCE_S]
 
-    def inbox(self, number: int) -> str | None:
+    def inbox(self, number: ReplyRoute) -> str | None:
         """The inbox with this number; None when it is gone."""
         return self._inbox.get(number)
 
-    def remove(self, inbox: str) -> int | None:
+    def remove(self, inbox: str) -> ReplyRoute | None:
         """The number that `inbox` had; it is never given again."""
         self._strangers.pop(inbox, None)
         number = self._number.pop(inbox, None)

@@ -8,9 +8,11 @@ import heapq
 from collections.abc import Sequence
 from typing import Final
 
+from pagewire_protocol.columns import BlockId
+
 from pagewire.config import SchedulerConfig
 
-from .request import Phase, Refusal, Request, foreign_token
+from .request import Phase, Refusal, Request, token_outside_vocabulary
 from .worker_state import WorkerState
 
 AFFINITY_SLACK: Final = 32
@@ -30,10 +32,12 @@ class Queue:
         self.tokens = 0
 
     def push(self, request: Request) -> None:
+        """`request` waits."""
         heapq.heappush(self._heap, (*request.order, request))
         self._count(request, 1)
 
     def head(self) -> Request | None:
+        """Whose turn it is; None when nobody waits."""
         while self._heap and self._heap[0][2].phase is not Phase.WAITING:
             heapq.heappop(self._heap)
         return self._heap[0][2] if self._heap else None
@@ -58,6 +62,7 @@ class Queue:
         self.tokens += sign * len(request.tokens)
 
     def waiting(self) -> list[Request]:
+        """All that wait, in order."""
         return [
             entry[2]
             for entry in sorted(self._heap, key=lambda e: e[:2])
@@ -67,7 +72,7 @@ class Queue:
 
 def choose(
     request: Request, workers: Sequence[WorkerState]
-) -> tuple[WorkerState, list[int]] | None:
+) -> tuple[WorkerState, list[BlockId]] | None:
     """The worker for `request` and the blocks it has of it already: the longest cached prefix, then
     the least load. None when it must wait.
 
@@ -79,7 +84,7 @@ def choose(
     if not ready:
         return None
     least_load = min(worker.load for worker in ready)
-    best: tuple[WorkerState, list[int]] | None = None
+    best: tuple[WorkerState, list[BlockId]] | None = None
     best_score = (0, 0)
     for worker in ready:
         cached = worker.kv_cache.cached_blocks(request)
@@ -127,7 +132,7 @@ def unservable(request: Request, workers: Sequence[WorkerState]) -> Refusal | No
         return Refusal(
             400, f"{wanted}, which is more than the KV cache of {holds}; {ADVICE}", "max_tokens"
         )
-    return foreign_token(request, min(worker.facts.vocab_size for worker in workers))
+    return token_outside_vocabulary(request, min(worker.facts.vocab_size for worker in workers))
 
 
 def overload(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from pagewire_protocol.columns import BlockId, Slot
 from pagewire_protocol.messages import Shared, pack
 
 from .slots import I32, I64
@@ -57,7 +58,7 @@ class PrefixFinder:
         self._tables = np.zeros((slots, 64), np.int32)
         self._counts = np.zeros(slots, np.int64)
 
-    def placed(self, slot: int, blocks: list[int]) -> None:
+    def placed(self, slot: Slot, blocks: list[BlockId]) -> None:
         """`slot` has a new request, whose table begins with `blocks`, at least one."""
         width = self._tables.shape[1]
         if len(blocks) > width:

@@ -7,15 +7,21 @@ Knows tokens and sampling limits; knows no worker's state (its columns while it 
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final, NewType
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
+from pagewire_protocol.columns import BlockId, Incarnation, Slot
 from pagewire_protocol.messages import Finish, Submit
 from pagewire_protocol.sampling import Sampling
 from pagewire_protocol.sampling_checks import fault
 
 from .blocks import extend_chain, root_hash
+
+ReplyRoute = NewType("ReplyRoute", int)
+"""The scheduler's number for an inbox that results go to."""
+NO_SLOT: Final = Slot(-1)
 
 
 class Phase(IntEnum):
@@ -73,7 +79,7 @@ class Request:
         "worker",
     )
 
-    def __init__(self, submit: Submit, reply_route: int, number: int) -> None:
+    def __init__(self, submit: Submit, reply_route: ReplyRoute, number: int) -> None:
         self.rid = submit.rid
         self.attempt = submit.attempt
         self.handle = submit.handle
@@ -94,10 +100,10 @@ class Request:
         self.chain_block_size = 0
         self.phase = Phase.WAITING
         self.execution = 0
-        self.worker: int | None = None
+        self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
-        self.slot = -1
-        self.blocks: list[int] = []
+        self.slot = NO_SLOT
+        self.blocks: list[BlockId] = []
 
     @property
     def order(self) -> tuple[int, int]:
@@ -163,7 +169,7 @@ def malformed(submit: Submit) -> Refusal | None:
     return None if wrong is None else Refusal(400, *wrong)
 
 
-def foreign_token(request: Request, vocab_size: int) -> Refusal | None:
+def token_outside_vocabulary(request: Request, vocab_size: int) -> Refusal | None:
     """A token, in the prompt or among those that sampling speaks of, that the model does not
     have."""
     wrong = fault(request.sampling, vocab_size)

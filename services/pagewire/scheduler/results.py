@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import Finish, LogprobColumns, StepResult
 
 from .in_flight import InFlightStep
 from .outgoing import Outgoing, select
 from .request import Request
-from .slots import I32, Bools, ints
+from .slots import I32, Bools, ints, slots_of
 from .worker_state import WorkerState
 
 Ended = Callable[[Request, Finish, int | None], None]
@@ -189,7 +190,7 @@ def _may_end(worker: WorkerState, tokens: I32, counts: I32 | None, flags: Bools 
 def _check_prompt_logprobs(step: InFlightStep, result: StepResult) -> None:
     if not result.prompt_logprobs:
         return
-    run = set(ints(step.run))
+    run = set(slots_of(step.run))
     if any(entry.slot not in run for entry in result.prompt_logprobs):
         raise WorkerFault(
             f"step {result.n} came back with the prompts of slots that it did not run"
@@ -211,7 +212,7 @@ def _pass_prompt_logprobs(
 
 def _fail(worker: WorkerState, step: InFlightStep, flagged: I32, failed: Failed) -> None:
     slots = worker.slots
-    for slot in ints(flagged):
+    for slot in slots_of(flagged):
         request = slots.requests[slot]
         if request is not None and slots.admitted_step[slot] <= step.n:
             worker.kv_cache.disown(request)
@@ -236,10 +237,10 @@ def _record_one_each(
     over = sampled.may_end | (received >= slots.max_len[rows])
     if over.any():
         for i in ints(np.flatnonzero(over)):
-            _end_if_over(worker, int(rows[i]), int(sampled.tokens[i]), ended)
+            _end_if_over(worker, Slot(int(rows[i])), int(sampled.tokens[i]), ended)
 
 
-def _end_if_over(worker: WorkerState, slot: int, token: int, ended: Ended) -> None:
+def _end_if_over(worker: WorkerState, slot: Slot, token: int, ended: Ended) -> None:
     request = worker.slots.request_in(slot)
     output_len = int(worker.slots.num_received[slot]) - len(request.prompt)
     finish = request.finish_at(token, output_len, worker.slots.eos)
@@ -262,7 +263,7 @@ def _record(
     taken = np.zeros(len(rows), np.int32)
     finishes: list[tuple[Request, Finish, int | None]] = []
     first = 0
-    for i, (slot, count) in enumerate(zip(ints(rows), ints(counts), strict=True)):
+    for i, (slot, count) in enumerate(zip(slots_of(rows), ints(counts), strict=True)):
         request = slots.request_in(slot)
         tokens = ints(sampled.tokens[first : first + count])
         first += count
@@ -289,7 +290,7 @@ def _record(
     worker.counters.generation_tokens += int(taken.sum())
     for request, finish, stop in finishes:
         ended(request, finish, stop)
-    worker.correct_lengths(ints(rows))
+    worker.correct_lengths(slots_of(rows))
 
 
 def _first_tokens_of_rows(counts: I32, taken: I32) -> Bools:
@@ -301,7 +302,7 @@ def _first_tokens_of_rows(counts: I32, taken: I32) -> Bools:
 
 def _end_prefilled(worker: WorkerState, step: InFlightStep, ended: Ended) -> None:
     """The prompts of requests that want no token are computed: that was all."""
-    for slot in ints(step.prefilled):
+    for slot in slots_of(step.prefilled):
         request = worker.slots.requests[slot]
         if request is not None and worker.slots.admitted_step[slot] <= step.n:
             ended(request, Finish.LENGTH, None)
@@ -335,7 +336,7 @@ def _seal_full(worker: WorkerState, rows: I32) -> None:
     first = slots.num_sealed[rows]
     last = num_full[filled]
     slots.num_sealed[rows] = last
-    for slot, begin, end in zip(ints(rows), ints(first), ints(last), strict=True):
+    for slot, begin, end in zip(slots_of(rows), ints(first), ints(last), strict=True):
         request = slots.request_in(slot)
         if len(request.chain) < end:
             request.extend_chain(block_size, slots.tokens[slot, : end * block_size])

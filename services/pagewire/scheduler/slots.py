@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pagewire_protocol.columns import Slot
 
 from .request import Request
 
@@ -36,6 +37,11 @@ def ints(column: NDArray[Any]) -> list[int]:
     return column.tolist()
 
 
+def slots_of(column: I32) -> list[Slot]:
+    """A column of slots as plain numbers."""
+    return column.tolist()
+
+
 class Slots:
     """`count` slots of a worker whose model has `vocab_size` tokens and ends at the tokens `eos`.
     All counts are int64 columns [count]."""
@@ -44,7 +50,7 @@ class Slots:
         self.count = count
         self.vocab_size = vocab_size
         self.eos = frozenset(eos)
-        self.free = list(range(count - 1, -1, -1))
+        self.free = [Slot(slot) for slot in range(count - 1, -1, -1)]
         self.requests: list[Request | None] = [None] * count
         self.num_tokens = np.zeros(count, np.int64)
         self.num_scheduled = np.zeros(count, np.int64)
@@ -77,13 +83,13 @@ class Slots:
         """Slots that hold a request."""
         return self.count - len(self.free)
 
-    def request_in(self, slot: int) -> Request:
+    def request_in(self, slot: Slot) -> Request:
         """The request in `slot`, which has one."""
         request = self.requests[slot]
         assert request is not None
         return request
 
-    def occupy(self, request: Request, computed: int, allocated: int) -> int:
+    def occupy(self, request: Request, computed: int, allocated: int) -> Slot:
         """Give `request` a slot and return its number. Its block table covers `allocated` tokens,
         of which the first `computed` are in the cache already."""
         slot = self.free.pop()
@@ -106,7 +112,7 @@ class Slots:
         self._count_stop_tokens(request.sampling.stop_token_ids, 1)
         return slot
 
-    def vacate(self, slot: int) -> None:
+    def vacate(self, slot: Slot) -> None:
         """The slot's request is gone for good. Results still to come for it find its
         `admitted_step` in the future and are dropped."""
         request = self.request_in(slot)
@@ -116,7 +122,7 @@ class Slots:
         self.num_vacated += 1
         self.free.append(slot)
 
-    def received_tokens(self, slot: int) -> I32:
+    def received_tokens(self, slot: Slot) -> I32:
         """The tokens of a slot whose values are known [num_received], a view."""
         return self.tokens[slot, : self.num_received[slot]]
 

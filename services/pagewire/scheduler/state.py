@@ -13,9 +13,11 @@ from typing import Final
 
 from pagewire_protocol.messages import (
     Cancel,
+    Epoch,
     Goodbye,
     Heartbeat,
     Hello,
+    Incarnation,
     Message,
     Peer,
     Role,
@@ -68,7 +70,7 @@ class Scheduler:
     """The scheduler of `epoch`. Messages go out by `send` as soon as they are made, while the next
     ones are."""
 
-    def __init__(self, epoch: int, config: SchedulerConfig, send: Send, forget: Forget) -> None:
+    def __init__(self, epoch: Epoch, config: SchedulerConfig, send: Send, forget: Forget) -> None:
         self.epoch = epoch
         self.engine = Engine(epoch, config)
         self.peers = Peers()
@@ -79,7 +81,7 @@ class Scheduler:
         self._forget = forget
         self._greet: set[str] = set()
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
-        self._distrusted: set[int] = set()
+        self._distrusted: set[Incarnation] = set()
         self._next_housekeeping = 0.0
         self._started = self._worker_seen = NOT_YET
 
@@ -153,7 +155,7 @@ class Scheduler:
         if incarnation not in self.engine.workers:
             self.engine.add_worker(incarnation, leader.peer.inbox, leader.worker)
 
-    def _remove(self, incarnation: int, why: str) -> None:
+    def _remove(self, incarnation: Incarnation, why: str) -> None:
         for state in self.peers.remove(incarnation):
             self._gone(state, why)
             why = f"is lost with its group {state.peer.group}"

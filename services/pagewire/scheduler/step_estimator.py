@@ -70,7 +70,7 @@ def longest_chunk(cost: StepCost, ms: float, context: int) -> float:
     return 2 * ms / divisor if divisor else inf
 
 
-class Sent(NamedTuple):
+class SentStep(NamedTuple):
     """A step in flight: sent at `at` (monotonic seconds), estimated to take `ms`; `mixed`: with
     prefill."""
 
@@ -96,14 +96,15 @@ class StepEstimator:
     nothing."""
 
     def __init__(self, cost: StepCost | None, config: SchedulerConfig, reserved: int = 0) -> None:
-        self.measured, self.cost = cost is not None, cost or StepCost(0, 0, 0)
+        self.measured = cost is not None
+        self.cost = cost or StepCost(0, 0, 0)
         usual = config.step_tokens(gpu=cost is not None)
         self.step_tokens = min(reserved, config.max_num_batched_tokens or reserved) or usual
         self._limit_ms = config.max_step_ms if self.measured and config.max_step_ms else inf
         self._most = (
             config.steps_in_flight if self.measured else min(LEAST_AHEAD, config.steps_in_flight)
         )
-        self._sent: deque[Sent] = deque()
+        self._sent: deque[SentStep] = deque()
         self._last = -inf
         self.ratio = 1.0
         """Measured time of steps with prefill over their estimate, lately."""
@@ -126,9 +127,9 @@ class StepEstimator:
         rounded."""
         return longest_chunk(self.cost, limit_ms - ms, context)
 
-    def due(self, backlog: float = 0.0) -> float:
+    def due(self, pending_tokens: float = 0.0) -> float:
         """When one more step is to be sent, in monotonic seconds; inf while only a result can
-        change that. backlog: prefill tokens that no step has yet; where they fill the next step, or
+        change that. pending_tokens: prefill tokens that no step has yet; where they fill the next step, or
         nothing but throughput counts, no newcomer would be in it."""
         sent = self._sent
         if not sent:
@@ -136,16 +137,17 @@ class StepEstimator:
         if len(sent) >= self._most:
             return inf
         full = (
-            backlog >= self.step_tokens
-            or backlog * self.cost.token_ms * self.ratio >= self._limit_ms
+            pending_tokens >= self.step_tokens
+            or pending_tokens * self.cost.token_ms * self.ratio >= self._limit_ms
         )
         if len(sent) < LEAST_AHEAD and (full or self._limit_ms == inf):
             return -inf
-        least_ms = SURE * sum([one.ms * (self.ratio if one.mixed else 1.0) for one in sent])
+        least_ms = SURE * sum([step.ms * (self.ratio if step.mixed else 1.0) for step in sent])
         return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
-        self._sent.append(Sent(n, ms, now, mixed))
+        """Step `n`, estimated to take `ms` milliseconds, is sent now; `mixed`: with prefill."""
+        self._sent.append(SentStep(n, ms, now, mixed))
 
     def returned(self, n: int, now: float) -> None:
         """The results of all steps up to `n` are there. A step began when it was sent or the one
@@ -153,13 +155,19 @@ class StepEstimator:
         sent = self._sent
         if not sent or sent[0].n > n:
             return
-        steps, ms, at, mixed = 0, 0.0, sent[0].at, False
+        began = max(sent[0].at, self._last)
+        waited_for_others = sent[0].at <= self._last
+        steps = 0
+        ms = 0.0
+        mixed = False
         while sent and sent[0].n <= n:
-            one = sent.popleft()
-            steps, ms, mixed = steps + 1, ms + one.ms, mixed or one.mixed
-        took = 1000 * (now - max(at, self._last))
+            step = sent.popleft()
+            steps += 1
+            ms += step.ms
+            mixed = mixed or step.mixed
+        took = 1000 * (now - began)
         self.step_ms += (took / steps - self.step_ms) / (RECENT if self.step_ms else 1)
-        if mixed and ms and at <= self._last:
+        if mixed and ms and waited_for_others:
             self._learn(took, ms)
         self._last = now
 

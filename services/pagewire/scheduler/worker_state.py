@@ -9,6 +9,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 import numpy as np
+from pagewire_protocol.columns import BlockId, Incarnation, Slot
 from pagewire_protocol.messages import WorkerFacts
 
 from pagewire.config import SchedulerConfig
@@ -17,7 +18,7 @@ from .decode_set import DecodeSet
 from .in_flight import InFlightSteps
 from .kv_cache import KVCacheManager
 from .prefix_groups import PrefixFinder
-from .request import Phase, Request
+from .request import NO_SLOT, Phase, Request
 from .slots import NEVER, Slots
 from .step_estimator import StepEstimator
 
@@ -40,7 +41,7 @@ class WorkerState:
 
     def __init__(
         self,
-        incarnation: int,
+        incarnation: Incarnation,
         inbox: str,
         facts: WorkerFacts,
         config: SchedulerConfig,
@@ -64,7 +65,7 @@ class WorkerState:
         """Requests of which no step has been given all known tokens yet, in order of arrival."""
         self.to_admit: list[Request] = []
         """Requests whose Admission goes out with the next step."""
-        self.to_retire: list[int] = []
+        self.to_retire: list[Slot] = []
         """Slots that the next step retires."""
         self.requeued: list[Request] = []
         """Preempted requests that wait again, to be fetched by the engine."""
@@ -99,11 +100,11 @@ class WorkerState:
 
     # --- entering a slot ---
 
-    def has_room(self, request: Request, cached: list[int]) -> bool:
+    def has_room(self, request: Request, cached: list[BlockId]) -> bool:
         """A free slot, and blocks for `request` beside the `cached` ones."""
         return bool(self.slots.free) and self.kv_cache.has_room(request, cached, self.load)
 
-    def place(self, request: Request, cached: list[int]) -> int:
+    def place(self, request: Request, cached: list[BlockId]) -> int:
         """Take slot and blocks for `request`, whose Admission goes out with the next step. Returns
         the tokens that the cache saves."""
         block_size = self.kv_cache.block_size
@@ -171,17 +172,17 @@ class WorkerState:
 
     def _leave_slot(self, request: Request) -> None:
         self.slots.vacate(request.slot)
-        request.slot = -1
+        request.slot = NO_SLOT
         request.worker = None
         request.blocks = []
 
     # --- lengths that were assumed too long ---
 
-    def correct_lengths(self, slots: list[int]) -> None:
+    def correct_lengths(self, slots: list[Slot]) -> None:
         """A step brought these slots fewer tokens than their rows might have: bound their lengths
         anew, by what is there and what the steps in flight may still bring. A slot that was thought
         to have reached its end decodes again."""
-        again: list[int] = []
+        again: list[Slot] = []
         for slot in slots:
             request = self.slots.requests[slot]
             if request is None:

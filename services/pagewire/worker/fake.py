@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pagewire_protocol.columns import pack
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation, Slot, pack
 from pagewire_protocol.messages import Step, StepResult
 from pagewire_protocol.splitmix import GOLDEN_GAMMA, MASK64, MULTIPLIERS, finalize
 from pagewire_protocol.structs import (
@@ -63,7 +63,7 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
     return said
 
 
-def score(slot: int, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
+def score(slot: Slot, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
     """What the fake model makes of a prompt of two tokens or more, beside each its `count`
     likeliest tokens: the one that it says itself has probability 1 (log 0), any other -100."""
     ids, values, ranks = list[int](), list[float](), list[int]()
@@ -100,7 +100,7 @@ class FakeRunner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
     ) -> None:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
@@ -186,7 +186,9 @@ class FakeRunner:
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
         prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
-            self._scores.append(score(slot, tokens[:prompt].tolist(), asked, int(self._vocab)))
+            self._scores.append(
+                score(Slot(slot), tokens[:prompt].tolist(), asked, int(self._vocab))
+            )
 
     def _grow_to(self, count: int) -> None:
         for name in ("_state", "_known", "_computed", "_logprobs", "_prefill_only"):

@@ -6,6 +6,7 @@ torch is imported while loading, after the first Hello, so that /health can say 
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -14,14 +15,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
+from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
 
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.errors import EXPECTED, error_line
+from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
+from .device import driver
 
 log = logging.getLogger("pagewire.worker")
 REPORT_EVERY_S = 0.2
@@ -151,16 +156,22 @@ def _load(
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
+    if _may_stay_quantized(path, model, config):
+        from .device import kernel_cache
+
+        kernel_cache.keep_native()
+        cpu_native.compile_beside()
     membership.loading("importing torch")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     _keep_memory()
-    from .load import loader
-
+    loader = imported("worker.load.loader")
+    gc.freeze()
     narrate = _Narrator(membership)
+    from .load.in_thread import ticking
+
     if loader.choose_device(config.device) == "cuda":
         from .device import kernel_cache
-        from .load.in_thread import ticking
 
         with (
             kernel_cache.kept(node.run_dir),
@@ -171,16 +182,25 @@ def _load(
             return CudaRunner(path, model, scheduler, config, incarnation, narrate)
     from .cpu.runner import Runner as CpuRunner
 
-    return SyncRunner(
-        CpuRunner(
-            path,
-            model,
-            scheduler,
-            config,
-            incarnation,
-            narrate,
-            lambda: membership.tick(time.monotonic()),
+    with ticking(narrate.alive):  # compiling may take as long here
+        return SyncRunner(
+            CpuRunner(
+                path,
+                model,
+                scheduler,
+                config,
+                incarnation,
+                narrate,
+                lambda: membership.tick(time.monotonic()),
+            )
         )
+
+
+def _may_stay_quantized(path: Path, model: ModelConfig, config: WorkerConfig) -> bool:
+    """As far as can be told without torch."""
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not driver.has_device())
+    return on_cpu and (
+        path.suffix == ".gguf" or bool(model.quantization) or any(path.glob("*.gguf"))
     )
 
 

@@ -108,6 +108,9 @@ def decode(
 class Prefill(Case):
     """`rows` requests of `count` new tokens each, the last ones of `length`."""
 
+    hopper = True
+    """Whether the kernel for Hopper GPUs may be taken."""
+
     def __init__(self, rows: int, count: int, length: int, heads: int, dim: int) -> None:
         self._rows, self._new, self._length, self._dim = rows, count, length, dim
         self._k, self._v = pool(dim)
@@ -133,6 +136,7 @@ class Prefill(Case):
             scale,
             config=config,
             out=out,
+            hopper=self.hopper,
         )
 
     def check(self, config: Any = None) -> float:

@@ -10,7 +10,6 @@ from pagewire_kernels import (
     attention_decode,
     cuda,
     gemm,
-    gemm_cublaslt,
     gemm_row,
     norm,
     rope,
@@ -63,7 +62,7 @@ class Gemm(Case):
         return (
             gemm.skinny_linear(self._x, weight, None, config)
             if config
-            else gemm.linear(self._x, weight)
+            else gemm.linear(self._x, weight, None, cuda.OPS.choices.gemm)
         )
 
     def check(self, config: Any = None) -> float:
@@ -91,9 +90,8 @@ class TunedGemm(Gemm):
 
     def __init__(self, n: int, k: int, rows: int) -> None:
         super().__init__(n, k, rows)
-        gemm_cublaslt.choose(
-            (n, k, inputs.DTYPE), {rows: fastest(rows, (n, k, inputs.DTYPE), self._weights)}
-        )
+        shape = (n, k, inputs.DTYPE)
+        cuda.OPS.choices.gemm.choose(shape, {rows: fastest(rows, shape, self._weights)})
 
 
 def tuned_gemm_job(label: str, n: int, k: int, rows: int) -> Job:
@@ -232,11 +230,11 @@ class Layer(Case):
         qkv_w, o_w, gate_up_w, down_w = self._weights[i]
         (k, v), batch, weight = pool(128), self._batch, self._norm
         linear: Callable[[Tensor, Tensor], Tensor] = cuda.linear
-        normed, kept = cuda.add_rms_norm(self._x, self._residual, weight, 1e-5)
+        normed, kept = norm.add_rms_norm(self._x, self._residual, weight, 1e-5)
         q = cuda.rope_and_cache(linear(normed, qkv_w), self._cos_sin, None, None, 1e-5, k, v, batch)
         mixed = linear(cuda.paged_attention(q, k, v, batch, 128**-0.5, None), o_w)
-        normed, kept = cuda.add_rms_norm(mixed, kept, weight, 1e-5)
-        return linear(cuda.silu_mul(linear(normed, gate_up_w)), down_w)
+        normed, kept = norm.add_rms_norm(mixed, kept, weight, 1e-5)
+        return linear(activation.silu_mul(linear(normed, gate_up_w)), down_w)
 
     def check(self, config: Any = None) -> float:
         kept = self._residual.clone()
@@ -258,12 +256,14 @@ class RowLayer(Layer):
     def launch(self, i: int, config: Any = None) -> Tensor:
         qkv_w, o_w, gate_up_w, down_w = self._weights[i]
         (k, v), weight = pool(128), self._norm
-        qkv = cuda.norm_linear(self._x, weight, 1e-5, qkv_w)
+        qkv = gemm_row.norm_linear(self._x, weight, 1e-5, qkv_w)
         mixed = cuda.rope_attention(
-            qkv, cuda.Rope(self._cos_sin, None, None, 1e-5), k, v, self._batch, 128**-0.5, None
+            qkv, self._cos_sin, None, None, 1e-5, k, v, self._batch, 128**-0.5, None
         )
-        whole = cuda.linear_add(mixed, o_w, None, self._x)
-        return cuda.linear_add(cuda.norm_gated(whole, weight, 1e-5, gate_up_w), down_w, None, whole)
+        whole = gemm_row.linear_add(mixed, o_w, None, self._x)
+        return gemm_row.linear_add(
+            gemm_row.norm_gated(whole, weight, 1e-5, gate_up_w), down_w, None, whole
+        )
 
     def check(self, config: Any = None) -> float:
         """What the nine give is still to be added to the residual, which begins as zero."""

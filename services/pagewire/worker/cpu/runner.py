@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels.batch import Batch
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import PromptLogprobs, Step, StepResult, WorkerFacts
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Runner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:

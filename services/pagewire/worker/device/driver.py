@@ -100,9 +100,9 @@ def why_none(cuda: str, driver: str, device: bool, warning: str, visible: str | 
             f"the NVIDIA driver {driver} is too old for this torch, built for CUDA {cuda}: install driver {least} or newer, "
             f"or a torch built for an older CUDA"
         )
-    said = warning.removeprefix("CUDA initialization: ").partition("(Triggered")[0].strip()
+    reason = warning.removeprefix("CUDA initialization: ").partition("(Triggered")[0].strip()
     return f"{here}, but torch, built for CUDA {cuda}, cannot use the GPU" + (
-        f": {said}" if said else "; `nvidia-smi` may say why"
+        f": {reason}" if reason else "; `nvidia-smi` may say why"
     )
 
 

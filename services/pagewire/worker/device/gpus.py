@@ -72,6 +72,7 @@ class Gpu:
         return max(0, self.total - self.free - self.own)
 
     def title(self) -> str:
+        """Number, name and size, human-readable."""
         return f"GPU {self.index} ({self.name}, {self.total / GIB:.1f} GiB)"
 
     def users(self) -> str:
@@ -87,7 +88,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Sight:
+class GpuProbe:
     """What torch sees. cuda: the release it was built for, "" without; architectures: like sm_90;
     reason: why it can use no GPU, empty where it can, or where there is none; hidden: somebody may
     have wanted it so; driver: empty without one; gpus: empty unless looked at in detail."""
@@ -102,7 +103,7 @@ class Sight:
     hidden: bool = False
 
 
-def look(detailed: bool = True) -> Sight:
+def look(detailed: bool = True) -> GpuProbe:
     """Imports torch, and starts a CUDA context on every GPU when detailed."""
     import torch
 
@@ -120,10 +121,10 @@ def look(detailed: bool = True) -> Sight:
         reason = driver.why_no_rocm(
             torch.version.hip, number, device, count > 0 or driver.has_amd_device()
         )
-        return Sight(version, cuda, number, reason=reason, hidden=hidden)
+        return GpuProbe(version, cuda, number, reason=reason, hidden=hidden)
     if not count:
         first = str(said[0].message) if said else ""
-        return Sight(
+        return GpuProbe(
             version,
             cuda,
             number,
@@ -131,7 +132,7 @@ def look(detailed: bool = True) -> Sight:
             hidden=hidden,
         )
     found = tuple(survey(i) for i in range(count)) if detailed else ()
-    return Sight(version, cuda, number, count, tuple(torch.cuda.get_arch_list()), found)
+    return GpuProbe(version, cuda, number, count, tuple(torch.cuda.get_arch_list()), found)
 
 
 def survey(index: int) -> Gpu:
@@ -205,6 +206,7 @@ def parse_smi(text: str, uuid: str) -> list[Process]:
 
 
 def process_name(pid: int) -> str:
+    """Of process `pid`, as /proc says."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return "a process"
@@ -294,6 +296,7 @@ def parse_free(text: str) -> dict[str, int]:
 
 
 def runs(gpu: Gpu, architectures: Sequence[str]) -> bool:
+    """Whether our kernels run on `gpu` with a torch built for `architectures`."""
     try:
         check(gpu, architectures)
     except NoUsableGpu:
@@ -305,24 +308,25 @@ def runs(gpu: Gpu, architectures: Sequence[str]) -> bool:
 def usable(asked: str) -> bool:
     """Whether the model shall run on a GPU: `asked` is auto or cuda. Raises NoUsableGpu when cuda
     is asked for in vain; says it, once, when there is a GPU that auto cannot have."""
-    sight = look(detailed=False)
-    if sight.count:
+    probe = look(detailed=False)
+    if probe.count:
         return True
     if asked == "cuda":
         raise NoUsableGpu(
-            f"--device cuda: {sight.reason or 'there is no NVIDIA GPU'}; `pagewire doctor` says more"
+            f"--device cuda: {probe.reason or 'there is no NVIDIA GPU'}; `pagewire doctor` says more"
         )
-    if sight.reason:
-        log.warning("running on the CPU: %s", sight.reason)
+    if probe.reason:
+        log.warning("running on the CPU: %s", probe.reason)
     return False
 
 
-def read_sight(text: str) -> Sight:
+def read_probe(text: str) -> GpuProbe:
     """What `python -m pagewire.worker.device.gpus` printed."""
-    return msgspec.json.decode(text, type=Sight)
+    return msgspec.json.decode(text, type=GpuProbe)
 
 
 def main() -> None:
+    """Print what torch sees, as JSON for `read_probe`."""
     print(msgspec.json.encode(look()).decode())
 
 

@@ -1,5 +1,5 @@
-"""Where Triton keeps compiled kernels: on disk, so that the second start compiles nothing. To be
-set before a kernel is compiled."""
+"""Where compiled kernels are kept: on disk, so that the second start compiles nothing. To be set
+before one is compiled. Needs no torch."""
 
 import contextlib
 import logging
@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from pagewire_kernels import cpu_native
 
 from ...hub.huggingface import cache_dir
 
@@ -46,6 +48,18 @@ def try_writing(place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place):
         pass
+
+
+def keep_native() -> None:
+    """The CPU's go to the user's cache, or where that cannot be written to a directory of this
+    user's for as long as the machine runs."""
+    try:
+        place = cache_dir() / "native" / cpu_native.digest()
+        try_writing(place)
+    except (OSError, RuntimeError):
+        place = Path(f"/tmp/pagewire-{os.getuid()}") / "native" / cpu_native.digest()
+        try_writing(place)
+    cpu_native.keep_in(place)
 
 
 def compiled(place: Path) -> int:

@@ -16,6 +16,7 @@ class Processor(NamedTuple):
     bfloat16: bool
 
     def title(self) -> str:
+        """Name and vector instructions, human-readable."""
         vectors = (
             "no AVX2"
             if self.vectors == "DEFAULT" and platform.machine() == "x86_64"

@@ -8,10 +8,8 @@ and one version of the library; so starts after the first measure nothing, and c
 """
 
 import contextlib
-import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +19,10 @@ from typing import Final
 import torch
 from pagewire_kernels import gemm_cublaslt
 from pagewire_kernels.gemm import pick_config
-from pagewire_kernels.gemm_cublaslt import Product, Shape
+from pagewire_kernels.gemm_cublaslt import Gemm, GemmAlgorithms, Shape
 from torch import Tensor
 
-from ..device import kernel_cache
+from ..device import choices, kernel_cache
 
 log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02
@@ -45,20 +43,21 @@ Run = Callable[[Tensor], object]
 
 
 def choose(
+    algorithms: GemmAlgorithms,
     forward: Callable[[], object],
     tokens: Sequence[int],
     rows: Sequence[int],
     progress: Callable[[float], None],
 ) -> None:
-    """Have products use the fastest algorithms. `forward` runs the model once, over more tokens
-    than rows; `tokens`: sizes of steps that will be run; `rows`: how many tokens of a step are
-    sampled."""
+    """Fill `algorithms`, which `forward` multiplies with, with the fastest ones. `forward` runs the
+    model once, over more tokens than rows; `tokens`: sizes of steps that will be run; `rows`: how
+    many tokens of a step are sampled."""
     if not gemm_cublaslt.version():
         return
-    with gemm_cublaslt.recording() as seen:
+    with algorithms.recording() as seen:
         forward()
     place, began = _file(), time.monotonic()
-    known = _read(place)
+    known = choices.read(place, _digits)
     before, most = len(known), max((count for count, _ in seen.values()), default=0)
     for done, (shape, (count, weights)) in enumerate(seen.items()):
         sizes = [
@@ -72,11 +71,9 @@ def choose(
             if _key(size, shape) not in known:
                 known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
             progress((done + i / len(sizes)) / len(seen))
-        gemm_cublaslt.choose(
-            shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes}
-        )
+        algorithms.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
     if len(known) > before:
-        _write(place, known)
+        choices.write(place, known)
     log.info(
         "%d matrix products timed in %.1f s, %d found in %s",
         len(known) - before,
@@ -96,21 +93,10 @@ def _file() -> Path:
     return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
 
 
-def _read(place: Path) -> dict[str, str]:
-    """Algorithms by product, as hexadecimal digits; empty where torch's choice is as fast."""
-    try:
-        found = json.loads(place.read_text())
-        return {str(key): bytes.fromhex(value).hex() for key, value in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _write(place: Path, known: dict[str, str]) -> None:
-    """In one move, since another worker may read it."""
-    with contextlib.suppress(OSError):
-        passing = place.with_suffix(f".{os.getpid()}")
-        passing.write_text(json.dumps(known, indent=0))
-        passing.replace(place)
+def _digits(algorithm: str) -> str:
+    """An algorithm as hexadecimal digits; empty where torch's choice is as fast. Raises ValueError
+    for anything else."""
+    return bytes.fromhex(algorithm).hex()
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
@@ -132,7 +118,7 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
     sample = slice(None, None, max(1, rows // 64))
     runs[b""](weights[0])
     exact = out[sample].float()
-    product = Product(rows, shape)
+    product = Gemm(rows, shape)
     for algorithm in product.candidates():
         multiply = product.bound(algorithm, x.device)
         with contextlib.suppress(RuntimeError):  # what the library names it cannot always do

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..load.gpu_memory import captured_tokens
 from ..load.loader import Loaded
-from ..models.decoder import Tap
+from ..models.decoder import LogitsHook
 from ..step.apply import spread
 from ..step.slots import Ints, Slots
 from .borrowed import borrowed
@@ -107,7 +107,7 @@ class MixedSteps:
         sampling: Ints,
         told: Ints,
         shared: Shared | None,
-        tap: Tap | None = None,
+        tap: LogitsHook | None = None,
     ) -> Decoded:
         """The slots `slots` compute `counts` tokens each, positions `first` to `end`; `sampling`
         are the indices of those that then sample one, and the first rows of the result are theirs,
@@ -198,7 +198,7 @@ class MixedSteps:
         for values, out in ((flat, inputs.flat), (columns, inputs.rows), (picked, inputs.picked)):
             self._uploads.up(values, out=out)
 
-    def forward(self, inputs: Inputs, tap: Tap | None = None) -> Decoded:
+    def forward(self, inputs: Inputs, tap: LogitsHook | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for
         sampling mean nothing."""
         loaded, state, flat = self._loaded, self._state, inputs.flat

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
-from pagewire_kernels.attention_prefill import distrust_hopper
+from pagewire_kernels import cuda
 from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Flight:
     row, -1 where logits were not finite."""
 
     step: Step
-    incarnation: int
+    incarnation: Incarnation
     slots: npt.NDArray[np.int32]
     report: Tensor
     event: torch.cuda.Event
@@ -75,7 +76,7 @@ class CudaRunner:
         model: ModelConfig,
         scheduler: SchedulerConfig,
         config: WorkerConfig,
-        incarnation: int = 1,
+        incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
     ) -> None:
         self._incarnation = incarnation
@@ -101,12 +102,13 @@ class CudaRunner:
             )
             if config.hopper_attention:
                 verify_hopper.check_prefill(
+                    cuda.OPS.choices,
                     self._loaded.caches[0],
                     self._loaded.decoder.arch.num_heads,
                     self._steps.row_counts(),
                 )
             else:
-                distrust_hopper()
+                cuda.OPS.choices.hopper_prefill = False
             if not eager:
                 self._choose_products(plan.step_tokens, progress)
             self._steps.capture_all(
@@ -143,6 +145,7 @@ class CudaRunner:
         rows = sorted({*self._graphs.sizes, *self._graphs.cascade_sizes, *self._steps.row_counts()})
         tokens = sorted({*rows, *self._steps.sizes(largest)})
         gemm_autotune.choose(
+            cuda.OPS.choices.gemm,
             self._steps.probe,
             tokens,
             rows,

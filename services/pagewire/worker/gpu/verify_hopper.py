@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from pagewire_kernels import attention_prefill
 from pagewire_kernels.attention_prefill import LEAST_TOKENS, choose, prefill_attention
+from pagewire_kernels.kernel_choices import KernelChoices
 from torch import Tensor
 
 log = logging.getLogger("pagewire.worker")
@@ -25,14 +26,15 @@ TOLERANCE: Final = 0.02
 """Relative, several times what the rounding to bf16 of one kernel's weights makes."""
 
 
-def check_prefill(cache: Tensor, heads: int, rows: Sequence[int]) -> None:
-    """cache [2, blocks, Hkv, block_size, D] of a layer, which is written over; heads: query heads;
-    rows: the batches' padded row counts."""
+def check_prefill(choices: KernelChoices, cache: Tensor, heads: int, rows: Sequence[int]) -> None:
+    """Switch the kernel off in `choices` where it is wrong or fails. cache [2, blocks, Hkv,
+    block_size, D] of a layer, which is written over; heads: query heads; rows: the batches' padded
+    row counts."""
     keys, values = cache
     probe = torch.empty(
         LEAST_TOKENS, heads, cache.shape[-1], dtype=cache.dtype, device=cache.device
     )
-    if not attention_prefill.takes_hopper(probe, keys, values):
+    if not choices.hopper_prefill or not attention_prefill.takes_hopper(probe, keys, values):
         return
     try:
         worst = max(disagreement(keys, values, heads, count) for count in rows)
@@ -41,7 +43,7 @@ def check_prefill(cache: Tensor, heads: int, rows: Sequence[int]) -> None:
         why = f"its results differ from the general kernel's by {worst:.3g} of their size"
     except Exception as error:  # whatever an experimental compiler raises
         why = f"it failed: {str(error)[:200]}"
-    attention_prefill.distrust_hopper()
+    choices.hopper_prefill = False
     log.warning(
         "the attention kernel for Hopper GPUs is not used: %s; prompts of thousands of tokens take up to a quarter longer",
         why,

@@ -1,0 +1,1 @@
+"""Bringing a model into memory: its files, its weights, and what fits."""

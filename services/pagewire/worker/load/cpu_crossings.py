@@ -3,10 +3,7 @@ own machine code: measured at the first start, for each shape and type, and kept
 later starts measure nothing and compute the same.
 """
 
-import contextlib
-import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -17,22 +14,25 @@ import torch
 from pagewire_kernels.cpu_linear import QuantizedLinear
 
 from ...hub.huggingface import cache_dir
-from ..device import processor
+from ..device import choices, processor
 
 log = logging.getLogger("pagewire.worker")
 SIZES: Final = (8, 16, 32, 64, 128, 256)
 """Rows that are tried. The crossing is taken to lie half-way between the last size that the machine
 code wins and the next."""
 ROUNDS: Final = 3
-MOST_S: Final = 0.25
+MOST_S: Final = 0.1
 """A product that takes longer is measured once."""
+SLOW_S: Final = 1.0
+"""A product that takes longer with a few rows is left as it is: an emulated processor would need
+minutes to time it."""
 
 
 def choose(packed: Iterable[Any], dtype: torch.dtype) -> None:
     """Set the crossing of each quantized product among a decoder's packed matrices, for inputs of
     `dtype`; those of one shape share it."""
     place, began = _file(), time.monotonic()
-    known = _read(place)
+    known = choices.read(place, int)
     before = len(known)
     for product in (matrix for matrix in packed if isinstance(matrix, QuantizedLinear)):
         kind = torch.float32 if product.wide else dtype
@@ -41,7 +41,7 @@ def choose(packed: Iterable[Any], dtype: torch.dtype) -> None:
             known[key] = crossing(product, kind)
         product.crossing = known[key]
     if len(known) > before:
-        _write(place, known)
+        choices.write(place, known)
         log.info(
             "%d products timed in %.1f s, kept in %s",
             len(known) - before,
@@ -55,7 +55,10 @@ def crossing(product: QuantizedLinear, dtype: torch.dtype) -> int:
     best = SIZES[0] // 2
     for rows in SIZES:
         x = torch.randn(rows, product.columns).to(dtype)
-        if _seconds(product.native, x) >= _seconds(product.dense, x):
+        native = _seconds(product.native, x)
+        if native > SLOW_S and rows == SIZES[0]:
+            return product.crossing
+        if native >= _seconds(product.dense, x):
             return (best + rows) // 2
         best = rows
     return best
@@ -79,18 +82,3 @@ def _file() -> Path:
         cache_dir()
         / f"cpu-products-{name}-{torch.get_num_threads()}-torch-{torch.__version__}.json"
     )
-
-
-def _read(place: Path) -> dict[str, int]:
-    try:
-        return {str(key): int(value) for key, value in json.loads(place.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _write(place: Path, known: dict[str, int]) -> None:
-    """In one move, since another worker may read it."""
-    with contextlib.suppress(OSError):
-        passing = place.with_suffix(f".{os.getpid()}")
-        passing.write_text(json.dumps(known, indent=0))
-        passing.replace(place)

@@ -3,16 +3,13 @@ while they are loaded, or full. Chooses before anything is loaded, and says what
 """
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
 from pagewire_kernels import cpu_native
 from pagewire_kernels.cpu_native import NoNativeCode
 
-from ...hub.huggingface import cache_dir
 from ..device import kernel_cache
 from ..models.architecture import Architecture
 from . import gguf_quantized
@@ -100,21 +97,9 @@ def _obstacle(dtype: torch.dtype) -> str:
     """Why there can be no quantized products here, empty when there can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there are no quantized products for {dtype}"
-    _keep_compiled()
+    kernel_cache.keep_native()
     try:
-        cpu_native.numba()
+        cpu_native.check()
     except NoNativeCode as error:
         return str(error)
     return ""
-
-
-def _keep_compiled() -> None:
-    """Compiled functions go to the user's cache, or where that cannot be written to a directory of
-    this user's for as long as the machine runs."""
-    try:
-        place = cache_dir() / "numba" / cpu_native.digest()
-        kernel_cache.try_writing(place)
-    except (OSError, RuntimeError):
-        place = Path(f"/tmp/pagewire-{os.getuid()}") / "numba" / cpu_native.digest()
-        kernel_cache.try_writing(place)
-    cpu_native.keep_in(place)

@@ -48,6 +48,12 @@ LAYER_NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+KINDS: Final = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+}  # fmt: skip
+"""The usual types: name, values of a block, its bytes. Others are looked up in the `gguf` library,
+which takes a while to import."""
 TOP_NAMES: Final = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -123,12 +129,10 @@ class Gguf:
     def tensor(self, name: str) -> np.ndarray:
         """The dequantized tensor, float32, in torch's shape. Raises Unsupported for a type that
         cannot be dequantized."""
-        from gguf.quants import dequantize
-
         entry = self.entries[name]
         with self._read_errors(name):
             kind, _, raw = self._raw(name)
-            return np.require(dequantize(raw, kind), np.float32, "W").reshape(entry.shape)
+            return np.require(_full(kind, entry.kind, raw), np.float32, "W").reshape(entry.shape)
 
     @contextlib.contextmanager
     def _read_errors(self, name: str) -> Iterator[None]:
@@ -139,13 +143,10 @@ class Gguf:
                 f"tensor {name} of {self._path} (ggml type {self.entries[name].kind}) cannot be read: {error}"
             ) from None
 
-    def _raw(self, name: str) -> tuple[Any, int, np.ndarray]:
-        """(the type, bytes of a block, [..., bytes of a row] uint8)."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    def _raw(self, name: str) -> tuple[str, int, np.ndarray]:
+        """(the type's name, bytes of a block, [..., bytes of a row] uint8)."""
         entry = self.entries[name]
-        kind = GGMLQuantizationType(entry.kind)
-        block, size = GGML_QUANT_SIZES[kind]
+        kind, block, size = _kind(entry.kind)
         row = entry.shape[-1] // block * size
         first = self._data + entry.offset
         last = first + row * int(np.prod(entry.shape[:-1]))
@@ -157,24 +158,20 @@ class Gguf:
 
     def kinds(self) -> dict[str, int]:
         """How many weights have which of ggml's types."""
-        from gguf import GGMLQuantizationType
-
         counts: dict[str, int] = {}
         for number in (entry.kind for entry in self.entries.values() if len(entry.shape) == 2):
             with contextlib.suppress(ValueError):
-                kind = GGMLQuantizationType(number).name
+                kind, _, _ = _kind(number)
                 counts[kind] = counts.get(kind, 0) + 1
         return counts
 
     def count_bytes(self, kept: Mapping[str, float], itemsize: int) -> int:
         """Of all weights in memory: `kept` says how many bytes a number of some types takes, any
         other takes `itemsize`."""
-        from gguf import GGMLQuantizationType
-
         total = 0.0
         for entry in self.entries.values():
             with contextlib.suppress(ValueError):
-                name = GGMLQuantizationType(entry.kind).name
+                name, _, _ = _kind(entry.kind)
                 total += float(np.prod(entry.shape)) * (
                     kept.get(name, itemsize) if len(entry.shape) == 2 else itemsize
                 )
@@ -226,6 +223,7 @@ class Gguf:
         return rope
 
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids that the file names, in rising order."""
         named = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
         return tuple(sorted({int(token) for token in named if token is not None}))
 
@@ -257,10 +255,28 @@ class Gguf:
         with self._read_errors(name):
             kind, size, raw = self._raw(name)
             return (
-                gguf_quantized.take_apart(kind.name, raw, size)
-                if kind.name in gguf_quantized.TYPES
-                else None
+                gguf_quantized.take_apart(kind, raw, size) if kind in gguf_quantized.TYPES else None
             )
+
+
+def _kind(number: int) -> tuple[str, int, int]:
+    """(name, values of a block, its bytes) of ggml's type `number`. Raises ValueError."""
+    if number not in KINDS:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType(number)
+        return kind.name, *GGML_QUANT_SIZES[kind]
+    return KINDS[number]
+
+
+def _full(kind: str, number: int, raw: np.ndarray) -> np.ndarray:
+    """Dequantized."""
+    if kind == "F32":
+        return raw.view(np.float32)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return dequantize(raw, GGMLQuantizationType(number))
 
 
 def checkpoint_name(name: str) -> str:

@@ -1,119 +1,160 @@
 """Blocks of GGUF's types taken apart into codes, scales and minima, without loss. Knows no files.
 
-Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K). Types with lookup tables, and those of
-less than 4 bits, are not among them.
+Codes stay in their blocks until they are packed: a model's are too many to be held twice, or to be
+moved more often than once. Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K). Types with
+lookup tables, and those of less than 4 bits, are not among them.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
-from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized import Quantized, pad_rows
+from torch import Tensor
 
 Bytes = np.ndarray
 """uint8 [blocks, bytes of a block]."""
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Codes [blocks, values], uint8 of 4 bits or int8; scales and minima [blocks, groups] float32."""
+Fields = np.ndarray
+"""uint8 [bytes of a block, ...]."""
+Scales = tuple[np.ndarray, np.ndarray | None]
+"""Scales and minima [blocks, groups] float32."""
 
 
-def _halves(data: Bytes) -> np.ndarray:
-    return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+def _half(data: Bytes, at: int) -> np.ndarray:
+    """[blocks, 1] float32: the float16 at a byte of each block. All blocks have an even number of
+    bytes."""
+    found = data.view(np.float16)[:, at // 2, None]
+    return torch.from_numpy(np.ascontiguousarray(found)).float().numpy()
 
 
-def _nibbles(data: Bytes) -> np.ndarray:
+def _nibbles(data: Fields) -> np.ndarray:
     """All low halves, then all high ones."""
-    return np.concatenate([data & 15, data >> 4], -1)
+    return np.concatenate((data & 15, data >> 4))
 
 
-def _fifth_bits(data: Bytes) -> np.ndarray:
-    """[blocks, 4] bytes to [blocks, 32] of 0 or 16."""
-    return np.unpackbits(data, axis=-1, bitorder="little") << 4
+def _bits(data: Fields, step: int, mask: int) -> np.ndarray:
+    """[n, ...] to [8 / step, n, ...]: the lowest `step` bits of all bytes, then the next."""
+    shifts = np.arange(0, 8, step, dtype=np.uint8)
+    return data >> shifts.reshape(-1, *[1] * data.ndim) & mask
 
 
-def _q4_0(data: Bytes) -> Parts:
-    scale = _halves(data[:, :2])
-    return _nibbles(data[:, 2:]), scale, -8 * scale
+def _fifth_bits(data: Fields) -> np.ndarray:
+    """[4, ...] bytes to [32, ...] of 0 or 16."""
+    return _bits(data, 1, 1).swapaxes(0, 1).reshape(32, *data.shape[1:]) << 4
 
 
-def _q4_1(data: Bytes) -> Parts:
-    return _nibbles(data[:, 4:]), _halves(data[:, :2]), _halves(data[:, 2:4])
+def _k_nibbles(data: Fields) -> np.ndarray:
+    """128 bytes to 256 values: of each 32 bytes the low halves, then the high ones."""
+    parts = data.reshape(4, 1, 32, *data.shape[1:])
+    return np.concatenate((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
 
 
-def _q5_0(data: Bytes) -> Parts:
-    codes = _nibbles(data[:, 6:]) | _fifth_bits(data[:, 2:6])
-    return codes.view(np.int8) - np.int8(16), _halves(data[:, :2]), None
+def _q5_k(data: Fields) -> np.ndarray:
+    codes = _k_nibbles(data[48:])
+    codes |= _bits(data[16:48], 1, 1).reshape(codes.shape) << 4
+    return codes.view(np.int8)
 
 
-def _q5_1(data: Bytes) -> Parts:
-    codes = _nibbles(data[:, 8:]) | _fifth_bits(data[:, 4:8])
-    return codes.view(np.int8), _halves(data[:, :2]), _halves(data[:, 2:4])
+def _q6_k(data: Fields) -> np.ndarray:
+    low, rest = data[:128].reshape(2, 64, *data.shape[1:]), data.shape[1:]
+    codes = np.concatenate((low & 15, low >> 4), 1).reshape(256, *rest)
+    high = _bits(data[128:192].reshape(2, 32, *rest), 2, 3).swapaxes(0, 1)
+    codes |= high.reshape(256, *rest) << 4
+    return codes.view(np.int8) - np.int8(32)
 
 
-def _q8_0(data: Bytes) -> Parts:
-    return np.ascontiguousarray(data[:, 2:]).view(np.int8), _halves(data[:, :2]), None
+def _one_scale(data: Bytes) -> Scales:
+    return _half(data, 0), None
 
 
-def _k_scales(data: Bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and minima [blocks, 8] float32 of a type with superblocks: two float16, times 6-bit
-    numbers packed in 12 bytes."""
+def _scale_and_minimum(data: Bytes) -> Scales:
+    return _half(data, 0), _half(data, 2)
+
+
+def _scale_from_8(data: Bytes) -> Scales:
+    scale = _half(data, 0)
+    return scale, -8 * scale
+
+
+def _k_scales(data: Bytes) -> Scales:
+    """Of a type with superblocks: two float16, times 6-bit numbers packed in 12 bytes."""
     packed = data[:, 4:16]
     low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
     minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], -1)
-    return _halves(data[:, :2]) * scales, -(_halves(data[:, 2:4]) * minima)
+    return _half(data, 0) * scales, -(_half(data, 2) * minima)
 
 
-def _k_nibbles(data: Bytes) -> np.ndarray:
-    """128 bytes to 256 values: of each 32 bytes the low halves, then the high ones."""
-    return _nibbles(data.reshape(len(data), 4, 32)).reshape(len(data), 256)
+def _q6_k_scales(data: Bytes) -> Scales:
+    return _half(data, 208) * np.ascontiguousarray(data[:, 192:208]).view(np.int8), None
 
 
-def _q4_k(data: Bytes) -> Parts:
-    return _k_nibbles(data[:, 16:]), *_k_scales(data)
+class Layout(NamedTuple):
+    """values: of a block. codes: uint8 of 4 bits or int8, [values, ...]."""
+
+    values: int
+    dtype: torch.dtype
+    codes: Callable[[Fields], np.ndarray]
+    scales: Callable[[Bytes], Scales]
 
 
-def _q5_k(data: Bytes) -> Parts:
-    bits = data[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    codes = _k_nibbles(data[:, 48:]) | bits.reshape(len(data), 256) << 4
-    return codes.view(np.int8), *_k_scales(data)
-
-
-def _q6_k(data: Bytes) -> Parts:
-    low = _nibbles(data[:, :128].reshape(len(data), 2, 64))
-    high = (
-        data[:, 128:192].reshape(len(data), 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-        & 3
-    )
-    codes = low | high.reshape(len(data), 2, 128) << 4
-    scales = np.ascontiguousarray(data[:, 192:208]).view(np.int8)
-    return (
-        codes.reshape(len(data), 256).view(np.int8) - np.int8(32),
-        _halves(data[:, 208:]) * scales,
-        None,
-    )
-
-
-TYPES: Final[dict[str, Callable[[Bytes], Parts]]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
+TYPES: Final[dict[str, Layout]] = {
+    "Q4_0": Layout(32, torch.uint8, lambda data: _nibbles(data[2:]), _scale_from_8),
+    "Q4_1": Layout(32, torch.uint8, lambda data: _nibbles(data[4:]), _scale_and_minimum),
+    "Q5_0": Layout(
+        32,
+        torch.int8,
+        lambda data: (_nibbles(data[6:]) | _fifth_bits(data[2:6])).view(np.int8) - np.int8(16),
+        _one_scale,
+    ),
+    "Q5_1": Layout(
+        32,
+        torch.int8,
+        lambda data: (_nibbles(data[8:]) | _fifth_bits(data[4:8])).view(np.int8),
+        _scale_and_minimum,
+    ),
+    "Q8_0": Layout(32, torch.int8, lambda data: data[2:].view(np.int8), _one_scale),
+    "Q4_K": Layout(256, torch.uint8, lambda data: _k_nibbles(data[16:]), _k_scales),
+    "Q5_K": Layout(256, torch.int8, _q5_k, _k_scales),
+    "Q6_K": Layout(256, torch.int8, _q6_k, _q6_k_scales),
 }
 """By ggml's names."""
+
+
+class Blocks:
+    """The codes of a matrix as a file has them: data [N, blocks of a row, bytes of a block] uint8.
+    A pagewire_kernels.quantized.Stored."""
+
+    def __init__(self, layout: Layout, data: np.ndarray) -> None:
+        self._layout, self._data = layout, data
+        self.dtype, self.shape = (
+            layout.dtype,
+            torch.Size((len(data), data.shape[1] * layout.values)),
+        )
+
+    def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
+        rows = pad_rows(self._data[first:last], last - first)
+        return self._layout.codes(
+            np.ascontiguousarray(rows.reshape(-1, lanes, *rows.shape[1:]).transpose(3, 0, 2, 1))
+        )
+
+    def tensor(self) -> Tensor:
+        codes = self._layout.codes(np.ascontiguousarray(self._data.transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(codes.transpose(1, 2, 0))).view(self.shape)
+
+    def __getitem__(self, rows: Tensor) -> "Blocks":
+        return Blocks(self._layout, self._data[rows.numpy()])
 
 
 def take_apart(kind: str, rows: np.ndarray, block_bytes: int) -> Quantized:
     """rows [N, bytes] uint8 of a matrix of type `kind` -> [N, K]. Equal to the `gguf` library's
     dequantization, bit for bit."""
-    count = len(rows)
-    codes, scale, minimum = TYPES[kind](np.ascontiguousarray(rows).reshape(-1, block_bytes))
+    layout, count = TYPES[kind], len(rows)
 
-    def tensor(values: np.ndarray) -> torch.Tensor:
+    def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values.reshape(count, -1)))
 
-    return Quantized(tensor(codes), tensor(scale), None if minimum is None else tensor(minimum))
+    scale, minimum = layout.scales(rows.reshape(-1, block_bytes))
+    blocks = Blocks(layout, rows.reshape(count, -1, block_bytes))
+    return Quantized(blocks, tensor(scale), None if minimum is None else tensor(minimum))

@@ -9,7 +9,8 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, block_bytes, context
+from ..models.cache_spec import cache_spec
+from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, context
 
 CAPTURED_TOKENS: Final = 4096
 CAPTURED_TOKENS_SMALL: Final = 8192
@@ -59,9 +60,11 @@ class Workspace:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.activations + self.graphs + self.sampling + self.tables + self.libraries
 
     def line(self) -> str:
+        """The division, human-readable."""
         return (
             f"workspace {gib(self.total)}: activations {gib(self.activations)}, graphs {gib(self.graphs)}, sampling {gib(self.sampling)}, "
             f"tables {gib(self.tables)}, libraries {gib(self.libraries)}"
@@ -69,7 +72,7 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Wish:
+class MemoryRequest:
     """What the flags ask for. kv_bytes, blocks, max_model_len 0: from the memory there is; the
     first two replace utilization."""
 
@@ -82,6 +85,7 @@ class Wish:
 
 
 def gib(amount: float) -> str:
+    """`amount` bytes, human-readable."""
     return f"{amount / GIB:.2f} GiB"
 
 
@@ -108,8 +112,10 @@ def _mlp_width(arch: Architecture) -> int:
     if arch.moe is None:
         return dense
     inner = arch.moe.intermediate_size
-    routed = arch.moe.chosen * max(3 * inner, inner + 5 * arch.hidden_size) + 4 * arch.moe.experts
-    return max(dense if arch.moe.dense else 0, routed + 3 * arch.moe.shared_size)
+    routed = (
+        arch.moe.top_k * max(3 * inner, inner + 5 * arch.hidden_size) + 4 * arch.moe.num_experts
+    )
+    return max(dense if arch.moe.dense_layers else 0, routed + 3 * arch.moe.shared_size)
 
 
 def partial_bytes(arch: Architecture, rows: int) -> int:
@@ -128,7 +134,7 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
     scored = (
         logits * (itemsize + 4 + 4 + 1)
         + PROMPT_LOGITS * (itemsize + 4 + 1)
-        + logits * 4 * (arch.logit_cap is not None)
+        + logits * 4 * (arch.final_logit_softcapping is not None)
     )
     step = step_bytes(arch, itemsize, load.tokens) * (1.0 if load.fused else UNFUSED)
     activations = max(step, scored) + (load.attention or partial_bytes(arch, load.rows))
@@ -147,36 +153,39 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
 
 
 def size(
-    arch: Architecture, itemsize: int, weights: int, gpu: Gpu, wish: Wish, load: Load
+    arch: Architecture, itemsize: int, weights: int, gpu: Gpu, request: MemoryRequest, load: Load
 ) -> Sizing:
     """Divide the memory of `gpu`, of which `weights` bytes go to weights. Raises DoesNotFit."""
-    each, space = block_bytes(arch, wish.block_size, itemsize), workspace(arch, itemsize, load)
+    each = cache_spec(arch).block_bytes(request.block_size, itemsize)
+    space = workspace(arch, itemsize, load)
     fixed = weights + space.total
-    exact = wish.blocks or wish.kv_bytes // each
+    exact = request.blocks or request.kv_bytes // each
     budget = (
         gpu.free
-        if wish.blocks or wish.kv_bytes
-        else gpu.free - int(gpu.total * (1 - wish.utilization))
+        if request.blocks or request.kv_bytes
+        else gpu.free - int(gpu.total * (1 - request.utilization))
     )
     count = exact or max(0, budget - fixed) // each
     if not count or fixed + count * each > budget:
-        least = exact or max(1, -(-_least(arch, wish) // wish.block_size))
-        raise DoesNotFit(_no_room(gpu, wish, weights, space.total, least, each, budget, itemsize))
-    length, note = context(arch, count * wish.block_size, wish.max_model_len, wish.fit)
-    if length > count * wish.block_size:
-        raise DoesNotFit(_too_long(gpu, wish, fixed, length, count, each))
-    if note and not exact and length < _least(arch, wish):
+        least = exact or max(1, -(-_least(arch, request) // request.block_size))
+        raise DoesNotFit(
+            _no_room(gpu, request, weights, space.total, least, each, budget, itemsize)
+        )
+    length, note = context(arch, count * request.block_size, request.max_model_len, request.fit)
+    if length > count * request.block_size:
+        raise DoesNotFit(_too_long(gpu, request, fixed, length, count, each))
+    if note and not exact and length < _least(arch, request):
         raise DoesNotFit(
             _too_short(
                 gpu,
-                wish,
+                request,
                 (weights, space.total, count * each),
                 length,
-                wish.max_model_len or arch.max_position,
+                request.max_model_len or arch.max_position,
             )
         )
-    head = (_seen(gpu), _divided(gpu, wish, weights, space, count * each, budget), space.line())
-    return Sizing(weights, each, count, wish.block_size, length, space.total, gpu, head, note)
+    head = (_seen(gpu), _divided(gpu, request, weights, space, count * each, budget), space.line())
+    return Sizing(weights, each, count, request.block_size, length, space.total, gpu, head, note)
 
 
 def _seen(gpu: Gpu) -> str:
@@ -184,16 +193,18 @@ def _seen(gpu: Gpu) -> str:
     return f"{gpu.title()}: {gib(gpu.free)} free" + (f"; {users}" if users else "")
 
 
-def _divided(gpu: Gpu, wish: Wish, weights: int, space: Workspace, cache: int, budget: int) -> str:
-    asked = f"{wish.utilization:.0%} of the GPU less {gib(gpu.total - gpu.free)} in use"
-    given = f"{gib(budget)} ({'free' if wish.blocks or wish.kv_bytes else asked})"
+def _divided(
+    gpu: Gpu, request: MemoryRequest, weights: int, space: Workspace, cache: int, budget: int
+) -> str:
+    asked = f"{request.utilization:.0%} of the GPU less {gib(gpu.total - gpu.free)} in use"
+    given = f"{gib(budget)} ({'free' if request.blocks or request.kv_bytes else asked})"
     left = gpu.free - weights - space.total - cache
     return f"of {given}: weights {gib(weights)}, workspace {gib(space.total)}, KV cache {gib(cache)}; {gib(left)} stay free"
 
 
 def _no_room(
     gpu: Gpu,
-    wish: Wish,
+    request: MemoryRequest,
     weights: int,
     space: int,
     count: int,
@@ -203,24 +214,24 @@ def _no_room(
 ) -> str:
     """Weights and workspace leave less than the KV blocks that were asked for, or none where at
     least `count` are needed."""
-    fixed, least, exact = weights + space, count * each, bool(wish.blocks or wish.kv_bytes)
+    fixed, least, exact = weights + space, count * each, bool(request.blocks or request.kv_bytes)
     parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'' if exact else 'at least '}{gib(least)}"
     asked = (
         "is free"
         if exact
-        else f"may be used ({wish.utilization:.0%} of it less {gib(gpu.total - gpu.free)} in use)"
+        else f"may be used ({request.utilization:.0%} of it less {gib(gpu.total - gpu.free)} in use)"
     )
     help_: list[str] = []
     fitting = max(0, budget - fixed) // each
     if exact and fitting:
         flag = (
             f"--num-kv-blocks to {fitting}"
-            if wish.blocks
+            if request.blocks
             else f"--kv-cache-memory-bytes to {fitting * each}"
         )
         help_.append(f"lower {flag}")
     if not exact:
-        help_ += _more_memory(gpu, wish, fixed + least)
+        help_ += _more_memory(gpu, request, fixed + least)
     if itemsize == 4:
         help_.append("--dtype half or bfloat16 halves the weights")
     if weights > budget:
@@ -233,15 +244,17 @@ def _no_room(
     )
 
 
-def _too_long(gpu: Gpu, wish: Wish, fixed: int, length: int, count: int, each: int) -> str:
-    needed, held = -(-length // wish.block_size), count * wish.block_size
+def _too_long(
+    gpu: Gpu, request: MemoryRequest, fixed: int, length: int, count: int, each: int
+) -> str:
+    needed, held = -(-length // request.block_size), count * request.block_size
     help_ = [f"lower --max-model-len to {held} (--fit does so by itself)"]
-    if wish.blocks:
+    if request.blocks:
         help_.append(f"raise --num-kv-blocks to {needed}")
-    elif wish.kv_bytes:
+    elif request.kv_bytes:
         help_.append(f"raise --kv-cache-memory-bytes to {needed * each}")
     else:
-        help_ += _more_memory(gpu, wish, fixed + needed * each)
+        help_ += _more_memory(gpu, request, fixed + needed * each)
     help_.append("a smaller model leaves more for it")
     return (
         f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * each)}), there is room for {count:,} "
@@ -249,20 +262,22 @@ def _too_long(gpu: Gpu, wish: Wish, fixed: int, length: int, count: int, each: i
     )
 
 
-def _least(arch: Architecture, wish: Wish) -> int:
+def _least(arch: Architecture, request: MemoryRequest) -> int:
     """Tokens below which a context that is cut is no use. Who asks for a shorter one may have it,
     and with --fit even less."""
-    if wish.max_model_len:
-        return LEAST_CONTEXT if wish.max_model_len >= LEAST_CONTEXT else 0
+    if request.max_model_len:
+        return LEAST_CONTEXT if request.max_model_len >= LEAST_CONTEXT else 0
     return min(LEAST_CONTEXT, arch.max_position)
 
 
-def _too_short(gpu: Gpu, wish: Wish, parts: tuple[int, int, int], held: int, wanted: int) -> str:
+def _too_short(
+    gpu: Gpu, request: MemoryRequest, parts: tuple[int, int, int], held: int, wanted: int
+) -> str:
     """parts: weights, workspace and what is left for KV blocks, in bytes."""
     weights, space, cache = parts
     least = min(LEAST_CONTEXT, wanted)
     help_ = _more_memory(
-        gpu, wish, weights + space + cache * least // held + cache // held * wish.block_size
+        gpu, request, weights + space + cache * least // held + cache // held * request.block_size
     )
     help_.append(f"--max-model-len {held} serves so short a context")
     help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
@@ -274,11 +289,11 @@ def _too_short(gpu: Gpu, wish: Wish, parts: tuple[int, int, int], held: int, wan
     )
 
 
-def _more_memory(gpu: Gpu, wish: Wish, needed: int) -> list[str]:
+def _more_memory(gpu: Gpu, request: MemoryRequest, needed: int) -> list[str]:
     """Ways to `needed` bytes, beside what is in use."""
     share = math.ceil((gpu.total - gpu.free + needed) / gpu.total * 100) / 100
-    if wish.utilization < share <= MOST_UTILIZATION:
-        return [f"raise --gpu-memory-utilization from {wish.utilization:g} to {share:g}"]
+    if request.utilization < share <= MOST_UTILIZATION:
+        return [f"raise --gpu-memory-utilization from {request.utilization:g} to {share:g}"]
     return []
 
 

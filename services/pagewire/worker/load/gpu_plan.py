@@ -17,11 +17,12 @@ from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import gpus
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
+from ..models.cache_spec import cache_spec
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
 from . import gpu_memory, kv_sizing
-from .gpu_memory import Load, Wish
+from .gpu_memory import Load, MemoryRequest
 from .kv_sizing import DoesNotFit, Sizing
 
 log = logging.getLogger("pagewire.worker")
@@ -73,7 +74,9 @@ def plan_gpu(
     def size(rows: int) -> Sizing:
         load = Load(tokens, rows, model.max_model_len or arch.max_position)
         load = load_of(arch, dtype.itemsize, gpu, weights, config, load)
-        return gpu_memory.size(arch, dtype.itemsize, weights, gpu, wish_of(model, config), load)
+        return gpu_memory.size(
+            arch, dtype.itemsize, weights, gpu, memory_request(model, config), load
+        )
 
     rows, sizing = most_rows(scheduler, gpu, size)
     return GpuPlan(sizing, tokens, rows, by_torch)
@@ -95,9 +98,10 @@ def most_rows(
     return FEWER_ROWS[-1], size(FEWER_ROWS[-1])
 
 
-def wish_of(model: ModelConfig, config: WorkerConfig) -> Wish:
+def memory_request(model: ModelConfig, config: WorkerConfig) -> MemoryRequest:
+    """What the flags of a model and a worker ask of the GPU's memory."""
     share, blocks = config.gpu_memory_utilization, config.num_kv_blocks
-    return Wish(
+    return MemoryRequest(
         share,
         config.block_size,
         config.kv_cache_memory_bytes,
@@ -114,7 +118,7 @@ def load_of(
     fused = not isinstance(arch, OtherArchitecture)
     if not attends_by_torch(gpu.capability):
         return replace(load, graphs=fused and not config.enforce_eager, fused=fused)
-    held = max(0, gpu.free - weights) // kv_sizing.block_bytes(arch, 1, itemsize)
+    held = max(0, gpu.free - weights) // cache_spec(arch).block_bytes(1, itemsize)
     shape = Shape(arch.num_heads, arch.num_kv_heads, arch.head_dim)
     return replace(
         load,
@@ -125,11 +129,11 @@ def load_of(
 
 
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of all tensors that the model will have on a GPU, from their shapes alone."""
+    """Of all weights that the model will have on a GPU, asked of a model without memory."""
     if isinstance(arch, OtherArchitecture):
         return arch.parameters * dtype.itemsize
-    places = dict(Decoder(arch, Build(backend("cuda"), dtype, "meta")).places())
+    model = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
     return max(
-        sum(place.nbytes for place in places.values()),
+        model.nbytes,
         kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=False),
     )

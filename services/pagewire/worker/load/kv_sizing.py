@@ -10,6 +10,7 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
+from ..models.cache_spec import cache_spec
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -39,6 +40,7 @@ class Sizing:
 
     @property
     def kv_bytes(self) -> int:
+        """Bytes of all KV blocks."""
         return self.num_blocks * self.block_bytes
 
     def lines(self) -> list[str]:
@@ -55,12 +57,8 @@ class Sizing:
 
 def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
     """`head_copy`: a tied head is kept a second time, in the back end's own layout."""
-    extra = arch.vocab_size * arch.hidden_size if arch.tied and head_copy else 0
+    extra = arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings and head_copy else 0
     return (arch.parameters + extra) * itemsize
-
-
-def block_bytes(arch: Architecture, block_size: int, itemsize: int) -> int:
-    return 2 * arch.num_layers * arch.num_kv_heads * block_size * arch.head_dim * itemsize
 
 
 def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
@@ -95,12 +93,13 @@ def size(
     """Split `available` bytes of a CPU's memory. weights: bytes that they take. kv_bytes: what KV
     blocks may take; blocks: how many to have instead (0: as many as that holds). max_model_len,
     fit: as for `context`. Raises DoesNotFit."""
-    each = block_bytes(arch, block_size, itemsize)
+    cache = cache_spec(arch)
+    each = cache.block_bytes(block_size, itemsize)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)
     wanted, note = context(arch, count * block_size, max_model_len, fit)
     if count * block_size < wanted:
-        needed = -(-wanted // block_size)
+        needed = cache.blocks_for(wanted, block_size)
         raise DoesNotFit(
             f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
             f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len{_to(count * block_size)}"

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import torch
 from msgspec import structs
-from pagewire_kernels.backend import backend
+from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
-from ..device import capture, gpus, processor
+from ..device import gpus, processor
 from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
+from ..models.cache_spec import cache_spec
+from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
 from ..models.fallback import FallbackDecoder, Plan
-from ..models.layers import Build
-from . import cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
+from ..models.layers import Build, MethodChoice
+from . import capture, cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
 from .cpu_quantization import NONE
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
@@ -34,8 +36,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass
 class Loaded:
-    """A model ready to run: caches[layer] is [2, blocks, Hkv, block_size, D], all views of `cache`
-    [layers, 2, blocks, ...]; cos_sin[layer] is [positions, D], the same tensor for layers that
+    """A model ready to run. cache [layers, 2, blocks, Hkv, block_size, D] is that of the one group
+    of layers that there is; cos_sin[layer] is [positions, D], the same tensor for layers that
     rotate alike."""
 
     decoder: Decoder | FallbackDecoder
@@ -49,6 +51,7 @@ class Loaded:
 
     @property
     def on_gpu(self) -> GpuPlan:
+        """The plan, of a model on a GPU."""
         assert self.plan is not None
         return self.plan
 
@@ -63,7 +66,8 @@ class Loaded:
 
     @property
     def caches(self) -> list[Tensor]:
-        return list(self.cache)
+        """Of each layer [2, blocks, Hkv, block_size, D], views of `cache`."""
+        return cache_spec(self.decoder.arch).layer_caches([self.cache])
 
 
 def load(
@@ -106,10 +110,9 @@ def load(
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if other is None:
-            decoder = Decoder(
-                arch, Build(backend(device), dtype, device, quantizing.kept, quantizing.bits)
-            )
-            weights.load(decoder, source, settings, model.seed, progress)
+            method = method_choice(backend(device), dtype, quantizing)
+            decoder = Decoder(arch, Build(backend(device), dtype, device, method))
+            weights.load(decoder, source, settings, model.seed, progress, quantizing.kept)
             if quantizing.kept:
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
@@ -120,33 +123,33 @@ def load(
         if gpu:
             # tensors are converted on the GPU: what that took is not to be missing from the cache
             torch.cuda.empty_cache()
-        cache = torch.zeros(
-            (
-                arch.num_layers,
-                2,
-                sizing.num_blocks,
-                arch.num_kv_heads,
-                sizing.block_size,
-                arch.head_dim,
-            ),
-            dtype=dtype,
-            device=device,
-        )
+        (group,) = cache_spec(arch).groups
+        cache = group.allocate(sizing.num_blocks, sizing.block_size, dtype, device)
     return Loaded(
         decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device, plan
     )
+
+
+def method_choice(
+    ops: Ops, dtype: torch.dtype, quantizing: cpu_quantization.Quantizing
+) -> MethodChoice | None:
+    """The format of each layer's matrices; None: all are dense."""
+    if not quantizing.kept or ops.quantized is None:
+        return None
+    method = CpuQuantizedMethod(ops, ops.quantized, dtype, quantizing.bits)
+    return lambda names: method
 
 
 def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
     """For a model of no family of ours. Raises Unsupported."""
     if isinstance(source, Path):
         weights.check_safetensors(source)
-    found = fallback.plan(path, settings, model.trust_remote_code)
+    plan = fallback.plan(path, settings, model.trust_remote_code)
     log.info(
         "model_type %r has no implementation here: it runs through transformers, correctly but more slowly",
-        found.arch.model_type,
+        plan.arch.model_type,
     )
-    return found
+    return plan
 
 
 def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:

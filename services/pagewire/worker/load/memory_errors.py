@@ -37,11 +37,11 @@ def explained(doing: str, sizing: Sizing) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, RuntimeError) and not kernel_errors.is_triton(error):
             raise
-        said = explain(error, doing, sizing, _now(sizing))
-        if said is None:
+        explained_error = explain(error, doing, sizing, _now(sizing))
+        if explained_error is None:
             raise
         log.debug("while %s", doing, exc_info=True)
-        raise said from None
+        raise explained_error from None
 
 
 def explain(
@@ -73,14 +73,14 @@ def explain(
 
 def _exhausted(text: str, doing: str, sizing: Sizing, now: Gpu | None) -> str:
     wanted = WANTED.search(text)
-    place = now or sizing.gpu
+    gpu = now or sizing.gpu
     asked = f"{wanted[1]} more were asked for" if wanted else "more was asked for"
     there = (
         f"of {now.title()} {gpu_memory.gib(now.free)} are free"
         if now
-        else f"than {place.title() if place else 'the GPU'} has"
+        else f"than {gpu.title() if gpu else 'the GPU'} has"
     )
-    users = place.users() if place else ""
+    users = gpu.users() if gpu else ""
     planned = (
         f"weights {gpu_memory.gib(sizing.weight_bytes)}, KV cache {gpu_memory.gib(sizing.kv_bytes)}, "
         f"workspace {gpu_memory.gib(sizing.workspace)}"
@@ -88,7 +88,7 @@ def _exhausted(text: str, doing: str, sizing: Sizing, now: Gpu | None) -> str:
     return (
         f"out of memory while {doing}: {asked}, {there}. Planned: {planned}. "
         + (f"{users}. " if users else "")
-        + f"What helps: {'end the other processes; ' if users else ''}{_less(sizing, place)}{REMEDIES}"
+        + f"What helps: {'end the other processes; ' if users else ''}{_less(sizing, gpu)}{REMEDIES}"
     )
 
 

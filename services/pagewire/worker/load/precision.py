@@ -26,18 +26,18 @@ class Choice(NamedTuple):
     note: str = ""
 
 
-def choose(asked: str, saved: str, place: Gpu | Processor) -> Choice:
-    """`asked` is --dtype, `saved` the checkpoint's type, `place` where the model runs. Raises
+def choose(asked: str, saved: str, device: Gpu | Processor) -> Choice:
+    """`asked` is --dtype, `saved` the checkpoint's type, `device` where the model runs. Raises
     ValueError for bfloat16 where there is none, and Unsupported when the type must be named because
     the checkpoint's is no type to compute in."""
     if asked != "auto":
-        return Choice(_refuse(TYPES[asked], place))
+        return Choice(_refuse(TYPES[asked], device))
     kind = TYPES.get(saved.removeprefix("torch."))
     if kind is None:
         raise Unsupported(
             f"weights of type {saved!r} are not supported; choose --dtype bfloat16 or float32"
         )
-    return _for_cpu(kind, place) if isinstance(place, Processor) else _for_gpu(kind, place)
+    return _for_cpu(kind, device) if isinstance(device, Processor) else _for_gpu(kind, device)
 
 
 def _for_cpu(kind: str, cpu: Processor) -> Choice:
@@ -80,20 +80,20 @@ def overflow(dtype: str, model_type: str) -> str:
     )
 
 
-def _refuse(kind: str, place: Gpu | Processor) -> str:
+def _refuse(kind: str, device: Gpu | Processor) -> str:
     """What is said of GPUs are the words that users of vLLM find in its guides."""
     if kind != "bfloat16":
         return kind
-    if isinstance(place, Processor):
-        if not place.bfloat16:
+    if isinstance(device, Processor):
+        if not device.bfloat16:
             raise ValueError(
-                f"--dtype bfloat16: this processor, {place.title()}, has no bfloat16 products (on x86-64 they take AVX-512 with BW, VL and "
-                f"DQ, or AVX-NE-CONVERT); use --dtype float32, or leave the flag out"
+                f"--dtype bfloat16: this processor, {device.title()}, has no bfloat16 products (on x86-64 they take AVX-512 with BW, VL "
+                f"and DQ, or AVX-NE-CONVERT); use --dtype float32, or leave the flag out"
             )
-    elif place.capability < BFLOAT16_FROM:
-        major, minor = place.capability
+    elif device.capability < BFLOAT16_FROM:
+        major, minor = device.capability
         raise ValueError(
-            f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {place.name} GPU has compute capability "
+            f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {device.name} GPU has compute capability "
             f"{major}.{minor}. You can use float16 instead by explicitly setting the `dtype` flag in CLI, for example: --dtype=half."
         )
     return kind

@@ -30,6 +30,7 @@ class PytorchFiles:
 
     @classmethod
     def of(cls, directory: Path) -> "PytorchFiles":
+        """Those of `directory`: the index's, or all when there is no index."""
         index = directory / INDEX
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -48,6 +49,8 @@ class PytorchFiles:
         return cls(paths)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name; one file is open at a time. Raises Unsupported for a broken
+        file."""
         for path in self.paths:
             yield from _load(path).items()
 

@@ -1,27 +1,27 @@
 """Filling a model's weights: from safetensors (one file or sharded, memory-mapped), GGUF, PyTorch's
 files, or with random numbers.
 
-A family's own names and shapes become the decoder's first (models/checkpoint), then the dimensions
-of heads get the order that the kernels want (rotary). Strict: a tensor that the model does not
-know, lacks or has in another shape is an error that names it.
+A family's own names and shapes become the decoder's first (models/checkpoint); then each tensor
+goes to the slot that wants it, which takes its part and puts the rows of heads in order. Strict: a
+tensor that the model does not know, lacks or has in another shape is an error that names it.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from ..models import family, rotary
+from ..models import family
 from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
 from ..models.decoder import Decoder
-from ..models.layers import Place
+from ..models.weight_slots import WeightSlot
 from .gguf_file import Gguf
 from .pytorch_file import PytorchFiles
 
@@ -35,27 +35,24 @@ GROUP: Final = 16
 """Tensors dequantized at a time: bounds what waits in float32."""
 IGNORED: Final = "rotary_emb.inv_freq"
 """A buffer that old checkpoints carry along and that follows from the configuration."""
-QUERIES_AND_KEYS: Final = tuple(
-    f".self_attn.{part}.{kind}"
-    for part in ("q_proj", "k_proj", "q_norm", "k_norm")
-    for kind in ("weight", "bias")
-)
 
 
 def load(
-    model: Decoder, source: Source | None, config: Config, seed: int, progress: Progress
+    model: Decoder,
+    source: Source | None,
+    config: Config,
+    seed: int,
+    progress: Progress,
+    keep_quantized: bool = False,
 ) -> None:
-    """Fill and pack `model` from `source`, or (None) at random. Raises Unsupported."""
-    places = dict(model.places())
+    """Fill and pack `model` from `source`, or (None) at random. keep_quantized: hand matrices that
+    come quantized to the model as they are. Raises Unsupported."""
+    slots = list(model.weight_slots())
     if source is None:
-        _fill_randomly(places, seed, progress)
+        fill_randomly(slots, seed, progress)
     else:
-        _fill(
-            places,
-            in_order(_read(source, config, model.arch, model.keeps_quantized), model.arch),
-            model.arch.tied,
-            progress,
-        )
+        tensors = _read(source, config, model.arch, keep_quantized)
+        fill(slots, tensors, model.arch.tie_word_embeddings, progress)
     for done in model.pack():
         progress("packing weights", done)
 
@@ -80,65 +77,55 @@ def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> I
             yield from convert(name, tensor, arch)
 
 
-def in_order(tensors: Iterable[Value], arch: Architecture) -> Iterator[Value]:
-    """With the dimensions of queries' and keys' heads where the kernels look for them."""
-    order = rotary.order(arch.rope, arch.head_dim)
-    for name, tensor in tensors:
-        if (
-            order is not None
-            and name.endswith(QUERIES_AND_KEYS)
-            and tensor.shape[0] % arch.head_dim == 0
-        ):
-            rows = (
-                torch.arange(tensor.shape[0]).unflatten(0, (-1, arch.head_dim))[:, order].flatten()
-            )
-            yield name, tensor.take(rows) if isinstance(tensor, Quantized) else tensor[rows]
-        else:
-            yield name, tensor
-
-
-def _fill(
-    places: dict[str, Place], tensors: Iterable[Value], tied: bool, progress: Progress
+def fill(
+    slots: Iterable[WeightSlot],
+    tensors: Iterable[Value],
+    tie_word_embeddings: bool,
+    progress: Progress,
 ) -> None:
-    missing = set(places)
+    """Every slot from the tensor of its name. Raises Unsupported for a tensor that no slot wants,
+    one of another shape than its slot's, and a slot without a tensor."""
+    by_name = {slot.name: slot for slot in slots}
+    missing = set(by_name)
     for name, tensor in tensors:
-        if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
+        if name.endswith(IGNORED) or (tie_word_embeddings and name == "lm_head.weight"):
             continue
-        place = places.get(name)
-        if place is None:
+        slot = by_name.get(name)
+        if slot is None:
             raise Unsupported(
                 f"the checkpoint has a tensor {name} {list(tensor.shape)} that this architecture does not use"
             )
-        if place.shape != tensor.shape:
+        if slot.shape != tensor.shape:
             raise Unsupported(
-                f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
+                f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {list(slot.shape)}"
             )
-        place.copy_(
-            tensor.dequantize()
-            if isinstance(tensor, Quantized) and isinstance(place, Tensor)
-            else tensor
-        )
+        slot.fill(tensor)
         missing.discard(name)
-        progress("loading weights", 1 - len(missing) / len(places))
+        progress("loading weights", 1 - len(missing) / len(by_name))
     if missing:
         raise Unsupported(
-            f"the checkpoint lacks {len(missing)} of {len(places)} tensors, among them {min(missing)}"
+            f"the checkpoint lacks {len(missing)} of {len(by_name)} tensors, among them {min(missing)}"
         )
 
 
-def _fill_randomly(places: dict[str, Any], seed: int, progress: Progress) -> None:
+def fill_randomly(slots: Sequence[WeightSlot], seed: int, progress: Progress) -> None:
     """N(0, 0.02), each tensor from a seed of its own so that order does not matter; norms are
     ones."""
-    for done, (name, place) in enumerate(places.items()):
-        if name.endswith("norm.weight"):
-            place.fill_(1)
+    for done, slot in enumerate(slots):
+        target = slot.target
+        if slot.name.endswith("norm.weight") and isinstance(target, Tensor):
+            target.fill_(1)
+        elif isinstance(target, Tensor) and slot.slice is None:
+            target.normal_(0, DUMMY_STD, generator=_generator(slot.name, seed, target.device))
         else:
-            tensor = place if isinstance(place, Tensor) else torch.empty(place.shape)
-            generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()) ^ seed)
-            tensor.normal_(0, DUMMY_STD, generator=generator)
-            if tensor is not place:
-                place.copy_(tensor)
-        progress("making random weights", done / len(places))
+            whole = torch.empty(slot.shape)
+            whole.normal_(0, DUMMY_STD, generator=_generator(slot.name, seed, whole.device))
+            target.copy_(whole if slot.slice is None else slot.slice.of(whole))
+        progress("making random weights", done / len(slots))
+
+
+def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()) ^ seed)
 
 
 def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Named]:

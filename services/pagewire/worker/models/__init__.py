@@ -12,7 +12,7 @@ and `checkpoint.renamed` for most, a
    (`Rope.size`, `Rope.interleaved`): loading puts the rows of queries and keys in the order that
    the kernels want.
 3. What no field can say yet becomes a field of Architecture, chosen when a part is made
-(`parts`, `decoder`), never in a call.
+(`blocks`, `decoder`), never in a call.
 4. A variant in tests/worker/model_variants.py, and a row in docs/models.md.
 """
 
@@ -48,6 +48,8 @@ from .checkpoint import Tensors
 
 @dataclass(frozen=True)
 class Family:
+    """How the models of one family are described and their checkpoints read."""
+
     describe: Callable[[Config], Architecture]
     tensors: Tensors | None = None
     """None: the checkpoint's tensors are the decoder's."""
@@ -95,9 +97,9 @@ def family(config: Config) -> Family:
 def describe(config: Config) -> Architecture:
     """The architecture that `config` asks for. Raises Unsupported when the family is unknown or a
     field of its configuration is missing."""
-    found = family(config)
+    chosen = family(config)
     try:
-        return found.describe(config)
+        return chosen.describe(config)
     except KeyError as error:
         raise Unsupported(
             f"the configuration of this {config['model_type']} model has no {error.args[0]!r}"

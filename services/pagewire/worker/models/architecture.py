@@ -45,17 +45,17 @@ GATED: Final = ("silu", "gelu_tanh")
 
 @dataclass(frozen=True)
 class Moe:
-    """A mixture of experts in place of the MLP. dense: layers that have a plain MLP all the
+    """A mixture of experts in place of the MLP. dense_layers: those that have a plain MLP all the
     same."""
 
-    experts: int
-    chosen: int
+    num_experts: int
+    top_k: int
     intermediate_size: int
-    normalise: bool
-    """The chosen experts' weights are made to sum to one."""
+    renormalize: bool
+    """The weights of a token's top_k experts are made to sum to one."""
     shared_size: int = 0
     """Inner size of an expert that every token goes through, behind a gate of its own; 0: none."""
-    dense: frozenset[int] = frozenset()
+    dense_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Architecture:
     head_dim: int
     norm_eps: float
     max_position: int
-    tied: bool
+    tie_word_embeddings: bool
     rope: Rope
     windows: tuple[int | None, ...]
     """For each layer how many tokens it sees, itself included; None is all."""
@@ -85,11 +85,11 @@ class Architecture:
     """sequential: x += attention(norm(x)), x += mlp(norm(x)). parallel: x += attention(norm(x)) +
     mlp(norm(x)). sandwich: as sequential, with norms on what is added too. post: x = norm(x +
     attention(x)), x = norm(x + mlp(x)), and no norm at the end."""
-    one_norm: bool = False
+    shared_norm: bool = False
     """Of a parallel block: attention and MLP read the same normed input."""
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
-    wide_norms: bool = False
+    fp32_norm: bool = False
     """Norm weights are kept in float32."""
     activation: Activation = "silu"
     gated: bool = True
@@ -102,10 +102,10 @@ class Architecture:
     """Queries and keys are normalised by head (RMS) before they are rotated."""
     scales: tuple[float, ...] = ()
     """Of attention scores, by layer; empty: head_dim ** -0.5."""
-    slopes: tuple[float, ...] = ()
+    alibi_slopes: tuple[float, ...] = ()
     """ALiBi, by head: slope * (key position - query position) is added to the scaled score."""
-    soft_cap: float | None = None
-    logit_cap: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     embedding_size: int = 0
     """Of the token embedding and the head, with projections to and from the hidden size; 0: the
@@ -117,18 +117,24 @@ class Architecture:
         """The weights' count, norms and biases left out; a tied head counts once."""
         hidden, width, moe = self.hidden_size, self.embedding_size or self.hidden_size, self.moe
         attention = 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
-        total = self.num_layers * attention + self.vocab_size * width * (1 if self.tied else 2)
+        total = self.num_layers * attention + self.vocab_size * width * (
+            1 if self.tie_word_embeddings else 2
+        )
         total += self.max_position * hidden * self.learned_positions + 2 * width * hidden * (
             self.embedding_size > 0
         )
-        dense, matrices = self.num_layers if moe is None else len(moe.dense), 3 if self.gated else 2
+        dense, matrices = (
+            self.num_layers if moe is None else len(moe.dense_layers),
+            3 if self.gated else 2,
+        )
         if moe is not None:
-            inner = moe.experts * moe.intermediate_size + moe.shared_size
-            total += (self.num_layers - dense) * hidden * (3 * inner + moe.experts)
+            inner = moe.num_experts * moe.intermediate_size + moe.shared_size
+            total += (self.num_layers - dense) * hidden * (3 * inner + moe.num_experts)
         return total + dense * matrices * hidden * self.intermediate_size
 
     @property
     def longest_position(self) -> int:
+        """Positions that a context may have at most, stretched where the model allows it."""
         return max(self.max_position, self.extended_position)
 
 
@@ -191,7 +197,7 @@ def common(config: Config, **differences: Any) -> Architecture:
         "num_kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": head_dim,
         "max_position": int(config["max_position_embeddings"]),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "windows": (None,) * layers,
     }
     if "norm_eps" not in differences:

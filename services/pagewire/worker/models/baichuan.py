@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .alibi import slopes
+from .alibi import alibi_slopes
 from .architecture import Architecture, Config, common
 from .checkpoint import Names, renamed
 from .rope import NO_ROPE
@@ -25,6 +25,7 @@ _renamed = renamed(NAMES)
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Renamed and cut; the rows of Baichuan 2's head are brought to length 1."""
     if name == "lm_head.weight" and arch.model_type == BAICHUAN2:
         yield name, normalize(tensor.float())
     else:
@@ -32,9 +33,12 @@ def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[tuple[str
 
 
 def describe(config: Config) -> Architecture:
+    """Baichuan 1 or 2, told apart by what the configuration names."""
     second = "z_loss_weight" in config or config["vocab_size"] == BAICHUAN2_VOCABULARY
     own = {"model_type": BAICHUAN2 if second else config["model_type"]}
     if "max_position_embeddings" in config:
         return common(config | own)
     own["max_position_embeddings"] = config["model_max_length"]
-    return common(config | own, rope=NO_ROPE, slopes=slopes(int(config["num_attention_heads"])))
+    return common(
+        config | own, rope=NO_ROPE, alibi_slopes=alibi_slopes(int(config["num_attention_heads"]))
+    )

@@ -1,69 +1,81 @@
 """What the layers of a decoder are made of: attention, MLP, mixture of experts. Everything that
 differs between models is chosen when a part is made; a call takes no decisions."""
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
+from . import rotary
 from .architecture import Architecture
-from .layers import Build, LayerNorm, Linear, Norm, Part, Places, RmsNorm
+from .layers import Build, LayerNorm, Norm, Part, RmsNorm
 
 
 def make_norm(arch: Architecture, build: Build, name: str) -> Norm:
+    """The architecture's kind of norm over the hidden size; `name` without a suffix."""
     if arch.norm == "layer":
         return LayerNorm(build, name, arch.hidden_size, arch.norm_eps, arch.norm_bias)
-    return RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.wide_norms)
+    return RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.fp32_norm)
 
 
 class Attention:
-    def __init__(self, arch: Architecture, build: Build, name: str, index: int) -> None:
-        size, kv = arch.head_dim, arch.num_kv_heads * arch.head_dim
-        qkv = {f"{name}.q_proj": arch.num_heads * size, f"{name}.k_proj": kv, f"{name}.v_proj": kv}
-        self._ops, self._eps, self.window = build.ops, arch.norm_eps, arch.windows[index]
-        self.scale = arch.scales[index] if arch.scales else size**-0.5
-        self.qkv = Linear(build, qkv, arch.hidden_size, arch.qkv_bias)
-        self.output = Linear(
-            build, {f"{name}.o_proj": arch.hidden_size}, arch.num_heads * size, arch.output_bias
-        )
-        self._norms = (
-            [RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.wide_norms) for x in "qk"]
-            if arch.qk_norm
-            else []
-        )
-        self.q_weight, self.k_weight = [norm.weight for norm in self._norms] or (None, None)
-        self._more: tuple[Any, ...] = () if arch.soft_cap is None else (arch.soft_cap,)
-        self._fused = hasattr(build.ops, "rope_attention") and not arch.slopes
-        if arch.slopes:
-            self._more = (
-                arch.soft_cap,
-                torch.tensor(arch.slopes, dtype=torch.float32, device=build.device),
-            )
+    """Queries, keys and values from one matrix, rotation, attention over the paged cache, and the
+    output's matrix."""
 
-    def parts(self) -> list[Part]:
+    def __init__(self, arch: Architecture, build: Build, name: str, index: int) -> None:
+        """`name` without a suffix; `index`: of the layer."""
+        size = arch.head_dim
+        order = rotary.order(arch.rope, size)
+        row_order = None if order is None else torch.tensor(order)
+        qkv = [
+            build.column_part(f"{name}.q_proj", arch.num_heads, size, row_order),
+            build.column_part(f"{name}.k_proj", arch.num_kv_heads, size, row_order),
+            build.column_part(f"{name}.v_proj", arch.num_kv_heads, size),
+        ]
+        self.qkv = build.column_parallel(qkv, arch.hidden_size, arch.qkv_bias)
+        self.output = build.row_parallel(
+            f"{name}.o_proj", arch.hidden_size, arch.num_heads, arch.output_bias, size
+        )
+        self._norms = [
+            RmsNorm(build, f"{name}.{x}_norm", size, arch.norm_eps, arch.fp32_norm, row_order)
+            for x in ("qk" if arch.qk_norm else "")
+        ]
+        self.q_weight, self.k_weight = [norm.weight for norm in self._norms] or (None, None)
+        self.scale = arch.scales[index] if arch.scales else size**-0.5
+        self.window = arch.windows[index]
+        self._eps = arch.norm_eps
+        self._softcap = arch.attn_logit_softcapping
+        self._alibi_slopes = None
+        if arch.alibi_slopes:
+            heads = build.shard.split(arch.num_heads, 0)
+            slopes = torch.tensor(arch.alibi_slopes, dtype=torch.float32, device=build.device)
+            held = slopes if heads is None else slopes.narrow(0, heads.start, heads.length)
+            self._alibi_slopes = held
+        self._ops = build.ops
+        # the fused kernel knows no ALiBi
+        self._fused = None if arch.alibi_slopes else build.ops.fused
+
+    def parts(self) -> Sequence[Part]:
+        """Those with weights."""
         return [self.qkv, self.output, *self._norms]
 
     def __call__(self, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]; cache [2, blocks, Hkv, block_size, D]."""
-        if self._fused:
-            return self.output(self.after_projection(self.qkv(x), cos_sin, cache, batch))
-        keys, values = cache[0], cache[1]
-        q = self._ops.rope_and_cache(
-            self.qkv(x), cos_sin, self.q_weight, self.k_weight, self._eps, keys, values, batch
-        )
-        return self.output(
-            self._ops.paged_attention(q, keys, values, batch, self.scale, self.window, *self._more)
-        )
+        qkv = self.qkv(x, batch)
+        return self.output(self.after_projection(qkv, cos_sin, cache, batch), batch)
 
     def after_projection(self, qkv: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
-        """qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D], for back ends that do all of it in one."""
-        ops: Any = self._ops
-        rope = ops.Rope(cos_sin, self.q_weight, self.k_weight, self._eps)
-        return ops.rope_attention(
-            qkv, rope, cache[0], cache[1], batch, self.scale, self.window, *self._more
+        """qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]: what lies between the two matrices."""
+        keys, values = cache[0], cache[1]
+        weights = (self.q_weight, self.k_weight, self._eps)
+        if self._fused is not None:
+            return self._fused.rope_attention(
+                qkv, cos_sin, *weights, keys, values, batch, self.scale, self.window, self._softcap
+            )
+        q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch)
+        return self._ops.paged_attention(
+            q, keys, values, batch, self.scale, self.window, self._softcap, self._alibi_slopes
         )
 
 
@@ -71,76 +83,23 @@ class Mlp:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     def __init__(self, arch: Architecture, build: Build, name: str, inner: int) -> None:
+        """`name` without a suffix; `inner`: the intermediate size."""
         ops = build.ops
         names = [f"{name}.gate_proj", f"{name}.up_proj"] if arch.gated else [f"{name}.up_proj"]
-        self.up = Linear(build, dict.fromkeys(names, inner), arch.hidden_size, arch.mlp_bias)
-        self.down = Linear(build, {f"{name}.down_proj": arch.hidden_size}, inner, arch.mlp_bias)
+        parts = [build.column_part(part, inner) for part in names]
+        self.up = build.column_parallel(parts, arch.hidden_size, arch.mlp_bias)
+        self.down = build.row_parallel(f"{name}.down_proj", arch.hidden_size, inner, arch.mlp_bias)
         gated = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}
         plain = {"gelu": ops.gelu, "gelu_tanh": ops.gelu_tanh, "relu": ops.relu}
         self._activation = (gated if arch.gated else plain)[arch.activation]
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> Sequence[Part]:
+        """Those with weights."""
         return [self.up, self.down]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._activation(self.up(x)))
-
-
-class Experts:
-    """The matrices of all experts: gate and up [E, 2I, H], down [E, H, I]."""
-
-    def __init__(
-        self, arch: Architecture, build: Build, name: str, experts: int, inner: int
-    ) -> None:
-        self._ops, self._name, self._inner = build.ops, name, inner
-        self._linears: list[tuple[Linear, Linear]] = []
-        self._up: Any
-        self._down: Any
-        if build.quantized:
-            self._linears = [
-                _quantized_expert(build, f"{name}.{expert}", arch.hidden_size, inner)
-                for expert in range(experts)
-            ]
-            return
-        self._up, self._down = (
-            build.empty(experts, 2 * inner, arch.hidden_size),
-            build.empty(experts, arch.hidden_size, inner),
-        )
-
-    def places(self) -> Places:
-        for linear in (part for pair in self._linears for part in pair):
-            yield from linear.places()
-        if self._linears:
-            return
-        for expert, (up, down) in enumerate(zip(self._up, self._down, strict=True)):
-            yield f"{self._name}.{expert}.gate_proj.weight", up[: self._inner]
-            yield f"{self._name}.{expert}.up_proj.weight", up[self._inner :]
-            yield f"{self._name}.{expert}.down_proj.weight", down
-
-    def pack(self) -> None:
-        if self._linears:
-            for linear in (part for pair in self._linears for part in pair):
-                linear.pack()
-            self._up, self._down = (
-                [up.weight for up, _ in self._linears],
-                [down.weight for _, down in self._linears],
-            )
-            return
-        self._up, self._down = self._ops.pack_experts(self._up), self._ops.pack_experts(self._down)
-
-    def packed(self) -> Iterator[Any]:
-        yield from (*self._up, *self._down)
-
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        return self._ops.experts(x, self._up, self._down, chosen, weights)
-
-
-def _quantized_expert(build: Build, name: str, hidden: int, inner: int) -> tuple[Linear, Linear]:
-    """(gate and up, down) of an expert whose matrices may stay quantized."""
-    up = Linear(
-        build, dict.fromkeys((f"{name}.gate_proj", f"{name}.up_proj"), inner), hidden, False
-    )
-    return up, Linear(build, {f"{name}.down_proj": hidden}, inner, False)
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.down(self._activation(self.up(x, batch)), batch)
 
 
 class Mixture:
@@ -148,37 +107,36 @@ class Mixture:
     shared expert, through that one too."""
 
     def __init__(self, arch: Architecture, build: Build, name: str) -> None:
-        moe = arch.moe
+        """`name` without a suffix."""
+        moe, hidden = arch.moe, arch.hidden_size
         assert moe is not None
-        self._chosen, self._normalise = moe.chosen, moe.normalise
-        self._router = Linear(
-            replace(build, quantize_to=0), {f"{name}.gate": moe.experts}, arch.hidden_size, False
+        self._top_k = moe.top_k
+        self._renormalize = moe.renormalize
+        self._router = build.replicated(
+            f"{name}.gate", moe.num_experts, hidden, keep_precision=True
         )
-        self._experts = Experts(arch, build, f"{name}.experts", moe.experts, moe.intermediate_size)
-        self._shared = (
-            Mlp(arch, build, f"{name}.shared_expert", moe.shared_size) if moe.shared_size else None
+        self._experts = build.experts(
+            f"{name}.experts", moe.num_experts, hidden, moe.intermediate_size
         )
-        self._gate = (
-            Linear(build, {f"{name}.shared_expert_gate": 1}, arch.hidden_size, False)
-            if moe.shared_size
-            else None
-        )
+        self._shared = self._gate = None
+        if moe.shared_size:
+            self._shared = Mlp(arch, build, f"{name}.shared_expert", moe.shared_size)
+            self._gate = build.replicated(f"{name}.shared_expert_gate", 1, hidden)
 
-    def parts(self) -> list[Part]:
-        shared = (
-            []
-            if self._shared is None or self._gate is None
-            else [*self._shared.parts(), self._gate]
-        )
-        return [self._router, self._experts, *shared]
+    def parts(self) -> Sequence[Part]:
+        """Those with weights."""
+        parts: list[Part] = [self._router, self._experts]
+        if self._shared is not None and self._gate is not None:
+            parts += [*self._shared.parts(), self._gate]
+        return parts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weights, chosen = torch.topk(
-            torch.softmax(self._router(x), -1, dtype=torch.float32), self._chosen, dim=-1
-        )
-        if self._normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        out = self._experts(x, chosen, weights)
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        scores = torch.softmax(self._router(x, batch), -1, dtype=torch.float32)
+        top_k_weights, top_k_ids = torch.topk(scores, self._top_k, dim=-1)
+        if self._renormalize:
+            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        out = self._experts(x, top_k_ids, top_k_weights, batch)
         if self._shared is None or self._gate is None:
             return out
-        return out.addcmul_(torch.sigmoid(self._gate(x)), self._shared(x))
+        return out.addcmul_(torch.sigmoid(self._gate(x, batch)), self._shared(x, batch))

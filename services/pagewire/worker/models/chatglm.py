@@ -33,6 +33,7 @@ tensors = renamed(NAMES)
 
 
 def describe(config: Config) -> Architecture:
+    """ChatGLM 2 or 3, or GLM-4. Raises Unsupported for variants that are not built."""
     if "padded_vocab_size" not in config:
         raise Unsupported("the first ChatGLM is not supported; ChatGLM 2 and 3 and GLM-4 are")
     if config.get("quantization_bit"):

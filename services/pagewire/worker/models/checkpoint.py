@@ -1,7 +1,7 @@
 """From the tensors of a checkpoint to those of the decoder: other names, and matrices that are
 joined or transposed there.
 
-The decoder's own names are Llama's as transformers saves them (see decoder and parts). A
+The decoder's own names are Llama's as transformers saves them (see decoder.py and blocks.py). A
 checkpoint's joined matrices are renamed to `….self_attn.qkv_proj` and `….mlp.gate_up_proj`, and
 `split` cuts them.
 """
@@ -51,9 +51,9 @@ def renamed(names: Names, by_group: bool = False) -> Tensors:
     """The whole conversion where a checkpoint differs in names and joined matrices only."""
 
     def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
-        found = names(name)
-        if found is not None:
-            yield from split(found, tensor, arch, by_group)
+        ours = names(name)
+        if ours is not None:
+            yield from split(ours, tensor, arch, by_group)
 
     return tensors
 

@@ -6,104 +6,95 @@ last part gave, still to be added to `residual`, so that the sum and the norm af
 operation.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
-from . import native
+from . import native, single
 from .architecture import Architecture
 from .blocks import Attention, Mixture, Mlp, make_norm
+from .cache_spec import cache_spec
 from .layers import (
     Build,
     Embedding,
     Head,
     InputEmbedding,
-    Linear,
+    LearnedPositions,
     LMHead,
     Norm,
     Part,
-    Places,
-    RmsNorm,
     TiedHead,
 )
-from .single import SingleLayer, serves
+from .single import SingleLayer
+from .weight_slots import WeightSlots
 
-SPARE_POSITIONS = 16
-"""Rows past the last position: a step launched before a request was known to have ended may reach
-there; its result is dropped."""
-
-
-Tap = Callable[[Callable[[Tensor], Tensor]], None]
+LogitsHook = Callable[[Callable[[Tensor], Tensor]], None]
+"""Called at the end of a forward pass with a function from token numbers [R] int64 to their logits
+[R, V]: for those who look at many tokens, a few at a time."""
 
 
 class Layer:
     """The sequential block, and what the others have in common with it."""
 
-    norms = ("input_layernorm", "post_attention_layernorm")
+    norm_names = ("input_layernorm", "post_attention_layernorm")
 
     def __init__(self, arch: Architecture, index: int, build: Build) -> None:
         name = f"model.layers.{index}"
         self.attention = Attention(arch, build, f"{name}.self_attn", index)
-        dense = arch.moe is None or index in arch.moe.dense
+        dense = arch.moe is None or index in arch.moe.dense_layers
         self.mlp = (
             Mlp(arch, build, f"{name}.mlp", arch.intermediate_size)
             if dense
             else Mixture(arch, build, f"{name}.mlp")
         )
-        self.norms_made = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norms]
+        self.norms = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norm_names]
 
-    def parts(self) -> list[Part]:
-        return [*self.attention.parts(), *self.mlp.parts(), *self.norms_made]
-
-    def single(self, ops: Ops) -> SingleLayer | None:
-        """This layer for one row alone, None where its kind has none."""
-        first, second = self.norms_made if len(self.norms_made) == 2 else (None, None)
-        if (
-            not isinstance(self.mlp, Mlp)
-            or not isinstance(first, RmsNorm)
-            or not isinstance(second, RmsNorm)
-        ):
-            return None
-        return SingleLayer(ops, self.attention, self.mlp, (first, second))
+    def parts(self) -> Sequence[Part]:
+        """Those with weights."""
+        return [*self.attention.parts(), *self.mlp.parts(), *self.norms]
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H]; cache [2, blocks, Hkv, block_size, D]. A residual of None: there is nothing to
         be added to yet."""
-        first, second = self.norms_made
+        first, second = self.norms
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
         x, residual = second.add(self.attention(x, cos_sin, cache, batch), residual)
-        return self.mlp(x), residual
+        return self.mlp(x, batch), residual
 
 
 class ParallelLayer(Layer):
+    """The parallel block: attention and MLP read the same hidden states."""
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        first, second = self.norms_made
+        first, second = self.norms
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        mlp = self.mlp(second(residual).to(x.dtype))
+        mlp = self.mlp(second(residual).to(x.dtype), batch)
         return mlp.add_(self.attention(x, cos_sin, cache, batch)), residual
 
 
-class OneNormLayer(Layer):
-    norms = ("input_layernorm",)
+class SharedNormLayer(Layer):
+    """The parallel block whose attention and MLP read the same normed input."""
+
+    norm_names = ("input_layernorm",)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        norm = self.norms_made[0]
+        norm = self.norms[0]
         x, residual = (norm(x), x) if residual is None else norm.add(x, residual)
-        return self.mlp(x).add_(self.attention(x, cos_sin, cache, batch)), residual
+        return self.mlp(x, batch).add_(self.attention(x, cos_sin, cache, batch)), residual
 
 
 class SandwichLayer(Layer):
-    norms = (
+    """The sequential block with norms on what attention and MLP give, too."""
+
+    norm_names = (
         "input_layernorm",
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
@@ -113,75 +104,87 @@ class SandwichLayer(Layer):
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        first, attended, second, fed = self.norms_made
+        first, attended, second, fed = self.norms
         x, residual = (first(x), x) if residual is None else first.add(x, residual)
         x, residual = second.add(attended(self.attention(x, cos_sin, cache, batch)), residual)
-        return fed(self.mlp(x)), residual
+        return fed(self.mlp(x, batch)), residual
 
 
 class PostNormLayer(Layer):
+    """The block that normalises sums instead of inputs."""
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        first, second = self.norms_made
+        first, second = self.norms
         x, _ = first.add(self.attention(x, cos_sin, cache, batch), x)
-        x, _ = second.add(self.mlp(x), x)
+        x, _ = second.add(self.mlp(x, batch), x)
         return x, None
 
 
 def layer_kind(arch: Architecture) -> type[Layer]:
+    """The class of the architecture's layers."""
     if arch.block == "parallel":
-        return OneNormLayer if arch.one_norm else ParallelLayer
+        return SharedNormLayer if arch.shared_norm else ParallelLayer
     return {"sequential": Layer, "sandwich": SandwichLayer, "post": PostNormLayer}[arch.block]
 
 
 class Decoder:
-    """Weights are uninitialised until every one of `places` is filled; `pack` then makes the model
-    ready to run."""
+    """Weights are uninitialised until every one of `weight_slots` is filled; `pack` then makes the
+    model ready to run."""
 
     def __init__(self, arch: Architecture, build: Build) -> None:
-        self.arch, self._ops = arch, build.ops
-        self.keeps_quantized = build.quantized
+        self.arch = arch
+        self.cache_spec = cache_spec(arch)
+        self._build = build
         embedding = Embedding(
             build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size
         )
-        self.entrance = _entrance(arch, build, embedding)
+        self.embedding = make_embedding(arch, build, embedding)
         self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
-        self.norm: Norm | None = (
-            None if arch.block == "post" else make_norm(arch, build, "model.norm")
-        )
-        self.head = _exit(arch, build, embedding)
+        self.norm: Norm | None = None
+        if arch.block != "post":
+            self.norm = make_norm(arch, build, "model.norm")
+        self.head = make_head(arch, build, embedding)
         self._singles: list[SingleLayer] = []
         self._native: native.Native | None = None
 
     def parts(self) -> Iterator[Part]:
-        yield self.entrance
+        """Everything with weights, in the order in which it is packed: a tied head comes after the
+        embedding."""
+        yield self.embedding
         for layer in self.layers:
             yield from layer.parts()
         if self.norm is not None:
             yield self.norm
         yield self.head
 
-    def places(self) -> Places:
-        """Every checkpoint tensor the model wants, with the memory it goes to."""
+    def weight_slots(self) -> WeightSlots:
+        """Every checkpoint tensor that the model wants, with the memory that it goes to."""
         for part in self.parts():
-            yield from part.places()
+            yield from part.weight_slots()
 
     def packed(self) -> Iterator[Any]:
         """The matrices as the back end has them, once they are packed."""
         for part in self.parts():
             yield from part.packed()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device's memory that all weights take, whatever their formats."""
+        return sum(part.nbytes for part in self.parts())
+
     def pack(self) -> Iterator[float]:
-        """Put each matrix into the back end's layout; yields the share done."""
+        """Put each matrix into the form that it is multiplied in; yields the share done."""
         parts = list(self.parts())
         for done, part in enumerate(parts):
             part.pack()
             yield done / len(parts)
-        self._native = native.make(self)
-        if serves(self.arch, self._ops):
-            singles = [layer.single(self._ops) for layer in self.layers]
-            self._singles = [single for single in singles if single is not None]
+        if not self._build.shard.whole:
+            # both add a layer's results to the residual by themselves, before other ranks' come
+            return
+        self._native = native.make(self.arch, self.layers, self.norm, self.head)
+        self._singles = single.make(self.arch, self._build.ops, self.layers)
 
     def __call__(
         self,
@@ -191,70 +194,69 @@ class Decoder:
         batch: Batch,
         wanted: Tensor | None,
         tick: Callable[[], None],
-        tap: Tap | None = None,
+        logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin
-        and caches: one for each layer. `tick` is called after every layer; `tap`, before the end,
-        with a function from such a `wanted` to logits, for those who look at many tokens, a few at
-        a time."""
-        if self._native is not None and tap is None and len(ids) <= self._native.most_tokens:
-            return self._native(self.entrance(ids, batch), cos_sin, caches, batch, wanted, tick)
-        x, residual = self.entrance(ids, batch), None
+        and caches: one for each layer. `tick` is called after every layer; `logits_hook`, before
+        the end."""
+        x = self.embedding(ids, batch)
+        if (
+            self._native is not None
+            and logits_hook is None
+            and len(ids) <= self._native.most_tokens
+        ):
+            return self._native(x, cos_sin, caches, batch, wanted, tick)
+        residual = None
         layers = self._singles if self._singles and len(ids) == 1 else self.layers
         for layer, factors, cache in zip(layers, cos_sin, caches, strict=True):
             x, residual = layer(x, residual, factors, cache, batch)
             tick()
-        if tap is not None:
-            hidden, rest = x, residual
-            tap(lambda rows: self._logits(hidden, rest, rows))
-        return self._logits(x, residual, wanted)
+        if logits_hook is not None:
+            last, to_add = x, residual
+            logits_hook(lambda rows: self._logits(last, to_add, batch, rows))
+        return self._logits(x, residual, batch, wanted)
 
-    def _logits(self, x: Tensor, residual: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def _logits(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, wanted: Tensor | None
+    ) -> Tensor:
         if wanted is not None:
-            x, residual = x[wanted], residual[wanted] if residual is not None else None
+            x = x[wanted]
+            residual = None if residual is None else residual[wanted]
         if self.norm is not None:
             x = self.norm(x) if residual is None else self.norm.add(x, residual)[0]
-        return self.head(x)
+        return self.head(x, batch, wanted)
 
 
-def _entrance(arch: Architecture, build: Build, embedding: Embedding) -> Embedding | InputEmbedding:
+def make_embedding(
+    arch: Architecture, build: Build, tokens: Embedding
+) -> Embedding | InputEmbedding:
+    """What turns token ids into hidden states, around the table `tokens`."""
     if arch.embedding_scale == 1 and not arch.learned_positions and not arch.embedding_size:
-        return embedding
-    project = (
-        Linear(build, {"model.project_in": arch.hidden_size}, arch.embedding_size, False)
-        if arch.embedding_size
-        else None
-    )
-    positions = (
-        Positions(build, "model.embed_positions", arch.max_position, arch.hidden_size)
-        if arch.learned_positions
-        else None
-    )
-    return InputEmbedding(embedding, arch.embedding_scale, project, positions)
+        return tokens
+    projection = positions = None
+    if arch.embedding_size:
+        projection = build.replicated("model.project_in", arch.hidden_size, arch.embedding_size)
+    if arch.learned_positions:
+        positions = LearnedPositions(
+            build, "model.embed_positions", arch.max_position, arch.hidden_size
+        )
+    return InputEmbedding(tokens, arch.embedding_scale, projection, positions)
 
 
-def _exit(arch: Architecture, build: Build, embedding: Embedding) -> Head:
+def make_head(arch: Architecture, build: Build, tokens: Embedding) -> Head:
+    """What turns hidden states into logits; `tokens`: the table, which a tied head multiplies
+    with."""
     width = arch.embedding_size or arch.hidden_size
-    head: Head = (
-        TiedHead(build, embedding)
-        if arch.tied
-        else Linear(build, {"lm_head": arch.vocab_size}, width, arch.head_bias, wide=True)
-    )
-    if arch.logit_cap is None and not arch.embedding_size:
+    head: Head
+    if arch.tie_word_embeddings:
+        head = TiedHead(tokens)
+    else:
+        head = build.replicated(
+            "lm_head", arch.vocab_size, width, arch.head_bias, float32_output=True
+        )
+    if arch.final_logit_softcapping is None and not arch.embedding_size:
         return head
-    project = (
-        Linear(build, {"model.project_out": width}, arch.hidden_size, False)
-        if arch.embedding_size
-        else None
-    )
-    return LMHead(head, project, arch.logit_cap)
-
-
-class Positions(Embedding):
-    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
-        super().__init__(replace(build, quantized=False), name, rows + SPARE_POSITIONS, columns)
-        self._rows = rows
-        self.weight[rows:].zero_()
-
-    def places(self) -> Places:
-        yield f"{self._name}.weight", self.weight[: self._rows]
+    projection = None
+    if arch.embedding_size:
+        projection = build.replicated("model.project_out", width, arch.hidden_size)
+    return LMHead(head, projection, arch.final_logit_softcapping)

@@ -2,7 +2,7 @@
 ("new decoder architecture") several KV heads and a norm each; 11B several heads and one norm; the
 RW models are sequential, with ALiBi."""
 
-from .alibi import slopes
+from .alibi import alibi_slopes
 from .architecture import Architecture, Config, gpt_like
 from .checkpoint import Names, renamed
 from .rope import NO_ROPE, read_rope
@@ -32,6 +32,7 @@ tensors = renamed(NAMES, by_group=True)
 
 
 def describe(config: Config) -> Architecture:
+    """Any Falcon, from today's or the first release's names."""
     own = {
         name: config[old] for name, old in OLD_NAMES.items() if name not in config and old in config
     }
@@ -52,9 +53,11 @@ def describe(config: Config) -> Architecture:
         norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
         bias=bool(config.get("bias", False)),
         block="parallel" if config.get("parallel_attn", True) else "sequential",
-        one_norm=not several or config.get("num_ln_in_parallel_attn") == 1,
+        shared_norm=not several or config.get("num_ln_in_parallel_attn") == 1,
         rope=NO_ROPE if config.get("alibi") else read_rope(config, size),
         # here the slopes are added before the scores are scaled
-        slopes=tuple(slope * size**-0.5 for slope in slopes(heads)) if config.get("alibi") else (),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        alibi_slopes=tuple(slope * size**-0.5 for slope in alibi_slopes(heads))
+        if config.get("alibi")
+        else (),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )

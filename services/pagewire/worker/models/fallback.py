@@ -22,7 +22,7 @@ from pagewire_kernels.batch import Batch, make_batch
 from torch import Tensor
 
 from .architecture import Architecture, Config, Unsupported
-from .decoder import Tap
+from .decoder import LogitsHook
 from .fallback_attention import Attention, Call, Recorder
 from .rope import NO_ROPE
 
@@ -36,10 +36,13 @@ weights' type."""
 
 @dataclass(frozen=True)
 class OtherArchitecture(Architecture):
+    """What is known of a model that transformers computes; count: its parameters."""
+
     count: int = 0
 
     @property
     def parameters(self) -> int:
+        """The weights' count, all of them."""
         return self.count
 
 
@@ -85,7 +88,7 @@ class Plan:
 
         safe = {"safetensors": True, "pt": False}.get(load_format)
         try:
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            result: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.path),
                 dtype=dtype,
                 local_files_only=True,
@@ -97,17 +100,17 @@ class Plan:
             raise Unsupported(
                 f"the weights in {self.path} cannot be loaded: {_line(error)}"
             ) from None
-        made, told = found
-        missing = sorted(told["missing_keys"])
-        if missing or told["mismatched_keys"]:
+        made, report = result
+        missing = sorted(report["missing_keys"])
+        if missing or report["mismatched_keys"]:
             lacking = (
                 f"lacks {len(missing)} tensors, among them {missing[0]}"
                 if missing
-                else f"differs: {_line(told['mismatched_keys'])}"
+                else f"differs: {_line(report['mismatched_keys'])}"
             )
             raise Unsupported(f"the checkpoint in {self.path} {lacking}")
-        if told["unexpected_keys"]:
-            names = sorted(told["unexpected_keys"])
+        if report["unexpected_keys"]:
+            names = sorted(report["unexpected_keys"])
             log.warning(
                 "%d tensors of the checkpoint are not used by this model, among them %s",
                 len(names),
@@ -136,17 +139,17 @@ class FallbackDecoder:
         batch: Batch,
         wanted: Tensor | None,
         tick: Callable[[], None],
-        tap: Tap | None = None,
+        logits_hook: LogitsHook | None = None,
     ) -> Tensor:
-        """See Decoder. With a `tap`, the logits of all tokens exist at once."""
-        kept = {} if wanted is None or tap is not None else {"logits_to_keep": wanted}
+        """See Decoder. With a `logits_hook`, the logits of all tokens exist at once."""
+        kept = {} if wanted is None or logits_hook is not None else {"logits_to_keep": wanted}
         with self._attention.running(cos_sin, caches, batch, tick):
             logits = self._model(
                 input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept
             ).logits[0]
-        if tap is None:
+        if logits_hook is None:
             return logits
-        tap(lambda rows: logits[rows])
+        logits_hook(lambda rows: logits[rows])
         return logits if wanted is None else logits[wanted]
 
 
@@ -191,7 +194,7 @@ def _architecture(
         head_dim=max(call.size for call in calls),
         norm_eps=0.0,
         max_position=_longest(config),
-        tied=False,
+        tie_word_embeddings=False,
         rope=NO_ROPE,
         windows=tuple(call.window for call in calls),
         count=sum(parameter.numel() for parameter in model.parameters()),
@@ -314,7 +317,7 @@ def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str)
     ]
     still = torch.zeros(TOKENS, arch.head_dim, device=device)
     still[:, : arch.head_dim // 2] = 1
-    found = [
+    through_cache = [
         decoder(
             ids[a:b],
             [still] * arch.num_layers,
@@ -328,7 +331,7 @@ def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str)
     model.set_attn_implementation("eager")
     wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
     model.set_attn_implementation(decoder.attention_name)
-    error = (torch.cat(found).float() - wanted).norm(dim=-1) / (
+    error = (torch.cat(through_cache).float() - wanted).norm(dim=-1) / (
         wanted - wanted.mean(-1, keepdim=True)
     ).norm(dim=-1)
     # The median: a mixture of experts may choose another expert for a token by rounding alone.

@@ -51,7 +51,7 @@ class Call:
     value_size: int
     scale: float
     window: int | None
-    soft_cap: float | None
+    softcap: float | None
     refused: str = ""
     """Why it cannot be done, if so."""
 
@@ -65,6 +65,8 @@ def _enter(function: Callable[..., Any]) -> str:
 
 
 class Recorder:
+    """Stands in place of attention while a model runs without memory, and notes what is asked for."""
+
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.name = _enter(self)
@@ -87,7 +89,7 @@ class Recorder:
                 value_size=value.shape[3],
                 scale=size**-0.5 if scale is None else float(scale),
                 window=more.get("sliding_window"),
-                soft_cap=more.get("softcap"),
+                softcap=more.get("softcap"),
                 refused=_refused(module, attention_mask, more),
             )
         )
@@ -118,6 +120,8 @@ class Attention:
     def running(
         self, cos_sin: list[Tensor], caches: list[Tensor], batch: Batch, tick: Callable[[], None]
     ) -> Iterator[None]:
+        """Within: a forward pass of `batch` over these tables and caches, one each for every layer;
+        `tick` is called after every layer."""
         self._pass, self._layer = (cos_sin, caches, batch, tick), 0
         try:
             yield
@@ -143,7 +147,7 @@ class Attention:
             qkv, cos_sin[layer], None, None, 0.0, cache[0], cache[1], batch
         )
         out = self._ops.paged_attention(
-            q, cache[0], cache[1], batch, call.scale, call.window, call.soft_cap
+            q, cache[0], cache[1], batch, call.scale, call.window, call.softcap
         )
         tick()
         return out.view(1, len(out), call.heads, self._size)[..., : call.value_size].to(

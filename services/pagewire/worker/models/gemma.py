@@ -10,13 +10,14 @@ tensors = plus_one
 
 
 def describe(config: Config, **differences: Any) -> Architecture:
+    """Gemma; `differences`: those of its successors, as for `common`."""
     bias = bool(config.get("attention_bias", False))
     return common(
         config | {"hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh"},
-        wide_norms=True,
+        fp32_norm=True,
         embedding_scale=float(config["hidden_size"]) ** 0.5,
         qkv_bias=bias,
         output_bias=bias,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
         **differences,
     )

@@ -23,12 +23,14 @@ def windows(config: Config, pattern: int) -> tuple[int | None, ...]:
 
 
 def describe(config: Config, pattern: int = 2, **differences: Any) -> Architecture:
+    """Gemma 2, or with other `differences` its successor. pattern: every so many layers one sees
+    all tokens."""
     return gemma.describe(
         config,
         block="sandwich",
         windows=windows(config, pattern),
         scales=(float(config["query_pre_attn_scalar"]) ** -0.5,) * int(config["num_hidden_layers"]),
-        soft_cap=config.get("attn_logit_softcapping"),
-        logit_cap=config.get("final_logit_softcapping"),
+        attn_logit_softcapping=config.get("attn_logit_softcapping"),
+        final_logit_softcapping=config.get("final_logit_softcapping"),
         **differences,
     )

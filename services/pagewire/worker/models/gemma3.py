@@ -37,13 +37,14 @@ LANGUAGE: Final = {
 
 
 def describe(config: Config) -> Architecture:
+    """The text model of Gemma 3. Raises Unsupported for variants that are not built."""
     config = DEFAULTS | config | config.get("text_config", {})
     if config.get("use_bidirectional_attention"):
         raise Unsupported(
             "use_bidirectional_attention of gemma3 is not supported: it embeds, it does not generate"
         )
     size, newer = int(config["head_dim"]), config.get("rope_parameters") or {}
-    near = newer.get("sliding_attention") or {
+    local = newer.get("sliding_attention") or {
         "rope_theta": config.get("rope_local_base_freq", 10_000.0)
     }
     return gemma2.describe(
@@ -51,11 +52,12 @@ def describe(config: Config) -> Architecture:
         pattern=int(config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6))),
         qk_norm=True,
         rope=read_rope(config | {"rope_parameters": newer.get("full_attention")}, size),
-        local_rope=read_rope(config, size, given=near),
+        local_rope=read_rope(config, size, parameters=local),
     )
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+    """The language model's, by Gemma's names; those of the vision parts are left out."""
     if name.startswith(VISION):
         return
     for theirs, ours in LANGUAGE.items():

@@ -17,11 +17,13 @@ tensors4 = renamed(Names(layers="model.layers", top={}, parts=SANDWICH))
 
 
 def describe(config: Config) -> Architecture:
-    given = config | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
+    """GLM-4 as transformers has it."""
+    config = config | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
     head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    rope = read_rope(given, head_dim, interleaved=True)
-    return common(given, rope=rope, qkv_bias=bool(config.get("attention_bias", False)))
+    rope = read_rope(config, head_dim, interleaved=True)
+    return common(config, rope=rope, qkv_bias=bool(config.get("attention_bias", False)))
 
 
 def describe4(config: Config) -> Architecture:
+    """GLM-4-0414."""
     return replace(describe(config), block="sandwich")

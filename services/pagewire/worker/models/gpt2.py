@@ -26,6 +26,7 @@ NAMES = Names(
 
 
 def describe(config: Config) -> Architecture:
+    """GPT-2. Raises Unsupported for variants that are not built."""
     if config.get("add_cross_attention"):
         raise Unsupported("add_cross_attention of gpt2 is not supported")
     hidden, layers = int(config["n_embd"]), int(config["n_layer"])
@@ -49,12 +50,13 @@ def describe(config: Config) -> Architecture:
         rope=NO_ROPE,
         learned_positions=True,
         scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
-    found = NAMES(name)
-    if found is not None:
-        inside = found.startswith("model.layers.") and tensor.ndim == 2
-        yield from split(found, tensor.T if inside else tensor, arch)
+    """Renamed and cut; the layers' matrices are saved transposed."""
+    ours = NAMES(name)
+    if ours is not None:
+        inside = ours.startswith("model.layers.") and tensor.ndim == 2
+        yield from split(ours, tensor.T if inside else tensor, arch)

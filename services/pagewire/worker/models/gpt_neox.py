@@ -25,6 +25,7 @@ tensors = renamed(NAMES, by_group=True)
 
 
 def describe(config: Config) -> Architecture:
+    """GPT-NeoX or Pythia."""
     own = {"num_key_value_heads": None, "partial_rotary_factor": config.get("rotary_pct", 0.25)}
     bias = bool(config.get("attention_bias", True))
     block = "parallel" if config.get("use_parallel_residual", True) else "sequential"

@@ -24,6 +24,7 @@ tensors = renamed(NAMES)
 
 
 def describe(config: Config) -> Architecture:
+    """GPT-J."""
     hidden, heads = int(config["n_embd"]), int(config["n_head"])
     own = {
         "hidden_size": hidden,
@@ -39,7 +40,7 @@ def describe(config: Config) -> Architecture:
         norm_eps=float(config["layer_norm_epsilon"]),
         bias=False,
         block="parallel",
-        one_norm=True,
+        shared_norm=True,
         rope=Rope(
             theta=10_000.0, size=int(config.get("rotary_dim") or hidden // heads), interleaved=True
         ),

@@ -1,110 +1,181 @@
-"""The parts of a decoder that hold weights. Each names the checkpoint tensors it is made of and
-gives the place each one goes to.
+"""The parts of a decoder that hold weights, and `Build`, with which they are made.
 
-Fused weights (query, key and value; gate and up) are one matrix whose rows are named slices, so
-that loading is a copy by name. Where matrices may stay quantized, each has a place of its own until
-all are there.
+A part names the checkpoint's tensors that it is made of (weight_slots.py) and leaves the format of
+its matrices to a linear method (linear_method.py). Fused weights (query, key and value; gate and
+up) are one matrix of several parts of the checkpoint. Every call of a layer is given the step's
+Batch, from which it can tell what row of its input belongs to which request.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
-from pagewire_kernels.quantized import GROUP, Quantized, quantize
+from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
+from .dense import DenseMethod
+from .linear_method import (
+    EmbeddingWeight,
+    ExpertsSpec,
+    ExpertsWeight,
+    LinearMethod,
+    LinearPart,
+    LinearSpec,
+)
+from .weight_slots import WHOLE, Shard, WeightSlot, WeightSlots
 
-class Place(Protocol):
-    """Where a checkpoint's tensor goes."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def copy_(self, value: Any, /) -> object: ...
-
-
-Places = Iterator[tuple[str, Any]]
-"""Names with a Tensor or another Place."""
+MethodChoice = Callable[[Sequence[str]], LinearMethod]
+"""From the checkpoint's names of a layer's matrices, without a suffix, to the format that they are
+held in. A layer of several matrices has one; a format that cannot hold unlike ones side by side
+keeps them apart by itself."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """What every part is made with."""
+    """What every part is made with. `method`: chooses the format of each layer's matrices; None:
+    all are dense. `shard`: the part of the model that this process holds. Matrices are cut by
+    heads or by the MLP's inner size: column-parallel ones (of queries, keys and values, gate and
+    up) by rows, so that results are parts of the whole's; row-parallel ones (of attention's output
+    and the MLP's) by columns, so that results are to be added over the ranks."""
 
     ops: Ops
     dtype: torch.dtype
     device: str
-    quantized: bool = False
-    """Matrices that come quantized stay so; the back end has `pack_quantized`."""
-    quantize_to: int = 0
-    """Bits that matrices which come in full are rounded to, 0: none."""
+    method: MethodChoice | None = None
+    shard: Shard = WHOLE
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory on the device, in the model's type unless `dtype` is given."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def method_of(self, names: Sequence[str]) -> LinearMethod:
+        """The format of the layer that is made of the checkpoint's matrices `names`."""
+        if self.method is None:
+            return DenseMethod(self.ops, self.dtype, self.device)
+        return self.method(names)
+
+    def column_part(
+        self, name: str, units: int, unit: int = 1, row_order: Tensor | None = None
+    ) -> LinearPart:
+        """A part of `units` times `unit` rows (heads of so many dimensions) that ranks divide
+        between them by whole units."""
+        return LinearPart(name, units * unit, self.shard.split(units, 0, unit), row_order)
+
+    def column_parallel(
+        self, parts: Sequence[LinearPart], in_features: int, bias: bool
+    ) -> "Linear":
+        """A layer made of `column_part`s, which read the same input."""
+        return Linear(self, LinearSpec(tuple(parts), in_features), bias)
+
+    def row_parallel(
+        self, name: str, out_features: int, units: int, bias: bool, unit: int = 1
+    ) -> "Linear":
+        """A layer whose `units` times `unit` inputs ranks divide between them. Results are sums
+        over a rank's inputs; the bias is in rank 0's."""
+        columns = self.shard.split(units, 1, unit)
+        spec = LinearSpec((LinearPart(name, out_features),), units * unit, columns)
+        return Linear(self, spec, bias, adds_bias=self.shard.rank == 0)
+
+    def replicated(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        bias: bool = False,
+        *,
+        float32_output: bool = False,
+        keep_precision: bool = False,
+    ) -> "Linear":
+        """A layer that every rank has whole."""
+        part = LinearPart(name, out_features)
+        spec = LinearSpec((part,), in_features, None, float32_output, keep_precision)
+        return Linear(self, spec, bias)
+
+    def experts(
+        self, name: str, num_experts: int, hidden_size: int, intermediate_size: int
+    ) -> "Experts":
+        """A mixture's experts, of which ranks divide the inner size between them."""
+        inner = self.shard.split(intermediate_size, 0)
+        return Experts(self, ExpertsSpec(name, num_experts, hidden_size, intermediate_size, inner))
 
 
 class Part(Protocol):
-    def places(self) -> Places:
-        """Checkpoint tensors by name, with the memory each goes to."""
+    """Anything of a model that has weights."""
+
+    def weight_slots(self) -> WeightSlots:
+        """The checkpoint's tensors that it wants."""
         ...
 
     def pack(self) -> None:
-        """Once, after loading: `places` are dead from then on."""
+        """Once, when every slot has been filled; they are dead from then on."""
         ...
 
     def packed(self) -> Iterator[Any]:
         """The matrices as the back end has them."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device's memory that its weights take."""
+        ...
+
 
 class NoMatrix:
+    """Base of parts without matrices: their weights are used as they are loaded."""
+
+    def weight_slots(self) -> WeightSlots:
+        """The checkpoint's tensors that it wants."""
+        yield from ()
+
     def pack(self) -> None:
         """Nothing to do."""
 
     def packed(self) -> Iterator[Any]:
+        """None."""
         yield from ()
 
-
-class Matrix:
-    """The place of a matrix that may stay quantized: holds what was copied here."""
-
-    def __init__(self, build: Build, rows: int, columns: int) -> None:
-        self._build, self.shape = build, torch.Size((rows, columns))
-        self.value: Tensor | Quantized | None = None
-
-    def copy_(self, value: Tensor | Quantized) -> None:
-        if isinstance(value, Tensor) and self._build.quantize_to and self.shape[1] % GROUP == 0:
-            value = quantize(value, self._build.quantize_to)
-        self.value = (
-            value if isinstance(value, Quantized) else value.to(self._build.dtype, copy=True)
-        )
-
-    def dense(self) -> Tensor:
-        assert self.value is not None
-        return (
-            self.value.dequantize().to(self._build.dtype)
-            if isinstance(self.value, Quantized)
-            else self.value
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(
+            slot.target.nbytes for slot in self.weight_slots() if isinstance(slot.target, Tensor)
         )
 
 
-def pack_matrices(build: Build, matrices: list[Matrix], wide: bool = False) -> Any:
-    """Side by side in the back end's form: quantized if all are and it has a kernel for them. wide:
-    results in float32. Empties them."""
-    values = [matrix.value for matrix in matrices]
-    parts = [value for value in values if isinstance(value, Quantized)]
-    packed = build.ops.pack_quantized(parts, wide) if len(parts) == len(values) else None
-    if packed is None:
-        packed = build.ops.pack_linear(torch.cat([matrix.dense() for matrix in matrices]))
-    for matrix in matrices:
-        matrix.value = None
-    return packed
+class Composite:
+    """Base of parts that are made of others."""
+
+    def parts(self) -> Sequence[Part]:
+        """Those that it is made of."""
+        raise NotImplementedError
+
+    def weight_slots(self) -> WeightSlots:
+        """Of all parts."""
+        for part in self.parts():
+            yield from part.weight_slots()
+
+    def pack(self) -> None:
+        """All parts."""
+        for part in self.parts():
+            part.pack()
+
+    def packed(self) -> Iterator[Any]:
+        """Of all parts."""
+        for part in self.parts():
+            yield from part.packed()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(part.nbytes for part in self.parts())
 
 
 class Norm(Part, Protocol):
+    """A normalisation over the hidden size."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         ...
@@ -115,116 +186,189 @@ class Norm(Part, Protocol):
 
 
 class Head(Part, Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
-        """[R, H] -> [R, V]."""
+    """What turns hidden states into logits."""
+
+    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[R, H] -> [R, V]; x are the tokens `rows` [R] int64 of the batch, None: all."""
         ...
 
 
 class Linear:
-    """y = x W^T + b. `parts` maps checkpoint names (without .weight) to their share of W's rows, in
-    order. wide: results may be float32 where that costs nothing."""
+    """y = x W^T + b, with W in the format that the build's method gives the layer."""
 
-    def __init__(
-        self, build: Build, parts: dict[str, int], columns: int, bias: bool, wide: bool = False
-    ) -> None:
-        rows = sum(parts.values())
-        self._build, self._ops, self._parts, self._wide = build, build.ops, parts, wide
-        self._matrices = (
-            [Matrix(build, count, columns) for count in parts.values()] if build.quantized else []
-        )
-        self.weight: Any = None if build.quantized else build.empty(rows, columns)
-        self.bias = build.empty(rows) if bias else None
+    def __init__(self, build: Build, spec: LinearSpec, bias: bool, adds_bias: bool = True) -> None:
+        """adds_bias: False on ranks whose results are added to that of one with the bias."""
+        names = [part.name for part in spec.parts]
+        self.weight = build.method_of(names).allocate(spec)
+        self._spec = spec
+        self._loaded_bias = build.empty(spec.held_rows) if bias else None
+        self.bias = self._loaded_bias if adds_bias else None
 
-    def places(self) -> Places:
+    @property
+    def kernel_weight(self) -> Any:
+        """The packed matrix, for kernels that fuse the product with something else."""
+        return self.weight.kernel_weight
+
+    def weight_slots(self) -> WeightSlots:
+        """Of the weight and of the bias."""
+        yield from self.weight.weight_slots()
+        if self._loaded_bias is None:
+            return
         first = 0
-        for index, (name, rows) in enumerate(self._parts.items()):
-            yield (
-                f"{name}.weight",
-                self._matrices[index] if self._matrices else self.weight[first : first + rows],
-            )
-            if self.bias is not None:
-                yield f"{name}.bias", self.bias[first : first + rows]
-            first += rows
+        for part in self._spec.parts:
+            rows = self._loaded_bias[first : first + part.held]
+            yield WeightSlot(f"{part.name}.bias", rows, part.rows, part.row_order)
+            first += part.held
 
     def pack(self) -> None:
-        if self._matrices:
-            self.weight = pack_matrices(self._build, self._matrices, self._wide)
-        else:
-            self.weight = self._ops.pack_linear(self.weight)
+        """Bring the weight into the form that is multiplied with."""
+        self.weight.pack()
 
     def packed(self) -> Iterator[Any]:
-        yield self.weight
+        """The one matrix, or those that the format keeps apart."""
+        yield from self.weight.packed()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self.weight, self.bias)
+    @property
+    def nbytes(self) -> int:
+        """Of weight and bias."""
+        return self.weight.nbytes + (0 if self._loaded_bias is None else self._loaded_bias.nbytes)
+
+    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """x [T, K] -> [T, N]; x are the batch's tokens, or those that `rows` [T] int64 names."""
+        return self.weight.apply(x, self.bias)
+
+
+class Experts:
+    """The matrices of all experts of a mixture."""
+
+    def __init__(self, build: Build, spec: ExpertsSpec) -> None:
+        self.weight: ExpertsWeight = build.method_of([spec.name]).allocate_experts(spec)
+
+    def weight_slots(self) -> WeightSlots:
+        """Three matrices of each expert."""
+        yield from self.weight.weight_slots()
+
+    def pack(self) -> None:
+        """Bring all matrices into the form that is multiplied with."""
+        self.weight.pack()
+
+    def packed(self) -> Iterator[Any]:
+        """The matrices of all experts."""
+        yield from self.weight.packed()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all experts."""
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
+        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32."""
+        return self.weight.apply(x, top_k_ids, top_k_weights)
 
 
 class RmsNorm(NoMatrix):
-    def __init__(self, build: Build, name: str, size: int, eps: float, wide: bool = False) -> None:
-        self._ops, self._name, self.eps = build.ops, name, eps
-        self.weight = build.empty(size, dtype=torch.float32 if wide else None)
+    """x over its root mean square, times a weight; `fp32`: the weight is kept in float32."""
 
-    def places(self) -> Places:
-        yield f"{self._name}.weight", self.weight
+    def __init__(
+        self,
+        build: Build,
+        name: str,
+        size: int,
+        eps: float,
+        fp32: bool = False,
+        row_order: Tensor | None = None,
+    ) -> None:
+        self._ops = build.ops
+        self._name = name
+        self._row_order = row_order
+        self.eps = eps
+        self.weight = build.empty(size, dtype=torch.float32 if fp32 else None)
+
+    def weight_slots(self) -> WeightSlots:
+        """One vector."""
+        yield WeightSlot(f"{self._name}.weight", self.weight, row_order=self._row_order)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(NoMatrix):
-    def __init__(self, build: Build, name: str, size: int, eps: float, bias: bool) -> None:
-        self._ops, self._name, self._eps = build.ops, name, eps
-        self._weight, self._bias = build.empty(size), build.empty(size) if bias else None
+    """x less its mean, over its standard deviation, times a weight, plus a bias if there is one."""
 
-    def places(self) -> Places:
-        yield f"{self._name}.weight", self._weight
+    def __init__(self, build: Build, name: str, size: int, eps: float, bias: bool) -> None:
+        self._ops = build.ops
+        self._name = name
+        self._eps = eps
+        self._weight = build.empty(size)
+        self._bias = build.empty(size) if bias else None
+
+    def weight_slots(self) -> WeightSlots:
+        """One vector or two."""
+        yield WeightSlot(f"{self._name}.weight", self._weight)
         if self._bias is not None:
-            yield f"{self._name}.bias", self._bias
+            yield WeightSlot(f"{self._name}.bias", self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._ops.layer_norm(x, self._weight, self._bias, self._eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_layer_norm(x, residual, self._weight, self._bias, self._eps)
 
 
 class Embedding:
-    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
-        self._name, self._build, self.dtype = name, build, build.dtype
-        self._matrix = Matrix(build, rows, columns) if build.quantized else None
-        self.weight: Any = None if build.quantized else build.empty(rows, columns)
-        self.quantized = False
+    """The table of token embeddings."""
 
-    def places(self) -> Places:
-        yield f"{self._name}.weight", self._matrix or self.weight
+    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
+        method = build.method_of([name])
+        self.weight: EmbeddingWeight = method.allocate_embedding(name, rows, columns)
+        self.dtype = build.dtype
+
+    def weight_slots(self) -> WeightSlots:
+        """The table."""
+        yield from self.weight.weight_slots()
 
     def pack(self) -> None:
-        """A quantized one serves as a head too, as it is."""
-        if self._matrix is None:
-            return
-        value = self._matrix.value
-        packed = (
-            self._build.ops.pack_quantized([value], True) if isinstance(value, Quantized) else None
-        )
-        self.weight = self._matrix.dense() if packed is None else packed
-        self.quantized, self._matrix = packed is not None, None
+        """Bring the table into the form that is read from."""
+        self.weight.pack()
 
     def packed(self) -> Iterator[Any]:
-        yield self.weight
+        """The table, or what the head multiplies with where it is the table too."""
+        yield from self.weight.packed()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the table."""
+        return self.weight.nbytes
 
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids [T] int64 -> [T, columns]."""
-        return (
-            self.weight.embed(ids).to(self.dtype)
-            if self.quantized
-            else torch.embedding(self.weight, ids)
-        )
+        return self.weight.embed(ids)
 
 
-class InputEmbedding:
+class LearnedPositions(NoMatrix):
+    """A vector for each position, added to the embedding. Spare positions have zeros."""
+
+    def __init__(self, build: Build, name: str, positions: int, size: int) -> None:
+        self._name = name
+        self._positions = positions
+        self._table = build.empty(positions + SPARE_POSITIONS, size)
+        self._table[positions:].zero_()
+
+    def weight_slots(self) -> WeightSlots:
+        """The table without spare positions."""
+        yield WeightSlot(f"{self._name}.weight", self._table[: self._positions])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[T, size] of the batch's positions."""
+        return torch.embedding(self._table, batch.positions)
+
+
+class InputEmbedding(Composite):
     """An embedding with what some families do next: scale it, project it to the hidden size, add a
     learned vector for each position."""
 
@@ -233,84 +377,65 @@ class InputEmbedding:
         tokens: Embedding,
         scale: float,
         projection: Linear | None,
-        positions: Embedding | None,
+        positions: LearnedPositions | None,
     ) -> None:
-        self._tokens, self._projection, self._positions = tokens, projection, positions
+        self._tokens = tokens
+        self._projection = projection
+        self._positions = positions
         self._scale = torch.tensor(scale, dtype=tokens.dtype).item()
         """Rounded to the weights' type, as the models were trained."""
 
-    def _parts(self) -> Iterator[Part]:
-        return (
-            part for part in (self._tokens, self._projection, self._positions) if part is not None
-        )
-
-    def places(self) -> Places:
-        for part in self._parts():
-            yield from part.places()
-
-    def pack(self) -> None:
-        for part in self._parts():
-            part.pack()
-
-    def packed(self) -> Iterator[Any]:
-        for part in self._parts():
-            yield from part.packed()
+    def parts(self) -> Sequence[Part]:
+        """Those of the three that there are."""
+        parts: tuple[Part | None, ...] = (self._tokens, self._projection, self._positions)
+        return [part for part in parts if part is not None]
 
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
+        """ids [T] int64 -> [T, H]."""
         x = self._tokens(ids, batch)
         if self._scale != 1:
             x = x * self._scale
         if self._projection is not None:
-            x = self._projection(x)
-        return x if self._positions is None else x + self._positions(batch.positions, batch)
+            x = self._projection(x, batch)
+        return x if self._positions is None else x + self._positions(batch)
 
 
-class TiedHead:
-    """A head whose weight is the embedding's; packing keeps a second copy only where the back end
-    has a layout of its own."""
+class TiedHead(NoMatrix):
+    """A head whose weight is the embedding's."""
 
-    def __init__(self, build: Build, embedding: Embedding) -> None:
-        self._ops, self._embedding = build.ops, embedding
-        self.weight: Any = None
+    def __init__(self, embedding: Embedding) -> None:
+        self._embedding = embedding
 
-    def places(self) -> Places:
-        yield from ()
+    @property
+    def kernel_weight(self) -> Any:
+        """The packed matrix."""
+        return self._embedding.weight.kernel_weight
 
     def pack(self) -> None:
-        tied = self._embedding
-        self.weight = tied.weight if tied.quantized else self._ops.pack_linear(tied.weight)
+        """After the embedding: a second copy where the back end has a layout of its own."""
+        self._embedding.weight.pack_head()
 
-    def packed(self) -> Iterator[Any]:
-        yield self.weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._embedding.quantized:
-            return self._ops.linear(x, self.weight)
-        return self._ops.tied_logits(x, self.weight, self._embedding.weight)
+    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        return self._embedding.weight.logits(x)
 
 
-class LMHead:
+class LMHead(Composite):
     """A head with what some families do around it: project to the embedding's size before, hold
-    logits within +-`cap` after."""
+    logits within +-`softcap` after."""
 
-    def __init__(self, head: Head, projection: Linear | None, cap: float | None) -> None:
-        self._head, self._projection, self._cap = head, projection, cap
+    def __init__(self, head: Head, projection: Linear | None, softcap: float | None) -> None:
+        self._head = head
+        self._projection = projection
+        self._softcap = softcap
 
-    def places(self) -> Places:
+    def parts(self) -> Sequence[Part]:
+        """The projection, if there is one, and the head."""
+        return [self._head] if self._projection is None else [self._projection, self._head]
+
+    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         if self._projection is not None:
-            yield from self._projection.places()
-        yield from self._head.places()
-
-    def pack(self) -> None:
-        if self._projection is not None:
-            self._projection.pack()
-        self._head.pack()
-
-    def packed(self) -> Iterator[Any]:
-        if self._projection is not None:
-            yield from self._projection.packed()
-        yield from self._head.packed()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        logits = self._head(x if self._projection is None else self._projection(x))
-        return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
+            x = self._projection(x, batch, rows)
+        logits = self._head(x, batch, rows)
+        if self._softcap is None:
+            return logits
+        return logits.div_(self._softcap).tanh_().mul_(self._softcap)

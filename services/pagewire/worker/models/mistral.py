@@ -4,6 +4,7 @@ from .architecture import Architecture, Config, common
 
 
 def describe(config: Config) -> Architecture:
+    """Mistral."""
     return common(
         config, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
     )

@@ -17,11 +17,12 @@ PARTS: Final = {
 
 
 def describe(config: Config) -> Architecture:
+    """Mixtral."""
     moe = Moe(
         int(config["num_local_experts"]),
         int(config["num_experts_per_tok"]),
         int(config["intermediate_size"]),
-        normalise=True,
+        renormalize=True,
     )
     return common(
         config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
@@ -29,6 +30,7 @@ def describe(config: Config) -> Architecture:
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+    """With the experts' matrices renamed."""
     for theirs, ours in PARTS.items():
         name = name.replace(theirs, ours)
     yield name, tensor

@@ -4,21 +4,35 @@ weights allow (pagewire_kernels.cpu_decode).
 Holds no weights: it borrows those of the layers it stands for.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from pagewire_kernels.batch import Batch
 from torch import Tensor
 
 from .architecture import Architecture
-from .blocks import Attention, Mlp
-from .layers import Linear, RmsNorm, TiedHead
+from .blocks import Attention, Mixture, Mlp
+from .layers import Head, Linear, Norm, RmsNorm, TiedHead
 
-if TYPE_CHECKING:
-    from .decoder import Decoder
+
+class SequentialLayer(Protocol):
+    """What is borrowed of a decoder's layer."""
+
+    @property
+    def attention(self) -> Attention:
+        """Its attention."""
+        ...
+
+    @property
+    def mlp(self) -> Mlp | Mixture:
+        """Its MLP, of either kind."""
+        ...
+
+    @property
+    def norms(self) -> Sequence[Norm]:
+        """Its norms, in the order of the block."""
+        ...
 
 
 def plain(arch: Architecture) -> bool:
@@ -28,8 +42,8 @@ def plain(arch: Architecture) -> bool:
     )
     return (
         sequential
-        and arch.soft_cap is None
-        and not (arch.slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
+        and arch.attn_logit_softcapping is None
+        and not (arch.alibi_slopes or arch.mlp_bias or arch.output_bias or arch.head_bias)
     )
 
 
@@ -54,22 +68,27 @@ class Native:
         return logits
 
 
-def make(decoder: Decoder) -> Native | None:
+def make(
+    arch: Architecture, layers: Sequence[SequentialLayer], norm: Norm | None, head: Head
+) -> Native | None:
     """For a decoder whose weights are packed; None where some of it has no machine code."""
-    arch, norm, head = decoder.arch, decoder.norm, decoder.head
     if not plain(arch) or not isinstance(norm, RmsNorm) or not isinstance(head, Linear | TiedHead):
         return None
-    pieces = [_pieces(layer) for layer in decoder.layers]
-    matrices = [head.weight, *(matrix for piece in pieces if piece for matrix in piece[:4])]
-    if not all(pieces) or any(isinstance(matrix, Tensor) for matrix in matrices):
+    arguments = [_layer_arguments(layer) for layer in layers]
+    if any(argument is None for argument in arguments):
+        return None
+    from_layers = [argument for argument in arguments if argument is not None]
+    matrices = [head.kernel_weight]
+    for argument in from_layers:
+        matrices += argument[:4]
+    if any(isinstance(matrix, Tensor) for matrix in matrices):
         return None
     from pagewire_kernels.cpu_decode import MOST_TOKENS, DecodeLayer, NativeDecoder, Sizes
 
-    layers = [DecodeLayer(*piece) for piece in pieces if piece]
+    made = [DecodeLayer(*argument) for argument in from_layers]
     width = arch.num_heads * arch.head_dim
-    if not all(layer.fits(width) for layer in layers):
+    if not all(layer.fits(width) for layer in made):
         return None
-    gelu = arch.activation == "gelu_tanh"
     sizes = Sizes(
         arch.hidden_size,
         arch.num_heads,
@@ -77,31 +96,33 @@ def make(decoder: Decoder) -> Native | None:
         arch.head_dim,
         arch.intermediate_size,
         arch.norm_eps,
-        gelu,
+        arch.activation == "gelu_tanh",
     )
-    return Native(NativeDecoder(layers, norm.weight.float(), head.weight, sizes), MOST_TOKENS)
+    return Native(NativeDecoder(made, norm.weight.float(), head.kernel_weight, sizes), MOST_TOKENS)
 
 
-def _pieces(layer: Any) -> tuple[Any, ...] | None:
-    """What DecodeLayer is made of."""
-    attention, mlp, norms = layer.attention, layer.mlp, layer.norms_made
-    if (
-        not isinstance(attention, Attention)
-        or not isinstance(mlp, Mlp)
-        or not all(isinstance(norm, RmsNorm) for norm in norms)
-    ):
+def _layer_arguments(layer: SequentialLayer) -> tuple[Any, ...] | None:
+    """What DecodeLayer is made of: four matrices first."""
+    attention, mlp, norms = layer.attention, layer.mlp, layer.norms
+    if not isinstance(mlp, Mlp):
         return None
-    matrices = (attention.qkv.weight, attention.output.weight, mlp.up.weight, mlp.down.weight)
-    floats = [
-        _float(x)
-        for x in (
-            norms[0].weight,
-            norms[1].weight,
-            attention.qkv.bias,
-            attention.q_weight,
-            attention.k_weight,
-        )
-    ]
+    first, second = norms
+    if not isinstance(first, RmsNorm) or not isinstance(second, RmsNorm):
+        return None
+    matrices = (
+        attention.qkv.kernel_weight,
+        attention.output.kernel_weight,
+        mlp.up.kernel_weight,
+        mlp.down.kernel_weight,
+    )
+    vectors = (
+        first.weight,
+        second.weight,
+        attention.qkv.bias,
+        attention.q_weight,
+        attention.k_weight,
+    )
+    floats = [_float(vector) for vector in vectors]
     return *matrices, *floats, attention.window or 0, attention.scale
 
 

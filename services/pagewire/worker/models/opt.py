@@ -35,6 +35,7 @@ NEEDED = {"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": Fal
 
 
 def describe(config: Config) -> Architecture:
+    """OPT or Galactica. Raises Unsupported for variants that are not built."""
     for name, value in NEEDED.items():
         if config.get(name, value) != value:
             raise Unsupported(f"{name} {config[name]} of opt is not supported; {value} is")
@@ -55,14 +56,15 @@ def describe(config: Config) -> Architecture:
         rope=NO_ROPE,
         learned_positions=True,
         embedding_size=0 if width == config["hidden_size"] else width,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
     )
 
 
 def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
-    found = NAMES(name)
-    if found is not None:
+    """Renamed; positions without the two rows that are never used."""
+    ours = NAMES(name)
+    if ours is not None:
         yield (
-            found,
-            tensor[UNUSED_POSITIONS:] if found == "model.embed_positions.weight" else tensor,
+            ours,
+            tensor[UNUSED_POSITIONS:] if ours == "model.embed_positions.weight" else tensor,
         )

@@ -17,6 +17,7 @@ tensors = renamed(NAMES)
 
 
 def describe(config: Config) -> Architecture:
+    """Phi 1, 1.5 or 2. Raises Unsupported for variants that are not built."""
     if config.get("qk_layernorm"):
         raise Unsupported("qk_layernorm of phi is not supported")
     own = {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
@@ -26,5 +27,5 @@ def describe(config: Config) -> Architecture:
         bias=True,
         head_bias=True,
         block="parallel",
-        one_norm=True,
+        shared_norm=True,
     )

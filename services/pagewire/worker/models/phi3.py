@@ -9,6 +9,7 @@ __all__ = ["describe", "tensors"]
 
 
 def describe(config: Config) -> Architecture:
+    """Phi-3, 3.5 or 4."""
     head_dim = int(config["hidden_size"]) // int(config["num_attention_heads"])
     scaling = config.get("rope_scaling") or {}
     if (

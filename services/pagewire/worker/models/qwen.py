@@ -26,6 +26,7 @@ tensors = renamed(NAMES)
 
 
 def describe(config: Config) -> Architecture:
+    """Qwen-1. Raises Unsupported for variants that are not built."""
     if not config.get("scale_attn_weights", True):
         raise Unsupported(
             "attention without scaling (scale_attn_weights false) of qwen is not supported"

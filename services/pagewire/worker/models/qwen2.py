@@ -5,4 +5,5 @@ from .architecture import Architecture, Config, common, layer_windows
 
 
 def describe(config: Config) -> Architecture:
+    """Qwen2 or 2.5."""
     return common(config, qkv_bias=True, windows=layer_windows(config))

@@ -5,22 +5,25 @@ from .architecture import Architecture, Config, Moe, common, layer_windows
 
 
 def mixture(config: Config, shared_size: int = 0) -> Moe:
+    """The mixture of experts of Qwen2 and Qwen3; shared_size: inner size of the shared expert, 0:
+    none."""
     step, plain = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
     return Moe(
-        experts=int(
+        num_experts=int(
             config["num_experts"] if "num_experts" in config else config["num_local_experts"]
         ),
-        chosen=int(config["num_experts_per_tok"]),
+        top_k=int(config["num_experts_per_tok"]),
         intermediate_size=int(config["moe_intermediate_size"]),
-        normalise=bool(config.get("norm_topk_prob", False)),
+        renormalize=bool(config.get("norm_topk_prob", False)),
         shared_size=shared_size,
-        dense=frozenset(
+        dense_layers=frozenset(
             i for i in range(int(config["num_hidden_layers"])) if i in plain or (i + 1) % step
         ),
     )
 
 
 def describe(config: Config) -> Architecture:
+    """Qwen1.5-MoE or Qwen2-MoE."""
     moe, bias = (
         mixture(config, int(config["shared_expert_intermediate_size"])),
         bool(config.get("qkv_bias", True)),

@@ -5,6 +5,7 @@ from .qwen2_moe import mixture
 
 
 def describe(config: Config) -> Architecture:
+    """Qwen3-MoE."""
     bias, window = (
         bool(config.get("attention_bias", False)),
         config.get("sliding_window") if config.get("use_sliding_window") else None,

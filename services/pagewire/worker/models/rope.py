@@ -44,13 +44,13 @@ def read_rope(
     config: dict[str, Any],
     head_dim: int,
     *,
-    given: dict[str, Any] | None = None,
+    parameters: dict[str, Any] | None = None,
     **differences: Any,
 ) -> Rope:
     """Newer files keep everything under `rope_parameters`, older ones have `rope_theta` and
-    `rope_scaling` (and `rotary_pct`). `given` replaces `rope_parameters` where layers differ.
+    `rope_scaling` (and `rotary_pct`). `parameters` replaces `rope_parameters` where layers differ.
     Raises Unsupported for an unknown kind of scaling."""
-    newer: dict[str, Any] = given or config.get("rope_parameters") or {}
+    newer: dict[str, Any] = parameters or config.get("rope_parameters") or {}
     scaling: dict[str, Any] = newer or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = OTHER_NAMES.get(kind, kind)

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
@@ -140,7 +141,7 @@ class PromptScores:
             for name in ("own", "ranks", "ids", "values")
         ]
         return PromptLogprobs(
-            run.slot,
+            Slot(run.slot),
             run.first,
             *Scores(*parts).columns(run.tokens, np.full(len(run.tokens), run.wanted, np.int64)),
         )

@@ -5,11 +5,11 @@ import logging
 
 import torch
 from msgspec import structs
-from pagewire_kernels.grouped_product import stays_on_device
+from pagewire_kernels.grouped_gemm import stays_on_device
 
 from ...config import WorkerConfig
+from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from .gpus import Gpu
 
 log = logging.getLogger("pagewire.worker")
 

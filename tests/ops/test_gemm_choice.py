@@ -9,6 +9,7 @@ import pytest
 import torch
 from pagewire.worker.gpu import gemm_autotune
 from pagewire_kernels import gemm, gemm_cublaslt
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 
 SHAPE = (512, 64, torch.bfloat16)
 SMALL = (128, 64, torch.bfloat16)
@@ -41,10 +42,8 @@ class Library:
 @pytest.fixture(autouse=True)
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Library]]:
     Library.ran = []
-    monkeypatch.setattr(gemm_cublaslt, "Product", Library)
+    monkeypatch.setattr(gemm_cublaslt, "Gemm", Library)
     monkeypatch.setattr(gemm_cublaslt, "version", lambda: 130200)
-    monkeypatch.setattr(gemm_cublaslt, "_chosen", {})
-    monkeypatch.setattr(gemm_cublaslt, "_plans", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (x)")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return Library
@@ -54,19 +53,30 @@ def weights(*shapes: gemm_cublaslt.Shape) -> list[torch.Tensor]:
     return [torch.randn(n, k, dtype=dtype) for n, k, dtype in shapes]
 
 
-def forward(layers: list[torch.Tensor], head: torch.Tensor) -> Callable[[], None]:
+@pytest.fixture
+def algorithms() -> GemmAlgorithms:
+    return GemmAlgorithms()
+
+
+def forward(
+    algorithms: GemmAlgorithms, layers: list[torch.Tensor], head: torch.Tensor
+) -> Callable[[], None]:
     """A step of 40 tokens, 12 of which are sampled."""
+
+    def multiply(rows: int, weight: torch.Tensor) -> None:
+        x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
+        gemm.linear(x, weight, algorithms=algorithms)
 
     def run() -> None:
         for weight in layers:
-            gemm.linear(torch.ones(40, weight.shape[1], dtype=weight.dtype), weight)
-        gemm.linear(torch.ones(12, head.shape[1], dtype=head.dtype), head)
+            multiply(40, weight)
+        multiply(12, head)
 
     return run
 
 
 def choose(
-    monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., bytes]
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., bytes]
 ) -> list[tuple[int, gemm_cublaslt.Shape, int]]:
     """What was timed: row count, shape, number of weights to take turns over."""
     timed: list[tuple[int, gemm_cublaslt.Shape, int]] = []
@@ -77,14 +87,15 @@ def choose(
 
     monkeypatch.setattr(gemm_autotune, "fastest", timing)
     layers, head = weights(SHAPE, SHAPE, SMALL), weights((1024, 64, torch.bfloat16))[0]
-    gemm_autotune.choose(forward(layers, head), [16, 24, 4096], [16, 24], lambda fraction: None)
+    step = forward(algorithms, layers, head)
+    gemm_autotune.choose(algorithms, step, [16, 24, 4096], [16, 24], lambda fraction: None)
     return timed
 
 
 def test_each_product_is_timed_for_the_rows_it_will_have_and_small_ones_are_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    timed = choose(monkeypatch, lambda rows: FAST if rows == 24 else b"")
+    timed = choose(algorithms, monkeypatch, lambda rows: FAST if rows == 24 else b"")
     head = (1024, 64, torch.bfloat16)
     assert timed == [(16, SHAPE, 2), (24, SHAPE, 2), (4096, SHAPE, 2), (16, head, 1), (24, head, 1)]
     kept = json.loads((tmp_path / "products-nvidia-h200-x--130200.json").read_text())
@@ -95,51 +106,56 @@ def test_each_product_is_timed_for_the_rows_it_will_have_and_small_ones_are_not(
     )
 
 
-def test_what_was_kept_is_used_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(monkeypatch, lambda rows: FAST)
-    gemm_cublaslt._chosen.clear()
-    assert choose(monkeypatch, lambda rows: b"") == [] and gemm_cublaslt._chosen[SHAPE][0] == (
-        16,
-        FAST,
-    )
+def test_what_was_kept_is_used_without_timing(
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(algorithms, monkeypatch, lambda rows: FAST)
+    algorithms.by_shape.clear()
+    assert choose(algorithms, monkeypatch, lambda rows: b"") == []
+    assert algorithms.by_shape[SHAPE][0] == (16, FAST)
 
 
 @pytest.mark.parametrize(
     "content", ["", "[1]", '{"16x512x64 bfloat16": "no"}', '{"16x512x64 bfloat16": 7}', "\xff"]
 )
 def test_a_file_that_makes_no_sense_is_made_anew(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
     place = tmp_path / "products-nvidia-h200-x--130200.json"
     place.write_text(content, encoding="latin-1")
     assert (
-        len(choose(monkeypatch, lambda rows: FAST)) == 5 and len(json.loads(place.read_text())) == 5
+        len(choose(algorithms, monkeypatch, lambda rows: FAST)) == 5
+        and len(json.loads(place.read_text())) == 5
     )
 
 
 def test_a_directory_that_cannot_be_written_costs_the_file_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
-    choose(monkeypatch, lambda rows: FAST)
-    assert gemm_cublaslt._chosen[SHAPE]
+    choose(algorithms, monkeypatch, lambda rows: FAST)
+    assert algorithms.by_shape[SHAPE]
 
 
-def test_what_does_not_fit_into_memory_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_into_memory_is_left_to_torch(
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(rows: int) -> bytes:
         if rows == 4096:
             raise torch.OutOfMemoryError("no room")
         return FAST
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert len(choose(monkeypatch, full)) == 5
-    assert gemm_cublaslt._chosen[SHAPE] == [(16, FAST), (24, FAST), (4096, b"")]
+    assert len(choose(algorithms, monkeypatch, full)) == 5
+    assert algorithms.by_shape[SHAPE] == [(16, FAST), (24, FAST), (4096, b"")]
 
 
-def test_without_the_library_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_nothing_is_done(
+    algorithms: GemmAlgorithms, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gemm_cublaslt, "version", lambda: 0)
-    assert choose(monkeypatch, lambda rows: FAST) == [] and not gemm_cublaslt._chosen
+    assert choose(algorithms, monkeypatch, lambda rows: FAST) == [] and not algorithms.by_shape
 
 
 @pytest.mark.parametrize(
@@ -156,24 +172,24 @@ def test_without_the_library_nothing_is_done(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_a_product_takes_the_algorithm_of_the_next_larger_row_count_that_is_near(
-    rows: int, used: list[tuple[int, bytes]]
+    algorithms: GemmAlgorithms, rows: int, used: list[tuple[int, bytes]]
 ) -> None:
-    gemm_cublaslt.choose(SHAPE, {24: FAST, 60: b"", 4000: FAST, 8000: REFUSED})
+    algorithms.choose(SHAPE, {24: FAST, 60: b"", 4000: FAST, 8000: REFUSED})
     weight, x = weights(SHAPE)[0], torch.randn(rows, 64).bfloat16()
-    torch.testing.assert_close(gemm.linear(x, weight), x @ weight.t())
-    gemm.linear(x, weight)
+    torch.testing.assert_close(gemm.linear(x, weight, algorithms=algorithms), x @ weight.t())
+    gemm.linear(x, weight, algorithms=algorithms)
     assert Library.ran == used * 2
 
 
-def test_a_bias_and_strided_rows_are_left_to_torch() -> None:
-    gemm_cublaslt.choose(SHAPE, {24: FAST})
+def test_a_bias_and_strided_rows_are_left_to_torch(algorithms: GemmAlgorithms) -> None:
+    algorithms.choose(SHAPE, {24: FAST})
     weight, x, bias = (
         weights(SHAPE)[0],
         torch.randn(24, 128).bfloat16(),
         torch.randn(512).bfloat16(),
     )
-    gemm.linear(x[:, :64].contiguous(), weight, bias)
-    gemm.linear(x[:, :64], weight)
+    gemm.linear(x[:, :64].contiguous(), weight, bias, algorithms)
+    gemm.linear(x[:, :64], weight, algorithms=algorithms)
     assert not Library.ran
 
 
@@ -194,7 +210,7 @@ def test_a_wrong_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         if algorithm != FAST:
             out[-1] = float("nan")
 
-    monkeypatch.setattr(gemm_autotune, "Product", Library)
+    monkeypatch.setattr(gemm_autotune, "Gemm", Library)
     monkeypatch.setattr(
         Library, "candidates", lambda self: [b"\3" * 64, REFUSED, FAST], raising=False
     )

@@ -1,0 +1,16 @@
+"""Which of several kernels a process uses for the same operation, where that is known only once it
+has been measured or checked on this process's GPU."""
+
+from dataclasses import dataclass, field
+
+from .gemm_cublaslt import GemmAlgorithms
+
+
+@dataclass
+class KernelChoices:
+    """Made with the operations of a device, and changed only while a worker starts: what has been
+    captured in a graph keeps the kernels that it was captured with."""
+
+    gemm: GemmAlgorithms = field(default_factory=GemmAlgorithms)
+    hopper_prefill: bool = True
+    """Whether long prompts go to attention_prefill_hopper.py where it has a kernel for them."""

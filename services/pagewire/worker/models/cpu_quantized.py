@@ -1,0 +1,204 @@
+"""Weights of a CPU that stay quantized where they come quantized, or that are rounded while they are
+loaded. What cannot stay so is made dense.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pagewire_kernels.backend import Ops, QuantizedOps
+from pagewire_kernels.quantized import GROUP, Quantized, quantize
+from torch import Tensor
+
+from .dense import matrix_slot
+from .linear_method import (
+    EmbeddingWeight,
+    ExpertsSpec,
+    ExpertsWeight,
+    LinearSpec,
+    LinearWeight,
+)
+from .weight_slots import WeightSlot, WeightSlots
+
+
+@dataclass(frozen=True)
+class CpuQuantizedMethod:
+    """The linear method of matrices that may stay quantized. `bits`: matrices that come in full are
+    rounded to as many, 4 or 8; 0: they stay full. `dtype`: of activations and full matrices."""
+
+    ops: Ops
+    quantized: QuantizedOps
+    dtype: torch.dtype
+    bits: int = 0
+
+    def allocate(self, spec: LinearSpec) -> "CpuQuantizedLinear":
+        """See LinearMethod."""
+        return CpuQuantizedLinear(self, spec)
+
+    def allocate_experts(self, spec: ExpertsSpec) -> "CpuQuantizedExperts":
+        """See LinearMethod."""
+        return CpuQuantizedExperts(self, spec)
+
+    def allocate_embedding(self, name: str, rows: int, columns: int) -> "CpuQuantizedEmbedding":
+        """See LinearMethod."""
+        return CpuQuantizedEmbedding(self, name, rows, columns)
+
+
+class QuantizedSlot:
+    """Holds what is copied here, until the weight is packed: a checkpoint says only then in which
+    type a matrix comes."""
+
+    def __init__(self, dtype: torch.dtype, bits: int, rows: int, columns: int) -> None:
+        self._dtype = dtype
+        self._bits = bits
+        self.shape = torch.Size((rows, columns))
+        self.value: Tensor | Quantized | None = None
+
+    def copy_(self, value: Tensor | Quantized) -> None:
+        """Keep `value` [rows, columns], rounded where asked for and its columns are whole groups."""
+        if isinstance(value, Tensor) and self._bits and self.shape[1] % GROUP == 0:
+            value = quantize(value, self._bits)
+        if isinstance(value, Tensor):
+            value = value.to(self._dtype, copy=True)
+        self.value = value
+
+    def dense(self) -> Tensor:
+        """The matrix in full."""
+        assert self.value is not None
+        if isinstance(self.value, Quantized):
+            return self.value.dequantize().to(self._dtype)
+        return self.value
+
+
+class CpuQuantizedLinear(LinearWeight):
+    """The parts side by side: quantized where all of them are and there is a kernel for them."""
+
+    def __init__(self, method: CpuQuantizedMethod, spec: LinearSpec) -> None:
+        self._method = method
+        self._spec = spec
+        bits = 0 if spec.keep_precision else method.bits
+        self._slots = [
+            QuantizedSlot(method.dtype, bits, part.held, spec.held_columns) for part in spec.parts
+        ]
+        self.kernel_weight: Any = None
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        for part, slot in zip(self._spec.parts, self._slots, strict=True):
+            yield matrix_slot(part, slot, self._spec.columns)
+
+    def pack(self) -> None:
+        """See Weight."""
+        values = [slot.value for slot in self._slots]
+        parts = [value for value in values if isinstance(value, Quantized)]
+        packed = None
+        if len(parts) == len(values):
+            packed = self._method.quantized.pack(parts, self._spec.float32_output)
+        if packed is None:
+            full = torch.cat([slot.dense() for slot in self._slots])
+            packed = self._method.ops.pack_linear(full)
+        self.kernel_weight = packed
+        for slot in self._slots:
+            slot.value = None
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return 0 if self.kernel_weight is None else self.kernel_weight.nbytes
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See LinearWeight."""
+        return self._method.ops.linear(x, self.kernel_weight, bias)
+
+
+class CpuQuantizedExperts(ExpertsWeight):
+    """Each expert's matrices by themselves: types may differ between them."""
+
+    def __init__(self, method: CpuQuantizedMethod, spec: ExpertsSpec) -> None:
+        self._ops = method.ops
+        numbers = range(spec.num_experts)
+        self._gate_up = [method.allocate(spec.gate_up(expert)) for expert in numbers]
+        self._down = [method.allocate(spec.down(expert)) for expert in numbers]
+        self._packed: tuple[list[Any], list[Any]] = ([], [])
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        for gate_up, down in zip(self._gate_up, self._down, strict=True):
+            yield from gate_up.weight_slots()
+            yield from down.weight_slots()
+
+    def pack(self) -> None:
+        """See Weight."""
+        for weight in (*self._gate_up, *self._down):
+            weight.pack()
+        self._packed = (
+            [weight.kernel_weight for weight in self._gate_up],
+            [weight.kernel_weight for weight in self._down],
+        )
+
+    def packed(self) -> Iterator[Any]:
+        """See Weight."""
+        for weights in self._packed:
+            yield from weights
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return sum(weight.nbytes for weight in (*self._gate_up, *self._down))
+
+    def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
+        gate_up, down = self._packed
+        return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
+
+
+class CpuQuantizedEmbedding(EmbeddingWeight):
+    """A table that stays quantized serves as a head as it is; one that does not is dense."""
+
+    def __init__(self, method: CpuQuantizedMethod, name: str, rows: int, columns: int) -> None:
+        self._method = method
+        self._name = name
+        self._slot = QuantizedSlot(method.dtype, method.bits, rows, columns)
+        self._table: Tensor | None = None
+        self.kernel_weight: Any = None
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        yield WeightSlot(f"{self._name}.weight", self._slot)
+
+    def pack(self) -> None:
+        """See Weight."""
+        value = self._slot.value
+        if isinstance(value, Quantized):
+            self.kernel_weight = self._method.quantized.pack([value], True)
+        if self.kernel_weight is None:
+            self._table = self._slot.dense()
+            self.kernel_weight = self._table
+        self._slot.value = None
+
+    def packed(self) -> Iterator[Any]:
+        """See Weight."""
+        yield self.kernel_weight
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return 0 if self.kernel_weight is None else self.kernel_weight.nbytes
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
+        if self._table is not None:
+            return torch.embedding(self._table, ids)
+        return self.kernel_weight.embed(ids).to(self._method.dtype)
+
+    def pack_head(self) -> None:
+        """See EmbeddingWeight."""
+        if self._table is not None:
+            self.kernel_weight = self._method.ops.pack_linear(self._table)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
+        if self._table is not None:
+            return self._method.ops.tied_logits(x, self.kernel_weight, self._table)
+        return self._method.ops.linear(x, self.kernel_weight)

@@ -1,0 +1,164 @@
+"""Weights as they are: matrices in the model's type, in the back end's layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pagewire_kernels.backend import Ops
+from torch import Tensor
+
+from .linear_method import (
+    EmbeddingWeight,
+    ExpertsSpec,
+    ExpertsWeight,
+    LinearPart,
+    LinearSpec,
+    LinearWeight,
+)
+from .weight_slots import TensorSlice, WeightSlot, WeightSlots
+
+
+@dataclass(frozen=True)
+class DenseMethod:
+    """The linear method of full weights of type `dtype` on `device`."""
+
+    ops: Ops
+    dtype: torch.dtype
+    device: str
+
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialised memory."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def allocate(self, spec: LinearSpec) -> "DenseLinear":
+        """See LinearMethod."""
+        return DenseLinear(self, spec)
+
+    def allocate_experts(self, spec: ExpertsSpec) -> "DenseExperts":
+        """See LinearMethod."""
+        return DenseExperts(self, spec)
+
+    def allocate_embedding(self, name: str, rows: int, columns: int) -> "DenseEmbedding":
+        """See LinearMethod."""
+        return DenseEmbedding(self, name, rows, columns)
+
+
+def matrix_slot(part: LinearPart, target: Any, columns: TensorSlice | None) -> WeightSlot:
+    """The slot of one part's matrix. Raises ValueError for a slice in both dimensions, which no
+    layout of ranks asks for."""
+    if part.rows is not None and columns is not None:
+        raise ValueError(f"{part.name} cannot be cut by rows and by columns at once")
+    return WeightSlot(f"{part.name}.weight", target, part.rows or columns, part.row_order)
+
+
+class DenseLinear(LinearWeight):
+    """One matrix; the parts of the checkpoint are ranges of its rows, so that loading is a copy."""
+
+    def __init__(self, method: DenseMethod, spec: LinearSpec) -> None:
+        self._ops = method.ops
+        self._spec = spec
+        self.kernel_weight: Tensor = method.empty(spec.held_rows, spec.held_columns)
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        first = 0
+        for part in self._spec.parts:
+            rows = self.kernel_weight[first : first + part.held]
+            yield matrix_slot(part, rows, self._spec.columns)
+            first += part.held
+
+    def pack(self) -> None:
+        """See Weight."""
+        self.kernel_weight = self._ops.pack_linear(self.kernel_weight)
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return self.kernel_weight.nbytes
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See LinearWeight."""
+        return self._ops.linear(x, self.kernel_weight, bias)
+
+
+class DenseExperts(ExpertsWeight):
+    """Gate and up of all experts [E, 2I, H], and down [E, H, I]."""
+
+    def __init__(self, method: DenseMethod, spec: ExpertsSpec) -> None:
+        self._ops = method.ops
+        self._spec = spec
+        inner, hidden = spec.held_inner, spec.hidden_size
+        gate_up = method.empty(spec.num_experts, 2 * inner, hidden)
+        down = method.empty(spec.num_experts, hidden, inner)
+        self._nbytes = gate_up.nbytes + down.nbytes
+        self._gate_up: Any = gate_up
+        self._down: Any = down
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return self._nbytes
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        inner = self._spec.held_inner
+        for expert in range(self._spec.num_experts):
+            gate, up = self._spec.gate_up(expert).parts
+            down = self._spec.down(expert)
+            yield matrix_slot(gate, self._gate_up[expert, :inner], None)
+            yield matrix_slot(up, self._gate_up[expert, inner:], None)
+            yield matrix_slot(down.parts[0], self._down[expert], down.columns)
+
+    def pack(self) -> None:
+        """See Weight."""
+        self._gate_up = self._ops.pack_experts(self._gate_up)
+        self._down = self._ops.pack_experts(self._down)
+
+    def packed(self) -> Iterator[Any]:
+        """See Weight."""
+        yield from self._gate_up
+        yield from self._down
+
+    def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
+        return self._ops.experts(x, self._gate_up, self._down, top_k_ids, top_k_weights)
+
+
+class DenseEmbedding(EmbeddingWeight):
+    """The table; as a head it is packed a second time where the back end has a layout of its
+    own."""
+
+    def __init__(self, method: DenseMethod, name: str, rows: int, columns: int) -> None:
+        self._ops = method.ops
+        self._name = name
+        self.table = method.empty(rows, columns)
+        self.kernel_weight: Any = self.table
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        yield WeightSlot(f"{self._name}.weight", self.table)
+
+    def pack(self) -> None:
+        """A table is read row by row, as it is."""
+
+    def packed(self) -> Iterator[Any]:
+        """See Weight."""
+        yield self.kernel_weight
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return self.table.nbytes
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
+        return torch.embedding(self.table, ids)
+
+    def pack_head(self) -> None:
+        """See EmbeddingWeight."""
+        self.kernel_weight = self._ops.pack_linear(self.table)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See EmbeddingWeight."""
+        return self._ops.tied_logits(x, self.kernel_weight, self.table)

@@ -1,0 +1,125 @@
+"""Where the tensors of a checkpoint go: each part of a model names the tensors that it is made of as
+weight slots, and loading fills the slots by name.
+
+Names are the decoder's own (see checkpoint.py). A slot may take a part of the checkpoint's tensor
+only, as a rank of a tensor-parallel group does, and it puts the rows of heads into the order that
+the kernels want. Knows no file format.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from pagewire_kernels.quantized import Quantized
+from torch import Tensor
+
+Matrix = TypeVar("Matrix", Tensor, Quantized)
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """Indices start to start + length of dimension `dim`, which has `total` in the checkpoint: 0 for
+    the rows of a matrix (output features), 1 for its columns (input features)."""
+
+    dim: int
+    start: int
+    length: int
+    total: int
+
+    def of(self, value: Matrix) -> Matrix:
+        """This part of a checkpoint's tensor, without a copy."""
+        return value.narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a model that one process of a tensor-parallel group holds: number `rank` of
+    `size` equal ones. The default is the whole."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is one rank only."""
+        return self.size == 1
+
+    def split(self, count: int, dim: int, unit: int = 1) -> TensorSlice | None:
+        """This rank's part of a dimension of `count` units of `unit` elements, None for all of it.
+        Fewer units than ranks, as KV heads may be, are held by several ranks each. Raises
+        ValueError where `count` cannot be divided."""
+        if self.whole:
+            return None
+        if count % self.size == 0:
+            each = count // self.size
+            return TensorSlice(dim, self.rank * each * unit, each * unit, count * unit)
+        if self.size % count == 0:
+            return TensorSlice(dim, self.rank * count // self.size * unit, unit, count * unit)
+        raise ValueError(f"{count} cannot be divided among {self.size} ranks")
+
+
+WHOLE = Shard()
+
+
+class SlotTarget(Protocol):
+    """What holds a checkpoint's tensor where it may stay quantized. `shape`: as the slot takes it,
+    after slicing."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the slot's part."""
+        ...
+
+    def copy_(self, value: Tensor | Quantized, /) -> object:
+        """Take the slot's part of a checkpoint's tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """One tensor that a part of the model wants. `name`: of the checkpoint's tensor, in the
+    decoder's names; unique in a model. `target`: memory for it, of any type and device, or an
+    object that also takes quantized matrices."""
+
+    name: str
+    target: Tensor | SlotTarget
+    slice: TensorSlice | None = None
+    """The part that `target` holds; None: all of it."""
+    row_order: Tensor | None = None
+    """[n] int64: of each n rows that follow each other, the order in which `target` has them
+    (rotary.order). None: the checkpoint's."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor in the checkpoint."""
+        sizes = list(self.target.shape)
+        if self.slice is not None:
+            sizes[self.slice.dim] = self.slice.total
+        return torch.Size(sizes)
+
+    def fill(self, value: Tensor | Quantized) -> None:
+        """Copy this slot's part of a checkpoint's tensor to its place."""
+        if not isinstance(value, Quantized):
+            self.target.copy_(self._taken(value))
+        elif isinstance(self.target, Tensor):
+            self.target.copy_(self._taken(value.dequantize()))
+        else:
+            self.target.copy_(self._taken(value))
+
+    def _taken(self, value: Matrix) -> Matrix:
+        """Its part, with rows in order."""
+        part = value if self.slice is None else self.slice.of(value)
+        return part if self.row_order is None else in_order(part, self.row_order)
+
+
+WeightSlots = Iterator[WeightSlot]
+
+
+def in_order(value: Matrix, order: Tensor) -> Matrix:
+    """`value` with each len(order) rows that follow each other put in `order`."""
+    starts = torch.arange(0, value.shape[0], len(order))
+    rows = (starts[:, None] + order).flatten()
+    if isinstance(value, Quantized):
+        return value.take(rows)
+    return value[rows]
