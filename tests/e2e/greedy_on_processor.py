@@ -71,6 +71,8 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
     )
     config = WorkerConfig(device="cpu", dtype=dtype, num_kv_blocks=BLOCKS)
     runner = Runner(Path(path), model, SchedulerConfig(max_num_seqs=1), config)
+    for name in cpu_native.FOR_ALL:
+        cpu_native.address(name)  # which of them a run needs depends on what is fast there
     look = processor.look()
     found = {
         "half": cpu_native.converts_half(),
