@@ -19,12 +19,18 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from .columns import RowsI32
+from .columns import MAX_ROWS, RowsI32
 
 MAX_LOGPROBS: Final = 20
 MAX_BIAS: Final = 1024
 """Token ids that one request may bias."""
+MAX_BIAS_VALUE: Final = 100.0
+"""A bias lies between this and its negative."""
+MAX_ALLOWED_IDS: Final = MAX_ROWS
+"""Token ids of an `allowed_ids` column."""
 MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_LENGTH: Final = 256
+"""Characters of one bad word."""
 MAX_BAD_WORD_TOKENS: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_LENGTH: Final = 1024
@@ -34,7 +40,7 @@ GREEDY_BELOW: Final = 1e-5
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
-BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 
 
 class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -19,9 +19,9 @@ from pathlib import Path
 from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
-from ..cli import imported
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.errors import EXPECTED, error_line
+from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
 from .device import driver
