@@ -60,12 +60,13 @@ def _by_numba(name: str) -> tuple[str, bytes]:
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler_lock import global_compiler_lock
 
-    from . import cpu_kernels, cpu_layers, cpu_team
+    from . import cpu_gumbel, cpu_kernels, cpu_layers, cpu_team
 
     function = {
         "multiply": cpu_team.multiply,
         "make_dense": cpu_team.make_dense,
         "decode": cpu_layers.decode,
+        "find_candidates": cpu_gumbel.find_candidates,
     }[name]
     arguments = (numba.types.int64,)
     dispatcher = cpu_kernels.inlined(function)

@@ -86,8 +86,9 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-floats, shorts, ints, longs = (
-    _pointer_to(kind) for kind in (types.float32, types.uint16, types.int32, types.int64)
+floats, shorts, ints, uints, longs = (
+    _pointer_to(kind)
+    for kind in (types.float32, types.uint16, types.int32, types.uint32, types.int64)
 )
 
 
@@ -99,3 +100,13 @@ def as_float(typing: Any, bits: Any):
         return builder.bitcast(arguments[0], F32)
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def bits_of(typing: Any, value: Any):
+    """The 32 bits of a float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate

@@ -67,3 +67,24 @@ L_VALUES: Final = 7 * MATRIX_FIELDS + 7
 L_WINDOW: Final = 7 * MATRIX_FIELDS + 8
 L_SCALE: Final = 7 * MATRIX_FIELDS + 9
 L_FIELDS: Final = 7 * MATRIX_FIELDS + 10
+
+# Of the task of `cpu_gumbel.find_candidates`: addresses, but for the three numbers.
+(
+    G_LOGITS,  # float32 [rows, width], contiguous
+    G_ROWS,
+    G_WIDTH,
+    G_SLICES,  # pieces of a row, for threads to share
+    G_SCALES,  # float32 [rows]: 1 / temperature
+    G_FLOORS,  # float32 [rows]: the least logit that is kept
+    G_SEEDS,  # int64 [rows]
+    G_POSITIONS,  # int64 [rows]
+    G_SCRATCH,  # uint32 [threads, G_BLOCK]
+    G_IDS,  # int64 [rows, slices, G_CANDIDATES], written
+    G_WORDS,  # int64 [rows, slices, G_CANDIDATES], written
+    G_COUNTS,  # int64 [rows, slices], written; more than G_CANDIDATES where they overflow
+    G_FIELDS,
+) = range(13)
+G_CANDIDATES: Final = 8
+"""Tokens of a slice whose exact scores the caller compares."""
+G_BLOCK: Final = 1024
+"""Vocabulary ids whose words are computed before they are looked at: they stay in the L1 cache."""

@@ -106,7 +106,7 @@ def _row_range(logits, width, BLOCK: tl.constexpr):
 @triton.jit
 def _thresholds(
     logits,
-    temperature,
+    temperatures,
     top_k,
     top_p,
     min_p,
@@ -117,26 +117,28 @@ def _thresholds(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    heat = tl.load(temperature + row)
+    temperature = tl.load(temperatures + row)
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    if (heat < 1e-5) | (((k <= 0) | (k >= width)) & (p >= 1.0) & (least <= 0.0)):
+    if (temperature < 1e-5) | (((k <= 0) | (k >= width)) & (p >= 1.0) & (least <= 0.0)):
         tl.store(out + row, float("-inf"))
         return
     at = logits + row.to(tl.int64) * stride
-    scale = 1.0 / heat
+    scale = 1.0 / temperature
     peak, low, finite = _row_range(at, width, BLOCK)
     floor = tl.full([], float("-inf"), tl.float32)
     if (k > 0) & (k < finite):
         floor = _search(at, width, k.to(tl.float32), low, peak, 0.0, 1e-7, ULP, False, BLOCK)
     if least > 0.0:
-        floor = tl.maximum(floor, peak + heat * tl.log(least))
+        floor = tl.maximum(floor, peak + temperature * tl.log(least))
     if p < 1.0:
-        low = tl.maximum(tl.maximum(low, floor), peak - 40.0 * heat)
+        low = tl.maximum(tl.maximum(low, floor), peak - 40.0 * temperature)
         mass, _, _, _ = _weigh(at, width, low, low, low, low, peak, scale, True, BLOCK)
         floor = tl.maximum(
             floor,
-            _search(at, width, p * mass, low, peak, scale, TOLERANCE * heat, ULP, True, BLOCK),
+            _search(
+                at, width, p * mass, low, peak, scale, TOLERANCE * temperature, ULP, True, BLOCK
+            ),
         )
     tl.store(out + row, floor)

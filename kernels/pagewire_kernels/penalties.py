@@ -85,13 +85,15 @@ def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor
 
 def apply_penalties_reference(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor,
                               presence: torch.Tensor, frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
-    said, factor = counts[slots.long()], repetition[:, None]
-    seen = (said > 0) | (prompted[slots.long()] != 0)
+    """The oracle of `apply_penalties`."""
+    output_counts, factor = counts[slots.long()], repetition[:, None]
+    seen = (output_counts > 0) | (prompted[slots.long()] != 0)
     x = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
-    logits.copy_(x - presence[:, None] * (said > 0) - frequency[:, None] * said)
+    logits.copy_(x - presence[:, None] * (output_counts > 0) - frequency[:, None] * output_counts)
 
 
 def count_tokens_reference(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    """The oracle of `count_tokens`."""
     live = (slots >= 0) & (tokens >= 0) & (tokens < counts.shape[1])
     counts.index_put_(
         (slots[live].long(), tokens[live].long()), counts.new_ones(1), accumulate=True

@@ -1,18 +1,17 @@
 """The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the
 largest, which samples the softmax without a sort.
 
-The noise of vocabulary id v is a pure function of (seed, position, v): Philox4x32-10 with the seed
-as key and (v // 4, position, 0) as counter, word v % 4, as u = (word + 0.5) / 2**32 and noise
--log(-log(1 - u)). So a resumed request, another batch or another place in it draws the same. A row
-with a NaN among its logits is flagged, never sampled from silently. Knows nothing of requests or of
-what the ids mean.
+The random map is `reference.sample`'s, which the CPU has too. The noise of vocabulary id v is a pure
+function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
+counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request,
+another batch or another row of it draws the same. A row with a NaN among its logits is flagged,
+never sampled from silently. Knows nothing of requests or of what the ids mean.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,37 +19,13 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .filters import _thresholds
+from .sampling_rows import Sampled, SamplingRows
 from .shapes import KIB_163, Candidate, Choice
 from .workspace import counters
 
 _ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """The least distance of two values of a dtype relative to the larger: a search need not go below
 it."""
-
-
-@dataclass
-class SamplingRows:
-    """One entry a row: temperature (0: greedy), top_p (1: off), min_p (0: off) float32; top_k (0:
-    off) int32; seeds, positions int64."""
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    positions: torch.Tensor
-    filtered: bool = True
-    """False when no row restricts the vocabulary: the search is not even launched."""
-
-
-@dataclass
-class Sampled:
-    """tokens int64 [B]; logprobs float32 [B] of them under the softmax of the logits as given; bad
-    bool [B]: the row holds a NaN."""
-
-    tokens: torch.Tensor
-    logprobs: torch.Tensor
-    bad: torch.Tensor
 
 
 @triton.jit
@@ -79,7 +54,7 @@ def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _slice(
-    logits, lo, hi, threshold, heat, seed, position, BLOCK: tl.constexpr, FAST: tl.constexpr
+    logits, lo, hi, threshold, temperature, seed, position, BLOCK: tl.constexpr, FAST: tl.constexpr
 ):
     """Best score and its id, running log-sum-exp (peak, total) and NaN flag of the ids lo..hi, each
     [BLOCK]."""
@@ -88,14 +63,14 @@ def _slice(
     peak = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
-    scale = tl.where(heat >= 1e-5, 1.0 / tl.maximum(heat, 1e-5), 1.0)
+    scale = tl.where(temperature >= 1e-5, 1.0 / tl.maximum(temperature, 1e-5), 1.0)
     for start in tl.range(lo, hi, BLOCK, num_stages=3):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(logits + i, mask=i < hi, other=float("-inf")).to(tl.float32)
         bad = bad | (x != x).to(tl.int32)
         x = tl.where(x != x, float("-inf"), x)
         score = x * scale
-        if heat >= 1e-5:
+        if temperature >= 1e-5:
             score += _gumbel(seed, position, start, BLOCK, FAST)
         score = tl.where(x >= threshold, score, float("-inf"))
         where = tl.where(score > best, i, where)
@@ -127,7 +102,7 @@ def _finish(numbers, ids, logits, tokens, logprobs, bads, row, slices, S_PAD: tl
 
 
 @triton.jit(do_not_specialize=["slices"])
-def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride,
+def _sample(logits, thresholds, temperatures, seeds, positions, numbers, ids, arrived, tokens, logprobs, bads, width, stride,
             slices, S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -138,9 +113,17 @@ def _sample(logits, thresholds, temperature, seeds, positions, numbers, ids, arr
     threshold = tl.full([], float("-inf"), tl.float32)
     if FILTERED:
         threshold = tl.load(thresholds + row)
-    heat = tl.load(temperature + row)
+    temperature = tl.load(temperatures + row)
     best, where, peak, total, bad = _slice(
-        at, lo, hi, threshold, heat, tl.load(seeds + row), tl.load(positions + row), BLOCK, FAST
+        at,
+        lo,
+        hi,
+        threshold,
+        temperature,
+        tl.load(seeds + row),
+        tl.load(positions + row),
+        BLOCK,
+        FAST,
     )
     winner = tl.max(best, 0)
     token = tl.min(tl.where(best == winner, where, 2147483647), 0)

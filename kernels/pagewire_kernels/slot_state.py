@@ -16,32 +16,34 @@ import triton.language as tl
 from torch import Tensor
 
 COPY_CHUNK = 1024
-HEAT, TOP_P, MIN_P = range(3)
+TEMPERATURE, TOP_P, MIN_P = range(3)
 
 
 @dataclass
 class SlotState:
-    """S slots. last_token, computed, top_k int32 [S]; table int32 [S, M]; odds float32 [S, 3]:
-    temperature, top_p, min_p; seeds int64 [S]."""
+    """S slots. last_token, num_computed, top_k int32 [S]; table int32 [S, M]; sampling_params float32
+    [S, 3]: temperature, top_p, min_p; seeds int64 [S]."""
 
     last_token: Tensor
-    computed: Tensor
+    num_computed: Tensor
     table: Tensor
-    odds: Tensor
+    sampling_params: Tensor
     top_k: Tensor
     seeds: Tensor
 
     @classmethod
-    def empty(cls, slots: int, blocks: int, device: str) -> "SlotState":
+    def empty(cls, slots: int, blocks: int, device: torch.device | str) -> "SlotState":
+        """`slots` slots with tables of `blocks` blocks, all zero."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        odds = zeros(slots, 3, dtype=torch.float32)
+        sampling_params = zeros(slots, 3, dtype=torch.float32)
         return cls(
             zeros(slots),
             zeros(slots),
             zeros(slots, blocks),
-            odds,
+            sampling_params,
             zeros(slots),
             zeros(slots, dtype=torch.int64),
         )
@@ -50,34 +52,45 @@ class SlotState:
 @dataclass
 class DecodeRows:
     """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens, top_k int32 [B]; tables int32
-    [B, M]; odds float32 [3, B]."""
+    [B, M]; sampling_params float32 [3, B]."""
 
     tokens: Tensor
     positions: Tensor
     mapping: Tensor
     seq_lens: Tensor
     tables: Tensor
-    odds: Tensor
+    sampling_params: Tensor
     top_k: Tensor
     seeds: Tensor
 
     @classmethod
-    def empty(cls, rows: int, blocks: int, device: str) -> "DecodeRows":
+    def empty(cls, rows: int, blocks: int, device: torch.device | str) -> "DecodeRows":
+        """`rows` rows with tables of `blocks` blocks, all zero."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         lengths, tables, top_k = (
             zeros(*shape, dtype=torch.int32) for shape in ((rows,), (rows, blocks), (rows,))
         )
-        odds = zeros(3, rows, dtype=torch.float32)
-        return cls(zeros(rows), zeros(rows), zeros(rows), lengths, tables, odds, top_k, zeros(rows))
+        sampling_params = zeros(3, rows, dtype=torch.float32)
+        return cls(
+            zeros(rows),
+            zeros(rows),
+            zeros(rows),
+            lengths,
+            tables,
+            sampling_params,
+            top_k,
+            zeros(rows),
+        )
 
     def first(self, rows: int) -> "DecodeRows":
         """A view of the first `rows` rows."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return DecodeRows(
             **{
-                name: part[:, :rows] if name == "odds" else part[:rows]
+                name: part[:, :rows] if name == "sampling_params" else part[:rows]
                 for name, part in parts.items()
             }
         )
@@ -85,14 +98,15 @@ class DecodeRows:
 
 @triton.jit
 def _decode_inputs(
-    slots, last_token, computed, table, odds, top_k, seeds, tokens, positions, mapping, seq_lens, rows, row_odds, row_top_k, row_seeds,
-    columns, odds_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
+    slots, last_token, num_computed, table, params, top_k, seeds,
+    tokens, positions, mapping, seq_lens, rows, row_params, row_top_k, row_seeds,
+    columns, params_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
     live = slot >= 0
     slot = tl.maximum(slot, 0)
-    position = tl.load(computed + slot)
+    position = tl.load(num_computed + slot)
     block = tl.load(table + slot * columns + position // BLOCK_SIZE).to(tl.int64)
     length = tl.where(live, position + 1, 0)
     tl.store(tokens + row, tl.where(live, tl.load(last_token + slot), 0).to(tl.int64))
@@ -101,9 +115,9 @@ def _decode_inputs(
     tl.store(seq_lens + row, length)
     tl.store(row_top_k + row, tl.load(top_k + slot))
     tl.store(row_seeds + row, tl.load(seeds + slot))
-    tl.store(row_odds + row, tl.load(odds + slot * 3))
-    tl.store(row_odds + odds_stride + row, tl.load(odds + slot * 3 + 1))
-    tl.store(row_odds + 2 * odds_stride + row, tl.load(odds + slot * 3 + 2))
+    tl.store(row_params + row, tl.load(params + slot * 3))
+    tl.store(row_params + params_stride + row, tl.load(params + slot * 3 + 1))
+    tl.store(row_params + 2 * params_stride + row, tl.load(params + slot * 3 + 2))
     used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
     for start in range(0, used, CHUNK):
         column = start + tl.arange(0, CHUNK)
@@ -119,9 +133,9 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
     """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the
     used part is written. Padding rows get token 0, position 0, mapping -1 and length 0."""
     _decode_inputs[(slots.shape[0],)](
-        slots, state.last_token, state.computed, state.table, state.odds, state.top_k, state.seeds,
-        out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.odds, out.top_k, out.seeds,
-        state.table.shape[1], out.odds.stride(0), BLOCK_SIZE=block_size, CHUNK=COPY_CHUNK
+        slots, state.last_token, state.num_computed, state.table, state.sampling_params, state.top_k, state.seeds,
+        out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.sampling_params, out.top_k, out.seeds,
+        state.table.shape[1], out.sampling_params.stride(0), BLOCK_SIZE=block_size, CHUNK=COPY_CHUNK
     )  # fmt: skip
 
 
@@ -129,7 +143,7 @@ def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) ->
     """The values that `decode_inputs` writes; block table entries past a row's length are
     meaningless."""
     live, slot = slots >= 0, slots.clamp(min=0).long()
-    position = torch.where(live, state.computed[slot], 0).long()
+    position = torch.where(live, state.num_computed[slot], 0).long()
     tables = state.table[slot]
     block = tables.gather(1, (position // block_size)[:, None])[:, 0].long()
     mapping = torch.where(live, block * block_size + position % block_size, -1)
@@ -141,40 +155,43 @@ def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) ->
         mapping,
         lengths,
         tables,
-        state.odds[slot].T,
+        state.sampling_params[slot].T,
         state.top_k[slot],
         state.seeds[slot],
     )
 
 
 @triton.jit
-def _commit(slots, sampled, bad, last_token, computed, report, n, BLOCK: tl.constexpr):
+def _commit(slots, sampled, bad, last_token, num_computed, sampled_tokens, n, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + row, mask=row < n, other=-1).to(tl.int64)
     live = slot >= 0
     token = tl.load(sampled + row, mask=row < n, other=0).to(tl.int32)
     tl.store(last_token + slot, token, mask=live)
-    tl.store(computed + slot, tl.load(computed + slot, mask=live, other=0) + 1, mask=live)
+    tl.store(num_computed + slot, tl.load(num_computed + slot, mask=live, other=0) + 1, mask=live)
     tl.store(
-        report + row,
+        sampled_tokens + row,
         tl.where(tl.load(bad + row, mask=row < n, other=0) != 0, -1, token),
         mask=row < n,
     )
 
 
-def commit(slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor) -> None:
+def commit(
+    slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, sampled_tokens: Tensor
+) -> None:
     """After a decode step: each row's slot gets its sampled token [B] and one more computed token;
-    `report` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must differ."""
+    `sampled_tokens` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must differ."""
     n = slots.shape[0]
     _commit[(triton.cdiv(n, 256),)](
-        slots, sampled, bad, state.last_token, state.computed, report, n, BLOCK=256
+        slots, sampled, bad, state.last_token, state.num_computed, sampled_tokens, n, BLOCK=256
     )
 
 
 def commit_reference(
-    slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, report: Tensor
+    slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, sampled_tokens: Tensor
 ) -> None:
+    """The oracle of `commit`."""
     live = slots >= 0
     state.last_token[slots[live].long()] = sampled[live].int()
-    state.computed[slots[live].long()] += 1
-    report.copy_(torch.where(bad, -1, sampled))
+    state.num_computed[slots[live].long()] += 1
+    sampled_tokens.copy_(torch.where(bad, -1, sampled))

@@ -13,6 +13,8 @@ from msgspec import Meta
 MAX_ROWS: Final = 65_536
 MAX_TOKENS: Final = 4_194_304
 MAX_TEXT: Final = 16_777_216
+MAX_CACHE_SALT: Final = 128
+"""Characters."""
 MAX_TOKENS_PER_ROW: Final = 16
 """Most tokens that one row of a step can bring."""
 
@@ -46,6 +48,8 @@ Name = Annotated[str, Meta(max_length=256)]
 Inbox = Annotated[str, Meta(min_length=1, max_length=256)]
 ShortText = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+CacheSalt = Annotated[str, Meta(max_length=MAX_CACHE_SALT)]
+"""Requests of different salts share no cached blocks."""
 
 RowsI32 = Annotated[bytes, Meta(max_length=4 * MAX_ROWS)]
 RowsU32 = Annotated[bytes, Meta(max_length=4 * MAX_ROWS)]

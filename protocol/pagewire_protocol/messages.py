@@ -18,6 +18,7 @@ from .columns import (
     MAX_TEXT,
     MAX_TOKENS,
     Attempt,
+    CacheSalt,
     Count,
     Epoch,
     EpochField,
@@ -122,7 +123,7 @@ class Submit(Message, tag=True, frozen=True):
     output: TokensI32
     sampling: Sampling
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
-    cache_salt: Annotated[str, Meta(max_length=128)] = ""
+    cache_salt: CacheSalt = ""
     kind: RequestKind = RequestKind.GENERATE
     model: Name = ""
     """Which model, by its served name; empty: the one that there is."""
@@ -182,7 +183,7 @@ class Generate(Message, tag=True, frozen=True):
     max_tokens_is_rest: bool = False
     """max_tokens was not given: it becomes what the context leaves after the prompt."""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
-    cache_salt: Annotated[str, Meta(max_length=128)] = ""
+    cache_salt: CacheSalt = ""
     kind: RequestKind = RequestKind.GENERATE
     model: Name = ""
     """Which model, by its served name; empty: the one that there is."""

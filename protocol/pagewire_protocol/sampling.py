@@ -3,18 +3,34 @@ the tokenizer needs.
 
 The split keeps text out of the scheduler and the worker. Limits are stated once, here, and checked
 again wherever a message is decoded.
+
+A token is a function of logits, seed and position, the same on a CPU and on a GPU. The position is
+the index, in prompt and output together, of the token whose logits are sampled from. Where the
+temperature is under GREEDY_BELOW, the largest logit wins. Otherwise min-p, top-k and top-p leave
+some tokens, and the one with the largest sum of logit / temperature and Gumbel noise wins, the
+lowest id among equals. The noise of token v is -log(-log(1 - u)) with u = (word + 0.5) / 2^32,
+where word is number v mod 4 of the four that Philox4x32-10 gives for the key (seed mod 2^32, seed
+div 2^32) and the counter (v div 4, position mod 2^32, position div 2^32, 0). The arithmetic is
+float32's; `pagewire_kernels.reference.sample` is this text as code, and two back ends may differ
+only where float32 cannot tell two tokens apart, or at the edge of what top-p keeps.
 """
 
 from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from .columns import RowsI32
+from .columns import MAX_ROWS, RowsI32
 
 MAX_LOGPROBS: Final = 20
 MAX_BIAS: Final = 1024
 """Token ids that one request may bias."""
+MAX_BIAS_VALUE: Final = 100.0
+"""A bias lies between this and its negative."""
+MAX_ALLOWED_IDS: Final = MAX_ROWS
+"""Token ids of an `allowed_ids` column."""
 MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_LENGTH: Final = 256
+"""Characters of one bad word."""
 MAX_BAD_WORD_TOKENS: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_LENGTH: Final = 1024
@@ -24,15 +40,15 @@ GREEDY_BELOW: Final = 1e-5
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
-BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 
 
 class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the scheduler and the worker need. Defaults are neutral: they leave the model's
     distribution as it is.
 
-    `seed` is always set by the owner: with it, token `p` of a request is a pure function of
-    (logits, seed, p), so a resumed request continues the same random draw.
+    `seed` is always set by the owner: a token is a function of logits, seed and position (see the
+    top of this file), so a resumed request continues the same random draw.
     """
 
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -6,14 +6,12 @@ the model has, since an id beyond its logits would end the worker for everyone.
 """
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagewire_protocol.sampling import Sampling
-
-MAX_BIAS_VALUE: Final = 100.0
+from pagewire_protocol.sampling import MAX_BIAS_VALUE, Sampling
 
 
 class Fault(NamedTuple):

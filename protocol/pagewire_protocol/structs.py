@@ -2,7 +2,7 @@
 strict, bounded, array-like Struct."""
 
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
@@ -26,6 +26,17 @@ from .columns import (
     TokensI32,
 )
 from .sampling import Sampling, TokenId
+
+MAX_TEMPLATE_KWARGS: Final = 65_536
+"""Bytes of JSON."""
+MAX_MESSAGES: Final = 4096
+"""Of one conversation."""
+MAX_MESSAGE_ROLE: Final = 64
+MAX_MESSAGE_NAME: Final = 256
+"""Characters."""
+SILENCE_S: Final = 10.0
+"""The scheduler and its peers each send once a second; a ready one that is silent for so long is
+taken for gone."""
 
 
 class Role(IntEnum):
@@ -70,18 +81,18 @@ class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, g
 class ChatMessage(Record, frozen=True):
     """One message of a conversation."""
 
-    role: Annotated[str, Meta(max_length=64)]
+    role: Annotated[str, Meta(max_length=MAX_MESSAGE_ROLE)]
     content: Text
-    name: Annotated[str, Meta(max_length=256)] | None = None
+    name: Annotated[str, Meta(max_length=MAX_MESSAGE_NAME)] | None = None
 
 
 class Chat(Record, frozen=True):
     """A conversation that the tokenizer renders with the model's chat template."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=4096)]
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    template_kwargs: Annotated[bytes, Meta(max_length=65_536)] = b""
+    template_kwargs: Annotated[bytes, Meta(max_length=MAX_TEMPLATE_KWARGS)] = b""
     """A JSON object with further variables for the template."""
 
 

@@ -6,8 +6,6 @@ small services start fast.
 
 import argparse
 import difflib
-import gc
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +22,7 @@ from .config import (
     read,
 )
 from .process.errors import EXPECTED, missing_package
+from .process.imports import imported
 from .version import __version__
 
 COMMANDS = {
@@ -66,6 +65,7 @@ SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command `argv`, by default the command line's. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     command = OTHER_NAMES.get(command, command)
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
+    """What `pagewire --help` prints."""
     rows = [(name, text) for name, (_, text) in COMMANDS.items()]
     rows += [(name, f"this service alone: {text}") for name, (_, _, text) in SERVICES.items()]
     lines = [f"  pagewire {name:<10} {text}" for name, text in rows]
@@ -116,6 +117,7 @@ def _guarded(command: str, arguments: list[str]) -> int:
 
 
 def report_error(command: str, error: BaseException) -> int:
+    """Print one line, and the traceback with --log-level debug. Returns the exit status."""
     if "--log-level=debug" in sys.argv or ("--log-level", "debug") in zip(
         sys.argv, sys.argv[1:], strict=False
     ):
@@ -125,7 +127,8 @@ def report_error(command: str, error: BaseException) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line: a usage text of fifty flags above it would only hide the reason."""
+    """An argument parser whose errors are one line: a usage text of fifty flags above it would only
+    hide the reason."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Flags with underscores are taken for those with dashes, as vLLM takes them."""
@@ -134,6 +137,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line, with the closest flag for one that does not exist."""
         words = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized arguments: "):
             flag = words[0].partition("=")[0]
@@ -147,11 +151,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def dashed(word: str) -> str:
+    """A flag with dashes for underscores, its value unchanged; any other word as it is."""
     name, sign, value = word.partition("=")
     return name.replace("_", "-") + sign + value if name.startswith("--") else word
 
 
 def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command, without flags yet."""
     return Parser(f"pagewire {command}", description=description, allow_abbrev=False)
 
 
@@ -161,11 +167,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def take_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
-    given = vars(namespace).pop("positional")
-    if given is not None and given != getattr(namespace, "model", given):
-        parser.error(f"two models given: {given} and --model {namespace.model}")
-    if given is not None:
-        namespace.model = given
+    """Move a model that was named without its flag to `namespace.model`. Exits with one line when
+    --model names another one."""
+    positional = vars(namespace).pop("positional")
+    if positional is not None and positional != getattr(namespace, "model", positional):
+        parser.error(f"two models given: {positional} and --model {namespace.model}")
+    if positional is not None:
+        namespace.model = positional
 
 
 def positive(text: str) -> int:
@@ -189,6 +197,8 @@ def parse_structs(
 def read_all(
     refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace
 ) -> list[Any]:
+    """The Structs with the values of `namespace`. `refuse` is called with one line on a bad value;
+    it does not return."""
     try:
         return [read(struct, namespace) for struct in structs]
     except ValueError as error:
@@ -196,7 +206,7 @@ def read_all(
 
 
 def run_service(command: str, arguments: list[str]) -> int:
-    """One service in this process, until it is told to end."""
+    """One service in this process, until a signal ends it. Returns the exit status."""
     from .process.parent import die_with_parent
 
     die_with_parent()
@@ -206,17 +216,9 @@ def run_service(command: str, arguments: list[str]) -> int:
     return imported(module).run(*configs)
 
 
-def imported(module: str) -> Any:
-    """A module of this package. Imports make no garbage, so none is looked for meanwhile: with
-    torch that is a third of the time."""
-    gc.disable()
-    try:
-        return importlib.import_module(f".{module}", __package__)
-    finally:
-        gc.enable()
-
-
 def set_up_logging(level: str) -> None:
+    """Log to standard error: Pagewire's messages from `level` on, those of libraries from
+    warnings on."""
     layout = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=layout, datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("pagewire").setLevel(level.upper())

@@ -16,7 +16,8 @@ import uvloop
 from api.fake_stack import FakeStack, fake_stack
 from pagewire.config import FrontendConfig, RunConfig
 from pagewire.frontend.auth import Auth
-from pagewire.frontend.service import Service, listening_socket
+from pagewire.frontend.service import Service
+from pagewire.process.listening import listening_socket
 
 MODEL = "/models/tiny one/"
 
@@ -45,9 +46,7 @@ class Frontend:
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
-        with contextlib.closing(
-            listening_socket(FrontendConfig(host="127.0.0.1", port=0))
-        ) as listener:
+        with contextlib.closing(listening_socket("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
             async with Service(*self._options).serving(listener) as self.service:
                 self._started.set()

@@ -359,8 +359,14 @@ class FakeStack:
         if script.mum:
             self._work.append((time.monotonic() + 1.5, generate, execution))
             return
-        ids = pack("i", range(3)) if generate.text.return_prompt_ids else None
-        started = Started(generate.handle, generate.attempt, 3, 2, ids)
+        ids = self.words.encode(generate.prompt) if generate.text.return_prompt_ids else None
+        started = Started(
+            generate.handle,
+            generate.attempt,
+            3 if ids is None else len(ids),
+            2,
+            None if ids is None else pack("i", ids),
+        )
         self._send(generate, replace_rows(generate, started=(started,)))
         if generate.sampling.prompt_logprobs >= 0:
             self._score(generate, execution)

@@ -42,5 +42,5 @@ def test_a_body_that_stops_coming_is_not_waited_for(
 def test_a_tokenizer_is_reached_before_the_first_request() -> None:
     with serve() as fresh:
         service = fresh.frontend.service
-        fresh.settle(lambda: bool(service._inboxes))
-        assert service._inboxes <= set(service.outbox._sockets)
+        fresh.settle(lambda: bool(service._tokenizer_inboxes))
+        assert service._tokenizer_inboxes <= set(service.outbox._sockets)

@@ -21,7 +21,7 @@ BEAMS = {"use_beam_search": True, "best_of": 3, "temperature": 0}
         (
             {"best_of": 2, "temperature": 0},
             "best_of",
-            "best_of must be 1 when using greedy sampling. Got 2.",
+            "best_of must be 1 when using greedy sampling.Got 2.",
         ),
         ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
         (
@@ -185,7 +185,7 @@ def test_beam_search_without_max_tokens_may_use_the_context(server) -> None:
 
 
 def test_a_beam_that_is_refused_ends_the_search(server) -> None:
-    check_error(server.complete("refuse400 me", **BEAMS), 400, "BadRequestError", "prompt")
+    check_error(server.complete("refuse400 me", **BEAMS), 400, "BadRequestError", "messages")
     server.settle(lambda: len(server.owner) == 0)
 
 

@@ -7,9 +7,9 @@ import re
 import pytest
 from api.checks import LEAK, check_error, refused
 from api.fake_stack import expected
-from pagewire.frontend.stack import SILENT_S, Stack
+from pagewire.frontend.stack import Stack
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.structs import Peer, Role
+from pagewire_protocol.structs import SILENCE_S, Peer, Role
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = "/models/tiny one/"
@@ -59,7 +59,7 @@ def test_a_silent_scheduler_is_not_ready() -> None:
     assert not stack.ready(0.0) and "scheduler: waiting" in stack.unavailable(0.0).message
     peers = tuple(Peer(role, "x", "ipc:///x", role, True) for role in (Role.TOKENIZER, Role.WORKER))
     stack.on_roster(Roster(1, peers, 10, 10, (), True, True), 100.0)
-    assert stack.ready(100.0 + SILENT_S) and not stack.ready(100.1 + SILENT_S)
+    assert stack.ready(100.0 + SILENCE_S) and not stack.ready(100.1 + SILENCE_S)
     stack.draining = True
     assert not stack.ready(100.0) and "shutting down" in stack.unavailable(100.0).message
 
@@ -212,8 +212,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "parts"),
     [
-        ("n", 0, ("1", "128", "got 0")),
-        ("n", 129, ("128", "got 129")),
+        ("n", 0, ("1", "1024", "got 0")),
+        ("n", 1025, ("1024", "got 1025")),
         ("n", 2**63, ("n",)),
         ("n", True, ("int", "bool")),
         ("max_tokens", 0, ("1", "got 0")),
@@ -239,7 +239,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
         ("stop_token_ids", list(range(129)), ("128", "129")),
         ("priority", 2**31, ("2147483647",)),
         ("cache_salt", "x" * 129, ("128", "129")),
-        ("seed", 2**64, ("64-bit",)),
+        ("seed", 2**63, (str(2**63 - 1), f"got {2**63}")),
+        ("seed", -(2**63) - 1, (str(-(2**63)), f"got {-(2**63) - 1}")),
         ("stream_options", {"include_usage": True}, ("stream=True",)),
         ("response_format", {"type": "json_object"}, ("json_object", "text")),
         ("prompt", "", ("empty",)),
@@ -248,8 +249,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
         ("prompt", ["a", ""], ("empty",)),
         ("prompt", ["a", [1]], ("mixes",)),
         ("prompt", [1, "a"], ("mixes",)),
-        ("prompt", [1, 1000], ("1000", "999")),
-        ("prompt", [-1], ("-1", "999")),
+        ("prompt", [1, 1000], ("token id 1000 is outside", "vocabulary of 1000")),
+        ("prompt", [-1], ("token id -1 is outside", "vocabulary of 1000")),
         ("prompt", [1] * 4097, ("4097", "4096")),
         ("prompt", ["a"] * 1025, ("1025", "1024")),
         ("prompt", None, ("prompt",)),

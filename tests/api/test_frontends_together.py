@@ -21,10 +21,10 @@ def test_whoever_is_asked_gives_the_sum(tmp_path: Path) -> None:
         CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
         CounterExchange(tmp_path, 2, tally(5, 0.3, 429)),
     )
-    one.leave()
-    two.leave()
+    one.publish()
+    two.publish()
     for asked in (one, two):
-        total = asked.whole({1, 2})
+        total = asked.total({1, 2})
         assert total.generation_tokens == 15 and total.responses == {200: 1, 429: 1}
         assert total.reasons == {"stop": 2, "length": 0, "abort": 0, "error": 0}
         assert (
@@ -36,9 +36,9 @@ def test_whoever_is_asked_gives_the_sum(tmp_path: Path) -> None:
 def test_own_counts_are_never_old_and_are_not_changed(tmp_path: Path) -> None:
     mine = tally(10, 0.02, 200)
     one = CounterExchange(tmp_path, 1, mine)
-    one.leave()
+    one.publish()
     mine.generation_tokens = 11
-    assert one.whole({1}).generation_tokens == 11 and one.whole(set()).generation_tokens == 11
+    assert one.total({1}).generation_tokens == 11 and one.total(set()).generation_tokens == 11
     assert mine.generation_tokens == 11 and sum(mine.time_to_first_token.counts) == 1
 
 
@@ -47,10 +47,10 @@ def test_the_dead_and_the_silent_do_not_count(tmp_path: Path) -> None:
         CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
         CounterExchange(tmp_path, 2, tally(5, 0.3, 200)),
     )
-    two.leave()
-    assert one.whole({1, 3}).generation_tokens == 10
-    two.forget()
-    assert one.whole({1, 2}).generation_tokens == 10 and not list(tmp_path.iterdir())
+    two.publish()
+    assert one.total({1, 3}).generation_tokens == 10
+    two.remove()
+    assert one.total({1, 2}).generation_tokens == 10 and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_is_no_count(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_a_damaged_file_is_no_count(tmp_path: Path) -> None:
         CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
         CounterExchange(tmp_path, 2, tally(5, 0.3, 200)),
     )
-    two.leave()
+    two.publish()
     (file,) = tmp_path.iterdir()
     for content in (b"", b"[]", b'{"no_such_count": 1}', b'{"responses": {"x": 1}}', b"\xff"):
         file.write_bytes(content)
-        assert one.whole({1, 2}).generation_tokens == 10
+        assert one.total({1, 2}).generation_tokens == 10

@@ -190,12 +190,17 @@ def test_token_ids_as_prompt(server, prompt) -> None:
 
 
 def test_random_seeds_differ_and_given_ones_stay(server) -> None:
-    for _ in range(2):
-        server.complete("hi")
+    server.complete("hi")
     server.complete("hi", seed=-1)
-    server.complete("hi", seed=2**63 + 5)
-    first, second, minus, huge = [generate.sampling.seed for generate in server.stack.generates()]
-    assert first != second and minus == 2**63 - 1 and huge == 5
+    server.complete(["hi", "hi"])
+    drawn = [generate.sampling.seed for generate in server.stack.generates()]
+    assert len(set(drawn)) == 4 and all(0 <= seed < 2**63 for seed in drawn)
+    server.stack.received.clear()
+    for seed in (7, 2**63 - 1, -5):
+        server.complete("hi", seed=seed)
+    server.complete(["hi", "hi"], seed=9)
+    given = [generate.sampling.seed for generate in server.stack.generates()]
+    assert given == [7, 2**63 - 1, 2**63 - 5, 9, 9]
 
 
 def test_parameters_arrive(server) -> None:
@@ -311,16 +316,15 @@ def test_chat_logprobs(server) -> None:
 
 
 def test_token_ids_on_request(server) -> None:
-    body = server.complete("hi", max_tokens=3, return_token_ids=True).json()
-    assert body["choices"][0]["token_ids"] == [100, 101, 102] and body["choices"][0][
-        "prompt_token_ids"
-    ] == [0, 1, 2]
+    (choice,) = server.complete([5, 6, 7], max_tokens=3, return_token_ids=True).json()["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([100, 101, 102], [5, 6, 7])
     body = server.chat("hi", max_tokens=2, return_token_ids=True).json()
-    assert body["prompt_token_ids"] == [0, 1, 2] and body["choices"][0]["token_ids"] == [100, 101]
-    events = server.events("/v1/completions", prompt="hi", max_tokens=2, return_token_ids=True)
+    chat = server.stack.words.encode(server.stack.generates()[-1].prompt)
+    assert body["prompt_token_ids"] == chat and body["choices"][0]["token_ids"] == [100, 101]
+    events = server.events("/v1/completions", prompt=[5, 6], max_tokens=2, return_token_ids=True)
     assert [event["choices"][0]["token_ids"] for event in events] == [[100], [101], []]
     assert [event["choices"][0].get("prompt_token_ids") for event in events] == [
-        [0, 1, 2],
+        [5, 6],
         None,
         None,
     ]

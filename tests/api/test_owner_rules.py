@@ -3,8 +3,8 @@ would fail if the owner let it pass."""
 
 import pytest
 from pagewire.requests.counters import Counters
-from pagewire.requests.errors import ApiError
-from pagewire.requests.owner import MAX_STRIKES, PARK_S, RequestOwner
+from pagewire.requests.errors import ErrorKind, RequestError
+from pagewire.requests.owner import MAX_INTERRUPTIONS, SUSPENSION_S, RequestOwner
 from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Cancel, Deltas, Generate, Roster
@@ -46,11 +46,11 @@ class Harness:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, object]] = []
-        self.now, self.full, self.tally = 1000.0, False, Counters()
-        self.owner = RequestOwner("me", self._send, lambda: self.now, self.tally)
+        self.now, self.full, self.counters = 1000.0, False, Counters()
+        self.owner = RequestOwner("me", self._send, lambda: self.now, self.counters)
         self.roster(1, t1=True)
         self.sink = Sink()
-        self.stream = self.owner.submit(JOB, self.sink)
+        self.request = self.owner.submit(JOB, self.sink)
 
     def _send(self, inbox, message) -> bool:
         if not self.full:
@@ -108,7 +108,7 @@ class Harness:
 
     @property
     def out(self) -> list[int]:
-        return self.stream.out.tolist()
+        return self.request.out.tolist()
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_rows_in_order_are_accepted(h: Harness) -> None:
     h.row(2, 7, "bc")
     h.end(Finish.STOP, stop_reason=7)
     assert (h.text, h.out, h.sink.end) == ("abc", [5, 6, 7], ("stop", 7, 3))
-    assert len(h.owner) == 0 and h.tally.generation_tokens == 3 and h.tally.reasons["stop"] == 1
+    assert (
+        len(h.owner) == 0 and h.counters.generation_tokens == 3 and h.counters.reasons["stop"] == 1
+    )
 
 
 def test_rule_1_a_dead_handle_is_nobodys(h: Harness) -> None:
@@ -231,31 +233,27 @@ def test_lost_resubmits_with_the_output_so_far(h: Harness) -> None:
     assert (
         unpack("i", h.last.output).tolist() == [5]
         and h.last.attempt == 2
-        and h.tally.resubmissions == 1
+        and h.counters.resubmissions == 1
     )
 
 
 def test_too_many_losses_fail_the_request(h: Harness) -> None:
-    for _ in range(MAX_STRIKES + 1):
+    for _ in range(MAX_INTERRUPTIONS + 1):
         h.end(Finish.LOST)
         h.now += 10
         h.owner.tick()
-    assert (
-        isinstance(h.sink.end, ApiError)
-        and h.sink.end.status == 500
-        and h.sink.end.kind == "request_failed"
-    )
-    assert len(h.owner) == 0 and h.last.attempt == MAX_STRIKES + 1
+    assert isinstance(h.sink.end, RequestError) and h.sink.end.kind is ErrorKind.FAILED
+    assert len(h.owner) == 0 and h.last.attempt == MAX_INTERRUPTIONS + 1
 
 
-def test_a_new_scheduler_means_a_next_attempt_but_no_strike(h: Harness) -> None:
+def test_a_new_scheduler_means_a_next_attempt_that_does_not_count_against_it(h: Harness) -> None:
     h.row(0, 5, "a")
-    for epoch in range(2, 2 * MAX_STRIKES):
+    for epoch in range(2, 2 * MAX_INTERRUPTIONS):
         h.roster(epoch, t1=True)
         assert h.last.attempt == epoch
     assert h.sink.end is None
     h.roster(3, t1=True)
-    assert h.last.attempt == 2 * MAX_STRIKES - 1, "an older epoch is ignored"
+    assert h.last.attempt == 2 * MAX_INTERRUPTIONS - 1, "an older epoch is ignored"
 
 
 def test_a_vanished_tokenizer_hands_its_requests_to_another(h: Harness) -> None:
@@ -284,31 +282,32 @@ def test_the_old_tokenizer_hears_when_a_request_moves_on(h: Harness) -> None:
             ended=(End(1, 1, Finish.STOP), End(3, 1, Finish.STOP), End(0, 1, Finish.LOST)),
         )
     )
-    assert h.sent[-2][0] == "t2" and h.sent[-1] == ("t1", Cancel(((h.stream.rid, 1),)))
+    assert h.sent[-2][0] == "t2" and h.sent[-1] == ("t1", Cancel(((h.request.rid, 1),)))
 
 
 def test_interrupted_requests_wait_for_a_stack(h: Harness) -> None:
     h.roster(2, worker=False, t5=True)
-    assert len(h.sent) == 1 and len(h.owner.parked) == 1
-    h.now += PARK_S / 2
+    assert len(h.sent) == 1 and len(h.owner.suspended) == 1
+    h.now += SUSPENSION_S / 2
     h.roster(2, t5=True)
-    assert h.sent[-1][0] == "t5" and h.last.attempt == 2 and not h.owner.parked
+    assert h.sent[-1][0] == "t5" and h.last.attempt == 2 and not h.owner.suspended
 
 
 def test_waiting_has_an_end(h: Harness) -> None:
     h.roster(2)
-    h.now += PARK_S + 1
+    h.now += SUSPENSION_S + 1
     h.owner.tick()
-    assert isinstance(h.sink.end, ApiError) and h.sink.end.status == 503 and len(h.owner) == 0
+    assert isinstance(h.sink.end, RequestError) and len(h.owner) == 0
+    assert h.sink.end.kind is ErrorKind.UNAVAILABLE
 
 
-def test_a_full_queue_parks_the_next_attempt_and_refuses_a_first(h: Harness) -> None:
+def test_a_full_queue_suspends_the_next_attempt_and_refuses_a_first(h: Harness) -> None:
     h.full = True
     h.end(Finish.LOST)
-    assert len(h.owner.parked) == 1
-    with pytest.raises(ApiError) as error:
+    assert len(h.owner.suspended) == 1
+    with pytest.raises(RequestError) as error:
         h.owner.submit(JOB, Sink())
-    assert error.value.status == 503
+    assert error.value.kind is ErrorKind.UNAVAILABLE
     h.full = False
     h.owner.tick()
     assert h.last.attempt == 2
@@ -323,7 +322,7 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "status", "text"),
+    ("end", "kind", "text"),
     [
         (
             {
@@ -332,49 +331,59 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
                 "message": "too long: 9 > 8",
                 "param": "prompt",
             },
-            400,
+            ErrorKind.INVALID,
             "too long: 9 > 8",
         ),
-        ({"finish": Finish.REFUSED, "status": 429, "message": "full"}, 429, "full"),
+        (
+            {"finish": Finish.REFUSED, "status": 429, "message": "full"},
+            ErrorKind.OVERLOADED,
+            "full",
+        ),
         (
             {
                 "finish": Finish.FAILED,
                 "status": 500,
                 "message": "boom at 0x7f00aa11 in /usr/lib/x.py",
             },
-            500,
+            ErrorKind.FAILED,
             "could not finish",
         ),
-        ({"finish": Finish.REFUSED, "status": 503, "message": "/run/x.sock"}, 503, "cannot take"),
-        ({"finish": Finish.CANCELLED}, 503, "cancelled"),
+        (
+            {"finish": Finish.REFUSED, "status": 503, "message": "/run/x.sock"},
+            ErrorKind.UNAVAILABLE,
+            "cannot take",
+        ),
+        ({"finish": Finish.CANCELLED}, ErrorKind.UNAVAILABLE, "cancelled"),
     ],
 )
-def test_ends_without_a_generation(h: Harness, end: dict, status: int, text: str) -> None:
+def test_ends_without_a_generation(h: Harness, end: dict, kind: ErrorKind, text: str) -> None:
     h.end(**end)
     assert (
-        isinstance(h.sink.end, ApiError)
-        and h.sink.end.status == status
+        isinstance(h.sink.end, RequestError)
+        and h.sink.end.kind is kind
         and text in h.sink.end.message
     )
-    assert "/" not in h.sink.end.message and (status != 429 or h.sink.end.retry_after_s >= 1)
+    assert "/" not in h.sink.end.message and (
+        kind is not ErrorKind.OVERLOADED or h.sink.end.retry_after_s >= 1
+    )
 
 
 def test_cancel_reaches_the_tokenizer_once(h: Harness) -> None:
-    h.owner.cancel(h.stream)
-    h.owner.cancel(h.stream)
-    assert h.cancels() == [("t1", ((h.stream.rid, 1),))] and len(h.owner) == 0
+    h.owner.cancel(h.request)
+    h.owner.cancel(h.request)
+    assert h.cancels() == [("t1", ((h.request.rid, 1),))] and len(h.owner) == 0
     h.row(0, 5, "a")
-    assert h.text == "" and h.tally.reasons["abort"] == 1
+    assert h.text == "" and h.counters.reasons["abort"] == 1
 
 
-def test_cancel_of_a_parked_request_withdraws_its_last_attempt(h: Harness) -> None:
+def test_cancel_of_a_suspended_request_cancels_its_last_attempt(h: Harness) -> None:
     h.full = True
     h.end(Finish.LOST)
     h.full = False
-    h.owner.cancel(h.stream)
+    h.owner.cancel(h.request)
     h.owner.tick()
     assert (
-        h.cancels() == [("t1", ((h.stream.rid, 1),))] and len(h.owner) == 0 and h.last.attempt == 1
+        h.cancels() == [("t1", ((h.request.rid, 1),))] and len(h.owner) == 0 and h.last.attempt == 1
     )
 
 
@@ -385,4 +394,4 @@ def test_usage_comes_from_the_first_start(h: Harness) -> None:
             Deltas(*[b""] * 6, (), started=(Started(last.handle, 1, prompt_tokens, 4),))
         )
     h.owner.on_deltas(Deltas(*[b""] * 6, (), started=(Started(last.handle, 2, 99, 4),)))
-    assert (h.tally.prompt_tokens, h.tally.cached_tokens, h.sink.starts) == (11, 4, 2)
+    assert (h.counters.prompt_tokens, h.counters.cached_tokens, h.sink.starts) == (11, 4, 2)

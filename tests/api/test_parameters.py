@@ -12,13 +12,14 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 @pytest.mark.parametrize(
     ("name", "value", "parts"),
     [
-        ("best_of", 0, ("1", "128", "got 0")),
-        ("best_of", 129, ("128", "got 129")),
+        ("best_of", 0, ("1", "1024", "got 0")),
+        ("best_of", 1025, ("1024", "got 1025")),
+        ("n", 1025, ("1024", "got 1025")),
         ("best_of", "2", ("int", "str")),
         ("best_of", 1.5, ("int",)),
         ("echo", 1, ("bool", "int")),
         ("suffix", "x", ("suffix", "fill in")),
-        ("max_tokens", 0, ("at least 1", "echo")),
+        ("max_tokens", 0, ("between 1 and", "got 0")),
         ("logprobs", -1, ("0", "20", "got -1")),
         ("prompt_logprobs", 21, ("20", "got 21")),
         ("prompt_logprobs", -1, ("0", "got -1")),
@@ -75,8 +76,8 @@ def test_limits(server, name: str, value: object, parts: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 128),
-        ("n", 128),
+        ("best_of", 1024),
+        ("n", 1024),
         ("logit_bias", {str(i): -100 for i in range(999)}),
         ("logit_bias", {"999": 100}),
         ("logit_bias", {}),

@@ -125,7 +125,7 @@ def test_a_client_that_does_not_read_is_cut_off(flusher: sse.Flusher, loop: Loop
     _, transport = attached(flusher)
     transport.waiting = sse.FULL
     flusher.check()
-    loop.now += sse.PATIENCE_S - 1
+    loop.now += sse.NOT_READING_S - 1
     flusher.check()
     assert not transport.aborted
     transport.waiting = 0
@@ -134,14 +134,14 @@ def test_a_client_that_does_not_read_is_cut_off(flusher: sse.Flusher, loop: Loop
     loop.now += 2
     flusher.check()
     assert not transport.aborted, "it has read in between"
-    loop.now += sse.PATIENCE_S + 1
+    loop.now += sse.NOT_READING_S + 1
     flusher.check()
     assert transport.aborted
 
 
 def test_an_overfull_buffer_is_cut_off_at_once(flusher: sse.Flusher) -> None:
     outlet, transport = attached(flusher)
-    transport.waiting = sse.STUFFED + 1
+    transport.waiting = sse.OVERFULL + 1
     flusher.check()
     assert transport.aborted
     outlet.detach()

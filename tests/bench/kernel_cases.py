@@ -14,9 +14,9 @@ import torch
 
 warnings.simplefilter("ignore")
 runpy.run_path(str(Path(__file__).parents[1] / "ops" / "conftest.py"))
-attention, inputs, products, sampling = (
+attention, gemm, inputs, sampling = (
     import_module(f"pagewire.bench.ops.{name}")
-    for name in ("attention", "inputs", "products", "sampling")
+    for name in ("attention", "gemm", "inputs", "sampling")
 )
 
 inputs.DEVICE, inputs.DTYPE, inputs.PAGES, inputs.WEIGHT_BYTES = "cpu", torch.float32, 64, 1e4
@@ -26,10 +26,10 @@ JOBS = [
     attention.prefill(2, 20, 40, heads=16),
     attention.cascade(2, 16, 16),
     attention.mixed(1, 16, 18, 32),
-    products.product("o", 64, 128, 1),
-    products.layer(1, 16, 128, 64, 8, "tiny"),
-    products.row_layer(16, 128, 64, 8, "tiny"),
-    *products.fused(3),
+    gemm.gemm_job("o", 64, 128, 1),
+    gemm.layer(1, 16, 128, 64, 8, "tiny"),
+    gemm.row_layer(16, 128, 64, 8, "tiny"),
+    *gemm.fused(3),
     *(sampling.sampling(2, kind, 500) for kind in sampling.KINDS),
 ]
 print(json.dumps({f"{job.name} {job.shape}": job.make().check() for job in JOBS}))

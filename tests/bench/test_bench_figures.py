@@ -129,7 +129,7 @@ def run(
         return {"x": float(number)}
 
     measures = {name: lambda number, name=name: measure(name, number) for name in seconds}
-    return order, interleave.in_turns(
+    return order, interleave.run_interleaved(
         measures, runs, interleave.Budget(budget_s), lambda name, result: None
     )
 

@@ -101,7 +101,7 @@ def calls(client: OpenAI, model: str) -> dict[str, Any]:
         ),
         "no_model": failure(lambda: chat(model="no/such", messages=MESSAGES)),
         "bad": failure(lambda: chat(model=model, messages=MESSAGES, max_tokens=0)),
-        "bad_stream": failure(lambda: complete(model=model, prompt="a", n=1000, stream=True)),
+        "bad_stream": failure(lambda: complete(model=model, prompt="a", n=5000, stream=True)),
     }
 
 

@@ -84,7 +84,7 @@ def test_failures(told: dict[str, Any]) -> None:
         "status": 400,
         "type": "BadRequestError",
     }
-    assert "max_tokens" in told["bad"]["text"] and "128" in told["bad_stream"]["text"]
+    assert "max_tokens" in told["bad"]["text"] and "1024" in told["bad_stream"]["text"]
 
 
 def test_many_at_once(told: dict[str, Any]) -> None:

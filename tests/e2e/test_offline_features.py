@@ -333,7 +333,7 @@ def test_older_and_newer_forms_of_a_call(fake: LLM) -> None:
         "2 prompts but 1 prompt_token_ids": lambda: fake.generate(["a", "b"], params, [[1]]),
         "1 prompts but 2 priorities": lambda: fake.generate([[1]], params, priority=[1, 2]),
         "lora_request is not supported": lambda: fake.generate([[1]], params, lora_request="x"),  # type: ignore[arg-type]
-        "cache_salt must be a string": lambda: fake.generate(
+        "prompt 0: `cache_salt` must be a string, got 5": lambda: fake.generate(
             [{"prompt_token_ids": [1], "cache_salt": 5}], params
         ),
     }.items():

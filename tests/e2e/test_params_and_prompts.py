@@ -10,9 +10,17 @@ from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
 from pagewire.offline.prompts import as_chats, as_params, as_prompts
 from pagewire.offline.settings import configure
-from pagewire.offline.translate import JobTemplate, sampling, text_options
+from pagewire.offline.translate import job_templates
+from pagewire.requests.model_facts import ModelFacts
+from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack
 from pagewire_protocol.structs import Prompt
+
+
+def jobs_of(params: SamplingParams, seed: int = 0) -> list[Job]:
+    """The jobs of one prompt; `seed` is drawn where the parameters have none."""
+    (template,) = job_templates([params], ModelFacts())
+    return template.jobs(Prompt(text="p"), lambda bits: seed, add_special_tokens=True)
 
 
 def test_the_defaults_are_the_ones_people_know() -> None:
@@ -25,7 +33,8 @@ def test_the_defaults_are_the_ones_people_know() -> None:
         params.min_p,
         params.max_tokens,
     ) == (1, 1.0, 1.0, -1, 0.0, 16)
-    wire = sampling(params, seed=5)
+    (job,) = jobs_of(params, seed=5)
+    wire = job.sampling
     assert (wire.seed, wire.top_k, wire.max_tokens, wire.logprobs) == (5, 0, 16, -1)
     assert {"temperature", "top_k", "stop_token_ids", "ignore_eos"} <= set(
         SamplingParams.__annotations__
@@ -35,24 +44,27 @@ def test_the_defaults_are_the_ones_people_know() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"temperature": -1}, "temperature must be from 0 to 100, got -1"),
-        ({"top_p": 0}, "top_p must be above 0, at most 1, got 0"),
-        ({"top_k": -2}, "top_k must be from -1"),
-        ({"min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
-        ({"presence_penalty": 3}, "presence_penalty must be from -2 to 2, got 3"),
-        ({"max_tokens": 0}, "max_tokens must be from 1"),
-        ({"min_tokens": 17}, r"min_tokens must be at most max_tokens \(16\), got 17"),
-        ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
+        ({"temperature": -1}, "`temperature` must be between 0 and 100, got -1."),
+        ({"top_p": 0}, "`top_p` must be above 0 and at most 1, got 0."),
+        ({"top_k": -2}, "`top_k` must be between -1 and"),
+        ({"min_p": 1.5}, "`min_p` must be between 0 and 1, got 1.5."),
+        ({"presence_penalty": 3}, "`presence_penalty` must be between -2 and 2, got 3."),
+        ({"max_tokens": 0}, "`max_tokens` must be between 1 and"),
+        ({"min_tokens": 17}, "`min_tokens` is 17 but at most 16 tokens are asked for."),
+        ({"logprobs": 21}, "`logprobs` must be between 0 and 20, got 21."),
         ({"n": 2, "temperature": 0}, "n must be 1 when using greedy sampling, got 2"),
-        ({"stop": ""}, "stop strings must have 1 to"),
+        ({"stop": ""}, "A string in `stop` must have 1 to"),
         ({"stop": "x", "detokenize": False}, "need detokenize"),
-        ({"temperature": float("nan")}, "temperature must be a number"),
-        ({"prompt_logprobs": 21}, "prompt_logprobs must be from 0 to 20, got 21"),
-        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be -1 or at least 1, got 0"),
-        ({"logit_bias": {5: 101}}, "logit_bias of token 5 must be from -100 to 100, got 101"),
-        ({"logit_bias": {"x": 1}}, "a token id in logit_bias must be a whole number, got 'x'"),
-        ({"allowed_token_ids": []}, "allowed_token_ids takes 1 to 65536 ids, got 0"),
-        ({"bad_words": [""]}, "bad_words must have 1 to 256 characters"),
+        ({"temperature": float("nan")}, "`temperature` must be between 0 and 100, got nan."),
+        ({"prompt_logprobs": 21}, "`prompt_logprobs` must be between 0 and 20, got 21."),
+        (
+            {"truncate_prompt_tokens": 0},
+            "`truncate_prompt_tokens` must be -1 .* or at least 1, got 0.",
+        ),
+        ({"logit_bias": {5: 101}}, "`logit_bias` must be between -100 and 100, got 101."),
+        ({"logit_bias": {"x": 1}}, "`logit_bias` has the key 'x'; its keys are token ids."),
+        ({"allowed_token_ids": []}, "`allowed_token_ids` is empty"),
+        ({"bad_words": [""]}, "A string in `bad_words` must have 1 to 256 characters, got 0."),
         ({"logits_processors": [print]}, "logits_processors=.* is not supported"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs=.* is not supported"),
     ],
@@ -96,16 +108,18 @@ def test_the_rules_of_older_parameters_in_the_words_people_search_for(words: str
     ],
 )
 def test_what_beam_search_could_only_ignore_is_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(given))} has no effect on beam search"):
+    with pytest.raises(
+        ValueError, match=f"`{next(iter(given))}` is not supported together with beam search."
+    ):
         SamplingParams(use_beam_search=True, best_of=2, temperature=0, **given)
 
 
 def test_beam_search_params_have_bounds() -> None:
     assert BeamSearchParams(4, 32).length_penalty == 1.0
     for given, words in [
-        ((0, 5), "beam_width must be from 1 to 16, got 0"),
+        ((0, 5), "`beam_width` must be between 1 and 16, got 0."),
         ((99, 5), "got 99"),
-        ((2, 0), "max_tokens must be from 1"),
+        ((2, 0), "`max_tokens` must be between 1 and"),
     ]:
         with pytest.raises(ValueError, match=words):
             BeamSearchParams(*given)
@@ -152,7 +166,8 @@ def test_every_parameter_arrives() -> None:
         logit_bias={"7": 2, 9: -1.5}, allowed_token_ids=[1, 2], bad_words=["no"], prompt_logprobs=3, truncate_prompt_tokens=-1, seed=-1,
         stop="x", include_stop_str_in_output=True, spaces_between_special_tokens=False, min_tokens=2, best_of=3, n=2,
     )  # fmt: skip
-    wire, text = sampling(given, 11), text_options(given, has_text=True)
+    jobs = jobs_of(given, seed=11)
+    wire, text = jobs[0].sampling, jobs[0].text
     assert (wire.bias_ids, wire.bias_values, wire.allowed_ids) == (
         pack("i", [7, 9]),
         pack("f", [2.0, -1.5]),
@@ -166,8 +181,7 @@ def test_every_parameter_arrives() -> None:
         True,
     )
     assert not text.spaces_between_special_tokens
-    jobs = [JobTemplate(given, True).job(Prompt(text="p"), index, 5) for index in (0, 1)]
-    assert [job.sampling.prompt_logprobs for job in jobs] == [3, -1]
+    assert [job.sampling.prompt_logprobs for job in jobs] == [3, -1, -1]
 
 
 def test_an_unknown_parameter_is_refused_by_name() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from pagewire import LLM
 from pagewire.offline.engine import Engine
+from pagewire.requests.errors import ErrorKind
 from pagewire.requests.request import Job
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
 from pagewire_protocol.messages import (
@@ -187,12 +188,12 @@ def test_a_truncated_prompt_is_its_end(engine: Engine, oracle: Any) -> None:
 
 def test_what_the_tokenizer_refuses_by_name(engine: Engine) -> None:
     (sink,) = run(engine, [job("hello", {"bad_words": ("fine", "1 2 " * 50)})])
-    assert sink.end.status == 400 and sink.end.param == "bad_words"
+    assert sink.end.kind is ErrorKind.INVALID and sink.end.param == "bad_words"
 
 
 def answered(engine: Engine, question: Tokenize | Detokenize) -> Any:
     answers: list[Any] = []
-    engine.owner.ask(question, answers.append)
+    engine.owner.query(question, answers.append)
     end = time.monotonic() + 60
     while not answers:
         assert time.monotonic() < end
@@ -208,7 +209,7 @@ def test_tokenize_and_detokenize(engine: Engine, oracle: Any) -> None:
         ids
     )
     assert answered(engine, Detokenize(0, "x", said.ids)).text == text
-    assert answered(engine, Detokenize(0, "x", pack("i", [10**6]))).status == 400
+    assert answered(engine, Detokenize(0, "x", pack("i", [10**6]))).kind is ErrorKind.INVALID
 
 
 def test_hostile_columns_straight_to_the_scheduler_end_as_refusals(engine: Engine) -> None:
@@ -256,7 +257,7 @@ def test_a_question_and_a_scored_prompt_survive_the_tokenizer(engine: Engine, or
     sink = Sink()
     text = " ".join(TEXTS) * 4
     assert engine.submit(job(text, prompt_logprobs=1), sink) is not None
-    engine.owner.ask(Tokenize(0, "x", Prompt(text="hello")), answers.append)
+    engine.owner.query(Tokenize(0, "x", Prompt(text="hello")), answers.append)
     os.kill(
         next(pid for name, pid in engine.pids().items() if name.startswith("tokenizer")),
         signal.SIGKILL,

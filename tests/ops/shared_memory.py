@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from ops.known_models import MODELS
-from pagewire.worker.gpu.cascade_buffers import MOST_GROUPS
 from pagewire.worker.gpu.decode_graphs import buckets, cascade_buckets
 from pagewire.worker.models import describe
 from pagewire.worker.models.decoder import Decoder
@@ -31,6 +30,7 @@ from pagewire_kernels.batch import Batch
 from pagewire_kernels.cascade import Groups
 from pagewire_kernels.sampling import SamplingRows
 from pagewire_kernels.slot_state import DecodeRows, SlotState, commit, decode_inputs
+from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from triton._C.libtriton import ir, nvidia, passes  # pyright: ignore[reportMissingImports]
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
@@ -128,7 +128,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def groups(rows: int) -> Groups:
-    return Groups(empty(rows), empty(MOST_GROUPS + 1), empty(MOST_GROUPS), empty(rows))
+    return Groups(empty(rows), empty(MAX_PREFIX_GROUPS + 1), empty(MAX_PREFIX_GROUPS), empty(rows))
 
 
 def batch(tokens: int, rows: int, grouped: bool) -> Batch:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from ops.triton_cases import error, grouped, paged
-from pagewire.worker.gpu.cascade_buffers import MOST_GROUPS, GroupBuffers
+from pagewire.worker.gpu.cascade_buffers import GroupBuffers
 from pagewire.worker.step.slots import BadStep
 from pagewire_kernels import cuda, reference
 from pagewire_kernels.cascade import cascade_attention
+from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from pagewire_protocol.messages import Shared, pack
 
 
@@ -84,9 +85,9 @@ def test_buffers_hold_the_groups_of_the_newest_step_alone() -> None:
     buffers.load(shared([[1, 2]], [64]), 10, Direct())
     groups = buffers.first(12)
     assert groups.order.tolist()[:2] == [1, 2] and groups.shared.tolist() == [0, 64, 64, *[0] * 9]
-    assert groups.starts.tolist() == [0] + [2] * MOST_GROUPS and groups.lengths.tolist() == [64] + [
-        0
-    ] * (MOST_GROUPS - 1)
+    assert groups.starts.tolist() == [0] + [2] * MAX_PREFIX_GROUPS and groups.lengths.tolist() == [
+        64
+    ] + [0] * (MAX_PREFIX_GROUPS - 1)
     assert len(buffers.first(8).shared) == 8
 
 
@@ -98,7 +99,7 @@ def test_groups_beyond_the_buffers_are_decoded_plainly() -> None:
         Direct(),
     )
     groups = buffers.first(32)
-    assert groups.starts.tolist() == list(range(0, 2 * MOST_GROUPS + 1, 2))
+    assert groups.starts.tolist() == list(range(0, 2 * MAX_PREFIX_GROUPS + 1, 2))
     assert groups.shared.tolist() == [16 * (i // 2 + 1) for i in range(16)] + [0] * 16
 
 

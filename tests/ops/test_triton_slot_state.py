@@ -20,9 +20,9 @@ def random_state(seed: int) -> SlotState:
     torch.manual_seed(seed)
     state = SlotState.empty(SLOTS, COLUMNS, "cpu")
     state.last_token.random_(0, 50_000)
-    state.computed.random_(0, COLUMNS * BLOCK - 1)
+    state.num_computed.random_(0, COLUMNS * BLOCK - 1)
     state.table.random_(0, 100_000)
-    state.odds.uniform_()
+    state.sampling_params.uniform_()
     state.top_k.random_(0, 50)
     state.seeds.random_()
     return state
@@ -30,7 +30,7 @@ def random_state(seed: int) -> SlotState:
 
 def test_decode_inputs_with_padding_rows_and_long_tables():
     state = random_state(1)
-    state.computed[3] = 0
+    state.num_computed[3] = 0
     slots = torch.tensor([7, -1, 3, 0, 10, -1], dtype=torch.int32)
     whole = DecodeRows.empty(9, COLUMNS, "cpu")
     for field in fields(whole):
@@ -41,7 +41,7 @@ def test_decode_inputs_with_padding_rows_and_long_tables():
     for name in ("tokens", "positions", "mapping", "seq_lens"):
         assert torch.equal(getattr(out, name), getattr(expected, name)), name
     live = slots >= 0
-    assert torch.equal(out.odds[:, live], expected.odds[:, live])
+    assert torch.equal(out.sampling_params[:, live], expected.sampling_params[:, live])
     assert torch.equal(out.top_k[live], expected.top_k[live]) and torch.equal(
         out.seeds[live], expected.seeds[live]
     )
@@ -62,6 +62,6 @@ def test_commit_touches_only_the_rows_it_is_given():
     commit_reference(slots, sampled, bad, other, expected)
     assert torch.equal(report, expected) and report.tolist() == [11, 12, -1, 14]
     assert torch.equal(state.last_token, other.last_token) and torch.equal(
-        state.computed, other.computed
+        state.num_computed, other.num_computed
     )
-    assert state.computed[7] == random_state(2).computed[7] + 1
+    assert state.num_computed[7] == random_state(2).num_computed[7] + 1

@@ -3,8 +3,8 @@ nothing that is not shared."""
 
 import numpy as np
 import pytest
-from pagewire.scheduler import prefix_groups
 from pagewire.scheduler.prefix_groups import PrefixFinder
+from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from scheduler.scheduler_sim import World
 
 SIZE = 64
@@ -87,7 +87,7 @@ def test_the_most_worthwhile_are_sent():
     ]
     assert (
         sorted(tokens for _, tokens in found(rows))
-        == [16 * (16 + g) for g in range(12)][-prefix_groups.MOST_GROUPS :]
+        == [16 * (16 + g) for g in range(12)][-MAX_PREFIX_GROUPS:]
     )
 
 

@@ -75,9 +75,9 @@ def test_the_table_agrees_with_step(byte_level: Decoding, bpe: Tokenizer, texts:
     for text in texts:
         fast, slow = byte_level.start(), byte_level.start()
         for token in bpe.encode(text).ids:
-            known = fast.texts[token] if fast.clean else None
+            known = fast.texts[token] if fast.can_look_up else None
             assert (fast.step(token) if known is None else known) == slow.step(token)
-            assert fast.clean == slow.clean
+            assert fast.can_look_up == slow.can_look_up
 
 
 def test_special_tokens_are_left_out_unless_asked_for(byte_level: Decoding, bpe: Tokenizer):
@@ -103,7 +103,7 @@ def test_padding_rows_of_a_model_have_no_text(bpe: Tokenizer):
 
 def test_sentencepiece_text_comes_back(spm: Tokenizer):
     decoding = Decoding(spm)
-    assert decoding.tabled
+    assert decoding.is_tabled
     rng = random.Random(5)
     for _ in range(300):
         text = "".join(
@@ -120,7 +120,7 @@ def test_sentencepiece_space_belongs_to_the_text_unless_nothing_was_said_before(
     ids = spm.encode("the cat", add_special_tokens=False).ids
     assert "".join(deltas(decoding, ids)) == " the cat"
     assert "".join(deltas(decoding, ids, at_start=True)) == "the cat"
-    assert decoding.is_start([1]) and not decoding.is_start([1, *ids])
+    assert decoding.begins_text([1]) and not decoding.begins_text([1, *ids])
 
 
 def test_byte_fallback_is_held_until_whole(spm: Tokenizer):
@@ -136,13 +136,13 @@ def test_metaspace(bpe: Tokenizer):
     )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     decoding = Decoding(tokenizer)
-    assert decoding.tabled
+    assert decoding.is_tabled
     assert decoding.decode([1, 2, 3]) == tokenizer.decode([1, 2, 3]) == "the cats"
 
 
 def test_decoders_that_look_at_neighbours_use_a_window(wordpiece: Tokenizer):
     decoding = Decoding(wordpiece)
-    assert not decoding.tabled and isinstance(decoding.start(), WindowDecoder)
+    assert not decoding.is_tabled and isinstance(decoding.start(), WindowDecoder)
     assert isinstance(decoding.start(silent=True), TableDecoder)
     rng = random.Random(3)
     text = "the cats sat unable. the cat sat"

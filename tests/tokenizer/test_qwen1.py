@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from pagewire.tokenizer.decode import BYTE_OF
 from pagewire.tokenizer.load import NoTokenizer, load
 from pagewire.tokenizer.merges import merges_of
+from pagewire.tokenizer.token_bytes import BYTE_OF
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

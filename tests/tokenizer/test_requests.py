@@ -32,21 +32,21 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.sampling import Sampling, TextOptions
 from tokenizers import Tokenizer
 
-OWNER, OTHER = "ipc:///run/frontend-a.sock", "ipc:///run/frontend-b.sock"
+FRONTEND, OTHER = "ipc:///run/frontend-a.sock", "ipc:///run/frontend-b.sock"
 VOCAB = 500
 X = 1 << 43 | 7
 """An execution of epoch 1."""
 
 
 def roster(
-    epoch: int = 1, frontends: Iterable[str] = (OWNER, OTHER), max_model_len: int = 64
+    epoch: int = 1, frontends: Iterable[str] = (FRONTEND, OTHER), max_model_len: int = 64
 ) -> Roster:
     peers = tuple(Peer(Role.FRONTEND, inbox[-15:], inbox, 5, True) for inbox in frontends)
     return Roster(epoch, peers, max_model_len, VOCAB, (2,), True, True)
 
 
 class Bench:
-    """Requests with a letterbox on each side."""
+    """Requests with a message list on each side."""
 
     def __init__(self, tokenizer: Tokenizer | None, template: str = "") -> None:
         self.tokenizer = tokenizer
@@ -55,7 +55,7 @@ class Bench:
         self.requests = Requests(
             self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
         )
-        self.requests.joined(roster(), True)
+        self.requests.on_roster(roster(), True)
 
     def generate(
         self,
@@ -74,7 +74,7 @@ class Bench:
             name: fields.pop(name) for name in list(fields) if name in TextOptions.__struct_fields__
         }
         output = pack("i", fields.pop("output", ()))
-        reply_to = fields.pop("reply_to", OWNER)
+        reply_to = fields.pop("reply_to", FRONTEND)
         text = TextOptions(**options)
         self.requests.generate(
             Generate(
@@ -100,13 +100,13 @@ class Bench:
         assert isinstance(submit, Submit)
         return submit
 
-    def mail(self, inbox: str = OWNER) -> Deltas:
-        mail = self.requests.mails[inbox]
-        assert mail
-        return mail.take()
+    def outgoing(self, inbox: str = FRONTEND) -> Deltas:
+        outgoing = self.requests.outgoing[inbox]
+        assert outgoing
+        return outgoing.take()
 
-    def end(self, inbox: str = OWNER) -> End:
-        (end,) = self.mail(inbox).ended
+    def end(self, inbox: str = FRONTEND) -> End:
+        (end,) = self.outgoing(inbox).ended
         return end
 
     def ids(self, text: str) -> list[int]:
@@ -287,7 +287,7 @@ def test_the_template_s_own_refusal(bpe: Tokenizer):
 
 
 def test_no_worker_yet(bench: Bench):
-    bench.requests.joined(roster(max_model_len=0), False)
+    bench.requests.on_roster(roster(max_model_len=0), False)
     bench.generate()
     end = bench.end()
     assert end.finish is Finish.REFUSED and end.status == 503 and end.retry_after_s == 1
@@ -301,7 +301,7 @@ def test_without_a_tokenizer():
         assert end.status == 400 and "--skip-tokenizer-init" in end.message
     handle = bench.submit(Prompt(ids=pack("i", [5, 6]))).handle
     bench.requests.tokens([step((handle, 0, 499))])
-    assert rows(bench.mail()) == [(70, 1, X, 0, [499], "")]
+    assert rows(bench.outgoing()) == [(70, 1, X, 0, [499], "")]
 
 
 # --- tokens
@@ -316,7 +316,7 @@ def test_placed_becomes_started(bench: Bench):
     bench.requests.tokens(
         [step(placed=(Placed(one.handle, 1, 4), Placed(two.handle, 1, 0), Placed(999, 1, 0)))]
     )
-    first, second = bench.mail().started
+    first, second = bench.outgoing().started
     assert (first.handle, first.attempt, first.cached_tokens, first.prompt_ids) == (70, 1, 4, None)
     assert first.prompt_tokens == len(bench.ids("hello")) and second.prompt_ids == two.prompt
 
@@ -325,9 +325,9 @@ def test_rows_go_to_their_owners(bench: Bench):
     a, b = bench.ids("ab")
     one, two = bench.submit().handle, bench.submit(rid=2, handle=71, reply_to=OTHER).handle
     bench.requests.tokens([step((two, 0, b), (one, 0, a), (999, 0, a))])
-    assert rows(bench.mail()) == [(70, 1, X, 0, [a], "a")]
-    assert rows(bench.mail(OTHER)) == [(71, 1, X, 0, [b], "b")]
-    assert not bench.requests.mails[OWNER]
+    assert rows(bench.outgoing()) == [(70, 1, X, 0, [a], "a")]
+    assert rows(bench.outgoing(OTHER)) == [(71, 1, X, 0, [b], "b")]
+    assert not bench.requests.outgoing[FRONTEND]
 
 
 def test_several_steps_in_a_drain_become_one_row_a_stream(bench: Bench):
@@ -335,7 +335,7 @@ def test_several_steps_in_a_drain_become_one_row_a_stream(bench: Bench):
     one, two = bench.submit().handle, bench.submit(rid=2, handle=71).handle
     steps = [step((one, n, token), (two, n, ids[0])) for n, token in enumerate(ids)]
     bench.requests.tokens(steps)
-    first, second = rows(bench.mail())
+    first, second = rows(bench.outgoing())
     assert first == (70, 1, X, 0, ids, "𐌰世")
     assert second[3:5] == (0, [ids[0]] * len(ids))
 
@@ -348,7 +348,7 @@ def test_rows_of_several_tokens_and_of_none(bench: Bench):
     row = step((one, 0, first[0]), (two, 0, 0), (one, 1, 0))
     message = replace(row, tokens=pack("i", [*first, *rest]), counts=counts)
     bench.requests.tokens([message])
-    assert rows(bench.mail()) == [(70, 1, X, 0, ids, "𐌰世界")]
+    assert rows(bench.outgoing()) == [(70, 1, X, 0, ids, "𐌰世界")]
 
 
 def test_rows_of_several_tokens_beside_rows_of_one(bench: Bench):
@@ -361,7 +361,7 @@ def test_rows_of_several_tokens_beside_rows_of_one(bench: Bench):
         counts=pack("i", [len(ids), 1]),
     )
     bench.requests.tokens([several, step((one, len(ids), ids[0]), (two, 1, ids[1]))])
-    first, second = rows(bench.mail())
+    first, second = rows(bench.outgoing())
     assert first[3:5] == (0, [*ids, ids[0]]) and second[3:5] == (0, ids[:2])
 
 
@@ -380,9 +380,9 @@ def test_other_executions_and_repeated_rows_are_dropped_and_gaps_are_lost(bench:
     (a,) = bench.ids("a")
     handle = bench.submit().handle
     bench.requests.tokens([step((handle, 0, a))])
-    assert rows(bench.mail())
+    assert rows(bench.outgoing())
     bench.requests.tokens([step((handle, 1, a), execution=X + 1), step((handle, 0, a))])
-    assert not bench.requests.mails[OWNER]
+    assert not bench.requests.outgoing[FRONTEND]
     bench.requests.tokens([step((handle, 2, a))])
     end = bench.end()
     assert (end.handle, end.finish) == (70, Finish.LOST) and not len(bench.requests)
@@ -411,7 +411,7 @@ def test_ends_are_passed_on_and_unfinished_text_only_with_a_finished_generation(
     ids = bench.ids("𐌰")
     handle = bench.submit(stop=("ab",)).handle
     bench.requests.tokens([step((handle, 0, ids[0]), ended=(End(handle, 1, finish, status=7),))])
-    deltas = bench.mail()
+    deltas = bench.outgoing()
     assert [row[5] for row in rows(deltas)] == ["\ufffd" if finish is Finish.LENGTH else ""]
     assert deltas.ended == (End(70, 1, finish, status=7),) and not len(bench.requests)
 
@@ -420,9 +420,9 @@ def test_held_text_comes_with_an_end_that_comes_alone(bench: Bench):
     (a,) = bench.ids("a")
     handle = bench.submit(stop=("ab",)).handle
     bench.requests.tokens([step((handle, 0, a))])
-    assert rows(bench.mail())[0][5] == ""
+    assert rows(bench.outgoing())[0][5] == ""
     bench.requests.tokens([step(ended=(End(handle, 1, Finish.LENGTH),))])
-    assert rows(bench.mail()) == [(70, 1, X, 1, [], "a")]
+    assert rows(bench.outgoing()) == [(70, 1, X, 1, [], "a")]
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -432,7 +432,7 @@ def test_a_stop_token_counts_and_has_no_text_unless_included(bench: Bench, inclu
     bench.requests.tokens(
         [step((handle, 0, b)), step((handle, 1, b), ended=(End(handle, 1, Finish.STOP, b),))]
     )
-    deltas = bench.mail()
+    deltas = bench.outgoing()
     assert rows(deltas) == [(70, 1, X, 0, [b, b], "bb" if include else "b")]
     assert deltas.ended[0].stop_reason == b != a
 
@@ -448,8 +448,8 @@ def test_a_stop_string_ends_the_request_here(bench: Bench, include: bool, text: 
     seen, ends = "", []
     for position, token in enumerate(ids):
         bench.requests.tokens([step((submit.handle, position, token))])
-        if bench.requests.mails[OWNER]:
-            deltas = bench.mail()
+        if bench.requests.outgoing[FRONTEND]:
+            deltas = bench.outgoing()
             seen += "".join(deltas.texts)
             ends += deltas.ended
     assert seen == text
@@ -467,7 +467,7 @@ def test_rows_after_a_stop_string_in_the_same_drain_are_dropped(bench: Bench):
             step((handle, 2, a), ended=(End(handle, 1, Finish.LENGTH),)),
         ]
     )
-    deltas = bench.mail()
+    deltas = bench.outgoing()
     assert rows(deltas) == [(70, 1, X, 0, [a, b], "a")]
     assert deltas.ended == (End(70, 1, Finish.STOP, "b"),)
 
@@ -476,9 +476,9 @@ def test_stop_strings_count_after_min_tokens(bench: Bench):
     a, b = bench.ids("ab")
     handle = bench.submit(stop=("ab",), min_tokens=3).handle
     bench.requests.tokens([step((handle, n, token)) for n, token in enumerate([a, b, a, b, a])])
-    assert rows(bench.mail())[0][5] == "abab"
+    assert rows(bench.outgoing())[0][5] == "abab"
     bench.requests.tokens([step((handle, 5, b))])
-    deltas = bench.mail()
+    deltas = bench.outgoing()
     assert deltas.texts == ("",) and deltas.ended[0].stop_reason == "ab"
 
 
@@ -497,7 +497,7 @@ def test_a_resubmission_continues_where_the_text_stopped(bench: Bench):
         bench.requests.tokens(
             [step((first.handle, n, token)) for n, token in enumerate(ids[:broken])] or [step()]
         )
-        text = "".join(bench.mail().texts) if broken else ""
+        text = "".join(bench.outgoing().texts) if broken else ""
         bench.generate(rid=rid, attempt=2, handle=72, stop=("END",), output=ids[:broken])
         sent = bench.sent()
         if isinstance(sent[-1], Submit):
@@ -507,7 +507,7 @@ def test_a_resubmission_continues_where_the_text_stopped(bench: Bench):
                     for n in range(broken, len(ids))
                 ]
             )
-        deltas = bench.mail()
+        deltas = bench.outgoing()
         assert text + "".join(deltas.texts) == expected, broken
         assert deltas.ended == (End(72, 2, Finish.STOP, "END"),)
         bench.sent()
@@ -522,7 +522,7 @@ def test_attempts_only_grow(bench: Bench):
     bench.requests.tokens(
         [step((first.handle, 0, 5)), step((second.handle, 0, 5), execution=X + 1)]
     )
-    assert [row[:3] for row in rows(bench.mail())] == [(75, 3, X + 1)]
+    assert [row[:3] for row in rows(bench.outgoing())] == [(75, 3, X + 1)]
 
 
 @pytest.mark.parametrize("output", [[VOCAB], [-1]])
@@ -534,11 +534,11 @@ def test_a_resubmission_with_impossible_tokens_is_refused(bench: Bench, output: 
 def test_a_new_scheduler_starts_over(bench: Bench):
     old, kept = bench.submit(), bench.submit(rid=2, handle=71)
     bench.requests.tokens([step((kept.handle, 0, 5), execution=2 << 43)])
-    bench.mail()
-    assert bench.requests.joined(roster(2, ()), True) == set()
+    bench.outgoing()
+    assert bench.requests.on_roster(roster(2, ()), True) == set()
     assert bench.end() == End(70, 1, Finish.LOST, message="the scheduler was replaced")
     bench.requests.tokens([step((old.handle, 0, 5))])
-    assert not bench.requests.mails[OWNER] and len(bench.requests) == 1
+    assert not bench.requests.outgoing[FRONTEND] and len(bench.requests) == 1
 
 
 # --- cancellation
@@ -555,7 +555,7 @@ def test_cancel_goes_to_the_scheduler_which_ends_it(bench: Bench):
 
 
 def test_long_prompts_are_encoded_elsewhere(bench: Bench):
-    bench.requests.joined(roster(max_model_len=100_000), False)
+    bench.requests.on_roster(roster(max_model_len=100_000), False)
     bench.generate("a" * (LONG + 1))
     assert not bench.sent() and len(bench.requests) == 1
     (request,) = bench.offloaded
@@ -579,17 +579,17 @@ def test_cancel_while_encoding(bench: Bench):
 def test_requests_of_a_frontend_that_is_gone_are_cancelled(bench: Bench):
     gone, stays = bench.submit(), bench.submit(rid=2, reply_to=OTHER)
     bench.generate("a" * (LONG + 1), rid=3)
-    assert bench.requests.joined(roster(frontends=(OTHER,)), False) == {OWNER}
+    assert bench.requests.on_roster(roster(frontends=(OTHER,)), False) == {FRONTEND}
     assert bench.sent() == [Cancel(((gone.rid, 1),))]
-    assert len(bench.requests) == 1 and OWNER not in bench.requests.mails
+    assert len(bench.requests) == 1 and FRONTEND not in bench.requests.outgoing
     bench.requests.tokens([step((gone.handle, 0, 5), (stays.handle, 0, 5))])
-    assert len(rows(bench.mail(OTHER))) == 1
+    assert len(rows(bench.outgoing(OTHER))) == 1
 
 
 def test_a_scheduler_that_reads_nothing_refuses(bench: Bench):
     submit = bench.submit()
-    bench.requests.unsent(Cancel(((submit.rid, 1),)))
-    bench.requests.unsent(submit)
+    bench.requests.not_sent(Cancel(((submit.rid, 1),)))
+    bench.requests.not_sent(submit)
     assert bench.end().status == 503 and not len(bench.requests)
 
 
@@ -615,7 +615,7 @@ def test_logprobs_have_the_row_they_belong_to_and_raw_bytes(bench: Bench):
         step((two, 1, 5), (one, 1, ids[1]), logprobs=columns(1, ids[1])),
     ]
     bench.requests.tokens(steps)
-    deltas = bench.mail()
+    deltas = bench.outgoing()
     first, second = deltas.logprobs
     at = [row[0] for row in rows(deltas)].index(70)
     assert (first.row, first.index, first.rank, first.ids, first.values) == (
@@ -643,7 +643,7 @@ def test_logprobs_of_rows_with_several_tokens_go_by_token(bench: Bench):
     )
     message = replace(step((handle, 0, 0)), tokens=pack("i", ids), counts=pack("i", [count]))
     bench.requests.tokens([replace(message, logprobs=columns)])
-    entries = bench.mail().logprobs
+    entries = bench.outgoing().logprobs
     assert [(entry.row, entry.index, entry.ids) for entry in entries] == [
         (0, index, (token,)) for index, token in enumerate(ids)
     ]

@@ -24,7 +24,7 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.sampling import Sampling, TextOptions
 from tokenizers import Tokenizer
 
-OWNER = "ipc:///run/frontend-a.sock"
+FRONTEND = "ipc:///run/frontend-a.sock"
 VOCAB, CONTEXT = 500, 64
 X = 1 << 43 | 7
 
@@ -36,12 +36,12 @@ class Bench:
         self.requests = Requests(
             self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
         )
-        frontend = Peer(Role.FRONTEND, "f", OWNER, 5, True)
-        self.requests.joined(Roster(1, (frontend,), CONTEXT, VOCAB, (2,), True, True), True)
+        frontend = Peer(Role.FRONTEND, "f", FRONTEND, 5, True)
+        self.requests.on_roster(Roster(1, (frontend,), CONTEXT, VOCAB, (2,), True, True), True)
 
     def generate(self, prompt: Prompt, sampling: Sampling, text: TextOptions, **fields) -> None:
         self.requests.generate(
-            Generate(b"r" * 16, 1, 70, OWNER, prompt, b"", sampling, text, **fields)
+            Generate(b"r" * 16, 1, 70, FRONTEND, prompt, b"", sampling, text, **fields)
         )
 
     def submit(self, *args, **fields) -> Submit:
@@ -53,7 +53,7 @@ class Bench:
 
     def refusal(self, *args) -> tuple[int, str, str | None]:
         self.generate(*args)
-        ((deltas,),) = (self.requests.mails[OWNER].messages(),)
+        ((deltas,),) = (self.requests.outgoing[FRONTEND].messages(),)
         (end,) = deltas.ended
         assert (
             end.finish is Finish.REFUSED
@@ -117,7 +117,7 @@ def test_many_bad_words_are_encoded_beside_the_loop(bench: Bench):
     bench.generate(HI, PLAIN, TextOptions(bad_words=words))
     (request,) = bench.offloaded
     bench.requests.encoded(request, encode(bench.encoder, request))
-    assert len(bench.requests.mails[OWNER].take().ended) == 1, "each has more than 64 tokens"
+    assert len(bench.requests.outgoing[FRONTEND].take().ended) == 1, "each has more than 64 tokens"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_end_of_a_long_prompt_is_kept(
         CONTEXT - kept if rest else max_tokens
     )
     bench.requests.tokens([Tokens(b"", b"", b"", b"", b"", (Placed(submit.handle, 1, 0),))])
-    (started,) = bench.requests.mails[OWNER].take().started
+    (started,) = bench.requests.outgoing[FRONTEND].take().started
     assert started.prompt_tokens == kept and started.prompt_ids == submit.prompt
 
 
@@ -239,10 +239,10 @@ def test_prompt_logprobs_come_after_started_before_rows_with_their_bytes(
     bench.requests.tokens(
         [said(first, placed=(Placed(handle, 1, 0),)), Tokens(*row, prompt_logprobs=(second,))]
     )
-    mail = bench.requests.mails[OWNER]
-    assert mail
-    messages = mail.messages()
-    assert not mail and [
+    outgoing = bench.requests.outgoing[FRONTEND]
+    assert outgoing
+    messages = outgoing.messages()
+    assert not outgoing and [
         [len(m.started), len(m.prompt_logprobs), len(m.texts)] for m in messages
     ] == [
         [1, 0, 0],
@@ -281,7 +281,7 @@ def test_prompt_logprobs_of_another_attempt_or_execution_are_dropped(bench: Benc
             )
         ]
     )
-    deltas: list[Deltas] = bench.requests.mails[OWNER].messages()
+    deltas: list[Deltas] = bench.requests.outgoing[FRONTEND].messages()
     assert [run.first for message in deltas for run in message.prompt_logprobs] == [1]
 
 
@@ -300,5 +300,5 @@ def test_damaged_prompt_logprobs_lose_their_stream_alone(bench: Bench, broken):
         Prompt(text="hello"), Sampling(3, 8, prompt_logprobs=1), TextOptions()
     ).handle
     bench.requests.tokens([said(run_of(handle, 1, [7], **broken))])
-    (message,) = bench.requests.mails[OWNER].messages()
+    (message,) = bench.requests.outgoing[FRONTEND].messages()
     assert message.ended[0].finish is Finish.LOST and not len(bench.requests)

@@ -99,7 +99,7 @@ def test_as_sentencepiece(kind, train, samples):
 def test_token_by_token_as_all_at_once(train, samples):
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(train("llama")))
     decoding = Decoding(sentencepiece_tokenizer.build(sentencepiece_model.read(train("llama"))))
-    assert decoding.tabled
+    assert decoding.is_tabled
     for text in samples[:300]:
         assert decoding.decode(oracle.encode(text)) == text
 

@@ -35,7 +35,7 @@ def test_as_the_plain_definition_however_the_text_is_cut(
     for piece in cut(text, places):
         seen += piece
         shown += matcher.feed(piece)
-        if matcher.found:
+        if matcher.matched:
             break
         ends = [
             seen[at:]
@@ -48,13 +48,13 @@ def test_as_the_plain_definition_however_the_text_is_cut(
         assert shown + matcher.held == seen
     else:
         shown += matcher.flush()
-    assert (shown, matcher.found) == naive(text, stops, include)
+    assert (shown, matcher.matched) == naive(text, stops, include)
 
 
 def test_one_character_at_a_time():
     matcher = Matcher(("###", "#!"))
     assert [matcher.feed(character) for character in "a##b##!"] == ["a", "", "", "##b", "", "", "#"]
-    assert matcher.found == "#!"
+    assert matcher.matched == "#!"
 
 
 def test_what_is_held_comes_at_the_end():
@@ -72,4 +72,4 @@ def test_long_stop_strings_cost_linear_time():
         matcher.feed("a")
     assert len(matcher.held) == 1000
     matcher.feed("q")
-    assert matcher.found == stops[15]
+    assert matcher.matched == stops[15]

@@ -205,11 +205,11 @@ def test_frontends_are_reached_when_they_are_heard_of(
     assert stand.frontend.address in reached
 
 
-def test_a_rehearsal_is_no_condition(bpe: Tokenizer):
+def test_a_warm_up_that_fails_does_no_harm(bpe: Tokenizer):
     words = Tokenizer(models.WordLevel({"hello": 0}, unk_token="[UNK]"))
     for tokenizer in (bpe, words):
-        Text(Loaded(tokenizer, "", {})).rehearse()
-    Text(None).rehearse()
+        Text(Loaded(tokenizer, "", {})).warm_up()
+    Text(None).warm_up()
     with pytest.raises(Exception, match="UNK"):
         words.encode("anything else")
 

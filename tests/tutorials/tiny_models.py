@@ -202,7 +202,7 @@ def save_remote(path: Path, case: str, vocabulary: int, **changes: Any) -> Path:
 def save_qwen1(path: Path) -> Path:
     """Qwen 1 as its repository has it: tiktoken's ranks, remote code that nobody may run, no chat
     template."""
-    from pagewire.tokenizer.decode import BYTE_OF
+    from pagewire.tokenizer.token_bytes import BYTE_OF
 
     vocab = bytes_bpe(()).get_vocab()
     ranks = {bytes(BYTE_OF[c] for c in token): index for token, index in vocab.items()}

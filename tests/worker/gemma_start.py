@@ -84,13 +84,13 @@ def started(path: Path, device: str, dtype: str) -> Any:
         settings,
     )
     if device == "cuda":
-        from pagewire.worker.gpu.runner import CudaRunner
+        from pagewire.worker.gpu.runner import start
 
-        return CudaRunner(*given)
+        return start(*given)
     from pagewire.worker.cpu.runner import Runner
-    from pagewire.worker.loop import SyncRunner
+    from pagewire.worker.runners import AsyncFromSync
 
-    return SyncRunner(Runner(*given))
+    return AsyncFromSync(Runner(*given))
 
 
 def run(runner: Any, asked: list[list[int]], chunk: int) -> list[Told]:

@@ -209,7 +209,7 @@ def timing() -> list[Row]:
 def _cases() -> dict[str, Callable[[], tuple[Callable[[int], Any], Callable[[int], Any], int]]]:
     """By name: (launch as chosen, launch with the measured shape given, how many inputs)."""
     from pagewire.bench.ops.attention import Decode, Prefill
-    from pagewire.bench.ops.products import Product
+    from pagewire.bench.ops.gemm import Gemm
 
     def attention(case: Any, config: Any) -> tuple[Callable[[int], Any], Callable[[int], Any], int]:
         case.hopper = False  # this checks the shapes of the general kernel
@@ -219,7 +219,7 @@ def _cases() -> dict[str, Callable[[], tuple[Callable[[int], Any], Callable[[int
         return attention(Decode(rows, 1024, 32, 128, None), _decode_shape(rows * 8))
 
     def skinny(rows: int, n: int, k: int) -> Any:
-        return attention(Product(n, k, rows), hopper_shapes.SKINNY[rows, n, k])
+        return attention(Gemm(n, k, rows), hopper_shapes.SKINNY[rows, n, k])
 
     return {
         "prefill 4x512 of 2048, 128": lambda: attention(

@@ -4,7 +4,7 @@
 
 A tiny random model in float32, requests of every kind in one batch, steps several ahead of their
 results, slots that pass from one request to the next, requests that are resumed. Each token of the
-CudaRunner is held against transformers on the CPU: its logits, restricted by its own processors.
+GPU runner is held against transformers on the CPU: its logits, restricted by its own processors.
 Since a GPU rounds otherwise, a token may be second best by less than TIE. Log-probabilities of
 tokens and of prompts are held against exact ones, and what the CPU's Runner says to the same
 requests is counted. One line tells the verdict; the exit status is 0 when all is well. With `cpu`,
@@ -121,13 +121,13 @@ def runner(path: Path, device: str) -> Any:
     settings = WorkerConfig(device=device, dtype="float32", num_kv_blocks=BLOCKS)
     given = path, ModelConfig(), SchedulerConfig(max_num_seqs=16), settings
     if device == "cuda":
-        from pagewire.worker.gpu.runner import CudaRunner
+        from pagewire.worker.gpu.runner import start
 
-        return CudaRunner(*given)
+        return start(*given)
     from pagewire.worker.cpu.runner import Runner
-    from pagewire.worker.loop import SyncRunner
+    from pagewire.worker.runners import AsyncFromSync
 
-    return SyncRunner(Runner(*given))
+    return AsyncFromSync(Runner(*given))
 
 
 class Lane:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pagewire.worker.gpu.resample import Extra, ExtraSampling, Kernels
+from pagewire.worker.gpu.resample import ExtraSampling, Kernels, StepLogprobs
 from pagewire.worker.step.slots import Slots
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
 from pagewire_kernels.sampling import Sampled, SamplingRows
@@ -47,14 +47,14 @@ class Device:
         self.slots.admit(Admission(slot, 1, pack("i", prompt), pack("i", output), blocks, 0, given))
         self.special.admit(np.array([slot]))
 
-    def step(self, logits: torch.Tensor, slots: list[int]) -> tuple[list[int], Extra | None]:
+    def step(self, logits: torch.Tensor, slots: list[int]) -> tuple[list[int], StepLogprobs | None]:
         """What the graph wrote, then the special rows; the host counts the tokens and keeps none of
         them."""
         report, which = logits.argmax(-1).int(), np.array(slots)
         report[logits.isnan().any(-1)] = -1
         self.state.last_token[which] = report.clamp(min=0)
         extra = self.special.resample(logits, which, report)
-        self.slots.known[which] += 1
+        self.slots.num_tokens[which] += 1
         assert ((self.state.last_token[which] == report) | (report < 0)).all()
         return report.tolist(), extra
 
@@ -108,7 +108,7 @@ class Rows:
     def _some(self, count: int) -> list[int]:
         return [self.make.randrange(VOCAB) for _ in range(count)]
 
-    def step(self) -> tuple[torch.Tensor, list[int], list[int], Extra | None]:
+    def step(self) -> tuple[torch.Tensor, list[int], list[int], StepLogprobs | None]:
         """Logits, slots, tokens as transformers would choose them, and log-probabilities."""
         slots = self.make.sample(range(SLOTS), self.make.randrange(1, SLOTS + 1))
         logits = (torch.randn(len(slots), VOCAB) * 2).bfloat16().float()

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from pagewire.worker.gpu import kernel_profile
-from pagewire.worker.gpu.kernel_profile import Kernel, KernelLog, kind_of, summary
+from pagewire.worker.gpu.kernel_profile import Kernel, KernelProfile, kind_of, summary
 
 US = 1000
 
@@ -52,8 +52,8 @@ def test_names_have_their_kinds() -> None:
     assert found == [
         "decode attention",
         "other",
-        "products",
-        "products",
+        "GEMMs",
+        "GEMMs",
         "norms",
         "copies",
         "other",
@@ -68,7 +68,7 @@ def test_the_summary_adds_up() -> None:
         ("nvjet_b", 0, 100 * US),
     ]
     lines = list(summary(kernels, 3))
-    assert lines[0] == "3 steps, 4 kernels in 1 ms, busy for 71.4%; ms: products 1, norms 0"
+    assert lines[0] == "3 steps, 4 kernels in 1 ms, busy for 71.4%; ms: GEMMs 1, norms 0"
     assert [line.split()[-1] for line in lines[1:]] == ["nvjet_a", "_norm", "nvjet_b"]
     assert lines[2].split()[:6] == ["0.2", "ms", "26.7%", "2", "x", "100.0"]
 
@@ -87,7 +87,7 @@ def test_a_record_is_told_by_the_first_step_after_a_pause(
     started: list[float] = []
     monkeypatch.setattr(kernel_profile, "_start", lambda: started.append(clock.now))
     monkeypatch.setattr(kernel_profile, "_stop", lambda: [("_sample", 0, 5 * US)])
-    made = KernelLog()
+    made = KernelProfile()
     with caplog.at_level(logging.INFO):
         for wait in (0.0, 0.01, 0.01, pause):
             clock.now += wait
@@ -105,7 +105,7 @@ def test_nothing_recorded_is_nothing_told(
 ) -> None:
     monkeypatch.setattr(kernel_profile, "_start", lambda: None)
     monkeypatch.setattr(kernel_profile, "_stop", list)
-    made = KernelLog()
+    made = KernelProfile()
     made.begin()
     clock.now += 1
     made.begin()

@@ -162,7 +162,7 @@ def test_clear_forgets_every_slot(small, numbers, reference):
         ({"retire": ints(3)}, r"slots \[3\]"),
         (
             {"run_slots": ints(0), "run_counts": ints(2)},
-            "to compute 2 tokens from 6 on, but knows 7",
+            "to compute 2 tokens from 6 on, but has 7 tokens",
         ),
         ({"run_slots": ints(0), "run_counts": ints(0)}, "to compute 0 tokens"),
         ({"run_slots": ints(0), "run_counts": b""}, "1 slots to run but 0 counts"),

@@ -1,12 +1,25 @@
 """Sampling against independent references in numpy."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from pagewire.worker.cpu import sampler
 from pagewire.worker.cpu.sampler import Rows, sample
+from pagewire_kernels import cpu_native, cpu_sampling
+from pagewire_kernels.sampling_rows import SamplingRows
 from pagewire_protocol.columns import unpack
 from scipy import stats
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native(tmp_path_factory):
+    """As in a worker that has drawn for a while; without Numba torch does the same, slowly."""
+    cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
+    with contextlib.suppress(cpu_native.NoNativeCode):
+        cpu_sampling.compile_search()
+
 
 DEFAULTS = {
     "temperature": 1.0,
@@ -19,7 +32,7 @@ DEFAULTS = {
 }
 
 
-def rows(settings: list[dict], seeds=None, positions=None, restrict=None, history=None) -> Rows:
+def rows(settings: list[dict], seeds=None, positions=None, constrain=None, history=None) -> Rows:
     count = len(settings)
     columns = {
         name: torch.tensor(
@@ -28,13 +41,17 @@ def rows(settings: list[dict], seeds=None, positions=None, restrict=None, histor
         )
         for name, default in DEFAULTS.items()
     }
-    return Rows(
-        **columns,
+    sampling = SamplingRows(
+        **{name: columns.pop(name) for name in ("temperature", "top_k", "top_p", "min_p")},
         seeds=torch.tensor(seeds if seeds is not None else [0] * count),
         positions=torch.tensor(positions if positions is not None else [0] * count),
+    )
+    return Rows(
+        sampling,
+        **columns,
         logprobs=np.array([s.get("logprobs", -1) for s in settings]),
         history=history or {},
-        restrict=restrict,
+        constrain=constrain,
     )
 
 
@@ -203,14 +220,7 @@ def test_forbidden_tokens_are_never_given():
     logits = torch.zeros(200, 4)
     logits[:, 1] = 8
     settings, banned = [{}] * 100 + [{"temperature": 0.0}] * 100, torch.tensor([1, 3])
-    restrict = lambda x: x.index_fill_(1, banned, float("-inf"))  # noqa: E731
-    tokens = sample(logits, rows(settings, seeds=list(range(200)), restrict=restrict)).tokens
+    constrain = lambda x: x.index_fill_(1, banned, float("-inf"))  # noqa: E731
+    tokens = sample(logits, rows(settings, seeds=list(range(200)), constrain=constrain)).tokens
     assert set(tokens.tolist()) == {0, 2}
     assert set(tokens[100:].tolist()) == {0}
-
-
-def test_inverse_of_the_distribution_goes_by_token_id():
-    weights = torch.zeros(4, 700)
-    weights[:, 3], weights[:, 300], weights[:, 699] = 1.0, 2.0, 1.0
-    draws = torch.tensor([0.0, 0.2499999, 0.25, 1 - 2.0**-53], dtype=torch.float64)
-    assert sampler.invert(weights, draws).tolist() == [3, 3, 300, 699]

@@ -220,9 +220,9 @@ def test_prompt_logprobs_end_with_the_prompt_when_output_is_recomputed(model, dr
 
 def test_more_logprobs_than_there_are_tokens(model):
     import torch
-    from pagewire.worker.step.logprobs import score
+    from pagewire.worker.step.logprobs import token_logprobs
 
-    found = score(torch.randn(2, 7), torch.tensor([1, 2]), 20)
+    found = token_logprobs(torch.randn(2, 7), torch.tensor([1, 2]), 20)
     counts, _, ids, _ = found.columns(
         torch.tensor([1, 2], dtype=torch.int32).numpy(), torch.tensor([20, 3]).numpy()
     )

@@ -4,7 +4,7 @@ captured step's logits against transformers."""
 import numpy as np
 import pytest
 import torch
-from pagewire.worker.gpu.resample import Extra
+from pagewire.worker.gpu.resample import StepLogprobs
 from pagewire_protocol.messages import unpack
 from pagewire_protocol.sampling import Sampling
 from worker.sampling_reference import words
@@ -75,9 +75,9 @@ def test_prompts_are_scored_from_the_steps_logits():
     prompt = [5, 9, 11, 3, 8]
     device.admit(0, [4, 4, 4], Sampling(0, 9))
     device.admit(1, prompt, Sampling(0, 9, prompt_logprobs=2))
-    extra = Extra()
+    extra = StepLogprobs()
     run, first, end = np.array([0, 1]), np.array([0, 1]), np.array([3, 5])
-    device.special.prompt_tap(run, first, end, extra)(lambda rows: torch_logits[rows])
+    device.special.prompt_hook(run, first, end, extra)(lambda rows: torch_logits[rows])
     (found,) = extra.prompt_logprobs()
     assert (found.slot, found.first) == (1, 2) and unpack("i", found.counts).tolist() == [3, 3, 3]
     exact = torch.log_softmax(torch_logits.double(), -1)
@@ -92,4 +92,4 @@ def test_prompts_are_scored_from_the_steps_logits():
         assert values[3 * i : 3 * i + 3] == pytest.approx(
             exact[3 + i, ids[3 * i : 3 * i + 3]].tolist(), abs=1e-5
         )
-    assert device.special.prompt_tap(run, np.array([0, 4]), np.array([3, 5]), extra) is None
+    assert device.special.prompt_hook(run, np.array([0, 4]), np.array([3, 5]), extra) is None

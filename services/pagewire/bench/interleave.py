@@ -1,4 +1,4 @@
-"""Repeated measurements in a bounded time: each thing once, then all of them again in turns while
+"""Repeated measurements in a bounded time: each once, then all of them again, alternately, while
 there is time."""
 
 import statistics
@@ -44,7 +44,7 @@ class Result:
         return {"median": self.median(), "runs": self.rows, **error}
 
 
-def in_turns(
+def run_interleaved(
     measures: Mapping[str, Callable[[int], Row]],
     runs: int,
     budget: Budget,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import new_parser
 from . import workloads
-from .interleave import Budget, Result, Row, in_turns
+from .interleave import Budget, Result, Row, run_interleaved
 from .load import Sample
 from .offline import describe, settings_of, start, vocabulary
 from .options import add_common, add_plot, say
@@ -77,7 +77,7 @@ def measure(
         if options.json:
             write_json(options.json, report)
 
-    results = in_turns(
+    results = run_interleaved(
         {name: lambda run, name=name: one(name, run) for name in loads}, options.runs, budget, done
     )
     say(f"{sum(len(result.rows) for result in results.values())} requests")
@@ -86,7 +86,6 @@ def measure(
 
 def ask(llm: "LLM", load: workloads.Workload, run: int, vocab: int) -> Sample:
     """One request, with the moment of each of its tokens."""
-    from ..offline.llm import Batch
     from ..offline.prompts import as_params, as_prompts
     from ..offline.sampling_params import SamplingParams
 
@@ -94,10 +93,10 @@ def ask(llm: "LLM", load: workloads.Workload, run: int, vocab: int) -> Sample:
     params = SamplingParams(
         temperature=0.6, max_tokens=load.output[0], ignore_eos=True, detokenize=False
     )
-    batch = Batch(llm, as_prompts([prompt]), as_params(params, 1), timed=True)
+    batch = llm.batch(as_prompts([prompt]), as_params(params, 1), timed=True)
     began = time.monotonic()
     batch.run()
-    moments = batch.collectors[0].moments
+    moments = batch.sinks[0].token_times
     gaps = [after - before for before, after in itertools.pairwise(moments)]
     return Sample(began, moments[0], moments[-1], len(moments), len(moments), "", gaps)
 

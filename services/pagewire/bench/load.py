@@ -58,8 +58,8 @@ class _Stream(asyncio.Protocol):
         self._tail = (self._tail + data)[-TAIL:]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        found = USAGE.findall(self._tail)
-        self.sample.tokens = int(found[-1]) if found else 0
+        counts = USAGE.findall(self._tail)
+        self.sample.tokens = int(counts[-1]) if counts else 0
         if DONE not in self._tail:
             line = self._tail.rpartition(b"\r\n\r\n")[2].decode(errors="replace")
             self.sample.error = f"the answer broke off: {line[:200]}"

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    found = {
+    facts = {
         "pagewire": __version__,
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
@@ -23,8 +23,8 @@ def describe() -> dict[str, Any]:
     }
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found | {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+            facts[package] = importlib.metadata.version(package)
+    return facts | {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 
 
 def gpu_memory_gib() -> float | None:

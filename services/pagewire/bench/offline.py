@@ -16,8 +16,8 @@ from ..config import (
     add_flags,
 )
 from . import baselines, machine, workloads
-from .interleave import Budget, Result, Row, in_turns
-from .options import add_common, cells, say, told
+from .interleave import Budget, Result, Row, run_interleaved
+from .options import add_common, cells, figures_line, say
 from .stats import table, write_json
 
 if TYPE_CHECKING:
@@ -110,12 +110,12 @@ def measure(
         return lambda run: once(llm, workload, run, vocab)
 
     def done(name: str, result: Result) -> None:
-        say(f"{name}: {told(result, shown(name))}")
+        say(f"{name}: {figures_line(result, shown(name))}")
         report["workloads"][name] = result.as_json()
         if options.json:
             write_json(options.json, report)
 
-    return in_turns(
+    return run_interleaved(
         {workload.name: one(workload.scaled(options.scale)) for workload in chosen},
         options.runs,
         budget,
@@ -123,8 +123,8 @@ def measure(
     )
 
 
-def vocabulary(llm: "LLM", asked: int) -> int:
-    return min(asked, llm._roster.vocab_size)
+def vocabulary(llm: "LLM", limit: int) -> int:
+    return min(limit, llm._roster.vocab_size)
 
 
 def once(llm: "LLM", workload: workloads.Workload, run: int, vocab: int) -> Row:

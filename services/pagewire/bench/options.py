@@ -67,8 +67,8 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
 
 
-def told(result: Result, *names: str) -> str:
-    """The last row of a result in a few words."""
+def figures_line(result: Result, *names: str) -> str:
+    """Some figures of the last run, as a line of progress."""
     if result.error:
         return f"failed: {result.error}"
     return ", ".join(f"{name} {stats.number(result.rows[-1][name])}" for name in names)
@@ -80,10 +80,10 @@ def cells(model: str, workload: str, figure: str, value: Any) -> list[Any]:
     peer, goal = baselines.beside(model, workload, figure)
     if not goal or not isinstance(value, int | float):
         return [peer, goal, ""]
-    wanted = float(goal.replace(",", ""))
+    target = float(goal.replace(",", ""))
     lower_is_better = "tok/s" not in figure
     return [
         peer,
         goal,
-        f"{(wanted / value if lower_is_better else value / wanted) if value else 0:.0%}",
+        f"{(target / value if lower_is_better else value / target) if value else 0:.0%}",
     ]

@@ -18,8 +18,8 @@ from typing import Any
 from ..cli import new_parser, positive
 from . import machine, workloads
 from .clients import Clients
-from .interleave import Budget, Result, Row, in_turns
-from .options import add_common, say, told
+from .interleave import Budget, Result, Row, run_interleaved
+from .options import add_common, figures_line, say
 from .serve import Server
 from .servers import ask_model, started
 from .stats import table, write_json
@@ -82,10 +82,10 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 
 def _asking(text: str) -> list[str]:
-    found = text.split(",")
-    if not set(found) <= ASKING.keys():
+    names = text.split(",")
+    if not set(names) <= ASKING.keys():
         raise ValueError
-    return found
+    return names
 
 
 def _numbers(text: str) -> list[float]:
@@ -113,13 +113,13 @@ def measure(
             "--fake-step-ms",
             str(step_ms),
         ]
-        asked = dataclasses.replace(load, extra=tuple(ASKING[asking].items()))
+        asking_load = dataclasses.replace(load, extra=tuple(ASKING[asking].items()))
         return once(
-            clients, asked, run, [*rest, "--device", "fake", "--log-level", "warning", *flags]
+            clients, asking_load, run, [*rest, "--device", "fake", "--log-level", "warning", *flags]
         )
 
     def done(name: str, result: Result) -> None:
-        say(f"{name}: {told(result, *SHOWN)}")
+        say(f"{name}: {figures_line(result, *SHOWN)}")
         report["rows"][name] = result.as_json()
         if options.json:
             write_json(options.json, report)
@@ -132,7 +132,7 @@ def measure(
         for step_ms in options.step_ms
         for asking in options.asking
     }
-    return in_turns(measures, options.runs, Budget(options.budget_s), done)
+    return run_interleaved(measures, options.runs, Budget(options.budget_s), done)
 
 
 def once(clients: Clients, load: workloads.Workload, run: int, flags: list[str]) -> Row:

@@ -39,15 +39,17 @@ def draw(report: dict[str, Any], path: str) -> None:
 def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """(streams, output tokens a second) by the lengths of the requests; those measured with one
     number of streams only make no curve unless nothing else does."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    points_by_shape: dict[str, list[tuple[int, float]]] = {}
     for name, load in loads.items():
         plain = name.removesuffix(AGAINST_SUFFIX)
         workload = workloads.parse(plain) if "x" in plain else None
         if workload is not None and not workload.rate:
             shape = plain.partition("x")[2] + name[len(plain) :]
-            found.setdefault(shape, []).append((workload.streams, load["median"]["out tok/s"]))
-    long = {shape: sorted(points) for shape, points in found.items() if len(points) > 1}
-    return long or {shape: points for shape, points in found.items() if points}
+            points_by_shape.setdefault(shape, []).append(
+                (workload.streams, load["median"]["out tok/s"])
+            )
+    long = {shape: sorted(points) for shape, points in points_by_shape.items() if len(points) > 1}
+    return long or {shape: points for shape, points in points_by_shape.items() if points}
 
 
 def _drawable(load: dict[str, Any], kind: str) -> list[float]:

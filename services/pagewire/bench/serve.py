@@ -15,9 +15,9 @@ from ..config import ModelConfig
 from ..hub import huggingface
 from . import baselines, machine, workloads
 from .clients import Clients
-from .interleave import Budget, Result, Row, in_turns
+from .interleave import Budget, Result, Row, run_interleaved
 from .load import Target
-from .options import add_common, add_plot, cells, say, told
+from .options import add_common, add_plot, cells, figures_line, say
 from .servers import ask_model, metrics, started
 from .stats import GRID, distribution, latencies, summarize, table, write_json
 from .workloads import AGAINST_SUFFIX
@@ -46,12 +46,12 @@ BLIND = "--skip-tokenizer-init"
 
 @dataclass
 class Server:
-    """A server under load, and the latencies that it showed, by load and kind."""
+    """A server under load, and its latencies in milliseconds, by load and kind."""
 
     url: str
     key: str
     model: str
-    seen: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    latencies: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def play(self, clients: Clients, load: workloads.Workload, run: int, vocab: int) -> Row:
         """Raises OSError when a request failed or ended early."""
@@ -64,7 +64,7 @@ class Server:
         if short:
             raise OSError(f"{len(short)} of {len(samples)} answers were not as asked: {short[0]}")
         for kind, values in latencies(samples).items():
-            self.seen.setdefault(load.name, {}).setdefault(kind, []).extend(values)
+            self.latencies.setdefault(load.name, {}).setdefault(kind, []).extend(values)
         return summarize(samples)
 
 
@@ -157,8 +157,10 @@ def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> R
 
 
 def describe(server: Server, ready: float | None) -> dict[str, Any]:
-    told = metrics(server.url)
-    blocks = next((value for name, value in told.items() if name.endswith("kv_blocks_total")), 0)
+    server_metrics = metrics(server.url)
+    blocks = next(
+        (value for name, value in server_metrics.items() if name.endswith("kv_blocks_total")), 0
+    )
     if ready is not None:
         say(f"{Path(server.model).name} ready in {ready:.1f} s at {server.url}")
     return {
@@ -189,13 +191,13 @@ def measure(
 
     def done(name: str, result: Result) -> None:
         mark = AGAINST_SUFFIX if name.endswith(AGAINST_SUFFIX) else ""
-        say(f"{name}: {told(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
-        seen = servers[mark].seen.get(name.removesuffix(mark), {})
-        report["loads"][name] = result.as_json() | {"distribution": distribution(seen)}
+        say(f"{name}: {figures_line(result, 'out tok/s', 'TTFT p50', 'TPOT p50', 'gap p99')}")
+        measured = servers[mark].latencies.get(name.removesuffix(mark), {})
+        report["loads"][name] = result.as_json() | {"distribution": distribution(measured)}
         if options.json:
             write_json(options.json, report)
 
-    return in_turns(measures, options.runs, budget, done)
+    return run_interleaved(measures, options.runs, budget, done)
 
 
 def _measure(
@@ -204,7 +206,7 @@ def _measure(
     def one(run: int) -> Row:
         if not run:
             server.play(clients, load.warmup(), -1, vocab)
-            server.seen.pop(load.name, None)
+            server.latencies.pop(load.name, None)
         return server.play(clients, load, run, vocab)
 
     return one

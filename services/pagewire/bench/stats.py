@@ -32,12 +32,12 @@ def latencies(samples: list[Sample]) -> dict[str, list[float]]:
     }
 
 
-def distribution(found: dict[str, list[float]]) -> dict[str, list[float]]:
+def distribution(latencies_by_kind: dict[str, list[float]]) -> dict[str, list[float]]:
     """The percentiles of GRID of each kind of latency."""
     shares: dict[str, list[float]] = {}
-    for kind, values in found.items():
+    for name, values in latencies_by_kind.items():
         ordered = sorted(values)
-        shares[kind] = (
+        shares[name] = (
             [ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in GRID]
             if ordered
             else []
@@ -106,5 +106,5 @@ def _clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _clean(one) for key, one in value.items()}
-    return [_clean(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list | tuple) else value

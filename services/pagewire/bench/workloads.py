@@ -112,29 +112,29 @@ def parse(text: str, one_at_a_time: int = 1) -> Workload:
     sends. Raises ValueError."""
     if text in OFFLINE:
         return OFFLINE[text]
-    found = WRITTEN.fullmatch(text)
-    if not found:
+    match = WRITTEN.fullmatch(text)
+    if not match:
         names = ", ".join(OFFLINE)
         raise ValueError(
             f"workload {text!r}: one of {names}, or STREAMSxINPUT/OUTPUT[+COMMON], or poissonRATExINPUT/OUTPUT is needed"
         )
-    _, rate, streams, prompt, output, common = found.groups()
-    given = [int(n) for n in (streams or 1, prompt, output)]
-    if not all(given) or (rate and not float(rate)):
+    _, rate, streams, prompt, output, common = match.groups()
+    numbers = [int(n) for n in (streams or 1, prompt, output)]
+    if not all(numbers) or (rate and not float(rate)):
         raise ValueError(f"workload {text!r}: numbers of at least 1 are needed")
-    lengths = {"prompt": (given[1],) * 2, "output": (given[2],) * 2, "common": int(common or 0)}
+    lengths = {"prompt": (numbers[1],) * 2, "output": (numbers[2],) * 2, "common": int(common or 0)}
     if rate:
         return Workload(
             text, max(1, round(float(rate) * POISSON_S)), 0, rate=float(rate), **lengths
         )
-    return Workload(text, one_at_a_time if given[0] == 1 else given[0], given[0], **lengths)
+    return Workload(text, one_at_a_time if numbers[0] == 1 else numbers[0], numbers[0], **lengths)
 
 
 def parse_list(
     text: str, groups: dict[str, tuple[str, ...]], one_at_a_time: int = 1
 ) -> list[Workload]:
     """Workloads separated by commas; a group's name stands for its members."""
-    names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
+    names = [name for word in text.split(",") for name in groups.get(word.strip(), (word.strip(),))]
     return [parse(name, one_at_a_time) for name in names]
 
 
@@ -154,24 +154,24 @@ def batch(workload: Workload, seed: int, vocab: int = VOCAB) -> tuple[list[list[
     return [prefix + ids(make, length, vocab) for length, _ in sizes], [out for _, out in sizes]
 
 
-def share(workload: Workload, part: int, parts: int) -> Workload:
-    """What client process `part` of `parts` does of it."""
+def share(workload: Workload, index: int, count: int) -> Workload:
+    """What client process `index` of `count` does of it."""
 
     def cut(n: int) -> int:
-        return n // parts + (part < n % parts)
+        return n // count + (index < n % count)
 
     return dataclasses.replace(
         workload,
         requests=cut(workload.requests),
         streams=cut(workload.streams),
-        rate=workload.rate / parts,
+        rate=workload.rate / count,
     )
 
 
-def split(workload: Workload, parts: int) -> list[Workload]:
+def split(workload: Workload, count: int) -> list[Workload]:
     """Shares that have something to do."""
-    parts = min(parts, workload.streams or workload.requests)
-    return [share(workload, part, parts) for part in range(parts)]
+    count = min(count, workload.streams or workload.requests)
+    return [share(workload, index, count) for index in range(count)]
 
 
 def bodies(

@@ -1,4 +1,4 @@
-"""The files of `pagewire run-batch`: OpenAI's batch format, line by line, and what of it is done
+"""The files of `pagewire run-batch`: OpenAI's batch format, line by line, and which lines are done
 already. Knows no service.
 
 A run that was interrupted goes on: a line is known by its number and its custom_id, which its
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import msgspec
 from msgspec import Raw, Struct
 
-from ..requests.errors import ApiError
+from ..frontend.errors import ApiError
 
 URLS: Final = {"/v1/chat/completions": True, "/v1/completions": False}
 """Whether it is a chat."""
@@ -21,6 +21,8 @@ MAX_SHOWN: Final = 80
 
 
 class LineIn(Struct):
+    """A line of the input, as it must be."""
+
     custom_id: str
     url: str
     body: Raw
@@ -39,6 +41,7 @@ class Line(Struct):
 
     @property
     def key(self) -> str:
+        """The id of its answer."""
         return f"batch_req_{self.number}"
 
 
@@ -51,6 +54,7 @@ class Answered(Struct):
     error: dict[str, Any] | None = None
 
     def encoded(self) -> bytes:
+        """The line of the output."""
         response = {
             "status_code": self.status,
             "request_id": self.line.request_id,
@@ -66,12 +70,14 @@ class Answered(Struct):
 
 
 class Outcome(Struct):
+    """What became of a line, and the tokens that it took."""
+
     answered: Answered
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class Told(Struct):
+class EarlierAnswer(Struct):
     """What is read of an answer of an earlier run."""
 
     id: str
@@ -79,48 +85,43 @@ class Told(Struct):
 
 
 _read_in: Final = msgspec.json.Decoder(LineIn)
-_read_out: Final = msgspec.json.Decoder(Told)
+_read_out: Final = msgspec.json.Decoder(EarlierAnswer)
 
 
 def parse_line(number: int, text: bytes) -> Line:
     """Never raises: what is wrong is part of the line."""
     try:
-        given = _read_in.decode(text)
+        request = _read_in.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return Line(number, _custom_id(text), error=f"Line {number} is no request: {error}.")
-    chat = URLS.get(given.url)
-    if given.method != "POST":
+    chat = URLS.get(request.url)
+    if request.method != "POST":
         return Line(
             number,
-            given.custom_id,
-            error=f"`method` {given.method[:MAX_SHOWN]!r} is not supported; only 'POST' is.",
+            request.custom_id,
+            error=f"`method` {request.method[:MAX_SHOWN]!r} is not supported; only 'POST' is.",
         )
     if chat is None:
         return Line(
             number,
-            given.custom_id,
-            error=f"`url` {given.url[:MAX_SHOWN]!r} is not supported; {' and '.join(URLS)} are.",
+            request.custom_id,
+            error=f"`url` {request.url[:MAX_SHOWN]!r} is not supported; {' and '.join(URLS)} are.",
         )
-    return Line(number, given.custom_id, chat, bytes(given.body))
+    return Line(number, request.custom_id, chat, bytes(request.body))
 
 
 def _custom_id(text: bytes) -> str | None:
     try:
-        found = msgspec.json.decode(text)
+        fields = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    value = found.get("custom_id") if isinstance(found, dict) else None
+    value = fields.get("custom_id") if isinstance(fields, dict) else None
     return value if isinstance(value, str) else None
 
 
 def refusal_of(line: Line, error: ApiError) -> Outcome:
-    fields = {
-        "message": error.message,
-        "type": error.kind,
-        "param": error.param,
-        "code": error.status,
-    }
-    return Outcome(Answered(line, error.status, error.body(), fields))
+    """The line is answered with an error."""
+    return Outcome(Answered(line, error.status, error.body(), error.fields()))
 
 
 class Journal:
@@ -172,7 +173,8 @@ def _finished(source: Path, target: Path) -> set[int]:
     """The numbers of the lines that the output answers. Removes a last answer that was cut off."""
     if not target.exists():
         return set()
-    told: dict[str, str | None] = {}
+    custom_ids: dict[str, str | None] = {}
+    """Of the answers that are there, by their id."""
     with target.open("r+b") as file:
         whole = 0
         for text in file:
@@ -181,23 +183,23 @@ def _finished(source: Path, target: Path) -> set[int]:
                 break
             whole += len(text)
             try:
-                found = _read_out.decode(text)
+                answer = _read_out.decode(text)
             except (msgspec.DecodeError, UnicodeDecodeError):
                 raise ValueError(
                     f"{target} holds something else than answers: {text[:MAX_SHOWN]!r}; name another output"
                 ) from None
-            told[found.id] = found.custom_id
+            custom_ids[answer.id] = answer.custom_id
     done = set[int]()
     for number, text in _texts(source):
-        line = parse_line(number, text) if f"batch_req_{number}" in told else None
-        if line and told.pop(line.key) != line.custom_id:
+        line = parse_line(number, text) if f"batch_req_{number}" in custom_ids else None
+        if line and custom_ids.pop(line.key) != line.custom_id:
             raise ValueError(
                 f"{target} answers another input: its line {line.key} is not {line.custom_id!r}; name another output"
             )
         if line:
             done.add(number)
-    if told:
+    if custom_ids:
         raise ValueError(
-            f"{target} answers another input: {source} has no line for {next(iter(told))}; name another output"
+            f"{target} answers another input: {source} has no line for {next(iter(custom_ids))}; name another output"
         )
     return done

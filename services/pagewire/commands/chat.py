@@ -1,4 +1,5 @@
-"""`pagewire chat` and `pagewire complete`: a running server in the terminal, answers as they come.
+"""`pagewire chat` and `pagewire complete`: talk to a running server in the terminal; answers are
+printed as they come.
 
 A plain client of the HTTP interface, with nothing but the standard library.
 """
@@ -17,36 +18,42 @@ from typing import Any
 from ..cli import new_parser
 
 DEFAULT_URL = "http://localhost:8000"
-CONNECT_S, ANSWER_S = 5, 600
+CONNECT_S = 5
+ANSWER_S = 600
+"""Longest silence of the server within an answer."""
 COMMAND = re.compile(r"/[a-z]+")
 
 
 class ChatError(Exception):
-    """Something a person can read."""
+    """The server cannot be used; the message is shown to the user."""
 
 
 class Client:
+    """Requests to one server, a connection each."""
+
     def __init__(self, url: str, key: str) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        """`key` may be empty. Raises ValueError for what is no URL."""
+        address = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(f"--url {url}: an address like {DEFAULT_URL} is needed")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {key}"} if key else {}),
-        }
+        self.url = f"{address.scheme}://{address.netloc}"
+        self._is_secure = address.scheme == "https"
+        self._host = address.hostname
+        self._port = address.port
+        self._path = address.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def model(self) -> str:
-        """The first name the server answers to."""
+        """The first name of the server's model. Raises ChatError."""
         with contextlib.closing(self._connect()) as connection:
             body = json.loads(self._send(connection, "GET", "/v1/models", None).read())
         return str(body["data"][0]["id"])
 
     def answer(self, path: str, body: dict[str, Any]) -> Iterator[str]:
-        """The pieces of the answer's text. Closing the iterator ends the generation on the
-        server."""
+        """The pieces of the answer's text. Closing the iterator ends the generation on the server.
+        Raises ChatError."""
         with contextlib.closing(self._connect()) as connection:
             response = self._send(connection, "POST", path, json.dumps({**body, "stream": True}))
             for line in response:
@@ -58,8 +65,8 @@ class Client:
         raise ChatError("the server broke off the answer")
 
     def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=CONNECT_S)
+        connect = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
+        connection = connect(self._host, self._port, timeout=CONNECT_S)
         try:
             connection.connect()
         except OSError as error:
@@ -92,7 +99,7 @@ def _message(body: Any) -> str:
 
 
 def explain(status: int, raw: bytes) -> str:
-    """An HTTP error in plain words."""
+    """An HTTP error as a line that says what to do."""
     try:
         message = _message(json.loads(raw))
     except ValueError:
@@ -107,7 +114,7 @@ def explain(status: int, raw: bytes) -> str:
 
 
 class Conversation:
-    """Each turn sees those before it."""
+    """A chat: the model sees all turns so far."""
 
     path = "/v1/chat/completions"
 
@@ -116,82 +123,81 @@ class Conversation:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def turn(self, text: str) -> bool:
-        """One question and its printed answer; False after an error. Ctrl-C ends the answer, not
-        the chat. What came of an answer stays part of the conversation."""
-        said, whole = list[str](), True
+        """Send the user's text and print the answer; False after an error. Ctrl-C ends the answer,
+        not the chat. The part of an answer that came stays in the conversation."""
+        pieces: list[str] = []
         try:
-            answer = self._client.answer(self.path, {**self._options, **self._asked(text)})
-            with contextlib.closing(answer) as pieces:  # type: ignore[type-var]
-                for piece in pieces:
-                    said.append(piece)
+            answer = self._client.answer(self.path, {**self._options, **self._request(text)})
+            with contextlib.closing(answer) as received:  # type: ignore[type-var]
+                for piece in received:
+                    pieces.append(piece)
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except (ChatError, OSError, http.client.HTTPException, ValueError) as error:
-            print(f"{os.linesep if said else ''}error: {error}", file=sys.stderr, flush=True)
-            whole = False
-            if not said:
-                return whole
-        self._answered(text, "".join(said))
-        if whole:
-            print()
-        return whole
+            print(f"{os.linesep if pieces else ''}error: {error}", file=sys.stderr, flush=True)
+            if pieces:
+                self._keep(text, "".join(pieces))
+            return False
+        self._keep(text, "".join(pieces))
+        print()
+        return True
 
     def clear(self) -> None:
+        """Forget all turns; the system prompt stays."""
         self._messages = [message for message in self._messages if message["role"] == "system"]
 
-    def _asked(self, text: str) -> dict[str, Any]:
+    def _request(self, text: str) -> dict[str, Any]:
         return {"messages": [*self._messages, {"role": "user", "content": text}]}
 
-    def _answered(self, text: str, said: str) -> None:
+    def _keep(self, text: str, answer: str) -> None:
         self._messages += [
             {"role": "user", "content": text},
-            {"role": "assistant", "content": said},
+            {"role": "assistant", "content": answer},
         ]
 
 
 class Continuation(Conversation):
-    """Each turn is a text of its own, which the model continues."""
+    """Completions: each turn is a text of its own, which the model continues."""
 
     path = "/v1/completions"
 
-    def _asked(self, text: str) -> dict[str, Any]:
+    def _request(self, text: str) -> dict[str, Any]:
         return {"prompt": text}
 
-    def _answered(self, text: str, said: str) -> None:
+    def _keep(self, text: str, answer: str) -> None:
         pass
 
 
 def main(arguments: list[str]) -> int:
+    """`pagewire chat`."""
     about = "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /clear forgets the conversation."
     return run("chat", about, Conversation, arguments)
 
 
 def run(command: str, about: str, kind: type[Conversation], arguments: list[str]) -> int:
+    """The command line of both commands, which differ in `kind`. Returns the exit status."""
     options = parse(command, about, arguments)
-    chosen = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
         client = Client(options.url, options.api_key)
         model = options.model or client.model()
     except (ChatError, OSError, http.client.HTTPException, LookupError) as error:
         print(f"pagewire {command}: {error}", file=sys.stderr)
         return 1
-    talk = kind(
-        client,
-        model,
-        options.system,
-        {key: value for key, value in chosen.items() if value is not None},
-    )
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    conversation = kind(client, model, options.system, parameters)
     if options.quick is not None:
-        return 0 if talk.turn(options.quick) else 1
+        return 0 if conversation.turn(options.quick) else 1
     if sys.stdin.isatty():
         print(
             f"{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the {command}, /clear starts anew"
         )
-    return _loop(talk)
+    return _loop(conversation)
 
 
 def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of both commands."""
     parser = new_parser(command, about)
     key = os.environ.get("PAGEWIRE_API_KEY") or os.environ.get("VLLM_API_KEY", "")
     parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
@@ -207,7 +213,7 @@ def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
         "--temperature",
         type=float,
         default=None,
-        help="0: always the likeliest token; default: the server's",
+        help="0: always the most probable token; default: the server's",
     )
     parser.add_argument(
         "--max-tokens",
@@ -221,9 +227,9 @@ def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _loop(talk: Conversation) -> int:
-    """Until the input ends. What comes from a pipe is a program's: then one error makes the exit
-    code 1."""
+def _loop(conversation: Conversation) -> int:
+    """Turns until the input ends. With input from a pipe, a program reads the exit status: one
+    error makes it 1."""
     status = 0
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
@@ -238,9 +244,9 @@ def _loop(talk: Conversation) -> int:
             print()
             continue
         if text == "/clear":
-            talk.clear()
+            conversation.clear()
             print("(a new conversation)")
         elif COMMAND.fullmatch(text):
             print(f"there is no command {text}; /clear starts anew, Ctrl-D ends the chat")
-        elif text and not talk.turn(text) and not prompt:
+        elif text and not conversation.turn(text) and not prompt:
             status = 1

@@ -1,8 +1,8 @@
-"""`pagewire doctor`: looks at this machine and says in plain words what works, what does not, and
+"""`pagewire doctor`: checks this machine and prints in plain words what works, what does not, and
 what to do about it.
 
-Each check is a function that returns one finding; torch is looked at in a process of its own, so
-that a broken installation is a finding and not a crash.
+Each check is a function that returns one finding. Torch is imported in a process of its own, so that
+a broken installation is a finding and not a crash.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import Literal
 from ..cli import add_model, new_parser, read_all, take_model
 from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from ..hub import huggingface
+from ..process.listening import listening_socket
 from ..version import __version__
 from ..worker.device import kernel_cache
 from ..worker.device.gpus import GpuProbe, NoUsableGpu, better, name_of, read_probe, runs
@@ -45,25 +46,32 @@ PACKAGES = (
     "tqdm",
 )
 OPTIONAL = ("uvloop", "tqdm", "triton")
-LOW_MEMORY_GB, LOW_DISK_GB = 2.0, 2.0
-LOOK_S = 120
-DOCTORS_BLOCKS, DOCTORS_CONTEXT = 64, 512
-"""KV blocks and context of the generation that is tried: little, so that it fits beside a running
+LOW_MEMORY_GB = 2.0
+LOW_DISK_GB = 2.0
+PROBE_S = 120
+"""How long torch may take to find the GPUs."""
+TRIAL_BLOCKS = 64
+TRIAL_CONTEXT = 512
+"""KV blocks and context, in tokens, of the trial generation: so few that it fits beside a running
 server."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """The outcome of one check, which is one line of the output."""
+
     mark: Mark
     subject: str
     text: str
 
 
 def check_versions() -> Finding:
-    found, missing = [f"pagewire {__version__}", f"Python {platform.python_version()}"], list[str]()
+    """Which packages are installed."""
+    versions = [f"pagewire {__version__}", f"Python {platform.python_version()}"]
+    missing: list[str] = []
     for name in PACKAGES:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     needed = [name for name in missing if name not in OPTIONAL]
@@ -71,28 +79,28 @@ def check_versions() -> Finding:
         return Finding(
             "BROKEN", "versions", f"{', '.join(needed)} not installed; pip install 'pagewire[all]'"
         )
-    return Finding("ok", "versions", ", ".join(found))
+    return Finding("ok", "versions", ", ".join(versions))
 
 
 def look_at_gpus() -> GpuProbe:
-    """In a process of its own. Raises RuntimeError with torch's last word where it cannot be
-    imported."""
+    """What torch sees, asked in a process of its own. Raises RuntimeError with the last line of its
+    output where torch cannot be imported."""
     command = [sys.executable, "-m", "pagewire.worker.device.gpus"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])
     return read_probe(result.stdout)
 
 
 def check_device(probe: GpuProbe, device: str) -> Finding:
-    """`device` is the flag: what keeps torch from a GPU is no defect where the CPU was asked
-    for."""
+    """Which device the model would run on. `device` is the flag: that torch cannot use a GPU is no
+    defect where the CPU was chosen."""
     built = f"torch {probe.torch}" + (f" for CUDA {probe.cuda}" if probe.cuda else "")
     if probe.gpus:
         return _first_gpu(probe, built, device)
     if probe.reason:
-        wanted = device == "cuda" or (device == "auto" and not probe.hidden)
-        return Finding("BROKEN" if wanted else "note", "device", f"{probe.reason} ({built})")
+        is_needed = device == "cuda" or (device == "auto" and not probe.hidden)
+        return Finding("BROKEN" if is_needed else "note", "device", f"{probe.reason} ({built})")
     none = f"no GPU: the model runs on {os.cpu_count()} CPU cores of {cpu_name()} ({built})"
     return (
         Finding("BROKEN", "device", f"--device cuda, but {none}")
@@ -102,11 +110,9 @@ def check_device(probe: GpuProbe, device: str) -> Finding:
 
 
 def _first_gpu(probe: GpuProbe, built: str, device: str) -> Finding:
-    """The one that a worker takes; of several, what is said to someone who might want another."""
-    built, visible = (
-        f"({built}, driver {probe.driver or 'unknown'})",
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
+    """The GPU that a worker takes; of several, how to choose a better one."""
+    built = f"({built}, driver {probe.driver or 'unknown'})"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("auto", "cuda"):
         return Finding("ok", "device", f"--device {device}: no GPU is used {built}")
     first, *others = probe.gpus
@@ -129,38 +135,42 @@ def _first_gpu(probe: GpuProbe, built: str, device: str) -> Finding:
 
 
 def check_each_gpu(probe: GpuProbe) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """A check for each GPU, with its subject."""
     for gpu in probe.gpus:
-        subject, (usable, text) = f"GPU {gpu.index}", describe(gpu, probe)
+        subject = f"GPU {gpu.index}"
+        usable, text = describe(gpu, probe)
         limited = not usable or gpu.users() or gpu.capability < BFLOAT16_FROM
         yield subject, functools.partial(Finding, "note" if limited else "ok", subject, text)
 
 
 def check_compiler() -> Finding:
-    """Triton builds its launchers with it."""
+    """Whether there is a C compiler, which Triton builds its launchers with."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
         return Finding(
             "BROKEN",
             "compiler",
             f"no C compiler ({', '.join(names)}), which the GPU's kernels need: install gcc",
         )
-    return Finding("ok", "compiler", found)
+    return Finding("ok", "compiler", compiler)
 
 
 def check_kernel_cache() -> Finding:
+    """Whether compiled kernels can be kept from one start to the next."""
     try:
-        place = kernel_cache.usual()
-        kernel_cache.try_writing(place)
+        directory = kernel_cache.usual()
+        kernel_cache.try_writing(directory)
     except (OSError, RuntimeError) as error:
         text = f"compiled kernels cannot be kept, so that each start compiles them: {error}; set {kernel_cache.VARIABLE}"
         return Finding("note", "kernel cache", text)
     return Finding(
-        "ok", "kernel cache", f"{kernel_cache.compiled(place)} compiled kernels in {place}"
+        "ok", "kernel cache", f"{kernel_cache.compiled(directory)} compiled kernels in {directory}"
     )
 
 
 def cpu_name() -> str:
+    """The processor's model name."""
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -168,6 +178,7 @@ def cpu_name() -> str:
 
 
 def check_memory() -> Finding:
+    """How much of the host's memory is free, and how much this container may use."""
     facts = {
         line.split(":")[0]: int(line.split()[1]) / 2**20
         for line in _lines("/proc/meminfo")
@@ -190,19 +201,21 @@ def check_memory() -> Finding:
 
 
 def check_disk() -> Finding:
-    place = huggingface.cache_dir()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 2**30
+    """How much room there is for downloads."""
+    directory = huggingface.cache_dir()
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free / 2**30
     low = free < LOW_DISK_GB
     return Finding(
         "note" if low else "ok",
         "disk",
-        f"{free:.1f} GiB free in {place}" + ("; downloads may not fit" if low else ""),
+        f"{free:.1f} GiB free in {directory}" + ("; downloads may not fit" if low else ""),
     )
 
 
 def check_run_dir() -> Finding:
+    """Whether the directory of the services' sockets can be made."""
     from ..launch.stack import new_run_dir, remove_run_dir
 
     path = new_run_dir()
@@ -211,41 +224,35 @@ def check_run_dir() -> Finding:
 
 
 def check_model(model: ModelConfig) -> Finding:
+    """Whether the model's files are here, or can be downloaded."""
     cached = huggingface.cached(model)
-    reachable = (
-        "the hub is told to be left alone (HF_HUB_OFFLINE)" if huggingface.offline() else None
-    )
-    reachable = reachable or (
-        "the hub answers" if huggingface.hub_reachable() else "the hub does not answer"
-    )
+    is_offline = huggingface.offline()
+    answers = not is_offline and huggingface.hub_reachable()
+    hub = "the hub answers" if answers else "the hub does not answer"
+    if is_offline:
+        hub = "downloads from the hub are forbidden (HF_HUB_OFFLINE)"
     if cached is not None:
-        return Finding("ok", "model", f"{model.model} is at {cached}; {reachable}")
-    if reachable == "the hub answers":
-        return Finding(
-            "note", "model", f"{model.model} is not cached yet and will be downloaded; {reachable}"
-        )
+        return Finding("ok", "model", f"{model.model} is at {cached}; {hub}")
+    if answers:
+        text = f"{model.model} is not cached yet and will be downloaded; {hub}"
+        return Finding("note", "model", text)
     if model.model == DEMO_MODEL:
-        return Finding(
-            "note",
-            "model",
-            f"the demo model is not cached and {reachable}; the package index will be tried",
-        )
-    return Finding(
-        "BROKEN",
-        "model",
-        f"{model.model} is not cached and {reachable}; check the network, a proxy, or give a local path",
+        text = f"the demo model is not cached and {hub}; the package index will be tried"
+        return Finding("note", "model", text)
+    text = (
+        f"{model.model} is not cached and {hub}; check the network, a proxy, or give a local path"
     )
+    return Finding("BROKEN", "model", text)
 
 
 def check_port(frontend: FrontendConfig) -> Finding:
-    from ..launch.serve import open_socket
-
-    open_socket(frontend.host, frontend.port).close()
+    """Whether the server could listen."""
+    listening_socket(frontend.host, frontend.port).close()
     return Finding("ok", "port", f"{frontend.host}:{frontend.port} is free")
 
 
 def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
-    """One token through tokenizer, scheduler and worker."""
+    """Whether one token comes through tokenizer, scheduler and worker."""
     from .. import LLM, SamplingParams
 
     began = time.monotonic()
@@ -253,8 +260,8 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
         "device": worker.device,
         "dtype": worker.dtype,
         "max_num_seqs": 4,
-        "max_model_len": min(model.max_model_len or DOCTORS_CONTEXT, DOCTORS_CONTEXT),
-        "num_kv_blocks": max(DOCTORS_BLOCKS, -(-DOCTORS_CONTEXT // worker.block_size)),
+        "max_model_len": min(model.max_model_len or TRIAL_CONTEXT, TRIAL_CONTEXT),
+        "num_kv_blocks": max(TRIAL_BLOCKS, -(-TRIAL_CONTEXT // worker.block_size)),
         "block_size": worker.block_size,
         "enforce_eager": True,
         "tokenizer": model.tokenizer,
@@ -273,6 +280,7 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
 
 
 def main(arguments: list[str]) -> int:
+    """`pagewire doctor`. Returns 1 when a check found a defect."""
     parser = new_parser(
         "doctor", "Check this machine. The exit code is 1 when something is broken."
     )
@@ -295,7 +303,8 @@ def main(arguments: list[str]) -> int:
 def list_checks(
     model: ModelConfig, frontend: FrontendConfig, worker: WorkerConfig, generate: bool
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """What is to be checked, in order; what only a GPU needs comes where one was found."""
+    """The checks in order, with their subjects. Those that concern GPUs alone are left out where
+    there is none."""
     probe = functools.cache(look_at_gpus)
     yield "versions", check_versions
     yield "device", lambda: check_device(probe(), worker.device)
@@ -313,10 +322,10 @@ def list_checks(
 
 
 def report(subject: str, check: Callable[[], Finding]) -> Finding:
-    """Run one check and print its finding; whatever it raises is the finding."""
+    """Run one check and print its finding; an exception is a finding too."""
     try:
         finding = check()
-    except Exception as error:
+    except Exception as error:  # whatever is broken must not hide the checks that follow
         finding = Finding("BROKEN", subject, f"{error}" or type(error).__name__)
     print(f"{finding.mark:<7} {finding.subject:<14} {finding.text}", flush=True)
     return finding

@@ -1,5 +1,5 @@
-"""What `pagewire doctor` says about each GPU: whether it can be used, and what would run on it and
-how. Works on what torch was seen to see; starts nothing.
+"""What `pagewire doctor` prints about each GPU: whether it can be used, and what would run on it and
+how. Works on what torch reported; starts nothing.
 """
 
 from pagewire_kernels.capability import attends_by_torch, captures_experts
@@ -8,15 +8,16 @@ from ..config import SchedulerConfig
 from ..worker.device.gpus import GIB, Gpu, GpuProbe, NoUsableGpu, check
 from ..worker.load.precision import BFLOAT16_FROM
 
-WORKSPACE, WORKSPACE_SHARE = 5 * GIB // 2, 0.05
-"""What steps of a model that just fits take beside its weights, and the smallest cache worth
-having, about: bytes, or that share of a large GPU."""
+WORKSPACE = 5 * GIB // 2
+WORKSPACE_SHARE = 0.05
+"""What the steps of a model need besides its weights, with a small KV cache, roughly: bytes, or that
+share of a large GPU, whichever is more."""
 SHARE = 0.9
-"""--gpu-memory-utilization where nobody says it."""
+"""The default of --gpu-memory-utilization."""
 
 
 def describe(gpu: Gpu, probe: GpuProbe) -> tuple[bool, str]:
-    """(whether a model can run on it, a line)."""
+    """Whether a model can run on the GPU, and a line about it."""
     major, minor = gpu.capability
     room = f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
     parts = [f"{gpu.name}, {room}", f"compute capability {major}.{minor}"]
@@ -30,7 +31,7 @@ def describe(gpu: Gpu, probe: GpuProbe) -> tuple[bool, str]:
 
 
 def capabilities(gpu: Gpu) -> list[str]:
-    """What a model gets there."""
+    """How a model runs there: data type, attention, step length, the largest that fits."""
     has_bfloat16 = gpu.capability >= BFLOAT16_FROM
     dtype = "bfloat16" if has_bfloat16 else "float16"
     experts = "with" if captures_experts(gpu.capability) else "without"
@@ -52,7 +53,8 @@ def capabilities(gpu: Gpu) -> list[str]:
 
 
 def largest_model(gpu: Gpu) -> float:
-    """Billions of parameters of two bytes each that fit into what is free now, about."""
+    """Roughly how many billions of parameters, of two bytes each, fit into the memory that is free
+    now."""
     beside = gpu.total - gpu.free + max(WORKSPACE, WORKSPACE_SHARE * gpu.total)
     billions = max(0.0, (SHARE * gpu.total - beside) / 2e9)
     return float(int(billions)) if billions > 10 else int(2 * billions) / 2

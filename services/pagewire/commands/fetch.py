@@ -10,8 +10,8 @@ from ..process.parent import die_with_parent
 
 
 def main(arguments: list[str]) -> int:
-    """`pagewire fetch`: prints the path of the model's files and, when another is named, of the
-    tokenizer's."""
+    """`pagewire fetch`: prints the path of the model's files, and of the tokenizer's where they are
+    others."""
     die_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = new_parser("fetch", "Download a model and print where its files are.")

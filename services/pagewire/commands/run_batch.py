@@ -18,31 +18,31 @@ from pathlib import Path
 from msgspec import structs
 
 from ..frontend.auth import Auth
-from ..frontend.generate import start
+from ..frontend.errors import ApiError, as_api_error
+from ..frontend.generate import new_reply, start
 from ..frontend.openai import ChatRequest, CompletionRequest
 from ..frontend.params import Plan, plan_chat, plan_completion
 from ..frontend.parsing import parse
-from ..frontend.questions import resolve
-from ..frontend.reply import Reply
-from ..frontend.responses import Shape
 from ..frontend.service import Service
 from ..frontend.state import State
+from ..frontend.tokenizer_queries import resolve
 from ..launch import flags, stack
 from ..launch.background import BackgroundServices, find_files
 from ..offline.engine import EngineError
 from ..offline.sinks import Bar
-from ..requests.errors import ApiError, bad, request_failed
+from ..requests.errors import RequestError, invalid, unavailable
+from ..requests.retries import REQUESTS_AHEAD, RetryBudget
 from .batch_lines import Answered, Journal, Line, Outcome, refusal_of
 
-AHEAD = 2
-"""Lines under way, in multiples of what a worker runs at once."""
-POLL_S, PAUSE_S = 0.1, 0.2
-PATIENCE_S = 120.0
-"""How long a line is sent again to services that are not ready or full."""
-DESCRIPTION = "Answer the requests of a file, one a line, as the server would; what the output has already is not done again."
+POLL_S = 0.1
+"""Between two looks at the services."""
+PAUSE_S = 0.2
+"""Before a line is sent again."""
+DESCRIPTION = "Answer the requests of a file, one a line, as the server would; lines that the output answers already are skipped."
 
 
 def main(arguments: list[str]) -> int:
+    """The command's exit status."""
     parser = flags.new("run-batch", DESCRIPTION)
     parser.add_argument(
         "-i",
@@ -79,10 +79,10 @@ def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journa
             )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         asyncio.run(_with_services(config, journal, not options.no_progress))
-    told = (
+    summary = (
         f"{journal.answered} answered, {journal.failed} with an error, {journal.before} done before"
     )
-    print(f"{options.output_file}: {told}, in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"{options.output_file}: {summary}, in {time.monotonic() - began:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -92,22 +92,22 @@ async def _with_services(config: stack.StackConfig, journal: Journal, shown: boo
     config = structs.replace(
         config, run=structs.replace(config.run, run_dir=str(run_dir), log_level="warning")
     )
-    frontend, crew = config.frontend, None
+    frontend, services = config.frontend, None
     assert frontend is not None
     try:
         service = Service(
             config.run, frontend.served_model_name or (config.model.model,), Auth(()), frontend
         )
-        crew = BackgroundServices(structs.replace(config, frontend=None), model, lambda: None)
+        services = BackgroundServices(structs.replace(config, frontend=None), model, lambda: None)
         with service.joined():
-            await _while_alive(crew, _wait_ready(service.state))
-            crew.mark_ready()
-            limit = AHEAD * config.scheduler.num_seqs() * config.num_workers
+            await _while_alive(services, _wait_ready(service.state))
+            services.mark_ready()
+            limit = REQUESTS_AHEAD * config.scheduler.num_seqs() * config.num_workers
             with contextlib.closing(
                 Bar(shown, journal.total, "Running batch", journal.before)
             ) as bar:
                 await _while_alive(
-                    crew,
+                    services,
                     answer_all(
                         service.state,
                         journal.lines(),
@@ -116,8 +116,8 @@ async def _with_services(config: stack.StackConfig, journal: Journal, shown: boo
                     ),
                 )
     finally:
-        if crew is not None:
-            crew.stop()
+        if services is not None:
+            services.stop()
         stack.remove_run_dir(run_dir)
 
 
@@ -131,13 +131,13 @@ async def _wait_ready(state: State) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _while_alive(crew: BackgroundServices, work: Awaitable[None]) -> None:
+async def _while_alive(services: BackgroundServices, work: Awaitable[None]) -> None:
     """Raises EngineError when the services end before the work does."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=POLL_S))[0]:
-            if not crew.alive:
-                raise EngineError(crew.failure)
+            if not services.alive:
+                raise EngineError(services.failure)
         task.result()
     finally:
         task.cancel()
@@ -177,50 +177,54 @@ def _noted(
 
 
 async def answer(state: State, line: Line) -> Outcome:
-    """The line's answer or error; full queues and services that are starting again are waited
+    """The line's answer or error. Full queues and services that are starting again are waited
     for."""
-    give_up = state.clock() + PATIENCE_S
+    retries = RetryBudget(state.clock)
     while True:
         try:
-            plan = _plan(state, line)
-            state.check_ready()
-            return await _generate(state, line, plan)
+            return await _answer_once(state, line)
         except ApiError as error:
-            if error.status not in (429, 503) or state.clock() >= give_up:
-                return refusal_of(line, error)
+            return refusal_of(line, error)
+        except RequestError as error:
+            if not retries.allows(error):
+                return refusal_of(line, as_api_error(error))
         await asyncio.sleep(PAUSE_S)
+
+
+async def _answer_once(state: State, line: Line) -> Outcome:
+    plan = _plan(state, line)
+    if not state.stack.ready(state.clock()):
+        raise unavailable("The services are starting.")
+    return await _generate(state, line, plan)
 
 
 def _plan(state: State, line: Line) -> Plan:
     if line.error is not None:
-        raise bad(line.error)
+        raise invalid(line.error)
+    model = state.stack.model()
     if line.chat:
         chat = parse(ChatRequest, line.body)
         state.check_model(chat.model)
-        plan = plan_chat(chat, state.stack.model())
+        plan = plan_chat(chat, model)
     else:
         completion = parse(CompletionRequest, line.body)
         state.check_model(completion.model)
-        plan = plan_completion(completion, state.stack.model())
-    if plan.stream:
-        raise bad("`stream` is not possible in a file of requests.", "stream")
+        plan = plan_completion(completion, model)
+    if plan.rendering.stream:
+        raise invalid("`stream` is not possible in a file of requests.", "stream")
     return plan
 
 
 async def _generate(state: State, line: Line, plan: Plan) -> Outcome:
-    request_id = ("chatcmpl-" if plan.chat else "cmpl-") + line.request_id
     jobs, echoes = await resolve(state, plan)
-    reply = Reply(Shape(plan, request_id, state.names[0]), asyncio.get_running_loop(), echoes)
+    reply = new_reply(state, plan, line.request_id, echoes)
     cancel = start(state, plan, jobs, reply)
     try:
         await reply.done
     finally:
         cancel()
     if reply.error is not None:
-        raise (
-            reply.error
-            if reply.error.status < 500 or reply.error.status == 503
-            else request_failed()
-        )
+        raise reply.error
     usage = reply.usage()
-    return Outcome(Answered(line, 200, reply.body()), usage.prompt_tokens, usage.completion_tokens)
+    answered = Answered(line, 200, reply.body())
+    return Outcome(answered, usage.prompt_tokens, usage.completion_tokens)

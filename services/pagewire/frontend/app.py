@@ -8,7 +8,8 @@ from typing import Final
 
 from aiohttp import web
 
-from ..requests.errors import JSON, ApiError
+from ..requests.errors import RequestError
+from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions
 from .probes import health, live, load, metrics, model, models, ready, version
 from .request_ids import HEADER, request_id
@@ -21,6 +22,7 @@ _UNAUTHORIZED: Final = b'{"error": "Unauthorized"}'
 
 
 def make_app(state: State) -> web.Application:
+    """The application that serves all routes, for the process whose parts are `state`."""
     app = web.Application(middlewares=[_guard], client_max_size=state.max_body)
     app[STATE] = state
     app.on_response_prepare.append(_finish_headers)
@@ -54,29 +56,31 @@ _OPEN: Final = frozenset(PROBES.values())
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse without a key, except for the probes; turn every failure into a body that clients can
-    read."""
+    """Around every handler: refuse a request without a key, except for the probes; turn every
+    failure into a body that clients can read."""
     state = request.app[STATE]
     try:
         response = await _answer(state, request, handler)
-    except ApiError as error:
-        response = _error(error)
+    except (ApiError, RequestError) as error:
+        response = _error(as_api_error(error))
     except web.HTTPException as error:
         response = _error(_of_http(request, error))
     except (asyncio.CancelledError, ConnectionError):
-        state.tally.responded(499)
+        state.counters.responded(499)
         raise
     except Exception:
         log.exception("request %s failed", request.path)
         if STREAMING in request and request.transport:
+            # The head of an answer has been sent: only a broken connection tells the client now.
             request.transport.abort()
         response = _error(ApiError(500, "The server failed on this request; its log says why."))
-    state.tally.responded(response.status)
+    state.counters.responded(response.status)
     return response
 
 
 async def _answer(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
-    """An OPTIONS request carries no key: a browser asks it before it may send one."""
+    """The handler's answer, if the request may pass. A preflight (OPTIONS) carries no key: a browser
+    sends it before it may send one."""
     if request.method == "OPTIONS":
         if "Origin" in request.headers and "Access-Control-Request-Method" in request.headers:
             status, text, headers = state.cors.preflight(request.headers)

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 
 KEY_VARIABLES = ("PAGEWIRE_API_KEY", "VLLM_API_KEY")
-NOBODY = ""
-"""The tenant of a server without keys."""
+NO_TENANT = ""
+"""Whose requests are, on a server without keys."""
 
 
 def _digest(key: str) -> bytes:
@@ -31,33 +31,34 @@ def configured_keys(flag: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Auth:
+    """The keys of one server; a tenant is the hash of a key, in hexadecimal."""
+
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
         self._tenants = [digest.hex() for digest in self._digests]
 
     @property
     def required(self) -> bool:
+        """Whether requests need a key at all."""
         return bool(self._digests)
 
     def tenant(self, authorization: list[str]) -> str | None:
-        """Whose key these Authorization header values hold: exactly one `Bearer KEY` with a known
-        key. None: nobody's who may pass."""
+        """The tenant whose key these Authorization header values hold: exactly one `Bearer KEY`
+        with one of the server's keys. None: the request may not pass."""
         if not self._digests:
-            return NOBODY
+            return NO_TENANT
         if len(authorization) != 1:
             return None
         scheme, _, key = authorization[0].partition(" ")
-        given = _digest(key.strip(" "))
-        known = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return (
-            self._tenants[known.index(True)] if any(known) and scheme.lower() == "bearer" else None
-        )
+        digest = _digest(key.strip(" "))
+        # All keys are compared, also after a match: the time says nothing about the keys.
+        matches = [hmac.compare_digest(digest, own) for own in self._digests]
+        if scheme.lower() != "bearer" or True not in matches:
+            return None
+        return self._tenants[matches.index(True)]
 
-    def salt(self, tenant: str, asked: str) -> str:
-        """The cache salt of a tenant's request that asks for `asked`: prefixes of different keys
-        never meet. The key stays secret."""
-        return hmac.new(
-            bytes.fromhex(tenant),
-            b"cache salt\0" + asked.encode("utf-8", "surrogatepass"),
-            hashlib.sha256,
-        ).hexdigest()
+    def salt(self, tenant: str, request_salt: str) -> str:
+        """The cache salt of a tenant's request whose own `cache_salt` is `request_salt`: requests
+        of different keys never share cached blocks. The key stays secret."""
+        message = b"cache salt\0" + request_salt.encode("utf-8", "surrogatepass")
+        return hmac.new(bytes.fromhex(tenant), message, hashlib.sha256).hexdigest()

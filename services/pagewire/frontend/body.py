@@ -6,14 +6,15 @@ from typing import Final
 
 from aiohttp import web
 
-from ..requests.errors import ApiError, bad
+from ..requests.errors import invalid
+from .errors import ApiError
 
 BODY_S: Final = 60.0
 """How long a client may take to send its request."""
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes. Raises ApiError."""
+    """The whole body, at most `limit` bytes. Raises ApiError or RequestError."""
     _check_type(request.headers.get("Content-Type", ""))
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
@@ -32,7 +33,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
     except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
-        raise bad("The request body could not be read.") from None
+        raise invalid("The request body could not be read.") from None
 
 
 def _too_large(limit: int) -> ApiError:
@@ -42,15 +43,14 @@ def _too_large(limit: int) -> ApiError:
     )
 
 
-def _check_type(given: str) -> None:
-    """JSON, or not said: some clients post a string without a type. A web page of another origin
-    can only send other types unasked."""
-    kind = given.partition(";")[0].strip().lower()
-    if (
-        kind
-        and kind != "application/json"
-        and not (kind.startswith("application/") and kind.endswith("+json"))
-    ):
+def _check_type(content_type: str) -> None:
+    """JSON passes, and so does a request without a type, which some clients send. The types that
+    are refused are those that a web page of another origin may send without a preflight."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    is_json = media_type == "application/json" or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
+    if media_type and not is_json:
         raise ApiError(
-            415, f"Content-Type {kind[:64]!r} is not supported; only 'application/json' is."
+            415, f"Content-Type {media_type[:64]!r} is not supported; only 'application/json' is."
         )

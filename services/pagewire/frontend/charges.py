@@ -1,47 +1,51 @@
-"""What a request costs before anything is done for it: choices, copies, scores. Each has a limit of
-its own, and a refusal with numbers."""
+"""What an HTTP request costs before anything is done for it: choices, copies, scores. Each has a
+limit of its own, and a refusal with numbers. `LLM` has no such limits: it sends no more at a time
+than the stack runs, and its memory is its own."""
 
 from typing import Final
 
-from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import Prompt
 
-from ..requests.errors import bad
-from .choices import Choices
-from .limits import I31
-from .prompts import Model
+from ..requests.errors import invalid
+from ..requests.job_template import JobTemplate
+from ..requests.model_facts import ModelFacts
+from ..requests.parameters import MAX_INT32, MAX_N
 
-MAX_CHOICES: Final = 1024
+MAX_CHOICES: Final = MAX_N
+"""Of all prompts of one HTTP request together: they are all sent at once."""
 MAX_COPIED: Final = 128 << 20
 """Bytes of prompts and parameters that one HTTP request may put into messages: each choice carries
 its own."""
 MAX_SCORED: Final = 4_194_304
-"""Candidates that one HTTP request may be told of for the tokens of its prompts."""
+"""Candidates for prompt tokens that the answer to one HTTP request may hold."""
 
 
-def charge(
-    prompts: list[Prompt], choices: Choices, sampling: Sampling, text: TextOptions, model: Model
-) -> None:
-    count = choices.cost * len(prompts)
-    each = f"best_of={choices.cost}" if choices.cost > choices.n else f"n={choices.n}"
+def charge(prompts: list[Prompt], template: JobTemplate, model: ModelFacts) -> None:
+    """Raises RequestError when the request costs too much."""
+    choices = template.choices
+    executions = choices.executions
+    count = executions * len(prompts)
+    each = f"best_of={executions}" if executions > choices.n else f"n={choices.n}"
     if count > MAX_CHOICES:
-        raise bad(
-            f"{len(prompts)} prompts with {each} are {count} choices; at most {MAX_CHOICES} are allowed.",
+        raise invalid(
+            f"{len(prompts)} prompts with {each} are {count} choices; "
+            f"at most {MAX_CHOICES} are allowed.",
             "prompt",
         )
-    copied = choices.cost * sum(map(_bytes, prompts)) + count * _parameters(sampling, text)
+    copied = executions * sum(map(_bytes, prompts)) + count * _parameter_bytes(template)
     if copied > MAX_COPIED:
-        raise bad(
-            f"{len(prompts)} prompts with {each} take {copied >> 20} MiB; at most {MAX_COPIED >> 20} are allowed.",
+        raise invalid(
+            f"{len(prompts)} prompts with {each} take {copied >> 20} MiB; "
+            f"at most {MAX_COPIED >> 20} are allowed.",
             "prompt",
         )
-    longest = model.max_model_len or I31
-    scored = (sampling.prompt_logprobs + 1) * sum(
-        min(_tokens(prompt), longest) for prompt in prompts
-    )
+    longest = model.max_model_len or MAX_INT32
+    tokens = sum(min(_tokens(prompt), longest) for prompt in prompts)
+    scored = (template.sampling.prompt_logprobs + 1) * tokens
     if scored > MAX_SCORED:
-        raise bad(
-            f"Scoring these prompts takes up to {scored} log-probabilities; at most {MAX_SCORED} are allowed. Send fewer at once.",
+        raise invalid(
+            f"Scoring these prompts takes up to {scored} log-probabilities; "
+            f"at most {MAX_SCORED} are allowed. Send fewer at once.",
             "prompt",
         )
 
@@ -57,14 +61,13 @@ def _tokens(prompt: Prompt) -> int:
 
 
 def _characters(prompt: Prompt) -> int:
-    return (
-        sum(len(message.content) for message in prompt.chat.messages)
-        if prompt.chat
-        else len(prompt.text or "")
-    )
+    if prompt.chat:
+        return sum(len(message.content) for message in prompt.chat.messages)
+    return len(prompt.text or "")
 
 
-def _parameters(sampling: Sampling, text: TextOptions) -> int:
+def _parameter_bytes(template: JobTemplate) -> int:
+    sampling, text = template.sampling, template.text
     return (
         len(sampling.allowed_ids)
         + 2 * len(sampling.bias_ids)

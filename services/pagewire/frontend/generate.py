@@ -3,24 +3,25 @@ answer or an event stream."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 from msgspec.structs import replace
 
-from ..requests.errors import JSON, ApiError
-from ..requests.request import Job, Stream
-from .beams import search_all
+from ..requests.request import Job, OwnedRequest
+from .answers import PLAIN
+from .beams import start_beams
 from .body import read_body
+from .errors import JSON, ApiError
 from .events import SseReply
 from .openai import ChatRequest, CompletionRequest, Request
 from .params import Plan, plan_chat, plan_completion
 from .parsing import parse
-from .questions import resolve
-from .reply import Reply
+from .reply import Echo, Reply
 from .request_ids import adopt_request_id
-from .responses import Shape
+from .responses import formatter_for
 from .state import STATE, State
+from .tokenizer_queries import resolve
 
 STREAMING: Final = web.RequestKey("streaming", bool)
 """Set on a request whose answer's head may be on its way: no other answer can follow."""
@@ -35,6 +36,7 @@ _EVENTS: Final = {
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
     state = request.app[STATE]
     parsed = parse(CompletionRequest, await read_body(request, state.max_body))
     _check(state, parsed)
@@ -42,6 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
     state = request.app[STATE]
     parsed = parse(ChatRequest, await read_body(request, state.max_body))
     _check(state, parsed)
@@ -54,8 +57,8 @@ def _check(state: State, parsed: Request) -> None:
 
 
 async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    if state.force_usage and plan.stream:
-        plan = replace(plan, include_usage=True)
+    if state.force_usage and plan.rendering.stream:
+        plan = replace(plan, rendering=replace(plan.rendering, include_usage=True))
     state.generating += 1
     try:
         return await _generate(request, state, plan)
@@ -64,19 +67,14 @@ async def _counted(request: web.Request, state: State, plan: Plan) -> web.Stream
 
 
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    shape = Shape(
-        plan,
-        ("chatcmpl-" if plan.chat else "cmpl-") + adopt_request_id(request, plan.request_id),
-        state.names[0],
-    )
-    state.tally.params_n.observe(plan.n)
+    request_id = adopt_request_id(request, plan.request_id)
+    state.counters.params_n.observe(plan.choices.n)
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
+    reply = new_reply(state, plan, request_id, echoes)
     loop = asyncio.get_running_loop()
-    reply = (
-        SseReply(shape, loop, echoes, state.flusher) if plan.stream else Reply(shape, loop, echoes)
-    )
-    cancel, timer = start(state, plan, jobs, reply), _limit(state, reply, loop)
+    cancel = start(state, plan, jobs, reply)
+    timer = _limit_time(state, reply, loop)
     try:
         await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
@@ -91,10 +89,21 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
             timer.cancel()
 
 
-def _limit(
+def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo]) -> Reply:
+    """The empty answer to a plan, an SseReply where it is streamed. `echoes`: one for each
+    prompt."""
+    formatter = formatter_for(plan.rendering, request_id, state.names[0])
+    make_parser = state.chat_parser if formatter.has_structure else PLAIN
+    loop = asyncio.get_running_loop()
+    if plan.rendering.stream:
+        return SseReply(formatter, loop, echoes, state.flusher, make_parser)
+    return Reply(formatter, loop, echoes, make_parser)
+
+
+def _limit_time(
     state: State, reply: Reply, loop: asyncio.AbstractEventLoop
 ) -> asyncio.TimerHandle | None:
-    """What ends the request when its time is up."""
+    """A timer that ends the request with an error after --request-timeout; None without that."""
     seconds = state.request_timeout_s
     if not seconds:
         return None
@@ -109,19 +118,20 @@ def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:
     return [replace(job, cache_salt=salt) for job in jobs]
 
 
-def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], Any]:
-    """Set the jobs going; what ends them is returned. Raises ApiError when none can take them."""
-    if plan.beams:
-        return asyncio.create_task(search_all(state, plan, jobs, reply)).cancel
-    streams: list[Stream] = []
+def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], None]:
+    """Submit the jobs, whose output goes to `reply`. Returns a function that cancels those still
+    running. Raises RequestError when no tokenizer can take them."""
+    if plan.choices.beams:
+        return start_beams(state, plan.choices.beams, jobs, reply)
+    requests: list[OwnedRequest] = []
 
     def cancel() -> None:
-        for stream in streams:
-            state.owner.cancel(stream)
+        for request in requests:
+            state.owner.cancel(request)
 
     try:
         for job, choice in zip(jobs, reply.choices, strict=True):
-            streams.append(state.owner.submit(job, choice))
+            requests.append(state.owner.submit(job, choice))
     except BaseException:
         cancel()
         raise
@@ -130,8 +140,8 @@ def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callab
 
 async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
     """A stream begins when its first choice does, and after the keep-alive interval in any case."""
-    waits = isinstance(reply, SseReply) and state.keep_alive_s > 0
-    timer = loop.call_later(state.keep_alive_s, reply.open) if waits else None
+    is_kept_alive = isinstance(reply, SseReply) and state.keep_alive_s > 0
+    timer = loop.call_later(state.keep_alive_s, reply.open) if is_kept_alive else None
     try:
         await reply.opened
     finally:
@@ -141,7 +151,7 @@ async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -
 
 async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     """Send the head through aiohttp, then let the reply's outlet write to the transport itself;
-    this task sleeps until the end."""
+    this task sleeps until the reply is done."""
     request[STREAMING] = True
     response = web.StreamResponse(headers=_EVENTS)
     chunked = request.version >= (1, 1)
@@ -152,7 +162,7 @@ async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     transport = request.transport
     if transport is None:
         return response
-    reply.outlet.pieces[:0] = reply.greet()
+    reply.outlet.pieces[:0] = reply.first_events()
     reply.outlet.attach(transport, chunked)
     try:
         await reply.done

@@ -1,4 +1,4 @@
-"""Log-probabilities in the three shapes that clients read: OpenAI's of completions, OpenAI's of
+"""Log-probabilities in the three forms that clients read: OpenAI's of completions, OpenAI's of
 chats, vLLM's of prompts."""
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,13 @@ LOWEST: Final = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 Json = dict[str, Any]
 Candidate = tuple[str, float, bytes]
+"""A token's name, its log-probability, its bytes."""
 _encode: Final = msgspec.json.Encoder().encode
 
 
 def token_text(raw: bytes, token: int, ids_as_text: bool = False) -> str:
-    """What a token is called: its text, or its id where that was asked for or there is no tokenizer
-    to tell."""
+    """The name of a token: its text; `token_id:7` where the client wants ids, or there is no
+    tokenizer that knows the text."""
     return f"token_id:{token}" if ids_as_text or not raw else raw.decode("utf-8", "replace")
 
 
@@ -30,8 +31,8 @@ def _candidates(entry: TokenLogprobs, ids_as_text: bool) -> list[Candidate]:
 
 
 def _by_text(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """Reversed, so that of two tokens of one text the likelier stays, and the token itself before
-    all others."""
+    """The candidates by name. Several may have the same one: the token itself comes before all
+    others, then the more probable (they are in that order, and the first one stays)."""
     return {text: value for text, value, _ in reversed(candidates)}
 
 
@@ -41,8 +42,11 @@ def completion_logprobs(
     ids_as_text: bool = False,
     prompt: "PromptScore | None" = None,
 ) -> Json:
-    """`offset`: characters in the token texts of earlier chunks. The tokens of `prompt` come first,
-    where it is given."""
+    """OpenAI's form for completions: one list a property, with an entry a token.
+
+    `offset`: characters in the token texts of earlier chunks. The tokens of `prompt` come first,
+    where the prompt is echoed.
+    """
     tokens: list[str] = list(prompt.tokens) if prompt else []
     values: list[float | None] = list(prompt.values) if prompt else []
     tops: list[Any] = list(prompt.tops) if prompt else []
@@ -64,22 +68,23 @@ def completion_logprobs(
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], ids_as_text: bool = False) -> Json:
+    """OpenAI's form for chats: one object a token."""
     content: list[Json] = []
     for entry in entries:
-        shown = [
+        token, *top = [
             {"token": text, "logprob": value, "bytes": list(raw)}
             for text, value, raw in _candidates(entry, ids_as_text)
         ]
-        content.append({**shown[0], "top_logprobs": shown[1:]})
+        content.append({**token, "top_logprobs": top})
     return {"content": content}
 
 
 class PromptScore:
-    """What the model makes of a prompt, token by token. Encoded as it comes in, run by run, so that
-    a long prompt does not hold up other requests when its answer is put together.
+    """The log-probabilities of a prompt's tokens. Encoded as they come, run by run, so that the
+    answer to a long prompt is put together quickly and delays no other request.
 
-    first: what the first token is called, which nothing precedes and so has no log-probability;
-    echoed, shown: candidates of a token in `tops` and in `rows`, -1 to leave them out.
+    first: the name of the first token, which nothing precedes and so has no log-probability;
+    echoed, shown: candidates for each token in `tops` and in `rows`; -1: none are kept.
     """
 
     def __init__(self, first: str, echoed: int, shown: int, ids_as_text: bool) -> None:
@@ -87,41 +92,46 @@ class PromptScore:
         self.tokens: list[str] = [first]
         self.values: list[float | None] = [None]
         self.tops: list[Raw | None] = [None]
-        """OpenAI's shape: log-probabilities by text."""
+        """OpenAI's form: for each token, log-probabilities by name."""
         self.rows: list[Raw | None] = [None]
-        """vLLM's shape: by token id, with ranks."""
+        """vLLM's form: for each token, its candidates by token id, with ranks."""
 
     def add(self, entry: PromptLogprobs) -> None:
-        """Positions that came before are replaced."""
-        found, run = list(_tokens(entry)), slice(entry.first, entry.first + len(entry.counts) // 4)
+        """A run of tokens. Those that came before, ahead of an interruption, are replaced."""
+        tokens = list(_tokens(entry))
+        run = slice(entry.first, entry.first + len(tokens))
         if self._shown >= 0:
-            self.rows[run] = [Raw(_encode(_row(one, self._shown))) for one in found]
+            self.rows[run] = [Raw(_encode(_row(token, self._shown))) for token in tokens]
         if self._echoed >= 0:
-            named = [_candidates(one, self._ids_as_text)[: self._echoed + 1] for one in found]
+            named = [_candidates(token, self._ids_as_text)[: self._echoed + 1] for token in tokens]
             self.tokens[run] = [candidates[0][0] for candidates in named]
             self.values[run] = [candidates[0][1] for candidates in named]
             self.tops[run] = [Raw(_encode(_by_text(candidates))) for candidates in named]
 
 
 def _tokens(entry: PromptLogprobs) -> Iterator[TokenLogprobs]:
-    ids, values, at = unpack("i", entry.ids).tolist(), unpack("f", entry.values).tolist(), 0
+    """The columns of a run taken apart: one entry a prompt token."""
+    ids = unpack("i", entry.ids).tolist()
+    values = unpack("f", entry.values).tolist()
     texts = entry.texts or (b"",) * len(ids)
-    for count, rank in zip(
-        unpack("i", entry.counts).tolist(), unpack("i", entry.ranks).tolist(), strict=True
-    ):
-        run = slice(at, at + count)
-        yield TokenLogprobs(0, 0, rank, tuple(ids[run]), tuple(values[run]), texts[run])
-        at += count
+    counts = unpack("i", entry.counts).tolist()
+    ranks = unpack("i", entry.ranks).tolist()
+    start = 0
+    for count, rank in zip(counts, ranks, strict=True):
+        part = slice(start, start + count)
+        yield TokenLogprobs(0, 0, rank, tuple(ids[part]), tuple(values[part]), texts[part])
+        start += count
 
 
 def _row(entry: TokenLogprobs, shown: int) -> dict[str, Json]:
-    """The token itself, then the likeliest ones."""
+    """vLLM's form of one token: itself, then the most probable ones. The token may be among those;
+    it is there once."""
     row: dict[str, Json] = {}
     for i in range(min(len(entry.ids), shown + 1)):
-        told = {
+        candidate = {
             "logprob": max(entry.values[i], LOWEST),
             "rank": i or entry.rank,
             "decoded_token": token_text(entry.texts[i], entry.ids[i]),
         }
-        row.setdefault(str(entry.ids[i]), told)
+        row.setdefault(str(entry.ids[i]), candidate)
     return row

@@ -1,8 +1,8 @@
 """/metrics in Prometheus' text format. Names that vLLM has are kept, so that its dashboards work;
 the others begin with `pagewire:`.
 
-The numbers lie in the Tallies of all frontends and in the scheduler's roster; they are read when
-somebody asks.
+The numbers are in the counters of all frontends and in the scheduler's roster; they are read when
+/metrics is.
 """
 
 import re
@@ -24,7 +24,7 @@ from .state import State
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 _GAUGES: Final = {
     "num_requests_running": "Requests in a worker's batch.",
-    "num_requests_waiting": "Requests waiting for a place in the batch.",
+    "num_requests_waiting": "Requests waiting for a slot in the batch.",
     "kv_cache_usage_perc": "Share of the KV blocks in use; 1 is all.",
 }
 _COUNTERS: Final = {
@@ -47,11 +47,11 @@ _HISTOGRAMS: Final = {
     "e2e_request_latency_seconds": ("e2e_latency", "From the request to its end."),
     "request_queue_time_seconds": (
         "queue_time",
-        "From the request to its place in a worker's batch.",
+        "From the request to its slot in a worker's batch.",
     ),
-    "request_prefill_time_seconds": ("prefill_time", "From that place to the first token."),
+    "request_prefill_time_seconds": ("prefill_time", "From that slot to the first token."),
     "request_decode_time_seconds": ("decode_time", "From the first token to the last."),
-    "request_inference_time_seconds": ("inference_time", "From that place to the last token."),
+    "request_inference_time_seconds": ("inference_time", "From that slot to the last token."),
     "request_prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request that ended."),
     "request_generation_tokens": (
         "request_generation_tokens",
@@ -64,11 +64,12 @@ _HISTOGRAMS: Final = {
     "request_params_max_tokens": ("params_max_tokens", "max_tokens of a request that ended."),
     "request_params_n": ("params_n", "n of an HTTP request."),
 }
-"""What vLLM calls it: what the Counters calls it, and what it is."""
-_NO_NAME: Final = re.compile(r"[^a-zA-Z0-9_]")
+"""vLLM's name: the attribute of Counters, and the help text."""
+_NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_]")
 
 
 def render(state: State) -> bytes:
+    """All metrics, of all frontends of the stack, as Prometheus' text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(state))  # type: ignore[arg-type]
     return generate_latest(registry)
@@ -77,7 +78,7 @@ def render(state: State) -> bytes:
 class _Collector:
     def __init__(self, state: State) -> None:
         self._state = state
-        self._tally = state.all_counts()
+        self._counters = state.all_counters()
         self._labels = {"engine": "0", "model_name": state.names[0]}
 
     def collect(self) -> Iterator[Metric]:
@@ -102,30 +103,34 @@ class _Collector:
             )
         for name, value in stats.items():
             yield self._gauge(
-                f"pagewire:scheduler_{_NO_NAME.sub('_', name)}", "As told by the scheduler.", value
+                f"pagewire:scheduler_{_NOT_IN_NAMES.sub('_', name)}",
+                "As reported by the scheduler.",
+                value,
             )
 
     def _requests(self) -> Iterator[Metric]:
-        tally = self._tally
+        counters = self._counters
         yield self._counter(
-            "vllm:prompt_tokens", "Prompt tokens of started requests.", tally.prompt_tokens
+            "vllm:prompt_tokens", "Prompt tokens of started requests.", counters.prompt_tokens
         )
         yield self._counter(
             "vllm:prompt_tokens_cached",
             "Those of them that need no computing.",
-            tally.cached_tokens,
+            counters.cached_tokens,
         )
-        yield self._counter("vllm:generation_tokens", "Tokens generated.", tally.generation_tokens)
+        yield self._counter(
+            "vllm:generation_tokens", "Tokens generated.", counters.generation_tokens
+        )
         success = CounterMetricFamily(
             "vllm:request_success",
             "Requests that ended.",
             labels=[*self._labels, "finished_reason"],
         )
-        for reason, count in tally.reasons.items():
+        for reason, count in counters.reasons.items():
             success.add_metric([*self._labels.values(), reason], count)
         yield success
         for name, (attribute, text) in _HISTOGRAMS.items():
-            yield self._histogram(f"vllm:{name}", text, getattr(tally, attribute))
+            yield self._histogram(f"vllm:{name}", text, getattr(counters, attribute))
 
     def _frontend(self) -> Iterator[Metric]:
         state = self._state
@@ -135,7 +140,7 @@ class _Collector:
         yield self._gauge(
             "pagewire:frontend_streams_parked",
             "Those of them waiting for the next attempt.",
-            len(state.owner.parked),
+            len(state.owner.suspended),
         )
         yield self._gauge(
             "pagewire:frontend_event_loop_lag_seconds", "Lateness of the last timer.", state.lag_s
@@ -143,22 +148,22 @@ class _Collector:
         yield self._counter(
             "pagewire:frontend_resubmissions",
             "Attempts beyond the first.",
-            self._tally.resubmissions,
+            self._counters.resubmissions,
         )
         yield self._counter(
             "pagewire:frontend_malformed_messages",
             "Messages dropped as malformed.",
-            self._tally.malformed,
+            self._counters.malformed,
         )
         yield self._counter(
             "pagewire:cached_prompt_tokens",
             "Prompt tokens that need no computing.",
-            self._tally.cached_tokens,
+            self._counters.cached_tokens,
         )
         answers = CounterMetricFamily(
             "pagewire:frontend_http_responses", "HTTP answers.", labels=["code"]
         )
-        for status, count in sorted(self._tally.responses.items()):
+        for status, count in sorted(self._counters.responses.items()):
             answers.add_metric([str(status)], count)
         yield answers
 

@@ -12,19 +12,23 @@ _NULL: Final = Raw(b"null")
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
+    """Which token counts a stream reports."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
-    """Padding against eavesdroppers who measure chunks; there is none."""
+    """Padding against eavesdroppers who measure the length of events; accepted, none is added."""
 
 
 class ResponseFormat(Struct):
+    """What the answer must match; `type` says what kind of schema the other fields hold."""
+
     type: str
 
 
 class Part(Struct, forbid_unknown_fields=True):
-    """A piece of a message's content. The kinds after `text` are known so that they can be refused
-    by name."""
+    """A piece of a message's content. The fields after `text` are there so that the pieces that
+    need them can be refused by name."""
 
     type: str
     text: str | None = None
@@ -37,6 +41,8 @@ class Part(Struct, forbid_unknown_fields=True):
 
 
 class MessageIn(Struct, forbid_unknown_fields=True):
+    """A message of a conversation. The fields of type None may be sent, as null."""
+
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
@@ -100,12 +106,16 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class CompletionRequest(Request, kw_only=True):
+    """POST /v1/completions."""
+
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     suffix: str | None = None
 
 
 class ChatRequest(Request, kw_only=True):
+    """POST /v1/chat/completions."""
+
     messages: list[MessageIn]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -116,7 +126,7 @@ class ChatRequest(Request, kw_only=True):
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Of exactly one of a prompt and a conversation."""
+    """POST /tokenize, of either a prompt or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
@@ -129,5 +139,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /detokenize."""
+
     model: str | None = None
     tokens: list[int]

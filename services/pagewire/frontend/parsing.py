@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import Raw, Struct
 
-from ..requests.errors import ApiError, bad
+from ..requests.errors import RequestError, invalid
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 R = TypeVar("R", bound=Struct)
@@ -68,70 +68,70 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 ask for nothing."""
 
 _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
-    kind: msgspec.json.Decoder(kind)
-    for kind in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    request_type: msgspec.json.Decoder(request_type)
+    for request_type in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 }
-_fields: Final = msgspec.json.Decoder(dict[str, Raw])
+_read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
 _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
 
 
-def parse(kind: type[R], body: bytes) -> R:
-    """The request in `body`. Raises ApiError 400 naming the parameter or the place that is
+def parse(request_type: type[R], body: bytes) -> R:
+    """The request in `body`. Raises RequestError naming the parameter or the place that is
     wrong."""
     if not body.strip():
-        raise bad("The request body is empty; a JSON object is needed.")
+        raise invalid("The request body is empty; a JSON object is needed.")
     try:
         try:
-            return _decoders[kind].decode(body)
+            return _decoders[request_type].decode(body)
         except msgspec.ValidationError as error:
             if not _UNKNOWN.match(str(error)) or " - at `" in str(error):
                 raise
-            return _decoders[kind].decode(_without_neutral(kind, body))
+            return _decoders[request_type].decode(_without_neutral(request_type, body))
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except msgspec.DecodeError as error:
-        raise bad(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
+        raise invalid(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
     except UnicodeDecodeError:
-        raise bad(f"The request body of {len(body)} bytes is not UTF-8.") from None
+        raise invalid(f"The request body of {len(body)} bytes is not UTF-8.") from None
     except RecursionError:
-        raise bad("The request body is nested too deeply.") from None
+        raise invalid("The request body is nested too deeply.") from None
 
 
-def _without_neutral(kind: type[R], body: bytes) -> bytes:
-    """The body less the fields that ask for nothing. Raises ApiError for the first that asks for
+def _without_neutral(request_type: type[R], body: bytes) -> bytes:
+    """The body less the fields that ask for nothing. Raises RequestError for the first that asks for
     something."""
-    given, known = _fields.decode(body), kind.__struct_fields__
-    for name in [name for name in given if name not in known]:
-        if not _asks_nothing(name, given):
-            raise bad(f"The parameter `{name[:64]}` is not supported.", name[:64])
-        del given[name]
-    return msgspec.json.encode(given)
+    fields = _read_fields.decode(body)
+    for name in [name for name in fields if name not in request_type.__struct_fields__]:
+        if not _asks_nothing(name, fields[name]):
+            raise invalid(f"The parameter `{name[:64]}` is not supported.", name[:64])
+        del fields[name]
+    return msgspec.json.encode(fields)
 
 
-def _asks_nothing(name: str, given: dict[str, Raw]) -> bool:
+def _asks_nothing(name: str, encoded: Raw) -> bool:
     if name not in NEUTRAL:
         return False
-    value = msgspec.json.decode(given[name])
+    value = msgspec.json.decode(encoded)
     return value is None or any(
         value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
         for neutral in NEUTRAL[name]
     )
 
 
-def _explained(text: str) -> ApiError:
-    found = _AT.search(text)
-    where = found.group(1) if found else ""
-    reason = text[: found.start()] if found else text
+def _explained(text: str) -> RequestError:
+    at = _AT.search(text)
+    where = at.group(1) if at else ""
+    reason = text[: at.start()] if at else text
     unknown = _UNKNOWN.match(reason)
     if unknown:
         name = f"{where}.{unknown.group(1)}"[:128].lstrip(".")
-        return bad(f"The parameter `{name}` is not supported.", name[:64])
+        return invalid(f"The parameter `{name}` is not supported.", name[:64])
     if reason.startswith("Expected `null`"):
-        return bad(f"The parameter `{where}` is not supported: {reason}.", where[:64])
+        return invalid(f"The parameter `{where}` is not supported: {reason}.", where[:64])
     missing = _MISSING.match(reason)
     if missing and not where:
-        return bad(f"The parameter `{missing.group(1)}` is missing.", missing.group(1))
+        return invalid(f"The parameter `{missing.group(1)}` is missing.", missing.group(1))
     param = where.partition(".")[0].partition("[")[0] or None
-    return bad(f"`{where}`: {reason}." if where else f"{reason}.", param)
+    return invalid(f"`{where}`: {reason}." if where else f"{reason}.", param)

@@ -1,5 +1,5 @@
-"""What a server says of itself: whether it lives, what it loads, which models it has, how busy it
-is. Generates nothing."""
+"""What a server reports of itself: whether it is alive, what it is loading, which models it has, how
+busy it is. Generates nothing."""
 
 from typing import Any
 
@@ -8,17 +8,19 @@ from aiohttp import web
 
 from pagewire.version import __version__
 
-from ..requests.errors import JSON, unknown_model
+from .errors import JSON, unknown_model
 from .metrics import CONTENT_TYPE, render
 from .state import STATE, State
 
 
 async def models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
     state = request.app[STATE]
     return _json({"object": "list", "data": [_card(state, name) for name in state.names]})
 
 
 async def model(request: web.Request) -> web.Response:
+    """GET /v1/models/NAME. Raises ApiError 404."""
     state, name = request.app[STATE], request.match_info["id"]
     if name not in state.names:
         raise unknown_model(name, state.names)
@@ -53,31 +55,35 @@ def _card(state: State, name: str) -> dict[str, Any]:
 
 
 async def load(request: web.Request) -> web.Response:
-    """How many requests this process owns."""
+    """GET /load: how many requests this process owns."""
     return _json({"server_load": len(request.app[STATE].owner)})
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 and nothing when generation is possible; else 503 and what is loading."""
+    """GET or POST /health, /ping: 200 and nothing when generation is possible; else 503 and what is
+    loading."""
     request.app[STATE].check_ready()
     return web.Response()
 
 
 async def ready(request: web.Request) -> web.Response:
+    """GET /ready: as /health, with a body."""
     request.app[STATE].check_ready()
     return _json({"status": "ready"})
 
 
 async def live(request: web.Request) -> web.Response:
-    """An answer at all is the proof; the lag says how close to none."""
+    """GET /live: 200 from any process that can answer, with how late its event loop is."""
     return _json({"status": "live", "event_loop_lag_ms": round(1000 * request.app[STATE].lag_s, 3)})
 
 
 async def version(request: web.Request) -> web.Response:
+    """GET /version."""
     return _json({"version": __version__})
 
 
 async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics, in Prometheus' text format."""
     return web.Response(body=render(request.app[STATE]), headers={"Content-Type": CONTENT_TYPE})
 
 

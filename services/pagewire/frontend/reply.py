@@ -1,5 +1,5 @@
 """The answer to one HTTP request, put together from what its streams deliver. Knows no HTTP;
-events.py has the answer that is sent as it comes."""
+events.py has the answer that is streamed."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,106 +8,127 @@ from msgspec import Struct
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
-from ..requests.errors import ApiError
+from ..requests.errors import RequestError
+from .answers import PLAIN, ParserFactory, parse_whole
+from .errors import ApiError
 from .logprobs import PromptScore
-from .responses import ChoiceData, Shape, Usage
+from .responses import ChoiceData, ResponseFormatter, Usage
 from .sse import encode
 
 
 class Echo(Struct, frozen=True):
-    """What is shown of a prompt: its text, and what its first token is called."""
+    """What an answer shows of a prompt: its text, and the name of its first token."""
 
     text: str = ""
     first: str = ""
 
 
 class Reply:
-    """Gathers its choices. `opened` is set when the outcome is known to be an answer or an error,
-    `done` when all is there.
-
-    echoes: one for each prompt.
-    """
+    """Gathers its choices. `opened` is set when it is known whether an answer or an error follows,
+    `done` when the answer is complete."""
 
     def __init__(
-        self, shape: Shape, loop: asyncio.AbstractEventLoop, echoes: Sequence[Echo]
+        self,
+        formatter: ResponseFormatter,
+        loop: asyncio.AbstractEventLoop,
+        echoes: Sequence[Echo],
+        make_parser: ParserFactory = PLAIN,
     ) -> None:
-        self.shape, self.plan, self.echoes = shape, shape.plan, echoes
+        """`echoes`: one for each prompt. `make_parser`: makes the parser of each choice's text."""
+        self.formatter = formatter
+        self.rendering = formatter.rendering
+        self.echoes = echoes
+        self.make_parser = make_parser
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
-        self.error: ApiError | None = None
-        self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.plan.per_prompt)
+        self.error: ApiError | RequestError | None = None
+        self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.rendering.per_prompt)
         self._unfinished = len(self.choices)
 
     def _make_choices(self, count: int) -> "Sequence[Choice]":
         return [Choice(self, index) for index in range(count)]
 
     def body(self) -> bytes:
-        return encode(self.shape.whole(self._shown(), self.usage()))
+        """The whole answer as JSON; call when `done`."""
+        return encode(self.formatter.whole(self._best_choices(), self.usage()))
 
-    def _shown(self) -> list[ChoiceData]:
-        """The best of each prompt, in their places. What is known of a prompt is known by its first
-        choice."""
-        shown: list[ChoiceData] = []
-        each, n = self.plan.per_prompt, self.plan.n
-        for start in range(0, len(self.choices), each):
-            group = self.choices[start : start + each]
-            best = group if each == n else sorted(group, key=lambda choice: -choice.likelihood)[:n]
-            for choice in best:
-                choice.data.index, choice.data.score = len(shown), group[0].score
-                shown.append(choice.data)
-        return shown
+    def _best_choices(self) -> list[ChoiceData]:
+        """The `n` best choices of each prompt, numbered anew. Only a prompt's first choice has its
+        log-probabilities: the others show those."""
+        best: list[ChoiceData] = []
+        per_prompt, n = self.rendering.per_prompt, self.rendering.n
+        for start in range(0, len(self.choices), per_prompt):
+            choices = self.choices[start : start + per_prompt]
+            score = choices[0].score
+            if per_prompt > n:
+                choices = sorted(choices, key=lambda choice: -choice.likelihood)[:n]
+            for choice in choices:
+                choice.data.index = len(best)
+                choice.data.score = score
+                best.append(choice.data)
+        return best
 
     def usage(self) -> Usage:
-        """Prompts count once, however many choices they have; tokens count whether their choice is
-        shown or not."""
-        firsts = self.choices[:: self.plan.per_prompt]
+        """Prompts count once, however many choices they have; generated tokens count whether their
+        choice is shown or not."""
+        first_choices = self.choices[:: self.rendering.per_prompt]
         return Usage(
-            sum(choice.usage.prompt_tokens for choice in firsts),
+            sum(choice.usage.prompt_tokens for choice in first_choices),
             sum(choice.usage.completion_tokens for choice in self.choices),
-            sum(choice.usage.cached_tokens for choice in firsts),
+            sum(choice.usage.cached_tokens for choice in first_choices),
         )
 
     def open(self) -> None:
+        """An answer follows. Does nothing when that is known already."""
         if not self.opened.done():
             self.opened.set_result(None)
 
     def choice_finished(self) -> None:
+        """One more choice is complete."""
         self._unfinished -= 1
         if not self._unfinished:
             self.close()
 
-    def fail(self, error: ApiError) -> None:
+    def fail(self, error: ApiError | RequestError) -> None:
+        """End the answer with `error`, unless it has ended. The first error counts."""
         if self.error is None and not self.done.done():
             self.error = error
             self.close()
 
     def close(self) -> None:
+        """The answer is complete, or has failed."""
         self.open()
         if not self.done.done():
             self.done.set_result(None)
 
 
 class Choice:
-    """A sink that keeps everything."""
+    """The sink of one choice's stream: keeps all output until the answer is complete."""
 
     def __init__(self, reply: Reply, index: int) -> None:
-        plan = reply.plan
+        rendering = reply.rendering
         self.wants_tokens = (
-            plan.logprobs >= 0 or plan.return_token_ids or plan.per_prompt > plan.n
+            rendering.logprobs >= 0
+            or rendering.return_token_ids
+            or rendering.per_prompt > rendering.n
         )
         self.usage = Usage()
-        self.reply, self.index = reply, index
+        self.reply = reply
+        self.index = index
         self.data = ChoiceData(index)
-        self.echo = reply.echoes[index // plan.per_prompt]
+        self.echo = reply.echoes[index // rendering.per_prompt]
+        self.prefix = self.echo.text or rendering.prefix
+        """What the answer begins with, before the generated text: an echoed prompt, or the message
+        that the answer continues."""
         self.score: PromptScore | None = None
-        if plan.scores_echo or plan.prompt_logprobs >= 0:
+        if rendering.scores_echo or rendering.prompt_logprobs >= 0:
             self.score = PromptScore(
                 self.echo.first,
-                plan.logprobs if plan.echo else -1,
-                plan.prompt_logprobs,
-                plan.ids_as_text,
+                rendering.logprobs if rendering.echo else -1,
+                rendering.prompt_logprobs,
+                rendering.ids_as_text,
             )
-        self._text: list[str] = [self.echo.text or plan.opening]
+        self._texts: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._started = False
@@ -121,11 +142,9 @@ class Choice:
         if self._started:
             return
         self._started = True
-        self.usage.prompt_tokens, self.usage.cached_tokens = (
-            started.prompt_tokens,
-            started.cached_tokens,
-        )
-        if self.reply.plan.return_token_ids and started.prompt_ids is not None:
+        self.usage.prompt_tokens = started.prompt_tokens
+        self.usage.cached_tokens = started.cached_tokens
+        if self.reply.rendering.return_token_ids and started.prompt_ids is not None:
             self.data.prompt_ids = unpack("i", started.prompt_ids).tolist()
         self.reply.open()
 
@@ -134,19 +153,23 @@ class Choice:
             self.score.add(entry)
 
     def text(self, text: str, /) -> None:
-        self._text.append(text)
+        self._texts.append(text)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
-        self._text.append(text)
+        self._texts.append(text)
         self._tokens += tokens
         self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         data = self.data
-        data.text, data.tokens, data.logprobs = "".join(self._text), self._tokens, self._logprobs
-        data.reason, data.stop_reason = reason, stop_reason
+        data.content = self.prefix
+        for delta in parse_whole(self.reply.make_parser(), "".join(self._texts)):
+            data.add(delta)
+        data.tokens = self._tokens
+        data.logprobs = self._logprobs
+        data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))
         self.usage.completion_tokens = completion_tokens
         self.reply.choice_finished()
 
-    def failed(self, error: ApiError) -> None:
+    def failed(self, error: RequestError) -> None:
         self.reply.fail(error)

@@ -11,19 +11,22 @@ MAX_LENGTH: Final = 128
 _ID: Final = web.RequestKey("request_id", str)
 
 
-def usable(given: str) -> bool:
-    return given.isascii() and given.isprintable() and 0 < len(given) <= MAX_LENGTH
+def usable(text: str) -> bool:
+    """Whether a client's text can be an id: it goes into headers, bodies and logs."""
+    return text.isascii() and text.isprintable() and 0 < len(text) <= MAX_LENGTH
 
 
 def request_id(request: web.Request) -> str:
+    """The request's id, the same each time."""
     if _ID not in request:
-        given = request.headers.get(HEADER, "")
-        request[_ID] = given if usable(given) else uuid.uuid4().hex
+        from_client = request.headers.get(HEADER, "")
+        request[_ID] = from_client if usable(from_client) else uuid.uuid4().hex
     return request[_ID]
 
 
-def adopt_request_id(request: web.Request, named: str) -> str:
-    """The request's id; `named`, which its body says, counts unless the header says one."""
-    if named and not usable(request.headers.get(HEADER, "")):
-        request[_ID] = named
+def adopt_request_id(request: web.Request, from_body: str) -> str:
+    """The request's id; `from_body`, the `request_id` of its body, counts unless the header has a
+    usable one."""
+    if from_body and not usable(request.headers.get(HEADER, "")):
+        request[_ID] = from_body
     return request_id(request)

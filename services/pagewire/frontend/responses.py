@@ -1,25 +1,32 @@
-"""The bodies of answers, in OpenAI's two shapes. Knows what a choice holds, not how it got there or
-how it is sent."""
+"""The bodies of answers, in OpenAI's two forms: chats and completions. Knows what a choice holds,
+not how it got there or how it is sent."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 from pagewire_protocol.structs import TokenLogprobs
 
+from .answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from .logprobs import PromptScore, chat_logprobs, completion_logprobs
-from .params import Plan
+from .rendering import Rendering
 
 Json = dict[str, Any]
 
 
 class Usage(Struct):
+    """Token counts of a choice or of a whole answer."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache."""
 
     def body(self) -> Json:
+        """OpenAI's `usage` object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -29,88 +36,250 @@ class Usage(Struct):
 
 
 class ChoiceData(Struct):
-    """What a choice says: all of it, or what is new in one chunk."""
+    """What a body shows of one choice: all of it, or what is new in one chunk."""
 
     index: int
-    text: str = ""
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
+    """By their index: whole calls, or what one chunk adds to calls."""
     tokens: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] = ()
     reason: str | None = None
     stop_reason: int | str | None = None
     prompt_ids: list[int] | None = None
-    """Only where they are to be shown."""
+    """Only where the client asked for them."""
     offset: int = 0
     """Characters in the token texts of earlier chunks."""
     score: PromptScore | None = None
-    """Of the prompt, where it is to be shown."""
+    """Log-probabilities of the prompt, where the client asked for them."""
+
+    def set_end(
+        self, reason: str, stop_reason: int | str | None, *, called_tools: bool = False
+    ) -> None:
+        """Fill in why the choice ended. An answer that called tools and ended by itself waits for
+        their results: clients know that by its reason."""
+        self.reason = "tool_calls" if called_tools and reason == "stop" else reason
+        self.stop_reason = stop_reason
+
+    def add(self, delta: Delta) -> None:
+        """Append a parser's delta."""
+        match delta:
+            case ContentDelta(text):
+                self.content += text
+            case ReasoningDelta(text):
+                self.reasoning += text
+            case ToolCallDelta():
+                self._add_tool_call(delta)
+
+    def _add_tool_call(self, delta: ToolCallDelta) -> None:
+        for position, call in enumerate(self.tool_calls):
+            if call.index == delta.index:
+                arguments = call.arguments + delta.arguments
+                self.tool_calls[position] = replace(call, arguments=arguments)
+                return
+        self.tool_calls.append(delta)
 
 
-class Shape:
-    """What all chunks of one answer share."""
+class ResponseFormatter(ABC):
+    """Makes the bodies of one answer. A formatter is chosen once, by the endpoint; nothing else
+    asks whether an answer is a chat's or a completion's."""
 
-    def __init__(self, plan: Plan, response_id: str, model: str) -> None:
-        self.plan = plan
-        self.head: Json = {"id": response_id, "created": int(time.time()), "model": model}
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    """`object` of a whole answer."""
+    chunk_object: ClassVar[str]
+    """`object` of one event of a stream."""
+    has_structure: ClassVar[bool]
+    """Whether an answer can have reasoning and tool calls beside its content."""
+
+    def __init__(self, rendering: Rendering, request_id: str, model: str) -> None:
+        self.rendering = rendering
+        self.head: Json = {
+            "id": self.id_prefix + request_id,
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
-        kind = "chat.completion" if self.plan.chat else "text_completion"
-        body: Json = {
+        """The body of an answer that is not streamed."""
+        return {
             **self.head,
-            "object": kind,
-            "choices": [self._choice(choice, False) for choice in choices],
+            "object": self.whole_object,
+            "choices": [self._whole_choice(choice) for choice in choices],
             "usage": usage.body(),
+            **self._prompt_fields(choices[0]),
         }
-        if self.plan.chat and choices[0].prompt_ids is not None:
-            body["prompt_token_ids"] = choices[0].prompt_ids
-        if self.plan.chat and self.plan.prompt_logprobs >= 0 and choices[0].score:
-            body["prompt_logprobs"] = choices[0].score.rows
-        return body
 
-    def chunk(
-        self, choice: ChoiceData | None, usage: Usage | None = None, role: bool = False
-    ) -> Json:
-        """One event of a stream; without a choice, the one that tells the usage."""
-        kind = "chat.completion.chunk" if self.plan.chat else "text_completion"
-        body: Json = {
-            **self.head,
-            "object": kind,
-            "choices": [] if choice is None else [self._choice(choice, True, role)],
-        }
-        if self.plan.chat and choice and choice.prompt_ids is not None:
-            body["prompt_token_ids"] = choice.prompt_ids
-        if self.plan.include_usage or self.plan.continuous_usage:
+    def chunk(self, choice: ChoiceData, usage: Usage | None = None) -> Json:
+        """One event of a stream. `usage`: the counts so far, where each event reports them."""
+        return self._event([self._chunk_choice(choice)], usage, self._prompt_fields(choice))
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        """The event without choices that reports the counts at a stream's end."""
+        return self._event([], usage, {})
+
+    @abstractmethod
+    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
+        """The events before any generated text. `prefixes`: for each choice, what its answer begins
+        with; empty in most."""
+
+    @abstractmethod
+    def _whole_choice(self, choice: ChoiceData) -> Json: ...
+
+    @abstractmethod
+    def _chunk_choice(self, choice: ChoiceData) -> Json: ...
+
+    def _prompt_fields(self, choice: ChoiceData) -> Json:
+        """What a body says of the prompt beside its choices."""
+        return {}
+
+    def _event(self, choices: list[Json], usage: Usage | None, prompt: Json) -> Json:
+        body: Json = {**self.head, "object": self.chunk_object, "choices": choices, **prompt}
+        if self.rendering.include_usage or self.rendering.continuous_usage:
             body["usage"] = usage.body() if usage else None
         return body
 
-    def _choice(self, choice: ChoiceData, delta: bool, role: bool = False) -> Json:
-        plan, body = self.plan, Json(index=choice.index)
-        if not plan.chat:
-            body["text"] = choice.text
-        elif delta:
-            body["delta"] = self._delta(choice, role)
-        else:
-            body["message"] = {"role": plan.role, "content": choice.text}
-        body["logprobs"] = self._logprobs(choice, delta)
-        body["finish_reason"] = choice.reason
-        if choice.reason or not plan.chat:
+
+class ChatFormatter(ResponseFormatter):
+    """Chat completions: messages, and deltas of messages."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    has_structure = True
+
+    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
+        """An event with the role for each choice; then, where the answer continues a message that
+        is to be shown, an event with that message for each choice."""
+        chunks: list[Json] = []
+        for index in range(len(prefixes)):
+            delta = {"role": self.rendering.role, "content": ""}
+            chunks.append(self._event([self._from_delta(ChoiceData(index), delta)], usage, {}))
+        chunks += [
+            self.chunk(ChoiceData(index, prefix), usage)
+            for index, prefix in enumerate(prefixes)
+            if prefix
+        ]
+        return chunks
+
+    def _whole_choice(self, choice: ChoiceData) -> Json:
+        message: Json = {"role": self.rendering.role, "content": choice.content}
+        message |= _reasoning(choice)
+        if choice.tool_calls:
+            message["content"] = choice.content or None
+            message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
+        logprobs = None
+        if self.rendering.logprobs >= 0:
+            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
+        return self._finish_choice(choice, {"message": message}, logprobs)
+
+    def _chunk_choice(self, choice: ChoiceData) -> Json:
+        delta = _reasoning(choice)
+        if choice.tool_calls:
+            delta["tool_calls"] = [_tool_call_delta(call) for call in choice.tool_calls]
+        if choice.content or not (delta or choice.reason):
+            delta["content"] = choice.content
+        return self._from_delta(choice, delta)
+
+    def _from_delta(self, choice: ChoiceData, delta: Json) -> Json:
+        logprobs = None
+        if self.rendering.logprobs >= 0 and choice.logprobs:
+            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
+        return self._finish_choice(choice, {"delta": delta}, logprobs)
+
+    def _finish_choice(self, choice: ChoiceData, message: Json, logprobs: Json | None) -> Json:
+        """`message`: the message or delta, under its name."""
+        body: Json = {
+            "index": choice.index,
+            **message,
+            "logprobs": logprobs,
+            "finish_reason": choice.reason,
+        }
+        if choice.reason:
             body["stop_reason"] = choice.stop_reason
-        if plan.return_token_ids:
+        if self.rendering.return_token_ids:
             body["token_ids"] = list(choice.tokens)
-            if not plan.chat and choice.prompt_ids is not None:
+        return body
+
+    def _prompt_fields(self, choice: ChoiceData) -> Json:
+        fields: Json = {}
+        if choice.prompt_ids is not None:
+            fields["prompt_token_ids"] = choice.prompt_ids
+        if self.rendering.prompt_logprobs >= 0 and choice.score:
+            fields["prompt_logprobs"] = choice.score.rows
+        return fields
+
+
+class CompletionFormatter(ResponseFormatter):
+    """Completions: plain text. Reasoning and tool calls do not occur."""
+
+    id_prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+    has_structure = False
+
+    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
+        """The echoed prompt of each choice; one that comes with log-probabilities waits for
+        them."""
+        if not self.rendering.echo or self.rendering.scores_echo:
+            return []
+        return [
+            self.chunk(ChoiceData(index, prefix), usage) for index, prefix in enumerate(prefixes)
+        ]
+
+    def _whole_choice(self, choice: ChoiceData) -> Json:
+        return self._choice(choice, self._logprobs(choice))
+
+    def _chunk_choice(self, choice: ChoiceData) -> Json:
+        has_logprobs = choice.logprobs or (self.rendering.echo and choice.score)
+        return self._choice(choice, self._logprobs(choice) if has_logprobs else None)
+
+    def _logprobs(self, choice: ChoiceData) -> Json | None:
+        rendering = self.rendering
+        if rendering.logprobs < 0:
+            return None
+        score = choice.score if rendering.echo else None
+        return completion_logprobs(choice.logprobs, choice.offset, rendering.ids_as_text, score)
+
+    def _choice(self, choice: ChoiceData, logprobs: Json | None) -> Json:
+        rendering = self.rendering
+        body: Json = {
+            "index": choice.index,
+            "text": choice.content,
+            "logprobs": logprobs,
+            "finish_reason": choice.reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if rendering.return_token_ids:
+            body["token_ids"] = list(choice.tokens)
+            if choice.prompt_ids is not None:
                 body["prompt_token_ids"] = choice.prompt_ids
-        if plan.prompt_logprobs >= 0 and not plan.chat and choice.score:
+        if rendering.prompt_logprobs >= 0 and choice.score:
             body["prompt_logprobs"] = choice.score.rows
         return body
 
-    def _delta(self, choice: ChoiceData, role: bool) -> Json:
-        if role:
-            return {"role": self.plan.role, "content": choice.text}
-        return {} if choice.reason and not choice.text else {"content": choice.text}
 
-    def _logprobs(self, choice: ChoiceData, delta: bool) -> Json | None:
-        plan, score = self.plan, choice.score if self.plan.echo else None
-        if plan.logprobs < 0 or (delta and not choice.logprobs and not score):
-            return None
-        if plan.chat:
-            return chat_logprobs(choice.logprobs, plan.ids_as_text)
-        return completion_logprobs(choice.logprobs, choice.offset, plan.ids_as_text, score)
+def _reasoning(choice: ChoiceData) -> Json:
+    """Under both names that clients read: vLLM's, and the one of DeepSeek, SGLang and
+    llama.cpp."""
+    if not choice.reasoning:
+        return {}
+    return {"reasoning": choice.reasoning, "reasoning_content": choice.reasoning}
+
+
+def _tool_call(call: ToolCallDelta) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
+
+
+def _tool_call_delta(call: ToolCallDelta) -> Json:
+    """Id, type and name come with a call's first delta alone."""
+    if not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **_tool_call(call)}
+
+
+def formatter_for(rendering: Rendering, request_id: str, model: str) -> ResponseFormatter:
+    """The formatter of a request's endpoint."""
+    kind = ChatFormatter if rendering.chat else CompletionFormatter
+    return kind(rendering, request_id, model)

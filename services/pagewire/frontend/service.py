@@ -4,7 +4,6 @@ endpoint."""
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -18,11 +17,12 @@ from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.structs import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
+from pagewire.process.listening import BACKLOG, listening_socket
 from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError
+from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
 from .app import make_app
 from .auth import Auth, configured_keys
@@ -34,15 +34,12 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
-LEAVE_S: Final = 1.0
-BACKLOG: Final = 4096
+SHARE_COUNTERS_S: Final = 1.0
+"""How often the other frontends of a stack get this one's counters."""
 KEEP_ALIVE_S: Final = 75.0
+"""How long a client's connection may be idle between two requests."""
 _DRAIN_LIMIT: Final = 16
-"""Messages handled before the loop gets a turn."""
-
-
-class StartError(RuntimeError):
-    """The process cannot start, for a reason that its user can mend."""
+"""Messages handled before the event loop runs other tasks."""
 
 
 def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
@@ -52,24 +49,25 @@ def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
     )
     try:
         uvloop.run(_main(run, model, config))
-    except (StartError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"pagewire frontend: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> None:
-    keys, names = configured_keys(config.api_key), config.served_model_name or (model.model,)
+    keys = configured_keys(config.api_key)
+    names = config.served_model_name or (model.model,)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with contextlib.closing(listening_socket(config)) as listener:
+    with contextlib.closing(_listener(config)) as listener:
         async with Service(run, names, Auth(keys), config).serving(listener) as service:
             host, port = listener.getsockname()[:2]
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info(
                 "listening on %s for model %s, %s",
-                where,
+                address,
                 names[0],
                 "with API keys" if keys else "without API keys",
             )
@@ -78,18 +76,11 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
             await service.drain()
 
 
-def listening_socket(config: FrontendConfig) -> socket.socket:
-    """The inherited socket, or a new one. Raises StartError naming the port when it is taken."""
+def _listener(config: FrontendConfig) -> socket.socket:
+    """The socket that the launcher opened for all its frontends, or a new one."""
     if config.socket_fd >= 0:
         return socket.socket(fileno=config.socket_fd)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StartError(
-            f"cannot listen on {config.host}:{config.port}: {reason}; choose another --port or --host"
-        ) from None
+    return listening_socket(config.host, config.port)
 
 
 class Service:
@@ -100,34 +91,36 @@ class Service:
     ) -> None:
         """Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
-        self._tls, self._shutdown_timeout_s = context_of(config), config.shutdown_timeout
+        self._tls = context_of(config)
+        self._shutdown_timeout_s = config.shutdown_timeout
         node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
-        self.inbox, self.outbox, self.membership = node.inbox, node.outbox, node.membership
-        tally, keep_alive_s = Counters(), config.sse_keep_alive_interval
-        owner = RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, tally)
-        flusher = Flusher(self._loop, keep_alive_s)
+        self.inbox = node.inbox
+        self.outbox = node.outbox
+        self.membership = node.membership
+        counters = Counters()
         self.state = State(
-            names,
-            auth,
-            owner,
-            Stack(),
-            tally,
-            flusher,
-            cors_of(config),
-            config.max_body_mb << 20,
-            config.enable_force_include_usage,
-            keep_alive_s,
-            config.request_timeout,
+            names=names,
+            auth=auth,
+            owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
+            stack=Stack(),
+            counters=counters,
+            flusher=Flusher(self._loop, config.sse_keep_alive_interval),
+            cors=cors_of(config),
+            max_body=config.max_body_mb << 20,
+            force_usage=config.enable_force_include_usage,
+            keep_alive_s=config.sse_keep_alive_interval,
+            request_timeout_s=config.request_timeout,
             started=int(time.time()),
+            counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
-        self.state.together = CounterExchange(node.run_dir, node.incarnation, tally)
-        self._inboxes: set[str] = set()
-        self._next_tick = self._next_leave = 0.0
+        self._tokenizer_inboxes: set[str] = set()
+        self._next_tick = 0.0
+        self._next_share = 0.0
         self._ticker: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
     async def serving(self, listener: socket.socket) -> "AsyncGenerator[Service]":
-        """Joined, and answering HTTP requests."""
+        """As `joined`, and HTTP requests to `listener` are answered."""
         runner = web.AppRunner(
             make_app(self.state),
             handle_signals=False,
@@ -148,7 +141,7 @@ class Service:
 
     @contextlib.contextmanager
     def joined(self) -> "Generator[None]":
-        """A member of the stack, whose messages are handled."""
+        """Within the context, this process is a member of the stack and handles its messages."""
         self.membership.hello()
         self.membership.ready()
         self._loop.add_reader(self.inbox.fileno(), self._on_inbox)
@@ -161,13 +154,14 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Answer new requests with 503; give those that run their time, then end them in words."""
+        """Answer new requests with 503. Those that run get --shutdown-timeout to finish; then they
+        end with an error that says why."""
         self.state.stack.draining = True
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await self._site.stop()
-        self.state.owner.fail_all(ApiError(503, "The server is shutting down.", retry_after_s=5))
+        self.state.owner.fail_all(unavailable("The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)
 
@@ -178,8 +172,8 @@ class Service:
         self.membership.goodbye()
         self.outbox.close(linger_ms=200)
         self.inbox.close()
-        if self.state.together:
-            self.state.together.forget()
+        if self.state.counter_exchange:
+            self.state.counter_exchange.remove()
 
     def _tick(self) -> None:
         now, state = self._loop.time(), self.state
@@ -190,19 +184,20 @@ class Service:
         self.membership.progress += 1
         self.membership.tick(now)
         state.owner.tick()
-        self._leave_counts(now)
+        self._share_counters(now)
         state.flusher.check()
         state.flusher.soon()
 
-    def _leave_counts(self, now: float) -> None:
+    def _share_counters(self, now: float) -> None:
         """Once a second, where there are other frontends to read them."""
-        if now >= self._next_leave and self.state.together and len(self.state.frontends()) > 1:
-            self._next_leave = now + LEAVE_S
-            self.state.together.leave()
+        exchange = self.state.counter_exchange
+        if exchange and now >= self._next_share and len(self.state.frontends()) > 1:
+            self._next_share = now + SHARE_COUNTERS_S
+            exchange.publish()
 
     def _on_inbox(self) -> None:
-        """The inbox's descriptor is edge-triggered: go on until it is empty, in turns with the rest
-        of the loop."""
+        """Handle the messages that wait. The inbox's descriptor is edge-triggered, so this goes on
+        until the inbox is empty, a few messages at a time: between them other tasks run."""
         handled = 0
         for message in self.inbox.drain(_DRAIN_LIMIT):
             handled += 1
@@ -217,10 +212,10 @@ class Service:
                 try:
                     self.state.owner.on_deltas(message)
                 except (ValueError, TypeError) as error:
-                    self.state.tally.malformed += 1
+                    self.state.counters.malformed += 1
                     log.warning("dropped a malformed message: %s", error)
             case Tokenized():
-                self.state.owner.asks.on_answer(message)
+                self.state.owner.queries.on_answer(message)
             case Roster():
                 self._on_roster(message)
 
@@ -229,8 +224,8 @@ class Service:
         self.state.stack.on_roster(roster, self.state.clock())
         self.state.owner.on_roster(roster)
         inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
-        for gone in self._inboxes - inboxes:
-            self.outbox.forget(gone)
-        for new in inboxes - self._inboxes:
-            self.outbox.reach(new)
-        self._inboxes = inboxes
+        for inbox in self._tokenizer_inboxes - inboxes:
+            self.outbox.forget(inbox)
+        for inbox in inboxes - self._tokenizer_inboxes:
+            self.outbox.reach(inbox)
+        self._tokenizer_inboxes = inboxes

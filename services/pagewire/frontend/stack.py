@@ -1,21 +1,21 @@
-"""What this frontend knows of the rest of the stack: who is ready, who is still loading, what the
-model can take."""
+"""What this frontend has heard of the other services: which are ready, which are still loading, what
+the model can take."""
 
 import re
 from typing import Any, Final
 
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.structs import Peer, Role
+from pagewire_protocol.structs import SILENCE_S, Peer, Role
 
-from ..requests.errors import ApiError
-from .prompts import Model
+from ..requests.model_facts import ModelFacts, model_facts
+from .errors import ApiError
 
-SILENT_S: Final = 10.0
-"""A scheduler that sent no roster for this long is taken for gone; it sends one a second."""
 _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
 
 
 class Stack:
+    """The latest roster, and what follows from it."""
+
     def __init__(self) -> None:
         self.roster: Roster | None = None
         self.draining = False
@@ -23,24 +23,17 @@ class Stack:
         """When the last roster came, on the caller's clock."""
 
     def on_roster(self, roster: Roster, now: float) -> None:
+        """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
 
-    def model(self) -> Model:
-        roster = self.roster
-        if roster is None:
-            return Model()
-        return Model(
-            roster.max_model_len,
-            roster.vocab_size,
-            roster.has_text,
-            roster.has_chat_template,
-            roster.eos_token_ids,
-        )
+    def model(self) -> ModelFacts:
+        """What requests must fit; without a roster, nothing is known and everything passes."""
+        return ModelFacts() if self.roster is None else model_facts(self.roster)
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""
-        if self.roster is None or now - self.seen > SILENT_S:
+        if self.roster is None or now - self.seen > SILENCE_S:
             return [_entry("scheduler", "", "waiting for it to answer", 0.0)]
         missing: list[dict[str, Any]] = []
         for role in (Role.TOKENIZER, Role.WORKER):
@@ -52,10 +45,11 @@ class Stack:
         return missing
 
     def ready(self, now: float) -> bool:
+        """Whether generation can begin."""
         return not self.draining and not self.loading(now)
 
     def unavailable(self, now: float) -> ApiError:
-        """Why generation is not possible, for the client."""
+        """Why generation is not possible, as an answer to the client."""
         if self.draining:
             return ApiError(
                 503,

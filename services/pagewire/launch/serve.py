@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,11 +21,10 @@ from ..frontend.auth import configured_keys
 from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
 from ..hub import huggingface
+from ..process.listening import listening_socket
 from . import flags, stack
 from .progress import Display, Health
 from .supervisor import PARENT_VARIABLE, Supervisor
-
-BACKLOG = 2048
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +36,9 @@ def main(arguments: list[str]) -> int:
     with contextlib.ExitStack() as cleanup:
         if own:
             cleanup.callback(stack.remove_run_dir, run_dir)
-        listener = cleanup.enter_context(open_socket(config.frontend.host, config.frontend.port))
+        listener = cleanup.enter_context(
+            listening_socket(config.frontend.host, config.frontend.port)
+        )
         frontend = structs.replace(
             config.frontend, socket_fd=listener.fileno(), port=listener.getsockname()[1]
         )
@@ -59,31 +59,6 @@ def parse(arguments: list[str]) -> stack.StackConfig:
         "serve", "Start every service on this machine behind an OpenAI-compatible endpoint."
     )
     return flags.parse(parser, arguments, flags.warn)[0]
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """The one listening socket that all frontends share. Raises OSError with a line that names the
-    port and what to do."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host}: {error.strerror or error}; choose another --host"
-        ) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port or --host"
-        ) from None
-    return listener
 
 
 class Launch:

@@ -1,8 +1,9 @@
 """The stack behind `LLM`: the services as child processes, and this program in the place of the
 frontend.
 
-The program owns its requests by the same rules as the HTTP frontend (`frontend.streams`), in a
-synchronous loop: nothing moves between two calls of `pump`. crew.py keeps the services running.
+The program owns its requests by the same rules as the HTTP frontend (`pagewire.requests.owner`), in
+a synchronous loop: nothing moves between two calls of `pump`. `launch.background` keeps the services
+running.
 """
 
 import os
@@ -19,9 +20,9 @@ from ..launch import stack
 from ..launch.background import BackgroundServices, find_files
 from ..process.node import Node
 from ..requests.counters import Counters
-from ..requests.errors import ApiError
+from ..requests.errors import ErrorKind, RequestError
 from ..requests.owner import RequestOwner
-from ..requests.request import Job, Sink, Stream
+from ..requests.request import Job, OwnedRequest, Sink
 
 PUMP_S = 0.2
 
@@ -31,13 +32,13 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """Services, inbox and owned requests of one `LLM`. Who uses it holds `lock`; `close` ends
+    """Services, inbox and owned requests of one `LLM`. Whoever uses it holds `lock`; `close` ends
     everything."""
 
     def __init__(
-        self, config: stack.StackConfig, say: Callable[[str], None] = lambda _: None
+        self, config: stack.StackConfig, report: Callable[[str], None] = lambda _: None
     ) -> None:
-        model = find_files(config, say)
+        model = find_files(config, report)
         self.tokenizer_path = Path(model.tokenizer or model.model)
         self._pid = os.getpid()
         self._run_dir: Path = stack.new_run_dir()
@@ -46,31 +47,32 @@ class Engine:
         )
         node: Node[ToFrontend] = Node(self._run_dir, Role.FRONTEND, f"program-{self._pid}")
         self._inbox, self._outbox, self._membership = node.inbox, node.outbox, node.membership
-        self.tally = Counters()
+        self.counters = Counters()
         self.owner = RequestOwner(
-            self._inbox.address, self._outbox.send, time.monotonic, self.tally
+            self._inbox.address, self._outbox.send, time.monotonic, self.counters
         )
         self.lock = threading.RLock()
-        self._fresh = False
+        self._has_fresh_roster = False
         self._closed = False
-        self._crew = BackgroundServices(config, model, self._inbox.wake)
+        self._services = BackgroundServices(config, model, self._inbox.wake)
 
     @property
     def roster(self) -> Roster | None:
+        """The latest one."""
         return self._membership.roster
 
-    def wait_ready(self, say: Callable[[str], None] = lambda _: None) -> Roster:
+    def wait_ready(self, report: Callable[[str], None] = lambda _: None) -> Roster:
         """Block until a tokenizer and a worker are ready. Raises EngineError when one cannot
         start."""
         self._membership.ready()
-        shown = ""
+        reported = ""
         while (roster := self._membership.roster) is None or not is_ready(roster):
             self.pump()
             stage = describe(self._membership.roster)
-            if stage != shown:
-                shown = stage
-                say(stage)
-        self._crew.mark_ready()
+            if stage != reported:
+                reported = stage
+                report(stage)
+        self._services.mark_ready()
         return roster
 
     def check_open(self) -> None:
@@ -81,17 +83,17 @@ class Engine:
     def refresh(self) -> None:
         """Renew this program's membership, lost when it did something else for a while; call before
         submitting."""
-        self._fresh = False
+        self._has_fresh_roster = False
         self._membership.hello()
-        while not self._fresh:
+        while not self._has_fresh_roster:
             self.pump()
 
-    def submit(self, job: Job, sink: Sink) -> Stream | None:
+    def submit(self, job: Job, sink: Sink) -> OwnedRequest | None:
         """None when the stack cannot take it right now."""
         try:
             return self.owner.submit(job, sink)
-        except ApiError as error:
-            if error.status != 503:
+        except RequestError as error:
+            if error.kind is not ErrorKind.UNAVAILABLE:
                 raise
             return None
 
@@ -104,21 +106,21 @@ class Engine:
                 case Deltas():
                     self._on_deltas(message)
                 case Tokenized():
-                    self.owner.asks.on_answer(message)
+                    self.owner.queries.on_answer(message)
                 case Roster():
                     self._membership.on_roster(message)
                     self.owner.on_roster(message)
-                    self._fresh = True
+                    self._has_fresh_roster = True
         self._membership.busy = len(self.owner) > 0
         self._membership.progress += 1
         self._membership.tick(time.monotonic())
         self.owner.tick()
-        if not self._crew.alive:
-            raise EngineError(self._crew.failure)
+        if not self._services.alive:
+            raise EngineError(self._services.failure)
 
     def pids(self) -> dict[str, int]:
         """The services' process ids by name."""
-        return self._crew.pids()
+        return self._services.pids()
 
     def close(self) -> None:
         """End the services and remove their run directory. Does nothing the second time, or in a
@@ -126,7 +128,7 @@ class Engine:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        self._crew.stop()
+        self._services.stop()
         self._inbox.close()
         self._outbox.close()
         stack.remove_run_dir(self._run_dir)
@@ -135,16 +137,17 @@ class Engine:
         try:
             self.owner.on_deltas(deltas)
         except (ValueError, TypeError):
-            self.tally.malformed += 1
+            self.counters.malformed += 1
 
 
 def is_ready(roster: Roster) -> bool:
+    """A request can be served."""
     roles = {peer.role for peer in roster.peers if peer.ready}
     return Role.TOKENIZER in roles and Role.WORKER in roles
 
 
 def describe(roster: Roster | None) -> str:
-    """What is loading, for people."""
+    """What is loading, as a user reads it."""
     waiting = (
         [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND]
         if roster

@@ -4,204 +4,235 @@ sends again what there was no room for."""
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+from msgspec import Struct
 from pagewire_protocol.columns import pack
-from pagewire_protocol.messages import Detokenize, Roster, Tokenized
+from pagewire_protocol.messages import Detokenize, Tokenized
 
-from ..requests.beam_driver import BeamModel, BeamOptions, BeamRun
-from ..requests.errors import ApiError
-from ..requests.queries import Answered
-from ..requests.request import Job, Sink, Stream
-from .engine import EngineError
+from ..requests.beam_driver import BeamRun
+from ..requests.errors import ErrorKind, RequestError
+from ..requests.job_template import JobTemplate
+from ..requests.model_facts import ModelFacts
+from ..requests.queries import Answer, MakeQuery, OnAnswer, TokenizerQuery
+from ..requests.request import Job, OwnedRequest, Sink
+from .engine import Engine, EngineError
 from .outputs import RequestOutput
 from .prompts import Entry
-from .sampling_params import SamplingParams
-from .sinks import Bar, BeamStepSink, CompletionSink, Group
-from .translate import JobTemplate, beam_options
+from .sinks import Bar, CompletionSink, RequestGroup, Submission
 
-if TYPE_CHECKING:
-    from .llm import LLM
+MAX_QUERIES = 64
+"""With the tokenizers at once."""
+PAUSE_S = 0.02
+"""Before a request goes out again to services that are not ready."""
 
-AHEAD = 2
-"""Requests sent, in multiples of what a worker runs at once; more would only lengthen queues."""
-MAX_QUESTIONS = 64
-"""Put to the tokenizers at once."""
-MAX_REFUSALS, PAUSE_S = 200, 0.02
-"""How often a request goes out again to services that are not ready, and the wait before."""
-Taker = CompletionSink | BeamStepSink
+
+class OfflineContext(Struct, frozen=True):
+    """What a batch needs of the LLM that it belongs to."""
+
+    engine: Engine
+    model: ModelFacts
+    max_running: int
+    """Requests that the stack has at a time."""
+    draw_bits: Callable[[int], int]
+    """Draws so many random bits, for prompts without a seed."""
+    next_request_id: Callable[[], str]
 
 
 class Batch:
-    """`timed` notes the moment of every token; `beams` makes every prompt a beam search."""
+    """The prompts of one call, each with the template of its jobs.
+
+    `timed` notes the moment of every token; `with_prompt_text` decodes the prompts of beam
+    searches.
+    """
 
     def __init__(
         self,
-        llm: "LLM",
+        context: OfflineContext,
         entries: Sequence[Entry],
-        params: Sequence[SamplingParams],
+        templates: Sequence[JobTemplate],
+        *,
         timed: bool = False,
-        beams: BeamOptions | None = None,
+        with_prompt_text: bool = False,
     ) -> None:
-        self._engine, self._has_text = llm._engine, not llm._config.model.skip_tokenizer_init
-        self._limit = AHEAD * llm._config.scheduler.num_seqs() * llm._config.num_workers
-        self._draw, self._model = llm._random.getrandbits, beam_model(llm._roster, self._has_text)
-        self._molds: dict[int, JobTemplate] = {}
-        self.groups: list[Group] = []
-        self.searches: dict[BeamRun, Group] = {}
-        self.collectors: list[CompletionSink] = []
-        self._ended: list[Taker] = []
-        self._searched: list[BeamRun] = []
-        self._waiting: deque[tuple[Taker, Job]] = deque()
-        self._running: dict[Taker, tuple[Stream, Job]] = {}
-        self._questions: deque[tuple[Detokenize, Answered]] = deque()
-        self._asked: set[Any] = set()
-        for place, (entry, chosen) in enumerate(zip(entries, params, strict=True)):
-            group = Group(llm.next_id(), place, entry, chosen)
-            self.groups.append(group)
-            self._plan(group, timed, beams or beam_options(chosen))
-        self._left = len(self.groups)
+        self._context = context
+        self._engine = context.engine
+        self._timed = timed
+        self._with_prompt_text = with_prompt_text
+        self.groups: list[RequestGroup] = []
+        self.searches: dict[BeamRun, RequestGroup] = {}
+        self.sinks: list[CompletionSink] = []
+        self._waiting: deque[Submission] = deque()
+        self._running: set[Submission] = set()
+        self._ended: list[Submission] = []
+        self._ended_searches: list[BeamRun] = []
+        self._waiting_queries: deque[tuple[MakeQuery, OnAnswer]] = deque()
+        self._queries: set[TokenizerQuery] = set()
+        for index, (entry, template) in enumerate(zip(entries, templates, strict=True)):
+            self._add(RequestGroup(context.next_request_id(), index, entry, template))
+        self._unfinished = len(self.groups)
         self._bar = Bar(False, 0)
 
-    def _plan(self, group: Group, timed: bool, beams: BeamOptions | None) -> None:
-        mold = self._molds.get(id(group.params))
-        if mold is None:
-            mold = self._molds[id(group.params)] = JobTemplate(group.params, self._has_text)
-        entry = group.entry
-        if beams is not None:
-            job = mold.job(entry.prompt, 0, 0, entry.special, entry.cache_salt, entry.priority)
-            run = BeamRun(
-                job, beams, self._model, self._step(group), self._ask, self._searched.append
-            )
-            self.searches[run] = group
-            return run.start()
-        for index in range(group.params.width):
-            collector = CompletionSink(group, index, timed, self._ended.append)
-            self.collectors.append(collector)
-            job = mold.job(
-                entry.prompt, index, self._draw(63), entry.special, entry.cache_salt, entry.priority
-            )
-            self._waiting.append((collector, job))
-
-    def _step(self, group: Group) -> Callable[[Job, Sink], None]:
-        """Takes the jobs of a beam search; one that has begun goes before others, so that its
-        blocks are still cached."""
-
-        def submit(job: Job, step: Sink) -> None:
-            relay = BeamStepSink(group, step, self._ended.append)
-            (self._waiting.appendleft if group.output.prompt_token_ids else self._waiting.append)(
-                (relay, job)
-            )
-
-        return submit
-
     def run(self, use_tqdm: bool | Callable[..., Any] = False) -> list[RequestOutput]:
-        """Batches of several threads run one after another."""
+        """The outputs in the order of the prompts. Batches of several threads run one after
+        another. Raises ValueError when a prompt is refused, EngineError when the stack fails."""
         with self._engine.lock:
             return self._run(use_tqdm)
 
+    # --- what is to be done ---
+
+    def _add(self, group: RequestGroup) -> None:
+        self.groups.append(group)
+        entry = group.entry
+        jobs = group.template.jobs(
+            entry.prompt,
+            self._context.draw_bits,
+            add_special_tokens=entry.add_special_tokens,
+            priority=entry.priority,
+            cache_salt=entry.cache_salt,
+        )
+        if group.choices.beams:
+            self._add_search(group, jobs[0])
+            return
+        for choice, job in enumerate(jobs):
+            sink = CompletionSink(group, choice, self._timed)
+            self.sinks.append(sink)
+            on_success = partial(self._complete, group, sink)
+            self._waiting.append(Submission(group, job, sink, on_success, self._ended.append))
+
+    def _add_search(self, group: RequestGroup, job: Job) -> None:
+        assert group.choices.beams is not None
+        run = BeamRun(
+            job,
+            group.choices.beams,
+            self._context.model,
+            partial(self._add_round, group),
+            self._add_query,
+            self._ended_searches.append,
+            self._with_prompt_text,
+        )
+        self.searches[run] = group
+        run.start()
+
+    def _add_round(self, group: RequestGroup, beams: Sequence[tuple[Job, Sink]]) -> None:
+        """The jobs of one round of a search. One that has begun goes before others, so that its
+        blocks are still cached."""
+        add = self._waiting.appendleft if group.output.prompt_token_ids else self._waiting.append
+        for job, sink in beams:
+            add(Submission(group, job, sink, group.note_times, self._ended.append))
+
+    def _add_query(self, make: MakeQuery, on_answer: OnAnswer) -> None:
+        self._waiting_queries.append((make, on_answer))
+
+    # --- the loop ---
+
     def _run(self, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         self._engine.check_open()
-        self._bar = Bar(use_tqdm, self._left)
+        self._bar = Bar(use_tqdm, self._unfinished)
         try:
             self._engine.refresh()
-            while self._left:
+            while self._unfinished:
                 self._feed()
                 self._engine.pump()
                 self._gather()
         finally:
-            for stream, _ in self._running.values():
-                self._engine.owner.cancel(stream)
-            for question in self._asked:
-                self._engine.owner.asks.forget(question)
+            for submission in self._running:
+                if submission.request is not None:
+                    self._engine.owner.cancel(submission.request)
+            for query in self._queries:
+                self._engine.owner.queries.discard(query)
             self._bar.close()
         return [group.output for group in self.groups]
 
     def _feed(self) -> None:
-        while self._waiting and len(self._running) < self._limit:
-            taker, job = self._waiting[0]
-            stream = self._engine.submit(job, taker)
-            if stream is None:
+        while self._waiting and len(self._running) < self._context.max_running:
+            submission = self._waiting[0]
+            submission.request = self._engine.submit(submission.job, submission)
+            if submission.request is None:
                 return
             self._waiting.popleft()
-            self._running[taker] = (stream, job)
-        while (
-            self._questions and len(self._asked) < MAX_QUESTIONS and self._sent(*self._questions[0])
-        ):
-            self._questions.popleft()
+            self._running.add(submission)
+        while self._waiting_queries and len(self._queries) < MAX_QUERIES:
+            if not self._send_query(*self._waiting_queries[0]):
+                return
+            self._waiting_queries.popleft()
 
     def _gather(self) -> None:
-        ended, self._ended[:] = self._ended[:], []
-        if any(taker.error and taker.error.status == 503 for taker in ended):
+        ended = self._ended[:]
+        self._ended.clear()
+        if any(one.error and one.error.kind is ErrorKind.UNAVAILABLE for one in ended):
             time.sleep(PAUSE_S)
-        for taker in ended:
-            stream, job = self._running.pop(taker)
-            if taker.error is None:
-                if taker.take(stream):
-                    self._finish(taker.group)
-            else:
-                self._retry(taker, job, taker.error)
-        searched, self._searched[:] = self._searched[:], []
-        for run in searched:
+        for submission in ended:
+            self._running.remove(submission)
+            if submission.error is not None:
+                self._retry(submission, submission.error)
+            elif submission.request is not None:
+                submission.on_success(submission.request)
+        searches = self._ended_searches[:]
+        self._ended_searches.clear()
+        for run in searches:
             group = self.searches[run]
             if run.error is not None:
-                raise failure(group, run.error)
-            group.take_beams(run.results)
+                raise exception_of(group, run.error)
+            group.set_beams(run.results)
             self._finish(group)
 
-    def _retry(self, taker: Taker, job: Job, error: ApiError) -> None:
-        """Full queues empty themselves, and a service that is starting again will be ready. Raises
-        what sending again would not help."""
-        taker.refusals += error.status != 429
-        if error.status not in (429, 503) or taker.refusals > MAX_REFUSALS:
-            raise failure(taker.group, error)
-        taker.error = None
-        self._waiting.append((taker, job))
+    def _retry(self, submission: Submission, error: RequestError) -> None:
+        """Raises what sending again would not help."""
+        if not submission.retries.allows(error):
+            raise exception_of(submission.group, error)
+        submission.error = None
+        self._waiting.append(submission)
 
-    def _finish(self, group: Group) -> None:
+    def _complete(self, group: RequestGroup, sink: CompletionSink, request: OwnedRequest) -> None:
+        """A choice is complete."""
+        sink.completion.token_ids = request.out.tolist()
+        group.note_times(request)
+        group.unfinished -= 1
+        if not group.unfinished:
+            self._finish(group)
+
+    def _finish(self, group: RequestGroup) -> None:
         group.finish()
-        if group.entry.prompt.chat is not None and self._has_text:
-            self._ask_text(group)
+        if group.entry.prompt.chat is not None and self._context.model.has_text:
+            self._add_prompt_query(group)
         else:
             self._done(group)
 
-    def _done(self, group: Group) -> None:
-        self._left -= 1
+    def _done(self, group: RequestGroup) -> None:
+        self._unfinished -= 1
         self._bar.done(group.output)
 
-    def _ask_text(self, group: Group) -> None:
+    # --- queries to the tokenizers ---
+
+    def _add_prompt_query(self, group: RequestGroup) -> None:
         """The text that a conversation became: only the tokenizer's template knows it."""
 
-        def answered(answer: Tokenized | ApiError) -> None:
+        def on_answer(answer: Answer) -> None:
             if isinstance(answer, Tokenized):
                 group.output.prompt = answer.text
             self._done(group)
 
-        self._ask(Detokenize(0, "-", pack("i", group.output.prompt_token_ids)), answered)
+        column = pack("i", group.output.prompt_token_ids)
+        self._add_query(partial(Detokenize, ids=column), on_answer)
 
-    def _ask(self, question: Detokenize, answered: Answered) -> None:
-        self._questions.append((question, answered))
+    def _send_query(self, make: MakeQuery, on_answer: OnAnswer) -> bool:
+        """False when no tokenizer takes it now."""
 
-    def _sent(self, question: Detokenize, answered: Answered) -> bool:
-        """False when nobody can be asked now."""
-
-        def came(answer: Tokenized | ApiError) -> None:
-            self._asked.discard(asked)
-            answered(answer)
+        def on_reply(answer: Answer) -> None:
+            self._queries.discard(query)
+            on_answer(answer)
 
         try:
-            asked = self._engine.owner.ask(question, came)
-        except ApiError:
+            query = self._engine.owner.query(make, on_reply)
+        except RequestError:
             return False
-        self._asked.add(asked)
+        self._queries.add(query)
         return True
 
 
-def beam_model(roster: Roster, has_text: bool) -> BeamModel:
-    return BeamModel(roster.max_model_len, frozenset(roster.eos_token_ids), has_text)
-
-
-def failure(group: Group, error: ApiError) -> Exception:
+def exception_of(group: RequestGroup, error: RequestError) -> Exception:
     """ValueError when the prompt or its parameters are at fault, EngineError when the stack is."""
-    kind = ValueError if 400 <= error.status < 500 else EngineError
-    return kind(f"prompt {group.place}: {error.message}")
+    exception = ValueError if error.kind is ErrorKind.INVALID else EngineError
+    return exception(f"prompt {group.index}: {error.message}")

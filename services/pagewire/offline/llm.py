@@ -10,13 +10,15 @@ from typing import Any
 from pagewire_protocol.structs import Chat
 
 from ..config import DEMO_MODEL
+from ..requests.model_facts import model_facts
+from ..requests.retries import REQUESTS_AHEAD
 from . import settings as program_settings
 from .engine import Engine, EngineError
-from .generation import Batch
+from .generation import Batch, OfflineContext
 from .outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
-from .prompts import Entry, as_chats, as_params, as_prompts
+from .prompts import Entry, as_chats, as_params, as_prompts, with_priority
 from .sampling_params import BeamSearchParams, SamplingParams
-from .translate import beam_search
+from .translate import beam_template, job_templates
 
 __all__ = ["LLM", "EngineError"]
 
@@ -60,18 +62,26 @@ class LLM:
         enable_prefix_caching: bool = True,
         **settings: Any,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "settings")}
-        self._config = program_settings.configure({**settings, **given}, _say)
+        named = {key: value for key, value in locals().items() if key not in ("self", "settings")}
+        self._config = program_settings.configure({**settings, **named}, _print_line)
         self._random = random.Random(self._config.model.seed)
-        self._counter = 0
+        self._next_request_number = 0
         self._tokenizer: Any = None
-        self._engine = Engine(self._config, _say)
+        self._engine = Engine(self._config, _print_line)
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._roster = self._engine.wait_ready()
         except BaseException:
             self.shutdown()
             raise
+        scheduler = self._config.scheduler
+        self._context = OfflineContext(
+            self._engine,
+            model_facts(self._roster),
+            REQUESTS_AHEAD * scheduler.num_seqs() * self._config.num_workers,
+            self._random.getrandbits,
+            self._new_request_id,
+        )
 
     def generate(
         self,
@@ -95,11 +105,11 @@ class LLM:
                     f"{len(entries)} prompts but {len(priority)} priorities; give one for each"
                 )
             entries = [
-                entry._replace(priority=number)
-                for entry, number in zip(entries, priority, strict=True)
+                with_priority(entry, number, index)
+                for index, (entry, number) in enumerate(zip(entries, priority, strict=True))
             ]
         self._check_text(entries)
-        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
 
     def chat(
         self,
@@ -117,7 +127,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
         the model's chat template or, for this call, the one given: a template, a file with one, or
-        the name of a built-in one."""
+        the name of a built-in completion."""
         _refuse(lora_request=lora_request, tools=tools, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in ("auto", "string"):
             raise ValueError(
@@ -131,7 +141,7 @@ class LLM:
         entries = as_chats(
             messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render
         )
-        return Batch(self, entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
 
     def beam_search(
         self,
@@ -146,17 +156,25 @@ class LLM:
         _refuse(lora_request=lora_request)
         entries = as_prompts(prompts)
         self._check_text(entries)
-        common, options = beam_search(params)
+        template = beam_template(params, self._context.model)
         size = concurrency_limit or max(1, len(entries))
-        found: list[BeamSearchOutput] = []
+        outputs: list[BeamSearchOutput] = []
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
-            batch = Batch(self, part, as_params(common, len(part)), beams=options)
+            batch = Batch(self._context, part, [template] * len(part), with_prompt_text=True)
             batch.run(use_tqdm)
-            found += [
+            outputs += [
                 _hypotheses(run.prompt_text, group.output) for run, group in batch.searches.items()
             ]
-        return found
+        return outputs
+
+    def batch(
+        self, entries: Sequence[Entry], params: Sequence[SamplingParams], *, timed: bool = False
+    ) -> Batch:
+        """One call of `generate`, not run yet; `timed` notes the moment of every token. Raises
+        ValueError where the model cannot serve the parameters."""
+        templates = job_templates(params, self._context.model)
+        return Batch(self._context, entries, templates, timed=timed)
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer as one of transformers' (imported now), with the chat template that
@@ -171,6 +189,7 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
+        """New parameters with every default."""
         return SamplingParams()
 
     def stats(self) -> dict[str, float]:
@@ -189,10 +208,10 @@ class LLM:
         """End the services. Does nothing the second time."""
         self._finalizer()
 
-    def next_id(self) -> str:
-        """The name of one more request."""
-        self._counter += 1
-        return str(self._counter - 1)
+    def _new_request_id(self) -> str:
+        number = self._next_request_number
+        self._next_request_number += 1
+        return str(number)
 
     def _check_text(self, entries: Sequence[Entry]) -> None:
         if any(entry.prompt.text is not None for entry in entries):
@@ -217,8 +236,8 @@ class LLM:
         self.shutdown()
 
 
-def _refuse(**given: Any) -> None:
-    for name, value in given.items():
+def _refuse(**unsupported: Any) -> None:
+    for name, value in unsupported.items():
         if value:
             raise ValueError(f"{name} is not supported in this version")
 
@@ -227,17 +246,17 @@ def _hypotheses(prompt_text: str, output: RequestOutput) -> BeamSearchOutput:
     return BeamSearchOutput(
         [
             BeamSearchSequence(
-                tokens=output.prompt_token_ids + one.token_ids,
-                logprobs=one.logprobs or [],
-                cum_logprob=one.cumulative_logprob or 0.0,
-                text=(prompt_text or output.prompt or "") + one.text,
-                finish_reason=one.finish_reason,
-                stop_reason=one.stop_reason,
+                tokens=output.prompt_token_ids + completion.token_ids,
+                logprobs=completion.logprobs or [],
+                cum_logprob=completion.cumulative_logprob or 0.0,
+                text=(prompt_text or output.prompt or "") + completion.text,
+                finish_reason=completion.finish_reason,
+                stop_reason=completion.stop_reason,
             )
-            for one in output.outputs
+            for completion in output.outputs
         ]
     )
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ class Logprob:
 
 
 PromptLogprobs = list[dict[int, Logprob] | None]
-"""For each prompt token its own entry first, then the likeliest ones; None for the first token,
+"""For each prompt token its own entry first, then the most likely ones; None for the first token,
 which nothing precedes."""
 
 
@@ -34,6 +34,7 @@ class CompletionOutput:
     lora_request: None = None
 
     def finished(self) -> bool:
+        """All of it is there."""
         return self.finish_reason is not None
 
 
@@ -50,6 +51,7 @@ class RequestMetrics:
 
     @property
     def time_in_queue(self) -> float:
+        """Seconds from the arrival to the first slot on a worker."""
         return max(0.0, self.first_scheduled_time - self.arrival_time)
 
 

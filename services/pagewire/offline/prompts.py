@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from pagewire_protocol.columns import pack
-from pagewire_protocol.structs import Chat, ChatMessage, Prompt
+from pagewire_protocol.structs import MAX_TEMPLATE_KWARGS, Chat, ChatMessage, Prompt
 
+from ..requests.errors import RequestError
+from ..requests.parameters import PARAMETERS, checked
 from .sampling_params import SamplingParams
 
 PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
-MAX_CACHE_SALT = 128
-MAX_KWARGS = 65_536
 
 
 class TextPrompt(TypedDict):
@@ -31,12 +31,11 @@ class TokensPrompt(TypedDict):
 
 
 class Entry(NamedTuple):
-    """One prompt as it goes to the stack, and `text` as the program gave it. `special`: whether the
-    tokenizer adds special tokens."""
+    """One prompt as it goes to the stack, and `text` as the program gave it."""
 
     prompt: Prompt
     text: str | None = None
-    special: bool = True
+    add_special_tokens: bool = True
     cache_salt: str = ""
     priority: int = 0
 
@@ -44,7 +43,7 @@ class Entry(NamedTuple):
 def as_prompts(prompts: Any, token_ids: Any = None) -> list[Entry]:
     """str, token ids, {"prompt": str}, {"prompt_token_ids": [int]} or a list of these. `token_ids`
     is the older way to give ids, one list or a list of them, beside or instead of texts. Raises
-    ValueError or TypeError naming the place."""
+    ValueError or TypeError naming the index."""
     if token_ids is not None:
         return _with_ids(prompts, [token_ids] if _is_ids(token_ids) else token_ids)
     if isinstance(prompts, (str, Mapping)) or _is_ids(prompts):
@@ -81,40 +80,48 @@ def _is_ids(value: Any) -> bool:
     )
 
 
-def _as_entry(prompt: Any, place: int) -> Entry:
+def _as_entry(prompt: Any, index: int) -> Entry:
     if isinstance(prompt, str):
         return Entry(Prompt(text=prompt), prompt)
     if isinstance(prompt, Mapping):
-        return _from_mapping(prompt, place)
+        return _from_mapping(prompt, index)
     if not _is_ids(prompt):
         raise ValueError(
-            f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
+            f"prompt {index}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
         )
     try:
         return Entry(Prompt(ids=pack("i", prompt)))
     except OverflowError:
         raise ValueError(
-            f"prompt {place}: a token id is out of range: {max(prompt, key=abs)}"
+            f"prompt {index}: a token id is out of range: {max(prompt, key=abs)}"
         ) from None
 
 
-def _from_mapping(prompt: Mapping[Any, Any], place: int) -> Entry:
+def _from_mapping(prompt: Mapping[Any, Any], index: int) -> Entry:
     extra = {key for key, value in prompt.items() if value is not None} - PROMPT_KEYS
     if extra:
         raise ValueError(
-            f"prompt {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
+            f"prompt {index}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
         )
     ids, text, salt = prompt.get("prompt_token_ids"), prompt.get("prompt"), prompt.get("cache_salt")
     if isinstance(ids, Mapping) or isinstance(text, Mapping):
         raise ValueError(
-            f"prompt {place}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
+            f"prompt {index}: a string or a list of at least one token id is needed, got {prompt!r:.80}"
         )
-    if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_CACHE_SALT):
-        raise ValueError(
-            f"prompt {place}: cache_salt must be a string of 1 to {MAX_CACHE_SALT} characters, got {salt!r:.80}"
-        )
-    entry = _as_entry(text if ids is None else ids, place)
-    return entry._replace(text=text, cache_salt=salt or "")
+    try:
+        salt = checked(PARAMETERS["cache_salt"], salt)
+    except RequestError as error:
+        raise ValueError(f"prompt {index}: {error.message}") from None
+    entry = _as_entry(text if ids is None else ids, index)
+    return entry._replace(text=text, cache_salt=salt)
+
+
+def with_priority(entry: Entry, priority: int, index: int) -> Entry:
+    """`index` is the prompt's among those of the call. Raises ValueError."""
+    try:
+        return entry._replace(priority=checked(PARAMETERS["priority"], priority))
+    except RequestError as error:
+        raise ValueError(f"prompt {index}: {error.message}") from None
 
 
 def as_chats(
@@ -130,41 +137,45 @@ def as_chats(
         raise ValueError(
             "messages must be a list of {'role': ..., 'content': ...}, or a list of such lists"
         )
-    talks = [messages] if isinstance(messages[0], Mapping) else messages
-    kwargs = _kwargs(template_kwargs)
+    conversations = [messages] if isinstance(messages[0], Mapping) else messages
+    kwargs = _encode_kwargs(template_kwargs)
     entries: list[Entry] = []
-    for place, talk in enumerate(talks):
-        said = tuple(_as_message(message, place) for message in talk)
-        if not said:
+    for index, conversation in enumerate(conversations):
+        converted = tuple(_as_message(message, index) for message in conversation)
+        if not converted:
             raise ValueError(
-                f"conversation {place}: at least one message with a role and content is needed"
+                f"conversation {index}: at least one message with a role and content is needed"
             )
-        chat = Chat(said, add_generation_prompt, continue_final_message, kwargs)
+        chat = Chat(converted, add_generation_prompt, continue_final_message, kwargs)
         text = render(chat) if render else None
         entries.append(
-            Entry(Prompt(chat=chat) if text is None else Prompt(text=text), text, special=False)
+            Entry(
+                Prompt(chat=chat) if text is None else Prompt(text=text),
+                text,
+                add_special_tokens=False,
+            )
         )
     return entries
 
 
-def _kwargs(given: Mapping[str, Any] | None) -> bytes:
-    if not given:
+def _encode_kwargs(kwargs: Mapping[str, Any] | None) -> bytes:
+    if not kwargs:
         return b""
     try:
-        encoded = json.dumps(dict(given)).encode()
+        encoded = json.dumps(dict(kwargs)).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"chat_template_kwargs must be what JSON can say: {error}") from None
-    if len(encoded) > MAX_KWARGS:
+    if len(encoded) > MAX_TEMPLATE_KWARGS:
         raise ValueError(
-            f"chat_template_kwargs has {len(encoded)} bytes as JSON, at most {MAX_KWARGS} are allowed"
+            f"chat_template_kwargs has {len(encoded)} bytes as JSON, at most {MAX_TEMPLATE_KWARGS} are allowed"
         )
     return encoded
 
 
-def _as_message(message: Any, place: int) -> ChatMessage:
+def _as_message(message: Any, index: int) -> ChatMessage:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
-            f"conversation {place}: a message needs a role and content, got {message!r:.80}"
+            f"conversation {index}: a message needs a role and content, got {message!r:.80}"
         )
     extra = {key for key, value in message.items() if value is not None} - {
         "role",
@@ -173,18 +184,18 @@ def _as_message(message: Any, place: int) -> ChatMessage:
     }
     if extra:
         raise ValueError(
-            f"conversation {place}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
+            f"conversation {index}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
         )
     if "content" not in message:
         raise ValueError(
-            f"conversation {place}: a message needs a role and content, got {message!r:.80}"
+            f"conversation {index}: a message needs a role and content, got {message!r:.80}"
         )
     return ChatMessage(
-        message["role"], _content(message.get("content"), place), message.get("name")
+        message["role"], _content(message.get("content"), index), message.get("name")
     )
 
 
-def _content(content: Any, place: int) -> str:
+def _content(content: Any, index: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     parts: list[str] = []
@@ -194,7 +205,7 @@ def _content(content: Any, place: int) -> str:
             or part.get("type") != "text"
             or not isinstance(part.get("text"), str)
         ):
-            raise ValueError(f"conversation {place}: content must be text, got {part!r:.80}")
+            raise ValueError(f"conversation {index}: content must be text, got {part!r:.80}")
         parts.append(part["text"])
     return "\n".join(parts)
 
@@ -205,9 +216,9 @@ def as_params(params: Any, count: int) -> list[SamplingParams]:
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
-    chosen = list(params)
-    if len(chosen) != count:
+    params = list(params)
+    if len(params) != count:
         raise ValueError(
-            f"{count} prompts but {len(chosen)} sampling_params; give one for all or one for each"
+            f"{count} prompts but {len(params)} sampling_params; give one for all or one for each"
         )
-    return chosen
+    return params

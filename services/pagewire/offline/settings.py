@@ -28,7 +28,7 @@ STRUCTS = {
     "worker": WorkerConfig,
 }
 REPLICAS = ("num_tokenizers", "num_workers")
-KNOWN = {field.name for kind in STRUCTS.values() for field in structs.fields(kind)} - {
+NAMES = {field.name for kind in STRUCTS.values() for field in structs.fields(kind)} - {
     "run_dir",
     "name",
 } | {*REPLICAS}
@@ -36,24 +36,28 @@ UNWATCHED = {"max_step_ms": 0.0, "log_level": "warning"}
 """Nobody waits for single tokens here, and a program's error stream is its own."""
 
 
-def configure(given: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> StackConfig:
-    """None means the default; `say` gets a line for each setting of vLLM's that is accepted without
+def configure(
+    settings: dict[str, Any], warn: Callable[[str], None] = lambda _: None
+) -> StackConfig:
+    """None means the default; `warn` gets a line for each setting of vLLM's that is accepted without
     effect. Raises TypeError for an unknown name, ValueError for a value."""
-    given = {ALIASES.get(key, key): value for key, value in given.items() if value is not None}
-    if given.pop("disable_cascade_attn", False):
-        given["enable_cascade"] = False
-    if token := given.pop("hf_token", None):
+    settings = {
+        ALIASES.get(key, key): value for key, value in settings.items() if value is not None
+    }
+    if settings.pop("disable_cascade_attn", False):
+        settings["enable_cascade"] = False
+    if token := settings.pop("hf_token", None):
         os.environ["HF_TOKEN"] = str(token)
-    unknown = set(given) - KNOWN - set(FOREIGN)
+    unknown = set(settings) - NAMES - set(FOREIGN)
     if unknown:
         raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}")
     for line in ignored_variables(os.environ) + [
-        _judged(name, given.pop(name)) for name in set(given) - KNOWN
+        _judged(name, settings.pop(name)) for name in set(settings) - NAMES
     ]:
         if line:
-            say(f"pagewire: {line}")
-    counts = {key: given.pop(key) for key in REPLICAS if key in given}
-    namespace = argparse.Namespace(**{**UNWATCHED, **_normal(given)})
+            warn(f"pagewire: {line}")
+    counts = {key: settings.pop(key) for key in REPLICAS if key in settings}
+    namespace = argparse.Namespace(**{**UNWATCHED, **_normal(settings)})
     try:
         return check_workers(
             StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
@@ -70,20 +74,22 @@ def _judged(name: str, value: Any) -> str:
     return f"{name}={value!r} {line}" if line else ""
 
 
-def _normal(given: dict[str, Any]) -> dict[str, Any]:
+def _normal(settings: dict[str, Any]) -> dict[str, Any]:
     """Forms that programs use beside the plain ones: a tokenizer, path or dtype as an object, a
     length that means "what fits"."""
-    given = dict(given)
+    settings = dict(settings)
     for key in ("model", "tokenizer", "download_dir", "chat_template"):
-        if key in given and isinstance(given[key], os.PathLike):
-            given[key] = os.fspath(given[key])
-    if "tokenizer" in given and not isinstance(given["tokenizer"], str):
-        given["tokenizer"] = getattr(given["tokenizer"], "name_or_path", given["tokenizer"])
-    if "dtype" in given and not isinstance(given["dtype"], str):
-        given["dtype"] = str(given["dtype"]).removeprefix("torch.")
-    length = given.get("max_model_len")
+        if key in settings and isinstance(settings[key], os.PathLike):
+            settings[key] = os.fspath(settings[key])
+    if "tokenizer" in settings and not isinstance(settings["tokenizer"], str):
+        settings["tokenizer"] = getattr(
+            settings["tokenizer"], "name_or_path", settings["tokenizer"]
+        )
+    if "dtype" in settings and not isinstance(settings["dtype"], str):
+        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+    length = settings.get("max_model_len")
     if length in (-1, "auto"):
-        given["max_model_len"] = 0
+        settings["max_model_len"] = 0
     elif isinstance(length, str) and length[:-1].isdecimal():
-        given["max_model_len"] = as_number(length)
-    return given
+        settings["max_model_len"] = as_number(length)
+    return settings

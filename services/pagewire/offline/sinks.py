@@ -1,5 +1,5 @@
 """Gathers accepted output into RequestOutputs and shows how far a batch is. The sinks of `LLM`'s
-streams."""
+requests."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,26 +9,33 @@ from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
 from ..requests.beam_driver import BeamResult
-from ..requests.errors import ApiError
-from ..requests.request import Sink, Stream
+from ..requests.errors import RequestError
+from ..requests.job_template import JobTemplate
+from ..requests.request import Job, OwnedRequest, Sink
+from ..requests.retries import RetryBudget
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .prompts import Entry
-from .sampling_params import SamplingParams
 
 
-class Group:
-    """One prompt and its continuations: more are generated than returned where the parameters say
-    best_of."""
+class RequestGroup:
+    """One prompt and its choices: more are generated than returned where the parameters say
+    best_of. `index` is the prompt's among those of the call."""
 
-    def __init__(self, request_id: str, place: int, entry: Entry, params: SamplingParams) -> None:
-        self.place, self.params, self.entry = place, params, entry
-        completions = [CompletionOutput(index) for index in range(params.width)]
+    def __init__(self, request_id: str, index: int, entry: Entry, template: JobTemplate) -> None:
+        self.index = index
+        self.entry = entry
+        self.template = template
+        self.choices = template.choices
+        self.wants_logprobs = template.sampling.logprobs >= 0
+        completions = [CompletionOutput(choice) for choice in range(self.choices.per_prompt)]
         ids = unpack("i", entry.prompt.ids).tolist() if entry.prompt.ids is not None else []
         self.output = RequestOutput(request_id, entry.text, ids, completions)
         self.output.metrics.arrival_time = time.monotonic()
         self.unfinished = len(completions)
+        """Choices that still run."""
 
     def started(self, started: Started) -> None:
+        """One of its requests got a slot; the first tells the prompt's ids."""
         output = self.output
         if started.prompt_ids is not None:
             output.prompt_token_ids = unpack("i", started.prompt_ids).tolist()
@@ -37,47 +44,50 @@ class Group:
             output.metrics.first_scheduled_time = time.monotonic()
 
     def prompt_logprobs(self, entry: PromptLogprobs) -> None:
+        """A run of prompt tokens. The same positions may come again."""
         rows = self.output.prompt_logprobs = self.output.prompt_logprobs or [None]
         ranks, counts = unpack("i", entry.ranks).tolist(), unpack("i", entry.counts).tolist()
         ids, values = unpack("i", entry.ids).tolist(), unpack("f", entry.values).tolist()
         rows += [None] * (entry.first + len(counts) - len(rows))
-        at = 0
-        for place, (count, rank) in enumerate(zip(counts, ranks, strict=True), entry.first):
-            end = at + count
-            rows[place] = candidates(rank, ids[at:end], values[at:end], entry.texts[at:end])
-            at = end
+        begin = 0
+        for position, (count, rank) in enumerate(zip(counts, ranks, strict=True), entry.first):
+            end = begin + count
+            rows[position] = candidates(
+                rank, ids[begin:end], values[begin:end], entry.texts[begin:end]
+            )
+            begin = end
 
-    def ran(self, stream: Stream) -> None:
-        """The moments of one of its streams, which has ended."""
+    def note_times(self, request: OwnedRequest) -> None:
+        """The moments of one of its requests, which has ended."""
         metrics = self.output.metrics
-        metrics.last_token_time = max(metrics.last_token_time, stream.last)
-        if stream.first:
-            metrics.first_token_time = min(metrics.first_token_time or stream.first, stream.first)
+        metrics.last_token_time = max(metrics.last_token_time, request.last_token_time)
+        if request.first_token_time:
+            earlier = metrics.first_token_time or request.first_token_time
+            metrics.first_token_time = min(earlier, request.first_token_time)
 
     def finish(self) -> None:
-        """All continuations are there: the best are kept, numbered anew."""
-        output, params = self.output, self.params
-        if params.width > params.n and not params.use_beam_search:
-            output.outputs = sorted(output.outputs, key=lambda c: -(c.cumulative_logprob or 0.0))[
-                : params.n
-            ]
+        """All choices are complete: the best are kept, numbered anew."""
+        output = self.output
+        if self.choices.ranked:
+            by_likelihood = sorted(output.outputs, key=lambda c: -(c.cumulative_logprob or 0.0))
+            output.outputs = by_likelihood[: self.choices.n]
             for index, completion in enumerate(output.outputs):
                 completion.index = index
-                completion.logprobs = completion.logprobs if params.logprobs is not None else None
-        if params.prompt_logprobs is not None and output.prompt_logprobs is None:
+                completion.logprobs = completion.logprobs if self.wants_logprobs else None
+        if self.template.sampling.prompt_logprobs >= 0 and output.prompt_logprobs is None:
             output.prompt_logprobs = [None]
         output.finished = True
         output.metrics.finished_time = time.monotonic()
 
-    def take_beams(self, results: Iterable[BeamResult]) -> None:
-        wanted = self.params.logprobs is not None
+    def set_beams(self, results: Iterable[BeamResult]) -> None:
+        """The hypotheses of a beam search are its choices."""
         self.output.outputs = [
             CompletionOutput(
                 index,
                 result.text,
                 result.tokens,
                 result.cumulative_logprob,
-                [_row_of(entry) for entry in result.logprobs] if wanted else None,
+                [_row_of(entry) for entry in result.logprobs] if self.wants_logprobs else None,
                 result.reason,
                 result.stop_reason,
             )
@@ -86,86 +96,86 @@ class Group:
 
 
 class CompletionSink:
-    """The sink of one continuation. `timed` notes the moment of every token, at some cost."""
+    """The sink of one choice. `timed` notes the moment of every token, at some cost."""
 
-    def __init__(
-        self, group: Group, index: int, timed: bool, ended: "Callable[[CompletionSink], None]"
-    ) -> None:
-        self.group = group
+    def __init__(self, group: RequestGroup, index: int, timed: bool) -> None:
         self.completion = group.output.outputs[index]
-        scored = group.params.logprobs is not None or group.params.width > group.params.n
-        self.wants_tokens = timed or scored
-        self.error: ApiError | None = None
-        self.refusals = 0
-        self.moments: list[float] = []
-        self._timed, self._ended = timed, ended
-        self._parts: list[str] = []
-        self.text = self._parts.append
-        self.started, self.prompt_logprobs = group.started, group.prompt_logprobs
-        if scored:
-            self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
+        self.wants_tokens = timed or group.wants_logprobs or group.choices.ranked
+        self.token_times: list[float] = []
+        self._timed = timed
+        self._texts: list[str] = []
+        # Called for every token of a plain request: the list's own method, without a frame between.
+        self.text = self._texts.append
+        self.prompt_logprobs = group.prompt_logprobs
+        if group.wants_logprobs or group.choices.ranked:
+            self.completion.logprobs = []
+            self.completion.cumulative_logprob = 0.0
+
+    def started(self, started: Started) -> None:
+        """The submission tells the group."""
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         if text:
-            self._parts.append(text)
+            self._texts.append(text)
         if self._timed:
-            self.moments += [time.monotonic()] * len(tokens)
+            self.token_times += [time.monotonic()] * len(tokens)
+        completion = self.completion
         for entry in sorted(logprobs, key=lambda entry: entry.index):
-            assert (
-                self.completion.logprobs is not None
-                and self.completion.cumulative_logprob is not None
-            )
-            self.completion.logprobs.append(_row_of(entry))
-            self.completion.cumulative_logprob += entry.values[0]
+            assert completion.logprobs is not None and completion.cumulative_logprob is not None
+            completion.logprobs.append(_row_of(entry))
+            completion.cumulative_logprob += entry.values[0]
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        self.completion.text = "".join(self._parts)
-        self.completion.finish_reason, self.completion.stop_reason = reason, stop_reason
-        self._ended(self)
+        self.completion.text = "".join(self._texts)
+        self.completion.finish_reason = reason
+        self.completion.stop_reason = stop_reason
 
-    def failed(self, error: ApiError) -> None:
-        self.error = error
-        self._ended(self)
-
-    def take(self, stream: Stream) -> bool:
-        """The output of its stream, which has ended. True when it was the last of its group."""
-        self.completion.token_ids = stream.out.tolist()
-        self.group.ran(stream)
-        self.group.unfinished -= 1
-        return not self.group.unfinished
+    def failed(self, error: RequestError) -> None:
+        """The batch raises it."""
 
 
-class BeamStepSink:
-    """Between a stream and the sink of one step of a beam search, so that a step for which the
-    stack has no room can be sent again."""
+class Submission:
+    """One job on its way through the stack, sent again as long as there is no room for it: between
+    the request and the sink that its output is for, which hears of no failure that passes."""
 
-    wants_tokens = True
-
-    def __init__(self, group: Group, step: Sink, ended: "Callable[[BeamStepSink], None]") -> None:
-        self.group, self.step, self._ended = group, step, ended
-        self.error: ApiError | None = None
-        self.refusals = 0
-        self.text, self.tokens = step.text, step.tokens
+    def __init__(
+        self,
+        group: RequestGroup,
+        job: Job,
+        sink: Sink,
+        on_success: Callable[[OwnedRequest], None],
+        on_end: "Callable[[Submission], None]",
+    ) -> None:
+        """`on_end` is called at each end; `on_success` is for who then sees that it was none of
+        failure."""
+        self.group = group
+        self.job = job
+        self.on_success = on_success
+        self.retries = RetryBudget(time.monotonic)
+        self.request: OwnedRequest | None = None
+        """Of the latest attempt, from its submission on."""
+        self.error: RequestError | None = None
+        """Why the latest attempt ended, if it failed."""
+        self._sink = sink
+        self._on_end = on_end
+        self.wants_tokens = sink.wants_tokens
+        # Once a token: the sink's own methods, without a frame between.
+        self.text = sink.text
+        self.tokens = sink.tokens
+        self.prompt_logprobs = sink.prompt_logprobs
 
     def started(self, started: Started) -> None:
         if started.prompt_ids is not None:
             self.group.started(started)
-        self.step.started(started)
-
-    def prompt_logprobs(self, entry: PromptLogprobs) -> None:
-        self.group.prompt_logprobs(entry)
+        self._sink.started(started)
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        self._ended(self)
-        self.step.finished(reason, stop_reason, completion_tokens)
+        self._on_end(self)
+        self._sink.finished(reason, stop_reason, completion_tokens)
 
-    def failed(self, error: ApiError) -> None:
+    def failed(self, error: RequestError) -> None:
         self.error = error
-        self._ended(self)
-
-    def take(self, stream: Stream) -> bool:
-        self.group.ran(stream)
-        return False
+        self._on_end(self)
 
 
 def _row_of(entry: TokenLogprobs) -> dict[int, Logprob]:
@@ -175,13 +185,13 @@ def _row_of(entry: TokenLogprobs) -> dict[int, Logprob]:
 def candidates(
     rank: int, ids: Iterable[int], values: Iterable[float], texts: Iterable[bytes]
 ) -> dict[int, Logprob]:
-    """A position's own token, of this rank, then the likeliest ones from rank 1 on; the own token
+    """A position's own token, of this rank, then the most likely ones from rank 1 on; the own token
     is not named twice."""
-    found: dict[int, Logprob] = {}
-    for place, (token, value, text) in enumerate(zip(ids, values, texts, strict=True)):
-        if token not in found:
-            found[token] = Logprob(value, place or rank, text.decode("utf-8", "replace"))
-    return found
+    by_token: dict[int, Logprob] = {}
+    for position, (token, value, text) in enumerate(zip(ids, values, texts, strict=True)):
+        if token not in by_token:
+            by_token[token] = Logprob(value, position or rank, text.decode("utf-8", "replace"))
+    return by_token
 
 
 class Bar:
@@ -192,7 +202,9 @@ class Bar:
         self, use: Any, total: int, description: str = "Processed prompts", initial: int = 0
     ) -> None:
         self._bar: Any = None
-        self._began, self._read, self._written = time.monotonic(), 0, 0
+        self._began = time.monotonic()
+        self._prompt_tokens = 0
+        self._output_tokens = 0
         if not use:
             return
         if not callable(use):
@@ -209,22 +221,24 @@ class Bar:
         )
 
     def done(self, output: RequestOutput) -> None:
-        written = sum(len(completion.token_ids) for completion in output.outputs)
-        self.add(len(output.prompt_token_ids) * len(output.outputs), written)
+        """One more prompt is done."""
+        output_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        self.add(len(output.prompt_token_ids) * len(output.outputs), output_tokens)
 
-    def add(self, read: int, written: int) -> None:
+    def add(self, prompt_tokens: int, output_tokens: int) -> None:
         """One more is done, of so many tokens."""
-        self._read += read
-        self._written += written
+        self._prompt_tokens += prompt_tokens
+        self._output_tokens += output_tokens
         if self._bar is not None:
             elapsed = max(1e-9, time.monotonic() - self._began)
-            self._bar.postfix = _speed(self._read / elapsed, self._written / elapsed)
+            self._bar.postfix = _speed(self._prompt_tokens / elapsed, self._output_tokens / elapsed)
             self._bar.update(1)
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _speed(read: float, written: float) -> str:
-    return f"est. speed input: {read:.2f} toks/s, output: {written:.2f} toks/s"
+def _speed(prompt_rate: float, output_rate: float) -> str:
+    return f"est. speed input: {prompt_rate:.2f} toks/s, output: {output_rate:.2f} toks/s"

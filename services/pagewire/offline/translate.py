@@ -1,107 +1,39 @@
-"""SamplingParams in the protocol's form: the worker's and scheduler's part, the tokenizer's part,
-and one job for each continuation.
+"""SamplingParams and BeamSearchParams in the terms of requests. Knows no process and no socket."""
 
-Ranges were checked by params.py. Knows no process and no socket.
-"""
+from collections.abc import Sequence
 
-from msgspec.structs import replace
-from pagewire_protocol.columns import pack
-from pagewire_protocol.sampling import Sampling, TextOptions
-from pagewire_protocol.structs import Prompt
-
-from ..requests.beam_driver import BeamOptions
-from ..requests.request import Job
+from ..requests.choices import BeamOptions, Choices, choices_of
+from ..requests.errors import RequestError
+from ..requests.job_template import JobTemplate
+from ..requests.model_facts import ModelFacts
+from ..requests.parameters import checked_logprobs
 from .sampling_params import BeamSearchParams, SamplingParams
 
 
-def sampling(params: SamplingParams, seed: int) -> Sampling:
-    """`seed` is used unless the parameters bring their own."""
-    bias = params.logit_bias or {}
-    logprobs = (
-        params.logprobs
-        if params.logprobs is not None
-        else 0
-        if params.width > params.n and not params.use_beam_search
-        else -1
-    )
-    return Sampling(
-        seed=seed if params.seed is None else params.seed & (2**63 - 1),
-        max_tokens=params.max_tokens or 1,
-        min_tokens=params.min_tokens,
-        temperature=float(params.temperature),
-        top_p=float(params.top_p),
-        top_k=max(0, params.top_k),
-        min_p=float(params.min_p),
-        presence_penalty=float(params.presence_penalty),
-        frequency_penalty=float(params.frequency_penalty),
-        repetition_penalty=float(params.repetition_penalty),
-        logprobs=logprobs,
-        ignore_eos=params.ignore_eos,
-        stop_token_ids=tuple(params.stop_token_ids or ()),
-        bias_ids=pack("i", list(bias)),
-        bias_values=pack("f", list(bias.values())),
-        allowed_ids=pack("i", params.allowed_token_ids or ()),
-        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
-    )
+def job_templates(params: Sequence[SamplingParams], model: ModelFacts) -> list[JobTemplate]:
+    """One for each prompt. Neighbours with the very same object share its template: thousands of
+    prompts often do. Raises ValueError where the model cannot serve the parameters."""
+    templates: list[JobTemplate] = []
+    translated: SamplingParams | None = None
+    for current in params:
+        if current is translated:
+            templates.append(templates[-1])
+        else:
+            templates.append(_template(current, choices_of(current), model))
+            translated = current
+    return templates
 
 
-def text_options(params: SamplingParams, has_text: bool) -> TextOptions:
-    return TextOptions(
-        stop=tuple(params.stop or ()),
-        include_stop=params.include_stop_str_in_output,
-        skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
-        detokenize=params.detokenize and has_text,
-        return_prompt_ids=True,
-        bad_words=tuple(params.bad_words or ()),
-        truncate_prompt=params.truncate_prompt_tokens or 0,
-    )
-
-
-class JobTemplate:
-    """What the jobs of one SamplingParams have in common, translated once: thousands of prompts
-    often share one object."""
-
-    def __init__(self, params: SamplingParams, has_text: bool) -> None:
-        self._sampling, self._text = sampling(params, 0), text_options(params, has_text)
-        self._seeded, self._rest = params.seed is not None, params.max_tokens is None
-
-    def job(
-        self,
-        prompt: Prompt,
-        index: int,
-        seed: int,
-        special: bool = True,
-        salt: str = "",
-        priority: int = 0,
-    ) -> Job:
-        """The job of continuation `index`, of which the first scores the prompt. `seed` is used
-        unless the parameters bring their own."""
-        seed = (self._sampling.seed + index) % 2**63 if self._seeded else seed
-        scored = self._sampling.prompt_logprobs if not index else -1
-        return Job(
-            prompt,
-            replace(self._sampling, seed=seed, prompt_logprobs=scored),
-            self._text,
-            add_special_tokens=special,
-            max_tokens_is_rest=self._rest,
-            priority=priority,
-            cache_salt=salt,
-        )
-
-
-def beam_options(params: SamplingParams) -> BeamOptions | None:
-    """None: no beam search."""
-    if not params.use_beam_search:
-        return None
-    return BeamOptions(params.width, params.n, float(params.length_penalty), params.early_stopping)
-
-
-def beam_search(params: BeamSearchParams) -> tuple[SamplingParams, BeamOptions]:
-    """The same in the terms of `generate`: as many hypotheses as beams, with the log-probability of
-    each token."""
-    options = BeamOptions(
-        params.beam_width, params.beam_width, float(params.length_penalty), params.early_stopping
+def beam_template(params: BeamSearchParams, model: ModelFacts) -> JobTemplate:
+    """The template of a beam search that returns up to as many hypotheses as it has beams, with the
+    log-probability of each token."""
+    width = params.beam_width
+    beams = BeamOptions(
+        width,
+        width,
+        float(params.length_penalty),
+        params.early_stopping,
+        fewer_allowed=True,
     )
     common = SamplingParams(
         temperature=0.0,
@@ -111,4 +43,19 @@ def beam_search(params: BeamSearchParams) -> tuple[SamplingParams, BeamOptions]:
         skip_special_tokens=params.skip_special_tokens,
         logprobs=0,
     )
-    return common, options
+    return _template(common, Choices(width, width, beams), model)
+
+
+def _template(params: SamplingParams, choices: Choices, model: ModelFacts) -> JobTemplate:
+    try:
+        return JobTemplate(
+            params,
+            choices,
+            model,
+            max_tokens=params.max_tokens,
+            logprobs=checked_logprobs("logprobs", params.logprobs),
+            prompt_logprobs=checked_logprobs("prompt_logprobs", params.prompt_logprobs),
+            return_prompt_ids=True,
+        )
+    except RequestError as error:
+        raise ValueError(error.message) from None

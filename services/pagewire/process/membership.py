@@ -22,10 +22,9 @@ from pagewire_protocol.messages import (
     ToScheduler,
     WorkerFacts,
 )
+from pagewire_protocol.structs import SILENCE_S
 
 HEARTBEAT_S = 1.0
-ALONE_S = 10.0
-"""After so long without a word from a scheduler the log says so."""
 log = logging.getLogger("pagewire.process.membership")
 
 
@@ -108,13 +107,13 @@ class Membership:
         """Once: a service whose scheduler lives in another run directory waits for it in vain, but
         rightly when it only starts late."""
         if self._warn_at is None:
-            self._warn_at = now + ALONE_S
+            self._warn_at = now + SILENCE_S
         elif now >= self._warn_at and self.roster is None:
             self._warn_at = float("inf")
             log.warning(
                 "no scheduler has answered in %s for %.0f s; is one running with this --run-dir?",
                 self._run_dir,
-                ALONE_S,
+                SILENCE_S,
             )
 
     def on_roster(self, roster: Roster) -> bool:

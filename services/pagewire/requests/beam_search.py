@@ -2,21 +2,23 @@
 stack.
 
 The rules are those of transformers' `generate(num_beams=..., do_sample=False)`. Of all one-token
-continuations of the live beams only the `width` likeliest may finish a hypothesis; the `width`
-likeliest that do not end live on. A hypothesis scores its cumulative log-probability divided by
+continuations of the live beams only the `width` most likely may finish a hypothesis; the `width`
+most likely that do not end live on. A hypothesis scores its cumulative log-probability divided by
 length ** length_penalty, where the length counts the generated tokens, the ending one included.
 
     search = BeamSearch(4, max_tokens=32, ends={2})
     while search.live:
-        search.advance([likeliest(beam.tokens(), search.candidates) for beam in search.live])
+        search.advance([top_tokens(beam.tokens(), search.candidates) for beam in search.live])
     best = search.best(1)
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
+from pagewire_protocol.sampling import MAX_LOGPROBS
+
 MAX_WIDTH: Final = 16
-MAX_CANDIDATES: Final = 20
+MAX_CANDIDATES: Final = MAX_LOGPROBS
 """As many log-probabilities as the stack reports for a token."""
 EarlyStopping = bool | Literal["never"]
 
@@ -28,7 +30,10 @@ class Beam:
     __slots__ = ("kept", "length", "parent", "score", "token")
 
     def __init__(self, parent: "Beam | None", token: int, score: float, kept: Any = None) -> None:
-        self.parent, self.token, self.score, self.kept = parent, token, score, kept
+        self.parent = parent
+        self.token = token
+        self.score = score
+        self.kept = kept
         self.length: int = parent.length + 1 if parent else 0
 
     def path(self) -> "list[Beam]":
@@ -41,6 +46,7 @@ class Beam:
         return path[::-1]
 
     def tokens(self) -> list[int]:
+        """The generated ids, without the prompt's."""
         return [beam.token for beam in self.path()]
 
 
@@ -54,12 +60,12 @@ class Hypothesis(NamedTuple):
 
 
 class BeamSearch:
-    """One prompt's search. `live` are the beams to continue, likeliest first, none when the search
-    is over.
+    """One prompt's search. `live` are the beams to continue, most likely first, none when the
+    search is over.
 
     early_stopping: True ends the search as soon as `width` hypotheses are there; False when the
-    likeliest beam, at its present length, scores no better than the worst of them; "never" when it
-    could not even at its best length. The first `min_tokens` tokens are none that end. Raises
+    most likely beam, at its present length, scores no better than the worst of them; "never" when
+    it could not even at its best length. The first `min_tokens` tokens are none that end. Raises
     ValueError naming the parameter that is out of bounds.
     """
 
@@ -80,23 +86,27 @@ class BeamSearch:
             )
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self.width, self.max_tokens, self.ends = width, max_tokens, frozenset(ends)
-        self._penalty, self._early, self._min_tokens = length_penalty, early_stopping, min_tokens
+        self.width = width
+        self.max_tokens = max_tokens
+        self.ends = frozenset(ends)
+        self._penalty = length_penalty
+        self._early = early_stopping
+        self._min_tokens = min_tokens
         self.live: list[Beam] = [Beam(None, -1, 0.0)]
         self.finished: list[Hypothesis] = []
         """At most `width`, best first."""
 
     @property
     def candidates(self) -> int:
-        """How many of the likeliest tokens of each beam `advance` needs. One beam can continue with
-        `width` tokens at most, and those that end may come before them: more would not change the
-        result."""
+        """How many of the most likely tokens of each beam `advance` needs. One beam can continue
+        with `width` tokens at most, and those that end may come before them: more would not change
+        the result."""
         return min(MAX_CANDIDATES, self.width + len(self.ends))
 
     def advance(
         self, rows: Sequence[Sequence[tuple[int, float]]], kept: Sequence[Any] | None = None
     ) -> None:
-        """One round. rows[i]: (token, log-probability) of the likeliest next tokens of live[i];
+        """One round. rows[i]: (token, log-probability) of the most likely next tokens of live[i];
         kept[i]: what its continuations remember.
 
         Raises ValueError when there is not one row for each live beam."""

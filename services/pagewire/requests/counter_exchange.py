@@ -1,9 +1,9 @@
-"""The counts of all frontends of a stack: each leaves its own in the run directory, and whoever is
-asked adds them up.
+"""The counters of all frontends of a stack: each publishes its own as a file in the run directory,
+and whoever is asked adds them up.
 
 Several processes share one listening socket, so a scraper reaches any of them; what it reads must
 not depend on which. Counts of a frontend that is gone leave the sum, as they would with a process
-of its own. Knows files and Tallies, nothing of how they are published.
+of its own. Knows files and Counters, nothing of how they are shown.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import msgspec
 
 from .counters import Counters, Histogram
 
-PREFIX: Final = "tally-"
+PREFIX: Final = "counters-"
 Plain = dict[str, int | dict[str, int] | tuple[float, list[int]]]
 """Numbers, numbers by name, and histograms as (sum, counts)."""
 _decoder: Final = msgspec.json.Decoder(Plain)
-_WRONG: Final = (
+_UNREADABLE: Final = (
     OSError,
     msgspec.MsgspecError,
     UnicodeDecodeError,
@@ -28,58 +28,65 @@ _WRONG: Final = (
     KeyError,
     AttributeError,
 )
+"""What a file that is missing, cut off or of another version raises."""
 
 
 class CounterExchange:
-    def __init__(self, run_dir: Path, incarnation: int, tally: Counters) -> None:
-        self._run_dir, self._tally = run_dir, tally
+    """This frontend's way to the counters of the others."""
+
+    def __init__(self, run_dir: Path, incarnation: int, counters: Counters) -> None:
+        self._run_dir = run_dir
+        self._counters = counters
         self._file = run_dir / f"{PREFIX}{incarnation:016x}"
-        self._left = b""
+        self._published = b""
 
-    def leave(self) -> None:
-        """For the others; call now and then. A full disk must not end a frontend: the others then
-        read older counts."""
-        content = msgspec.json.encode(dump(self._tally))
-        if content != self._left:
-            fresh = self._file.with_suffix(".new")
-            with contextlib.suppress(OSError):
-                fresh.write_bytes(content)
-                fresh.replace(self._file)
-                self._left = content
+    def publish(self) -> None:
+        """Write this frontend's counters; call now and then. A full disk must not end a frontend:
+        the others then read older counts."""
+        content = msgspec.json.encode(dump(self._counters))
+        if content == self._published:
+            return
+        fresh = self._file.with_suffix(".new")
+        with contextlib.suppress(OSError):
+            fresh.write_bytes(content)
+            fresh.replace(self._file)
+            self._published = content
 
-    def whole(self, incarnations: Set[int]) -> Counters:
-        """A new Counters of this frontend and of those others of `incarnations` that have left
-        theirs."""
+    def total(self, incarnations: Set[int]) -> Counters:
+        """New Counters: this frontend's, and those of the others of `incarnations` that have
+        published theirs."""
         total = Counters()
-        add(total, dump(self._tally))
+        add(total, dump(self._counters))
         for incarnation in incarnations:
             file = self._run_dir / f"{PREFIX}{incarnation:016x}"
             if file != self._file:
-                with contextlib.suppress(*_WRONG):
+                with contextlib.suppress(*_UNREADABLE):
                     add(total, _decoder.decode(file.read_bytes()))
         return total
 
-    def forget(self) -> None:
+    def remove(self) -> None:
+        """Take this frontend's counters back."""
         for file in (self._file, self._file.with_suffix(".new")):
             with contextlib.suppress(OSError):
                 file.unlink()
 
 
-def dump(tally: Counters) -> Plain:
+def dump(counters: Counters) -> Plain:
+    """All counts as plain values, for `add`."""
     plain: Plain = {}
-    for name, value in vars(tally).items():
+    for name, value in vars(counters).items():
         if isinstance(value, Histogram):
             plain[name] = (value.sum, value.counts)
         elif isinstance(value, int):
             plain[name] = value
         elif isinstance(value, dict):
-            counts = cast(Mapping[object, int], value)
-            plain[name] = {str(key): count for key, count in counts.items()}
+            by_name = cast(Mapping[object, int], value)
+            plain[name] = {str(key): count for key, count in by_name.items()}
     return plain
 
 
 def add(total: Counters, plain: Plain) -> None:
-    """Add what `dump` made to `total`. Raises one of _WRONG for anything else."""
+    """Add what `dump` made to `total`. Raises one of _UNREADABLE for anything else."""
     for name, value in plain.items():
         mine: Any = vars(total)[name]
         if isinstance(value, tuple):

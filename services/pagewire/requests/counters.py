@@ -4,6 +4,7 @@ published."""
 from bisect import bisect_left
 from typing import Final, Protocol
 
+# Upper bounds of histograms, those of vLLM.
 FIRST_TOKEN_S: Final = (
     0.001,
     0.005,
@@ -91,6 +92,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
+        """Count one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
@@ -106,22 +108,30 @@ class Histogram:
 
 
 class Ended(Protocol):
-    """What is told of a request that ended: times in seconds on one clock, its first token's 0
-    where there was none."""
+    """What is counted of a request that ended: times in seconds on one clock, 0 for what did not
+    happen."""
 
-    born: float
-    placed: float
-    first: float
-    last: float
+    arrival_time: float
+    scheduled_time: float
+    first_token_time: float
+    last_token_time: float
     prompt_tokens: int
 
     @property
-    def output_tokens(self) -> int: ...
+    def output_tokens(self) -> int:
+        """How many tokens it got."""
+        ...
+
     @property
-    def max_tokens(self) -> int: ...
+    def max_tokens(self) -> int:
+        """How many it could have got."""
+        ...
 
 
 class Counters:
+    """Everything that is counted of requests in one process. Attributes are numbers, numbers by
+    name, and histograms of seconds or tokens."""
+
     def __init__(self) -> None:
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -133,42 +143,44 @@ class Counters:
         self.time_to_first_token = Histogram(FIRST_TOKEN_S)
         self.inter_token_latency = Histogram(GAP_S)
         self.time_per_output_token = Histogram(GAP_S)
-        self.e2e_latency, self.queue_time, self.inference_time = (
-            Histogram(LATENCY_S),
-            Histogram(LATENCY_S),
-            Histogram(LATENCY_S),
-        )
-        self.prefill_time, self.decode_time = Histogram(LATENCY_S), Histogram(LATENCY_S)
-        self.request_prompt_tokens, self.request_generation_tokens = (
-            Histogram(TOKENS),
-            Histogram(TOKENS),
-        )
-        self.params_max_tokens, self.params_n = Histogram(TOKENS), Histogram(SEQUENCES)
+        self.e2e_latency = Histogram(LATENCY_S)
+        self.queue_time = Histogram(LATENCY_S)
+        self.inference_time = Histogram(LATENCY_S)
+        self.prefill_time = Histogram(LATENCY_S)
+        self.decode_time = Histogram(LATENCY_S)
+        self.request_prompt_tokens = Histogram(TOKENS)
+        self.request_generation_tokens = Histogram(TOKENS)
+        self.params_max_tokens = Histogram(TOKENS)
+        self.params_n = Histogram(SEQUENCES)
         self.first_token = self.time_to_first_token.observe
         self.gap = self.inter_token_latency.observe
 
     def finished(self, reason: str) -> None:
+        """A request ended: "stop", "length", "abort" or "error"."""
         self.reasons[reason] += 1
 
     def started(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A request got its first slot on a worker."""
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
 
     def completed(self, reason: str, request: Ended, now: float) -> None:
+        """A request ended with all its output."""
         self.finished(reason)
-        self.e2e_latency.observe(now - request.born)
+        self.e2e_latency.observe(now - request.arrival_time)
         self.request_prompt_tokens.observe(request.prompt_tokens)
         self.request_generation_tokens.observe(request.output_tokens)
         self.params_max_tokens.observe(request.max_tokens)
-        if request.placed and request.first:
-            self.queue_time.observe(request.placed - request.born)
-            self.prefill_time.observe(request.first - request.placed)
-            self.decode_time.observe(request.last - request.first)
-            self.inference_time.observe(request.last - request.placed)
+        if request.scheduled_time and request.first_token_time:
+            self.queue_time.observe(request.scheduled_time - request.arrival_time)
+            self.prefill_time.observe(request.first_token_time - request.scheduled_time)
+            self.decode_time.observe(request.last_token_time - request.first_token_time)
+            self.inference_time.observe(request.last_token_time - request.scheduled_time)
         if request.output_tokens > 1:
             self.time_per_output_token.observe(
-                (request.last - request.first) / (request.output_tokens - 1)
+                (request.last_token_time - request.first_token_time) / (request.output_tokens - 1)
             )
 
     def responded(self, status: int) -> None:
+        """An HTTP answer of this status."""
         self.responses[status] = self.responses.get(status, 0) + 1

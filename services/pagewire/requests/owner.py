@@ -1,5 +1,5 @@
-"""The owner's side of every request: handle -> Stream, what counts as its next token, and when to
-try again. No I/O, no clock of its own.
+"""The owner's side of every request: handle -> OwnedRequest, what counts as its next token, and when
+to try again. No I/O, no clock of its own.
 
 A row of output is accepted only if, in this order: its handle is live; its attempt is the current
 one; its execution is the first one seen for this attempt; its position is the number of tokens
@@ -18,23 +18,27 @@ from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
 from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
 
 from .counters import Counters
-from .errors import ApiError, request_failed
-from .queries import PendingQueries
-from .request import NO_EXECUTION, Job, Row, Sink, Stream, error_of, rows_of
+from .errors import RequestError, failed, unavailable
+from .queries import MakeQuery, OnAnswer, PendingQueries, TokenizerQuery
+from .request import NO_EXECUTION, Job, OwnedRequest, Row, Sink, error_of, rows_of
 
-MAX_STRIKES: Final = 10
+MAX_INTERRUPTIONS: Final = 10
 """Interruptions after which a request fails instead of going out again."""
-PARK_S: Final = 60.0
+SUSPENSION_S: Final = 60.0
 """How long an interrupted request waits for a stack that can take it again."""
 BACKOFF_S: Final = (0.0, 0.0, 0.05, 0.2, 0.5, 1.0)
-"""Wait before the next attempt, by strikes."""
+"""Wait before the next attempt, by interruptions so far."""
+# Rows of one token bring it bare, others a view of several: both are appended by an unbound method,
+# chosen once a message instead of once a row.
 _APPEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).append
 _EXTEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).extend
 _REASONS: Final = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+_RETRYABLE_STATUSES: Final = (429, 503)
+"""Of a refusal that says nothing about the request: queues are full, or a service is loading."""
 
 
 class RequestOwner:
-    """All streams of this process. `send(inbox, message)` returns False when the peer's queue is
+    """All requests of this process. `send(inbox, message)` returns False when the peer's queue is
     full."""
 
     def __init__(
@@ -42,95 +46,97 @@ class RequestOwner:
         inbox: str,
         send: Callable[[str, Message], bool],
         clock: Callable[[], float],
-        tally: Counters,
+        counters: Counters,
     ) -> None:
-        self._inbox, self._send, self._clock, self._tally = inbox, send, clock, tally
-        self.asks = PendingQueries(inbox, send, clock)
-        self.ask = self.asks.ask
-        self.live: dict[int, Stream] = {}
+        self._inbox = inbox
+        self._send = send
+        self._clock = clock
+        self._counters = counters
+        self.queries = PendingQueries(inbox, send, clock)
+        self.live: dict[int, OwnedRequest] = {}
         """By the handle of the current attempt."""
-        self.parked: dict[bytes, Stream] = {}
+        self.suspended: dict[bytes, OwnedRequest] = {}
         """Interrupted, between two attempts; by rid."""
         self._next_handle = 0
         self._epoch = 0
-        self._servable = False
+        self._has_worker = False
         self._tokenizers: dict[int, str] = {}
         """Inboxes of the ready tokenizers, by incarnation."""
-        self._pinned: dict[int, int] = {}
-        """Live streams, by tokenizer."""
+        self._assigned: dict[int, int] = {}
+        """How many live requests each tokenizer has, by incarnation."""
 
     def __len__(self) -> int:
-        return len(self.live) + len(self.parked) + len(self.asks)
+        return len(self.live) + len(self.suspended) + len(self.queries)
 
-    # --- what the HTTP side asks ---
+    # --- from whoever has the requests: the HTTP frontend, LLM, run-batch ---
 
-    def submit(self, job: Job, sink: Sink) -> Stream:
-        """Start a request. Raises ApiError 503 when no tokenizer can take it."""
-        stream = Stream(job, sink, self._clock())
-        if not self._dispatch(stream):
-            raise ApiError(
-                503, "No service can take the request now; try it again.", retry_after_s=1
-            )
-        return stream
+    def submit(self, job: Job, sink: Sink) -> OwnedRequest:
+        """Start a request. Raises RequestError UNAVAILABLE when no tokenizer can take it."""
+        request = OwnedRequest(job, sink, self._clock())
+        if not self._dispatch(request):
+            raise unavailable("No service can take the request now; try it again.")
+        return request
 
-    def cancel(self, stream: Stream) -> None:
-        """The client is gone: forget the stream and tell the stack. Does nothing when it has
+    def cancel(self, request: OwnedRequest) -> None:
+        """The client is gone: forget the request and tell the stack. Does nothing when it has
         ended."""
-        if self.live.get(stream.handle) is stream:
-            self._abandon(stream)
-            self._tally.finished("abort")
-        elif self.parked.pop(stream.rid, None):
-            self._withdraw(stream)
-            self._tally.finished("abort")
+        if self.live.get(request.handle) is request:
+            self._abandon(request)
+            self._counters.finished("abort")
+        elif self.suspended.pop(request.rid, None):
+            self._cancel_remote(request)
+            self._counters.finished("abort")
 
-    def fail_all(self, error: ApiError) -> None:
-        """End every stream with `error`; for a process that goes down."""
-        for stream in list(self.live.values()):
-            self._abandon(stream)
-            self._fail(stream, error)
-        while self.parked:
-            self._fail(self.parked.popitem()[1], error)
-        self.asks.fail_all(error)
+    def query(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
+        """See PendingQueries.send."""
+        return self.queries.send(make, on_answer)
+
+    def fail_all(self, error: RequestError) -> None:
+        """End every request and query with `error`; for a process that goes down."""
+        for request in list(self.live.values()):
+            self._abandon(request)
+            self._fail(request, error)
+        while self.suspended:
+            self._fail(self.suspended.popitem()[1], error)
+        self.queries.fail_all(error)
 
     def tick(self) -> None:
-        """Send out the parked requests whose time has come. Call a few times a second."""
+        """Send out the suspended requests whose time has come. Call a few times a second."""
         now = self._clock()
-        self.asks.tick()
-        for stream in [s for s in self.parked.values() if s.resume_at <= now]:
-            if self._dispatch(stream):
-                del self.parked[stream.rid]
-            elif now >= stream.park_until:
-                del self.parked[stream.rid]
-                self._fail(
-                    stream,
-                    ApiError(
-                        503,
-                        f"The request was interrupted and could not resume within {PARK_S:.0f} s.",
-                        retry_after_s=5,
-                    ),
+        self.queries.tick()
+        for request in [r for r in self.suspended.values() if r.resume_at <= now]:
+            if self._dispatch(request):
+                del self.suspended[request.rid]
+            elif now >= request.suspended_until:
+                del self.suspended[request.rid]
+                text = (
+                    f"The request was interrupted and could not resume within {SUSPENSION_S:.0f} s."
                 )
+                self._fail(request, unavailable(text, retry_after_s=5))
 
-    # --- what the stack says ---
+    # --- from the stack ---
 
     def on_roster(self, roster: Roster) -> None:
+        """Who is there now. Requests whose tokenizer is gone, or all where the scheduler is a new
+        one, go out again."""
         if roster.epoch < self._epoch:
             return
-        new_reign = bool(self._epoch) and roster.epoch > self._epoch
+        new_epoch = bool(self._epoch) and roster.epoch > self._epoch
         self._epoch = roster.epoch
         ready = [peer for peer in roster.peers if peer.ready]
         self._tokenizers = {
             peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER
         }
-        self._servable = any(peer.role is Role.WORKER for peer in ready)
-        known: set[int] = {peer.incarnation for peer in roster.peers}
-        self.asks.on_tokenizers(self._tokenizers, known)
-        for stream in [s for s in self.live.values() if new_reign or s.pin[0] not in known]:
-            self._interrupted(stream, strike=False)
+        self._has_worker = any(peer.role is Role.WORKER for peer in ready)
+        present: set[int] = {peer.incarnation for peer in roster.peers}
+        self.queries.on_tokenizers(self._tokenizers, present)
+        for request in [r for r in self.live.values() if new_epoch or r.tokenizer not in present]:
+            self._interrupted(request, by_itself=False)
         self.tick()
 
     def on_deltas(self, deltas: Deltas) -> None:
-        """Raises ValueError or TypeError, before anything is accepted, when the columns do not fit
-        each other."""
+        """New output. Raises ValueError or TypeError, before anything is accepted, when the columns
+        do not fit each other."""
         single, rows = rows_of(deltas)
         for started in deltas.started:
             self._started(started)
@@ -141,129 +147,135 @@ class RequestOwner:
             self._ended(end)
 
     def _accept(self, single: bool, rows: list[Row]) -> None:
-        live, now, gap, accepted = self.live, self._clock(), self._tally.gap, 0
+        """The four rules, once a token: locals instead of attributes."""
+        live, now = self.live, self._clock()
+        observe_gap = self._counters.gap
         add = _APPEND if single else _EXTEND
+        accepted = 0
         for handle, attempt, execution, position, piece, text, logprobs in rows:
-            stream = live.get(handle)
-            if stream is None or stream.attempt != attempt:
+            request = live.get(handle)
+            if request is None or request.attempt != attempt:
                 continue
-            if stream.execution != execution:
-                if stream.execution != NO_EXECUTION:
+            if request.execution != execution:
+                if request.execution != NO_EXECUTION:
                     continue
-                stream.execution = execution
-            out = stream.out
+                request.execution = execution
+            out = request.out
             if position != len(out):
                 if position > len(out):
-                    self._interrupted(stream)
+                    self._interrupted(request)
                 continue
             add(out, piece)
             accepted += len(out) - position
             if position:
-                gap(now - stream.last)
+                observe_gap(now - request.last_token_time)
             else:
-                self._tally.first_token(now - stream.born)
-                stream.first = now
-            stream.last = now
-            if stream.deliver is None:
-                stream.sink.tokens(text, out[position:].tolist(), logprobs)
+                self._counters.first_token(now - request.arrival_time)
+                request.first_token_time = now
+            request.last_token_time = now
+            if request.deliver is None:
+                request.sink.tokens(text, out[position:].tolist(), logprobs)
             elif text:
-                stream.deliver(text)
-        self._tally.generation_tokens += accepted
+                request.deliver(text)
+        self._counters.generation_tokens += accepted
 
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """By the rules of a row but the last: positions of the prompt may come again."""
-        stream = self.live.get(-1 if entry.handle is None else entry.handle)
+        request = self.live.get(-1 if entry.handle is None else entry.handle)
         if (
-            stream is not None
-            and stream.attempt == entry.attempt
-            and stream.execution in (NO_EXECUTION, entry.execution)
+            request is not None
+            and request.attempt == entry.attempt
+            and request.execution in (NO_EXECUTION, entry.execution)
         ):
-            stream.execution = entry.execution
-            stream.sink.prompt_logprobs(entry)
+            request.execution = entry.execution
+            request.sink.prompt_logprobs(entry)
 
     def _started(self, started: Started) -> None:
-        stream = self.live.get(started.handle)
-        if stream is None or stream.attempt != started.attempt:
+        request = self.live.get(started.handle)
+        if request is None or request.attempt != started.attempt:
             return
-        if not stream.prompt_tokens:
-            stream.prompt_tokens, stream.placed = started.prompt_tokens, self._clock()
-            self._tally.started(started.prompt_tokens, started.cached_tokens)
-        stream.sink.started(started)
+        if not request.prompt_tokens:
+            request.prompt_tokens = started.prompt_tokens
+            request.scheduled_time = self._clock()
+            self._counters.started(started.prompt_tokens, started.cached_tokens)
+        request.sink.started(started)
 
     def _ended(self, end: End) -> None:
-        stream = self.live.get(end.handle)
-        if stream is None or stream.attempt != end.attempt:
+        request = self.live.get(end.handle)
+        if request is None or request.attempt != end.attempt:
             return
+        # Once a request was accepted, a stack that cannot take it is an interruption like others.
+        turned_away = (
+            end.finish is Finish.REFUSED
+            and end.status in _RETRYABLE_STATUSES
+            and request.attempt > 1
+        )
         if end.finish in _REASONS:
-            self._forget(stream)
-            self._tally.completed(_REASONS[end.finish], stream, self._clock())
-            stream.sink.finished(_REASONS[end.finish], end.stop_reason, len(stream.out))
-        elif end.finish is Finish.LOST or (
-            end.finish is Finish.REFUSED and end.status in (429, 503) and stream.attempt > 1
-        ):
-            self._interrupted(stream)
+            self._forget(request)
+            self._counters.completed(_REASONS[end.finish], request, self._clock())
+            request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
+        elif end.finish is Finish.LOST or turned_away:
+            self._interrupted(request)
         else:
-            self._forget(stream)
-            self._fail(stream, error_of(end))
+            self._forget(request)
+            self._fail(request, error_of(end))
 
     # --- attempts ---
 
-    def _dispatch(self, stream: Stream) -> bool:
-        """Send the next attempt to the tokenizer with the fewest streams. False when none takes
+    def _dispatch(self, request: OwnedRequest) -> bool:
+        """Send the next attempt to the tokenizer with the fewest requests. False when none takes
         it."""
-        if not self._tokenizers or not self._servable:
+        if not self._tokenizers or not self._has_worker:
             return False
-        incarnation = min(self._tokenizers, key=lambda key: self._pinned.get(key, 0))
+        incarnation = min(self._tokenizers, key=lambda key: self._assigned.get(key, 0))
         inbox, handle = self._tokenizers[incarnation], self._next_handle
         self._next_handle += 1
-        if not self._send(inbox, stream.next_attempt(handle, self._inbox)):
+        if not self._send(inbox, request.next_attempt(handle, self._inbox)):
             return False
-        if stream.attempt and stream.pin[0] != incarnation:
-            self._withdraw(stream)
-        self._pinned[incarnation] = self._pinned.get(incarnation, 0) + 1
-        stream.attempt, stream.handle, stream.execution, stream.pin = (
-            stream.attempt + 1,
-            handle,
-            NO_EXECUTION,
-            (incarnation, inbox),
-        )
-        self.live[handle] = stream
+        if request.attempt and request.tokenizer != incarnation:
+            self._cancel_remote(request)
+        self._assigned[incarnation] = self._assigned.get(incarnation, 0) + 1
+        request.attempt += 1
+        request.handle = handle
+        request.execution = NO_EXECUTION
+        request.tokenizer = incarnation
+        request.tokenizer_inbox = inbox
+        self.live[handle] = request
         return True
 
-    def _interrupted(self, stream: Stream, strike: bool = True) -> None:
+    def _interrupted(self, request: OwnedRequest, by_itself: bool = True) -> None:
         """The current attempt is void: the next one goes out, now or when the stack can take it,
-        unless there were too many."""
-        self._forget(stream)
-        stream.strikes += strike
-        if stream.strikes > MAX_STRIKES:
-            self._fail(
-                stream,
-                request_failed(
-                    f"The request was interrupted {stream.strikes} times; it is not tried again."
-                ),
-            )
+        unless there were too many. `by_itself`: the request may be what ends its workers, so this
+        counts."""
+        self._forget(request)
+        request.interruptions += by_itself
+        if request.interruptions > MAX_INTERRUPTIONS:
+            text = f"The request was interrupted {request.interruptions} times"
+            self._fail(request, failed(f"{text}; it is not tried again."))
             return
-        self._tally.resubmissions += 1
-        wait, now = BACKOFF_S[min(stream.strikes, len(BACKOFF_S) - 1)], self._clock()
-        stream.resume_at, stream.park_until = now + wait, now + PARK_S
-        if wait or not self._dispatch(stream):
-            self.parked[stream.rid] = stream
+        self._counters.resubmissions += 1
+        wait = BACKOFF_S[min(request.interruptions, len(BACKOFF_S) - 1)]
+        now = self._clock()
+        request.resume_at = now + wait
+        request.suspended_until = now + SUSPENSION_S
+        if wait or not self._dispatch(request):
+            self.suspended[request.rid] = request
 
-    def _abandon(self, stream: Stream) -> None:
-        self._withdraw(stream)
-        self._forget(stream)
+    def _abandon(self, request: OwnedRequest) -> None:
+        self._cancel_remote(request)
+        self._forget(request)
 
-    def _withdraw(self, stream: Stream) -> None:
+    def _cancel_remote(self, request: OwnedRequest) -> None:
         """Cancel the latest attempt at the tokenizer that has it, if that one is still there."""
-        if stream.pin[0] in self._tokenizers:
-            self._send(stream.pin[1], Cancel(((stream.rid, stream.attempt),)))
+        if request.tokenizer in self._tokenizers:
+            self._send(request.tokenizer_inbox, Cancel(((request.rid, request.attempt),)))
 
-    def _forget(self, stream: Stream) -> None:
-        del self.live[stream.handle]
-        left = self._pinned.pop(stream.pin[0], 1) - 1
+    def _forget(self, request: OwnedRequest) -> None:
+        del self.live[request.handle]
+        left = self._assigned.pop(request.tokenizer, 1) - 1
         if left > 0:
-            self._pinned[stream.pin[0]] = left
+            self._assigned[request.tokenizer] = left
 
-    def _fail(self, stream: Stream, error: ApiError) -> None:
-        self._tally.finished("error")
-        stream.sink.failed(error)
+    def _fail(self, request: OwnedRequest, error: RequestError) -> None:
+        self._counters.finished("error")
+        request.sink.failed(error)

@@ -1,140 +1,139 @@
-"""Questions to a tokenizer that belong to no request: the ids of a text, the text of ids. No I/O,
-no clock of its own.
+"""Queries to a tokenizer that belong to no request: the ids of a text, the text of ids. No I/O, no
+clock of its own.
 
-A question whose tokenizer is gone goes to another one; a question that ends tokenizers is not asked
-for ever.
+A query whose tokenizer is gone goes to another one, but not for ever: it may be what ends them.
 """
 
 from collections.abc import Callable
 from typing import Final
 
-from msgspec.structs import replace
 from pagewire_protocol.messages import Detokenize, Message, Tokenize, Tokenized
 
-from .errors import ApiError
+from .errors import RequestError, failed, invalid, unavailable
 
 ANSWER_S: Final = 60.0
-"""How long a question may take, the search for a tokenizer included."""
+"""How long a query may take, the search for a tokenizer included."""
 MAX_DEATHS: Final = 3
-"""Tokenizers that may end while they have a question."""
-Question = Tokenize | Detokenize
-Answered = Callable[[Tokenized | ApiError], None]
+"""Tokenizers that may end while they have a query."""
+Query = Tokenize | Detokenize
+MakeQuery = Callable[[int, str], Query]
+"""Makes a query's message from the handle and the inbox that its answer goes to, for example
+`partial(Detokenize, ids=column, skip_special_tokens=True)`."""
+Answer = Tokenized | RequestError
+OnAnswer = Callable[[Answer], None]
+_UNAVAILABLE: Final = 503
+"""The status of a tokenizer that is still loading."""
 
 
 class TokenizerQuery:
-    """One question; `pin` is the incarnation of the tokenizer that has it, 0 for none."""
+    """One query, from `send` to its answer."""
 
-    __slots__ = ("answered", "deaths", "handle", "pin", "question", "until")
+    __slots__ = ("deadline", "deaths", "handle", "message", "on_answer", "tokenizer")
 
-    def __init__(self, handle: int, question: Question, answered: Answered, until: float) -> None:
-        self.handle, self.question, self.answered, self.until = handle, question, answered, until
-        self.pin = self.deaths = 0
+    def __init__(self, handle: int, message: Query, on_answer: OnAnswer, deadline: float) -> None:
+        self.handle = handle
+        self.message = message
+        self.on_answer = on_answer
+        self.deadline = deadline
+        self.tokenizer = 0
+        """Incarnation of the tokenizer that has it; 0: none has."""
+        self.deaths = 0
+        """Tokenizers that ended while they had it."""
 
 
 class PendingQueries:
-    """The open questions of this process. `send(inbox, message)` returns False when the peer's
-    queue is full."""
+    """The queries of this process without an answer. `send(inbox, message)` returns False when the
+    peer's queue is full."""
 
     def __init__(
         self, inbox: str, send: Callable[[str, Message], bool], clock: Callable[[], float]
     ) -> None:
-        self._inbox, self._send, self._clock = inbox, send, clock
+        self._inbox = inbox
+        self._send = send
+        self._clock = clock
         self._tokenizers: dict[int, str] = {}
-        self._open: dict[int, TokenizerQuery] = {}
+        """Inboxes of the ready tokenizers, by incarnation."""
+        self._pending: dict[int, TokenizerQuery] = {}
         self._next_handle = 0
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._pending)
 
-    def ask(self, question: Question, answered: Answered) -> TokenizerQuery:
-        """`answered` is called once, later, unless the TokenizerQuery is forgotten before. The
-        question's `handle` and `reply_to` are filled in here. Raises ApiError 503 when no tokenizer
-        can take it."""
+    def send(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
+        """Make a query's message and send it. `on_answer` is called once, later, unless the
+        TokenizerQuery is discarded before. Raises RequestError UNAVAILABLE when no tokenizer can
+        take it."""
         handle = self._next_handle
-        ask = TokenizerQuery(
-            handle,
-            replace(question, handle=handle, reply_to=self._inbox),
-            answered,
-            self._clock() + ANSWER_S,
-        )
-        if not self._dispatch(ask):
-            raise ApiError(
-                503, "No service can take the request now; try it again.", retry_after_s=1
-            )
+        message = make(handle, self._inbox)
+        query = TokenizerQuery(handle, message, on_answer, self._clock() + ANSWER_S)
+        if not self._dispatch(query):
+            raise unavailable("No service can take the request now; try it again.")
         self._next_handle += 1
-        self._open[handle] = ask
-        return ask
+        self._pending[handle] = query
+        return query
 
-    def forget(self, ask: TokenizerQuery) -> None:
+    def discard(self, query: TokenizerQuery) -> None:
         """Nobody wants the answer. Does nothing when it came already."""
-        self._open.pop(ask.handle, None)
+        self._pending.pop(query.handle, None)
 
     def on_answer(self, answer: Tokenized) -> None:
-        ask = self._open.get(answer.handle)
-        if ask is None:
+        """A tokenizer's answer, which may be that it is still loading."""
+        query = self._pending.get(answer.handle)
+        if query is None:
             return
-        if answer.status == 503:
-            ask.pin = 0  # the next tick asks again
+        if answer.status == _UNAVAILABLE:
+            query.tokenizer = 0  # the next tick sends it again
         else:
-            self._close(ask, refusal_of(answer) if answer.status else answer)
+            self._close(query, error_of(answer) if answer.status else answer)
 
-    def on_tokenizers(self, ready: dict[int, str], known: set[int]) -> None:
-        """`ready`: inboxes by incarnation; `known`: the incarnations that are there, ready or
-        not."""
+    def on_tokenizers(self, ready: dict[int, str], present: set[int]) -> None:
+        """`ready`: inboxes by incarnation; `present`: the incarnations that live, ready or not."""
         self._tokenizers = ready
-        for ask in [ask for ask in self._open.values() if ask.pin and ask.pin not in known]:
-            ask.pin = 0
-            ask.deaths += 1
-            if ask.deaths >= MAX_DEATHS:
-                self._close(
-                    ask,
-                    ApiError(
-                        500,
-                        f"{ask.deaths} tokenizers ended while they had this request; it is not tried again.",
-                    ),
-                )
+        orphans = [
+            query
+            for query in self._pending.values()
+            if query.tokenizer and query.tokenizer not in present
+        ]
+        for query in orphans:
+            query.tokenizer = 0
+            query.deaths += 1
+            if query.deaths >= MAX_DEATHS:
+                text = f"{query.deaths} tokenizers ended while they had this request"
+                self._close(query, failed(f"{text}; it is not tried again."))
 
     def tick(self) -> None:
-        """Ask again what nobody has; give up what took too long."""
+        """Send again what no tokenizer has; give up what took too long."""
         now = self._clock()
-        for ask in list(self._open.values()):
-            if now >= ask.until:
-                self._close(
-                    ask,
-                    ApiError(
-                        503,
-                        f"The tokenizer did not answer within {ANSWER_S:.0f} s.",
-                        retry_after_s=5,
-                    ),
-                )
-            elif not ask.pin:
-                self._dispatch(ask)
+        for query in list(self._pending.values()):
+            if now >= query.deadline:
+                text = f"The tokenizer did not answer within {ANSWER_S:.0f} s."
+                self._close(query, unavailable(text, retry_after_s=5))
+            elif not query.tokenizer:
+                self._dispatch(query)
 
-    def fail_all(self, error: ApiError) -> None:
-        for ask in list(self._open.values()):
-            self._close(ask, error)
+    def fail_all(self, error: RequestError) -> None:
+        """Answer every query with `error`; for a process that goes down."""
+        for query in list(self._pending.values()):
+            self._close(query, error)
 
-    def _dispatch(self, ask: TokenizerQuery) -> bool:
-        """Send it to the ready tokenizer that has the fewest questions. False when none takes
-        it."""
+    def _dispatch(self, query: TokenizerQuery) -> bool:
+        """Send it to the ready tokenizer that has the fewest queries. False when none takes it."""
         if not self._tokenizers:
             return False
-        pins = [other.pin for other in self._open.values()]
-        incarnation = min(self._tokenizers, key=pins.count)
-        if not self._send(self._tokenizers[incarnation], ask.question):
+        assigned = [other.tokenizer for other in self._pending.values()]
+        incarnation = min(self._tokenizers, key=assigned.count)
+        if not self._send(self._tokenizers[incarnation], query.message):
             return False
-        ask.pin = incarnation
+        query.tokenizer = incarnation
         return True
 
-    def _close(self, ask: TokenizerQuery, answer: Tokenized | ApiError) -> None:
-        del self._open[ask.handle]
-        ask.answered(answer)
+    def _close(self, query: TokenizerQuery, answer: Answer) -> None:
+        del self._pending[query.handle]
+        query.on_answer(answer)
 
 
-def refusal_of(answer: Tokenized) -> ApiError:
-    """Only a refusal's text passes on to the client: it speaks of the request."""
+def error_of(answer: Tokenized) -> RequestError:
+    """Only a refusal's text passes on: it speaks of the request."""
     if 400 <= answer.status < 500:
-        return ApiError(
-            answer.status, answer.message or "The request was refused.", param=answer.param
-        )
-    return ApiError(500, "The tokenizer could not handle this request.")
+        return invalid(answer.message or "The request was refused.", answer.param)
+    return failed("The tokenizer could not handle this request.")

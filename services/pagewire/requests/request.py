@@ -12,9 +12,10 @@ from pagewire_protocol.messages import Deltas, Generate
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Started, TokenLogprobs
 
-from .errors import ApiError, request_failed
+from .errors import ErrorKind, RequestError, failed, unavailable
 
 NO_EXECUTION: Final = -1
+"""Of an attempt that no worker has answered yet."""
 
 
 class Job(Struct, frozen=True):
@@ -30,74 +31,103 @@ class Job(Struct, frozen=True):
 
 
 class Sink(Protocol):
-    """Where a stream's accepted output goes. Exactly one of `finished` and `failed` is called,
+    """Where a request's accepted output goes. Exactly one of `finished` and `failed` is called,
     last; none may raise."""
 
     wants_tokens: bool
     """`tokens` is called for each row, instead of `text` for each row with text."""
 
-    def started(self, started: Started) -> None: ...
+    def started(self, started: Started) -> None:
+        """It got a slot on a worker. Comes again with each attempt."""
+        ...
+
     def prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """A run of prompt tokens, before any output. After an interruption positions come again,
         with the same meaning: the later entry replaces the earlier one."""
         ...
 
-    def text(self, text: str, /) -> None: ...
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None: ...
-    def finished(
-        self, reason: str, stop_reason: int | str | None, completion_tokens: int
-    ) -> None: ...
-    def failed(self, error: ApiError) -> None: ...
+    def text(self, text: str, /) -> None:
+        """The text that new tokens complete, never empty."""
+        ...
+
+    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+        """New tokens, the text that they complete, and their log-probabilities where the job asks
+        for them."""
+        ...
+
+    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        """`reason` is "stop" or "length"; `stop_reason` the stop string or stop token id that was
+        hit."""
+        ...
+
+    def failed(self, error: RequestError) -> None:
+        """There will be no more output."""
+        ...
 
 
-class Stream:
-    """One request of one client, over all its attempts."""
+class OwnedRequest:
+    """One request over all its attempts, as its owner sees it. Times are seconds on the owner's
+    clock, 0 until they are known."""
 
     __slots__ = (
+        "arrival_time",
         "attempt",
-        "born",
         "deliver",
         "execution",
-        "first",
+        "first_token_time",
         "handle",
+        "interruptions",
         "job",
-        "last",
+        "last_token_time",
         "out",
-        "park_until",
-        "pin",
-        "placed",
         "prompt_tokens",
         "resume_at",
         "rid",
+        "scheduled_time",
         "sink",
-        "strikes",
+        "suspended_until",
+        "tokenizer",
+        "tokenizer_inbox",
     )
 
     def __init__(self, job: Job, sink: Sink, now: float) -> None:
         self.rid = secrets.token_bytes(16)
-        self.job, self.sink = job, sink
+        self.job = job
+        self.sink = sink
         self.deliver: Callable[[str], None] | None = None if sink.wants_tokens else sink.text
-        self.attempt, self.handle, self.execution = 0, -1, NO_EXECUTION
+        self.attempt = 0
+        self.handle = -1
+        self.execution = NO_EXECUTION
         self.out = array("i")
-        self.pin: tuple[int, str] = (0, "")
-        """Incarnation and inbox of the tokenizer that serves the current attempt."""
-        self.born = self.last = now
-        self.placed = self.first = 0.0
-        """When it got a place on a worker, and when its first token came."""
+        """The tokens accepted so far."""
+        self.tokenizer = 0
+        """Incarnation of the tokenizer that serves the current attempt."""
+        self.tokenizer_inbox = ""
+        self.arrival_time = now
+        self.scheduled_time = 0.0
+        """When it got a slot on a worker."""
+        self.first_token_time = 0.0
+        self.last_token_time = now
         self.prompt_tokens = 0
-        self.strikes = 0
-        """Interruptions that may be the request's own doing."""
-        self.resume_at = self.park_until = 0.0
+        self.interruptions = 0
+        """Those that may be the request's own doing."""
+        self.resume_at = 0.0
+        """When the next attempt is due, while it is suspended."""
+        self.suspended_until = 0.0
+        """When it fails for want of a stack that takes it."""
 
     @property
     def output_tokens(self) -> int:
+        """How many tokens were accepted."""
         return len(self.out)
 
     @property
     def max_tokens(self) -> int:
+        """How many may come."""
         return self.job.sampling.max_tokens
 
     def next_attempt(self, handle: int, reply_to: str) -> Generate:
+        """The message that starts the attempt after the current one, with the output so far."""
         job = self.job
         return Generate(
             self.rid,
@@ -117,8 +147,8 @@ class Stream:
 
 Row = tuple[int, int, int, int, "int | memoryview", str, list[TokenLogprobs]]
 """Handle, attempt, execution, position, token or tokens, text, log-probabilities."""
-_ONES: Final = pack("i", [1]) * 4096
-_NOTHING: Final[list[TokenLogprobs]] = []
+_ONE_EACH: Final = pack("i", [1]) * 4096
+_NO_LOGPROBS: Final[list[TokenLogprobs]] = []
 
 
 def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
@@ -126,7 +156,7 @@ def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
 
     Raises ValueError or TypeError when the columns do not fit each other."""
     handles, tokens = unpack("I", deltas.handles).tolist(), unpack("i", deltas.tokens)
-    single = len(tokens) == len(handles) and deltas.counts == _ONES[: 4 * len(handles)]
+    single = len(tokens) == len(handles) and deltas.counts == _ONE_EACH[: 4 * len(handles)]
     rows = zip(
         handles,
         unpack("I", deltas.attempts).tolist(),
@@ -134,7 +164,9 @@ def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
         unpack("i", deltas.positions).tolist(),
         tokens.tolist() if single else _split(tokens, unpack("i", deltas.counts).tolist()),
         deltas.texts,
-        _by_row(deltas.logprobs, len(handles)) if deltas.logprobs else [_NOTHING] * len(handles),
+        _by_row(deltas.logprobs, len(handles))
+        if deltas.logprobs
+        else [_NO_LOGPROBS] * len(handles),
         strict=True,
     )
     return single, list(rows)
@@ -160,23 +192,21 @@ def _by_row(entries: tuple[TokenLogprobs, ...], rows: int) -> list[list[TokenLog
     return grouped
 
 
-def error_of(end: End) -> ApiError:
-    """What the client is told of an end that is none of a generation. Only a refusal's text passes:
+def error_of(end: End) -> RequestError:
+    """What the sender is told of an end that is none of a generation. Only a refusal's text passes:
     it speaks of the request."""
     if end.finish is Finish.REFUSED and 400 <= end.status < 500:
-        retry = end.retry_after_s or (1 if end.status == 429 else 0)
-        return ApiError(
-            end.status,
+        overloaded = end.status == 429
+        return RequestError(
+            ErrorKind.OVERLOADED if overloaded else ErrorKind.INVALID,
             end.message or "The request was refused.",
             param=end.param,
-            retry_after_s=retry,
+            retry_after_s=end.retry_after_s or (1 if overloaded else 0),
         )
     if end.finish is Finish.REFUSED:
-        return ApiError(
-            503,
-            "The server cannot take this request now; try it again.",
-            retry_after_s=end.retry_after_s or 1,
+        return unavailable(
+            "The server cannot take this request now; try it again.", end.retry_after_s or 1
         )
     if end.finish is Finish.CANCELLED:
-        return ApiError(503, "The server cancelled this request; try it again.", retry_after_s=1)
-    return request_failed()
+        return unavailable("The server cancelled this request; try it again.")
+    return failed()

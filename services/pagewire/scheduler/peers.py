@@ -20,13 +20,13 @@ from pagewire_protocol.messages import (
     TokenizerFacts,
     WorkerFacts,
 )
+from pagewire_protocol.structs import SILENCE_S
 
 from .request import ReplyRoute
 
-SILENCE_S: Final = 10.0
-"""A ready peer not heard of for this long is dropped."""
 LOADING_SILENCE_S: Final = 60.0
-"""The same for one that is loading: an import or a large file may hold its interpreter for long."""
+"""`SILENCE_S` for a peer that is loading: an import or a large file may hold its interpreter for
+long."""
 PAUSE_S: Final = 2.0
 """A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that
 its peers were silent."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from pagewire_protocol.columns import BlockId, Slot
 from pagewire_protocol.messages import Shared, pack
 
@@ -19,9 +20,6 @@ LEAST_ROWS: Final = 4
 """Smaller groups save less than the second launch costs."""
 LEAST_TOKENS: Final = 256
 """Shorter prefixes are read from the GPU's cache about as fast."""
-MOST_GROUPS: Final = 8
-"""What a worker takes in one step: each group adds tiles to a grid of fixed size, which costs even
-where it stays empty."""
 MOST_LEADS: Final = 32
 """Different first blocks that are looked at: a bound on time."""
 MOST_SPLITS: Final = 4
@@ -78,7 +76,7 @@ class PrefixFinder:
             slots = rows[members]
             usable = np.minimum(self._counts[slots], (lengths[members] - 1) // self._block_size)
             found += self._best(members, slots, usable, 0, MOST_SPLITS)
-        found = sorted(found, key=lambda group: -group.gain)[:MOST_GROUPS]
+        found = sorted(found, key=lambda group: -group.gain)[:MAX_PREFIX_GROUPS]
         return _wire(found, self._block_size) if found else None
 
     def _best(self, members: I64, slots: I32, usable: I64, first: int, splits: int) -> list[Group]:

@@ -1,8 +1,8 @@
-"""A prompt as token ids, and whether it can be served at all. It knows what a request says, not who
+"""A prompt as token ids, and whether it can be served at all. It knows a request's content, not who
 sent it or where it goes.
 
-Everything that is wrong with a request is a `Refused`, whose text is for the client and has the
-numbers.
+Everything that is wrong with a request is a `Refused`, whose text is shown to the client and has
+the numbers.
 """
 
 from typing import Final, NamedTuple
@@ -10,6 +10,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
+from pagewire_protocol.prompt_checks import (
+    kept_prompt_tokens,
+    outside_vocabulary,
+    too_long,
+    truncated_ids,
+)
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
@@ -17,10 +23,14 @@ from tokenizers import Tokenizer
 from .template import ChatTemplate, TemplateRefused
 
 LONG: Final = 20_000
-"""Characters from which on a prompt is encoded beside the loop: about 10 ms of work."""
+"""Characters from which on a prompt is encoded in a thread, off the event loop: about 10 ms of
+work."""
 
 
 class Refused(Exception):
+    """The request cannot be served; `param` is the client's name for what is wrong, `status` the
+    HTTP status."""
+
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.message, self.param, self.status = message, param, status
@@ -39,8 +49,8 @@ def size_of(prompt: Prompt) -> int:
 
 
 class Encoded(NamedTuple):
-    """What was text in a request, as int32 columns: the prompt, and the sequences of token ids that
-    its bad words stand for."""
+    """The text of a request as int32 columns: the prompt, and the sequences of token ids that its
+    bad words stand for."""
 
     prompt: bytes
     bad_words: tuple[bytes, ...] = ()
@@ -52,13 +62,14 @@ def param_of(prompt: Prompt) -> str:
 
 
 class Encoder:
-    """Thread-safe. `tokenizer` is None under --skip-tokenizer-init."""
+    """Text to token ids, and ids to text as a whole. Thread-safe. `tokenizer` is None under
+    --skip-tokenizer-init."""
 
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._tokenizer, self._template = tokenizer, template
 
     def encode_request(self, request: Generate) -> Encoded:
-        """Raises Refused."""
+        """All text of a request. Raises Refused."""
         return Encoded(
             self.encode(request.prompt, request.add_special_tokens),
             self._words(request.text.bad_words),
@@ -85,15 +96,16 @@ class Encoder:
         """The text of an int32 column, as a text of its own. Raises Refused."""
         if self._tokenizer is None:
             raise _no_tokenizer("tokens")
-        return self._tokenizer.decode(self._known(ids), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(self._valid_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def strings(self, ids: bytes) -> tuple[str, ...]:
         """The vocabulary's own name of each token of an int32 column. Raises Refused."""
         if self._tokenizer is None:
             raise _no_tokenizer("return_token_strs")
-        return tuple(self._tokenizer.id_to_token(token) or "" for token in self._known(ids))
+        return tuple(self._tokenizer.id_to_token(token) or "" for token in self._valid_ids(ids))
 
-    def _known(self, column: bytes) -> list[int]:
+    def _valid_ids(self, column: bytes) -> list[int]:
+        """The ids of an int32 column. Raises Refused for one outside the vocabulary."""
         assert self._tokenizer is not None
         if len(column) % 4:
             raise Refused(
@@ -109,8 +121,8 @@ class Encoder:
         return ids.tolist()
 
     def _words(self, words: tuple[str, ...]) -> tuple[bytes, ...]:
-        """As vLLM reads them: each as at the beginning of a text, and as after a space where that
-        makes another first token and as many."""
+        """The token sequences of bad words, by vLLM's rule: each word as at the beginning of a text;
+        also as after a space, where that has another first token and the same number of tokens."""
         if not words:
             return ()
         if self._tokenizer is None:
@@ -120,17 +132,17 @@ class Encoder:
             encoding.ids
             for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ]
-        found: list[list[int]] = []
+        sequences: list[list[int]] = []
         for word, bare, spaced in zip(words, ids[::2], ids[1::2], strict=True):
             if not 0 < len(bare) <= MAX_BAD_WORD_TOKENS:
                 raise Refused(
                     f"bad_words: {word!r} is {len(bare)} tokens long; 1 to {MAX_BAD_WORD_TOKENS} are possible",
                     "bad_words",
                 )
-            found.append(bare)
+            sequences.append(bare)
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
-                found.append(spaced)
-        return tuple(np.array(word, np.int32).tobytes() for word in found)
+                sequences.append(spaced)
+        return tuple(np.array(word, np.int32).tobytes() for word in sequences)
 
     def _render(self, chat: Chat) -> str:
         if self._tokenizer is None:
@@ -166,12 +178,10 @@ def _no_tokenizer(param: str) -> Refused:
 def truncated(request: Generate, ids: bytes, max_model_len: int) -> bytes:
     """The prompt without its beginning, as far as the client asked for that. Where the context has
     no room at all it stays whole."""
-    keep = request.text.truncate_prompt
-    if keep < 0:
-        keep = max(
-            0, max_model_len - (1 if request.max_tokens_is_rest else request.sampling.max_tokens)
-        )
-    return ids[-4 * keep :] if keep else ids
+    completion = 1 if request.max_tokens_is_rest else request.sampling.max_tokens
+    return truncated_ids(
+        ids, kept_prompt_tokens(request.text.truncate_prompt, max_model_len, completion)
+    )
 
 
 def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
@@ -180,9 +190,9 @@ def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:
     sampling = request.sampling
     if encoded.bad_words:
         sampling = replace(sampling, bad_words=sampling.bad_words + encoded.bad_words)
-    found = fault(sampling, roster.vocab_size)
-    if found is not None:
-        raise Refused(*found)
+    problem = fault(sampling, roster.vocab_size)
+    if problem is not None:
+        raise Refused(*problem)
     max_tokens = _max_tokens(request, encoded.prompt, roster)
     return (
         sampling if max_tokens == sampling.max_tokens else replace(sampling, max_tokens=max_tokens)
@@ -197,24 +207,17 @@ def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
     outside = prompt[(prompt < 0) | (prompt >= roster.vocab_size)]
     if len(outside):
         raise Refused(
-            f"token id {outside[0]} is outside the model's vocabulary of {roster.vocab_size} tokens",
+            outside_vocabulary(outside[0], roster.vocab_size),
             param,
         )
     room = roster.max_model_len - len(prompt)
     if request.max_tokens_is_rest:
         if room < 1:
-            raise Refused(_too_long(roster.max_model_len, len(prompt), 1), param)
+            raise Refused(too_long(roster.max_model_len, len(prompt), 1), param)
         return room
     if request.sampling.max_tokens > room:
         raise Refused(
-            _too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),
+            too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),
             param if room < 1 else "max_tokens",
         )
     return request.sampling.max_tokens
-
-
-def _too_long(context: int, prompt: int, completion: int) -> str:
-    return (
-        f"This model's maximum context length is {context} tokens. However, you requested {prompt + completion} tokens "
-        f"({prompt} in the prompt, {completion} for the completion). Reduce the prompt or max_tokens."
-    )

@@ -87,6 +87,8 @@ class BadFiles(ValueError):
 
 
 class Built(NamedTuple):
+    """A tokenizer, and its special tokens by the names that chat templates use."""
+
     tokenizer: Tokenizer
     names: dict[str, str]
 
@@ -97,21 +99,24 @@ def build(path: Path, settings: Config, config: Config, generation: Config) -> B
     BadModel, UnsupportedModel, OSError."""
     ranks = next(iter(sorted(path.glob("*.tiktoken"))), None)
     file = path / MODEL_FILE
-    kind = str(settings.get("tokenizer_class") or "")
-    if ranks is not None and (kind == "QWenTokenizer" or config.get("model_type") == "qwen"):
+    tokenizer_class = str(settings.get("tokenizer_class") or "")
+    if ranks is not None and (
+        tokenizer_class == "QWenTokenizer" or config.get("model_type") == "qwen"
+    ):
         return _qwen(ranks)
-    if kind in GPT2_LIKE and all((path / name).is_file() for name in GPT2_FILES):
+    if tokenizer_class in GPT2_LIKE and all((path / name).is_file() for name in GPT2_FILES):
         return _gpt2(path, settings)
     if not file.is_file():
         return None
     chatglm = (
-        kind in ("ChatGLMTokenizer", "ChatGLM4Tokenizer") or config.get("model_type") == "chatglm"
+        tokenizer_class in ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
+        or config.get("model_type") == "chatglm"
     )
     if tiktoken_bpe.is_ranks(file):
         return _glm4(file, settings) if chatglm else None
     if chatglm:
         return _chatglm(sentencepiece_model.read(file))
-    if kind not in LLAMA_LIKE:
+    if tokenizer_class not in LLAMA_LIKE:
         return None
     model = sentencepiece_model.read(file)
     marks = _marks(model, generation) if config.get("model_type") == "baichuan" else {}
@@ -234,8 +239,8 @@ def _special(token: str) -> AddedToken:
 
 def _added(settings: Config) -> Added:
     """The tokens that tokenizer_config.json adds, with their ids."""
-    given = settings.get("added_tokens_decoder") or {}
-    return [(_added_token(entry), int(index)) for index, entry in given.items()]
+    entries = settings.get("added_tokens_decoder") or {}
+    return [(_added_token(entry), int(index)) for index, entry in entries.items()]
 
 
 def _added_token(entry: Config) -> AddedToken:

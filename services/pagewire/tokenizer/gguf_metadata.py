@@ -56,13 +56,13 @@ def _read_all(buffer: Buffer) -> dict[str, Any]:
     version, _tensors, keys = struct.unpack_from("<IQQ", buffer, 4)
     if version not in (2, 3):
         raise BadGguf(f"GGUF version {version} is not supported, only 2 and 3")
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     position = 24
     for _ in range(keys):
         key, position = _read_string(buffer, position)
-        (kind,) = struct.unpack_from("<I", buffer, position)
-        found[key], position = _read_value(buffer, kind, position + 4)
-    return found
+        (value_type,) = struct.unpack_from("<I", buffer, position)
+        metadata[key], position = _read_value(buffer, value_type, position + 4)
+    return metadata
 
 
 def _read_string(buffer: Buffer, position: int) -> tuple[str, int]:
@@ -70,23 +70,23 @@ def _read_string(buffer: Buffer, position: int) -> tuple[str, int]:
     return buffer[position + 8 : end].decode(), end
 
 
-def _read_value(buffer: Buffer, kind: int, position: int) -> tuple[Any, int]:
-    if kind == STRING:
+def _read_value(buffer: Buffer, value_type: int, position: int) -> tuple[Any, int]:
+    if value_type == STRING:
         return _read_string(buffer, position)
-    if kind == ARRAY:
+    if value_type == ARRAY:
         return _read_array(buffer, position)
-    layout = struct.Struct("<" + SCALARS[kind])
+    layout = struct.Struct("<" + SCALARS[value_type])
     return layout.unpack_from(buffer, position)[0], position + layout.size
 
 
 def _read_array(buffer: Buffer, position: int) -> tuple[Any, int]:
-    kind, count = struct.unpack_from("<IQ", buffer, position)
+    value_type, count = struct.unpack_from("<IQ", buffer, position)
     position += 12
-    if kind in SCALARS:
-        layout = struct.Struct(f"<{count}{SCALARS[kind]}")
+    if value_type in SCALARS:
+        layout = struct.Struct(f"<{count}{SCALARS[value_type]}")
         return layout.unpack_from(buffer, position), position + layout.size
     values: list[Any] = []
-    if kind == ARRAY:
+    if value_type == ARRAY:
         for _ in range(count):
             value, position = _read_array(buffer, position)
             values.append(value)

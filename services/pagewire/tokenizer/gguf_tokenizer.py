@@ -75,18 +75,18 @@ class UnsupportedTokenizer(ValueError):
 
 def build(metadata: dict[str, Any]) -> Tokenizer:
     """Raises UnsupportedTokenizer, naming what the file asks for and what is supported."""
-    kind = metadata.get(PREFIX + "model")
-    if kind is None or PREFIX + "tokens" not in metadata:
+    model_type = metadata.get(PREFIX + "model")
+    if model_type is None or PREFIX + "tokens" not in metadata:
         raise UnsupportedTokenizer(
             "the GGUF file has no tokenizer; give one with --tokenizer, or serve token ids with --skip-tokenizer-init"
         )
-    if kind not in ("gpt2", "llama"):
+    if model_type not in ("gpt2", "llama"):
         raise UnsupportedTokenizer(
-            f"GGUF tokenizer model {kind!r} is not supported (gpt2 and llama are); give a directory with --tokenizer"
+            f"GGUF tokenizer model {model_type!r} is not supported (gpt2 and llama are); give a directory with --tokenizer"
         )
-    tokenizer = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
+    tokenizer = _byte_level(metadata) if model_type == "gpt2" else _sentencepiece(metadata)
     _add_special(tokenizer, metadata)
-    _add_post_processor(tokenizer, metadata, kind)
+    _add_post_processor(tokenizer, metadata, model_type)
     return tokenizer
 
 
@@ -153,31 +153,31 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    kinds = metadata.get(PREFIX + "token_type", ())
-    wanted = [
-        (token, kind)
-        for token, kind in zip(metadata[PREFIX + "tokens"], kinds, strict=False)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    piece_types = metadata.get(PREFIX + "token_type", ())
+    pieces = [
+        (token, piece_type)
+        for token, piece_type in zip(metadata[PREFIX + "tokens"], piece_types, strict=False)
+        if piece_type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     tokenizer.add_special_tokens(
         [
             AddedToken(token, normalized=False, special=True)
-            for token, kind in wanted
-            if kind != USER_DEFINED
+            for token, piece_type in pieces
+            if piece_type != USER_DEFINED
         ]
     )
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=False)
-            for token, kind in wanted
-            if kind == USER_DEFINED
+            for token, piece_type in pieces
+            if piece_type == USER_DEFINED
         ]
     )
 
 
-def _add_post_processor(tokenizer: Tokenizer, metadata: dict[str, Any], kind: str) -> None:
+def _add_post_processor(tokenizer: Tokenizer, metadata: dict[str, Any], model_type: str) -> None:
     named = named_tokens(metadata)
-    first_by_default = kind == "llama" or metadata.get(PREFIX + "pre") in WHOLE_WORDS
+    first_by_default = model_type == "llama" or metadata.get(PREFIX + "pre") in WHOLE_WORDS
     bos = (
         named.get("bos_token") if metadata.get(PREFIX + "add_bos_token", first_by_default) else None
     )

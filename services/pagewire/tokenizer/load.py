@@ -54,6 +54,8 @@ class NoTokenizer(ValueError):
 
 
 class Loaded(NamedTuple):
+    """What a model's files say about text."""
+
     tokenizer: Tokenizer
     chat_template: str
     """Empty when the model has none."""
@@ -132,10 +134,10 @@ def _built_in(path: Path, config: dict[str, Any], generation: dict[str, Any]) ->
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        content = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise NoTokenizer(f"{path} is not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _template(path: Path, config: dict[str, Any]) -> str:
@@ -143,48 +145,49 @@ def _template(path: Path, config: dict[str, Any]) -> str:
     several templates the one named default."""
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text()
-    found = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found}
-    if isinstance(found, dict):
-        found = found.get("default")
-    return found if isinstance(found, str) else ""
+    template = _json(path / "chat_template.json").get("chat_template") or config.get(
+        "chat_template"
+    )
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
 
 
 def _load_with_transformers(path: Path, template: str, settings: dict[str, Any]) -> Loaded:
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it would tell people that torch is missing
+    # Otherwise it warns that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with _torch_hidden():
             from transformers import AutoTokenizer  # type: ignore[import-untyped]
 
-            slow = AutoTokenizer.from_pretrained(
+            converted = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
         if "AutoTokenizer" in (settings.get("auto_map") or ()):
-            kind = settings.get("tokenizer_class")
+            tokenizer_class = settings.get("tokenizer_class")
             raise NoTokenizer(
-                f"{path} has no tokenizer.json but a {kind} of its repository's own code, which tokenizers never run here; name a "
-                "tokenizer that has one with --tokenizer"
+                f"{path} has no tokenizer.json but a {tokenizer_class} of its repository's own code, "
+                "which tokenizers never run here; name a tokenizer that has one with --tokenizer"
             ) from None
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NoTokenizer(
             f"{path} has no tokenizer.json, and transformers cannot convert what is there: {line}"
         ) from None
-    backend = getattr(slow, "backend_tokenizer", None)
+    backend = getattr(converted, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise NoTokenizer(
             f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer"
         )
-    return Loaded(backend, template, formats.named(dict(slow.special_tokens_map)))
+    return Loaded(backend, template, formats.named(dict(converted.special_tokens_map)))
 
 
 @contextlib.contextmanager
 def _torch_hidden() -> Iterator[None]:
-    """Inside, torch is as if it were not installed: transformers converts vocabularies without
-    it."""
+    """Within the context torch cannot be imported: transformers would, though it converts
+    vocabularies without it."""
     if "torch" in sys.modules:
         yield
         return

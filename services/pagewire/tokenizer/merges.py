@@ -14,9 +14,9 @@ Piece = TypeVar("Piece", str, bytes)
 
 def merges_of(ranks: dict[Piece, int]) -> list[tuple[Piece, Piece]]:
     """The pair that each piece of several characters (or bytes) is merged from, in the order of
-    ranks; none for one that merging never reaches. A piece has one such pair only: while all that
-    it is made of is being merged, what stands around it does not matter."""
-    found: list[tuple[Piece, Piece]] = []
+    ranks; none for one that merging never reaches. A piece has one such pair only: until it is
+    merged, its characters merge with each other alone, whatever stands around it."""
+    merges: list[tuple[Piece, Piece]] = []
     for piece in sorted(ranks, key=ranks.__getitem__):
         pairs = [
             (piece[:cut], piece[cut:])
@@ -25,19 +25,19 @@ def merges_of(ranks: dict[Piece, int]) -> list[tuple[Piece, Piece]]:
         ]
         pair = pairs[0] if len(pairs) == 1 else _last_merge(piece, ranks) if pairs else None
         if pair is not None:
-            found.append(pair)
-    return found
+            merges.append(pair)
+    return merges
 
 
 def _last_merge(piece: Piece, ranks: dict[Piece, int]) -> tuple[Piece, Piece] | None:
     """Merge the piece's own characters, the lowest rank first, until two parts are left."""
     parts = [piece[n : n + 1] for n in range(len(piece))]
     while len(parts) > 2:
-        rank, at = min(
+        rank, index = min(
             (ranks.get(left + right, math.inf), n)
             for n, (left, right) in enumerate(pairwise(parts))
         )
         if rank == math.inf:
             return None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts[0], parts[1]

@@ -1,12 +1,12 @@
 """The requests of this tokenizer: which attempts live, what becomes of the messages about them. No
 sockets, no threads, no clock.
 
-Messages go in through the methods; what is to be sent collects in `to_scheduler` and `mails` until
-the service sends it, once a drain.
+Messages go in through the methods; what is to be sent collects in `to_scheduler` and `outgoing`
+until the service sends it, once a drain.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import numpy as np
@@ -20,48 +20,51 @@ from pagewire_protocol.messages import (
     Placed,
     Role,
     Roster,
-    Started,
     Submit,
     Tokens,
 )
 
 from .decode import Decoding
 from .encode import LONG, Encoded, Encoder, Refused, check, truncated, work_of
+from .outgoing import OutgoingDeltas
 from .rows import columns_of, entries_of, fill, pass_prompts
-from .stream import Mail, Stream
+from .stream import Stream
 
 log = logging.getLogger("pagewire.tokenizer")
 
 
 class Requests:
+    """All requests of this tokenizer, by their handles here and by rid."""
+
     def __init__(
         self, encoder: Encoder, decoding: Decoding, inbox: str, offload: Callable[[Generate], None]
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` encodes a long prompt elsewhere and
         later hands it to `encoded`."""
         self.to_scheduler: list[Submit | Cancel] = []
-        self.mails: dict[str, Mail] = {}
+        self.outgoing: dict[str, OutgoingDeltas] = {}
+        """What each frontend gets at the end of this drain, by its inbox."""
         self.roster: Roster | None = None
-        self._encoder, self._decoding, self._inbox, self._offload = (
-            encoder,
-            decoding,
-            inbox,
-            offload,
-        )
+        self.frontends: set[str] = set()
+        """Inboxes."""
+        self._encoder = encoder
+        self._decoding = decoding
+        self._inbox = inbox
+        self._offload = offload
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
         self._encoding: dict[bytes, Generate] = {}
+        """Long prompts that a thread encodes."""
         self._handles = count()
-        self.frontends: set[str] = set()
-        """Inboxes."""
 
     def __len__(self) -> int:
         return len(self._streams) + len(self._encoding)
 
-    # --- requests
-    #   ----------------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def generate(self, request: Generate) -> None:
+        """A new attempt: encode its prompt and submit it. One that is older than the attempt here
+        is ignored."""
         if self._is_stale(request):
             return
         self._forget(request.rid)
@@ -87,25 +90,21 @@ class Requests:
             request = self._encoding.get(rid)
             if request is not None and request.attempt <= attempt:
                 del self._encoding[rid]
-                self._mail(request.reply_to).ended.append(
-                    End(request.handle, request.attempt, Finish.CANCELLED)
-                )
+                end = End(request.handle, request.attempt, Finish.CANCELLED)
+                self._outgoing_to(request.reply_to).ended.append(end)
         self.to_scheduler.append(message)
 
-    def unsent(self, message: Submit | Cancel) -> None:
-        """The scheduler's queue is full. A cancellation is lost without harm: what it meant has
-        ended here, or ends with the scheduler."""
+    def not_sent(self, message: Submit | Cancel) -> None:
+        """The scheduler's queue is full. A cancellation may be lost: its request has ended here, or
+        ends with the scheduler."""
         stream = self._streams.get(message.handle) if isinstance(message, Submit) else None
         if stream is not None:
             text = "the scheduler does not take requests; try again later"
-            self._end(
-                stream,
-                End(0, stream.attempt, Finish.REFUSED, status=503, message=text, retry_after_s=1),
-            )
+            self._end(stream, stream.refused(text, 503, 1))
 
     def _is_stale(self, request: Generate) -> bool:
-        known = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
-        return known is not None and known.attempt >= request.attempt
+        present = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
+        return present is not None and present.attempt >= request.attempt
 
     def _admit(self, request: Generate, result: Encoded | Refused) -> None:
         try:
@@ -120,13 +119,14 @@ class Requests:
             self._refuse(request, refusal)
             return
         stream = self._open(request, prompt)
-        if stream.found is not None:
-            self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
+        if stream.stop_string is not None:  # the output so far ends with it
+            self._end(stream, stream.stopped())
             return
-        numbers = request.rid, request.attempt, stream.handle
         self.to_scheduler.append(
             Submit(
-                *numbers,
+                request.rid,
+                request.attempt,
+                stream.handle,
                 self._inbox,
                 prompt,
                 request.output,
@@ -146,11 +146,10 @@ class Requests:
             silent=not options.detokenize,
             skip_special=options.skip_special_tokens,
             spaces_between_special=options.spaces_between_special_tokens,
-            at_start=self._decoding.is_start(np.frombuffer(prompt, np.int32).tolist())
-            if self._decoding.lead
-            else False,
+            at_start=self._decoding.begins_text(np.frombuffer(prompt, np.int32)),
         )
-        stream = Stream(request, next(self._handles), prompt, decoder, self._mail(request.reply_to))
+        outgoing = self._outgoing_to(request.reply_to)
+        stream = Stream(request, next(self._handles), prompt, decoder, outgoing)
         if request.output:
             stream.replay(np.frombuffer(request.output, np.int32).tolist())
         self._streams[stream.handle] = self._by_rid[request.rid] = stream
@@ -164,27 +163,25 @@ class Requests:
             status=refusal.status,
             message=refusal.message,
             param=refusal.param,
+            retry_after_s=1 if refusal.status == 503 else 0,
         )
-        retry = 1 if refusal.status == 503 else 0
-        self._mail(request.reply_to).ended.append(replace(end, retry_after_s=retry))
+        self._outgoing_to(request.reply_to).ended.append(end)
 
-    # --- results
-    #   -----------------------------------------------------------------------------------------------------
+    # --- results ---
 
     def tokens(self, batch: list[Tokens]) -> None:
-        """All Tokens messages of a drain. If one contradicts itself, what it said cannot be known:
-        all streams are lost."""
-        for placed in [placed for message in batch for placed in message.placed]:
-            self._placed(placed)
+        """All Tokens messages of a drain. If the columns of one do not fit each other, any stream
+        may miss tokens: all are lost."""
+        for message in batch:
+            for placed in message.placed:
+                self._placed(placed)
         self._lose(
             pass_prompts(batch, self._streams, self._decoding),
             "log-probabilities were damaged on the way to the tokenizer",
         )
         try:
-            columns, entries = (
-                columns_of(batch, self._decoding.size),
-                entries_of(batch, self._decoding),
-            )
+            columns = columns_of(batch, self._decoding.size)
+            entries = entries_of(batch, self._decoding)
         except ValueError as error:
             log.error(
                 "dropped %d Tokens message(s) and all %d streams: %s",
@@ -198,10 +195,10 @@ class Requests:
             )
             return
         ended = [end for message in batch for end in message.ended]
-        self._mute(ended, columns.handles, columns.positions)
-        met, lost = fill(self._streams, columns, entries)
-        for stream in met:
-            self._end(stream, End(0, stream.attempt, Finish.STOP, stream.found))
+        self._hide_stop_tokens(ended, columns.handles, columns.positions)
+        stopped, lost = fill(self._streams, columns, entries)
+        for stream in stopped:
+            self._end(stream, stream.stopped())
             self.to_scheduler.append(Cancel(((stream.rid, stream.attempt),)))
         self._lose(lost, "tokens were lost on the way to the tokenizer")
         for end in ended:
@@ -210,65 +207,59 @@ class Requests:
     def _placed(self, placed: Placed) -> None:
         stream = self._streams.get(placed.handle)
         if stream is not None:
-            stream.mail.started.append(
-                Started(
-                    stream.owner,
-                    stream.attempt,
-                    stream.prompt_tokens,
-                    placed.cached_tokens,
-                    stream.prompt_ids,
-                )
-            )
+            stream.outgoing.started.append(stream.started(placed.cached_tokens))
 
-    def _mute(self, ended: list[End], handles: list[int], positions: list[int]) -> None:
+    def _hide_stop_tokens(self, ended: list[End], handles: list[int], positions: list[int]) -> None:
         """The last token of a stream that ends by a stop token is that token: it counts, and has no
-        text."""
+        text. Of several rows of one stream, the last one decides."""
         stops = {end.handle for end in ended if end.finish is Finish.STOP}
-        for handle, position in zip(handles, positions, strict=True) if stops else ():
+        if not stops:
+            return
+        for handle, position in zip(handles, positions, strict=True):
             stream = self._streams.get(handle)
-            if handle in stops and stream is not None and not stream.include_stop:
-                stream.muted_from, stream.careful, stream.always_careful = position, True, True
+            if handle in stops and stream is not None and not stream.includes_stop:
+                stream.hide_from(position)
 
     def _ended(self, end: End) -> None:
         stream = self._streams.get(end.handle)
         if stream is None:
             return
         if end.finish in (Finish.STOP, Finish.LENGTH):
-            rest = stream.finish()
-            if rest:
-                stream.mail.add_text(stream, rest)
-            if stream.found is not None:
-                end = End(0, stream.attempt, Finish.STOP, stream.found)
-        self._end(stream, end)
+            stream.send_rest()
+            if stream.stop_string is not None:
+                self._end(stream, stream.stopped())
+                return
+        # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
+        self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
 
-    def _lose(self, streams: list[Stream], message: str) -> None:
+    def _lose(self, streams: Iterable[Stream], message: str) -> None:
         for stream in streams:
-            self._end(stream, End(0, stream.attempt, Finish.LOST, message=message))
+            self._end(stream, stream.lost(message))
 
     def _end(self, stream: Stream, end: End) -> None:
-        stream.mail.ended.append(replace(end, handle=stream.owner, attempt=stream.attempt))
+        stream.outgoing.ended.append(end)
         self._forget(stream.rid)
 
-    # --- who is there
-    #   ------------------------------------------------------------------------------------------------
+    # --- the other services ---
 
-    def joined(self, roster: Roster, new_epoch: bool) -> set[str]:
-        """The newest roster. Returns the inboxes of frontends that are gone, whose requests are
-        cancelled with them."""
+    def on_roster(self, roster: Roster, new_epoch: bool) -> set[str]:
+        """The newest roster. Returns the inboxes of frontends that are gone; their requests are
+        cancelled."""
         self.roster = roster
         self._decoding.grow(roster.vocab_size)
         frontends = {peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND}
-        # A new scheduler does not know everyone yet: absence from its first rosters says nothing.
+        # A new scheduler has not heard from everyone yet: a frontend that its first roster does not
+        # list may well be alive.
         gone = set[str]() if new_epoch else self.frontends - frontends
         self.frontends = frontends
         if new_epoch:
-            self._start_over(roster.epoch)
+            self._lose_former_epochs(roster.epoch)
         for inbox in gone:
-            self.drop_owner(inbox)
+            self.drop_frontend(inbox)
         return gone
 
-    def drop_owner(self, inbox: str) -> None:
-        """Nobody wants the results that would go to `inbox`."""
+    def drop_frontend(self, inbox: str) -> None:
+        """Cancel the requests of the frontend with this inbox: it is gone, or reads nothing."""
         orphans = [stream for stream in self._streams.values() if stream.reply_to == inbox]
         if orphans:
             self.to_scheduler.append(
@@ -280,16 +271,17 @@ class Requests:
             request for request in self._encoding.values() if request.reply_to == inbox
         ]:
             del self._encoding[request.rid]
-        self.mails.pop(inbox, None)
+        self.outgoing.pop(inbox, None)
 
-    def _start_over(self, epoch: int) -> None:
-        """What the old scheduler had is gone. An owner that learnt of the new one first has
-        resubmitted already, and which scheduler has that attempt cannot be known here: telling each
-        owner is harmless where it knows and necessary where it does not."""
-        old = [
+    def _lose_former_epochs(self, epoch: int) -> None:
+        """What the former scheduler had is gone. A frontend that heard of the new one first has
+        resubmitted already, and which of the two schedulers has that attempt cannot be known here.
+        So each frontend is told: it is necessary for those that have not heard, and harmless for
+        the others."""
+        former = [
             stream for stream in self._streams.values() if epoch_of(stream.execution) != epoch
         ]
-        self._lose(old, "the scheduler was replaced")
+        self._lose(former, "the scheduler was replaced")
 
     def _forget(self, rid: bytes) -> None:
         self._encoding.pop(rid, None)
@@ -297,25 +289,27 @@ class Requests:
         if stream is not None:
             self._streams.pop(stream.handle, None)
 
-    def _mail(self, inbox: str) -> Mail:
-        mail = self.mails.get(inbox)
-        if mail is None:
-            mail = self.mails[inbox] = Mail()
-        return mail
+    def _outgoing_to(self, inbox: str) -> OutgoingDeltas:
+        outgoing = self.outgoing.get(inbox)
+        if outgoing is None:
+            outgoing = self.outgoing[inbox] = OutgoingDeltas()
+        return outgoing
 
 
 def _check_output(output: bytes, vocab_size: int) -> None:
     if output and (len(output) % 4 or np.frombuffer(output, np.uint32).max() >= vocab_size):
-        raise Refused("the output so far, sent with a resubmission, holds what are no token ids")
+        raise Refused(
+            "the output so far, sent with a resubmission, has values that are no token ids"
+        )
 
 
 def encode(encoder: Encoder, request: Generate) -> Encoded | Refused:
+    """The request's text as token ids, or why it has none; safe in any thread."""
     try:
         return encoder.encode_request(request)
     except Refused as refusal:
         return refusal
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises bare Exception; one prompt must not end the service
+    except Exception as error:
+        # The tokenizers library raises bare Exception; one prompt must not end the service.
         log.exception("a prompt could not be encoded")
         return Refused(f"the prompt could not be encoded ({type(error).__name__})", status=500)

@@ -26,8 +26,8 @@ class BadModel(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """pieces[i], scores[i] and kinds[i] belong to id i. `bos`, `eos` and `unk` are -1 where there
-    is none."""
+    """What the file holds. pieces[i], scores[i] and kinds[i] (NORMAL, CONTROL, ...) belong to id i.
+    `bos`, `eos` and `unk` are -1 where there is none."""
 
     pieces: list[str]
     scores: list[float]
@@ -44,7 +44,7 @@ class Model:
 
 
 def read(path: Path) -> Model:
-    """Raises BadModel, OSError."""
+    """The model in a file. Raises BadModel, OSError."""
     try:
         return _model(path.read_bytes())
     except (ValueError, IndexError, struct.error) as error:
@@ -81,15 +81,15 @@ def _model(data: bytes) -> Model:
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:
-    text, score, kind = "", 0.0, NORMAL
+    text, score, piece_type = "", 0.0, NORMAL
     for field, value in _fields(data):
         if field == 1:
             text = _bytes(value).decode()
         elif field == 2:
             score = struct.unpack("<f", _bytes(value))[0]
         elif field == 3 and isinstance(value, int):
-            kind = value
-    return text, score, kind
+            piece_type = value
+    return text, score, piece_type
 
 
 def _bytes(value: Value) -> bytes:
@@ -108,33 +108,33 @@ def _int(fields: dict[int, Value], field: int, default: int) -> int:
 
 def _fields(data: bytes) -> Iterator[tuple[int, Value]]:
     """(number, value) of each field: an integer, or the bytes of everything else."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == VARINT:
-            value, at = _varint(data, at)
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        wire_type = key & 7
+        if wire_type == VARINT:
+            value, position = _varint(data, position)
             yield key >> 3, value
             continue
-        if kind == BYTES:
-            size, at = _varint(data, at)
-        elif kind in (FIXED32, FIXED64):
-            size = 4 if kind == FIXED32 else 8
+        if wire_type == BYTES:
+            size, position = _varint(data, position)
+        elif wire_type in (FIXED32, FIXED64):
+            size = 4 if wire_type == FIXED32 else 8
         else:
-            raise ValueError(f"byte {at} begins no field")
-        if at + size > len(data):
+            raise ValueError(f"byte {position} begins no field")
+        if position + size > len(data):
             raise ValueError(f"it ends at byte {len(data)} within a field")
-        yield key >> 3, data[at : at + size]
-        at += size
+        yield key >> 3, data[position : position + size]
+        position += size
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[at]
+        byte = data[position]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        position, shift = position + 1, shift + 7
         if byte < 128:
-            return value, at
+            return value, position
         if shift > 63:
-            raise ValueError(f"byte {at} continues a number that is too long")
+            raise ValueError(f"byte {position} continues a number that is too long")

@@ -3,7 +3,7 @@ and unigram.
 
 It follows sentencepiece itself: the text is normalized by the model's own rules, spaces become ▁,
 then pieces are merged by score. Which tokens stand outside the model, and what is put before a
-text, is said by the caller.
+text, is the caller's choice.
 """
 
 from collections.abc import Sequence
@@ -19,28 +19,28 @@ Added = Sequence[tuple[AddedToken, int]]
 
 
 class UnsupportedModel(ValueError):
-    """A kind of sentencepiece model that is not built."""
+    """A type of sentencepiece model that is not supported."""
 
 
 def build(model: Model, added: Added = (), prefix_first_only: bool = False) -> Tokenizer:
-    """`added` are tokens outside the model with their ids. The space that the model may put before
-    a text comes before each part between added tokens, or, with `prefix_first_only`, only at the
-    very start. Raises UnsupportedModel."""
+    """The tokenizer. `added`: tokens outside the model, with their ids. The space that the model may
+    put before a text comes before each part between added tokens, or, with `prefix_first_only`,
+    only at the very start. Raises UnsupportedModel."""
     if model.model_type == BPE:
         tokenizer = Tokenizer(_bpe(model, added))
     elif model.model_type == UNIGRAM:
         tokenizer = Tokenizer(_unigram(model))
     else:
-        kind = KINDS.get(model.model_type, str(model.model_type))
+        model_type = KINDS.get(model.model_type, str(model.model_type))
         raise UnsupportedModel(
-            f"a sentencepiece model of type {kind} is not supported; BPE and unigram are"
+            f"a sentencepiece model of type {model_type} is not supported; BPE and unigram are"
         )
     tokenizer.normalizer = _normalizer(model, model.dummy_prefix and not prefix_first_only)
     if model.dummy_prefix and prefix_first_only:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
-        [*undo, decoders.Strip(" ", 1, 0)] if model.dummy_prefix else undo
+        [*steps, decoders.Strip(" ", 1, 0)] if model.dummy_prefix else steps
     )
     _add(tokenizer, model, added)
     return tokenizer
@@ -50,22 +50,22 @@ def _bpe(model: Model, added: Added) -> models.BPE:
     vocab = {piece: index for index, piece in enumerate(model.pieces)}
     unknown = model.pieces[model.unk] if 0 <= model.unk < len(model.pieces) else None
     best_first = sorted(range(len(model.pieces)), key=lambda index: -model.scores[index])
-    made = [
+    merged = [
         piece
         for piece in (model.pieces[index] for index in best_first)
         if _is_merged(piece, model.kinds[vocab[piece]])
     ]
-    merges = merges_of({piece: rank for rank, piece in enumerate(made)})
+    merges = merges_of({piece: rank for rank, piece in enumerate(merged)})
     vocab.update((token.content, index) for token, index in added)
     return models.BPE(
         vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
     )
 
 
-def _is_merged(piece: str, kind: int) -> bool:
+def _is_merged(piece: str, piece_type: int) -> bool:
     """User-defined pieces are found in the text before all merging, but for those with spaces,
     which are no spaces yet by then."""
-    return kind == NORMAL or (kind == USER_DEFINED and SPACE in piece)
+    return piece_type == NORMAL or (piece_type == USER_DEFINED and SPACE in piece)
 
 
 def _unigram(model: Model) -> models.Unigram:
@@ -90,19 +90,21 @@ def _normalizer(model: Model, prefixed: bool) -> normalizers.Normalizer:
 def _add(tokenizer: Tokenizer, model: Model, added: Added) -> None:
     """Control pieces are never made from text by sentencepiece, but here they are names that a
     template may use."""
-    own = [
-        (piece, kind)
-        for piece, kind in zip(model.pieces, model.kinds, strict=True)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    pieces = [
+        (piece, piece_type)
+        for piece, piece_type in zip(model.pieces, model.kinds, strict=True)
+        if piece_type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     tokenizer.add_special_tokens(
         [
             AddedToken(piece, normalized=False, special=True)
-            for piece, kind in own
-            if kind != USER_DEFINED
+            for piece, piece_type in pieces
+            if piece_type != USER_DEFINED
         ]
     )
-    words = [piece for piece, kind in own if kind == USER_DEFINED and SPACE not in piece]
+    words = [
+        piece for piece, piece_type in pieces if piece_type == USER_DEFINED and SPACE not in piece
+    ]
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in words])
     for token, index in sorted(added, key=lambda entry: entry[1]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])

@@ -36,20 +36,22 @@ from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
 from .load import Loaded, load
-from .questions import Question, answer, is_long, not_yet
+from .outgoing import OutgoingDeltas
+from .queries import Query, answer, is_long, still_loading
 from .requests import Requests, encode
-from .stream import Mail
 from .template import ChatTemplate, read_option
 
 log = logging.getLogger("pagewire.tokenizer")
-BEAT_S = 0.5
+WAKE_S = 0.5
+"""How long the loop waits for a message before it sends a heartbeat."""
 THREADS = 2
-REHEARSALS = 3
-REHEARSED = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
+"""For long prompts and queries."""
+WARMUPS = 3
+WARMUP_TEXT = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
 
 
 class Text:
-    """What was loaded: both directions, and what the stack is told about it."""
+    """What was loaded: encoder, decoders, and the facts that the other services learn of them."""
 
     def __init__(self, loaded: Loaded | None, option: str = "") -> None:
         tokenizer = loaded.tokenizer if loaded else None
@@ -60,17 +62,18 @@ class Text:
         self.encoder, self.decoding = Encoder(tokenizer, template), Decoding(tokenizer)
         self.facts = TokenizerFacts(tokenizer is not None, template is not None, self.decoding.size)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Encode and decode something, so that what the tokenizers library makes on first use is
-        there when somebody waits."""
+        there before the first request."""
         with contextlib.suppress(Exception):  # a vocabulary need not have these letters
-            for _ in range(REHEARSALS):
-                column = self.encoder.encode(Prompt(text=REHEARSED), True)
+            for _ in range(WARMUPS):
+                column = self.encoder.encode(Prompt(text=WARMUP_TEXT), add_special_tokens=True)
                 self.decoding.decode(unpack("i", column).tolist())
 
 
 def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
-    """Raises ValueError, OSError."""
+    """What the model's files or --tokenizer hold; no tokenizer under --skip-tokenizer-init. Raises
+    ValueError, OSError."""
     if model.skip_tokenizer_init:
         return Text(None)
     return Text(
@@ -80,13 +83,18 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
 
 
 class Service:
+    """The parts of a tokenizer process, wired to its inbox."""
+
     def __init__(self, run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> None:
+        """Raises PermissionError and ValueError for a run directory that cannot be used."""
         node: Node[ToTokenizer] = Node(run.run_dir, Role.TOKENIZER, run.name)
-        self.inbox, self.outbox, self.members = node.inbox, node.outbox, node.membership
+        self.inbox = node.inbox
+        self.outbox = node.outbox
+        self.members = node.membership
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
-        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Question] | None] = (
+        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Query] | None] = (
             queue.SimpleQueue()
         )
         self._encoded: queue.SimpleQueue[tuple[Generate, Encoded | Refused]] = queue.SimpleQueue()
@@ -95,12 +103,12 @@ class Service:
         self._loaded: queue.SimpleQueue[Text | Exception] = queue.SimpleQueue()
 
     def loop(self) -> None:
-        """Until `stop`. Raises what kept the tokenizer from loading."""
+        """Serve until `stop`. Raises what kept the tokenizer from loading."""
         self.members.loading("loading the tokenizer")
         for work in (self._load, *[self._encode_long] * THREADS):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         while not self.stopping:
-            self.inbox.wait(BEAT_S)
+            self.inbox.wait(WAKE_S)
             if self.requests is None:
                 self._finish_loading()
             self._drain()
@@ -116,6 +124,7 @@ class Service:
         self.inbox.wake()
 
     def close(self) -> None:
+        """End the threads and close the sockets."""
         for _ in range(THREADS):
             self._to_encode.put(None)
         self.inbox.close()
@@ -124,7 +133,7 @@ class Service:
     def _load(self) -> None:
         try:
             text = load_text(self._model, self._config)
-            text.rehearse()
+            text.warm_up()
             self._loaded.put(text)
         except Exception as error:
             self._loaded.put(error)
@@ -148,7 +157,7 @@ class Service:
             lambda request: self._offload(text.encoder, request),
         )
         if self.members.roster is not None:
-            self._meet(self.requests, self.members.roster, False)
+            self._follow_roster(self.requests, self.members.roster, new_epoch=False)
         settle_gc(MANY_OBJECTS)
         self.members.ready(tokenizer=text.facts)
         log.info(
@@ -166,11 +175,11 @@ class Service:
                 case Generate():
                     self._generate(message)
                 case Tokenize() | Detokenize():
-                    self._ask(message)
+                    self._answer_query(message)
                 case Cancel() if self.requests is not None:
                     self.requests.cancel(message)
                 case Roster():
-                    self._joined(message)
+                    self._on_roster(message)
                 case _:
                     pass
         if self.requests is not None:
@@ -183,9 +192,9 @@ class Service:
         if self.requests is not None:
             self.requests.generate(request)
             return
-        mail = Mail()
+        outgoing = OutgoingDeltas()
         message = "this tokenizer is still loading"
-        mail.ended.append(
+        outgoing.ended.append(
             End(
                 request.handle,
                 request.attempt,
@@ -195,23 +204,23 @@ class Service:
                 retry_after_s=1,
             )
         )
-        self.outbox.send(request.reply_to, mail.take())
+        self.outbox.send(request.reply_to, outgoing.take())
 
-    def _ask(self, question: Question) -> None:
+    def _answer_query(self, query: Query) -> None:
         if self._encoder is None:
-            self._answers.put((question.reply_to, not_yet(question)))
-        elif is_long(question):
-            self._to_encode.put((self._encoder, question))
+            self._answers.put((query.reply_to, still_loading(query)))
+        elif is_long(query):
+            self._to_encode.put((self._encoder, query))
         else:
-            self._answers.put((question.reply_to, answer(self._encoder, question)))
+            self._answers.put((query.reply_to, answer(self._encoder, query)))
 
-    def _joined(self, roster: Roster) -> None:
+    def _on_roster(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
         if self.requests is not None and self.members.roster is roster:
-            self._meet(self.requests, roster, new_epoch)
+            self._follow_roster(self.requests, roster, new_epoch)
 
-    def _meet(self, requests: Requests, roster: Roster, new_epoch: bool) -> None:
-        for inbox in requests.joined(roster, new_epoch):
+    def _follow_roster(self, requests: Requests, roster: Roster, new_epoch: bool) -> None:
+        for inbox in requests.on_roster(roster, new_epoch):
             self.outbox.forget(inbox)
         for inbox in requests.frontends:
             self.outbox.reach(inbox)
@@ -234,25 +243,26 @@ class Service:
         requests = self.requests
         if requests is None:
             return
-        for inbox, mail in list(requests.mails.items()):
-            if mail and not all(self.outbox.send(inbox, message) for message in mail.messages()):
+        for inbox, outgoing in list(requests.outgoing.items()):
+            if outgoing and not all(
+                self.outbox.send(inbox, deltas) for deltas in outgoing.messages()
+            ):
                 log.warning("a frontend reads nothing any more; its requests are cancelled")
-                requests.drop_owner(inbox)
+                requests.drop_frontend(inbox)
         messages, requests.to_scheduler = requests.to_scheduler, []
         for message in messages:
             if not self.outbox.send(self.members.scheduler, message):
                 log.error(
                     "the scheduler reads nothing: could not send a %s", type(message).__name__
                 )
-                requests.unsent(message)
+                requests.not_sent(message)
 
 
 def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError
-    when the tokenizer cannot be had."""
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # one prompt at a time needs no pool of threads, one a core
+    when the tokenizer cannot be loaded."""
+    # One prompt at a time needs no pool of threads, one for each core.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     service = Service(run, model, config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())

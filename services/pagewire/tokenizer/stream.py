@@ -1,190 +1,179 @@
-"""The state of one attempt that is being generated, and the letters under way to one frontend. No
-sockets, no policy."""
+"""The text of one attempt that is being generated: decoding, stop strings, what is shown and what
+is held back. No sockets, no policy."""
 
 from collections.abc import Iterable
+from typing import Final
 
-import numpy as np
-from pagewire_protocol.messages import (
-    Deltas,
-    End,
-    Generate,
-    PromptLogprobs,
-    Started,
-    TokenLogprobs,
-    pack,
-)
+from pagewire_protocol.messages import End, Finish, Generate, Started
 
 from .decode import Decoder
+from .outgoing import OutgoingDeltas
 from .stop import Matcher
 
-Row = tuple[int, int, int, int, str]
-"""The owner's handle, attempt, execution, position, text."""
-
-
-class Mail:
-    """What one frontend gets at the end of this drain."""
-
-    __slots__ = ("counts", "ended", "logprobs", "prompt_logprobs", "rows", "started", "tokens")
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.tokens: list[int] = []
-        self.counts: dict[int, int] = {}
-        """Tokens of a row, where they are not 1."""
-        self.started: list[Started] = []
-        self.ended: list[End] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[PromptLogprobs] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.started or self.ended or self.prompt_logprobs)
-
-    def messages(self) -> list[Deltas]:
-        """All of it, in order; leaves this empty. Log-probabilities of prompts are long: each run
-        of them is a message of its own."""
-        if not self.prompt_logprobs:
-            return [self.take()]
-        prompts, self.prompt_logprobs, started, self.started = (
-            self.prompt_logprobs,
-            [],
-            tuple(self.started),
-            [],
-        )
-        nothing = (b"", b"", b"", b"", b"", b"", ())
-        first = [Deltas(*nothing, started)] if started else []
-        whole = [*first, *(Deltas(*nothing, prompt_logprobs=(prompt,)) for prompt in prompts)]
-        return [*whole, self.take()] if self else whole
-
-    def take(self) -> Deltas:
-        """The message of all but prompts; leaves that empty."""
-        deltas = self._deltas()
-        self.rows, self.tokens, self.counts, self.started, self.ended, self.logprobs = (
-            [],
-            [],
-            {},
-            [],
-            [],
-            [],
-        )
-        return deltas
-
-    def _deltas(self) -> Deltas:
-        if not self.rows:
-            return Deltas(b"", b"", b"", b"", b"", b"", (), tuple(self.started), tuple(self.ended))
-        handles, attempts, executions, positions, texts = zip(*self.rows, strict=True)
-        counts = np.ones(len(self.rows), np.int32)
-        for row, count in self.counts.items():
-            counts[row] = count
-        return Deltas(
-            pack("I", handles),
-            pack("I", attempts),
-            pack("Q", executions),
-            pack("i", positions),
-            counts.tobytes(),
-            pack("i", self.tokens),
-            texts,
-            tuple(self.started),
-            tuple(self.ended),
-            tuple(self.logprobs),
-        )
-
-    def extend_row(self, at: int, text: str, tokens: int = 1) -> None:
-        """More text, and tokens that follow those of the row, for the row `at`."""
-        row = self.rows[at]
-        self.rows[at] = (*row[:4], row[4] + text)
-        if tokens:
-            self.counts[at] = self.counts.get(at, 1) + tokens
-
-    def add_text(self, stream: "Stream", text: str) -> None:
-        """Text without a token: to the newest row of the attempt in this drain, else as a row of 0
-        tokens."""
-        for at in range(len(self.rows) - 1, -1, -1):
-            if self.rows[at][:2] == (stream.owner, stream.attempt):
-                self.extend_row(at, text, 0)
-                return
-        self.counts[len(self.rows)] = 0
-        self.rows.append(
-            (stream.owner, stream.attempt, max(stream.execution, 0), stream.position, text)
-        )
+NO_EXECUTION: Final = -1
+"""No row of the attempt has come yet."""
+NEVER: Final = 2**31
+"""An output position that no stream reaches."""
 
 
 class Stream:
-    """`careful` says that a token needs more than a look into `texts`."""
+    """One attempt of one request.
+
+    A token's text comes from one of two paths:
+
+        +------------+------------------------------------+--------------------------------+
+        |            | fast                               | slow                           |
+        +------------+------------------------------------+--------------------------------+
+        | when       | `needs_step` is False and          | else                           |
+        |            | `texts[token]` is not None         |                                |
+        | the text   | `texts[token]`, read by rows.fill  | `step(token)`                  |
+        | position   | advanced by rows.fill              | advanced by `step`             |
+        +------------+------------------------------------+--------------------------------+
+
+    Most tokens take the fast one: a list look-up instead of a call. `needs_step` says that the
+    next token's text depends on what came before, or that the text passes on to something that
+    must see it. That is so in exactly these cases:
+
+    - there are stop strings: the matcher must see all text;
+    - the decoder holds something back: the first bytes of a character, or a space at the beginning
+      of the text that is not shown;
+    - the stream has reached the token whose text is hidden (`hide_from`).
+
+    `step` and `hide_from` alone change these, so they alone set `needs_step`. `texts[token]` is
+    None for a token that is no whole character by itself: it begins a case of the second kind.
+    """
 
     __slots__ = (
-        "always_careful",
+        "_always_steps",
+        "_decoder",
+        "_hidden_from",
+        "_matcher",
+        "_unmatched",
         "attempt",
-        "careful",
-        "decoder",
         "execution",
+        "frontend_handle",
         "handle",
-        "include_stop",
-        "mail",
-        "matcher",
-        "muted_from",
-        "owner",
+        "includes_stop",
+        "needs_step",
+        "outgoing",
         "position",
         "prompt_ids",
         "prompt_tokens",
         "reply_to",
         "rid",
         "texts",
-        "unchecked",
     )
 
     def __init__(
-        self, request: Generate, handle: int, prompt: bytes, decoder: Decoder, mail: Mail
+        self,
+        request: Generate,
+        handle: int,
+        prompt: bytes,
+        decoder: Decoder,
+        outgoing: OutgoingDeltas,
     ) -> None:
+        """`handle`: this tokenizer's, which the scheduler uses. `prompt`: int32 column."""
         options = request.text
-        self.rid, self.attempt, self.owner, self.reply_to = (
-            request.rid,
-            request.attempt,
-            request.handle,
-            request.reply_to,
-        )
-        self.handle, self.mail, self.decoder, self.texts = handle, mail, decoder, decoder.texts
-        self.execution = -1
+        self.rid = request.rid
+        self.attempt = request.attempt
+        self.frontend_handle = request.handle
+        self.reply_to = request.reply_to
+        """The frontend's inbox."""
+        self.handle = handle
+        self.outgoing = outgoing
+        """Where what the frontend gets is collected."""
+        self.execution = NO_EXECUTION
         self.position = 0
+        """Tokens so far, which is the output position of the next one."""
         self.prompt_tokens = len(prompt) // 4
         self.prompt_ids = prompt if options.return_prompt_ids else None
-        self.matcher = Matcher(options.stop, options.include_stop) if options.stop else None
-        self.include_stop = options.include_stop
-        self.unchecked = request.sampling.min_tokens if options.stop else 0
-        """Tokens whose text takes no part in stop strings."""
-        self.muted_from = 2**31
-        """The output position from which on tokens have no text: a stop token's own text is not
-        shown."""
-        self.always_careful = self.matcher is not None
-        self.careful = self.always_careful or not decoder.clean
+        self.includes_stop = options.include_stop
+        """The text that ended the stream is shown: a stop string, or a stop token's text."""
+        self.texts = decoder.texts
+        """By token id: the text of a token that stands by itself."""
+        self._decoder = decoder
+        self._matcher = Matcher(options.stop, options.include_stop) if options.stop else None
+        self._unmatched = request.sampling.min_tokens if options.stop else 0
+        """Tokens at the beginning whose text takes no part in stop strings."""
+        self._hidden_from = NEVER
+        self._always_steps = self._matcher is not None
+        self.needs_step = self._always_steps or not decoder.can_look_up
+        """The next token's text comes from `step`, not from `texts`; see the box above."""
 
-    def take(self, token: int) -> str:
-        """The text to show after one more token; advances the position. `found` tells whether a
-        stop string ended it."""
-        position, decoder = self.position, self.decoder
+    def hide_from(self, position: int) -> None:
+        """Tokens from this output position on have no text: the one that ends the stream counts,
+        but a stop token's own text is not shown."""
+        self._hidden_from = position
+        self._always_steps = self.needs_step = True
+
+    def step(self, token: int) -> str:
+        """The text to show after one more token; advances the position. `stop_string` is set
+        afterwards if that token completed one."""
+        position, decoder = self.position, self._decoder
         self.position = position + 1
-        if position >= self.muted_from:
+        if position >= self._hidden_from:
             text = ""
-        elif not decoder.clean or (text := self.texts[token]) is None:
+        elif not decoder.can_look_up or (text := self.texts[token]) is None:
             text = decoder.step(token)
-        self.careful = self.always_careful or not decoder.clean
+        self.needs_step = self._always_steps or not decoder.can_look_up
         return self._match(text, position)
 
     def _match(self, text: str, position: int) -> str:
-        if self.matcher is None or position < self.unchecked:
+        if self._matcher is None or position < self._unmatched:
             return text
-        return self.matcher.feed(text)
+        return self._matcher.feed(text)
 
     @property
-    def found(self) -> str | None:
-        return self.matcher.found if self.matcher else None
+    def stop_string(self) -> str | None:
+        """The stop string that ended the stream; None as long as there is none."""
+        return self._matcher.matched if self._matcher else None
 
     def replay(self, output: Iterable[int]) -> None:
         """Restore the state after `output`, whose text was shown already."""
         for token in output:
-            self.take(token)
+            self.step(token)
 
-    def finish(self) -> str:
-        """The text held back, when no token follows. May find a stop string (that ends in
-        U+FFFD)."""
-        text = self._match(self.decoder.flush(), self.position)
-        return text + self.matcher.flush() if self.matcher and self.found is None else text
+    def flush(self) -> str:
+        """The text held back, when no token follows. May complete a stop string (one that ends in
+        U+FFFD, for an unfinished character)."""
+        text = self._match(self._decoder.flush(), self.position)
+        if self._matcher is not None and self.stop_string is None:
+            text += self._matcher.flush()
+        return text
+
+    def send_rest(self) -> None:
+        """Send what `flush` returns, as text without a token."""
+        text = self.flush()
+        if text:
+            execution = max(self.execution, 0)
+            row = (self.frontend_handle, self.attempt, execution, self.position, text)
+            self.outgoing.add_text(row)
+
+    def started(self, cached_tokens: int) -> Started:
+        """What the frontend is told when the attempt got a slot on a worker."""
+        return Started(
+            self.frontend_handle,
+            self.attempt,
+            self.prompt_tokens,
+            cached_tokens,
+            self.prompt_ids,
+        )
+
+    def stopped(self) -> End:
+        """The end by `stop_string`."""
+        return End(self.frontend_handle, self.attempt, Finish.STOP, self.stop_string)
+
+    def lost(self, message: str) -> End:
+        """The end that makes the frontend send the request again."""
+        return End(self.frontend_handle, self.attempt, Finish.LOST, message=message)
+
+    def refused(self, message: str, status: int, retry_after_s: int) -> End:
+        """The end that passes `status` and `message` on to the client."""
+        return End(
+            self.frontend_handle,
+            self.attempt,
+            Finish.REFUSED,
+            status=status,
+            message=message,
+            retry_after_s=retry_after_s,
+        )

@@ -31,8 +31,8 @@ OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message
 
 
 class TemplateRefused(ValueError):
-    """The template rejects this conversation, or cannot be rendered with it. The text is for the
-    client."""
+    """The template rejects this conversation, or cannot be rendered with it. The message is shown
+    to the client."""
 
 
 class _Raised(jinja2.TemplateError):
@@ -106,9 +106,9 @@ def read_option(option: str) -> str:
     if not any(mark in option for mark in ("{{", "{%", "{#", "\n")):
         path = Path(option).expanduser()
         if not path.is_file():
-            known = ", ".join(templates.names())
+            built_in = ", ".join(templates.names())
             raise ValueError(
-                f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({known})"
+                f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({built_in})"
             )
         return path.read_text()
     return option
@@ -132,9 +132,9 @@ class ChatTemplate:
         """Raises TemplateRefused."""
         values = _values(chat)
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        for message, given in zip(messages, chat.messages, strict=True):
-            if given.name is not None:
-                message["name"] = given.name
+        for message, source in zip(messages, chat.messages, strict=True):
+            if source.name is not None:
+                message["name"] = source.name
         if not chat.continue_final_message:
             return self._render({**values, "messages": messages})
         if chat.add_generation_prompt:
@@ -179,31 +179,32 @@ class ChatTemplate:
 
 
 def _values(chat: Chat) -> dict[str, Any]:
-    """What the template sees beside the messages and the special tokens. Raises TemplateRefused."""
+    """The template's variables besides the messages and the special tokens. Raises
+    TemplateRefused."""
     values = {"tools": None, "documents": None, "add_generation_prompt": chat.add_generation_prompt}
     if not chat.template_kwargs:
         return values
     try:
-        given = json.loads(chat.template_kwargs)
+        extra = json.loads(chat.template_kwargs)
     except (ValueError, RecursionError) as error:
         raise TemplateRefused(f"chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(given, dict):
+    if not isinstance(extra, dict):
         raise TemplateRefused("chat_template_kwargs must be an object of names and values")
-    taken = OWN_NAMES & given.keys()
+    taken = OWN_NAMES & extra.keys()
     if taken:
         raise TemplateRefused(
             f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself"
         )
-    return {**values, **given}
+    return {**values, **extra}
 
 
 def _cut(rendered: str) -> str:
     """The text up to the end of the final message; without its trailing space where the template
     strips messages."""
-    at = rendered.rfind(MARK.rstrip())
-    if at < 0:
+    end = rendered.rfind(MARK.rstrip())
+    if end < 0:
         raise TemplateRefused(
             "continue_final_message: the chat template leaves out the final message"
         )
-    kept = rendered[:at]
-    return kept if rendered.startswith(MARK, at) else kept.rstrip()
+    kept = rendered[:end]
+    return kept if rendered.startswith(MARK, end) else kept.rstrip()

@@ -14,8 +14,8 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from .decode import BYTE_OF
 from .merges import merges_of
+from .token_bytes import BYTE_OF
 
 Ranks = dict[bytes, int]
 CHARACTER_OF: Final = {byte: character for character, byte in BYTE_OF.items()}
@@ -49,7 +49,7 @@ def is_ranks(path: Path) -> bool:
 
 
 def read_ranks(path: Path) -> Ranks:
-    """Raises BadRanks, OSError."""
+    """The tokens of a file with their ranks. Raises BadRanks, OSError."""
     ranks: Ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
@@ -72,7 +72,7 @@ def read_ranks(path: Path) -> Ranks:
 def build(
     ranks: Ranks, pattern: str, special: Iterable[tuple[str, int]], composed: bool
 ) -> Tokenizer:
-    """`pattern` cuts a text into pieces, `special` are tokens with their ids; `composed`: texts are
+    """The tokenizer. `pattern` cuts a text into pieces, `special` are tokens with their ids; `composed`: texts are
     brought to NFC first."""
     vocab = {_printable(token): rank for token, rank in ranks.items()}
     vocab.update(special)

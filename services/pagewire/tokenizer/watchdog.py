@@ -2,8 +2,8 @@
 is.
 
 A chat template is a program: `range` and output are limited elsewhere, but nested loops that print
-nothing could run for ever. Around the code stands `with watchdog:`, which costs two dictionary
-operations; a daemon thread looks in a few times a second and raises RenderTimeout inside a block
+nothing could run for ever. The code runs inside `with watchdog:`, which costs two dictionary
+operations; a daemon thread checks a few times a second and raises RenderTimeout inside a block
 that is late.
 """
 
@@ -17,6 +17,8 @@ class RenderTimeout(Exception):
 
 
 class Watchdog:
+    """A context manager that ends what runs inside it after `timeout_s`. One serves all threads."""
+
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -36,8 +38,8 @@ class Watchdog:
         with self._lock:
             late = self._since.pop(threading.get_ident(), None) is None
         if late:
-            # The exception is on its way: the interpreter delivers it at a jump backwards, so give
-            # it one inside the caller's `try`.
+            # The exception is pending: the interpreter raises it at the next jump backwards. This
+            # loop has some, so it is raised here, inside the caller's `try`.
             for _turn in range(10_000):
                 pass
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation, Slot, pack
 from pagewire_protocol.messages import Step, StepResult
+from pagewire_protocol.splitmix import GOLDEN_GAMMA, MASK64, MULTIPLIERS, finalize
 from pagewire_protocol.structs import (
     Admission,
     LogprobColumns,
@@ -23,11 +24,9 @@ from pagewire_protocol.structs import (
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 
-FACTOR: Final = 0x9E3779B97F4A7C15
+FACTOR: Final = GOLDEN_GAMMA
 """Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] +
 1) * FACTOR^(n-1-i) modulo 2^64."""
-MASK: Final = 2**64 - 1
-MIX: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 DEFAULT_BLOCKS: Final = 65_536
 DEFAULT_MODEL_LEN: Final = 32_768
 
@@ -36,14 +35,12 @@ Columns = npt.NDArray[np.uint64]
 
 def extend(state: int, token: int) -> int:
     """The hash of a sequence with one more token; the empty sequence has 0."""
-    return (state * FACTOR + token + 1) & MASK
+    return (state * FACTOR + token + 1) & MASK64
 
 
 def draw(state: int, vocab_size: int) -> int:
     """The token that follows a sequence with this hash: splitmix64's finalizer, then modulo."""
-    state = ((state ^ (state >> 30)) * MIX[0]) & MASK
-    state = ((state ^ (state >> 27)) * MIX[1]) & MASK
-    return (state ^ (state >> 31)) % vocab_size
+    return finalize(state) % vocab_size
 
 
 def next_token(tokens: list[int], vocab_size: int) -> int:
@@ -96,7 +93,7 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
 
 
 class FakeRunner:
-    """The interface of the real runner: `facts`, `execute`, `clear`."""
+    """A SyncRunner (runners.py)."""
 
     def __init__(
         self,
@@ -170,8 +167,8 @@ class FakeRunner:
     def _sample(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """`draw` and `extend` for whole columns; unsigned arithmetic wraps as they do."""
         state = self._state[slots]
-        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(MIX[0])
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX[1])
+        mixed = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
         tokens = (mixed ^ (mixed >> np.uint64(31))) % self._vocab
         self._state[slots] = state * np.uint64(FACTOR) + tokens + np.uint64(1)
         self._known[slots] += 1

@@ -14,12 +14,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from pagewire_kernels import cpu_native
-from pagewire_protocol.messages import Role, Roster, Step, StepResult, ToWorker, WorkerFacts
+from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.errors import EXPECTED, error_line
@@ -27,6 +25,7 @@ from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
 from .device import driver
+from .runners import AsyncFromSync, AsyncRunner, StepHandle
 
 log = logging.getLogger("pagewire.worker")
 REPORT_EVERY_S = 0.2
@@ -41,58 +40,6 @@ SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
 default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
 where another process wants one."""
-
-
-class StepHandle(Protocol):
-    """A step that was launched."""
-
-    def done(self) -> bool: ...
-    def result(self) -> StepResult: ...
-
-
-class Runner(Protocol):
-    """What the loop wants of a runner. `notify` names a function that a thread may call when a
-    step is done."""
-
-    def facts(self) -> WorkerFacts: ...
-    def notify(self, wake: Callable[[], None]) -> None: ...
-    def launch(self, step: Step) -> StepHandle: ...
-    def clear(self) -> None: ...
-
-
-class BlockingRunner(Protocol):
-    """A runner that computes while it is called."""
-
-    def facts(self) -> WorkerFacts: ...
-    def execute(self, step: Step) -> StepResult: ...
-    def clear(self) -> None: ...
-
-
-class CompletedStep:
-    """The handle of a step that was over when it began."""
-
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult:
-        return self._result
-
-
-class SyncRunner:
-    """A Runner made of one that computes while it is called."""
-
-    def __init__(self, runner: BlockingRunner) -> None:
-        self._execute = runner.execute
-        self.facts, self.clear = runner.facts, runner.clear
-
-    def notify(self, wake: Callable[[], None]) -> None:
-        """Nothing is ever under way between two calls."""
-
-    def launch(self, step: Step) -> StepHandle:
-        return CompletedStep(self._execute(step))
 
 
 class Stuck(Exception):
@@ -146,13 +93,13 @@ def run(
 
 def _load(
     node: Node[ToWorker], model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig
-) -> Runner:
+) -> AsyncRunner:
     incarnation = node.incarnation
     membership = node.membership
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return SyncRunner(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -177,14 +124,14 @@ def _load(
             kernel_cache.kept(node.run_dir),
             ticking(narrate.alive),
         ):  # a kernel may take minutes to compile
-            from .gpu.runner import CudaRunner
+            from .gpu.runner import start
 
-            return CudaRunner(path, model, scheduler, config, incarnation, narrate)
-    from .cpu.runner import Runner as CpuRunner
+            return start(path, model, scheduler, config, incarnation, narrate)
+    from .cpu.runner import Runner
 
     with ticking(narrate.alive):  # compiling may take as long here
-        return SyncRunner(
-            CpuRunner(
+        return AsyncFromSync(
+            Runner(
                 path,
                 model,
                 scheduler,
@@ -253,7 +200,7 @@ class Watch:
         self._steps = steps
 
 
-def _serve(runner: Runner, node: Node[ToWorker]) -> None:
+def _serve(runner: AsyncRunner, node: Node[ToWorker]) -> None:
     """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
     one heard of are ignored."""
     inbox = node.inbox

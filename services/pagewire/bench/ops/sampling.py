@@ -1,4 +1,4 @@
-"""Drawing a token from each row of logits, greedily, at random, and from the likeliest ones."""
+"""Drawing a token from each row of logits, greedily, at random, and from the most probable ones."""
 
 from typing import Any
 
@@ -38,11 +38,13 @@ class Sample(Case):
         return sample(self._logits, self._args)
 
     def check(self, config: Any = None) -> float:
-        logits, got = self._logits, self.launch(0)
+        logits, sampled = self._logits, self.launch(0)
         logp = torch.log_softmax(logits.float(), -1)
-        worst = (got.logprobs - logp.gather(1, got.tokens[:, None])[:, 0]).abs().max().item()
+        worst = (
+            (sampled.logprobs - logp.gather(1, sampled.tokens[:, None])[:, 0]).abs().max().item()
+        )
         if self._kind == "greedy" and not torch.equal(
-            logits.gather(1, got.tokens[:, None])[:, 0], logits.max(-1).values
+            logits.gather(1, sampled.tokens[:, None])[:, 0], logits.max(-1).values
         ):
             return float("nan")
         return (
@@ -52,7 +54,7 @@ class Sample(Case):
         )
 
     def _cuts_where_it_should(self) -> bool:
-        """Nothing that belongs to the likeliest is left out, and nothing is let in beyond what bf16
+        """None of the most probable is left out, and nothing is let in beyond what bf16
         cannot tell from them."""
         order = self._logits.float().sort(-1, descending=True).values
         if self._k:

@@ -26,34 +26,36 @@ BY_NAME: Final = (
 
 
 def names() -> list[str]:
+    """The built-in templates."""
     return sorted(file.stem for file in FOLDER.glob("*.jinja"))
 
 
 def source(name: str) -> str:
+    """The jinja source of a built-in template."""
     return (FOLDER / f"{name}.jinja").read_text()
 
 
 def choose(path: Path, config: Config, generation: Config) -> str:
     """The name of the template for the model in directory `path`, by config.json and
     generation_config.json; empty for none."""
-    kind, name = config.get("model_type"), _name(path, config)
-    if kind == "qwen":
+    model_type, name = config.get("model_type"), _name(path, config)
+    if model_type == "qwen":
         chat = generation.get("chat_format", "chatml" if "chat" in name else "") == "chatml"
         return "chatml" if chat else ""
-    if kind == "baichuan":
+    if model_type == "baichuan":
         return "baichuan" if "user_token_id" in generation else ""
     return next(
         (
             template
-            for of, words, template in BY_NAME
-            if of == kind and all(word in name for word in words)
+            for row_model_type, words, template in BY_NAME
+            if row_model_type == model_type and all(word in name for word in words)
         ),
         "",
     )
 
 
 def _name(path: Path, config: Config) -> str:
-    """What the model is called, as far as its files say: the directory's name, or the repository's
-    in the hub's cache."""
+    """The model's name, as far as its files tell: the directory's, or the repository's in the hub's
+    cache; and the one in config.json."""
     folder = path.parent.parent.name if path.parent.name == "snapshots" else path.name
     return f"{folder} {config.get('_name_or_path', '')}".lower()

@@ -1,34 +1,38 @@
 """Steps to tokens: applies a Step to the slots, runs the model over what the step names, samples,
 and appends what was sampled.
 
-Knows no sockets, no scheduler and no policy. The fake runner has the same three methods, which are
-all that the loop uses.
+Knows no sockets, no scheduler and no policy.
 """
 
+import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.sampling_rows import SamplingRows
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
-from pagewire_protocol.messages import PromptLogprobs, Step, StepResult, WorkerFacts
+from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
+from ..device import kernel_cache
 from ..load import loader, weights
-from ..step.apply import NO_SLOTS, apply_step, facts_of, spread
-from ..step.logit_constraints import Limits
-from ..step.logprobs import PromptRun, PromptScores, prompt_runs, score_prompts
+from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
+from ..step.logit_constraints import Constraints
+from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
 from ..step.slots import Ints, Slots
 from . import sampler
 
+log = logging.getLogger("pagewire.worker")
+
 
 class Runner:
-    """facts() -> WorkerFacts: what it can hold. execute(step: Step) -> StepResult: one forward
-    pass, result complete with epoch, incarnation and n; raises BadStep for a step that contradicts
-    the slots. clear(): forget every request (a new scheduler reigns)."""
+    """A SyncRunner (worker/runners.py) on the CPU."""
 
     def __init__(
         self,
@@ -43,145 +47,169 @@ class Runner:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
         wait for a long step."""
         self._loaded = loader.load(path, model, config, progress)
-        self._incarnation, self._device, self._tick = incarnation, self._loaded.device, tick
+        self._incarnation = incarnation
+        self._device = self._loaded.device
+        self._tick = tick
         self._caches = self._loaded.caches
         self._slots = Slots(
             scheduler.num_seqs(), self._loaded.sizing.max_model_len, config.block_size
         )
+        self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
-        self._limits = Limits(self._slots, vocab_size, eos, self._device, self._tensor)
-        self._scored: list[PromptScores] = []
-        self._last = NO_SLOTS
+        self._constraints = Constraints(self._slots, vocab_size, eos, self._device, self._tensor)
+        self._prompt_logprobs: list[SpanLogprobs] = []
+        """Of the prompts that the running step computes."""
+        self._compiling: threading.Thread | None = None
 
     def facts(self) -> WorkerFacts:
+        """What it can hold."""
         return facts_of(self._loaded, self._slots.count)
 
     def clear(self) -> None:
-        self._slots.clear()
-        self._last = NO_SLOTS
+        """Forget every request: there is a new scheduler."""
+        self._applier.clear()
 
     def execute(self, step: Step) -> StepResult:
-        slots, counts = apply_step(self._slots, step, self._last)
+        """One forward pass. Raises BadStep for a step that contradicts the slots."""
+        slots, counts = self._applier.apply(step)
         if step.admit:
-            self._limits.admit(np.array([admission.slot for admission in step.admit], np.int64))
-        first, end = self._slots.take(slots, counts)
-        self._last = slots
-        sampling = np.flatnonzero(self._slots.samples(slots, end))
+            self._constraints.admit(np.array([admission.slot for admission in step.admit]))
+        rows = self._applier.take(slots, counts)
         sampled = None
         if len(slots):
             with torch.inference_mode():
-                sampled = self._run(slots, counts, first, end, sampling)
+                sampled = self._run(rows)
+        if sampled is None:
+            return self._result(step, NO_SLOTS, None)
+        sampled_slots = slots[rows.sampling]
+        self._slots.append_tokens(sampled_slots, sampled.tokens)
+        self._constraints.observe(sampled_slots, self._tensor(sampled.tokens))
+        return self._result(step, sampled_slots, sampled)
+
+    def _result(self, step: Step, slots: Ints, sampled: sampler.Sampled | None) -> StepResult:
+        prompts = tuple(part.message() for part in self._prompt_logprobs)
+        self._prompt_logprobs = []
         if sampled is None:
             return StepResult(
-                step.epoch,
-                self._incarnation,
-                step.n,
-                b"",
-                b"",
-                b"",
-                prompt_logprobs=self._prompt_logprobs(),
+                step.epoch, self._incarnation, step.n, b"", b"", b"", prompt_logprobs=prompts
             )
-        rows = slots[sampling]
-        self._slots.append_tokens(rows, sampled.tokens)
-        self._limits.said(rows, self._tensor(sampled.tokens))
         return StepResult(
             step.epoch,
             self._incarnation,
             step.n,
-            rows.astype(np.int32).tobytes(),
+            slots.astype(np.int32).tobytes(),
             sampled.tokens.tobytes(),
             sampled.bad.tobytes(),
             None if sampled.logprobs is None else sampled.logprobs.columns(sampled.tokens),
-            self._prompt_logprobs(),
+            prompts,
         )
 
-    def _prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
-        scored, self._scored = self._scored, []
-        return tuple(part.message() for part in scored)
-
-    def _run(
-        self, slots: Ints, counts: Ints, first: Ints, end: Ints, sampling: Ints
-    ) -> sampler.Sampled | None:
-        self._scrub(slots, first, end)
-        rows, positions = spread(first, counts)
-        ids = self._tensor(self._slots.tokens[slots[rows], positions].astype(np.int64))
-        batch = self._batch(slots, counts, end, rows, positions)
-        everything = len(sampling) == len(positions)
-        wanted = None if everything else self._tensor((np.cumsum(counts) - 1)[sampling])
-        loaded = self._loaded
-        if not len(sampling):
+    def _run(self, step: StepRows) -> sampler.Sampled | None:
+        """What the rows that sample have sampled; None where no row does."""
+        self._zero_fresh_blocks(step)
+        row_of, positions = spread(step.first, step.counts)
+        ids = self._tensor(self._slots.tokens[step.slots[row_of], positions].astype(np.int64))
+        batch = self._batch(step, row_of, positions)
+        # The decoder gives the logits of all tokens for None, else of the tokens named.
+        wanted = None
+        if not len(step.sampling):
             wanted = self._tensor(NO_SLOTS)
-        runs = prompt_runs(self._slots, slots, first, end)
-        tap = (lambda logits_of: self._score(runs, logits_of)) if runs else None
-        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick, tap)
-        return self._sample(logits, slots[sampling]) if len(sampling) else None
+        elif len(step.sampling) < len(positions):
+            wanted = self._tensor((np.cumsum(step.counts) - 1)[step.sampling])
+        spans = prompt_spans(self._slots, step.slots, step.first, step.end)
+        hook = (lambda logits_of: self._keep_prompt_logprobs(spans, logits_of)) if spans else None
+        loaded = self._loaded
+        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick, hook)
+        return self._sample(logits, step.slots[step.sampling]) if len(step.sampling) else None
 
-    def _score(self, runs: list[PromptRun], logits_of: Callable[[Tensor], Tensor]) -> None:
-        self._scored = score_prompts(
-            runs, logits_of, self._loaded.decoder.arch.vocab_size, self._tensor
+    def _keep_prompt_logprobs(
+        self, spans: list[PromptSpan], logits_of: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._prompt_logprobs = prompt_logprobs(
+            spans, logits_of, self._loaded.decoder.arch.vocab_size, self._tensor
         )
 
-    def _batch(self, slots: Ints, counts: Ints, end: Ints, rows: Ints, positions: Ints) -> Batch:
-        size = self._slots.block_size
-        width = -(-int(end.max()) // size)
-        tables = self._slots.tables[slots, :width]
-        mapping = tables[rows, positions // size].astype(np.int64) * size + positions % size
-        starts = np.zeros(len(slots) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
+    def _batch(self, step: StepRows, row_of: Ints, positions: Ints) -> Batch:
+        block_size = self._slots.block_size
+        longest = int(step.end.max())
+        tables = self._slots.tables[step.slots, : -(-longest // block_size)]
+        blocks = tables[row_of, positions // block_size].astype(np.int64)
+        starts = np.zeros(len(step.slots) + 1, np.int32)
+        np.cumsum(step.counts, out=starts[1:])
         return Batch(
             self._tensor(positions),
-            self._tensor(mapping),
+            self._tensor(blocks * block_size + positions % block_size),
             self._tensor(starts),
-            self._tensor(end.astype(np.int32)),
+            self._tensor(step.end.astype(np.int32)),
             self._tensor(tables),
-            int(counts.max()),
-            int(end.max()),
+            int(step.counts.max()),
+            longest,
         )
 
-    def _scrub(self, slots: Ints, first: Ints, end: Ints) -> None:
+    def _zero_fresh_blocks(self, step: StepRows) -> None:
         """Zero each block that this step is the first to write and does not fill: the CPU's batched
         attention multiplies what lies past the end by zero, and zero times another request's NaN is
         NaN."""
         if self._device != "cpu":
             return
-        size = self._slots.block_size
-        last = (end - 1) // size
-        fresh = np.flatnonzero((first <= last * size) & (end % size != 0))
+        block_size = self._slots.block_size
+        last = (step.end - 1) // block_size
+        fresh = np.flatnonzero((step.first <= last * block_size) & (step.end % block_size != 0))
         if len(fresh):
-            blocks = self._slots.tables[slots[fresh], last[fresh]].astype(np.int64)
+            blocks = self._slots.tables[step.slots[fresh], last[fresh]].astype(np.int64)
             self._loaded.cache.index_fill_(2, torch.from_numpy(blocks), 0)
 
     def _sample(self, logits: Tensor, slots: Ints) -> sampler.Sampled:
-        if self._slots.plain[slots].all():
+        """One token for each of `slots` [R] from logits [R, V]."""
+        columns = self._slots
+        if columns.plain_greedy[slots].all():
             return sampler.greedy(logits)
-        state = self._slots
-        output = state.known[slots] - state.prompt[slots]
-        penalized = (
-            (state.presence[slots] != 0)
-            | (state.frequency[slots] != 0)
-            | (state.repetition[slots] != 1)
+        if columns.temperature[slots].any():
+            self._compile_search_once()
+        sampling = SamplingRows(
+            temperature=self._tensor(columns.temperature[slots]),
+            top_k=self._tensor(columns.top_k[slots]),
+            top_p=self._tensor(columns.top_p[slots]),
+            min_p=self._tensor(columns.min_p[slots]),
+            seeds=self._tensor(columns.seed[slots]),
+            positions=self._tensor(columns.num_tokens[slots] - 1),
         )
         rows = sampler.Rows(
-            temperature=self._tensor(state.temperature[slots]),
-            top_k=self._tensor(state.top_k[slots]),
-            top_p=self._tensor(state.top_p[slots]),
-            min_p=self._tensor(state.min_p[slots]),
-            presence=self._tensor(state.presence[slots]),
-            frequency=self._tensor(state.frequency[slots]),
-            repetition=self._tensor(state.repetition[slots]),
-            seeds=self._tensor(state.seed[slots]),
-            positions=self._tensor(output),
-            logprobs=state.logprobs[slots],
-            history={int(i): self._history(int(slots[i])) for i in np.flatnonzero(penalized)},
-            restrict=lambda x: self._limits.apply(x, slots),
+            sampling,
+            presence=self._tensor(columns.presence[slots]),
+            frequency=self._tensor(columns.frequency[slots]),
+            repetition=self._tensor(columns.repetition[slots]),
+            logprobs=columns.logprobs[slots],
+            history={
+                int(row): self._history(int(slots[row]))
+                for row in np.flatnonzero(columns.penalized(slots))
+            },
+            constrain=lambda x: self._constraints.apply(x, slots),
         )
         return sampler.sample(logits, rows)
 
+    def _compile_search_once(self) -> None:
+        """With the first request that draws, in a thread: it takes a second or two, and until then
+        torch draws the same tokens."""
+        if self._compiling is None and self._device == "cpu":
+            # No daemon: a process must not end in the middle of a compilation.
+            self._compiling = threading.Thread(target=_compile_search, name="compile-sampling")
+            self._compiling.start()
+
     def _history(self, slot: int) -> tuple[Tensor, Tensor]:
-        prompt, known = self._slots.prompt[slot], self._slots.known[slot]
-        tokens = self._slots.tokens[slot, :known].astype(np.int64)
-        return self._tensor(tokens[:prompt]), self._tensor(tokens[prompt:])
+        """The prompt's and the output's ids."""
+        prompt_len, num_tokens = self._slots.num_prompt_tokens[slot], self._slots.num_tokens[slot]
+        tokens = self._slots.tokens[slot, :num_tokens].astype(np.int64)
+        return self._tensor(tokens[:prompt_len]), self._tensor(tokens[prompt_len:])
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _compile_search() -> None:
+    try:
+        kernel_cache.keep_native()
+        cpu_sampling.compile_search()
+    except Exception as error:  # whatever a compiler raises; torch goes on drawing
+        log.info("sampling has no native code, which is slower for many rows: %s", error)

@@ -1,55 +1,57 @@
-"""The groups of rows with common blocks that captured decode steps read, in buffers that never
-move.
+"""The prefix groups (rows with common leading blocks) that captured steps read, in buffers that
+never move.
 
 Knows the wire form and the kernel's; which steps may use them is the graphs' decision.
 """
-
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels.cascade import Groups
+from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from pagewire_protocol.messages import Shared
 
 from ..step.slots import BadStep
 from .staging import Uploads
 
-MOST_GROUPS: Final = 8
-"""What the scheduler sends at most; more are left to plain decoding."""
-
 
 class GroupBuffers:
-    def __init__(self, most: int, device: str) -> None:
-        self._rows = torch.zeros(2, most, dtype=torch.int32, device=device)
+    """Room for MAX_PREFIX_GROUPS groups among `max_rows` rows."""
+
+    def __init__(self, max_rows: int, device: torch.device | str) -> None:
+        self._rows = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
         """order and shared of `Groups`."""
-        self._groups = torch.zeros(2, MOST_GROUPS + 4, dtype=torch.int32, device=device)
+        self._groups = torch.zeros(2, MAX_PREFIX_GROUPS + 4, dtype=torch.int32, device=device)
         """starts and lengths; rows of a multiple of 16 bytes, since Triton compiles a kernel anew
         for pointers that are not."""
         self._loaded = False
 
     def first(self, rows: int) -> Groups:
         """The groups as the kernel takes them, for a step of `rows` rows."""
-        starts, lengths = self._groups[0, : MOST_GROUPS + 1], self._groups[1, :MOST_GROUPS]
+        starts, lengths = (
+            self._groups[0, : MAX_PREFIX_GROUPS + 1],
+            self._groups[1, :MAX_PREFIX_GROUPS],
+        )
         return Groups(self._rows[0, :rows], starts, lengths, self._rows[1, :rows])
 
     def clear(self) -> None:
-        """From now on no groups."""
+        """From now on there are no groups."""
         if self._loaded:
             self._loaded = False
             self._rows.zero_()
             self._groups.zero_()
 
     def load(self, shared: Shared, rows: int, uploads: Uploads) -> None:
-        """From now on the groups of `shared`, of a step whose first `rows` rows are of one token.
-        Raises BadStep when they are no groups of such rows."""
+        """From now on the groups are those of `shared`, in a step whose first `rows` rows have one
+        new token each. Groups beyond MAX_PREFIX_GROUPS are left to plain decoding. Raises BadStep
+        when `shared` is not about such rows."""
         self._loaded = True
         order, starts, lengths = (
             np.frombuffer(column, np.int32)
             for column in (shared.order, shared.starts, shared.lengths)
         )
         _check(order, starts, lengths, rows)
-        count = min(len(lengths), MOST_GROUPS)
+        count = min(len(lengths), MAX_PREFIX_GROUPS)
         members = np.zeros(self._rows.shape, np.int32)
         members[0, : len(order)] = order
         members[1, order[: starts[count]]] = np.repeat(

@@ -15,8 +15,8 @@ import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.slot_state import (
-    HEAT,
     MIN_P,
+    TEMPERATURE,
     TOP_P,
     DecodeRows,
     SlotState,
@@ -32,7 +32,8 @@ from .cascade_buffers import GroupBuffers
 from .staging import Uploads
 
 Pool = Any
-"""Memory that graphs share, since they run one after the other."""
+"""What torch.cuda.graph_pool_handle gives: memory that graphs share, since they run one after the
+other."""
 CASCADE_STEP: Final = 32
 LEAST_CASCADE: Final = 2 * CASCADE_STEP
 """Smaller batches, whose common blocks the GPU's cache is expected to hold, are decoded plainly:
@@ -54,10 +55,11 @@ def cascade_buckets(most: int) -> list[int]:
 
 @dataclass
 class Decoded:
-    """logits [B, V]; report int32 [B]: the sampled tokens, -1 where the logits were not finite."""
+    """What a step left on the device: logits [B, V]; sampled_tokens int32 [B], -1 where the logits
+    were not finite."""
 
     logits: Tensor
-    report: Tensor
+    sampled_tokens: Tensor
 
 
 class DecodeGraphs:
@@ -67,14 +69,17 @@ class DecodeGraphs:
     def __init__(
         self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool, pool: Pool
     ) -> None:
-        self._loaded, self._state, self._eager = loaded, state, eager
-        self.slots = torch.full((most,), -1, dtype=torch.int32, device="cuda")
+        self._loaded = loaded
+        self._state = state
+        self._eager = eager
+        device = state.last_token.device
+        self.slots = torch.full((most,), -1, dtype=torch.int32, device=device)
         self.sizes = buckets(most)
         self.cascade_sizes = cascade_buckets(most) if cascade else []
-        self._groups = GroupBuffers(most, "cuda")
-        self._rows = DecodeRows.empty(most, state.table.shape[1], "cuda")
-        self._starts = torch.arange(most + 1, dtype=torch.int32, device="cuda")
-        self._report = torch.empty(most, dtype=torch.int32, device="cuda")
+        self._groups = GroupBuffers(most, device)
+        self._rows = DecodeRows.empty(most, state.table.shape[1], device)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._sampled_tokens = torch.empty(most, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         self._pool = pool
 
@@ -83,8 +88,8 @@ class DecodeGraphs:
         return next(size for size in self.sizes if size >= rows)
 
     def group(self, shared: Shared | None, rows: int, uploads: Uploads) -> int:
-        """Take in the groups of the next steps, of `rows` rows: the bucket to `run` them in with
-        cascade, 0 when that is not worthwhile."""
+        """Load the prefix groups of the next steps, of `rows` rows. Returns the bucket to `run` them
+        in with cascade; 0 when that is not worthwhile."""
         if shared is None or rows < LEAST_CASCADE:
             return 0
         size = next((size for size in self.cascade_sizes if size >= rows), 0)
@@ -93,6 +98,7 @@ class DecodeGraphs:
         return size
 
     def capture_all(self, progress: Callable[[float], None]) -> None:
+        """Capture each bucket, from large to small; filtered ones follow when they are needed."""
         wanted = [
             *((size, False) for size in reversed(self.sizes)),
             *((size, True) for size in reversed(self.cascade_sizes)),
@@ -113,11 +119,11 @@ class DecodeGraphs:
         return decoded
 
     def _capture(self, size: int, filtered: bool, cascade: bool) -> None:
-        """The slots wait as padding meanwhile: neither the warm-up nor the capture may move a
-        request on."""
+        """`slots` is all padding during that: neither the warm-up nor the capture may move a request
+        on."""
         if self._eager:
             return
-        waiting = self.slots.clone()
+        saved = self.slots.clone()
         self.slots.fill_(-1)
         self._decode(size, filtered, cascade)
         torch.cuda.synchronize()
@@ -126,9 +132,9 @@ class DecodeGraphs:
             decoded = self._decode(size, filtered, cascade)
         self._graphs[size, filtered, cascade] = (
             graph,
-            Decoded(borrowed(decoded.logits), decoded.report),
+            Decoded(borrowed(decoded.logits), decoded.sampled_tokens),
         )
-        self.slots.copy_(waiting)
+        self.slots.copy_(saved)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
         loaded, rows, slots = self._loaded, self._rows.first(size), self.slots[:size]
@@ -147,11 +153,17 @@ class DecodeGraphs:
         logits = loaded.decoder(
             rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
         )
-        odds = rows.odds
+        params = rows.sampling_params
         sampling = ops.SamplingRows(
-            odds[HEAT], rows.top_k, odds[TOP_P], odds[MIN_P], rows.seeds, rows.positions, filtered
+            params[TEMPERATURE],
+            rows.top_k,
+            params[TOP_P],
+            params[MIN_P],
+            rows.seeds,
+            rows.positions,
+            filtered,
         )
         sampled = ops.sample(logits, sampling)
-        report = self._report[:size]
-        commit(slots, sampled.tokens, sampled.bad, self._state, report)
-        return Decoded(logits, report)
+        sampled_tokens = self._sampled_tokens[:size]
+        commit(slots, sampled.tokens, sampled.bad, self._state, sampled_tokens)
+        return Decoded(logits, sampled_tokens)

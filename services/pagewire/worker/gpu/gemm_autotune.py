@@ -1,5 +1,5 @@
-"""Which of cuBLASLt's algorithms is fastest for each matrix product of the model, timed at the
-first start and kept on disk.
+"""Which of cuBLASLt's algorithms is fastest for each GEMM of the model, timed at the first start
+and kept on disk.
 
 The library's heuristic ranks candidates without running them, and on large shapes the first is
 often a tenth slower than the best. Each candidate is held against torch's result before it is
@@ -28,12 +28,12 @@ log = logging.getLogger("pagewire.worker")
 LEAST_GAIN: Final = 0.02
 """Less is noise."""
 LEAST_COLUMNS: Final = 256
-"""Smaller products, such as a router's, cost next to nothing."""
+"""Smaller GEMMs, such as a router's, cost next to nothing."""
 BURST_US: Final = 60.0
 """How long a candidate runs at a time, at least."""
 ROUNDS: Final = 3
 LAUNCH_US: Final = 20.0
-"""Shorter products would wait for the CPU, so they queue up while the GPU is kept busy."""
+"""Shorter GEMMs would wait for the CPU, so they queue up while the GPU is kept busy."""
 CYCLES: Final = 16_000
 """Of the GPU's clock for each launch in the queue, some 8 us."""
 TOLERANCE: Final = 0.02
@@ -54,32 +54,35 @@ def choose(
     many tokens of a step are sampled."""
     if not gemm_cublaslt.version():
         return
-    with algorithms.recording() as seen:
+    with algorithms.recording() as gemms:
         forward()
-    place, began = _file(), time.monotonic()
-    known = choices.read(place, _digits)
-    before, most = len(known), max((count for count, _ in seen.values()), default=0)
-    for done, (shape, (count, weights)) in enumerate(seen.items()):
-        sizes = [
-            size
-            for size in (tokens if count == most else rows)
-            if pick_config(size, shape[0], shape[1]) is None
-        ]
-        if shape[0] < LEAST_COLUMNS or shape[2] not in gemm_cublaslt.TYPES:
+    path = _path()
+    began = time.monotonic()
+    timed = choices.read(path, _digits)
+    num_kept = len(timed)
+    most = max((count for count, _ in gemms.values()), default=0)
+    for done, (shape, (count, weights)) in enumerate(gemms.items()):
+        n, k, dtype = shape
+        if n < LEAST_COLUMNS or dtype not in gemm_cublaslt.TYPES:
             continue
+        # A GEMM of fewer rows than the step has tokens, such as the head's, is of sampled rows
+        # only. Where our own kernel serves so few rows, there is nothing to choose.
+        sizes = [
+            size for size in (tokens if count == most else rows) if pick_config(size, n, k) is None
+        ]
         for i, size in enumerate(sizes):
-            if _key(size, shape) not in known:
-                known[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
-            progress((done + i / len(sizes)) / len(seen))
-        algorithms.choose(shape, {size: bytes.fromhex(known[_key(size, shape)]) for size in sizes})
-    if len(known) > before:
-        choices.write(place, known)
+            if _key(size, shape) not in timed:
+                timed[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
+            progress((done + i / len(sizes)) / len(gemms))
+        algorithms.choose(shape, {size: bytes.fromhex(timed[_key(size, shape)]) for size in sizes})
+    if len(timed) > num_kept:
+        choices.write(path, timed)
     log.info(
-        "%d matrix products timed in %.1f s, %d found in %s",
-        len(known) - before,
+        "%d GEMMs timed in %.1f s, %d found in %s",
+        len(timed) - num_kept,
         time.monotonic() - began,
-        before,
-        place,
+        num_kept,
+        path,
     )
 
 
@@ -88,7 +91,7 @@ def _key(rows: int, shape: Shape) -> str:
     return f"{rows}x{n}x{k} {str(dtype).removeprefix('torch.')}"
 
 
-def _file() -> Path:
+def _path() -> Path:
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
     return kernel_cache.usual() / f"products-{gpu}-{gemm_cublaslt.version()}.json"
 
@@ -100,7 +103,7 @@ def _digits(algorithm: str) -> str:
 
 
 def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """None where there is no memory for a result beside the others."""
+    """See `fastest`. Torch's choice (empty) where there is no memory for one result more."""
     try:
         return fastest(rows, shape, weights)
     except torch.OutOfMemoryError:
@@ -109,8 +112,9 @@ def _fastest_that_fits(rows: int, shape: Shape, weights: Sequence[Tensor]) -> by
 
 
 def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
-    """An algorithm; none where torch's choice is as fast. Launches take turns over `weights`, all
-    that have the shape: in a step, too, no weight is in the GPU's cache when its turn comes."""
+    """The fastest algorithm for [rows, K] @ [N, K]^T; empty where torch's choice is as fast.
+    Launches go round `weights`, all those of this shape: in a step, too, no weight is in the GPU's
+    cache when it is read."""
     n, k, dtype = shape
     x = torch.randn(rows, k, dtype=dtype, device=weights[0].device)
     out = torch.empty(rows, n, dtype=dtype, device=x.device)
@@ -129,7 +133,8 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
 
 
 def _times(runs: dict[bytes, Run], weights: Sequence[Tensor]) -> dict[bytes, float]:
-    """Microseconds of each, the least of some rounds in which they take turns."""
+    """Microseconds of each, the least of some rounds; in a round all run one after the other, so
+    that a change of clock meets all of them."""
     count = max(1, math.ceil(BURST_US / _burst(runs[b""], weights, 2)))
     rounds = [[_burst(run, weights, count) for run in runs.values()] for _ in range(ROUNDS)]
     return dict(zip(runs, map(min, zip(*rounds, strict=True)), strict=True))
@@ -149,7 +154,7 @@ def _burst(run: Run, weights: Sequence[Tensor], count: int) -> float:
 
 
 def best(times: dict[bytes, float]) -> bytes:
-    """The algorithm of the least time, if that is clearly less than torch's, which is filed under
-    none."""
+    """The algorithm of the least time if that is clearly less than torch's, else torch's, whose key
+    is empty."""
     fast = min(times, key=lambda algorithm: times[algorithm])
     return fast if times[fast] < times[b""] * (1 - LEAST_GAIN) else b""

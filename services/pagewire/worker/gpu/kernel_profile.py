@@ -1,4 +1,4 @@
-"""Which kernels the GPU's time goes to, told when the load pauses. For `--log-kernels`.
+"""Which kernels the GPU's time goes to, logged when the load pauses. For `--log-kernels`.
 
 Recording costs the GPU about a microsecond between kernels, so shares are what to look at;
 `--log-steps` has times that nothing is added to. Knows kernels by their names alone.
@@ -23,7 +23,7 @@ from torch.autograd import (
 log = logging.getLogger("pagewire.worker")
 PAUSE_S: Final = 0.1
 MOST_S: Final = 20.0
-"""Of one record: 100,000 kernels and more, in memory until they are told."""
+"""Of one record: 100,000 kernels and more, in memory until they are logged."""
 SHOWN: Final = 12
 KINDS: Final = {
     "_decode_inputs": "other",
@@ -35,8 +35,8 @@ KINDS: Final = {
     "_gated": "activation",
     "_sample": "sampling",
     "_thresholds": "sampling",
-    "_skinny": "products",
-    "_row": "products",
+    "_skinny": "GEMMs",
+    "_row": "GEMMs",
     "Memcpy": "copies",
     "Memset": "copies",
 }
@@ -48,32 +48,36 @@ Kernel = tuple[str, int, int]
 
 
 def kind_of(name: str) -> str:
-    found = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
-    return found or ("products" if any(part in name for part in CUBLAS) else "other")
+    """A kernel's kind (KINDS), by its name."""
+    kind = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
+    return kind or ("GEMMs" if any(part in name for part in CUBLAS) else "other")
 
 
 def summary(kernels: Iterable[Kernel], steps: int) -> Iterator[str]:
-    """The lines to be told: all of it, by kind, and the kernels that took longest."""
+    """The lines to be logged: all of it, by kind, and the kernels that took longest."""
     ordered = sorted(kernels, key=lambda kernel: kernel[1])
-    busy, end, kinds, names = 0, 0, dict[str, int](), dict[str, tuple[int, int]]()
+    busy, end = 0, 0
+    by_kind = dict[str, int]()
+    by_name = dict[str, tuple[int, int]]()
     for name, began, ended in ordered:
-        busy, end = busy + max(0, ended - max(began, end)), max(end, ended)
-        took, count = names.get(name, (0, 0))
-        names[name] = took + ended - began, count + 1
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + ended - began
+        # Kernels may overlap: time counts once.
+        busy += max(0, ended - max(began, end))
+        end = max(end, ended)
+        took, count = by_name.get(name, (0, 0))
+        by_name[name] = (took + ended - began, count + 1)
+        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0) + ended - began
     span = end - ordered[0][1]
     parts = ", ".join(
         f"{kind} {took / 1e6:,.0f}"
-        for kind, took in sorted(kinds.items(), key=lambda item: -item[1])
+        for kind, took in sorted(by_kind.items(), key=lambda item: -item[1])
     )
     yield f"{steps} steps, {len(ordered):,} kernels in {span / 1e6:,.0f} ms, busy for {busy / span:.1%}; ms: {parts}"
-    for name, (took, count) in sorted(names.items(), key=lambda item: -item[1][0])[:SHOWN]:
+    for name, (took, count) in sorted(by_name.items(), key=lambda item: -item[1][0])[:SHOWN]:
         yield f"{took / 1e6:10,.1f} ms {took / busy:6.1%} {count:8,} x {took / count / 1e3:8.1f} us  {name[:80]}"
 
 
-class KernelLog:
-    """`begin` before a step's first launch, `end` after its last. A record is told by the first
-    step after a pause."""
+class KernelProfile:
+    """A StepObserver (runner.py). A record is logged by the first step after a pause."""
 
     def __init__(self) -> None:
         self._began = self._last = 0.0
@@ -81,20 +85,22 @@ class KernelLog:
         self._ended = torch.cuda.Event()
 
     def begin(self) -> None:
+        """Before a step's first launch."""
         now = time.monotonic()
         if self._steps and (
             now - self._began > MOST_S or (now - self._last > PAUSE_S and self._ended.query())
         ):
-            self._tell()
+            self._log_record()
         if not self._steps:
             _start()
             self._began = now
         self._steps, self._last = self._steps + 1, now
 
     def end(self, tokens: int) -> None:
+        """After its last; the step computes so many tokens."""
         self._ended.record()
 
-    def _tell(self) -> None:
+    def _log_record(self) -> None:
         kernels, steps, self._steps = _stop(), self._steps, 0
         for line in summary(kernels, steps) if kernels else ():
             log.info("%s", line)
@@ -112,10 +118,10 @@ def _start() -> None:
 
 def _stop() -> list[Kernel]:
     torch.cuda.synchronize()
-    found = _disable_profiler().events()
+    events = _disable_profiler().events()
     return [
         (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in found
+        for event in events
         if _on_gpu(event)
     ]
 

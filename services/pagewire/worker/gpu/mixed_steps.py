@@ -2,8 +2,8 @@
 graph where the step is small.
 
 Launching the kernels of a step one by one takes the CPU about as long as the GPU needs for some
-thousand tokens; below that a graph is replayed, padded to a bucket of tokens and of rows. What is
-padding belongs to a slot of its own, behind the real ones.
+thousand tokens; below that a graph is replayed, padded to a bucket of tokens and of rows. Padding
+belongs to a slot of its own, behind the real ones.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..load.gpu_memory import captured_tokens
 from ..load.loader import Loaded
 from ..models.decoder import LogitsHook
-from ..step.apply import spread
+from ..step.apply import StepRows, spread
 from ..step.slots import Ints, Slots
 from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
@@ -37,7 +38,7 @@ TOKENS: Final = (
     *range(4096, 8193, 512),
 )
 """Sizes of captured steps, as far as the model's `captured_tokens`."""
-APART: Final = 4096
+MANY_TOKENS: Final = 4096
 """What is true of one size beyond is true of those near it."""
 EAGER_TOKENS: Final = 16
 """Eager steps are padded to a multiple of this: rows of buffers stay aligned, and kernels are not
@@ -45,34 +46,53 @@ compiled anew."""
 WARM: Final = (16, 64, 512)
 """Sizes run once before anything is captured, beside the largest: all kernels are compiled and
 loaded then."""
+COLUMN_PADDING: Final = 4
+"""Entries that a row of int32 columns has beyond one for each row: the end behind the last first
+token, and rows of a multiple of 16 bytes."""
+
+# Rows of Inputs.tokens.
+IDS, POSITIONS, SLOT_MAPPING, TOKEN_SLOTS = range(4)
+# Rows of Inputs.rows.
+ROW_SLOTS, SEQ_LENS, QUERY_STARTS = range(3)
+# Rows of Inputs.picked.
+PICKED_TOKENS, PICKED_SLOTS, PICKED_POSITIONS = range(3)
+
+LAST_TOKEN: Final = -1
+"""An id that stands for the last token of its slot, which the host may not know."""
+NO_CACHE_SLOT: Final = -1
+"""Keys and values of padding are written nowhere."""
 
 
 @dataclass
 class Inputs:
-    """What a step reads, on the device. flat int64 [4, T]: token ids (-1: the slot's last token),
-    positions, places in the cache, slots. rows int32 [3, B + 4]: slots, lengths, first tokens and
-    the end. picked int64 [3, B]: the tokens whose logits are sampled, their slots, their
-    positions."""
+    """What a step of T tokens and B rows reads, on the device.
 
-    flat: Tensor
+    tokens int64 [4, T]: ids (LAST_TOKEN: the slot's last token), positions, slot mapping
+    and slots. rows int32 [3, B + COLUMN_PADDING]: slots, sequence lengths, and first tokens with the
+    end behind them. picked int64 [3, B]: the tokens whose logits are sampled, their slots and
+    positions.
+    """
+
+    tokens: Tensor
     rows: Tensor
     picked: Tensor
 
     @classmethod
-    def idle(cls, tokens: int, rows: int, spare: int) -> "Inputs":
+    def padding(cls, tokens: int, rows: int, spare: int, device: torch.device) -> "Inputs":
         """Nothing but padding, for the slot `spare`."""
-        flat = torch.zeros(4, tokens, dtype=torch.int64, device="cuda")
-        flat[2], flat[3] = -1, spare
-        columns = torch.zeros(3, rows + 4, dtype=torch.int32, device="cuda")
-        columns[0] = spare
-        picked = torch.zeros(3, rows, dtype=torch.int64, device="cuda")
-        picked[1] = spare
-        return cls(flat, columns, picked)
+        token_columns = torch.zeros(4, tokens, dtype=torch.int64, device=device)
+        token_columns[SLOT_MAPPING] = NO_CACHE_SLOT
+        token_columns[TOKEN_SLOTS] = spare
+        row_columns = torch.zeros(3, rows + COLUMN_PADDING, dtype=torch.int32, device=device)
+        row_columns[ROW_SLOTS] = spare
+        picked = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        picked[PICKED_SLOTS] = spare
+        return cls(token_columns, row_columns, picked)
 
 
 class MixedSteps:
     """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`,
-    which has one slot more)."""
+    which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups."""
 
     def __init__(
         self,
@@ -84,55 +104,59 @@ class MixedSteps:
         cascade: bool,
         pool: Pool,
     ) -> None:
-        self._loaded, self._slots, self._state, self._uploads, self._eager = (
-            loaded,
-            slots,
-            state,
-            uploads,
-            eager,
-        )
-        self._groups = GroupBuffers(slots.count, "cuda") if cascade else None
+        self._loaded = loaded
+        self._slots = slots
+        self._state = state
+        self._uploads = uploads
+        self._eager = eager
+        self._device = state.last_token.device
+        self._groups = GroupBuffers(slots.count, self._device) if cascade else None
         self._spare = slots.count
         self._inputs: dict[tuple[int, int], Inputs] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
+        """By the numbers of tokens and of rows, as `_inputs`."""
         self._pool = pool
         self._sizes = [size for size in TOKENS if size <= captured_tokens(loaded.decoder.arch)]
 
     def run(
         self,
-        slots: Ints,
-        counts: Ints,
-        first: Ints,
-        end: Ints,
-        sampling: Ints,
-        told: Ints,
+        step: StepRows,
+        host_known_len: Ints,
         shared: Shared | None,
-        tap: LogitsHook | None = None,
+        hook: LogitsHook | None = None,
     ) -> Decoded:
-        """The slots `slots` compute `counts` tokens each, positions `first` to `end`; `sampling`
-        are the indices of those that then sample one, and the first rows of the result are theirs,
-        in order. `told`: how many tokens of each slot the host knows. `shared`: groups among the
-        leading rows of one token. `tap` looks at the logits of further tokens: the step is then run
-        eagerly."""
-        tokens, rows = int(counts.sum()), self.padded(len(slots))
-        self._group(shared, counts)
+        """Compute `step`; the first rows of the result are those of step.sampling, in order.
+
+        host_known_len [slots]: how many tokens of each slot the host knows. shared: prefix groups
+        among the leading rows of one token. hook looks at the logits of further tokens: the step is
+        then run eagerly.
+        """
+        tokens = int(step.counts.sum())
+        rows = self.padded(len(step.slots))
+        self._take_groups(shared, step.counts)
         size = next((size for size in self._sizes if size >= tokens), 0)
-        if tap is None and (size, rows) in self._graphs:
-            self._fill(self._inputs[size, rows], slots, counts, first, end, sampling, told)
+        if hook is None and (size, rows) in self._graphs:
+            self._fill(self._inputs[size, rows], step, host_known_len)
             graph, decoded = self._graphs[size, rows]
             graph.replay()
             return decoded
-        inputs = Inputs.idle(-(-tokens // EAGER_TOKENS) * EAGER_TOKENS, rows, self._spare)
-        self._fill(inputs, slots, counts, first, end, sampling, told)
-        return self.forward(inputs, tap)
+        padded_tokens = -(-tokens // EAGER_TOKENS) * EAGER_TOKENS
+        inputs = self._padding(padded_tokens, rows)
+        self._fill(inputs, step, host_known_len)
+        return self.forward(inputs, hook)
 
-    def _group(self, shared: Shared | None, counts: Ints) -> None:
+    def _padding(self, tokens: int, rows: int) -> Inputs:
+        return Inputs.padding(tokens, rows, self._spare, self._device)
+
+    def _take_groups(self, shared: Shared | None, counts: Ints) -> None:
         if self._groups is None:
             return
         if shared is None:
             self._groups.clear()
         else:
-            self._groups.load(shared, int(np.cumprod(counts == 1).sum()), self._uploads)
+            # Groups are among the rows before the first chunk.
+            leading = int(np.cumprod(counts == 1).sum())
+            self._groups.load(shared, leading, self._uploads)
 
     def replay(self, tokens: int, rows: int) -> None:
         """A step of padding alone, for its time."""
@@ -140,19 +164,18 @@ class MixedSteps:
         if key in self._graphs:
             self._graphs[key][0].replay()
         else:
-            self.forward(Inputs.idle(*key, self._spare))
+            self.forward(self._padding(*key))
 
     def probe(self) -> None:
         """A small step of padding, of more tokens than rows."""
         rows = self.row_counts()[-1]
-        self.forward(Inputs.idle(max(WARM[2], 2 * rows), rows, self._spare))
+        self.forward(self._padding(max(WARM[2], 2 * rows), rows))
 
     def sizes(self, largest: int) -> list[int]:
-        """Token counts that steps of up to `largest` have; of the large ones, those that others are
-        near to."""
-        return [size for size in TOKENS if size <= min(largest, APART)] + [
-            size for size in (6144, 8192, largest) if APART < size <= largest
-        ]
+        """Token counts that steps of up to `largest` have; of the large ones a few, which stand for
+        those near them."""
+        small = [size for size in TOKENS if size <= min(largest, MANY_TOKENS)]
+        return small + [size for size in (6144, 8192, largest) if MANY_TOKENS < size <= largest]
 
     def row_counts(self) -> list[int]:
         """All that `padded` gives, falling."""
@@ -165,72 +188,115 @@ class MixedSteps:
         kernels."""
         return next((size for size in ROWS if rows <= size < self._slots.count), self._slots.count)
 
-    def _fill(
-        self,
-        inputs: Inputs,
-        slots: Ints,
-        counts: Ints,
-        first: Ints,
-        end: Ints,
-        sampling: Ints,
-        told: Ints,
-    ) -> None:
-        host, page = self._slots, self._slots.block_size
-        rows, positions = spread(first, counts)
-        mine, size = slots[rows], len(rows)
-        flat = np.zeros(inputs.flat.shape, np.int64)
-        flat[0, :size] = np.where(positions >= told[mine], -1, host.tokens[mine, positions])
-        flat[1, :size], flat[3, :size] = positions, mine
-        flat[2, :size] = (
-            host.tables[mine, positions // page].astype(np.int64) * page + positions % page
-        )
-        flat[2, size:], flat[3, size:] = -1, self._spare
-        columns = np.zeros(inputs.rows.shape, np.int32)
-        columns[0] = self._spare
-        columns[0, : len(slots)], columns[1, : len(slots)] = slots, end
-        columns[2, 1 : len(slots) + 1] = np.cumsum(counts)
-        columns[2, len(slots) + 1 :] = size
-        picked = np.zeros(inputs.picked.shape, np.int64)
-        picked[1] = self._spare
-        picked[:, : len(sampling)] = np.stack(
-            (np.cumsum(counts)[sampling] - 1, slots[sampling], end[sampling] - 1)
-        )
-        for values, out in ((flat, inputs.flat), (columns, inputs.rows), (picked, inputs.picked)):
+    def _fill(self, inputs: Inputs, step: StepRows, host_known_len: Ints) -> None:
+        """Bring the step to the device, padding included, whatever `inputs` held before."""
+        for values, out in (
+            (self._token_columns(inputs.tokens.shape, step, host_known_len), inputs.tokens),
+            (self._row_columns(inputs.rows.shape, step), inputs.rows),
+            (self._picked_columns(inputs.picked.shape, step), inputs.picked),
+        ):
             self._uploads.up(values, out=out)
 
-    def forward(self, inputs: Inputs, tap: LogitsHook | None = None) -> Decoded:
+    def _token_columns(self, shape: tuple[int, ...], step: StepRows, host_known_len: Ints) -> Ints:
+        """Inputs.tokens: the rows' new tokens end to end, then padding."""
+        host, block_size = self._slots, self._slots.block_size
+        row_of, positions = spread(step.first, step.counts)
+        slots = step.slots[row_of]
+        # The newest token of a decoding row was sampled by a step whose result the host has not
+        # seen, so the device takes it from the slot's state.
+        unknown = positions >= host_known_len[slots]
+        blocks = host.tables[slots, positions // block_size].astype(np.int64)
+        size = len(positions)
+        columns = np.zeros(shape, np.int64)
+        columns[IDS, :size] = np.where(unknown, LAST_TOKEN, host.tokens[slots, positions])
+        columns[POSITIONS, :size] = positions
+        columns[SLOT_MAPPING, :size] = blocks * block_size + positions % block_size
+        columns[SLOT_MAPPING, size:] = NO_CACHE_SLOT
+        columns[TOKEN_SLOTS, :size] = slots
+        columns[TOKEN_SLOTS, size:] = self._spare
+        return columns
+
+    def _row_columns(self, shape: tuple[int, ...], step: StepRows) -> npt.NDArray[np.int32]:
+        """Inputs.rows. Padding rows have no tokens: they begin where the last row ends, and their
+        sequences are empty."""
+        rows = len(step.slots)
+        ends = np.cumsum(step.counts)
+        columns = np.zeros(shape, np.int32)
+        columns[ROW_SLOTS] = self._spare
+        columns[ROW_SLOTS, :rows] = step.slots
+        columns[SEQ_LENS, :rows] = step.end
+        columns[QUERY_STARTS, 1 : rows + 1] = ends
+        columns[QUERY_STARTS, rows + 1 :] = ends[-1]
+        return columns
+
+    def _picked_columns(self, shape: tuple[int, ...], step: StepRows) -> Ints:
+        """Inputs.picked: the last token of each row that samples. Padding samples token 0 for the
+        spare slot."""
+        sampling = step.sampling
+        last_tokens = np.cumsum(step.counts) - 1
+        columns = np.zeros(shape, np.int64)
+        columns[PICKED_SLOTS] = self._spare
+        columns[PICKED_TOKENS, : len(sampling)] = last_tokens[sampling]
+        columns[PICKED_SLOTS, : len(sampling)] = step.slots[sampling]
+        columns[PICKED_POSITIONS, : len(sampling)] = step.end[sampling] - 1
+        return columns
+
+    def forward(self, inputs: Inputs, hook: LogitsHook | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for
         sampling mean nothing."""
-        loaded, state, flat = self._loaded, self._state, inputs.flat
-        rows, most = inputs.picked.shape[1], loaded.sizing.max_model_len
-        index = inputs.rows[0, :rows].long()
-        lengths = inputs.rows[1, :rows]
-        ids = torch.where(flat[0] < 0, state.last_token[flat[3]].long(), flat[0])
-        batch = Batch(
-            flat[1],
-            flat[2],
-            inputs.rows[2, : rows + 1],
-            lengths,
-            state.table[index],
-            flat.shape[1],
-            most,
-        )
-        batch.groups = (
-            self._groups.first(rows) if self._groups is not None and rows >= LEAST_CASCADE else None
-        )
+        loaded, state = self._loaded, self._state
+        rows = inputs.picked.shape[1]
+        row_slots = inputs.rows[ROW_SLOTS, :rows].long()
         logits = loaded.decoder(
-            ids, loaded.cos_sin, loaded.caches, batch, inputs.picked[0], lambda: None, tap
+            self._token_ids(inputs),
+            loaded.cos_sin,
+            loaded.caches,
+            self._batch(inputs, row_slots),
+            inputs.picked[PICKED_TOKENS],
+            lambda: None,
+            hook,
         )
-        state.computed[index] = lengths
-        places = inputs.picked[1]
-        heat, top_p, min_p = (column.contiguous() for column in state.odds[places].unbind(1))
-        drawn = ops.SamplingRows(
-            heat, state.top_k[places], top_p, min_p, state.seeds[places], inputs.picked[2]
+        # From here on it is what `slot_state.commit` does for a decode step: the slots move on, and
+        # those that sampled keep their token for the next step.
+        state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
+        slots = inputs.picked[PICKED_SLOTS]
+        temperature, top_p, min_p = (
+            column.contiguous() for column in state.sampling_params[slots].unbind(1)
         )
-        sampled = ops.sample(logits, drawn)
+        sampled = ops.sample(
+            logits,
+            ops.SamplingRows(
+                temperature,
+                state.top_k[slots],
+                top_p,
+                min_p,
+                state.seeds[slots],
+                inputs.picked[PICKED_POSITIONS],
+            ),
+        )
         tokens = sampled.tokens.int()
-        state.last_token[places] = tokens
+        state.last_token[slots] = tokens
         return Decoded(logits, torch.where(sampled.bad, -1, tokens))
+
+    def _token_ids(self, inputs: Inputs) -> Tensor:
+        ids = inputs.tokens[IDS]
+        last = self._state.last_token[inputs.tokens[TOKEN_SLOTS]].long()
+        return torch.where(ids < 0, last, ids)
+
+    def _batch(self, inputs: Inputs, row_slots: Tensor) -> Batch:
+        rows = len(row_slots)
+        batch = Batch(
+            inputs.tokens[POSITIONS],
+            inputs.tokens[SLOT_MAPPING],
+            inputs.rows[QUERY_STARTS, : rows + 1],
+            inputs.rows[SEQ_LENS, :rows],
+            self._state.table[row_slots],
+            inputs.tokens.shape[1],
+            self._loaded.sizing.max_model_len,
+        )
+        if self._groups is not None and rows >= LEAST_CASCADE:
+            batch.groups = self._groups.first(rows)
+        return batch
 
     def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
         """Compile what steps need, so that no request waits for a compiler, and capture the small
@@ -243,17 +309,15 @@ class MixedSteps:
             for size in sorted({*WARM, self._sizes[-1], largest})
             if size <= largest
         ]
-        graphs = (
-            [
+        graphs: list[tuple[int, int]] = []
+        if not self._eager:
+            graphs = [
                 (size, count)
                 for i, count in enumerate(rows)
                 for size in self._captured(rows[i + 1 :], largest)
             ]
-            if not self._eager
-            else []
-        )
         for done, (size, count) in enumerate(warm):
-            self.forward(Inputs.idle(size, count, self._spare))
+            self.forward(self._padding(size, count))
             torch.cuda.synchronize()
             progress(done / (len(warm) + len(graphs)))
         for done, (size, count) in enumerate(graphs, len(warm)):
@@ -261,13 +325,14 @@ class MixedSteps:
             progress(done / (len(warm) + len(graphs)))
 
     def _capture(self, size: int, rows: int) -> None:
-        inputs = self._inputs[size, rows] = Inputs.idle(size, rows, self._spare)
+        inputs = self._padding(size, rows)
+        self._inputs[size, rows] = inputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self.forward(inputs)
         self._graphs[size, rows] = (
             graph,
-            Decoded(borrowed(decoded.logits), borrowed(decoded.report)),
+            Decoded(borrowed(decoded.logits), borrowed(decoded.sampled_tokens)),
         )
 
     def _captured(self, fewer: list[int], largest: int) -> list[int]:

@@ -1,5 +1,5 @@
-"""Rows that ask for more than the captured step does: penalties, limits, log-probabilities. They
-are sampled once more, eagerly, from the step's logits, and the result replaces what the graph
+"""Rows that ask for more than the captured step does: penalties, constraints, log-probabilities.
+They are sampled once more, eagerly, from the step's logits, and the result replaces what the graph
 wrote. Batches without such rows pay one look at a column. Knows no CUDA: plain torch and three
 injected kernels, so that it runs on any device.
 
@@ -14,41 +14,41 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels import penalties, sampling
-from pagewire_kernels.sampling import Sampled, SamplingRows
+from pagewire_kernels.sampling_rows import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
 from ..load.loader import Loaded
-from ..step.logit_constraints import Limits
+from ..step.logit_constraints import Constraints
 from ..step.logprobs import (
-    PromptRun,
-    PromptScores,
-    SampledScores,
-    prompt_runs,
-    score,
-    score_prompts,
+    SampledLogprobs,
+    SpanLogprobs,
+    prompt_logprobs,
+    prompt_spans,
+    token_logprobs,
 )
 from ..step.slots import Ints, Slots
 from .staging import Uploads
 
 
 @dataclass
-class Extra:
-    """Log-probabilities on their way to the host, of sampled tokens and of prompts."""
+class StepLogprobs:
+    """Log-probabilities on their way to the host, of a step's sampled tokens and of prompts."""
 
-    sampled: SampledScores | None = None
-    prompts: list[PromptScores] = field(default_factory=list[PromptScores])
+    sampled: SampledLogprobs | None = None
+    prompts: list[SpanLogprobs] = field(default_factory=list[SpanLogprobs])
 
     def columns(self, tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
         """tokens: those of the step's rows, below 0 where the logits were not finite."""
         return None if self.sampled is None else self.sampled.columns(tokens)
 
     def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """One message a span of prompt tokens."""
         return tuple(prompt.message() for prompt in self.prompts)
 
 
-def _widened(rows: Ints, most: int) -> Ints:
+def _padded(rows: Ints, most: int) -> Ints:
     """Padded by repeating the first, to a power of two or `most`, in fours: few numbers of rows,
     since kernels are compiled for each, and columns that start at multiples of 16 bytes. A row that
     is sampled twice gives the same token twice."""
@@ -57,6 +57,8 @@ def _widened(rows: Ints, most: int) -> Ints:
 
 
 class Kernels(NamedTuple):
+    """The operations that differ between a GPU and tests without one; see pagewire_kernels."""
+
     sample: Callable[[Tensor, SamplingRows], Sampled]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     count_tokens: Callable[[Tensor, Tensor, Tensor], None]
@@ -66,6 +68,8 @@ KERNELS: Final = Kernels(sampling.sample, penalties.apply_penalties, penalties.c
 
 
 class ExtraSampling:
+    """What rows get beyond temperature and filters, for the slots of one runner."""
+
     def __init__(
         self,
         loaded: Loaded,
@@ -74,140 +78,152 @@ class ExtraSampling:
         uploads: Uploads,
         kernels: Kernels = KERNELS,
     ) -> None:
-        self._vocab, self._slots, self._state, self._up, self._kernels = (
-            loaded.decoder.arch.vocab_size,
-            slots,
-            state,
-            uploads.up,
-            kernels,
-        )
+        self._vocab_size = loaded.decoder.arch.vocab_size
+        self._slots = slots
+        self._state = state
+        self._up = uploads.up
+        self._kernels = kernels
         self._device = state.last_token.device
-        self._limits = Limits(slots, self._vocab, loaded.eos_token_ids, str(self._device), self._up)
-        self.told = np.zeros(slots.count, np.int64)
-        """Tokens of each slot that the host knows: those it was admitted with."""
-        self._counts: Tensor | None = None
-        self._prompted: Tensor | None = None
+        self._constraints = Constraints(
+            slots, self._vocab_size, loaded.eos_token_ids, str(self._device), self._up
+        )
+        self.host_known_len = np.zeros(slots.count, np.int64)
+        """How many tokens of each slot the host knows: those it was admitted with."""
+        self._output_counts: Tensor | None = None
+        """int32 [slots, V]: how often each token was sampled. Allocated, as the next, with the
+        first penalty."""
+        self._in_prompt: Tensor | None = None
+        """uint8 [slots, V]: 1 for the tokens of the prompt."""
 
     def warm_up(self) -> None:
-        """Compile and load what special rows need: the first such request would hold up all the
+        """Compile and load what these rows need: the first such request would hold up all the
         others."""
         count = 1
         while count < 2 * self._slots.count:
-            x = torch.zeros(count, self._vocab, device=self._device)
-            wide = torch.ones(count, dtype=torch.int64, device=self._device)
-            ones, small = torch.ones(count, device=self._device), wide.int()
-            self._kernels.sample(x, SamplingRows(ones, small, ones, ones, wide, wide))
+            logits = torch.zeros(count, self._vocab_size, device=self._device)
+            ones = torch.ones(count, device=self._device)
+            ints = torch.ones(count, dtype=torch.int64, device=self._device)
+            self._kernels.sample(logits, SamplingRows(ones, ints.int(), ones, ones, ints, ints))
             count *= 2
-        row, place = (
-            torch.zeros(1, self._vocab, device=self._device),
-            torch.zeros(1, dtype=torch.int64, device=self._device),
-        )
+        row = torch.zeros(1, self._vocab_size, device=self._device)
+        slot = torch.zeros(1, dtype=torch.int64, device=self._device)
         half = torch.full((1,), 0.5, device=self._device)
-        self._kernels.apply_penalties(row, row.int(), row.to(torch.uint8), place, half, half, half)
-        self._kernels.count_tokens(row.int(), place.int(), place.int())
+        self._kernels.apply_penalties(row, row.int(), row.to(torch.uint8), slot, half, half, half)
+        self._kernels.count_tokens(row.int(), slot.int(), slot.int())
 
     def admit(self, new: Ints) -> None:
-        self.told[new] = self._slots.known[new]
-        self._limits.admit(new)
-        penalized = new[self._penalized(new)]
+        """The slots `new` [N] hold new requests."""
+        self.host_known_len[new] = self._slots.num_tokens[new]
+        self._constraints.admit(new)
+        penalized = new[self._slots.penalized(new)]
         if len(penalized):
             self._count_history(penalized)
 
-    def _penalized(self, slots: Ints) -> npt.NDArray[np.bool_]:
-        columns = self._slots
-        return (
-            (columns.presence[slots] != 0)
-            | (columns.frequency[slots] != 0)
-            | (columns.repetition[slots] != 1)
-        )
-
     def _count_history(self, new: Ints) -> None:
-        if self._counts is None or self._prompted is None:
-            shape = (self._slots.count, self._vocab)
-            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
-            self._prompted = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+        if self._output_counts is None or self._in_prompt is None:
+            shape = (self._slots.count, self._vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         for slot in new.tolist():
-            prompt, known = int(self._slots.prompt[slot]), int(self._slots.known[slot])
-            tokens = self._up(self._slots.tokens[slot, :known].astype(np.int64))
-            self._counts[slot].copy_(torch.bincount(tokens[prompt:], minlength=self._vocab))
-            self._prompted[slot].zero_()
-            self._prompted[slot].index_fill_(0, tokens[:prompt], 1)
+            prompt_len = int(self._slots.num_prompt_tokens[slot])
+            num_tokens = int(self._slots.num_tokens[slot])
+            tokens = self._up(self._slots.tokens[slot, :num_tokens].astype(np.int64))
+            counts = torch.bincount(tokens[prompt_len:], minlength=self._vocab_size)
+            self._output_counts[slot].copy_(counts)
+            self._in_prompt[slot].zero_()
+            self._in_prompt[slot].index_fill_(0, tokens[:prompt_len], 1)
 
-    def prompt_tap(
-        self, run: Ints, first: Ints, end: Ints, extra: Extra
+    def prompt_hook(
+        self, run: Ints, first: Ints, end: Ints, logprobs: StepLogprobs
     ) -> Callable[[Callable[[Tensor], Tensor]], None] | None:
-        """What looks at the logits of a step that computes positions first to end of the slots
-        `run`; it notes in `extra` what it finds. None when nobody asked for log-probabilities of
-        these."""
-        runs = prompt_runs(self._slots, run, first, end)
-        return (lambda logits_of: self._score(runs, logits_of, extra)) if runs else None
+        """What looks at the logits of a step that computes positions first[i] to end[i] of slot
+        run[i], and puts their log-probabilities into `logprobs`. None when nobody asked for
+        those."""
+        spans = prompt_spans(self._slots, run, first, end)
+        if not spans:
+            return None
 
-    def _score(
-        self, runs: list[PromptRun], logits_of: Callable[[Tensor], Tensor], extra: Extra
-    ) -> None:
-        extra.prompts = score_prompts(runs, logits_of, self._vocab, self._up)
+        def hook(logits_of: Callable[[Tensor], Tensor]) -> None:
+            logprobs.prompts = prompt_logprobs(spans, logits_of, self._vocab_size, self._up)
+
+        return hook
 
     def resample(
-        self, logits: Tensor, slots: Ints, report: Tensor, extra: Extra | None = None
-    ) -> Extra | None:
-        """logits [R, V] and report [R] belong to the rows `slots`; the report and the slots' last
-        tokens are overwritten where rows are special. Returns `extra`, or a new one, with the
-        log-probabilities asked for."""
+        self,
+        logits: Tensor,
+        slots: Ints,
+        sampled_tokens: Tensor,
+        logprobs: StepLogprobs | None = None,
+    ) -> StepLogprobs | None:
+        """logits [R, V] and sampled_tokens [R] belong to the rows `slots` [R]; sampled_tokens and
+        the slots' last tokens are overwritten for rows with penalties or constraints. Returns
+        `logprobs`, or a new one, with the log-probabilities asked for."""
         columns = self._slots
-        if not columns.special[slots].any():
-            return extra
-        penalized = self._penalized(slots)
-        again = np.flatnonzero(penalized | self._limits.any(slots))
-        if len(again):
-            self._sample_again(logits, slots, _widened(again, columns.count), report)
-        if penalized.any() and self._counts is not None:
+        if not columns.needs_extra[slots].any():
+            return logprobs
+        penalized = columns.penalized(slots)
+        rows = np.flatnonzero(penalized | self._constraints.touches(slots))
+        if len(rows):
+            self._sample_again(logits, slots, _padded(rows, columns.count), sampled_tokens)
+        if penalized.any() and self._output_counts is not None:
             counted = np.flatnonzero(penalized)
             self._kernels.count_tokens(
-                self._counts, self._up(slots[counted].astype(np.int32)), report[self._up(counted)]
+                self._output_counts,
+                self._up(slots[counted].astype(np.int32)),
+                sampled_tokens[self._up(counted)],
             )
         wanted = np.flatnonzero(columns.logprobs[slots] >= 0)
         if not len(wanted):
-            return extra
-        extra = extra or Extra()
-        extra.sampled = self._score_sampled(logits, report, wanted, columns.logprobs[slots[wanted]])
-        return extra
+            return logprobs
+        logprobs = logprobs or StepLogprobs()
+        logprobs.sampled = self._sampled_logprobs(
+            logits, sampled_tokens, wanted, columns.logprobs[slots[wanted]]
+        )
+        return logprobs
 
-    def _sample_again(self, logits: Tensor, slots: Ints, again: Ints, report: Tensor) -> None:
-        columns, up, mine = self._slots, self._up, slots[again]
-        index, places = up(again), up(mine)
-        x = logits[index].float()
-        self._limits.apply(x, mine)
-        if self._counts is not None and self._prompted is not None:
+    def _sample_again(
+        self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor
+    ) -> None:
+        """The rows `rows` of the step, some of them perhaps twice."""
+        columns, up = self._slots, self._up
+        row_slots = slots[rows]
+        row_index, slot_index = up(rows), up(row_slots)
+        x = logits[row_index].float()
+        self._constraints.apply(x, row_slots)
+        if self._output_counts is not None and self._in_prompt is not None:
             weights = up(
-                np.stack(
-                    (columns.presence[mine], columns.frequency[mine], columns.repetition[mine])
-                ).astype(np.float32)
+                _stacked(columns.presence, columns.frequency, columns.repetition, at=row_slots)
             )
             self._kernels.apply_penalties(
-                x, self._counts, self._prompted, places, weights[0], weights[1], weights[2]
+                x, self._output_counts, self._in_prompt, slot_index, *weights.unbind(0)
             )
-        odds = up(
-            np.stack((columns.temperature[mine], columns.top_p[mine], columns.min_p[mine])).astype(
-                np.float32
-            )
+        params = up(_stacked(columns.temperature, columns.top_p, columns.min_p, at=row_slots))
+        sampled = self._kernels.sample(
+            x,
+            SamplingRows(
+                temperature=params[0],
+                top_k=up(columns.top_k[row_slots].astype(np.int32)),
+                top_p=params[1],
+                min_p=params[2],
+                seeds=up(columns.seed[row_slots]),
+                positions=up(columns.num_tokens[row_slots] - 1),
+            ),
         )
-        rows = SamplingRows(
-            odds[0],
-            up(columns.top_k[mine].astype(np.int32)),
-            odds[1],
-            odds[2],
-            up(columns.seed[mine]),
-            up(columns.known[mine] - 1),
-        )
-        sampled = self._kernels.sample(x, rows)
         tokens = sampled.tokens.int()
-        report[index] = torch.where(sampled.bad, -1, tokens)
-        self._state.last_token[places] = tokens
-        self._limits.said(mine, tokens)
+        sampled_tokens[row_index] = torch.where(sampled.bad, -1, tokens)
+        self._state.last_token[slot_index] = tokens
+        self._constraints.observe(row_slots, tokens)
 
-    def _score_sampled(
-        self, logits: Tensor, report: Tensor, rows: Ints, wanted: Ints
-    ) -> SampledScores:
+    def _sampled_logprobs(
+        self, logits: Tensor, sampled_tokens: Tensor, rows: Ints, wanted: Ints
+    ) -> SampledLogprobs:
         index = self._up(rows)
-        scores = score(logits[index], report[index].long().clamp(min=0), int(wanted.max()))
-        return SampledScores(rows, wanted, scores.down())
+        # A token of -1, whose logits were not finite, counts as token 0: its row is flagged.
+        tokens = sampled_tokens[index].long().clamp(min=0)
+        logprobs = token_logprobs(logits[index], tokens, int(wanted.max()))
+        return SampledLogprobs(rows, wanted, logprobs.to_host())
+
+
+def _stacked(*columns: npt.NDArray[np.float32], at: Ints) -> npt.NDArray[np.float32]:
+    """float32 [columns, N]: one upload for all of them."""
+    return np.stack([column[at] for column in columns]).astype(np.float32)

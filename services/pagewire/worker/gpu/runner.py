@@ -1,7 +1,7 @@
 """The runner on a GPU: steps are launched ahead and their tokens read back later, so that the GPU
 never waits for the CPU.
 
-`launch` puts a step on the stream and returns at once; its Flight knows when the result has
+`launch` puts a step on the stream and returns at once; its handle knows when the result has
 arrived. Slots are kept twice: as columns on the host (lengths and tables, which are known ahead)
 and on the device (last tokens too, which are not).
 """
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,235 +19,322 @@ from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
-from pagewire_protocol.messages import Shared, Step, StepResult, WorkerFacts
+from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, WorkerFacts
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..load import gpu_memory, loader, memory_errors, weights
-from ..step.apply import NO_SLOTS, apply_step, facts_of, spread
+from ..step.apply import StepApplier, StepRows, facts_of, spread
 from ..step.slots import Ints, Slots
 from . import gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
 from .mixed_steps import MixedSteps
-from .resample import Extra, ExtraSampling
+from .resample import ExtraSampling, StepLogprobs
 from .staging import Uploads, Waiter
-from .step_meter import Meter
+from .step_meter import StepMeter
 
 log = logging.getLogger("pagewire.worker")
 RING: Final = 16
-"""Results that may be on their way at once."""
+"""Buffers for sampled tokens on their way to the host. A step's buffer is used again RING steps
+later, when its result must have been read: there are more than steps in flight."""
+
+
+class StepObserver(Protocol):
+    """Looks on while steps are launched."""
+
+    def begin(self) -> None:
+        """Before a step's first launch."""
+        ...
+
+    def end(self, tokens: int) -> None:
+        """After its last; the step computes so many tokens."""
+        ...
 
 
 @dataclass
-class Flight:
-    """A launched step. `report` is pinned memory, meaningful once `event` has happened: a token a
-    row, -1 where logits were not finite."""
+class GpuStep:
+    """The handle of a launched step, of the rows that sample: `slots` [S]. sampled_tokens int32 is
+    pinned memory, whose first S entries mean something once `event` has happened: a token each, -1
+    where logits were not finite."""
 
     step: Step
     incarnation: Incarnation
     slots: npt.NDArray[np.int32]
-    report: Tensor
+    sampled_tokens: Tensor
     event: torch.cuda.Event
-    extra: Extra | None
+    logprobs: StepLogprobs | None
 
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed."""
         return self.event.query()
 
     def result(self) -> StepResult:
-        tokens = self.report.numpy()[: len(self.slots)]
+        """See runners.StepHandle."""
+        tokens = self.sampled_tokens.numpy()[: len(self.slots)]
         bad = tokens < 0
-        logprobs, prompts = (
-            (self.extra.columns(tokens), self.extra.prompt_logprobs()) if self.extra else (None, ())
+        return StepResult(
+            self.step.epoch,
+            self.incarnation,
+            self.step.n,
+            self.slots.tobytes(),
+            np.where(bad, 0, tokens).astype(np.int32).tobytes(),
+            bad.view(np.uint8).tobytes(),
+            self.logprobs.columns(tokens) if self.logprobs else None,
+            self.logprobs.prompt_logprobs() if self.logprobs else (),
         )
-        kept = np.where(bad, 0, tokens).astype(np.int32)
-        step = self.step
-        columns = self.slots.tobytes(), kept.tobytes(), bad.view(np.uint8).tobytes()
-        return StepResult(step.epoch, self.incarnation, step.n, *columns, logprobs, prompts)
 
 
-class CudaRunner:
-    """facts, launch, clear: what the loop uses. See `runner.Runner` for what a step means; raises
-    BadStep likewise."""
+@dataclass
+class GpuParts:
+    """What a runner runs steps with. All of them share the slots and `state`, the device's copy of
+    them."""
+
+    loaded: loader.Loaded
+    slots: Slots
+    state: SlotState
+    uploads: Uploads
+    graphs: DecodeGraphs
+    mixed: MixedSteps
+    extra: ExtraSampling
+    ring: list[Tensor]
+    """RING buffers int32 [slots] of pinned memory, for sampled tokens."""
+
+
+def start(
+    path: Path,
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    config: WorkerConfig,
+    incarnation: Incarnation = FIRST_INCARNATION,
+    progress: weights.Progress = lambda stage, fraction: None,
+) -> "GpuRunner":
+    """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
+    and captured, and steps have been timed. Raises what loading raises, and ValueError for more
+    steps in flight than there are buffers for."""
+    check_ring(scheduler.steps_in_flight)
+    loaded = loader.load(path, model, config, progress, scheduler)
+    eager = config.enforce_eager or not loaded.capturable
+    cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
+    with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
+        parts = _allocate(loaded, config.block_size, eager, cascade)
+        _settle_hopper(parts, config.hopper_attention)
+        if not eager:
+            _choose_gemms(parts, progress)
+        _capture(parts, progress)
+        cost = step_cost.measure(parts.mixed, loaded, loaded.on_gpu.step_tokens)
+    _log_outcome(loaded, cost)
+    return GpuRunner(parts, cost, incarnation, _observers(config))
+
+
+def check_ring(steps_in_flight: int) -> None:
+    """Raises ValueError where the scheduler may send more steps ahead than there are buffers for
+    their tokens."""
+    if steps_in_flight >= RING:
+        raise ValueError(
+            f"{steps_in_flight} steps in flight need more than {steps_in_flight} buffers for "
+            f"sampled tokens, and a GPU worker has {RING}: lower --steps-in-flight"
+        )
+
+
+def _allocate(loaded: loader.Loaded, block_size: int, eager: bool, cascade: bool) -> GpuParts:
+    slots = Slots(loaded.on_gpu.rows, loaded.sizing.max_model_len, block_size)
+    # One slot more on the device, which takes what padding writes.
+    state = SlotState.empty(slots.count + 1, slots.tables.shape[1], "cuda")
+    uploads = Uploads("cuda")
+    pool = torch.cuda.graph_pool_handle()
+    return GpuParts(
+        loaded,
+        slots,
+        state,
+        uploads,
+        DecodeGraphs(loaded, state, slots.count, eager, cascade, pool),
+        MixedSteps(loaded, slots, state, uploads, eager, cascade, pool),
+        ExtraSampling(loaded, slots, state, uploads),
+        [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)],
+    )
+
+
+def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
+    """Before anything is captured, since graphs keep the kernels they were captured with."""
+    choices = cuda.OPS.choices
+    if wanted:
+        heads = parts.loaded.decoder.arch.num_heads
+        cache = parts.loaded.caches[0]
+        verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
+    else:
+        choices.hopper_prefill = False
+
+
+def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
+    """For every number of rows that a GEMM of a captured step can have."""
+    graphs, mixed = parts.graphs, parts.mixed
+    rows = sorted({*graphs.sizes, *graphs.cascade_sizes, *mixed.row_counts()})
+    tokens = sorted({*rows, *mixed.sizes(parts.loaded.on_gpu.step_tokens)})
+    gemm_autotune.choose(
+        cuda.OPS.choices.gemm,
+        mixed.probe,
+        tokens,
+        rows,
+        lambda fraction: progress("timing GEMMs", fraction),
+    )
+
+
+def _capture(parts: GpuParts, progress: weights.Progress) -> None:
+    """The largest first: later graphs then fit into the memory of earlier ones."""
+    parts.mixed.capture_all(
+        parts.loaded.on_gpu.step_tokens,
+        lambda fraction: progress("capturing steps with prompts", fraction),
+    )
+    parts.graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
+    parts.extra.warm_up()
+
+
+def _log_outcome(loaded: loader.Loaded, cost: StepCost) -> None:
+    reserved, most_reserved = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
+    free = torch.cuda.mem_get_info()[0]
+    log.info(gpu_memory.outcome(loaded.sizing, reserved, most_reserved, free))
+    log.info(
+        "steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads",
+        *astuple(cost),
+    )
+
+
+def _observers(config: WorkerConfig) -> list[StepObserver]:
+    observers: list[StepObserver] = []
+    if config.log_steps:
+        observers.append(StepMeter())
+    if config.log_kernels:
+        # It needs torch's profiler, which those who do not ask for it need not have.
+        from .kernel_profile import KernelProfile
+
+        observers.append(KernelProfile())
+    return observers
+
+
+class GpuRunner:
+    """An AsyncRunner (worker/runners.py) on a GPU; `start` makes one."""
 
     def __init__(
         self,
-        path: Path,
-        model: ModelConfig,
-        scheduler: SchedulerConfig,
-        config: WorkerConfig,
-        incarnation: Incarnation = FIRST_INCARNATION,
-        progress: weights.Progress = lambda stage, fraction: None,
+        parts: GpuParts,
+        cost: StepCost,
+        incarnation: Incarnation,
+        observers: list[StepObserver],
     ) -> None:
+        self._loaded = parts.loaded
+        self._slots = parts.slots
+        self._state = parts.state
+        self._uploads = parts.uploads
+        self._graphs = parts.graphs
+        self._mixed = parts.mixed
+        self._extra = parts.extra
+        self._cost = cost
         self._incarnation = incarnation
-        self._loaded = loader.load(path, model, config, progress, scheduler)
-        sizing, plan, eager = (
-            self._loaded.sizing,
-            self._loaded.on_gpu,
-            config.enforce_eager or not self._loaded.capturable,
-        )
-        self._slots = Slots(plan.rows, sizing.max_model_len, config.block_size)
-        cascade = scheduler.enable_cascade and not plan.attends_by_torch
-        with torch.inference_mode(), memory_errors.explained("capturing graphs", sizing):
-            self._state = SlotState.empty(
-                self._slots.count + 1, self._slots.tables.shape[1], "cuda"
-            )
-            self._uploads, pool = Uploads("cuda"), torch.cuda.graph_pool_handle()
-            self._graphs = DecodeGraphs(
-                self._loaded, self._state, self._slots.count, eager, cascade, pool
-            )
-            self._special = ExtraSampling(self._loaded, self._slots, self._state, self._uploads)
-            self._steps = MixedSteps(
-                self._loaded, self._slots, self._state, self._uploads, eager, cascade, pool
-            )
-            if config.hopper_attention:
-                verify_hopper.check_prefill(
-                    cuda.OPS.choices,
-                    self._loaded.caches[0],
-                    self._loaded.decoder.arch.num_heads,
-                    self._steps.row_counts(),
-                )
-            else:
-                cuda.OPS.choices.hopper_prefill = False
-            if not eager:
-                self._choose_products(plan.step_tokens, progress)
-            self._steps.capture_all(
-                plan.step_tokens,
-                lambda fraction: progress("capturing steps with prompts", fraction),
-            )
-            self._graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
-            self._special.warm_up()
-            self._cost = step_cost.measure(self._steps, self._loaded, plan.step_tokens)
-        log.info(
-            gpu_memory.outcome(
-                sizing,
-                torch.cuda.memory_reserved(),
-                torch.cuda.max_memory_reserved(),
-                torch.cuda.mem_get_info()[0],
-            )
-        )
-        log.info(
-            "steps take %.2f ms and %.4f a token; %.2f and %.2f a million pairs and reads",
-            *astuple(self._cost),
-        )
-        self._ring = [
-            torch.empty(self._slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)
-        ]
+        self._observers = observers
+        self._ring = parts.ring
         self._waiter: Waiter | None = None
-        self._meters = _meters(config)
-        self._last = NO_SLOTS
-        self._resident = NO_SLOTS
-        """What the graphs' slot buffer holds."""
+        self._applier = StepApplier(self._slots)
+        self._uploaded_version = -1
+        """The version of the applier's rows that the graphs' slot buffer holds."""
         self._cascade_size = 0
-        """The bucket of the resident rows where they have blocks in common, else 0."""
-
-    def _choose_products(self, largest: int, progress: weights.Progress) -> None:
-        rows = sorted({*self._graphs.sizes, *self._graphs.cascade_sizes, *self._steps.row_counts()})
-        tokens = sorted({*rows, *self._steps.sizes(largest)})
-        gemm_autotune.choose(
-            cuda.OPS.choices.gemm,
-            self._steps.probe,
-            tokens,
-            rows,
-            lambda fraction: progress("timing matrix products", fraction),
-        )
+        """The bucket of these rows where they have blocks in common, else 0."""
 
     def facts(self) -> WorkerFacts:
+        """See AsyncRunner."""
         facts = facts_of(self._loaded, self._slots.count, bool(self._graphs.cascade_sizes))
         return replace(
             facts, cost=self._cost, max_num_batched_tokens=self._loaded.on_gpu.step_tokens
         )
 
     def notify(self, wake: Callable[[], None]) -> None:
-        """`wake` is called, from another thread, whenever a flight is done."""
+        """See AsyncRunner; `wake` is called from another thread."""
         self._waiter = Waiter(wake)
 
     def clear(self) -> None:
-        self._slots.clear()
-        self._last = NO_SLOTS
+        """See AsyncRunner."""
+        self._applier.clear()
 
-    def launch(self, step: Step) -> Flight:
+    def launch(self, step: Step) -> GpuStep:
+        """See AsyncRunner."""
         with torch.inference_mode():
-            slots, counts = apply_step(self._slots, step, self._last)
-            self._last = slots
-            for meter in self._meters:
-                meter.begin()
+            slots, counts = self._applier.apply(step)
+            for observer in self._observers:
+                observer.begin()
+            # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
-            first, end = self._slots.take(slots, counts)
-            sampling = self._slots.samples(slots, end)
-            rows = slots[sampling]
-            report, extra = self._run(step, slots, counts, first, end, sampling)
-            self._slots.known[rows] += 1
-            for meter in self._meters:
-                meter.end(int(counts.sum()))
-            return self._flight(step, rows.astype(np.int32), report, extra)
+            rows = self._applier.take(slots, counts)
+            sampled_tokens, logprobs = self._run(rows, step.shared)
+            sampled_slots = slots[rows.sampling]
+            # The host counts the tokens it will only see later.
+            self._slots.num_tokens[sampled_slots] += 1
+            for observer in self._observers:
+                observer.end(int(counts.sum()))
+            return self._handle(step, sampled_slots.astype(np.int32), sampled_tokens, logprobs)
 
-    def _flight(
-        self, step: Step, rows: npt.NDArray[np.int32], report: Tensor | None, extra: Extra | None
-    ) -> Flight:
+    def _handle(
+        self,
+        step: Step,
+        slots: npt.NDArray[np.int32],
+        sampled_tokens: Tensor | None,
+        logprobs: StepLogprobs | None,
+    ) -> GpuStep:
+        """Queue the tokens' way to the host, and the event that says that they have arrived."""
         host = self._ring[step.n % RING]
-        if report is not None:
-            host[: len(rows)].copy_(report[: len(rows)], non_blocking=True)
+        if sampled_tokens is not None:
+            host[: len(slots)].copy_(sampled_tokens[: len(slots)], non_blocking=True)
         event = torch.cuda.Event(blocking=True)
         event.record()
         if self._waiter is not None:
             self._waiter.watch(event)
-        return Flight(step, self._incarnation, rows, host, event, extra)
+        return GpuStep(step, self._incarnation, slots, host, event, logprobs)
 
     def _mirror(self, step: Step) -> None:
         """Bring what the step changed in the host's slots to the device."""
-        slots, state = self._slots, self._state
         if step.admit:
             self._admit(np.array([admission.slot for admission in step.admit], np.int64))
         if step.grow_slots:
-            grown, extra = np.unique(
-                np.frombuffer(step.grow_slots, np.int32).astype(np.int64), return_counts=True
-            )
-            rows, back = spread(np.zeros_like(grown), extra)
-            last = slots.blocks[grown][rows] - 1 - back
-            at = self._uploads.up(
-                np.stack((grown[rows], last, slots.tables[grown[rows], last].astype(np.int64)))
-            )
-            state.table[at[0], at[1]] = at[2].int()
+            self._grow(np.frombuffer(step.grow_slots, np.int32).astype(np.int64))
+
+    def _grow(self, grow_slots: Ints) -> None:
+        """The last blocks of each slot's table, as many as it is named times."""
+        slots = self._slots
+        grown, num_new = np.unique(grow_slots, return_counts=True)
+        row_of, back = spread(np.zeros_like(grown), num_new)
+        slot = grown[row_of]
+        column = slots.num_blocks[slot] - 1 - back
+        blocks = slots.tables[slot, column].astype(np.int64)
+        uploaded = self._uploads.up(np.stack((slot, column, blocks)))
+        self._state.table[uploaded[0], uploaded[1]] = uploaded[2].int()
 
     def _admit(self, new: Ints) -> None:
         slots, state, up = self._slots, self._state, self._uploads.up
         index = up(new)
-        width = max(1, int(slots.blocks[new].max()))
+        width = max(1, int(slots.num_blocks[new].max()))
         state.table[:, :width][index] = up(slots.tables[new, :width])
-        whole = np.stack(
-            (slots.tokens[new, slots.known[new] - 1], slots.computed[new], slots.top_k[new])
-        ).astype(np.int32)
-        columns = up(whole)
-        state.last_token[index], state.computed[index], state.top_k[index] = (
-            columns[0],
-            columns[1],
-            columns[2],
+        last_token = slots.tokens[new, slots.num_tokens[new] - 1]
+        ints = up(
+            np.stack((last_token, slots.num_computed[new], slots.top_k[new])).astype(np.int32)
         )
-        state.odds[index] = up(
-            np.stack((slots.temperature[new], slots.top_p[new], slots.min_p[new]), axis=1).astype(
-                np.float32
-            )
-        )
+        state.last_token[index] = ints[0]
+        state.num_computed[index] = ints[1]
+        state.top_k[index] = ints[2]
+        floats = np.stack((slots.temperature[new], slots.top_p[new], slots.min_p[new]), axis=1)
+        state.sampling_params[index] = up(floats.astype(np.float32))
         state.seeds[index] = up(slots.seed[new])
-        self._special.admit(new)
+        self._extra.admit(new)
 
     def _run(
-        self,
-        step: Step,
-        slots: Ints,
-        counts: Ints,
-        first: Ints,
-        end: Ints,
-        sampling: npt.NDArray[np.bool_],
-    ) -> tuple[Tensor | None, Extra | None]:
-        if not len(slots):
+        self, rows: StepRows, shared: Shared | None
+    ) -> tuple[Tensor | None, StepLogprobs | None]:
+        """(sampled tokens on the device, those of the rows that sample first; log-probabilities)"""
+        if not len(rows.slots):
             return None, None
-        if sampling.all() and (counts == 1).all():
-            return self._decode(slots, step.shared)
-        return self._mixed(slots, counts, first, end, sampling, step.shared)
+        if len(rows.sampling) == len(rows.slots) and (rows.counts == 1).all():
+            return self._decode(rows.slots, shared)
+        return self._run_mixed(rows, shared)
 
     def _filtered(self, slots: Ints) -> bool:
+        """Whether any row restricts the vocabulary."""
         columns = self._slots
         return bool(
             (
@@ -255,46 +342,26 @@ class CudaRunner:
             ).any()
         )
 
-    def _decode(self, slots: Ints, shared: Shared | None) -> tuple[Tensor, Extra | None]:
-        if slots is not self._resident:
+    def _decode(self, slots: Ints, shared: Shared | None) -> tuple[Tensor, StepLogprobs | None]:
+        if self._applier.version != self._uploaded_version:
             padded = np.full(len(self._graphs.slots), -1, np.int32)
             padded[: len(slots)] = slots
             self._uploads.up(padded, out=self._graphs.slots)
-            self._resident, self._cascade_size = (
-                slots,
-                self._graphs.group(shared, len(slots), self._uploads),
-            )
+            self._uploaded_version = self._applier.version
+            self._cascade_size = self._graphs.group(shared, len(slots), self._uploads)
         size = self._cascade_size or self._graphs.bucket(len(slots))
         decoded = self._graphs.run(size, self._filtered(slots), self._cascade_size > 0)
-        return decoded.report, self._special.resample(decoded.logits, slots, decoded.report)
+        logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens)
+        return decoded.sampled_tokens, logprobs
 
-    def _mixed(
-        self,
-        slots: Ints,
-        counts: Ints,
-        first: Ints,
-        end: Ints,
-        sampling: npt.NDArray[np.bool_],
-        shared: Shared | None,
-    ) -> tuple[Tensor | None, Extra | None]:
-        extra = Extra()
-        tap = self._special.prompt_tap(slots, first, end, extra)
-        decoded = self._steps.run(
-            slots, counts, first, end, np.flatnonzero(sampling), self._special.told, shared, tap
-        )
-        rows = slots[sampling]
-        if not len(rows):
-            return None, extra
-        return decoded.report, self._special.resample(decoded.logits, rows, decoded.report, extra)
-
-
-def _meters(config: WorkerConfig) -> list[Any]:
-    """What looks on at every step."""
-    found: list[Any] = [Meter()] if config.log_steps else []
-    if config.log_kernels:
-        from .kernel_profile import (
-            KernelLog,
-        )  # torch's profiler, which those who do not ask for it need not have
-
-        found.append(KernelLog())
-    return found
+    def _run_mixed(
+        self, rows: StepRows, shared: Shared | None
+    ) -> tuple[Tensor | None, StepLogprobs]:
+        logprobs = StepLogprobs()
+        hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
+        decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
+        sampled_slots = rows.slots[rows.sampling]
+        if not len(sampled_slots):
+            return None, logprobs
+        self._extra.resample(decoded.logits, sampled_slots, decoded.sampled_tokens, logprobs)
+        return decoded.sampled_tokens, logprobs

@@ -34,9 +34,11 @@ class Uploads:
         dtype)."""
         values = np.ascontiguousarray(values)
         if self._at + values.nbytes > len(self._bytes):
+            # A copy from the beginning of the arena may still be queued.
             torch.cuda.current_stream().synchronize()
             self._at = 0
-        first, last = self._at, self._at + values.nbytes
+        first = self._at
+        last = first + values.nbytes
         self._bytes[first:last] = values.reshape(-1).view(np.uint8)
         self._at = -(-last // ALIGNMENT) * ALIGNMENT
         host = (
@@ -59,6 +61,7 @@ class Waiter:
         threading.Thread(target=self._run, name="gpu-waiter", daemon=True).start()
 
     def watch(self, event: "torch.cuda.Event") -> None:
+        """`wake` is called once `event` has happened."""
         self._events.put(event)
 
     def _run(self) -> None:

@@ -134,12 +134,14 @@ class Blocks:
         )
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
+        """See pagewire_kernels.quantized.Stored."""
         rows = pad_rows(self._data[first:last], last - first)
         return self._layout.codes(
             np.ascontiguousarray(rows.reshape(-1, lanes, *rows.shape[1:]).transpose(3, 0, 2, 1))
         )
 
     def tensor(self) -> Tensor:
+        """All codes [N, K]."""
         codes = self._layout.codes(np.ascontiguousarray(self._data.transpose(2, 0, 1)))
         return torch.from_numpy(np.ascontiguousarray(codes.transpose(1, 2, 0))).view(self.shape)
 

@@ -1,6 +1,6 @@
-"""A Step taken to the slots: what both runners do before the device is asked for anything."""
+"""A Step applied to the slots: what both runners do before the device is asked for anything."""
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ NO_SLOTS: Final = np.zeros(0, np.int64)
 
 
 def facts_of(loaded: loader.Loaded, max_num_seqs: int, cascade: bool = False) -> WorkerFacts:
+    """What a runner with this model tells the scheduler; cascade: it takes prefix groups."""
     return WorkerFacts(
         num_blocks=loaded.sizing.num_blocks,
         block_size=loaded.sizing.block_size,
@@ -25,22 +26,57 @@ def facts_of(loaded: loader.Loaded, max_num_seqs: int, cascade: bool = False) ->
     )
 
 
-def apply_step(slots: Slots, step: Step, last: Ints) -> tuple[Ints, Ints]:
-    """Retire, admit, grow; (slots, counts) of what is to run. `last` is what the step before ran,
-    in case it is to be repeated."""
-    slots.retire(_column(step.retire))
-    for admission in step.admit:
-        slots.admit(admission)
-    slots.grow(_column(step.grow_slots), _column(step.grow_blocks))
-    if step.repeat:
-        return last, np.ones_like(last)
-    run, counts = (
-        _column(step.run_slots).astype(np.int64),
-        _column(step.run_counts).astype(np.int64),
-    )
-    if len(run) != len(counts):
-        raise BadStep(f"{len(run)} slots to run but {len(counts)} counts")
-    return run, counts
+class StepRows(NamedTuple):
+    """What a step computes: row i is slots[i], whose positions first[i] to end[i] are new, counts[i]
+    of them. sampling [S]: the rows that then sample a token."""
+
+    slots: Ints
+    counts: Ints
+    first: Ints
+    end: Ints
+    sampling: Ints
+
+
+class StepApplier:
+    """Applies steps to `slots` and remembers which of them the last step ran, since the next one
+    may repeat it."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._running = NO_SLOTS
+        self.version = 0
+        """Changes with every step that names its rows anew, so that what is derived from the rows
+        can be kept while steps repeat."""
+
+    def clear(self) -> None:
+        """No request is left: there is nothing to repeat."""
+        self._slots.clear()
+        self._running = NO_SLOTS
+        self.version += 1
+
+    def apply(self, step: Step) -> tuple[Ints, Ints]:
+        """Retire, admit, grow; (slots [N], counts [N]): what is to run, and how many tokens of each.
+        `take` comes next. Raises BadStep."""
+        self._slots.retire(_column(step.retire))
+        for admission in step.admit:
+            self._slots.admit(admission)
+        self._slots.grow(_column(step.grow_slots), _column(step.grow_blocks))
+        if step.repeat:
+            return self._running, np.ones_like(self._running)
+        slots = _column(step.run_slots).astype(np.int64)
+        counts = _column(step.run_counts).astype(np.int64)
+        if len(slots) != len(counts):
+            raise BadStep(f"{len(slots)} slots to run but {len(counts)} counts")
+        self.version += 1
+        return slots, counts
+
+    def take(self, slots: Ints, counts: Ints) -> StepRows:
+        """The rows of the step, whose slots' num_computed moves on. Only a step that gets here can
+        be repeated. Raises BadStep."""
+        first, end = self._slots.take(slots, counts)
+        self._running = slots
+        sampling = np.flatnonzero(self._slots.samples(slots, end))
+        return StepRows(slots, counts, first, end, sampling)
 
 
 def _column(data: bytes) -> npt.NDArray[np.int32]:
@@ -48,7 +84,8 @@ def _column(data: bytes) -> npt.NDArray[np.int32]:
 
 
 def spread(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """(row, position) of every token of the step, rows in order."""
+    """(row, position) of every token of a step whose row i computes counts[i] tokens from position
+    first[i] on; rows in order, each array [sum of counts]."""
     if (counts == 1).all():
         return np.arange(len(counts)), first
     rows = np.repeat(np.arange(len(counts)), counts)

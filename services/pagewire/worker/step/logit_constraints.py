@@ -1,208 +1,336 @@
-"""What restricts the tokens of a slot, beyond penalties: allowed ids, biases, bad words, endings
-before the least number of tokens.
+"""What constrains the next token of a slot beyond penalties: allowed ids and biases, bad words, and
+endings before the least number of tokens.
 
-Each slot's lists are brought to the device once, when it is admitted; a step then runs a few
-operations over the rows that have any. The last output tokens are remembered on the device as well,
-since bad words must be compared with tokens that the host does not know yet. Plain torch on any
-device, and nothing here waits for the device.
+Each kind is a LogitConstraint, a logits processor for all slots at once; a grammar would be one
+more. What a request brings goes to the device once, when it is admitted; a step then runs a few
+operations over the rows that a constraint touches. Plain torch on any device, and nothing here
+waits for the device.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS
+from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from torch import Tensor
 
-from .logprobs import Up
-from .slots import Ints, Slots
+from .logprobs import ToDevice
+from .slots import Bools, Ints, Slots
 
-BEFORE: Final = MAX_BAD_WORD_TOKENS - 1
+HISTORY: Final = MAX_BAD_WORD_TOKENS - 1
 """Output tokens remembered: those before the last one of the longest bad word."""
-ANY: Final = -1
-NONE: Final = -2
-Bools = npt.NDArray[np.bool_]
+ANY_TOKEN: Final = -1
+NO_TOKEN: Final = -2
+NEGATIVE_INFINITY: Final = float("-inf")
 
 
-class Limits:
-    """`apply` each time before rows are sampled, `said` with what was sampled."""
+class Exclusions(NamedTuple):
+    """N tokens that rows may not sample: token tokens[n] (int64) of row rows[n] (int64) gets
+    shifts[n] (float32: minus infinity, or 0 where a condition does not hold) added to its logit."""
+
+    rows: Tensor
+    tokens: Tensor
+    shifts: Tensor
+
+
+class LogitConstraint(Protocol):
+    """One kind of constraint, for all slots."""
+
+    def admit(self, slot: int, sampling: Sampling | None) -> None:
+        """`slot` holds a new request; `sampling` is None where nothing constrains its tokens."""
+        ...
+
+    def touches(self, slots: Ints) -> Bools:
+        """[R]: which of `slots` [R] it concerns with their next token."""
+        ...
+
+    def apply(self, logits: Tensor, slots: Ints) -> Exclusions | None:
+        """Change logits [R, V] float32 of the rows `slots` [R] in place where that can never leave
+        a row without a token. What might do so is returned instead, and applied together with what
+        the other constraints exclude."""
+        ...
+
+    def max_excluded(self, slot: int) -> int:
+        """An upper bound of how many tokens `apply` ever excludes for `slot`."""
+        ...
+
+    def observe(self, slots: Ints, tokens: Tensor) -> None:
+        """tokens [R] int32, on the device, were sampled for `slots` [R]."""
+        ...
+
+
+class Constraints:
+    """All kinds of constraint of all slots: `apply` before rows are sampled, `observe` after."""
 
     def __init__(
-        self, slots: Slots, vocab_size: int, eos: tuple[int, ...], device: str, up: Up
+        self, slots: Slots, vocab_size: int, eos: tuple[int, ...], device: str, to_device: ToDevice
     ) -> None:
-        self._slots, self._vocab, self._eos, self._device, self._up = (
-            slots,
-            vocab_size,
-            eos,
-            device,
-            up,
+        self._slots = slots
+        self._vocab_size = vocab_size
+        # In vLLM's order: allowed ids, bad words, endings. Biases shift what they do not exclude,
+        # so they may come first.
+        self._parts: Sequence[LogitConstraint] = (
+            BiasConstraint(slots.count, vocab_size, device, to_device),
+            BadWordsConstraint(slots, device, to_device),
+            MinTokensConstraint(slots, vocab_size, eos, device, to_device),
         )
-        self._shift = torch.zeros((0, vocab_size), device=device)
-        """Added to the logits of a slot: biases, -inf where a token is not allowed. Row
-        `_place[slot]`."""
-        self._place = np.full(slots.count, -1, np.int64)
-        self._worded, self._tight = np.zeros(slots.count, bool), np.zeros(slots.count, bool)
-        """Slots with bad words; slots whose bans might leave nothing."""
-        self._words: dict[int, tuple[Tensor, Tensor]] = {}
-        """By slot: what must precede [W, BEFORE], aligned to the end, ANY before its beginning; the
-        last tokens [W] int64."""
-        self._endings: dict[int, Tensor] = {}
-        self._recent: Tensor | None = None
-        """The last output tokens of each slot [slots, BEFORE], the newest at the end; NONE where
-        there was none."""
-        self._minus_inf = torch.tensor(float("-inf"), device=device)
-        self._gathered: tuple[bytes, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        self._may_exclude_all = np.zeros(slots.count, bool)
+        """Slots whose exclusions might leave no token."""
+        self._negative_infinity = torch.tensor(NEGATIVE_INFINITY, device=device)
 
     def admit(self, new: Ints) -> None:
-        """The slots `new` hold new requests."""
-        self._gathered = None
+        """The slots `new` [N] hold new requests."""
         for slot in new.tolist():
-            self._words.pop(slot, None)
-            self._endings.pop(slot, None)
-            given = self._slots.limits[slot]
-            banned = 0
-            if given is not None and given.min_tokens:
-                ids = [
-                    token for token in (*self._eos, *given.stop_token_ids) if token < self._vocab
-                ]
-                self._endings[slot], banned = self._up(np.array(ids, np.int64)), len(ids)
-            words = given.bad_words if given is not None else ()
-            self._worded[slot] = bool(words)
-            if words:
-                self._add_words(slot, words)
-            allowed = (
-                np.frombuffer(given.allowed_ids, np.int32)
-                if given is not None
-                else np.zeros(0, np.int32)
+            sampling = self._slots.constrained[slot]
+            for part in self._parts:
+                part.admit(slot, sampling)
+            excluded = sum(part.max_excluded(slot) for part in self._parts)
+            self._may_exclude_all[slot] = sampling is not None and bool(
+                sampling.allowed_ids or excluded >= self._vocab_size
             )
-            self._tight[slot] = len(allowed) or banned + len(words) >= self._vocab
-            self._set_shift(slot, allowed)
 
-    def _set_shift(self, slot: int, allowed: npt.NDArray[np.int32]) -> None:
-        given = self._slots.limits[slot]
-        if given is None or not (len(allowed) or given.bias_ids):
-            self._place[slot] = -1
+    def touches(self, slots: Ints) -> Bools:
+        """[R]: which of `slots` [R] any constraint concerns with their next token."""
+        touched = np.zeros(len(slots), bool)
+        for part in self._parts:
+            touched |= part.touches(slots)
+        return touched
+
+    def apply(self, logits: Tensor, slots: Ints) -> None:
+        """logits [R, V] float32 of the rows `slots` [R], in place.
+
+        Where exclusions would leave no token at all, the row is left without them: something must
+        be sampled."""
+        excluded: list[Exclusions] = []
+        for part in self._parts:
+            exclusions = part.apply(logits, slots)
+            if exclusions is not None:
+                excluded.append(exclusions)
+        if not excluded:
             return
-        row = self._row(slot)
-        row.fill_(float("-inf") if len(allowed) else 0.0)
-        if len(allowed):
-            row.index_fill_(0, self._up(allowed.astype(np.int64)), 0.0)
-        if given.bias_ids:
-            ids, values = (
-                np.frombuffer(given.bias_ids, np.int32).astype(np.int64),
-                np.frombuffer(given.bias_values, np.float32),
+        rows, tokens, shifts = (
+            excluded[0] if len(excluded) == 1 else map(torch.cat, zip(*excluded, strict=True))
+        )
+        before = logits[rows, tokens]
+        logits.index_put_((rows, tokens), shifts, accumulate=True)
+        if self._may_exclude_all[slots].any():
+            empty = logits.amax(-1) == self._negative_infinity
+            logits.index_put_(
+                (rows, tokens), torch.where(empty[rows], before, logits[rows, tokens])
             )
-            row.index_add_(0, self._up(ids), self._up(values.copy()))
+
+    def observe(self, slots: Ints, tokens: Tensor) -> None:
+        """tokens [R] int32, on the device, were sampled for `slots` [R]."""
+        for part in self._parts:
+            part.observe(slots, tokens)
+
+
+class BiasConstraint:
+    """Biases and allowed ids: one row of shifts, added to the logits of a slot."""
+
+    def __init__(self, count: int, vocab_size: int, device: str, to_device: ToDevice) -> None:
+        self._count = count
+        self._device = device
+        self._to_device = to_device
+        self._shifts = torch.zeros((0, vocab_size), device=device)
+        """float32 [rows, V]: biases, minus infinity where a token is not allowed. There are as many
+        rows as slots ever needed one at the same time, not one a slot."""
+        self._row_of = np.full(count, -1, np.int64)
+        """By slot: its row of `_shifts`, -1 where it has none."""
+
+    def admit(self, slot: int, sampling: Sampling | None) -> None:
+        """See LogitConstraint."""
+        if sampling is None or not (sampling.allowed_ids or sampling.bias_ids):
+            self._row_of[slot] = -1
+            return
+        shifts = self._row(slot)
+        if sampling.allowed_ids:
+            allowed = np.frombuffer(sampling.allowed_ids, np.int32).astype(np.int64)
+            shifts.fill_(NEGATIVE_INFINITY)
+            shifts.index_fill_(0, self._to_device(allowed), 0.0)
+        else:
+            shifts.fill_(0.0)
+        if sampling.bias_ids:
+            ids = np.frombuffer(sampling.bias_ids, np.int32).astype(np.int64)
+            values = np.frombuffer(sampling.bias_values, np.float32).copy()
+            shifts.index_add_(0, self._to_device(ids), self._to_device(values))
 
     def _row(self, slot: int) -> Tensor:
-        """A row of `_shift` for the slot; there are more when needed."""
-        if self._place[slot] < 0:
-            free = np.setdiff1d(np.arange(len(self._shift)), self._place)
+        """The slot's row of `_shifts`; there are more rows when needed."""
+        if self._row_of[slot] < 0:
+            rows, vocab_size = self._shifts.shape
+            free = np.setdiff1d(np.arange(rows), self._row_of)
             if not len(free):
-                free = np.array([len(self._shift)])
-                more = min(max(4, len(self._shift)), self._slots.count - len(self._shift))
-                self._shift = torch.cat(
-                    (self._shift, torch.zeros((more, self._vocab), device=self._device))
-                )
-            self._place[slot] = free[0]
-        return self._shift[int(self._place[slot])]
+                free = np.array([rows])
+                more = min(max(4, rows), self._count - rows)
+                added = torch.zeros((more, vocab_size), device=self._device)
+                self._shifts = torch.cat((self._shifts, added))
+            self._row_of[slot] = free[0]
+        return self._shifts[int(self._row_of[slot])]
 
-    def _add_words(self, slot: int, words: tuple[bytes, ...]) -> None:
-        tokens = [np.frombuffer(word, np.int32) for word in words]
-        before = np.full((len(tokens), BEFORE), ANY, np.int32)
-        for i, word in enumerate(tokens):
-            before[i, BEFORE - len(word) + 1 :] = word[:-1]
-        self._words[slot] = (
-            self._up(before),
-            self._up(np.array([word[-1] for word in tokens], np.int64)),
-        )
-        if self._recent is None:
-            self._recent = torch.full(
-                (self._slots.count, BEFORE), NONE, dtype=torch.int32, device=self._device
-            )
-        known, prompt = int(self._slots.known[slot]), int(self._slots.prompt[slot])
-        said = self._slots.tokens[slot, max(prompt, known - BEFORE) : known]
-        recent = np.full(BEFORE, NONE, np.int32)
-        recent[BEFORE - len(said) :] = said
-        self._recent[slot].copy_(self._up(recent))
+    def touches(self, slots: Ints) -> Bools:
+        """See LogitConstraint."""
+        return self._row_of[slots] >= 0
 
-    def any(self, slots: Ints) -> Bools:
-        """Which of the slots are under a limit with the next token."""
-        return self._early(slots) | self._worded[slots] | (self._place[slots] >= 0)
-
-    def _early(self, slots: Ints) -> Bools:
-        columns = self._slots
-        return columns.known[slots] - columns.prompt[slots] < columns.min_tokens[slots]
-
-    def apply(self, x: Tensor, slots: Ints) -> None:
-        """x [R, V] float32, in place; the rows belong to `slots`. In vLLM's order: allowed ids, bad
-        words, endings, biases.
-
-        Where bad words and endings would leave no token at all, the row is left without them:
-        something must be sampled."""
-        moved = np.flatnonzero(self._place[slots] >= 0)
-        if len(moved):
-            at = self._up(np.stack((moved, self._place[slots[moved]])))
-            x.index_add_(0, at[0], self._shift[at[1]])
-        banned = self._banned(slots)
-        if banned is None:
-            return
-        row, token, weight = banned
-        before = x[row, token]
-        x.index_put_((row, token), weight, accumulate=True)
-        if (self._tight[slots] & (self._early(slots) | self._worded[slots])).any():
-            nothing = x.amax(-1) == self._minus_inf
-            x.index_put_((row, token), torch.where(nothing[row], before, x[row, token]))
-
-    def _banned(self, slots: Ints) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Rows [N] and tokens [N] that bad words and endings concern, and what is to be added to
-        their logits [N]: -inf or 0."""
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = np.flatnonzero(self._worded[slots])
-        if len(rows) and self._recent is not None:
-            place, owner, before, last = self._gather(rows, slots[rows])
-            met = ((before == ANY) | (before == self._recent[owner])).all(-1)
-            parts.append((place, last, torch.where(met, self._minus_inf, 0.0)))
-        rows = np.array(
-            [
-                row
-                for row in np.flatnonzero(self._early(slots)).tolist()
-                if len(self._endings[int(slots[row])])
-            ],
-            np.int64,
-        )
+    def apply(self, logits: Tensor, slots: Ints) -> None:
+        """See LogitConstraint. At least one id is allowed, so a row is never left without one."""
+        rows = np.flatnonzero(self._row_of[slots] >= 0)
         if len(rows):
-            ids = [self._endings[int(slot)] for slot in slots[rows]]
-            place = self._up(np.repeat(rows, [len(part) for part in ids]))
-            parts.append((place, torch.cat(ids), self._minus_inf.expand(len(place))))
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        place, token, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-        return place, token, weight
+            index = self._to_device(np.stack((rows, self._row_of[slots[rows]])))
+            logits.index_add_(0, index[0], self._shifts[index[1]])
 
-    def _gather(self, rows: Ints, slots: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For each bad word of the slots: its row in the batch, its slot, what must precede and its
-        last token. Steps repeat, so the last answer is kept."""
+    def max_excluded(self, slot: int) -> int:
+        """See LogitConstraint."""
+        return 0
+
+    def observe(self, slots: Ints, tokens: Tensor) -> None:
+        """See LogitConstraint: what was sampled changes nothing."""
+
+
+class BadWordsConstraint:
+    """Sequences of tokens whose last one may not follow the others.
+
+    They are compared with the last output tokens of a slot, which are remembered on the device: the
+    host may not know them yet."""
+
+    def __init__(self, slots: Slots, device: str, to_device: ToDevice) -> None:
+        self._slots = slots
+        self._device = device
+        self._to_device = to_device
+        self._has_words = np.zeros(slots.count, bool)
+        self._words: dict[int, tuple[Tensor, Tensor]] = {}
+        """By slot: the tokens that must precede, int32 [W, HISTORY], aligned to the end, ANY_TOKEN
+        before a word's beginning; and the last token of each word, int64 [W]."""
+        self._recent: Tensor | None = None
+        """int32 [slots, HISTORY]: the last output tokens, the newest at the end; NO_TOKEN where
+        there was none. Allocated with the first bad word."""
+        self._admissions = 0
+        self._gathered: tuple[int, bytes, _Gathered] | None = None
+        """The number of admissions and the rows for which the third holds."""
+        self._negative_infinity = torch.tensor(NEGATIVE_INFINITY, device=device)
+
+    def admit(self, slot: int, sampling: Sampling | None) -> None:
+        """See LogitConstraint."""
+        self._admissions += 1
+        self._words.pop(slot, None)
+        words = sampling.bad_words if sampling is not None else ()
+        self._has_words[slot] = bool(words)
+        if not words:
+            return
+        tokens = [np.frombuffer(word, np.int32) for word in words]
+        before = np.full((len(tokens), HISTORY), ANY_TOKEN, np.int32)
+        for i, word in enumerate(tokens):
+            before[i, HISTORY - len(word) + 1 :] = word[:-1]
+        last = np.array([word[-1] for word in tokens], np.int64)
+        self._words[slot] = (self._to_device(before), self._to_device(last))
+        self._remember_output(slot)
+
+    def _remember_output(self, slot: int) -> None:
+        """A resumed request brings output tokens with it."""
+        if self._recent is None:
+            shape = (self._slots.count, HISTORY)
+            self._recent = torch.full(shape, NO_TOKEN, dtype=torch.int32, device=self._device)
+        end = int(self._slots.num_tokens[slot])
+        start = max(int(self._slots.num_prompt_tokens[slot]), end - HISTORY)
+        recent = np.full(HISTORY, NO_TOKEN, np.int32)
+        recent[HISTORY - (end - start) :] = self._slots.tokens[slot, start:end]
+        self._recent[slot].copy_(self._to_device(recent))
+
+    def touches(self, slots: Ints) -> Bools:
+        """See LogitConstraint."""
+        return self._has_words[slots]
+
+    def apply(self, logits: Tensor, slots: Ints) -> Exclusions | None:
+        """See LogitConstraint. Each word's last token is named, whether or not the word matches so
+        far: that is known on the device only."""
+        rows = np.flatnonzero(self._has_words[slots])
+        if not len(rows) or self._recent is None:
+            return None
+        words = self._gather(rows, slots[rows])
+        matches = (words.before == ANY_TOKEN) | (words.before == self._recent[words.slots])
+        shifts = torch.where(matches.all(-1), self._negative_infinity, 0.0)
+        return Exclusions(words.rows, words.last, shifts)
+
+    def _gather(self, rows: Ints, slots: Ints) -> "_Gathered":
+        """The bad words of `slots` [N], which are `rows` [N] of the batch. Steps repeat, so the
+        last answer is kept until the rows change or a request is admitted."""
         key = rows.tobytes() + slots.tobytes()
-        if self._gathered is None or self._gathered[0] != key:
+        if self._gathered is None or self._gathered[:2] != (self._admissions, key):
             words = [self._words[int(slot)] for slot in slots]
             counts = [len(last) for _, last in words]
-            index = self._up(np.stack((np.repeat(rows, counts), np.repeat(slots, counts))))
-            self._gathered = (
-                key,
-                (
-                    index[0],
-                    index[1],
-                    torch.cat([w[0] for w in words]),
-                    torch.cat([w[1] for w in words]),
-                ),
-            )
-        return self._gathered[1]
+            index = self._to_device(np.stack((np.repeat(rows, counts), np.repeat(slots, counts))))
+            before = torch.cat([before for before, _ in words])
+            last = torch.cat([last for _, last in words])
+            gathered = _Gathered(index[0], index[1], before, last)
+            self._gathered = (self._admissions, key, gathered)
+        return self._gathered[2]
 
-    def said(self, slots: Ints, tokens: Tensor) -> None:
-        """tokens [R] int32 were sampled for `slots`."""
-        rows = np.flatnonzero(self._worded[slots])
+    def max_excluded(self, slot: int) -> int:
+        """See LogitConstraint."""
+        return len(self._words[slot][1]) if self._has_words[slot] else 0
+
+    def observe(self, slots: Ints, tokens: Tensor) -> None:
+        """See LogitConstraint."""
+        rows = np.flatnonzero(self._has_words[slots])
         if len(rows) and self._recent is not None:
-            at = self._up(np.stack((rows, slots[rows])))
-            self._recent[at[1]] = torch.cat((self._recent[at[1], 1:], tokens[at[0], None].int()), 1)
+            index = self._to_device(np.stack((rows, slots[rows])))
+            kept = self._recent[index[1], 1:]
+            self._recent[index[1]] = torch.cat((kept, tokens[index[0], None].int()), 1)
+
+
+class _Gathered(NamedTuple):
+    """For each of W bad words: its row in the batch, its slot, what must precede [W, HISTORY] and
+    its last token."""
+
+    rows: Tensor
+    slots: Tensor
+    before: Tensor
+    last: Tensor
+
+
+class MinTokensConstraint:
+    """No end-of-sequence and no stop token before the least number of output tokens."""
+
+    def __init__(
+        self, slots: Slots, vocab_size: int, eos: tuple[int, ...], device: str, to_device: ToDevice
+    ) -> None:
+        self._slots = slots
+        self._vocab_size = vocab_size
+        self._eos = eos
+        self._to_device = to_device
+        self._ending_ids: dict[int, Tensor] = {}
+        """By slot, int64 [E]; none where there is no minimum or nothing to exclude."""
+        self._negative_infinity = torch.tensor(NEGATIVE_INFINITY, device=device)
+
+    def admit(self, slot: int, sampling: Sampling | None) -> None:
+        """See LogitConstraint."""
+        self._ending_ids.pop(slot, None)
+        if sampling is None or not sampling.min_tokens:
+            return
+        endings = (*self._eos, *sampling.stop_token_ids)
+        ids = [token for token in endings if token < self._vocab_size]
+        if ids:
+            self._ending_ids[slot] = self._to_device(np.array(ids, np.int64))
+
+    def touches(self, slots: Ints) -> Bools:
+        """See LogitConstraint. From the columns alone, since every step asks."""
+        return self._slots.num_output_tokens(slots) < self._slots.min_tokens[slots]
+
+    def apply(self, logits: Tensor, slots: Ints) -> Exclusions | None:
+        """See LogitConstraint."""
+        early = np.flatnonzero(self.touches(slots)).tolist()
+        rows = [row for row in early if int(slots[row]) in self._ending_ids]
+        if not rows:
+            return None
+        ids = [self._ending_ids[int(slots[row])] for row in rows]
+        counts = [len(part) for part in ids]
+        index = self._to_device(np.repeat(np.array(rows, np.int64), counts))
+        return Exclusions(index, torch.cat(ids), self._negative_infinity.expand(len(index)))
+
+    def max_excluded(self, slot: int) -> int:
+        """See LogitConstraint."""
+        return len(self._ending_ids.get(slot, ()))
+
+    def observe(self, slots: Ints, tokens: Tensor) -> None:
+        """See LogitConstraint: the slots' columns count the tokens."""

@@ -20,28 +20,33 @@ from .slots import Ints, Slots
 
 PROMPT_LOGITS: Final = 1 << 24
 """Logits of prompt tokens that exist at a time."""
-PIECE: Final = 16
+ROW_MULTIPLE: Final = 16
 """Rows are padded to a multiple of this: a GPU's kernels are compiled for few shapes."""
-Up = Callable[[npt.NDArray[np.generic]], Tensor]
+ToDevice = Callable[[npt.NDArray[np.generic]], Tensor]
 """Brings an array to the device."""
 
 
 @dataclass
-class Scores:
-    """N tokens. own float32 [N]; ranks int32 [N] from 1; ids int32, values float32 [N, K]: the most
-    likely ones, falling."""
+class LogprobTensors:
+    """Of N tokens. own float32 [N]: their log-probabilities; ranks int32 [N], from 1; ids int32,
+    values float32 [N, K]: the most likely tokens, falling."""
 
     own: Tensor
     ranks: Tensor
     ids: Tensor
     values: Tensor
 
-    def first(self, count: int) -> "Scores":
-        return Scores(self.own[:count], self.ranks[:count], self.ids[:count], self.values[:count])
+    def first(self, count: int) -> "LogprobTensors":
+        """Those of the first `count` tokens."""
+        return LogprobTensors(
+            self.own[:count], self.ranks[:count], self.ids[:count], self.values[:count]
+        )
 
-    def down(self) -> "Scores":
+    def to_host(self) -> "LogprobTensors":
         """On the host; from a GPU by copies that are queued, not waited for."""
-        return Scores(*(_down(part) for part in (self.own, self.ranks, self.ids, self.values)))
+        return LogprobTensors(
+            *(_to_host(part) for part in (self.own, self.ranks, self.ids, self.values))
+        )
 
     def columns(
         self, tokens: npt.NDArray[np.int32], wanted: Ints
@@ -60,108 +65,109 @@ class Scores:
         )
 
 
-def _down(tensor: Tensor) -> Tensor:
-    return (
-        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-            tensor, non_blocking=True
-        )
-        if tensor.is_cuda
-        else tensor
-    )
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
-def score(logits: Tensor, tokens: Tensor, top: int) -> Scores:
-    """logits [N, V] of any float type; tokens [N] int64; top: K, or less in a small vocabulary. K
-    is at least 1."""
+def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> LogprobTensors:
+    """Of tokens [N] int64 under logits [N, V] of any float type. top: K, or less in a small
+    vocabulary; K is at least 1."""
     x = logits.float()
     norm = torch.logsumexp(x, -1, keepdim=True)
-    mine = x.gather(1, tokens[:, None])
-    ranks = (x > mine).sum(-1, dtype=torch.int32) + 1
+    own = x.gather(1, tokens[:, None])
+    ranks = (x > own).sum(-1, dtype=torch.int32) + 1
     best = torch.topk(x, max(1, min(top, x.shape[1])), sorted=True)
-    return Scores((mine - norm)[:, 0], ranks, best.indices.int(), best.values - norm)
+    return LogprobTensors((own - norm)[:, 0], ranks, best.indices.int(), best.values - norm)
 
 
 @dataclass
-class SampledScores:
+class SampledLogprobs:
     """rows [N] of a step whose log-probabilities are wanted: wanted[i] most likely ones beside the
     sampled token of rows[i]."""
 
     rows: Ints
     wanted: Ints
-    scores: Scores
+    logprobs: LogprobTensors
 
     def columns(self, tokens: npt.NDArray[np.int32]) -> LogprobColumns:
         """tokens: those of all rows of the step; below 0 where the logits were not finite."""
         own = np.maximum(tokens[self.rows], 0)
         return LogprobColumns(
-            self.rows.astype(np.int32).tobytes(), *self.scores.columns(own, self.wanted)
+            self.rows.astype(np.int32).tobytes(), *self.logprobs.columns(own, self.wanted)
         )
 
 
-class PromptRun(NamedTuple):
-    """A step's tokens whose logits tell of the prompt of `slot`: token i of the step's tokens from
-    `at` on precedes `tokens[i]`, which is prompt token `first` + i."""
+class PromptSpan(NamedTuple):
+    """Consecutive prompt tokens of `slot` whose log-probabilities a step gives: `tokens`, the first
+    of which is at position `first`. The logits for tokens[i] are those of the step's token
+    `step_index` + i, which precedes it."""
 
     slot: int
-    at: int
+    step_index: int
     first: int
     tokens: npt.NDArray[np.int32]
     wanted: int
 
 
-def prompt_runs(slots: Slots, run: Ints, first: Ints, end: Ints) -> list[PromptRun]:
-    """For the step that computes the positions first[i]..end[i] of slot run[i], in this order."""
-    asked = np.flatnonzero((slots.prompt_logprobs[run] >= 0) & (first < slots.prompt[run] - 1))
+def prompt_spans(slots: Slots, run: Ints, first: Ints, end: Ints) -> list[PromptSpan]:
+    """Those of a step that computes the positions first[i] to end[i] of slot run[i], in this order.
+    Empty where nobody asked for log-probabilities of these."""
+    prompt_len = slots.num_prompt_tokens[run]
+    asked = np.flatnonzero((slots.prompt_logprobs[run] >= 0) & (first < prompt_len - 1))
     starts = np.cumsum(end - first) - (end - first)
-    found: list[PromptRun] = []
-    for i in asked.tolist():
-        slot = int(run[i])
-        begin, stop = int(first[i]) + 1, min(int(end[i]) + 1, int(slots.prompt[slot]))
-        found.append(
-            PromptRun(
-                slot,
-                int(starts[i]),
-                begin,
-                slots.tokens[slot, begin:stop].copy(),
-                int(slots.prompt_logprobs[slot]),
-            )
-        )
-    return found
+    spans: list[PromptSpan] = []
+    for row in asked.tolist():
+        slot = int(run[row])
+        # Position p gives the logits of token p + 1; behind the prompt there are none to report.
+        begin = int(first[row]) + 1
+        stop = min(int(end[row]) + 1, int(prompt_len[row]))
+        tokens = slots.tokens[slot, begin:stop].copy()
+        wanted = int(slots.prompt_logprobs[slot])
+        spans.append(PromptSpan(slot, int(starts[row]), begin, tokens, wanted))
+    return spans
 
 
 @dataclass
-class PromptScores:
-    run: PromptRun
-    scores: list[Scores]
+class SpanLogprobs:
+    """A span's log-probabilities in pieces, on their way to the host."""
+
+    span: PromptSpan
+    pieces: list[LogprobTensors]
 
     def message(self) -> PromptLogprobs:
-        run = self.run
-        parts = [
-            torch.cat([getattr(scores, name) for scores in self.scores])
-            for name in ("own", "ranks", "ids", "values")
-        ]
-        return PromptLogprobs(
-            Slot(run.slot),
-            run.first,
-            *Scores(*parts).columns(run.tokens, np.full(len(run.tokens), run.wanted, np.int64)),
-        )
-
-
-def score_prompts(
-    runs: list[PromptRun], logits_of: Callable[[Tensor], Tensor], vocab_size: int, up: Up
-) -> list[PromptScores]:
-    """logits_of(rows [N] int64) -> [N, V], called for few rows at a time. The scores are on their
-    way to the host."""
-    size = max(PIECE, PROMPT_LOGITS // vocab_size // PIECE * PIECE)
-    scored: list[PromptScores] = []
-    for run in runs:
-        parts: list[Scores] = []
-        for start in range(0, len(run.tokens), size):
-            tokens = run.tokens[start : start + size].astype(np.int64)
-            rows = np.stack((np.arange(len(tokens)) + run.at + start, tokens))
-            picked = up(np.pad(rows, ((0, 0), (0, -len(tokens) % PIECE)), "edge"))
-            parts.append(
-                score(logits_of(picked[0]), picked[1], run.wanted).first(len(tokens)).down()
+        """For the scheduler; the pieces must have arrived."""
+        span = self.span
+        whole = LogprobTensors(
+            *(
+                torch.cat([getattr(piece, name) for piece in self.pieces])
+                for name in ("own", "ranks", "ids", "values")
             )
-        scored.append(PromptScores(run, parts))
-    return scored
+        )
+        wanted = np.full(len(span.tokens), span.wanted, np.int64)
+        return PromptLogprobs(Slot(span.slot), span.first, *whole.columns(span.tokens, wanted))
+
+
+def prompt_logprobs(
+    spans: list[PromptSpan],
+    logits_of: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    to_device: ToDevice,
+) -> list[SpanLogprobs]:
+    """logits_of(indices of the step's tokens [N] int64) -> [N, V], called for few tokens at a time.
+    The results are on their way to the host."""
+    piece_len = max(ROW_MULTIPLE, PROMPT_LOGITS // vocab_size // ROW_MULTIPLE * ROW_MULTIPLE)
+    results: list[SpanLogprobs] = []
+    for span in spans:
+        pieces: list[LogprobTensors] = []
+        for start in range(0, len(span.tokens), piece_len):
+            tokens = span.tokens[start : start + piece_len].astype(np.int64)
+            indices = np.arange(len(tokens)) + span.step_index + start
+            padding = -len(tokens) % ROW_MULTIPLE
+            both = to_device(np.pad(np.stack((indices, tokens)), ((0, 0), (0, padding)), "edge"))
+            logprobs = token_logprobs(logits_of(both[0]), both[1], span.wanted)
+            pieces.append(logprobs.first(len(tokens)).to_host())
+        results.append(SpanLogprobs(span, pieces))
+    return results

@@ -1,22 +1,22 @@
 """The permanent slots: what the worker remembers of each request between steps, as columns. Knows
 neither tensors nor the model.
 
-A slot holds known tokens (prompt and output, in one row of `tokens`), of which the first `computed`
-have their keys and values in the slot's blocks. Sampling parameters are columns too, so that a
-decode step touches arrays, not requests.
+A slot holds `num_tokens` tokens (prompt and output, in one row of `tokens`), of which the first
+`num_computed` have their keys and values in the slot's blocks. Sampling parameters are columns too,
+so that a decode step touches arrays, not requests.
 """
 
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from pagewire_protocol.agreed import SPARE_POSITIONS
 from pagewire_protocol.messages import Admission
 from pagewire_protocol.sampling import Sampling
 
-SPARE: Final = 16
-"""Places beyond the longest context: steps sent ahead may run a request past its end, and their
-tokens are dropped later."""
+NO_LOGPROBS: Final = -1
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 class BadStep(ValueError):
@@ -24,93 +24,124 @@ class BadStep(ValueError):
 
 
 class Slots:
+    """`count` slots. Every column has one entry a slot.
+
+    Methods raise BadStep for slots that hold no request, and for whatever else contradicts the
+    columns.
+    """
+
     def __init__(self, count: int, max_model_len: int, block_size: int) -> None:
-        room = max_model_len + SPARE
-        self.count, self.block_size = count, block_size
+        row_len = max_model_len + SPARE_POSITIONS
+        self.count = count
+        self.block_size = block_size
         self.active = np.zeros(count, bool)
-        self.known = np.zeros(count, np.int64)
-        self.computed = np.zeros(count, np.int64)
-        self.prompt = np.zeros(count, np.int64)
-        self.tokens = np.zeros((count, room), np.int32)
-        self.tables = np.zeros((count, -(-room // block_size)), np.int32)
-        self.blocks = np.zeros(count, np.int64)
+        """The slot holds a request."""
+
+        # Tokens and their blocks. num_prompt_tokens <= num_tokens, num_computed <= num_tokens.
+        self.num_prompt_tokens = np.zeros(count, np.int64)
+        self.num_tokens = np.zeros(count, np.int64)
+        self.num_computed = np.zeros(count, np.int64)
+        self.tokens = np.zeros((count, row_len), np.int32)
+        self.num_blocks = np.zeros(count, np.int64)
+        self.tables = np.zeros((count, -(-row_len // block_size)), np.int32)
+        """Block ids, of which the first `num_blocks` count."""
+
+        # Sampling parameters; their neutral values leave the model's distribution as it is.
         self.temperature = np.zeros(count, np.float32)
+        self.top_k = np.zeros(count, np.int64)
         self.top_p = np.ones(count, np.float32)
         self.min_p = np.zeros(count, np.float32)
+        self.seed = np.zeros(count, np.int64)
         self.presence = np.zeros(count, np.float32)
         self.frequency = np.zeros(count, np.float32)
         self.repetition = np.ones(count, np.float32)
-        self.top_k = np.zeros(count, np.int64)
-        self.seed = np.zeros(count, np.int64)
-        self.logprobs = np.full(count, -1, np.int64)
-        self.prompt_logprobs = np.full(count, -1, np.int64)
         self.min_tokens = np.zeros(count, np.int64)
+        self.logprobs = np.full(count, NO_LOGPROBS, np.int64)
+        self.prompt_logprobs = np.full(count, NO_LOGPROBS, np.int64)
+        self.constrained: list[Sampling | None] = [None] * count
+        """What the request asks for, where that constrains its tokens: allowed ids, biases, bad
+        words, a minimum of tokens."""
+
+        # What follows from the parameters, so that a step looks at one column.
         self.prefill_only = np.zeros(count, bool)
         """The request wants no token: it is over when its prompt is computed."""
-        self.special = np.zeros(count, bool)
-        """Sampling needs more than temperature and filters: penalties, limits,
+        self.needs_extra = np.zeros(count, bool)
+        """Sampling takes more than temperature and filters: penalties, constraints or
         log-probabilities."""
-        self.plain = np.zeros(count, bool)
-        """Greedy and not special."""
-        self.limits: list[Sampling | None] = [None] * count
-        """What the request asks for, where that restricts its tokens: allowed ids, biases, bad
-        words, a minimum."""
+        self.plain_greedy = np.zeros(count, bool)
+        """The largest logit is all that is asked for."""
 
     def clear(self) -> None:
+        """Forget every request."""
         self.active[:] = False
 
     def retire(self, slots: npt.NDArray[np.int32]) -> None:
+        """The requests of `slots` [N] are over."""
         self._check(slots)
         self.active[slots] = False
 
     def admit(self, admission: Admission) -> None:
+        """A request gets the free slot that `admission` names."""
         slot = admission.slot
         if slot >= self.count:
             raise BadStep(f"slot {slot} admitted, but there are {self.count}")
         if self.active[slot]:
             raise BadStep(f"slot {slot} admitted while in use")
-        prompt, output = (
-            np.frombuffer(admission.prompt, np.int32),
-            np.frombuffer(admission.output, np.int32),
-        )
-        known = len(prompt) + len(output)
-        if not 0 < known <= self.tokens.shape[1] - SPARE or admission.computed >= known:
+        prompt = np.frombuffer(admission.prompt, np.int32)
+        output = np.frombuffer(admission.output, np.int32)
+        num_tokens = len(prompt) + len(output)
+        longest = self.tokens.shape[1] - SPARE_POSITIONS
+        if not 0 < num_tokens <= longest or admission.computed >= num_tokens:
             raise BadStep(
-                f"slot {slot} admitted with {known} tokens, {admission.computed} computed; room for {self.tokens.shape[1] - SPARE}"
+                f"slot {slot} admitted with {num_tokens} tokens, {admission.computed} computed; "
+                f"room for {longest}"
             )
         self.tokens[slot, : len(prompt)] = prompt
-        self.tokens[slot, len(prompt) : known] = output
-        self.prompt[slot], self.known[slot], self.computed[slot] = (
-            len(prompt),
-            known,
-            admission.computed,
-        )
-        self.blocks[slot] = 0
-        self._append(slot, np.frombuffer(admission.blocks, np.int32))
+        self.tokens[slot, len(prompt) : num_tokens] = output
+        self.num_prompt_tokens[slot] = len(prompt)
+        self.num_tokens[slot] = num_tokens
+        self.num_computed[slot] = admission.computed
+        self.num_blocks[slot] = 0
+        self._append_blocks(slot, np.frombuffer(admission.blocks, np.int32))
         self._set_sampling(slot, admission.sampling)
         self.active[slot] = True
 
-    def _set_sampling(self, slot: int, given: Sampling) -> None:
-        self.temperature[slot] = 0.0 if given.greedy else given.temperature
-        self.top_p[slot], self.min_p[slot], self.top_k[slot] = given.top_p, given.min_p, given.top_k
-        self.presence[slot], self.frequency[slot] = given.presence_penalty, given.frequency_penalty
-        self.repetition[slot] = given.repetition_penalty
-        self.seed[slot], self.logprobs[slot], self.min_tokens[slot] = (
-            given.seed,
-            given.logprobs,
-            given.min_tokens,
+    def _set_sampling(self, slot: int, sampling: Sampling) -> None:
+        self.temperature[slot] = 0.0 if sampling.greedy else sampling.temperature
+        self.top_k[slot] = sampling.top_k
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.seed[slot] = sampling.seed
+        self.presence[slot] = sampling.presence_penalty
+        self.frequency[slot] = sampling.frequency_penalty
+        self.repetition[slot] = sampling.repetition_penalty
+        self.min_tokens[slot] = sampling.min_tokens
+        self.logprobs[slot] = sampling.logprobs
+        self.prompt_logprobs[slot] = sampling.prompt_logprobs
+        constrained = bool(
+            sampling.min_tokens or sampling.allowed_ids or sampling.bias_ids or sampling.bad_words
         )
-        self.prompt_logprobs[slot] = given.prompt_logprobs
-        self.prefill_only[slot] = given.max_tokens == 0
-        limited = bool(given.min_tokens or given.allowed_ids or given.bias_ids or given.bad_words)
-        self.limits[slot] = given if limited else None
-        neutral = (given.presence_penalty, given.frequency_penalty, given.repetition_penalty) == (
-            0.0,
-            0.0,
-            1.0,
+        self.constrained[slot] = sampling if constrained else None
+        self.prefill_only[slot] = sampling.max_tokens == 0
+        penalized = (
+            sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or sampling.repetition_penalty != 1
         )
-        self.special[slot] = limited or not neutral or given.logprobs >= 0
-        self.plain[slot] = given.greedy and not self.special[slot]
+        self.needs_extra[slot] = constrained or penalized or sampling.logprobs > NO_LOGPROBS
+        self.plain_greedy[slot] = sampling.greedy and not self.needs_extra[slot]
+
+    def penalized(self, slots: Ints) -> Bools:
+        """Which of `slots` [N] have a penalty that is not neutral."""
+        return (
+            (self.presence[slots] != 0)
+            | (self.frequency[slots] != 0)
+            | (self.repetition[slots] != 1)
+        )
+
+    def num_output_tokens(self, slots: Ints) -> Ints:
+        """[N], for `slots` [N]."""
+        return self.num_tokens[slots] - self.num_prompt_tokens[slots]
 
     def grow(self, slots: npt.NDArray[np.int32], blocks: npt.NDArray[np.int32]) -> None:
         """Append blocks[i] to the table of slots[i]; a slot may come several times."""
@@ -119,57 +150,56 @@ class Slots:
         self._check(slots)
         if len(np.unique(slots)) != len(slots):
             for slot in np.unique(slots):
-                self._append(int(slot), blocks[slots == slot])
+                self._append_blocks(int(slot), blocks[slots == slot])
             return
-        at = self.blocks[slots]
-        if (at >= self.tables.shape[1]).any():
+        column = self.num_blocks[slots]
+        if (column >= self.tables.shape[1]).any():
             raise BadStep(f"a block table grows past its {self.tables.shape[1]} blocks")
-        self.tables[slots, at] = blocks
-        self.blocks[slots] += 1
+        self.tables[slots, column] = blocks
+        self.num_blocks[slots] += 1
 
-    def _append(self, slot: int, blocks: npt.NDArray[np.int32]) -> None:
-        first, last = int(self.blocks[slot]), int(self.blocks[slot]) + len(blocks)
+    def _append_blocks(self, slot: int, blocks: npt.NDArray[np.int32]) -> None:
+        first = int(self.num_blocks[slot])
+        last = first + len(blocks)
         if last > self.tables.shape[1]:
             raise BadStep(
-                f"the block table of slot {slot} grows to {last} blocks, {self.tables.shape[1]} is most"
+                f"the block table of slot {slot} grows to {last} blocks, "
+                f"{self.tables.shape[1]} is most"
             )
         self.tables[slot, first:last] = blocks
-        self.blocks[slot] = last
+        self.num_blocks[slot] = last
 
     def take(self, slots: Ints, counts: Ints) -> tuple[Ints, Ints]:
-        """(first, end) of the positions that each slot computes next; `computed` moves there.
-        Raises BadStep when tokens or blocks lack."""
+        """(first, end) [N] of the positions that each of `slots` [N] computes next, counts[i] of
+        them; `num_computed` moves to the end. Raises BadStep when tokens or blocks lack."""
         self._check(slots)
-        first = self.computed[slots]
+        first = self.num_computed[slots]
         end = first + counts
-        if (
-            (counts < 1).any()
-            or (end > self.known[slots]).any()
-            or (end > self.blocks[slots] * self.block_size).any()
-        ):
-            bad = int(
-                np.argmax(
-                    (counts < 1)
-                    | (end > self.known[slots])
-                    | (end > self.blocks[slots] * self.block_size)
-                )
-            )
-            slot = int(slots[bad])
+        impossible = (
+            (counts < 1)
+            | (end > self.num_tokens[slots])
+            | (end > self.num_blocks[slots] * self.block_size)
+        )
+        if impossible.any():
+            row = int(np.argmax(impossible))
+            slot = int(slots[row])
             raise BadStep(
-                f"slot {slot} is to compute {counts[bad]} tokens from {first[bad]} on, but knows {self.known[slot]} "
-                f"and has {self.blocks[slot]} blocks of {self.block_size}"
+                f"slot {slot} is to compute {counts[row]} tokens from {first[row]} on, but has "
+                f"{self.num_tokens[slot]} tokens and {self.num_blocks[slot]} blocks of "
+                f"{self.block_size}"
             )
-        self.computed[slots] = end
+        self.num_computed[slots] = end
         return first, end
 
-    def samples(self, slots: Ints, end: Ints) -> npt.NDArray[np.bool_]:
-        """Which of `slots` sample in a step that computes them up to `end`: those whose last token
-        it computes, unless they want none."""
-        return (end == self.known[slots]) & ~self.prefill_only[slots]
+    def samples(self, slots: Ints, end: Ints) -> Bools:
+        """Which of `slots` [N] sample in a step that computes them up to position end[i]: those
+        whose last token it computes, unless they want none."""
+        return (end == self.num_tokens[slots]) & ~self.prefill_only[slots]
 
     def append_tokens(self, slots: Ints, tokens: npt.NDArray[np.int32]) -> None:
-        self.tokens[slots, self.known[slots]] = tokens
-        self.known[slots] += 1
+        """One sampled token more for each of `slots` [N], which differ."""
+        self.tokens[slots, self.num_tokens[slots]] = tokens
+        self.num_tokens[slots] += 1
 
     def _check(self, slots: npt.NDArray[np.integer]) -> None:
         if len(slots) and (

@@ -3,7 +3,8 @@ sizes, and published answers."""
 
 import numpy as np
 import torch
-from pagewire.worker.step.philox import philox, uniform
+from pagewire_kernels.philox import philox, sampling_words
+from pagewire_kernels.reference import gumbel
 from scipy import stats
 
 CONSTANTS = {
@@ -32,7 +33,7 @@ def textbook(counter, key, bits):
 
 
 def words(rows):
-    return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
+    return tuple(np.array(column, np.uint64) for column in zip(*rows, strict=True))
 
 
 def test_textbook_version_is_numpys():
@@ -46,18 +47,32 @@ def test_ours_equals_the_textbook_and_the_published_answers():
     random = np.random.default_rng(0)
     counters = random.integers(0, 2**32, (500, 4)).tolist() + [list(c) for c, _, _ in KNOWN]
     keys = random.integers(0, 2**32, (500, 2)).tolist() + [list(k) for _, k, _ in KNOWN]
-    ours = torch.stack(philox(words(counters), words(keys)), 1).tolist()
+    ours = np.stack(philox(words(counters), words(keys)), 1).tolist()
     assert ours == [list(textbook(c, k, 32)) for c, k in zip(counters, keys, strict=True)]
     assert [tuple(row) for row in ours[500:]] == [answer for _, _, answer in KNOWN]
 
 
-def test_uniform_is_uniform_and_a_function_of_its_row():
-    seeds, positions = torch.full((20_000,), 2**62 + 11), torch.arange(20_000)
-    values = uniform(seeds, positions)
-    assert values.min() >= 0 and values.max() < 1
-    assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
-    assert uniform(seeds[:1], positions[77:78])[0] == values[77]
-    assert (
-        len(set(uniform(torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)).tolist()))
-        == 20_000
-    )
+def test_sampling_words_are_of_seed_position_and_group():
+    seeds, positions, groups = [5, 2**62 + 12345], [2**33 + 1, 7], [12, 2**31]
+    ours = sampling_words(*(np.array(column) for column in (seeds, positions, groups))).tolist()
+    for i in range(2):
+        low, high = seeds[i] & 0xFFFFFFFF, seeds[i] >> 32
+        counter = (groups[i], positions[i] & 0xFFFFFFFF, positions[i] >> 32, 0)
+        assert ours[i] == list(textbook(counter, (low, high), 32))
+
+
+def test_noise_follows_gumbels_distribution():
+    count = np.zeros(20_000, np.int64)
+    words = sampling_words(count + 2**62 + 11, np.arange(20_000), count)
+    noise = gumbel(torch.from_numpy(words)).numpy()
+    assert all(stats.kstest(noise[:, i], "gumbel_r").pvalue > 1e-3 for i in range(4))
+    assert len({tuple(row) for row in words.tolist()}) == 20_000
+
+
+def test_noise_of_the_smallest_and_the_largest_words_is_finite_and_accurate():
+    words = torch.tensor([0, 1, 2**20, 2**25, 2**26, 2**31, 2**32 - 2**20, 2**32 - 1])
+    u = (words.double() + 0.5) * 2.0**-32
+    exact = -torch.log(-torch.log1p(-u))
+    noise = gumbel(words).double()
+    torch.testing.assert_close(noise[:-1], exact[:-1], rtol=1e-4, atol=1e-4)
+    assert -2.9 < noise[-1] < noise[-2] and noise[0] < 23.0

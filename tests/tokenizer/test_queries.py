@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pagewire.config import ModelConfig, RunConfig, TokenizerConfig
 from pagewire.tokenizer.encode import LONG, Encoder
-from pagewire.tokenizer.questions import answer, is_long
+from pagewire.tokenizer.queries import answer, is_long
 from pagewire.tokenizer.service import Service
 from pagewire.tokenizer.template import ChatTemplate
 from pagewire_protocol.channels import Inbox, Outbox, prepare_run_dir

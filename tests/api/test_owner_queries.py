@@ -1,9 +1,11 @@
-"""Questions that belong to no request, and prompt log-probabilities, as the owner handles them;
+"""Queries that belong to no request, and prompt log-probabilities, as the owner handles them;
 without sockets."""
+
+from functools import partial
 
 import pytest
 from pagewire.requests.counters import Counters
-from pagewire.requests.errors import ApiError
+from pagewire.requests.errors import ErrorKind, RequestError, unavailable
 from pagewire.requests.owner import RequestOwner
 from pagewire.requests.queries import ANSWER_S, MAX_DEATHS
 from pagewire.requests.request import Job
@@ -12,7 +14,7 @@ from pagewire_protocol.messages import Deltas, Detokenize, Roster, Tokenize, Tok
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import Peer, Prompt, PromptLogprobs, Role
 
-QUESTION = Tokenize(0, "x", Prompt(text="hi"), with_texts=True)
+QUERY = partial(Tokenize, prompt=Prompt(text="hi"), with_texts=True)
 
 
 class Harness:
@@ -34,7 +36,7 @@ class Harness:
             Roster(1, (*peers, Peer(Role.WORKER, "w", "w", 99, True)), 100, 100, (), True, True)
         )
 
-    def asked(self) -> list[tuple[str, int]]:
+    def queried(self) -> list[tuple[str, int]]:
         return [
             (inbox, message.handle)
             for inbox, message in self.sent
@@ -42,9 +44,9 @@ class Harness:
         ]
 
 
-def test_a_question_is_answered_once() -> None:
+def test_a_query_is_answered_once() -> None:
     h = Harness(1)
-    h.owner.ask(QUESTION, h.answers.append)
+    h.owner.query(QUERY, h.answers.append)
     ((inbox, message),) = h.sent
     assert (
         inbox == "t1"
@@ -53,70 +55,74 @@ def test_a_question_is_answered_once() -> None:
     )
     answer = Tokenized(0, pack("i", [5, 6]), ("a", "b"))
     for _ in range(2):
-        h.owner.asks.on_answer(answer)
+        h.owner.queries.on_answer(answer)
     assert h.answers == [answer] and len(h.owner) == 0
 
 
-def test_questions_spread_over_tokenizers() -> None:
+def test_queries_spread_over_tokenizers() -> None:
     h = Harness(1, 2)
     for _ in range(4):
-        h.owner.ask(Detokenize(0, "x", b""), h.answers.append)
-    assert sorted(h.asked()) == [("t1", 0), ("t1", 2), ("t2", 1), ("t2", 3)]
+        h.owner.query(partial(Detokenize, ids=b""), h.answers.append)
+    assert sorted(h.queried()) == [("t1", 0), ("t1", 2), ("t2", 1), ("t2", 3)]
 
 
-def test_without_a_tokenizer_there_is_503() -> None:
-    with pytest.raises(ApiError) as raised:
-        Harness().owner.ask(QUESTION, print)
-    assert raised.value.status == 503
+def test_without_a_tokenizer_there_is_none() -> None:
+    with pytest.raises(RequestError) as raised:
+        Harness().owner.query(QUERY, print)
+    assert raised.value.kind is ErrorKind.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
-    ("status", "shown", "text"),
-    [(400, 400, "no such id"), (500, 500, "The tokenizer could not handle this request.")],
+    ("status", "kind", "text"),
+    [
+        (400, ErrorKind.INVALID, "no such id"),
+        (500, ErrorKind.FAILED, "The tokenizer could not handle this request."),
+    ],
 )
-def test_a_refusal_is_an_api_error(status: int, shown: int, text: str) -> None:
+def test_a_refusal_is_an_error(status: int, kind: ErrorKind, text: str) -> None:
     h = Harness(1)
-    h.owner.ask(QUESTION, h.answers.append)
-    h.owner.asks.on_answer(Tokenized(0, status=status, message="no such id", param="tokens"))
+    h.owner.query(QUERY, h.answers.append)
+    h.owner.queries.on_answer(Tokenized(0, status=status, message="no such id", param="tokens"))
     (error,) = h.answers
-    assert isinstance(error, ApiError) and (error.status, error.message) == (shown, text)
+    assert isinstance(error, RequestError) and (error.kind, error.message) == (kind, text)
 
 
-def test_a_question_outlives_its_tokenizer_but_not_for_ever() -> None:
+def test_a_query_outlives_its_tokenizer_but_not_for_ever() -> None:
     h = Harness(1)
-    h.owner.ask(QUESTION, h.answers.append)
+    h.owner.query(QUERY, h.answers.append)
     for i in range(2, MAX_DEATHS + 1):
         h.roster(i)
-        assert h.asked()[-1] == (f"t{i}", 0) and h.answers == []
+        assert h.queried()[-1] == (f"t{i}", 0) and h.answers == []
     h.roster(99)
     (error,) = h.answers
-    assert isinstance(error, ApiError) and error.status == 500 and len(h.owner) == 0
+    assert isinstance(error, RequestError) and error.kind is ErrorKind.FAILED and len(h.owner) == 0
 
 
-def test_a_question_waits_for_a_tokenizer_until_its_time_is_over() -> None:
+def test_a_query_waits_for_a_tokenizer_until_its_time_is_over() -> None:
     h = Harness(1)
-    h.owner.ask(QUESTION, h.answers.append)
-    h.owner.asks.on_answer(Tokenized(0, status=503, message="still loading"))
+    h.owner.query(QUERY, h.answers.append)
+    h.owner.queries.on_answer(Tokenized(0, status=503, message="still loading"))
     h.roster()
-    assert h.answers == [] and len(h.asked()) == 1
+    assert h.answers == [] and len(h.queried()) == 1
     h.now += ANSWER_S
     h.owner.tick()
-    assert isinstance(h.answers[0], ApiError) and h.answers[0].status == 503
+    (error,) = h.answers
+    assert isinstance(error, RequestError) and error.kind is ErrorKind.UNAVAILABLE
 
 
-def test_a_forgotten_question_has_no_answer() -> None:
+def test_a_discarded_query_has_no_answer() -> None:
     h = Harness(1)
-    ask = h.owner.ask(QUESTION, h.answers.append)
-    h.owner.asks.forget(ask)
-    h.owner.asks.on_answer(Tokenized(0))
-    h.owner.fail_all(ApiError(503, "over"))
+    query = h.owner.query(QUERY, h.answers.append)
+    h.owner.queries.discard(query)
+    h.owner.queries.on_answer(Tokenized(0))
+    h.owner.fail_all(unavailable("over"))
     assert h.answers == []
 
 
-def test_the_end_of_the_process_ends_its_questions() -> None:
+def test_the_end_of_the_process_ends_its_queries() -> None:
     h = Harness(1)
-    h.owner.ask(QUESTION, h.answers.append)
-    error = ApiError(503, "over")
+    h.owner.query(QUERY, h.answers.append)
+    error = unavailable("over")
     h.owner.fail_all(error)
     assert h.answers == [error]
 

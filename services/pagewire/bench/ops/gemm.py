@@ -1,4 +1,4 @@
-"""Matrix products, the operations between them, and a whole decoder layer."""
+"""Matrix multiplications (GEMM), the operations between them, and a whole decoder layer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ SOME_ROWS = (
 )
 
 
-class Product(Case):
+class Gemm(Case):
     def __init__(self, n: int, k: int, rows: int) -> None:
         self._weights, self._x = weights(n, k), rand(rows, k)
         self.sets = len(self._weights)
@@ -73,20 +73,20 @@ class Product(Case):
         return functional.linear(self._x, self._weights[i])
 
 
-def product(label: str, n: int, k: int, rows: int) -> Job:
+def gemm_job(label: str, n: int, k: int, rows: int) -> Job:
     shapes = [SkinnyConfig(*shape) for shape in (ONE_ROW if rows == 1 else SOME_ROWS)]
     return Job(
         "gemm",
         f"{label} {n}x{k} M{rows}",
-        lambda: Product(n, k, rows),
+        lambda: Gemm(n, k, rows),
         n * k * 2.0,
         configs=shapes,
         peer="cuBLAS",
     )
 
 
-class Chosen(Product):
-    """Many rows, by the algorithm that a worker would choose at its start."""
+class TunedGemm(Gemm):
+    """Many rows, with the algorithm that a worker would choose at its start."""
 
     def __init__(self, n: int, k: int, rows: int) -> None:
         super().__init__(n, k, rows)
@@ -94,11 +94,11 @@ class Chosen(Product):
         cuda.OPS.choices.gemm.choose(shape, {rows: fastest(rows, shape, self._weights)})
 
 
-def chosen(label: str, n: int, k: int, rows: int) -> Job:
+def tuned_gemm_job(label: str, n: int, k: int, rows: int) -> Job:
     return Job(
         "product",
         f"{label} {n}x{k} M{rows}",
-        lambda: Chosen(n, k, rows),
+        lambda: TunedGemm(n, k, rows),
         2.0 * n * k * rows,
         unit="TFLOP/s",
         peer="cuBLAS",

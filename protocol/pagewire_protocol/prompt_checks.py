@@ -1,0 +1,37 @@
+"""What a prompt may hold, how long it may be, and which part of it stays where the client asked for
+a shorter one.
+
+Both who owns a request and the tokenizer decide this, so the rules and their words stand here once.
+"""
+
+
+def kept_prompt_tokens(truncate_prompt: int, max_model_len: int, completion_tokens: int) -> int:
+    """How many of the prompt's last tokens stay; 0: all of them.
+
+    `truncate_prompt` is the field of `TextOptions`: a number of tokens, 0 for all, or -1 for as
+    many as the context of `max_model_len` tokens holds beside `completion_tokens`. Where the
+    context has no room for a prompt at all, the prompt stays whole and is then refused as too
+    long: an answer to a cut that leaves nothing would be an answer to another question.
+    """
+    if truncate_prompt >= 0:
+        return truncate_prompt
+    return max(0, max_model_len - completion_tokens)
+
+
+def truncated_ids(ids: bytes, kept: int) -> bytes:
+    """The last `kept` tokens of an int32 column; all of it when `kept` is 0."""
+    return ids[-4 * kept :] if kept else ids
+
+
+def too_long(max_model_len: int, prompt_tokens: int, completion_tokens: int) -> str:
+    """The refusal of a request that does not fit the context."""
+    return (
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the prompt, "
+        f"{completion_tokens} for the completion). Reduce the prompt or max_tokens."
+    )
+
+
+def outside_vocabulary(token: object, vocab_size: int) -> str:
+    """The refusal of a token id that the model does not have."""
+    return f"token id {token} is outside the model's vocabulary of {vocab_size} tokens"

@@ -1,0 +1,48 @@
+"""Answers to queries that belong to no request: the ids of a prompt, the text of ids. No sockets, no
+state; safe in any thread."""
+
+import logging
+from typing import Final
+
+from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
+
+from .encode import LONG, Encoder, Refused, size_of
+
+log = logging.getLogger("pagewire.tokenizer")
+Query = Tokenize | Detokenize
+LONG_IDS: Final = 4 * (LONG // 4)
+"""Bytes of token ids that are as much work as LONG characters, at 4 characters a token."""
+
+
+def is_long(query: Query) -> bool:
+    """Whether the answer takes so much work that a thread makes it, off the event loop."""
+    if isinstance(query, Detokenize):
+        return len(query.ids) > LONG_IDS
+    return size_of(query.prompt) > LONG or len(query.prompt.ids or b"") > LONG_IDS
+
+
+def answer(encoder: Encoder, query: Query) -> Tokenized:
+    """The ids or the text; a status of 400 with the reason where the query cannot be answered."""
+    handle = query.handle
+    try:
+        if isinstance(query, Detokenize):
+            return Tokenized(handle, text=encoder.decode(query.ids, query.skip_special_tokens))
+        ids = encoder.encode(query.prompt, query.add_special_tokens)
+        return Tokenized(handle, ids, encoder.strings(ids) if query.with_texts else ())
+    except Refused as refusal:
+        return Tokenized(
+            handle, status=refusal.status, message=refusal.message, param=refusal.param
+        )
+    except Exception as error:
+        # The tokenizers library raises bare Exception; one query must not end the service.
+        log.exception("a query could not be answered")
+        return Tokenized(
+            handle,
+            status=500,
+            message=f"the query could not be answered ({type(error).__name__})",
+        )
+
+
+def still_loading(query: Query) -> Tokenized:
+    """The answer before there is a tokenizer: the sender asks again."""
+    return Tokenized(query.handle, status=503, message="this tokenizer is still loading")

@@ -1,0 +1,270 @@
+"""Another parser of answers plugs in between the streams and the formatter, for streamed and whole
+answers: here a toy format with reasoning between <think> tags and calls between <call> tags."""
+
+import json
+import re
+from collections.abc import Sequence
+
+import pytest
+from api.fake_stack import WORDS
+from pagewire.frontend.answers import (
+    PLAIN,
+    ContentDelta,
+    ContentParser,
+    Delta,
+    ReasoningDelta,
+    ToolCallDelta,
+    parse_whole,
+)
+from pagewire.frontend.events import ParsedSseChoice, SseChoice, SseReply
+from pagewire.frontend.rendering import Rendering
+from pagewire.frontend.reply import Echo, Reply
+from pagewire.frontend.responses import ChoiceData, formatter_for
+from pagewire.frontend.sse import Flusher
+from pagewire_protocol.structs import TokenLogprobs
+
+TAG = re.compile(r"</?think>|<call [a-z]+>|</call>")
+LONGEST_TAG = len("<call lookup>")
+
+
+class ToyParser:
+    """Holds back what could become a tag."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._thinking = False
+        self._calls = 0
+        self._calling = False
+
+    def feed(self, text: str) -> Sequence[Delta]:
+        deltas: list[Delta] = []
+        self._held += text
+        while tag := TAG.search(self._held):
+            self._take(deltas, tag.start())
+            self._open_or_close(deltas, tag[0])
+            self._held = self._held[len(tag[0]) :]
+        bracket = self._held.rfind("<")
+        may_be_tag = bracket >= 0 and len(self._held) - bracket < LONGEST_TAG
+        self._take(deltas, bracket if may_be_tag else len(self._held))
+        return deltas
+
+    def finish(self) -> Sequence[Delta]:
+        deltas: list[Delta] = []
+        self._take(deltas, len(self._held))
+        return deltas
+
+    def _take(self, deltas: list[Delta], length: int) -> None:
+        text, self._held = self._held[:length], self._held[length:]
+        if not text:
+            return
+        if self._calling:
+            deltas.append(ToolCallDelta(self._calls - 1, arguments=text))
+        else:
+            deltas.append(ReasoningDelta(text) if self._thinking else ContentDelta(text))
+
+    def _open_or_close(self, deltas: list[Delta], tag: str) -> None:
+        if tag.startswith("<call "):
+            name = tag[len("<call ") : -1]
+            deltas.append(ToolCallDelta(self._calls, f"call-{self._calls}", name))
+            self._calls += 1
+            self._calling = True
+        elif tag == "</call>":
+            self._calling = False
+        else:
+            self._thinking = tag == "<think>"
+
+
+TEXT = '<think>Sums, "quoted".\n</think>It is <b>4</b>.<call add>{"a":2,"b":2}</call><call lookup>{"of":"🦙"}</call>'
+CALLS = [
+    {"id": "call-0", "type": "function", "function": {"name": "add", "arguments": '{"a":2,"b":2}'}},
+    {
+        "id": "call-1",
+        "type": "function",
+        "function": {"name": "lookup", "arguments": '{"of":"🦙"}'},
+    },
+]
+MESSAGE = {
+    "role": "assistant",
+    "content": "It is <b>4</b>.",
+    "reasoning": 'Sums, "quoted".\n',
+    "reasoning_content": 'Sums, "quoted".\n',
+    "tool_calls": CALLS,
+}
+CUTS = [1, 2, 3, 5, 7, 11, len(TEXT)]
+"""Characters in a piece of a stream."""
+
+
+def rendering(*, stream: bool, chat: bool = True, **more: object) -> Rendering:
+    fields = {
+        "n": 1,
+        "per_prompt": 1,
+        "include_usage": False,
+        "continuous_usage": False,
+        "logprobs": -1,
+        "prompt_logprobs": -1,
+        "return_token_ids": False,
+        "ids_as_text": False,
+    }
+    return Rendering(chat=chat, stream=stream, **{**fields, **more})
+
+
+class Loop:
+    """As much of an event loop as a reply and its outlet need."""
+
+    def create_future(self):
+        return Future()
+
+
+class Future:
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def done(self) -> bool:
+        return self.is_set
+
+    def set_result(self, result: None) -> None:
+        self.is_set = True
+
+
+def whole(text: str, parser=ToyParser, **more: object) -> dict:
+    reply = Reply(
+        formatter_for(rendering(stream=False, **more), "1", "m"), Loop(), [Echo()], parser
+    )
+    (choice,) = reply.choices
+    choice.text(text)
+    choice.finished("stop", None, 5)
+    return json.loads(reply.body())["choices"][0]
+
+
+def streamed(pieces: Sequence[str], parser=ToyParser, **more: object) -> list[dict]:
+    """The choice of every event, after those that precede the text."""
+    formatter = formatter_for(rendering(stream=True, **more), "1", "m")
+    reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+    (choice,) = reply.choices
+    for position, piece in enumerate(pieces):
+        if choice.wants_tokens:
+            entry = TokenLogprobs(0, 0, 1, (position,), (-1.0,), (piece.encode(),))
+            choice.tokens(piece, [position], [entry])
+        else:
+            choice.text(piece)
+    choice.finished("stop", None, len(pieces))
+    blocks = b"".join(reply.outlet.pieces).decode().split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks[:-2]]
+
+
+def cut(text: str, length: int) -> list[str]:
+    return [text[start : start + length] for start in range(0, len(text), length)]
+
+
+def joined(events: list[dict]) -> dict:
+    """The message that a client puts together from a stream's deltas."""
+    message = {"role": "assistant", "content": "", "reasoning": "", "reasoning_content": ""}
+    calls: list[dict] = []
+    for event in events:
+        delta = dict(event["delta"])
+        for call in delta.pop("tool_calls", []):
+            function = call["function"]
+            if "id" in call:
+                assert call["index"] == len(calls)
+                calls.append({"id": call["id"], "type": call["type"], "function": function})
+            else:
+                calls[call["index"]]["function"]["arguments"] += function["arguments"]
+        for name, text in delta.items():
+            message[name] += text
+    return {**message, "tool_calls": calls}
+
+
+def test_a_whole_answer() -> None:
+    choice = whole(TEXT)
+    assert choice["message"] == MESSAGE
+    assert choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("length", CUTS)
+def test_a_stream_says_the_same_however_it_is_cut(length: int) -> None:
+    events = streamed(cut(TEXT, length))
+    assert joined(events) == MESSAGE
+    assert events[-1]["finish_reason"] == "tool_calls"
+    assert events[-1]["delta"] == {}
+
+
+@pytest.mark.parametrize("length", CUTS)
+def test_a_stream_with_log_probabilities_says_the_same(length: int) -> None:
+    pieces = cut(TEXT, length)
+    events = streamed(pieces, logprobs=0)
+    assert joined(events) == MESSAGE
+    tokens = [
+        entry for event in events if event["logprobs"] for entry in event["logprobs"]["content"]
+    ]
+    assert [entry["token"] for entry in tokens] == pieces, (
+        "each row's once, also of a held-back text"
+    )
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    assert whole("a <thi")["message"] == {"role": "assistant", "content": "a <thi"}
+    events = streamed(["a <thi"])
+    assert [event["delta"] for event in events] == [{"content": "a "}, {"content": "<thi"}, {}]
+    assert events[-1]["finish_reason"] == "stop"
+
+
+def test_a_call_without_content_has_null_content() -> None:
+    assert whole("<call add>{}</call>")["message"]["content"] is None
+
+
+def test_a_length_end_stays_one() -> None:
+    reply = Reply(formatter_for(rendering(stream=False), "1", "m"), Loop(), [Echo()], ToyParser)
+    (choice,) = reply.choices
+    choice.text("<call add>{")
+    choice.finished("length", None, 5)
+    body = json.loads(reply.body())["choices"][0]
+    assert body["finish_reason"] == "length"
+    assert body["message"]["tool_calls"][0]["function"]["arguments"] == "{"
+
+
+@pytest.mark.parametrize("pieces", [list(WORDS), ["", "<think>x"]])
+def test_without_another_parser_all_text_is_content(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert whole(text, PLAIN)["message"] == {"role": "assistant", "content": text}
+    events = streamed(pieces, PLAIN)
+    assert [event["delta"] for event in events] == [*({"content": piece} for piece in pieces), {}]
+    assert parse_whole(ContentParser(), text) == (ContentDelta(text),)
+
+
+def test_only_another_parser_leaves_the_fast_path() -> None:
+    for parser, kind in ((PLAIN, SseChoice), (ToyParser, ParsedSseChoice)):
+        formatter = formatter_for(rendering(stream=True), "1", "m")
+        reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+        assert type(reply.choices[0]) is kind
+
+
+def test_deltas_of_parallel_calls_may_alternate() -> None:
+    data = ChoiceData(0)
+    for delta in (
+        ToolCallDelta(0, "x", "f", "{"),
+        ToolCallDelta(1, "y", "g", "["),
+        ToolCallDelta(0, arguments="}"),
+        ToolCallDelta(1, arguments="]"),
+    ):
+        data.add(delta)
+    assert data.tool_calls == [ToolCallDelta(0, "x", "f", "{}"), ToolCallDelta(1, "y", "g", "[]")]
+
+
+def test_the_server_uses_the_parser_for_chats_alone(
+    server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Upper(ContentParser):
+        def feed(self, text: str) -> Sequence[Delta]:
+            return (ReasoningDelta(text.upper()),)
+
+    monkeypatch.setattr(server.frontend.service.state, "chat_parser", Upper)
+    message = server.chat("hi", max_tokens=1).json()["choices"][0]["message"]
+    assert message["reasoning"] == WORDS[0].upper() and message["content"] == ""
+    events = server.events(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], max_tokens=1
+    )
+    assert {"reasoning": "HELLO", "reasoning_content": "HELLO"} in [
+        event["choices"][0]["delta"] for event in events
+    ]
+    assert server.complete("hi", max_tokens=1).json()["choices"][0]["text"] == WORDS[0]

@@ -1,0 +1,238 @@
+"""The GPU's runner without a GPU: its own steps, with sampling and slot kernels in Triton's
+interpreter, over a model on the CPU; against the CPU's runner, token by token."""
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.worker.cpu.runner import Runner
+from pagewire.worker.gpu import runner as gpu_runner
+from pagewire.worker.gpu.decode_graphs import DecodeGraphs
+from pagewire.worker.gpu.mixed_steps import MixedSteps
+from pagewire.worker.gpu.resample import ExtraSampling
+from pagewire.worker.gpu.runner import RING, GpuParts, GpuRunner
+from pagewire.worker.load import loader
+from pagewire.worker.runners import AsyncFromSync
+from pagewire.worker.step.slots import BadStep, Slots
+from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
+from pagewire_protocol.messages import Admission, Step, StepCost, StepResult, pack, unpack
+from pagewire_protocol.sampling import Sampling
+
+SLOTS, BLOCK, BLOCKS, COUNT = 6, 8, 90, 8
+CONFIG = WorkerConfig(
+    device="cpu", dtype="float32", block_size=BLOCK, num_kv_blocks=BLOCKS, threads=1
+)
+
+
+class Uploads:
+    def up(self, values: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        copy = torch.from_numpy(np.ascontiguousarray(values).copy())
+        return copy if out is None else out.copy_(copy)
+
+
+class Event:
+    def __init__(self, **options: Any) -> None:
+        self._recorded = False
+
+    def record(self) -> None:
+        self._recorded = True
+
+    def query(self) -> bool:
+        return self._recorded
+
+
+class Observer:
+    """Notes what it sees: 'begin', then the number of tokens."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def begin(self) -> None:
+        self.seen.append("begin")
+
+    def end(self, tokens: int) -> None:
+        self.seen.append(tokens)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def on_gpu(path, monkeypatch):
+    """make(observers) -> a GpuRunner, eager, whose device is the CPU."""
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", Event)
+
+    def make(*observers: Any) -> GpuRunner:
+        loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
+        slots = Slots(SLOTS, loaded.sizing.max_model_len, BLOCK)
+        state = SlotState.empty(SLOTS + 1, slots.tables.shape[1], "cpu")
+        uploads: Any = Uploads()
+        parts = GpuParts(
+            loaded,
+            slots,
+            state,
+            uploads,
+            DecodeGraphs(loaded, state, SLOTS, eager=True, cascade=False, pool=None),
+            MixedSteps(loaded, slots, state, uploads, eager=True, cascade=False, pool=None),
+            ExtraSampling(loaded, slots, state, uploads),
+            [torch.empty(SLOTS, dtype=torch.int32) for _ in range(RING)],
+        )
+        return GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, list(observers))
+
+    return make
+
+
+@pytest.fixture
+def on_cpu(path):
+    runner = Runner(path, ModelConfig(), SchedulerConfig(max_num_seqs=SLOTS), CONFIG, incarnation=7)
+    return AsyncFromSync(runner)
+
+
+REQUESTS = [
+    Sampling(seed=1, max_tokens=99, temperature=0.0),
+    Sampling(seed=2**40 + 5, max_tokens=99, temperature=1.0),
+    Sampling(seed=3, max_tokens=99, temperature=0.8, top_k=20, top_p=0.9),
+    Sampling(seed=4, max_tokens=99, temperature=1.5, min_p=0.02, frequency_penalty=0.5),
+    Sampling(
+        seed=5,
+        max_tokens=99,
+        temperature=1.1,
+        logprobs=2,
+        prompt_logprobs=1,
+        min_tokens=4,
+        bias_ids=pack("i", [9, 11]),
+        bias_values=pack("f", [3.0, -5.0]),
+        bad_words=(pack("i", [7]), pack("i", [9, 9])),
+    ),
+    Sampling(seed=6, max_tokens=99, temperature=0.0, repetition_penalty=1.5, logprobs=0),
+]
+
+
+def generate(runner: Any, chunk: int) -> tuple[list[list[int]], list[StepResult]]:
+    """COUNT tokens for each of REQUESTS, steps sent ahead of their results, prompts in chunks; the
+    tokens by slot."""
+    make = np.random.default_rng(chunk)
+    prompts = [make.integers(3, 300, 5 + 7 * i).tolist() for i in range(SLOTS)]
+    free = list(range(BLOCKS))
+    admit = []
+    for slot, (prompt, sampling) in enumerate(zip(prompts, REQUESTS, strict=True)):
+        blocks = [free.pop() for _ in range(-(-len(prompt) // BLOCK))]
+        admit.append(Admission(slot, slot, pack("i", prompt), b"", pack("i", blocks), 0, sampling))
+    num_tokens = [len(prompt) for prompt in prompts]
+    num_blocks = [-(-length // BLOCK) for length in num_tokens]
+    sent = [0] * SLOTS
+    end = [length + COUNT for length in num_tokens]
+    out: list[list[int]] = [[] for _ in prompts]
+    results: list[StepResult] = []
+    in_flight: deque[Any] = deque()
+
+    def read(limit: int) -> None:
+        while len(in_flight) > limit:
+            handle = in_flight.popleft()
+            assert handle.done()
+            results.append(handle.result())
+            columns = (unpack("i", column) for column in (results[-1].slots, results[-1].tokens))
+            for slot, token in zip(*columns, strict=True):
+                out[slot].append(token)
+
+    last_run: list[int] = []
+    n = 0
+    while any(length < last for length, last in zip(num_tokens, end, strict=True)):
+        run = [slot for slot in range(SLOTS) if num_tokens[slot] < end[slot]]
+        counts = [min(chunk, num_tokens[slot] - sent[slot]) for slot in run]
+        grow_slots, grow_blocks = [], []
+        for slot, count in zip(run, counts, strict=True):
+            sent[slot] += count
+            while num_blocks[slot] * BLOCK < sent[slot]:
+                grow_slots.append(slot)
+                grow_blocks.append(free.pop())
+                num_blocks[slot] += 1
+            num_tokens[slot] += sent[slot] == num_tokens[slot]
+        repeat = run == last_run and set(counts) == {1}
+        last_run = run
+        columns = (
+            {"repeat": True}
+            if repeat
+            else {"run_slots": pack("i", run), "run_counts": pack("i", counts)}
+        )
+        grow = {"grow_slots": pack("i", grow_slots), "grow_blocks": pack("i", grow_blocks)}
+        in_flight.append(runner.launch(Step(1, n, admit=tuple(admit), **grow, **columns)))
+        admit, n = [], n + 1
+        read(limit=3)
+    read(limit=0)
+    return out, results
+
+
+# The CPU's attention never meets padding rows in a CPU worker, and takes the logarithm of their
+# length.
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.parametrize("chunk", [1000, 6])
+def test_every_token_is_the_cpu_runners(on_gpu, on_cpu, chunk) -> None:
+    observer = Observer()
+    tokens, results = generate(on_gpu(observer), chunk)
+    wanted, wanted_results = generate(on_cpu, chunk)
+    assert tokens == wanted and all(len(row) == COUNT for row in tokens)
+    assert observer.seen[::2] == ["begin"] * len(results)
+    prompts = sum(5 + 7 * slot for slot in range(SLOTS))
+    assert sum(observer.seen[1::2]) == prompts + SLOTS * (COUNT - 1)
+    for got, exact in zip(results, wanted_results, strict=True):
+        assert (got.epoch, got.incarnation, got.n) == (exact.epoch, 7, exact.n)
+        assert (got.slots, got.flags) == (exact.slots, exact.flags)
+        same_logprobs(got.logprobs, exact.logprobs)
+        assert len(got.prompt_logprobs) == len(exact.prompt_logprobs)
+        for ours, theirs in zip(got.prompt_logprobs, exact.prompt_logprobs, strict=True):
+            same_logprobs(ours, theirs)
+
+
+def same_logprobs(got: Any, exact: Any) -> None:
+    assert (got is None) == (exact is None)
+    if got is not None:
+        assert (got.counts, got.ranks, got.ids) == (exact.counts, exact.ranks, exact.ids)
+        np.testing.assert_allclose(unpack("f", got.values), unpack("f", exact.values), atol=1e-4)
+
+
+def test_rows_are_brought_up_again_after_clear(on_gpu) -> None:
+    """A new scheduler's slots may be the same numbers as the last one's."""
+    runner = on_gpu()
+    first, _ = generate(runner, 1000)
+    runner.clear()
+    with pytest.raises(BadStep, match="hold no request"):
+        runner.launch(Step(2, 0, run_slots=pack("i", [0]), run_counts=pack("i", [1])))
+    runner.clear()
+    again, _ = generate(runner, 1000)
+    assert again == first
+
+
+def test_there_are_more_buffers_than_steps_in_flight() -> None:
+    assert MAX_STEPS_IN_FLIGHT < RING
+    gpu_runner.check_ring(MAX_STEPS_IN_FLIGHT)
+    with pytest.raises(ValueError, match="16 steps in flight need more than 16 buffers"):
+        gpu_runner.start(
+            SimpleNamespace(),  # pyright: ignore[reportArgumentType]
+            ModelConfig(),
+            SchedulerConfig(steps_in_flight=16),
+            WorkerConfig(),
+        )
