@@ -1,19 +1,12 @@
 """Native functions compiled, by name: products and dense copies of a format by LLVM alone, the
-others by Numba.
-
-`python -m pagewire_kernels.cpu_compile DIRECTORY NAME...` does it in a process of its own, beside
-whatever else a start has to do: half of it is Python. Needs no torch.
+others by Numba. Needs no torch.
 """
 
-import gc
-import sys
-from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-from . import cpu_native
 from .cpu_format import FORMATS
-from .cpu_native import NEEDED, NoNativeCode
+from .cpu_target import NEEDED, NoNativeCode, machine
 
 FORMAT_BY_NAME: Final = {form.name: form for form in FORMATS}
 OF_C: Final = ("sqrtf", "memset", "memcpy")
@@ -44,12 +37,14 @@ def _by_llvm(kind: str, form: str) -> tuple[str, bytes]:
 
     made = cpu_emit.module(kind, FORMAT_BY_NAME[form])
     made.triple = llvm.get_process_triple()
-    machine = cpu_native.machine()
+    target_machine = machine()
     parsed = llvm.parse_assembly(str(made))
-    parsed.data_layout = str(machine.target_data)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    parsed.data_layout = str(target_machine.target_data)
+    passes = llvm.create_pass_builder(
+        target_machine, llvm.create_pipeline_tuning_options(speed_level=2)
+    )
     passes.getModulePassManager().run(parsed, passes)
-    return made.name, machine.emit_object(parsed)
+    return made.name, target_machine.emit_object(parsed)
 
 
 def _by_numba(name: str) -> tuple[str, bytes]:
@@ -85,7 +80,7 @@ def _by_numba(name: str) -> tuple[str, bytes]:
         f.name for f in parsed.functions if f.is_declaration and not f.name.startswith("llvm.")
     }
     assert foreign <= {*NEEDED, *OF_C}, f"{name} calls {sorted(foreign)}"
-    return name, cpu_native.machine().emit_object(parsed)
+    return name, machine().emit_object(parsed)
 
 
 def load_numba() -> Any:
@@ -95,10 +90,3 @@ def load_numba() -> Any:
     except ImportError as error:
         raise NoNativeCode(f"Numba cannot be imported ({error})") from None
     return numba
-
-
-if __name__ == "__main__":
-    gc.disable()
-    cpu_native.keep_in(Path(sys.argv[1]))
-    for wanted in sys.argv[2:]:
-        cpu_native.object_of(wanted)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_native, cpu_task
+from . import cpu_native, cpu_target, cpu_task
 from .cpu_panels import ROWS, Panels, pack, rows_of
 from .quantized import GROUP, Quantized
 
@@ -32,7 +32,7 @@ class QuantizedLinear:
             raise ValueError(
                 f"matrices of {[tuple(part.shape) for part in parts]} do not fit panels of {ROWS} rows and groups of {GROUP}"
             )
-        self.panels = [pack(part, cpu_native.converts_half()) for part in parts]
+        self.panels = [pack(part, cpu_target.converts_half()) for part in parts]
         self.rows, self.columns = sum(panels.rows for panels in self.panels), parts[0].shape[1]
         self.padded = ROWS * sum(len(panels.data) for panels in self.panels)
         self.crossing, self.wide = CROSSING, wide

@@ -9,6 +9,7 @@ takes half a second to import, is for compiling (`cpu_compile`). Knows nothing o
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -19,15 +20,12 @@ from typing import Any, Final
 
 import numpy as np
 
-NEEDED: Final = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+from .cpu_target import NEEDED, NoNativeCode, machine, target
+
 FOR_ALL: Final = ("multiply", "make_dense", "decode")
 """Functions that most models need, and the ones that take longest to compile."""
 _place: list[Path] = []
 _helpers: list[subprocess.Popen[bytes]] = []
-
-
-class NoNativeCode(RuntimeError):
-    """Why there is no native code on this machine, in a few words."""
 
 
 def keep_in(place: Path) -> None:
@@ -40,34 +38,6 @@ def digest() -> str:
     """Changes with any source of native code."""
     sources = sorted(Path(__file__).parent.glob("cpu_*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-
-
-@functools.cache
-def target() -> tuple[str, str, str]:
-    """(triple, processor, features) that functions are compiled for: this machine's, or what
-    Numba's variables name."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-    return (
-        llvm.get_process_triple(),
-        name,
-        os.environ.get("NUMBA_CPU_FEATURES") or llvm.get_host_cpu_features().flatten(),
-    )
-
-
-def machine() -> Any:
-    """LLVM's, a new one each time: engines own theirs. Options are those that Numba gives it."""
-    import llvmlite.binding as llvm
-
-    triple, name, features = target()
-    relocation = "static" if triple.startswith(("x86", "i686")) else "default"
-    found = llvm.Target.from_triple(triple)
-    return found.create_target_machine(
-        name, features, opt=3, reloc=relocation, codemodel="jitdefault", jit=True
-    )
 
 
 @functools.cache
@@ -96,19 +66,11 @@ def check() -> None:
         load_numba()
 
 
-@functools.cache
-def converts_half() -> bool:
-    """Whether the processor turns float16 into float32 by itself; elsewhere that is a call for each
-    number."""
-    triple, _, features = target()
-    return triple.startswith("aarch64") or "+f16c" in features.split(",")
-
-
 def compile_beside() -> None:
     """Have another process compile what most models need and is not on disk."""
     missing = [name for name in FOR_ALL if not _kept(name)]
     if missing and _place and importlib.util.find_spec("numba"):
-        command = [sys.executable, "-m", "pagewire_kernels.cpu_compile", str(_place[0]), *missing]
+        command = [sys.executable, "-m", "pagewire_kernels.cpu_native", str(_place[0]), *missing]
         with contextlib.suppress(OSError):
             _helpers.append(
                 subprocess.Popen(
@@ -200,3 +162,11 @@ def run(function: int, task: np.ndarray, threads: int) -> None:
         ctypes.c_uint(threads),
         ctypes.c_uint(0),
     )
+
+
+if __name__ == "__main__":  # python -m pagewire_kernels.cpu_native DIRECTORY NAME...
+    # In a process of its own, beside whatever else a start has to do: half of compiling is Python.
+    gc.disable()
+    keep_in(Path(sys.argv[1]))
+    for wanted in sys.argv[2:]:
+        object_of(wanted)

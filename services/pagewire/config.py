@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
 
 GPU_STEP_TOKENS = 8192
 CPU_STEP_TOKENS = 2048
@@ -188,7 +189,11 @@ class SchedulerConfig(Struct, frozen=True):
     ] = True
     steps_in_flight: Annotated[
         int,
-        _help("most steps sent ahead of their results; more than 2 only of short ones", ge=1, le=8),
+        _help(
+            "most steps sent ahead of their results; more than 2 only of short ones",
+            ge=1,
+            le=MAX_STEPS_IN_FLIGHT,
+        ),
     ] = 4
     max_queued_tokens: Annotated[
         int, _help("prompt tokens that may wait before requests get 429", ge=1)

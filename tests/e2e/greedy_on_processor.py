@@ -16,7 +16,7 @@ from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.device import processor
 from pagewire.worker.load import precision
-from pagewire_kernels import cpu_native
+from pagewire_kernels import cpu_native, cpu_target
 from pagewire_protocol.messages import Admission, Step, pack, unpack
 from pagewire_protocol.sampling import Sampling
 
@@ -75,7 +75,7 @@ def main(path: str, dtype: Any, count: int, prompts: list[list[int]]) -> None:
         cpu_native.address(name)  # which of them a run needs depends on what is fast there
     look = processor.look()
     found = {
-        "half": cpu_native.converts_half(),
+        "half": cpu_target.converts_half(),
         "tokens": [greedy(runner, prompt, count) for prompt in prompts],
         "lines": log.lines,
         "refusal": refusal(lambda: precision.choose("bfloat16", "bfloat16", look)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from pagewire_kernels import cpu_native, cpu_sampling, reference, sampling
+from pagewire_kernels import cpu_native, cpu_sampling, cpu_target, reference, sampling
 from pagewire_kernels.filters import TOLERANCE
 from pagewire_kernels.philox import WORDS, sampling_words
 from pagewire_kernels.sampling_rows import SamplingRows
@@ -34,7 +34,7 @@ def cpu(request, monkeypatch, tmp_path_factory):
         cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
         try:
             cpu_sampling.compile_search()
-        except cpu_native.NoNativeCode as error:
+        except cpu_target.NoNativeCode as error:
             pytest.skip(str(error))
     return cpu_sampling.sample
 

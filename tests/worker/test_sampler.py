@@ -7,7 +7,7 @@ import pytest
 import torch
 from pagewire.worker.cpu import sampler
 from pagewire.worker.cpu.sampler import Rows, sample
-from pagewire_kernels import cpu_native, cpu_sampling
+from pagewire_kernels import cpu_native, cpu_sampling, cpu_target
 from pagewire_kernels.sampling_rows import SamplingRows
 from pagewire_protocol.columns import unpack
 from scipy import stats
@@ -17,7 +17,7 @@ from scipy import stats
 def native(tmp_path_factory):
     """As in a worker that has drawn for a while; without Numba torch does the same, slowly."""
     cpu_native.keep_in(tmp_path_factory.getbasetemp() / "native")
-    with contextlib.suppress(cpu_native.NoNativeCode):
+    with contextlib.suppress(cpu_target.NoNativeCode):
         cpu_sampling.compile_search()
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 from pagewire_kernels import cpu_native
-from pagewire_kernels.cpu_native import NoNativeCode
+from pagewire_kernels.cpu_target import NoNativeCode
 
 from ..device import kernel_cache
 from ..models.architecture import Architecture
