@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the table in pagewire/flags.py: `python docs/generate_flags.py`. A test
+"""Writes docs/flags.md from the table in launch/vllm_compat.py: `python docs/generate_flags.py`. A test
 compares."""
 
 from collections.abc import Iterable, Mapping

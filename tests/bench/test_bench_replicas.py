@@ -31,14 +31,14 @@ def test_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "cores", lambda: 16)
     config = serve.parse(["--device", "cuda", "--num-frontends", "1"])
     assert (config.num_frontends, config.num_tokenizers, config.num_workers) == (1, 2, 1)
-    assert "2 tokenizer(s), on 16 cores" in serve.crew(config)
+    assert "2 tokenizer(s), on 16 cores" in serve.service_counts(config)
 
 
 def test_the_choice_is_not_mentioned_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "cores", lambda: 2)
     config = serve.parse(["--device", "cuda"])
     assert (config.num_frontends, config.num_tokenizers) == (1, 1)
-    assert serve.crew(config) == ""
+    assert serve.service_counts(config) == ""
 
 
 def test_cores_are_at_least_one() -> None:

@@ -151,11 +151,13 @@ class Launch:
         self.ready = True
         self.supervisor.mark_ready()
         self.health.stop()
-        self.display.end(f"ready in {time.monotonic() - self.began:.1f} s{crew(self.config)}")
+        self.display.end(
+            f"ready in {time.monotonic() - self.began:.1f} s{service_counts(self.config)}"
+        )
         print(invitation(self.config), flush=True)
 
 
-def crew(config: stack.StackConfig) -> str:
+def service_counts(config: stack.StackConfig) -> str:
     """How many frontends and tokenizers there are, where there are several."""
     if config.num_frontends == config.num_tokenizers == 1:
         return ""

@@ -118,8 +118,8 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[Slot, int]) -> I32:
     pool = worker.kv_cache.pool
 
     # Blocks of requests that have ended come back with the steps in flight that still write them.
-    # If even those do not suffice, somebody must give way: the youngest, which has least to lose
-    # and whose turn would come last if all waited again.
+    # If even those do not suffice, a request is preempted: the youngest, which has the least to
+    # compute again and would be the last to be placed if all waited.
     while pool.available + worker.kv_cache.returning() < sum(needed.values()):
         running = [r for r in worker.requests() if r.phase is Phase.RUNNING]
         victim = max(running, key=lambda request: request.order)
@@ -127,8 +127,8 @@ def _make_room(worker: WorkerState, rows: I32, needed: dict[Slot, int]) -> I32:
         rows = rows[rows != victim.slot]
         worker.preempt(victim)
 
-    # What is on its way is not here yet. The eldest take what there is; the others sit out this
-    # step, keep their slots and go on when blocks have come back.
+    # Blocks that steps in flight still hold cannot be taken yet. The oldest requests take what is
+    # free; the others are left out of this step, keep their slots and go on when blocks are back.
     left = pool.available
     if left < sum(needed.values()):
         waits: list[Slot] = []

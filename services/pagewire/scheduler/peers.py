@@ -99,9 +99,9 @@ class Peers:
             if now - state.last_seen > limit[state.peer.ready]
         ]
 
-    def forgive(self, seconds: float) -> None:
-        """The scheduler itself stood still for `seconds`: nobody is blamed for a silence it could
-        not hear."""
+    def extend_deadlines(self, seconds: float) -> None:
+        """The scheduler itself stood still for `seconds`: no peer is dropped for messages that
+        were not read meanwhile."""
         for state in self._peers.values():
             state.last_seen += seconds
 
@@ -174,7 +174,7 @@ class ReplyRoutes:
     def __init__(self) -> None:
         self._number: dict[str, ReplyRoute] = {}
         self._inbox: dict[ReplyRoute, str] = {}
-        self._strangers: dict[str, float] = {}
+        self._unknown_senders: dict[str, float] = {}
         """Since when results are sent to a process that never said Hello, by inbox."""
         self._next = 0
 
@@ -187,16 +187,16 @@ class ReplyRoutes:
             self._inbox[number] = inbox
             self._next += 1
             if not introduced:
-                self._strangers[inbox] = now
+                self._unknown_senders[inbox] = now
         return number
 
     def introduced(self, inbox: str) -> None:
         """The process of `inbox` has said Hello."""
-        self._strangers.pop(inbox, None)
+        self._unknown_senders.pop(inbox, None)
 
     def overdue(self, now: float) -> list[str]:
         """The inboxes whose processes should have said Hello by now."""
-        return [inbox for inbox, since in self._strangers.items() if now - since > SILENCE_S]
+        return [inbox for inbox, since in self._unknown_senders.items() if now - since > SILENCE_S]
 
     def inbox(self, number: ReplyRoute) -> str | None:
         """The inbox with this number; None when it is gone."""
@@ -204,7 +204,7 @@ class ReplyRoutes:
 
     def remove(self, inbox: str) -> ReplyRoute | None:
         """The number that `inbox` had; it is never given again."""
-        self._strangers.pop(inbox, None)
+        self._unknown_senders.pop(inbox, None)
         number = self._number.pop(inbox, None)
         if number is not None:
             del self._inbox[number]

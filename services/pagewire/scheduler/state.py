@@ -79,9 +79,9 @@ class Scheduler:
         """Of the last Tick, in monotonic seconds."""
         self._send = send
         self._forget = forget
-        self._greet: set[str] = set()
+        self._newcomer_inboxes: set[str] = set()
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
-        self._distrusted: set[Incarnation] = set()
+        self._failed_workers: set[Incarnation] = set()
         self._next_housekeeping = 0.0
         self._started = self._worker_seen = NOT_YET
 
@@ -99,7 +99,7 @@ class Scheduler:
                     self.engine.cancel(rid, attempt)
             case Heartbeat():
                 if not self.peers.heartbeat(event, self.now):
-                    self._greet.add(event.inbox)
+                    self._newcomer_inboxes.add(event.inbox)
             case Hello():
                 self._hello(event)
             case Goodbye():
@@ -121,7 +121,7 @@ class Scheduler:
             self.engine.result(result)
         except WorkerFault as fault:
             log.error("worker %x is dropped until it restarts: %s", result.incarnation, fault)
-            self._distrusted.add(result.incarnation)
+            self._failed_workers.add(result.incarnation)
             self._remove(result.incarnation, "cannot be trusted")
 
     # --- peers
@@ -130,14 +130,14 @@ class Scheduler:
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
         if (
-            peer.incarnation in self._distrusted
+            peer.incarnation in self._failed_workers
             or peer.role is Role.SCHEDULER
             or not peer.inbox.startswith("ipc://")
         ):
             return
         for former in self.peers.hello(hello, self.now):
             self._gone(former, "was replaced")
-        self._greet.add(peer.inbox)
+        self._newcomer_inboxes.add(peer.inbox)
         self.reply_routes.introduced(peer.inbox)
         worker = self.engine.workers.get(peer.incarnation)
         if worker is not None:
@@ -171,7 +171,7 @@ class Scheduler:
         route = self.reply_routes.remove(inbox)
         if route is not None:
             self.engine.drop_route(route)
-        self._greet.discard(inbox)
+        self._newcomer_inboxes.discard(inbox)
         self._forget(inbox)
 
     def _unreachable(self, inbox: str) -> None:
@@ -186,18 +186,18 @@ class Scheduler:
         if self._started == NOT_YET:
             self._started = self._worker_seen = now
         elif now - self.now > PAUSE_S:
-            self.peers.forgive(now - self.now)
+            self.peers.extend_deadlines(now - self.now)
         self.now = now
         due = now >= self._next_housekeeping
         if due:
             self._next_housekeeping = now + HOUSEKEEPING_S
-            self._keep_house()
+            self._do_housekeeping()
         # Tokens go out before the next steps, which are not urgent while others are under way, and
         # again after them, for the requests that got their slots.
         self._send_tokens()
         self.engine.advance(self._send, now)
         self._send_tokens()
-        if due or self._greet or self.peers.changed:
+        if due or self._newcomer_inboxes or self.peers.changed:
             self._send_rosters(due)
 
     def _send_tokens(self) -> None:
@@ -206,7 +206,7 @@ class Scheduler:
             if inbox is not None:
                 self._send(inbox, outgoing.message())
 
-    def _keep_house(self) -> None:
+    def _do_housekeeping(self) -> None:
         for incarnation in self.peers.expired(self.now):
             self._remove(incarnation, "was silent for too long")
         for inbox in self.reply_routes.overdue(self.now):
@@ -218,7 +218,7 @@ class Scheduler:
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
-        inboxes, self._greet = self._greet, set()
+        inboxes, self._newcomer_inboxes = self._newcomer_inboxes, set()
         frontends = set(self.peers.inboxes(Role.FRONTEND))
         if self.peers.changed:
             inboxes |= set(self.peers.inboxes())

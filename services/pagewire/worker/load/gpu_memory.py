@@ -1,6 +1,6 @@
 """How a GPU's memory is divided: what a step needs beside weights and KV blocks, what is left for
 the blocks, and what to change when nothing is. Works on numbers alone and allocates nothing;
-`kv.py` has the blocks themselves.
+`kv_sizing.py` has the blocks themselves.
 """
 
 import math

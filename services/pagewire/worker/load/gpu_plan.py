@@ -61,7 +61,7 @@ def plan_gpu(
     gpu: Gpu,
     scheduler: SchedulerConfig,
 ) -> GpuPlan:
-    """Raises kv.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
+    """Raises kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
     by_torch = attends_by_torch(gpu.capability)
     if by_torch:
         major, minor = gpu.capability

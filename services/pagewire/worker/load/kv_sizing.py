@@ -26,7 +26,7 @@ class DoesNotFit(ValueError):
 @dataclass(frozen=True)
 class Sizing:
     """Bytes and counts. gpu: what was seen before anything was allocated, None on a CPU. head:
-    lines for people, in place of the first."""
+    human-readable lines, in place of the first."""
 
     weight_bytes: int
     block_bytes: int
@@ -44,7 +44,7 @@ class Sizing:
         return self.num_blocks * self.block_bytes
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same in words."""
         tokens = self.num_blocks * self.block_size
         lines = [
             *(self.head or (f"weights {self.weight_bytes / MIB:,.0f} MiB",)),

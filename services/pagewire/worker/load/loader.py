@@ -78,7 +78,7 @@ def load(
     scheduler: SchedulerConfig | None = None,
 ) -> Loaded:
     """The model at `path` (a directory or a .gguf file). `scheduler` says how large steps get.
-    Raises Unsupported, kv.DoesNotFit, gpus.NoUsableGpu or memory_errors.GpuFailed with what is
+    Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or memory_errors.GpuFailed with what is
     wrong and what to do."""
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     device = choose_device(config.device)
