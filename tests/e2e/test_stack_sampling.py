@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from pagewire import LLM
 from pagewire.offline.engine import Engine
 from pagewire.requests.errors import ErrorKind
+from pagewire.requests.queries import MakeQuery
 from pagewire.requests.request import Job
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address
 from pagewire_protocol.messages import (
@@ -191,9 +193,9 @@ def test_what_the_tokenizer_refuses_by_name(engine: Engine) -> None:
     assert sink.end.kind is ErrorKind.INVALID and sink.end.param == "bad_words"
 
 
-def answered(engine: Engine, question: Tokenize | Detokenize) -> Any:
+def answered(engine: Engine, make_query: MakeQuery) -> Any:
     answers: list[Any] = []
-    engine.owner.query(question, answers.append)
+    engine.owner.query(make_query, answers.append)
     end = time.monotonic() + 60
     while not answers:
         assert time.monotonic() < end
@@ -203,13 +205,13 @@ def answered(engine: Engine, question: Tokenize | Detokenize) -> Any:
 
 def test_tokenize_and_detokenize(engine: Engine, oracle: Any) -> None:
     text = "Ünïcödé 世界 <|im_start|>🙂"
-    said = answered(engine, Tokenize(0, "x", Prompt(text=text), with_texts=True))
+    said = answered(engine, partial(Tokenize, prompt=Prompt(text=text), with_texts=True))
     ids = unpack("i", said.ids).tolist()
     assert ids == oracle[1](text).input_ids and list(said.texts) == oracle[1].convert_ids_to_tokens(
         ids
     )
-    assert answered(engine, Detokenize(0, "x", said.ids)).text == text
-    assert answered(engine, Detokenize(0, "x", pack("i", [10**6]))).kind is ErrorKind.INVALID
+    assert answered(engine, partial(Detokenize, ids=said.ids)).text == text
+    assert answered(engine, partial(Detokenize, ids=pack("i", [10**6]))).kind is ErrorKind.INVALID
 
 
 def test_hostile_columns_straight_to_the_scheduler_end_as_refusals(engine: Engine) -> None:
@@ -257,7 +259,7 @@ def test_a_question_and_a_scored_prompt_survive_the_tokenizer(engine: Engine, or
     sink = Sink()
     text = " ".join(TEXTS) * 4
     assert engine.submit(job(text, prompt_logprobs=1), sink) is not None
-    engine.owner.query(Tokenize(0, "x", Prompt(text="hello")), answers.append)
+    engine.owner.query(partial(Tokenize, prompt=Prompt(text="hello")), answers.append)
     os.kill(
         next(pid for name, pid in engine.pids().items() if name.startswith("tokenizer")),
         signal.SIGKILL,
