@@ -98,9 +98,9 @@ class DecodeRows:
 
 @triton.jit
 def _decode_inputs(
-    slots, last_token, num_computed, table, params, top_k, seeds,
-    tokens, positions, mapping, seq_lens, rows, row_params, row_top_k, row_seeds,
-    columns, params_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
+    slots, last_token, num_computed, table, sampling, top_k, seeds,
+    tokens, positions, mapping, seq_lens, rows, row_sampling, row_top_k, row_seeds,
+    columns, sampling_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
@@ -115,9 +115,9 @@ def _decode_inputs(
     tl.store(seq_lens + row, length)
     tl.store(row_top_k + row, tl.load(top_k + slot))
     tl.store(row_seeds + row, tl.load(seeds + slot))
-    tl.store(row_params + row, tl.load(params + slot * 3))
-    tl.store(row_params + params_stride + row, tl.load(params + slot * 3 + 1))
-    tl.store(row_params + 2 * params_stride + row, tl.load(params + slot * 3 + 2))
+    tl.store(row_sampling + row, tl.load(sampling + slot * 3))
+    tl.store(row_sampling + sampling_stride + row, tl.load(sampling + slot * 3 + 1))
+    tl.store(row_sampling + 2 * sampling_stride + row, tl.load(sampling + slot * 3 + 2))
     used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
     for start in range(0, used, CHUNK):
         column = start + tl.arange(0, CHUNK)

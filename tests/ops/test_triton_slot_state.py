@@ -1,7 +1,12 @@
 """Slot state kernels against their references, in Triton's interpreter."""
 
+import ast
 from dataclasses import fields
+from pathlib import Path
+from typing import TypeGuard
 
+import pagewire_kernels
+import pytest
 import torch
 from pagewire_kernels.slot_state import (
     DecodeRows,
@@ -14,6 +19,7 @@ from pagewire_kernels.slot_state import (
 
 SLOTS, COLUMNS, BLOCK = 11, 2500, 16
 POISON = -77
+KERNELS = Path(pagewire_kernels.__file__).parent
 
 
 def random_state(seed: int) -> SlotState:
@@ -65,3 +71,24 @@ def test_commit_touches_only_the_rows_it_is_given():
         state.num_computed, other.num_computed
     )
     assert state.num_computed[7] == random_state(2).num_computed[7] + 1
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
+def test_no_kernel_parameter_hides_a_name_that_triton_uses(path: Path) -> None:
+    """Triton makes a Python function with the kernel's parameters for each launch, in which these
+    are its own variables. The interpreter makes none, so only a GPU would show it."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if is_kernel(node)]
+    hidden = [
+        f"{function.name}({argument.arg})"
+        for function in functions
+        for argument in function.args.args
+        if argument.arg in ("params", "specialization", "options")
+    ]
+    assert not hidden
+
+
+def is_kernel(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    """Decorated with `triton.jit` or `gluon.jit`, called or not."""
+    return isinstance(node, ast.FunctionDef) and any(
+        "jit" in ast.unparse(decorator) for decorator in node.decorator_list
+    )
