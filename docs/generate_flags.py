@@ -59,23 +59,23 @@ def render() -> str:
         "| `--disable-cascade-attn` | `--no-enable-cascade` |",
         "| `--hf-token` | the environment variable `HF_TOKEN` |",
     ]
-    told = "Each prints one line that says so, unless its value is one of the second column or switches it off."
+    note = "Each prints one line that says so, unless its value is one of the second column or switches it off."
     lines += [
         "",
         "## Accepted without effect",
         "",
-        told,
+        note,
         "",
         "| flag | silent with | why |",
         "|---|---|---|",
         *rows(HARMLESS),
     ]
-    told = "They would change answers, or what can be served. Values of the second column, and those that switch off, are accepted."
+    note = "They would change answers, or what can be served. Values of the second column, and those that switch off, are accepted."
     lines += [
         "",
         "## Refused",
         "",
-        told,
+        note,
         "",
         "| flag | accepted with | why |",
         "|---|---|---|",

@@ -66,7 +66,7 @@ def check() -> None:
         load_numba()
 
 
-def compile_beside() -> None:
+def compile_in_background() -> None:
     """Have another process compile what most models need and is not on disk."""
     missing = [name for name in FOR_ALL if not _kept(name)]
     if missing and _place and importlib.util.find_spec("numba"):

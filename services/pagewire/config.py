@@ -36,7 +36,7 @@ SHORT = {"quantization": "-q"}
 REASONS = {
     "quantization": "only what the weights themselves bring (GGUF), and int8 or int4 on a CPU, is supported in this version",
 }
-"""What is said of a wrong value, where msgspec's words would not help."""
+"""The refusal of a wrong value, where msgspec's words would not help."""
 
 SEVERAL = ("served_model_name",)
 """Lists whose flag takes several values at once; that of any other takes one, so that it does not
@@ -296,9 +296,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> N
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-    told = _description(annotation)
-    shown = "" if default in ("", (), None) or "default" in told else f" (default: {default})"
-    options["help"] = f"{told}{shown}".replace("%", "%%")
+    description = _description(annotation)
+    shown = (
+        "" if default in ("", (), None) or "default" in description else f" (default: {default})"
+    )
+    options["help"] = f"{description}{shown}".replace("%", "%%")
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:

@@ -262,8 +262,8 @@ def judge(name: str, value: Any) -> str | None:
     """A line about a setting of the table, None where its value says what happens anyway. Raises
     Refused."""
     foreign = FOREIGN[name]
-    said = str(value).strip().lower()
-    if value is None or said in foreign.neutral:
+    text = str(value).strip().lower()
+    if value is None or text in foreign.neutral:
         return None
     if foreign.refused:
         raise Refused(name, value, foreign.why)

@@ -56,11 +56,11 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
     state = 0
     for token in tokens:
         state = extend(state, token)
-    said: list[int] = []
+    drawn: list[int] = []
     for _ in range(count):
-        said.append(draw(state, vocab_size))
-        state = extend(state, said[-1])
-    return said
+        drawn.append(draw(state, vocab_size))
+        state = extend(state, drawn[-1])
+    return drawn
 
 
 def score(slot: Slot, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
@@ -69,13 +69,13 @@ def score(slot: Slot, tokens: list[int], count: int, vocab_size: int) -> PromptL
     ids, values, ranks = list[int](), list[float](), list[int]()
     state = extend(0, tokens[0])
     for token in tokens[1:]:
-        said = draw(state, vocab_size)
-        ids += [token, *((said + j) % vocab_size for j in range(count))]
+        drawn = draw(state, vocab_size)
+        ids += [token, *((drawn + j) % vocab_size for j in range(count))]
         values += [
-            0.0 if token == said else -100.0,
+            0.0 if token == drawn else -100.0,
             *(0.0 if j == 0 else -100.0 for j in range(count)),
         ]
-        ranks.append(1 if token == said else 2)
+        ranks.append(1 if token == drawn else 2)
         state = extend(state, token)
     counts = [count + 1] * len(ranks)
     return PromptLogprobs(

@@ -107,7 +107,7 @@ def _load(
         from .device import kernel_cache
 
         kernel_cache.keep_native()
-        cpu_native.compile_beside()
+        cpu_native.compile_in_background()
     membership.loading("importing torch")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -11,18 +11,18 @@ from .case import Case, Job
 from .inputs import rand
 
 KINDS = ("greedy", "random", "top-p", "top-k+top-p")
-TOP_K, TOP_P, HEAT = 50, 0.9, 0.7
+TOP_K, TOP_P, TEMPERATURE = 50, 0.9, 0.7
 
 
 class Sample(Case):
     def __init__(self, rows: int, kind: str, width: int) -> None:
         self._kind, self._rows = kind, rows
         self._logits = rand(rows, width) * 3
-        self._heat = 0.0 if kind == "greedy" else HEAT
+        self._temperature = 0.0 if kind == "greedy" else TEMPERATURE
         self._k = TOP_K if kind == "top-k+top-p" else 0
         self._p = TOP_P if kind.startswith("top") else 1.0
         self._args = SamplingRows(
-            temperature=self._full(self._heat),
+            temperature=self._full(self._temperature),
             top_k=self._full(self._k, torch.int32),
             top_p=self._full(self._p),
             min_p=self._full(0.0),
@@ -59,11 +59,11 @@ class Sample(Case):
         order = self._logits.float().sort(-1, descending=True).values
         if self._k:
             order = order.masked_fill(order < order[:, self._k - 1 : self._k], float("-inf"))
-        probs = (order / self._heat).softmax(-1)
+        probs = (order / self._temperature).softmax(-1)
         cut = ((probs.cumsum(-1) - probs) < self._p).sum(-1) - 1
         exact = order.gather(1, cut[:, None])
         found = thresholds(self._logits, self._args)[:, None]
-        stray = (self._logits >= found) & (self._logits.float() < exact - 1e-3 * self._heat)
+        stray = (self._logits >= found) & (self._logits.float() < exact - 1e-3 * self._temperature)
         return bool((found <= exact).all()) and not bool(stray.any())
 
 

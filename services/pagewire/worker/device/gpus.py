@@ -107,7 +107,7 @@ def look(detailed: bool = True) -> GpuProbe:
     """Imports torch, and starts a CUDA context on every GPU when detailed."""
     import torch
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     version, number, cuda = (
@@ -123,7 +123,7 @@ def look(detailed: bool = True) -> GpuProbe:
         )
         return GpuProbe(version, cuda, number, reason=reason, hidden=hidden)
     if not count:
-        first = str(said[0].message) if said else ""
+        first = str(caught[0].message) if caught else ""
         return GpuProbe(
             version,
             cuda,

@@ -1,4 +1,4 @@
-"""What a person is told when Triton cannot make a kernel for the GPU: which kernel, which card, and
+"""The error message when Triton cannot make a kernel for the GPU: which kernel, which card, and
 what to do, in one line.
 
 Triton's errors are no RuntimeErrors, and they do not say which kernel they are about. Looks at
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .gpus import Gpu
 
-MOST_SAID: Final = 300
+MAX_MESSAGE: Final = 300
 """Characters of a compiler's message."""
 
 
@@ -40,9 +40,9 @@ def explain(error: BaseException, gpu: Gpu | None, doing: str) -> str:
     kernel, card = kernel_of(error), gpu.title() if gpu else "the GPU"
     if type(error).__name__ == "OutOfResources":
         return _too_large(error, kernel, card)
-    said = " ".join(str(error).split())[:MOST_SAID]
+    message = " ".join(str(error).split())[:MAX_MESSAGE]
     return (
-        f"{kernel} does not compile for {card} while {doing}: {type(error).__name__}: {said}. What helps: the versions of torch "
+        f"{kernel} does not compile for {card} while {doing}: {type(error).__name__}: {message}. What helps: the versions of torch "
         "and Triton that this release was tested with (constraints.txt); --device cpu runs without compiled kernels; it is worth a report"
     )
 

@@ -240,7 +240,7 @@ def _no_room(
     help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
     return (
         f"the model needs {gib(fixed + least)} ({parts}) but of {gpu.title()} {gib(max(0, budget))} {asked}. "
-        + _told(gpu, help_)
+        + _with_remedies(gpu, help_)
     )
 
 
@@ -258,7 +258,7 @@ def _too_long(
     help_.append("a smaller model leaves more for it")
     return (
         f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * each)}), there is room for {count:,} "
-        f"({gib(count * each)}, {held:,} tokens). " + _told(gpu, help_)
+        f"({gib(count * each)}, {held:,} tokens). " + _with_remedies(gpu, help_)
     )
 
 
@@ -285,7 +285,7 @@ def _too_short(
     return (
         f"a context of {held:,} tokens is all that fits, of {wanted:,}, and less than {least:,} is served only when asked for: of "
         f"{gpu.title()} {gib(weights + space + cache)} may be used, weights take {gib(weights)} and the workspace {gib(space)}, which "
-        f"leaves {gib(cache)} for the KV cache. " + _told(gpu, help_)
+        f"leaves {gib(cache)} for the KV cache. " + _with_remedies(gpu, help_)
     )
 
 
@@ -297,7 +297,7 @@ def _more_memory(gpu: Gpu, request: MemoryRequest, needed: int) -> list[str]:
     return []
 
 
-def _told(gpu: Gpu, help_: list[str]) -> str:
+def _with_remedies(gpu: Gpu, help_: list[str]) -> str:
     users = gpu.users()
     if users:
         help_ = ["end the other processes", *help_]

@@ -9,7 +9,7 @@ from typing import Any
 TICK_S = 1.0
 
 
-def beside(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
+def run_in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
     """What `work` returns or raises; `tick` is called each second meanwhile. A process that is told
     to stop does not wait for it."""
     found: list[Any] = []
@@ -21,7 +21,7 @@ def beside(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=run, name="beside", daemon=True)
+    thread = threading.Thread(target=run, name="run_in_thread", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(TICK_S)

@@ -26,7 +26,7 @@ from . import capture, cpu_crossings, cpu_quantization, kv_sizing, memory_errors
 from .cpu_quantization import NONE
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
-from .in_thread import beside
+from .in_thread import run_in_thread
 from .pytorch_file import PATTERN, PytorchFiles
 from .weights import Source
 
@@ -119,7 +119,9 @@ def load(
             made = functools.partial(
                 other.load, model.load_format, backend(device), dtype, device, model.seed
             )
-            decoder = beside(made, lambda: progress("loading weights through transformers", 0.0))
+            decoder = run_in_thread(
+                made, lambda: progress("loading weights through transformers", 0.0)
+            )
         if gpu:
             # tensors are converted on the GPU: what that took is not to be missing from the cache
             torch.cuda.empty_cache()

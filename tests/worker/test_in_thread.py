@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from pagewire.worker.load import in_thread as module
-from pagewire.worker.load.in_thread import beside, ticking
+from pagewire.worker.load.in_thread import run_in_thread, ticking
 from pagewire.worker.loop import _Narrator
 
 
@@ -18,7 +18,7 @@ def test_the_result_comes_back_and_ticks_meanwhile(monkeypatch):
             enough.set()
 
     assert (
-        beside(lambda: enough.wait(30) and threading.current_thread(), tick)
+        run_in_thread(lambda: enough.wait(30) and threading.current_thread(), tick)
         is not threading.current_thread()
     )
     assert len(ticks) > 3 and set(ticks) == {threading.current_thread()}
@@ -29,7 +29,7 @@ def test_errors_come_back():
         raise ValueError("it cannot be had")
 
     with pytest.raises(ValueError, match="it cannot be had"):
-        beside(fail, lambda: None)
+        run_in_thread(fail, lambda: None)
 
 
 def test_ticks_come_while_this_thread_is_held_up_and_end_with_the_block(monkeypatch):
