@@ -3,7 +3,6 @@ others by Numba. Needs no torch.
 """
 
 from typing import Any, Final
-from unittest import mock
 
 from .cpu_format import FORMATS
 from .cpu_target import NEEDED, NoNativeCode, machine
@@ -65,13 +64,16 @@ def _by_numba(name: str) -> tuple[str, bytes]:
     }[name]
     arguments = (numba.types.int64,)
     dispatcher = cpu_kernels.inlined(function)
-    with (
-        global_compiler_lock,
-        mock.patch.object(JITCodeLibrary, "_finalize_specific"),
-    ):  # no machine code of each part alone
-        dispatcher.compile(arguments)
-        made = dispatcher.overloads[arguments]
-        made.library.finalize()
+    with global_compiler_lock:
+        # Only the whole is turned into machine code, further down, not each part alone as well.
+        finalize = JITCodeLibrary._finalize_specific
+        JITCodeLibrary._finalize_specific = lambda self: None
+        try:
+            dispatcher.compile(arguments)
+            made = dispatcher.overloads[arguments]
+            made.library.finalize()
+        finally:
+            JITCodeLibrary._finalize_specific = finalize
     _unfinished.append(made)
     parsed = llvm.parse_assembly(
         made.library.get_llvm_str() + ENTRY.format(name=name, inner=made.fndesc.llvm_func_name)
