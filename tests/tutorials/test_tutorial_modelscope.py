@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from langchain_openai import ChatOpenAI
 from pagewire import LLM, SamplingParams
+from printed import printed_text
 
 QWEN2 = "Qwen/Qwen2-7B-Instruct"
 STAND_IN = '''
@@ -68,8 +69,8 @@ def server(serve: Callable[..., Any], original: Path) -> Any:
 def check_output(done: Any) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first.startswith("Prompt: '你好，帮我介绍一下什么时大语言模型。', Generated text: '")
-    assert second.startswith("Prompt: '可以给我将一个有趣的童话故事吗？', Generated text: '")
+    printed_text(first, "Prompt: '你好，帮我介绍一下什么时大语言模型。', Generated text: ")
+    printed_text(second, "Prompt: '可以给我将一个有趣的童话故事吗？', Generated text: ")
 
 
 def test_a_download_as_the_tutorial_makes_it(
