@@ -60,26 +60,43 @@ def snapshot(
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """calls(files by call): what huggingface_hub is asked for; each call brings further files, or
-    raises."""
+def repository(monkeypatch):
+    """repository(files with their content, or an error): what the hub has under MODEL. Returns the
+    calls of huggingface_hub, each with the names of the files that it brought."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    seen: list[dict] = []
+    calls: list[dict] = []
 
-    def answer(*results):
-        waiting = list(results)
-
+    def make(files: dict[str, str] | BaseException) -> list[dict]:
         def download(name, **options):
-            seen.append({"name": name, **options})
-            result = waiting.pop(0)
-            if isinstance(result, BaseException):
-                raise result
-            return str(snapshot(Path(options["cache_dir"]), *result))
+            if isinstance(files, BaseException):
+                raise files
+            brought = list(
+                huggingface_hub.utils.filter_repo_objects(
+                    files,
+                    allow_patterns=options["allow_patterns"],
+                    ignore_patterns=options["ignore_patterns"],
+                )
+            )
+            calls.append({"name": name, **options, "brought": brought})
+            folder = snapshot(Path(options["cache_dir"]))
+            for file in brought:
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_text(files[file])
+            return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        return seen
+        return calls
 
-    return answer
+    return make
+
+
+def repository_of(*names: str, **contents: str) -> dict[str, str]:
+    return {"config.json": "{}", **dict.fromkeys(names, ""), **contents}
+
+
+def weights_brought(calls: list[dict]) -> list[str]:
+    brought = [name for call in calls for name in call["brought"]]
+    return [name for name in brought if not name.endswith(".json")]
 
 
 def error(kind: str) -> BaseException:
@@ -167,41 +184,84 @@ def test_a_snapshot_counts_when_the_weights_asked_for_are_whole(files, index, fo
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
-def test_a_download_carries_token_revision_and_directory(variable, monkeypatch, tmp_path, calls):
+def test_a_download_carries_token_revision_and_directory(
+    variable, monkeypatch, tmp_path, repository
+):
     monkeypatch.setenv(variable, "secret")
-    seen = calls(("model.safetensors",))
+    calls = repository(repository_of("model.safetensors"))
     huggingface.resolve(ModelConfig(model=MODEL, revision="v2", download_dir=str(tmp_path / "d")))
-    (call,) = seen
-    assert (call["name"], call["token"], call["revision"], call["cache_dir"]) == (
-        MODEL,
-        "secret",
-        "v2",
-        tmp_path / "d",
-    )
-    assert not any(".bin" in pattern for pattern in call["allow_patterns"])
+    assert {
+        (call["name"], call["token"], call["revision"], call["cache_dir"]) for call in calls
+    } == {(MODEL, "secret", "v2", tmp_path / "d")}
+    assert weights_brought(calls) == ["model.safetensors"]
 
 
-def test_pytorch_files_are_fetched_only_where_there_is_nothing_else(calls):
-    seen = calls((), ("pytorch_model.bin",))
-    assert (huggingface.resolve(ModelConfig(model=MODEL)) / "pytorch_model.bin").is_file()
-    assert ["pytorch_model*.bin" in call["allow_patterns"] for call in seen] == [False, True]
+INDEX = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
+BIN_INDEX = json.dumps({"weight_map": {"a": "p-1.bin"}})
+STRAY = ("model_old.safetensors", "consolidated.safetensors", "adapter_model.safetensors")
 
 
-def test_a_repository_without_weights(calls):
-    calls((), ())
+@pytest.mark.parametrize(
+    ("files", "load_format", "brought"),
+    [
+        (
+            repository_of("model.safetensors", *STRAY, "pytorch_model.bin"),
+            "auto",
+            "model.safetensors",
+        ),
+        (
+            repository_of("m-1.safetensors", "m-2.safetensors", "model.safetensors", *STRAY)
+            | {"model.safetensors.index.json": INDEX},
+            "auto",
+            "m-1.safetensors m-2.safetensors",
+        ),
+        (repository_of("weights.safetensors", *STRAY[1:]), "auto", "weights.safetensors"),
+        (repository_of(*STRAY[1:], "pytorch_model.bin"), "auto", "pytorch_model.bin"),
+        (
+            repository_of("model.safetensors", "pytorch_model.bin", "pytorch_model_old.bin"),
+            "pt",
+            "pytorch_model.bin",
+        ),
+        (
+            repository_of("p-1.bin", "pytorch_model.bin")
+            | {"pytorch_model.bin.index.json": BIN_INDEX},
+            "pt",
+            "p-1.bin",
+        ),
+        (repository_of("model.safetensors"), "dummy", ""),
+    ],
+)
+def test_a_download_brings_the_files_that_hold_the_weights(files, load_format, brought, repository):
+    calls = repository(files)
+    model = ModelConfig(model=MODEL, load_format=load_format)
+    folder = huggingface.resolve(model)
+    assert weights_brought(calls) == brought.split()
+    assert huggingface.cached(model) == folder
+
+
+def test_a_repository_without_weights(repository):
+    repository(repository_of())
     with pytest.raises(
         huggingface.ModelNotFound, match=r"org/model has no safetensors or PyTorch weights"
     ):
         huggingface.resolve(ModelConfig(model=MODEL))
-    calls(())
     with pytest.raises(
         huggingface.ModelNotFound, match=r"has no PyTorch's \(pytorch_model.bin\) weights"
     ):
         huggingface.resolve(ModelConfig(model=MODEL, load_format="pt"))
 
 
-def test_a_gated_model_names_the_token_and_the_licence_page(calls, monkeypatch):
-    calls(error("GatedRepoError"), error("GatedRepoError"))
+def test_a_model_that_is_not_built_is_refused_before_its_weights_are_fetched(repository):
+    calls = repository(
+        repository_of("model.safetensors") | {"config.json": '{"model_type": "nonsense"}'}
+    )
+    with pytest.raises(huggingface.ModelNotFound, match="model_type 'nonsense' is known neither"):
+        huggingface.resolve(ModelConfig(model=MODEL))
+    assert weights_brought(calls) == []
+
+
+def test_a_gated_model_names_the_token_and_the_licence_page(repository, monkeypatch):
+    repository(error("GatedRepoError"))
     page = "org/model is gated: accept its licence at https://hub.example/org/model"
     with pytest.raises(huggingface.ModelNotFound, match=f"{page}; set HF_TOKEN to a token"):
         huggingface.resolve(ModelConfig(model=MODEL))
@@ -224,8 +284,8 @@ def test_a_gated_model_names_the_token_and_the_licence_page(calls, monkeypatch):
         ("LocalEntryNotFoundError", "the hub could not be reached at https://hub.example"),
     ],
 )
-def test_other_answers_of_the_hub_are_one_line(kind, told, calls):
-    calls(error(kind))
+def test_other_answers_of_the_hub_are_one_line(kind, told, repository):
+    repository(error(kind))
     with pytest.raises(huggingface.ModelNotFound, match=told) as caught:
         huggingface.resolve(ModelConfig(model=MODEL, revision="v9"))
     assert "\n" not in str(caught.value)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pagewire.checkpoint.gguf_metadata import read_metadata
 from pagewire.tokenizer.decode import Decoding, TableDecoder, WindowDecoder
-from pagewire.tokenizer.gguf_metadata import read_metadata
 from pagewire.tokenizer.gguf_tokenizer import build
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

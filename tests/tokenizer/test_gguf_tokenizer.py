@@ -5,8 +5,8 @@ from pathlib import Path
 
 import gguf
 import pytest
+from pagewire.checkpoint.gguf_metadata import BadGguf, read_metadata
 from pagewire.tokenizer.decode import Decoding
-from pagewire.tokenizer.gguf_metadata import BadGguf, read_metadata
 from pagewire.tokenizer.gguf_tokenizer import SPLITS, UnsupportedTokenizer, build, named_tokens
 from pagewire.tokenizer.load import NoTokenizer, load
 from tokenizers import Tokenizer
@@ -186,3 +186,21 @@ def test_no_torch():
 
     code = "import sys, pagewire.tokenizer.service; assert not {'torch', 'transformers', 'aiohttp'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_tokens_that_end_a_turn_are_special_whatever_the_file_calls_them(make_gguf, bpe):
+    """Converters have made ordinary tokens of them."""
+    ordinary = [1] * bpe.get_vocab_size()
+    built = build(read_metadata(make_gguf(tokenizer__ggml__token_type=ordinary)))
+    text = "hello<|im_end|>"
+    assert built.encode(text).ids == bpe.encode(text).ids
+    assert built.decode(built.encode(text).ids) == "hello"
+
+
+def test_the_first_part_of_a_split_model_has_the_tokenizer(make_gguf, tmp_path: Path):
+    whole = make_gguf().read_bytes()
+    for n in (1, 2):
+        (tmp_path / f"m-0000{n}-of-00002.gguf").write_bytes(whole if n == 1 else b"GGUF")
+    (tmp_path / "mmproj.gguf").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "m-00002-of-00002.gguf"):
+        assert load(path).names["eos_token"] == "<|im_end|>"

@@ -141,6 +141,14 @@ def test_tokens_that_the_repository_adds(directory):
     assert loaded.names["pad_token"] == "<pad>"
 
 
+def test_tokens_of_added_tokens_json_behind_a_gap(directory):
+    path = directory(tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    (path / "added_tokens.json").write_text('{"<|im_end|>": 1507, "<|im_start|>": 1503}')
+    tokenizer = load(path).tokenizer
+    ids = tokenizer.encode("<|im_start|>the<|im_end|>", add_special_tokens=False).ids
+    assert (ids[0], ids[-1]) == (1503, 1507)
+
+
 def test_only_the_first_part_gets_a_space_where_the_newer_rule_is_asked_for(directory):
     path = directory(tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False})
     assert load(path).tokenizer.encode("a</s>a").tokens == ["<s>", "▁a", "</s>", "a"]

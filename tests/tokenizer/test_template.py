@@ -5,6 +5,7 @@ from pagewire.tokenizer.template import ChatTemplate, TemplateRefused, read_opti
 from pagewire.tokenizer.watchdog import Watchdog
 from pagewire_protocol.messages import Chat, ChatMessage
 
+ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [
     ("system", "Be brief & <polite>."),
@@ -17,7 +18,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "llama2": "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'user' %}\n[INST] {{ m.content | trim }} [/INST]\n"
     "    {% else %}\n{{ m.content.strip() + eos_token }}\n{% endif %}\n{%- endfor %}\n",
-    "json": "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{{ m | tojson }}{% endfor %}",
+    "json": "{% for m in messages %}{% if loop.index > 4 %}{% break %}{% endif %}{{ m | tojson(indent=2) }}{{ m | tojson }}{% endfor %}",
     "generation": "{% for m in messages %}\n"
     "  {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %}\n  {{ m.content }}\n{% endif %}\n{% endfor %}",
@@ -66,19 +67,19 @@ def test_continue_and_prompt_exclude_each_other():
 
 
 def test_continue_needs_the_final_message_in_the_text():
-    with pytest.raises(TemplateRefused, match="leaves out the final message"):
-        ChatTemplate("{{ messages[0].content }}", {}).render(
+    with pytest.raises(TemplateRefused, match=r"leaves out messages\[3\] \(role 'user'\)"):
+        ChatTemplate("{% for m in messages[:3] %}{{ m.content }}{% endfor %}", {}).render(
             chat(add_generation_prompt=False, continue_final_message=True)
         )
 
 
 def test_names_of_speakers():
     template = ChatTemplate(
-        "{% for m in messages %}{{ m.name | default('nobody') }} {% endfor %}", {}
+        "{% for m in messages %}{{ m.name | default('nobody') }}: {{ m.content }} {% endfor %}", {}
     )
     assert (
         template.render(Chat((ChatMessage("user", "a", "Ann"), ChatMessage("user", "b"))))
-        == "Ann nobody "
+        == "Ann: a nobody: b "
     )
 
 
@@ -118,7 +119,7 @@ def test_a_runaway_template_is_ended():
     for _ in range(2):
         with pytest.raises(TemplateRefused, match=r"longer than 0\.2 s"):
             template.render(chat())
-    assert ChatTemplate("ok", {}, Watchdog(30)).render(chat()) == "ok"
+    assert ChatTemplate(ALL, {}, Watchdog(30)).render(chat([("user", "ok")])) == "ok"
 
 
 def test_a_template_that_does_not_compile():
@@ -131,9 +132,9 @@ THINKING = "{{ messages[0].content }}{% if enable_thinking is defined and not en
 
 def test_further_variables_reach_the_template():
     found = ChatTemplate(THINKING, NAMES).render(
-        chat(template_kwargs=b'{"enable_thinking": false, "tools": [1, 2]}')
+        chat([("user", "hi")], template_kwargs=b'{"enable_thinking": false, "tools": [1, 2]}')
     )
-    assert found == "Be brief & <polite>.<no-think>2"
+    assert found == "hi<no-think>2"
 
 
 @pytest.mark.parametrize(
@@ -165,4 +166,144 @@ def test_option_is_a_file_or_a_template(tmp_path):
 
 
 def test_the_interpreter_is_out_of_reach():
-    assert ChatTemplate("{{ lipsum.__globals__ }}{{ messages.__class__ }}", {}).render(chat()) == ""
+    source = ALL + "{{ lipsum.__globals__ }}{{ messages.__class__ }}"
+    assert ChatTemplate(source, {}).render(chat([("user", "hi")])) == "hi"
+
+
+# --- text that was accepted is in the prompt, or the request is refused
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endfor %}"
+)
+FIRST_PART = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
+FILTERED = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join }}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}"
+    "{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"
+)
+MIXED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content[0].text }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+STRICT = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ raise_exception('a list, please') }}"
+    "{% endif %}{{ m.content[0]['text'] | trim }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [PARTS, FIRST_PART, FILTERED, EITHER, STRICT])
+def test_a_template_of_typed_parts_gets_them(source: str):
+    messages = [("system", "Be brief."), ("user", 'Quote "this" 世界'), ("assistant", "4.")]
+    found = ChatTemplate(source, {}).render(chat(messages))
+    assert found == '<system>Be brief.<user>Quote "this" 世界<assistant>4.'
+    # Written as parts from the start it would be the same.
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
+    assert found == utils.render_jinja_template([parts], chat_template=source)[0][0]
+
+
+def test_a_template_may_take_one_role_s_content_as_parts_alone():
+    found = ChatTemplate(MIXED, {}).render(chat([("system", "Brief."), ("user", "Hi")]))
+    assert found == "<system>Brief.<user>Hi"
+
+
+@pytest.mark.parametrize("source", [PARTS, FIRST_PART])
+def test_a_message_in_parts_is_continued(source: str):
+    messages = [("user", "Hi"), ("assistant", "The answer is ")]
+    found = ChatTemplate(source, {}).render(
+        chat(messages, add_generation_prompt=False, continue_final_message=True)
+    )
+    assert found == "<user>Hi<assistant>The answer is "
+
+
+def test_empty_texts_need_not_be_shown():
+    found = ChatTemplate(
+        "{% for m in messages if m.content %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}", {}
+    ).render(chat([("system", ""), ("user", "Hi"), ("assistant", " \n")]))
+    assert found == "<user>Hi<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "told"),
+    [
+        (
+            "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}",
+            [("system", "i"), ("user", "which?")],
+            "messages[0] (role 'system')",
+        ),
+        (
+            "{{ messages[-1].content }}",
+            [("user", "i"), ("user", "hi")],
+            "messages[0] (role 'user')",
+        ),
+        ("no text at all", [("user", "at")], "messages[0] (role 'user')"),
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+            [("user", "a"), ("tool", "b")],
+            "messages[1] (role 'tool')",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(source, messages, told):
+    """Also where the text is in the prompt by chance."""
+    template = ChatTemplate(source, {})
+    for _ in range(2):
+        with pytest.raises(TemplateRefused) as caught:
+            template.render(chat(messages))
+        assert f"the chat template of this model leaves out {told}; " in str(caught.value)
+
+
+def test_a_template_may_change_the_texts_that_it_shows():
+    """Thoughts of earlier answers are left out by design."""
+    source = (
+        "{% for m in messages %}[{{ m.content.split('</think>')[-1] | trim | upper }}]{% endfor %}"
+    )
+    found = ChatTemplate(source, {}).render(
+        chat([("user", " hi "), ("assistant", "<think>hm</think>yes"), ("user", "ok")])
+    )
+    assert found == "[HI][YES][OK]"
+
+
+def test_a_template_that_needs_the_very_texts():
+    """It does not render with other texts in their place; what it makes of these is looked at."""
+    source = "{% for m in messages %}{% if m.content not in ('a', 'b') %}{{ raise_exception('?') }}{% endif %}{% endfor %}"
+    shown = ChatTemplate(source + ALL, {})
+    assert shown.render(chat([("user", "a"), ("user", "b")])) == "ab"
+    with pytest.raises(TemplateRefused, match=r"^\?$"):
+        shown.render(chat([("user", "a"), ("user", "c")]))
+    with pytest.raises(TemplateRefused, match=r"leaves out messages\[1\]"):
+        ChatTemplate(source + "{{ messages[0].content }}", {}).render(
+            chat([("user", "a"), ("user", "b")])
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "shown_as"),
+    [
+        (TEMPLATES["chatml"], "system"),
+        (PARTS, "system"),
+        (ALL + "{# system, developer #}{{ messages[0].role }}", "developer"),
+    ],
+)
+def test_developer_is_system_where_the_template_does_not_know_it(source, shown_as):
+    found = ChatTemplate(source, {}).render(chat([("developer", "Be brief."), ("user", "Hi")]))
+    assert "Be brief." in found and shown_as in found
+    assert ("developer" in found) == (shown_as == "developer")
+
+
+def test_shapes_of_conversations_are_judged_once(monkeypatch):
+    template = ChatTemplate(TEMPLATES["chatml"], {})
+    renders = []
+    monkeypatch.setattr(
+        template,
+        "_collect",
+        lambda values, collect=template._collect: renders.append(1) or collect(values),
+    )
+    for text in ("a", "b", "c"):
+        template.render(chat([("user", text)]))
+    assert len(renders) == 4

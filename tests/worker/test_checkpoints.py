@@ -97,7 +97,7 @@ def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness,
         wanted = model(torch.tensor([tokens])).logits[0]
     ours = harness(path).logits(tokens, 50)
     assert (ours - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
-    assert loader.open_model(path, "auto")[2] == (2, 9)
+    assert loader.open_model(path, ModelConfig())[2] == (2, 9)
     assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), (
         "a directory that holds only a GGUF is that GGUF"
     )
@@ -177,7 +177,7 @@ def test_half_a_download_is_named_with_what_to_do(tiny, tmp_path, harness):
 def test_end_of_sequence_ids_of_both_files(tiny, tmp_path):
     path = altered(tiny("llama").path, tmp_path, eos_token_id=5)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
-    assert loader.open_model(path, "auto")[2] == (5, 7)
+    assert loader.open_model(path, ModelConfig())[2] == (5, 7)
 
 
 SIZING = {

@@ -305,7 +305,10 @@ def test_code_from_the_repository_runs_only_when_allowed(tmp_path, harness, numb
         ("truncated", r"model\.safetensors \([\d,]+ bytes\) is broken or its download incomplete"),
         ("missing tensor", r"lacks 1 tensors, among them model\.norm\.weight"),
         ("other shape", "cannot be loaded|differs"),
-        ("missing shard", "names model-00002-of-00002.safetensors, which is not there"),
+        (
+            "missing shard",
+            "lacks 1 of the 2 files of its weights, among them model-00002-of-00002.safetensors",
+        ),
     ],
 )
 def test_damaged_weights_are_one_line(damage, told, other, harness, tmp_path):

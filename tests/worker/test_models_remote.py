@@ -141,7 +141,7 @@ def test_ends_of_a_message(config, generation, ends, tmp_path):
     """Some are in no file: the repository's code knows them."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert loader.open_model(tmp_path, "dummy")[2] == ends
+    assert loader.open_model(tmp_path, ModelConfig(load_format="dummy"))[2] == ends
 
 
 @pytest.mark.parametrize("name", ["qwen1", "baichuan2-7b", "chatglm2"])

@@ -48,7 +48,7 @@ def test_shards(saved, tiny, harness, numbers):
     (path / "pytorch_model-00001-of-00002.bin").unlink()
     with pytest.raises(
         Unsupported,
-        match=r"names pytorch_model-00001-of-00002\.bin, which is not there: the download is incomplete",
+        match=r"lacks 1 of the 2 files of its weights, among them pytorch_model-00001-of-00002\.bin: the download",
     ):
         harness(path)
 

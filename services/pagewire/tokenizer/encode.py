@@ -67,6 +67,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._tokenizer, self._template = tokenizer, template
+        self._size = 0
+        """Ids below this may be decoded. Some of them may belong to no token."""
+        if tokenizer is not None:
+            self._size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode_request(self, request: Generate) -> Encoded:
         """All text of a request. Raises Refused."""
@@ -111,7 +115,7 @@ class Encoder:
             raise Refused(
                 f"the token ids are {len(column)} bytes long, which is no multiple of 4", "tokens"
             )
-        ids, size = np.frombuffer(column, np.int32), self._tokenizer.get_vocab_size()
+        ids, size = np.frombuffer(column, np.int32), self._size
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
             raise Refused(

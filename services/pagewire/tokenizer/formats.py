@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tokenizers import (
-    AddedToken,
     Regex,
     Tokenizer,
     decoders,
@@ -23,19 +22,10 @@ from tokenizers import (
 )
 
 from . import sentencepiece_model, sentencepiece_tokenizer, tiktoken_bpe
+from .added_tokens import Listed, named, special_token, with_added
 from .gguf_tokenizer import LLAMA3, QWEN2
 
 Config = dict[str, Any]
-Added = list[tuple[AddedToken, int]]
-NAMED: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 MODEL_FILE: Final = "tokenizer.model"
 LLAMA_LIKE: Final = (
     *("", "LlamaTokenizer", "LLaMATokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"),
@@ -93,9 +83,12 @@ class Built(NamedTuple):
     names: dict[str, str]
 
 
-def build(path: Path, settings: Config, config: Config, generation: Config) -> Built | None:
+def build(
+    path: Path, settings: Config, config: Config, generation: Config, added: Sequence[Listed]
+) -> Built | None:
     """The tokenizer in directory `path`, by tokenizer_config.json, config.json and
-    generation_config.json; None where there is none that is known here. Raises BadFiles, BadRanks,
+    generation_config.json, with the tokens `added`; None where there is none that is known here.
+    Raises BadFiles, BadRanks,
     BadModel, UnsupportedModel, OSError."""
     ranks = next(iter(sorted(path.glob("*.tiktoken"))), None)
     file = path / MODEL_FILE
@@ -105,7 +98,7 @@ def build(path: Path, settings: Config, config: Config, generation: Config) -> B
     ):
         return _qwen(ranks)
     if tokenizer_class in GPT2_LIKE and all((path / name).is_file() for name in GPT2_FILES):
-        return _gpt2(path, settings)
+        return _gpt2(path, settings, added)
     if not file.is_file():
         return None
     chatglm = (
@@ -113,17 +106,17 @@ def build(path: Path, settings: Config, config: Config, generation: Config) -> B
         or config.get("model_type") == "chatglm"
     )
     if tiktoken_bpe.is_ranks(file):
-        return _glm4(file, settings) if chatglm else None
+        return _glm4(file, added) if chatglm else None
     if chatglm:
         return _chatglm(sentencepiece_model.read(file))
     if tokenizer_class not in LLAMA_LIKE:
         return None
     model = sentencepiece_model.read(file)
     marks = _marks(model, generation) if config.get("model_type") == "baichuan" else {}
-    return _llama(model, settings, marks)
+    return _llama(model, settings, marks, added)
 
 
-def _gpt2(path: Path, settings: Config) -> Built:
+def _gpt2(path: Path, settings: Config, added: Sequence[Listed]) -> Built:
     """Byte-level BPE by a vocabulary and a list of merges."""
     try:
         vocab, merges = models.BPE.read_file(*(str(path / name) for name in GPT2_FILES))
@@ -139,15 +132,7 @@ def _gpt2(path: Path, settings: Config) -> Built:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     names = named(settings)
-    for token, _ in sorted(_added(settings), key=lambda entry: entry[1]):
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-    tokenizer.add_special_tokens(
-        [
-            _special(token)
-            for token in dict.fromkeys(names.values())
-            if tokenizer.token_to_id(token) is not None
-        ]
-    )
+    tokenizer = with_added(tokenizer, added, 0)
     _surround(
         tokenizer,
         [names["bos_token"]] if settings.get("add_bos_token") and "bos_token" in names else [],
@@ -165,17 +150,17 @@ def _qwen(file: Path) -> Built:
     )
 
 
-def _glm4(file: Path, settings: Config) -> Built:
+def _glm4(file: Path, added: Sequence[Listed]) -> Built:
     ranks = tiktoken_bpe.read_ranks(file)
-    named = [(token.content, index) for token, index in _added(settings)]
-    special = named or [(token, len(ranks) + n) for n, token in enumerate(GLM4)]
+    numbered = [(token.content, index) for token, index in added if index is not None]
+    special = numbered or [(token, len(ranks) + n) for n, token in enumerate(GLM4)]
     tokenizer = tiktoken_bpe.build(ranks, LLAMA3, special, composed=False)
     _surround(tokenizer, CHATGLM_PREFIX, ())
     return Built(tokenizer, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
 
 
 def _chatglm(model: sentencepiece_model.Model) -> Built:
-    added = [(_special(token), len(model.pieces) + n) for n, token in enumerate(CHATGLM)]
+    added = [(special_token(token), len(model.pieces) + n) for n, token in enumerate(CHATGLM)]
     tokenizer = sentencepiece_tokenizer.build(model, added)
     _surround(tokenizer, CHATGLM_PREFIX, ())
     return Built(tokenizer, _named(model))
@@ -189,15 +174,20 @@ def _marks(model: sentencepiece_model.Model, generation: Config) -> dict[str, in
     return {name: index for name, index in ids.items() if index < len(model.pieces)}
 
 
-def _llama(model: sentencepiece_model.Model, settings: Config, marks: dict[str, int]) -> Built:
+def _llama(
+    model: sentencepiece_model.Model,
+    settings: Config,
+    marks: dict[str, int],
+    added: Sequence[Listed],
+) -> Built:
     """`marks`: ordinary pieces that stand for roles, by the name that a template gives them."""
     if settings.get("add_prefix_space") is False:
         model = replace(model, dummy_prefix=False)
-    added = [entry for entry in _added(settings) if entry[1] >= len(model.pieces)]
-    added += [(_special(model.pieces[index]), index) for index in marks.values()]
+    spoken = [(special_token(model.pieces[index]), index) for index in marks.values()]
     tokenizer = sentencepiece_tokenizer.build(
-        model, added, prefix_first_only=settings.get("legacy") is False
+        model, spoken, prefix_first_only=settings.get("legacy") is False
     )
+    tokenizer = with_added(tokenizer, added, 0)
     names = {
         **_named(model),
         **{name: model.pieces[index] for name, index in marks.items()},
@@ -215,40 +205,11 @@ def _llama(model: sentencepiece_model.Model, settings: Config, marks: dict[str, 
     return Built(tokenizer, names)
 
 
-def named(settings: Config) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json or special_tokens_map.json names, which chat
-    templates may use."""
-    values = {name: settings.get(name) for name in NAMED}
-    contents = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
-
-
 def _named(model: sentencepiece_model.Model) -> dict[str, str]:
     ids = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unk}
     return {
         name: model.pieces[index] for name, index in ids.items() if 0 <= index < len(model.pieces)
     }
-
-
-def _special(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=True)
-
-
-def _added(settings: Config) -> Added:
-    """The tokens that tokenizer_config.json adds, with their ids."""
-    entries = settings.get("added_tokens_decoder") or {}
-    return [(_added_token(entry), int(index)) for index, entry in entries.items()]
-
-
-def _added_token(entry: Config) -> AddedToken:
-    options = {
-        name: bool(entry.get(name))
-        for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-    }
-    return AddedToken(entry["content"], **options)
 
 
 def _surround(tokenizer: Tokenizer, before: Sequence[str], after: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from tokenizers import (
     processors,
 )
 
+from ..checkpoint.end_tokens import END_OF_TURN
 from . import sentencepiece_tokenizer
 from .sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Model
 
@@ -153,11 +154,14 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    piece_types = metadata.get(PREFIX + "token_type", ())
+    """Tokens that end a turn are special whatever the file calls them: converters have made ordinary
+    tokens of them."""
+    tokens = metadata[PREFIX + "tokens"]
+    piece_types = metadata.get(PREFIX + "token_type") or [NORMAL] * len(tokens)
     pieces = [
-        (token, piece_type)
-        for token, piece_type in zip(metadata[PREFIX + "tokens"], piece_types, strict=False)
-        if piece_type in (UNKNOWN, CONTROL, USER_DEFINED)
+        (token, CONTROL if token in END_OF_TURN else piece_type)
+        for token, piece_type in zip(tokens, piece_types, strict=False)
+        if piece_type in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_OF_TURN
     ]
     tokenizer.add_special_tokens(
         [

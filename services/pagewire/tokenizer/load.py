@@ -7,7 +7,6 @@ torch. A model that ships no chat template may get a built-in one.
 """
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -17,15 +16,18 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
+from ..checkpoint import gguf_files, gguf_metadata
+from ..checkpoint.errors import Unsupported
+from ..checkpoint.json_files import chat_template, read_object, tokenizer_settings
 from . import (
     formats,
-    gguf_metadata,
     gguf_tokenizer,
     sentencepiece_model,
     sentencepiece_tokenizer,
     templates,
     tiktoken_bpe,
 )
+from .added_tokens import listed, named, read_tokenizer_json, with_added
 
 log = logging.getLogger("pagewire.tokenizer")
 OLD_FORMATS: Final = (
@@ -39,6 +41,7 @@ OLD_FORMATS: Final = (
 
 
 BROKEN: Final = (
+    Unsupported,
     formats.BadFiles,
     gguf_metadata.BadGguf,
     gguf_tokenizer.UnsupportedTokenizer,
@@ -76,35 +79,35 @@ def load(path: Path) -> Loaded:
 
 
 def _load_gguf(path: Path) -> Loaded:
-    metadata = gguf_metadata.read_metadata(path)
+    metadata = gguf_metadata.read_metadata(gguf_files.parts(path)[0])
     template = metadata.get("tokenizer.chat_template", "")
     return Loaded(gguf_tokenizer.build(metadata), template, gguf_tokenizer.named_tokens(metadata))
 
 
 def _load_directory(path: Path) -> Loaded:
-    settings = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
-    config, generation = _json(path / "config.json"), _json(path / "generation_config.json")
-    template = _template(path, settings) or _built_in(path, config, generation)
+    settings = tokenizer_settings(path)
+    config = read_object(path / "config.json")
+    generation = read_object(path / "generation_config.json")
+    template = chat_template(path, settings) or _built_in(path, config, generation)
+    added = listed(path, settings)
     if (path / "tokenizer.json").is_file():
-        return Loaded(_read_json_form(path / "tokenizer.json"), template, formats.named(settings))
-    built = formats.build(path, settings, config, generation)
+        tokenizer = _read_json_form(path / "tokenizer.json")
+        size = int(config.get("vocab_size") or 0)
+        return Loaded(with_added(tokenizer, added, size), template, named(settings))
+    built = formats.build(path, settings, config, generation, added)
     if built is not None:
         # ChatGLM2 and 3 call this token `sop`, as if it were a word of the text: here it has a name
         # of its own.
         return Loaded(
             built.tokenizer,
             template.replace("[gMASK]sop", "[gMASK]<sop>"),
-            {**built.names, **formats.named(settings)},
+            {**built.names, **named(settings)},
         )
     if any((path / name).is_file() for name in OLD_FORMATS):
         return _load_with_transformers(path, template, settings)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return _load_gguf(ggufs[0])
-    if len(ggufs) > 1:
-        raise NoTokenizer(
-            f"{path} has {len(ggufs)} GGUF files; give one of them, for example {ggufs[0]}"
-        )
+    gguf = gguf_files.find(path)
+    if gguf is not None:
+        return _load_gguf(gguf)
     if not (path / "config.json").is_file():
         raise NoTokenizer(
             f"{path} holds no model: it has no config.json, no tokenizer.json and no .gguf file"
@@ -116,7 +119,7 @@ def _load_directory(path: Path) -> Loaded:
 
 def _read_json_form(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer_json(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
         raise NoTokenizer(f"{path} cannot be read: {error}") from None
 
@@ -130,29 +133,6 @@ def _built_in(path: Path, config: dict[str, Any], generation: dict[str, Any]) ->
             name,
         )
     return templates.source(name) if name else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise NoTokenizer(f"{path} is not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _template(path: Path, config: dict[str, Any]) -> str:
-    """The newest place first: a file of its own, a JSON file, the tokenizer's configuration; of
-    several templates the one named default."""
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text()
-    template = _json(path / "chat_template.json").get("chat_template") or config.get(
-        "chat_template"
-    )
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else ""
 
 
 def _load_with_transformers(path: Path, template: str, settings: dict[str, Any]) -> Loaded:
@@ -181,7 +161,7 @@ def _load_with_transformers(path: Path, template: str, settings: dict[str, Any])
         raise NoTokenizer(
             f"{path} has only a tokenizer without a tokenizer.json form; save one there, or name another with --tokenizer"
         )
-    return Loaded(backend, template, formats.named(dict(converted.special_tokens_map)))
+    return Loaded(backend, template, named(dict(converted.special_tokens_map)))
 
 
 @contextlib.contextmanager

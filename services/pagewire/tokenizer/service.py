@@ -30,12 +30,13 @@ from pagewire_protocol.messages import (
     ToTokenizer,
 )
 
+from ..checkpoint import model_types
 from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub.huggingface import has_own_tokenizer, resolve, tokenizer_model
 from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
-from .load import Loaded, load
+from .load import Loaded, NoTokenizer, load
 from .outgoing import OutgoingDeltas
 from .queries import Query, answer, is_long, still_loading
 from .requests import Requests, encode
@@ -76,10 +77,15 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
     ValueError, OSError."""
     if model.skip_tokenizer_init:
         return Text(None)
-    return Text(
-        load(resolve(tokenizer_model(model) if has_own_tokenizer(model) else model, log.info)),
-        config.chat_template,
-    )
+    if has_own_tokenizer(model):
+        return Text(load(resolve(tokenizer_model(model), log.info)), config.chat_template)
+    path = resolve(model, log.info)
+    try:
+        return Text(load(path), config.chat_template)
+    except NoTokenizer:
+        # That the model cannot be served comes first: no tokenizer would help it.
+        model_types.check(path, model.trust_remote_code)
+        raise
 
 
 class Service:

@@ -1,6 +1,10 @@
 """Chat templates: a conversation as the text the model was trained on. It knows jinja and no
 tokens.
 
+Text that was accepted is in the prompt, or the request is refused: a template is first rendered with
+a mark in the place of each message's text, and what it leaves out is found out by that. So it shows
+as well whether a template takes a message's content as text or as a list of typed parts.
+
 Rendered as transformers renders them (the same names, filters and whitespace rules), inside jinja's
 immutable sandbox and under limits: the size of the output, the reach of `range` and of repetition,
 and the time, which `Watchdog` enforces.
@@ -18,6 +22,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pagewire_protocol.messages import Chat
+from pagewire_protocol.structs import ChatMessage
 
 from . import templates
 from .watchdog import RenderTimeout, Watchdog
@@ -27,12 +32,30 @@ TIMEOUT_S: Final = 2.0
 MARK: Final = "\uf8ffpagewire:continue\uf8ff "
 """Where the final message ends in the rendered text. Private-use characters, so that no message
 contains it; the space at its end shows whether the template strips messages."""
+PROBE: Final = "\uf8fe{}\uf8fe"
+"""Stands for the text of a message where it is tried out whether the template shows it: nothing that
+a template does to a text changes these characters, and a list that is printed as such has them
+escaped."""
+MAX_SHAPES: Final = 1024
+"""Conversations of different shapes whose forms are remembered."""
 OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message"}
+
+
+Message = dict[str, Any]
+Forms = tuple[bool, ...]
+"""For each message, whether its content is a list of typed parts (else it is text)."""
+Shape = tuple[tuple[tuple[str, bool, bool], ...], bool, bytes]
+"""What a template may tell conversations apart by, beside their texts: for each message its role,
+whether it has a name, and a text; whether an answer is begun; further variables."""
 
 
 class TemplateRefused(ValueError):
     """The template rejects this conversation, or cannot be rendered with it. The message is shown
     to the client."""
+
+
+class LimitExceeded(TemplateRefused):
+    """The template takes too long or prints too much: another attempt would be no better."""
 
 
 class _Raised(jinja2.TemplateError):
@@ -126,23 +149,85 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
         self._names = names
+        self._knows_developer = "developer" in source
+        self._forms: dict[Shape, Forms | None] = {}
         self._watchdog = watchdog or Watchdog(TIMEOUT_S)
 
     def render(self, chat: Chat) -> str:
         """Raises TemplateRefused."""
         values = _values(chat)
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        for message, source in zip(messages, chat.messages, strict=True):
-            if source.name is not None:
-                message["name"] = source.name
-        if not chat.continue_final_message:
-            return self._render({**values, "messages": messages})
-        if chat.add_generation_prompt:
+        if chat.continue_final_message and chat.add_generation_prompt:
             raise TemplateRefused(
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
             )
-        messages[-1]["content"] += MARK
-        return _cut(self._render({**values, "messages": messages}))
+        messages = [self._message(message) for message in chat.messages]
+        forms = self._forms_of(chat, messages, values)
+        texts = [message["content"] for message in messages]
+        if chat.continue_final_message:
+            messages[-1]["content"] += MARK
+        rendered = self._render({**values, "messages": _in_forms(messages, forms)})
+        if forms is None:
+            _check_contained(messages, texts, rendered)
+        return _cut(rendered) if chat.continue_final_message else rendered
+
+    def _message(self, message: ChatMessage) -> Message:
+        """`developer` is OpenAI's newer name of `system`: a template that does not know it gets the
+        older one."""
+        is_renamed = message.role == "developer" and not self._knows_developer
+        role = "system" if is_renamed else message.role
+        names = {} if message.name is None else {"name": message.name}
+        return {"role": role, "content": message.content, **names}
+
+    def _forms_of(self, chat: Chat, messages: list[Message], values: Message) -> Forms | None:
+        """The form in which the template wants the content of each message, so that it shows all of
+        them; None where the template does not render without these very texts. Raises
+        TemplateRefused when it leaves out a message in every form."""
+        roles = tuple(
+            (message["role"], "name" in message, bool(message["content"].strip()))
+            for message in messages
+        )
+        shape = (roles, chat.add_generation_prompt, chat.template_kwargs)
+        if shape not in self._forms:
+            if len(self._forms) >= MAX_SHAPES:
+                self._forms.clear()
+            self._forms[shape] = self._find_forms(messages, values)
+        return self._forms[shape]
+
+    def _find_forms(self, messages: list[Message], values: Message) -> Forms | None:
+        probes = [
+            {**message, "content": PROBE.format(index)} if message["content"].strip() else message
+            for index, message in enumerate(messages)
+        ]
+        as_text, as_parts = (False,) * len(probes), (True,) * len(probes)
+        lost_as_text = self._lost(probes, as_text, values)
+        if lost_as_text == []:
+            return as_text
+        lost_as_parts = self._lost(probes, as_parts, values)
+        if lost_as_parts == []:
+            return as_parts
+        if lost_as_text:
+            mixed = tuple(index in lost_as_text for index in range(len(probes)))
+            if self._lost(probes, mixed, values) == []:
+                return mixed
+        lost = lost_as_text or lost_as_parts
+        if lost is None:
+            return None
+        raise _left_out(messages, lost[0])
+
+    def _lost(self, probes: list[Message], forms: Forms, values: Message) -> list[int] | None:
+        """The messages that the template leaves out in these forms; None where it does not render.
+        Raises LimitExceeded."""
+        try:
+            rendered = self._render({**values, "messages": _in_forms(probes, forms)})
+        except LimitExceeded:
+            raise
+        except TemplateRefused:
+            return None
+        return [
+            index
+            for index, probe in enumerate(probes)
+            if probe["content"].strip() and PROBE.format(index) not in rendered
+        ]
 
     def _render(self, values: dict[str, Any]) -> str:
         try:
@@ -151,8 +236,12 @@ class ChatTemplate:
         except _Raised as error:
             raise TemplateRefused(str(error)) from None
         except RenderTimeout:
-            raise TemplateRefused(
+            raise LimitExceeded(
                 f"the chat template took longer than {self._watchdog.timeout_s:g} s with these messages"
+            ) from None
+        except SecurityError as error:
+            raise LimitExceeded(
+                f"the chat template cannot be rendered with these messages: {error}"
             ) from None
         except (
             jinja2.TemplateError,
@@ -176,6 +265,33 @@ class ChatTemplate:
                 raise SecurityError(f"its output is longer than {MAX_OUTPUT} characters")
             pieces.append(piece)
         return "".join(pieces)
+
+
+def _in_forms(messages: list[Message], forms: Forms | None) -> list[Message]:
+    """The messages for the template; those that `forms` says with their content as a list of one
+    part."""
+    if forms is None or not any(forms):
+        return messages
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if as_parts
+        else message
+        for message, as_parts in zip(messages, forms, strict=True)
+    ]
+
+
+def _check_contained(messages: list[Message], texts: list[str], rendered: str) -> None:
+    """Raises TemplateRefused when a text is not in the prompt."""
+    for index, text in enumerate(texts):
+        if text.strip() not in rendered:
+            raise _left_out(messages, index)
+
+
+def _left_out(messages: list[Message], index: int) -> TemplateRefused:
+    return TemplateRefused(
+        f"the chat template of this model leaves out messages[{index}] (role {messages[index]['role']!r}); "
+        "leave that message out, give it another role, or start the server with another --chat-template"
+    )
 
 
 def _values(chat: Chat) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def _load(
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
+    imported("worker.load.early").check(path, model)
     if _may_stay_quantized(path, model, config):
         from .device import kernel_cache
 

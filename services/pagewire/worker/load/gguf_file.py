@@ -7,7 +7,7 @@ dequantization is the `gguf` library's. Format: the GGUF specification in ggml's
 
 import contextlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pagewire_kernels.quantized import Quantized
 
+from ...checkpoint import end_tokens, gguf_files, model_types
 from ..models.architecture import Config, Unsupported
 from . import gguf_quantized
 
@@ -34,7 +35,6 @@ SCALARS: Final = {
 }
 STRING: Final = 8
 ARRAY: Final = 9
-MODEL_TYPES: Final = ("llama", "qwen2", "qwen3")
 LAYER_NAMES: Final = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -63,32 +63,53 @@ TOP_NAMES: Final = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in the file: shape as in torch, ggml type number, offset within the data."""
+    """A tensor in a file: shape as in torch, ggml type number, offset within the data of `part`."""
 
     shape: tuple[int, ...]
     kind: int
     offset: int
+    part: "_Part"
 
 
-class Gguf:
-    """An open GGUF file. Raises Unsupported when it is none, or of a version before 2."""
+class _Part:
+    """One file of a GGUF model, open. Raises Unsupported when it is no GGUF file, or of a version
+    before 2."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._at = path, 24
-        self._bytes = np.memmap(path, np.uint8, "r")
-        self._view = self._bytes.data
+        self.path, self._at = path, 24
+        self.bytes = np.memmap(path, np.uint8, "r")
+        self._view = self.bytes.data
         if len(self._view) < 24 or bytes(self._view[:4]) != b"GGUF":
             raise Unsupported(f"{path} is not a GGUF file")
         version, tensors, pairs = struct.unpack_from("<IQQ", self._view, 4)
         if version not in (2, 3):
             raise Unsupported(f"{path} is GGUF version {version}; versions 2 and 3 are supported")
         self.metadata: dict[str, Any] = {}
+        self._vocabulary_at = 0
         for _ in range(pairs):
-            name = self._string()
-            self.metadata[name] = self._value(self._scalar(4))
+            name, kind = self._string(), self._scalar(4)
+            if name == "tokenizer.ggml.tokens":
+                self._vocabulary_at = self._at
+            self.metadata[name] = self._value(kind)
         self.entries = dict(self._entry() for _ in range(tensors))
         alignment = int(self.metadata.get("general.alignment", 32))
-        self._data = -(-self._at // alignment) * alignment
+        self.data = -(-self._at // alignment) * alignment
+
+    def find_tokens(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of `texts` that the vocabulary has, with their ids."""
+        if not self._vocabulary_at:
+            return {}
+        wanted = {text.encode(): text for text in texts}
+        lengths = {len(text) for text in wanted}
+        unpack, view = struct.Struct("<Q").unpack_from, self._view
+        (count,) = unpack(view, self._vocabulary_at + 4)
+        at, ids = self._vocabulary_at + 12, dict[str, int]()
+        for token in range(count):
+            (length,) = unpack(view, at)
+            at += 8 + length
+            if length in lengths and (text := wanted.get(bytes(view[at - length : at]))):
+                ids[text] = token
+        return ids
 
     def _scalar(self, kind: int) -> Any:
         (value,) = struct.unpack_from(SCALARS[kind], self._view, self._at)
@@ -124,7 +145,24 @@ class Gguf:
     def _entry(self) -> tuple[str, Entry]:
         name, dimensions = self._string(), self._scalar(4)
         shape = tuple(self._scalar(10) for _ in range(dimensions))[::-1]
-        return name, Entry(shape, self._scalar(4), self._scalar(10))
+        return name, Entry(shape, self._scalar(4), self._scalar(10), self)
+
+
+class Gguf:
+    """An open GGUF model, of which `path` is the file or one part. Raises Unsupported when a part is
+    missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._parts = [_Part(part) for part in gguf_files.parts(path)]
+        self.metadata = self._parts[0].metadata
+        self.entries: dict[str, Entry] = {}
+        for part in self._parts:
+            self.entries |= part.entries
+        count = self.metadata.get("split.tensors.count")
+        if count is not None and count != len(self.entries):
+            raise Unsupported(
+                f"the {len(self._parts)} parts of {path} hold {len(self.entries)} tensors, not {count}: they are of different models"
+            )
 
     def tensor(self, name: str) -> np.ndarray:
         """The dequantized tensor, float32, in torch's shape. Raises Unsupported for a type that
@@ -140,7 +178,7 @@ class Gguf:
             yield
         except (NotImplementedError, ValueError, KeyError) as error:
             raise Unsupported(
-                f"tensor {name} of {self._path} (ggml type {self.entries[name].kind}) cannot be read: {error}"
+                f"tensor {name} of {self.entries[name].part.path} (ggml type {self.entries[name].kind}) cannot be read: {error}"
             ) from None
 
     def _raw(self, name: str) -> tuple[str, int, np.ndarray]:
@@ -148,13 +186,14 @@ class Gguf:
         entry = self.entries[name]
         kind, block, size = _kind(entry.kind)
         row = entry.shape[-1] // block * size
-        first = self._data + entry.offset
+        first = entry.part.data + entry.offset
         last = first + row * int(np.prod(entry.shape[:-1]))
-        if last > len(self._bytes):
+        source = entry.part.bytes
+        if last > len(source):
             raise ValueError(
-                f"it ends at byte {last:,} of a file of {len(self._bytes):,}: the download is incomplete; fetch it again"
+                f"it ends at byte {last:,} of a file of {len(source):,}: the download is incomplete; fetch it again"
             )
-        return kind, size, self._bytes[first:last].reshape(*entry.shape[:-1], row)
+        return kind, size, source[first:last].reshape(*entry.shape[:-1], row)
 
     def kinds(self) -> dict[str, int]:
         """How many weights have which of ggml's types."""
@@ -180,10 +219,7 @@ class Gguf:
     def config(self) -> Config:
         """The metadata under the names of a config.json."""
         kind = self.metadata.get("general.architecture")
-        if kind not in MODEL_TYPES:
-            raise Unsupported(
-                f"GGUF architecture {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
-            )
+        model_types.check_gguf(kind)
 
         def field(name: str, default: Any = None) -> Any:
             return self.metadata.get(f"{kind}.{name}", default)
@@ -206,13 +242,15 @@ class Gguf:
         return {name: value for name, value in config.items() if value is not None}
 
     def _rope(self, field: Any) -> Config:
+        """A factor without a type scales linearly; files from before there were types call it
+        `scale_linear`."""
+        factor = field("rope.scaling.factor") or field("rope.scale_linear") or 1.0
+        scaling = field("rope.scaling.type", "linear" if factor != 1.0 else "none")
         rope: Config = {
             "rope_theta": field("rope.freq_base", 10_000.0),
-            "rope_type": field("rope.scaling.type", "none"),
+            "rope_type": "default" if scaling == "none" else scaling,
+            "factor": factor,
         }
-        if rope["rope_type"] == "none":
-            rope["rope_type"] = "default"
-        rope["factor"] = field("rope.scaling.factor", 1.0)
         rope["original_max_position_embeddings"] = field("rope.scaling.original_context_length")
         rope["beta_fast"], rope["beta_slow"] = (
             field("rope.scaling.yarn_beta_fast"),
@@ -223,9 +261,9 @@ class Gguf:
         return rope
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence ids that the file names, in rising order."""
-        named = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-        return tuple(sorted({int(token) for token in named if token is not None}))
+        """The ids that end a text, in rising order: see `end_tokens`."""
+        vocab_size = self.entries["token_embd.weight"].shape[0]
+        return end_tokens.of_gguf(self.metadata, self._parts[0].find_tokens, vocab_size)
 
     def names(self) -> Iterator[tuple[str, str]]:
         """(name in the file, name in a Hugging Face checkpoint) of every weight."""

@@ -12,11 +12,14 @@ from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
+from ...checkpoint import end_tokens, gguf_files
+from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
+from ...hub.huggingface import tokenizer_path
 from ..device import gpus, processor
 from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
-from ..models.architecture import Architecture, Config, Unsupported, eos_token_ids, read_config
+from ..models.architecture import Architecture, Config, Unsupported, read_config
 from ..models.cache_spec import cache_spec
 from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
@@ -27,7 +30,7 @@ from .cpu_quantization import NONE
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
-from .pytorch_file import PATTERN, PytorchFiles
+from .pytorch_file import PytorchFiles
 from .weights import Source
 
 log = logging.getLogger("pagewire.worker")
@@ -83,7 +86,7 @@ def load(
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     device = choose_device(config.device)
     gpu = look_at_gpu() if device == "cuda" else None
-    source, settings, eos = open_model(path, model.load_format)
+    source, settings, eos = open_model(path, model)
     other = None
     if settings.get("model_type") not in FAMILIES:
         other, config = (
@@ -117,7 +120,13 @@ def load(
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
-                other.load, model.load_format, backend(device), dtype, device, model.seed
+                other.load,
+                model.load_format,
+                backend(device),
+                dtype,
+                device,
+                model.seed,
+                weights.unusual(source),
             )
             decoder = run_in_thread(
                 made, lambda: progress("loading weights through transformers", 0.0)
@@ -166,16 +175,14 @@ def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
     return [everywhere if window is None else local for window in arch.windows]
 
 
-def open_model(path: Path, load_format: str) -> tuple[Source | None, Config, tuple[int, ...]]:
-    """(where the weights come from, None for random ones; the configuration; the end-of-sequence
-    ids)."""
-    if path.is_dir() and load_format in ("auto", "gguf") and not any(path.glob("*.safetensors")):
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise Unsupported(
-                f"{path} has {len(files)} GGUF files; give one of them, for example {files[0].name}"
-            )
-        path = files[0] if files else path
+def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, tuple[int, ...]]:
+    """(where the weights come from, None for random ones; the configuration; the ids that end a
+    text)."""
+    load_format = model.load_format
+    if path.is_dir() and (
+        load_format == "gguf" or (load_format == "auto" and not SAFETENSORS.weights(path))
+    ):
+        path = gguf_files.find(path) or path
     if path.suffix == ".gguf":
         if load_format == "safetensors":
             raise Unsupported(f"{path.name} is a GGUF file, but --load-format is safetensors")
@@ -184,7 +191,8 @@ def open_model(path: Path, load_format: str) -> tuple[Source | None, Config, tup
     if load_format == "gguf":
         raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
     config = read_config(path)
-    return _weights(path, load_format), config, eos_token_ids(path, config)
+    ends = end_tokens.of_directory(path, config, tokenizer_path(model))
+    return _weights(path, load_format), config, ends
 
 
 def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
@@ -192,7 +200,7 @@ def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
     if load_format == "dummy":
         return None
     if load_format == "pt" or (
-        load_format == "auto" and not any(path.glob("*.safetensors")) and any(path.glob(PATTERN))
+        load_format == "auto" and not SAFETENSORS.weights(path) and PYTORCH.weights(path)
     ):
         return PytorchFiles.of(path)
     return path

@@ -5,7 +5,6 @@ Such a file is a program that builds objects; torch's restricted loader runs onl
 tensors, and refuses everything else.
 """
 
-import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,44 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.architecture import Unsupported
-
-INDEX = "pytorch_model.bin.index.json"
-PATTERN = "pytorch_model*.bin"
+from ...checkpoint.errors import Unsupported
+from ...checkpoint.weight_files import PYTORCH, Weights
 
 
 @dataclass(frozen=True)
 class PytorchFiles:
-    """The .bin files of a directory. Raises Unsupported when there are none, or not all that the
-    index names."""
+    """The .bin files of a model, all of which are there."""
 
-    paths: tuple[Path, ...]
+    directory: Path
+    weights: Weights
 
     @classmethod
     def of(cls, directory: Path) -> "PytorchFiles":
-        """Those of `directory`: the index's, or all when there is no index."""
-        index = directory / INDEX
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            paths = tuple(directory / name for name in names)
-        else:
-            paths = tuple(sorted(directory.glob(PATTERN)))
-        if not paths:
+        """Those of the model in `directory`. Raises Unsupported when there are none, or not all."""
+        weights = PYTORCH.weights(directory)
+        if weights is None:
             raise Unsupported(
                 f"{directory} has no .safetensors and no pytorch_model.bin file; convert the checkpoint to safetensors"
             )
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise Unsupported(
-                f"{index} names {missing[0]}, which is not there: the download is incomplete"
-            )
-        return cls(paths)
+        weights.check()
+        return cls(directory, weights)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name; one file is open at a time. Raises Unsupported for a broken
         file."""
-        for path in self.paths:
-            yield from _load(path).items()
+        for path in self.weights.paths:
+            for name, tensor in _load(path).items():
+                if self.weights.has(name, path):
+                    yield name, tensor
 
 
 def _load(path: Path) -> dict[str, Tensor]:

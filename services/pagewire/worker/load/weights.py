@@ -6,7 +6,6 @@ goes to the slot that wants it, which takes its part and puts the rows of heads 
 tensor that the model does not know, lacks or has in another shape is an error that names it.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
+from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
 from ..models import family
 from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
@@ -129,19 +129,41 @@ def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
 
 
 def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Named]:
-    """Every tensor of the files of `directory`; `only_headers`: none, but each file is opened."""
+    """Every tensor of the model in `directory`; `only_headers`: none, but each file is opened.
+    Raises Unsupported for a broken or missing file, and for a tensor that two files have."""
     from safetensors import SafetensorError, safe_open
 
-    for path in safetensors_files(directory):
+    weights = safetensors_files(directory)
+    files: dict[str, Path] = {}
+    for path in weights.paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in () if only_headers else file.keys():
-                    yield name, file.get_tensor(name)
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if not weights.has(name, path):
+                        continue
+                    if name in files:
+                        raise Unsupported(
+                            f"{files[name].name} and {path.name} in {directory} both have a tensor {name}, and no {SAFETENSORS.index} says "
+                            "which file counts; move away the file that is not the model's"
+                        )
+                    files[name] = path
+                    if not only_headers:
+                        yield name, file.get_tensor(name)
         except SafetensorError as error:
             size = path.stat().st_size
             raise Unsupported(
                 f"{path} ({size:,} bytes) is broken or its download incomplete: {error}; fetch it again"
             ) from None
+
+
+def unusual(source: Source | None) -> Callable[[], Iterator[Named]] | None:
+    """The tensors of a source that transformers by itself would read from other files; None for all
+    other sources."""
+    if isinstance(source, Path) and not SAFETENSORS.is_usual(source):
+        return lambda: from_safetensors(source)
+    if isinstance(source, PytorchFiles) and not PYTORCH.is_usual(source.directory):
+        return source.tensors
+    return None
 
 
 def check_safetensors(directory: Path) -> None:
@@ -151,26 +173,15 @@ def check_safetensors(directory: Path) -> None:
         pass
 
 
-def safetensors_files(directory: Path) -> list[Path]:
-    """The index's shards, or all .safetensors files when there is no index. Raises Unsupported when
-    there is none, or one is missing."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(
-            directory / name for name in set(json.loads(index.read_text())["weight_map"].values())
-        )
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
+def safetensors_files(directory: Path) -> Weights:
+    """The files of the model in `directory`, all of which are there. Raises Unsupported."""
+    weights = SAFETENSORS.weights(directory)
+    if weights is None:
         raise Unsupported(
             f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
         )
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise Unsupported(
-            f"{index} names {missing[0]}, which is not there: the download is incomplete"
-        )
-    return files
+    weights.check()
+    return weights
 
 
 def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:

@@ -1,7 +1,7 @@
 """What a model's configuration says about its shape, in one frozen record whatever file it came
 from.
 
-Reads config.json and generation_config.json directly: importing transformers would cost seconds of
+Reads config.json directly: importing transformers would cost seconds of
 every start. The files under models/ turn a configuration into an Architecture and say only what
 differs between families.
 """
@@ -20,7 +20,6 @@ __all__ = [
     "Unsupported",
     "activation_of",
     "common",
-    "eos_token_ids",
     "gpt_like",
     "layer_windows",
     "read_config",
@@ -152,28 +151,6 @@ def read_config(directory: Path) -> Config:
     if not isinstance(config, dict):
         raise Unsupported(f"{path} holds no JSON object")
     return config
-
-
-def eos_token_ids(directory: Path, config: Config) -> tuple[int, ...]:
-    """The end-of-sequence ids that config.json and generation_config.json name, in rising order."""
-    path = directory / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    found: set[int] = set()
-    for given in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        found.update(given if isinstance(given, list) else [] if given is None else [given])
-    return tuple(sorted(found | _unnamed_ends(config, generation)))
-
-
-def _unnamed_ends(config: Config, generation: Config) -> set[int]:
-    """Tokens that end a message by a family's own code alone: Qwen-1's <|im_start|> and <|im_end|>,
-    the next speaker's of ChatGLM3."""
-    if config.get("model_type") == "qwen" and generation.get("chat_format") == "chatml":
-        return {151_644, 151_645}
-    return (
-        {64_795, 64_797}
-        if config.get("model_type") == "chatglm" and config.get("padded_vocab_size") == 65_024
-        else set()
-    )
 
 
 def common(config: Config, **differences: Any) -> Architecture:

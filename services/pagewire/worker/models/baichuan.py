@@ -5,14 +5,15 @@ Baichuan 2 has a head whose rows are brought to length 1 before use; that is don
 loading."""
 
 from collections.abc import Iterator
-
-from torch import Tensor
-from torch.nn.functional import normalize
+from typing import TYPE_CHECKING
 
 from .alibi import alibi_slopes
 from .architecture import Architecture, Config, common
-from .checkpoint import Names, renamed
+from .checkpoint import Named, Names, renamed
 from .rope import NO_ROPE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BAICHUAN2, BAICHUAN2_VOCABULARY = "baichuan2", 125_696
 NAMES = Names(
@@ -24,9 +25,11 @@ NAMES = Names(
 _renamed = renamed(NAMES)
 
 
-def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """Renamed and cut; the rows of Baichuan 2's head are brought to length 1."""
     if name == "lm_head.weight" and arch.model_type == BAICHUAN2:
+        from torch.nn.functional import normalize
+
         yield name, normalize(tensor.float())
     else:
         yield from _renamed(name, tensor, arch)

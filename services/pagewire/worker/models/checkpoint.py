@@ -1,21 +1,23 @@
 """From the tensors of a checkpoint to those of the decoder: other names, and matrices that are
 joined or transposed there.
 
-The decoder's own names are Llama's as transformers saves them (see decoder.py and blocks.py). A
+torch is imported when a tensor is there, so that a configuration can be judged without it. The
+decoder's own names are Llama's as transformers saves them (see decoder.py and blocks.py). A
 checkpoint's joined matrices are renamed to `….self_attn.qkv_proj` and `….mlp.gate_up_proj`, and
 `split` cuts them.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from .architecture import Architecture, Unsupported
 
-Named = tuple[str, Tensor]
-Tensors = Callable[[str, Tensor, Architecture], Iterator[Named]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Named: TypeAlias = "tuple[str, Tensor]"
+Tensors = Callable[[str, "Tensor", Architecture], Iterator["Named"]]
 """(name and tensor of a checkpoint, architecture) -> tensors of the decoder: none for one that is
 not needed, several for a joined one. A name that it does not know it passes on as it is, and
 loading refuses it."""
@@ -50,7 +52,7 @@ class Names:
 def renamed(names: Names, by_group: bool = False) -> Tensors:
     """The whole conversion where a checkpoint differs in names and joined matrices only."""
 
-    def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+    def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
         ours = names(name)
         if ours is not None:
             yield from split(ours, tensor, arch, by_group)
@@ -58,7 +60,9 @@ def renamed(names: Names, by_group: bool = False) -> Tensors:
     return tensors
 
 
-def split(name: str, tensor: Tensor, arch: Architecture, by_group: bool = False) -> Iterator[Named]:
+def split(
+    name: str, tensor: "Tensor", arch: Architecture, by_group: bool = False
+) -> Iterator[Named]:
     """Cut the rows (or biases) of joined matrices; others pass. Queries, keys and values follow
     each other, or, `by_group`, those of each KV head: its query heads, its key, its value."""
     stem, joined, suffix = name.rpartition(".qkv_proj.")
@@ -75,7 +79,7 @@ def split(name: str, tensor: Tensor, arch: Architecture, by_group: bool = False)
     yield name, tensor
 
 
-def _heads(name: str, tensor: Tensor, arch: Architecture, by_group: bool) -> tuple[Tensor, ...]:
+def _heads(name: str, tensor: "Tensor", arch: Architecture, by_group: bool) -> "tuple[Tensor, ...]":
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if len(tensor) != q + 2 * kv:
         raise Unsupported(
@@ -88,8 +92,10 @@ def _heads(name: str, tensor: Tensor, arch: Architecture, by_group: bool) -> tup
     return tuple(part.reshape(-1, *tensor.shape[1:]) for part in heads.split((group, 1, 1), 1))
 
 
-def plus_one(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+def plus_one(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """For families that save their norms' weights as the difference from 1."""
+    import torch
+
     yield (
         name,
         tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + 1

@@ -10,7 +10,7 @@ imported only here, and only for such a model.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch, make_batch
 from torch import Tensor
 
+from ...checkpoint import model_types
 from .architecture import Architecture, Config, Unsupported
 from .decoder import LogitsHook
 from .fallback_attention import Attention, Call, Recorder
@@ -58,16 +59,23 @@ class Plan:
     trust: bool
 
     def load(
-        self, load_format: str, ops: Ops, dtype: torch.dtype, device: str, seed: int
+        self,
+        load_format: str,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: str,
+        seed: int,
+        tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ) -> "FallbackDecoder":
-        """Raises Unsupported: broken or missing weights, or logits that are not those of
+        """`tensors`: those of the checkpoint, where transformers would take other files than those
+        that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or logits that are not those of
         transformers' own attention."""
         attention = Attention(ops, self.calls, self.arch.head_dim)
         with _quietly(), torch.inference_mode(False), torch.no_grad():
             made = (
                 self._random(dtype, seed)
                 if load_format == "dummy"
-                else self._weights(load_format, dtype)
+                else self._weights(load_format, dtype, tensors)
             )
             made = made.to(device).eval()
         decoder = FallbackDecoder(self.arch, made, attention)
@@ -83,19 +91,31 @@ class Plan:
             copy.deepcopy(self.config), dtype=dtype, trust_remote_code=self.trust
         )
 
-    def _weights(self, load_format: str, dtype: torch.dtype) -> Any:
-        from transformers import AutoModelForCausalLM
+    def _weights(
+        self,
+        load_format: str,
+        dtype: torch.dtype,
+        tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None,
+    ) -> Any:
+        import transformers
 
-        safe = {"safetensors": True, "pt": False}.get(load_format)
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+        own_class = _own_class(self.config)
         try:
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                str(self.path),
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=self.trust,
-                use_safetensors=safe,
-                output_loading_info=True,
-            )
+            if tensors is not None and own_class is not None:
+                result: Any = own_class.from_pretrained(
+                    None, config=copy.deepcopy(self.config), state_dict=dict(tensors()), **options
+                )
+            else:
+                result = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(self.path),
+                    local_files_only=True,
+                    trust_remote_code=self.trust,
+                    use_safetensors={"safetensors": True, "pt": False}.get(load_format),
+                    **options,
+                )
+        except Unsupported:
+            raise
         except Exception as error:  # transformers and the files' readers raise errors of many kinds
             raise Unsupported(
                 f"the weights in {self.path} cannot be loaded: {_line(error)}"
@@ -223,24 +243,16 @@ def _longest(config: Any) -> int:
 
 
 def _config(path: Path, settings: Config, trust: bool) -> Any:
+    model_types.check_config(settings, trust)
     import transformers
 
-    kind = settings.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING and not settings.get("auto_map"):
-        raise Unsupported(
-            f"model_type {kind!r} is known neither here nor to transformers {transformers.__version__}"
-        )
-    if kind not in transformers.CONFIG_MAPPING and not trust:
-        raise Unsupported(
-            f"model_type {kind!r} needs code from its repository, which --trust-remote-code allows (only for a repository that you trust)"
-        )
     try:
         return transformers.AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=trust
         )
     except Exception as error:  # validation errors are of many kinds
         raise Unsupported(
-            f"the configuration of this {kind} model is wrong: {_line(error)}"
+            f"the configuration of this {settings.get('model_type')} model is wrong: {_line(error)}"
         ) from None
 
 
@@ -274,6 +286,16 @@ def _refuse(config: Any) -> None:
         raise Unsupported(
             f"{named or config.model_type} has layers of type {', '.join(sorted(kinds))}, which is not supported"
         )
+
+
+def _own_class(config: Any) -> Any:
+    """transformers' class of a model; None where the code is the repository's."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "auto_map", None):
+        return None
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
 def _on_meta(config: Any, recorder: Recorder, trust: bool) -> Any:

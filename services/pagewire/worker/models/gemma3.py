@@ -3,14 +3,15 @@ and those rotated by a base of their own. The models that also see images are se
 vision parts are not loaded."""
 
 from collections.abc import Iterator
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from . import gemma2
 from .architecture import Architecture, Config, Unsupported
 from .checkpoint import Named, plus_one
 from .rope import read_rope
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULTS: Final[Config] = {
     "vocab_size": 262_208,
@@ -56,7 +57,7 @@ def describe(config: Config) -> Architecture:
     )
 
 
-def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """The language model's, by Gemma's names; those of the vision parts are left out."""
     if name.startswith(VISION):
         return

@@ -2,12 +2,14 @@
 transposed, queries to values joined."""
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .architecture import Architecture, Config, Unsupported, gpt_like
 from .checkpoint import Named, Names, split
 from .rope import NO_ROPE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAMES = Names(
     prefix="transformer.",
@@ -54,7 +56,7 @@ def describe(config: Config) -> Architecture:
     )
 
 
-def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """Renamed and cut; the layers' matrices are saved transposed."""
     ours = NAMES(name)
     if ours is not None:

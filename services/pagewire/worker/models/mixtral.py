@@ -1,12 +1,13 @@
 """Mixtral: Mistral with a mixture of experts for each MLP, under names of its own."""
 
 from collections.abc import Iterator
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from .architecture import Architecture, Config, Moe, common
 from .checkpoint import Named
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS: Final = {
     ".block_sparse_moe.": ".mlp.",
@@ -29,7 +30,7 @@ def describe(config: Config) -> Architecture:
     )
 
 
-def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """With the experts' matrices renamed."""
     for theirs, ours in PARTS.items():
         name = name.replace(theirs, ours)

@@ -2,12 +2,14 @@
 normalises after each addition and has smaller embeddings than layers."""
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .architecture import Architecture, Config, Unsupported, gpt_like
 from .checkpoint import Named, Names
 from .rope import NO_ROPE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNUSED_POSITIONS = 2
 NAMES = Names(
@@ -60,7 +62,7 @@ def describe(config: Config) -> Architecture:
     )
 
 
-def tensors(name: str, tensor: Tensor, arch: Architecture) -> Iterator[Named]:
+def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
     """Renamed; positions without the two rows that are never used."""
     ours = NAMES(name)
     if ours is not None:

@@ -5,12 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ...checkpoint.errors import Unsupported
+
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 OTHER_NAMES: Final = {"su": "longrope", "none": "default"}
-
-
-class Unsupported(ValueError):
-    """The model asks for something that is not built; the message names it."""
 
 
 @dataclass(frozen=True)

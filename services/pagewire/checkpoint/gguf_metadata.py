@@ -1,15 +1,16 @@
 """Reads the key-value part of a GGUF file, and nothing of its tensors. It does not know what the
 keys mean.
 
-The `gguf` package builds a numpy view for every string, which takes seconds for a vocabulary; the
+The `gguf` package builds a numpy view for every string, which takes seconds for a vocabulary; a
 tokenizer needs plain lists. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 (little-endian, versions 2 and 3).
 """
 
 import mmap
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 MAGIC: Final = b"GGUF"
 STRING: Final = 8
@@ -29,6 +30,7 @@ SCALARS: Final = {
 }
 
 Buffer = mmap.mmap
+Result = TypeVar("Result")
 _length = struct.Struct("<Q").unpack_from
 
 
@@ -39,6 +41,19 @@ class BadGguf(ValueError):
 def read_metadata(path: Path) -> dict[str, Any]:
     """All keys with their values: str, int, float, bool, or a list or tuple of these. Raises
     BadGguf, OSError."""
+    return _read(path, lambda pairs: dict(pairs))
+
+
+def architecture(path: Path) -> Any:
+    """`general.architecture`, which stands at the beginning; None where there is none. Raises
+    BadGguf, OSError."""
+    return _read(
+        path,
+        lambda pairs: next((value for key, value in pairs if key == "general.architecture"), None),
+    )
+
+
+def _read(path: Path, take: Callable[[Iterator[tuple[str, Any]]], Result]) -> Result:
     with path.open("rb") as file:
         head = file.read(4)
         if head != MAGIC:
@@ -47,22 +62,22 @@ def read_metadata(path: Path) -> dict[str, Any]:
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             try:
-                return _read_all(buffer)
+                return take(_pairs(buffer))
             except (struct.error, UnicodeDecodeError, KeyError) as error:
                 raise BadGguf(f"{path.name} is damaged: {error}") from None
 
 
-def _read_all(buffer: Buffer) -> dict[str, Any]:
+def _pairs(buffer: Buffer) -> Iterator[tuple[str, Any]]:
+    """Each key with its value, in the order of the file."""
     version, _tensors, keys = struct.unpack_from("<IQQ", buffer, 4)
     if version not in (2, 3):
         raise BadGguf(f"GGUF version {version} is not supported, only 2 and 3")
-    metadata: dict[str, Any] = {}
     position = 24
     for _ in range(keys):
         key, position = _read_string(buffer, position)
         (value_type,) = struct.unpack_from("<I", buffer, position)
-        metadata[key], position = _read_value(buffer, value_type, position + 4)
-    return metadata
+        value, position = _read_value(buffer, value_type, position + 4)
+        yield key, value
 
 
 def _read_string(buffer: Buffer, position: int) -> tuple[str, int]:
