@@ -3,7 +3,7 @@ that is not built, and a configuration that it cannot have."""
 
 from pathlib import Path
 
-from ...checkpoint import model_types
+from ...checkpoint import model_types, quantization
 from ...config import ModelConfig
 from ..models import FAMILIES, describe
 from ..models.architecture import read_config
@@ -16,4 +16,5 @@ def check(path: Path, model: ModelConfig) -> None:
     if path.is_dir() and (path / "config.json").is_file():
         config = read_config(path)
         if config.get("model_type") in FAMILIES:
+            quantization.check(path, config, model.quantization)
             describe(config)
