@@ -108,6 +108,7 @@ class SseChoice(Choice):
             )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        self.reason = reason
         self.usage.completion_tokens = completion_tokens
         self.reply.open()
         self._send_score()
