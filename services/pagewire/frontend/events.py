@@ -7,7 +7,6 @@ from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
-from .logprobs import token_text
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
 from .sse import DONE, HOLE, Flusher, Outlet, encode, event, fill, template
@@ -67,7 +66,6 @@ class SseChoice(Choice):
         self._head, self._tail = template(reply.formatter.chunk(ChoiceData(index, HOLE)))
         self._outlet = reply.outlet
         self._pieces = reply.outlet.pieces
-        self._offset = 0
         self._parser = reply.make_parser()
         self._called_tools = False
         self._owes_score = reply.rendering.scores_echo
@@ -92,7 +90,7 @@ class SseChoice(Choice):
                 self.index,
                 tokens=tokens,
                 logprobs=logprobs,
-                offset=self._offset,
+                offset=len(self.echo.text),
                 prompt_ids=self.data.prompt_ids,
             )
             data.add(first)
@@ -100,12 +98,6 @@ class SseChoice(Choice):
             for delta in more:
                 self._send_delta(delta)
             self.data.prompt_ids = None
-            self._advance(
-                [
-                    token_text(entry.texts[0], entry.ids[0], rendering.ids_as_text)
-                    for entry in logprobs
-                ]
-            )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         self.usage.completion_tokens = completion_tokens
@@ -135,10 +127,6 @@ class SseChoice(Choice):
         if self._owes_score and self.score:
             self._owes_score = False
             self._send(ChoiceData(self.index, self.echo.text, score=self.score))
-            self._advance(self.score.tokens)
-
-    def _advance(self, tokens: Sequence[str]) -> None:
-        self._offset += sum(map(len, tokens))
 
     def _send(self, data: ChoiceData) -> None:
         usage = self.reply.usage() if self.reply.rendering.continuous_usage else None
