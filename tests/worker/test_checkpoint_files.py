@@ -97,6 +97,10 @@ def test_the_ends_of_a_tokenizer_that_comes_from_elsewhere(tmp_path):
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     settings = ModelConfig(load_format="dummy", tokenizer=str(tokenizer))
     assert loader.open_model(model, settings)[2] == (41,)
+    writer = gguf_of([f"t{n}" for n in range(50)], tmp_path / "m.gguf")
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 3)
+    close(writer)
+    assert loader.open_model(tmp_path / "m.gguf", settings)[2] == (3, 41)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +119,22 @@ def test_the_ends_of_a_tokenizer_that_comes_from_elsewhere(tmp_path):
     ],
 )
 def test_ends_of_a_gguf_vocabulary(tokens, keys, expected, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer = gguf_of(tokens, tmp_path / "m.gguf")
     for name, token in keys.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    close(writer)
+    assert loader.open_model(tmp_path / "m.gguf", ModelConfig(load_format="dummy"))[2] == expected
+
+
+def gguf_of(tokens: list[str], path: Path) -> gguf.GGUFWriter:
+    """A model in name alone, with this vocabulary."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_token_list(tokens)
     writer.add_block_count(1)
     writer.add_head_count(1)
     writer.add_embedding_length(8)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
-    close(writer)
-    assert loader.open_model(tmp_path / "m.gguf", ModelConfig(load_format="dummy"))[2] == expected
+    return writer
 
 
 def test_the_list_of_ends_has_no_repetition():

@@ -63,27 +63,31 @@ class _TokenizerFile(Struct):
 def of_directory(directory: Path, config: Config, tokenizer: Path | None = None) -> tuple[int, ...]:
     """The ids that the files of `directory` name, in rising order: config.json (`config`),
     generation_config.json, the tokenizer's settings, and the end of a turn in its chat template.
-    `tokenizer`: where the tokenizer's files are, by default in `directory`; it may be a GGUF file,
-    which says nothing here. Raises Unsupported."""
+    `tokenizer`: where the tokenizer's files are, by default in `directory`. Raises Unsupported."""
     generation = read_object(directory / "generation_config.json")
     ids: set[int] = set()
     for named in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ids.update(named if isinstance(named, list) else [] if named is None else [named])
     ids |= _unnamed(config, generation)
-    folder = tokenizer or directory
-    if folder.is_dir():
-        ids |= _of_tokenizer(folder)
+    ids |= of_tokenizer(tokenizer or directory)
     return within_vocabulary(ids, int(config.get("vocab_size") or 0))
 
 
 def of_gguf(
-    metadata: dict[str, Any], find: Callable[[Iterable[str]], dict[str, int]], vocab_size: int
+    metadata: dict[str, Any],
+    find: Callable[[Iterable[str]], dict[str, int]],
+    vocab_size: int,
+    tokenizer: Path | None = None,
 ) -> tuple[int, ...]:
-    """The ids that a GGUF file names, and those of the tokens in its vocabulary that are known to
-    end a turn, in rising order. `find`: the ids of texts that the vocabulary has."""
+    """The ids that a GGUF file names, those of the tokens in its vocabulary that are known to end a
+    turn, and what a `tokenizer` from elsewhere names, in rising order. `find`: the ids of texts that
+    the vocabulary has. Raises Unsupported."""
     named = (metadata.get(key) for key in GGUF_KEYS)
     ids = {int(token) for token in named if token is not None}
-    return within_vocabulary(ids | set(ending(find(END_OF_TURN)).values()), vocab_size)
+    ids.update(ending(find(END_OF_TURN)).values())
+    if tokenizer is not None:
+        ids |= of_tokenizer(tokenizer)
+    return within_vocabulary(ids, vocab_size)
 
 
 def ending(known: dict[str, int]) -> dict[str, int]:
@@ -111,9 +115,11 @@ def _unnamed(config: Config, generation: Config) -> set[int]:
     )
 
 
-def _of_tokenizer(directory: Path) -> set[int]:
+def of_tokenizer(directory: Path) -> set[int]:
     """What the tokenizer's files name: `eos_token`, and tokens that the chat template ends turns
-    with."""
+    with. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
+    if not directory.is_dir():
+        return set()
     settings = read_object(directory / "tokenizer_config.json")
     mapped = read_object(directory / "special_tokens_map.json")
     template = chat_template(directory, {**mapped, **settings})

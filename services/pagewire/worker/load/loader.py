@@ -187,7 +187,8 @@ def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, t
         if load_format == "safetensors":
             raise Unsupported(f"{path.name} is a GGUF file, but --load-format is safetensors")
         file = Gguf(path)
-        return (None if load_format == "dummy" else file), file.config(), file.eos_token_ids()
+        ends = file.eos_token_ids(tokenizer_path(model))
+        return (None if load_format == "dummy" else file), file.config(), ends
     if load_format == "gguf":
         raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
     config = read_config(path)
