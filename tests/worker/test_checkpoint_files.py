@@ -64,7 +64,16 @@ UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]
             },
             (2, 41),
         ),
-        ({"tokenizer_config__json": {"eos_token": "</s>"}, "tokenizer__json": TOKENIZER}, (2, 7)),
+        (
+            {
+                "tokenizer_config__json": {"eos_token": "</s>", "chat_template": "{{ messages }}"},
+                "tokenizer__json": TOKENIZER,
+            },
+            (2, 7),
+        ),
+        # without a template of its own a model is used with another one
+        ({"tokenizer__json": TOKENIZER}, (2, 41)),
+        ({"tokenizer_config__json": {"added_tokens_decoder": IM_END}}, (2, 41)),
         ({"tokenizer_config__json": {"eos_token": "</s>"}, "tokenizer__json": UNIGRAM}, (1, 2)),
         ({"tokenizer_config__json": {"eos_token": "z"}, "vocab__json": {"z": 9}}, (2, 9)),
         ({"tokenizer_config__json": {"eos_token": "nowhere"}}, (2,)),
@@ -386,10 +395,16 @@ def test_the_families_are_those_that_models_has_files_for():
         ({"model_type": "t5"}, "t5 is an encoder with a decoder"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "with 'awq' are"),
         ({"model_type": "llama"}, "the configuration of this llama model has no 'num_attention_he"),
+        ({}, "has no config.json; give a directory with a model"),
+        (
+            {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
+            "has no .safetensors file",
+        ),
     ],
 )
-def test_what_the_configuration_rules_out_is_said_without_torch(config, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_what_the_files_rule_out_is_said_without_torch(config, message, tmp_path):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
     code = (
         "import sys; from pathlib import Path; from pagewire.config import ModelConfig\n"
         "from pagewire.worker.load import early\n"

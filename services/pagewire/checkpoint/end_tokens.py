@@ -117,14 +117,18 @@ def _unnamed(config: Config, generation: Config) -> set[int]:
 
 def of_tokenizer(directory: Path) -> set[int]:
     """What the tokenizer's files name: `eos_token`, and tokens that the chat template ends turns
-    with. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
+    with; where no template comes with the model, another one will be used, and all added tokens that
+    are known to end a turn count. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
     if not directory.is_dir():
         return set()
     settings = read_object(directory / "tokenizer_config.json")
     mapped = read_object(directory / "special_tokens_map.json")
     template = chat_template(directory, {**mapped, **settings})
     vocabulary = _Vocabulary(directory, settings)
-    turns = vocabulary.ids_of(text for text in END_OF_TURN if text in template)
+    if template:
+        turns = vocabulary.ids_of(text for text in END_OF_TURN if text in template)
+    else:
+        turns = {text: token for text, token in vocabulary.added.items() if text in END_OF_TURN}
     texts = (token_text(source.get("eos_token")) for source in (settings, mapped))
     named = vocabulary.ids_of(text for text in texts if text is not None)
     return {*ending(turns).values(), *named.values()}
@@ -136,7 +140,7 @@ class _Vocabulary:
     def __init__(self, directory: Path, settings: Config) -> None:
         self._directory = directory
         self._file = _tokenizer_file(directory / "tokenizer.json")
-        self._added: dict[str, int] = {
+        self.added: dict[str, int] = {
             **read_object(directory / "added_tokens.json"),
             **{entry.content: entry.id for entry in self._file.added_tokens},
             **added_tokens(settings),
@@ -148,8 +152,8 @@ class _Vocabulary:
         return {text: token for text, token in ids.items() if token is not None}
 
     def _id_of(self, text: str) -> int | None:
-        if text in self._added:
-            return self._added[text]
+        if text in self.added:
+            return self.added[text]
         vocab = msgspec.json.decode(self._file.model.vocab)
         if isinstance(vocab, dict):
             return vocab.get(text, read_object(self._directory / "vocab.json").get(text))

@@ -16,7 +16,7 @@ import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
+from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
 from ..models import family
 from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
@@ -24,6 +24,7 @@ from ..models.decoder import Decoder
 from ..models.weight_slots import WeightSlot
 from .gguf_file import Gguf
 from .pytorch_file import PytorchFiles
+from .sources import safetensors_files
 
 Source = Path | Gguf | PytorchFiles
 """A directory of safetensors, or another kind of file, open."""
@@ -171,17 +172,6 @@ def check_safetensors(directory: Path) -> None:
     Unsupported."""
     for _ in from_safetensors(directory, only_headers=True):
         pass
-
-
-def safetensors_files(directory: Path) -> Weights:
-    """The files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = SAFETENSORS.weights(directory)
-    if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
-        )
-    weights.check()
-    return weights
 
 
 def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:
