@@ -101,7 +101,7 @@ def _best_bound(logits, words, count, scale, floor):
 
 @inlined
 def _noise(word):
-    """Within a few roundings of `reference.gumbel`."""
+    """Within a few roundings of `sampling_map.gumbel`."""
     u = np.float64(np.float32(np.float32(word) + np.float32(0.5))) * 2.0**-32
     if u < 0.01:
         return -math.log(u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25))))

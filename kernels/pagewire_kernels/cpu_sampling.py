@@ -1,4 +1,4 @@
-"""The next token of each row of logits on a CPU, by the random map of `reference.sample`, which is
+"""The next token of each row of logits on a CPU, by the random map of `sampling_map`, which is
 the GPU's too: Gumbel noise from Philox words of seed, position and vocabulary id.
 
 Only tokens that top-k, top-p and min-p keep get noise. Over a whole vocabulary its words are most
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import cpu_native, cpu_task
 from .philox import WORDS, sampling_words
-from .reference import gumbel
-from .sampling_rows import GREEDY_BELOW, SamplingRows
+from .sampling_map import GREEDY_BELOW, SamplingRows, gumbel
 
 NUCLEUS_CANDIDATES: Final = 1024
 """How many of the most likely tokens top-p looks at before it sorts a whole row."""
@@ -53,7 +52,7 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
 
 def thresholds(logits: Tensor, rows: SamplingRows) -> Tensor:
     """float32 [R]: the least logit of each row of logits [R, V] that min-p, then top-k, then top-p
-    keep; see `reference.sampling_thresholds`. Temperatures are positive."""
+    keep; see `sampling_map.thresholds`. Temperatures are positive."""
     width = logits.shape[1]
     floors = torch.full((len(logits),), NEGATIVE_INFINITY, device=logits.device)
     by_min_p = rows.min_p > 0

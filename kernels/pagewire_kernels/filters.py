@@ -13,8 +13,15 @@ ratio of 1.0005 in probability.
 import triton
 import triton.language as tl
 
+from . import sampling_map
+
 TOLERANCE: tl.constexpr = tl.constexpr(5e-4)
 MAX_PASSES: tl.constexpr = tl.constexpr(24)
+# Rows of `SamplingRows.values`.
+TEMPERATURE: tl.constexpr = tl.constexpr(sampling_map.TEMPERATURE)
+TOP_K: tl.constexpr = tl.constexpr(sampling_map.TOP_K)
+TOP_P: tl.constexpr = tl.constexpr(sampling_map.TOP_P)
+MIN_P: tl.constexpr = tl.constexpr(sampling_map.MIN_P)
 
 
 @triton.jit
@@ -103,24 +110,22 @@ def _row_range(logits, width, BLOCK: tl.constexpr):
     return tl.max(high, 0), tl.min(low, 0), tl.sum(count, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["values_stride"])
 def _thresholds(
     logits,
-    temperatures,
-    top_k,
-    top_p,
-    min_p,
+    values,
     out,
     width,
     stride,
+    values_stride,
     ULP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    temperature = tl.load(temperatures + row)
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
-    least = tl.load(min_p + row)
+    temperature = tl.load(values + TEMPERATURE * values_stride + row)
+    k = tl.load(values + TOP_K * values_stride + row)
+    p = tl.load(values + TOP_P * values_stride + row)
+    least = tl.load(values + MIN_P * values_stride + row)
     if (temperature < 1e-5) | (((k <= 0) | (k >= width)) & (p >= 1.0) & (least <= 0.0)):
         tl.store(out + row, float("-inf"))
         return
@@ -129,7 +134,7 @@ def _thresholds(
     peak, low, finite = _row_range(at, width, BLOCK)
     floor = tl.full([], float("-inf"), tl.float32)
     if (k > 0) & (k < finite):
-        floor = _search(at, width, k.to(tl.float32), low, peak, 0.0, 1e-7, ULP, False, BLOCK)
+        floor = _search(at, width, k, low, peak, 0.0, 1e-7, ULP, False, BLOCK)
     if least > 0.0:
         floor = tl.maximum(floor, peak + temperature * tl.log(least))
     if p < 1.0:

@@ -1,15 +1,10 @@
 """Oracles: every operation written for reading, in plain torch, for any dtype and device. Slow on
 purpose; back ends are tested against them."""
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import Batch
-from .philox import WORDS, sampling_words
-from .sampling_rows import GREEDY_BELOW, SamplingRows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -172,64 +167,3 @@ def paged_attention(
         )
         out[first:last] = attend(q[first:last], k, v, scale, window, softcap, alibi_slopes)
     return out.flatten(1)
-
-
-def gumbel(words: Tensor) -> Tensor:
-    """Gumbel noise float32 of random words (int64 under 2^32), of the same shape:
-    -log(-log(1 - u)) with u = (word + 0.5) / 2^32 rounded to float32.
-
-    Every operation is one of float32, as on a GPU. Below u = 0.01 the inner logarithm is a series,
-    since 1 - u would round u away; above, 1 - u is held over 2^-25, since u may round to 1.
-    """
-    u = (words.to(torch.float32) + 0.5) * 2.0**-32
-    series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
-    wait = torch.where(u < 0.01, series, -torch.log((1.0 - u).clamp(min=2.98e-8)))
-    return -torch.log(wait)
-
-
-def sampling_thresholds(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """float32 [B]: the least logit that min-p, top-k and top-p leave to each row of logits [B, V];
-    minus infinity where nothing restricts it.
-
-    Min-p and top-k look at the whole distribution, top-p at what they left, renormalised. Tokens
-    equal to the last one kept are kept too.
-    """
-    floors: list[float] = []
-    for i, x in enumerate(logits.double()):
-        temperature, k = float(rows.temperature[i]), int(rows.top_k[i])
-        top_p, min_p = float(rows.top_p[i]), float(rows.min_p[i])
-        floor = float("-inf")
-        if temperature >= GREEDY_BELOW:
-            order = x.sort(descending=True).values
-            if min_p > 0:
-                floor = float(order[0]) + temperature * math.log(min_p)
-            if 0 < k < len(x):
-                floor = max(floor, float(order[k - 1]))
-            if top_p < 1:
-                shares = (order[order >= floor] / temperature).softmax(0).cumsum(0)
-                floor = float(order[min(int((shares < top_p).sum()), len(shares) - 1)])
-        floors.append(floor)
-    return torch.tensor(floors, dtype=torch.float32, device=logits.device)
-
-
-def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """The next token of each row of logits [B, V], int64 [B]: the random map of sampling.
-
-    Greedy rows take the largest logit. In the others, the tokens at or above the row's threshold
-    get noise (`gumbel` of the word of their id, `philox.sampling_words`), and the largest sum of
-    logit / temperature and noise wins: that draws from their softmax. Among equals the lowest id
-    wins.
-    """
-    width = logits.shape[1]
-    groups = np.arange(-(-width // WORDS))
-    floors = sampling_thresholds(logits, rows)
-    tokens: list[Tensor] = []
-    for i, x in enumerate(logits.float()):
-        if rows.temperature[i] >= GREEDY_BELOW:
-            seeds = np.full_like(groups, int(rows.seeds[i]))
-            positions = np.full_like(groups, int(rows.positions[i]))
-            words = torch.from_numpy(sampling_words(seeds, positions, groups)).to(x.device)
-            noise = gumbel(words).flatten()[:width]
-            x = torch.where(x >= floors[i], x * (1.0 / rows.temperature[i]) + noise, float("-inf"))
-        tokens.append(x.argmax())
-    return torch.stack(tokens)

@@ -1,7 +1,7 @@
 """The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the
 largest, which samples the softmax without a sort.
 
-The random map is `reference.sample`'s, which the CPU has too. The noise of vocabulary id v is a pure
+The random map is `sampling_map.sample`'s, which the CPU has too. The noise of vocabulary id v is a pure
 function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
 counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request,
 another batch or another row of it draws the same. A row with a NaN among its logits is flagged,
@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .filters import _thresholds
-from .sampling_rows import Sampled, SamplingRows
+from .sampling_map import Sampled, SamplingRows
 from .shapes import KIB_163, Candidate, Choice
 from .workspace import counters
 
@@ -158,8 +158,8 @@ def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
 
     def launch(block: int) -> None:
-        _thresholds[(logits.shape[0],)](logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, out, logits.shape[1],
-                                        logits.stride(0), ULP=_ULP[logits.dtype], BLOCK=block, num_warps=16)  # fmt: skip
+        _thresholds[(logits.shape[0],)](logits, rows.values, out, logits.shape[1], logits.stride(0), rows.values.stride(0),
+                                        ULP=_ULP[logits.dtype], BLOCK=block, num_warps=16)  # fmt: skip
 
     choose_block(logits.element_size()).launch(logits.device, launch)
     return out

@@ -7,7 +7,7 @@ everything from the device and have fixed shapes. A slot id of -1 is a padding r
 `*_reference` functions are the oracles in plain torch.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,20 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sampling_map import PARAMETERS
+
 COPY_CHUNK = 1024
-TEMPERATURE, TOP_P, MIN_P = range(3)
 
 
 @dataclass
 class SlotState:
-    """S slots. last_token, num_computed, top_k int32 [S]; table int32 [S, M]; sampling_params float32
-    [S, 3]: temperature, top_p, min_p; seeds int64 [S]."""
+    """S slots. last_token, num_computed int32 [S]; table int32 [S, M]; sampling_params float32
+    [S, PARAMETERS]; seeds int64 [S]."""
 
     last_token: Tensor
     num_computed: Tensor
     table: Tensor
     sampling_params: Tensor
-    top_k: Tensor
     seeds: Tensor
 
     @classmethod
@@ -38,21 +38,20 @@ class SlotState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        sampling_params = zeros(slots, 3, dtype=torch.float32)
+        sampling_params = zeros(slots, len(PARAMETERS), dtype=torch.float32)
         return cls(
             zeros(slots),
             zeros(slots),
             zeros(slots, blocks),
             sampling_params,
-            zeros(slots),
             zeros(slots, dtype=torch.int64),
         )
 
 
 @dataclass
 class DecodeRows:
-    """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens, top_k int32 [B]; tables int32
-    [B, M]; sampling_params float32 [3, B]."""
+    """B rows. tokens, positions, mapping, seeds int64 [B]; seq_lens int32 [B]; tables int32
+    [B, M]; sampling_params float32 [PARAMETERS, B]."""
 
     tokens: Tensor
     positions: Tensor
@@ -60,7 +59,6 @@ class DecodeRows:
     seq_lens: Tensor
     tables: Tensor
     sampling_params: Tensor
-    top_k: Tensor
     seeds: Tensor
 
     @classmethod
@@ -70,19 +68,14 @@ class DecodeRows:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        lengths, tables, top_k = (
-            zeros(*shape, dtype=torch.int32) for shape in ((rows,), (rows, blocks), (rows,))
-        )
-        sampling_params = zeros(3, rows, dtype=torch.float32)
         return cls(
-            zeros(rows),
-            zeros(rows),
-            zeros(rows),
-            lengths,
-            tables,
-            sampling_params,
-            top_k,
-            zeros(rows),
+            tokens=zeros(rows),
+            positions=zeros(rows),
+            mapping=zeros(rows),
+            seq_lens=zeros(rows, dtype=torch.int32),
+            tables=zeros(rows, blocks, dtype=torch.int32),
+            sampling_params=zeros(len(PARAMETERS), rows, dtype=torch.float32),
+            seeds=zeros(rows),
         )
 
     def first(self, rows: int) -> "DecodeRows":
@@ -98,9 +91,9 @@ class DecodeRows:
 
 @triton.jit
 def _decode_inputs(
-    slots, last_token, num_computed, table, sampling, top_k, seeds,
-    tokens, positions, mapping, seq_lens, rows, row_sampling, row_top_k, row_seeds,
-    columns, sampling_stride, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
+    slots, last_token, num_computed, table, sampling, seeds,
+    tokens, positions, mapping, seq_lens, rows, row_sampling, row_seeds,
+    columns, sampling_stride, NUM_PARAMETERS: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
@@ -113,11 +106,10 @@ def _decode_inputs(
     tl.store(positions + row, tl.where(live, position, 0).to(tl.int64))
     tl.store(mapping + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
     tl.store(seq_lens + row, length)
-    tl.store(row_top_k + row, tl.load(top_k + slot))
     tl.store(row_seeds + row, tl.load(seeds + slot))
-    tl.store(row_sampling + row, tl.load(sampling + slot * 3))
-    tl.store(row_sampling + sampling_stride + row, tl.load(sampling + slot * 3 + 1))
-    tl.store(row_sampling + 2 * sampling_stride + row, tl.load(sampling + slot * 3 + 2))
+    for i in tl.static_range(NUM_PARAMETERS):
+        value = tl.load(sampling + slot * NUM_PARAMETERS + i)
+        tl.store(row_sampling + i * sampling_stride + row, value)
     used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
     for start in range(0, used, CHUNK):
         column = start + tl.arange(0, CHUNK)
@@ -133,9 +125,10 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
     """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the
     used part is written. Padding rows get token 0, position 0, mapping -1 and length 0."""
     _decode_inputs[(slots.shape[0],)](
-        slots, state.last_token, state.num_computed, state.table, state.sampling_params, state.top_k, state.seeds,
-        out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.sampling_params, out.top_k, out.seeds,
-        state.table.shape[1], out.sampling_params.stride(0), BLOCK_SIZE=block_size, CHUNK=COPY_CHUNK
+        slots, state.last_token, state.num_computed, state.table, state.sampling_params, state.seeds,
+        out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.sampling_params, out.seeds,
+        state.table.shape[1], out.sampling_params.stride(0), NUM_PARAMETERS=len(PARAMETERS), BLOCK_SIZE=block_size,
+        CHUNK=COPY_CHUNK
     )  # fmt: skip
 
 
@@ -156,7 +149,6 @@ def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) ->
         lengths,
         tables,
         state.sampling_params[slot].T,
-        state.top_k[slot],
         state.seeds[slot],
     )
 

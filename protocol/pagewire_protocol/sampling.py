@@ -11,7 +11,7 @@ some tokens, and the one with the largest sum of logit / temperature and Gumbel 
 lowest id among equals. The noise of token v is -log(-log(1 - u)) with u = (word + 0.5) / 2^32,
 where word is number v mod 4 of the four that Philox4x32-10 gives for the key (seed mod 2^32, seed
 div 2^32) and the counter (v div 4, position mod 2^32, position div 2^32, 0). The arithmetic is
-float32's; `pagewire_kernels.reference.sample` is this text as code, and two back ends may differ
+float32's; `pagewire_kernels.sampling_map.sample` is this text as code, and two back ends may differ
 only where float32 cannot tell two tokens apart, or at the edge of what top-p keeps.
 """
 

@@ -135,11 +135,9 @@ def search(place: Place) -> tuple[Any, float]:
     logits = (
         torch.stack([torch.randperm(place.scale.vocab) for _ in counts]).float() % 256 / 8
     )  # exact in every type, with ties
-    ones, wide = torch.ones(len(counts)), torch.zeros(len(counts), dtype=torch.int64)
-    given = ones, torch.tensor(counts, dtype=torch.int32), ones, 0 * ones, wide, wide
+    ids = torch.zeros(len(counts), dtype=torch.int64, device=place.device)
     least = thresholds(
-        logits.to(place.dtype).to(place.device),
-        SamplingRows(*(column.to(place.device) for column in given)),
+        logits.to(place.dtype).to(place.device), SamplingRows.named(ids, ids, top_k=counts)
     ).cpu()
     wanted = torch.stack(
         [

@@ -28,7 +28,7 @@ from pagewire_kernels import cuda, moe, penalties, shapes
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.cascade import Groups
-from pagewire_kernels.sampling import SamplingRows
+from pagewire_kernels.sampling_map import PARAMETERS, SamplingRows
 from pagewire_kernels.slot_state import DecodeRows, SlotState, commit, decode_inputs
 from pagewire_protocol.agreed import MAX_PREFIX_GROUPS
 from triton._C.libtriton import ir, nvidia, passes  # pyright: ignore[reportMissingImports]
@@ -174,9 +174,10 @@ def sample(vocab: int, dtype: torch.dtype) -> None:
     """In a step, and of rows that ask for more, whose logits are float32."""
     for kind, counts in ((dtype, (1, 256)), (torch.float32, (1, 512))):
         for count in counts:
-            heat, wide = empty(count, dtype=torch.float32), empty(count, dtype=torch.int64)
+            values = empty(len(PARAMETERS), count, dtype=torch.float32)
+            wide = empty(count, dtype=torch.int64)
             for filtered in (True, False):
-                given = SamplingRows(heat, empty(count), heat, heat, wide, wide, filtered)
+                given = SamplingRows(values, wide, wide, filtered)
                 cuda.sample(empty(count, vocab, dtype=kind), given)
 
 

@@ -4,7 +4,7 @@ sizes, and published answers."""
 import numpy as np
 import torch
 from pagewire_kernels.philox import philox, sampling_words
-from pagewire_kernels.reference import gumbel
+from pagewire_kernels.sampling_map import gumbel
 from scipy import stats
 
 CONSTANTS = {

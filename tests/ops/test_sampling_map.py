@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from pagewire_kernels import cpu_native, cpu_sampling, cpu_target, reference, sampling
+from pagewire_kernels import cpu_native, cpu_sampling, cpu_target, sampling, sampling_map
 from pagewire_kernels.filters import TOLERANCE
 from pagewire_kernels.philox import WORDS, sampling_words
-from pagewire_kernels.sampling_rows import SamplingRows
+from pagewire_kernels.sampling_map import SamplingRows
 from torch import Tensor
 
 ROWS = 6
@@ -41,15 +41,14 @@ def cpu(request, monkeypatch, tmp_path_factory):
 
 def parameters(combination: tuple[float, int, float, float], first: int) -> SamplingRows:
     temperature, top_k, top_p, min_p = combination
-    whole = lambda value, dtype=torch.float32: torch.full((ROWS,), value, dtype=dtype)  # noqa: E731
     ids = torch.arange(first, first + ROWS)
-    return SamplingRows(
-        whole(temperature),
-        whole(top_k, torch.int32),
-        whole(top_p),
-        whole(min_p),
+    return SamplingRows.named(
         seeds=ids * 0x1234_5678_9ABC + 3,
         positions=ids * 0x1_0000_0001,
+        temperature=[temperature] * ROWS,
+        top_k=[top_k] * ROWS,
+        top_p=[top_p] * ROWS,
+        min_p=[min_p] * ROWS,
     )
 
 
@@ -62,7 +61,7 @@ def scores(logits: Tensor, rows: SamplingRows, row: int) -> Tensor:
         np.full_like(groups, int(rows.positions[row])),
         groups,
     )
-    noise = reference.gumbel(torch.from_numpy(words)).flatten()[:width]
+    noise = sampling_map.gumbel(torch.from_numpy(words)).flatten()[:width]
     return logits[row] * (1.0 / rows.temperature[row]) + noise
 
 
@@ -72,7 +71,7 @@ def excused(logits: Tensor, rows: SamplingRows, row: int, one: int, other: int) 
     both = scores(logits, rows, row)[[one, other]]
     if abs(float(both[0] - both[1])) <= TIE * max(1.0, float(both.abs().max())):
         return True
-    edge = float(reference.sampling_thresholds(logits, rows)[row])
+    edge = float(sampling_map.thresholds(logits, rows)[row])
     near = 2 * TOLERANCE.value * float(rows.temperature[row])
     lower = float(logits[row, [one, other]].min())
     return float(rows.top_p[row]) < 1 and abs(lower - edge) <= near
@@ -104,7 +103,7 @@ def cases() -> list[Case]:
     for i, combination in enumerate(COMBINATIONS):
         logits = torch.randn(ROWS, WIDTHS[i // 2 % len(WIDTHS)], generator=generator) * 3
         rows = parameters(combination, ROWS * i)
-        made.append(Case(combination, logits, rows, reference.sample(logits, rows).tolist()))
+        made.append(Case(combination, logits, rows, sampling_map.sample(logits, rows).tolist()))
     return made
 
 
@@ -134,30 +133,30 @@ def test_thresholds_that_fall_on_equal_logits_on_the_cpu(cpu) -> None:
     logits = few_values()
     for i, combination in enumerate(COMBINATIONS):
         rows = parameters(combination, 1000 + ROWS * i)
-        assert torch.equal(cpu(logits, rows), reference.sample(logits, rows))
+        assert torch.equal(cpu(logits, rows), sampling_map.sample(logits, rows))
 
 
 def test_thresholds_that_fall_on_equal_logits_on_the_gpu() -> None:
     logits = few_values()
     for i, combination in enumerate(COMBINATIONS[27::23]):
         rows = parameters(combination, 1000 + ROWS * i)
-        assert torch.equal(sampling.sample(logits, rows).tokens, reference.sample(logits, rows))
+        assert torch.equal(sampling.sample(logits, rows).tokens, sampling_map.sample(logits, rows))
 
 
 def test_rows_of_all_kinds_in_one_batch_are_sampled_as_alone(cpu) -> None:
     logits = torch.randn(len(COMBINATIONS), 1500, generator=torch.Generator().manual_seed(3)) * 3
     count = len(COMBINATIONS)
     temperature, top_k, top_p, min_p = (list(c) for c in zip(*COMBINATIONS, strict=True))
-    rows = SamplingRows(
-        torch.tensor(temperature),
-        torch.tensor(top_k, dtype=torch.int32),
-        torch.tensor(top_p),
-        torch.tensor(min_p),
+    rows = SamplingRows.named(
         torch.arange(count) + 7,
         torch.arange(count) * 3,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
     )
     together = cpu(logits, rows)
-    assert torch.equal(together, reference.sample(logits, rows))
+    assert torch.equal(together, sampling_map.sample(logits, rows))
     for row in range(0, count, 7):
         index = torch.tensor([row])
         assert cpu(logits[index], rows.at(index)) == together[row]
@@ -165,14 +164,10 @@ def test_rows_of_all_kinds_in_one_batch_are_sampled_as_alone(cpu) -> None:
 
 def test_a_token_hangs_on_seed_and_position(cpu) -> None:
     logits = torch.zeros(400, 1000)
-    neutral = torch.ones(400)
-    off = torch.zeros(400)
     ids = torch.arange(400)
 
     def draw(seeds: Tensor, positions: Tensor) -> list[int]:
-        return cpu(
-            logits, SamplingRows(neutral, off.int(), neutral, off, seeds, positions)
-        ).tolist()
+        return cpu(logits, SamplingRows.named(seeds, positions)).tolist()
 
     by_seed, by_position = draw(ids, ids * 0), draw(ids * 0, ids)
     assert len(set(by_seed)) > 250 and len(set(by_position)) > 250
@@ -185,6 +180,6 @@ def test_more_candidates_than_there_is_room_for() -> None:
     cpu_sampling.compile_search()
     logits = torch.full((2, 3000), 5.0)
     logits[:, 17] = 4.0
-    neutral, off, ids = torch.ones(2), torch.zeros(2), torch.arange(2)
-    rows = SamplingRows(torch.full((2,), 2e-5), off.int(), neutral, off, ids, ids)
-    assert torch.equal(cpu_sampling.sample(logits, rows), reference.sample(logits, rows))
+    ids = torch.arange(2)
+    rows = SamplingRows.named(ids, ids, temperature=[2e-5, 2e-5])
+    assert torch.equal(cpu_sampling.sample(logits, rows), sampling_map.sample(logits, rows))

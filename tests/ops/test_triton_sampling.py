@@ -39,21 +39,10 @@ def gumbel(seed: int, position: int, width: int) -> torch.Tensor:
 
 
 def rows(count: int, **given: list[float] | list[int]) -> SamplingRows:
-    defaults = {
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "seeds": 0,
-        "positions": 0,
-    }
-    kinds = {"top_k": torch.int32, "seeds": torch.int64, "positions": torch.int64}
-    return SamplingRows(
-        **{
-            n: torch.tensor(given.get(n, [d] * count), dtype=kinds.get(n, torch.float32))
-            for n, d in defaults.items()
-        }
+    seeds, positions = (
+        torch.tensor(given.pop(name, [0] * count)) for name in ("seeds", "positions")
     )
+    return SamplingRows.named(seeds, positions, **given)
 
 
 def kept(logits: torch.Tensor, heat: float, k: int, p: float, least: float) -> torch.Tensor:

@@ -29,7 +29,6 @@ def random_state(seed: int) -> SlotState:
     state.num_computed.random_(0, COLUMNS * BLOCK - 1)
     state.table.random_(0, 100_000)
     state.sampling_params.uniform_()
-    state.top_k.random_(0, 50)
     state.seeds.random_()
     return state
 
@@ -48,9 +47,7 @@ def test_decode_inputs_with_padding_rows_and_long_tables():
         assert torch.equal(getattr(out, name), getattr(expected, name)), name
     live = slots >= 0
     assert torch.equal(out.sampling_params[:, live], expected.sampling_params[:, live])
-    assert torch.equal(out.top_k[live], expected.top_k[live]) and torch.equal(
-        out.seeds[live], expected.seeds[live]
-    )
+    assert torch.equal(out.seeds[live], expected.seeds[live])
     for i, length in enumerate(expected.seq_lens.tolist()):
         used = -(-length // BLOCK)
         assert torch.equal(out.tables[i, :used], expected.tables[i, :used])

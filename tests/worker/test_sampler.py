@@ -8,7 +8,7 @@ import torch
 from pagewire.worker.cpu import sampler
 from pagewire.worker.cpu.sampler import Rows, sample
 from pagewire_kernels import cpu_native, cpu_sampling, cpu_target
-from pagewire_kernels.sampling_rows import SamplingRows
+from pagewire_kernels.sampling_map import PARAMETERS, SamplingRows
 from pagewire_protocol.columns import unpack
 from scipy import stats
 
@@ -35,16 +35,13 @@ DEFAULTS = {
 def rows(settings: list[dict], seeds=None, positions=None, constrain=None, history=None) -> Rows:
     count = len(settings)
     columns = {
-        name: torch.tensor(
-            [s.get(name, default) for s in settings],
-            dtype=torch.int64 if name == "top_k" else torch.float32,
-        )
+        name: torch.tensor([s.get(name, default) for s in settings], dtype=torch.float32)
         for name, default in DEFAULTS.items()
     }
-    sampling = SamplingRows(
-        **{name: columns.pop(name) for name in ("temperature", "top_k", "top_p", "min_p")},
+    sampling = SamplingRows.named(
         seeds=torch.tensor(seeds if seeds is not None else [0] * count),
         positions=torch.tensor(positions if positions is not None else [0] * count),
+        **{name: columns.pop(name) for name in PARAMETERS},
     )
     return Rows(
         sampling,

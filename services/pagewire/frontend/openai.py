@@ -1,12 +1,15 @@
 """The requests of OpenAI's API, with vLLM's additions, as typed Structs. Knows names and types;
 parsing.py reads bodies, and params.py, sampling.py and prompts.py check ranges.
 
-Every accepted parameter is a field here.
+Every accepted parameter is a field here; those that are single numbers or switches come from the
+table of `requests/parameters.py`.
 """
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, defstruct
+
+from ..requests.parameters import HTTP_SCALARS
 
 _NULL: Final = Raw(b"null")
 
@@ -56,15 +59,23 @@ class MessageIn(Struct, forbid_unknown_fields=True):
     reasoning_content: None = None
 
 
-class Request(Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both generation endpoints accept."""
+if TYPE_CHECKING:
+    Scalars = Struct
+else:
+    Scalars = defstruct(
+        "Scalars",
+        [(parameter.name, parameter.type | None, None) for parameter in HTTP_SCALARS],
+        kw_only=True,
+        forbid_unknown_fields=True,
+    )
+
+
+class Request(Scalars, forbid_unknown_fields=True, kw_only=True):
+    """What both generation endpoints accept, besides the scalars of the table of parameters, which
+    go through unseen: `requests/sampling.py` reads them by name."""
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     n: int | None = None
     best_of: int | None = None
     use_beam_search: bool | None = None
@@ -75,17 +86,9 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     echo: bool | None = None

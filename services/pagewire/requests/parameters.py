@@ -67,6 +67,8 @@ class Parameter(Struct, frozen=True):
     """The field of `Sampling` (of `TextOptions` where it acts in the tokenizer) that the value
     goes to as it is, or by `to_wire`. Empty: no such field."""
     to_wire: Callable[[Any], Any] | None = None
+    offline_only: bool = False
+    """Of `SamplingParams`, and not of HTTP requests."""
 
 
 def effective_temperature(value: float) -> float:
@@ -113,7 +115,7 @@ _ROWS: Final = (
     Parameter("logprobs", int, 0, MAX_LOGPROBS, None, WORKER),
     Parameter("prompt_logprobs", int, 0, MAX_LOGPROBS, None, WORKER, ignored_by_beams=True),
     Parameter("include_stop_str_in_output", bool, None, None, False, TOKENIZER, wire="include_stop"),
-    Parameter("detokenize", bool, None, None, True, TOKENIZER, wire="detokenize"),
+    Parameter("detokenize", bool, None, None, True, TOKENIZER, wire="detokenize", offline_only=True),
     Parameter("skip_special_tokens", bool, None, None, True, TOKENIZER, wire="skip_special_tokens"),
     Parameter("spaces_between_special_tokens", bool, None, None, True, TOKENIZER, wire="spaces_between_special_tokens"),
     # --- the prompt, and the request's turn
@@ -123,6 +125,10 @@ _ROWS: Final = (
 )
 # fmt: on
 PARAMETERS: Final = {row.name: row for row in _ROWS}
+HTTP_SCALARS: Final = [
+    row for row in _ROWS if row.wire and row.max_items is None and not row.offline_only
+]
+"""Those that an HTTP request sends as one value, which goes to the wire as it is."""
 BEAM_WIDTH: Final = Parameter("beam_width", int, 1, MAX_WIDTH, None, OWNER)
 """Of `LLM.beam_search`; in a request, `best_of` is the width."""
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from pagewire_kernels.sampling import SamplingRows, sample, thresholds
-from torch import Tensor
 
 from . import inputs
 from .case import Case, Job
@@ -16,23 +15,19 @@ TOP_K, TOP_P, TEMPERATURE = 50, 0.9, 0.7
 
 class Sample(Case):
     def __init__(self, rows: int, kind: str, width: int) -> None:
-        self._kind, self._rows = kind, rows
+        self._kind = kind
         self._logits = rand(rows, width) * 3
         self._temperature = 0.0 if kind == "greedy" else TEMPERATURE
         self._k = TOP_K if kind == "top-k+top-p" else 0
         self._p = TOP_P if kind.startswith("top") else 1.0
-        self._args = SamplingRows(
-            temperature=self._full(self._temperature),
-            top_k=self._full(self._k, torch.int32),
-            top_p=self._full(self._p),
-            min_p=self._full(0.0),
-            seeds=self._full(3, torch.int64),
+        self._args = SamplingRows.named(
+            seeds=torch.full((rows,), 3, device=inputs.DEVICE),
             positions=torch.arange(rows, device=inputs.DEVICE),
             filtered=kind.startswith("top"),
+            temperature=[self._temperature] * rows,
+            top_k=[self._k] * rows,
+            top_p=[self._p] * rows,
         )
-
-    def _full(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((self._rows,), value, device=inputs.DEVICE, dtype=dtype)
 
     def launch(self, i: int, config: Any = None) -> Any:
         return sample(self._logits, self._args)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
-from pagewire_kernels.sampling_rows import SamplingRows
+from pagewire_kernels.sampling_map import SamplingRows
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 from torch import Tensor
@@ -164,13 +164,10 @@ class Runner:
         columns = self._slots
         if columns.plain_greedy[slots].all():
             return sampler.greedy(logits)
-        if columns.temperature[slots].any():
+        if columns.draws[slots].any():
             self._compile_search_once()
         sampling = SamplingRows(
-            temperature=self._tensor(columns.temperature[slots]),
-            top_k=self._tensor(columns.top_k[slots]),
-            top_p=self._tensor(columns.top_p[slots]),
-            min_p=self._tensor(columns.min_p[slots]),
+            values=self._tensor(np.ascontiguousarray(columns.sampling_params[slots].T)),
             seeds=self._tensor(columns.seed[slots]),
             positions=self._tensor(columns.num_tokens[slots] - 1),
         )

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels import cpu_sampling
-from pagewire_kernels.sampling_rows import SamplingRows
+from pagewire_kernels.sampling_map import SamplingRows
 from torch import Tensor
 
 from ..step.logprobs import SampledLogprobs, token_logprobs

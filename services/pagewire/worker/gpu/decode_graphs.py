@@ -15,9 +15,6 @@ import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.slot_state import (
-    MIN_P,
-    TEMPERATURE,
-    TOP_P,
     DecodeRows,
     SlotState,
     commit,
@@ -153,16 +150,7 @@ class DecodeGraphs:
         logits = loaded.decoder(
             rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
         )
-        params = rows.sampling_params
-        sampling = ops.SamplingRows(
-            params[TEMPERATURE],
-            rows.top_k,
-            params[TOP_P],
-            params[MIN_P],
-            rows.seeds,
-            rows.positions,
-            filtered,
-        )
+        sampling = ops.SamplingRows(rows.sampling_params, rows.seeds, rows.positions, filtered)
         sampled = ops.sample(logits, sampling)
         sampled_tokens = self._sampled_tokens[:size]
         commit(slots, sampled.tokens, sampled.bad, self._state, sampled_tokens)

@@ -260,20 +260,12 @@ class MixedSteps:
         # those that sampled keep their token for the next step.
         state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
         slots = inputs.picked[PICKED_SLOTS]
-        temperature, top_p, min_p = (
-            column.contiguous() for column in state.sampling_params[slots].unbind(1)
+        sampling = ops.SamplingRows(
+            state.sampling_params[slots].T.contiguous(),
+            state.seeds[slots],
+            inputs.picked[PICKED_POSITIONS],
         )
-        sampled = ops.sample(
-            logits,
-            ops.SamplingRows(
-                temperature,
-                state.top_k[slots],
-                top_p,
-                min_p,
-                state.seeds[slots],
-                inputs.picked[PICKED_POSITIONS],
-            ),
-        )
+        sampled = ops.sample(logits, sampling)
         tokens = sampled.tokens.int()
         state.last_token[slots] = tokens
         return Decoded(logits, torch.where(sampled.bad, -1, tokens))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pagewire_kernels import penalties, sampling
-from pagewire_kernels.sampling_rows import Sampled, SamplingRows
+from pagewire_kernels.sampling_map import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
@@ -101,9 +101,8 @@ class ExtraSampling:
         count = 1
         while count < 2 * self._slots.count:
             logits = torch.zeros(count, self._vocab_size, device=self._device)
-            ones = torch.ones(count, device=self._device)
             ints = torch.ones(count, dtype=torch.int64, device=self._device)
-            self._kernels.sample(logits, SamplingRows(ones, ints.int(), ones, ones, ints, ints))
+            self._kernels.sample(logits, SamplingRows.named(ints, ints))
             count *= 2
         row = torch.zeros(1, self._vocab_size, device=self._device)
         slot = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -191,24 +190,17 @@ class ExtraSampling:
         x = logits[row_index].float()
         self._constraints.apply(x, row_slots)
         if self._output_counts is not None and self._in_prompt is not None:
-            weights = up(
-                _stacked(columns.presence, columns.frequency, columns.repetition, at=row_slots)
-            )
+            penalties = (columns.presence, columns.frequency, columns.repetition)
+            weights = up(np.stack([column[row_slots] for column in penalties]))
             self._kernels.apply_penalties(
                 x, self._output_counts, self._in_prompt, slot_index, *weights.unbind(0)
             )
-        params = up(_stacked(columns.temperature, columns.top_p, columns.min_p, at=row_slots))
-        sampled = self._kernels.sample(
-            x,
-            SamplingRows(
-                temperature=params[0],
-                top_k=up(columns.top_k[row_slots].astype(np.int32)),
-                top_p=params[1],
-                min_p=params[2],
-                seeds=up(columns.seed[row_slots]),
-                positions=up(columns.num_tokens[row_slots] - 1),
-            ),
+        sampling = SamplingRows(
+            values=up(np.ascontiguousarray(columns.sampling_params[row_slots].T)),
+            seeds=up(columns.seed[row_slots]),
+            positions=up(columns.num_tokens[row_slots] - 1),
         )
+        sampled = self._kernels.sample(x, sampling)
         tokens = sampled.tokens.int()
         sampled_tokens[row_index] = torch.where(sampled.bad, -1, tokens)
         self._state.last_token[slot_index] = tokens
@@ -222,8 +214,3 @@ class ExtraSampling:
         tokens = sampled_tokens[index].long().clamp(min=0)
         logprobs = token_logprobs(logits[index], tokens, int(wanted.max()))
         return SampledLogprobs(rows, wanted, logprobs.to_host())
-
-
-def _stacked(*columns: npt.NDArray[np.float32], at: Ints) -> npt.NDArray[np.float32]:
-    """float32 [columns, N]: one upload for all of them."""
-    return np.stack([column[at] for column in columns]).astype(np.float32)

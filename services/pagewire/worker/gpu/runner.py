@@ -312,14 +312,10 @@ class GpuRunner:
         width = max(1, int(slots.num_blocks[new].max()))
         state.table[:, :width][index] = up(slots.tables[new, :width])
         last_token = slots.tokens[new, slots.num_tokens[new] - 1]
-        ints = up(
-            np.stack((last_token, slots.num_computed[new], slots.top_k[new])).astype(np.int32)
-        )
+        ints = up(np.stack((last_token, slots.num_computed[new])).astype(np.int32))
         state.last_token[index] = ints[0]
         state.num_computed[index] = ints[1]
-        state.top_k[index] = ints[2]
-        floats = np.stack((slots.temperature[new], slots.top_p[new], slots.min_p[new]), axis=1)
-        state.sampling_params[index] = up(floats.astype(np.float32))
+        state.sampling_params[index] = up(slots.sampling_params[new])
         state.seeds[index] = up(slots.seed[new])
         self._extra.admit(new)
 
@@ -333,15 +329,6 @@ class GpuRunner:
             return self._decode(rows.slots, shared)
         return self._run_mixed(rows, shared)
 
-    def _filtered(self, slots: Ints) -> bool:
-        """Whether any row restricts the vocabulary."""
-        columns = self._slots
-        return bool(
-            (
-                (columns.top_p[slots] < 1) | (columns.top_k[slots] > 0) | (columns.min_p[slots] > 0)
-            ).any()
-        )
-
     def _decode(self, slots: Ints, shared: Shared | None) -> tuple[Tensor, StepLogprobs | None]:
         if self._applier.version != self._uploaded_version:
             padded = np.full(len(self._graphs.slots), -1, np.int32)
@@ -350,7 +337,9 @@ class GpuRunner:
             self._uploaded_version = self._applier.version
             self._cascade_size = self._graphs.group(shared, len(slots), self._uploads)
         size = self._cascade_size or self._graphs.bucket(len(slots))
-        decoded = self._graphs.run(size, self._filtered(slots), self._cascade_size > 0)
+        decoded = self._graphs.run(
+            size, bool(self._slots.filtered[slots].any()), self._cascade_size > 0
+        )
         logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens)
         return decoded.sampled_tokens, logprobs
 

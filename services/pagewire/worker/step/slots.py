@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from pagewire_kernels.sampling_map import NEUTRAL, PARAMETERS, TEMPERATURE
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from pagewire_protocol.messages import Admission
 from pagewire_protocol.sampling import Sampling
@@ -47,10 +48,9 @@ class Slots:
         """Block ids, of which the first `num_blocks` count."""
 
         # Sampling parameters; their neutral values leave the model's distribution as it is.
-        self.temperature = np.zeros(count, np.float32)
-        self.top_k = np.zeros(count, np.int64)
-        self.top_p = np.ones(count, np.float32)
-        self.min_p = np.zeros(count, np.float32)
+        self.sampling_params = np.tile(np.array(NEUTRAL, np.float32), (count, 1))
+        """[slots, PARAMETERS]: the scalars that the sampling kernels read; temperature 0 where the
+        request is greedy."""
         self.seed = np.zeros(count, np.int64)
         self.presence = np.zeros(count, np.float32)
         self.frequency = np.zeros(count, np.float32)
@@ -68,6 +68,10 @@ class Slots:
         self.needs_extra = np.zeros(count, bool)
         """Sampling takes more than temperature and filters: penalties, constraints or
         log-probabilities."""
+        self.filtered = np.zeros(count, bool)
+        """Tokens are drawn, from what filters like top-p leave of the vocabulary."""
+        self.draws = np.zeros(count, bool)
+        """Tokens are drawn at random."""
         self.plain_greedy = np.zeros(count, bool)
         """The largest logit is all that is asked for."""
 
@@ -107,10 +111,14 @@ class Slots:
         self.active[slot] = True
 
     def _set_sampling(self, slot: int, sampling: Sampling) -> None:
-        self.temperature[slot] = 0.0 if sampling.greedy else sampling.temperature
-        self.top_k[slot] = sampling.top_k
-        self.top_p[slot] = sampling.top_p
-        self.min_p[slot] = sampling.min_p
+        values = np.array([getattr(sampling, name) for name in PARAMETERS], np.float32)
+        neutral = values == np.array(NEUTRAL, np.float32)
+        neutral[TEMPERATURE] = True
+        if sampling.greedy:
+            values[TEMPERATURE] = 0.0
+        self.sampling_params[slot] = values
+        self.filtered[slot] = not sampling.greedy and not neutral.all()
+        self.draws[slot] = not sampling.greedy
         self.seed[slot] = sampling.seed
         self.presence[slot] = sampling.presence_penalty
         self.frequency[slot] = sampling.frequency_penalty
