@@ -33,7 +33,7 @@ def expected(tokenizer: Tokenizer, ids: list[int], text: str, skip: bool) -> lis
     return starts
 
 
-def said(bench: Bench, ids: list[int], **options) -> tuple[str, list[int]]:
+def generated(bench: Bench, ids: list[int], **options) -> tuple[str, list[int]]:
     """The text of generated tokens, and the offsets in their log-probabilities."""
     handle = bench.submit(sampling=Sampling(3, len(ids), logprobs=0), **options).handle
     text, offsets = "", []
@@ -55,7 +55,9 @@ def test_generated_tokens(kind: str, skip: bool, request):
     bench = Bench(tokenizer)
     ids = tokenizer.encode(MIXED if kind == "bpe" else SPM, add_special_tokens=False).ids
     assert len(ids) < 60
-    text, offsets = said(bench, ids, prompt=Prompt(ids=pack("i", [5])), skip_special_tokens=skip)
+    text, offsets = generated(
+        bench, ids, prompt=Prompt(ids=pack("i", [5])), skip_special_tokens=skip
+    )
     # The prompt may end a word, so that the generated text keeps its first space.
     lead = len(text) - len(tokenizer.decode(ids, skip_special_tokens=skip))
     wanted = expected(tokenizer, ids, text[lead:], skip)
@@ -65,7 +67,7 @@ def test_generated_tokens(kind: str, skip: bool, request):
 def test_generated_tokens_after_an_interruption(bpe: Tokenizer):
     """The tokens so far are decoded again, without being shown."""
     ids = bpe.encode(MIXED).ids
-    whole, offsets = said(Bench(bpe), ids)
+    whole, offsets = generated(Bench(bpe), ids)
     for cut in (1, 4, 7):
         bench = Bench(bpe)
         handle = bench.submit(output=ids[:cut], sampling=Sampling(3, len(ids), logprobs=0)).handle
@@ -89,7 +91,7 @@ def test_bytes_of_which_no_character_comes(bpe: Tokenizer):
 def test_text_that_is_held_back_counts(bpe: Tokenizer):
     """A stop string may yet be completed: where a token begins does not wait for that."""
     ids = bpe.encode("hello world").ids
-    _, offsets = said(Bench(bpe), ids, stop=("rl!",))
+    _, offsets = generated(Bench(bpe), ids, stop=("rl!",))
     assert offsets == expected(bpe, ids, "hello world", True)
 
 

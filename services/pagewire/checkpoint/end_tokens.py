@@ -90,11 +90,11 @@ def of_gguf(
     return within_vocabulary(ids, vocab_size)
 
 
-def ending(known: dict[str, int]) -> dict[str, int]:
-    """Those of `known`, tokens of END_OF_TURN in a vocabulary, that end an answer there."""
-    if all(text in known for text in HARMONY):
-        return {text: token for text, token in known.items() if text != "<|end|>"}
-    return known
+def ending(tokens: dict[str, int]) -> dict[str, int]:
+    """Those of `tokens`, members of END_OF_TURN in a vocabulary with their ids, that end an answer there."""
+    if all(text in tokens for text in HARMONY):
+        return {text: token for text, token in tokens.items() if text != "<|end|>"}
+    return tokens
 
 
 def within_vocabulary(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:

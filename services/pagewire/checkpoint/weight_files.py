@@ -65,7 +65,7 @@ class WeightFormat:
         names = self.choose(path.name for path in directory.iterdir())
         return Weights(tuple(directory / name for name in names)) if names else None
 
-    def is_usual(self, directory: Path) -> bool:
+    def is_conventional(self, directory: Path) -> bool:
         """Whether there is an index or the one usual file, not both: transformers knows these two
         forms, and takes the one file first."""
         return (directory / self.index).is_file() != (directory / self.single).is_file()

@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     bad_words: tuple[bytes, ...] = ()
 
 
-class Places(NamedTuple):
+class TokenOffsets(NamedTuple):
     """Where tokens begin in a text, in characters (int32 column), and the bytes that the first of
     them stands for."""
 
@@ -113,25 +113,27 @@ class Encoder:
             case _:
                 raise Refused("a prompt is exactly one of text, token ids and messages", "prompt")
 
-    def encode_with_places(self, prompt: Prompt, add_special_tokens: bool) -> tuple[bytes, Places]:
-        """The prompt as an int32 column, and the places of its tokens in its text: of a prompt of
+    def encode_with_offsets(
+        self, prompt: Prompt, add_special_tokens: bool
+    ) -> tuple[bytes, TokenOffsets]:
+        """The prompt as an int32 column, and where each token begins in its text: of a prompt of
         ids, in the text that they stand for. Raises Refused."""
         if prompt.text is None or self._tokenizer is None:
             ids = self.encode(prompt, add_special_tokens)
-            return ids, self.places(ids, False)
+            return ids, self.offsets(ids, False)
         (encoding,) = self._tokenizer.encode_batch(
             [prompt.text], add_special_tokens=add_special_tokens
         )
         ids = np.array(encoding.ids, np.int32).tobytes()
         offsets = np.array(_starts(encoding.offsets), np.int32).tobytes()
-        return ids, Places(offsets, self._first_bytes(ids))
+        return ids, TokenOffsets(offsets, self._first_bytes(ids))
 
-    def places(self, ids: bytes, skip_special_tokens: bool) -> Places:
+    def offsets(self, ids: bytes, skip_special_tokens: bool) -> TokenOffsets:
         """Of the tokens of an int32 column in the text of `decode`. Raises Refused."""
         if self._tokenizer is None:
             raise _no_tokenizer("tokens")
         offsets = self._decodings().offsets(self._valid_ids(ids), skip_special_tokens)
-        return Places(np.array(offsets, np.int32).tobytes(), self._first_bytes(ids))
+        return TokenOffsets(np.array(offsets, np.int32).tobytes(), self._first_bytes(ids))
 
     def _first_bytes(self, ids: bytes) -> bytes:
         return b"".join(self._decodings().bytes_of(np.frombuffer(ids[:4], np.int32)))

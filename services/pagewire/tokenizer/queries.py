@@ -6,11 +6,11 @@ from typing import Final
 
 from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
 
-from .encode import LONG, Encoder, Places, Refused, size_of
+from .encode import LONG, Encoder, Refused, TokenOffsets, size_of
 
 log = logging.getLogger("pagewire.tokenizer")
-NOWHERE: Final = Places(b"", b"")
-"""Of a query that does not ask for places."""
+NO_OFFSETS: Final = TokenOffsets(b"", b"")
+"""Of a query that does not ask for offsets."""
 Query = Tokenize | Detokenize
 LONG_IDS: Final = 4 * (LONG // 4)
 """Bytes of token ids that are as much work as LONG characters, at 4 characters a token."""
@@ -29,11 +29,11 @@ def answer(encoder: Encoder, query: Query) -> Tokenized:
     try:
         if isinstance(query, Detokenize):
             skip = query.skip_special_tokens
-            places = encoder.places(query.ids, skip) if query.with_offsets else NOWHERE
-            return Tokenized(handle, text=encoder.decode(query.ids, skip), **places._asdict())
-        ids, places = _encoded(encoder, query)
+            offsets = encoder.offsets(query.ids, skip) if query.with_offsets else NO_OFFSETS
+            return Tokenized(handle, text=encoder.decode(query.ids, skip), **offsets._asdict())
+        ids, offsets = _encoded(encoder, query)
         texts = encoder.strings(ids) if query.with_texts else ()
-        return Tokenized(handle, ids, texts, **places._asdict())
+        return Tokenized(handle, ids, texts, **offsets._asdict())
     except Refused as refusal:
         return Tokenized(
             handle, status=refusal.status, message=refusal.message, param=refusal.param
@@ -48,10 +48,10 @@ def answer(encoder: Encoder, query: Query) -> Tokenized:
         )
 
 
-def _encoded(encoder: Encoder, query: Tokenize) -> tuple[bytes, Places]:
+def _encoded(encoder: Encoder, query: Tokenize) -> tuple[bytes, TokenOffsets]:
     if query.with_offsets:
-        return encoder.encode_with_places(query.prompt, query.add_special_tokens)
-    return encoder.encode(query.prompt, query.add_special_tokens), NOWHERE
+        return encoder.encode_with_offsets(query.prompt, query.add_special_tokens)
+    return encoder.encode(query.prompt, query.add_special_tokens), NO_OFFSETS
 
 
 def still_loading(query: Query) -> Tokenized:

@@ -126,7 +126,7 @@ def load(
                 dtype,
                 device,
                 model.seed,
-                weights.unusual(source),
+                weights.tensors_for_transformers(source),
             )
             decoder = run_in_thread(
                 made, lambda: progress("loading weights through transformers", 0.0)
@@ -178,15 +178,15 @@ def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
 def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, tuple[int, ...]]:
     """(where the weights come from, None for random ones; the configuration; the ids that end a
     text)."""
-    kind, path = locate(path, model.load_format)
+    load_format, path = locate(path, model.load_format)
     if path.suffix == ".gguf":
         file = Gguf(path)
         ends = file.eos_token_ids(tokenizer_path(model))
-        return (file if kind == "gguf" else None), file.config(), ends
+        return (file if load_format == "gguf" else None), file.config(), ends
     config = read_config(path)
     ends = end_tokens.of_directory(path, config, tokenizer_path(model))
     sources = {"safetensors": lambda: path, "pt": lambda: PytorchFiles.of(path)}
-    return sources.get(kind, lambda: None)(), config, ends
+    return sources.get(load_format, lambda: None)(), config, ends
 
 
 def choose_device(asked: str) -> str:

@@ -10,14 +10,14 @@ from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
 
 
 class Location(NamedTuple):
-    """`path`: a GGUF file, else the directory of the configuration. `kind`: of the weights."""
+    """`path`: a GGUF file, else the directory of the configuration. `load_format`: of the weights."""
 
-    kind: Literal["gguf", "safetensors", "pt", "dummy"]
+    load_format: Literal["gguf", "safetensors", "pt", "dummy"]
     path: Path
 
     def check(self) -> None:
         """Raises Unsupported when a file of the weights is not there."""
-        match self.kind:
+        match self.load_format:
             case "gguf":
                 gguf_files.parts(self.path)
             case "safetensors":

@@ -157,12 +157,12 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
             ) from None
 
 
-def unusual(source: Source | None) -> Callable[[], Iterator[Named]] | None:
+def tensors_for_transformers(source: Source | None) -> Callable[[], Iterator[Named]] | None:
     """The tensors of a source that transformers by itself would read from other files; None for all
     other sources."""
-    if isinstance(source, Path) and not SAFETENSORS.is_usual(source):
+    if isinstance(source, Path) and not SAFETENSORS.is_conventional(source):
         return lambda: from_safetensors(source)
-    if isinstance(source, PytorchFiles) and not PYTORCH.is_usual(source.directory):
+    if isinstance(source, PytorchFiles) and not PYTORCH.is_conventional(source.directory):
         return source.tensors
     return None
 
