@@ -106,27 +106,39 @@ def with_added(tokenizer: Tokenizer, tokens: Sequence[ListedToken], vocab_size: 
     """`tokenizer` with all of `tokens`. One without an id that the vocabulary lacks gets the next
     free one, if the model's `vocab_size` (0: not known) has it."""
     present = {entry.content: entry for entry in tokenizer.get_added_tokens_decoder().values()}
-    new: dict[str, int] = {}
-    taken = [*tokenizer.get_vocab(with_added_tokens=True).values()]
-    taken += [index for _, index in tokens if index is not None]
-    following = max(taken, default=-1) + 1
-    additions: list[AddedToken] = []
+    missing = [entry for entry in tokens if tokenizer.token_to_id(entry.token.content) is None]
+    if missing:
+        ids = _new_ids(tokenizer, tokens, missing, vocab_size)
+        tokenizer = _with_ids(json.loads(tokenizer.to_str()), ids) if ids else tokenizer
     for token, index in tokens:
-        if tokenizer.token_to_id(token.content) is None:
-            if index is None and vocab_size and following >= vocab_size:
-                continue
-            new[token.content] = following if index is None else index
-            following += index is None
-        elif token.content in present and (
-            index is None or repr(present[token.content]) == repr(token)
-        ):
+        text = token.content
+        if tokenizer.token_to_id(text) is None:  # there was no room for it
             continue
-        additions.append(token)
-    if new:
-        tokenizer = _with_ids(json.loads(tokenizer.to_str()), new)
-    for token in additions:
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        # Without an id a file says no more of a token than that it is special.
+        is_alike = text in present and (index is None or repr(present[text]) == repr(token))
+        if not is_alike:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
+
+
+def _new_ids(
+    tokenizer: Tokenizer,
+    tokens: Sequence[ListedToken],
+    missing: Sequence[ListedToken],
+    vocab_size: int,
+) -> dict[str, int]:
+    """The ids of the tokens that the vocabulary lacks: what a file says, else the next free ones."""
+    taken = [*tokenizer.get_vocab(with_added_tokens=True).values()]
+    taken += [entry.id for entry in tokens if entry.id is not None]
+    following = max(taken, default=-1) + 1
+    ids: dict[str, int] = {}
+    for token, index in missing:
+        if index is not None:
+            ids[token.content] = index
+        elif not vocab_size or following < vocab_size:
+            ids[token.content] = following
+            following += 1
+    return ids
 
 
 def _with_ids(document: Config, ids: dict[str, int]) -> Tokenizer:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from .decode import Decoding
 from .template import ChatTemplate, TemplateRefused
+from .token_bytes import tokens_by_id
 
 LONG: Final = 20_000
 """Characters from which on a prompt is encoded in a thread, off the event loop: about 10 ms of
@@ -87,7 +88,7 @@ class Encoder:
         self._size = 0
         """Ids below this may be decoded. Some of them may belong to no token."""
         if tokenizer is not None:
-            self._size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self._size = decoding.size if decoding else len(tokens_by_id(tokenizer))
 
     def encode_request(self, request: Generate) -> Encoded:
         """All text of a request. Raises Refused."""
