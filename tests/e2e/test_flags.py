@@ -132,7 +132,7 @@ def test_what_would_change_results_is_refused_in_one_line_and_neutral_values_are
 def test_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("M", "-tp", "1", "-pp", "1", "-dp", "1", "-q", "None")[1] == []
     assert "--tensor-parallel-size 2: a model runs on one GPU" in refused(capsys, "M", "-tp", "2")
-    assert "--quantization awq: " in refused(capsys, "M", "-q", "awq")
+    assert "--quantization quip: not supported; awq" in refused(capsys, "M", "-q", "quip")
 
 
 def test_another_name_for_the_same_setting() -> None:

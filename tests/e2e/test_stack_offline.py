@@ -151,8 +151,8 @@ def test_wrong_settings_are_named() -> None:
         LLM(no_such_setting=1)
     with pytest.raises(ValueError, match="tensor_parallel_size=2"):
         LLM(tensor_parallel_size=2)
-    with pytest.raises(ValueError, match="quantization='awq'"):
-        LLM(quantization="awq")
+    with pytest.raises(ValueError, match="quantization='quip'"):
+        LLM(quantization="quip")
     with pytest.raises(ValueError, match="max_num_seqs"):
         LLM(max_num_seqs=0)
     with pytest.raises(ValueError, match="/no/such/model does not exist"):

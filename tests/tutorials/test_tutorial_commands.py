@@ -153,12 +153,13 @@ def test_the_server_with_the_tutorial_s_flags(server: Any, directory: Path) -> N
     check_answer(curl(server.url, str(directory)), str(directory))
 
 
-def test_quantization_is_refused_in_one_line_meanwhile(
-    run: Callable[..., Any], directory: Path
+def test_the_server_with_quantization_while_loading(
+    serve: Callable[..., Any], directory: Path
 ) -> None:
-    done = run(SERVE.format(model=directory, more="--quantization bitsandbytes"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "--quantization bitsandbytes: " in done.stderr and "in this version" in done.stderr
+    more = "--quantization bitsandbytes --load-format bitsandbytes"
+    stack = serve(SERVE.format(model=directory, more=more))
+    stack.wait_line("weights are rounded to bitsandbytes")
+    check_answer(curl(stack.url, str(directory)), str(directory))
 
 
 def image_command(*arguments: str) -> str:

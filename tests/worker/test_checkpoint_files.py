@@ -393,7 +393,10 @@ def test_the_families_are_those_that_models_has_files_for():
         ({"model_type": "own", "auto_map": {"A": "c.C"}}, "model_type 'own' needs code from its"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language"),
         ({"model_type": "t5"}, "t5 is an encoder with a decoder"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "with 'awq' are"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "quip"}},
+            "with 'quip' are",
+        ),
         ({"model_type": "llama"}, "the configuration of this llama model has no 'num_attention_he"),
         ({}, "has no config.json; give a directory with a model"),
         (

@@ -40,7 +40,7 @@ NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
 NO_SPECULATION: Final = "speculative decoding is not supported in this version"
-QUANTIZATION: Final = "only what the weights themselves bring (GGUF) is supported in this version"
+QUANTIZATION: Final = "the checkpoint's own configuration says how its weights are quantized"
 OWN_CHOICE: Final = "Pagewire has one implementation, chosen by the device"
 
 HARMLESS: Final[dict[str, Foreign]] = {

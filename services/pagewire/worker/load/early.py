@@ -3,7 +3,7 @@ that is not built, a configuration that it cannot have, weights that are not the
 
 from pathlib import Path
 
-from ...checkpoint import model_types
+from ...checkpoint import model_types, quantization
 from ...config import ModelConfig
 from ..models import FAMILIES, describe
 from ..models.architecture import read_config
@@ -18,5 +18,6 @@ def check(path: Path, model: ModelConfig) -> None:
     if location.path.is_dir():
         config = read_config(location.path)
         if config.get("model_type") in FAMILIES:
+            quantization.check(path, config, model.quantization)
             describe(config)
     location.check()

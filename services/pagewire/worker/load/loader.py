@@ -12,7 +12,7 @@ from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
-from ...checkpoint import end_tokens
+from ...checkpoint import end_tokens, quantization
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ...hub.huggingface import tokenizer_path
 from ..device import gpus, processor
@@ -22,14 +22,15 @@ from ..models.architecture import Architecture, Config, Unsupported, read_config
 from ..models.cache_spec import cache_spec
 from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
+from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
-from . import capture, cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
-from .cpu_quantization import NONE
+from . import capture, cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
 from .pytorch_file import PytorchFiles
+from .quantizing import Checkpoint, Quantizing
 from .sources import locate
 from .weights import Source
 
@@ -93,18 +94,19 @@ def load(
             plan_other(path, source, settings, model),
             structs.replace(config, enforce_eager=True),
         )
+    checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
     config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     plan = (
         plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
     )
-    quantizing = (
-        NONE if gpu or other else cpu_quantization.choose(source, model.quantization, dtype)
-    )
-    if model.quantization and not quantizing.bits:
-        raise Unsupported(cpu_quantization.refused(model.quantization, device, bool(other), source))
-    sizing = plan.sizing if plan else _size(arch, dtype, model, config, quantizing)
+    if other and model.quantization:
+        raise Unsupported(
+            f"--quantization {model.quantization} is not supported for models that run through transformers"
+        )
+    chosen = quantizing.choose(checkpoint, arch, model.quantization, dtype, device)
+    sizing = plan.sizing if plan else _size(arch, dtype, model, config, chosen)
     where = device if gpu else processor.look().title()
     for line in (
         f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}",
@@ -113,10 +115,12 @@ def load(
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if other is None:
-            method = method_choice(backend(device), dtype, quantizing)
+            method = method_choice(backend(device), dtype, device, chosen)
             decoder = Decoder(arch, Build(backend(device), dtype, device, method))
-            weights.load(decoder, source, settings, model.seed, progress, quantizing.kept)
-            if quantizing.kept:
+            weights.load(
+                decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
+            )
+            if chosen.kept:
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
@@ -141,14 +145,28 @@ def load(
     )
 
 
+def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoint:
+    """With the format of weights that come quantized. Raises Unsupported."""
+    if not path.is_dir() or isinstance(source, Gguf):
+        return Checkpoint(source)
+    form = quantizing.read_format(quantization.of_checkpoint(path, settings))
+    if source is None:
+        # Random weights have no codes.
+        return Checkpoint(source)
+    return Checkpoint(source, form)
+
+
 def method_choice(
-    ops: Ops, dtype: torch.dtype, quantizing: cpu_quantization.Quantizing
+    ops: Ops, dtype: torch.dtype, device: str, chosen: Quantizing
 ) -> MethodChoice | None:
-    """The format of each layer's matrices; None: all are dense."""
-    if not quantizing.kept or ops.quantized is None:
+    """The format of each layer's matrices; None: all are dense, as they come."""
+    if chosen.kept and ops.quantized is not None:
+        kept = CpuQuantizedMethod(ops, ops.quantized, dtype, chosen.rounding)
+        return lambda names: kept
+    if chosen.rounding is None:
         return None
-    method = CpuQuantizedMethod(ops, ops.quantized, dtype, quantizing.bits)
-    return lambda names: method
+    rounded = DenseMethod(ops, dtype, device, chosen.rounding)
+    return lambda names: rounded
 
 
 def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
@@ -214,12 +232,12 @@ def _size(
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
-    quantizing: cpu_quantization.Quantizing,
+    chosen: Quantizing,
 ) -> kv_sizing.Sizing:
     return kv_sizing.size(
         arch,
         dtype.itemsize,
-        weights=quantizing.weight_bytes(arch)
+        weights=chosen.weight_bytes(arch)
         or kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=True),
         available=kv_sizing.available_memory(),
         kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv_sizing.GIB),
