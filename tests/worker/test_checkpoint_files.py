@@ -284,6 +284,13 @@ def test_pytorch_files_beside_strays(copy, tiny, harness, numbers):
     torch.save(tensors, path / "pytorch_model.bin")
     (path / "pytorch_model_old.bin").write_bytes(b"no weights")
     assert_serves(path, tiny, harness, numbers)
+    (path / "pytorch_model.bin").rename(path / "pytorch_model_new.bin")
+    torch.save(tensors, path / "pytorch_model_old.bin")
+    with pytest.raises(
+        Unsupported,
+        match=r"pytorch_model_new\.bin and pytorch_model_old\.bin in .* both have a tensor",
+    ):
+        harness(path)
 
 
 # --- GGUF

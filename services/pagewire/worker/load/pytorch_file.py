@@ -34,10 +34,11 @@ class PytorchFiles:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name; one file is open at a time. Raises Unsupported for a broken
         file."""
+        owners: dict[str, Path] = {}
         for path in self.weights.paths:
-            for name, tensor in _load(path).items():
-                if self.weights.has(name, path):
-                    yield name, tensor
+            tensors = _load(path)
+            for name in self.weights.pick(path, tensors, owners):
+                yield name, tensors[name]
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -167,19 +167,11 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
     from safetensors import SafetensorError, safe_open
 
     weights = safetensors_files(directory)
-    files: dict[str, Path] = {}
+    owners: dict[str, Path] = {}
     for path in weights.paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if not weights.has(name, path):
-                        continue
-                    if name in files:
-                        raise Unsupported(
-                            f"{files[name].name} and {path.name} in {directory} both have a tensor {name}, and no {SAFETENSORS.index} says "
-                            "which file counts; move away the file that is not the model's"
-                        )
-                    files[name] = path
+                for name in weights.pick(path, file.keys(), owners):
                     if not only_headers:
                         yield name, file.get_tensor(name)
         except SafetensorError as error:
