@@ -384,3 +384,9 @@ def test_a_clone_without_git_lfs_is_one_line(tmp_path):
         huggingface.ModelNotFound, match=r"model\.safetensors is a git-lfs pointer .*`git lfs pull`"
     ):
         huggingface.cached(ModelConfig(model=str(folder)))
+    (tmp_path / "m.gguf").write_text((folder / "model.safetensors").read_text())
+    with pytest.raises(huggingface.ModelNotFound, match=r"m\.gguf is a git-lfs pointer"):
+        huggingface.cached(ModelConfig(model=str(tmp_path / "m.gguf")))
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(huggingface.ModelNotFound, match="model_type 'nonsense' is known neither"):
+        huggingface.cached(ModelConfig(model=str(folder)))

@@ -96,7 +96,7 @@ def cached(model: ModelConfig) -> Path | None:
     be a path, and nothing is there."""
     path = Path(model.model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        _check_pointers(path)
+        _check_pointers(path, model)
         return path.absolute()
     if path.exists():
         raise ModelNotFound(f"{model.model} is neither a directory nor a .gguf file")
@@ -121,18 +121,28 @@ def cached(model: ModelConfig) -> Path | None:
     return snapshot
 
 
-def _check_pointers(path: Path) -> None:
+def _check_pointers(path: Path, model: ModelConfig) -> None:
     """Raises ModelNotFound for a clone made without git-lfs: it has a few lines of text instead of
-    each large file."""
+    each large file. Where no file would help, since the model is not built, that comes first."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if (
             file.is_file()
             and file.stat().st_size < LFS_POINTER_BYTES
             and file.read_bytes().startswith(LFS_POINTER)
         ):
+            if path.is_dir() and file.name != "config.json":
+                _check_model_type(path, model)
             raise ModelNotFound(
                 f"{file} is a git-lfs pointer in the place of the file: install git-lfs and run `git lfs pull` there"
             )
+
+
+def _check_model_type(directory: Path, model: ModelConfig) -> None:
+    """Raises ModelNotFound when the model can certainly not be served."""
+    try:
+        model_types.check(directory, model.trust_remote_code)
+    except Unsupported as error:
+        raise ModelNotFound(str(error)) from None
 
 
 def demo_gguf(progress: Progress | None = None) -> Path:
