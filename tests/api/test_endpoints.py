@@ -260,6 +260,12 @@ def test_values_out_of_range(server, name: str, value: object, parts: tuple[str,
     assert not server.stack.received
 
 
+def test_nothing_follows_the_end_of_a_stream(server) -> None:
+    """One of several prompts is refused while the others run."""
+    answer = server.post("/v1/completions", prompt=["a", "b", "", "c"], stream=True, max_tokens=64)
+    assert "0 tokens" in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
 @pytest.mark.parametrize(("prompt", "stream"), [("", False), ("", True), (["a", ""], False)])
 def test_whether_a_text_is_empty_the_tokenizer_says(server, prompt, stream: bool) -> None:
     """A model that begins each text with a token of its own continues an empty one."""

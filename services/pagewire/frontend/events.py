@@ -23,6 +23,7 @@ class SseReply(Reply):
         flusher: Flusher,
         make_parser: ParserFactory = PLAIN,
     ) -> None:
+        self.flusher = flusher
         self.outlet = Outlet(flusher)
         super().__init__(formatter, loop, echoes, make_parser)
 
@@ -47,6 +48,9 @@ class SseReply(Reply):
             self.outlet.push(DONE)
         elif self.opened.done():
             self.outlet.push(b"data: " + as_api_error(self.error).body() + b"\n\n", DONE)
+        for choice in self.choices:
+            if isinstance(choice, SseChoice):
+                choice.mute()
         super().close()
 
 
@@ -109,6 +113,11 @@ class SseChoice(Choice):
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()
+
+    def mute(self) -> None:
+        """The stream has ended: what still comes, before the request is cancelled, goes nowhere."""
+        self._outlet = Outlet(self.reply.flusher)
+        self._pieces = self._outlet.pieces
 
     def _noted(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
         """The deltas; remembers whether one is of a tool call, which decides the finish reason."""
