@@ -18,10 +18,12 @@ from .sse import encode
 
 
 class Echo(Struct, frozen=True):
-    """What an answer shows of a prompt: its text, and the name of its first token."""
+    """What an answer shows of a prompt: its text; where that is scored, the name of its first token
+    and where each of its tokens begins in the text, in characters."""
 
     text: str = ""
     first: str = ""
+    offsets: tuple[int, ...] = ()
 
 
 class Reply:
@@ -132,6 +134,7 @@ class Choice:
                 rendering.logprobs if rendering.echo else -1,
                 rendering.prompt_logprobs,
                 rendering.ids_as_text,
+                self.echo.offsets,
             )
         self._texts: list[str] = []
         self._tokens: list[int] = []
@@ -171,6 +174,7 @@ class Choice:
         data.content = self.prefix
         for delta in parse_whole(self.reply.make_parser(), "".join(self._texts)):
             data.add(delta)
+        data.offset = len(self.echo.text)
         data.tokens = self._tokens
         data.logprobs = self._logprobs
         data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))
