@@ -47,7 +47,7 @@ def _card(state: State, name: str) -> dict[str, Any]:
         "object": "model",
         "created": state.started,
         "owned_by": "pagewire",
-        "root": state.names[0],
+        "root": state.model_path,
         "parent": None,
         "max_model_len": state.stack.model().max_model_len or None,
         "permission": [permission],

@@ -32,6 +32,9 @@ RESERVED: Final = (
     "tokenize",
 )
 """Variables of a chat template that are parameters of their own."""
+_TEXT_PARTS: Final = ("text", "input_text", "output_text")
+"""Types of parts with a `text`: of chats, and of the Responses API, whose messages programs pass
+on."""
 _NO_TEXT: Final = "This server runs without a tokenizer (--skip-tokenizer-init)"
 
 
@@ -180,9 +183,12 @@ def _message(index: int, message: MessageIn) -> ChatMessage:
 
 
 def _part(index: int, part: Part) -> str:
-    if part.type != "text" or part.text is None:
+    text = part.text if part.type in _TEXT_PARTS else None
+    if part.type == "refusal":
+        text = part.refusal
+    if text is None:
         raise invalid(
             f"`messages[{index}].content` has a part of type {part.type[:64]!r}; only parts of type 'text' are supported.",
             "messages",
         )
-    return part.text
+    return text

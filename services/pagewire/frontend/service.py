@@ -62,7 +62,8 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with contextlib.closing(_listener(config)) as listener:
-        async with Service(run, names, Auth(keys), config).serving(listener) as service:
+        service = Service(run, names, Auth(keys), config, model_path=model.model)
+        async with service.serving(listener):
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info(
@@ -87,9 +88,14 @@ class Service:
     """The parts of a frontend, wired to the event loop that runs."""
 
     def __init__(
-        self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig
+        self,
+        run: RunConfig,
+        names: tuple[str, ...],
+        auth: Auth,
+        config: FrontendConfig,
+        model_path: str = "",
     ) -> None:
-        """Raises ValueError for a flag whose value cannot be used."""
+        """`model_path`: the model as --model has it. Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
         self._shutdown_timeout_s = config.shutdown_timeout
@@ -100,6 +106,7 @@ class Service:
         counters = Counters()
         self.state = State(
             names=names,
+            model_path=model_path or names[0],
             auth=auth,
             owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
             stack=Stack(),

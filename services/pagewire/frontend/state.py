@@ -32,6 +32,8 @@ class State(Struct):
     cors: Cors
     max_body: int
     """Bytes."""
+    model_path: str = ""
+    """The model's directory, file or hub id."""
     force_usage: bool = False
     """Streams report their usage whether the client asks for it or not."""
     keep_alive_s: float = 0.0
