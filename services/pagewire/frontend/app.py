@@ -11,7 +11,18 @@ from aiohttp import web
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions
-from .probes import health, live, load, metrics, model, models, ready, version
+from .probes import (
+    health,
+    live,
+    load,
+    metrics,
+    model,
+    model_info,
+    models,
+    ready,
+    server_info,
+    version,
+)
 from .request_ids import HEADER, request_id
 from .state import STATE, State
 from .tokens import detokenize, tokenize
@@ -33,6 +44,9 @@ def make_app(state: State) -> web.Application:
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
     app.router.add_get("/load", load)
+    for prefix in ("/", "/get_"):  # SGLang's newer and older names
+        app.router.add_get(f"{prefix}server_info", server_info)
+        app.router.add_get(f"{prefix}model_info", model_info)
     app.router.add_post("/ping", health)
     for path, handler in PROBES.items():
         app.router.add_get(path, handler)

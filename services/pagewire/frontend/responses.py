@@ -4,7 +4,7 @@ not how it got there or how it is sent."""
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -15,6 +15,8 @@ from .logprobs import PromptScore, chat_logprobs, completion_logprobs
 from .rendering import Rendering
 
 Json = dict[str, Any]
+_ABSENT: Final = ("prompt_logprobs", "prompt_token_ids")
+"""Fields of whole answers that vLLM has as null where they were not asked for."""
 
 
 class Usage(Struct):
@@ -137,8 +139,7 @@ class ResponseFormatter(ABC):
     def _chunk_choice(self, choice: ChoiceData) -> Json: ...
 
     def _absent_fields(self) -> Json:
-        """What vLLM's whole answers have beside their choices as null where it was not asked
-        for."""
+        """What a whole answer has beside its choices as null, where it was not asked for."""
         return {}
 
     def _prompt_fields(self, choice: ChoiceData) -> Json:
@@ -219,7 +220,7 @@ class ChatFormatter(ResponseFormatter):
         return body
 
     def _absent_fields(self) -> Json:
-        return {"prompt_logprobs": None, "prompt_token_ids": None}
+        return dict.fromkeys(_ABSENT)
 
     def _prompt_fields(self, choice: ChoiceData) -> Json:
         fields: Json = {}
@@ -249,8 +250,10 @@ class CompletionFormatter(ResponseFormatter):
         return [self.chunk(choice, usage) for choice in choices]
 
     def _whole_choice(self, choice: ChoiceData) -> Json:
-        absent = {"prompt_logprobs": None, "prompt_token_ids": None}
-        return absent | self._choice(choice, self._logprobs(choice))
+        body = self._choice(choice, self._logprobs(choice))
+        for name in _ABSENT:
+            body.setdefault(name, None)
+        return body
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
         has_logprobs = choice.logprobs or (self.rendering.echo and choice.score)

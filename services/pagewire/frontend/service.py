@@ -62,7 +62,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with contextlib.closing(_listener(config)) as listener:
-        service = Service(run, names, Auth(keys), config, model_path=model.model)
+        service = Service(run, names, Auth(keys), config, model)
         async with service.serving(listener):
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -93,9 +93,9 @@ class Service:
         names: tuple[str, ...],
         auth: Auth,
         config: FrontendConfig,
-        model_path: str = "",
+        model: ModelConfig | None = None,
     ) -> None:
-        """`model_path`: the model as --model has it. Raises ValueError for a flag whose value cannot be used."""
+        """`model`: None where only its names are known. Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
         self._shutdown_timeout_s = config.shutdown_timeout
@@ -106,7 +106,8 @@ class Service:
         counters = Counters()
         self.state = State(
             names=names,
-            model_path=model_path or names[0],
+            model_path=model.model if model else names[0],
+            tokenizer_path=(model.tokenizer or model.model) if model else names[0],
             auth=auth,
             owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
             stack=Stack(),
