@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
@@ -74,6 +74,8 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     failure into a body that clients can read."""
     state = request.app[STATE]
     try:
+        if request.version < HttpVersion10:
+            raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
         response = await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
         response = _error(as_api_error(error))

@@ -84,9 +84,8 @@ class SseChoice(Choice):
         """The echoed prompt with its log-probabilities was not sent yet."""
 
     def start(self) -> ChoiceData:
-        """What the choice shows before any generated text: what its answer begins with, and the
-        prompt's token ids if they are known by now."""
-        data = ChoiceData(self.index, self.prefix)
+        """With the prompt's token ids, if they are known by now."""
+        data = super().start()
         if self.reply.formatter.has_first_chunks:
             self._move_prompt_ids(data)
         return data

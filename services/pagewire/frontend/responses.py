@@ -160,7 +160,11 @@ class ChatFormatter(ResponseFormatter):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     has_structure = True
-    has_first_chunks = True
+
+    @property
+    def has_first_chunks(self) -> bool:
+        """The role comes first."""
+        return True
 
     def first_chunks(self, choices: Sequence[ChoiceData], usage: Usage | None) -> list[Json]:
         """An event with the role for each choice, and the prompt's token ids where they are known;
