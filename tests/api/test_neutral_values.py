@@ -4,6 +4,7 @@ the answer is refused by name."""
 import pytest
 from api.checks import check_error, refused
 from pagewire.frontend.neutral import NEUTRAL
+from pagewire.offline.prompts import as_chats
 
 ROUTED_CHAT = {
     "logprobs": False,
@@ -148,3 +149,14 @@ def test_messages_of_another_shape_are_explained(server) -> None:
 def test_a_body_without_a_model_is_answered(server) -> None:
     assert server.post("/v1/completions", prompt="hi").status_code == 200
     assert server.post("/v1/chat/completions", messages=[USER], model=None).status_code == 200
+
+
+def test_llm_takes_the_same_messages() -> None:
+    said = {"role": "assistant", "content": "yes", "tool_calls": [], "refusal": None, "id": "1"}
+    refuses = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    (entry,) = as_chats([USER, said, refuses, USER], True, False)
+    chat = entry.prompt.chat
+    assert chat and [one.content for one in chat.messages] == ["hi", "yes", "no", "hi"]
+    for lost in ({"reasoning_content": "hm"}, {"prefix": True}, {"tool_calls": [{}]}):
+        with pytest.raises(ValueError, match=next(iter(lost))):
+            as_chats([{**USER, **lost}], True, False)

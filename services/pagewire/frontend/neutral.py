@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from ..requests.errors import invalid
+from ..requests.messages import is_unread
 from .openai import MessageIn, Part, StreamOptions
 
 Values = tuple[Any, ...]
@@ -120,33 +121,6 @@ NEUTRAL: Final[Table] = {
 """Parameters of requests that are known but not supported (by an endpoint), with the values besides
 null that mean the same as leaving them out. An unknown one may be null and nothing else."""
 
-_EMPTY: Final[Values] = ("", [], {})
-_MESSAGE: Final[Table] = {
-    "partial": (False, *_EMPTY),
-    "prefix": (False, *_EMPTY),
-}
-_LABELS: Final = frozenset(
-    {
-        "annotations",
-        "cache_control",
-        "created",
-        "createdAt",
-        "created_at",
-        "date",
-        "id",
-        "index",
-        "message_id",
-        "metadata",
-        "provider_options",
-        "providerOptions",
-        "status",
-        "timestamp",
-        "uuid",
-        "weight",
-    }
-)
-"""What programs note about a message or a part. No chat template reads these, so any value
-passes."""
 _read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _read_objects: Final = msgspec.json.Decoder(list[dict[str, Raw]])
 
@@ -175,7 +149,7 @@ def _drop(fields: dict[str, Raw], known: Container[str], neutral: Table, where: 
             del fields[name]
         elif name not in known:
             path = where + name[:64]
-            raise invalid(f"The parameter `{path}` is not supported.", path[:64])
+            raise invalid(f"The parameter `{path}` is not supported.", path)
 
 
 def _means_nothing(encoded: Raw, values: Values) -> bool:
@@ -216,10 +190,11 @@ def _parts(encoded: Raw, where: str) -> Raw:
 
 
 def _drop_unread(fields: dict[str, Raw], known: Container[str], where: str) -> None:
-    """Remove what a message or a part has beside what reaches the chat template: labels, and
-    anything empty. What holds content would be lost without a word, so it is refused."""
-    unread = {name: _MESSAGE.get(name, _EMPTY) for name in fields if name not in known}
-    for name in _LABELS & unread.keys():
+    """Remove what a message or a part has beside what reaches the chat template."""
+    for name, encoded in list(fields.items()):
+        if name in known:
+            continue
+        if not is_unread(name, msgspec.json.decode(encoded)):
+            path = where + name[:64]
+            raise invalid(f"The parameter `{path}` is not supported.", path)
         del fields[name]
-        del unread[name]
-    _drop(fields, known, unread, where)

@@ -18,6 +18,7 @@ from pagewire_protocol.structs import (
 )
 
 from ..requests.errors import invalid
+from ..requests.messages import text_of_part
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import MAX_INT32, shown
 from .openai import MessageIn, Part
@@ -32,9 +33,6 @@ RESERVED: Final = (
     "tokenize",
 )
 """Variables of a chat template that are parameters of their own."""
-_TEXT_PARTS: Final = ("text", "input_text", "output_text")
-"""Types of parts with a `text`: of chats, and of the Responses API, whose messages programs pass
-on."""
 _NO_TEXT: Final = "This server runs without a tokenizer (--skip-tokenizer-init)"
 
 
@@ -183,9 +181,7 @@ def _message(index: int, message: MessageIn) -> ChatMessage:
 
 
 def _part(index: int, part: Part) -> str:
-    text = part.text if part.type in _TEXT_PARTS else None
-    if part.type == "refusal":
-        text = part.refusal
+    text: str | None = text_of_part(part.type, part.text, part.refusal)
     if text is None:
         raise invalid(
             f"`messages[{index}].content` has a part of type {part.type[:64]!r}; only parts of type 'text' are supported.",
