@@ -47,12 +47,12 @@ class Panels:
 
 
 def choose_format(weight: Quantized, half: bool) -> Format:
-    """half: the processor converts float16 by itself. Raises ValueError where there is no kernel
-    for the weight."""
+    """One whose groups are the weight's, or parts of them. half: the processor converts float16 by
+    itself. Raises ValueError where there is no kernel for the weight."""
     for known in FORMATS:
         fits = (
             known.bits == weight.bits
-            and known.group == weight.group
+            and weight.group % known.group == 0
             and (known.minima or weight.minimum is None)
         )
         if fits and (
@@ -74,6 +74,7 @@ def _is_half(values: Tensor) -> bool:
 def pack(weight: Quantized, half: bool = True) -> Panels:
     """weight in panels. Raises ValueError where there is no kernel for it."""
     form, (rows, columns) = choose_format(weight, half), weight.shape
+    weight = weight.regrouped(form.group)
     panels, groups = -(-rows // ROWS), columns // form.group
     data = np.zeros((panels, groups, form.group_bytes), np.uint8)
     threads = torch.get_num_threads()

@@ -72,9 +72,28 @@ class Quantized:
             :, :, None
         ]
 
+    def __getitem__(self, rows: Tensor) -> "Quantized":
+        return self.take(rows)
+
+    @property
+    def ndim(self) -> int:
+        """2, as a matrix's."""
+        return len(self.shape)
+
+    def regrouped(self, group: int) -> "Quantized":
+        """The same weights in smaller groups, of which the present ones are multiples; each gets the
+        scale and the minimum of the one it is cut from."""
+        times = self.group // group
+
+        def repeated(values: Tensor) -> Tensor:
+            return values if times == 1 else values.repeat_interleave(times, 1)
+
+        minimum = None if self.minimum is None else repeated(self.minimum)
+        return Quantized(self.values, repeated(self.scale), minimum)
+
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(rows, device=self.scale.device)
         return Quantized(
             self.values[index],
             self.scale[index],

@@ -18,6 +18,8 @@ import msgspec
 from msgspec import Meta, Struct
 from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
 
+from .checkpoint import quantization
+
 GPU_STEP_TOKENS = 8192
 CPU_STEP_TOKENS = 2048
 """Most tokens of a step where no flag says it: a longer one fills a GPU better, and a CPU is full
@@ -31,10 +33,10 @@ fewer tokens."""
 USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-QUANTIZED = "^(int8|int4)?$"
+QUANTIZED = f"^({'|'.join(quantization.ASKABLE)})?$"
 SHORT = {"quantization": "-q"}
 REASONS = {
-    "quantization": "only what the weights themselves bring (GGUF), and int8 or int4 on a CPU, is supported in this version",
+    "quantization": f"not supported; {', '.join(quantization.ASKABLE)} are, and without the flag whatever the weights bring",
 }
 """The refusal of a wrong value, where msgspec's words would not help."""
 
@@ -60,6 +62,9 @@ class RunConfig(Struct, frozen=True):
     name: Annotated[
         str, _help("this process's name in the stack; default: role and process id")
     ] = ""
+    log_format: Annotated[
+        Literal["text", "json"], _help("text for people, or one JSON object a line")
+    ] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = (
         "info"
     )
@@ -80,7 +85,7 @@ class ModelConfig(Struct, frozen=True):
         str, _help("where downloaded models are kept; default: the hub's cache")
     ] = ""
     load_format: Annotated[
-        Literal["auto", "safetensors", "pt", "gguf", "dummy"],
+        Literal["auto", "safetensors", "pt", "gguf", "bitsandbytes", "dummy"],
         _help(
             "weight format; auto: safetensors, else GGUF, else PyTorch's .bin files (pt); dummy: random weights N(0, 0.02)"
         ),
@@ -88,7 +93,8 @@ class ModelConfig(Struct, frozen=True):
     quantization: Annotated[
         str,
         _help(
-            "int8 or int4: round a full checkpoint's matrices while loading, on a CPU; default: as the weights are",
+            "the format of quantized weights, which is read from the checkpoint anyway; or round full ones while loading: "
+            "int8 and int4 (on a CPU), bitsandbytes, bitsandbytes_8bit, fp8",
             pattern=QUANTIZED,
         ),
     ] = ""
@@ -147,6 +153,10 @@ class FrontendConfig(Struct, frozen=True):
     shutdown_timeout: Annotated[
         float, _help("seconds that running requests may take after SIGTERM", ge=0, le=86400)
     ] = 5.0
+    enable_log_requests: Annotated[
+        bool,
+        _help("one log line at each request's end: id, route, status, tokens, times, reason"),
+    ] = False
     enable_force_include_usage: Annotated[
         bool, _help("tell the usage in every stream, asked for or not")
     ] = False
@@ -164,6 +174,9 @@ class TokenizerConfig(Struct, frozen=True):
 
 
 class SchedulerConfig(Struct, frozen=True):
+    disable_log_stats: Annotated[
+        bool, _help("no line of throughput every 10 s while there is work")
+    ] = False
     max_num_seqs: Annotated[
         Annotated[int, Meta(ge=1, le=65536)] | None,
         _help(

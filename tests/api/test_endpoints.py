@@ -86,14 +86,26 @@ def test_metrics(serve) -> None:
             "num_requests_running": 3,
             "kv_cache_usage_perc": 0.25,
             "prefix_cache_hits": 7,
-            "steps in flight": 2,
+            "steps_in_flight": 2,
+            "iteration_tokens_le_8": 3,
+            "iteration_tokens_le_inf": 4,
+            "iteration_tokens_sum": 40,
+            "kv_block_size": 16,
+            "prefix_caching": 1,
         }
     ) as server:
         server.complete("stop", max_tokens=8)
         server.complete("refuse400")
         text = server.http.get("/metrics").text
     samples = {}
+    helps: dict[str, str] = {}
     for family in text_string_to_metric_families(text):
+        assert family.type in ("counter", "gauge", "histogram"), family.name
+        # Of the library's own: metrics of the process.
+        assert family.documentation and family.documentation not in helps.values(), family.name
+        helps[family.name] = family.documentation
+        names = {sample.name for sample in family.samples}
+        assert family.type != "counter" or all(name.endswith("_total") for name in names)
         for sample in family.samples:
             label = next(
                 (
@@ -113,6 +125,14 @@ def test_metrics(serve) -> None:
         and samples["vllm:num_preemptions_total", ""] == 0
     )
     assert samples["pagewire:scheduler_steps_in_flight", ""] == 2
+    assert samples["vllm:gpu_prefix_cache_hits_total", ""] == 7
+    assert samples["vllm:iteration_tokens_total_bucket", "8.0"] == 3
+    assert samples["vllm:iteration_tokens_total_count", ""] == 4
+    assert samples["vllm:iteration_tokens_total_sum", ""] == 40
+    assert 'enable_prefix_caching="True"' in text and 'block_size="16"' in text
+    assert samples["process_resident_memory_bytes", ""] > 1e6
+    for name in ("http_responses", "resubmissions"):
+        assert f"# TYPE pagewire:frontend_{name}_total counter" in text
     assert (
         samples["vllm:prompt_tokens_total", ""] == 3
         and samples["vllm:generation_tokens_total", ""] == 5
@@ -156,7 +176,7 @@ def test_metrics(serve) -> None:
         and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
     )
     assert (
-        samples["pagewire:frontend_http_responses_total", "400"] == 1
+        'http_responses_total{code="400",method="POST",route="/v1/completions"} 1.0' in text
         and samples["pagewire:service_ready", "worker"] == 1
     )
 
@@ -243,10 +263,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
         ("seed", -(2**63) - 1, (str(-(2**63)), f"got {-(2**63) - 1}")),
         ("stream_options", {"include_usage": True}, ("stream=True",)),
         ("response_format", {"type": "json_object"}, ("json_object", "text")),
-        ("prompt", "", ("empty",)),
         ("prompt", [], ("empty",)),
         ("prompt", [[]], ("empty",)),
-        ("prompt", ["a", ""], ("empty",)),
         ("prompt", ["a", [1]], ("mixes",)),
         ("prompt", [1, "a"], ("mixes",)),
         ("prompt", [1, 1000], ("token id 1000 is outside", "vocabulary of 1000")),
@@ -260,6 +278,18 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
 def test_values_out_of_range(server, name: str, value: object, parts: tuple[str, ...]) -> None:
     refused(server.post("/v1/completions", **{"prompt": "hi", name: value}), name, *parts)
     assert not server.stack.received
+
+
+def test_nothing_follows_the_end_of_a_stream(server) -> None:
+    """One of several prompts is refused while the others run."""
+    answer = server.post("/v1/completions", prompt=["a", "b", "", "c"], stream=True, max_tokens=64)
+    assert "0 tokens" in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("prompt", "stream"), [("", False), ("", True), (["a", ""], False)])
+def test_whether_a_text_is_empty_the_tokenizer_says(server, prompt, stream: bool) -> None:
+    """A model that begins each text with a token of its own continues an empty one."""
+    refused(server.post("/v1/completions", prompt=prompt, stream=stream), "prompt", "0 tokens")
 
 
 @pytest.mark.parametrize(

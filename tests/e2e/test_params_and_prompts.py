@@ -273,7 +273,7 @@ def test_the_settings_of_the_tutorials_table() -> None:
     for given in (
         {"tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2},
-        {"quantization": "squeezellm"},
+        {"quantization": "quip"},
         {"enable_lora": True},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(given))}=.*: ") as caught:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pagewire_protocol.structs import SILENCE_S
 
 FAKE = (
     "--device",
@@ -124,7 +125,7 @@ def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
         (("serve", "--no-such-flag"), "--no-such-flag"),
         (("serve", "--tensor-parallel-size", "2"), "--tensor-parallel-size 2"),
         (("serve", "-pp", "2"), "--pipeline-parallel-size 2"),
-        (("serve", "--quantization", "awq"), "--quantization awq"),
+        (("serve", "--quantization", "quip"), "--quantization quip"),
         (("serve", "--max-num-seqs", "0"), "--max-num-seqs"),
         (("serve", "--num-workers", "0"), "--num-workers: 0: a whole number"),
         (("serve", "one", "--model", "two"), "two models"),
@@ -193,3 +194,15 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_step_may_take_longer_than_silence_is_tolerated(start_stack: Callable[..., Any]) -> None:
+    """A long prompt of a large model on a CPU is one step, during which the worker says that it
+    lives."""
+    slow = str(1000 * (SILENCE_S + 1.5))
+    stack = start_stack(*FAKE, "--fake-step-ms", slow).wait_ready()
+    answer = stack.client().completions.create(
+        model=stack.get("/v1/models")["data"][0]["id"], prompt=[1, 2, 3], max_tokens=1
+    )
+    assert answer.usage.completion_tokens == 1
+    assert stack.get("/load") is not None and not any("silent" in line for line in stack.lines)

@@ -36,6 +36,18 @@ def demo() -> Iterator[LLM]:
         yield llm
 
 
+def test_a_prompt_is_scored_without_a_token_being_generated(fake: LLM) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (output,) = fake.generate([[5, *chain([5], 3, VOCAB)]], params, use_tqdm=False)
+    rows = output.prompt_logprobs
+    assert (
+        rows and rows[0] is None and [next(iter(row.values())).rank for row in rows[1:]] == [1] * 3
+    )
+    assert list(output.outputs[0].token_ids) == [] and output.outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+
+
 def test_thousands_of_prompts_come_back_in_order(fake: LLM) -> None:
     make = random.Random(0)
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 40))] for _ in range(2000)]
@@ -134,13 +146,33 @@ def test_after_the_end_the_object_says_so() -> None:
             call()
 
 
+def test_a_forked_copy_is_refused_and_does_no_harm(fake: LLM) -> None:
+    """A child of multiprocessing's fork would read its parent's answers, and wait for ever."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            fake.generate([[1, 2]], use_tqdm=False)
+        except EngineError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            fake.shutdown()
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        assert "forked copy" in answer.read()
+    os.waitpid(child, 0)
+    (output,) = fake.generate([[1, 2]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(TypeError, match="no_such_setting"):
         LLM(no_such_setting=1)
     with pytest.raises(ValueError, match="tensor_parallel_size=2"):
         LLM(tensor_parallel_size=2)
-    with pytest.raises(ValueError, match="quantization='awq'"):
-        LLM(quantization="awq")
+    with pytest.raises(ValueError, match="quantization='quip'"):
+        LLM(quantization="quip")
     with pytest.raises(ValueError, match="max_num_seqs"):
         LLM(max_num_seqs=0)
     with pytest.raises(ValueError, match="/no/such/model does not exist"):

@@ -15,8 +15,10 @@ import pagewire
 import pytest
 from openai import OpenAI
 from pagewire import LLM, SamplingParams
+from pagewire.offline.engine import EngineError
 
 PHI = "microsoft/phi-1_5"
+AWQ = "TheBloke/Llama-2-7B-Chat-AWQ"
 PROMPTS = [
     "Hello, my name is",
     "The president of the United States is",
@@ -234,7 +236,6 @@ def test_flags_of_the_table(serve: Callable[..., Any], downloaded: Callable[...,
             "MODEL_NAME --pipeline-parallel-size 2",
             "--pipeline-parallel-size 2: a model runs on one GPU",
         ),
-        ("TheBloke/Llama-2-7B-Chat-AWQ --quantization awq --dtype half", "--quantization awq: "),
     ],
 )
 def test_what_follows_later_is_refused_in_one_line(
@@ -252,13 +253,33 @@ def test_what_follows_later_is_refused_in_one_line(
 def test_the_same_offline() -> None:
     for given in (
         {"tensor_parallel_size": 2},
-        {"quantization": "awq"},
-        {"quantization": "gptq"},
-        {"quantization": "squeezellm"},
+        {"pipeline_parallel_size": 2},
     ):
         with pytest.raises(ValueError, match="in this version") as caught:
             LLM(model="TheBloke/Llama-2-7B-Chat-AWQ", dtype="half", **given)
         assert str(caught.value).startswith(f"{next(iter(given))}=")
+
+
+def test_a_quantized_model_is_served(
+    serve: Callable[..., Any], downloaded: Callable[..., Path]
+) -> None:
+    downloaded(AWQ)
+    stack = serve(f"pagewire serve {AWQ} --quantization awq --dtype half")
+    stack.wait_line("awq (gemm, 4 bits, groups of 32)")
+    body = {"model": AWQ, "prompt": "Hello", "max_tokens": 5}
+    answer = stack.post("/completions", body).json()
+    assert answer["usage"]["completion_tokens"] in range(1, 6)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_quantized_model_offline(downloaded: Callable[..., Path]) -> None:
+    downloaded(AWQ)
+    with LLM(model=AWQ, quantization="awq") as llm:
+        (output,) = llm.generate("Hello", SamplingParams(max_tokens=5))
+    assert 1 <= len(output.outputs[0].token_ids) <= 5
+    for method in ("gptq", "squeezellm"):
+        with pytest.raises(EngineError, match=f"--quantization {method}, but .* with awq"):
+            LLM(model=AWQ, quantization=method)
 
 
 # --- offline ---

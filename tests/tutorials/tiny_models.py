@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from worker import format_packers
 from worker.remote_oracles import CASES, shapes
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
@@ -73,6 +75,12 @@ HUB: dict[str, dict[str, Any]] = {
         "family": "Llama",
         "config": {"max_position_embeddings": 4096},
         "special": ("<unk>", "<s>", "</s>"),
+    },
+    "TheBloke/Llama-2-7B-Chat-AWQ": {
+        "family": "Llama",
+        "config": {"max_position_embeddings": 4096},
+        "special": ("<unk>", "<s>", "</s>"),
+        "awq": True,
     },
     "gpt2": {
         "family": "GPT2",
@@ -167,7 +175,23 @@ def save_model(path: Path, repository: str) -> Path:
     chats = "template" in made or any(word in repository for word in ("chat", "phi"))
     model.generation_config.eos_token_id = [2, *range(10, 10 + CHAT_ENDS)] if chats else 2
     model.save_pretrained(path)
+    if "awq" in made:
+        quantize_with_awq(path)
     return path
+
+
+def quantize_with_awq(path: Path) -> None:
+    """Random codes in the place of the matrices, and the configuration in a file of its own, as
+    AutoAWQ's first versions saved it."""
+    random = np.random.default_rng(7)
+    tensors = load_file(path / "model.safetensors")
+    for name in sorted(tensors):
+        if name.endswith("_proj.weight"):
+            parts, _ = format_packers.awq(random, *tensors.pop(name).shape)
+            tensors |= format_packers.on_module(parts, name.removesuffix(".weight"))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    settings = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (path / "quant_config.json").write_text(json.dumps(settings))
 
 
 def in_hub_cache(home: Path, repository: str) -> Path:

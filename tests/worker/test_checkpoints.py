@@ -136,7 +136,7 @@ def altered(source, target, **changes):
         ({"model_type": "t5"}, "an encoder with a decoder; only models of a decoder alone"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope scaling 'mrope'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized with 'awq'"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quantized with 'quip'"),
         ({"rms_norm_eps": None}, "has no 'rms_norm_eps'"),
         ({"intermediate_size": 64}, "has shape .* where the configuration asks for"),
         ({"num_hidden_layers": 4}, "lacks 9 of 38 tensors"),

@@ -276,12 +276,12 @@ def test_a_format_is_chosen_by_the_layers_name(variant: str) -> None:
 
 @torch.inference_mode()
 def test_a_layer_that_keeps_its_precision_is_not_rounded() -> None:
-    from pagewire.worker.load import cpu_quantization, loader
+    from pagewire.worker.load import loader, quantizing
+    from pagewire.worker.models.rounding import ROUNDINGS
 
     arch = describe({**LLAMA, **VARIANTS["experts"]})
-    method = loader.method_choice(
-        backend("cpu"), torch.float32, cpu_quantization.Quantizing(True, 8)
-    )
+    chosen = quantizing.Quantizing(True, ROUNDINGS["int8"])
+    method = loader.method_choice(backend("cpu"), torch.float32, "cpu", chosen)
     decoder = Decoder(arch, build(method))
     for slot in decoder.weight_slots():
         slot.fill(torch.randn(slot.shape))

@@ -92,7 +92,6 @@ def test_contexts_end_where_the_original_would_change_its_rotation(remote):
     ("name", "changes", "told"),
     [
         ("qwen1", {"scale_attn_weights": False}, "without scaling"),
-        ("qwen1", {"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
         (
             "chatglm2",
             {"multi_query_attention": False},

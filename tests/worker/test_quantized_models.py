@@ -1,19 +1,23 @@
 """Models with quantized matrices on a CPU: GGUF's types as the `gguf` library reads them, decoders
 in machine code against the same weights in full, and what `--quantization` does."""
 
+from unittest.mock import Mock
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pagewire.config import ModelConfig, WorkerConfig
-from pagewire.worker.load import cpu_crossings, cpu_quantization, loader
+from pagewire.worker.load import cpu_crossings, loader, quantizing
+from pagewire.worker.load.gguf_file import Gguf
 from pagewire.worker.load.gguf_quantized import TYPES, take_apart
 from pagewire.worker.load.weights import load
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
+from pagewire.worker.models.rounding import ROUNDINGS
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 
@@ -64,8 +68,9 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
 def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:
     """With random weights rounded to `bits`; `like`: with the same, in full."""
     arch = describe(config)
-    quantizing = cpu_quantization.Quantizing(like is None, bits if like is None else 0)
-    method = loader.method_choice(backend("cpu"), dtype, quantizing)
+    rounding = ROUNDINGS[f"int{bits}"] if like is None else None
+    chosen = quantizing.Quantizing(like is None, rounding)
+    method = loader.method_choice(backend("cpu"), dtype, "cpu", chosen)
     made = Decoder(arch, Build(backend("cpu"), dtype, "cpu", method))
     load(made, None, config, 3, lambda stage, share: None)
     return made
@@ -171,16 +176,20 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(checkpoint) -> None:
     with pytest.raises(Unsupported, match=r"--quantization int8 .*float16") as caught:
         start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float16")
     assert "\n" not in str(caught.value)
-    assert "on a GPU it is not supported yet" in cpu_quantization.refused(
-        "int8", "cuda", False, None
-    )
-    assert "run through transformers" in cpu_quantization.refused("int4", "cpu", True, None)
+    arch = describe(LLAMA)
+    with pytest.raises(Unsupported, match="on a GPU it is not supported yet"):
+        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", torch.bfloat16, "cuda")
 
 
 def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cpu_quantization, "_obstacle", lambda dtype: "Numba cannot be imported")
-    assert cpu_quantization.choose(None, "int8", torch.float32) == cpu_quantization.NONE
+    monkeypatch.setattr(quantizing, "_obstacle", lambda dtype: "Numba cannot be imported")
+    arch = describe(LLAMA)
+    file = Mock(Gguf, kinds=lambda: {"Q4_0": 3})
+    chosen = quantizing.choose(quantizing.Checkpoint(file), arch, "", torch.float32, "cpu")
+    assert chosen == quantizing.NONE
     assert "made full (Numba cannot be imported)" in caplog.text
+    with pytest.raises(Unsupported, match="Numba cannot be imported"):
+        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", torch.float32, "cpu")
 
 
 def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint) -> None:

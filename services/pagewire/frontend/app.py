@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import HttpVersion10, web
+from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
@@ -24,6 +25,8 @@ from .probes import (
     version,
 )
 from .request_ids import HEADER, request_id
+from .request_log import CLIENT_GONE, log_request
+from .routes import method_of, route_of
 from .state import STATE, State
 from .tokens import detokenize, tokenize
 
@@ -68,30 +71,46 @@ _OPEN: Final = frozenset(PROBES.values())
 # --- around every request ---
 
 
+def handler_of(request: web.Request) -> object:
+    """Of the request's route."""
+    return request.match_info.handler
+
+
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every handler: refuse a request without a key, except for the probes; turn every
     failure into a body that clients can read."""
     state = request.app[STATE]
+    began = state.clock()
+    status = CLIENT_GONE
+    try:
+        response = await _guarded(state, request, handler)
+        status = response.status
+        return response
+    finally:
+        if request.headers.get("User-Agent") != LAUNCHER_AGENT:
+            state.counters.responded(method_of(request), route_of(request), status)
+        if state.log_requests and handler_of(request) not in _OPEN:
+            log_request(request, status, began, state.clock())
+
+
+async def _guarded(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         if request.version < HttpVersion10:
             raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
-        response = await _answer(state, request, handler)
+        return await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
-        response = _error(as_api_error(error))
+        return _error(as_api_error(error))
     except web.HTTPException as error:
-        response = _error(_of_http(request, error))
+        return _error(_of_http(request, error))
     except (asyncio.CancelledError, ConnectionError):
-        state.counters.responded(499)
         raise
     except Exception:
         log.exception("request %s failed", request.path)
         if STREAMING in request and request.transport:
             # The head of an answer has been sent: only a broken connection tells the client now.
             request.transport.abort()
-        response = _error(ApiError(500, "The server failed on this request; its log says why."))
-    state.counters.responded(response.status)
-    return response
+        return _error(ApiError(500, "The server failed on this request; its log says why."))
 
 
 async def _answer(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -102,7 +121,7 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
             status, text, headers = state.cors.preflight(request.headers)
             return web.Response(text=text, status=status, headers=headers)
         return await handler(request)
-    if request.match_info.handler not in _OPEN:
+    if handler_of(request) not in _OPEN:
         tenant = state.auth.tenant(request.headers.getall("Authorization", []))
         if tenant is None:
             return web.Response(

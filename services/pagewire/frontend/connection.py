@@ -10,6 +10,7 @@ from aiohttp.http_exceptions import HttpProcessingError, InvalidURLError, LineTo
 
 from ..requests.counters import Counters
 from .errors import JSON, ApiError
+from .routes import UNKNOWN
 
 log = logging.getLogger("pagewire.frontend")
 KEEP_ALIVE_S: Final = 75.0
@@ -73,7 +74,7 @@ class Connection(web.RequestHandler):
             log.error("request %s failed", request.path, exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was begun")
-        self._counters.responded(error.status)
+        self._counters.responded(UNKNOWN, UNKNOWN, error.status)
         return _closing(error)
 
     async def finish_response(
@@ -81,7 +82,7 @@ class Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """As aiohttp's, whose own refusals, which no handler has seen, become JSON."""
         if isinstance(resp, web.HTTPException):
-            self._counters.responded(resp.status)
+            self._counters.responded(UNKNOWN, UNKNOWN, resp.status)
             resp = _closing(ApiError(resp.status, f"{resp.text or resp.reason}."))
         return await super().finish_response(request, resp, start_time)
 

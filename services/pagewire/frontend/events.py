@@ -8,7 +8,6 @@ from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
-from .logprobs import token_text
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
 from .sse import DONE, HOLE, Flusher, Outlet, decode_text, encode, event, fill, template
@@ -28,6 +27,7 @@ class SseReply(Reply):
         flusher: Flusher,
         make_parser: ParserFactory = PLAIN,
     ) -> None:
+        self.flusher = flusher
         self.outlet = Outlet(flusher)
         self.has_begun = False
         """The first events were made."""
@@ -55,6 +55,9 @@ class SseReply(Reply):
             self.outlet.push(DONE)
         elif self.opened.done():
             self.outlet.push(b"data: " + as_api_error(self.error).body() + b"\n\n", DONE)
+        for choice in self.choices:
+            if isinstance(choice, SseChoice):
+                choice.mute()
         super().close()
 
 
@@ -74,7 +77,6 @@ class SseChoice(Choice):
         self._head, self._tail = template(reply.formatter.chunk(ChoiceData(index, HOLE)))
         self._outlet = reply.outlet
         self._pieces = reply.outlet.pieces
-        self._offset = 0
         self._parser = reply.make_parser()
         self._called_tools = False
         self._last_event: bytes | None = None
@@ -116,21 +118,16 @@ class SseChoice(Choice):
                 self.index,
                 tokens=tokens,
                 logprobs=logprobs,
-                offset=self._offset,
+                offset=len(self.echo.text),
             )
             self._move_prompt_ids(data)
             data.add(first)
             self._send(data)
             for delta in more:
                 self._send_delta(delta)
-            self._advance(
-                [
-                    token_text(entry.texts[0], entry.ids[0], rendering.ids_as_text)
-                    for entry in logprobs
-                ]
-            )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        self.reason = reason
         self.usage.completion_tokens = completion_tokens
         self.reply.open()
         self._send_score()
@@ -164,6 +161,11 @@ class SseChoice(Choice):
                 break
         return data
 
+    def mute(self) -> None:
+        """The stream has ended: what still comes, before the request is cancelled, goes nowhere."""
+        self._outlet = Outlet(self.reply.flusher)
+        self._pieces = self._outlet.pieces
+
     def _noted(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
         """The deltas; remembers whether one is of a tool call, which decides the finish reason."""
         if any(isinstance(delta, ToolCallDelta) for delta in deltas):
@@ -181,10 +183,6 @@ class SseChoice(Choice):
         if self._owes_score and self.score:
             self._owes_score = False
             self._send(ChoiceData(self.index, self.echo.text, score=self.score))
-            self._advance(self.score.tokens)
-
-    def _advance(self, tokens: Sequence[str]) -> None:
-        self._offset += sum(map(len, tokens))
 
     def _send(self, data: ChoiceData) -> None:
         usage = self.reply.usage() if self.reply.rendering.continuous_usage else None

@@ -40,20 +40,18 @@ NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
 NO_SPECULATION: Final = "speculative decoding is not supported in this version"
-QUANTIZATION: Final = "only what the weights themselves bring (GGUF) is supported in this version"
+QUANTIZATION: Final = "the checkpoint's own configuration says how its weights are quantized"
 OWN_CHOICE: Final = "Pagewire has one implementation, chosen by the device"
 
 HARMLESS: Final[dict[str, Foreign]] = {
     "distributed_executor_backend": Foreign(
         "services are processes of this machine; there is no executor", ("mp", "uni", *OFF)
     ),
-    **_each(
-        "disable_log_requests disable_log_stats",
-        "requests and statistics are not logged anyway",
-        switch=True,
+    "disable_log_requests": Foreign(
+        "requests are logged only with --enable-log-requests", switch=True
     ),
-    "enable_log_requests": Foreign("requests are not logged; /metrics counts them", switch=True),
-    **_each("max_log_len uvicorn_log_level", "requests are not logged; see --log-level"),
+    "max_log_len": Foreign("prompts are never logged"),
+    "uvicorn_log_level": Foreign("see --log-level"),
     **_each(
         "disable_uvicorn_access_log disable_fastapi_docs",
         "there is no access log and no page of documentation",

@@ -6,10 +6,11 @@ a synchronous loop: nothing moves between two calls of `pump`. `launch.backgroun
 running.
 """
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from msgspec import structs
@@ -32,8 +33,8 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """Services, inbox and owned requests of one `LLM`. Whoever uses it holds `lock`; `close` ends
-    everything."""
+    """Services, inbox and owned requests of one `LLM`. Whoever uses it does so while it is `held`;
+    `close` ends everything."""
 
     def __init__(
         self, config: stack.StackConfig, report: Callable[[str], None] = lambda _: None
@@ -75,8 +76,24 @@ class Engine:
         self._services.mark_ready()
         return roster
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around whatever uses the services, for one thread at a time. Raises EngineError where
+        they cannot be used."""
+        # Before the lock too: in a forked copy it may be held by a thread that is not there.
+        self.check_open()
+        with self.lock:
+            self.check_open()
+            yield
+
     def check_open(self) -> None:
-        """Raises EngineError after `close`."""
+        """Raises EngineError after `close`, and in a forked copy of the program: the copy would read
+        the answers of the original."""
+        if os.getpid() != self._pid:
+            raise EngineError(
+                f"this LLM was made by process {self._pid}, of which this one ({os.getpid()}) is a forked copy: "
+                "make an LLM of its own here, or start processes with multiprocessing's method 'spawn'"
+            )
         if self._closed:
             raise EngineError("this LLM was shut down; make a new one")
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Role, Roster, Step, ToWorker
 
+from ..checkpoint import quantization
+from ..checkpoint.json_files import read_object
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process.errors import EXPECTED, error_line
 from ..process.imports import imported
@@ -99,7 +101,9 @@ def _load(
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(
+            FakeRunner(model, scheduler, config, incarnation), _Narrator(membership).alive
+        )
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -140,7 +144,8 @@ def _load(
                 incarnation,
                 narrate,
                 lambda: membership.tick(time.monotonic()),
-            )
+            ),
+            narrate.alive,
         )
 
 
@@ -148,7 +153,10 @@ def _may_stay_quantized(path: Path, model: ModelConfig, config: WorkerConfig) ->
     """As far as can be told without torch."""
     on_cpu = config.device == "cpu" or (config.device == "auto" and not driver.has_device())
     return on_cpu and (
-        path.suffix == ".gguf" or bool(model.quantization) or any(path.glob("*.gguf"))
+        path.suffix == ".gguf"
+        or bool(model.quantization)
+        or any(path.glob("*.gguf"))
+        or quantization.of_checkpoint(path, read_object(path / "config.json")) is not None
     )
 
 

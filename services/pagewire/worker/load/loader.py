@@ -12,8 +12,7 @@ from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
-from ...checkpoint import end_tokens, gguf_files
-from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
+from ...checkpoint import end_tokens, quantization
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ...hub.huggingface import tokenizer_path
 from ..device import gpus, processor
@@ -23,14 +22,16 @@ from ..models.architecture import Architecture, Config, Unsupported, read_config
 from ..models.cache_spec import cache_spec
 from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
+from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
-from . import capture, cpu_crossings, cpu_quantization, kv_sizing, memory_errors, precision, weights
-from .cpu_quantization import NONE
+from . import capture, cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
 from .pytorch_file import PytorchFiles
+from .quantizing import Checkpoint, Quantizing
+from .sources import locate
 from .weights import Source
 
 log = logging.getLogger("pagewire.worker")
@@ -93,18 +94,19 @@ def load(
             plan_other(path, source, settings, model),
             structs.replace(config, enforce_eager=True),
         )
+    checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
     config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     plan = (
         plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
     )
-    quantizing = (
-        NONE if gpu or other else cpu_quantization.choose(source, model.quantization, dtype)
-    )
-    if model.quantization and not quantizing.bits:
-        raise Unsupported(cpu_quantization.refused(model.quantization, device, bool(other), source))
-    sizing = plan.sizing if plan else _size(arch, dtype, model, config, quantizing)
+    if other and model.quantization:
+        raise Unsupported(
+            f"--quantization {model.quantization} is not supported for models that run through transformers"
+        )
+    chosen = quantizing.choose(checkpoint, arch, model.quantization, dtype, device)
+    sizing = plan.sizing if plan else _size(arch, dtype, model, config, chosen)
     where = device if gpu else processor.look().title()
     for line in (
         f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}",
@@ -113,10 +115,12 @@ def load(
         log.info(line)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if other is None:
-            method = method_choice(backend(device), dtype, quantizing)
+            method = method_choice(backend(device), dtype, device, chosen)
             decoder = Decoder(arch, Build(backend(device), dtype, device, method))
-            weights.load(decoder, source, settings, model.seed, progress, quantizing.kept)
-            if quantizing.kept:
+            weights.load(
+                decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
+            )
+            if chosen.kept:
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
@@ -126,7 +130,7 @@ def load(
                 dtype,
                 device,
                 model.seed,
-                weights.unusual(source),
+                weights.tensors_for_transformers(source),
             )
             decoder = run_in_thread(
                 made, lambda: progress("loading weights through transformers", 0.0)
@@ -141,14 +145,28 @@ def load(
     )
 
 
+def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoint:
+    """With the format of weights that come quantized. Raises Unsupported."""
+    if not path.is_dir() or isinstance(source, Gguf):
+        return Checkpoint(source)
+    form = quantizing.read_format(quantization.of_checkpoint(path, settings))
+    if source is None:
+        # Random weights have no codes.
+        return Checkpoint(source)
+    return Checkpoint(source, form)
+
+
 def method_choice(
-    ops: Ops, dtype: torch.dtype, quantizing: cpu_quantization.Quantizing
+    ops: Ops, dtype: torch.dtype, device: str, chosen: Quantizing
 ) -> MethodChoice | None:
-    """The format of each layer's matrices; None: all are dense."""
-    if not quantizing.kept or ops.quantized is None:
+    """The format of each layer's matrices; None: all are dense, as they come."""
+    if chosen.kept and ops.quantized is not None:
+        kept = CpuQuantizedMethod(ops, ops.quantized, dtype, chosen.rounding)
+        return lambda names: kept
+    if chosen.rounding is None:
         return None
-    method = CpuQuantizedMethod(ops, ops.quantized, dtype, quantizing.bits)
-    return lambda names: method
+    rounded = DenseMethod(ops, dtype, device, chosen.rounding)
+    return lambda names: rounded
 
 
 def plan_other(path: Path, source: Source | None, settings: Config, model: ModelConfig) -> Plan:
@@ -178,32 +196,15 @@ def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
 def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, tuple[int, ...]]:
     """(where the weights come from, None for random ones; the configuration; the ids that end a
     text)."""
-    load_format = model.load_format
-    if path.is_dir() and (
-        load_format == "gguf" or (load_format == "auto" and not SAFETENSORS.weights(path))
-    ):
-        path = gguf_files.find(path) or path
+    load_format, path = locate(path, model.load_format)
     if path.suffix == ".gguf":
-        if load_format == "safetensors":
-            raise Unsupported(f"{path.name} is a GGUF file, but --load-format is safetensors")
         file = Gguf(path)
-        return (None if load_format == "dummy" else file), file.config(), file.eos_token_ids()
-    if load_format == "gguf":
-        raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
+        ends = file.eos_token_ids(tokenizer_path(model))
+        return (file if load_format == "gguf" else None), file.config(), ends
     config = read_config(path)
     ends = end_tokens.of_directory(path, config, tokenizer_path(model))
-    return _weights(path, load_format), config, ends
-
-
-def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
-    """PyTorch's own files only where they are asked for, or where there is nothing else."""
-    if load_format == "dummy":
-        return None
-    if load_format == "pt" or (
-        load_format == "auto" and not SAFETENSORS.weights(path) and PYTORCH.weights(path)
-    ):
-        return PytorchFiles.of(path)
-    return path
+    sources = {"safetensors": lambda: path, "pt": lambda: PytorchFiles.of(path)}
+    return sources.get(load_format, lambda: None)(), config, ends
 
 
 def choose_device(asked: str) -> str:
@@ -231,12 +232,12 @@ def _size(
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
-    quantizing: cpu_quantization.Quantizing,
+    chosen: Quantizing,
 ) -> kv_sizing.Sizing:
     return kv_sizing.size(
         arch,
         dtype.itemsize,
-        weights=quantizing.weight_bytes(arch)
+        weights=chosen.weight_bytes(arch)
         or kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=True),
         available=kv_sizing.available_memory(),
         kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv_sizing.GIB),

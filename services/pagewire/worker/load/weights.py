@@ -10,20 +10,22 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
-from ..models import family
+from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
+from ..models import family, gpt2
 from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
 from ..models.decoder import Decoder
 from ..models.weight_slots import WeightSlot
+from .formats.base import Assembler, CheckpointFormat
 from .gguf_file import Gguf
 from .pytorch_file import PytorchFiles
+from .sources import safetensors_files
 
 Source = Path | Gguf | PytorchFiles
 """A directory of safetensors, or another kind of file, open."""
@@ -44,37 +46,68 @@ def load(
     seed: int,
     progress: Progress,
     keep_quantized: bool = False,
+    form: CheckpointFormat | None = None,
 ) -> None:
     """Fill and pack `model` from `source`, or (None) at random. keep_quantized: hand matrices that
-    come quantized to the model as they are. Raises Unsupported."""
+    come quantized to the model as they are. form: of quantized matrices that are several tensors.
+    Raises Unsupported."""
     slots = list(model.weight_slots())
     if source is None:
         fill_randomly(slots, seed, progress)
     else:
-        tensors = _read(source, config, model.arch, keep_quantized)
+        device = slots[0].target.device if isinstance(slots[0].target, Tensor) else "cpu"
+        tensors = _read(source, config, model.arch, keep_quantized, form, device)
         fill(slots, tensors, model.arch.tie_word_embeddings, progress)
     for done in model.pack():
         progress("packing weights", done)
 
 
-def _read(source: Source, config: Config, arch: Architecture, quantized: bool) -> Iterator[Value]:
+def _read(
+    source: Source,
+    config: Config,
+    arch: Architecture,
+    quantized: bool,
+    form: CheckpointFormat | None,
+    device: torch.device | str,
+) -> Iterator[Value]:
     if isinstance(source, Gguf):
         return from_gguf(source, config, quantized)
-    return converted(
-        source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source),
-        config,
-        arch,
+    tensors: Iterator[Value] = (
+        source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source)
     )
+    if form is not None:
+        tensors = Assembler(form, shapes_of(source)).assembled(tensors, device)
+    return converted(tensors, config, arch)
 
 
-def converted(tensors: Iterable[Named], config: Config, arch: Architecture) -> Iterator[Named]:
-    """From the family's names and shapes to the decoder's."""
+def shapes_of(source: Path | PytorchFiles) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, by name, from the files' headers. Raises Unsupported."""
+    if isinstance(source, PytorchFiles):
+        return {name: tuple(tensor.shape) for name, tensor in source.tensors()}
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    weights = safetensors_files(source)
+    check_safetensors(source)
+    for path in weights.paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if weights.has(name, path):
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def converted(tensors: Iterable[Value], config: Config, arch: Architecture) -> Iterator[Value]:
+    """From the family's names and shapes to the decoder's. Families that join or rename matrices
+    take quantized ones as they are (models/checkpoint.py)."""
     convert = family(config).tensors
     for name, tensor in tensors:
         if convert is None:
             yield name, tensor
-        else:
-            yield from convert(name, tensor, arch)
+            continue
+        if isinstance(tensor, Quantized) and convert is gpt2.tensors:
+            tensor = tensor.dequantize()
+        yield from cast(Iterator[Value], convert(name, cast(Tensor, tensor), arch))
 
 
 def fill(
@@ -134,19 +167,11 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
     from safetensors import SafetensorError, safe_open
 
     weights = safetensors_files(directory)
-    files: dict[str, Path] = {}
+    owners: dict[str, Path] = {}
     for path in weights.paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if not weights.has(name, path):
-                        continue
-                    if name in files:
-                        raise Unsupported(
-                            f"{files[name].name} and {path.name} in {directory} both have a tensor {name}, and no {SAFETENSORS.index} says "
-                            "which file counts; move away the file that is not the model's"
-                        )
-                    files[name] = path
+                for name in weights.pick(path, file.keys(), owners):
                     if not only_headers:
                         yield name, file.get_tensor(name)
         except SafetensorError as error:
@@ -156,12 +181,12 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
             ) from None
 
 
-def unusual(source: Source | None) -> Callable[[], Iterator[Named]] | None:
+def tensors_for_transformers(source: Source | None) -> Callable[[], Iterator[Named]] | None:
     """The tensors of a source that transformers by itself would read from other files; None for all
     other sources."""
-    if isinstance(source, Path) and not SAFETENSORS.is_usual(source):
+    if isinstance(source, Path) and not SAFETENSORS.is_conventional(source):
         return lambda: from_safetensors(source)
-    if isinstance(source, PytorchFiles) and not PYTORCH.is_usual(source.directory):
+    if isinstance(source, PytorchFiles) and not PYTORCH.is_conventional(source.directory):
         return source.tensors
     return None
 
@@ -171,17 +196,6 @@ def check_safetensors(directory: Path) -> None:
     Unsupported."""
     for _ in from_safetensors(directory, only_headers=True):
         pass
-
-
-def safetensors_files(directory: Path) -> Weights:
-    """The files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = SAFETENSORS.weights(directory)
-    if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
-        )
-    weights.check()
-    return weights
 
 
 def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:

@@ -157,11 +157,6 @@ def common(config: Config, **differences: Any) -> Architecture:
     """What families share, from a configuration with Llama's names for its fields; `differences`
     are fields of Architecture, and replace what would be read. Raises Unsupported, by name, for
     what is not built, and KeyError for a field that is missing."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise Unsupported(
-            f"weights quantized with {method!r} are not supported; give unquantized safetensors or a GGUF file"
-        )
     heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     fields: dict[str, Any] = {

@@ -4,7 +4,7 @@ joined or transposed there.
 torch is imported when a tensor is there, so that a configuration can be judged without it. The
 decoder's own names are Llama's as transformers saves them (see decoder.py and blocks.py). A
 checkpoint's joined matrices are renamed to `….self_attn.qkv_proj` and `….mlp.gate_up_proj`, and
-`split` cuts them.
+`split` cuts them. Matrices may come quantized (pagewire_kernels.quantized): they are cut alike.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,24 +72,26 @@ def split(
         return
     stem, joined, suffix = name.rpartition(".gate_up_proj.")
     if joined:
-        gate, up = tensor.chunk(2)
-        yield f"{stem}.gate_proj.{suffix}", gate
-        yield f"{stem}.up_proj.{suffix}", up
+        half = tensor.shape[0] // 2
+        yield f"{stem}.gate_proj.{suffix}", tensor.narrow(0, 0, half)
+        yield f"{stem}.up_proj.{suffix}", tensor.narrow(0, half, half)
         return
     yield name, tensor
 
 
-def _heads(name: str, tensor: "Tensor", arch: Architecture, by_group: bool) -> "tuple[Tensor, ...]":
+def _heads(name: str, tensor: "Tensor", arch: Architecture, by_group: bool) -> "list[Tensor]":
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    if len(tensor) != q + 2 * kv:
+    if tensor.shape[0] != q + 2 * kv:
         raise Unsupported(
             f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {q + 2 * kv} rows"
         )
     if not by_group:
-        return tensor.split((q, kv, kv))
+        return [tensor.narrow(0, start, rows) for start, rows in ((0, q), (q, kv), (q + kv, kv))]
+    import torch
+
     group = arch.num_heads // arch.num_kv_heads
-    heads = tensor.view(arch.num_kv_heads, group + 2, arch.head_dim, *tensor.shape[1:])
-    return tuple(part.reshape(-1, *tensor.shape[1:]) for part in heads.split((group, 1, 1), 1))
+    rows = torch.arange(q + 2 * kv).view(arch.num_kv_heads, group + 2, arch.head_dim)
+    return [tensor[part.flatten()] for part in rows.split((group, 1, 1), 1)]
 
 
 def plus_one(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:

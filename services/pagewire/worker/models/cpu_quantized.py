@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from pagewire_kernels.backend import Ops, QuantizedOps
-from pagewire_kernels.quantized import GROUP, Quantized, quantize
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from .dense import matrix_slot
+from .dense import applied, matrix_slot
 from .linear_method import (
     EmbeddingWeight,
     ExpertsSpec,
@@ -19,18 +19,19 @@ from .linear_method import (
     LinearSpec,
     LinearWeight,
 )
+from .rounding import Rounding
 from .weight_slots import WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
 class CpuQuantizedMethod:
-    """The linear method of matrices that may stay quantized. `bits`: matrices that come in full are
-    rounded to as many, 4 or 8; 0: they stay full. `dtype`: of activations and full matrices."""
+    """The linear method of matrices that may stay quantized. `rounding`: of matrices that come in
+    full; None: they stay full. `dtype`: of activations and full matrices."""
 
     ops: Ops
     quantized: QuantizedOps
     dtype: torch.dtype
-    bits: int = 0
+    rounding: Rounding | None = None
 
     def allocate(self, spec: LinearSpec) -> "CpuQuantizedLinear":
         """See LinearMethod."""
@@ -49,16 +50,18 @@ class QuantizedSlot:
     """Holds what is copied here, until the weight is packed: a checkpoint says only then in which
     type a matrix comes."""
 
-    def __init__(self, dtype: torch.dtype, bits: int, rows: int, columns: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, rounding: Rounding | None, rows: int, columns: int
+    ) -> None:
         self._dtype = dtype
-        self._bits = bits
+        self._rounding = rounding
         self.shape = torch.Size((rows, columns))
         self.value: Tensor | Quantized | None = None
 
     def copy_(self, value: Tensor | Quantized) -> None:
-        """Keep `value` [rows, columns], rounded where asked for and its columns are whole groups."""
-        if isinstance(value, Tensor) and self._bits and self.shape[1] % GROUP == 0:
-            value = quantize(value, self._bits)
+        """Keep `value` [rows, columns], rounded where asked for."""
+        if isinstance(value, Tensor) and self._rounding is not None:
+            value = self._rounding.values(value)
         if isinstance(value, Tensor):
             value = value.to(self._dtype, copy=True)
         self.value = value
@@ -77,9 +80,10 @@ class CpuQuantizedLinear(LinearWeight):
     def __init__(self, method: CpuQuantizedMethod, spec: LinearSpec) -> None:
         self._method = method
         self._spec = spec
-        bits = 0 if spec.keep_precision else method.bits
+        rounding = applied(method.rounding, spec)
         self._slots = [
-            QuantizedSlot(method.dtype, bits, part.held, spec.held_columns) for part in spec.parts
+            QuantizedSlot(method.dtype, rounding, part.held, spec.held_columns)
+            for part in spec.parts
         ]
         self.kernel_weight: Any = None
 
@@ -159,7 +163,8 @@ class CpuQuantizedEmbedding(EmbeddingWeight):
     def __init__(self, method: CpuQuantizedMethod, name: str, rows: int, columns: int) -> None:
         self._method = method
         self._name = name
-        self._slot = QuantizedSlot(method.dtype, method.bits, rows, columns)
+        rounding = method.rounding if method.rounding and method.rounding.head else None
+        self._slot = QuantizedSlot(method.dtype, rounding, rows, columns)
         self._table: Tensor | None = None
         self.kernel_weight: Any = None
 

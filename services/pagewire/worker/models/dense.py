@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pagewire_kernels.backend import Ops
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from .linear_method import (
@@ -16,16 +17,19 @@ from .linear_method import (
     LinearSpec,
     LinearWeight,
 )
+from .rounding import Rounding
 from .weight_slots import TensorSlice, WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
 class DenseMethod:
-    """The linear method of full weights of type `dtype` on `device`."""
+    """The linear method of full weights of type `dtype` on `device`. `rounding`: of the matrices,
+    while they are loaded."""
 
     ops: Ops
     dtype: torch.dtype
     device: str
+    rounding: Rounding | None = None
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory."""
@@ -44,6 +48,38 @@ class DenseMethod:
         return DenseEmbedding(self, name, rows, columns)
 
 
+def applied(rounding: Rounding | None, spec: LinearSpec) -> Rounding | None:
+    """The rounding of this layer's matrices."""
+    if rounding is None or spec.keep_precision or (spec.float32_output and not rounding.head):
+        return None
+    return rounding
+
+
+class RoundedTarget:
+    """Memory for full weights that are rounded on their way there."""
+
+    def __init__(self, memory: Tensor, rounding: Rounding) -> None:
+        self._memory = memory
+        self._rounding = rounding
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the memory."""
+        return self._memory.shape
+
+    def copy_(self, value: Tensor | Quantized) -> None:
+        """Take a matrix; one that comes quantized is not rounded again."""
+        if isinstance(value, Quantized):
+            self._memory.copy_(value.dequantize())
+        else:
+            self._memory.copy_(self._rounding.full(value.to(self._memory.device)))
+
+
+def target_for(memory: Tensor, rounding: Rounding | None) -> Tensor | RoundedTarget:
+    """`memory`, or what rounds before it copies there."""
+    return memory if rounding is None else RoundedTarget(memory, rounding)
+
+
 def matrix_slot(part: LinearPart, target: Any, columns: TensorSlice | None) -> WeightSlot:
     """The slot of one part's matrix. Raises ValueError for a slice in both dimensions, which no
     layout of ranks asks for."""
@@ -58,6 +94,7 @@ class DenseLinear(LinearWeight):
     def __init__(self, method: DenseMethod, spec: LinearSpec) -> None:
         self._ops = method.ops
         self._spec = spec
+        self._rounding = applied(method.rounding, spec)
         self.kernel_weight: Tensor = method.empty(spec.held_rows, spec.held_columns)
 
     def weight_slots(self) -> WeightSlots:
@@ -65,7 +102,7 @@ class DenseLinear(LinearWeight):
         first = 0
         for part in self._spec.parts:
             rows = self.kernel_weight[first : first + part.held]
-            yield matrix_slot(part, rows, self._spec.columns)
+            yield matrix_slot(part, target_for(rows, self._rounding), self._spec.columns)
             first += part.held
 
     def pack(self) -> None:
@@ -88,6 +125,7 @@ class DenseExperts(ExpertsWeight):
     def __init__(self, method: DenseMethod, spec: ExpertsSpec) -> None:
         self._ops = method.ops
         self._spec = spec
+        self._rounding = method.rounding
         inner, hidden = spec.held_inner, spec.hidden_size
         gate_up = method.empty(spec.num_experts, 2 * inner, hidden)
         down = method.empty(spec.num_experts, hidden, inner)
@@ -106,9 +144,12 @@ class DenseExperts(ExpertsWeight):
         for expert in range(self._spec.num_experts):
             gate, up = self._spec.gate_up(expert).parts
             down = self._spec.down(expert)
-            yield matrix_slot(gate, self._gate_up[expert, :inner], None)
-            yield matrix_slot(up, self._gate_up[expert, inner:], None)
-            yield matrix_slot(down.parts[0], self._down[expert], down.columns)
+            for part, memory, columns in (
+                (gate, self._gate_up[expert, :inner], None),
+                (up, self._gate_up[expert, inner:], None),
+                (down.parts[0], self._down[expert], down.columns),
+            ):
+                yield matrix_slot(part, target_for(memory, self._rounding), columns)
 
     def pack(self) -> None:
         """See Weight."""

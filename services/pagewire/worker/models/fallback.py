@@ -275,7 +275,7 @@ def _refuse(config: Any) -> None:
         )
     if getattr(config, "quantization_config", None):
         raise Unsupported(
-            f"quantized weights of {config.model_type} are not supported; give unquantized safetensors"
+            f"quantized weights of {config.model_type}, which runs through transformers, are not supported; give unquantized safetensors"
         )
     kinds = {
         kind

@@ -1,0 +1,72 @@
+"""What a checkpoint's configuration says of the quantization of its weights, and whether that agrees
+with --quantization. Knows names, no tensors: it runs before torch is imported.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from .errors import Unsupported
+from .json_files import Config, read_object
+
+FORMATS: Final = ("awq", "gptq", "squeezellm", "bitsandbytes", "fp8", "compressed-tensors")
+"""Formats of checkpoints, as `quant_method` calls them."""
+OTHER_NAMES: Final = {
+    "awq_marlin": "awq",
+    "gptq_marlin": "gptq",
+    "compressed_tensors": "compressed-tensors",
+    "fbgemm_fp8": "fp8",
+}
+"""Names of the same formats: of vLLM's kernels for them, and of fp8 by another program."""
+IN_FLIGHT: Final = ("int8", "int4", "bitsandbytes", "bitsandbytes_8bit", "fp8")
+"""What full weights can be rounded to while they are loaded."""
+ASKABLE: Final = (*FORMATS, *OTHER_NAMES, *(name for name in IN_FLIGHT if name not in FORMATS))
+"""Values of --quantization."""
+
+
+def of_checkpoint(path: Path, config: Config) -> Config | None:
+    """The quantization's configuration, with a `quant_method` of FORMATS; None for full weights.
+    `config`: of config.json in the directory `path`. Older checkpoints have a file of their own.
+    Raises Unsupported for another method, by name."""
+    settings = config.get("quantization_config") or _own_file(path)
+    if not settings:
+        return None
+    name = str(settings.get("quant_method", "unknown")).lower()
+    method = OTHER_NAMES.get(name, name)
+    if method == "modelopt" and str(settings.get("quant_algo")).upper() == "FP8":
+        method = "fp8"
+    if method not in FORMATS:
+        raise Unsupported(
+            f"weights quantized with {name!r} are not supported; {', '.join(FORMATS)}, GGUF files and full weights are"
+        )
+    return {**settings, "quant_method": method}
+
+
+def _own_file(path: Path) -> Config:
+    gptq = read_object(path / "quantize_config.json")
+    if gptq:
+        return {"quant_method": "gptq", **gptq}
+    other = read_object(path / "quant_config.json")
+    if other:
+        return {"quant_method": "squeezellm" if "wbits" in other else "awq", **other}
+    return {}
+
+
+def check(path: Path, config: Config, asked: str) -> None:
+    """asked: --quantization, empty for whatever the weights bring. Raises Unsupported where it
+    names another format than the checkpoint's, or one that full weights cannot be brought to."""
+    settings = of_checkpoint(path, config)
+    asked_for = OTHER_NAMES.get(asked, asked)
+    if not asked:
+        return
+    if settings is None:
+        if asked not in IN_FLIGHT:
+            raise Unsupported(
+                f"--quantization {asked}, but the checkpoint's configuration names no quantization: give a checkpoint that is "
+                f"quantized so, or round full weights while they are loaded with one of {', '.join(IN_FLIGHT)}"
+            )
+        return
+    method = settings["quant_method"]
+    if asked_for.removesuffix("_8bit") != method:
+        raise Unsupported(
+            f"--quantization {asked}, but the checkpoint's weights are quantized with {method}: leave the flag out"
+        )

@@ -1,0 +1,117 @@
+"""bitsandbytes, as transformers saves it.
+
+4 bits: weight uint8 [N * K / 2, 1] over the flattened matrix, the high half of a byte first;
+weight.absmax float32 [blocks], or, quantized itself, uint8 with weight.nested_absmax and
+weight.nested_quant_map; weight.quant_map float32 [16]; and a tensor of JSON with the block sizes,
+the shape and the offset. w = quant_map[code] * absmax. 8 bits: weight int8 [N, K], SCB float32 [N];
+w = code * SCB / 127. The columns that LLM.int8 multiplies in 16 bits for their large activations
+are no matter here: activations all stay in 16 bits.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from pagewire_kernels.quantized import Quantized
+from torch import Tensor
+
+from ...models.architecture import Unsupported
+from .base import CheckpointFormat, Extent, Parts, check_shape, wanted
+
+STATE: Final = "weight.quant_state.bitsandbytes__"
+TYPES: Final = ("nf4", "fp4")
+INT8_MOST: Final = 127
+TABLE: Final = 16
+
+
+@dataclass(frozen=True)
+class Bitsandbytes(CheckpointFormat):
+    """bits: 4 or 8."""
+
+    name: ClassVar[str] = "bitsandbytes"
+    endings: ClassVar[tuple[str, ...]] = (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        *(STATE + kind for kind in TYPES),
+        "SCB",
+        "weight_format",
+    )
+    markers: ClassVar[tuple[str, ...]] = ("weight.absmax", "SCB")
+    bits: int
+    kind: str
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Bitsandbytes":
+        """Raises Unsupported where neither 4 nor 8 bits are named."""
+        if config.get("load_in_4bit") or config.get("_load_in_4bit"):
+            return cls(4, str(config.get("bnb_4bit_quant_type") or "fp4"))
+        if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+            return cls(8, "int8")
+        raise Unsupported(
+            "bitsandbytes with neither load_in_4bit nor load_in_8bit is not supported"
+        )
+
+    def title(self) -> str:
+        """See CheckpointFormat."""
+        return f"bitsandbytes ({self.kind})"
+
+    def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
+        """See CheckpointFormat."""
+        weight = wanted(module, parts, "weight")
+        if "SCB" in parts:
+            return _int8(module, weight, parts["SCB"])
+        state = _state(module, parts)
+        rows, columns = state["shape"]
+        blocksize = int(state["blocksize"])
+        absmax = _absmax(module, parts, state)
+        check_shape(module, "weight.absmax", absmax, -(-rows * columns // blocksize))
+        packed = weight.reshape(-1)
+        check_shape(module, "weight", packed, -(-rows * columns // 2))
+        table = wanted(module, parts, "weight.quant_map").float()
+        check_shape(module, "weight.quant_map", table, TABLE)
+        codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[: rows * columns]
+        values = table[codes.int()]
+        blocks = absmax.repeat_interleave(blocksize)[: rows * columns]
+        return values.mul_(blocks).view(rows, columns)
+
+    def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
+        """See CheckpointFormat."""
+        rows, columns = shapes["weight"]
+        # A matrix of 4 bits is saved as one column of bytes.
+        return Extent(rows, columns, 8) if "SCB" in shapes else Extent(2 * rows, columns, 0)
+
+
+def _int8(module: str, weight: Tensor, scb: Tensor) -> Quantized:
+    if weight.dtype != torch.int8:
+        raise Unsupported(f"{module}.weight is {weight.dtype}, where int8 is expected")
+    check_shape(module, "SCB", scb.reshape(-1), weight.shape[0])
+    return Quantized(weight, (scb.float() / INT8_MOST).reshape(-1, 1))
+
+
+def _state(module: str, parts: Parts) -> dict[str, Any]:
+    """What bitsandbytes writes beside the tensors: blocksize, shape and, of nested scales, the
+    blocksize and offset of those."""
+    for kind in TYPES:
+        if STATE + kind in parts:
+            try:
+                return json.loads(bytes(parts[STATE + kind].tolist()))
+            except ValueError as error:
+                raise Unsupported(f"{module}.{STATE}{kind} is no JSON: {error}") from None
+    raise Unsupported(f"{module} is quantized to 4 bits, but has no {module}.{STATE}nf4 or fp4")
+
+
+def _absmax(module: str, parts: Parts, state: Mapping[str, Any]) -> Tensor:
+    absmax = wanted(module, parts, "weight.absmax")
+    if "weight.nested_absmax" not in parts:
+        return absmax.float()
+    table = wanted(module, parts, "weight.nested_quant_map").float()
+    nested = parts["weight.nested_absmax"].float()
+    blocksize = int(state["nested_blocksize"])
+    check_shape(module, "weight.nested_absmax", nested, -(-len(absmax) // blocksize))
+    scales = nested.repeat_interleave(blocksize)[: len(absmax)]
+    return table[absmax.int()] * scales + float(state["nested_offset"])

@@ -1,0 +1,89 @@
+"""Weights of type float8_e4m3fn with scales: one for the matrix, one for each row, or one for each
+block, as DeepSeek and Qwen save them (`weight_scale_inv`, by which one multiplies despite its name;
+transformers' integrations/finegrained_fp8.py). w = weight * scale. Activations stay in 16 bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...models.architecture import Unsupported
+from .base import CheckpointFormat, Extent, Parts, check_shape, wanted
+
+
+@dataclass(frozen=True)
+class Fp8(CheckpointFormat):
+    """block: rows and columns of a block, None where scales are for whole matrices or rows."""
+
+    name: ClassVar[str] = "fp8"
+    endings: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_inv")
+    markers: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_scale_inv")
+    unused: ClassVar[tuple[str, ...]] = (
+        ".input_scale",
+        ".activation_scale",
+        ".k_scale",
+        ".v_scale",
+        ".kv_scale",
+    )
+    block: tuple[int, int] | None
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Fp8":
+        """Raises Unsupported for a block that is none."""
+        block = config.get("weight_block_size")
+        if block is None:
+            return cls(None)
+        if (
+            not isinstance(block, list)
+            or len(block) != 2
+            or not all(type(size) is int and size > 0 for size in block)
+        ):
+            raise Unsupported(f"weight_block_size of the quantization is {block!r}, not two sizes")
+        return cls((block[0], block[1]))
+
+    def title(self) -> str:
+        """See CheckpointFormat."""
+        scales = "a scale a matrix or row"
+        if self.block is not None:
+            scales = f"a scale for each {self.block[0]} x {self.block[1]} weights"
+        return f"fp8 (e4m3, {scales})"
+
+    def matrix(self, module: str, parts: Parts) -> Tensor:
+        """See CheckpointFormat."""
+        weight = wanted(module, parts, "weight")
+        inverse = parts.get("weight_scale_inv")
+        scale = wanted(module, parts, "weight_scale") if inverse is None else inverse
+        return dequantize(module, weight, scale, self.block)
+
+    def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
+        """See CheckpointFormat."""
+        rows, columns = shapes["weight"]
+        return Extent(rows, columns, 0)
+
+
+def dequantize(
+    module: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None
+) -> Tensor:
+    """float32 [N, K]: weight e4m3 [N, K] times scale: one, [N], [N, 1], or one for each block, whose
+    last ones may be cut at the edges. Without `block` a scale of another shape tells the size of
+    its blocks, which must then be whole. Raises Unsupported."""
+    if weight.dtype != torch.float8_e4m3fn:
+        raise Unsupported(
+            f"{module}.weight is {weight.dtype}; of 8-bit floats only float8_e4m3fn is supported"
+        )
+    rows, columns = weight.shape
+    wide, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return wide.mul_(scale.reshape(()))
+    if scale.dim() == 1 or scale.shape[1] == 1:
+        check_shape(module, "weight_scale", scale.reshape(-1), rows)
+        return wide.mul_(scale.reshape(rows, 1))
+    if block is None:
+        block = (rows // scale.shape[0], columns // scale.shape[1])
+    height, width = block
+    check_shape(module, "weight_scale_inv", scale, -(-rows // height), -(-columns // width))
+    by_row = scale.repeat_interleave(height, 0)[:rows]
+    return wide.mul_(by_row.repeat_interleave(width, 1)[:, :columns])
