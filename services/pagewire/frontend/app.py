@@ -6,13 +6,24 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions
-from .probes import health, live, load, metrics, model, models, ready, version
+from .probes import (
+    health,
+    live,
+    load,
+    metrics,
+    model,
+    model_info,
+    models,
+    ready,
+    server_info,
+    version,
+)
 from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
 from .routes import method_of, route_of
@@ -36,6 +47,9 @@ def make_app(state: State) -> web.Application:
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
     app.router.add_get("/load", load)
+    for prefix in ("/", "/get_"):  # SGLang's newer and older names
+        app.router.add_get(f"{prefix}server_info", server_info)
+        app.router.add_get(f"{prefix}model_info", model_info)
     app.router.add_post("/ping", health)
     for path, handler in PROBES.items():
         app.router.add_get(path, handler)
@@ -82,6 +96,8 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _guarded(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        if request.version < HttpVersion10:
+            raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
         return await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
         return _error(as_api_error(error))
