@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "compose.yaml", *sorted((ROOT / "compose").glob("*.yaml"))]
 MONITORING = ["prometheus", "grafana"]
 OURS = ["frontend", "tokenizer", "scheduler", "worker"]
+PROXIES = {"http_proxy", "https_proxy", "no_proxy"}
+"""Build arguments that every builder knows."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -122,8 +124,53 @@ def test_images_have_names_and_files_that_are_mounted_are_there() -> None:
         assert {"HF_ENDPOINT", "HTTPS_PROXY", "PAGEWIRE_USE_MODELSCOPE"} <= set(
             services()[name]["environment"]
         )
-    for name in OURS:
-        assert services()[name]["env_file"] == [{"path": "pagewire.env", "required": False}]
+
+
+def environment(name: str, variables: dict[str, str], file: str = "default") -> dict[str, str]:
+    """What a container of the service `name` gets where `variables` stand in compose/.env."""
+
+    def filled(match: re.Match[str]) -> str:
+        return variables.get(match[1]) or match[2]
+
+    service = load(f"compose/{file}.yaml")["services"][name]
+    assert service["env_file"] == [{"path": ".env", "required": False}]
+    own = {
+        key: re.sub(r"\$\{(\w+):-([^}]*)\}", filled, value)
+        for key, value in service["environment"].items()
+    }
+    return variables | own
+
+
+def test_who_gets_what_of_the_file_of_variables() -> None:
+    """In particular a key in it is asked for, in whichever way the files are combined."""
+    secrets = {"PAGEWIRE_API_KEY": "k", "PAGEWIRE_API_KEYS": '["k"]', "HF_TOKEN": "t"}
+    others = {"PAGEWIRE_MAX_NUM_SEQS": "64", "PORT": "9000", "GRAFANA_PASSWORD": "g"}
+    owners = {
+        "frontend": ["PAGEWIRE_API_KEY", "PAGEWIRE_API_KEYS"],
+        "tokenizer": ["HF_TOKEN"],
+        "worker": ["HF_TOKEN"],
+        "scheduler": [],
+    }
+    for name, owned in owners.items():
+        values = environment(name, secrets | others)
+        assert values["PAGEWIRE_MAX_NUM_SEQS"] == "64" and values["GRAFANA_PASSWORD"] == ""
+        assert {key: values[key] for key in secrets} == {
+            key: value if key in owned else "" for key, value in secrets.items()
+        }, name
+    assert environment("frontend", others)["PORT"] == "8000"
+    single = environment("pagewire", secrets | others, "single")
+    assert secrets.items() <= single.items() and single["PORT"] == "8000"
+    assert single["PAGEWIRE_MAX_NUM_SEQS"] == "64"
+    for name in ("gateway", *MONITORING):
+        assert "env_file" not in services()[name]
+
+
+def test_builds_go_through_the_same_proxy() -> None:
+    for build in (
+        *(services()[name]["build"] for name in OURS),
+        load("compose/single.yaml")["services"]["pagewire"]["build"],
+    ):
+        assert build["args"]["https_proxy"] == "${HTTPS_PROXY:-}"
 
 
 def test_the_gpu_file_reserves_a_gpu_for_the_worker_and_nothing_else() -> None:
@@ -144,7 +191,7 @@ def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:
         for service in (yaml.safe_load(path.read_text()).get("services") or {}).values():
             build = service.get("build", {})
             assert build.get("target", "all") in targets
-            assert set(build.get("args", {})) <= arguments
+            assert set(build.get("args", {})) <= arguments | PROXIES
 
 
 def test_each_target_starts_its_own_service_as_an_ordinary_user() -> None:
