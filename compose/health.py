@@ -18,6 +18,7 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Mapping
 
 TIMEOUT_S = 4.0
 
@@ -31,7 +32,7 @@ def main() -> int:
             problem = ask_scheduler(what)
         else:
             problem = __doc__ or ""
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         problem = f"{what}: {error}"
     if problem:
         print(problem)
@@ -39,27 +40,43 @@ def main() -> int:
 
 
 def ask_http(path: str) -> str:
-    connection = connect(int(os.environ.get("PORT", "8000")))
+    """Over HTTPS where the variables name a certificate, or where the frontend talks nothing else."""
+    port = frontend_port(os.environ)
+    certificate = os.environ.get("PAGEWIRE_SSL_CERTFILE", "")
+    if certificate:
+        return ask(https(port, certificate, os.environ.get("PAGEWIRE_SSL_KEYFILE")), path)
+    try:
+        return ask(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S), path)
+    except ConnectionResetError:
+        # What a TLS server does with a request in plain text.
+        return ask(https(port, certificate, None), path)
+
+
+def ask(connection: http.client.HTTPConnection, path: str) -> str:
     connection.request("GET", path)
     answer = connection.getresponse()
-    return (
-        ""
-        if answer.status == 200
-        else f"{path} answered {answer.status}: {answer.read(500).decode(errors='replace')}"
-    )
+    if answer.status == 200:
+        return ""
+    return f"{path} answered {answer.status}: {answer.read(500).decode(errors='replace')}"
 
 
-def connect(port: int) -> http.client.HTTPConnection:
-    """Over HTTPS where the frontend has a certificate. It is not checked: it names a host and not
-    this address."""
-    certificate = os.environ.get("PAGEWIRE_SSL_CERTFILE")
-    if not certificate:
-        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+def frontend_port(environment: Mapping[str, str]) -> int:
+    """PORT is the compose files' word for it. In a cluster, PAGEWIRE_PORT may be the URL of a
+    service of that name, which is no setting."""
+    for name in ("PORT", "PAGEWIRE_PORT"):
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    return 8000
+
+
+def https(port: int, certificate: str, key: str | None) -> http.client.HTTPSConnection:
+    """The server's certificate is not checked: it names a host and not this address. It is shown to
+    a frontend that asks for clients' certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    # Shown to a frontend that asks for clients' certificates.
-    context.load_cert_chain(certificate, os.environ.get("PAGEWIRE_SSL_KEYFILE") or None)
+    if certificate:
+        context.load_cert_chain(certificate, key or None)
     return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)
 
 

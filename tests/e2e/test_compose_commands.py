@@ -25,6 +25,7 @@ import yaml
 from pagewire.hub import huggingface
 
 ROOT = Path(__file__).parents[2]
+TLS = ROOT / "tests" / "api" / "tls"
 PATIENCE_S = 60.0
 
 
@@ -191,6 +192,63 @@ def ready_tokenizers(stack: Stack) -> str:
     ).stdout
 
 
+@pytest.fixture(scope="module")
+def https_port() -> Iterator[int]:
+    """Of a server that answers /live, over TLS alone."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/live" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {
+            "PAGEWIRE_SSL_CERTFILE": str(TLS / "cert.pem"),
+            "PAGEWIRE_SSL_KEYFILE": str(TLS / "key.pem"),
+        },
+        {},
+    ],
+    ids=["by variables", "by flags"],
+)
+@pytest.mark.parametrize("name", ["PORT", "PAGEWIRE_PORT"])
+def test_the_health_of_a_frontend_with_a_certificate(
+    https_port: int, variables: dict[str, str], name: str
+) -> None:
+    ports = {"PAGEWIRE_PORT": "tcp://10.0.0.1:80", name: str(https_port)}
+    result = http_health(variables | ports)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_health_without_a_frontend_is_one_line() -> None:
+    result = http_health({"PORT": str(free_port())})
+    assert result.returncode == 1
+    assert result.stdout == "http: [Errno 111] Connection refused\n" and not result.stderr
+
+
+def http_health(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(ROOT / "compose/health.py"), "http"]
+    kept = {key: value for key, value in os.environ.items() if not key.endswith("PORT")}
+    return subprocess.run(program, env=kept | variables, capture_output=True, text=True, timeout=30)
+
+
 def test_health_says_what_is_wrong_without_a_scheduler() -> None:
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
         environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir}
@@ -208,33 +266,3 @@ def test_every_service_ends_in_order_on_sigterm(stack: Stack) -> None:
     assert set(codes.values()) == {0}, codes
     with pytest.raises(urllib.error.URLError):
         stack.model()
-
-
-def test_the_health_check_asks_over_https_where_there_is_a_certificate() -> None:
-    class Live(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/live" else 404)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    folder = ROOT / "tests" / "api" / "tls"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Live) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {
-            **os.environ,
-            "PORT": str(server.server_address[1]),
-            "PAGEWIRE_SSL_CERTFILE": str(folder / "cert.pem"),
-            "PAGEWIRE_SSL_KEYFILE": str(folder / "key.pem"),
-        }
-        command = [sys.executable, str(ROOT / "compose/health.py"), "http"]
-        codes = [
-            subprocess.run(command, env=variables, check=False, capture_output=True).returncode
-            for variables in (environment, {**environment, "PAGEWIRE_SSL_CERTFILE": ""})
-        ]
-        server.shutdown()
-    assert codes == [0, 1]
