@@ -426,6 +426,17 @@ def variable_of(name: str) -> str:
     return VARIABLE_PREFIX + name.upper()
 
 
+def setting_of(name: str, environment: Mapping[str, str]) -> str:
+    """What the environment's variable says of a setting; empty where it says nothing.
+
+    Kubernetes gives every container the URLs of services as variables: beside a service that is
+    called pagewire, PAGEWIRE_PORT is tcp://… and no setting.
+    """
+    text = environment.get(variable_of(name), "")
+    is_service = name == "port" and text.startswith(("tcp://", "udp://", "sctp://"))
+    return "" if name in NO_VARIABLES or is_service else text
+
+
 def read_environment(
     structs: tuple[type[Struct], ...],
     namespace: argparse.Namespace,
@@ -436,14 +447,14 @@ def read_environment(
     for struct in structs:
         hints = typing.get_type_hints(struct, include_extras=True)
         for field in msgspec.structs.fields(struct):
-            variable = variable_of(field.name)
-            text = environment.get(variable, "")
-            if not text or field.name in NO_VARIABLES or hasattr(namespace, field.name):
+            text = setting_of(field.name, environment)
+            if not text or hasattr(namespace, field.name):
                 continue
             try:
                 value = _from_text(field.name, _plain(hints[field.name]), text)
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise BadSetting(field.name, text, f"{error} ({variable})") from None
+                reason = f"{error} ({variable_of(field.name)})"
+                raise BadSetting(field.name, text, reason) from None
             setattr(namespace, field.name, value)
 
 

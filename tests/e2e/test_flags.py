@@ -311,6 +311,40 @@ def test_a_mistyped_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_keys_as_variables_are_not_mistyped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_API_KEYS", '["one", "two"]')
+    monkeypatch.setenv("PAGEWIRE_MAX_NUM_SEQ", "")
+    assert parse("M")[1] == []
+
+
+def test_a_variable_wins_over_the_file_and_a_flag_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_num_seqs: 5\ndtype: float32\nnum_tokenizers: 2\nmodel: from/file\n")
+    for name, value in (("MAX_NUM_SEQS", "7"), ("NUM_TOKENIZERS", "3"), ("MODEL", "a/b")):
+        monkeypatch.setenv(f"PAGEWIRE_{name}", value)
+    config, _ = parse("--config", str(file))
+    assert (config.scheduler.max_num_seqs, config.worker.dtype) == (7, "float32")
+    assert (config.num_tokenizers, config.model.model) == (3, "a/b")
+    assert parse("--config", str(file), "--max-num-seqs", "9")[0].scheduler.max_num_seqs == 9
+
+
+def test_the_url_of_a_cluster_s_service_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Kubernetes puts into containers beside a service that is called pagewire."""
+    for name, value in (
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT", "80"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP_PORT", "80"),
+    ):
+        monkeypatch.setenv(f"PAGEWIRE_{name}", value)
+    config, lines = parse("M")
+    assert config.frontend is not None and config.frontend.port == 8000
+    assert lines == []
+
+
 def test_the_program_s_settings_are_judged_by_the_same_table() -> None:
     lines: list[str] = []
     config = configure(

@@ -22,8 +22,10 @@ from ..config import (
     TokenizerConfig,
     WorkerConfig,
     add_flags,
+    setting_of,
     variable_of,
 )
+from ..frontend.auth import KEYS_VARIABLE
 from . import stack
 from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
 
@@ -53,7 +55,7 @@ def new(command: str, description: str) -> argparse.ArgumentParser:
         "--config",
         default=argparse.SUPPRESS,
         metavar="FILE",
-        help="YAML file of settings by these names; flags win",
+        help="YAML file of settings by these names; flags and variables win",
     )
     parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
     add_flags(parser, *STRUCTS, skip=INTERNAL)
@@ -164,19 +166,21 @@ def _mistyped(own: set[str]) -> list[str]:
     """A line for each variable that is nearly a setting's."""
     variables = [variable_of(name) for name in sorted(own)]
     lines: list[str] = []
-    for name in sorted(os.environ):
-        if name.startswith(VARIABLE_PREFIX) and name not in variables:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(VARIABLE_PREFIX) and value and name not in (*variables, KEYS_VARIABLE):
             close = difflib.get_close_matches(name, variables, 1, 0.9)
             lines += [f"{name} is no setting; did you mean {close[0]}?"] if close else []
     return lines
 
 
 def _with_file(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
-    """The settings of the file, and over them what the command line says."""
+    """The settings of the file without those that the environment gives, and over them what the
+    command line says."""
     arguments = _from_file(parser, options.config)
     filed = parser.parse_args(arguments)
     take_model(parser, filed)
-    return argparse.Namespace(**{**vars(filed), **vars(options)})
+    left = {name: value for name, value in vars(filed).items() if not setting_of(name, os.environ)}
+    return argparse.Namespace(**{**left, **vars(options)})
 
 
 def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
