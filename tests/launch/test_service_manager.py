@@ -24,10 +24,7 @@ def test_a_stack_under_a_service_manager(manager: socket.socket) -> None:
     environment = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"}
     stack = Stack(*FAKE, "--host", "127.0.0.1", "--port", "0", environment=environment).wait_ready()
     said = [manager.recv(4096).decode()]
-    while not said[-1].startswith("READY=1"):
-        assert said[-1] == "WATCHDOG=1"
-        said.append(manager.recv(4096).decode())
-    assert "\nSTATUS=serving " in said[-1]
+    assert said[0].startswith("READY=1\nSTATUS=serving ")
     assert manager.recv(4096) == b"WATCHDOG=1" == manager.recv(4096)
     stack.process.terminate()
     while said[-1] != "STOPPING=1":
@@ -51,3 +48,16 @@ def test_nothing_is_sent_that_nobody_wants(manager: socket.socket) -> None:
     assert [manager.recv(99), manager.recv(99)] == [b"WATCHDOG=1"] * 2
     with pytest.raises(TimeoutError):
         manager.recv(99)
+
+
+def test_nobody_waits_for_a_manager_that_does_not_read(manager: socket.socket) -> None:
+    """The kernel keeps a few messages for it, then lets senders wait."""
+    manager.settimeout(0.05)
+    alive = ServiceManager({"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "2"})
+    for now in range(1000):
+        alive.tick(float(now))
+    count = 0
+    with pytest.raises(TimeoutError):
+        while manager.recv(99) == b"WATCHDOG=1":
+            count += 1
+    assert 0 < count < 1000

@@ -124,10 +124,10 @@ class Launch:
             self.supervisor.add(service)
 
     def _tick(self) -> None:
-        self.manager.tick(time.monotonic())
         if self.fetch is not None and self.fetch.poll() is not None:
             self._on_fetched(self.fetch)
         if self.ready:
+            self.manager.tick(time.monotonic())
             return
         state = self.health.state
         if state.ready:

@@ -12,6 +12,7 @@ READY: Final = "READY=1"
 STOPPING: Final = "STOPPING=1"
 WATCHDOG: Final = "WATCHDOG=1"
 MICROSECONDS: Final = 1_000_000
+PATIENCE_S: Final = 1.0
 
 
 class ServiceManager:
@@ -24,20 +25,22 @@ class ServiceManager:
         self._every_s = _watchdog_s(environment) / 2
         self._next = 0.0
 
-    def say(self, *states: str) -> None:
-        """States as in sd_notify(3). What does not reach the manager is no reason to end."""
+    def say(self, *states: str, timeout_s: float = PATIENCE_S) -> None:
+        """States as in sd_notify(3). What does not reach the manager in time, because it does not
+        read, is no reason to end or to wait."""
         if not self._address:
             return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.settimeout(timeout_s)
             out.connect(self._address)
             out.send("\n".join(states).encode())
 
     def tick(self, now: float) -> None:
-        """now: monotonic seconds. Twice in each period of the manager's watchdog it hears that this
-        process lives."""
+        """now: monotonic seconds. Twice in each period of the manager's watchdog, which begins with
+        READY, it hears that this process lives."""
         if self._every_s and now >= self._next:
             self._next = now + self._every_s
-            self.say(WATCHDOG)
+            self.say(WATCHDOG, timeout_s=0.0)
 
 
 def _watchdog_s(environment: Mapping[str, str]) -> float:
