@@ -3,6 +3,7 @@ wrong."""
 
 import json
 import re
+from typing import Any
 
 import pytest
 from api.checks import LEAK, check_error, refused
@@ -49,9 +50,19 @@ def test_while_loading_everything_says_so(serve) -> None:
             server.http.get("/live").status_code == 200
             and server.http.get("/v1/models").json()["data"][0]["max_model_len"] is None
         )
+        assert ready_metric(server) == 0
         server.stack.change(ready=True)
         server.wait_health(200)
+        assert ready_metric(server) == 1
         assert server.complete("hi").status_code == 200
+
+
+def ready_metric(server: Any) -> float:
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    (sample,) = (
+        one for family in families if family.name == "pagewire:ready" for one in family.samples
+    )
+    return sample.value
 
 
 def test_a_silent_scheduler_is_not_ready() -> None:

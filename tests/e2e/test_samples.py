@@ -100,6 +100,21 @@ def test_the_unit_of_systemd() -> None:
     assert "key" not in service["ExecStart"]
     config, _ = flags.parse(flags.new("serve", ""), words, lambda line: None)
     assert config.frontend is not None and config.frontend.port == 8000
+    # A wrong setting ends with this status, and would again.
+    assert service["RestartPreventExitStatus"] == "2"
+    assert {"StartLimitIntervalSec", "StartLimitBurst"} <= set(unit["Unit"])
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    text = (SAMPLES / "pagewire.service").read_text()
+    unit = tmp_path / "pagewire.service"
+    unit.write_text(text.replace("/opt/pagewire/bin/pagewire", "/bin/true"))
+    result = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and not result.stderr, result.stderr
 
 
 def test_the_configuration_of_traefik() -> None:
@@ -130,6 +145,14 @@ def test_board_and_alerts_ask_for_metrics_that_there_are(stack: Stack) -> None:
         name for text in expressions() for name in re.findall(r"\b(?:vllm|pagewire):\w+", text)
     }
     assert len(asked) > 15 and asked <= known, asked - known
+
+
+def test_prometheus_takes_its_configuration_and_rules() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed")
+    command = ["promtool", "check", "config", str(MONITORING / "prometheus.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_what_prometheus_and_grafana_are_given() -> None:

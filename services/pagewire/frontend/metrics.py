@@ -182,6 +182,11 @@ class _Collector:
     def _frontend(self) -> Iterator[Metric]:
         state = self._state
         yield self._gauge(
+            "pagewire:ready",
+            "1 when a tokenizer and a worker are ready, as /ready says.",
+            float(state.stack.ready(state.clock())),
+        )
+        yield self._gauge(
             "pagewire:frontend_streams", "Requests owned by this process.", len(state.owner)
         )
         yield self._gauge(
