@@ -39,8 +39,8 @@ def started(
     timer.start()
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if " at http" not in line:
+        line = next((line for line in process.stdout if " at http" in line), None)
+        if line is None:
             process.wait()
             raise OSError(
                 "the server did not start"
