@@ -95,6 +95,13 @@ class ModelConfig(Struct, frozen=True):
             pattern=QUANTIZED,
         ),
     ] = ""
+    generation_config: Annotated[
+        str,
+        _help(
+            "what requests get that do not say it: auto: the temperature, top_p and the like of the model's generation_config.json; "
+            "vllm: OpenAI's defaults; or a directory with such a file"
+        ),
+    ] = "auto"
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[

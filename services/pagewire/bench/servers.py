@@ -30,6 +30,9 @@ def started(
         "127.0.0.1",
         "--port",
         "0",
+        # The load says how tokens are sampled, the same for every model.
+        "--generation-config",
+        "vllm",
         *arguments,
     ]
     process = subprocess.Popen(

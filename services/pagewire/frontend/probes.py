@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from pagewire_protocol.sampling import SamplingDefaults
 
 from pagewire.version import __version__
 
@@ -51,7 +52,14 @@ def _card(state: State, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": state.stack.model().max_model_len or None,
         "permission": [permission],
+        "sampling_defaults": _stated(state.stack.model().sampling_defaults),
     }
+
+
+def _stated(defaults: SamplingDefaults) -> dict[str, Any]:
+    """Those that the model recommends, by the names of requests."""
+    values = msgspec.structs.asdict(defaults)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 async def load(request: web.Request) -> web.Response:

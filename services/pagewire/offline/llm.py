@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from msgspec import structs
+from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import Chat
 
 from ..config import DEMO_MODEL
@@ -75,9 +77,12 @@ class LLM:
             self.shutdown()
             raise
         scheduler = self._config.scheduler
+        facts = model_facts(self._roster)
+        self._sampling_defaults = facts.sampling_defaults
         self._context = OfflineContext(
             self._engine,
-            model_facts(self._roster),
+            # SamplingParams say everything; the model's defaults are those of a call without any.
+            structs.replace(facts, sampling_defaults=SamplingDefaults()),
             REQUESTS_AHEAD * scheduler.num_seqs() * self._config.num_workers,
             self._random.getrandbits,
             self._new_request_id,
@@ -109,7 +114,7 @@ class LLM:
                 for index, (entry, number) in enumerate(zip(entries, priority, strict=True))
             ]
         self._check_text(entries)
-        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
 
     def chat(
         self,
@@ -141,7 +146,7 @@ class LLM:
         entries = as_chats(
             messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render
         )
-        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
 
     def beam_search(
         self,
@@ -189,8 +194,12 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """New parameters with every default."""
-        return SamplingParams()
+        """New parameters with the defaults of the model's generation_config.json, and Pagewire's for
+        what it does not say (all of them with `generation_config="vllm"`)."""
+        stated = structs.asdict(self._sampling_defaults)
+        return SamplingParams(
+            **{name: value for name, value in stated.items() if value is not None}
+        )
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
@@ -207,6 +216,9 @@ class LLM:
     def shutdown(self) -> None:
         """End the services. Does nothing the second time."""
         self._finalizer()
+
+    def _params(self, params: Params, count: int) -> list[SamplingParams]:
+        return as_params(self.get_default_sampling_params() if params is None else params, count)
 
     def _new_request_id(self) -> str:
         number = self._next_request_number
