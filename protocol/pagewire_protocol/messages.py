@@ -35,6 +35,7 @@ from .columns import (
     RowsU64,
     ShortText,
     Text,
+    TokenBytes,
     TokensI32,
     pack,
     unpack,
@@ -223,6 +224,7 @@ class Tokenize(Message, tag=True, frozen=True):
     prompt: Prompt
     add_special_tokens: bool = True
     with_texts: bool = False
+    with_offsets: bool = False
 
 
 class Detokenize(Message, tag=True, frozen=True):
@@ -232,6 +234,7 @@ class Detokenize(Message, tag=True, frozen=True):
     reply_to: Inbox
     ids: TokensI32
     skip_special_tokens: bool = False
+    with_offsets: bool = False
 
 
 # --- to the frontend
@@ -259,8 +262,8 @@ class Deltas(Message, tag=True, frozen=True):
 
 
 class Tokenized(Message, tag=True, frozen=True):
-    """The answer to a Tokenize (`ids`, and `texts` when asked) or a Detokenize (`text`); with a
-    `status`, why there is none."""
+    """The answer to a Tokenize (`ids`, and `texts` when asked) or a Detokenize (`text`), with
+    `offsets` and `first` when asked; with a `status`, why there is none."""
 
     handle: Handle
     ids: TokensI32 = b""
@@ -269,6 +272,10 @@ class Tokenized(Message, tag=True, frozen=True):
     status: Annotated[int, Meta(ge=0, le=599)] = 0
     message: ShortText = ""
     param: Annotated[str, Meta(max_length=64)] | None = None
+    offsets: TokensI32 = b""
+    """Where each token begins in the text, in characters (int32 column)."""
+    first: TokenBytes = b""
+    """With offsets: the bytes that the first token stands for."""
 
 
 # --- to the worker

@@ -162,6 +162,9 @@ class TokenLogprobs(Record, frozen=True):
     ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     values: Annotated[tuple[float, ...], Meta(max_length=64)]
     texts: Annotated[tuple[TokenBytes, ...], Meta(max_length=64)]
+    offset: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """Where the token begins in the generated text, in characters. A token that completes a
+    character begins where that character does; one without text, where the next text does."""
 
 
 class PromptLogprobs(Record, frozen=True):

@@ -21,6 +21,7 @@ from .config import (
     add_flags,
     read,
 )
+from .process import logs
 from .process.errors import EXPECTED, missing_package
 from .process.imports import imported
 from .version import __version__
@@ -252,13 +253,6 @@ def run_service(command: str, arguments: list[str]) -> int:
     die_with_parent()
     module, structs, description = SERVICES[command]
     configs = parse_structs(command, description, structs, arguments)
-    set_up_logging(configs[0].log_level)
+    run = configs[0]
+    logs.set_up(run.log_level, run.log_format, run.name or command)
     return imported(module).run(*configs)
-
-
-def set_up_logging(level: str) -> None:
-    """Log to standard error: Pagewire's messages from `level` on, those of libraries from
-    warnings on."""
-    layout = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=layout, datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("pagewire").setLevel(level.upper())

@@ -62,6 +62,9 @@ class RunConfig(Struct, frozen=True):
     name: Annotated[
         str, _help("this process's name in the stack; default: role and process id")
     ] = ""
+    log_format: Annotated[
+        Literal["text", "json"], _help("text for people, or one JSON object a line")
+    ] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = (
         "info"
     )
@@ -157,6 +160,10 @@ class FrontendConfig(Struct, frozen=True):
     shutdown_timeout: Annotated[
         float, _help("seconds that running requests may take after SIGTERM", ge=0, le=86400)
     ] = 5.0
+    enable_log_requests: Annotated[
+        bool,
+        _help("one log line at each request's end: id, route, status, tokens, times, reason"),
+    ] = False
     enable_force_include_usage: Annotated[
         bool, _help("tell the usage in every stream, asked for or not")
     ] = False
@@ -174,6 +181,9 @@ class TokenizerConfig(Struct, frozen=True):
 
 
 class SchedulerConfig(Struct, frozen=True):
+    disable_log_stats: Annotated[
+        bool, _help("no line of throughput every 10 s while there is work")
+    ] = False
     max_num_seqs: Annotated[
         Annotated[int, Meta(ge=1, le=65536)] | None,
         _help(

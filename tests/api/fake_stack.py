@@ -6,6 +6,7 @@ frontend sent, for tests to look at.
 """
 
 import contextlib
+import itertools
 import re
 import threading
 import time
@@ -79,6 +80,8 @@ class Script:
         """Read from the prompt, words like `refuse429`, `lost`, `gap`, `failed`, `hang`, `stop`,
         `slow`; max_tokens gives the length."""
         text = prompt_text(generate)
+        if not text:
+            return Script(refuse=(400, "the prompt is empty: it has 0 tokens", "prompt", 0))
         script = Script(tokens=8 if generate.max_tokens_is_rest else generate.sampling.max_tokens)
         if found := re.search(r"refuse(\d+)", text):
             script.refuse = (
@@ -149,6 +152,7 @@ def logprobs(generate: Generate, positions: range) -> tuple[TokenLogprobs, ...]:
                 word(p).encode(),
                 *(f"t{i}".encode() if i else word(p).encode() for i in range(k)),
             ),
+            offset=len(expected(p)),
         )
         for row, p in enumerate(positions)
     )
@@ -181,6 +185,11 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(self.text, ids))
+
+    def places(self, ids: list[int]) -> dict[str, bytes]:
+        ends = itertools.accumulate(len(self.text(token_id)) for token_id in ids)
+        offsets = [0, *ends][: len(ids)]
+        return {"offsets": pack("i", offsets), "first": self.decode(ids[:1]).encode()}
 
 
 @dataclass
@@ -332,9 +341,9 @@ class FakeStack:
 
     def _answer(self, question: Tokenize | Detokenize) -> None:
         if isinstance(question, Detokenize):
-            answer = Tokenized(
-                question.handle, text=self.words.decode(unpack("i", question.ids).tolist())
-            )
+            ids = unpack("i", question.ids).tolist()
+            places = self.words.places(ids) if question.with_offsets else {}
+            answer = Tokenized(question.handle, text=self.words.decode(ids), **places)
         elif "refuse" in (question.prompt.text or ""):
             answer = Tokenized(
                 question.handle,
@@ -348,6 +357,7 @@ class FakeStack:
                 question.handle,
                 pack("i", ids),
                 tuple(map(self.words.text, ids)) if question.with_texts else (),
+                **(self.words.places(ids) if question.with_offsets else {}),
             )
         self.outbox.send(question.reply_to, answer)
 

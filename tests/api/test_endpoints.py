@@ -243,10 +243,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
         ("seed", -(2**63) - 1, (str(-(2**63)), f"got {-(2**63) - 1}")),
         ("stream_options", {"include_usage": True}, ("stream=True",)),
         ("response_format", {"type": "json_object"}, ("json_object", "text")),
-        ("prompt", "", ("empty",)),
         ("prompt", [], ("empty",)),
         ("prompt", [[]], ("empty",)),
-        ("prompt", ["a", ""], ("empty",)),
         ("prompt", ["a", [1]], ("mixes",)),
         ("prompt", [1, "a"], ("mixes",)),
         ("prompt", [1, 1000], ("token id 1000 is outside", "vocabulary of 1000")),
@@ -260,6 +258,18 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
 def test_values_out_of_range(server, name: str, value: object, parts: tuple[str, ...]) -> None:
     refused(server.post("/v1/completions", **{"prompt": "hi", name: value}), name, *parts)
     assert not server.stack.received
+
+
+def test_nothing_follows_the_end_of_a_stream(server) -> None:
+    """One of several prompts is refused while the others run."""
+    answer = server.post("/v1/completions", prompt=["a", "b", "", "c"], stream=True, max_tokens=64)
+    assert "0 tokens" in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("prompt", "stream"), [("", False), ("", True), (["a", ""], False)])
+def test_whether_a_text_is_empty_the_tokenizer_says(server, prompt, stream: bool) -> None:
+    """A model that begins each text with a token of its own continues an empty one."""
+    refused(server.post("/v1/completions", prompt=prompt, stream=stream), "prompt", "0 tokens")
 
 
 @pytest.mark.parametrize(

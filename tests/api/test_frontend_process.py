@@ -18,6 +18,8 @@ PROGRAM = """
 import sys
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
 from pagewire.frontend.service import run
+from pagewire.process import logs
+logs.set_up("info", "text", "frontend")
 fd, port, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.exit(run(RunConfig(run_dir=directory), ModelConfig(model="m"), FrontendConfig(host="127.0.0.1", port=port, socket_fd=fd)))
 """

@@ -275,13 +275,18 @@ def test_chat_template_switches(server) -> None:
     assert answer.status_code == 400
 
 
+def bytes_name(text: str) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.encode())
+
+
 def test_completion_logprobs(server) -> None:
     (choice,) = server.complete("hi", max_tokens=3, logprobs=2).json()["choices"]
     assert choice["logprobs"] == {
         "text_offset": [0, 5, 6],
         "token_logprobs": [-0.5] * 3,
         "tokens": ["Hello", ",", " 世界"],
-        "top_logprobs": [{"t1": -1.0, word(p): -0.5} for p in range(3)],
+        # the likeliest token is another one that is spelt alike
+        "top_logprobs": [{"t1": -1.0, word(p): -0.5, bytes_name(word(p)): -0.5} for p in range(3)],
     }
     (choice,) = server.complete("hi", max_tokens=1, logprobs=0).json()["choices"]
     assert choice["logprobs"]["top_logprobs"] == [{"Hello": -0.5}]

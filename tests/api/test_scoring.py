@@ -8,7 +8,9 @@ rank i, and has the ids 7, 8, ... as its likeliest tokens, at -0.25, -0.5, ...
 import pytest
 from api.checks import refused
 from api.fake_stack import FIRST_WORD, expected, word
+from pagewire.frontend.logprobs import chat_logprobs, completion_logprobs
 from pagewire_protocol.columns import unpack
+from pagewire_protocol.structs import TokenLogprobs
 
 TEXT = "one two three"
 
@@ -211,7 +213,7 @@ def test_tokens_by_id(server) -> None:
         ["token_id:100"],
         ["token_id:101"],
     ]
-    assert events[1]["choices"][0]["logprobs"]["text_offset"] == [len("token_id:100")]
+    assert events[1]["choices"][0]["logprobs"]["text_offset"] == [len(word(0))]
 
 
 # --- chats ---
@@ -256,3 +258,44 @@ def test_the_ids_of_an_echoed_prompt_are_those_of_its_text(server) -> None:
     server.complete(TEXT, echo=True, logprobs=0, max_tokens=0, add_special_tokens=False)
     ids = unpack("i", server.stack.generates()[0].prompt.ids).tolist()
     assert [server.stack.words.text(one) for one in ids] == ["one", " two", " three"]
+
+
+# --- names of tokens
+
+
+def entry(*candidates: tuple[int, bytes], offset: int = 0) -> TokenLogprobs:
+    ids, texts = zip(*candidates, strict=True)
+    values = tuple(-float(n + 1) for n in range(len(ids)))
+    return TokenLogprobs(0, 0, 1, ids, values, texts, offset)
+
+
+def test_candidates_that_are_spelt_alike_are_all_there() -> None:
+    """The token itself comes first and is among the likeliest too; another has the same bytes, and a
+    third no text."""
+    form = completion_logprobs(
+        [entry((5, b"A"), (9, b"A"), (5, b"A"), (7, b"A"), (8, b"\xf0\x9f"), (6, b""))]
+    )
+    assert form["top_logprobs"] == [
+        {
+            "A": -1.0,
+            r"bytes:\x41": -2.0,
+            "token_id:7": -4.0,
+            r"bytes:\xf0\x9f": -5.0,
+            "token_id:6": -6.0,
+        }
+    ]
+    assert form["tokens"] == ["A"]
+
+
+def test_parts_of_characters_are_named_by_their_bytes() -> None:
+    parts = [entry((1, b"\xf0\x9f")), entry((2, b"\x98\x80"))]
+    assert completion_logprobs(parts)["tokens"] == [r"bytes:\xf0\x9f", r"bytes:\x98\x80"]
+    content = chat_logprobs(parts)["content"]
+    assert [token["token"] for token in content] == [r"bytes:\xf0\x9f", r"bytes:\x98\x80"]
+    assert b"".join(bytes(token["bytes"]) for token in content).decode() == "😀"
+
+
+def test_what_a_stop_string_cut_off_begins_at_the_end() -> None:
+    entries = [entry((1, b"ab")), entry((2, b"cd"), offset=2), entry((3, b"ef"), offset=4)]
+    assert completion_logprobs(entries, 10, length=13)["text_offset"] == [10, 12, 13]
+    assert completion_logprobs(entries, 10)["text_offset"] == [10, 12, 14]

@@ -102,3 +102,50 @@ def test_forbidden_and_allowed_tokens(complete: Any, said: dict[str, Any]) -> No
     word = said["logprobs"]["tokens"][0].strip()
     worded = complete(**greedy, extra_body={**extra, "bad_words": [word]}).choices[0].model_dump()
     assert word not in worded["text"]
+
+
+def pieces(logprobs: dict[str, Any], text: str) -> list[str]:
+    """The part of the text that each token begins, up to where the next one does."""
+    offsets = logprobs["text_offset"]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+    return [text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)], strict=True)]
+
+
+SCRIPTS = "<|im_start|>user\nHi 😀👍, 你好世界! Ünï<|im_end|>\n"
+
+
+@pytest.mark.parametrize("ids_as_text", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_are_places_in_the_returned_text(
+    complete: Any, stream: bool, ids_as_text: bool
+) -> None:
+    """Characters in pieces, special tokens, and the generated text behind the prompt."""
+    extra = {"return_token_ids": True, "return_tokens_as_token_ids": ids_as_text}
+    answer = complete(
+        prompt=SCRIPTS,
+        max_tokens=6,
+        temperature=0,
+        echo=True,
+        logprobs=0,
+        stream=stream,
+        extra_body=extra,
+    )
+    chunks = list(answer) if stream else [answer]
+    choices = [chunk.choices[0].model_dump() for chunk in chunks]
+    text = "".join(choice["text"] for choice in choices)
+    logprobs = {
+        name: [
+            value for choice in choices if choice["logprobs"] for value in choice["logprobs"][name]
+        ]
+        for name in ("text_offset", "tokens", "token_logprobs")
+    }
+    assert text.startswith(SCRIPTS) and "".join(pieces(logprobs, text)) == text
+    if ids_as_text:
+        assert all(name.startswith("token_id:") for name in logprobs["tokens"])
+        return
+    parts = [name.startswith("bytes:") for name in logprobs["tokens"]]
+    assert sum(parts) >= 4
+    for name, part, piece in zip(logprobs["tokens"], parts, pieces(logprobs, text), strict=True):
+        # a part of a character begins where the character does; the last part has it
+        hidden = "" if name.startswith("<|") else name
+        assert piece in (name, hidden) if not part else len(piece) <= 1, (name, piece)

@@ -79,6 +79,41 @@ def test_scoring_a_prompt_generates_nothing(fake_stack: Any) -> None:
     assert ranks == [1, 1, 1, 2]
 
 
+def test_a_prompt_that_fills_the_context_is_scored_and_no_token_counted(fake_stack: Any) -> None:
+    before = generated(fake_stack)
+    with urllib.request.urlopen(f"{fake_stack.url}/models", timeout=60) as answer:
+        context = json.load(answer)["data"][0]["max_model_len"]
+    for extra in ({"echo": True, "logprobs": 0}, {"prompt_logprobs": 0}):
+        answer = ask(fake_stack, [7] * context, 0, **extra)
+        (choice,) = answer["choices"]
+        rows = (
+            choice["prompt_logprobs"]
+            if "prompt_logprobs" in extra
+            else choice["logprobs"]["tokens"]
+        )
+        assert len(rows) == context and choice["finish_reason"] == "length"
+        assert answer["usage"] == {
+            **answer["usage"],
+            "prompt_tokens": context,
+            "completion_tokens": 0,
+            "total_tokens": context,
+        }
+    assert generated(fake_stack) == before
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(fake_stack, [7] * context, 1, echo=True, logprobs=0)
+    with caught.value as error:
+        assert f"{context + 1} tokens" in json.load(error)["error"]["message"]
+
+
+def generated(stack: Any) -> float:
+    """Tokens generated so far, as /metrics counts them."""
+    with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total")
+    )
+
+
 def test_a_stop_token_ends_a_completion(fake_stack: Any) -> None:
     expected = chain([9, 9], 20, VOCAB)
     stop = expected[7]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pagewire_protocol.structs import SILENCE_S
 
 FAKE = (
     "--device",
@@ -212,3 +213,15 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_step_may_take_longer_than_silence_is_tolerated(start_stack: Callable[..., Any]) -> None:
+    """A long prompt of a large model on a CPU is one step, during which the worker says that it
+    lives."""
+    slow = str(1000 * (SILENCE_S + 1.5))
+    stack = start_stack(*FAKE, "--fake-step-ms", slow).wait_ready()
+    answer = stack.client().completions.create(
+        model=stack.get("/v1/models")["data"][0]["id"], prompt=[1, 2, 3], max_tokens=1
+    )
+    assert answer.usage.completion_tokens == 1
+    assert stack.get("/load") is not None and not any("silent" in line for line in stack.lines)

@@ -36,6 +36,18 @@ def demo() -> Iterator[LLM]:
         yield llm
 
 
+def test_a_prompt_is_scored_without_a_token_being_generated(fake: LLM) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (output,) = fake.generate([[5, *chain([5], 3, VOCAB)]], params, use_tqdm=False)
+    rows = output.prompt_logprobs
+    assert (
+        rows and rows[0] is None and [next(iter(row.values())).rank for row in rows[1:]] == [1] * 3
+    )
+    assert list(output.outputs[0].token_ids) == [] and output.outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+
+
 def test_thousands_of_prompts_come_back_in_order(fake: LLM) -> None:
     make = random.Random(0)
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 40))] for _ in range(2000)]

@@ -300,40 +300,49 @@ def test_offline_says_so(monkeypatch):
 
 
 class ModelScope(types.ModuleType):
-    """In place of the package: `cached` says whether its cache has the model."""
+    """In place of the package: what is in `folder` is cached, `files` is what its hub has."""
 
-    def __init__(self, folder: Path, cached: bool) -> None:
+    def __init__(self, folder: Path, files: dict[str, str]) -> None:
         super().__init__("modelscope")
-        self.folder, self.cached, self.asked = folder, cached, []
+        self.folder, self.files, self.asked = folder, files, []
 
     def snapshot_download(self, model: str, **options) -> str:
         self.asked.append((model, options))
-        if options.get("local_files_only") and not self.cached:
+        if options.get("local_files_only") and not self.folder.is_dir():
             raise ValueError("cannot find the requested files")
         if model == "org/nothing":
             raise OSError("no such model\nand a second line")
+        self.folder.mkdir(exist_ok=True)
+        for name, text in self.files.items():
+            if any(Path(name).match(pattern) for pattern in options.get("allow_patterns", ())):
+                (self.folder / name).write_text(text)
         return str(self.folder)
 
 
 @pytest.mark.parametrize(
     ("variable", "value"), [("VLLM_USE_MODELSCOPE", "True"), ("PAGEWIRE_USE_MODELSCOPE", "1")]
 )
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", ["whole", "in part", "not"])
 def test_modelscope_in_place_of_the_hub(variable, value, cached, monkeypatch, tmp_path):
+    """The same files are downloaded as from the hub."""
     monkeypatch.setenv(variable, value)
-    package = ModelScope(tmp_path, cached)
+    folder = tmp_path / "scope"
+    package = ModelScope(folder, repository_of("model.safetensors", "model_old.safetensors"))
+    if cached != "not":
+        put(folder, *(["model.safetensors"] if cached == "whole" else []))
     monkeypatch.setitem(sys.modules, "modelscope", package)
     snapshot(tmp_path / "hf/hub", "model.safetensors")
     assert huggingface.cached(ModelConfig(model=MODEL)) is None, (
         "the hub's cache may hold another model of that name"
     )
-    assert (
-        huggingface.resolve(ModelConfig(model=MODEL, revision="v1", download_dir="/d")) == tmp_path
-    )
-    options = {"cache_dir": "/d", "revision": "v1"}
-    assert (
-        package.asked
-        == [(MODEL, {"local_files_only": True, **options}), (MODEL, options)][: 1 if cached else 2]
+    model = ModelConfig(model=MODEL, revision="v1", download_dir="/d")
+    assert huggingface.resolve(model) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    common = {"cache_dir": "/d", "revision": "v1"}
+    assert package.asked[0] == (MODEL, {"local_files_only": True, **common})
+    assert len(package.asked) == (1 if cached == "whole" else 3)
+    assert all(
+        name == MODEL and options.items() >= common.items() for name, options in package.asked
     )
     assert huggingface.resolve(ModelConfig(model=str(tmp_path))) == tmp_path, (
         "a directory is a directory"
@@ -348,7 +357,7 @@ def test_modelscope_errors_are_one_line(monkeypatch, tmp_path):
         match="VLLM_USE_MODELSCOPE is set, but the modelscope package is not installed; `pip install",
     ):
         huggingface.resolve(ModelConfig(model=MODEL))
-    monkeypatch.setitem(sys.modules, "modelscope", ModelScope(tmp_path, False))
+    monkeypatch.setitem(sys.modules, "modelscope", ModelScope(tmp_path / "scope", {}))
     with pytest.raises(
         huggingface.ModelNotFound,
         match=r"org/nothing could not be had from ModelScope: no such model$",
@@ -374,4 +383,10 @@ def test_a_clone_without_git_lfs_is_one_line(tmp_path):
     with pytest.raises(
         huggingface.ModelNotFound, match=r"model\.safetensors is a git-lfs pointer .*`git lfs pull`"
     ):
+        huggingface.cached(ModelConfig(model=str(folder)))
+    (tmp_path / "m.gguf").write_text((folder / "model.safetensors").read_text())
+    with pytest.raises(huggingface.ModelNotFound, match=r"m\.gguf is a git-lfs pointer"):
+        huggingface.cached(ModelConfig(model=str(tmp_path / "m.gguf")))
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(huggingface.ModelNotFound, match="model_type 'nonsense' is known neither"):
         huggingface.cached(ModelConfig(model=str(folder)))

@@ -1,5 +1,6 @@
 """A beam search driven by hand: each round's jobs are answered by the test, at once or later."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ class Stack:
         assert isinstance(message, Detokenize)
         ids = unpack("i", message.ids).tolist()
         self.decoded.append(ids)
-        on_answer(Tokenized(0, text="".join(f"<{token}>" for token in ids)))
+        names = [f"<{token}>" for token in ids]
+        offsets = [0, *itertools.accumulate(map(len, names))][: len(ids)]
+        places = {"offsets": pack("i", offsets)} if message.with_offsets else {}
+        on_answer(Tokenized(0, text="".join(names), **places))
 
     def answer(self) -> None:
         """All jobs of the round."""
@@ -99,6 +103,22 @@ def test_texts_are_decoded_behind_the_end_of_the_prompt() -> None:
     assert stack.decoded == [context, *(context + result.tokens for result in run.results)]
     assert run.results[0].text == "<0><0><0>"
     assert run.prompt_text == "", "nobody wants the whole prompt's text"
+
+
+def test_log_probabilities_say_where_each_token_begins() -> None:
+    stack = Stack(prompt_tokens=CONTEXT_TOKENS + 5)
+    run = search(stack, BeamOptions(2, 2), logprobs=1)
+    for _ in range(3):
+        stack.answer()
+    for result in run.results:
+        assert [result.text[entry.offset :][:3] for entry in result.logprobs] == [
+            f"<{token}>" for token in result.tokens
+        ]
+    stack = Stack()
+    run = search(stack, BeamOptions(2, 2), replace(MODEL, has_text=False), logprobs=1)
+    for _ in range(3):
+        stack.answer()
+    assert {entry.offset for result in run.results for entry in result.logprobs} == {0}
 
 
 def test_without_text_nothing_is_decoded() -> None:

@@ -16,6 +16,16 @@ import pytest
 DEEPSEEK = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 SERVE = "pagewire serve {model} --tensor-parallel-size 1 --max-model-len 16384 --port 8102 {more} --enforce-eager"
 ROOT = Path(__file__).parents[2]
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
 QUESTION = [
     {"role": "system", "content": "你是一个数学助手，擅长计算和解释数字。"},
     {"role": "user", "content": "请计算：144500 ÷ 1156 等于多少？"},
@@ -108,10 +118,12 @@ def test_an_installation_without_the_packages_of_a_service_is_told_what_to_insta
         "exit(pagewire.cli.main(sys.argv[2:]))"
     )
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
+        (Path(run_dir) / "config.json").write_text(json.dumps(LLAMA))
         flags = [
             "--run-dir",
             run_dir,
             *(["--model", run_dir] if service in ("worker", "tokenizer") else []),
+            *(["--load-format", "dummy"] if service == "worker" else []),
         ]
         command = [sys.executable, "-c", code, package, service, *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -4,6 +4,7 @@ name for the model, LangChain.
 ModelScope's package is stood in for by a module that copies what it would download.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pathlib
 import shutil
 
 
-def snapshot_download(model_id, revision=None, cache_dir=None, local_files_only=False):
+def snapshot_download(model_id, revision=None, cache_dir=None, local_files_only=False, **patterns):
     assert model_id == "qwen/Qwen2-7B-Instruct", model_id
     target = pathlib.Path(cache_dir or os.environ["MODELSCOPE_CACHE"]) / model_id
     with open(os.environ["CALLS"], "a") as calls:
@@ -47,7 +48,7 @@ def modelscope(tmp_path: Path, original: Path) -> dict[str, str]:
         "MODELSCOPE_CACHE": tmp_path / "cache",
         "CALLS": tmp_path / "calls",
         "ORIGINAL": original,
-        "PYTHONPATH": tmp_path,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     }
     return {"HF_HUB_OFFLINE": "0", **{name: str(path) for name, path in paths.items()}}
 
@@ -89,7 +90,7 @@ def test_by_its_name_through_modelscope(
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [
         "qwen/Qwen2-7B-Instruct None None True",
-        "qwen/Qwen2-7B-Instruct None None False",
+        *["qwen/Qwen2-7B-Instruct None None False"] * 2,  # small files, then the weights
     ]
     found = run(
         "pagewire fetch qwen/Qwen2-7B-Instruct",

@@ -64,7 +64,16 @@ UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]
             },
             (2, 41),
         ),
-        ({"tokenizer_config__json": {"eos_token": "</s>"}, "tokenizer__json": TOKENIZER}, (2, 7)),
+        (
+            {
+                "tokenizer_config__json": {"eos_token": "</s>", "chat_template": "{{ messages }}"},
+                "tokenizer__json": TOKENIZER,
+            },
+            (2, 7),
+        ),
+        # without a template of its own a model is used with another one
+        ({"tokenizer__json": TOKENIZER}, (2, 41)),
+        ({"tokenizer_config__json": {"added_tokens_decoder": IM_END}}, (2, 41)),
         ({"tokenizer_config__json": {"eos_token": "</s>"}, "tokenizer__json": UNIGRAM}, (1, 2)),
         ({"tokenizer_config__json": {"eos_token": "z"}, "vocab__json": {"z": 9}}, (2, 9)),
         ({"tokenizer_config__json": {"eos_token": "nowhere"}}, (2,)),
@@ -97,6 +106,10 @@ def test_the_ends_of_a_tokenizer_that_comes_from_elsewhere(tmp_path):
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     settings = ModelConfig(load_format="dummy", tokenizer=str(tokenizer))
     assert loader.open_model(model, settings)[2] == (41,)
+    writer = gguf_of([f"t{n}" for n in range(50)], tmp_path / "m.gguf")
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 3)
+    close(writer)
+    assert loader.open_model(tmp_path / "m.gguf", settings)[2] == (3, 41)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +128,22 @@ def test_the_ends_of_a_tokenizer_that_comes_from_elsewhere(tmp_path):
     ],
 )
 def test_ends_of_a_gguf_vocabulary(tokens, keys, expected, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer = gguf_of(tokens, tmp_path / "m.gguf")
     for name, token in keys.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    close(writer)
+    assert loader.open_model(tmp_path / "m.gguf", ModelConfig(load_format="dummy"))[2] == expected
+
+
+def gguf_of(tokens: list[str], path: Path) -> gguf.GGUFWriter:
+    """A model in name alone, with this vocabulary."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_token_list(tokens)
     writer.add_block_count(1)
     writer.add_head_count(1)
     writer.add_embedding_length(8)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
-    close(writer)
-    assert loader.open_model(tmp_path / "m.gguf", ModelConfig(load_format="dummy"))[2] == expected
+    return writer
 
 
 def test_the_list_of_ends_has_no_repetition():
@@ -265,6 +284,13 @@ def test_pytorch_files_beside_strays(copy, tiny, harness, numbers):
     torch.save(tensors, path / "pytorch_model.bin")
     (path / "pytorch_model_old.bin").write_bytes(b"no weights")
     assert_serves(path, tiny, harness, numbers)
+    (path / "pytorch_model.bin").rename(path / "pytorch_model_new.bin")
+    torch.save(tensors, path / "pytorch_model_old.bin")
+    with pytest.raises(
+        Unsupported,
+        match=r"pytorch_model_new\.bin and pytorch_model_old\.bin in .* both have a tensor",
+    ):
+        harness(path)
 
 
 # --- GGUF
@@ -379,10 +405,16 @@ def test_the_families_are_those_that_models_has_files_for():
             "with 'quip' are",
         ),
         ({"model_type": "llama"}, "the configuration of this llama model has no 'num_attention_he"),
+        ({}, "has no config.json; give a directory with a model"),
+        (
+            {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
+            "has no .safetensors file",
+        ),
     ],
 )
-def test_what_the_configuration_rules_out_is_said_without_torch(config, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_what_the_files_rule_out_is_said_without_torch(config, message, tmp_path):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
     code = (
         "import sys; from pathlib import Path; from pagewire.config import ModelConfig\n"
         "from pagewire.worker.load import early\n"

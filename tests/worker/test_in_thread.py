@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from pagewire.worker.load import in_thread as module
-from pagewire.worker.load.in_thread import run_in_thread, ticking
+from pagewire.worker.load.in_thread import Ticker, run_in_thread, ticking
 from pagewire.worker.loop import _Narrator
 
 
@@ -94,3 +94,25 @@ def test_a_worker_that_loads_says_that_it_lives_but_not_while_it_reports(monkeyp
             narrate(f"stage {stage}", 0.5)
             stage += 1
     assert membership.beats > 20 and stage and not membership.both
+
+
+def test_ticks_come_inside_of_long_work_only() -> None:
+    ticks: list[bool] = []
+    enough = threading.Event()
+    is_inside = False
+
+    def tick() -> None:
+        ticks.append(is_inside)
+        if len(ticks) > 3:
+            enough.set()
+
+    ticker = Ticker(tick, 0.001)
+    assert not enough.wait(0.05) and not ticks
+    for _ in range(3):
+        with ticker.inside():
+            is_inside = True
+            assert enough.wait(30)
+            is_inside = False
+        enough.clear()
+        ticks[:] = [flag for flag in ticks if not flag]
+    assert ticks == []

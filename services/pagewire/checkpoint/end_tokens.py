@@ -63,34 +63,38 @@ class _TokenizerFile(Struct):
 def of_directory(directory: Path, config: Config, tokenizer: Path | None = None) -> tuple[int, ...]:
     """The ids that the files of `directory` name, in rising order: config.json (`config`),
     generation_config.json, the tokenizer's settings, and the end of a turn in its chat template.
-    `tokenizer`: where the tokenizer's files are, by default in `directory`; it may be a GGUF file,
-    which says nothing here. Raises Unsupported."""
+    `tokenizer`: where the tokenizer's files are, by default in `directory`. Raises Unsupported."""
     generation = read_object(directory / "generation_config.json")
     ids: set[int] = set()
     for named in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ids.update(named if isinstance(named, list) else [] if named is None else [named])
     ids |= _unnamed(config, generation)
-    folder = tokenizer or directory
-    if folder.is_dir():
-        ids |= _of_tokenizer(folder)
+    ids |= of_tokenizer(tokenizer or directory)
     return within_vocabulary(ids, int(config.get("vocab_size") or 0))
 
 
 def of_gguf(
-    metadata: dict[str, Any], find: Callable[[Iterable[str]], dict[str, int]], vocab_size: int
+    metadata: dict[str, Any],
+    find: Callable[[Iterable[str]], dict[str, int]],
+    vocab_size: int,
+    tokenizer: Path | None = None,
 ) -> tuple[int, ...]:
-    """The ids that a GGUF file names, and those of the tokens in its vocabulary that are known to
-    end a turn, in rising order. `find`: the ids of texts that the vocabulary has."""
+    """The ids that a GGUF file names, those of the tokens in its vocabulary that are known to end a
+    turn, and what a `tokenizer` from elsewhere names, in rising order. `find`: the ids of texts that
+    the vocabulary has. Raises Unsupported."""
     named = (metadata.get(key) for key in GGUF_KEYS)
     ids = {int(token) for token in named if token is not None}
-    return within_vocabulary(ids | set(ending(find(END_OF_TURN)).values()), vocab_size)
+    ids.update(ending(find(END_OF_TURN)).values())
+    if tokenizer is not None:
+        ids |= of_tokenizer(tokenizer)
+    return within_vocabulary(ids, vocab_size)
 
 
-def ending(known: dict[str, int]) -> dict[str, int]:
-    """Those of `known`, tokens of END_OF_TURN in a vocabulary, that end an answer there."""
-    if all(text in known for text in HARMONY):
-        return {text: token for text, token in known.items() if text != "<|end|>"}
-    return known
+def ending(tokens: dict[str, int]) -> dict[str, int]:
+    """Those of `tokens`, members of END_OF_TURN in a vocabulary with their ids, that end an answer there."""
+    if all(text in tokens for text in HARMONY):
+        return {text: token for text, token in tokens.items() if text != "<|end|>"}
+    return tokens
 
 
 def within_vocabulary(ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
@@ -111,14 +115,20 @@ def _unnamed(config: Config, generation: Config) -> set[int]:
     )
 
 
-def _of_tokenizer(directory: Path) -> set[int]:
+def of_tokenizer(directory: Path) -> set[int]:
     """What the tokenizer's files name: `eos_token`, and tokens that the chat template ends turns
-    with."""
+    with; where no template comes with the model, another one will be used, and all added tokens that
+    are known to end a turn count. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
+    if not directory.is_dir():
+        return set()
     settings = read_object(directory / "tokenizer_config.json")
     mapped = read_object(directory / "special_tokens_map.json")
     template = chat_template(directory, {**mapped, **settings})
     vocabulary = _Vocabulary(directory, settings)
-    turns = vocabulary.ids_of(text for text in END_OF_TURN if text in template)
+    if template:
+        turns = vocabulary.ids_of(text for text in END_OF_TURN if text in template)
+    else:
+        turns = {text: token for text, token in vocabulary.added.items() if text in END_OF_TURN}
     texts = (token_text(source.get("eos_token")) for source in (settings, mapped))
     named = vocabulary.ids_of(text for text in texts if text is not None)
     return {*ending(turns).values(), *named.values()}
@@ -130,7 +140,7 @@ class _Vocabulary:
     def __init__(self, directory: Path, settings: Config) -> None:
         self._directory = directory
         self._file = _tokenizer_file(directory / "tokenizer.json")
-        self._added: dict[str, int] = {
+        self.added: dict[str, int] = {
             **read_object(directory / "added_tokens.json"),
             **{entry.content: entry.id for entry in self._file.added_tokens},
             **added_tokens(settings),
@@ -142,8 +152,8 @@ class _Vocabulary:
         return {text: token for text, token in ids.items() if token is not None}
 
     def _id_of(self, text: str) -> int | None:
-        if text in self._added:
-            return self._added[text]
+        if text in self.added:
+            return self.added[text]
         vocab = msgspec.json.decode(self._file.model.vocab)
         if isinstance(vocab, dict):
             return vocab.get(text, read_object(self._directory / "vocab.json").get(text))

@@ -78,7 +78,7 @@ def check_config(config: Config, trust_remote_code: bool) -> None:
     if not _is_known_to_transformers(str(model_type)):
         if not own_code:
             raise Unsupported(
-                f"model_type {model_type!r} is known neither here nor to transformers {_version()}"
+                f"model_type {model_type!r} is known neither here nor to transformers {importlib.metadata.version('transformers')}"
             )
         if not trust_remote_code:
             raise Unsupported(
@@ -86,26 +86,23 @@ def check_config(config: Config, trust_remote_code: bool) -> None:
                 " (only for a repository that you trust)"
             )
         return
-    named = next(iter(config.get("architectures") or ()), "")
+    class_name = next(iter(config.get("architectures") or ()), "")
     models = _table(CAUSAL_MODELS)
-    causal = models.get(str(model_type))
+    class_names = models.get(str(model_type))
     if config.get("is_encoder_decoder") or (
-        causal is None and str(model_type) in _table(ENCODERS_WITH_DECODERS)
+        class_names is None and str(model_type) in _table(ENCODERS_WITH_DECODERS)
     ):
         raise Unsupported(
-            f"{named or model_type} is an encoder with a decoder; only models of a decoder alone are supported"
+            f"{class_name or model_type} is an encoder with a decoder; only models of a decoder alone are supported"
         )
-    if models and not own_code and (causal is None or (named and named not in causal)):
+    if (
+        models
+        and not own_code
+        and (class_names is None or (class_name and class_name not in class_names))
+    ):
         raise Unsupported(
-            f"{named or model_type} is no causal language model; only those are supported"
+            f"{class_name or model_type} is no causal language model; only those are supported"
         )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return "(which is not installed)"
 
 
 def _folder() -> Path | None:
@@ -117,11 +114,10 @@ def _folder() -> Path | None:
 
 
 def _is_known_to_transformers(model_type: str) -> bool:
-    """Whether any of its tables has that name. True as well where it cannot be told."""
+    """Whether any of its tables has that name. True as well where it cannot be told: a tokenizer's
+    machine need not have transformers."""
     folder = _folder()
-    if folder is None:
-        return False
-    tables = [path.read_text() for path in folder.glob("*auto*.py")]
+    tables = [path.read_text() for path in folder.glob("*auto*.py")] if folder else []
     return not tables or any(f'"{model_type}"' in table for table in tables)
 
 

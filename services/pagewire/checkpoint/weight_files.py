@@ -8,7 +8,7 @@ weights in another layout, adapters, an old copy), which count for nothing.
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -45,6 +45,21 @@ class Weights:
         """Whether `tensor` in file `path` is one of the model's."""
         return self.shards is None or Path(self.shards.get(tensor, "")).name == path.name
 
+    def pick(self, path: Path, tensors: Iterable[str], owners: dict[str, Path]) -> Iterator[str]:
+        """Those of the `tensors` in file `path` that are the model's. `owners`: the file of each
+        tensor so far. Raises Unsupported for a tensor that two files have, where no index says which
+        of them counts."""
+        for tensor in tensors:
+            if not self.has(tensor, path):
+                continue
+            if tensor in owners:
+                raise Unsupported(
+                    f"{owners[tensor].name} and {path.name} in {path.parent} both have a tensor {tensor}, and no index says which "
+                    "file counts; move away the file that is not the model's"
+                )
+            owners[tensor] = path
+            yield tensor
+
 
 @dataclass(frozen=True)
 class WeightFormat:
@@ -65,7 +80,7 @@ class WeightFormat:
         names = self.choose(path.name for path in directory.iterdir())
         return Weights(tuple(directory / name for name in names)) if names else None
 
-    def is_usual(self, directory: Path) -> bool:
+    def is_conventional(self, directory: Path) -> bool:
         """Whether there is an index or the one usual file, not both: transformers knows these two
         forms, and takes the one file first."""
         return (directory / self.index).is_file() != (directory / self.single).is_file()

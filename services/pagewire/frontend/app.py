@@ -16,6 +16,7 @@ from .openapi import ROUTES, Route, openapi
 from .pages import docs, docs_without_key, home
 from .probes import health, live, load, metrics, model, models, ready, version
 from .request_ids import HEADER, request_id
+from .request_log import CLIENT_GONE, log_request
 from .state import STATE, State
 from .tokens import detokenize, tokenize
 
@@ -75,28 +76,43 @@ _OPEN: Final = frozenset({home, *(route.handler for route in _PROBES)})
 # --- around every request ---
 
 
+def handler_of(request: web.Request) -> object:
+    """Of the request's route."""
+    return request.match_info.handler
+
+
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around every handler: refuse a request without a key, except for the probes; turn every
     failure into a body that clients can read."""
     state = request.app[STATE]
+    began = state.clock()
+    status = CLIENT_GONE
     try:
-        response = await _answer(state, request, handler)
+        response = await _guarded(state, request, handler)
+        status = response.status
+        return response
+    finally:
+        state.counters.responded(status)
+        if state.log_requests and handler_of(request) not in _OPEN:
+            log_request(request, status, began, state.clock())
+
+
+async def _guarded(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
-        response = _error(as_api_error(error))
+        return _error(as_api_error(error))
     except web.HTTPException as error:
-        response = _error(_of_http(request, error))
+        return _error(_of_http(request, error))
     except (asyncio.CancelledError, ConnectionError):
-        state.counters.responded(499)
         raise
     except Exception:
         log.exception("request %s failed", request.path)
         if STREAMING in request and request.transport:
             # The head of an answer has been sent: only a broken connection tells the client now.
             request.transport.abort()
-        response = _error(ApiError(500, "The server failed on this request; its log says why."))
-    state.counters.responded(response.status)
-    return response
+        return _error(ApiError(500, "The server failed on this request; its log says why."))
 
 
 async def _answer(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -107,7 +123,7 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
             status, text, headers = state.cors.preflight(request.headers)
             return web.Response(text=text, status=status, headers=headers)
         return await handler(request)
-    if request.match_info.handler not in _OPEN:
+    if handler_of(request) not in _OPEN:
         tenant = state.auth.tenant(request.headers.getall("Authorization", []))
         if tenant is None and request.match_info.handler is docs:
             return docs_without_key()

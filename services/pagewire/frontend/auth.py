@@ -6,10 +6,13 @@ length of a key shows in timing and no input can raise (comparing non-ASCII stri
 
 import hashlib
 import hmac
+import json
 import os
 from collections.abc import Iterable
 
 KEY_VARIABLES = ("PAGEWIRE_API_KEY", "VLLM_API_KEY")
+KEYS_VARIABLE = "PAGEWIRE_API_KEYS"
+"""A JSON list of keys, for several: how a launcher hands them to its frontends."""
 NO_TENANT = ""
 """Whose requests are, on a server without keys."""
 
@@ -21,6 +24,8 @@ def _digest(key: str) -> bytes:
 def configured_keys(flag: tuple[str, ...]) -> tuple[str, ...]:
     """The keys of the flag, else those of the environment. Raises ValueError for an empty key,
     which would admit everybody."""
+    if not flag and (text := os.environ.get(KEYS_VARIABLE)):
+        flag = _listed(text)
     if any(not key for key in flag):
         raise ValueError(
             "--api-key: an empty key was given; leave the flag out to serve without keys"
@@ -28,6 +33,16 @@ def configured_keys(flag: tuple[str, ...]) -> tuple[str, ...]:
     if flag:
         return flag
     return next(((value,) for name in KEY_VARIABLES if (value := os.environ.get(name))), ())
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    try:
+        keys = json.loads(text)
+    except ValueError:
+        keys = None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{KEYS_VARIABLE} is not a JSON list of strings")
+    return tuple(keys)
 
 
 class Auth:

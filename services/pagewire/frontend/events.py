@@ -7,7 +7,6 @@ from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
-from .logprobs import token_text
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
 from .sse import DONE, HOLE, Flusher, Outlet, encode, event, fill, template
@@ -24,6 +23,7 @@ class SseReply(Reply):
         flusher: Flusher,
         make_parser: ParserFactory = PLAIN,
     ) -> None:
+        self.flusher = flusher
         self.outlet = Outlet(flusher)
         super().__init__(formatter, loop, echoes, make_parser)
 
@@ -48,6 +48,9 @@ class SseReply(Reply):
             self.outlet.push(DONE)
         elif self.opened.done():
             self.outlet.push(b"data: " + as_api_error(self.error).body() + b"\n\n", DONE)
+        for choice in self.choices:
+            if isinstance(choice, SseChoice):
+                choice.mute()
         super().close()
 
 
@@ -67,7 +70,6 @@ class SseChoice(Choice):
         self._head, self._tail = template(reply.formatter.chunk(ChoiceData(index, HOLE)))
         self._outlet = reply.outlet
         self._pieces = reply.outlet.pieces
-        self._offset = 0
         self._parser = reply.make_parser()
         self._called_tools = False
         self._owes_score = reply.rendering.scores_echo
@@ -92,7 +94,7 @@ class SseChoice(Choice):
                 self.index,
                 tokens=tokens,
                 logprobs=logprobs,
-                offset=self._offset,
+                offset=len(self.echo.text),
                 prompt_ids=self.data.prompt_ids,
             )
             data.add(first)
@@ -100,14 +102,9 @@ class SseChoice(Choice):
             for delta in more:
                 self._send_delta(delta)
             self.data.prompt_ids = None
-            self._advance(
-                [
-                    token_text(entry.texts[0], entry.ids[0], rendering.ids_as_text)
-                    for entry in logprobs
-                ]
-            )
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        self.reason = reason
         self.usage.completion_tokens = completion_tokens
         self.reply.open()
         self._send_score()
@@ -117,6 +114,11 @@ class SseChoice(Choice):
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()
+
+    def mute(self) -> None:
+        """The stream has ended: what still comes, before the request is cancelled, goes nowhere."""
+        self._outlet = Outlet(self.reply.flusher)
+        self._pieces = self._outlet.pieces
 
     def _noted(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
         """The deltas; remembers whether one is of a tool call, which decides the finish reason."""
@@ -135,10 +137,6 @@ class SseChoice(Choice):
         if self._owes_score and self.score:
             self._owes_score = False
             self._send(ChoiceData(self.index, self.echo.text, score=self.score))
-            self._advance(self.score.tokens)
-
-    def _advance(self, tokens: Sequence[str]) -> None:
-        self._offset += sum(map(len, tokens))
 
     def _send(self, data: ChoiceData) -> None:
         usage = self.reply.usage() if self.reply.rendering.continuous_usage else None

@@ -2,6 +2,7 @@
 answer or an event stream."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -19,10 +20,12 @@ from .params import Plan, plan_chat, plan_completion
 from .parsing import parse
 from .reply import Echo, Reply
 from .request_ids import adopt_request_id
+from .request_log import REPLY
 from .responses import formatter_for
 from .state import STATE, State
 from .tokenizer_queries import resolve
 
+log = logging.getLogger("pagewire.frontend")
 STREAMING: Final = web.RequestKey("streaming", bool)
 """Set on a request whose answer's head may be on its way: no other answer can follow."""
 TENANT: Final = web.RequestKey("tenant", str)
@@ -69,9 +72,17 @@ async def _counted(request: web.Request, state: State, plan: Plan) -> web.Stream
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     request_id = adopt_request_id(request, plan.request_id)
     state.counters.params_n.observe(plan.choices.n)
+    log.debug(
+        "request %s: %s, %d choice(s) of %d prompt(s)",
+        request_id,
+        request.path,
+        len(plan.jobs),
+        len(plan.jobs) // plan.jobs_per_prompt,
+    )
     jobs, echoes = await resolve(state, plan)
     jobs = _salted(jobs, state, request.get(TENANT, ""))
     reply = new_reply(state, plan, request_id, echoes)
+    request[REPLY] = reply
     loop = asyncio.get_running_loop()
     cancel = start(state, plan, jobs, reply)
     timer = _limit_time(state, reply, loop)
@@ -124,6 +135,7 @@ def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callab
     if plan.choices.beams:
         return start_beams(state, plan.choices.beams, jobs, reply)
     requests: list[OwnedRequest] = []
+    reply.requests = requests
 
     def cancel() -> None:
         for request in requests:

@@ -12,53 +12,74 @@ from pagewire_protocol.structs import PromptLogprobs, TokenLogprobs
 LOWEST: Final = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 Json = dict[str, Any]
-Candidate = tuple[str, float, bytes]
-"""A token's name, its log-probability, its bytes."""
+Candidate = tuple[int, str, float, bytes]
+"""A token's id, its name, its log-probability, its bytes."""
 _encode: Final = msgspec.json.Encoder().encode
 
 
 def token_text(raw: bytes, token: int, ids_as_text: bool = False) -> str:
-    """The name of a token: its text; `token_id:7` where the client wants ids, or there is no
-    tokenizer that knows the text."""
-    return f"token_id:{token}" if ids_as_text or not raw else raw.decode("utf-8", "replace")
+    """The name of a token: its text; `bytes:\\xf0\\x9f` for a part of a character;
+    `token_id:7` where the client wants ids, or there is no tokenizer that knows the text."""
+    if ids_as_text or not raw:
+        return f"token_id:{token}"
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return _bytes_name(raw)
+
+
+def _bytes_name(raw: bytes) -> str:
+    """OpenAI's name of bytes that are no text."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _candidates(entry: TokenLogprobs, ids_as_text: bool) -> list[Candidate]:
     rows = zip(entry.ids, entry.values, entry.texts, strict=True)
     return [
-        (token_text(raw, token, ids_as_text), max(value, LOWEST), raw) for token, value, raw in rows
+        (token, token_text(raw, token, ids_as_text), max(value, LOWEST), raw)
+        for token, value, raw in rows
     ]
 
 
 def _by_text(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """The candidates by name. Several may have the same one: the token itself comes before all
-    others, then the more probable (they are in that order, and the first one stays)."""
-    return {text: value for text, value, _ in reversed(candidates)}
+    """The candidates by name, each token once. The token itself comes first; a further one that is
+    spelt alike is named by its bytes, and one with the same bytes by its id."""
+    named: dict[str, float] = {}
+    seen: set[int] = set()
+    for token, text, value, raw in candidates:
+        if token in seen:
+            continue
+        seen.add(token)
+        names = (text, _bytes_name(raw), f"token_id:{token}")
+        named[next(name for name in names if name not in named)] = value
+    return named
 
 
 def completion_logprobs(
     entries: Sequence[TokenLogprobs],
-    offset: int = 0,
+    base: int = 0,
     ids_as_text: bool = False,
     prompt: "PromptScore | None" = None,
+    length: int | None = None,
 ) -> Json:
     """OpenAI's form for completions: one list a property, with an entry a token.
 
-    `offset`: characters in the token texts of earlier chunks. The tokens of `prompt` come first,
-    where the prompt is echoed.
+    `base`: characters of the answer's text before the generated text, which are those of an echoed
+    prompt. The tokens of `prompt` come first, where the prompt is echoed. `length`: characters of
+    the whole text, where it is known: tokens that a stop string cut off begin at its end.
     """
     tokens: list[str] = list(prompt.tokens) if prompt else []
     values: list[float | None] = list(prompt.values) if prompt else []
     tops: list[Any] = list(prompt.tops) if prompt else []
+    offsets: list[int] = list(prompt.offsets[: len(tokens)]) if prompt else []
     for entry in entries:
         candidates = _candidates(entry, ids_as_text)
-        tokens.append(candidates[0][0])
-        values.append(candidates[0][1])
+        _, name, value, _ = candidates[0]
+        tokens.append(name)
+        values.append(value)
         tops.append(_by_text(candidates))
-    offsets: list[int] = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+        offset = base + entry.offset
+        offsets.append(offset if length is None else min(offset, length))
     return {
         "text_offset": offsets,
         "token_logprobs": values,
@@ -73,7 +94,7 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], ids_as_text: bool = False) -
     for entry in entries:
         token, *top = [
             {"token": text, "logprob": value, "bytes": list(raw)}
-            for text, value, raw in _candidates(entry, ids_as_text)
+            for _, text, value, raw in _candidates(entry, ids_as_text)
         ]
         content.append({**token, "top_logprobs": top})
     return {"content": content}
@@ -84,10 +105,19 @@ class PromptScore:
     answer to a long prompt is put together quickly and delays no other request.
 
     first: the name of the first token, which nothing precedes and so has no log-probability;
+    offsets: where each token begins in the echoed text, in characters;
     echoed, shown: candidates for each token in `tops` and in `rows`; -1: none are kept.
     """
 
-    def __init__(self, first: str, echoed: int, shown: int, ids_as_text: bool) -> None:
+    def __init__(
+        self,
+        first: str,
+        echoed: int,
+        shown: int,
+        ids_as_text: bool,
+        offsets: Sequence[int] = (),
+    ) -> None:
+        self.offsets = offsets
         self._echoed, self._shown, self._ids_as_text = echoed, shown, ids_as_text
         self.tokens: list[str] = [first]
         self.values: list[float | None] = [None]
@@ -104,8 +134,8 @@ class PromptScore:
             self.rows[run] = [Raw(_encode(_row(token, self._shown))) for token in tokens]
         if self._echoed >= 0:
             named = [_candidates(token, self._ids_as_text)[: self._echoed + 1] for token in tokens]
-            self.tokens[run] = [candidates[0][0] for candidates in named]
-            self.values[run] = [candidates[0][1] for candidates in named]
+            self.tokens[run] = [candidates[0][1] for candidates in named]
+            self.values[run] = [candidates[0][2] for candidates in named]
             self.tops[run] = [Raw(_encode(_by_text(candidates))) for candidates in named]
 
 

@@ -46,11 +46,12 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
             "suffix",
         )
     echo = bool(request.echo)
-    max_tokens = 0 if echo and request.max_tokens == 0 else checked_max_tokens(request.max_tokens)
-    if max_tokens is None:
-        max_tokens = int(PARAMETERS["max_tokens"].default)
     logprobs = checked_logprobs("logprobs", request.logprobs)
     prompt_logprobs = checked_logprobs("prompt_logprobs", request.prompt_logprobs)
+    scores_prompt = echo or prompt_logprobs >= 0
+    max_tokens = checked_max_tokens(request.max_tokens, scores_prompt=scores_prompt)
+    if max_tokens is None:
+        max_tokens = int(PARAMETERS["max_tokens"].default)
     choices = choices_of(request)
     if choices.beams and echo and (logprobs >= 0 or max_tokens == 0):
         raise invalid(
@@ -82,9 +83,12 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
     top_logprobs = checked_logprobs("top_logprobs", request.top_logprobs)
     logprobs = max(0, top_logprobs) if request.logprobs else -1
     prompt_logprobs = checked_logprobs("prompt_logprobs", request.prompt_logprobs)
-    max_tokens = checked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
+    scores_prompt = prompt_logprobs >= 0
+    max_tokens = checked_max_tokens(
+        request.max_completion_tokens, "max_completion_tokens", scores_prompt=scores_prompt
+    )
     if max_tokens is None:
-        max_tokens = checked_max_tokens(request.max_tokens)
+        max_tokens = checked_max_tokens(request.max_tokens, scores_prompt=scores_prompt)
     choices = choices_of(request)
     chat = chat_of(
         request.messages,

@@ -66,9 +66,8 @@ def prompts_of(
 
 
 def text_prompt(text: str, model: ModelFacts) -> Prompt:
-    """Raises RequestError."""
-    if not text:
-        raise invalid("The prompt is empty: it must have at least 1 character.", "prompt")
+    """Raises RequestError. Whether a text is empty its tokens tell: a model may begin each with
+    one."""
     if not model.has_text:
         raise invalid(f"{_NO_TEXT}; give the prompt as token ids.", "prompt")
     return Prompt(text=text)

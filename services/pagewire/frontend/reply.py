@@ -9,6 +9,7 @@ from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
 from ..requests.errors import RequestError
+from ..requests.request import OwnedRequest
 from .answers import PLAIN, ParserFactory, parse_whole
 from .errors import ApiError
 from .logprobs import PromptScore
@@ -17,10 +18,12 @@ from .sse import encode
 
 
 class Echo(Struct, frozen=True):
-    """What an answer shows of a prompt: its text, and the name of its first token."""
+    """What an answer shows of a prompt: its text; where that is scored, the name of its first token
+    and where each of its tokens begins in the text, in characters."""
 
     text: str = ""
     first: str = ""
+    offsets: tuple[int, ...] = ()
 
 
 class Reply:
@@ -42,6 +45,8 @@ class Reply:
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | RequestError | None = None
+        self.requests: Sequence[OwnedRequest] = ()
+        """What runs for it; none of a beam search, whose requests change."""
         self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.rendering.per_prompt)
         self._unfinished = len(self.choices)
 
@@ -120,6 +125,8 @@ class Choice:
         self.prefix = self.echo.text or rendering.prefix
         """What the answer begins with, before the generated text: an echoed prompt, or the message
         that the answer continues."""
+        self.reason = ""
+        """How it ended; empty until then."""
         self.score: PromptScore | None = None
         if rendering.scores_echo or rendering.prompt_logprobs >= 0:
             self.score = PromptScore(
@@ -127,6 +134,7 @@ class Choice:
                 rendering.logprobs if rendering.echo else -1,
                 rendering.prompt_logprobs,
                 rendering.ids_as_text,
+                self.echo.offsets,
             )
         self._texts: list[str] = []
         self._tokens: list[int] = []
@@ -161,10 +169,12 @@ class Choice:
         self._logprobs += logprobs
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        self.reason = reason
         data = self.data
         data.content = self.prefix
         for delta in parse_whole(self.reply.make_parser(), "".join(self._texts)):
             data.add(delta)
+        data.offset = len(self.echo.text)
         data.tokens = self._tokens
         data.logprobs = self._logprobs
         data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))

@@ -50,7 +50,7 @@ class ChoiceData(Struct):
     prompt_ids: list[int] | None = None
     """Only where the client asked for them."""
     offset: int = 0
-    """Characters in the token texts of earlier chunks."""
+    """Characters of the answer before the generated text."""
     score: PromptScore | None = None
     """Log-probabilities of the prompt, where the client asked for them."""
 
@@ -228,18 +228,20 @@ class CompletionFormatter(ResponseFormatter):
         ]
 
     def _whole_choice(self, choice: ChoiceData) -> Json:
-        return self._choice(choice, self._logprobs(choice))
+        return self._choice(choice, self._logprobs(choice, len(choice.content)))
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
         has_logprobs = choice.logprobs or (self.rendering.echo and choice.score)
         return self._choice(choice, self._logprobs(choice) if has_logprobs else None)
 
-    def _logprobs(self, choice: ChoiceData) -> Json | None:
+    def _logprobs(self, choice: ChoiceData, length: int | None = None) -> Json | None:
         rendering = self.rendering
         if rendering.logprobs < 0:
             return None
         score = choice.score if rendering.echo else None
-        return completion_logprobs(choice.logprobs, choice.offset, rendering.ids_as_text, score)
+        return completion_logprobs(
+            choice.logprobs, choice.offset, rendering.ids_as_text, score, length
+        )
 
     def _choice(self, choice: ChoiceData, logprobs: Json | None) -> Json:
         rendering = self.rendering

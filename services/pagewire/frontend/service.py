@@ -44,9 +44,6 @@ _DRAIN_LIMIT: Final = 16
 
 def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
     """Serve HTTP until SIGTERM or SIGINT; 0 then, 1 when it could not start."""
-    logging.basicConfig(
-        level=run.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
-    )
     try:
         uvloop.run(_main(run, model, config))
     except (OSError, ValueError) as error:
@@ -99,6 +96,7 @@ class Service:
         self.membership = node.membership
         counters = Counters()
         self.state = State(
+            log_requests=config.enable_log_requests,
             names=names,
             auth=auth,
             owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),

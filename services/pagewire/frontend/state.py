@@ -47,6 +47,8 @@ class State(Struct):
     """How late the event loop's last timer was."""
     chat_parser: ParserFactory = PLAIN
     """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
+    log_requests: bool = False
+    """Each request is a line of the log when it ends."""
     counter_exchange: CounterExchange | None = None
     """Where the frontends of a stack share their counters."""
 

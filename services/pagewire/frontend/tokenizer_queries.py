@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from msgspec.structs import replace
-from pagewire_protocol.columns import pack, unpack
+from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
 from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.structs import Prompt
@@ -14,6 +14,7 @@ from pagewire_protocol.structs import Prompt
 from ..requests.errors import RequestError, invalid
 from ..requests.queries import Answer, MakeQuery
 from ..requests.request import Job
+from .logprobs import token_text
 from .params import Plan
 from .rendering import Rendering
 from .reply import Echo
@@ -36,20 +37,6 @@ async def query(state: State, make: MakeQuery) -> Tokenized:
     if isinstance(answer, RequestError):
         raise answer
     return answer
-
-
-async def ids_of(state: State, prompt: Prompt, add_special_tokens: bool) -> bytes:
-    """A prompt's ids, as an int32 column. Raises RequestError."""
-    if prompt.ids is not None:
-        return prompt.ids
-    make = partial(Tokenize, prompt=prompt, add_special_tokens=add_special_tokens)
-    return (await query(state, make)).ids
-
-
-async def text_of(state: State, ids: bytes, skip_special_tokens: bool = False) -> str:
-    """The text of an int32 column. Raises RequestError."""
-    make = partial(Detokenize, ids=ids, skip_special_tokens=skip_special_tokens)
-    return (await query(state, make)).text
 
 
 async def resolve(state: State, plan: Plan) -> tuple[list[Job], Sequence[Echo]]:
@@ -80,21 +67,24 @@ async def _resolve_prompt(
     model = state.stack.model()
     if not model.has_text:
         ids = _truncated(job, job.prompt.ids or b"", model.max_model_len)
-        return Echo("", _name_of(unpack("i", ids)[0])), ids
-    whole = await ids_of(state, job.prompt, job.add_special_tokens)
-    ids = _truncated(job, whole, model.max_model_len)
+        first = token_text(b"", unpack("i", ids)[0])
+        return Echo("", first, (0,) * (len(ids) // 4)), ids
+    encode = partial(
+        Tokenize,
+        prompt=job.prompt,
+        add_special_tokens=job.add_special_tokens,
+        with_offsets=rendering.scores_echo,
+    )
+    answer = await query(state, encode)
+    ids = _truncated(job, answer.ids, model.max_model_len)
     if not ids:
         raise invalid("The prompt has no tokens.", "prompt")
     if text is None or job.text.truncate_prompt:
-        text = await text_of(state, ids)
-    first = unpack("i", ids)[0]
-    if rendering.ids_as_text:
-        return Echo(text, _name_of(first)), ids
-    return Echo(text, await text_of(state, pack("i", [first]))), ids
-
-
-def _name_of(token: int) -> str:
-    return f"token_id:{token}"
+        decode = partial(Detokenize, ids=ids, with_offsets=rendering.scores_echo)
+        answer = await query(state, decode)
+        text = answer.text
+    first = token_text(answer.first, unpack("i", ids)[0], rendering.ids_as_text)
+    return Echo(text, first, tuple(unpack("i", answer.offsets).tolist())), ids
 
 
 def _truncated(job: Job, ids: bytes, max_model_len: int) -> bytes:

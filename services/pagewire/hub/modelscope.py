@@ -29,30 +29,43 @@ def wanted() -> bool:
     return False
 
 
-def snapshot(model: str, revision: str, directory: str, offline: bool) -> Path:
-    """The directory with the files of `model`, from the cache in `directory` (empty: ModelScope's
-    own) or downloaded. Raises Failed."""
-    try:
-        from modelscope import snapshot_download  # type: ignore[import-not-found]
-    except ImportError:
-        name = next(name for name in VARIABLES if name in os.environ)
-        raise Failed(
-            f"{name} is set, but the modelscope package is not installed; `pip install modelscope`"
-        ) from None
-    options: dict[str, Any] = {"cache_dir": directory or None, "revision": revision or None}
-    options = {name: value for name, value in options.items() if value is not None}
-    try:
-        return Path(snapshot_download(model, local_files_only=True, **options))
-    except Exception as error:
-        # For a model that is not in its cache, the package raises no particular type.
-        if offline:
+class Repository:
+    """The files of `model`, in the cache in `directory` (empty: ModelScope's own) or from its hub.
+    Raises Failed without the modelscope package."""
+
+    def __init__(self, model: str, revision: str, directory: str) -> None:
+        try:
+            from modelscope import snapshot_download  # type: ignore[import-not-found]
+        except ImportError:
+            name = next(name for name in VARIABLES if name in os.environ)
             raise Failed(
-                f"it is not cached, and HF_HUB_OFFLINE forbids downloading it ({_reason(error)})"
+                f"{name} is set, but the modelscope package is not installed; `pip install modelscope`"
             ) from None
-    try:
-        return Path(snapshot_download(model, **options))
-    except Exception as error:
-        raise Failed(_reason(error)) from None
+        self._snapshot_download: Any = snapshot_download
+        self._model = model
+        options = {"cache_dir": directory or None, "revision": revision or None}
+        self._options = {name: value for name, value in options.items() if value is not None}
+
+    def cached(self) -> Path:
+        """The directory in the cache, whatever it holds. Raises Failed where there is none."""
+        try:
+            return Path(
+                self._snapshot_download(self._model, local_files_only=True, **self._options)
+            )
+        except Exception as error:  # for a model that is not there, no particular type
+            raise Failed(_reason(error)) from None
+
+    def fetch(self, patterns: list[str], ignored: list[str]) -> Path:
+        """The directory, with the files that match `patterns` and not `ignored` downloaded. Raises
+        Failed."""
+        try:
+            return Path(
+                self._snapshot_download(
+                    self._model, allow_patterns=patterns, ignore_patterns=ignored, **self._options
+                )
+            )
+        except Exception as error:
+            raise Failed(_reason(error)) from None
 
 
 def _reason(error: Exception) -> str:

@@ -8,8 +8,11 @@ import http.client
 import json
 import ssl
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, TextIO
+
+from ..process.logs import json_entry
 
 POLL_S = 0.1
 BAR_WIDTH = 24
@@ -80,14 +83,22 @@ def parse(body: Any) -> State:
 class Display:
     """The only writer of a launcher's error stream: the services' lines, and below them one bar."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, log_format: str = "text") -> None:
+        """log_format "json": every line is a JSON object, also those that a service or the launcher
+        writes in plain text."""
         self._stream = stream
-        self._bar = stream.isatty()
+        self._json = log_format == "json"
+        self._bar = stream.isatty() and not self._json
         self._shown = ""
 
     def log(self, name: str, line: str) -> None:
         self._clear()
-        self._write(f"{name:<12} {line}\n")
+        if not self._json:
+            self._write(f"{name:<12} {line}\n")
+        elif line.startswith('{"time": '):
+            self._write(f"{line}\n")
+        else:
+            self._write_entry(name, line)
 
     def show(self, stage: str, fraction: float) -> None:
         if self._bar:
@@ -99,11 +110,18 @@ class Display:
                 self._shown = text
         elif stage != self._shown:
             self._shown = stage
-            self._write(f"{stage}\n")
+            self.end(stage)
 
     def end(self, line: str) -> None:
         self._clear()
-        self._write(f"{line}\n")
+        if self._json:
+            self._write_entry("launcher", line)
+        else:
+            self._write(f"{line}\n")
+
+    def _write_entry(self, process: str, line: str) -> None:
+        entry = json_entry(process, line, "info", time.time())
+        self._write(f"{json.dumps(entry, ensure_ascii=False)}\n")
 
     def _clear(self) -> None:
         if self._bar and self._shown:

@@ -21,6 +21,7 @@ from ..frontend.auth import configured_keys
 from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
 from ..hub import huggingface
+from ..process import signals
 from ..process.listening import listening_socket
 from . import flags, stack
 from .progress import Display, Health
@@ -68,7 +69,7 @@ class Launch:
         assert config.frontend is not None
         self.config = config
         self.began = time.monotonic()
-        self.display = Display(sys.stderr)
+        self.display = Display(sys.stderr, config.run.log_format)
         self.supervisor = Supervisor(stack.early_services(config), self.display.log)
         self.health = Health(
             config.frontend.host,
@@ -79,8 +80,7 @@ class Launch:
         self.ready = False
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        signals.handle(signals.ENDING, self._on_signal)
         try:
             self._find_files()
             self.health.start()
@@ -154,7 +154,12 @@ class Launch:
         self.display.end(
             f"ready in {time.monotonic() - self.began:.1f} s{service_counts(self.config)}"
         )
-        print(invitation(self.config), flush=True)
+        text = invitation(self.config)
+        if self.config.run.log_format == "json":
+            for line in text.splitlines():
+                self.display.end(line.strip())
+        else:
+            print(text, flush=True)
 
 
 def service_counts(config: stack.StackConfig) -> str:

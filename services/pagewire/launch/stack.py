@@ -7,6 +7,7 @@ Shared by `pagewire serve` and `LLM`. It knows the settings, not the processes.
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..config import (
     WorkerConfig,
     to_flags,
 )
+from ..frontend.auth import KEYS_VARIABLE
 from .supervisor import Service
 
 _numbers = itertools.count()
@@ -153,11 +155,22 @@ def local_model(model: ModelConfig, files: Path, tokenizer: Path | None) -> Mode
 def _service(
     run: RunConfig, kind: str, number: int, *configs: Struct, fds: tuple[int, ...] = ()
 ) -> Service:
+    """API keys go through the environment: command lines can be read by everyone on a machine."""
     name = f"{kind}-{number}"
-    flags = [
-        flag for config in (structs.replace(run, name=name), *configs) for flag in to_flags(config)
+    keys = [
+        key for config in configs if isinstance(config, FrontendConfig) for key in config.api_key
     ]
-    return Service(name, (kind, *flags), fds)
+    flags = [
+        flag
+        for config in (structs.replace(run, name=name), *configs)
+        for flag in to_flags(_without_keys(config))
+    ]
+    secrets = ((KEYS_VARIABLE, json.dumps(keys)),) if keys else ()
+    return Service(name, (kind, *flags), fds, environment=secrets)
+
+
+def _without_keys(config: Struct) -> Struct:
+    return structs.replace(config, api_key=()) if isinstance(config, FrontendConfig) else config
 
 
 def new_run_dir() -> Path:

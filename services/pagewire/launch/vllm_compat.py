@@ -47,13 +47,11 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "distributed_executor_backend": Foreign(
         "services are processes of this machine; there is no executor", ("mp", "uni", *OFF)
     ),
-    **_each(
-        "disable_log_requests disable_log_stats",
-        "requests and statistics are not logged anyway",
-        switch=True,
+    "disable_log_requests": Foreign(
+        "requests are logged only with --enable-log-requests", switch=True
     ),
-    "enable_log_requests": Foreign("requests are not logged; /metrics counts them", switch=True),
-    **_each("max_log_len uvicorn_log_level", "requests are not logged; see --log-level"),
+    "max_log_len": Foreign("prompts are never logged"),
+    "uvicorn_log_level": Foreign("see --log-level"),
     **_each(
         "disable_uvicorn_access_log disable_fastapi_docs",
         "there is no access log and no page of documentation",

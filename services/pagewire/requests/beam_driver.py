@@ -13,7 +13,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 from pagewire_protocol.columns import pack, unpack
-from pagewire_protocol.messages import Detokenize
+from pagewire_protocol.messages import Detokenize, Tokenized
 from pagewire_protocol.prompt_checks import kept_prompt_tokens, too_long
 from pagewire_protocol.sampling import TextOptions
 from pagewire_protocol.structs import Prompt, PromptLogprobs, Started, TokenLogprobs
@@ -203,15 +203,20 @@ class BeamRun:
 
     # --- the outcome ---
 
-    def finish(self, best: Sequence[Hypothesis], texts: Sequence[str]) -> None:
-        """All is known."""
+    def finish(
+        self,
+        best: Sequence[Hypothesis],
+        texts: Sequence[str],
+        offsets: Sequence[Sequence[int]],
+    ) -> None:
+        """All is known: of each hypothesis its text, and where its tokens begin in it."""
         if self.error is None:
             self.results = [
-                self._result(hypothesis, text) for hypothesis, text in zip(best, texts, strict=True)
+                self._result(*parts) for parts in zip(best, texts, offsets, strict=True)
             ]
             self._on_end(self)
 
-    def _result(self, hypothesis: Hypothesis, text: str) -> BeamResult:
+    def _result(self, hypothesis: Hypothesis, text: str, offsets: Sequence[int]) -> BeamResult:
         end = hypothesis.end
         wanted = self.job.sampling.logprobs
         path = hypothesis.beam.path()
@@ -222,7 +227,10 @@ class BeamRun:
             cumulative_logprob=hypothesis.beam.score,
             reason="length" if end is None else "stop",
             stop_reason=end if end in self.job.sampling.stop_token_ids else None,
-            logprobs=[_own_first(beam, i, wanted) for i, beam in enumerate(path)]
+            logprobs=[
+                _own_first(beam, i, wanted, offsets[i] if i < len(offsets) else 0)
+                for i, beam in enumerate(path)
+            ]
             if wanted >= 0
             else [],
         )
@@ -277,12 +285,13 @@ class _HypothesisTexts:
         self._best = best
         self._send_query = send_query
         self._with_prompt_text = with_prompt_text
-        self._answers: dict[int, str] = {}
+        self._answers: dict[int, Tokenized] = {}
         self._queries = 0
 
     def start(self) -> None:
         if not self._run.model.has_text or not self._run.job.text.detokenize:
-            self._run.finish(self._best, [""] * len(self._best))
+            nothing: list[list[int]] = [[] for _ in self._best]
+            self._run.finish(self._best, [""] * len(self._best), nothing)
             return
         context = self._run.prompt_ids[-CONTEXT_TOKENS:]
         queries = [context, *(context + self._shown(hypothesis) for hypothesis in self._best)]
@@ -292,7 +301,10 @@ class _HypothesisTexts:
         skip_special_tokens = self._run.job.text.skip_special_tokens
         for index, tokens in enumerate(queries):
             make = partial(
-                Detokenize, ids=pack("i", tokens), skip_special_tokens=skip_special_tokens
+                Detokenize,
+                ids=pack("i", tokens),
+                skip_special_tokens=skip_special_tokens,
+                with_offsets=self._run.job.sampling.logprobs >= 0,
             )
             self._send_query(make, lambda answer, index=index: self._on_answer(index, answer))
 
@@ -304,22 +316,31 @@ class _HypothesisTexts:
         if isinstance(answer, RequestError):
             self._run.fail(answer)
             return
-        self._answers[index] = answer.text
+        self._answers[index] = answer
         if len(self._answers) < self._queries:
             return
         if self._with_prompt_text:
-            self._run.prompt_text = self._answers[self._queries - 1]
+            self._run.prompt_text = self._answers[self._queries - 1].text
         # The prompt may end within a character, which only the hypothesis makes whole.
-        before = self._answers[0].rstrip("\ufffd")
-        texts = [
-            self._answers[number].removeprefix(before) for number in range(1, len(self._best) + 1)
-        ]
-        self._run.finish(self._best, texts)
+        before = self._answers[0].text.rstrip("\ufffd")
+        answers = [self._answers[number] for number in range(1, len(self._best) + 1)]
+        self._run.finish(
+            self._best,
+            [answer.text.removeprefix(before) for answer in answers],
+            [self._offsets(answer, len(before)) for answer in answers],
+        )
+
+    def _offsets(self, answer: Tokenized, before: int) -> list[int]:
+        """Where each token of a hypothesis begins in its text. A token that ends it without being
+        shown begins at the text's end."""
+        context = len(self._run.prompt_ids[-CONTEXT_TOKENS:])
+        offsets = unpack("i", answer.offsets).tolist()[context:]
+        return [max(0, offset - before) for offset in (*offsets, len(answer.text))]
 
 
-def _own_first(beam: Beam, index: int, candidates: int) -> TokenLogprobs:
-    """The entry of the beam's own token, token `index` of its hypothesis: the token first, then the
-    most likely ones."""
+def _own_first(beam: Beam, index: int, candidates: int, offset: int) -> TokenLogprobs:
+    """The entry of the beam's own token, token `index` of its hypothesis, which begins at `offset`
+    of its text: the token first, then the most likely ones."""
     row: TokenLogprobs = beam.kept
     rank = row.ids.index(beam.token, 1)
     order = [rank, *range(1, candidates + 1)]
@@ -330,4 +351,5 @@ def _own_first(beam: Beam, index: int, candidates: int) -> TokenLogprobs:
         tuple(row.ids[i] for i in order),
         tuple(row.values[i] for i in order),
         tuple(row.texts[i] for i in order),
+        offset,
     )

@@ -232,8 +232,13 @@ def _checked_name(parameter: Parameter, value: Any, name: str) -> str:
 # --- rules of single parameters ---
 
 
-def checked_max_tokens(value: int | None, name: str = "max_tokens") -> int | None:
-    """None where the answer may take what the context leaves. Raises RequestError."""
+def checked_max_tokens(
+    value: int | None, name: str = "max_tokens", *, scores_prompt: bool = False
+) -> int | None:
+    """None where the answer may take what the context leaves. `scores_prompt`: the request wants to
+    know of its prompt, so that 0 tokens are an answer too. Raises RequestError."""
+    if value == 0 and scores_prompt:
+        return 0
     return None if value is None else checked(PARAMETERS["max_tokens"], value, name)
 
 

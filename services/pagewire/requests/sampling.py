@@ -90,7 +90,10 @@ def check_parameters(source: object) -> None:
     """Everything that can be said of parameters before a model is known. Raises RequestError."""
     for name in ("logprobs", "prompt_logprobs"):
         checked_logprobs(name, getattr(source, name, None))
-    max_tokens = checked_max_tokens(getattr(source, "max_tokens", None))
+    max_tokens = checked_max_tokens(
+        getattr(source, "max_tokens", None),
+        scores_prompt=getattr(source, "prompt_logprobs", None) is not None,
+    )
     checked(PARAMETERS["seed"], getattr(source, "seed", None))
     text_options_of(source, return_prompt_ids=False, has_text=True)
     sampling_of(

@@ -4,6 +4,7 @@ Owns the queue, the workers' states and the table of live attempts. Knows reply 
 workers by incarnation; who is alive, what time it is and where messages go is decided in `state.py`.
 """
 
+import logging
 from collections.abc import Callable
 from math import inf
 
@@ -28,6 +29,8 @@ from .placement import Queue, choose, overload, unservable
 from .request import Phase, Refusal, ReplyRoute, Request, malformed
 from .step_estimator import Waiting
 from .worker_state import Counters, WorkerState
+
+log = logging.getLogger("pagewire.scheduler")
 
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
@@ -270,6 +273,14 @@ class Engine:
         self._executions += 1
         request.execution = execution_id(self.epoch, self._executions)
         saved = worker.place(request, cached)
+        log.debug(
+            "execution %x: slot %d of worker %x, %d of %d prompt tokens cached",
+            request.execution,
+            request.slot,
+            worker.incarnation,
+            saved,
+            len(request.prompt),
+        )
         self.counters.prompt_tokens += len(request.prompt)
         self.out.to(request.reply_route).placed.append(
             Placed(request.handle, request.attempt, saved)

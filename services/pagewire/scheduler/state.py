@@ -31,6 +31,7 @@ from pagewire.config import SchedulerConfig
 from .engine import Engine
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
 from .results import WorkerFault
+from .throughput import ThroughputLog
 
 log = logging.getLogger("pagewire.scheduler")
 
@@ -83,6 +84,7 @@ class Scheduler:
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
         self._failed_workers: set[Incarnation] = set()
         self._next_housekeeping = 0.0
+        self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
 
     def handle(self, event: Event) -> None:
@@ -192,6 +194,8 @@ class Scheduler:
         if due:
             self._next_housekeeping = now + HOUSEKEEPING_S
             self._do_housekeeping()
+            if self._throughput is not None:
+                self._throughput.tick(now)
         # Tokens go out before the next steps, which are not urgent while others are under way, and
         # again after them, for the requests that got their slots.
         self._send_tokens()

@@ -5,6 +5,7 @@ Knows how a request enters and leaves its slot. Which request does is decided in
 what a step holds in `batch.py`, what a result means in `results.py`.
 """
 
+import logging
 from bisect import insort
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from .prefix_groups import PrefixFinder
 from .request import NO_SLOT, Phase, Request
 from .slots import NEVER, Slots
 from .step_estimator import StepEstimator
+
+log = logging.getLogger("pagewire.scheduler")
 
 
 @dataclass(slots=True)
@@ -143,6 +146,7 @@ class WorkerState:
         """Take slot and blocks from `request`. It waits again, with all its tokens, once the steps
         in flight have returned theirs."""
         self.counters.num_preemptions += 1
+        log.debug("execution %x is preempted: blocks ran out", request.execution)
         self._stop_running(request)
         request.phase = Phase.DRAINING
         last_step = self.in_flight.last_step_of(request.slot)

@@ -34,7 +34,7 @@ FILLER: Final = "\uf8ffunused-{}\uf8ff"
 that no text contains it."""
 
 
-class Listed(NamedTuple):
+class ListedToken(NamedTuple):
     """A token that a file names. `id`: None where the file says none."""
 
     token: AddedToken
@@ -57,12 +57,12 @@ def named(settings: Config) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def listed(path: Path, settings: Config) -> list[Listed]:
+def listed(path: Path, settings: Config) -> list[ListedToken]:
     """All tokens that the files of directory `path` name beside tokenizer.json, those with an id
     first. `settings`: of tokenizer_config.json and special_tokens_map.json. Raises Unsupported."""
     entries: Config = settings.get("added_tokens_decoder") or {}
     tokens = {
-        entry["content"]: Listed(
+        entry["content"]: ListedToken(
             AddedToken(entry["content"], **{flag: bool(entry.get(flag)) for flag in FLAGS}),
             int(index),
         )
@@ -72,9 +72,9 @@ def listed(path: Path, settings: Config) -> list[Listed]:
     for text, index in read_object(path / "added_tokens.json").items():
         if isinstance(index, int):
             token = AddedToken(text, normalized=False, special=text in special)
-            tokens.setdefault(text, Listed(token, index))
+            tokens.setdefault(text, ListedToken(token, index))
     for text in special:
-        tokens.setdefault(text, Listed(special_token(text), None))
+        tokens.setdefault(text, ListedToken(special_token(text), None))
     return sorted(tokens.values(), key=lambda entry: (entry.id is None, entry.id or 0))
 
 
@@ -98,52 +98,64 @@ def read_tokenizer_json(data: bytes) -> Tokenizer:
     tokenizer = Tokenizer.from_str(data.decode())
     entries = msgspec.json.decode(data, type=_TokenizerJson).added_tokens
     ids = {entry.content: entry.id for entry in entries}
-    misplaced = {text: token for text, token in ids.items() if tokenizer.token_to_id(text) != token}
-    return _placed(json.loads(data), misplaced) if misplaced else tokenizer
+    wrong_ids = {text: token for text, token in ids.items() if tokenizer.token_to_id(text) != token}
+    return _with_ids(json.loads(data), wrong_ids) if wrong_ids else tokenizer
 
 
-def with_added(tokenizer: Tokenizer, tokens: Sequence[Listed], vocab_size: int) -> Tokenizer:
+def with_added(tokenizer: Tokenizer, tokens: Sequence[ListedToken], vocab_size: int) -> Tokenizer:
     """`tokenizer` with all of `tokens`. One without an id that the vocabulary lacks gets the next
     free one, if the model's `vocab_size` (0: not known) has it."""
     present = {entry.content: entry for entry in tokenizer.get_added_tokens_decoder().values()}
-    new: dict[str, int] = {}
-    taken = [*tokenizer.get_vocab(with_added_tokens=True).values()]
-    taken += [index for _, index in tokens if index is not None]
-    following = max(taken, default=-1) + 1
-    additions: list[AddedToken] = []
+    missing = [entry for entry in tokens if tokenizer.token_to_id(entry.token.content) is None]
+    if missing:
+        ids = _new_ids(tokenizer, tokens, missing, vocab_size)
+        tokenizer = _with_ids(json.loads(tokenizer.to_str()), ids) if ids else tokenizer
     for token, index in tokens:
-        if tokenizer.token_to_id(token.content) is None:
-            if index is None and vocab_size and following >= vocab_size:
-                continue
-            new[token.content] = following if index is None else index
-            following += index is None
-        elif token.content in present and (
-            index is None or repr(present[token.content]) == repr(token)
-        ):
+        text = token.content
+        if tokenizer.token_to_id(text) is None:  # there was no room for it
             continue
-        additions.append(token)
-    if new:
-        tokenizer = _placed(json.loads(tokenizer.to_str()), new)
-    for token in additions:
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        # Without an id a file says no more of a token than that it is special.
+        is_alike = text in present and (index is None or repr(present[text]) == repr(token))
+        if not is_alike:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
 
 
-def _placed(document: Config, ids: dict[str, int]) -> Tokenizer:
+def _new_ids(
+    tokenizer: Tokenizer,
+    tokens: Sequence[ListedToken],
+    missing: Sequence[ListedToken],
+    vocab_size: int,
+) -> dict[str, int]:
+    """The ids of the tokens that the vocabulary lacks: what a file says, else the next free ones."""
+    taken = [*tokenizer.get_vocab(with_added_tokens=True).values()]
+    taken += [entry.id for entry in tokens if entry.id is not None]
+    following = max(taken, default=-1) + 1
+    ids: dict[str, int] = {}
+    for token, index in missing:
+        if index is not None:
+            ids[token.content] = index
+        elif not vocab_size or following < vocab_size:
+            ids[token.content] = following
+            following += 1
+    return ids
+
+
+def _with_ids(document: Config, ids: dict[str, int]) -> Tokenizer:
     """The tokenizer of `document`, tokenizer.json's content, with the texts of `ids` in the model's
     vocabulary under these ids."""
     vocab = document["model"]["vocab"]
     if isinstance(vocab, dict):
         vocab.update(ids)
     else:
-        _place_in_list(vocab, ids)
+        _put_in_list(vocab, ids)
     return Tokenizer.from_str(json.dumps(document))
 
 
-def _place_in_list(pieces: list[list[Any]], ids: dict[str, int]) -> None:
+def _put_in_list(pieces: list[list[Any]], ids: dict[str, int]) -> None:
     """A unigram model's ids are places in its list of pieces and scores."""
     lowest = min((score for _, score in pieces), default=0.0)
-    for place in range(len(pieces), max(ids.values()) + 1):
-        pieces.append([FILLER.format(place), lowest])
-    for text, place in ids.items():
-        pieces[place] = [text, lowest]
+    for index in range(len(pieces), max(ids.values()) + 1):
+        pieces.append([FILLER.format(index), lowest])
+    for text, index in ids.items():
+        pieces[index] = [text, lowest]

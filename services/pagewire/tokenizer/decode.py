@@ -34,6 +34,9 @@ class Decoder(Protocol):
     """By token id; None for a token that is no whole UTF-8 by itself."""
     can_look_up: bool
     """Nothing is held back that the next token's text depends on."""
+    lead: int
+    """Characters of the last step's text that stand for earlier tokens: bytes that no character
+    came of. The last token's own text begins behind them."""
 
     def step(self, token: int) -> str:
         """The text that is certain now."""
@@ -47,7 +50,7 @@ class Decoder(Protocol):
 class TableDecoder:
     """Decodes by a table of each token's bytes."""
 
-    __slots__ = ("_bytes", "_pending", "_strips_space", "can_look_up", "texts")
+    __slots__ = ("_bytes", "_pending", "_strips_space", "can_look_up", "lead", "texts")
 
     def __init__(
         self, texts: list[str | None], raw: list[bytes], strips_space: bool = False
@@ -60,10 +63,13 @@ class TableDecoder:
         self._pending = b""
         """The first bytes of a character whose others have not come yet."""
         self.can_look_up = not strips_space
+        self.lead = 0
 
     def step(self, token: int) -> str:
         data = self._bytes[token]
+        self.lead = 0
         if self._pending:
+            self.lead = _broken_characters(self._pending, data)
             data = self._pending + data
         # Bytes that can never become a character are replaced now; an unfinished character waits.
         text, used = codecs.utf_8_decode(data, "replace", False)
@@ -80,6 +86,13 @@ class TableDecoder:
         return text
 
 
+def _broken_characters(pending: bytes, data: bytes) -> int:
+    """How many U+FFFD stand for `pending`, the first bytes of a character that `data` does not
+    continue; 0 where it does."""
+    is_continued = not data or data[0] & 0xC0 == 0x80
+    return 0 if is_continued else len(pending.decode("utf-8", "replace"))
+
+
 class WindowDecoder:
     """Decodes the last tokens twice, with and without the new one; the difference is the new text.
 
@@ -89,6 +102,7 @@ class WindowDecoder:
     """
 
     can_look_up = False
+    lead = 0
 
     def __init__(
         self, tokenizer: Tokenizer, skip_special: bool, unspaced: frozenset[int] = frozenset()
@@ -215,3 +229,14 @@ class Decoding:
         """All at once, as a text of its own."""
         decoder = self.start(skip_special=skip_special, at_start=True)
         return "".join([decoder.step(token) for token in ids]) + decoder.flush()
+
+    def offsets(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
+        """Where each token begins in the text of `decode`, in characters."""
+        decoder = self.start(skip_special=skip_special, at_start=True)
+        offsets: list[int] = []
+        length = 0
+        for token in ids:
+            text = decoder.step(token)
+            offsets.append(length + decoder.lead)
+            length += len(text)
+        return offsets

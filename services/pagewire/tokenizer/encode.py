@@ -5,6 +5,7 @@ Everything that is wrong with a request is a `Refused`, whose text is shown to t
 the numbers.
 """
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,9 @@ from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
 
+from .decode import Decoding
 from .template import ChatTemplate, TemplateRefused
+from .token_bytes import tokens_by_id
 
 LONG: Final = 20_000
 """Characters from which on a prompt is encoded in a thread, off the event loop: about 10 ms of
@@ -56,6 +59,14 @@ class Encoded(NamedTuple):
     bad_words: tuple[bytes, ...] = ()
 
 
+class TokenOffsets(NamedTuple):
+    """Where tokens begin in a text, in characters (int32 column), and the bytes that the first of
+    them stands for."""
+
+    offsets: bytes
+    first: bytes
+
+
 def param_of(prompt: Prompt) -> str:
     """The client's name for the prompt."""
     return "messages" if prompt.chat is not None else "prompt"
@@ -65,12 +76,19 @@ class Encoder:
     """Text to token ids, and ids to text as a whole. Thread-safe. `tokenizer` is None under
     --skip-tokenizer-init."""
 
-    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        decoding: Decoding | None = None,
+    ) -> None:
+        """`decoding`: of the same tokenizer; made when it is needed where there is none."""
         self._tokenizer, self._template = tokenizer, template
+        self._decoding = decoding
         self._size = 0
         """Ids below this may be decoded. Some of them may belong to no token."""
         if tokenizer is not None:
-            self._size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self._size = decoding.size if decoding else len(tokens_by_id(tokenizer))
 
     def encode_request(self, request: Generate) -> Encoded:
         """All text of a request. Raises Refused."""
@@ -95,6 +113,36 @@ class Encoder:
                 return self._encode_text(self._render(chat), False, "messages")
             case _:
                 raise Refused("a prompt is exactly one of text, token ids and messages", "prompt")
+
+    def encode_with_offsets(
+        self, prompt: Prompt, add_special_tokens: bool
+    ) -> tuple[bytes, TokenOffsets]:
+        """The prompt as an int32 column, and where each token begins in its text: of a prompt of
+        ids, in the text that they stand for. Raises Refused."""
+        if prompt.text is None or self._tokenizer is None:
+            ids = self.encode(prompt, add_special_tokens)
+            return ids, self.offsets(ids, False)
+        (encoding,) = self._tokenizer.encode_batch(
+            [prompt.text], add_special_tokens=add_special_tokens
+        )
+        ids = np.array(encoding.ids, np.int32).tobytes()
+        offsets = np.array(_starts(encoding.offsets), np.int32).tobytes()
+        return ids, TokenOffsets(offsets, self._first_bytes(ids))
+
+    def offsets(self, ids: bytes, skip_special_tokens: bool) -> TokenOffsets:
+        """Of the tokens of an int32 column in the text of `decode`. Raises Refused."""
+        if self._tokenizer is None:
+            raise _no_tokenizer("tokens")
+        offsets = self._decodings().offsets(self._valid_ids(ids), skip_special_tokens)
+        return TokenOffsets(np.array(offsets, np.int32).tobytes(), self._first_bytes(ids))
+
+    def _first_bytes(self, ids: bytes) -> bytes:
+        return b"".join(self._decodings().bytes_of(np.frombuffer(ids[:4], np.int32)))
+
+    def _decodings(self) -> Decoding:
+        if self._decoding is None:
+            self._decoding = Decoding(self._tokenizer)
+        return self._decoding
 
     def decode(self, ids: bytes, skip_special_tokens: bool) -> str:
         """The text of an int32 column, as a text of its own. Raises Refused."""
@@ -170,6 +218,17 @@ class Encoder:
             [text], add_special_tokens=add_special_tokens
         )
         return np.array(encoding.ids, np.int32).tobytes()
+
+
+def _starts(offsets: Iterable[tuple[int, int]]) -> list[int]:
+    """Where each token begins, from the library's (first, last) characters: these leave out spaces
+    before a word, and are (0, 0) for a token that is in no text."""
+    starts: list[int] = []
+    end = 0
+    for first, last in offsets:
+        starts.append(min(first, end) if last > first else end)
+        end = max(end, last)
+    return starts
 
 
 def _no_tokenizer(param: str) -> Refused:

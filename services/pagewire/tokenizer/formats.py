@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from . import sentencepiece_model, sentencepiece_tokenizer, tiktoken_bpe
-from .added_tokens import Listed, named, special_token, with_added
+from .added_tokens import ListedToken, named, special_token, with_added
 from .gguf_tokenizer import LLAMA3, QWEN2
 
 Config = dict[str, Any]
@@ -84,7 +84,7 @@ class Built(NamedTuple):
 
 
 def build(
-    path: Path, settings: Config, config: Config, generation: Config, added: Sequence[Listed]
+    path: Path, settings: Config, config: Config, generation: Config, added: Sequence[ListedToken]
 ) -> Built | None:
     """The tokenizer in directory `path`, by tokenizer_config.json, config.json and
     generation_config.json, with the tokens `added`; None where there is none that is known here.
@@ -116,7 +116,7 @@ def build(
     return _llama(model, settings, marks, added)
 
 
-def _gpt2(path: Path, settings: Config, added: Sequence[Listed]) -> Built:
+def _gpt2(path: Path, settings: Config, added: Sequence[ListedToken]) -> Built:
     """Byte-level BPE by a vocabulary and a list of merges."""
     try:
         vocab, merges = models.BPE.read_file(*(str(path / name) for name in GPT2_FILES))
@@ -150,7 +150,7 @@ def _qwen(file: Path) -> Built:
     )
 
 
-def _glm4(file: Path, added: Sequence[Listed]) -> Built:
+def _glm4(file: Path, added: Sequence[ListedToken]) -> Built:
     ranks = tiktoken_bpe.read_ranks(file)
     numbered = [(token.content, index) for token, index in added if index is not None]
     special = numbered or [(token, len(ranks) + n) for n, token in enumerate(GLM4)]
@@ -178,7 +178,7 @@ def _llama(
     model: sentencepiece_model.Model,
     settings: Config,
     marks: dict[str, int],
-    added: Sequence[Listed],
+    added: Sequence[ListedToken],
 ) -> Built:
     """`marks`: ordinary pieces that stand for roles, by the name that a template gives them."""
     if settings.get("add_prefix_space") is False:

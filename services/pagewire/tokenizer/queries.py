@@ -6,9 +6,11 @@ from typing import Final
 
 from pagewire_protocol.messages import Detokenize, Tokenize, Tokenized
 
-from .encode import LONG, Encoder, Refused, size_of
+from .encode import LONG, Encoder, Refused, TokenOffsets, size_of
 
 log = logging.getLogger("pagewire.tokenizer")
+NO_OFFSETS: Final = TokenOffsets(b"", b"")
+"""Of a query that does not ask for offsets."""
 Query = Tokenize | Detokenize
 LONG_IDS: Final = 4 * (LONG // 4)
 """Bytes of token ids that are as much work as LONG characters, at 4 characters a token."""
@@ -26,9 +28,12 @@ def answer(encoder: Encoder, query: Query) -> Tokenized:
     handle = query.handle
     try:
         if isinstance(query, Detokenize):
-            return Tokenized(handle, text=encoder.decode(query.ids, query.skip_special_tokens))
-        ids = encoder.encode(query.prompt, query.add_special_tokens)
-        return Tokenized(handle, ids, encoder.strings(ids) if query.with_texts else ())
+            skip = query.skip_special_tokens
+            offsets = encoder.offsets(query.ids, skip) if query.with_offsets else NO_OFFSETS
+            return Tokenized(handle, text=encoder.decode(query.ids, skip), **offsets._asdict())
+        ids, offsets = _encoded(encoder, query)
+        texts = encoder.strings(ids) if query.with_texts else ()
+        return Tokenized(handle, ids, texts, **offsets._asdict())
     except Refused as refusal:
         return Tokenized(
             handle, status=refusal.status, message=refusal.message, param=refusal.param
@@ -41,6 +46,12 @@ def answer(encoder: Encoder, query: Query) -> Tokenized:
             status=500,
             message=f"the query could not be answered ({type(error).__name__})",
         )
+
+
+def _encoded(encoder: Encoder, query: Tokenize) -> tuple[bytes, TokenOffsets]:
+    if query.with_offsets:
+        return encoder.encode_with_offsets(query.prompt, query.add_special_tokens)
+    return encoder.encode(query.prompt, query.add_special_tokens), NO_OFFSETS
 
 
 def still_loading(query: Query) -> Tokenized:

@@ -196,7 +196,7 @@ def fill(
         if entries and (entry := entries.get(handle << 32 | position)) is not None:
             index = len(outgoing.rows) - 1
             token_index = outgoing.counts.get(index, 1) - 1
-            outgoing.logprobs.append(TokenLogprobs(index, token_index, *entry))
+            outgoing.logprobs.append(TokenLogprobs(index, token_index, *entry, stream.text_offset))
     return stopped, lost
 
 

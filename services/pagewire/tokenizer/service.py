@@ -65,7 +65,8 @@ class Text:
         template = (
             ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
         )
-        self.encoder, self.decoding = Encoder(tokenizer, template), Decoding(tokenizer)
+        self.decoding = Decoding(tokenizer)
+        self.encoder = Encoder(tokenizer, template, self.decoding)
         self.facts = TokenizerFacts(
             tokenizer is not None,
             template is not None,

@@ -35,6 +35,7 @@ class Stream:
     must see it. That is so in exactly these cases:
 
     - there are stop strings: the matcher must see all text;
+    - log-probabilities are asked for: the text is counted, for where each token begins in it;
     - the decoder holds something back: the first bytes of a character, or a space at the beginning
       of the text that is not shown;
     - the stream has reached the token whose text is hidden (`hide_from`).
@@ -45,8 +46,10 @@ class Stream:
 
     __slots__ = (
         "_always_steps",
+        "_counts_text",
         "_decoder",
         "_hidden_from",
+        "_length",
         "_matcher",
         "_unmatched",
         "attempt",
@@ -61,6 +64,7 @@ class Stream:
         "prompt_tokens",
         "reply_to",
         "rid",
+        "text_offset",
         "texts",
     )
 
@@ -96,7 +100,12 @@ class Stream:
         self._unmatched = request.sampling.min_tokens if options.stop else 0
         """Tokens at the beginning whose text takes no part in stop strings."""
         self._hidden_from = NEVER
-        self._always_steps = self._matcher is not None
+        self.text_offset = 0
+        """Where the last token begins in the text, in characters; only with log-probabilities."""
+        self._length = 0
+        """Characters of the text so far, those held back included."""
+        self._counts_text = request.sampling.logprobs >= 0
+        self._always_steps = self._matcher is not None or self._counts_text
         self.needs_step = self._always_steps or not decoder.can_look_up
         """The next token's text comes from `step`, not from `texts`; see the box above."""
 
@@ -111,10 +120,15 @@ class Stream:
         afterwards if that token completed one."""
         position, decoder = self.position, self._decoder
         self.position = position + 1
+        lead = 0
         if position >= self._hidden_from:
             text = ""
         elif not decoder.can_look_up or (text := self.texts[token]) is None:
             text = decoder.step(token)
+            lead = decoder.lead
+        if self._counts_text:
+            self.text_offset = self._length + lead
+            self._length += len(text)
         self.needs_step = self._always_steps or not decoder.can_look_up
         return self._match(text, position)
 

@@ -44,9 +44,6 @@ OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message
 Message = dict[str, Any]
 Forms = tuple[bool, ...]
 """For each message, whether its content is a list of typed parts (else it is text)."""
-Shape = tuple[tuple[tuple[str, bool, bool], ...], bool, bytes]
-"""What a template may tell conversations apart by, beside their texts: for each message its role,
-whether it has a name, and a text; whether an answer is begun; further variables."""
 
 
 class TemplateRefused(ValueError):
@@ -150,7 +147,10 @@ class ChatTemplate:
             raise ValueError(f"the chat template does not compile: {error}") from None
         self._names = names
         self._knows_developer = "developer" in source
-        self._forms: dict[Shape, Forms | None] = {}
+        self._forms: dict[int, Forms | None] = {}
+        """By the hash of what a template may tell conversations apart by, beside their texts: for
+        each message its role, whether it has a name, and a text; whether an answer is begun;
+        further variables. Hashes, since these are long where conversations are."""
         self._watchdog = watchdog or Watchdog(TIMEOUT_S)
 
     def render(self, chat: Chat) -> str:
@@ -183,10 +183,9 @@ class ChatTemplate:
         them; None where the template does not render without these very texts. Raises
         TemplateRefused when it leaves out a message in every form."""
         roles = tuple(
-            (message["role"], "name" in message, bool(message["content"].strip()))
-            for message in messages
+            (message["role"], "name" in message, _has_text(message)) for message in messages
         )
-        shape = (roles, chat.add_generation_prompt, chat.template_kwargs)
+        shape = hash((roles, chat.add_generation_prompt, chat.template_kwargs))
         if shape not in self._forms:
             if len(self._forms) >= MAX_SHAPES:
                 self._forms.clear()
@@ -195,7 +194,7 @@ class ChatTemplate:
 
     def _find_forms(self, messages: list[Message], values: Message) -> Forms | None:
         probes = [
-            {**message, "content": PROBE.format(index)} if message["content"].strip() else message
+            {**message, "content": PROBE.format(index)} if _has_text(message) else message
             for index, message in enumerate(messages)
         ]
         as_text, as_parts = (False,) * len(probes), (True,) * len(probes)
@@ -226,7 +225,7 @@ class ChatTemplate:
         return [
             index
             for index, probe in enumerate(probes)
-            if probe["content"].strip() and PROBE.format(index) not in rendered
+            if _has_text(probe) and PROBE.format(index) not in rendered
         ]
 
     def _render(self, values: dict[str, Any]) -> str:
@@ -265,6 +264,12 @@ class ChatTemplate:
                 raise SecurityError(f"its output is longer than {MAX_OUTPUT} characters")
             pieces.append(piece)
         return "".join(pieces)
+
+
+def _has_text(message: Message) -> bool:
+    """Whether there is anything that a template must show."""
+    content: str = message["content"]
+    return bool(content) and not content.isspace()
 
 
 def _in_forms(messages: list[Message], forms: Forms | None) -> list[Message]:

@@ -101,7 +101,9 @@ def _load(
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(
+            FakeRunner(model, scheduler, config, incarnation), _Narrator(membership).alive
+        )
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -142,7 +144,8 @@ def _load(
                 incarnation,
                 narrate,
                 lambda: membership.tick(time.monotonic()),
-            )
+            ),
+            narrate.alive,
         )
 
 

@@ -5,10 +5,13 @@ done; a SyncRunner (cpu/runner.py, fake.py) computes while it is called, and `As
 the first kind of it. Knows no tensors.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
+
+from .load.in_thread import Ticker
 
 
 class StepHandle(Protocol):
@@ -77,10 +80,13 @@ class CompletedStep:
 
 
 class AsyncFromSync:
-    """An AsyncRunner whose steps are done when `launch` returns."""
+    """An AsyncRunner whose steps are done when `launch` returns. `alive` is called each second while
+    a step takes longer: a long prompt of a large model takes a CPU minutes, and who is silent for
+    so long counts as gone."""
 
-    def __init__(self, runner: SyncRunner) -> None:
+    def __init__(self, runner: SyncRunner, alive: Callable[[], None] | None = None) -> None:
         self._execute = runner.execute
+        self._inside = Ticker(alive).inside if alive else contextlib.nullcontext
         self.facts = runner.facts
         self.clear = runner.clear
 
@@ -89,4 +95,5 @@ class AsyncFromSync:
 
     def launch(self, step: Step) -> StepHandle:
         """See AsyncRunner."""
-        return CompletedStep(self._execute(step))
+        with self._inside():
+            return CompletedStep(self._execute(step))

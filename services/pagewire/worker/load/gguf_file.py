@@ -260,10 +260,11 @@ class Gguf:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
         return rope
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text, in rising order: see `end_tokens`."""
+    def eos_token_ids(self, tokenizer: Path | None) -> tuple[int, ...]:
+        """The ids that end a text, in rising order: see `end_tokens`. `tokenizer`: where it is, if
+        not in the file."""
         vocab_size = self.entries["token_embd.weight"].shape[0]
-        return end_tokens.of_gguf(self.metadata, self._parts[0].find_tokens, vocab_size)
+        return end_tokens.of_gguf(self.metadata, self._parts[0].find_tokens, vocab_size, tokenizer)
 
     def names(self) -> Iterator[tuple[str, str]]:
         """(name in the file, name in a Hugging Face checkpoint) of every weight."""

@@ -3,6 +3,7 @@ is put into a thread. Knows nothing of the work."""
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,37 @@ def run_in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
     if failed:
         raise failed[0]
     return found[0]
+
+
+class Ticker:
+    """One thread that calls `tick` each second while this one is `inside`, for work that comes often
+    and sometimes takes long: a step on a CPU. It may come between any two calls of that work, never
+    outside of it."""
+
+    def __init__(self, tick: Callable[[], None], tick_s: float = TICK_S) -> None:
+        self._tick = tick
+        self._tick_s = tick_s
+        self._lock = threading.Lock()
+        self._is_inside = False
+        threading.Thread(target=self._run, name="ticker", daemon=True).start()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Around one piece of work."""
+        with self._lock:
+            self._is_inside = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_inside = False
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._tick_s)
+            with self._lock:
+                if self._is_inside:
+                    self._tick()
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
 from torch import Tensor
 
-from ...checkpoint import end_tokens, gguf_files, quantization
-from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
+from ...checkpoint import end_tokens, quantization
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ...hub.huggingface import tokenizer_path
 from ..device import gpus, processor
@@ -32,6 +31,7 @@ from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
 from .pytorch_file import PytorchFiles
 from .quantizing import Checkpoint, Quantizing
+from .sources import locate
 from .weights import Source
 
 log = logging.getLogger("pagewire.worker")
@@ -130,7 +130,7 @@ def load(
                 dtype,
                 device,
                 model.seed,
-                weights.unusual(source),
+                weights.tensors_for_transformers(source),
             )
             decoder = run_in_thread(
                 made, lambda: progress("loading weights through transformers", 0.0)
@@ -196,32 +196,15 @@ def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
 def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, tuple[int, ...]]:
     """(where the weights come from, None for random ones; the configuration; the ids that end a
     text)."""
-    load_format = model.load_format
-    if path.is_dir() and (
-        load_format == "gguf" or (load_format == "auto" and not SAFETENSORS.weights(path))
-    ):
-        path = gguf_files.find(path) or path
+    load_format, path = locate(path, model.load_format)
     if path.suffix == ".gguf":
-        if load_format == "safetensors":
-            raise Unsupported(f"{path.name} is a GGUF file, but --load-format is safetensors")
         file = Gguf(path)
-        return (None if load_format == "dummy" else file), file.config(), file.eos_token_ids()
-    if load_format == "gguf":
-        raise Unsupported(f"{path} has no .gguf file, but --load-format is gguf")
+        ends = file.eos_token_ids(tokenizer_path(model))
+        return (file if load_format == "gguf" else None), file.config(), ends
     config = read_config(path)
     ends = end_tokens.of_directory(path, config, tokenizer_path(model))
-    return _weights(path, load_format), config, ends
-
-
-def _weights(path: Path, load_format: str) -> Path | PytorchFiles | None:
-    """PyTorch's own files only where they are asked for, or where there is nothing else."""
-    if load_format == "dummy":
-        return None
-    if load_format == "pt" or (
-        load_format == "auto" and not SAFETENSORS.weights(path) and PYTORCH.weights(path)
-    ):
-        return PytorchFiles.of(path)
-    return path
+    sources = {"safetensors": lambda: path, "pt": lambda: PytorchFiles.of(path)}
+    return sources.get(load_format, lambda: None)(), config, ends
 
 
 def choose_device(asked: str) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.errors import Unsupported
-from ...checkpoint.weight_files import PYTORCH, Weights
+from ...checkpoint.weight_files import Weights
+from .sources import pytorch_files
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,16 @@ class PytorchFiles:
     @classmethod
     def of(cls, directory: Path) -> "PytorchFiles":
         """Those of the model in `directory`. Raises Unsupported when there are none, or not all."""
-        weights = PYTORCH.weights(directory)
-        if weights is None:
-            raise Unsupported(
-                f"{directory} has no .safetensors and no pytorch_model.bin file; convert the checkpoint to safetensors"
-            )
-        weights.check()
-        return cls(directory, weights)
+        return cls(directory, pytorch_files(directory))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name; one file is open at a time. Raises Unsupported for a broken
         file."""
+        owners: dict[str, Path] = {}
         for path in self.weights.paths:
-            for name, tensor in _load(path).items():
-                if self.weights.has(name, path):
-                    yield name, tensor
+            tensors = _load(path)
+            for name in self.weights.pick(path, tensors, owners):
+                yield name, tensors[name]
 
 
 def _load(path: Path) -> dict[str, Tensor]:

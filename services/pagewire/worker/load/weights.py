@@ -16,7 +16,7 @@ import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
+from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
 from ..models import family, gpt2
 from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
@@ -25,6 +25,7 @@ from ..models.weight_slots import WeightSlot
 from .formats.base import Assembler, CheckpointFormat
 from .gguf_file import Gguf
 from .pytorch_file import PytorchFiles
+from .sources import safetensors_files
 
 Source = Path | Gguf | PytorchFiles
 """A directory of safetensors, or another kind of file, open."""
@@ -166,19 +167,11 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
     from safetensors import SafetensorError, safe_open
 
     weights = safetensors_files(directory)
-    files: dict[str, Path] = {}
+    owners: dict[str, Path] = {}
     for path in weights.paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if not weights.has(name, path):
-                        continue
-                    if name in files:
-                        raise Unsupported(
-                            f"{files[name].name} and {path.name} in {directory} both have a tensor {name}, and no {SAFETENSORS.index} says "
-                            "which file counts; move away the file that is not the model's"
-                        )
-                    files[name] = path
+                for name in weights.pick(path, file.keys(), owners):
                     if not only_headers:
                         yield name, file.get_tensor(name)
         except SafetensorError as error:
@@ -188,12 +181,12 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
             ) from None
 
 
-def unusual(source: Source | None) -> Callable[[], Iterator[Named]] | None:
+def tensors_for_transformers(source: Source | None) -> Callable[[], Iterator[Named]] | None:
     """The tensors of a source that transformers by itself would read from other files; None for all
     other sources."""
-    if isinstance(source, Path) and not SAFETENSORS.is_usual(source):
+    if isinstance(source, Path) and not SAFETENSORS.is_conventional(source):
         return lambda: from_safetensors(source)
-    if isinstance(source, PytorchFiles) and not PYTORCH.is_usual(source.directory):
+    if isinstance(source, PytorchFiles) and not PYTORCH.is_conventional(source.directory):
         return source.tensors
     return None
 
@@ -203,17 +196,6 @@ def check_safetensors(directory: Path) -> None:
     Unsupported."""
     for _ in from_safetensors(directory, only_headers=True):
         pass
-
-
-def safetensors_files(directory: Path) -> Weights:
-    """The files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = SAFETENSORS.weights(directory)
-    if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
-        )
-    weights.check()
-    return weights
 
 
 def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:
