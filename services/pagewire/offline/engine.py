@@ -6,7 +6,9 @@ a synchronous loop: nothing moves between two calls of `pump`. `launch.backgroun
 running.
 """
 
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pagewire_protocol.structs import Role
 
 from ..launch import stack
 from ..launch.background import BackgroundServices, find_files
+from ..launch.progress import Display, State, parse
 from ..process.node import Node
 from ..requests.counters import Counters
 from ..requests.errors import ErrorKind, RequestError
@@ -38,6 +41,7 @@ class Engine:
     def __init__(
         self, config: stack.StackConfig, report: Callable[[str], None] = lambda _: None
     ) -> None:
+        self._began = time.monotonic()
         model = find_files(config, report)
         self.tokenizer_path = Path(model.tokenizer or model.model)
         self._pid = os.getpid()
@@ -54,6 +58,8 @@ class Engine:
         self.lock = threading.RLock()
         self._has_fresh_roster = False
         self._closed = False
+        quiet = sys.stderr is None or config.run.log_level == "error"
+        self._display = Display(io.StringIO() if quiet else sys.stderr)
         self._services = BackgroundServices(config, model, self._inbox.wake)
 
     @property
@@ -61,18 +67,16 @@ class Engine:
         """The latest one."""
         return self._membership.roster
 
-    def wait_ready(self, report: Callable[[str], None] = lambda _: None) -> Roster:
-        """Block until a tokenizer and a worker are ready. Raises EngineError when one cannot
-        start."""
+    def wait_ready(self) -> Roster:
+        """Block until a tokenizer and a worker are ready, and show how far they are. Raises
+        EngineError when one cannot start."""
         self._membership.ready()
-        reported = ""
         while (roster := self._membership.roster) is None or not is_ready(roster):
             self.pump()
-            stage = describe(self._membership.roster)
-            if stage != reported:
-                reported = stage
-                report(stage)
+            state = loading(self._membership.roster)
+            self._display.show(state.stage, state.fraction)
         self._services.mark_ready()
+        self._display.end(f"ready in {time.monotonic() - self._began:.1f} s")
         return roster
 
     def check_open(self) -> None:
@@ -146,17 +150,19 @@ def is_ready(roster: Roster) -> bool:
     return Role.TOKENIZER in roles and Role.WORKER in roles
 
 
-def describe(roster: Roster | None) -> str:
-    """What is loading, as a user reads it."""
+def loading(roster: Roster | None) -> State:
+    """What is loading, as the launcher shows it."""
     waiting = (
         [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND]
         if roster
         else []
     )
-    return (
-        ", ".join(
-            f"{peer.role.name.lower()}: {peer.stage or 'starting'} {peer.fraction:.0%}"
-            for peer in waiting
-        )
-        or "starting"
-    )
+    rows = [
+        {
+            "role": peer.role.name.lower(),
+            "stage": peer.stage or "starting",
+            "fraction": peer.fraction,
+        }
+        for peer in waiting
+    ]
+    return parse({"loading": rows})

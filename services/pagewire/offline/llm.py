@@ -1,10 +1,11 @@
 """LLM: generation for a program, without HTTP. It starts the same services as `pagewire serve` and
 ends them with the program."""
 
+import contextlib
 import random
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import structs
@@ -12,6 +13,7 @@ from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import Chat
 
 from ..config import DEMO_MODEL
+from ..process.errors import missing_package
 from ..requests.model_facts import model_facts
 from ..requests.retries import REQUESTS_AHEAD
 from . import settings as program_settings
@@ -185,12 +187,13 @@ class LLM:
         """The model's tokenizer as one of transformers' (imported now), with the chat template that
         this LLM uses."""
         if self._tokenizer is None:
-            from .local_tokenizer import as_transformers
-
             self._need_text()
-            self._tokenizer = as_transformers(
-                self._engine.tokenizer_path, self._config.tokenizer.chat_template
-            )
+            with _named_packages():
+                from .local_tokenizer import as_transformers
+
+                self._tokenizer = as_transformers(
+                    self._engine.tokenizer_path, self._config.tokenizer.chat_template
+                )
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -236,10 +239,11 @@ class LLM:
             )
 
     def _renderer(self, chat_template: str) -> Callable[[Chat], str]:
-        from .local_tokenizer import renderer
-
         self._need_text()
-        return renderer(self._engine.tokenizer_path, chat_template)
+        with _named_packages():
+            from .local_tokenizer import renderer
+
+            return renderer(self._engine.tokenizer_path, chat_template)
 
     def __enter__(self) -> "LLM":
         return self
@@ -268,6 +272,15 @@ def _hypotheses(prompt_text: str, output: RequestOutput) -> BeamSearchOutput:
             for completion in output.outputs
         ]
     )
+
+
+@contextlib.contextmanager
+def _named_packages() -> Iterator[None]:
+    """Within the context, the error of a missing package says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(missing_package(error), name=error.name) from None
 
 
 def _print_line(line: str) -> None:
