@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 INPUTS := pyproject.toml constraints.txt services/pagewire/version.py
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-SIZES := pip downloads about 4 GB with PyTorch for CUDA (9 GB on disk), 0.4 GB where its CPU build is in $(VENV) already
+SIZES := with PyTorch for CUDA pip downloads about 3 GB, where its CPU build is in $(VENV) already 0.4 GB
 
 .DEFAULT_GOAL := serve
 .PHONY: serve test lint format clean

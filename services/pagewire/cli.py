@@ -42,6 +42,7 @@ COMMANDS = {
     ),
     "doctor": ("commands.doctor", "check this machine and say in plain words what is wrong"),
 }
+MANY_FLAGS = 15
 OTHER_NAMES = {"collect-env": "doctor"}
 """What vLLM calls a command."""
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
@@ -147,6 +148,13 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--help="):
                 self._show(word.removeprefix("--help=").strip().lstrip("-").replace("_", "-"))
         return super().parse_known_args(words, namespace)
+
+    def format_help(self) -> str:
+        """The usage of a command with many flags does not list them a second time."""
+        if self.usage is None and len(self._actions) > MANY_FLAGS:
+            named = any(not action.option_strings for action in self._actions)
+            self.usage = f"{self.prog} {'[MODEL] ' if named else ''}[flags]"
+        return super().format_help()
 
     def _show(self, word: str) -> NoReturn:
         """Print the help of the flags that `word` names, and exit."""

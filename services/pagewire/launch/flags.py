@@ -56,7 +56,6 @@ def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
     """A parser for everything that a stack is started with. What was not given is absent from its
     namespace. `hidden`: settings that the help does not show."""
     parser = new_parser(command, description)
-    parser.usage = f"{parser.prog} [MODEL] [flags]"
     parser.epilog = EPILOG
     add_model(parser)
     parser.add_argument(

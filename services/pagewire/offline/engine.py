@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
@@ -20,7 +21,7 @@ from pagewire_protocol.structs import Role
 
 from ..launch import stack
 from ..launch.background import BackgroundServices, find_files
-from ..launch.progress import Display, State, parse
+from ..launch.progress import Display, parse
 from ..process.node import Node
 from ..requests.counters import Counters
 from ..requests.errors import ErrorKind, RequestError
@@ -73,8 +74,9 @@ class Engine:
         self._membership.ready()
         while (roster := self._membership.roster) is None or not is_ready(roster):
             self.pump()
-            state = loading(self._membership.roster)
-            self._display.show(state.stage, state.fraction)
+            if waiting := waiting_for(self._membership.roster):
+                state = parse({"loading": waiting})
+                self._display.show(state.stage, state.fraction)
         self._services.mark_ready()
         self._display.end(f"ready in {time.monotonic() - self._began:.1f} s")
         return roster
@@ -150,19 +152,15 @@ def is_ready(roster: Roster) -> bool:
     return Role.TOKENIZER in roles and Role.WORKER in roles
 
 
-def loading(roster: Roster | None) -> State:
-    """What is loading, as the launcher shows it."""
-    waiting = (
-        [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND]
-        if roster
-        else []
-    )
-    rows = [
+def waiting_for(roster: Roster | None) -> list[dict[str, Any]]:
+    """The services that are not ready, as /health lists them."""
+    peers = roster.peers if roster else ()
+    return [
         {
             "role": peer.role.name.lower(),
             "stage": peer.stage or "starting",
             "fraction": peer.fraction,
         }
-        for peer in waiting
+        for peer in peers
+        if not peer.ready and peer.role is not Role.FRONTEND
     ]
-    return parse({"loading": rows})
