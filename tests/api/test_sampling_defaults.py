@@ -43,6 +43,16 @@ def test_what_a_request_says_goes_first(recommended, sent) -> None:
     assert sampling.max_tokens == 9 and not sent().max_tokens_is_rest
 
 
+def test_the_model_s_card_tells_them(recommended) -> None:
+    card = recommended.http.get("/v1/models").json()["data"][0]
+    assert card["sampling_defaults"] == {
+        "temperature": 0.25,
+        "top_k": 20,
+        "repetition_penalty": 1.5,
+        "max_tokens": 7,
+    }
+
+
 def test_beam_search_goes_by_the_model_alone(recommended, sent) -> None:
     body = {"use_beam_search": True, "best_of": 2, "n": 2, "max_tokens": 2}
     assert recommended.complete(**body).status_code == 200

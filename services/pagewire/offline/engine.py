@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from msgspec import structs
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
@@ -59,8 +59,9 @@ class Engine:
         self.lock = threading.RLock()
         self._has_fresh_roster = False
         self._closed = False
-        quiet = sys.stderr is None or config.run.log_level == "error"
-        self._display = Display(io.StringIO() if quiet else sys.stderr)
+        # A program without a terminal may have no error stream at all.
+        stream: TextIO | None = None if config.run.log_level == "error" else sys.stderr
+        self._display = Display(stream or io.StringIO())
         self._services = BackgroundServices(config, model, self._inbox.wake)
 
     @property
