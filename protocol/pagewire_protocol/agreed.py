@@ -11,3 +11,7 @@ than MAX_STEPS_IN_FLIGHT."""
 MAX_PREFIX_GROUPS: Final = 8
 """Groups of rows with common leading blocks that one step names. A worker has buffers for so many,
 and each adds tiles to a kernel's grid of fixed size, which cost time even where they stay empty."""
+
+LAUNCHER_AGENT: Final = "pagewire-launcher"
+"""The User-Agent of `pagewire serve` itself, which asks for the health of a starting stack ten times a
+second: no traffic, and no failures."""

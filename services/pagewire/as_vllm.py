@@ -45,12 +45,17 @@ NAMES: dict[str, dict[str, str]] = {
 }
 
 
+VLLM_VERSION = "0.26.0"
+"""Of vLLM, whose names these are: programs compare it with the version that they need."""
+
+
 class _Stand(ModuleType):
     """A module whose names are looked up when they are used."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, f"Pagewire under the name of {name}.")
-        self.__version__ = __version__
+        self.__version__ = VLLM_VERSION
+        self.__pagewire_version__ = __version__
         self.__path__ = []
         self.__all__ = sorted(NAMES[name])
 

@@ -86,14 +86,26 @@ def test_metrics(serve) -> None:
             "num_requests_running": 3,
             "kv_cache_usage_perc": 0.25,
             "prefix_cache_hits": 7,
-            "steps in flight": 2,
+            "steps_in_flight": 2,
+            "iteration_tokens_le_8": 3,
+            "iteration_tokens_le_inf": 4,
+            "iteration_tokens_sum": 40,
+            "kv_block_size": 16,
+            "prefix_caching": 1,
         }
     ) as server:
         server.complete("stop", max_tokens=8)
         server.complete("refuse400")
         text = server.http.get("/metrics").text
     samples = {}
+    helps: dict[str, str] = {}
     for family in text_string_to_metric_families(text):
+        assert family.type in ("counter", "gauge", "histogram"), family.name
+        # Of the library's own: metrics of the process.
+        assert family.documentation and family.documentation not in helps.values(), family.name
+        helps[family.name] = family.documentation
+        names = {sample.name for sample in family.samples}
+        assert family.type != "counter" or all(name.endswith("_total") for name in names)
         for sample in family.samples:
             label = next(
                 (
@@ -113,6 +125,14 @@ def test_metrics(serve) -> None:
         and samples["vllm:num_preemptions_total", ""] == 0
     )
     assert samples["pagewire:scheduler_steps_in_flight", ""] == 2
+    assert samples["vllm:gpu_prefix_cache_hits_total", ""] == 7
+    assert samples["vllm:iteration_tokens_total_bucket", "8.0"] == 3
+    assert samples["vllm:iteration_tokens_total_count", ""] == 4
+    assert samples["vllm:iteration_tokens_total_sum", ""] == 40
+    assert 'enable_prefix_caching="True"' in text and 'block_size="16"' in text
+    assert samples["process_resident_memory_bytes", ""] > 1e6
+    for name in ("http_responses", "resubmissions"):
+        assert f"# TYPE pagewire:frontend_{name}_total counter" in text
     assert (
         samples["vllm:prompt_tokens_total", ""] == 3
         and samples["vllm:generation_tokens_total", ""] == 5
@@ -156,7 +176,7 @@ def test_metrics(serve) -> None:
         and samples["vllm:e2e_request_latency_seconds_count", ""] == 1
     )
     assert (
-        samples["pagewire:frontend_http_responses_total", "400"] == 1
+        'http_responses_total{code="400",method="POST",route="/v1/completions"} 1.0' in text
         and samples["pagewire:service_ready", "worker"] == 1
     )
 

@@ -11,7 +11,7 @@ def tally(tokens: int, seconds: float, status: int) -> Counters:
     made = Counters()
     made.generation_tokens = tokens
     made.first_token(seconds)
-    made.responded(status)
+    made.responded("GET", "/x", status)
     made.finished("stop")
     return made
 
@@ -25,7 +25,10 @@ def test_whoever_is_asked_gives_the_sum(tmp_path: Path) -> None:
     two.publish()
     for asked in (one, two):
         total = asked.total({1, 2})
-        assert total.generation_tokens == 15 and total.responses == {200: 1, 429: 1}
+        assert total.generation_tokens == 15 and total.responses == {
+            "GET /x 200": 1,
+            "GET /x 429": 1,
+        }
         assert total.reasons == {"stop": 2, "length": 0, "abort": 0, "error": 0}
         assert (
             sum(total.time_to_first_token.counts) == 2

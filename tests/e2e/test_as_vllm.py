@@ -19,7 +19,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import BeamSearchParams
 import pagewire, pagewire.as_vllm
 assert LLM is Same is pagewire.LLM and SamplingParams is pagewire.SamplingParams and RequestOutput is pagewire.RequestOutput
-assert vllm.__version__ == vllm.version.__version__ == pagewire.__version__ and BeamSearchParams(2, 3).beam_width == 2
+from packaging.version import Version
+assert vllm.__version__ == vllm.version.__version__ and Version("0.10") < Version(vllm.__version__) < Version("1")
+assert vllm.__pagewire_version__ == pagewire.__version__ and BeamSearchParams(2, 3).beam_width == 2
 assert callable(vllm.entrypoints.openai.api_server.main) and TokensPrompt(prompt_token_ids=[1]) == {"prompt_token_ids": [1]}
 for broken in ("vllm.no_such", "from vllm import AsyncLLMEngine", "import vllm.lora"):
     try:

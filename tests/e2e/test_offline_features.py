@@ -4,6 +4,7 @@ prompts; and the forms of its calls."""
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -232,7 +233,11 @@ def test_moments_are_in_order(demo: LLM) -> None:
         metrics.last_token_time,
         metrics.finished_time,
     )
-    assert moments[0] > 0 and list(moments) == sorted(moments) and metrics.time_in_queue >= 0
+    assert (
+        0 <= time.time() - moments[0] < 600
+        and list(moments) == sorted(moments)
+        and metrics.time_in_queue >= 0
+    )
 
 
 # --- prompts ---

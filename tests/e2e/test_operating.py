@@ -17,6 +17,7 @@ import pytest
 import requests
 from e2e.conftest import Stack
 from e2e.test_stack_life import FAKE
+from prometheus_client.parser import text_string_to_metric_families
 
 KEYS = ("a-first-secret", "a-second-secret")
 LOGGED = ("--enable-log-requests", "--fake-step-ms", "20")
@@ -156,3 +157,33 @@ def test_no_line_without_the_flag(start_stack: Callable[..., Stack]) -> None:
     assert ask(stack).status_code == 200
     subprocess.run(["sleep", "0.2"], check=True)
     assert not any("status=" in line or " D " in line for line in stack.lines)
+
+
+def test_metrics_of_a_running_stack(start_stack: Callable[..., Stack]) -> None:
+    """Each name once, with a type and words of its own; the launcher's own questions are no
+    traffic."""
+    stack = start_stack(*FAKE).wait_ready()
+    assert ask(stack).status_code == 200
+    url = stack.url.removesuffix("/v1") + "/metrics"
+
+    def scraped() -> dict[str, Any]:
+        text = requests.get(url, timeout=60).text
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
+    def total(name: str) -> float:
+        return sum(
+            sample.value for sample in scraped()[name].samples if sample.name.endswith("_count")
+        )
+
+    assert wait(lambda: total("vllm:iteration_tokens_total")) >= 4
+    assert wait(lambda: total("vllm:request_num_preemptions")) == 1
+    families = scraped()
+    answers = families["pagewire:frontend_http_responses"].samples
+    assert {(s.labels["method"], s.labels["route"], s.labels["code"]) for s in answers} == {
+        ("POST", "/v1/completions", "200"),
+        ("GET", "/metrics", "200"),
+    }
+    (config,) = families["vllm:cache_config_info"].samples
+    assert config.labels["block_size"] == "16" and config.labels["enable_prefix_caching"] == "True"
+    assert families["process_cpu_seconds"].samples[0].value > 0
+    assert families["pagewire:scheduler_steps"].type == "counter"

@@ -146,6 +146,26 @@ def test_after_the_end_the_object_says_so() -> None:
             call()
 
 
+def test_a_forked_copy_is_refused_and_does_no_harm(fake: LLM) -> None:
+    """A child of multiprocessing's fork would read its parent's answers, and wait for ever."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            fake.generate([[1, 2]], use_tqdm=False)
+        except EngineError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            fake.shutdown()
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        assert "forked copy" in answer.read()
+    os.waitpid(child, 0)
+    (output,) = fake.generate([[1, 2]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(TypeError, match="no_such_setting"):
         LLM(no_such_setting=1)

@@ -7,6 +7,7 @@ They stay up between loads. A load begins in all of them at once, when the reque
 import itertools
 import multiprocessing
 import random
+import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -62,13 +63,19 @@ class Clients:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=play, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        # Ctrl-C goes to all processes of a terminal; this one ends the clients, which inherit that
+        # they ignore it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=play, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(
         self, target: Target, model: str, load: workloads.Workload, seed: int, vocab: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import web
+from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
@@ -17,6 +18,7 @@ from .pages import docs, docs_without_key, home
 from .probes import health, live, load, metrics, model, models, ready, version
 from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
+from .routes import method_of, route_of
 from .state import STATE, State
 from .tokens import detokenize, tokenize
 
@@ -93,7 +95,8 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = response.status
         return response
     finally:
-        state.counters.responded(status)
+        if request.headers.get("User-Agent") != LAUNCHER_AGENT:
+            state.counters.responded(method_of(request), route_of(request), status)
         if state.log_requests and handler_of(request) not in _OPEN:
             log_request(request, status, began, state.clock())
 

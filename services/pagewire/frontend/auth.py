@@ -6,9 +6,10 @@ length of a key shows in timing and no input can raise (comparing non-ASCII stri
 
 import hashlib
 import hmac
-import json
 import os
 from collections.abc import Iterable
+
+import msgspec
 
 KEY_VARIABLES = ("PAGEWIRE_API_KEY", "VLLM_API_KEY")
 KEYS_VARIABLE = "PAGEWIRE_API_KEYS"
@@ -37,12 +38,9 @@ def configured_keys(flag: tuple[str, ...]) -> tuple[str, ...]:
 
 def _listed(text: str) -> tuple[str, ...]:
     try:
-        keys = json.loads(text)
-    except ValueError:
-        keys = None
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise ValueError(f"{KEYS_VARIABLE} is not a JSON list of strings")
-    return tuple(keys)
+        return msgspec.json.decode(text, type=tuple[str, ...])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{KEYS_VARIABLE} is not a JSON list of strings: {error}") from None
 
 
 class Auth:

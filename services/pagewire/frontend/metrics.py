@@ -5,11 +5,11 @@ The numbers are in the counters of all frontends and in the scheduler's roster; 
 /metrics is.
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, generate_latest
+from pagewire_protocol.stats import ITERATION_TOKENS, REQUEST_PREEMPTIONS, unflattened
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -32,7 +32,29 @@ _COUNTERS: Final = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
 }
-_OLD_NAMES: Final = {"kv_cache_usage_perc": "gpu_cache_usage_perc"}
+_OLD_NAMES: Final = {
+    "kv_cache_usage_perc": "gpu_cache_usage_perc",
+    "prefix_cache_queries": "gpu_prefix_cache_queries",
+    "prefix_cache_hits": "gpu_prefix_cache_hits",
+}
+"""Names that routers and boards of vLLM's earlier versions read."""
+_STEP_TOKENS: Final = "vllm:iteration_tokens_total"
+"""A histogram, in spite of its name."""
+_SCHEDULER_GAUGES: Final = {
+    "num_tokens_waiting": "Tokens of the requests that wait.",
+    "kv_blocks_total": "KV blocks of all workers.",
+    "kv_blocks_free": "KV blocks that can be taken, idle cached ones included.",
+    "kv_blocks_cached": "KV blocks that hold a cached prefix.",
+    "workers": "Workers that are ready.",
+    "steps_in_flight": "Steps sent to workers that have no result yet.",
+    "step_seconds": "Time of a step lately, of the slowest worker.",
+    "step_time_ratio": "What steps with prefill took of their estimate lately, of the slowest worker.",
+}
+_SCHEDULER_COUNTERS: Final = {
+    "prompt_tokens": "Prompt tokens of requests that got a slot, cached ones included.",
+    "generation_tokens": "Tokens that workers have sampled.",
+    "steps": "Steps sent to workers.",
+}
 _HISTOGRAMS: Final = {
     "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
     "inter_token_latency_seconds": ("inter_token_latency", "Between two rows of output."),
@@ -65,13 +87,14 @@ _HISTOGRAMS: Final = {
     "request_params_n": ("params_n", "n of an HTTP request."),
 }
 """vLLM's name: the attribute of Counters, and the help text."""
-_NOT_IN_NAMES: Final = re.compile(r"[^a-zA-Z0-9_]")
 
 
 def render(state: State) -> bytes:
     """All metrics, of all frontends of the stack, as Prometheus' text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(state))  # type: ignore[arg-type]
+    # Of this frontend: where several share an address, of the one that was asked.
+    ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
@@ -91,22 +114,46 @@ class _Collector:
         roster = self._state.stack.roster
         stats = dict(roster.stats) if roster else {}
         for name, text in _GAUGES.items():
-            value = stats.pop(name, 0.0)
+            value = stats.get(name, 0.0)
             yield self._gauge(f"vllm:{name}", text, value)
             if name in _OLD_NAMES:
                 yield self._gauge(
                     f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value
                 )
         for name, text in _COUNTERS.items():
-            yield self._counter(
-                f"vllm:{name}", text, stats.pop(name, None) or stats.pop(f"{name}_total", 0.0)
-            )
-        for name, value in stats.items():
-            yield self._gauge(
-                f"pagewire:scheduler_{_NOT_IN_NAMES.sub('_', name)}",
-                "As reported by the scheduler.",
-                value,
-            )
+            value = stats.get(name, 0.0)
+            yield self._counter(f"vllm:{name}", text, value)
+            if name in _OLD_NAMES:
+                yield self._counter(
+                    f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value
+                )
+        yield self._from_stats(_STEP_TOKENS, "Tokens computed in a step.", ITERATION_TOKENS, stats)
+        yield self._from_stats(
+            "vllm:request_num_preemptions",
+            "How often a request that ended was put back.",
+            REQUEST_PREEMPTIONS,
+            stats,
+        )
+        yield self._cache_config(stats)
+        for name, text in _SCHEDULER_GAUGES.items():
+            yield self._gauge(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
+        for name, text in _SCHEDULER_COUNTERS.items():
+            yield self._counter(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
+
+    def _cache_config(self, stats: Mapping[str, float]) -> Metric:
+        """Settings of the KV cache as labels of a gauge that is always 1, as vLLM has them."""
+        labels = {
+            "block_size": f"{stats.get('kv_block_size', 0):.0f}",
+            "num_gpu_blocks": f"{stats.get('kv_blocks_total', 0):.0f}",
+            "enable_prefix_caching": str(bool(stats.get("prefix_caching", 0))),
+        }
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "Settings of the KV cache.",
+            labels=[*self._labels, *labels],
+        )
+        family.add_metric([*self._labels.values(), *labels.values()], 1.0)
+        return family
 
     def _requests(self) -> Iterator[Metric]:
         counters = self._counters
@@ -161,10 +208,10 @@ class _Collector:
             self._counters.cached_tokens,
         )
         answers = CounterMetricFamily(
-            "pagewire:frontend_http_responses", "HTTP answers.", labels=["code"]
+            "pagewire:frontend_http_responses", "HTTP answers.", labels=["method", "route", "code"]
         )
-        for status, count in sorted(self._counters.responses.items()):
-            answers.add_metric([str(status)], count)
+        for key, count in sorted(self._counters.responses.items()):
+            answers.add_metric(key.split(" "), count)
         yield answers
 
     def _services(self) -> Iterator[Metric]:
@@ -183,6 +230,12 @@ class _Collector:
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _from_stats(self, name: str, text: str, key: str, stats: Mapping[str, float]) -> Metric:
+        buckets, total = unflattened(key, stats)
+        family = HistogramMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), buckets, total)  # type: ignore[arg-type]
         return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from .reply import Reply
 from .request_ids import request_id
+from .routes import method_of, route_of
 
 log = logging.getLogger("pagewire.frontend.requests")
 CLIENT_GONE: Final = 499
@@ -20,8 +21,8 @@ def log_request(request: web.Request, status: int, began: float, now: float) -> 
     """began, now: seconds on the clock of the requests' owner. Times are logged in seconds."""
     fields: dict[str, Any] = {
         "request_id": request_id(request),
-        "method": request.method,
-        "route": _route(request),
+        "method": method_of(request),
+        "route": route_of(request),
         "status": status,
         "total_s": round(now - began, 4),
     }
@@ -43,12 +44,6 @@ def log_request(request: web.Request, status: int, began: float, now: float) -> 
         " ".join(f"{name}={value}" for name, value in fields.items()),
         extra={"fields": fields},
     )
-
-
-def _route(request: web.Request) -> str:
-    """The route's pattern, so that paths that nobody serves do not fill the log."""
-    resource = request.match_info.route.resource
-    return resource.canonical if resource is not None else "unknown"
 
 
 def _reason(request: web.Request, status: int) -> str:

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pagewire_protocol.agreed import LAUNCHER_AGENT
+
 from ..process.logs import json_entry
 
 POLL_S = 0.1
@@ -53,7 +55,7 @@ class Health:
     def _ask(self) -> State:
         connection = self._connect()
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", "/health", headers={"User-Agent": LAUNCHER_AGENT})
             answer = connection.getresponse()
             body = answer.read()
             return State(ready=True) if answer.status == 200 else parse(json.loads(body))

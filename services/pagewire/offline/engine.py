@@ -6,12 +6,13 @@ a synchronous loop: nothing moves between two calls of `pump`. `launch.backgroun
 running.
 """
 
+import contextlib
 import io
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,8 +37,8 @@ class EngineError(RuntimeError):
 
 
 class Engine:
-    """Services, inbox and owned requests of one `LLM`. Whoever uses it holds `lock`; `close` ends
-    everything."""
+    """Services, inbox and owned requests of one `LLM`. Whoever uses it does so while it is `held`;
+    `close` ends everything."""
 
     def __init__(
         self, config: stack.StackConfig, report: Callable[[str], None] = lambda _: None
@@ -60,9 +61,10 @@ class Engine:
         self._has_fresh_roster = False
         self._closed = False
         # A program without a terminal may have no error stream at all.
-        stream: TextIO | None = None if config.run.log_level == "error" else sys.stderr
+        stream: TextIO | None = sys.stderr
         self._display = Display(stream or io.StringIO())
-        self._services = BackgroundServices(config, model, self._inbox.wake)
+        self._shows_loading = config.run.log_level != "error"
+        self._services = BackgroundServices(config, model, self._inbox.wake, self._display.log)
 
     @property
     def roster(self) -> Roster | None:
@@ -75,15 +77,33 @@ class Engine:
         self._membership.ready()
         while (roster := self._membership.roster) is None or not is_ready(roster):
             self.pump()
-            if waiting := waiting_for(self._membership.roster):
+            waiting = waiting_for(self._membership.roster)
+            if waiting and self._shows_loading:
                 state = parse({"loading": waiting})
                 self._display.show(state.stage, state.fraction)
         self._services.mark_ready()
-        self._display.end(f"ready in {time.monotonic() - self._began:.1f} s")
+        if self._shows_loading:
+            self._display.end(f"ready in {time.monotonic() - self._began:.1f} s")
         return roster
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around whatever uses the services, for one thread at a time. Raises EngineError where
+        they cannot be used."""
+        # Before the lock too: in a forked copy it may be held by a thread that is not there.
+        self.check_open()
+        with self.lock:
+            self.check_open()
+            yield
+
     def check_open(self) -> None:
-        """Raises EngineError after `close`."""
+        """Raises EngineError after `close`, and in a forked copy of the program: the copy would read
+        the answers of the original."""
+        if os.getpid() != self._pid:
+            raise EngineError(
+                f"this LLM was made by process {self._pid}, of which this one ({os.getpid()}) is a forked copy: "
+                "make an LLM of its own here, or start processes with multiprocessing's method 'spawn'"
+            )
         if self._closed:
             raise EngineError("this LLM was shut down; make a new one")
 

@@ -77,7 +77,7 @@ class Batch:
     def run(self, use_tqdm: bool | Callable[..., Any] = False) -> list[RequestOutput]:
         """The outputs in the order of the prompts. Batches of several threads run one after
         another. Raises ValueError when a prompt is refused, EngineError when the stack fails."""
-        with self._engine.lock:
+        with self._engine.held():
             return self._run(use_tqdm)
 
     # --- what is to be done ---
@@ -128,7 +128,6 @@ class Batch:
     # --- the loop ---
 
     def _run(self, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
-        self._engine.check_open()
         self._bar = Bar(use_tqdm, self._unfinished)
         try:
             self._engine.refresh()

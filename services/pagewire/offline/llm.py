@@ -206,8 +206,7 @@ class LLM:
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
-        with self._engine.lock:
-            self._engine.check_open()
+        with self._engine.held():
             self._engine.refresh()
             roster = self._engine.roster
         return dict(roster.stats) if roster else {}

@@ -40,8 +40,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Moments on the monotonic clock, in seconds; 0 when not reached. `time_in_queue` is a
-    duration."""
+    """Moments in seconds since the epoch, as `time.time()` gives them; 0 when not reached.
+    `time_in_queue` is a duration."""
 
     arrival_time: float = 0.0
     first_scheduled_time: float = 0.0

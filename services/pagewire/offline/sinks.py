@@ -30,7 +30,7 @@ class RequestGroup:
         completions = [CompletionOutput(choice) for choice in range(self.choices.per_prompt)]
         ids = unpack("i", entry.prompt.ids).tolist() if entry.prompt.ids is not None else []
         self.output = RequestOutput(request_id, entry.text, ids, completions)
-        self.output.metrics.arrival_time = time.monotonic()
+        self.output.metrics.arrival_time = time.time()
         self.unfinished = len(completions)
         """Choices that still run."""
 
@@ -41,7 +41,7 @@ class RequestGroup:
             output.prompt_token_ids = unpack("i", started.prompt_ids).tolist()
         if output.num_cached_tokens is None:
             output.num_cached_tokens = started.cached_tokens
-            output.metrics.first_scheduled_time = time.monotonic()
+            output.metrics.first_scheduled_time = time.time()
 
     def prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """A run of prompt tokens. The same positions may come again."""
@@ -60,10 +60,11 @@ class RequestGroup:
     def note_times(self, request: OwnedRequest) -> None:
         """The moments of one of its requests, which has ended."""
         metrics = self.output.metrics
-        metrics.last_token_time = max(metrics.last_token_time, request.last_token_time)
+        epoch = time.time() - time.monotonic()
+        metrics.last_token_time = max(metrics.last_token_time, epoch + request.last_token_time)
         if request.first_token_time:
-            earlier = metrics.first_token_time or request.first_token_time
-            metrics.first_token_time = min(earlier, request.first_token_time)
+            first = epoch + request.first_token_time
+            metrics.first_token_time = min(metrics.first_token_time or first, first)
 
     def finish(self) -> None:
         """All choices are complete: the best are kept, numbered anew."""
@@ -77,7 +78,7 @@ class RequestGroup:
         if self.template.sampling.prompt_logprobs >= 0 and output.prompt_logprobs is None:
             output.prompt_logprobs = [None]
         output.finished = True
-        output.metrics.finished_time = time.monotonic()
+        output.metrics.finished_time = time.time()
 
     def set_beams(self, results: Iterable[BeamResult]) -> None:
         """The hypotheses of a beam search are its choices."""

@@ -80,8 +80,7 @@ def dump(counters: Counters) -> Plain:
         elif isinstance(value, int):
             plain[name] = value
         elif isinstance(value, dict):
-            by_name = cast(Mapping[object, int], value)
-            plain[name] = {str(key): count for key, count in by_name.items()}
+            plain[name] = dict(cast(Mapping[str, int], value))
     return plain
 
 
@@ -93,8 +92,7 @@ def add(total: Counters, plain: Plain) -> None:
             mine.counts = [a + b for a, b in zip(mine.counts, value[1], strict=True)]
             mine.sum += value[0]
         elif isinstance(value, dict):
-            for text, count in value.items():
-                key: Any = int(text) if name == "responses" else text
+            for key, count in value.items():
                 mine[key] = mine.get(key, 0) + count
         else:
             setattr(total, name, mine + value)

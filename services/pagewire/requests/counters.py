@@ -139,7 +139,8 @@ class Counters:
         self.resubmissions = 0
         self.malformed = 0
         self.reasons: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self.responses: dict[int, int] = {}
+        self.responses: dict[str, int] = {}
+        """HTTP answers, by method, route and status, with spaces between."""
         self.time_to_first_token = Histogram(FIRST_TOKEN_S)
         self.inter_token_latency = Histogram(GAP_S)
         self.time_per_output_token = Histogram(GAP_S)
@@ -181,6 +182,8 @@ class Counters:
                 (request.last_token_time - request.first_token_time) / (request.output_tokens - 1)
             )
 
-    def responded(self, status: int) -> None:
-        """An HTTP answer of this status."""
-        self.responses[status] = self.responses.get(status, 0) + 1
+    def responded(self, method: str, route: str, status: int) -> None:
+        """An HTTP answer of this status. route: the pattern of a route, not what was asked for, of
+        which there may be any number."""
+        key = f"{method} {route} {status}"
+        self.responses[key] = self.responses.get(key, 0) + 1

@@ -60,6 +60,7 @@ def form(
     step = _schedule(worker, decodes, chunks, attended)
     worker.in_flight.push(step)
     worker.counters.steps += 1
+    worker.counters.iteration_tokens.observe(len(decodes.rows) + sum(chunks.lengths))
     has_chunks = bool(chunks.requests)
     worker.estimator.sent(step.n, chunks.ms if len(step.run) else 0.0, now, has_chunks)
     repeat = decodes.unchanged and not has_chunks

@@ -133,6 +133,7 @@ class Engine:
         else:
             self.queue.forget(request)
         request.phase = Phase.ENDED
+        self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
         self._report_end(
             request.reply_route, request.handle, request.attempt, finish, stop, refusal

@@ -66,6 +66,7 @@ class Request:
         "handle",
         "kind",
         "model",
+        "num_preemptions",
         "number",
         "phase",
         "priority",
@@ -100,6 +101,7 @@ class Request:
         self.chain_block_size = 0
         self.phase = Phase.WAITING
         self.execution = 0
+        self.num_preemptions = 0
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
         self.slot = NO_SLOT

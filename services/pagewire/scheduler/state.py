@@ -8,7 +8,7 @@ together is answered together.
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
 
 from pagewire_protocol.messages import (
@@ -236,8 +236,8 @@ class Scheduler:
         """What /metrics shows, by vLLM's names where it has one; kv_cache_usage_perc is a fraction
         of 1.
 
-        step_ms is the time of a step lately, step_ms_ratio what steps with prefill take of their
-        estimate; both of the slowest worker."""
+        step_seconds is the time of a step lately, step_time_ratio what steps with prefill take of
+        their estimate; both of the slowest worker."""
         engine = self.engine
         workers = list(engine.workers.values())
         pools = [worker.kv_cache.pool for worker in workers]
@@ -248,13 +248,17 @@ class Scheduler:
             "num_requests_running": sum(worker.load for worker in workers),
             "num_requests_waiting": engine.queue.count,
             "num_tokens_waiting": engine.queue.tokens,
+            "kv_block_size": max((worker.kv_cache.block_size for worker in workers), default=0),
+            "prefix_caching": int(engine.config.enable_prefix_caching),
             "kv_blocks_total": total,
             "kv_blocks_free": available,
             "kv_blocks_cached": sum(pool.cached for pool in pools),
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
             "workers": len(workers),
             "steps_in_flight": sum(len(worker.in_flight) for worker in workers),
-            "step_ms": max((estimator.step_ms for estimator in estimators), default=0.0),
-            "step_ms_ratio": max((estimator.ratio for estimator in estimators), default=1.0),
+            "step_seconds": max((estimator.step_ms for estimator in estimators), default=0.0)
+            / 1000,
+            "step_time_ratio": max((estimator.ratio for estimator in estimators), default=1.0),
         }
-        return {name: float(value) for name, value in {**gauges, **asdict(engine.counters)}.items()}
+        stats = {name: float(value) for name, value in gauges.items()}
+        return {**stats, **dict(engine.counters.stats())}

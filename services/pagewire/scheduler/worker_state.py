@@ -6,12 +6,18 @@ what a step holds in `batch.py`, what a result means in `results.py`.
 """
 
 import logging
-from bisect import insort
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from pagewire_protocol.columns import BlockId, Incarnation, Slot
 from pagewire_protocol.messages import WorkerFacts
+from pagewire_protocol.stats import (
+    ITERATION_TOKENS_BOUNDS,
+    REQUEST_PREEMPTIONS_BOUNDS,
+    flattened,
+)
 
 from pagewire.config import SchedulerConfig
 
@@ -26,6 +32,22 @@ from .step_estimator import StepEstimator
 log = logging.getLogger("pagewire.scheduler")
 
 
+class Counts:
+    """A histogram of whole numbers; the last count is of values above all bounds."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[int, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0
+
+    def observe(self, value: int) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
 @dataclass(slots=True)
 class Counters:
     """What the scheduler has done since it started, over all workers, by the names shown in
@@ -37,6 +59,19 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
+    iteration_tokens: Counts = field(default_factory=lambda: Counts(ITERATION_TOKENS_BOUNDS))
+    """Tokens of each step."""
+    request_preemptions: Counts = field(default_factory=lambda: Counts(REQUEST_PREEMPTIONS_BOUNDS))
+    """How often each request was preempted, of those that ended."""
+
+    def stats(self) -> Iterator[tuple[str, float]]:
+        """All of it as plain numbers, by the names of pagewire_protocol.stats."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Counts):
+                yield from flattened(entry.name, value.counts, value.sum)
+            else:
+                yield entry.name, float(value)
 
 
 class WorkerState:
@@ -146,6 +181,7 @@ class WorkerState:
         """Take slot and blocks from `request`. It waits again, with all its tokens, once the steps
         in flight have returned theirs."""
         self.counters.num_preemptions += 1
+        request.num_preemptions += 1
         log.debug("execution %x is preempted: blocks ran out", request.execution)
         self._stop_running(request)
         request.phase = Phase.DRAINING
