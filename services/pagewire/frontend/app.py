@@ -128,7 +128,7 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
         return await handler(request)
     if handler_of(request) not in _OPEN:
         tenant = state.auth.tenant(request.headers.getall("Authorization", []))
-        if tenant is None and request.match_info.handler is docs:
+        if tenant is None and handler_of(request) is docs:
             return docs_without_key()
         if tenant is None:
             return web.Response(
