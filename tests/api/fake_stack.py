@@ -423,7 +423,8 @@ class FakeStack:
             self._send(generate, replace_rows(generate, prompt_logprobs=(entry,) if run else ()))
 
     def _step(self) -> None:
-        """The next token of everything that is due."""
+        """The next token of everything that is due; the end comes with the last one, as it does
+        from a tokenizer."""
         now, work, self._work = time.monotonic(), self._work, []
         for due, generate, execution in work:
             at, script = len(generate.output) // 4, Script.of(generate)
@@ -435,6 +436,14 @@ class FakeStack:
                 self._accident(generate, script.accident, at, execution)
             elif at >= script.tokens:
                 self._send(generate, end(generate, script.reason, stop_reason=script.stop_reason))
+            elif at == script.tokens - 1:
+                last = End(
+                    generate.handle,
+                    generate.attempt,
+                    script.reason,
+                    stop_reason=script.stop_reason,
+                )
+                self._send(generate, deltas(generate, at, 1, execution, ended=(last,)))
             else:
                 self._send(generate, deltas(generate, at, 1, execution))
                 longer = generate_with(generate, generate.output + pack("i", [token(at)]))

@@ -85,6 +85,7 @@ CALLS = [
 ]
 MESSAGE = {
     "role": "assistant",
+    "refusal": None,
     "content": "It is <b>4</b>.",
     "reasoning": 'Sums, "quoted".\n',
     "reasoning_content": 'Sums, "quoted".\n',
@@ -99,7 +100,7 @@ def rendering(*, stream: bool, chat: bool = True, **more: object) -> Rendering:
         "n": 1,
         "per_prompt": 1,
         "include_usage": False,
-        "continuous_usage": False,
+        "continuous_usage_stats": False,
         "logprobs": -1,
         "prompt_logprobs": -1,
         "return_token_ids": False,
@@ -159,7 +160,8 @@ def cut(text: str, length: int) -> list[str]:
 
 def joined(events: list[dict]) -> dict:
     """The message that a client puts together from a stream's deltas."""
-    message = {"role": "assistant", "content": "", "reasoning": "", "reasoning_content": ""}
+    message = {"role": "assistant", "content": "", "refusal": None}
+    message |= {"reasoning": "", "reasoning_content": ""}
     calls: list[dict] = []
     for event in events:
         delta = dict(event["delta"])
@@ -186,7 +188,7 @@ def test_a_stream_says_the_same_however_it_is_cut(length: int) -> None:
     events = streamed(cut(TEXT, length))
     assert joined(events) == MESSAGE
     assert events[-1]["finish_reason"] == "tool_calls"
-    assert events[-1]["delta"] == {}
+    assert [event["finish_reason"] for event in events[:-1]] == [None] * (len(events) - 1)
 
 
 @pytest.mark.parametrize("length", CUTS)
@@ -203,9 +205,13 @@ def test_a_stream_with_log_probabilities_says_the_same(length: int) -> None:
 
 
 def test_what_was_held_back_comes_at_the_end() -> None:
-    assert whole("a <thi")["message"] == {"role": "assistant", "content": "a <thi"}
+    assert whole("a <thi")["message"] == {
+        "role": "assistant",
+        "content": "a <thi",
+        "refusal": None,
+    }
     events = streamed(["a <thi"])
-    assert [event["delta"] for event in events] == [{"content": "a "}, {"content": "<thi"}, {}]
+    assert [event["delta"] for event in events] == [{"content": "a "}, {"content": "<thi"}]
     assert events[-1]["finish_reason"] == "stop"
 
 
@@ -226,9 +232,13 @@ def test_a_length_end_stays_one() -> None:
 @pytest.mark.parametrize("pieces", [list(WORDS), ["", "<think>x"]])
 def test_without_another_parser_all_text_is_content(pieces: list[str]) -> None:
     text = "".join(pieces)
-    assert whole(text, PLAIN)["message"] == {"role": "assistant", "content": text}
+    assert whole(text, PLAIN)["message"] == {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+    }
     events = streamed(pieces, PLAIN)
-    assert [event["delta"] for event in events] == [*({"content": piece} for piece in pieces), {}]
+    assert [event["delta"] for event in events] == [{"content": piece} for piece in pieces]
     assert parse_whole(ContentParser(), text) == (ContentDelta(text),)
 
 

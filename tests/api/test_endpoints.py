@@ -310,7 +310,7 @@ def test_whether_a_text_is_empty_the_tokenizer_says(server, prompt, stream: bool
             "image_url",
         ),
         (
-            {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]},
             "messages[0].tool_calls",
             "tool_calls",
         ),
@@ -341,13 +341,13 @@ def test_chats_that_are_wrong(server, body: dict, param: str, part: str) -> None
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tools", []),
-        ("tool_choice", "auto"),
+        ("tool_choice", "required"),
         ("suffix", "x"),
         ("guided_json", {}),
         ("truncation_side", "right"),
         ("reasoning_effort", "low"),
         ("chat_template", "{{ 1 }}"),
-        ("no_such_thing", None),
+        ("no_such_thing", False),
         ("temprature", 1),
     ],
 )

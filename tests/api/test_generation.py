@@ -34,6 +34,8 @@ def test_completion(server) -> None:
         "logprobs": None,
         "finish_reason": "length",
         "stop_reason": None,
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
     }
     assert body["choices"] == [choice] and body["usage"] == USAGE
     assert server.complete("hi").json()["usage"]["completion_tokens"] == 16
@@ -46,7 +48,7 @@ def test_chat(server) -> None:
         and body["object"] == "chat.completion"
         and body["model"] == MODEL
     )
-    message = {"role": "assistant", "content": expected(8)}
+    message = {"role": "assistant", "content": expected(8), "refusal": None}
     assert body["choices"] == [
         {
             "index": 0,
@@ -57,6 +59,7 @@ def test_chat(server) -> None:
         }
     ]
     assert body["usage"] == USAGE
+    assert body["prompt_logprobs"] is None and body["prompt_token_ids"] is None
     (generate,) = server.stack.generates()
     assert (
         generate.max_tokens_is_rest
@@ -90,16 +93,17 @@ def test_chat_stream(server) -> None:
     assert {event["object"] for event in events} == {"chat.completion.chunk"} and len(
         {event["id"] for event in events}
     ) == 1
-    first, *middle, last, usage = events
+    first, *texts, usage = events
     assert (
         first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         and first["choices"][0]["finish_reason"] is None
     )
-    assert "".join(event["choices"][0]["delta"]["content"] for event in middle) == expected(8)
-    assert [event["choices"][0]["delta"]["content"] for event in middle] == [
+    assert "".join(event["choices"][0]["delta"]["content"] for event in texts) == expected(8)
+    assert [event["choices"][0]["delta"]["content"] for event in texts] == [
         word(p) for p in range(8)
     ]
-    assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "length"
+    reasons = [event["choices"][0]["finish_reason"] for event in texts]
+    assert reasons == [None] * 7 + ["length"], "with the last text"
     assert (
         usage["choices"] == []
         and usage["usage"] == USAGE
@@ -109,7 +113,7 @@ def test_chat_stream(server) -> None:
 
 def test_completion_stream_without_usage(server) -> None:
     events = server.events("/v1/completions", prompt="hi", max_tokens=3)
-    assert [event["choices"][0]["text"] for event in events] == ["Hello", ",", " 世界", ""]
+    assert [event["choices"][0]["text"] for event in events] == ["Hello", ",", " 世界"]
     assert events[-1]["choices"][0]["finish_reason"] == "length" and all(
         "usage" not in event for event in events
     )
@@ -118,8 +122,18 @@ def test_completion_stream_without_usage(server) -> None:
 def test_continuous_usage(server) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
     events = server.events("/v1/completions", prompt="hi", max_tokens=3, stream_options=options)
-    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3, 3]
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3]
     assert {event["usage"]["prompt_tokens"] for event in events} == {3}
+
+
+def test_continuous_usage_needs_the_usage_at_the_end(server) -> None:
+    events = server.events(
+        "/v1/completions",
+        prompt="hi",
+        max_tokens=3,
+        stream_options={"continuous_usage_stats": True},
+    )
+    assert not any("usage" in event for event in events)
 
 
 def test_usage_may_be_told_in_every_stream(serve) -> None:
@@ -297,7 +311,7 @@ def test_streamed_completion_logprobs_continue_their_offsets(server) -> None:
     assert [
         event["choices"][0]["logprobs"] and event["choices"][0]["logprobs"]["text_offset"]
         for event in events
-    ] == [[0], [5], [6], None]
+    ] == [[0], [5], [6]]
 
 
 def test_chat_logprobs(server) -> None:
@@ -327,12 +341,16 @@ def test_token_ids_on_request(server) -> None:
     chat = server.stack.words.encode(server.stack.generates()[-1].prompt)
     assert body["prompt_token_ids"] == chat and body["choices"][0]["token_ids"] == [100, 101]
     events = server.events("/v1/completions", prompt=[5, 6], max_tokens=2, return_token_ids=True)
-    assert [event["choices"][0]["token_ids"] for event in events] == [[100], [101], []]
-    assert [event["choices"][0].get("prompt_token_ids") for event in events] == [
-        [5, 6],
-        None,
-        None,
-    ]
+    assert [event["choices"][0]["token_ids"] for event in events] == [[100], [101]]
+    assert [event["choices"][0].get("prompt_token_ids") for event in events] == [[5, 6], None]
+    events = server.events(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=2,
+        return_token_ids=True,
+    )
+    assert [event.get("prompt_token_ids") for event in events] == [chat, None, None]
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
 
 
 def test_stop_reason(server) -> None:
@@ -354,10 +372,7 @@ def test_an_accident_is_not_seen_by_the_client(server, accident: str, stream: bo
         events = server.events(
             "/v1/completions", prompt=accident, max_tokens=8, stream_options={"include_usage": True}
         )
-        assert [event["choices"][0]["text"] for event in events[:-1]] == [
-            *(word(p) for p in range(8)),
-            "",
-        ]
+        assert [event["choices"][0]["text"] for event in events[:-1]] == [word(p) for p in range(8)]
         usage = events[-1]["usage"]
     else:
         body = server.complete(accident, max_tokens=8).json()

@@ -77,9 +77,10 @@ def test_strange_headers_are_refused_not_answered_with_500(guarded) -> None:
     good = ("Authorization", b"Bearer s3cret")
     assert raw(guarded, "GET", "/v1/models", good, good)[0] in (400, 401)
     assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer \xff\xfe\x80"))[0] == 401
-    assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer " + b"x" * (1 << 20)))[
-        0
-    ] in (400, 401)
+    assert (
+        raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer " + b"x" * (1 << 20)))[0]
+        == 431
+    )
     assert raw(guarded, "GET", "/v1/models", ("Authorization", b"Bearer s3\x00cret"))[0] in (
         400,
         401,

@@ -61,7 +61,7 @@ def test_scoring_a_prompt(server, max_tokens: int) -> None:
     ]
     assert len(choice["logprobs"]["top_logprobs"]) == 3 + max_tokens
     assert body["usage"]["completion_tokens"] == max_tokens
-    assert "prompt_logprobs" not in choice
+    assert choice["prompt_logprobs"] is None
 
 
 def test_scoring_without_candidates(server) -> None:
@@ -120,9 +120,10 @@ def test_a_streamed_score_comes_first(server, max_tokens: int) -> None:
             -1.0,
             -2.0,
         ]
-        assert [choice["logprobs"]["text_offset"] for choice in mine[1:-1]] == [[13], [18]][
-            :max_tokens
-        ]
+        assert [choice["logprobs"]["text_offset"] for choice in mine[1:] if choice["text"]] == [
+            [13],
+            [18],
+        ][:max_tokens]
         assert mine[-1]["finish_reason"] == "length"
 
 
@@ -132,7 +133,6 @@ def test_a_streamed_echo_comes_first(server) -> None:
         word(0) + word(1),
         word(0),
         word(1),
-        "",
     ]
 
 
@@ -176,7 +176,7 @@ def test_prompt_logprobs_beside_a_scored_echo(server) -> None:
         "a token that is also the likeliest is told once"
     )
     (choice,) = server.complete([8, 9], max_tokens=1).json()["choices"]
-    assert "prompt_logprobs" not in choice
+    assert choice["prompt_logprobs"] is None
 
 
 def test_prompt_logprobs_and_streams(server) -> None:
@@ -230,7 +230,7 @@ def test_a_chat_echoes_the_message_that_it_continues(server) -> None:
     }
     for echo, opening in ((True, "Well: "), (False, "")):
         (choice,) = server.post("/v1/chat/completions", **options, echo=echo).json()["choices"]
-        assert choice["message"] == {"role": "assistant", "content": opening + expected(2)}
+        assert choice["message"]["content"] == opening + expected(2)
         events = server.events("/v1/chat/completions", **options, echo=echo)
         assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(
@@ -242,9 +242,11 @@ def test_the_role_of_an_answer_without_a_generation_prompt_is_the_last_one_s(ser
     (choice,) = server.chat("hi", add_generation_prompt=False, echo=True, max_tokens=1).json()[
         "choices"
     ]
-    assert choice["message"] == {"role": "user", "content": "hi" + expected(1)}
+    assert choice["message"]["role"] == "user"
+    assert choice["message"]["content"] == "hi" + expected(1)
     (choice,) = server.chat("hi", echo=True, max_tokens=1).json()["choices"]
-    assert choice["message"] == {"role": "assistant", "content": expected(1)}
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == expected(1)
 
 
 def test_scoring_without_a_tokenizer(serve) -> None:

@@ -4,13 +4,13 @@ never a failure, and the next request is served."""
 import json
 
 import pytest
+from pagewire.frontend.neutral import NEUTRAL
 from pagewire.frontend.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from pagewire.frontend.parsing import NEUTRAL
 
 VALUES = [
     None,

@@ -307,3 +307,13 @@ def test_shapes_of_conversations_are_judged_once(monkeypatch):
     for text in ("a", "b", "c"):
         template.render(chat([("user", text)]))
     assert len(renders) == 4
+
+
+def test_a_role_that_neither_openai_nor_the_template_knows_is_refused():
+    template = ChatTemplate(TEMPLATES["chatml"], {})
+    for role in ("system", "developer", "user", "assistant", "tool", "function"):
+        assert "Hello" in template.render(chat([(role, "Hello")]))
+    with pytest.raises(TemplateRefused, match=r"role 'usr'.*use one of system, developer, user"):
+        template.render(chat([("user", "Hi"), ("usr", "Hello")]))
+    named = ChatTemplate(ALL + "{# observation #}", {})
+    assert named.render(chat([("observation", "Hello")])) == "Hello"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
@@ -15,7 +15,18 @@ from .generate import STREAMING, TENANT, chat_completions, completions
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .openapi import ROUTES, Route, openapi
 from .pages import docs, docs_without_key, home
-from .probes import health, live, load, metrics, model, models, ready, version
+from .probes import (
+    health,
+    live,
+    load,
+    metrics,
+    model,
+    model_info,
+    models,
+    ready,
+    server_info,
+    version,
+)
 from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
 from .routes import method_of, route_of
@@ -52,6 +63,14 @@ _API: Final = (
     ),
     Route("POST", "/detokenize", detokenize, "The text of tokens", DetokenizeRequest),
     Route("GET", "/load", load, "How many requests this process owns"),
+    *(
+        Route("GET", f"{prefix}{name}", handler, f"What SGLang's router asks of a {subject}")
+        for prefix in ("/", "/get_")  # SGLang's newer and older names
+        for name, handler, subject in (
+            ("server_info", server_info, "server"),
+            ("model_info", model_info, "model"),
+        )
+    ),
     Route("GET", "/openapi.json", openapi, "This description"),
 )
 _PROBES: Final = (
@@ -103,6 +122,8 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _guarded(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        if request.version < HttpVersion10:
+            raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
         return await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
         return _error(as_api_error(error))

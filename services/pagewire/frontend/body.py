@@ -32,7 +32,9 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         raise _too_large(limit) from None
     except TimeoutError:
         raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
-    except (web.PayloadAccessError, web.RequestPayloadError, ConnectionResetError, ValueError):
+    except web.RequestPayloadError as error:
+        raise invalid(str(error)) from None
+    except (web.PayloadAccessError, ConnectionResetError, ValueError):
         raise invalid("The request body could not be read.") from None
 
 

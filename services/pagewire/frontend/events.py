@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Final
 
 from pagewire_protocol.structs import TokenLogprobs
 
@@ -9,7 +10,10 @@ from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, 
 from .errors import as_api_error
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
-from .sse import DONE, HOLE, Flusher, Outlet, encode, event, fill, template
+from .sse import DONE, HOLE, Flusher, Outlet, decode_text, encode, event, fill, template
+
+REACH: Final = 192
+"""How many pieces of an outlet are looked through for a choice's newest event."""
 
 
 class SseReply(Reply):
@@ -25,6 +29,8 @@ class SseReply(Reply):
     ) -> None:
         self.flusher = flusher
         self.outlet = Outlet(flusher)
+        self.has_begun = False
+        """The first events were made."""
         super().__init__(formatter, loop, echoes, make_parser)
 
     def _make_choices(self, count: int) -> "Sequence[SseChoice]":
@@ -33,9 +39,10 @@ class SseReply(Reply):
 
     def first_events(self) -> list[bytes]:
         """The events that precede all generated text."""
+        self.has_begun = True
         usage = self.usage() if self.rendering.continuous_usage else None
-        prefixes = [choice.prefix for choice in self.choices]
-        return [event(chunk) for chunk in self.formatter.first_chunks(prefixes, usage)]
+        starts = [choice.start() for choice in self.choices]
+        return [event(chunk) for chunk in self.formatter.first_chunks(starts, usage)]
 
     def close(self) -> None:
         """Push the events that end the stream. An error before the first event is no event: the
@@ -72,8 +79,25 @@ class SseChoice(Choice):
         self._pieces = reply.outlet.pieces
         self._parser = reply.make_parser()
         self._called_tools = False
+        self._last_event: bytes | None = None
+        """The newest event that came as one piece, and what it was made of."""
+        self._last_content: ChoiceData | Delta = ChoiceData(index)
         self._owes_score = reply.rendering.scores_echo
         """The echoed prompt with its log-probabilities was not sent yet."""
+
+    def start(self) -> ChoiceData:
+        """With the prompt's token ids, if they are known by now."""
+        data = super().start()
+        if self.reply.formatter.has_first_chunks:
+            self._move_prompt_ids(data)
+        return data
+
+    def _move_prompt_ids(self, data: ChoiceData) -> None:
+        """Show the prompt's token ids in `data`, unless they were shown already, or belong to an
+        event before all text that is not made yet."""
+        if self.reply.has_begun or not self.reply.formatter.has_first_chunks:
+            data.prompt_ids = data.prompt_ids or self.data.prompt_ids
+            self.data.prompt_ids = None
 
     def text(self, text: str, /) -> None:
         pieces = self._pieces
@@ -95,13 +119,12 @@ class SseChoice(Choice):
                 tokens=tokens,
                 logprobs=logprobs,
                 offset=len(self.echo.text),
-                prompt_ids=self.data.prompt_ids,
             )
+            self._move_prompt_ids(data)
             data.add(first)
             self._send(data)
             for delta in more:
                 self._send_delta(delta)
-            self.data.prompt_ids = None
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
         self.reason = reason
@@ -110,10 +133,33 @@ class SseChoice(Choice):
         self._send_score()
         for delta in self._noted(self._parser.finish()):
             self._send_delta(delta)
-        data = ChoiceData(self.index, prompt_ids=self.data.prompt_ids)
+        data = self._take_back_last()
+        self._move_prompt_ids(data)
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()
+
+    def _take_back_last(self) -> ChoiceData:
+        """What the choice's newest event shows, taken out of the outlet, so that the finish reason
+        comes with the last text; nothing where that event was written already."""
+        pieces = self._pieces
+        data = ChoiceData(self.index)
+        for at in range(len(pieces) - 1, max(-1, len(pieces) - 1 - REACH), -1):
+            if pieces[at] is self._tail:
+                data.content = decode_text(pieces[at - 1])
+                del pieces[at - 2 : at + 1]
+                break
+            if pieces[at] is self._last_event:
+                last = self._last_content
+                if isinstance(last, ChoiceData):
+                    data = last
+                else:
+                    data.add(last)
+                if data.tool_calls or data.score:  # programs read calls alone; scores are long
+                    return ChoiceData(self.index)
+                del pieces[at]
+                break
+        return data
 
     def mute(self) -> None:
         """The stream has ended: what still comes, before the request is cancelled, goes nowhere."""
@@ -140,7 +186,9 @@ class SseChoice(Choice):
 
     def _send(self, data: ChoiceData) -> None:
         usage = self.reply.usage() if self.reply.rendering.continuous_usage else None
-        self._outlet.push(event(self.reply.formatter.chunk(data, usage)))
+        self._last_content = data
+        self._last_event = event(self.reply.formatter.chunk(data, usage))
+        self._outlet.push(self._last_event)
 
 
 class ParsedSseChoice(SseChoice):
@@ -157,7 +205,9 @@ class ParsedSseChoice(SseChoice):
     def text(self, text: str, /) -> None:
         self.reply.open()
         for delta in self._noted(self._parser.feed(text)):
-            self._outlet.push(self._event_of(delta))
+            self._last_content = delta
+            self._last_event = self._event_of(delta)
+            self._outlet.push(self._last_event)
 
     def _event_of(self, delta: Delta) -> bytes:
         match delta:

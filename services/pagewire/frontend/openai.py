@@ -31,33 +31,25 @@ class ResponseFormat(Struct):
 
 
 class Part(Struct, forbid_unknown_fields=True):
-    """A piece of a message's content. The fields after `text` are there so that the pieces that
+    """A piece of a message's content. The fields after `refusal` are there so that the pieces that
     need them can be refused by name."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
     image_url: Raw = _NULL
     input_audio: Raw = _NULL
     audio_url: Raw = _NULL
     video_url: Raw = _NULL
     file: Raw = _NULL
-    refusal: Raw = _NULL
 
 
 class MessageIn(Struct, forbid_unknown_fields=True):
-    """A message of a conversation. The fields of type None may be sent, as null."""
+    """A message of a conversation: what reaches the chat template."""
 
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-    tool_call_id: None = None
-    reasoning: None = None
-    reasoning_content: None = None
 
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from msgspec import Struct
 
 from pagewire.version import __version__
 
+from ..requests.messages import LABELS, SWITCHES
 from ..requests.parameters import PARAMETERS, Parameter
 from .errors import JSON, TYPES
+from .neutral import NEUTRAL
 from .openai import (
     ChatRequest,
     CompletionRequest,
@@ -20,7 +22,6 @@ from .openai import (
     Request,
     TokenizeRequest,
 )
-from .parsing import NEUTRAL
 from .state import STATE
 
 Schema = dict[str, Any]
@@ -47,6 +48,7 @@ _SIZES: Final = {
     "number": ("minimum", "maximum"),
     "string": ("minLength", "maxLength"),
 }
+_EMPTY: Final[tuple[Any, ...]] = ("", [], {})
 _FAILURES: Final = (400, 401, 404, 413, 415, 429, 503)
 _EXAMPLES: Final[Mapping[type[Struct], Schema]] = {
     ChatRequest: {
@@ -130,16 +132,41 @@ def _schemas(requests: Iterable[type[Struct]]) -> dict[str, Schema]:
                 properties[name]["default"] = None
         if request is CompletionRequest:  # 0 scores a prompt
             properties["max_tokens"]["anyOf"][0]["minimum"] = 0
-        for name, values in NEUTRAL.items():
-            if name not in properties:
-                properties[name] = {"enum": [None, *values], "x-no-effect": True}
+        _add_neutral(schema)
         if request is TokenizeRequest:
             schema["oneOf"] = [
                 {"required": [name], "properties": {name: {"type": of_type}}}
                 for name, of_type in (("prompt", "string"), ("messages", "array"))
             ]
+    _open(schemas["StreamOptions"], {})
+    unread: dict[str, Schema] = {name: {} for name in LABELS}
+    unread |= {name: {"enum": [None, False, *_EMPTY]} for name in SWITCHES}
+    for name in ("MessageIn", "Part"):
+        _open(schemas[name], unread, *_EMPTY)
     schemas["Error"] = _error_schema()
     return schemas
+
+
+def _add_neutral(schema: Schema) -> None:
+    """Enter what a request may hold without asking for anything."""
+    properties: dict[str, Schema] = schema["properties"]
+    for name, values in NEUTRAL.items():
+        if name not in properties:
+            properties[name] = {"enum": [None, *values], "x-no-effect": True}
+            continue
+        alternatives: list[Schema] = properties[name].get("anyOf", [])
+        other = [value for value in values if not any(_accepts(one, value) for one in alternatives)]
+        if alternatives and any(isinstance(value, bool) for value in other):
+            alternatives.append({"enum": other})
+    _open(schema, {})
+
+
+def _open(schema: Schema, unread: Mapping[str, Schema], *values: Any) -> None:
+    """Let an object have fields beside its own: `unread`, and any others that are null or one of
+    `values`."""
+    for name, field in unread.items():
+        schema["properties"].setdefault(name, {**field, "x-no-effect": True})
+    schema["additionalProperties"] = {"enum": [None, *values]}
 
 
 def _bound(schema: Schema, row: Parameter) -> None:

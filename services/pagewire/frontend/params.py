@@ -182,7 +182,7 @@ def _rendering(
         per_prompt=choices.per_prompt,
         stream=stream,
         include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.continuous_usage_stats),
+        continuous_usage_stats=bool(options and options.continuous_usage_stats),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         return_token_ids=bool(request.return_token_ids),

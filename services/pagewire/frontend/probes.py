@@ -49,7 +49,7 @@ def _card(state: State, name: str) -> dict[str, Any]:
         "object": "model",
         "created": state.started,
         "owned_by": "pagewire",
-        "root": state.names[0],
+        "root": state.model_path,
         "parent": None,
         "max_model_len": state.stack.model().max_model_len or None,
         "permission": [permission],
@@ -61,6 +61,33 @@ def _recommended(defaults: SamplingDefaults) -> dict[str, Any]:
     """What the model recommends, by the names of requests, where it recommends anything."""
     stated = {name: value for name, value in asdict(defaults).items() if value is not None}
     return {"sampling_defaults": stated} if stated else {}
+
+
+async def server_info(request: web.Request) -> web.Response:
+    """GET /server_info, /get_server_info: what SGLang's router asks of a server, by SGLang's
+    names."""
+    state = request.app[STATE]
+    info = {
+        "model_path": state.model_path,
+        "tokenizer_path": state.tokenizer_path,
+        "served_model_name": state.names[0],
+        "context_length": state.stack.model().max_model_len or None,
+        "version": __version__,
+        "status": "ready" if state.stack.ready(state.clock()) else "starting",
+    }
+    return _json(info)
+
+
+async def model_info(request: web.Request) -> web.Response:
+    """GET /model_info, /get_model_info: what SGLang's router asks of a model, by SGLang's names."""
+    state = request.app[STATE]
+    info = {
+        "model_path": state.model_path,
+        "tokenizer_path": state.tokenizer_path,
+        "served_model_name": state.names[0],
+        "is_generation": True,
+    }
+    return _json(info)
 
 
 async def load(request: web.Request) -> web.Response:

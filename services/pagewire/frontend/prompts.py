@@ -18,6 +18,7 @@ from pagewire_protocol.structs import (
 )
 
 from ..requests.errors import invalid
+from ..requests.messages import text_of_part
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import MAX_INT32, shown
 from .openai import MessageIn, Part
@@ -179,9 +180,10 @@ def _message(index: int, message: MessageIn) -> ChatMessage:
 
 
 def _part(index: int, part: Part) -> str:
-    if part.type != "text" or part.text is None:
+    text: str | None = text_of_part(part.type, part.text, part.refusal)
+    if text is None:
         raise invalid(
             f"`messages[{index}].content` has a part of type {part.type[:64]!r}; only parts of type 'text' are supported.",
             "messages",
         )
-    return part.text
+    return text

@@ -13,8 +13,8 @@ class Rendering(Struct, frozen=True, kw_only=True):
     stream: bool
     include_usage: bool
     """A stream reports token counts in an event of their own at its end."""
-    continuous_usage: bool
-    """Each event of a stream reports the counts so far."""
+    continuous_usage_stats: bool
+    """As the client sent it; see `continuous_usage`."""
     logprobs: int
     """Candidates to show for each token; -1: no log-probabilities."""
     prompt_logprobs: int
@@ -27,6 +27,11 @@ class Rendering(Struct, frozen=True, kw_only=True):
     role: str = "assistant"
     prefix: str = ""
     """What a chat's answer begins with: the message that it continues, under `echo`."""
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Each event of a stream reports the counts so far: only beside those at its end."""
+        return self.include_usage and self.continuous_usage_stats
 
     @property
     def scores_echo(self) -> bool:

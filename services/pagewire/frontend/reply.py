@@ -141,6 +141,10 @@ class Choice:
         self._logprobs: list[TokenLogprobs] = []
         self._started = False
 
+    def start(self) -> ChoiceData:
+        """What the choice shows before any generated text."""
+        return ChoiceData(self.index, self.prefix)
+
     @property
     def likelihood(self) -> float:
         """The sum of its tokens' log-probabilities."""

@@ -4,7 +4,7 @@ not how it got there or how it is sent."""
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -15,6 +15,8 @@ from .logprobs import PromptScore, chat_logprobs, completion_logprobs
 from .rendering import Rendering
 
 Json = dict[str, Any]
+_ABSENT: Final = ("prompt_logprobs", "prompt_token_ids")
+"""Fields of whole answers that vLLM has as null where they were not asked for."""
 
 
 class Usage(Struct):
@@ -108,6 +110,7 @@ class ResponseFormatter(ABC):
             "object": self.whole_object,
             "choices": [self._whole_choice(choice) for choice in choices],
             "usage": usage.body(),
+            **self._absent_fields(),
             **self._prompt_fields(choices[0]),
         }
 
@@ -119,10 +122,15 @@ class ResponseFormatter(ABC):
         """The event without choices that reports the counts at a stream's end."""
         return self._event([], usage, {})
 
+    @property
     @abstractmethod
-    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
-        """The events before any generated text. `prefixes`: for each choice, what its answer begins
-        with; empty in most."""
+    def has_first_chunks(self) -> bool:
+        """Whether a stream has events before any generated text."""
+
+    @abstractmethod
+    def first_chunks(self, choices: Sequence[ChoiceData], usage: Usage | None) -> list[Json]:
+        """The events before any generated text. `choices`: the content of each is what its answer
+        begins with, empty in most."""
 
     @abstractmethod
     def _whole_choice(self, choice: ChoiceData) -> Json: ...
@@ -130,13 +138,17 @@ class ResponseFormatter(ABC):
     @abstractmethod
     def _chunk_choice(self, choice: ChoiceData) -> Json: ...
 
+    def _absent_fields(self) -> Json:
+        """What a whole answer has beside its choices as null, where it was not asked for."""
+        return {}
+
     def _prompt_fields(self, choice: ChoiceData) -> Json:
         """What a body says of the prompt beside its choices."""
         return {}
 
     def _event(self, choices: list[Json], usage: Usage | None, prompt: Json) -> Json:
         body: Json = {**self.head, "object": self.chunk_object, "choices": choices, **prompt}
-        if self.rendering.include_usage or self.rendering.continuous_usage:
+        if self.rendering.include_usage:
             body["usage"] = usage.body() if usage else None
         return body
 
@@ -149,29 +161,34 @@ class ChatFormatter(ResponseFormatter):
     chunk_object = "chat.completion.chunk"
     has_structure = True
 
-    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
-        """An event with the role for each choice; then, where the answer continues a message that
-        is to be shown, an event with that message for each choice."""
+    @property
+    def has_first_chunks(self) -> bool:
+        """The role comes first."""
+        return True
+
+    def first_chunks(self, choices: Sequence[ChoiceData], usage: Usage | None) -> list[Json]:
+        """An event with the role for each choice, and the prompt's token ids where they are known;
+        then, where the answer continues a message that is to be shown, an event with that message
+        for each choice."""
         chunks: list[Json] = []
-        for index in range(len(prefixes)):
+        for choice in choices:
             delta = {"role": self.rendering.role, "content": ""}
-            chunks.append(self._event([self._from_delta(ChoiceData(index), delta)], usage, {}))
+            body = self._from_delta(ChoiceData(choice.index), delta)
+            chunks.append(self._event([body], usage, self._prompt_fields(choice)))
         chunks += [
-            self.chunk(ChoiceData(index, prefix), usage)
-            for index, prefix in enumerate(prefixes)
-            if prefix
+            self.chunk(ChoiceData(choice.index, choice.content), usage)
+            for choice in choices
+            if choice.content
         ]
         return chunks
 
     def _whole_choice(self, choice: ChoiceData) -> Json:
-        message: Json = {"role": self.rendering.role, "content": choice.content}
+        message: Json = {"role": self.rendering.role, "content": choice.content, "refusal": None}
         message |= _reasoning(choice)
         if choice.tool_calls:
             message["content"] = choice.content or None
             message["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
-        logprobs = None
-        if self.rendering.logprobs >= 0:
-            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
+        logprobs = self._logprobs(choice) if self.rendering.logprobs >= 0 else None
         return self._finish_choice(choice, {"message": message}, logprobs)
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
@@ -185,8 +202,12 @@ class ChatFormatter(ResponseFormatter):
     def _from_delta(self, choice: ChoiceData, delta: Json) -> Json:
         logprobs = None
         if self.rendering.logprobs >= 0 and choice.logprobs:
-            logprobs = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
+            logprobs = self._logprobs(choice)
         return self._finish_choice(choice, {"delta": delta}, logprobs)
+
+    def _logprobs(self, choice: ChoiceData) -> Json:
+        body = chat_logprobs(choice.logprobs, self.rendering.ids_as_text)
+        return {**body, "refusal": None}
 
     def _finish_choice(self, choice: ChoiceData, message: Json, logprobs: Json | None) -> Json:
         """`message`: the message or delta, under its name."""
@@ -201,6 +222,9 @@ class ChatFormatter(ResponseFormatter):
         if self.rendering.return_token_ids:
             body["token_ids"] = list(choice.tokens)
         return body
+
+    def _absent_fields(self) -> Json:
+        return dict.fromkeys(_ABSENT)
 
     def _prompt_fields(self, choice: ChoiceData) -> Json:
         fields: Json = {}
@@ -218,17 +242,22 @@ class CompletionFormatter(ResponseFormatter):
     whole_object = chunk_object = "text_completion"
     has_structure = False
 
-    def first_chunks(self, prefixes: Sequence[str], usage: Usage | None) -> list[Json]:
-        """The echoed prompt of each choice; one that comes with log-probabilities waits for
-        them."""
-        if not self.rendering.echo or self.rendering.scores_echo:
+    @property
+    def has_first_chunks(self) -> bool:
+        """An echoed prompt comes first, unless it waits for its log-probabilities."""
+        return self.rendering.echo and not self.rendering.scores_echo
+
+    def first_chunks(self, choices: Sequence[ChoiceData], usage: Usage | None) -> list[Json]:
+        """The echoed prompt of each choice."""
+        if not self.has_first_chunks:
             return []
-        return [
-            self.chunk(ChoiceData(index, prefix), usage) for index, prefix in enumerate(prefixes)
-        ]
+        return [self.chunk(choice, usage) for choice in choices]
 
     def _whole_choice(self, choice: ChoiceData) -> Json:
-        return self._choice(choice, self._logprobs(choice, len(choice.content)))
+        body = self._choice(choice, self._logprobs(choice, len(choice.content)))
+        for name in _ABSENT:
+            body.setdefault(name, None)
+        return body
 
     def _chunk_choice(self, choice: ChoiceData) -> Json:
         has_logprobs = choice.logprobs or (self.rendering.echo and choice.score)

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Generator
+from functools import partial
 from typing import Final
 
 import uvloop
@@ -26,6 +27,7 @@ from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
 from .app import make_app
 from .auth import Auth, configured_keys
+from .connection import Connection
 from .cors import cors_of
 from .sse import Flusher
 from .stack import Stack
@@ -36,8 +38,6 @@ log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
 SHARE_COUNTERS_S: Final = 1.0
 """How often the other frontends of a stack get this one's counters."""
-KEEP_ALIVE_S: Final = 75.0
-"""How long a client's connection may be idle between two requests."""
 _DRAIN_LIMIT: Final = 16
 """Messages handled before the event loop runs other tasks."""
 
@@ -59,7 +59,8 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with contextlib.closing(_listener(config)) as listener:
-        async with Service(run, names, Auth(keys), config).serving(listener) as service:
+        service = Service(run, names, Auth(keys), config, model)
+        async with service.serving(listener):
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info(
@@ -84,9 +85,14 @@ class Service:
     """The parts of a frontend, wired to the event loop that runs."""
 
     def __init__(
-        self, run: RunConfig, names: tuple[str, ...], auth: Auth, config: FrontendConfig
+        self,
+        run: RunConfig,
+        names: tuple[str, ...],
+        auth: Auth,
+        config: FrontendConfig,
+        model: ModelConfig | None = None,
     ) -> None:
-        """Raises ValueError for a flag whose value cannot be used."""
+        """`model`: None where only its names are known. Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
         self._shutdown_timeout_s = config.shutdown_timeout
@@ -98,6 +104,8 @@ class Service:
         self.state = State(
             log_requests=config.enable_log_requests,
             names=names,
+            model_path=model.model if model else names[0],
+            tokenizer_path=(model.tokenizer or model.model) if model else names[0],
             auth=auth,
             owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
             stack=Stack(),
@@ -122,19 +130,20 @@ class Service:
         runner = web.AppRunner(
             make_app(self.state),
             handle_signals=False,
-            access_log=None,
             handler_cancellation=True,
-            auto_decompress=False,
-            keepalive_timeout=KEEP_ALIVE_S,
             shutdown_timeout=0.3,
         )
         await runner.setup()
-        self._site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=self._tls)
-        await self._site.start()
+        assert runner.server is not None
+        connect = partial(Connection, runner.server, self._loop, self.state.counters)
+        self._server = await self._loop.create_server(
+            connect, sock=listener, backlog=BACKLOG, ssl=self._tls
+        )
         with self.joined():
             try:
                 yield self
             finally:
+                self._server.close()
                 await runner.cleanup()
 
     @contextlib.contextmanager
@@ -158,7 +167,7 @@ class Service:
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
-        await self._site.stop()
+        self._server.close()
         self.state.owner.fail_all(unavailable("The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)

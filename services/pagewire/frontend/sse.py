@@ -32,6 +32,8 @@ HOLE: Final = "\x00text\x00"
 
 encode: Final = msgspec.json.Encoder().encode
 """An object as JSON bytes."""
+decode_text: Final = msgspec.json.Decoder(str).decode
+"""The text that `encode` made JSON of."""
 
 
 def event(body: Any) -> bytes:

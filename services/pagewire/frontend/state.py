@@ -32,6 +32,9 @@ class State(Struct):
     cors: Cors
     max_body: int
     """Bytes."""
+    model_path: str = ""
+    """The model's directory, file or hub id."""
+    tokenizer_path: str = ""
     force_usage: bool = False
     """Streams report their usage whether the client asks for it or not."""
     keep_alive_s: float = 0.0

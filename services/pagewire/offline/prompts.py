@@ -9,6 +9,7 @@ from pagewire_protocol.columns import pack
 from pagewire_protocol.structs import MAX_TEMPLATE_KWARGS, Chat, ChatMessage, Prompt
 
 from ..requests.errors import RequestError
+from ..requests.messages import is_unread, text_of_part
 from ..requests.parameters import PARAMETERS, checked
 from .sampling_params import SamplingParams
 
@@ -177,10 +178,10 @@ def _as_message(message: Any, index: int) -> ChatMessage:
         raise ValueError(
             f"conversation {index}: a message needs a role and content, got {message!r:.80}"
         )
-    extra = {key for key, value in message.items() if value is not None} - {
-        "role",
-        "content",
-        "name",
+    extra = {
+        key
+        for key, value in message.items()
+        if key not in ("role", "content", "name") and not is_unread(key, value)
     }
     if extra:
         raise ValueError(
@@ -200,13 +201,12 @@ def _content(content: Any, index: int) -> str:
         return content or ""
     parts: list[str] = []
     for part in content:
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        text = None
+        if isinstance(part, Mapping):
+            text = text_of_part(part.get("type"), part.get("text"), part.get("refusal"))
+        if not isinstance(text, str):
             raise ValueError(f"conversation {index}: content must be text, got {part!r:.80}")
-        parts.append(part["text"])
+        parts.append(text)
     return "\n".join(parts)
 
 

@@ -38,6 +38,9 @@ a template does to a text changes these characters, and a list that is printed a
 escaped."""
 MAX_SHAPES: Final = 1024
 """Conversations of different shapes whose forms are remembered."""
+ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
+"""OpenAI's. Many templates print whatever role they are given, so a misspelt one would reach the
+model as a speaker that it does not know; a template that has further roles names them."""
 OWN_NAMES: Final = {"messages", "add_generation_prompt", "continue_final_message"}
 
 
@@ -146,6 +149,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
         self._names = names
+        self._source = source
         self._knows_developer = "developer" in source
         self._forms: dict[int, Forms | None] = {}
         """By the hash of what a template may tell conversations apart by, beside their texts: for
@@ -173,6 +177,11 @@ class ChatTemplate:
     def _message(self, message: ChatMessage) -> Message:
         """`developer` is OpenAI's newer name of `system`: a template that does not know it gets the
         older one."""
+        if message.role not in ROLES and message.role not in self._source:
+            raise TemplateRefused(
+                f"A message has the role {message.role!r}, which the chat template does not name; "
+                f"use one of {', '.join(ROLES)}."
+            )
         is_renamed = message.role == "developer" and not self._knows_developer
         role = "system" if is_renamed else message.role
         names = {} if message.name is None else {"name": message.name}
