@@ -98,6 +98,13 @@ class ModelConfig(Struct, frozen=True):
             pattern=QUANTIZED,
         ),
     ] = ""
+    generation_config: Annotated[
+        str,
+        _help(
+            "what requests get that do not say it: auto: the temperature, top_p and the like of the model's generation_config.json; "
+            "vllm: OpenAI's defaults; or a directory with such a file"
+        ),
+    ] = "auto"
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[
@@ -293,7 +300,7 @@ def _description(annotation: Any) -> str:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()
+    parser: argparse._ActionsContainer, *structs: type[Struct], skip: tuple[str, ...] = ()
 ) -> None:
     """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the
     namespace."""
@@ -304,14 +311,17 @@ def add_flags(
                 _add_flag(parser, field, hints[field.name])
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -> None:
     flag, kind = "--" + field.name.replace("_", "-"), _plain(annotation)
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     description = _description(annotation)
+    default_text = " ".join(default) if isinstance(default, tuple) else default
     shown = (
-        "" if default in ("", (), None) or "default" in description else f" (default: {default})"
+        ""
+        if default_text in ("", None) or "default" in description
+        else f" (default: {default_text})"
     )
     options["help"] = f"{description}{shown}".replace("%", "%%")
     if kind is bool:

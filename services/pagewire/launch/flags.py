@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ..cli import add_model, new_parser, positive, read_all, take_model
+from ..cli import Parser, add_model, new_parser, positive, read_all, take_model
 from ..config import (
     VARIABLE_PREFIX,
     BadSetting,
@@ -29,10 +29,21 @@ from ..frontend.auth import KEYS_VARIABLE
 from . import stack
 from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
 
-EPILOG = "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
+EPILOG = (
+    "--help=FLAG, --help=GROUP or --help=WORD shows a part of this. "
+    "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
+)
 RUN_DIR_HELP = (
     "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
 )
+GROUPS: dict[str, tuple[type[Any], ...]] = {
+    # title in the help: settings
+    "model": (ModelConfig, TokenizerConfig),
+    "HTTP": (FrontendConfig,),
+    "scheduling": (SchedulerConfig,),
+    "device and memory": (WorkerConfig,),
+    "processes and logs": (RunConfig,),
+}
 STRUCTS: tuple[type[Any], ...] = (
     RunConfig,
     ModelConfig,
@@ -45,9 +56,9 @@ REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 INTERNAL = ("socket_fd", "name", "run_dir")
 
 
-def new(command: str, description: str) -> argparse.ArgumentParser:
+def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
     """A parser for everything that a stack is started with. What was not given is absent from its
-    namespace."""
+    namespace. `hidden`: settings that the help does not show."""
     parser = new_parser(command, description)
     parser.epilog = EPILOG
     add_model(parser)
@@ -57,21 +68,27 @@ def new(command: str, description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML file of settings by these names; flags and variables win",
     )
-    parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
-    add_flags(parser, *STRUCTS, skip=INTERNAL)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for title, settings in GROUPS.items():
+        add_flags(groups[title], *settings, skip=INTERNAL)
+    processes = groups["processes and logs"]
+    processes.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
     for name in REPLICAS:
         kind, usual = (
             name.removeprefix("num_"),
             "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores",
         )
         about = f"how many {kind} (default: {usual})"
-        parser.add_argument(
+        processes.add_argument(
             "--" + name.replace("_", "-"),
             type=positive,
             default=argparse.SUPPRESS,
             metavar="N",
             help=about,
         )
+    for action in parser._actions:
+        if action.dest in hidden:
+            action.help = argparse.SUPPRESS
     _add_aliases(parser)
     _add_foreign(parser)
     return parser
@@ -95,7 +112,7 @@ def _add_aliases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-token", **hidden)
 
 
-def _add_foreign(parser: argparse.ArgumentParser) -> None:
+def _add_foreign(parser: Parser) -> None:
     own = {action.dest for action in parser._actions}
     for name, foreign in FOREIGN.items():
         if name in own:
@@ -107,6 +124,8 @@ def _add_foreign(parser: argparse.ArgumentParser) -> None:
         }
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
         parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **kind)
+        verdict = "refused" if foreign.refused else "accepted without effect"
+        parser.notes[name] = f"vLLM's flag, {verdict}: {foreign.why}"
 
 
 def parse(

@@ -175,7 +175,7 @@ def service_counts(config: stack.StackConfig) -> str:
 
 
 def invitation(config: stack.StackConfig) -> str:
-    """The URL, and a command to try it with."""
+    """A command to try the server with and, last, its URL, which opens in a browser too."""
     assert config.frontend is not None
     host = "localhost" if config.frontend.host in ("", "0.0.0.0", "::") else config.frontend.host
     scheme = "https" if config.frontend.ssl_certfile else "http"
@@ -189,4 +189,8 @@ def invitation(config: stack.StackConfig) -> str:
             "max_tokens": 64,
         }
     )
-    return f"Pagewire serves {name} at {url}\n  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'"
+    return (
+        "Ask it in a browser, at the URL below, or with\n"
+        f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'\n"
+        f"Pagewire serves {name} at {url}"
+    )
