@@ -350,6 +350,8 @@ def test_modelscope_in_place_of_the_hub(variable, value, cached, monkeypatch, tm
 
 
 def test_modelscope_errors_are_one_line(monkeypatch, tmp_path):
+    # An empty variable, as compose files give it, is none.
+    monkeypatch.setenv("PAGEWIRE_USE_MODELSCOPE", "")
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "true")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLES = ("PAGEWIRE_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
-YES, NO = ("true", "1", "yes", "on"), ("", "false", "0", "no", "off")
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 class Failed(ValueError):
@@ -21,8 +21,7 @@ def wanted() -> bool:
     """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes nor
     no."""
     for name in VARIABLES:
-        if name in os.environ:
-            value = os.environ[name]
+        if value := os.environ.get(name):
             if value.lower() not in YES + NO:
                 raise Failed(f"{name}={value}: True or False is needed")
             return value.lower() in YES
@@ -37,7 +36,7 @@ class Repository:
         try:
             from modelscope import snapshot_download  # type: ignore[import-not-found]
         except ImportError:
-            name = next(name for name in VARIABLES if name in os.environ)
+            name = next(name for name in VARIABLES if os.environ.get(name))
             raise Failed(
                 f"{name} is set, but the modelscope package is not installed; `pip install modelscope`"
             ) from None
