@@ -28,7 +28,7 @@ from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
 from .routes import method_of, route_of
 from .state import STATE, State
-from .tokens import detokenize, tokenize
+from .tokens import detokenize, render_chat, render_completion, tokenize
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger("pagewire.frontend")
@@ -44,6 +44,8 @@ def make_app(state: State) -> web.Application:
     app.router.add_post("/v1/chat/completions", chat_completions)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/v1/models/{id:.+}", model)
+    app.router.add_post("/v1/completions/render", render_completion)
+    app.router.add_post("/v1/chat/completions/render", render_chat)
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
     app.router.add_get("/load", load)
