@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 INPUTS := pyproject.toml constraints.txt services/pagewire/version.py
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SIZES := with PyTorch for CUDA pip downloads about 3 GB, where its CPU build is in $(VENV) already 0.4 GB
 
 .DEFAULT_GOAL := serve
 .PHONY: serve test lint format clean
@@ -38,11 +39,11 @@ $(BIN)/python:
 
 # What `make test` installs holds all that `make serve` needs.
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	@echo "Installing Pagewire into $(VENV) (a few minutes the first time)"
+	@echo "Installing Pagewire into $(VENV), a few minutes the first time: $(SIZES)"
 	@$(PIP) -e '.[all]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	@echo "Installing Pagewire and what its tests need into $(VENV) (a few minutes the first time)"
+	@echo "Installing Pagewire and what its tests need into $(VENV), a few minutes the first time: $(SIZES)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed

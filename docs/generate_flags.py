@@ -15,6 +15,7 @@ HEADER = """# Flags
 `pagewire serve --help` lists every flag that does something, with its default. Most have vLLM's names. This page is about those of vLLM's
 flags that `--help` does not list; as keyword arguments of `LLM`, with underscores, they are treated alike.
 
+- `--help=FLAG` shows one flag (of vLLM's too), `--help=GROUP` a group of them, `--help=WORD` all with the word in their names.
 - Underscores in a flag's name are taken for dashes.
 - The model is given as `pagewire serve MODEL` or with `--model MODEL`.
 - Whole numbers may be written as `4k` (4,000), `4K` (4,096), `1.5m` or `1M` (1,048,576). `--max-model-len auto` and `-1` mean what fits.

@@ -40,7 +40,7 @@ from .columns import (
     pack,
     unpack,
 )
-from .sampling import Sampling, TextOptions, TokenId
+from .sampling import Sampling, SamplingDefaults, TextOptions, TokenId
 from .structs import (
     Admission,
     Chat,
@@ -182,7 +182,8 @@ class Generate(Message, tag=True, frozen=True):
     text: TextOptions
     add_special_tokens: bool = True
     max_tokens_is_rest: bool = False
-    """max_tokens was not given: it becomes what the context leaves after the prompt."""
+    """The client gave no max_tokens: what the context leaves after the prompt, and no more than
+    `sampling` has there."""
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: CacheSalt = ""
     kind: RequestKind = RequestKind.GENERATE
@@ -323,6 +324,7 @@ class Roster(Message, tag=True, frozen=True):
     stats: Annotated[dict[Annotated[str, Meta(max_length=64)], float], Meta(max_length=64)] = {}
     """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed
     once a second."""
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | Roster

@@ -89,6 +89,20 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
         return self.temperature < GREEDY_BELOW
 
 
+class SamplingDefaults(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What requests get that do not say it themselves, by the model's own recommendation. None: as
+    without one."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    """-1 and 0 are off."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    """Of answers in conversations; at most what the context leaves."""
+
+
 class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the tokenizer needs to turn token ids into the text the client asked for."""
 

@@ -25,7 +25,7 @@ from .columns import (
     TokensF32,
     TokensI32,
 )
-from .sampling import Sampling, TokenId
+from .sampling import Sampling, SamplingDefaults, TokenId
 
 MAX_TEMPLATE_KWARGS: Final = 65_536
 """Bytes of JSON."""
@@ -230,6 +230,7 @@ class TokenizerFacts(Record, frozen=True):
     """False under --skip-tokenizer-init: token ids only."""
     has_chat_template: bool
     vocab_size: Count
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 class Peer(Record, frozen=True):

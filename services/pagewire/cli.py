@@ -7,6 +7,7 @@ small services start fast.
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from .config import (
     WorkerConfig,
     add_flags,
     read,
+    read_environment,
 )
 from .process import logs
 from .process.errors import EXPECTED, missing_package
@@ -42,6 +44,7 @@ COMMANDS = {
     ),
     "doctor": ("commands.doctor", "check this machine and say in plain words what is wrong"),
 }
+MANY_FLAGS = 15
 OTHER_NAMES = {"collect-env": "doctor"}
 """What vLLM calls a command."""
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
@@ -77,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if command not in COMMANDS and command not in SERVICES:
+        close = difflib.get_close_matches(command, [*COMMANDS, *SERVICES, *OTHER_NAMES], 1)
+        hint = f"did you mean `pagewire {close[0]}`? " if close else ""
         print(
-            f"pagewire: unknown command {command!r}; `pagewire --help` lists them", file=sys.stderr
+            f"pagewire: unknown command {command!r}; {hint}`pagewire --help` lists them",
+            file=sys.stderr,
         )
         return 2
     return _guarded(command, arguments[1:])
@@ -129,13 +135,57 @@ def report_error(command: str, error: BaseException) -> int:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line: a usage text of fifty flags above it would only
-    hide the reason."""
+    hide the reason. `--help=WORD` shows one flag, a group of them, or all with WORD in their
+    names."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.notes: dict[str, str] = {}
+        """What `--help=FLAG` says of flags that the help does not show, by destination."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Flags with underscores are taken for those with dashes, as vLLM takes them."""
-        return super().parse_known_args(
-            [dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace
-        )
+        words = [dashed(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:
+            if word.startswith("--help="):
+                self._show(word.removeprefix("--help=").strip().lstrip("-").replace("_", "-"))
+        return super().parse_known_args(words, namespace)
+
+    def format_help(self) -> str:
+        """The usage of a command with many flags does not list them a second time."""
+        if self.usage is None and len(self._actions) > MANY_FLAGS:
+            named = any(not action.option_strings for action in self._actions)
+            self.usage = f"{self.prog} {'[MODEL] ' if named else ''}[flags]"
+        return super().format_help()
+
+    def _show(self, word: str) -> NoReturn:
+        """Print the help of the flags that `word` names, and exit."""
+        wanted = f"--{word.lower()}"
+        exact = self._option_string_actions.get(wanted)
+        if exact is not None and exact.help is argparse.SUPPRESS:
+            note = self.notes.get(exact.dest, f"another name of --{exact.dest.replace('_', '-')}")
+            print(f"{wanted}: {note}")
+            self.exit(0)
+        groups = [g for g in self._action_groups if (g.title or "").lower() == word.lower()]
+        actions = [exact] if exact else [action for g in groups for action in g._group_actions]
+        if not actions:
+            actions = [
+                action
+                for action in self._actions
+                if any(word.lower() in flag for flag in action.option_strings)
+                and action.help is not argparse.SUPPRESS
+            ]
+        if not actions:
+            titles = ", ".join(g.title or "" for g in self._action_groups[2:])
+            close = difflib.get_close_matches(wanted, self._option_string_actions, 1, 0.6)
+            hint = f"did you mean {close[0]}?" if close else f"the groups are {titles}"
+            self.exit(2, f"{self.prog}: no flag has {word!r} in its name; {hint}\n")
+        formatter = self._get_formatter()
+        formatter.start_section(groups[0].title if groups and not exact else None)
+        formatter.add_arguments(actions)
+        formatter.end_section()
+        self._print_message(formatter.format_help(), sys.stdout)
+        self.exit(0)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, with the closest flag for one that does not exist."""
@@ -157,7 +207,7 @@ def dashed(word: str) -> str:
     return name.replace("_", "-") + sign + value if name.startswith("--") else word
 
 
-def new_parser(command: str, description: str) -> argparse.ArgumentParser:
+def new_parser(command: str, description: str) -> Parser:
     """The parser of a command, without flags yet."""
     return Parser(f"pagewire {command}", description=description, allow_abbrev=False)
 
@@ -198,9 +248,13 @@ def parse_structs(
 def read_all(
     refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace
 ) -> list[Any]:
-    """The Structs with the values of `namespace`. `refuse` is called with one line on a bad value;
-    it does not return."""
+    """The Structs with the values of `namespace`, and of the environment where it has none.
+    `refuse` is called with one line on a bad value; it does not return."""
+    from .process.parent import Started
+
     try:
+        if not Started.by_parent:
+            read_environment(structs, namespace, os.environ)
         return [read(struct, namespace) for struct in structs]
     except ValueError as error:
         return refuse(str(error))

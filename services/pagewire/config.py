@@ -10,7 +10,7 @@ import contextlib
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -98,6 +98,13 @@ class ModelConfig(Struct, frozen=True):
             pattern=QUANTIZED,
         ),
     ] = ""
+    generation_config: Annotated[
+        str,
+        _help(
+            "what requests get that do not say it: auto: the temperature, top_p and the like of the model's generation_config.json; "
+            "vllm: OpenAI's defaults; or a directory with such a file"
+        ),
+    ] = "auto"
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[
@@ -293,7 +300,7 @@ def _description(annotation: Any) -> str:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, *structs: type[Struct], skip: tuple[str, ...] = ()
+    parser: argparse._ActionsContainer, *structs: type[Struct], skip: tuple[str, ...] = ()
 ) -> None:
     """One flag a field: `max_model_len` becomes `--max-model-len`. Unset flags are absent from the
     namespace."""
@@ -304,14 +311,17 @@ def add_flags(
                 _add_flag(parser, field, hints[field.name])
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: Any, annotation: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -> None:
     flag, kind = "--" + field.name.replace("_", "-"), _plain(annotation)
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     description = _description(annotation)
+    default_text = " ".join(default) if isinstance(default, tuple) else default
     shown = (
-        "" if default in ("", (), None) or "default" in description else f" (default: {default})"
+        ""
+        if default_text in ("", None) or "default" in description
+        else f" (default: {default_text})"
     )
     options["help"] = f"{description}{shown}".replace("%", "%%")
     if kind is bool:
@@ -413,6 +423,51 @@ def _reason(text: str, kind: Any) -> str:
     if len(words) == 4 and words[2] in WORDS:
         return f"{WORDS[words[2]]} {words[3]} is needed"
     return text
+
+
+VARIABLE_PREFIX = "PAGEWIRE_"
+NO_VARIABLES = ("name", "run_dir", "socket_fd", "api_key")
+"""Settings that the environment gives in another way, or not at all."""
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # fmt: skip
+
+
+def variable_of(name: str) -> str:
+    """The environment's variable of a setting: PAGEWIRE_MAX_NUM_SEQS of `max_num_seqs`."""
+    return VARIABLE_PREFIX + name.upper()
+
+
+def read_environment(
+    structs: tuple[type[Struct], ...],
+    namespace: argparse.Namespace,
+    environment: Mapping[str, str],
+) -> None:
+    """Put settings of the environment into `namespace`, where no flag gives them. An empty variable
+    counts as none. Raises BadSetting for a value that cannot be read."""
+    for struct in structs:
+        hints = typing.get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            variable = variable_of(field.name)
+            text = environment.get(variable, "")
+            if not text or field.name in NO_VARIABLES or hasattr(namespace, field.name):
+                continue
+            try:
+                value = _from_text(field.name, _plain(hints[field.name]), text)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise BadSetting(field.name, text, f"{error} ({variable})") from None
+            setattr(namespace, field.name, value)
+
+
+def _from_text(name: str, kind: Any, text: str) -> Any:
+    """Raises ValueError or ArgumentTypeError."""
+    if kind is bool:
+        if text.lower() not in SWITCH:
+            raise ValueError("true or false is needed")
+        return SWITCH[text.lower()]
+    if typing.get_origin(kind) is tuple:
+        return tuple(as_list(text))
+    if typing.get_origin(kind) is Literal:
+        return text
+    return _converter(name, kind)(text)
 
 
 def read(struct: type[S], namespace: argparse.Namespace) -> S:

@@ -24,6 +24,7 @@ from pagewire_protocol.messages import (
     Tokenize,
     Tokenized,
 )
+from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import (
     End,
     Finish,
@@ -202,6 +203,7 @@ class FakeStack:
     received: list[Generate | Cancel | Tokenize | Detokenize] = field(default_factory=list)
     words: Words = field(default_factory=Words)
     has_text: bool = True
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
         self.scheduler = Inbox(self.run_dir, Role.SCHEDULER, 0)
@@ -289,7 +291,16 @@ class FakeStack:
             *self.frontends.values(),
         ]
         room, text = MODEL_LEN if self.ready else 0, (self.has_text, self.has_chat_template)
-        return Roster(self.epoch, tuple(peers), room, VOCABULARY, (2,), *text, dict(self.stats))
+        return Roster(
+            self.epoch,
+            tuple(peers),
+            room,
+            VOCABULARY,
+            (2,),
+            *text,
+            dict(self.stats),
+            self.sampling_defaults,
+        )
 
     def send_rosters(self) -> None:
         self._next_roster = time.monotonic() + 0.5

@@ -24,6 +24,7 @@ ROUTES = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/load"),
+    ("GET", "/openapi.json"),
     ("GET", "/nowhere"),
 ]
 
@@ -92,7 +93,8 @@ def test_probes_stay_open_and_nothing_else(guarded) -> None:
         path = route.resource.canonical.replace("{id}", "alias")
         if raw(guarded, route.method, path)[0] != 401:
             opened.add(path)
-    assert opened == {"/health", "/live", "/ready", "/version", "/metrics", "/ping"}
+    probes = {"/health", "/live", "/ready", "/version", "/metrics", "/ping"}
+    assert opened == probes | {"/", "/v1", "/v1/"}
 
 
 def test_the_openai_client_is_told(guarded) -> None:

@@ -124,7 +124,7 @@ def test_metrics_of_a_server(url: str) -> None:
 
 
 def test_no_server_is_one_line() -> None:
-    result = bench("serve", "--url", "http://127.0.0.1:9", "--no-ceiling")
+    result = bench("serve", "--url", "http://127.0.0.1:9")
     assert (
         result.returncode == 1
         and "no server answers at" in result.stderr

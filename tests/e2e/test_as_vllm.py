@@ -84,6 +84,9 @@ def test_the_tutorials_program() -> None:
     printed_text(first, "Prompt: 'Hello, my name is', Generated text: ")
     printed_text(second, "Prompt: 'The capital of France is', Generated text: ")
     assert "Processed prompts: 100%" in result.stderr
+    lines = result.stderr.splitlines()
+    ready = next(number for number, line in enumerate(lines) if line.startswith("ready in "))
+    assert any(line.startswith("worker ") for line in lines[:ready])
 
 
 def test_langchain_s_own_class() -> None:

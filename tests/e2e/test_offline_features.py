@@ -3,6 +3,7 @@ prompts; and the forms of its calls."""
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -284,6 +285,15 @@ def test_the_tokenizer_for_programs_is_the_one_that_is_used(oracle: Any, demo: L
         "héllo 🙂",
     )
     assert demo.get_tokenizer() is tokenizer
+
+
+def test_a_missing_package_is_named_with_how_to_install_it(
+    demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_tokenizer", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pagewire\[all\]'"):
+        demo.get_tokenizer()
 
 
 def test_only_the_end_of_a_prompt(fake: LLM) -> None:

@@ -225,7 +225,7 @@ def test_conversations_alone_and_many() -> None:
 
 
 def test_one_set_of_parameters_for_all_or_one_for_each() -> None:
-    assert len(as_params(None, 3)) == 3
+    assert len(as_params(SamplingParams(), 3)) == 3
     with pytest.raises(ValueError, match="3 prompts but 2 sampling_params"):
         as_params([SamplingParams(), SamplingParams()], 3)
 

@@ -91,7 +91,8 @@ def test_each_line_has_its_answer_or_its_error(tmp_path: Path) -> None:
     lines = [*completions(50), "", *(line for line, _, _ in bad.values()), "{ no json"]
     source.write_text("\n".join(lines))
     result = run(source, target, *FAKE)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr
+    assert "again" not in result.stderr  # these errors would come again
     assert (
         "Running batch: 100%" in result.stderr
         and "59/59" in result.stderr
@@ -151,7 +152,8 @@ def test_an_orderly_end_leaves_whole_answers_and_no_process(
     source.write_text("\n".join(completions(300, 8)))
     process = subprocess.Popen(
         command(source, target, *FAKE, "--fake-step-ms", "10", "--max-num-seqs", "8"),
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=_heed_interrupts,
     )
     end = time.monotonic() + 60
@@ -165,9 +167,61 @@ def test_an_orderly_end_leaves_whole_answers_and_no_process(
     ]
     assert len(children) >= 3
     process.send_signal(number)
-    assert process.wait(20) == code
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "of 300 lines done; the same command goes on with the rest" in printed.splitlines()[-1]
     assert target.read_bytes().endswith(b"\n") and 0 < len(answers(target)) < 300
     assert not [path for path in children if _parent(path) == process.pid]
+
+
+def failed(number: int, status: int) -> str:
+    error = {"message": "no", "type": "t", "param": None, "code": status}
+    response = {"status_code": status, "request_id": "x", "body": {"error": error}}
+    row = {"id": f"batch_req_{number}", "custom_id": f"r{number - 1}", "response": response}
+    return json.dumps({**row, "error": error})
+
+
+def test_errors_that_may_not_come_again_are_tried_again(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(completions(6)))
+    statuses = {1: 408, 2: 429, 3: 500, 4: 503, 5: 400}
+    rows = [failed(number, status) for number, status in statuses.items()]
+    target.write_text("\n".join(rows) + "\n")
+    kept = run(source, target, *FAKE, "--no-progress", "--no-retry-errors")
+    assert kept.returncode == 1
+    assert "1 answered, 0 with an error, 5 done before, 5 of them with an error" in kept.stderr
+    target.chmod(0o640)
+    result = run(source, target, *FAKE, "--no-progress")
+    assert result.returncode == 1
+    assert "4 answered, 0 with an error, 2 done before, 1 of them with an error" in result.stderr
+    answered = answers(target)
+    assert all(is_right(answered[f"r{i}"], i) for i in (0, 1, 2, 3, 5))
+    assert answered["r4"]["response"]["status_code"] == 400
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(completions(2)), encoding="utf-8-sig")
+    result = run(source, target, *FAKE, "--no-progress")
+    assert result.returncode == 0, result.stderr
+    assert is_right(answers(target)["r0"], 0)
+
+
+def test_the_help_has_no_flags_of_http_which_are_still_accepted(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "pagewire", "run-batch", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert "--retry-errors" in shown and "--served-model-name" in shown
+    assert not [flag for flag in ("--port", "--ssl", "--allowed", "--api-key") if flag in shown]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("")
+    assert run(source, target, *FAKE, "--port", "8001").returncode == 0
 
 
 def _heed_interrupts() -> None:

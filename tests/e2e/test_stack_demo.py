@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import urllib.request
 from typing import Any
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -74,3 +75,9 @@ def test_the_launcher_says_where_and_how(demo_stack: Any) -> None:
     text = "\n".join(demo_stack.lines)
     assert f"Pagewire serves HuggingFaceTB/SmolLM2-135M-Instruct at {demo_stack.url}" in text
     assert f"curl {demo_stack.url}/chat/completions" in text
+    ready = next(i for i, line in enumerate(demo_stack.lines) if line.startswith("ready in"))
+    announced = demo_stack.lines[ready + 1 : ready + 4]
+    assert announced[-1].endswith(f" at {demo_stack.url}")
+    for url in (demo_stack.url, demo_stack.url.removesuffix("v1")):
+        with urllib.request.urlopen(url, timeout=10) as page:
+            assert page.headers["Content-Type"].startswith("text/html")

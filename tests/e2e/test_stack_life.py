@@ -182,6 +182,25 @@ def test_version_and_help() -> None:
 
     assert run("--version").stdout.strip() == f"pagewire {__version__}"
     assert "pagewire serve" in run("--help").stdout
+    close = run("serv")
+    assert close.returncode == 2 and "`pagewire serve`" in close.stderr
+
+
+def test_the_help_of_serve_has_groups_and_shows_parts_of_itself() -> None:
+    whole = run("serve", "--help").stdout
+    for title in ("model:", "HTTP:", "scheduling:", "device and memory:", "processes and logs:"):
+        assert f"\n{title}\n" in whole
+    assert "('" not in whole and len(whole.partition("\n\n")[0].splitlines()) == 1
+    port = run("serve", "--help=port").stdout
+    assert port.strip() == "--port INT  port to listen on (default: 8000)"
+    assert run("serve", "--help=--max_num_seqs").stdout.startswith("  --max-num-seqs INT")
+    some = run("serve", "--help=prefix").stdout
+    assert "--enable-prefix-caching" in some and "--port" not in some
+    group = run("serve", "--help=http").stdout
+    assert "--ssl-keyfile" in group and "--max-num-seqs" not in group
+    assert "one GPU" in run("serve", "--help=tensor-parallel-size").stdout
+    unknown = run("serve", "--help=prot")
+    assert unknown.returncode == 2 and "did you mean --port?" in unknown.stderr
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

@@ -85,7 +85,7 @@ def test_without_max_tokens_the_answer_takes_the_rest() -> None:
     made = template(max_tokens=None)
     assert made.max_tokens_is_rest and made.sampling.max_tokens == MODEL.max_model_len
     assert all(job.max_tokens_is_rest for job in jobs(made))
-    assert template(max_tokens=None, model=ModelFacts()).sampling.max_tokens == 1
+    assert template(max_tokens=None, model=ModelFacts()).sampling.max_tokens == 2**31 - 1
 
 
 def test_text_that_nobody_makes_is_not_asked_for() -> None:

@@ -200,9 +200,11 @@ def test_special_tokens_are_added_to_plain_prompts_only_and_on_request(
     )  # the template's own <|im_start|>s
 
 
-def test_max_tokens_is_what_the_context_leaves(bench: Bench):
+@pytest.mark.parametrize(("most", "expected"), [(64, 4), (3, 3)])
+def test_max_tokens_is_what_the_context_leaves(bench: Bench, most: int, expected: int):
     prompt = Prompt(ids=pack("i", [5] * 60))
-    assert bench.submit(prompt, max_tokens=1, max_tokens_is_rest=True).sampling.max_tokens == 4
+    submit = bench.submit(prompt, max_tokens=most, max_tokens_is_rest=True)
+    assert submit.sampling.max_tokens == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`pagewire bench KIND`: figures for the offline interface, a server under load, one request, the
 kernels, and the path between."""
 
+import difflib
 import importlib
 import sys
 
@@ -28,6 +29,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if kind else 2
     if kind not in KINDS:
-        print(f"pagewire bench: unknown kind {kind!r}; one of {', '.join(KINDS)}", file=sys.stderr)
+        close = difflib.get_close_matches(kind, KINDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(KINDS)}"
+        print(f"pagewire bench: unknown kind {kind!r}; {hint}", file=sys.stderr)
         return 2
     return importlib.import_module(f".{kind}", __package__).main(arguments[1:])

@@ -10,9 +10,9 @@ from . import workloads
 from .workloads import AGAINST_SUFFIX
 
 KINDS = {
-    "TTFT": "time to first token, ms",
-    "TPOT": "time a token after the first, ms",
-    "gap": "gap between chunks, ms",
+    "TTFT": "time to the first token (milliseconds)",
+    "TPOT": "time per token after the first (milliseconds)",
+    "gap": "pause between two pieces of a stream (milliseconds)",
 }
 
 
@@ -65,12 +65,15 @@ def _throughput(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=shape)
     streams = sorted({x for points in lines.values() for x, _ in points})
     axes.set(
-        xlabel="requests at a time", ylabel="output tokens a second", xscale="log", ylim=(0, None)
+        xlabel="requests running at the same time",
+        ylabel="output tokens per second, all requests together",
+        xscale="log",
+        ylim=(0, None),
     )
     axes.set_xticks(streams, [str(n) for n in streams], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(title="tokens in/out", fontsize=8)
+    axes.legend(title="tokens per request, in/out", fontsize=8)
 
 
 def _distribution(axes: Axes, kind: str, loads: dict[str, Any], grid: list[float]) -> None:
@@ -78,7 +81,13 @@ def _distribution(axes: Axes, kind: str, loads: dict[str, Any], grid: list[float
         values = _drawable(load, kind)
         if values and len(values) == len(grid):
             axes.plot(values, [100 * share for share in grid], label=name)
-    axes.set(xlabel=KINDS[kind], ylabel="% at most so long", ylim=(0, 100), xlim=(0, None))
+    what = "pauses" if kind == "gap" else "requests"
+    axes.set(
+        xlabel=KINDS[kind],
+        ylabel=f"{what} that took at most so long (%)",
+        ylim=(0, 100),
+        xlim=(0, None),
+    )
     if kind == "gap":
         axes.set(xscale="log", xlim=(0.1, None))
     axes.grid(alpha=0.3)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import new_parser, positive
-from ..config import ModelConfig
-from ..hub import huggingface
 from . import baselines, machine, workloads
 from .clients import Clients
 from .interleave import Budget, Result, Row, run_interleaved
@@ -75,7 +73,7 @@ def main(arguments: list[str]) -> int:
     with contextlib.ExitStack() as cleanup:
         clients = cleanup.enter_context(Clients(options.clients))
         report: dict[str, Any] = {"kind": "serve", "machine": machine.describe(), "settings": rest}
-        if not options.no_ceiling:
+        if not options.no_ceiling and not options.url:
             report["ceiling"] = ceiling(clients, options, rest)
         began = time.monotonic()
         url = options.url or cleanup.enter_context(started(rest))
@@ -123,7 +121,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     about = "prompts of token ids below this instead of words; 0: words (default: 0)"
     parser.add_argument("--vocab", type=int, default=0, metavar="N", help=about)
     parser.add_argument(
-        "--no-ceiling", action="store_true", help="do not measure the path without a model first"
+        "--no-ceiling",
+        action="store_true",
+        help="do not measure the path without a model first, which is never done with --url",
     )
     add_common(parser)
     add_plot(parser)
@@ -143,10 +143,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
     """What these clients and the services carry with no model behind them, on this machine."""
-    load, flags, vocab = workloads.parse(CEILING).scaled(options.scale), rest, options.vocab
-    if options.url and huggingface.cached(ModelConfig()) is None:
-        flags, vocab = [BLIND], workloads.VOCAB
-    with started([*flags, "--device", "fake", "--log-level", "warning"]) as url:
+    load, vocab = workloads.parse(CEILING).scaled(options.scale), options.vocab
+    with started([*rest, "--device", "fake", "--log-level", "warning"]) as url:
         server = Server(url, options.api_key, ask_model(url, options.api_key))
         server.play(clients, load.warmup(), -1, vocab)
         row = server.play(clients, load, 0, vocab)

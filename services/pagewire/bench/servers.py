@@ -30,6 +30,9 @@ def started(
         "127.0.0.1",
         "--port",
         "0",
+        # The load says how tokens are sampled, the same for every model.
+        "--generation-config",
+        "vllm",
         *arguments,
     ]
     process = subprocess.Popen(
@@ -39,8 +42,8 @@ def started(
     timer.start()
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if " at http" not in line:
+        line = next((line for line in process.stdout if " at http" in line), None)
+        if line is None:
             process.wait()
             raise OSError(
                 "the server did not start"

@@ -2,10 +2,13 @@
 already. Knows no service.
 
 A run that was interrupted goes on: a line is known by its number and its custom_id, which its
-answer repeats. An answer that was cut off is removed.
+answer repeats. An answer that was cut off is removed, and so are errors that may not come again.
 """
 
+import contextlib
+import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,6 +21,8 @@ from ..frontend.errors import ApiError
 URLS: Final = {"/v1/chat/completions": True, "/v1/completions": False}
 """Whether it is a chat."""
 MAX_SHOWN: Final = 80
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+"""Some programs begin UTF-8 files with it."""
 
 
 class LineIn(Struct):
@@ -77,11 +82,21 @@ class Outcome(Struct):
     completion_tokens: int = 0
 
 
+class EarlierResponse(Struct):
+    status_code: int
+
+
 class EarlierAnswer(Struct):
     """What is read of an answer of an earlier run."""
 
     id: str
     custom_id: str | None
+    response: EarlierResponse | None = None
+
+    @property
+    def status(self) -> int:
+        """As of HTTP."""
+        return self.response.status_code if self.response else 200
 
 
 _read_in: Final = msgspec.json.Decoder(LineIn)
@@ -124,21 +139,38 @@ def refusal_of(line: Line, error: ApiError) -> Outcome:
     return Outcome(Answered(line, error.status, error.body(), error.fields()))
 
 
+def may_succeed_later(status: int) -> bool:
+    """Whether a line that failed with this HTTP status is worth another try: it took too long, or
+    found the services full or broken."""
+    return status in (408, 429) or status >= 500
+
+
 class Journal:
     """Both files. Raises OSError, and ValueError when the output holds something else than answers
     to this input."""
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path, target: Path, retry_errors: bool = True) -> None:
+        """`retry_errors`: errors of earlier runs that may not come again are removed from the
+        output, so that their lines are answered by this run."""
         self._source = source
         if not source.is_file():
             raise ValueError(f"{source} is no file of requests")
         if target.exists() and target.samefile(source):
             raise ValueError(f"{target} is both the input and the output; name another output")
-        self._done = _finished(source, target)
+        done = _finished(source, target)
+        if retry_errors and any(map(may_succeed_later, done.values())):
+            again = {number for number, status in done.items() if may_succeed_later(status)}
+            _remove(target, again)
+            done = {number: status for number, status in done.items() if number not in again}
+        self._done = done
         self.total = sum(1 for _ in _texts(source))
-        self.before = len(self._done)
+        self.before = len(done)
+        self.failed_before = sum(status >= 400 for status in done.values())
+        """Of those of earlier runs that stay."""
         self.left = self.total - self.before
         self.answered = self.failed = 0
+        self.worth_retrying = 0
+        """Of the failed ones."""
         self._target: BinaryIO = target.open("ab")
 
     def __enter__(self) -> "Journal":
@@ -159,22 +191,25 @@ class Journal:
         self._target.flush()
         self.answered += outcome.answered.error is None
         self.failed += outcome.answered.error is not None
+        self.worth_retrying += may_succeed_later(outcome.answered.status)
 
 
 def _texts(source: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers from 1."""
     with source.open("rb") as file:
-        for number, text in enumerate(file, 1):
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if text.strip():
                 yield number, text
 
 
-def _finished(source: Path, target: Path) -> set[int]:
-    """The numbers of the lines that the output answers. Removes a last answer that was cut off."""
+def _finished(source: Path, target: Path) -> dict[int, int]:
+    """The lines that the output answers, by their numbers, with the statuses of the answers. Removes
+    a last answer that was cut off."""
     if not target.exists():
-        return set()
-    custom_ids: dict[str, str | None] = {}
-    """Of the answers that are there, by their id."""
+        return {}
+    answers: dict[str, EarlierAnswer] = {}
+    """By their id."""
     with target.open("r+b") as file:
         whole = 0
         for text in file:
@@ -188,18 +223,37 @@ def _finished(source: Path, target: Path) -> set[int]:
                 raise ValueError(
                     f"{target} holds something else than answers: {text[:MAX_SHOWN]!r}; name another output"
                 ) from None
-            custom_ids[answer.id] = answer.custom_id
-    done = set[int]()
+            answers[answer.id] = answer
+    done: dict[int, int] = {}
     for number, text in _texts(source):
-        line = parse_line(number, text) if f"batch_req_{number}" in custom_ids else None
-        if line and custom_ids.pop(line.key) != line.custom_id:
+        line = parse_line(number, text)
+        earlier = answers.pop(line.key, None)
+        if earlier is None:
+            continue
+        if earlier.custom_id != line.custom_id:
             raise ValueError(
                 f"{target} answers another input: its line {line.key} is not {line.custom_id!r}; name another output"
             )
-        if line:
-            done.add(number)
-    if custom_ids:
+        done[number] = earlier.status
+    if answers:
         raise ValueError(
-            f"{target} answers another input: {source} has no line for {next(iter(custom_ids))}; name another output"
+            f"{target} answers another input: {source} has no line for {next(iter(answers))}; name another output"
         )
     return done
+
+
+def _remove(target: Path, numbers: set[int]) -> None:
+    """Take the answers to these lines out of the output. An end of this process on the way leaves
+    the output as it was."""
+    keys = {Line(number).key for number in numbers}
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as kept:
+        try:
+            with target.open("rb") as file:
+                kept.writelines(text for text in file if _read_out.decode(text).id not in keys)
+            os.fchmod(kept.fileno(), target.stat().st_mode)
+            kept.close()
+            os.replace(kept.name, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(kept.name)
+            raise

@@ -1,7 +1,7 @@
 """`pagewire chat` and `pagewire complete`: talk to a running server in the terminal; answers are
 printed as they come.
 
-A plain client of the HTTP interface, with nothing but the standard library.
+A plain client of the HTTP interface. What is typed is read by `terminal.py`.
 """
 
 import argparse
@@ -13,15 +13,36 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from ..cli import new_parser
+from .terminal import Lines, Waiting
 
 DEFAULT_URL = "http://localhost:8000"
 CONNECT_S = 5
 ANSWER_S = 600
 """Longest silence of the server within an answer."""
+MAX_TOKENS: Final = 1024
+"""Of an answer, where the command line says nothing: a small model may go on for ever."""
+TEMPERATURE: Final = 0.7
+"""Where neither the command line nor the model says one: 1, which servers take, is too hot for small
+models."""
+INTERRUPTED: Final = 130
+"""The exit status after Ctrl-C, as shells have it."""
 COMMAND = re.compile(r"/[a-z]+")
+HELP: Final = {
+    # command: (what follows it, what it does)
+    "/help": ("", "this list"),
+    "/clear": ("", "begin anew; the system prompt stays"),
+    "/system": ("[TEXT]", "show the system prompt, or begin anew with another one"),
+    "/set": (
+        "[NAME [VALUE]]",
+        "show the parameters, or set one, as in /set temperature 0; without VALUE unset it",
+    ),
+    "/save": ("FILE", "write the conversation to FILE as JSON"),
+    "/exit": ("", "end, as Ctrl-D does"),
+}
 
 
 class ChatError(Exception):
@@ -45,11 +66,11 @@ class Client:
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def model(self) -> str:
-        """The first name of the server's model. Raises ChatError."""
+    def model(self) -> dict[str, Any]:
+        """What the server says of the first name of its model. Raises ChatError."""
         with contextlib.closing(self._connect()) as connection:
             body = json.loads(self._send(connection, "GET", "/v1/models", None).read())
-        return str(body["data"][0]["id"])
+        return body["data"][0]
 
     def answer(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         """The pieces of the answer's text. Closing the iterator ends the generation on the server.
@@ -117,41 +138,56 @@ class Conversation:
     """A chat: the model sees all turns so far."""
 
     path = "/v1/chat/completions"
+    commands = frozenset(HELP)
 
     def __init__(self, client: Client, model: str, system: str, options: dict[str, Any]) -> None:
-        self._client, self._options = client, {"model": model, **options}
-        self._messages = [{"role": "system", "content": system}] if system else []
+        """`options`: parameters of every request, by name."""
+        self._client = client
+        self._model = model
+        self.options = options
+        self.messages: list[dict[str, str]] = []
+        self.begin(system)
 
-    def turn(self, text: str) -> bool:
-        """Send the user's text and print the answer; False after an error. Ctrl-C ends the answer,
-        not the chat. The part of an answer that came stays in the conversation."""
+    @property
+    def system(self) -> str:
+        """The system prompt; empty for none."""
+        return next((m["content"] for m in self.messages if m["role"] == "system"), "")
+
+    def begin(self, system: str) -> None:
+        """Forget all turns; `system` is the system prompt from now on."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def turn(self, text: str) -> int:
+        """Send the user's text and print the answer. Returns 0, 1 after an error, or INTERRUPTED:
+        Ctrl-C ends the answer. The part of an answer that came stays in the conversation."""
         pieces: list[str] = []
+        status = 0
+        body = {"model": self._model, **self.options, **self._request(text)}
         try:
-            answer = self._client.answer(self.path, {**self._options, **self._request(text)})
-            with contextlib.closing(answer) as received:  # type: ignore[type-var]
+            answer = self._client.answer(self.path, body)
+            with contextlib.closing(answer) as received, Waiting() as waiting:  # type: ignore[type-var]
                 for piece in received:
-                    pieces.append(piece)
-                    print(piece, end="", flush=True)
+                    if piece:
+                        waiting.end()
+                        pieces.append(piece)
+                        print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
+            status = INTERRUPTED
         except (ChatError, OSError, http.client.HTTPException, ValueError) as error:
             print(f"{os.linesep if pieces else ''}error: {error}", file=sys.stderr, flush=True)
-            if pieces:
-                self._keep(text, "".join(pieces))
-            return False
-        self._keep(text, "".join(pieces))
-        print()
-        return True
-
-    def clear(self) -> None:
-        """Forget all turns; the system prompt stays."""
-        self._messages = [message for message in self._messages if message["role"] == "system"]
+            status = 1
+        if pieces or status != 1:
+            self._keep(text, "".join(pieces))
+        if status != 1:
+            print(flush=True)
+        return status
 
     def _request(self, text: str) -> dict[str, Any]:
-        return {"messages": [*self._messages, {"role": "user", "content": text}]}
+        return {"messages": [*self.messages, {"role": "user", "content": text}]}
 
     def _keep(self, text: str, answer: str) -> None:
-        self._messages += [
+        self.messages += [
             {"role": "user", "content": text},
             {"role": "assistant", "content": answer},
         ]
@@ -161,17 +197,17 @@ class Continuation(Conversation):
     """Completions: each turn is a text of its own, which the model continues."""
 
     path = "/v1/completions"
+    commands = frozenset(HELP) - {"/clear", "/system"}
 
     def _request(self, text: str) -> dict[str, Any]:
         return {"prompt": text}
 
-    def _keep(self, text: str, answer: str) -> None:
-        pass
-
 
 def main(arguments: list[str]) -> int:
     """`pagewire chat`."""
-    about = "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /clear forgets the conversation."
+    about = (
+        "Talk to a running server. Ctrl-C ends an answer, Ctrl-D the chat; /help lists commands."
+    )
     return run("chat", about, Conversation, arguments)
 
 
@@ -181,19 +217,24 @@ def run(command: str, about: str, kind: type[Conversation], arguments: list[str]
     parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
         client = Client(options.url, options.api_key)
-        model = options.model or client.model()
+        card = client.model()
     except (ChatError, OSError, http.client.HTTPException, LookupError) as error:
         print(f"pagewire {command}: {error}", file=sys.stderr)
         return 1
+    model = options.model or str(card["id"])
+    recommended = (card.get("sampling_defaults") or {}).get("temperature")
+    if options.temperature is None and recommended is None:
+        parameters["temperature"] = TEMPERATURE
     parameters = {name: value for name, value in parameters.items() if value is not None}
     conversation = kind(client, model, options.system, parameters)
     if options.quick is not None:
-        return 0 if conversation.turn(options.quick) else 1
-    if sys.stdin.isatty():
+        return conversation.turn(options.quick)
+    lines = Lines(command)
+    if lines.interactive:
         print(
-            f"{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the {command}, /clear starts anew"
+            f'{model} at {client.url} · Ctrl-C ends an answer, Ctrl-D the {command}; """ before and after several lines; /help'
         )
-    return _loop(conversation)
+    return _loop(conversation, lines)
 
 
 def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
@@ -213,13 +254,13 @@ def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
         "--temperature",
         type=float,
         default=None,
-        help="0: always the most probable token; default: the server's",
+        help=f"0: always the most probable token; default: what the model recommends, else {TEMPERATURE}",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=None,
-        help="longest answer in tokens; default: the server's",
+        default=MAX_TOKENS,
+        help=f"longest answer in tokens (default: {MAX_TOKENS})",
     )
     parser.add_argument(
         "-q", "--quick", default=None, metavar="TEXT", help="one turn with this text, then end"
@@ -227,26 +268,74 @@ def parse(command: str, about: str, arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _loop(conversation: Conversation) -> int:
+def _loop(conversation: Conversation, lines: Lines) -> int:
     """Turns until the input ends. With input from a pipe, a program reads the exit status: one
-    error makes it 1."""
+    error makes it 1, and Ctrl-C ends it."""
     status = 0
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing in input())
-    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            text = input(prompt).strip()
+            text = lines.read()
         except EOFError:
-            print(end="\n" if prompt else "")
             return status
         except KeyboardInterrupt:
+            if not lines.interactive:
+                return INTERRUPTED
             print()
             continue
-        if text == "/clear":
-            conversation.clear()
-            print("(a new conversation)")
-        elif COMMAND.fullmatch(text):
-            print(f"there is no command {text}; /clear starts anew, Ctrl-D ends the chat")
-        elif text and not conversation.turn(text) and not prompt:
-            status = 1
+        word = text.split(maxsplit=1)[0] if text.strip() else ""
+        if word in ("/exit", "/quit") and text.strip() == word:
+            return status
+        if COMMAND.fullmatch(word) and "\n" not in text:
+            print(_command(conversation, word, text.strip()[len(word) :].strip()))
+        elif word:
+            ended = conversation.turn(text)
+            if not lines.interactive:
+                if ended == INTERRUPTED:
+                    return INTERRUPTED
+                status = max(status, ended)
+
+
+def _command(conversation: Conversation, word: str, rest: str) -> str:
+    """Obey a line that begins with a slash. Returns what to print."""
+    if word not in conversation.commands:
+        return f"there is no command {word}; /help lists them"
+    match word:
+        case "/help":
+            rows = ((name, *HELP[name]) for name in HELP if name in conversation.commands)
+            return "\n".join(f"  {f'{name} {usage}':<20} {about}" for name, usage, about in rows)
+        case "/clear":
+            conversation.begin(conversation.system)
+            return "(a new conversation)"
+        case "/system":
+            if rest:
+                conversation.begin(rest)
+                return "(a new conversation, with this system prompt)"
+            return conversation.system or "(no system prompt)"
+        case "/set":
+            return _set(conversation.options, rest)
+        case _:
+            return _save(conversation, rest)
+
+
+def _set(options: dict[str, Any], rest: str) -> str:
+    name, _, text = rest.partition(" ")
+    if text.strip():
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text.strip()
+    elif name and options.pop(name, None) is None:
+        return f"({name} is not set; /set {name} VALUE sets it)"
+    shown = (f"{key} = {json.dumps(value)}" for key, value in options.items())
+    return "\n".join(shown) or "(everything as the server has it)"
+
+
+def _save(conversation: Conversation, name: str) -> str:
+    if not name:
+        return "a file is needed: /save FILE"
+    body = {"messages": conversation.messages, "parameters": conversation.options}
+    try:
+        Path(name).expanduser().write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        return f"{name} could not be written: {error.strerror or error}"
+    return f"({len(conversation.messages)} messages in {name})"

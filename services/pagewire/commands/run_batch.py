@@ -17,6 +17,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from ..config import FrontendConfig
 from ..frontend.auth import Auth
 from ..frontend.errors import ApiError, as_api_error
 from ..frontend.generate import new_reply, start
@@ -38,12 +39,21 @@ POLL_S = 0.1
 """Between two looks at the services."""
 PAUSE_S = 0.2
 """Before a line is sent again."""
-DESCRIPTION = "Answer the requests of a file, one a line, as the server would; lines that the output answers already are skipped."
+DESCRIPTION = (
+    "Answer the requests of a file, one a line, as the server would; lines that the output answers already are skipped. "
+    "Exit status: 0 when every line has an answer, 1 when some have an error, 130 after Ctrl-C."
+)
+HTTP_ONLY = (
+    "num_frontends",
+    *(name for name in FrontendConfig.__struct_fields__ if name != "served_model_name"),
+)
+"""Accepted for the sake of scripts that start a server with the same flags, and not shown."""
 
 
 def main(arguments: list[str]) -> int:
     """The command's exit status."""
-    parser = flags.new("run-batch", DESCRIPTION)
+    parser = flags.new("run-batch", DESCRIPTION, hidden=HTTP_ONLY)
+    parser.usage = f"{parser.prog} -i FILE -o FILE [MODEL] [flags]"
     parser.add_argument(
         "-i",
         "--input-file",
@@ -60,10 +70,16 @@ def main(arguments: list[str]) -> int:
         metavar="FILE",
         help="answers; an interrupted run goes on where it stopped",
     )
+    parser.add_argument(
+        "--retry-errors",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="answer lines again whose answer in the output is an error that may not come again: 408, 429 or 5xx (default: True)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     config, options = flags.parse(parser, arguments, flags.warn)
     try:
-        with Journal(options.input_file, options.output_file) as journal:
+        with Journal(options.input_file, options.output_file, options.retry_errors) as journal:
             return _run(config, options, journal)
     except EngineError as error:
         print(f"pagewire run-batch: {error}", file=sys.stderr)
@@ -72,6 +88,33 @@ def main(arguments: list[str]) -> int:
 
 def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journal) -> int:
     began = time.monotonic()
+    try:
+        _answer_rest(config, options, journal)
+    except (KeyboardInterrupt, SystemExit) as end:
+        done = journal.before + journal.answered + journal.failed
+        print(
+            f"\n{options.output_file}: stopped with {done} of {journal.total} lines done; the same command goes on with the rest",
+            file=sys.stderr,
+        )
+        return end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
+    print(f"{options.output_file}: {summary(journal, time.monotonic() - began)}", file=sys.stderr)
+    return 1 if journal.failed or journal.failed_before else 0
+
+
+def summary(journal: Journal, seconds: float) -> str:
+    """What became of the lines, for a person."""
+    before = f"{journal.before} done before"
+    if journal.failed_before:
+        before += f", {journal.failed_before} of them with an error"
+    text = (
+        f"{journal.answered} answered, {journal.failed} with an error, {before}, in {seconds:.1f} s"
+    )
+    if journal.worth_retrying:
+        text += f"; the same command tries {journal.worth_retrying} of the errors again"
+    return text
+
+
+def _answer_rest(config: stack.StackConfig, options: argparse.Namespace, journal: Journal) -> None:
     if journal.left:
         if "max_step_ms" not in options:  # nobody waits for single tokens here
             config = structs.replace(
@@ -79,11 +122,6 @@ def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journa
             )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         asyncio.run(_with_services(config, journal, not options.no_progress))
-    summary = (
-        f"{journal.answered} answered, {journal.failed} with an error, {journal.before} done before"
-    )
-    print(f"{options.output_file}: {summary}, in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    return 0
 
 
 async def _with_services(config: stack.StackConfig, journal: Journal, shown: bool) -> None:

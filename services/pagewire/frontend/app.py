@@ -12,6 +12,9 @@ from pagewire_protocol.agreed import LAUNCHER_AGENT
 from ..requests.errors import RequestError
 from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions
+from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .openapi import ROUTES, Route, openapi
+from .pages import docs, docs_without_key, home
 from .probes import (
     health,
     live,
@@ -40,33 +43,68 @@ def make_app(state: State) -> web.Application:
     app = web.Application(middlewares=[_guard], client_max_size=state.max_body)
     app[STATE] = state
     app.on_response_prepare.append(_finish_headers)
-    app.router.add_post("/v1/completions", completions)
-    app.router.add_post("/v1/chat/completions", chat_completions)
-    app.router.add_get("/v1/models", models)
-    app.router.add_get("/v1/models/{id:.+}", model)
-    app.router.add_post("/v1/completions/render", render_completion)
-    app.router.add_post("/v1/chat/completions/render", render_chat)
-    app.router.add_post("/tokenize", tokenize)
-    app.router.add_post("/detokenize", detokenize)
-    app.router.add_get("/load", load)
-    for prefix in ("/", "/get_"):  # SGLang's newer and older names
-        app.router.add_get(f"{prefix}server_info", server_info)
-        app.router.add_get(f"{prefix}model_info", model_info)
-    app.router.add_post("/ping", health)
-    for path, handler in PROBES.items():
-        app.router.add_get(path, handler)
+    app[ROUTES] = routes = (*_API, *_PROBES, *_PAGES)
+    for route in routes:
+        app.router.add_route(route.method, route.path, route.handler)
+        if route.method == "GET":
+            app.router.add_route("HEAD", route.path, route.handler)
     return app
 
 
-PROBES: Final[dict[str, Handler]] = {
-    "/health": health,
-    "/ping": health,
-    "/live": live,
-    "/ready": ready,
-    "/version": version,
-    "/metrics": metrics,
-}
-_OPEN: Final = frozenset(PROBES.values())
+_API: Final = (
+    Route(
+        "POST", "/v1/chat/completions", chat_completions, "An answer in a conversation", ChatRequest
+    ),
+    Route("POST", "/v1/completions", completions, "Text after a prompt", CompletionRequest),
+    Route("GET", "/v1/models", models, "The names that requests may use"),
+    Route("GET", "/v1/models/{id:.+}", model, "One of them"),
+    Route(
+        "POST", "/tokenize", tokenize, "The tokens of a prompt or a conversation", TokenizeRequest
+    ),
+    Route("POST", "/detokenize", detokenize, "The text of tokens", DetokenizeRequest),
+    Route(
+        "POST",
+        "/v1/chat/completions/render",
+        render_chat,
+        "The token ids of a conversation's prompt, without an answer",
+        ChatRequest,
+    ),
+    Route(
+        "POST",
+        "/v1/completions/render",
+        render_completion,
+        "The token ids of prompts, without an answer",
+        CompletionRequest,
+    ),
+    Route("GET", "/load", load, "How many requests this process owns"),
+    *(
+        Route("GET", f"{prefix}{name}", handler, f"What SGLang's router asks of a {subject}")
+        for prefix in ("/", "/get_")  # SGLang's newer and older names
+        for name, handler, subject in (
+            ("server_info", server_info, "server"),
+            ("model_info", model_info, "model"),
+        )
+    ),
+    Route("GET", "/openapi.json", openapi, "This description"),
+)
+_PROBES: Final = (
+    Route(
+        "GET", "/health", health, "200 when generation is possible, else 503 and what is loading"
+    ),
+    Route("GET", "/ping", health, "The same"),
+    Route("POST", "/ping", health, "The same"),
+    Route("GET", "/ready", ready, "The same, with a body"),
+    Route("GET", "/live", live, "200 from any process that can answer"),
+    Route("GET", "/version", version, "The server's version"),
+    Route("GET", "/metrics", metrics, "Metrics in Prometheus' text format"),
+)
+_PAGES: Final = (
+    Route("GET", "/", home, "A page to chat with the model, for browsers"),
+    Route("GET", "/v1", home, "The same"),
+    Route("GET", "/v1/", home, "The same"),
+    Route("GET", "/docs", docs, "This description as a page, for browsers"),
+)
+_OPEN: Final = frozenset({home, *(route.handler for route in _PROBES)})
 """The handlers that need no key. Any other route does, by default."""
 
 
@@ -125,6 +163,8 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
         return await handler(request)
     if handler_of(request) not in _OPEN:
         tenant = state.auth.tenant(request.headers.getall("Authorization", []))
+        if tenant is None and handler_of(request) is docs:
+            return docs_without_key()
         if tenant is None:
             return web.Response(
                 body=_UNAUTHORIZED,

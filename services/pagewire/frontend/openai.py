@@ -5,13 +5,14 @@ Every accepted parameter is a field here; those that are single numbers or switc
 table of `requests/parameters.py`.
 """
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import Raw, Struct, defstruct
+from msgspec import Raw, Struct, defstruct, field
 
 from ..requests.parameters import HTTP_SCALARS
 
-_NULL: Final = Raw(b"null")
+# A factory, since a schema cannot show a `Raw` as a field's default.
+_NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):

@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import asdict
+from pagewire_protocol.sampling import SamplingDefaults
 
 from pagewire.version import __version__
 
@@ -51,7 +53,14 @@ def _card(state: State, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": state.stack.model().max_model_len or None,
         "permission": [permission],
+        **_recommended(state.stack.model().sampling_defaults),
     }
+
+
+def _recommended(defaults: SamplingDefaults) -> dict[str, Any]:
+    """What the model recommends, by the names of requests, where it recommends anything."""
+    stated = {name: value for name, value in asdict(defaults).items() if value is not None}
+    return {"sampling_defaults": stated} if stated else {}
 
 
 async def server_info(request: web.Request) -> web.Response:

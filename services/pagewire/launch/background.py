@@ -11,14 +11,24 @@ from . import stack
 from .supervisor import Supervisor
 
 
+def forward(name: str, line: str) -> None:
+    """A service's line, on this program's error stream."""
+    print(f"[{name}] {line}", file=sys.stderr, flush=True)
+
+
 class BackgroundServices:
-    """Starts at once. `wake` is called, in the thread, when the services have ended."""
+    """Starts at once. `wake` is called, in the thread, when the services have ended; `log` gets the
+    name of a service and each line that it prints."""
 
     def __init__(
-        self, config: stack.StackConfig, model: ModelConfig, wake: Callable[[], None]
+        self,
+        config: stack.StackConfig,
+        model: ModelConfig,
+        wake: Callable[[], None],
+        log: Callable[[str, str], None] = forward,
     ) -> None:
         self._supervisor = Supervisor(
-            [*stack.model_services(config, model), *stack.early_services(config)], _forward
+            [*stack.model_services(config, model), *stack.early_services(config)], log
         )
         self._wake = wake
         self._thread = threading.Thread(target=self._supervise, name="pagewire", daemon=True)
@@ -66,7 +76,3 @@ def find_files(config: stack.StackConfig, say: Callable[[str], None]) -> ModelCo
         else None
     )
     return stack.local_model(model, huggingface.resolve(model, say), tokenizer)
-
-
-def _forward(name: str, line: str) -> None:
-    print(f"[{name}] {line}", file=sys.stderr, flush=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from msgspec import structs
 
-from ..cli import add_model, new_parser, positive, read_all, take_model
+from ..cli import Parser, add_model, new_parser, positive, read_all, take_model
 from ..config import (
+    VARIABLE_PREFIX,
     BadSetting,
     FrontendConfig,
     ModelConfig,
@@ -21,14 +22,26 @@ from ..config import (
     TokenizerConfig,
     WorkerConfig,
     add_flags,
+    variable_of,
 )
 from . import stack
 from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
 
-EPILOG = "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
+EPILOG = (
+    "--help=FLAG, --help=GROUP or --help=WORD shows a part of this. "
+    "Numbers may end in k, m, g (thousands) or K, M, G (powers of 1,024). What becomes of vLLM's other flags: docs/flags.md."
+)
 RUN_DIR_HELP = (
     "directory of the services' sockets; default: PAGEWIRE_RUN_DIR, or one of this stack's own"
 )
+GROUPS: dict[str, tuple[type[Any], ...]] = {
+    # title in the help: settings
+    "model": (ModelConfig, TokenizerConfig),
+    "HTTP": (FrontendConfig,),
+    "scheduling": (SchedulerConfig,),
+    "device and memory": (WorkerConfig,),
+    "processes and logs": (RunConfig,),
+}
 STRUCTS: tuple[type[Any], ...] = (
     RunConfig,
     ModelConfig,
@@ -41,9 +54,9 @@ REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 INTERNAL = ("socket_fd", "name", "run_dir")
 
 
-def new(command: str, description: str) -> argparse.ArgumentParser:
+def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
     """A parser for everything that a stack is started with. What was not given is absent from its
-    namespace."""
+    namespace. `hidden`: settings that the help does not show."""
     parser = new_parser(command, description)
     parser.epilog = EPILOG
     add_model(parser)
@@ -53,21 +66,27 @@ def new(command: str, description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML file of settings by these names; flags win",
     )
-    parser.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
-    add_flags(parser, *STRUCTS, skip=INTERNAL)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for title, settings in GROUPS.items():
+        add_flags(groups[title], *settings, skip=INTERNAL)
+    processes = groups["processes and logs"]
+    processes.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
     for name in REPLICAS:
         kind, usual = (
             name.removeprefix("num_"),
             "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores",
         )
         about = f"how many {kind} (default: {usual})"
-        parser.add_argument(
+        processes.add_argument(
             "--" + name.replace("_", "-"),
             type=positive,
             default=argparse.SUPPRESS,
             metavar="N",
             help=about,
         )
+    for action in parser._actions:
+        if action.dest in hidden:
+            action.help = argparse.SUPPRESS
     _add_aliases(parser)
     _add_foreign(parser)
     return parser
@@ -91,7 +110,7 @@ def _add_aliases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-token", **hidden)
 
 
-def _add_foreign(parser: argparse.ArgumentParser) -> None:
+def _add_foreign(parser: Parser) -> None:
     own = {action.dest for action in parser._actions}
     for name, foreign in FOREIGN.items():
         if name in own:
@@ -103,6 +122,8 @@ def _add_foreign(parser: argparse.ArgumentParser) -> None:
         }
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
         parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **kind)
+        verdict = "refused" if foreign.refused else "accepted without effect"
+        parser.notes[name] = f"vLLM's flag, {verdict}: {foreign.why}"
 
 
 def parse(
@@ -125,6 +146,12 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
     run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
     if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
         run = structs.replace(run, run_dir="")
+    for name in REPLICAS:
+        if (text := os.environ.get(variable_of(name))) and not hasattr(options, name):
+            try:
+                setattr(options, name, positive(text))
+            except argparse.ArgumentTypeError as error:
+                return parser.error(f"{variable_of(name)}: {error}")
     usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
     counts = {
         name: getattr(options, name, default) for name, default in zip(REPLICAS, usual, strict=True)
@@ -137,8 +164,8 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
 
 
 def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    lines = ignored_variables(os.environ)
     own = {name for struct in STRUCTS for name in struct.__struct_fields__}
+    lines = [*ignored_variables(os.environ), *_mistyped({*own, *REPLICAS})]
     for name, value in vars(options).items():
         if name not in FOREIGN or name in own:
             continue
@@ -149,6 +176,17 @@ def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             return parser.error(f"{flag}{'' if value is True else f' {value}'}: {refusal}")
         if line:
             lines.append(f"{flag} {line}")
+    return lines
+
+
+def _mistyped(own: set[str]) -> list[str]:
+    """A line for each variable that is nearly a setting's."""
+    variables = [variable_of(name) for name in sorted(own)]
+    lines: list[str] = []
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLE_PREFIX) and name not in variables:
+            close = difflib.get_close_matches(name, variables, 1, 0.9)
+            lines += [f"{name} is no setting; did you mean {close[0]}?"] if close else []
     return lines
 
 

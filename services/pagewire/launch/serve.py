@@ -23,6 +23,7 @@ from ..frontend.tls import context_of
 from ..hub import huggingface
 from ..process import signals
 from ..process.listening import listening_socket
+from ..process.service_manager import READY, STOPPING, ServiceManager
 from . import flags, stack
 from .progress import Display, Health
 from .supervisor import PARENT_VARIABLE, Supervisor
@@ -76,6 +77,7 @@ class Launch:
             config.frontend.port,
             (config.frontend.ssl_certfile, config.frontend.ssl_keyfile),
         )
+        self.manager = ServiceManager()
         self.fetch: subprocess.Popen[str] | None = None
         self.ready = False
 
@@ -94,6 +96,7 @@ class Launch:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.supervisor.stop()
+        self.manager.say(STOPPING)
         self.display.end("stopping")
 
     def _find_files(self) -> None:
@@ -121,6 +124,7 @@ class Launch:
             self.supervisor.add(service)
 
     def _tick(self) -> None:
+        self.manager.tick(time.monotonic())
         if self.fetch is not None and self.fetch.poll() is not None:
             self._on_fetched(self.fetch)
         if self.ready:
@@ -151,6 +155,7 @@ class Launch:
         self.ready = True
         self.supervisor.mark_ready()
         self.health.stop()
+        self.manager.say(READY, f"STATUS=serving {self.config.model.model}")
         self.display.end(
             f"ready in {time.monotonic() - self.began:.1f} s{service_counts(self.config)}"
         )
@@ -170,7 +175,7 @@ def service_counts(config: stack.StackConfig) -> str:
 
 
 def invitation(config: stack.StackConfig) -> str:
-    """The URL, and a command to try it with."""
+    """A command to try the server with and, last, its URL, which opens in a browser too."""
     assert config.frontend is not None
     host = "localhost" if config.frontend.host in ("", "0.0.0.0", "::") else config.frontend.host
     scheme = "https" if config.frontend.ssl_certfile else "http"
@@ -184,4 +189,8 @@ def invitation(config: stack.StackConfig) -> str:
             "max_tokens": 64,
         }
     )
-    return f"Pagewire serves {name} at {url}\n  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'"
+    return (
+        "Ask it in a browser, at the URL below, or with\n"
+        f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'\n"
+        f"Pagewire serves {name} at {url}"
+    )

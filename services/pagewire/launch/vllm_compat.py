@@ -192,9 +192,6 @@ REFUSED: Final[dict[str, Foreign]] = {
         "change config.json beside the weights instead",
         refused=True,
     ),
-    "generation_config": Foreign(
-        "requests without a value get OpenAI's defaults, not the model's", ("vllm", *OFF), True
-    ),
     "override_generation_config": Foreign("give such values with each request", refused=True),
     "logits_processors": Foreign("code of the program does not run in the worker", refused=True),
     "middleware": Foreign("code of others does not run in the frontend", refused=True),

@@ -7,11 +7,14 @@ running.
 """
 
 import contextlib
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from msgspec import structs
 from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
@@ -19,6 +22,7 @@ from pagewire_protocol.structs import Role
 
 from ..launch import stack
 from ..launch.background import BackgroundServices, find_files
+from ..launch.progress import Display, parse
 from ..process.node import Node
 from ..requests.counters import Counters
 from ..requests.errors import ErrorKind, RequestError
@@ -39,6 +43,7 @@ class Engine:
     def __init__(
         self, config: stack.StackConfig, report: Callable[[str], None] = lambda _: None
     ) -> None:
+        self._began = time.monotonic()
         model = find_files(config, report)
         self.tokenizer_path = Path(model.tokenizer or model.model)
         self._pid = os.getpid()
@@ -55,25 +60,30 @@ class Engine:
         self.lock = threading.RLock()
         self._has_fresh_roster = False
         self._closed = False
-        self._services = BackgroundServices(config, model, self._inbox.wake)
+        # A program without a terminal may have no error stream at all.
+        stream: TextIO | None = sys.stderr
+        self._display = Display(stream or io.StringIO())
+        self._shows_loading = config.run.log_level != "error"
+        self._services = BackgroundServices(config, model, self._inbox.wake, self._display.log)
 
     @property
     def roster(self) -> Roster | None:
         """The latest one."""
         return self._membership.roster
 
-    def wait_ready(self, report: Callable[[str], None] = lambda _: None) -> Roster:
-        """Block until a tokenizer and a worker are ready. Raises EngineError when one cannot
-        start."""
+    def wait_ready(self) -> Roster:
+        """Block until a tokenizer and a worker are ready, and show how far they are. Raises
+        EngineError when one cannot start."""
         self._membership.ready()
-        reported = ""
         while (roster := self._membership.roster) is None or not is_ready(roster):
             self.pump()
-            stage = describe(self._membership.roster)
-            if stage != reported:
-                reported = stage
-                report(stage)
+            waiting = waiting_for(self._membership.roster)
+            if waiting and self._shows_loading:
+                state = parse({"loading": waiting})
+                self._display.show(state.stage, state.fraction)
         self._services.mark_ready()
+        if self._shows_loading:
+            self._display.end(f"ready in {time.monotonic() - self._began:.1f} s")
         return roster
 
     @contextlib.contextmanager
@@ -163,17 +173,15 @@ def is_ready(roster: Roster) -> bool:
     return Role.TOKENIZER in roles and Role.WORKER in roles
 
 
-def describe(roster: Roster | None) -> str:
-    """What is loading, as a user reads it."""
-    waiting = (
-        [peer for peer in roster.peers if not peer.ready and peer.role is not Role.FRONTEND]
-        if roster
-        else []
-    )
-    return (
-        ", ".join(
-            f"{peer.role.name.lower()}: {peer.stage or 'starting'} {peer.fraction:.0%}"
-            for peer in waiting
-        )
-        or "starting"
-    )
+def waiting_for(roster: Roster | None) -> list[dict[str, Any]]:
+    """The services that are not ready, as /health lists them."""
+    peers = roster.peers if roster else ()
+    return [
+        {
+            "role": peer.role.name.lower(),
+            "stage": peer.stage or "starting",
+            "fraction": peer.fraction,
+        }
+        for peer in peers
+        if not peer.ready and peer.role is not Role.FRONTEND
+    ]

@@ -1,15 +1,19 @@
 """LLM: generation for a program, without HTTP. It starts the same services as `pagewire serve` and
 ends them with the program."""
 
+import contextlib
 import random
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from msgspec import structs
+from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import Chat
 
 from ..config import DEMO_MODEL
+from ..process.errors import missing_package
 from ..requests.model_facts import model_facts
 from ..requests.retries import REQUESTS_AHEAD
 from . import settings as program_settings
@@ -75,9 +79,12 @@ class LLM:
             self.shutdown()
             raise
         scheduler = self._config.scheduler
+        facts = model_facts(self._roster)
+        self._sampling_defaults = facts.sampling_defaults
         self._context = OfflineContext(
             self._engine,
-            model_facts(self._roster),
+            # SamplingParams say everything; the model's defaults are those of a call without any.
+            structs.replace(facts, sampling_defaults=SamplingDefaults()),
             REQUESTS_AHEAD * scheduler.num_seqs() * self._config.num_workers,
             self._random.getrandbits,
             self._new_request_id,
@@ -109,7 +116,7 @@ class LLM:
                 for index, (entry, number) in enumerate(zip(entries, priority, strict=True))
             ]
         self._check_text(entries)
-        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
 
     def chat(
         self,
@@ -141,7 +148,7 @@ class LLM:
         entries = as_chats(
             messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render
         )
-        return self.batch(entries, as_params(sampling_params, len(entries))).run(use_tqdm)
+        return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
 
     def beam_search(
         self,
@@ -180,17 +187,22 @@ class LLM:
         """The model's tokenizer as one of transformers' (imported now), with the chat template that
         this LLM uses."""
         if self._tokenizer is None:
-            from .local_tokenizer import as_transformers
-
             self._need_text()
-            self._tokenizer = as_transformers(
-                self._engine.tokenizer_path, self._config.tokenizer.chat_template
-            )
+            with _named_packages():
+                from .local_tokenizer import as_transformers
+
+                self._tokenizer = as_transformers(
+                    self._engine.tokenizer_path, self._config.tokenizer.chat_template
+                )
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """New parameters with every default."""
-        return SamplingParams()
+        """New parameters with the defaults of the model's generation_config.json, and Pagewire's for
+        what it does not say (all of them with `generation_config="vllm"`)."""
+        stated = structs.asdict(self._sampling_defaults)
+        return SamplingParams(
+            **{name: value for name, value in stated.items() if value is not None}
+        )
 
     def stats(self) -> dict[str, float]:
         """The scheduler's gauges and counters, by the names that /metrics shows."""
@@ -206,6 +218,9 @@ class LLM:
     def shutdown(self) -> None:
         """End the services. Does nothing the second time."""
         self._finalizer()
+
+    def _params(self, params: Params, count: int) -> list[SamplingParams]:
+        return as_params(self.get_default_sampling_params() if params is None else params, count)
 
     def _new_request_id(self) -> str:
         number = self._next_request_number
@@ -223,10 +238,11 @@ class LLM:
             )
 
     def _renderer(self, chat_template: str) -> Callable[[Chat], str]:
-        from .local_tokenizer import renderer
-
         self._need_text()
-        return renderer(self._engine.tokenizer_path, chat_template)
+        with _named_packages():
+            from .local_tokenizer import renderer
+
+            return renderer(self._engine.tokenizer_path, chat_template)
 
     def __enter__(self) -> "LLM":
         return self
@@ -255,6 +271,15 @@ def _hypotheses(prompt_text: str, output: RequestOutput) -> BeamSearchOutput:
             for completion in output.outputs
         ]
     )
+
+
+@contextlib.contextmanager
+def _named_packages() -> Iterator[None]:
+    """Within the context, the error of a missing package says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(missing_package(error), name=error.name) from None
 
 
 def _print_line(line: str) -> None:

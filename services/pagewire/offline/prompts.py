@@ -212,8 +212,6 @@ def _content(content: Any, index: int) -> str:
 
 def as_params(params: Any, count: int) -> list[SamplingParams]:
     """One for all prompts, or one for each."""
-    if params is None:
-        return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
     params = list(params)

@@ -153,7 +153,9 @@ class BeamRun:
         self.cached_tokens = started.cached_tokens
         sampling, prompt_tokens = self.job.sampling, len(self.prompt_ids)
         room = self.model.max_model_len - prompt_tokens
-        max_tokens = room if self.job.max_tokens_is_rest else sampling.max_tokens
+        max_tokens = sampling.max_tokens
+        if self.job.max_tokens_is_rest:
+            max_tokens = min(room, max_tokens)
         if max_tokens > room:
             text = too_long(self.model.max_model_len, prompt_tokens, max_tokens)
             self.fail(invalid(text, "max_tokens"))

@@ -3,12 +3,12 @@ and translated once, since thousands of prompts often share one set of parameter
 
 from collections.abc import Callable
 
-from pagewire_protocol.sampling import Sampling, TextOptions
+from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
 from pagewire_protocol.structs import Prompt
 
 from .choices import Choices, samplings_of
 from .model_facts import ModelFacts
-from .parameters import PARAMETERS, checked
+from .parameters import MAX_INT32, PARAMETERS, checked
 from .request import Job
 from .sampling import sampling_of, text_options_of
 from .seeds import base_seed
@@ -40,12 +40,17 @@ class JobTemplate:
             source, return_prompt_ids=return_prompt_ids, has_text=model.has_text
         )
         self.max_tokens_is_rest = max_tokens is None
+        defaults = model.sampling_defaults
+        if max_tokens is None:
+            max_tokens = defaults.max_tokens or model.max_model_len or MAX_INT32
         self.sampling: Sampling = sampling_of(
             source,
-            max_tokens=max(1, model.max_model_len) if max_tokens is None else max_tokens,
+            max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             vocab_size=model.vocab_size,
+            # Beam search goes by the model's own log-probabilities.
+            defaults=SamplingDefaults() if choices.beams else defaults,
         )
         self._seed: int | None = checked(PARAMETERS["seed"], getattr(source, "seed", None))
         self._score_each = score_each

@@ -24,7 +24,7 @@ LABELS: Final = frozenset(
     }
 )
 """What programs note about a message. No chat template reads these, so any value passes."""
-_SWITCHES: Final = frozenset({"partial", "prefix"})
+SWITCHES: Final = frozenset({"partial", "prefix"})
 """Those of other servers that make a message the beginning of the answer."""
 TEXT_PARTS: Final = ("text", "input_text", "output_text")
 """Types of parts that have a `text`: of chats, and of the Responses API, whose messages programs
@@ -36,7 +36,7 @@ def is_unread(name: str, value: Any) -> bool:
     without a word."""
     if name in LABELS or value is None:
         return True
-    return (name in _SWITCHES and value is False) or value in ("", [], {})
+    return (name in SWITCHES and value is False) or value in ("", [], {})
 
 
 def text_of_part(part_type: Any, text: Any, refusal: Any) -> Any:

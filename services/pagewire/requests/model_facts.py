@@ -2,6 +2,7 @@
 
 from msgspec import Struct
 from pagewire_protocol.messages import Roster
+from pagewire_protocol.sampling import SamplingDefaults
 
 
 class ModelFacts(Struct, frozen=True):
@@ -14,6 +15,7 @@ class ModelFacts(Struct, frozen=True):
     """False under --skip-tokenizer-init: token ids only."""
     has_chat_template: bool = True
     eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 def model_facts(roster: Roster) -> ModelFacts:
@@ -24,4 +26,5 @@ def model_facts(roster: Roster) -> ModelFacts:
         roster.has_text,
         roster.has_chat_template,
         roster.eos_token_ids,
+        roster.sampling_defaults,
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pagewire_protocol.columns import pack
-from pagewire_protocol.sampling import Sampling, TextOptions
+from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
 
 from .choices import choices_of
 from .errors import invalid
@@ -34,6 +34,7 @@ _TEXT_ROWS: Final = [row for row in _ON_WIRE if row.acts_in is ActsIn.TOKENIZER]
 _DEFAULTS: Final = {
     row.wire: row.to_wire(row.default) if row.to_wire else row.default for row in _ON_WIRE
 }
+_NO_DEFAULTS: Final = SamplingDefaults()
 _ID_DIGITS: Final = 10
 """Of the largest token id that a message holds."""
 
@@ -46,14 +47,15 @@ def sampling_of(
     logprobs: int,
     prompt_logprobs: int,
     vocab_size: int,
+    defaults: SamplingDefaults = _NO_DEFAULTS,
 ) -> Sampling:
     """The protocol's Sampling, from the attributes of `source` that are named as the parameters;
     one that is missing counts as None.
 
     `logprobs` and `prompt_logprobs` are numbers of candidates, -1 for none. `vocab_size` 0: not
-    known yet. Raises RequestError.
+    known yet. `defaults`: the model's, for what `source` does not say. Raises RequestError.
     """
-    fields = _wire_fields(_SAMPLING_ROWS, source)
+    fields = _wire_fields(_SAMPLING_ROWS, source, defaults)
     check_min_tokens(fields["min_tokens"], max_tokens)
     bias_ids, bias_values = _bias(getattr(source, "logit_bias", None), vocab_size)
     return Sampling(
@@ -104,12 +106,16 @@ def check_parameters(source: object) -> None:
     choices_of(source)
 
 
-def _wire_fields(rows: list[Parameter], source: object) -> dict[str, Any]:
+def _wire_fields(
+    rows: list[Parameter], source: object, defaults: SamplingDefaults = _NO_DEFAULTS
+) -> dict[str, Any]:
     """Of the rows, by their names on the wire. Most requests give few parameters, so what is not
     given takes no check."""
     fields: dict[str, Any] = {}
     for row in rows:
         value: Any = getattr(source, row.name, None)
+        if value is None and defaults is not _NO_DEFAULTS:
+            value = getattr(defaults, row.name, None)
         fields[row.wire] = _DEFAULTS[row.wire] if value is None else _wire_value(row, value)
     return fields
 

@@ -20,6 +20,7 @@ from pagewire_protocol.messages import (
     TokenizerFacts,
     WorkerFacts,
 )
+from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import SILENCE_S
 
 from .request import ReplyRoute
@@ -164,6 +165,7 @@ class Peers:
             eos_token_ids=workers[0].eos_token_ids if workers else (),
             has_text=any(t.has_text for t in tokenizers),
             has_chat_template=any(t.has_chat_template for t in tokenizers),
+            sampling_defaults=tokenizers[0].sampling_defaults if tokenizers else SamplingDefaults(),
         )
 
 

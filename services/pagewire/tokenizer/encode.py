@@ -277,7 +277,7 @@ def _max_tokens(request: Generate, ids: bytes, roster: Roster) -> int:
     if request.max_tokens_is_rest:
         if room < 1:
             raise Refused(too_long(roster.max_model_len, len(prompt), 1), param)
-        return room
+        return min(room, request.sampling.max_tokens)
     if request.sampling.max_tokens > room:
         raise Refused(
             too_long(roster.max_model_len, len(prompt), request.sampling.max_tokens),

@@ -12,6 +12,7 @@ import queue
 import signal
 import threading
 import time
+from pathlib import Path
 
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import (
@@ -29,10 +30,12 @@ from pagewire_protocol.messages import (
     Tokens,
     ToTokenizer,
 )
+from pagewire_protocol.sampling import SamplingDefaults
 
 from ..checkpoint import model_types
+from ..checkpoint.sampling_defaults import sampling_defaults
 from ..config import ModelConfig, RunConfig, TokenizerConfig
-from ..hub.huggingface import has_own_tokenizer, resolve, tokenizer_model
+from ..hub.huggingface import cached, has_own_tokenizer, resolve, tokenizer_model
 from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .decode import Decoding
 from .encode import Encoded, Encoder, Refused
@@ -54,7 +57,9 @@ WARMUP_TEXT = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
 class Text:
     """What was loaded: encoder, decoders, and the facts that the other services learn of them."""
 
-    def __init__(self, loaded: Loaded | None, option: str = "") -> None:
+    def __init__(
+        self, loaded: Loaded | None, option: str = "", defaults: SamplingDefaults | None = None
+    ) -> None:
         tokenizer = loaded.tokenizer if loaded else None
         source = read_option(option) if option else loaded.chat_template if loaded else ""
         template = (
@@ -62,7 +67,12 @@ class Text:
         )
         self.decoding = Decoding(tokenizer)
         self.encoder = Encoder(tokenizer, template, self.decoding)
-        self.facts = TokenizerFacts(tokenizer is not None, template is not None, self.decoding.size)
+        self.facts = TokenizerFacts(
+            tokenizer is not None,
+            template is not None,
+            self.decoding.size,
+            defaults or SamplingDefaults(),
+        )
 
     def warm_up(self) -> None:
         """Encode and decode something, so that what the tokenizers library makes on first use is
@@ -77,16 +87,24 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
     """What the model's files or --tokenizer hold; no tokenizer under --skip-tokenizer-init. Raises
     ValueError, OSError."""
     if model.skip_tokenizer_init:
-        return Text(None)
+        return Text(None, defaults=_defaults(model, Path(model.model)))
     if has_own_tokenizer(model):
-        return Text(load(resolve(tokenizer_model(model), log.info)), config.chat_template)
+        loaded = load(resolve(tokenizer_model(model), log.info))
+        # The model itself is not fetched for the sake of this one file.
+        path = cached(model) or Path(model.model)
+        return Text(loaded, config.chat_template, _defaults(model, path))
     path = resolve(model, log.info)
+    defaults = _defaults(model, path)
     try:
-        return Text(load(path), config.chat_template)
+        return Text(load(path), config.chat_template, defaults)
     except NoTokenizer:
         # That the model cannot be served comes first: no tokenizer would help it.
         model_types.check(path, model.trust_remote_code)
         raise
+
+
+def _defaults(model: ModelConfig, path: Path) -> SamplingDefaults:
+    return sampling_defaults(model.generation_config, path)
 
 
 class Service:

@@ -1,0 +1,220 @@
+"""`pagewire chat` in a terminal: what is typed, pasted and interrupted, against a server of the
+test's own that answers with the number of the request."""
+
+import contextlib
+import http.server
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+READS = "\x1b[?2004h"
+"""Sent when a text can be typed: from now on the terminal shall mark what is pasted, as PASTE does."""
+PASTE = "\x1b[200~{}\x1b[201~"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.wait_s = 0.0
+        self.endless = False
+        self.defaults: dict[str, Any] = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def texts(self) -> list[str]:
+        """What the user asked, request by request."""
+        return [body["messages"][-1]["content"] for body in self.bodies]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        card = {"id": "tiny", "sampling_defaults": self.server.defaults}
+        self.wfile.write(json.dumps({"data": [card]}).encode())
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.bodies.append(json.loads(self.rfile.read(length)))
+        number = len(self.server.bodies)
+        self.send_response(200)
+        self.end_headers()
+        time.sleep(self.server.wait_s)
+        with contextlib.suppress(OSError):
+            self.event(f"answer {number}")
+            while self.server.endless:
+                self.event(" more")
+                time.sleep(0.05)
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def event(self, text: str) -> None:
+        chunk = {"choices": [{"delta": {"content": text}}]}
+        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.endless = False
+        server.shutdown()
+
+
+class Terminal:
+    """`pagewire chat` with a pseudo-terminal for its input and output."""
+
+    def __init__(self, server: Server, home: Path, *flags: str) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pagewire", "chat", "--url", server.url, *flags],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "XDG_STATE_HOME": str(home),
+                "TERM": "xterm",
+                "PROMPT_TOOLKIT_NO_CPR": "1",
+            },
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def wait(self, text: str, seconds: float = 30) -> None:
+        """Until `text` is shown, after what was waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < end, f"no {text!r} in {self.shown!r}"
+            if select.select([self._master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the other side is closed
+                    self.shown += os.read(self._master, 65536).decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            os.close(self._master)
+
+
+def test_pasted_lines_are_one_question_and_commands_are_obeyed(
+    server: Server, tmp_path: Path
+) -> None:
+    terminal = Terminal(server, tmp_path)
+    terminal.wait("/help")
+    terminal.wait(READS)
+    terminal.type(PASTE.format("first line\nsecond line") + "\r")
+    terminal.wait("answer 1")
+    terminal.wait(READS)
+    terminal.type('"""one\r')
+    terminal.wait(READS)
+    terminal.type('two"""\r')
+    terminal.wait("answer 2")
+    assert server.texts() == ["first line\nsecond line", "one\ntwo"]
+    assert len(server.bodies[1]["messages"]) == 3
+    assert (server.bodies[0]["temperature"], server.bodies[0]["max_tokens"]) == (0.7, 1024)
+    for typed, shown in (
+        ("/help", "/save FILE"),
+        ("/set temperature 0", "temperature = 0"),
+        ("/set top_k", "not set"),
+        ("/sing", "no command /sing"),
+        ("/system Be terse.", "new conversation"),
+    ):
+        terminal.wait(READS)
+        terminal.type(f"{typed}\r")
+        terminal.wait(shown)
+    terminal.wait(READS)
+    terminal.type("third\r")
+    terminal.wait("answer 3")
+    assert server.bodies[2]["temperature"] == 0
+    assert [m["content"] for m in server.bodies[2]["messages"]] == ["Be terse.", "third"]
+    file = tmp_path / "saved.json"
+    terminal.wait(READS)
+    terminal.type(f"/save {file}\r")
+    terminal.wait("3 messages")
+    saved = json.loads(file.read_text())
+    assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
+    terminal.wait(READS)
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+
+
+def test_history_lasts_over_sessions(server: Server, tmp_path: Path) -> None:
+    for keys in ("remember this\r", "\x1b[A\r"):
+        terminal = Terminal(server, tmp_path)
+        terminal.wait(READS)
+        terminal.type(keys)
+        terminal.wait("answer")
+        terminal.wait(READS)
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    assert server.texts() == ["remember this", "remember this"]
+    (history,) = (tmp_path / "pagewire").iterdir()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_a_sign_while_the_first_token_is_awaited(server: Server, tmp_path: Path) -> None:
+    server.wait_s = 1.0
+    terminal = Terminal(server, tmp_path, "-q", "hello")
+    terminal.wait("…")
+    terminal.wait("answer 1")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_ends_an_answer_but_not_the_chat(server: Server, tmp_path: Path) -> None:
+    server.endless = True
+    terminal = Terminal(server, tmp_path)
+    terminal.wait(READS)
+    terminal.type("go on\r")
+    terminal.wait("more")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait("[stopped]")
+    server.endless = False
+    terminal.wait(READS)
+    terminal.type("again\r")
+    terminal.wait("answer 2")
+    terminal.wait(READS)
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_one_question_that_is_interrupted_exits_as_shells_expect(
+    server: Server, tmp_path: Path
+) -> None:
+    server.endless = True
+    terminal = Terminal(server, tmp_path, "-q", "go on")
+    terminal.wait("more")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait("[stopped]")
+    assert terminal.end() == 130
+
+
+def test_what_the_model_recommends_goes_before_the_chat_s_default(server: Server) -> None:
+    server.defaults = {"temperature": 0.6}
+    command = [sys.executable, "-m", "pagewire", "chat", "--url", server.url]
+    result = subprocess.run(
+        command, input="one\n/set\n", capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "answer 1" in result.stdout and "temperature" not in server.bodies[0]
