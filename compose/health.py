@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import os
 import socket
+import ssl
 import sys
 import time
 
@@ -38,9 +39,7 @@ def main() -> int:
 
 
 def ask_http(path: str) -> str:
-    connection = http.client.HTTPConnection(
-        "127.0.0.1", int(os.environ.get("PORT", "8000")), timeout=TIMEOUT_S
-    )
+    connection = connect(int(os.environ.get("PORT", "8000")))
     connection.request("GET", path)
     answer = connection.getresponse()
     return (
@@ -48,6 +47,20 @@ def ask_http(path: str) -> str:
         if answer.status == 200
         else f"{path} answered {answer.status}: {answer.read(500).decode(errors='replace')}"
     )
+
+
+def connect(port: int) -> http.client.HTTPConnection:
+    """Over HTTPS where the frontend has a certificate. It is not checked: it names a host and not
+    this address."""
+    certificate = os.environ.get("PAGEWIRE_SSL_CERTFILE")
+    if not certificate:
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    # Shown to a frontend that asks for clients' certificates.
+    context.load_cert_chain(certificate, os.environ.get("PAGEWIRE_SSL_KEYFILE") or None)
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=context)
 
 
 def ask_scheduler(role: str) -> str:

@@ -7,6 +7,7 @@ small services start fast.
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from .config import (
     WorkerConfig,
     add_flags,
     read,
+    read_environment,
 )
 from .process import logs
 from .process.errors import EXPECTED, missing_package
@@ -246,9 +248,13 @@ def parse_structs(
 def read_all(
     refuse: Callable[[str], Any], structs: tuple[type[Any], ...], namespace: argparse.Namespace
 ) -> list[Any]:
-    """The Structs with the values of `namespace`. `refuse` is called with one line on a bad value;
-    it does not return."""
+    """The Structs with the values of `namespace`, and of the environment where it has none.
+    `refuse` is called with one line on a bad value; it does not return."""
+    from .process.parent import Started
+
     try:
+        if not Started.by_parent:
+            read_environment(structs, namespace, os.environ)
         return [read(struct, namespace) for struct in structs]
     except ValueError as error:
         return refuse(str(error))

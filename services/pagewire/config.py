@@ -10,7 +10,7 @@ import contextlib
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -423,6 +423,51 @@ def _reason(text: str, kind: Any) -> str:
     if len(words) == 4 and words[2] in WORDS:
         return f"{WORDS[words[2]]} {words[3]} is needed"
     return text
+
+
+VARIABLE_PREFIX = "PAGEWIRE_"
+NO_VARIABLES = ("name", "run_dir", "socket_fd", "api_key")
+"""Settings that the environment gives in another way, or not at all."""
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # fmt: skip
+
+
+def variable_of(name: str) -> str:
+    """The environment's variable of a setting: PAGEWIRE_MAX_NUM_SEQS of `max_num_seqs`."""
+    return VARIABLE_PREFIX + name.upper()
+
+
+def read_environment(
+    structs: tuple[type[Struct], ...],
+    namespace: argparse.Namespace,
+    environment: Mapping[str, str],
+) -> None:
+    """Put settings of the environment into `namespace`, where no flag gives them. An empty variable
+    counts as none. Raises BadSetting for a value that cannot be read."""
+    for struct in structs:
+        hints = typing.get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            variable = variable_of(field.name)
+            text = environment.get(variable, "")
+            if not text or field.name in NO_VARIABLES or hasattr(namespace, field.name):
+                continue
+            try:
+                value = _from_text(field.name, _plain(hints[field.name]), text)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise BadSetting(field.name, text, f"{error} ({variable})") from None
+            setattr(namespace, field.name, value)
+
+
+def _from_text(name: str, kind: Any, text: str) -> Any:
+    """Raises ValueError or ArgumentTypeError."""
+    if kind is bool:
+        if text.lower() not in SWITCH:
+            raise ValueError("true or false is needed")
+        return SWITCH[text.lower()]
+    if typing.get_origin(kind) is tuple:
+        return tuple(as_list(text))
+    if typing.get_origin(kind) is Literal:
+        return text
+    return _converter(name, kind)(text)
 
 
 def read(struct: type[S], namespace: argparse.Namespace) -> S:

@@ -2,14 +2,17 @@
 of the images, without an engine."""
 
 import contextlib
+import http.server
 import json
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -205,3 +208,33 @@ def test_every_service_ends_in_order_on_sigterm(stack: Stack) -> None:
     assert set(codes.values()) == {0}, codes
     with pytest.raises(urllib.error.URLError):
         stack.model()
+
+
+def test_the_health_check_asks_over_https_where_there_is_a_certificate() -> None:
+    class Live(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/live" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    folder = ROOT / "tests" / "api" / "tls"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Live) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            **os.environ,
+            "PORT": str(server.server_address[1]),
+            "PAGEWIRE_SSL_CERTFILE": str(folder / "cert.pem"),
+            "PAGEWIRE_SSL_KEYFILE": str(folder / "key.pem"),
+        }
+        command = [sys.executable, str(ROOT / "compose/health.py"), "http"]
+        codes = [
+            subprocess.run(command, env=variables, check=False, capture_output=True).returncode
+            for variables in (environment, {**environment, "PAGEWIRE_SSL_CERTFILE": ""})
+        ]
+        server.shutdown()
+    assert codes == [0, 1]

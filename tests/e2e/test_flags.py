@@ -259,6 +259,58 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 1 and lines[0].startswith("VLLM_ATTENTION_BACKEND has no effect")
 
 
+def test_every_setting_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("MAX_NUM_SEQS", "7"),
+        ("MAX_MODEL_LEN", "4k"),
+        ("ENABLE_LOG_REQUESTS", "true"),
+        ("ENABLE_PREFIX_CACHING", "0"),
+        ("SERVED_MODEL_NAME", '["one", "two"]'),
+        ("DTYPE", "float32"),
+        ("NUM_FRONTENDS", "3"),
+        ("PORT", "1234"),
+        ("SOCKET_FD", "9"),
+        ("HOST", ""),
+    ):
+        monkeypatch.setenv(f"PAGEWIRE_{name}", value)
+    config, lines = parse("M", "--port", "4321")
+    assert lines == []
+    assert config.frontend is not None
+    assert (config.scheduler.max_num_seqs, config.model.max_model_len) == (7, 4000)
+    assert config.frontend.enable_log_requests and not config.scheduler.enable_prefix_caching
+    assert config.frontend.served_model_name == ("one", "two") and config.num_frontends == 3
+    assert config.worker.dtype == "float32" and config.frontend.host == "0.0.0.0"
+    assert config.frontend.port == 4321 and config.frontend.socket_fd == -1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PORT", "many", "--port many: "),
+        ("ENABLE_CASCADE", "perhaps", "true or false is needed (PAGEWIRE_ENABLE_CASCADE)"),
+        ("DTYPE", "float7", "--dtype float7: "),
+        ("NUM_WORKERS", "0", "PAGEWIRE_NUM_WORKERS: 0: a whole number"),
+    ],
+)
+def test_a_wrong_variable(
+    name: str,
+    value: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"PAGEWIRE_{name}", value)
+    assert words in refused(capsys, "M")
+
+
+def test_a_mistyped_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEWIRE_MAX_NUM_SEQ", "7")
+    monkeypatch.setenv("PAGEWIRE_CACHE", "/somewhere")
+    assert parse("M")[1] == [
+        "PAGEWIRE_MAX_NUM_SEQ is no setting; did you mean PAGEWIRE_MAX_NUM_SEQS?"
+    ]
+
+
 def test_the_program_s_settings_are_judged_by_the_same_table() -> None:
     lines: list[str] = []
     config = configure(

@@ -17,6 +17,7 @@ from pagewire.config import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "compose.yaml", *sorted((ROOT / "compose").glob("*.yaml"))]
+MONITORING = ["prometheus", "grafana"]
 OURS = ["frontend", "tokenizer", "scheduler", "worker"]
 
 
@@ -60,7 +61,7 @@ def test_every_default_is_given_so_that_plain_up_works() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["gateway", *OURS])
+@pytest.mark.parametrize("name", ["gateway", *OURS, *MONITORING])
 def test_hardening(name: str) -> None:
     service = services()[name]
     assert service["restart"] == "unless-stopped"
@@ -90,7 +91,10 @@ def test_the_run_volume_is_private_memory() -> None:
 
 def test_only_the_gateway_publishes_a_port_and_only_what_must_reaches_out() -> None:
     published = {name for name, service in services().items() if "ports" in service}
-    assert published == {"gateway"}
+    assert published == {"gateway", *MONITORING}
+    for name in MONITORING:
+        assert services()[name]["profiles"] == ["monitoring"], "only when it is asked for"
+        assert all(port.startswith("127.0.0.1:") for port in services()[name]["ports"])
     assert load("compose/default.yaml")["networks"]["inside"]["internal"] is True
     assert services()["frontend"]["networks"] == ["inside"]
     assert services()["scheduler"]["network_mode"] == "none"
@@ -105,6 +109,21 @@ def test_all_services_get_the_same_model_and_it_is_the_demo() -> None:
     assert interpolated(models["worker"]) == [f"--model={DEMO_MODEL}"]
     gpu = load("compose/gpu.yaml")["services"]["worker"]
     assert models["worker"][0] in gpu["command"]
+    single = load("compose/single-gpu.yaml")["services"]["pagewire"]
+    assert models["worker"][0] in single["command"]
+
+
+def test_images_have_names_and_files_that_are_mounted_are_there() -> None:
+    for name in OURS:
+        assert interpolated(services()[name]["image"]) == f"pagewire-{name}:latest"
+    for config in load("compose/default.yaml")["configs"].values():
+        assert (ROOT / "compose" / config["file"]).is_file()
+    for name in ("tokenizer", "worker"):
+        assert {"HF_ENDPOINT", "HTTPS_PROXY", "PAGEWIRE_USE_MODELSCOPE"} <= set(
+            services()[name]["environment"]
+        )
+    for name in OURS:
+        assert services()[name]["env_file"] == [{"path": "pagewire.env", "required": False}]
 
 
 def test_the_gpu_file_reserves_a_gpu_for_the_worker_and_nothing_else() -> None:

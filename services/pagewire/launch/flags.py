@@ -13,6 +13,7 @@ from msgspec import structs
 
 from ..cli import Parser, add_model, new_parser, positive, read_all, take_model
 from ..config import (
+    VARIABLE_PREFIX,
     BadSetting,
     FrontendConfig,
     ModelConfig,
@@ -21,6 +22,7 @@ from ..config import (
     TokenizerConfig,
     WorkerConfig,
     add_flags,
+    variable_of,
 )
 from . import stack
 from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
@@ -144,6 +146,12 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
     run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
     if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
         run = structs.replace(run, run_dir="")
+    for name in REPLICAS:
+        if (text := os.environ.get(variable_of(name))) and not hasattr(options, name):
+            try:
+                setattr(options, name, positive(text))
+            except argparse.ArgumentTypeError as error:
+                return parser.error(f"{variable_of(name)}: {error}")
     usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
     counts = {
         name: getattr(options, name, default) for name, default in zip(REPLICAS, usual, strict=True)
@@ -156,8 +164,8 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
 
 
 def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    lines = ignored_variables(os.environ)
     own = {name for struct in STRUCTS for name in struct.__struct_fields__}
+    lines = [*ignored_variables(os.environ), *_mistyped({*own, *REPLICAS})]
     for name, value in vars(options).items():
         if name not in FOREIGN or name in own:
             continue
@@ -168,6 +176,17 @@ def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             return parser.error(f"{flag}{'' if value is True else f' {value}'}: {refusal}")
         if line:
             lines.append(f"{flag} {line}")
+    return lines
+
+
+def _mistyped(own: set[str]) -> list[str]:
+    """A line for each variable that is nearly a setting's."""
+    variables = [variable_of(name) for name in sorted(own)]
+    lines: list[str] = []
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLE_PREFIX) and name not in variables:
+            close = difflib.get_close_matches(name, variables, 1, 0.9)
+            lines += [f"{name} is no setting; did you mean {close[0]}?"] if close else []
     return lines
 
 

@@ -23,6 +23,7 @@ from ..frontend.tls import context_of
 from ..hub import huggingface
 from ..process import signals
 from ..process.listening import listening_socket
+from ..process.service_manager import READY, STOPPING, ServiceManager
 from . import flags, stack
 from .progress import Display, Health
 from .supervisor import PARENT_VARIABLE, Supervisor
@@ -76,6 +77,7 @@ class Launch:
             config.frontend.port,
             (config.frontend.ssl_certfile, config.frontend.ssl_keyfile),
         )
+        self.manager = ServiceManager()
         self.fetch: subprocess.Popen[str] | None = None
         self.ready = False
 
@@ -94,6 +96,7 @@ class Launch:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.supervisor.stop()
+        self.manager.say(STOPPING)
         self.display.end("stopping")
 
     def _find_files(self) -> None:
@@ -121,6 +124,7 @@ class Launch:
             self.supervisor.add(service)
 
     def _tick(self) -> None:
+        self.manager.tick(time.monotonic())
         if self.fetch is not None and self.fetch.poll() is not None:
             self._on_fetched(self.fetch)
         if self.ready:
@@ -151,6 +155,7 @@ class Launch:
         self.ready = True
         self.supervisor.mark_ready()
         self.health.stop()
+        self.manager.say(READY, f"STATUS=serving {self.config.model.model}")
         self.display.end(
             f"ready in {time.monotonic() - self.began:.1f} s{service_counts(self.config)}"
         )

@@ -10,12 +10,20 @@ PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
 
+class Started:
+    """How this process was started."""
+
+    by_parent = False
+    """By a launcher, which gave it all its settings as flags."""
+
+
 def die_with_parent() -> None:
     """Called first thing in a child: the kernel kills this process when its parent is gone, however
     the parent ended."""
     parent = os.environ.pop(PARENT_VARIABLE, "")
     if not parent:
         return
+    Started.by_parent = True
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(parent):
         os._exit(1)
