@@ -278,3 +278,31 @@ def test_the_server_uses_the_parser_for_chats_alone(
         event["choices"][0]["delta"] for event in events
     ]
     assert server.complete("hi", max_tokens=1).json()["choices"][0]["text"] == WORDS[0]
+
+
+@pytest.mark.parametrize("parser", [PLAIN, ToyParser])
+def test_the_finish_reason_comes_with_the_last_text_of_each_choice(parser) -> None:
+    formatter = formatter_for(rendering(stream=True, n=2, per_prompt=2), "1", "m")
+    reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+    for piece in ("a", "b"):
+        for choice in reply.choices:
+            choice.text(piece)
+    for choice in reply.choices:
+        choice.finished("stop", None, 2)
+    blocks = b"".join(reply.outlet.pieces).decode().split("\n\n")[:-2]
+    events = [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks]
+    seen = [(one["index"], one["delta"]["content"], one["finish_reason"]) for one in events]
+    assert seen == [(0, "a", None), (1, "a", None), (0, "b", "stop"), (1, "b", "stop")]
+
+
+def test_the_finish_reason_comes_alone_after_text_that_was_sent() -> None:
+    reply = SseReply(
+        formatter_for(rendering(stream=True), "1", "m"), Loop(), [Echo()], Flusher(Loop()), PLAIN
+    )
+    (choice,) = reply.choices
+    choice.text("a")
+    reply.outlet.pieces.clear()
+    choice.finished("stop", None, 1)
+    block, *_ = b"".join(reply.outlet.pieces).decode().split("\n\n")
+    event = json.loads(block.removeprefix("data: "))["choices"][0]
+    assert event["delta"] == {} and event["finish_reason"] == "stop"

@@ -77,3 +77,21 @@ def test_another_model_and_another_method(server) -> None:
 def test_without_a_tokenizer(serve) -> None:
     with serve(has_text=False) as server:
         refused(server.post("/tokenize", prompt="x"), "prompt", "--skip-tokenizer-init")
+
+
+def test_the_prompt_of_a_request_for_an_answer(server) -> None:
+    body = {"messages": [{"role": "user", "content": "hi there"}], "max_tokens": 5, "stream": True}
+    rendered = server.post("/v1/chat/completions/render", **body).json()
+    answer = server.post("/v1/chat/completions", **{**body, "stream": False}, return_token_ids=True)
+    assert rendered["token_ids"] == answer.json()["prompt_token_ids"] != []
+    prompts = ["one two", "three"]
+    rendered = server.post("/v1/completions/render", prompt=prompts, n=2, no_stop_trim=False).json()
+    tokens = [server.post("/tokenize", prompt=prompt).json()["tokens"] for prompt in prompts]
+    assert [one["token_ids"] for one in rendered] == tokens
+    assert server.post("/v1/completions/render", prompt=[5, 6]).json()[0]["token_ids"] == [5, 6]
+    refused(server.post("/v1/completions/render", prompt="x", max_tokens=0), "max_tokens", "0")
+    refused(
+        server.post("/v1/completions/render", prompt="x", truncate_prompt_tokens=1),
+        "truncate_prompt_tokens",
+        "not supported here",
+    )

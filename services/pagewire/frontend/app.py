@@ -31,7 +31,7 @@ from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
 from .routes import method_of, route_of
 from .state import STATE, State
-from .tokens import detokenize, tokenize
+from .tokens import detokenize, render_chat, render_completion, tokenize
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger("pagewire.frontend")
@@ -62,6 +62,20 @@ _API: Final = (
         "POST", "/tokenize", tokenize, "The tokens of a prompt or a conversation", TokenizeRequest
     ),
     Route("POST", "/detokenize", detokenize, "The text of tokens", DetokenizeRequest),
+    Route(
+        "POST",
+        "/v1/chat/completions/render",
+        render_chat,
+        "The token ids of a conversation's prompt, without an answer",
+        ChatRequest,
+    ),
+    Route(
+        "POST",
+        "/v1/completions/render",
+        render_completion,
+        "The token ids of prompts, without an answer",
+        CompletionRequest,
+    ),
     Route("GET", "/load", load, "How many requests this process owns"),
     *(
         Route("GET", f"{prefix}{name}", handler, f"What SGLang's router asks of a {subject}")

@@ -1,6 +1,8 @@
-"""POST /tokenize and /detokenize, as vLLM has them: a tokenizer's work without the model's."""
+"""POST /tokenize, /detokenize and .../render, as vLLM has them: a tokenizer's work without the
+model's."""
 
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 from pagewire_protocol.columns import MAX_TOKENS, unpack
@@ -11,11 +13,18 @@ from ..requests.errors import invalid
 from ..requests.model_facts import ModelFacts
 from .body import read_body
 from .errors import JSON
-from .openai import DetokenizeRequest, TokenizeRequest
+from .openai import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+)
+from .params import Plan, plan_chat, plan_completion
 from .parsing import parse
 from .prompts import at_most, chat_of, text_prompt, token_column
 from .sse import encode
-from .state import STATE
+from .state import STATE, State
 from .tokenizer_queries import query
 
 
@@ -63,6 +72,46 @@ def _prompt(parsed: TokenizeRequest, model: ModelFacts) -> Prompt:
             model,
         )
     )
+
+
+async def render_chat(request: web.Request) -> web.Response:
+    """POST /v1/chat/completions/render: a request for an answer -> {"model", "token_ids"} of its
+    prompt. vLLM's router goes by the token ids."""
+    state = request.app[STATE]
+    parsed = parse(ChatRequest, await read_body(request, state.max_body))
+    state.check_model(parsed.model)
+    (rendered,) = await _rendered(state, parsed, plan_chat(parsed, state.stack.model()))
+    return web.Response(body=encode(rendered), content_type=JSON)
+
+
+async def render_completion(request: web.Request) -> web.Response:
+    """POST /v1/completions/render: the same for each prompt, as a list."""
+    state = request.app[STATE]
+    parsed = parse(CompletionRequest, await read_body(request, state.max_body))
+    state.check_model(parsed.model)
+    rendered = await _rendered(state, parsed, plan_completion(parsed, state.stack.model()))
+    return web.Response(body=encode(rendered), content_type=JSON)
+
+
+async def _rendered(state: State, parsed: Request, plan: Plan) -> list[dict[str, Any]]:
+    """For each prompt. Raises RequestError."""
+    if parsed.truncate_prompt_tokens is not None:
+        raise invalid(
+            "`truncate_prompt_tokens` is not supported here; send the request for an answer.",
+            "truncate_prompt_tokens",
+        )
+    columns: list[bytes] = []
+    for job in plan.jobs[:: plan.jobs_per_prompt]:
+        column = job.prompt.ids
+        if column is None:
+            special = job.add_special_tokens
+            make = partial(
+                Tokenize, prompt=job.prompt, add_special_tokens=special, with_texts=False
+            )
+            column = (await query(state, make)).ids
+        columns.append(column)
+    model = state.names[0]
+    return [{"model": model, "token_ids": unpack("i", column).tolist()} for column in columns]
 
 
 async def detokenize(request: web.Request) -> web.Response:
