@@ -395,3 +395,29 @@ def test_usage_comes_from_the_first_start(h: Harness) -> None:
         )
     h.owner.on_deltas(Deltas(*[b""] * 6, (), started=(Started(last.handle, 2, 99, 4),)))
     assert (h.counters.prompt_tokens, h.counters.cached_tokens, h.sink.starts) == (11, 4, 2)
+
+
+class BrokenSink(Sink):
+    def text(self, text) -> None:
+        raise RuntimeError("a fault of the program")
+
+
+def test_a_sink_that_raises_ends_its_own_request_alone(caplog) -> None:
+    """The other requests of the same message get theirs."""
+    h = Harness()
+    broken = BrokenSink()
+    other = h.owner.submit(JOB, broken)
+    handles = [other.handle, h.request.handle]
+    columns = [
+        pack("I", handles),
+        pack("I", [1, 1]),
+        pack("Q", [5, 6]),
+        pack("i", [0, 0]),
+        pack("i", [1, 1]),
+        pack("i", [7, 8]),
+    ]
+    deltas = Deltas(*columns, ("x", "y"))
+    h.owner.on_deltas(deltas)
+    assert h.sink.pieces == ["y"] and isinstance(broken.end, RequestError)
+    assert "a fault of the program" in caplog.text
+    assert (("t1", Cancel(((other.rid, 1),)))) in h.sent and len(h.owner) == 1

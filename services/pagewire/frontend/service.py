@@ -208,7 +208,11 @@ class Service:
         handled = 0
         for message in self.inbox.drain(_DRAIN_LIMIT):
             handled += 1
-            self._handle(message)
+            try:
+                self._handle(message)
+            except Exception:
+                # Whatever happens, the rest of the inbox is read: nobody would call again.
+                log.exception("a %s could not be handled", type(message).__name__)
         self.state.flusher.soon()
         if handled:
             self._loop.call_soon(self._on_inbox)

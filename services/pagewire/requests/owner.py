@@ -10,6 +10,8 @@ with its output so far.
 Accepted output goes to a Sink. This module does not know HTTP.
 """
 
+import contextlib
+import logging
 from array import array
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -22,6 +24,7 @@ from .errors import RequestError, failed, unavailable
 from .queries import MakeQuery, OnAnswer, PendingQueries, TokenizerQuery
 from .request import NO_EXECUTION, Job, OwnedRequest, Row, Sink, error_of, rows_of
 
+log = logging.getLogger("pagewire.requests")
 MAX_INTERRUPTIONS: Final = 10
 """Interruptions after which a request fails instead of going out again."""
 SUSPENSION_S: Final = 60.0
@@ -173,10 +176,13 @@ class RequestOwner:
                 self._counters.first_token(now - request.arrival_time)
                 request.first_token_time = now
             request.last_token_time = now
-            if request.deliver is None:
-                request.sink.tokens(text, out[position:].tolist(), logprobs)
-            elif text:
-                request.deliver(text)
+            try:
+                if request.deliver is None:
+                    request.sink.tokens(text, out[position:].tolist(), logprobs)
+                elif text:
+                    request.deliver(text)
+            except Exception:
+                self._give_up(request)
         self._counters.generation_tokens += accepted
 
     def _prompt_logprobs(self, entry: PromptLogprobs) -> None:
@@ -188,7 +194,10 @@ class RequestOwner:
             and request.execution in (NO_EXECUTION, entry.execution)
         ):
             request.execution = entry.execution
-            request.sink.prompt_logprobs(entry)
+            try:
+                request.sink.prompt_logprobs(entry)
+            except Exception:
+                self._give_up(request)
 
     def _started(self, started: Started) -> None:
         request = self.live.get(started.handle)
@@ -198,7 +207,10 @@ class RequestOwner:
             request.prompt_tokens = started.prompt_tokens
             request.scheduled_time = self._clock()
             self._counters.started(started.prompt_tokens, started.cached_tokens)
-        request.sink.started(started)
+        try:
+            request.sink.started(started)
+        except Exception:
+            self._give_up(request)
 
     def _ended(self, end: End) -> None:
         request = self.live.get(end.handle)
@@ -213,12 +225,24 @@ class RequestOwner:
         if end.finish in _REASONS:
             self._forget(request)
             self._counters.completed(_REASONS[end.finish], request, self._clock())
-            request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
+            try:
+                request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
+            except Exception:
+                self._give_up(request)
         elif end.finish is Finish.LOST or turned_away:
             self._interrupted(request)
         else:
             self._forget(request)
             self._fail(request, error_of(end))
+
+    def _give_up(self, request: OwnedRequest) -> None:
+        """Its sink has raised, which is a fault of this program: that request ends, and the others
+        of the same message go on. Called while the exception is handled."""
+        log.exception("the output of a request could not be taken; the request fails")
+        if self.live.get(request.handle) is request:
+            self._abandon(request)
+        with contextlib.suppress(Exception):
+            self._fail(request, failed("The server failed on this request; its log says why."))
 
     # --- attempts ---
 
