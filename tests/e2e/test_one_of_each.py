@@ -90,8 +90,9 @@ def run_batch(directory: Path, requests: dict[str, dict[str, Any]], *flags: str)
         timeout=240,
         check=False,
     )
-    assert result.returncode == 0, result.stderr
-    rows = map(json.loads, target.read_text().splitlines())
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    has_errors = any(row["response"]["status_code"] != 200 for row in rows)
+    assert result.returncode == int(has_errors), result.stderr
     return {row["custom_id"]: answer_of(row["response"]["body"]) for row in rows}
 
 
