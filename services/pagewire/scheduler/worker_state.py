@@ -6,7 +6,7 @@ what a step holds in `batch.py`, what a result means in `results.py`.
 """
 
 import logging
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
@@ -20,6 +20,7 @@ from pagewire_protocol.stats import (
 )
 
 from pagewire.config import SchedulerConfig
+from pagewire.requests.counters import Histogram
 
 from .decode_set import DecodeSet
 from .in_flight import InFlightSteps
@@ -30,22 +31,6 @@ from .slots import NEVER, Slots
 from .step_estimator import StepEstimator
 
 log = logging.getLogger("pagewire.scheduler")
-
-
-class Counts:
-    """A histogram of whole numbers; the last count is of values above all bounds."""
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[int, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0
-
-    def observe(self, value: int) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
 
 
 @dataclass(slots=True)
@@ -59,16 +44,18 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
-    iteration_tokens: Counts = field(default_factory=lambda: Counts(ITERATION_TOKENS_BOUNDS))
+    iteration_tokens: Histogram = field(default_factory=lambda: Histogram(ITERATION_TOKENS_BOUNDS))
     """Tokens of each step."""
-    request_preemptions: Counts = field(default_factory=lambda: Counts(REQUEST_PREEMPTIONS_BOUNDS))
+    request_preemptions: Histogram = field(
+        default_factory=lambda: Histogram(REQUEST_PREEMPTIONS_BOUNDS)
+    )
     """How often each request was preempted, of those that ended."""
 
     def stats(self) -> Iterator[tuple[str, float]]:
         """All of it as plain numbers, by the names of pagewire_protocol.stats."""
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, Counts):
+            if isinstance(value, Histogram):
                 yield from flattened(entry.name, value.counts, value.sum)
             else:
                 yield entry.name, float(value)
