@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .kv_cache import UNSCALED, KVScales
 from .quantized import Quantized
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
@@ -59,6 +60,7 @@ class FusedOps(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
         ...
@@ -87,7 +89,8 @@ class FusedOps(Protocol):
 
 class Ops(Protocol):
     """T tokens, H hidden size, I intermediate size, Hq and Hkv query and KV heads of size D; caches
-    [blocks, Hkv, block_size, D]."""
+    [blocks, Hkv, block_size, D], of the activations' type or of 8-bit codes, which `kv_scales`
+    belong to."""
 
     @property
     def fused(self) -> FusedOps | None:
@@ -175,6 +178,7 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         batch: Batch,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """Queries [T, Hq, D]; qkv may be overwritten."""
         ...
@@ -189,6 +193,7 @@ class Ops(Protocol):
         window: int | None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32 [Hq]."""
         ...

@@ -16,6 +16,7 @@ from torch import Tensor
 from .backend import Ops
 from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
+from .kv_cache import UNSCALED, KVScales, quantize, quantized, raw
 from .quantized import Quantized
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ def rope_and_cache(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: Batch,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
-    plan = batch.plan or make_plan(batch, k_cache)
+    plan = batch.plan or make_plan(batch, k_cache, qkv.dtype)
     cos, sin, minus_sin = plan.rotary(cos_sin, qkv.dtype)
     size, half = k_cache.shape[3], k_cache.shape[3] // 2
     heads = qkv.shape[1] // size - 2 * plan.kv_heads
@@ -178,8 +180,10 @@ def rope_and_cache(
     k, v = turned[:, heads:], parts[:, heads + plan.kv_heads :]
     if plan.kept is not None:
         k, v = k[plan.kept], v[plan.kept]
-    k_cache.view(-1, size).index_copy_(0, plan.cache_rows, k.reshape(-1, size))
-    v_cache.view(-1, size).index_copy_(0, plan.cache_rows, v.reshape(-1, size))
+    if quantized(k_cache):
+        k, v = raw(quantize(k, kv_scales.k)), raw(quantize(v, kv_scales.v))
+    raw(k_cache).view(-1, size).index_copy_(0, plan.cache_rows, k.reshape(-1, size))
+    raw(v_cache).view(-1, size).index_copy_(0, plan.cache_rows, v.reshape(-1, size))
     return turned[:, :heads]
 
 
@@ -192,30 +196,33 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Sequences that are alike (by length when decoding, by position in prompts) go through one
     batched product over gathered blocks."""
-    plan: Plan = batch.plan or make_plan(batch, k_cache)
+    plan: Plan = batch.plan or make_plan(batch, k_cache, q.dtype)
+    codes = quantized(k_cache)
+    if codes:
+        scale = scale * kv_scales.k
     groups = plan.work(window)
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend(q, k_cache, v_cache, groups[0], scale, softcap, alibi_slopes)
+        out = _attend(q, k_cache, v_cache, groups[0], scale, softcap, alibi_slopes)
+        return out.mul_(kv_scales.v) if codes else out
     out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
     for group in groups:
         out[group.tokens] = _attend(
             q[group.tokens], k_cache, v_cache, group, scale, softcap, alibi_slopes
         )
-    return out
+    return out.mul_(kv_scales.v) if codes else out
 
 
-def _gather(cache: Tensor, group: Group) -> Tensor:
-    """[size * Hkv, length, D]: the group's blocks, which lie by head already, each block_size x D
-    values in one piece."""
+def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """[size * Hkv, length, D] of `dtype`: the group's blocks, which lie by head already, each
+    block_size x D values in one piece."""
     kv_heads, block_size, size = cache.shape[1:]
-    found = torch.index_select(cache.view(-1, block_size * size), 0, group.index).view(
-        group.size * kv_heads, -1, size
-    )
-    found = found[:, : group.length]
-    return found.float() if group.wide else found
+    blocks = torch.index_select(raw(cache).view(-1, block_size * size), 0, group.index)
+    found = blocks.view(group.size * kv_heads, -1, size)[:, : group.length]
+    return found.view(cache.dtype).to(dtype)
 
 
 def _attend(
@@ -235,13 +242,13 @@ def _attend(
     queries = heads.permute(0, 2, 1, 3, 4) if group.queries > 1 else heads
     queries = queries.reshape(pairs, -1, size)
     queries = queries.float() if group.wide else queries
-    scores = _scores(queries, _gather(k_cache, group).mT, group, scale, softcap)
+    scores = _scores(queries, _gather(k_cache, group, queries.dtype).mT, group, scale, softcap)
     shares = torch.softmax(
         scores if alibi_slopes is None else _sloped(scores, group, alibi_slopes, kv_heads), -1
     )
     if alibi_slopes is not None:
         shares = shares.to(queries.dtype)
-    out = torch.bmm(shares, _gather(v_cache, group)).to(dtype)
+    out = torch.bmm(shares, _gather(v_cache, group, queries.dtype)).to(dtype)
     if group.queries > 1:
         out = out.view(group.size, kv_heads, group.queries, -1, size).transpose(1, 2)
     return out.reshape(len(q), -1)

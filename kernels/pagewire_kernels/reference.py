@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .kv_cache import UNSCALED, KVScales, dequantize, quantize, quantized
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,16 +99,20 @@ def rope_and_cache(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: Batch,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Split qkv [T, (Hq+2Hkv)*D], normalise queries and keys by head where weights [D] are given,
     rotate both, write keys and values into the caches [blocks, Hkv, block_size, D] at
-    `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]."""
+    `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]. `kv_scales`: of caches of
+    8-bit codes."""
     kv_heads, block_size, size = k_cache.shape[1:]
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     q, k = rope(q, cos_sin, batch.positions), rope(k, cos_sin, batch.positions)
+    if quantized(k_cache):
+        k, v = quantize(k, kv_scales.k), quantize(v, kv_scales.v)
     for token, slot in enumerate(batch.slot_mapping.tolist()):
         if slot >= 0:
             k_cache[slot // block_size, :, slot % block_size] = k[token]
@@ -150,10 +155,14 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
     token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
-    scaled, capped score."""
+    scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
+    if quantized(k_cache):
+        k_cache = dequantize(k_cache, kv_scales.k)
+        v_cache = dequantize(v_cache, kv_scales.v)
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()

@@ -11,6 +11,7 @@ from pagewire.worker.load import capture
 from pagewire.worker.load.kv_sizing import Sizing
 from pagewire.worker.load.loader import Loaded
 from pagewire.worker.models import describe
+from pagewire.worker.models.cache_spec import cache_spec
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire_kernels.backend import backend
@@ -50,7 +51,14 @@ def test_experts_are_captured_where_they_stay_on_the_device(
         assert len(caplog.records) == (not captured)
         decoder = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
         loaded = Loaded(
-            decoder, Sizing(1, 1, 1, 16, 16), [], torch.empty(0, dtype=dtype), (), "cuda"
+            decoder,
+            dtype,
+            Sizing(1, 1, 1, 16, 16),
+            [],
+            cache_spec(arch, dtype),
+            torch.empty(0),
+            (),
+            "cuda",
         )
         assert loaded.capturable is captured
 

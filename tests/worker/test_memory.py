@@ -40,7 +40,9 @@ def size(
     name: str = "llama-3.1-8b",
     itemsize: int = 2,
 ):
-    return gpu_memory.size(arch(name), itemsize, weights(name, itemsize), gpu, request, load)
+    shape = arch(name)
+    cache = cache_spec(shape, torch.bfloat16 if itemsize == 2 else torch.float32)
+    return gpu_memory.size(shape, itemsize, cache, weights(name, itemsize), gpu, request, load)
 
 
 def refusal(*args, **settings) -> str:
@@ -189,7 +191,7 @@ def test_more_positions_than_the_model_has_are_refused_even_with_fit():
 
 
 def test_blocks_and_bytes_replace_the_share():
-    each = cache_spec(arch()).block_bytes(16, 2)
+    each = cache_spec(arch(), torch.bfloat16).block_bytes(16)
     assert size(request=replace(REQUEST, blocks=9000, utilization=0.2)).num_blocks == 9000
     assert (
         size(request=replace(REQUEST, kv_bytes=20 * GIB, utilization=0.2)).num_blocks

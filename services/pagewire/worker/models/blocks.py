@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.kv_cache import UNSCALED
 from torch import Tensor
 
 from . import rotary
@@ -44,6 +45,7 @@ class Attention:
         self.q_weight, self.k_weight = [norm.weight for norm in self._norms] or (None, None)
         self.scale = arch.scales[index] if arch.scales else size**-0.5
         self.window = arch.windows[index]
+        self.kv_scales = build.kv_scales[index] if build.kv_scales else UNSCALED
         self._eps = arch.norm_eps
         self._softcap = arch.attn_logit_softcapping
         self._alibi_slopes = None
@@ -71,11 +73,28 @@ class Attention:
         weights = (self.q_weight, self.k_weight, self._eps)
         if self._fused is not None:
             return self._fused.rope_attention(
-                qkv, cos_sin, *weights, keys, values, batch, self.scale, self.window, self._softcap
+                qkv,
+                cos_sin,
+                *weights,
+                keys,
+                values,
+                batch,
+                self.scale,
+                self.window,
+                self._softcap,
+                self.kv_scales,
             )
-        q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch)
+        q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch, self.kv_scales)
         return self._ops.paged_attention(
-            q, keys, values, batch, self.scale, self.window, self._softcap, self._alibi_slopes
+            q,
+            keys,
+            values,
+            batch,
+            self.scale,
+            self.window,
+            self._softcap,
+            self._alibi_slopes,
+            self.kv_scales,
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.kv_cache import KVScales
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
@@ -39,13 +40,15 @@ class Build:
     all are dense. `shard`: the part of the model that this process holds. Matrices are cut by
     heads or by the MLP's inner size: column-parallel ones (of queries, keys and values, gate and
     up) by rows, so that results are parts of the whole's; row-parallel ones (of attention's output
-    and the MLP's) by columns, so that results are to be added over the ranks."""
+    and the MLP's) by columns, so that results are to be added over the ranks.
+    `kv_scales`: of each layer, where the KV cache holds 8-bit codes."""
 
     ops: Ops
     dtype: torch.dtype
     device: str
     method: MethodChoice | None = None
     shard: Shard = WHOLE
+    kv_scales: Sequence[KVScales] = ()
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory on the device, in the model's type unless `dtype` is given."""
