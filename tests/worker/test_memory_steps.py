@@ -3,8 +3,6 @@ torch's meta device, where every tensor has a size and none has memory, with ope
 allocate what the GPU's do.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from live_bytes import Live
@@ -13,6 +11,7 @@ from pagewire.worker.models.architecture import Architecture, Moe
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.rope import Rope
+from pagewire_kernels.routing import Routing
 
 TOKENS = 1000
 SIZES = {
@@ -67,6 +66,10 @@ class MetaOps:
     def paged_attention(self, q, *rest, **options):
         return q.new_empty(len(q), q.shape[1] * q.shape[2])
 
+    def route(self, logits, routing, bias, slot_mapping):
+        shape = len(logits), routing.top_k
+        return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape).float()
+
     def experts(self, x, gate_up, down, chosen, weights):
         """As in the grouped product: rows gathered by expert, both products, rows back in order,
         their sum in float32."""
@@ -89,7 +92,7 @@ def architecture(**differences) -> Architecture:
     return Architecture(**{**SIZES, **fields, "rope": Rope(theta=1e4, size=64), **differences})
 
 
-MOE = Moe(num_experts=8, top_k=2, intermediate_size=512, renormalize=True)
+MOE = Moe(Routing(8, 2, renormalize=True), 512)
 PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias": True}
 
 
@@ -104,7 +107,7 @@ PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias"
         PLAIN,
         {"block": "post", **PLAIN},
         {"moe": MOE},
-        {"moe": replace(MOE, top_k=4, intermediate_size=64)},
+        {"moe": Moe(Routing(8, 4, renormalize=True), 64)},
     ],
     ids=[
         "gated",
