@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import moe_shapes
 from .activation import silu_mul
-from .moe_grouped import combine, grouped_products
+from .moe_grouped import combine, grouped_down, grouped_up
 from .moe_router import Aligned, align, route
 from .moe_rows import experts_of_rows
 
@@ -55,7 +55,9 @@ def grouped_experts(
     k = top_k_ids.shape[1]
     best = shapes or moe_shapes.pick_grouped(top_k_ids.numel() / len(gate_up), x.dtype, x.device)
     aligned = align(top_k_ids, len(gate_up), best.up.block_m)
-    rows = grouped_products(x, gate_up, down, aligned, k, best, exact_shapes=shapes is not None)
+    exact = shapes is not None
+    inner = grouped_up(x, gate_up, aligned, k, best.up, exact)
+    rows = grouped_down(inner, down, aligned, best.down, exact)
     return combine(rows, aligned, top_k_ids, top_k_weights)
 
 

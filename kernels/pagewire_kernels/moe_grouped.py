@@ -10,15 +10,13 @@ row's result does not depend on the rows beside it.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .moe_router import Aligned
-from .moe_shapes import GroupedConfig, GroupedPair, choose
+from .moe_shapes import GroupedConfig, choose
 from .workspace import overlap
 
 
@@ -47,16 +45,13 @@ def _columns(matrix, n, k, N, K: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.cons
     else:
         at = matrix + n.to(tl.int64)[None, :] * K + k[:, None]
         mask = (n < N)[None, :] & (k < K)[:, None]
-    if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=mask, other=0.0)
+    return tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def _multiplied(rows, columns, acc, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.dot(columns, rows, acc, input_precision="ieee")
-    return tl.dot(rows, columns, acc, input_precision="ieee")
+    left, right = (columns, rows) if SWAP else (rows, columns)
+    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -124,48 +119,60 @@ def _combine(rows, positions, top_k_ids, top_k_weights, out, H, TOP_K: tl.conste
     tl.store(out + token * H + h, acc.to(out.dtype.element_ty), mask=h < H)
 
 
+def grouped_up(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    aligned: Aligned,
+    top_k: int,
+    config: GroupedConfig,
+    exact: bool = False,
+) -> torch.Tensor:
+    """silu(gate x) * (up x): x [T, H], gate_up [E, 2I, H] -> [T * k, I] in the order of `aligned`,
+    which was made with the config's block_m. Rows without an expert are left as they are. exact: a
+    launch shape that the GPU refuses raises instead of giving way to a smaller one."""
+    pairs = aligned.order.shape[0]
+    out = torch.empty(pairs, gate_up.shape[1] // 2, dtype=x.dtype, device=x.device)
+    _launch(x, gate_up, out, aligned, top_k, config, exact)
+    return out
+
+
+def grouped_down(
+    inner: torch.Tensor,
+    down: torch.Tensor,
+    aligned: Aligned,
+    config: GroupedConfig,
+    exact: bool = False,
+) -> torch.Tensor:
+    """inner [T * k, I] in the order of `aligned`, down [E, H, I] -> [T * k, H] in that order; see
+    grouped_up."""
+    out = torch.empty(len(inner), down.shape[1], dtype=inner.dtype, device=inner.device)
+    _launch(inner, down, out, aligned, 0, config, exact)
+    return out
+
+
 def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
     aligned: Aligned,
     top_k: int,
-    first: bool,
-    config: GroupedConfig,
+    best: GroupedConfig,
+    exact: bool,
 ) -> None:
+    """top_k 0: the second product."""
     n, k = out.shape[1], weight.shape[2]
-    _grouped[(triton.cdiv(n, config.block_n), aligned.slots)](
-        x, weight, out, aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, K=k, TOP_K=top_k, BM=config.block_m,
-        BN=config.block_n, BK=config.block_k, GATHER=first, GATED=first, SWAP=config.swap,
-        EVEN=k % config.block_k == 0 and n % config.block_n == 0, STAGES=config.stages, num_warps=config.warps,
-        **overlap(x.device))  # fmt: skip
+    first = top_k > 0
 
+    def run(c: GroupedConfig) -> None:
+        _grouped[(triton.cdiv(n, c.block_n), aligned.slots)](
+            x, weight, out, aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, K=k, TOP_K=top_k, BM=c.block_m, BN=c.block_n,
+            BK=c.block_k, GATHER=first, GATED=first, SWAP=c.swap, EVEN=k % c.block_k == 0 and n % c.block_n == 0, STAGES=c.stages,
+            num_warps=c.warps, **overlap(x.device))  # fmt: skip
 
-def grouped_products(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    aligned: Aligned,
-    top_k: int,
-    shapes: GroupedPair,
-    exact_shapes: bool = False,
-) -> torch.Tensor:
-    """Both products of x [T, H] -> [T * k, H] in the order of `aligned`, which was made with the
-    shapes' block_m. Rows without an expert are left as they are. exact_shapes: a shape that the GPU
-    refuses raises instead of giving way to a smaller one."""
-    pairs, itemsize = aligned.order.shape[0], x.element_size()
-    inner = torch.empty(pairs, down.shape[2], dtype=x.dtype, device=x.device)
-    out = torch.empty(pairs, down.shape[1], dtype=x.dtype, device=x.device)
-    for source, weight, target, best, first in (
-        (x, gate_up, inner, shapes.up, True),
-        (inner, down, out, shapes.down, False),
-    ):
-        launch = functools.partial(_launch, source, weight, target, aligned, top_k, first)
-        if exact_shapes:
-            launch(best)
-        else:
-            choose(best, itemsize, first).launch(x.device, launch)
-    return out
+    if exact:
+        run(best)
+    else:
+        choose(best, x.element_size(), first).launch(x.device, run)
 
 
 def combine(

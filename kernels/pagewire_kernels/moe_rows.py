@@ -9,8 +9,6 @@ that several tokens chose is read from memory once. Arithmetic is float32.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -77,12 +75,15 @@ def _pair_up(x, norm, gate_up, top_k_ids, inner, eps, x_stride, N, K: tl.constex
 
 @triton.jit
 def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                BK: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """The weighted sum of a token's experts. Places without an expert read nothing."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     if PDL:
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     STEPS: tl.constexpr = (K + BK - 1) // BK
     acc = tl.zeros([BN, BK], tl.float32)
     for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
@@ -95,12 +96,12 @@ def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.c
         h = tl.load(inner + pair * K + k, mask=inside, other=0.0).to(tl.float32) * share
         matrix = down + tl.maximum(expert, 0).to(tl.int64) * N * K
         at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
-        if EVEN:
-            w = tl.load(at, mask=inside[None, :], other=0.0)
-        else:
-            w = tl.load(at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
+        mask = inside[None, :]
+        if not EVEN:
+            mask = mask & (n < N)[:, None]
+        w = tl.load(at, mask=mask, other=0.0)
         acc += w.to(tl.float32) * h[None, :]
-    if PDL:
+    if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
     if ADD:
@@ -108,12 +109,45 @@ def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.c
     tl.store(out + token * N + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
-@dataclass(frozen=True)
-class PairShapes:
-    """Launch shapes of both products."""
+def pair_up(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    config: PairConfig | None = None,
+) -> torch.Tensor:
+    """silu(gate x) * (up x) of each pair: x [T, H], gate_up [E, 2I, H], top_k_ids [T, k] ->
+    [T * k, I]. norm [H]: x is normalised before (RMSNorm). Rows of no expert are left as they
+    are."""
+    hidden, width = x.shape[1], gate_up.shape[1] // 2
+    c = config or pick_up(hidden)
+    inner = torch.empty(top_k_ids.numel(), width, dtype=x.dtype, device=x.device)
+    _pair_up[(len(inner), triton.cdiv(width, c.block_n))](
+        x, norm, gate_up, top_k_ids, inner, eps, x.stride(0), width, K=hidden, TOP_K=top_k_ids.shape[1], BN=c.block_n, BK=c.block_k,
+        NORM=norm is not None, EVEN=hidden % c.block_k == 0 and width % c.block_n == 0, STAGES=c.stages, EARLY=c.early,
+        num_warps=c.warps, **overlap(x.device))  # fmt: skip
+    return inner
 
-    up: PairConfig
-    down: PairConfig
+
+def token_down(
+    inner: torch.Tensor,
+    down: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    config: PairConfig | None = None,
+) -> torch.Tensor:
+    """The weighted sum over each token's experts, plus residual [T, H]: inner [T * k, I], down
+    [E, H, I] -> [T, H]."""
+    (tokens, k), (hidden, width) = top_k_ids.shape, down.shape[1:]
+    c = config or pick_down(width)
+    out = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
+    _token_down[(tokens, triton.cdiv(hidden, c.block_n))](
+        inner, down, top_k_ids, top_k_weights, residual, out, hidden, K=width, TOP_K=k, BN=c.block_n, BK=c.block_k,
+        ADD=residual is not None, EVEN=hidden % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
+        **overlap(inner.device))  # fmt: skip
+    return out
 
 
 def experts_of_rows(
@@ -125,23 +159,8 @@ def experts_of_rows(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
-    shapes: PairShapes | None = None,
 ) -> torch.Tensor:
     """moe.experts of few tokens, with the norm of x before (weight `norm` [H], `eps`) and the sum
     with `residual` [T, H] after where they are given. Ids and weights are contiguous."""
-    (tokens, hidden), k = x.shape, top_k_ids.shape[1]
-    width = down.shape[2]
-    shapes = shapes or PairShapes(pick_up(hidden), pick_down(width))
-    inner = torch.empty(tokens * k, width, dtype=x.dtype, device=x.device)
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    c = shapes.up
-    _pair_up[(tokens * k, triton.cdiv(width, c.block_n))](
-        x, norm, gate_up, top_k_ids, inner, eps, x.stride(0), width, K=hidden, TOP_K=k, BN=c.block_n, BK=c.block_k,
-        NORM=norm is not None, EVEN=hidden % c.block_k == 0 and width % c.block_n == 0, STAGES=c.stages, EARLY=c.early,
-        num_warps=c.warps, **overlap(x.device))  # fmt: skip
-    c = shapes.down
-    _token_down[(tokens, triton.cdiv(hidden, c.block_n))](
-        inner, down, top_k_ids, top_k_weights, residual, out, hidden, K=width, TOP_K=k, BN=c.block_n, BK=c.block_k,
-        ADD=residual is not None, EVEN=width % c.block_k == 0 and hidden % c.block_n == 0, STAGES=c.stages,
-        num_warps=c.warps, **overlap(x.device))  # fmt: skip
-    return out
+    inner = pair_up(x, gate_up, top_k_ids, norm, eps)
+    return token_down(inner, down, top_k_ids, top_k_weights, residual)

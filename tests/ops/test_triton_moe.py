@@ -154,7 +154,9 @@ def test_no_tokens_and_padding_alone() -> None:
 )
 def test_pairs_in_any_launch_shape(shapes: tuple[PairConfig, PairConfig]) -> None:
     case = moe_case(5, 6, 3, 80, 48, padding=1)
-    check(case, moe_rows.experts_of_rows(*case.inputs, shapes=moe_rows.PairShapes(*shapes)))
+    x, gate_up, down, ids, weights = case.inputs
+    inner = moe_rows.pair_up(x, gate_up, ids, config=shapes[0])
+    check(case, moe_rows.token_down(inner, down, ids, weights, config=shapes[1]))
 
 
 def test_pairs_with_the_norm_before_and_the_residual_after() -> None:
