@@ -11,6 +11,7 @@ from pagewire.worker.models.architecture import Architecture, Moe
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.rope import Rope
+from pagewire_kernels.batch import Batch
 from pagewire_kernels.routing import Routing
 
 TOKENS = 1000
@@ -126,7 +127,8 @@ def test_a_step_keeps_what_was_reckoned_and_not_far_less(differences):
     decoder = Decoder(arch, Build(MetaOps(arch), torch.bfloat16, "meta"))
     ids = torch.empty(TOKENS, dtype=torch.int64, device="meta")
     caches = [torch.empty(2, 1, device="meta")] * arch.num_layers
+    batch = Batch(ids, ids, ids, ids, ids, TOKENS, TOKENS)
     with torch.inference_mode(), Live() as live:
-        decoder(ids, [ids] * arch.num_layers, caches, None, ids[:1], lambda: None)
+        decoder(ids, [ids] * arch.num_layers, caches, batch, ids[:1], lambda: None)
     reckoned = gpu_memory.step_bytes(arch, 2, TOKENS)
     assert reckoned / 2 < live.peak <= reckoned, f"{live.peak / reckoned:.2f} of what was reckoned"
