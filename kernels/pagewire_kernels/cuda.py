@@ -3,8 +3,7 @@ the choice between kernels for one operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for
 the device or allocates anything but its results, grids depend on shapes alone, and lengths are read
-on the device. Exceptions are, on some GPUs, attention by torch (attention_torch.py) and a mixture
-of experts (grouped_gemm.py).
+on the device. The exception is, on some GPUs, attention by torch (attention_torch.py).
 """
 
 from typing import Final
@@ -57,6 +56,7 @@ class CudaOps:
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
     experts = staticmethod(moe.experts)
+    route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
     norm_linear = staticmethod(gemm_row.norm_linear)
     norm_gated = staticmethod(gemm_row.norm_gated)

@@ -25,7 +25,7 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from . import capture, cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
+from . import cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
@@ -62,11 +62,8 @@ class Loaded:
     @property
     def capturable(self) -> bool:
         """Whether a forward pass may be captured as a CUDA graph on this GPU."""
-        if not isinstance(self.decoder, Decoder) or (self.plan and self.plan.attends_by_torch):
-            return False
-        return not capture.obstacle(
-            self.decoder.arch, self.cache.dtype, torch.cuda.get_device_capability()
-        )
+        by_torch = self.plan is not None and self.plan.attends_by_torch
+        return isinstance(self.decoder, Decoder) and not by_torch
 
     @property
     def caches(self) -> list[Tensor]:
@@ -97,7 +94,6 @@ def load(
     checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
-    config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     if other and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
