@@ -16,6 +16,7 @@ from torch import Tensor
 from .batch import Batch
 from .kv_cache import UNSCALED, KVScales
 from .quantized import Quantized
+from .routing import Routing
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
 """Each has `OPS`, the process's one set of operations for the device."""
@@ -164,8 +165,20 @@ class Ops(Protocol):
     def experts(
         self, x: Tensor, gate_up: Any, down: Any, top_k_ids: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32; gate_up [E, 2I, H] and
-        down [E, H, I] are packed."""
+        """x [T, H] -> [T, H]; top_k_ids [T, k] of any integer type, routing.NO_EXPERT for none,
+        top_k_weights [T, k] float32; gate_up [E, 2I, H] and down [E, H, I] are packed."""
+        ...
+
+    def route(
+        self,
+        logits: Tensor,
+        routing: Routing,
+        correction_bias: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(top_k_ids int32 [T, k], top_k_weights float32 [T, k]) of a router's logits [T, E].
+        correction_bias [E] float32 is added for the choice only. Tokens whose slot_mapping [T] is
+        negative are padding and choose no expert."""
         ...
 
     def rope_and_cache(

@@ -18,6 +18,7 @@ from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
 from .kv_cache import UNSCALED, KVScales, quantize, quantized, raw
 from .quantized import Quantized
+from .routing import LEAST_SUM, NO_EXPERT, Routing
 
 if TYPE_CHECKING:
     from .cpu_linear import QuantizedLinear
@@ -130,6 +131,41 @@ def pack_experts(weight: Tensor) -> list[Tensor]:
     return [pack_linear(matrix) for matrix in weight]
 
 
+def route(
+    logits: Tensor,
+    routing: Routing,
+    correction_bias: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See backend.Ops."""
+    wide = logits.float()
+    scores = wide.sigmoid() if routing.scoring_func == "sigmoid" else wide.softmax(-1)
+    choice = scores if correction_bias is None else scores + correction_bias
+    if routing.num_expert_group > 1:
+        choice = _within_groups(choice, routing, correction_bias is not None)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k]
+    weights = scores.gather(1, ids)
+    if routing.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
+    if routing.routed_scaling_factor != 1:
+        weights = weights * routing.routed_scaling_factor
+    ids = ids.int()
+    if slot_mapping is not None:
+        padding = (slot_mapping < 0)[:, None]
+        ids, weights = ids.masked_fill(padding, NO_EXPERT), weights.masked_fill(padding, 0.0)
+    return ids, weights
+
+
+def _within_groups(choice: Tensor, routing: Routing, best_two: bool) -> Tensor:
+    """choice [T, E] with -inf for the experts of groups that a token does not choose among."""
+    groups = choice.view(len(choice), routing.num_expert_group, -1)
+    values = groups.topk(2).values.sum(-1) if best_two else groups.amax(-1)
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    closed = torch.ones_like(values, dtype=torch.bool)
+    closed.scatter_(1, order[:, : routing.topk_group], False)
+    return groups.masked_fill(closed[:, :, None], float("-inf")).flatten(1)
+
+
 def experts(
     x: Tensor, gate_up: list[Tensor], down: list[Tensor], top_k_ids: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -141,8 +177,9 @@ def experts(
     out, first = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), 0
     for index, count in zip(used.tolist(), counts.tolist(), strict=True):
         rows = tokens[first : first + count]
-        part = linear(silu_mul(linear(x[rows], gate_up[index])), down[index])
-        out.index_add_(0, rows, part * shares[first : first + count])
+        if index != NO_EXPERT:
+            part = linear(silu_mul(linear(x[rows], gate_up[index])), down[index])
+            out.index_add_(0, rows, part * shares[first : first + count])
         first += count
     return out.to(x.dtype)
 
@@ -288,6 +325,8 @@ class CpuQuantized:
         them."""
         from .cpu_linear import QuantizedLinear
 
+        if any(part.is_float for part in parts):
+            return None
         try:
             return QuantizedLinear(parts, float32_output)
         except ValueError:
@@ -313,6 +352,7 @@ class CpuOps:
     relu = staticmethod(relu)
     pack_experts = staticmethod(pack_experts)
     experts = staticmethod(experts)
+    route = staticmethod(route)
     rope_and_cache = staticmethod(rope_and_cache)
     paged_attention = staticmethod(paged_attention)
 

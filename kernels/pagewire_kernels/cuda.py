@@ -3,8 +3,7 @@ the choice between kernels for one operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for
 the device or allocates anything but its results, grids depend on shapes alone, and lengths are read
-on the device. Exceptions are, on some GPUs, attention by torch (attention_torch.py) and a mixture
-of experts (grouped_gemm.py).
+on the device. The exception is, on some GPUs, attention by torch (attention_torch.py).
 """
 
 from typing import Final
@@ -19,6 +18,7 @@ from .attention_prefill import prefill_attention
 from .backend import Ops
 from .batch import Batch
 from .cascade import cascade_attention
+from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
 from .kv_cache import UNSCALED, KVScales
@@ -46,7 +46,6 @@ FUSED_PROGRAMS = 512
 class CudaOps:
     """See backend.Ops and backend.FusedOps. `choices`: this process's, read in every call."""
 
-    quantized = None
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
     layer_norm = staticmethod(norm.layer_norm)
@@ -58,6 +57,7 @@ class CudaOps:
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
     experts = staticmethod(moe.experts)
+    route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
     norm_linear = staticmethod(gemm_row.norm_linear)
     norm_gated = staticmethod(gemm_row.norm_gated)
@@ -65,6 +65,7 @@ class CudaOps:
 
     def __init__(self, choices: KernelChoices) -> None:
         self.choices = choices
+        self.quantized = CudaQuantized(choices.gemm)
 
     @property
     def fused(self) -> "CudaOps":
@@ -79,8 +80,12 @@ class CudaOps:
         """Logits of x [T, H] by the embedding's weight [V, H]; `packed` is the same tensor here."""
         return self.linear(x, packed)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor | QuantizedMatrices, bias: Tensor | None = None
+    ) -> Tensor:
         """x [M, K] @ weight [N, K]^T + bias."""
+        if isinstance(weight, QuantizedMatrices):
+            return weight(x, bias)
         if len(x) > 1 and attention_torch.serves(
             x.device
         ):  # one row is multiplied without tensor cores anyway

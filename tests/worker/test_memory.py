@@ -16,6 +16,7 @@ from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.load.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
 from pagewire.worker.models.cache_spec import cache_spec
+from pagewire_kernels.routing import Routing
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
 WORKER = Path(gpu_memory.__file__).parent
@@ -88,9 +89,7 @@ def test_experts_need_room_for_each_token_as_often_as_it_is_routed():
     dense = arch()
     from pagewire.worker.models.architecture import Moe
 
-    sparse = replace(
-        dense, moe=Moe(num_experts=8, top_k=2, intermediate_size=14336, renormalize=True)
-    )
+    sparse = replace(dense, moe=Moe(Routing(8, 2, renormalize=True), 14336))
     assert gpu_memory.step_bytes(sparse, 2, 100) > 1.5 * gpu_memory.step_bytes(dense, 2, 100)
 
 

@@ -21,13 +21,12 @@ from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, read_config
 from ..models.cache_spec import CacheSpec, cache_spec
-from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
 from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
+from ..models.quantized_weights import QuantizedMethod
 from . import (
-    capture,
     cpu_crossings,
     kv_dtype,
     kv_sizing,
@@ -74,11 +73,8 @@ class Loaded:
     @property
     def capturable(self) -> bool:
         """Whether a forward pass may be captured as a CUDA graph on this GPU."""
-        if not isinstance(self.decoder, Decoder) or (self.plan and self.plan.attends_by_torch):
-            return False
-        return not capture.obstacle(
-            self.decoder.arch, self.dtype, torch.cuda.get_device_capability()
-        )
+        by_torch = self.plan is not None and self.plan.attends_by_torch
+        return isinstance(self.decoder, Decoder) and not by_torch
 
     @property
     def caches(self) -> list[Tensor]:
@@ -109,15 +105,16 @@ def load(
     checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
-    config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
-    plan = (
-        plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
-    )
     if other and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
         )
-    chosen = quantizing.choose(checkpoint, arch, model.quantization, dtype, device)
+    target = quantizing.Target(dtype, gpu.capability if gpu else None)
+    chosen = quantizing.choose(checkpoint, arch, model.quantization, target)
+    plan = None
+    if gpu:
+        load = scheduler or SchedulerConfig()
+        plan = plan_gpu(arch, dtype, model, config, gpu, load, chosen.weight_bytes(arch))
     spec = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
     kv_scales = _kv_scales(source, settings, arch, config)
     sizing = plan.sizing if plan else _size(arch, spec, dtype, model, config, chosen)
@@ -135,7 +132,7 @@ def load(
             weights.load(
                 decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
             )
-            if chosen.kept:
+            if chosen.kept and not gpu:
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
@@ -163,11 +160,7 @@ def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoi
     """With the format of weights that come quantized. Raises Unsupported."""
     if not path.is_dir() or isinstance(source, Gguf):
         return Checkpoint(source)
-    form = quantizing.read_format(quantization.of_checkpoint(path, settings))
-    if source is None:
-        # Random weights have no codes.
-        return Checkpoint(source)
-    return Checkpoint(source, form)
+    return Checkpoint(source, quantizing.read_format(quantization.of_checkpoint(path, settings)))
 
 
 def _kv_scales(
@@ -184,7 +177,7 @@ def method_choice(
 ) -> MethodChoice | None:
     """The format of each layer's matrices; None: all are dense, as they come."""
     if chosen.kept and ops.quantized is not None:
-        kept = CpuQuantizedMethod(ops, ops.quantized, dtype, chosen.rounding)
+        kept = QuantizedMethod(ops, ops.quantized, dtype, device, chosen.rounding)
         return lambda names: kept
     if chosen.rounding is None:
         return None

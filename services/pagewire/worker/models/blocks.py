@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import rotary
 from .architecture import Architecture
-from .layers import Build, LayerNorm, Norm, Part, RmsNorm
+from .layers import Build, CorrectionBias, LayerNorm, Norm, Part, RmsNorm
 
 
 def make_norm(arch: Architecture, build: Build, name: str) -> Norm:
@@ -129,14 +129,17 @@ class Mixture:
         """`name` without a suffix."""
         moe, hidden = arch.moe, arch.hidden_size
         assert moe is not None
-        self._top_k = moe.top_k
-        self._renormalize = moe.renormalize
+        self._ops = build.ops
+        self._routing = moe.routing
         self._router = build.replicated(
             f"{name}.gate", moe.num_experts, hidden, keep_precision=True
         )
         self._experts = build.experts(
             f"{name}.experts", moe.num_experts, hidden, moe.intermediate_size
         )
+        self._correction: CorrectionBias | None = None
+        if moe.correction_bias:
+            self._correction = CorrectionBias(build, f"{name}.gate", moe.num_experts)
         self._shared = self._gate = None
         if moe.shared_size:
             self._shared = Mlp(arch, build, f"{name}.shared_expert", moe.shared_size)
@@ -145,16 +148,17 @@ class Mixture:
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
         parts: list[Part] = [self._router, self._experts]
+        if self._correction is not None:
+            parts.append(self._correction)
         if self._shared is not None and self._gate is not None:
             parts += [*self._shared.parts(), self._gate]
         return parts
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]."""
-        scores = torch.softmax(self._router(x, batch), -1, dtype=torch.float32)
-        top_k_weights, top_k_ids = torch.topk(scores, self._top_k, dim=-1)
-        if self._renormalize:
-            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        bias = None if self._correction is None else self._correction.bias
+        logits = self._router(x, batch)
+        top_k_ids, top_k_weights = self._ops.route(logits, self._routing, bias, batch.slot_mapping)
         out = self._experts(x, top_k_ids, top_k_weights, batch)
         if self._shared is None or self._gate is None:
             return out

@@ -265,8 +265,21 @@ class Experts:
         return self.weight.nbytes
 
     def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32."""
+        """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""
         return self.weight.apply(x, top_k_ids, top_k_weights)
+
+
+class CorrectionBias(NoMatrix):
+    """What is added to a router's scores for the choice of experts, but not to their weights."""
+
+    def __init__(self, build: Build, name: str, num_experts: int) -> None:
+        """`name`: the router's, without a suffix."""
+        self._name = name
+        self.bias = build.empty(num_experts, dtype=torch.float32)
+
+    def weight_slots(self) -> WeightSlots:
+        """One vector."""
+        yield WeightSlot(f"{self._name}.e_score_correction_bias", self.bias)
 
 
 class RmsNorm(NoMatrix):
