@@ -86,6 +86,7 @@ def test_products_are_those_of_the_dequantized_weights(case: str, monkeypatch) -
     allowed = 8e-4 if any(part.rest for part in matrices.parts) else 2e-6
     assert error(matrices.dense(torch.float32), full.double()) <= allowed
     bias = torch.randn(len(full))
+    assert matrices(torch.empty(0, full.shape[1])).shape == (0, len(full))
     for tokens in (1, 3, 17):
         x = torch.randn(tokens, full.shape[1])
         exact = x.double() @ full.double().T + bias.double()
