@@ -26,6 +26,11 @@ class PackedQuantized(Protocol):
     """Quantized matrices side by side, in a back end's own layout, as `Ops.linear` takes them."""
 
     @property
+    def machine_code(self) -> bool:
+        """Whether machine code for whole layers reads them (cpu_decode)."""
+        ...
+
+    @property
     def shape(self) -> torch.Size: ...
 
     @property

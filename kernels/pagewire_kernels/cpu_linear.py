@@ -39,6 +39,11 @@ class QuantizedLinear:
         self.fields = np.concatenate([matrix_fields(panels) for panels in self.panels])
 
     @property
+    def machine_code(self) -> bool:
+        """See backend.PackedQuantized."""
+        return True
+
+    @property
     def shape(self) -> torch.Size:
         return torch.Size((self.rows, self.columns))
 

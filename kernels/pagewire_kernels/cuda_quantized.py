@@ -43,6 +43,11 @@ class QuantizedMatrices:
         self._columns = parts[0].shape[1]
 
     @property
+    def machine_code(self) -> bool:
+        """See backend.PackedQuantized."""
+        return False
+
+    @property
     def shape(self) -> torch.Size:
         """[N, K]."""
         return torch.Size((self._rows, self._columns))

@@ -9,12 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from pagewire.worker.models import describe, rotary
+from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.models.layers import Build
+from pagewire.worker.models.quantized_weights import QuantizedMethod
+from pagewire.worker.models.rounding import ROUNDINGS
 from pagewire_kernels import cuda_quantized, gemm_quantized, gpu_quantized_size
+from pagewire_kernels.backend import backend
+from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.quantized import Quantized, quantize
 
 ROOT = Path(__file__).parents[2]
+LLAMA = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}  # fmt: skip
 SCRIPT = Path(__file__).with_name("compile_quantized.py")
 
 
@@ -142,6 +154,37 @@ def test_launch_shapes_cover_the_matrix(form: str, n: int, k: int, rows: int) ->
     assert n % config.block_n == 0
     assert k % config.block_k == 0
     assert config.splits <= k // config.block_k
+
+
+def test_a_model_whose_matrices_are_all_quantized() -> None:
+    """The head too, as in GGUF files: it computes what the dequantized weights do, layer by layer."""
+    torch.manual_seed(6)
+    ops = backend("cuda")
+    arch = describe(LLAMA)
+    rounding = ROUNDINGS["int8"]
+    assert ops.quantized is not None
+    method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", rounding)
+    kept = Decoder(arch, Build(ops, torch.float32, "cpu", lambda names: method))
+    full = Decoder(arch, Build(ops, torch.float32, "cpu"))
+    weights = {slot.name: torch.randn(slot.shape) * 0.1 for slot in full.weight_slots()}
+    for slot in kept.weight_slots():
+        slot.target.copy_(weights[slot.name])
+    for slot in full.weight_slots():
+        value = weights[slot.name]
+        slot.target.copy_(rounding.full(value) if value.ndim == 2 else value)
+    assert list(kept.pack())
+    assert list(full.pack())
+    assert all(isinstance(matrix, QuantizedMatrices) for matrix in kept.packed())
+    factors = [rotary.table(arch.rope, arch.head_dim, 64)] * arch.num_layers
+    blocks = torch.randn(2, 2, 4, arch.num_kv_heads, 16, arch.head_dim)
+    for lengths in ([1], [5]):
+        batch = make_batch(lengths, [20], [[1, 2]], 16)
+        ids = torch.arange(lengths[0])
+        ours, theirs = (
+            decoder(ids, factors, list(blocks.clone()), batch, None, lambda: None)
+            for decoder in (kept, full)
+        )
+        assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> None:

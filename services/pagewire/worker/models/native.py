@@ -81,7 +81,7 @@ def make(
     matrices = [head.kernel_weight]
     for argument in from_layers:
         matrices += argument[:4]
-    if any(isinstance(matrix, Tensor) for matrix in matrices):
+    if not all(not isinstance(matrix, Tensor) and matrix.machine_code for matrix in matrices):
         return None
     from pagewire_kernels.cpu_decode import MOST_TOKENS, DecodeLayer, NativeDecoder, Sizes
 
