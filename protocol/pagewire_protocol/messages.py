@@ -65,11 +65,11 @@ from .structs import (
 
 # fmt: off
 __all__ = [
-    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "Detokenize", "End",
-    "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns",
-    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role", "Roster", "Shared", "Started", "Step",
-    "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized",
-    "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
+    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Deltas",
+    "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox",
+    "Incarnation", "LogprobColumns", "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
+    "Roster", "Shared", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer",
+    "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
 ]
 # fmt: on
 
@@ -237,6 +237,13 @@ class Detokenize(Message, tag=True, frozen=True):
     with_offsets: bool = False
 
 
+class CancelQuery(Message, tag=True, frozen=True):
+    """Nobody wants the answer to this Tokenize or Detokenize any more."""
+
+    handle: Handle
+    reply_to: Inbox
+
+
 # --- to the frontend
 #   --------------------------------------------------------------------------------------------------
 
@@ -327,6 +334,6 @@ class Roster(Message, tag=True, frozen=True):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
-ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | Roster
+ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | CancelQuery | Roster
 ToFrontend = Deltas | Tokenized | Roster
 ToWorker = Step | Roster

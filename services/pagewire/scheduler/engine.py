@@ -5,6 +5,7 @@ workers by incarnation; who is alive, what time it is and where messages go is d
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from math import inf
 
@@ -35,6 +36,11 @@ log = logging.getLogger("pagewire.scheduler")
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
+SAME_PROMPTS = 32
+"""Prompts of which it is remembered who had them last."""
+BLOCKS_AT_A_TIME = 8_192
+"""Blocks that requests may get before the next step: giving out so many takes a few milliseconds,
+in which nobody else is served. No step computes so many, but cached blocks come in any number."""
 REMEMBERED_LOSSES = 64
 """Workers that were given up of which it is remembered what they may still hold."""
 
@@ -55,6 +61,8 @@ class Engine:
         self._lost: dict[Incarnation, WorkerState] = {}
         self._executions = 0
         self._arrivals = 0
+        self._same_prompt: OrderedDict[tuple[bytes, bytes], Request] = OrderedDict()
+        """The latest request, by prompt and root."""
 
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
@@ -78,6 +86,7 @@ class Engine:
             return
         self._arrivals += 1
         request = Request(submit, reply_route, self._arrivals)
+        self._find_twin(request, submit.prompt)
         refusal = self._refusal(request, worker_expected)
         if refusal is not None:
             self._report_end(
@@ -88,6 +97,14 @@ class Engine:
         else:
             self.live[request.rid] = request
             self.queue.push(request)
+
+    def _find_twin(self, request: Request, prompt: bytes) -> None:
+        key = prompt, request.root
+        request.twin = self._same_prompt.get(key)
+        self._same_prompt[key] = request
+        self._same_prompt.move_to_end(key)
+        if len(self._same_prompt) > SAME_PROMPTS:
+            self._same_prompt.popitem(last=False)
 
     def _refusal(self, request: Request, worker_expected: bool) -> Refusal | None:
         workers = list(self.workers.values())
@@ -257,13 +274,17 @@ class Engine:
         worker.requeued = []
 
     def _place(self) -> None:
+        """Give waiting requests their slots, those that fit and no more blocks at a time than
+        BLOCKS_AT_A_TIME; the others have their turn with the next step."""
         workers = list(self.workers.values())
-        while (request := self.queue.head()) is not None:
+        blocks = 0
+        while blocks < BLOCKS_AT_A_TIME and (request := self.queue.head()) is not None:
             choice = choose(request, workers)
             if choice is None:
                 return
             self.queue.pop()
             self._put(request, *choice)
+            blocks += len(request.blocks)
 
     def _put(self, request: Request, worker: WorkerState, cached: list[BlockId]) -> None:
         """A preempted request keeps its execution id: its owner accepts rows of no other, and only one

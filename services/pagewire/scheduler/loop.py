@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from pagewire_protocol.channels import (
@@ -19,7 +20,7 @@ from pagewire_protocol.channels import (
     prepare_run_dir,
     take_epoch,
 )
-from pagewire_protocol.messages import Epoch, Message, Role, ToScheduler
+from pagewire_protocol.messages import Cancel, Epoch, Message, Role, Submit, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
 from pagewire.process.node import settle_gc
@@ -28,6 +29,8 @@ from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
 WAIT_S: Final = 0.25
+SLICE_S: Final = 0.005
+"""How long new requests are taken before results are looked for again."""
 
 
 class Loop:
@@ -41,6 +44,8 @@ class Loop:
         self.stopping = False
         self.state = Scheduler(epoch, config, self._send, outbox.forget)
         self._unreachable: deque[str] = deque()
+        self._arrivals: deque[Submit | Cancel] = deque()
+        """What waits for its turn: results go before new requests, however many arrive at once."""
 
     def stop(self, *_: object) -> None:
         """End `forever`; safe as a signal handler."""
@@ -51,10 +56,22 @@ class Loop:
         """Until `stop`."""
         self.handle(Tick(time.monotonic()))
         while not self.stopping:
-            self.inbox.wait(self._pause_s())
+            self.inbox.wait(0.0 if self._arrivals else self._pause_s())
             for message in self.inbox.drain():
-                self.handle(message)
+                if isinstance(message, Submit | Cancel):
+                    self._arrivals.append(message)
+                else:
+                    self.handle(message)
+            self.take_arrivals(time.monotonic)
             self.handle(Tick(time.monotonic()))
+
+    def take_arrivals(self, clock: Callable[[], float]) -> None:
+        """Until none is left, or SLICE_S is over."""
+        end = clock() + SLICE_S
+        while self._arrivals:
+            self.handle(self._arrivals.popleft())
+            if clock() >= end:
+                break
 
     def handle(self, event: Event) -> None:
         """`event`, and then what could not be sent while it was handled: a peer that cannot be

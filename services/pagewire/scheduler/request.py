@@ -77,6 +77,7 @@ class Request:
         "sampling",
         "slot",
         "tokens",
+        "twin",
         "worker",
     )
 
@@ -99,6 +100,8 @@ class Request:
         self.chain: list[bytes] = []
         """Hashes of its full blocks, as far as they were needed."""
         self.chain_block_size = 0
+        self.twin: Request | None = None
+        """An earlier request with the same prompt and root, whose chain need not be made again."""
         self.phase = Phase.WAITING
         self.execution = 0
         self.num_preemptions = 0
@@ -138,8 +141,11 @@ class Request:
         """The hashes of the full blocks of `tokens`, which are this request's from its first one
         on."""
         if self.chain_block_size != block_size:
-            self.chain = []
+            twin = self.twin
+            known = twin is not None and twin.chain_block_size == block_size
+            self.chain = twin.chain[: len(self.prompt) // block_size] if twin and known else []
             self.chain_block_size = block_size
+            self.twin = None
         extend_chain(self.chain, self.root, tokens, block_size)
         return self.chain
 
