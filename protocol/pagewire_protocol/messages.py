@@ -332,6 +332,8 @@ class Roster(Message, tag=True, frozen=True):
     """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed
     once a second."""
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    longest_token: Count = 0
+    """Most characters of a text that one token can stand for; 0: any number."""
 
 
 ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | CancelQuery | Roster

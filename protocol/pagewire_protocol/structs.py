@@ -231,6 +231,8 @@ class TokenizerFacts(Record, frozen=True):
     has_chat_template: bool
     vocab_size: Count
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    longest_token: Count = 0
+    """Most characters of a text that one token can stand for; 0: any number."""
 
 
 class Peer(Record, frozen=True):

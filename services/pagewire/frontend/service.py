@@ -179,6 +179,7 @@ class Service:
         self.membership.goodbye()
         self.outbox.close(linger_ms=200)
         self.inbox.close()
+        self.state.body_readers.close()
         if self.state.counter_exchange:
             self.state.counter_exchange.remove()
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Struct, field
 from pagewire_protocol.structs import Role
 
 from ..requests.counter_exchange import CounterExchange
@@ -13,8 +13,10 @@ from ..requests.counters import Counters
 from ..requests.owner import RequestOwner
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
+from .body_readers import BodyReaders
 from .cors import Cors
-from .errors import ApiError, unknown_model
+from .errors import ApiError
+from .reading import Served
 from .sse import Flusher
 from .stack import Stack
 
@@ -52,6 +54,8 @@ class State(Struct):
     """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
     log_requests: bool = False
     """Each request is a line of the log when it ends."""
+    body_readers: BodyReaders = field(default_factory=BodyReaders)
+    """Read what takes long to read."""
     counter_exchange: CounterExchange | None = None
     """Where the frontends of a stack share their counters."""
 
@@ -69,10 +73,9 @@ class State(Struct):
             return self.counters
         return self.counter_exchange.total(frontends)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 for a name that is not the model's."""
-        if name is not None and name not in self.names:
-            raise unknown_model(name, self.names)
+    def served(self) -> Served:
+        """What a body must fit."""
+        return Served(self.stack.model(), self.names)
 
     def check_ready(self) -> None:
         """Raises ApiError 503 while generation is not possible."""

@@ -166,6 +166,7 @@ class Peers:
             has_text=any(t.has_text for t in tokenizers),
             has_chat_template=any(t.has_chat_template for t in tokenizers),
             sampling_defaults=tokenizers[0].sampling_defaults if tokenizers else SamplingDefaults(),
+            longest_token=tokenizers[0].longest_token if tokenizers else 0,
         )
 
 

@@ -50,6 +50,7 @@ from .encode import Encoder
 from .encodings import EncodingTask
 from .lanes import SHORT, Lanes
 from .load import Loaded, NoTokenizer, load
+from .longest_token import longest_token
 from .outgoing import OutgoingDeltas
 from .queries import Query, QueryTask, answer, is_long, still_loading
 from .requests import Requests, encode
@@ -88,6 +89,7 @@ class Text:
             template is not None,
             self.decoding.size,
             defaults or SamplingDefaults(),
+            longest_token(tokenizer, self.decoding.longest) if tokenizer else 0,
         )
 
     def warm_up(self) -> None:
