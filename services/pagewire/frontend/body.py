@@ -13,8 +13,9 @@ BODY_S: Final = 60.0
 """How long a client may take to send its request."""
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes. Raises ApiError or RequestError."""
+async def read_body(request: web.Request, limit: int) -> list[bytes]:
+    """The whole body, at most `limit` bytes, in the pieces in which it came: a large one is not
+    copied. Raises ApiError or RequestError."""
     _check_type(request.headers.get("Content-Type", ""))
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
@@ -25,17 +26,26 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         raise _too_large(limit)
     try:
         if request.content.is_eof():  # all of it came with the head, as short ones do
-            return await request.read()
+            return await _pieces(request, limit)
         async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(limit) from None
+            return await _pieces(request, limit)
     except TimeoutError:
         raise ApiError(408, f"The request body did not arrive within {BODY_S:.0f} s.") from None
     except web.RequestPayloadError as error:
         raise invalid(str(error)) from None
     except (web.PayloadAccessError, ConnectionResetError, ValueError):
         raise invalid("The request body could not be read.") from None
+
+
+async def _pieces(request: web.Request, limit: int) -> list[bytes]:
+    pieces: list[bytes] = []
+    size = 0
+    while piece := await request.content.readany():
+        size += len(piece)
+        if size > limit:
+            raise _too_large(limit)
+        pieces.append(piece)
+    return pieces
 
 
 def _too_large(limit: int) -> ApiError:

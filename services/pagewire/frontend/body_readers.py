@@ -74,12 +74,8 @@ _decoders: Final[dict[BodyType, msgspec.msgpack.Decoder[Any]]] = {
 
 
 def is_light(body: bytes) -> bool:
-    """Whether a body is read so quickly that nobody notices."""
-    if len(body) <= SMALL:
-        return True
-    if len(body) > LIGHT_BYTES:
-        return False
-    return sum(ns * body.count(byte) for byte, ns in NS_OF) <= LIGHT_NS
+    """Whether a body of at most LIGHT_BYTES is read so quickly that nobody notices."""
+    return len(body) <= SMALL or sum(ns * body.count(byte) for byte, ns in NS_OF) <= LIGHT_NS
 
 
 class BodyReaders:
@@ -91,13 +87,21 @@ class BodyReaders:
         self._places = asyncio.Semaphore(PROCESSES)
         self._large = asyncio.Semaphore(PROCESSES - 1)
 
-    async def read(self, body_type: BodyType, body: bytes, served: Served) -> Any:
-        """The plan in a body. Raises RequestError or ApiError."""
-        if is_light(body):
-            return read(body_type, body, served)
-        large = len(body) > LARGE_BYTES
-        async with self._large if large else contextlib.nullcontext(), self._places, self._process(large) as process:
-            is_plan, answer = await process.ask(BodyHeader(body_type, served), body)
+    async def read(self, body_type: BodyType, pieces: list[bytes], served: Served) -> Any:
+        """The plan in a body, which is given in pieces. Raises RequestError or ApiError."""
+        size = sum(map(len, pieces))
+        if size <= LIGHT_BYTES:
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if is_light(body):
+                return read(body_type, body, served)
+            pieces = [body]
+        large = size > LARGE_BYTES
+        async with (
+            self._large if large else contextlib.nullcontext(),
+            self._places,
+            self._process(large) as process,
+        ):
+            is_plan, answer = await process.ask(BodyHeader(body_type, served), pieces, size)
         if is_plan:
             return _decoders[body_type].decode(answer)
         error = _decode_error(answer)
@@ -164,13 +168,15 @@ class BodyProcess:
         reader, writer = await asyncio.open_connection(sock=ours)
         return cls(processes, process, reader, writer)
 
-    async def ask(self, header: BodyHeader, body: bytes) -> tuple[bool, bytes]:
-        """The answer, and whether it is a plan. Raises OSError or EOFError when the process is
-        gone."""
+    async def ask(self, header: BodyHeader, pieces: list[bytes], size: int) -> tuple[bool, bytes]:
+        """The answer to a body of `size` bytes, and whether it is a plan. Leaves `pieces` empty:
+        each goes when it was sent. Raises OSError or EOFError when the process is gone."""
         head = encode_header(header)
-        self._writer.write(REQUEST.pack(len(head), len(body)) + head)
-        self._writer.write(body)
-        await self._writer.drain()
+        self._writer.write(REQUEST.pack(len(head), size) + head)
+        pieces.reverse()
+        while pieces:
+            self._writer.write(pieces.pop())
+            await self._writer.drain()
         is_plan, size = ANSWER.unpack(await self._reader.readexactly(ANSWER.size))
         return is_plan, await self._reader.readexactly(size)
 

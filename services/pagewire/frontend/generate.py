@@ -97,7 +97,7 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
         await reply.done
         if reply.error:
             raise reply.error
-        return web.Response(body=reply.body(), content_type=JSON)
+        return web.Response(body=await reply.body(), content_type=JSON)
     finally:
         running.cancel()
         if timer:

@@ -7,6 +7,7 @@ Sizes are charged here, before a job is copied once for each choice.
 import secrets
 
 from msgspec import Struct
+from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.structs import Prompt
 
 from ..requests.choices import Choices, choices_of
@@ -90,6 +91,11 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
     prompts = prompts_of(
         request.prompt, model, max_tokens, truncated=bool(template.text.truncate_prompt)
     )
+    kept = kept_prompt_tokens(template.text.truncate_prompt, model.max_model_len, max_tokens)
+    prompts = [
+        prompt if prompt.ids is None else Prompt(ids=truncated_ids(prompt.ids, kept))
+        for prompt in prompts
+    ]
     rendering = _rendering(request, choices, logprobs, prompt_logprobs, chat=False, echo=echo)
     return _plan(request, prompts, template, rendering, model)
 
