@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
-from ..requests.request import OwnedRequest
+from ..requests.request import OwnedRequest, prompt_size
 from .answers import PLAIN
 from .beams import start_beams
 from .body import read_body
@@ -50,8 +50,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def _answer(request: web.Request, body_type: BodyType) -> web.StreamResponse:
     state = request.app[STATE]
+    state.admission.check()
     plan: Plan = await read_plan(request, body_type)
     state.check_ready()
+    per_prompt = plan.choices.executions
+    tokens = per_prompt * sum(map(prompt_size, plan.prompts))
+    state.admission.check(per_prompt * len(plan.prompts), tokens)
     return await _counted(request, state, plan)
 
 

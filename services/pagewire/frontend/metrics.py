@@ -42,6 +42,10 @@ _STEP_TOKENS: Final = "vllm:iteration_tokens_total"
 """A histogram, in spite of its name."""
 _SCHEDULER_GAUGES: Final = {
     "num_tokens_waiting": "Tokens of the requests that wait.",
+    "queue_requests_per_second": "Requests that leave the queue, lately, while some wait.",
+    "queue_tokens_per_second": "Tokens of those.",
+    "max_queued_reqs": "Requests that may wait before further ones get 429.",
+    "max_queued_tokens": "Tokens that may wait before further requests get 429.",
     "kv_blocks_total": "KV blocks of all workers.",
     "kv_blocks_free": "KV blocks that can be taken, idle cached ones included.",
     "kv_blocks_cached": "KV blocks that hold a cached prefix.",

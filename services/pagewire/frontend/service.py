@@ -25,6 +25,7 @@ from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
+from .admission import Admission
 from .app import make_app
 from .auth import Auth, configured_keys
 from .connection import Connection
@@ -101,13 +102,15 @@ class Service:
         self.outbox = node.outbox
         self.membership = node.membership
         counters = Counters()
+        owner = RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters)
         self.state = State(
             log_requests=config.enable_log_requests,
             names=names,
             model_path=model.model if model else names[0],
             tokenizer_path=(model.tokenizer or model.model) if model else names[0],
             auth=auth,
-            owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
+            owner=owner,
+            admission=Admission(owner),
             stack=Stack(),
             counters=counters,
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),
@@ -235,6 +238,7 @@ class Service:
         self.membership.on_roster(roster)
         self.state.stack.on_roster(roster, self.state.clock())
         self.state.owner.on_roster(roster)
+        self.state.admission.on_roster(roster)
         inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
         for inbox in self._tokenizer_inboxes - inboxes:
             self.outbox.forget(inbox)

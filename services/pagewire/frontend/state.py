@@ -11,6 +11,7 @@ from pagewire_protocol.structs import Role
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.owner import RequestOwner
+from .admission import Admission
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .body_readers import BodyReaders
@@ -32,6 +33,8 @@ class State(Struct):
     counters: Counters
     flusher: Flusher
     cors: Cors
+    admission: Admission
+    """Which requests find room in the queue."""
     max_body: int
     """Bytes."""
     model_path: str = ""

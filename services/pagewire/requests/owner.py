@@ -22,7 +22,17 @@ from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
 from .counters import Counters
 from .errors import RequestError, failed, unavailable
 from .queries import MakeQuery, OnAnswer, PendingQueries, TokenizerQuery
-from .request import NO_EXECUTION, Job, OwnedRequest, Row, Sink, error_of, rows_of
+from .request import (
+    NO_EXECUTION,
+    NOT_WAITING,
+    Job,
+    OwnedRequest,
+    Row,
+    Sink,
+    error_of,
+    prompt_size,
+    rows_of,
+)
 
 log = logging.getLogger("pagewire.requests")
 MAX_INTERRUPTIONS: Final = 10
@@ -67,6 +77,10 @@ class RequestOwner:
         """Inboxes of the ready tokenizers, by incarnation."""
         self._assigned: dict[int, int] = {}
         """How many live requests each tokenizer has, by incarnation."""
+        self.waiting = 0
+        """Requests that have not had a slot on a worker yet."""
+        self.waiting_tokens = 0
+        """Of their prompts, about."""
 
     def __len__(self) -> int:
         return len(self.live) + len(self.suspended) + len(self.queries)
@@ -78,6 +92,9 @@ class RequestOwner:
         request = OwnedRequest(job, sink, self._clock())
         if not self._dispatch(request):
             raise unavailable("No service can take the request now; try it again.")
+        request.waiting_tokens = prompt_size(job.prompt)
+        self.waiting += 1
+        self.waiting_tokens += request.waiting_tokens
         return request
 
     def cancel(self, request: OwnedRequest) -> None:
@@ -85,10 +102,12 @@ class RequestOwner:
         ended."""
         if self.live.get(request.handle) is request:
             self._abandon(request)
-            self._counters.finished("abort")
         elif self.suspended.pop(request.rid, None):
             self._cancel_remote(request)
-            self._counters.finished("abort")
+        else:
+            return
+        self._waits_no_more(request)
+        self._counters.finished("abort")
 
     def query(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
         """See PendingQueries.send."""
@@ -203,6 +222,7 @@ class RequestOwner:
         request = self.live.get(started.handle)
         if request is None or request.attempt != started.attempt:
             return
+        self._waits_no_more(request)
         if not request.prompt_tokens:
             request.prompt_tokens = started.prompt_tokens
             request.scheduled_time = self._clock()
@@ -224,6 +244,7 @@ class RequestOwner:
         )
         if end.finish in _REASONS:
             self._forget(request)
+            self._waits_no_more(request)
             self._counters.completed(_REASONS[end.finish], request, self._clock())
             try:
                 request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
@@ -300,6 +321,14 @@ class RequestOwner:
         if left > 0:
             self._assigned[request.tokenizer] = left
 
+    def _waits_no_more(self, request: OwnedRequest) -> None:
+        """It has its first slot, or has ended."""
+        if request.waiting_tokens != NOT_WAITING:
+            self.waiting -= 1
+            self.waiting_tokens -= request.waiting_tokens
+            request.waiting_tokens = NOT_WAITING
+
     def _fail(self, request: OwnedRequest, error: RequestError) -> None:
+        self._waits_no_more(request)
         self._counters.finished("error")
         request.sink.failed(error)

@@ -14,6 +14,9 @@ from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Start
 
 from .errors import ErrorKind, RequestError, failed, unavailable
 
+CHARACTERS_PER_TOKEN: Final = 4
+"""In most texts."""
+NOT_WAITING: Final = -1
 NO_EXECUTION: Final = -1
 """Of an attempt that no worker has answered yet."""
 
@@ -28,6 +31,16 @@ class Job(Struct, frozen=True):
     max_tokens_is_rest: bool = False
     priority: int = 0
     cache_salt: str = ""
+
+
+def prompt_size(prompt: Prompt) -> int:
+    """Its tokens: of ids as many as there are, of text about as many."""
+    if prompt.ids is not None:
+        return len(prompt.ids) // 4
+    if prompt.chat is not None:
+        characters = sum(len(message.content) for message in prompt.chat.messages)
+        return characters // CHARACTERS_PER_TOKEN
+    return len(prompt.text or "") // CHARACTERS_PER_TOKEN
 
 
 class Sink(Protocol):
@@ -88,6 +101,7 @@ class OwnedRequest:
         "suspended_until",
         "tokenizer",
         "tokenizer_inbox",
+        "waiting_tokens",
     )
 
     def __init__(self, job: Job, sink: Sink, now: float) -> None:
@@ -108,6 +122,8 @@ class OwnedRequest:
         """When it got a slot on a worker."""
         self.first_token_time = 0.0
         self.last_token_time = now
+        self.waiting_tokens = NOT_WAITING
+        """What it counts among those that wait for their first slot on a worker."""
         self.prompt_tokens = 0
         self.interruptions = 0
         """Those that may be the request's own doing."""

@@ -27,6 +27,7 @@ from pagewire.config import SchedulerConfig
 from . import batch, results
 from .outgoing import Outgoing
 from .placement import Queue, choose, overload, unservable
+from .queue_rate import QueueRate
 from .request import Phase, Refusal, ReplyRoute, Request, malformed
 from .step_estimator import Waiting
 from .worker_state import Counters, WorkerState
@@ -52,6 +53,10 @@ class Engine:
         self.epoch = epoch
         self.config = config
         self.queue = Queue()
+        self.queue_rate = QueueRate()
+        self.has_refused = False
+        """A request for lack of room, since this was last set to False: whoever sends requests had
+        better know at once."""
         self.out = Outgoing()
         self.counters = Counters()
         self.workers: dict[Incarnation, WorkerState] = {}
@@ -114,6 +119,7 @@ class Engine:
         if refusal is None and self._overload(request) is not None:
             self._place()
             refusal = self._overload(request)
+            self.has_refused |= refusal is not None
         return refusal
 
     def _overload(self, request: Request) -> Refusal | None:
@@ -121,7 +127,7 @@ class Engine:
             (worker.estimator.step_tokens for worker in self.workers.values()),
             default=self.config.step_tokens(gpu=False),
         )
-        return overload(request, self.queue, self.config, tokens)
+        return overload(request, self.queue, self.config, self.queue_rate, tokens)
 
     def _finished_before(self, request: Request) -> tuple[Finish, int | None] | None:
         """A resubmitted output may end with the very token that ended it: the owner lost only the
@@ -283,6 +289,7 @@ class Engine:
             if choice is None:
                 return
             self.queue.pop()
+            self.queue_rate.placed(len(request.tokens))
             self._put(request, *choice)
             blocks += len(request.blocks)
 

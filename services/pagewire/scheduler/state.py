@@ -37,6 +37,8 @@ log = logging.getLogger("pagewire.scheduler")
 
 HOUSEKEEPING_S: Final = 1.0
 """How often silent peers are looked for and rosters refreshed."""
+REFUSAL_S: Final = 0.1
+"""Least time between two rosters that say that the queue is full."""
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
 """A new scheduler gives the workers of its predecessor this long to say Hello before it says that
@@ -84,6 +86,7 @@ class Scheduler:
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
         self._failed_workers: set[Incarnation] = set()
         self._next_housekeeping = 0.0
+        self._next_refusal = NOT_YET
         self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
 
@@ -194,6 +197,7 @@ class Scheduler:
         if due:
             self._next_housekeeping = now + HOUSEKEEPING_S
             self._do_housekeeping()
+            self.engine.queue_rate.measure(now, self.engine.queue.count)
             if self._throughput is not None:
                 self._throughput.tick(now)
         # Tokens go out before the next steps, which are not urgent while others are under way, and
@@ -201,6 +205,11 @@ class Scheduler:
         self._send_tokens()
         self.engine.advance(self._send, now)
         self._send_tokens()
+        if self.engine.has_refused and now >= self._next_refusal:
+            # Frontends refuse by themselves what finds no room, once they know.
+            self.engine.has_refused = False
+            self._next_refusal = now + REFUSAL_S
+            self._newcomer_inboxes |= set(self.peers.inboxes(Role.FRONTEND))
         if due or self._newcomer_inboxes or self.peers.changed:
             self._send_rosters(due)
 
@@ -248,6 +257,10 @@ class Scheduler:
             "num_requests_running": sum(worker.load for worker in workers),
             "num_requests_waiting": engine.queue.count,
             "num_tokens_waiting": engine.queue.tokens,
+            "queue_requests_per_second": engine.queue_rate.requests_per_s,
+            "queue_tokens_per_second": engine.queue_rate.tokens_per_s,
+            "max_queued_reqs": engine.config.max_queued_reqs,
+            "max_queued_tokens": engine.config.max_queued_tokens,
             "kv_block_size": max((worker.kv_cache.block_size for worker in workers), default=0),
             "prefix_caching": int(engine.config.enable_prefix_caching),
             "kv_blocks_total": total,
