@@ -28,7 +28,7 @@ from ..requests.owner import RequestOwner
 from .admission import Admission
 from .app import make_app
 from .auth import Auth, configured_keys
-from .connection import Connection
+from .connection import HEAD_S, Connection, Connections
 from .cors import cors_of
 from .sse import Flusher
 from .stack import Stack
@@ -37,6 +37,8 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
+CHECK_S: Final = 1.0
+"""How often connections are looked for whose clients take too long."""
 SHARE_COUNTERS_S: Final = 1.0
 """How often the other frontends of a stack get this one's counters."""
 _DRAIN_LIMIT: Final = 16
@@ -125,6 +127,8 @@ class Service:
         self._tokenizer_inboxes: set[str] = set()
         self._next_tick = 0.0
         self._next_share = 0.0
+        self._next_check = 0.0
+        self.connections = Connections()
         self._ticker: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
@@ -138,9 +142,15 @@ class Service:
         )
         await runner.setup()
         assert runner.server is not None
-        connect = partial(Connection, runner.server, self._loop, self.state.counters)
+        connect = partial(
+            Connection, runner.server, self._loop, self.state.counters, self.connections
+        )
         self._server = await self._loop.create_server(
-            connect, sock=listener, backlog=BACKLOG, ssl=self._tls
+            connect,
+            sock=listener,
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=HEAD_S if self._tls else None,
         )
         with self.joined():
             try:
@@ -196,6 +206,9 @@ class Service:
         self.membership.tick(now)
         state.owner.tick()
         self._share_counters(now)
+        if now >= self._next_check:
+            self._next_check = now + CHECK_S
+            self.connections.check(now)
         state.flusher.check()
         state.flusher.soon()
 
