@@ -208,14 +208,14 @@ class Outbox:
                 self._sockets[address] = self._connect(address)
 
     def send(self, address: str, message: Message) -> bool:
-        """True when the message is queued. False when the peer's queue is full: its loss must be
-        handled by the caller."""
+        """True when the message is queued. False when the peer's queue is full, or the address is
+        none, as one that came with a message may be: its loss must be handled by the caller."""
         socket = self._sockets.get(address)
-        if socket is None:
-            socket = self._sockets[address] = self._connect(address)
         try:
+            if socket is None:
+                socket = self._sockets[address] = self._connect(address)
             socket.send(_encoder.encode(message), zmq.NOBLOCK, copy=True)
-        except zmq.Again:
+        except (zmq.ZMQError, ValueError, OverflowError):
             return False
         return True
 
@@ -227,7 +227,11 @@ class Outbox:
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.RECONNECT_IVL, 20)
         socket.set(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            socket.close()
+            raise
         return socket
 
     def forget(self, address: str) -> None:

@@ -37,6 +37,7 @@ from .columns import (
     Text,
     TokenBytes,
     TokensI32,
+    VocabSize,
     pack,
     unpack,
 )
@@ -324,7 +325,7 @@ class Roster(Message, tag=True, frozen=True):
     peers: Annotated[tuple[Peer, ...], Meta(max_length=1024)]
     max_model_len: Count
     """0 until a worker is ready."""
-    vocab_size: Count
+    vocab_size: VocabSize
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     has_text: bool
     has_chat_template: bool

@@ -24,6 +24,7 @@ from .columns import (
     TokenBytes,
     TokensF32,
     TokensI32,
+    VocabSize,
 )
 from .sampling import Sampling, SamplingDefaults, TokenId
 
@@ -208,7 +209,7 @@ class WorkerFacts(Record, frozen=True):
     block_size: Annotated[int, Meta(ge=1, le=4096)]
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-    vocab_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    vocab_size: VocabSize
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     device: Name
     cascade: bool = False
@@ -229,7 +230,7 @@ class TokenizerFacts(Record, frozen=True):
     has_text: bool
     """False under --skip-tokenizer-init: token ids only."""
     has_chat_template: bool
-    vocab_size: Count
+    vocab_size: VocabSize
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     longest_token: Count = 0
     """Most characters of a text that one token can stand for; 0: any number."""

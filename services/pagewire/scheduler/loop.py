@@ -25,6 +25,7 @@ from pagewire_protocol.messages import Cancel, Epoch, Message, Role, Submit, ToS
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
 from pagewire.process.node import settle_gc
 
+from .blocks import BlockError
 from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
@@ -76,7 +77,16 @@ class Loop:
     def handle(self, event: Event) -> None:
         """`event`, and then what could not be sent while it was handled: a peer that cannot be
         reached is one more event."""
-        self.state.handle(event)
+        try:
+            self.state.handle(event)
+        except BlockError:
+            raise
+        except Exception:
+            if isinstance(event, Tick):
+                raise
+            # A peer's message ends no service. A worker whose result was taken in by half does not
+            # fit its next one, and is then not trusted any more.
+            log.exception("a %s could not be handled", type(event).__name__)
         while self._unreachable:
             self.state.handle(Unreachable(self._unreachable.popleft()))
 

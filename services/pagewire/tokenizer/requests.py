@@ -192,10 +192,7 @@ class Requests:
                 len(self._streams),
                 error,
             )
-            self._lose(
-                list(self._streams.values()),
-                "a step's result was damaged on the way to the tokenizer",
-            )
+            self.lose_all("a step's result was damaged on the way to the tokenizer")
             return
         ended = [end for message in batch for end in message.ended]
         self._hide_stop_tokens(ended, columns.handles, columns.positions)
@@ -234,6 +231,15 @@ class Requests:
                 return
         # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
         self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
+
+    def lose_all(self, message: str) -> None:
+        """Every stream may miss tokens: their owners send them again."""
+        self._lose(list(self._streams.values()), message)
+
+    def fail(self, request: Generate) -> None:
+        """The request could not be handled, by a fault of this program."""
+        self._forget(request.rid)
+        self._refuse(request, Refused("the request could not be handled", status=500))
 
     def _lose(self, streams: Iterable[Stream], message: str) -> None:
         for stream in streams:

@@ -223,16 +223,38 @@ class Service:
         while not self._encoded.empty():
             self._arrivals.append(self._encoded.get())
         if self.requests is not None and steps:
-            self.requests.tokens(steps)
+            self._pass_tokens(self.requests, steps)
         self._take_arrivals(time.monotonic)
+
+    def _pass_tokens(self, requests: Requests, steps: list[Tokens]) -> None:
+        try:
+            requests.tokens(steps)
+        except Exception:
+            # A peer's message ends no service. Which streams miss tokens cannot be known.
+            log.exception("Tokens could not be handled; all %d streams are lost", len(requests))
+            requests.lose_all("a step's result was damaged on the way to the tokenizer")
 
     def _take_arrivals(self, clock: Callable[[], float]) -> None:
         """Until none is left, or SLICE_S is over."""
         end = clock() + SLICE_S
         while self._arrivals:
-            self._take(self._arrivals.popleft())
+            arrival = self._arrivals.popleft()
+            try:
+                self._take(arrival)
+            except Exception:
+                # A peer's message ends no service.
+                log.exception("a %s could not be handled", type(arrival).__name__)
+                self._fail(arrival)
             if clock() >= end:
                 break
+
+    def _fail(self, arrival: Arrival) -> None:
+        """Whoever waits for what became of it is told that nothing did."""
+        if isinstance(arrival, Generate) and self.requests is not None:
+            self.requests.fail(arrival)
+        elif isinstance(arrival, Tokenize | Detokenize):
+            failure = Tokenized(arrival.handle, status=500, message="the query failed")
+            self._answers.put((arrival.reply_to, failure))
 
     def _take(self, arrival: Arrival) -> None:
         match arrival:
