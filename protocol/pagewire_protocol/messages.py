@@ -68,7 +68,7 @@ from .structs import (
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Deltas",
     "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox",
-    "Incarnation", "LogprobColumns", "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
+    "Incarnation", "LogprobColumns", "Message", "Park", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
     "Roster", "Shared", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer",
     "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
 ]
@@ -141,6 +141,15 @@ class Cancel(Message, tag=True, frozen=True):
     requests: Annotated[tuple[tuple[Rid, Attempt], ...], Meta(max_length=MAX_ROWS)]
 
 
+class Park(Message, tag=True, frozen=True):
+    """The client of these attempts reads nothing: `parked`, they get no further tokens, and wait
+    outside the queue with what they have. Not `parked`: it reads again, and they go on. Repeated
+    until the attempt ends: one that is not known yet is left as it is."""
+
+    requests: Annotated[tuple[tuple[Rid, Attempt], ...], Meta(max_length=MAX_ROWS)]
+    parked: bool
+
+
 class StepResult(Message, tag=True, frozen=True):
     """What a step sampled: one row for each slot whose last token the step computed, unless its
     request wants no token (`max_tokens` is 0).
@@ -162,7 +171,7 @@ class StepResult(Message, tag=True, frozen=True):
     counts: RowsI32 = b""
 
 
-ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | StepResult
+ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | Park | StepResult
 
 
 # --- to the tokenizer
@@ -337,6 +346,6 @@ class Roster(Message, tag=True, frozen=True):
     """Most characters of a text that one token can stand for; 0: any number."""
 
 
-ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | CancelQuery | Roster
+ToTokenizer = Generate | Cancel | Park | Tokens | Tokenize | Detokenize | CancelQuery | Roster
 ToFrontend = Deltas | Tokenized | Roster
 ToWorker = Step | Roster

@@ -234,7 +234,9 @@ def test_a_peer_may_be_reached_before_there_is_anything_to_say(
         inbox.close()
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", "", "ipc://" + "x" * 200])
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", "", "ipc://" + "x" * 200]
+)
 def test_only_ipc_addresses_are_connected_to(outbox: Outbox, address: str) -> None:
     """An address may have come with a message: it is a failure to send, and ends nobody."""
     outbox.reach(address)

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import logging
 import resource
+import socket
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -20,6 +21,8 @@ KEEP_ALIVE_S: Final = 75.0
 HEAD_S: Final = 10.0
 """How long the head of a request may take, from its first byte; on a new connection, from its
 start."""
+UNSENT: Final = 64 << 10
+"""Bytes of an answer that the system takes beyond those that are on their way to the client."""
 SPARE_DESCRIPTORS: Final = 256
 """Of those that a process may have open, so many are left for what is no connection."""
 MAX_LINE: Final = 8190
@@ -60,6 +63,10 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As aiohttp's, unless there are as many connections as there may be."""
         super().connection_made(transport)
+        client: socket.socket | None = transport.get_extra_info("socket")
+        if client is not None and client.family != socket.AF_UNIX:
+            # What a client does not read stays here, where it is seen, and not in the system.
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         self._head_since = self._loop.time()
         if not self._connections.add(self):
             cast(asyncio.Transport, transport).abort()

@@ -7,6 +7,7 @@ from typing import Final
 
 from pagewire_protocol.structs import TokenLogprobs
 
+from ..requests.request import OwnedRequest
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
 from .logprobs import PromptScore
@@ -29,12 +30,19 @@ class SseReply(Reply):
         echoes: Sequence[Echo],
         flusher: Flusher,
         make_parser: ParserFactory = PLAIN,
+        park: Callable[[OwnedRequest, bool], None] = lambda request, parked: None,
     ) -> None:
+        """`park`: told of each request when the client reads nothing, and when it reads again."""
         self.flusher = flusher
-        self.outlet = Outlet(flusher)
+        self.outlet = Outlet(flusher, self._park_all)
+        self._park = park
         self.has_begun = False
         """The first events were made."""
         super().__init__(formatter, loop, echoes, make_parser)
+
+    def _park_all(self, parked: bool) -> None:
+        for request in self.requests:
+            self._park(request, parked)
 
     def _make_choices(self, count: int) -> "Sequence[SseChoice]":
         kind = SseChoice if self.make_parser is PLAIN else ParsedSseChoice

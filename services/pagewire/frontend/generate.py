@@ -115,7 +115,7 @@ def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo])
     make_parser = state.chat_parser if formatter.has_structure else PLAIN
     loop = asyncio.get_running_loop()
     if plan.rendering.stream:
-        return SseReply(formatter, loop, echoes, state.flusher, make_parser)
+        return SseReply(formatter, loop, echoes, state.flusher, make_parser, state.owner.park)
     return Reply(formatter, loop, echoes, make_parser)
 
 

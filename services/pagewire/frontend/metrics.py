@@ -42,6 +42,7 @@ _STEP_TOKENS: Final = "vllm:iteration_tokens_total"
 """A histogram, in spite of its name."""
 _SCHEDULER_GAUGES: Final = {
     "num_tokens_waiting": "Tokens of the requests that wait.",
+    "requests_parked": "Requests whose clients read nothing; they get no further tokens.",
     "queue_requests_per_second": "Requests that leave the queue, lately, while some wait.",
     "queue_tokens_per_second": "Tokens of those.",
     "max_queued_reqs": "Requests that may wait before further ones get 429.",
@@ -194,7 +195,7 @@ class _Collector:
             "pagewire:frontend_streams", "Requests owned by this process.", len(state.owner)
         )
         yield self._gauge(
-            "pagewire:frontend_streams_parked",
+            "pagewire:frontend_streams_suspended",
             "Those of them waiting for the next attempt.",
             len(state.owner.suspended),
         )

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
+from pagewire_protocol.messages import Cancel, Deltas, Message, Park, Roster
 from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
 
 from .counters import Counters
@@ -108,6 +108,13 @@ class RequestOwner:
             return
         self._waits_no_more(request)
         self._counters.finished("abort")
+
+    def park(self, request: OwnedRequest, parked: bool) -> None:
+        """Its client reads nothing, or reads again. Call again now and then while it reads
+        nothing: the attempt may be another one."""
+        request.parked = parked
+        if self.live.get(request.handle) is request:
+            self._send(request.tokenizer_inbox, Park(((request.rid, request.attempt),), parked))
 
     def query(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
         """See PendingQueries.send."""

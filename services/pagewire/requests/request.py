@@ -93,6 +93,7 @@ class OwnedRequest:
         "job",
         "last_token_time",
         "out",
+        "parked",
         "prompt_tokens",
         "resume_at",
         "rid",
@@ -122,6 +123,8 @@ class OwnedRequest:
         """When it got a slot on a worker."""
         self.first_token_time = 0.0
         self.last_token_time = now
+        self.parked = False
+        """Its client reads nothing, so it gets no further tokens."""
         self.waiting_tokens = NOT_WAITING
         """What it counts among those that wait for their first slot on a worker."""
         self.prompt_tokens = 0

@@ -63,6 +63,8 @@ class Engine:
         """By incarnation."""
         self.live: dict[bytes, Request] = {}
         """Attempts that were accepted and have not ended, by rid."""
+        self.parked: dict[bytes, Request] = {}
+        """Those of them whose clients read nothing, by rid."""
         self._lost: dict[Incarnation, WorkerState] = {}
         self._executions = 0
         self._arrivals = 0
@@ -143,6 +145,25 @@ class Engine:
         if request is not None and request.attempt <= attempt:
             self.end(request, Finish.CANCELLED)
 
+    def park(self, rid: bytes, attempt: int, parked: bool) -> None:
+        """The client of this attempt reads nothing, or reads again. Its blocks become idle ones of
+        the prefix cache: as long as they are not needed, little is computed again."""
+        request = self.live.get(rid)
+        if request is None or request.attempt != attempt or request.parked == parked:
+            return
+        request.parked = parked
+        if parked:
+            self.parked[rid] = request
+            if request.phase is Phase.RUNNING and request.worker is not None:
+                worker = self.workers[request.worker]
+                worker.unplace(request)
+                self._requeue_preempted(worker)
+        else:
+            del self.parked[rid]
+            if request.phase is Phase.PARKED:
+                request.phase = Phase.WAITING
+                self.queue.push(request)
+
     def end(
         self,
         request: Request,
@@ -153,8 +174,9 @@ class Engine:
         """The one way out for every accepted attempt."""
         if request.worker is not None:
             self.workers[request.worker].release(request)
-        else:
+        elif request.phase is not Phase.PARKED:
             self.queue.forget(request)
+        self.parked.pop(request.rid, None)
         request.phase = Phase.ENDED
         self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
@@ -276,7 +298,10 @@ class Engine:
     def _requeue_preempted(self, worker: WorkerState) -> None:
         """Preempted requests whose last tokens have arrived wait again."""
         for request in worker.requeued:
-            self.queue.push(request)
+            if request.parked:
+                request.phase = Phase.PARKED
+            else:
+                self.queue.push(request)
         worker.requeued = []
 
     def _place(self) -> None:
@@ -285,6 +310,10 @@ class Engine:
         workers = list(self.workers.values())
         blocks = 0
         while blocks < BLOCKS_AT_A_TIME and (request := self.queue.head()) is not None:
+            if request.parked:
+                self.queue.pop()
+                request.phase = Phase.PARKED
+                continue
             choice = choose(request, workers)
             if choice is None:
                 return

@@ -20,7 +20,7 @@ from pagewire_protocol.channels import (
     prepare_run_dir,
     take_epoch,
 )
-from pagewire_protocol.messages import Cancel, Epoch, Message, Role, Submit, ToScheduler
+from pagewire_protocol.messages import Cancel, Epoch, Message, Park, Role, Submit, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
 from pagewire.process.node import settle_gc
@@ -45,7 +45,7 @@ class Loop:
         self.stopping = False
         self.state = Scheduler(epoch, config, self._send, outbox.forget)
         self._unreachable: deque[str] = deque()
-        self._arrivals: deque[Submit | Cancel] = deque()
+        self._arrivals: deque[Submit | Cancel | Park] = deque()
         """What waits for its turn: results go before new requests, however many arrive at once."""
 
     def stop(self, *_: object) -> None:
@@ -59,7 +59,7 @@ class Loop:
         while not self.stopping:
             self.inbox.wait(0.0 if self._arrivals else self._pause_s())
             for message in self.inbox.drain():
-                if isinstance(message, Submit | Cancel):
+                if isinstance(message, Submit | Cancel | Park):
                     self._arrivals.append(message)
                 else:
                     self.handle(message)

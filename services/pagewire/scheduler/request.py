@@ -34,6 +34,8 @@ class Phase(IntEnum):
     """Preempted; its slot is kept until the steps in flight have returned, since their tokens
     count."""
     ENDED = 3
+    PARKED = 4
+    """It waits outside the queue until its client reads again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Request:
         "model",
         "num_preemptions",
         "number",
+        "parked",
         "phase",
         "priority",
         "prompt",
@@ -105,6 +108,9 @@ class Request:
         self.phase = Phase.WAITING
         self.execution = 0
         self.num_preemptions = 0
+        self.parked = False
+        """Its client reads nothing: it is PARKED, or will be when it has left its slot or comes up
+        in the queue."""
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
         self.slot = NO_SLOT

@@ -19,6 +19,7 @@ from pagewire_protocol.messages import (
     Hello,
     Incarnation,
     Message,
+    Park,
     Peer,
     Role,
     StepResult,
@@ -30,6 +31,7 @@ from pagewire.config import SchedulerConfig
 
 from .engine import Engine
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
+from .request import Phase
 from .results import WorkerFault
 from .throughput import ThroughputLog
 
@@ -102,6 +104,9 @@ class Scheduler:
             case Cancel():
                 for rid, attempt in event.requests:
                     self.engine.cancel(rid, attempt)
+            case Park():
+                for rid, attempt in event.requests:
+                    self.engine.park(rid, attempt, event.parked)
             case Heartbeat():
                 if not self.peers.heartbeat(event, self.now):
                     self._newcomer_inboxes.add(event.inbox)
@@ -257,6 +262,7 @@ class Scheduler:
             "num_requests_running": sum(worker.load for worker in workers),
             "num_requests_waiting": engine.queue.count,
             "num_tokens_waiting": engine.queue.tokens,
+            "requests_parked": sum(r.phase is Phase.PARKED for r in engine.parked.values()),
             "queue_requests_per_second": engine.queue_rate.requests_per_s,
             "queue_tokens_per_second": engine.queue_rate.tokens_per_s,
             "max_queued_reqs": engine.config.max_queued_reqs,

@@ -170,6 +170,10 @@ class WorkerState:
         self.counters.num_preemptions += 1
         request.num_preemptions += 1
         log.debug("execution %x is preempted: blocks ran out", request.execution)
+        self.unplace(request)
+
+    def unplace(self, request: Request) -> None:
+        """As `preempt`, which is for want of blocks."""
         self._stop_running(request)
         request.phase = Phase.DRAINING
         last_step = self.in_flight.last_step_of(request.slot)

@@ -17,6 +17,7 @@ from pagewire_protocol.messages import (
     End,
     Finish,
     Generate,
+    Park,
     Placed,
     Role,
     Roster,
@@ -46,7 +47,7 @@ class Requests:
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
         and later hands the task to `encoded`."""
-        self.to_scheduler: list[Submit | Cancel] = []
+        self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
         self.roster: Roster | None = None
@@ -97,9 +98,9 @@ class Requests:
                 self._outgoing_to(request.reply_to).ended.append(end)
         self.to_scheduler.append(message)
 
-    def not_sent(self, message: Submit | Cancel) -> None:
+    def not_sent(self, message: Submit | Cancel | Park) -> None:
         """The scheduler's queue is full. A cancellation may be lost: its request has ended here, or
-        ends with the scheduler."""
+        ends with the scheduler; so may a Park, which comes again."""
         stream = self._streams.get(message.handle) if isinstance(message, Submit) else None
         if stream is not None:
             text = "the scheduler does not take requests; try again later"

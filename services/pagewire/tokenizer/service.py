@@ -29,6 +29,7 @@ from pagewire_protocol.messages import (
     End,
     Finish,
     Generate,
+    Park,
     Prompt,
     Role,
     Roster,
@@ -65,7 +66,7 @@ SLICE_S: Final = 0.005
 """How long new requests are taken before tokens are looked for again."""
 SWITCH_S: Final = 0.001
 """After which a thread that computes lets the loop's go on: templates are rendered in Python."""
-Arrival = Generate | Cancel | CancelQuery | Query | EncodingTask
+Arrival = Generate | Cancel | Park | CancelQuery | Query | EncodingTask
 """What waits for its turn in the loop: everything but tokens and rosters."""
 WARMUPS = 3
 WARMUP_TEXT = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
@@ -264,6 +265,8 @@ class Service:
                 self._answer_query(arrival)
             case Cancel() if self.requests is not None:
                 self.requests.cancel(arrival)
+            case Park() if self.requests is not None:
+                self.requests.to_scheduler.append(arrival)
             case CancelQuery():
                 task = self._query_tasks.pop((arrival.reply_to, arrival.handle), None)
                 if task is not None:
