@@ -9,6 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
+from ..requests.parameters import MAX_INT32
 from ..requests.request import OwnedRequest, prompt_size
 from .answers import PLAIN
 from .beams import start_beams
@@ -51,12 +52,22 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def _answer(request: web.Request, body_type: BodyType) -> web.StreamResponse:
     state = request.app[STATE]
     state.admission.check()
-    plan: Plan = await read_plan(request, body_type)
-    state.check_ready()
-    per_prompt = plan.choices.executions
-    tokens = per_prompt * sum(map(prompt_size, plan.prompts))
-    state.admission.check(per_prompt * len(plan.prompts), tokens)
-    return await _counted(request, state, plan)
+    lease = state.key_limits.admit(request.get(TENANT, ""), state.clock())
+    try:
+        plan: Plan = await read_plan(request, body_type)
+        state.check_ready()
+        per_prompt = plan.choices.executions
+        prompt_tokens = sum(map(prompt_size, plan.prompts))
+        state.admission.check(per_prompt * len(plan.prompts), per_prompt * prompt_tokens)
+        lease.charge(prompt_tokens)
+        if lease.priority:
+            # A request may let others pass, and overtakes none that its key may not.
+            own = max(0, plan.priority)
+            plan = replace(plan, priority=min(MAX_INT32, lease.priority + own))
+        return await _counted(request, state, plan)
+    finally:
+        reply = request.get(REPLY)
+        lease.close(*(reply.used_tokens() if reply else (0, 0)))
 
 
 async def read_plan(request: web.Request, body_type: BodyType) -> Any:

@@ -60,6 +60,13 @@ _SCHEDULER_COUNTERS: Final = {
     "generation_tokens": "Tokens that workers have sampled.",
     "steps": "Steps sent to workers.",
 }
+_KEY_USAGE: Final = {
+    "requests": "Requests of an API key that were let pass.",
+    "refused": "Requests of an API key that were refused by its limits.",
+    "running": "Requests of an API key that have no complete answer yet.",
+    "prompt_tokens": "Prompt tokens of an API key.",
+    "generation_tokens": "Tokens generated for an API key.",
+}
 _HISTOGRAMS: Final = {
     "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
     "inter_token_latency_seconds": ("inter_token_latency", "Between two rows of output."),
@@ -217,12 +224,25 @@ class _Collector:
             "Prompt tokens that need no computing.",
             self._counters.cached_tokens,
         )
+        yield from self._keys()
         answers = CounterMetricFamily(
             "pagewire:frontend_http_responses", "HTTP answers.", labels=["method", "route", "code"]
         )
         for key, count in sorted(self._counters.responses.items()):
             answers.add_metric(key.split(" "), count)
         yield answers
+
+    def _keys(self) -> Iterator[Metric]:
+        """What each key of --api-keys-file has used; nothing where there are none."""
+        for what, text in _KEY_USAGE.items():
+            kind = GaugeMetricFamily if what == "running" else CounterMetricFamily
+            family = kind(f"pagewire:key_{what}", text, labels=["key"])
+            for name, count in sorted(self._counters.key_usage.items()):
+                counted, _, key = name.partition(" ")
+                if counted == what:
+                    family.add_metric([key], count)
+            if family.samples:
+                yield family
 
     def _services(self) -> Iterator[Metric]:
         services = GaugeMetricFamily(

@@ -97,6 +97,12 @@ class Reply:
             sum(choice.usage.cached_tokens for choice in first_choices),
         )
 
+    def used_tokens(self) -> tuple[int, int]:
+        """Prompt tokens, and generated ones, so far: also of what ended early."""
+        usage = self.usage()
+        generated = sum(request.output_tokens for request in self.requests)
+        return usage.prompt_tokens, max(usage.completion_tokens, generated)
+
     def open(self) -> None:
         """An answer follows. Does nothing when that is known already."""
         if not self.opened.done():

@@ -26,10 +26,12 @@ from ..requests.counters import Counters
 from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
 from .admission import Admission
+from .api_keys import KeysFile
 from .app import make_app
 from .auth import Auth, configured_keys
 from .connection import HEAD_S, Connection, Connections
 from .cors import cors_of
+from .key_limits import KeyLimits
 from .sse import Flusher
 from .stack import Stack
 from .state import State
@@ -70,7 +72,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
                 "listening on %s for model %s, %s",
                 address,
                 names[0],
-                "with API keys" if keys else "without API keys",
+                "with API keys" if service.state.auth.required else "without API keys",
             )
             settle_gc(MANY_OBJECTS)
             await stop.wait()
@@ -113,6 +115,7 @@ class Service:
             auth=auth,
             owner=owner,
             admission=Admission(owner),
+            key_limits=KeyLimits(counters),
             stack=Stack(),
             counters=counters,
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),
@@ -124,6 +127,9 @@ class Service:
             started=int(time.time()),
             counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
+        self._keys_file = KeysFile(config.api_keys_file) if config.api_keys_file else None
+        if self._keys_file:
+            self._use_keys(self._keys_file)
         self._tokenizer_inboxes: set[str] = set()
         self._next_tick = 0.0
         self._next_share = 0.0
@@ -209,8 +215,14 @@ class Service:
         if now >= self._next_check:
             self._next_check = now + CHECK_S
             self.connections.check(now)
+            if self._keys_file and self._keys_file.changed():
+                self._use_keys(self._keys_file)
         state.flusher.check()
         state.flusher.soon()
+
+    def _use_keys(self, file: KeysFile) -> None:
+        self.state.auth.add(key.tenant for key in file.keys)
+        self.state.key_limits.replace(file.keys, self.state.clock())
 
     def _share_counters(self, now: float) -> None:
         """Once a second, where there are other frontends to read them."""
@@ -218,6 +230,8 @@ class Service:
         if exchange and now >= self._next_share and len(self.state.frontends()) > 1:
             self._next_share = now + SHARE_COUNTERS_S
             exchange.publish()
+            if self._keys_file:
+                self.state.key_limits.share(self.state.all_counters().key_usage)
 
     def _on_inbox(self) -> None:
         """Handle the messages that wait. The inbox's descriptor is edge-triggered, so this goes on

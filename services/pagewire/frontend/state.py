@@ -17,6 +17,7 @@ from .auth import Auth
 from .body_readers import BodyReaders
 from .cors import Cors
 from .errors import ApiError
+from .key_limits import KeyLimits
 from .reading import Served
 from .sse import Flusher
 from .stack import Stack
@@ -33,6 +34,8 @@ class State(Struct):
     counters: Counters
     flusher: Flusher
     cors: Cors
+    key_limits: KeyLimits
+    """What each API key may use."""
     admission: Admission
     """Which requests find room in the queue."""
     max_body: int

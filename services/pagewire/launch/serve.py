@@ -17,6 +17,7 @@ from types import FrameType
 from msgspec import structs
 
 from ..config import FrontendConfig, ModelConfig, to_flags
+from ..frontend.api_keys import read_keys
 from ..frontend.auth import configured_keys
 from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
@@ -52,6 +53,8 @@ def check_frontend(config: FrontendConfig) -> None:
     """Raises ValueError, before anything is started, for a flag that no frontend could start
     with."""
     configured_keys(config.api_key)
+    if config.api_keys_file:
+        read_keys(config.api_keys_file)
     context_of(config)
     cors_of(config)
 
@@ -181,7 +184,11 @@ def invitation(config: stack.StackConfig) -> str:
     scheme = "https" if config.frontend.ssl_certfile else "http"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
     name = (*config.frontend.served_model_name, config.model.model)[0]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if configured_keys(config.frontend.api_key) else ""
+    key = (
+        " -H 'Authorization: Bearer YOUR_KEY'"
+        if config.frontend.api_keys_file or configured_keys(config.frontend.api_key)
+        else ""
+    )
     question = json.dumps(
         {
             "model": name,
