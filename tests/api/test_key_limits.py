@@ -289,3 +289,19 @@ def test_a_file_without_keys_admits_nobody(path: Path):
 def test_a_refused_body_is_charged_no_tokens(limited):
     refused(limited.http.post("/v1/completions", json={"prompt": 5}, headers=bearer("b-key")), "prompt")
     assert limited.frontend.service.state.counters.key_usage["running bob"] == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/tokenize", {"prompt": "hi"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/v1/completions/render", {"prompt": "hi"}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+def test_routes_that_generate_nothing_count_as_requests(limited, route: str, body: dict[str, Any]):
+    statuses = [
+        limited.http.post(route, json=body, headers=bearer("a-key")).status_code for _ in range(4)
+    ]
+    assert statuses == [200, 200, 200, 429]

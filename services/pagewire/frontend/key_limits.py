@@ -7,7 +7,8 @@ bucket may be in debt, and the next request waits for that. Several frontends sh
 learns once a second what the others have let pass.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 from typing import Final
 
@@ -135,6 +136,16 @@ class KeyLimits:
         use.running += 1
         self.count(use, running=1, requests=1)
         return Lease(self, use, 0)
+
+    @contextlib.contextmanager
+    def leased(self, tenant: str, now: float) -> Iterator[None]:
+        """Within the context one request of `tenant` runs, which uses no tokens. Raises as
+        `admit`."""
+        lease = self.admit(tenant, now)
+        try:
+            yield
+        finally:
+            lease.close(0, 0)
 
     def refuse(self, use: KeyUse, limit: str, wait_s: float) -> None:
         """Raises RequestError."""

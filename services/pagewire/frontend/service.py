@@ -100,6 +100,7 @@ class Service:
         """`model`: None where only its names are known. Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
+        self._keys_file = KeysFile(config.api_keys_file) if config.api_keys_file else None
         self._shutdown_timeout_s = config.shutdown_timeout
         node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
         self.inbox = node.inbox
@@ -127,7 +128,6 @@ class Service:
             started=int(time.time()),
             counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
-        self._keys_file = KeysFile(config.api_keys_file) if config.api_keys_file else None
         if self._keys_file:
             self._use_keys(self._keys_file)
         self._tokenizer_inboxes: set[str] = set()

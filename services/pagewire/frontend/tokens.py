@@ -1,8 +1,8 @@
 """POST /tokenize, /detokenize and .../render, as vLLM has them: a tokenizer's work without the
 model's."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial, wraps
 from typing import Any, Final
 
 from aiohttp import web
@@ -12,7 +12,7 @@ from pagewire_protocol.messages import Detokenize, Tokenize
 
 from ..requests.errors import invalid
 from .errors import JSON
-from .generate import read_plan
+from .generate import TENANT, read_plan
 from .params import Plan
 from .reading import BodyType, DetokenizePlan, TokenizePlan
 from .sse import encode
@@ -20,10 +20,24 @@ from .state import STATE
 from .tokenizer_queries import query
 from .turns import Turn
 
+Handler = Callable[[web.Request], Awaitable[web.Response]]
 PIECE: Final = 16_384
 """Items of a list that are encoded at a time."""
 
 
+def _limited(handler: Handler) -> Handler:
+    """The handler, within what the request's key may use."""
+
+    @wraps(handler)
+    async def limited(request: web.Request) -> web.Response:
+        state = request.app[STATE]
+        with state.key_limits.leased(request.get(TENANT, ""), state.clock()):
+            return await handler(request)
+
+    return limited
+
+
+@_limited
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: {"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens",
     "token_strs"}."""
@@ -45,6 +59,7 @@ async def tokenize(request: web.Request) -> web.Response:
     return web.Response(body=encode(body), content_type=JSON)
 
 
+@_limited
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/completions/render: a request for an answer -> {"model", "token_ids"} of its
     prompt. vLLM's router goes by the token ids."""
@@ -52,6 +67,7 @@ async def render_chat(request: web.Request) -> web.Response:
     return web.Response(body=encode(rendered), content_type=JSON)
 
 
+@_limited
 async def render_completion(request: web.Request) -> web.Response:
     """POST /v1/completions/render: the same for each prompt, as a list."""
     return web.Response(body=encode(await _rendered(request, "completion")), content_type=JSON)
@@ -78,6 +94,7 @@ async def _rendered(request: web.Request, body_type: BodyType) -> list[dict[str,
     return rendered
 
 
+@_limited
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: {"tokens"} -> {"prompt"}."""
     plan: DetokenizePlan = await read_plan(request, "detokenize")
