@@ -255,3 +255,28 @@ def test_many_choices_are_submitted_in_turns(server, monkeypatch: pytest.MonkeyP
     thread.join(20)
     assert answers == [200]
     assert clock.now > 128 * turns.TURN_S / 10
+
+
+def test_so_much_of_large_bodies_is_held_at_a_time(serve) -> None:
+    fixed = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (4 << 20)
+    chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    most = b" " * (3 << 20)
+    with serve(config=FrontendConfig(max_body_mb=4)) as server, contextlib.ExitStack() as open_ones:
+        held = server.frontend.service.state.large_bodies
+        held.limit = 5 << 20
+
+        def connect(sent: bytes) -> socket.socket:
+            client = socket.create_connection(("127.0.0.1", server.frontend.port), 10)
+            client.sendall(sent)
+            return client
+
+        for sent in (fixed + most, chunked + b"%x\r\n" % len(most) + most):
+            open_ones.enter_context(connect(sent))
+        server.settle(lambda: held.held == 4 << 20)
+        with connect(fixed + most) as late:
+            assert late.recv(4096).startswith(b"HTTP/1.1 429")
+        for _ in range(20):  # small ones pass, however they are sent
+            open_ones.enter_context(connect(chunked + b"1\r\n{"))
+        assert server.complete("hi").status_code == 200
+        open_ones.close()
+        server.settle(lambda: held.held == 0)

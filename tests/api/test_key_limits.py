@@ -287,7 +287,9 @@ def test_a_file_without_keys_admits_nobody(path: Path):
 
 
 def test_a_refused_body_is_charged_no_tokens(limited):
-    refused(limited.http.post("/v1/completions", json={"prompt": 5}, headers=bearer("b-key")), "prompt")
+    refused(
+        limited.http.post("/v1/completions", json={"prompt": 5}, headers=bearer("b-key")), "prompt"
+    )
     assert limited.frontend.service.state.counters.key_usage["running bob"] == 0
 
 

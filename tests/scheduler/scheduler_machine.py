@@ -3,7 +3,7 @@ under it as well."""
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pagewire_protocol.messages import Finish
+from pagewire_protocol.messages import Finish, Park
 from scheduler.scheduler_sim import QUICK, SLOW, World
 
 EOS = (5, 17, 400)
@@ -92,6 +92,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open_handles())
     def cancel(self, data):
         self.world.cancel(data.draw(st.sampled_from(self.open_handles())))
+
+    @rule(data=st.data(), parked=st.booleans())
+    @precondition(lambda self: self.open_handles())
+    def park(self, data, parked):
+        """The client reads nothing, or reads again."""
+        self._park(data.draw(st.sampled_from(self.open_handles())), parked)
+
+    def _park(self, handle, parked):
+        attempt = self.world.attempts[handle]
+        self.world.send(Park(((attempt.rid, attempt.attempt),), parked))
 
     @rule(data=st.data())
     @precondition(lambda self: self.open_handles())
@@ -191,6 +201,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "world"):
             return
+        for handle in self.open_handles():  # all clients read again
+            self._park(handle, False)
         self.world.run()
         self._resubmit_lost()
         self.world.run()

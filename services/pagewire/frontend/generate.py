@@ -13,7 +13,7 @@ from ..requests.parameters import MAX_INT32
 from ..requests.request import OwnedRequest, prompt_size
 from .answers import PLAIN
 from .beams import start_beams
-from .body import read_body
+from .body import HeldBody, read_body
 from .errors import JSON, ApiError
 from .events import SseReply
 from .params import Plan
@@ -73,8 +73,9 @@ async def _answer(request: web.Request, body_type: BodyType) -> web.StreamRespon
 async def read_plan(request: web.Request, body_type: BodyType) -> Any:
     """What the request's body asks for. Raises ApiError or RequestError."""
     state = request.app[STATE]
-    body = await read_body(request, state.max_body)
-    return await state.body_readers.read(body_type, body, state.served())
+    with HeldBody(state.large_bodies) as held:
+        body = await read_body(request, state.max_body, held)
+        return await state.body_readers.read(body_type, body, state.served())
 
 
 async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:

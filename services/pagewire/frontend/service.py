@@ -29,6 +29,7 @@ from .admission import Admission
 from .api_keys import KeysFile
 from .app import make_app
 from .auth import Auth, configured_keys
+from .body import LargeBodies
 from .connection import HEAD_S, Connection, Connections
 from .cors import cors_of
 from .key_limits import KeyLimits
@@ -39,6 +40,8 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
+LARGE_BODIES: Final = 8
+"""Bodies of the largest size that may be held at a time."""
 CHECK_S: Final = 1.0
 """How often connections are looked for whose clients take too long."""
 SHARE_COUNTERS_S: Final = 1.0
@@ -122,6 +125,7 @@ class Service:
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),
             cors=cors_of(config),
             max_body=config.max_body_mb << 20,
+            large_bodies=LargeBodies(LARGE_BODIES * (config.max_body_mb << 20)),
             force_usage=config.enable_force_include_usage,
             keep_alive_s=config.sse_keep_alive_interval,
             request_timeout_s=config.request_timeout,

@@ -14,6 +14,7 @@ from ..requests.owner import RequestOwner
 from .admission import Admission
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
+from .body import LargeBodies
 from .body_readers import BodyReaders
 from .cors import Cors
 from .errors import ApiError
@@ -36,6 +37,8 @@ class State(Struct):
     cors: Cors
     key_limits: KeyLimits
     """What each API key may use."""
+    large_bodies: LargeBodies
+    """What is held of them."""
     admission: Admission
     """Which requests find room in the queue."""
     max_body: int

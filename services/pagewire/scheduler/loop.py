@@ -30,6 +30,8 @@ from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
 WAIT_S: Final = 0.25
+ARRIVALS: Final = (Submit, Cancel, Park)
+"""Messages about requests, which wait for their turn in the order in which they came."""
 SLICE_S: Final = 0.005
 """How long new requests are taken before results are looked for again."""
 
@@ -59,7 +61,7 @@ class Loop:
         while not self.stopping:
             self.inbox.wait(0.0 if self._arrivals else self._pause_s())
             for message in self.inbox.drain():
-                if isinstance(message, Submit | Cancel | Park):
+                if isinstance(message, ARRIVALS):
                     self._arrivals.append(message)
                 else:
                     self.handle(message)
