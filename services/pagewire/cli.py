@@ -262,11 +262,16 @@ def read_all(
 
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until a signal ends it. Returns the exit status."""
-    from .process.parent import die_with_parent
+    from .process import liveness, watchdog
+    from .process.parent import Started, die_with_parent
 
     die_with_parent()
     module, structs, description = SERVICES[command]
     configs = parse_structs(command, description, structs, arguments)
     run = configs[0]
     logs.set_up(run.log_level, run.log_format, run.name or command)
-    return imported(module).run(*configs)
+    liveness.own.settle(run.watchdog_timeout)
+    if Started.by_parent or not run.watchdog_timeout:
+        liveness.own.inherit()
+        return imported(module).run(*configs)
+    return watchdog.run_watched(command, lambda: imported(module).run(*configs))

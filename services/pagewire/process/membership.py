@@ -24,6 +24,8 @@ from pagewire_protocol.messages import (
 )
 from pagewire_protocol.structs import SILENCE_S
 
+from . import liveness
+
 HEARTBEAT_S = 1.0
 log = logging.getLogger("pagewire.process.membership")
 
@@ -85,10 +87,13 @@ class Membership:
         self._worker = worker
         self._tokenizer = tokenizer
         self._ready, self._stage, self._fraction = True, "", 1.0
+        liveness.own.serving()
         self.hello()
 
     def tick(self, now: float) -> None:
-        """Call at least once a second with a monotonic time in seconds."""
+        """Call several times a second, from the main loop and between long pieces of its work, with
+        a monotonic time in seconds."""
+        liveness.own.turn()
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
@@ -130,6 +135,7 @@ class Membership:
 
     def goodbye(self) -> None:
         """This process ends in order."""
+        liveness.own.loading()
         self._send(Goodbye(self._incarnation))
 
     def _send(self, message: ToScheduler) -> None:

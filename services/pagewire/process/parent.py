@@ -1,5 +1,7 @@
-"""A child process that ends with its parent. Only the standard library is imported here."""
+"""A child process that ends with its parent, and how a child has ended. Only the standard library
+is imported here."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -24,6 +26,20 @@ def die_with_parent() -> None:
     if not parent:
         return
     Started.by_parent = True
+    end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """The kernel kills this process when `parent`, which started it, is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os._exit(1)
+
+
+def how_it_ended(returncode: int) -> str:
+    """In words. returncode: as of subprocess, a signal's number below 0."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"was killed by signal {-returncode}"

@@ -22,6 +22,7 @@ from pagewire_protocol.channels import (
 from pagewire_protocol.messages import Epoch, Message, Role, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
+from pagewire.process import liveness
 from pagewire.process.node import settle_gc
 
 from .state import Event, Scheduler, Tick, Unreachable
@@ -52,8 +53,10 @@ class Loop:
         self.handle(Tick(time.monotonic()))
         while not self.stopping:
             self.inbox.wait(self._pause_s())
+            liveness.own.turn()
             for message in self.inbox.drain():
                 self.handle(message)
+                liveness.own.turn()
             self.handle(Tick(time.monotonic()))
 
     def handle(self, event: Event) -> None:
@@ -97,10 +100,12 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
     settle_gc()
+    liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)
     try:
         loop.forever()
     finally:
+        liveness.own.loading()
         loop.outbox.close()
         inbox.close()
         os.close(lock)
