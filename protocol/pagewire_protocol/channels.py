@@ -226,7 +226,7 @@ class Outbox:
         socket.set(zmq.SNDHWM, QUEUE_LENGTH)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.RECONNECT_IVL, 20)
-        socket.set(zmq.RECONNECT_IVL_MAX, 500)
+        socket.set(zmq.RECONNECT_IVL_MAX, 100)
         socket.connect(address)
         return socket
 

@@ -274,4 +274,22 @@ def run_service(command: str, arguments: list[str]) -> int:
     if Started.by_parent or not run.watchdog_timeout:
         liveness.own.inherit()
         return imported(module).run(*configs)
-    return watchdog.run_watched(command, lambda: imported(module).run(*configs))
+
+    def report(pid: int, incarnation: int, cause: str) -> None:
+        _announce_end(command, run, pid, incarnation, cause)
+
+    return watchdog.run_watched(command, lambda: imported(module).run(*configs), report)
+
+
+def _announce_end(command: str, run: RunConfig, pid: int, incarnation: int, cause: str) -> None:
+    """A service that nobody supervises has ended in no order; whoever starts containers will start
+    it again. The libraries for this are only loaded now: until then this process does nothing but
+    wait."""
+    from pagewire_protocol.messages import Role
+
+    from .process.announce import Announcer
+
+    role = Role[command.upper()]
+    announcer = Announcer(run.run_dir)
+    announcer.announce(role, run.name or f"{command}-{pid}", incarnation, cause)
+    announcer.close(linger_ms=500)

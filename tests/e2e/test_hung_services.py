@@ -77,7 +77,17 @@ def test_a_service_without_a_supervisor_is_ended_by_its_watchdog(kind: str) -> N
     """As in a container: the process that the container manager sees ends with a reason."""
     device = {"worker": ("--device", "fake"), "frontend": ("--host", "127.0.0.1", "--port", "0")}
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
-        words = [sys.executable, "-m", "pagewire", kind, "--watchdog-timeout", "0.5", "--run-dir", run_dir, *device.get(kind, ())]
+        words = [
+            sys.executable,
+            "-m",
+            "pagewire",
+            kind,
+            "--watchdog-timeout",
+            "0.5",
+            "--run-dir",
+            run_dir,
+            *device.get(kind, ()),
+        ]
         if kind != "scheduler":
             words.append("--skip-tokenizer-init")
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)

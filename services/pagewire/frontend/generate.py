@@ -56,7 +56,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 def _check(state: State, parsed: Request) -> None:
     state.check_model(parsed.model)
-    state.check_ready()
+    state.check_accepting()
 
 
 async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:

@@ -46,6 +46,7 @@ _SCHEDULER_GAUGES: Final = {
     "kv_blocks_free": "KV blocks that can be taken, idle cached ones included.",
     "kv_blocks_cached": "KV blocks that hold a cached prefix.",
     "workers": "Workers that are ready.",
+    "services_failing": "Services that failed several times in a row and are tried again with pauses.",
     "steps_in_flight": "Steps sent to workers that have no result yet.",
     "step_seconds": "Time of a step lately, of the slowest worker.",
     "step_time_ratio": "What steps with prefill took of their estimate lately, of the slowest worker.",
@@ -54,6 +55,7 @@ _SCHEDULER_COUNTERS: Final = {
     "prompt_tokens": "Prompt tokens of requests that got a slot, cached ones included.",
     "generation_tokens": "Tokens that workers have sampled.",
     "steps": "Steps sent to workers.",
+    "service_deaths": "Services that ended without being asked to, or hung, since the scheduler started.",
 }
 _HISTOGRAMS: Final = {
     "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),

@@ -8,6 +8,7 @@ from pagewire_protocol.messages import Roster
 from pagewire_protocol.structs import SILENCE_S, Peer, Role
 
 from ..requests.model_facts import ModelFacts, model_facts
+from ..requests.owner import FAILING
 from .errors import ApiError
 
 _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
@@ -19,6 +20,8 @@ class Stack:
     def __init__(self) -> None:
         self.roster: Roster | None = None
         self.draining = False
+        self._model = ModelFacts()
+        self._was_complete = False
         self.seen = 0.0
         """When the last roster came, on the caller's clock."""
 
@@ -26,10 +29,15 @@ class Stack:
         """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
+            is_complete = not self.loading(now)
+            if is_complete or not self._was_complete:
+                self._model = model_facts(roster)
+            self._was_complete |= is_complete
 
     def model(self) -> ModelFacts:
-        """What requests must fit; without a roster, nothing is known and everything passes."""
-        return ModelFacts() if self.roster is None else model_facts(self.roster)
+        """What requests must fit, as long as a worker or a tokenizer is missing by the last roster
+        that had both; without a roster, nothing is known and everything passes."""
+        return self._model
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""
@@ -43,6 +51,15 @@ class Stack:
                     _entry(role.name.lower(), "", "not started yet", 0.0)
                 ]
         return missing
+
+    def is_heard(self, now: float) -> bool:
+        """There is a scheduler, and this process takes requests."""
+        return not self.draining and self.roster is not None and now - self.seen <= SILENCE_S
+
+    def failing(self) -> list[dict[str, Any]]:
+        """The services that have failed several times in a row and are tried again with pauses."""
+        peers = self.roster.peers if self.roster else ()
+        return [_of_peer(peer) for peer in peers if peer.failures >= FAILING]
 
     def ready(self, now: float) -> bool:
         """Whether generation can begin."""

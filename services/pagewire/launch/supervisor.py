@@ -51,7 +51,6 @@ class Service:
     """Services of one group run one model together: when one of them ends, the others are ended,
     and all are started again. Empty: alone."""
 
-
     @property
     def kind(self) -> str:
         """What its replicas have in common: the name without the number."""

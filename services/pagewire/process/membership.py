@@ -48,6 +48,9 @@ class Membership:
     ) -> None:
         self.scheduler = inbox_address(run_dir, Role.SCHEDULER, NO_INCARNATION)
         self.roster: Roster | None = None
+        self.was_forgotten = False
+        """By the scheduler of the latest roster, though it knew this process before."""
+        self._listed_in = 0
         self.progress = 0
         self.busy = False
         self._incarnation = incarnation
@@ -123,20 +126,28 @@ class Membership:
 
     def on_roster(self, roster: Roster) -> bool:
         """Keep the newest roster. True when it comes from a new scheduler, to which this process
-        has then said Hello."""
+        has then said Hello; `was_forgotten` says whether the present one had given up this process,
+        as after a pause."""
         former_epoch = self.roster.epoch if self.roster else 0
         if roster.epoch < former_epoch:
             return False
         listed = any(peer.incarnation == self._incarnation for peer in roster.peers)
+        self.was_forgotten = not listed and self._listed_in == roster.epoch
+        self._listed_in = roster.epoch if listed else 0
         self.roster = roster
         if not listed:
             self.hello()
         return roster.epoch > former_epoch
 
-    def goodbye(self) -> None:
-        """This process ends in order."""
+    @property
+    def is_ready(self) -> bool:
+        """This process has said that it is ready."""
+        return self._ready
+
+    def goodbye(self, failed: bool = False) -> None:
+        """This process ends; `failed`: not in order."""
         liveness.own.loading()
-        self._send(Goodbye(self._incarnation))
+        self._send(Goodbye(self._incarnation, failed))
 
     def _send(self, message: ToScheduler) -> None:
         self._outbox.send(self.scheduler, message)

@@ -23,12 +23,10 @@ KILLED: Final = 128
 """What a shell adds to a signal's number for the status of a process that it ended."""
 
 
-def run_watched(
-    name: str, run: Callable[[], int], report: Callable[[int, str], None] = lambda *_: None
-) -> int:
+def run_watched(name: str, run: Callable[[], int], report: Callable[[int, int, str], None]) -> int:
     """`run` in a child process. Returns its exit status there; here, once it has ended, the same,
-    or 1 when it hung. `report` is called here with the incarnation and the cause, unless the end was
-    orderly."""
+    or 1 when it hung. `report` is called here with the child's process id, its incarnation and the
+    cause of its end, unless that was orderly."""
     page = mmap.mmap(-1, liveness.PAGE_BYTES)
     own_pid = os.getpid()
     sys.stdout.flush()
@@ -50,7 +48,7 @@ def run_watched(
     else:
         cause = parent.how_it_ended(status)
     if status:
-        report(watched.incarnation, cause)
+        report(pid, watched.incarnation, cause)
     return status if status >= 0 else KILLED - status
 
 

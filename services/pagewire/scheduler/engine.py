@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from math import inf
 
-from pagewire_protocol.columns import BlockId, execution_id
+from pagewire_protocol.columns import BlockId, Slot, execution_id
 from pagewire_protocol.messages import (
     End,
     Epoch,
@@ -126,8 +126,10 @@ class Engine:
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
-        """The one way out for every accepted attempt."""
+        """The one way out for every accepted attempt. `worker_died`: while it computed this
+        request."""
         if request.worker is not None:
             self.workers[request.worker].release(request)
         else:
@@ -136,7 +138,13 @@ class Engine:
         self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
         self._report_end(
-            request.reply_route, request.handle, request.attempt, finish, stop, refusal
+            request.reply_route,
+            request.handle,
+            request.attempt,
+            finish,
+            stop,
+            refusal,
+            worker_died,
         )
 
     def _report_end(
@@ -147,11 +155,20 @@ class Engine:
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
         why = refusal or Refusal(0, "")
         self.out.to(reply_route).ended.append(
             End(
-                handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s
+                handle,
+                attempt,
+                finish,
+                stop,
+                why.status,
+                why.message,
+                why.param,
+                why.retry_after_s,
+                worker_died,
             )
         )
 
@@ -179,17 +196,19 @@ class Engine:
         self.workers[incarnation] = worker
         self._refuse_unservable()
 
-    def lose_worker(self, incarnation: Incarnation) -> None:
-        """A worker is gone. Its requests end as lost, and their owners resubmit them."""
+    def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
+        """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it may
+        be one of those that it computed which ended it."""
         worker = self.workers.get(incarnation)
         if worker is None:
             return
+        computing = worker.computing() if died else set[Slot]()
         # Nothing writes its blocks any more: preempted requests need not wait for its steps.
         worker.in_flight.num_returned = worker.in_flight.num_sent
         worker.release_due()
         self._requeue_preempted(worker)
         for request in worker.requests():
-            self.end(request, Finish.LOST)
+            self.end(request, Finish.LOST, worker_died=request.slot in computing)
         del self.workers[incarnation]
         self._lost[incarnation] = worker
         if len(self._lost) > REMEMBERED_LOSSES:
@@ -210,6 +229,7 @@ class Engine:
         if worker is None or result.epoch != self.epoch:
             return
         results.absorb(worker, result, self.out, self.end, self._failed)
+        worker.clear_suspects()
         self._requeue_preempted(worker)
 
     def _failed(self, request: Request, why: str) -> None:

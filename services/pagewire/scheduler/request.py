@@ -22,6 +22,7 @@ from .blocks import extend_chain, root_hash
 ReplyRoute = NewType("ReplyRoute", int)
 """The scheduler's number for an inbox that results go to."""
 NO_SLOT: Final = Slot(-1)
+SUSPECT_DEATHS: Final = 2
 
 
 class Phase(IntEnum):
@@ -78,6 +79,7 @@ class Request:
         "slot",
         "tokens",
         "worker",
+        "worker_deaths",
     )
 
     def __init__(self, submit: Submit, reply_route: ReplyRoute, number: int) -> None:
@@ -102,6 +104,8 @@ class Request:
         self.phase = Phase.WAITING
         self.execution = 0
         self.num_preemptions = 0
+        self.worker_deaths = submit.worker_deaths
+        """Workers in a row that ended while they computed its next token."""
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
         self.slot = NO_SLOT
@@ -121,6 +125,12 @@ class Request:
     def output_len(self) -> int:
         """Tokens of output in `tokens`."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Two workers have ended while they computed this request's next token: that one is
+        computed alone."""
+        return self.worker_deaths >= SUSPECT_DEATHS
 
     @property
     def wants_prompt_logprobs(self) -> bool:

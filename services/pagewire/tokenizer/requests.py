@@ -137,6 +137,7 @@ class Requests:
                 request.model,
                 request.adapter,
                 request.grammar,
+                request.worker_deaths,
             )
         )
 
@@ -257,6 +258,15 @@ class Requests:
         for inbox in gone:
             self.drop_frontend(inbox)
         return gone
+
+    def lose_all(self, message: str) -> None:
+        """The scheduler had given up this tokenizer. Owners that know it have sent their requests
+        elsewhere, and the others hear of it now."""
+        self._lose(list(self._streams.values()), message)
+        for request in list(self._encoding.values()):
+            end = End(request.handle, request.attempt, Finish.LOST, message=message)
+            self._outgoing_to(request.reply_to).ended.append(end)
+        self._encoding.clear()
 
     def drop_frontend(self, inbox: str) -> None:
         """Cancel the requests of the frontend with this inbox: it is gone, or reads nothing."""

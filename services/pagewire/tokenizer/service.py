@@ -207,6 +207,7 @@ class Service:
                     self._on_roster(message)
                 case _:
                     pass
+            self.members.tick(time.monotonic())
         if self.requests is not None:
             while not self._encoded.empty():
                 self.requests.encoded(*self._encoded.get())
@@ -241,6 +242,8 @@ class Service:
 
     def _on_roster(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
+        if self.requests is not None and self.members.was_forgotten:
+            self.requests.lose_all("the scheduler had given up this tokenizer")
         if self.requests is not None and self.members.roster is roster:
             self._follow_roster(self.requests, roster, new_epoch)
 
