@@ -16,6 +16,7 @@ from pagewire_protocol.channels import (
     AlreadyRunning,
     Inbox,
     Outbox,
+    living_inboxes,
     prepare_run_dir,
     take_epoch,
 )
@@ -99,6 +100,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
+    loop.state.greet(living_inboxes(run_dir))
     settle_gc()
     liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)

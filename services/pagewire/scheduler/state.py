@@ -7,7 +7,7 @@ together is answered together.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,6 +89,11 @@ class Scheduler:
         self._next_housekeeping = 0.0
         self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
+
+    def greet(self, inboxes: Iterable[str]) -> None:
+        """Send the processes at these inboxes a roster with the next Tick, which makes them say
+        Hello: they knew a former scheduler, and need not wait for their next heartbeats."""
+        self._newcomer_inboxes.update(inboxes)
 
     def handle(self, event: Event) -> None:
         """Take in one event."""
