@@ -10,48 +10,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from e2e import poisoned_stack as poisoned_program
 from e2e.conftest import SERVE, Stack
+from e2e.poisoned_stack import POISON, STATUS
 from e2e.test_hung_services import streams_survive, wait
 from e2e.test_stack_fake import VOCAB, ask, gauges, stream
 from e2e.test_stack_life import FAKE
 from pagewire.worker.fake import chain
-
-POISON = 666
-"""A token at which a worker of `POISONED_SERVE` ends without a word, as in a fault of a kernel."""
-POISONED_SERVE = (
-    "-c",
-    f"""
-import os, sys
-from pagewire.launch import supervisor
-here = "import os, sys; from pagewire.worker import fake; admit = fake.FakeRunner._rows\\n" + \\
-    "def rows(self, step):\\n" + \\
-    "    slots, counts = admit(self, step)\\n" + \\
-    "    if any(s.item() in self._poisoned for s in slots): os._exit(139)\\n" + \\
-    "    return slots, counts\\n" + \\
-    "fake.FakeRunner._rows = rows\\n" + \\
-    "enter = fake.FakeRunner._admit\\n" + \\
-    "def _admit(self, admission):\\n" + \\
-    "    enter(self, admission)\\n" + \\
-    "    poisoned = ({POISON}).to_bytes(4, 'little') == admission.prompt[:4]\\n" + \\
-    "    (self._poisoned.add if poisoned else self._poisoned.discard)(admission.slot)\\n" + \\
-    "fake.FakeRunner._admit = _admit\\n" + \\
-    "fake.FakeRunner._poisoned = set()\\n" + \\
-    "from pagewire.cli import main; sys.exit(main(sys.argv[1:]))"
-plain = supervisor.command_of
-supervisor.command_of = lambda s: [sys.executable, "-c", here, *s.arguments] if s.kind == "worker" else plain(s)
-from pagewire.cli import main
-sys.exit(main(sys.argv[1:]))
-""",
-    *SERVE[2:],
-)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +100,7 @@ async def test_scores_of_long_prompts_beside_streams_cost_no_worker_its_place(
 @pytest.fixture(scope="module")
 def poisoned_stack() -> Iterator[Stack]:
     fake = (*FAKE, "--fake-vocab-size", str(VOCAB), "--fake-step-ms", "2")
-    stack = Stack(*fake, command=(POISONED_SERVE[0], POISONED_SERVE[1], *SERVE[2:]))
+    stack = Stack(*fake, command=(poisoned_program.__file__, *SERVE[2:]))
     yield stack
     stack.end()
 
@@ -146,31 +119,46 @@ async def test_a_request_that_ends_each_worker_fails_and_the_others_go_on(
 
     async with aiohttp.ClientSession() as session:
         streams = [
-            asyncio.create_task(stream(session, stack.url, [5, number], 1500))
+            asyncio.create_task(stream(session, stack.url, [5, number], 1000))
             for number in range(8)
         ]
         await asyncio.sleep(0.3)
         assert await asyncio.to_thread(poison) == (500, "request_poisoned")
         assert not any(task.done() for task in streams), "they ended before it did"
         answers = await asyncio.wait_for(asyncio.gather(*streams), 60)
-    assert answers == [(chain([5, number], 1500, VOCAB), "length") for number in range(8)]
-    assert sum("exit code 139" in line and "starting" in line for line in stack.lines) == 3
+    assert answers == [(chain([5, number], 1000, VOCAB), "length") for number in range(8)]
+    assert sum(f"exit code {STATUS}" in line and "starting" in line for line in stack.lines) == 3
 
 
 # --- one replica of several ---
 
 
-async def test_a_replica_that_is_killed_again_and_again_does_not_end_the_stack(pair: Stack) -> None:
-    """Six times in as short a time as it takes to start it; the streams on the other one go on."""
+def pid_of(stack: Stack, name: str) -> int | None:
+    """Of the present process of one replica."""
+    for pid in stack.children():
+        with contextlib.suppress(OSError):
+            if f"--name={name}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                return pid
+    return None
+
+
+async def test_a_replica_that_keeps_failing_is_named_and_the_other_serves_on(pair: Stack) -> None:
+    """It is killed three times, each as soon as it is started."""
 
     def kill_often() -> None:
-        for _ in range(6):
-            os.kill(pair.pid("worker"), signal.SIGKILL)
-            time.sleep(0.2)
+        killed = set[int]()
+        while len(killed) < 3:
+            pid = wait(lambda: pid_of(pair, "worker-1"))
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        (failing,) = wait(lambda: pair.get("/ready").get("failing"))
+        assert failing["name"] == "worker-1" and "after 3 failures" in failing["stage"]
+        wait(lambda: gauges(pair)["services_failing"] == 1)
 
-    await streams_survive(pair, lambda: None if kill_often() else None, tokens=1200)
-    wait(lambda: gauges(pair)["workers"] == 2)
-    assert gauges(pair)["service_deaths"] >= 3
+    await streams_survive(pair, kill_often, tokens=800)
+    await asyncio.to_thread(wait, lambda: gauges(pair)["workers"] == 2)
+    assert gauges(pair)["service_deaths_total"] == 3 and not gauges(pair)["services_failing"]
 
 
 @pytest.mark.parametrize("kind", ["worker", "tokenizer"])
@@ -183,11 +171,15 @@ async def test_streams_of_a_dead_service_go_on_at_its_survivor_at_once(
 
 # --- processes that were given up, and are back ---
 
-GIVEN_UP_S = 1.5
+GIVEN_UP_S = 0.8
 IMPATIENT = f"""
 import sys
 from pagewire_protocol import structs
 structs.SILENCE_S = {GIVEN_UP_S}
+from pagewire.process import membership
+from pagewire.scheduler import peers, state
+membership.HEARTBEAT_S = state.HOUSEKEEPING_S = 0.2
+peers.PAUSE_S = state.PAUSE_S = 0.5
 from pagewire.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -195,8 +187,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def unsupervised() -> Iterator[Any]:
-    """A stack of four services that nobody watches, in which a peer that is silent for a second
-    and a half is given up."""
+    """A stack of four services that nobody watches, in which a peer that is silent for
+    most of a second is given up."""
     fake = ("--device", "fake", "--fake-vocab-size", str(VOCAB), "--fake-step-ms", "10")
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
         services = {
@@ -245,12 +237,12 @@ async def test_streams_end_as_they_should_when_a_service_was_frozen_and_given_up
     make = random.Random(kind)
     prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 50))] for _ in range(16)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        streams = [asyncio.create_task(stream(session, url, prompt, 150)) for prompt in prompts]
+        streams = [asyncio.create_task(stream(session, url, prompt, 100)) for prompt in prompts]
         await asyncio.sleep(0.5)
         assert not any(task.done() for task in streams)
         processes[kind].send_signal(signal.SIGSTOP)
-        await asyncio.sleep(GIVEN_UP_S + 1.7)
+        await asyncio.sleep(GIVEN_UP_S + 0.5)
         processes[kind].send_signal(signal.SIGCONT)
         answers = await asyncio.wait_for(asyncio.gather(*streams), 60)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer == (chain(prompt, 150, VOCAB), "length")
+        assert answer == (chain(prompt, 100, VOCAB), "length")

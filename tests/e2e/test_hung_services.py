@@ -26,6 +26,7 @@ from pagewire.worker.fake import chain
 def slow_stack(start_stack: Callable[..., Any]) -> Any:
     """Two milliseconds a token, so that streams are under way when something happens."""
     fake = (*FAKE, "--fake-vocab-size", str(VOCAB), "--fake-step-ms", "2")
+    fake = (*fake, "--watchdog-timeout", "1")
     return start_stack(*fake).wait_ready()
 
 
@@ -40,7 +41,7 @@ async def streams_survive(stack: Any, accident: Callable[[], None], tokens: int 
         ]
         await asyncio.sleep(0.4)
         assert not any(task.done() for task in streams), "nothing was under way"
-        accident()
+        await asyncio.to_thread(accident)
         answers = await asyncio.wait_for(asyncio.gather(*streams), 60)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == (chain(prompt, tokens, VOCAB), "length")
