@@ -39,6 +39,12 @@ SILENCE_S: Final = 10.0
 taken for gone."""
 
 
+FAILING: Final = 3
+"""Ends in a row without having worked: a service with so many `failures` is reported as failing."""
+NOT_AWAITED: Final = 5
+"""The same, from which on new requests do not wait for the service's next life."""
+
+
 class Role(IntEnum):
     """Which of the four services a process is."""
 

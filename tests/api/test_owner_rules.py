@@ -5,7 +5,6 @@ import pytest
 from pagewire.requests.counters import Counters
 from pagewire.requests.errors import ErrorKind, RequestError
 from pagewire.requests.owner import (
-    FAILING,
     GRACE_S,
     MAX_INTERRUPTIONS,
     SUSPENSION_S,
@@ -15,7 +14,7 @@ from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Cancel, Deltas, Generate, Roster
 from pagewire_protocol.sampling import Sampling, TextOptions
-from pagewire_protocol.structs import End, Finish, Peer, Prompt, Role, Started
+from pagewire_protocol.structs import NOT_AWAITED, End, Finish, Peer, Prompt, Role, Started
 
 JOB = Job(Prompt(text="hi"), Sampling(seed=1, max_tokens=100), TextOptions())
 
@@ -504,7 +503,7 @@ def test_a_held_request_can_be_cancelled_and_ends_when_nobody_comes(h: Harness) 
 
 
 def test_nobody_waits_for_a_first_start_or_for_what_keeps_failing(h: Harness) -> None:
-    h.roster(1, worker=False, failures=FAILING, t1=True)
+    h.roster(1, worker=False, failures=NOT_AWAITED, t1=True)
     h.now += GRACE_S + 1
     assert not h.owner.can_hold
     with pytest.raises(RequestError):

@@ -2,7 +2,6 @@
 requests at which they die."""
 
 import pytest
-from pagewire.scheduler.peers import FAILING
 from pagewire_protocol.messages import (
     Death,
     Finish,
@@ -13,6 +12,7 @@ from pagewire_protocol.messages import (
     Role,
     StepResult,
 )
+from pagewire_protocol.structs import NOT_AWAITED
 from scheduler.scheduler_sim import World, ints
 
 
@@ -111,12 +111,12 @@ def test_requests_wait_for_the_only_worker_s_next_life_and_get_503_where_it_keep
     waiting = w.submit([1, 2, 3])
     w.tick()
     assert not w.attempts[waiting].ends
-    w.send(death(worker, failures=FAILING, restart_in_s=4.0))
+    w.send(death(worker, failures=NOT_AWAITED, restart_in_s=4.0))
     refused = w.submit([1, 2, 3])
     w.tick()
     assert w.end(refused).status == 503
     (listed,) = [p for p in w.scheduler.peers.roster(1, {}).peers if p.role is Role.WORKER]
-    assert "in 4 s after 3 failures" in listed.stage
+    assert "in 4 s after 5 failures" in listed.stage
     assert w.scheduler.stats()["services_failing"] == 1
     assert w.scheduler.stats()["service_deaths"] == 2
 

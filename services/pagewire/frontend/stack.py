@@ -5,10 +5,9 @@ import re
 from typing import Any, Final
 
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.structs import SILENCE_S, Peer, Role
+from pagewire_protocol.structs import FAILING, SILENCE_S, Peer, Role
 
 from ..requests.model_facts import ModelFacts, model_facts
-from ..requests.owner import FAILING
 from .errors import ApiError
 
 _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")

@@ -17,7 +17,14 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
-from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
+from pagewire_protocol.structs import (
+    NOT_AWAITED,
+    End,
+    Finish,
+    PromptLogprobs,
+    Role,
+    Started,
+)
 
 from .counters import Counters
 from .errors import RequestError, failed, poisoned, unavailable
@@ -41,8 +48,6 @@ MAX_HELD: Final = 4096
 """Requests that wait between two attempts, or before the first, while new ones are still taken."""
 GRACE_S: Final = 5.0
 """How long it may take to hear what becomes of a service that is gone."""
-FAILING: Final = 3
-"""Ends in a row without having worked, from which on nobody waits for a service's next life."""
 # Rows of one token bring it bare, others a view of several: both are appended by an unbound method,
 # chosen once a message instead of once a row.
 _APPEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).append
@@ -56,7 +61,7 @@ _RETRYABLE_STATUSES: Final = (429, _UNAVAILABLE)
 def _is_on_its_way(role: Role, roster: Roster) -> bool:
     """A service of this kind is ready, or is being started again and not known for failing."""
     return any(
-        peer.ready or 0 < peer.failures < FAILING for peer in roster.peers if peer.role is role
+        peer.ready or 0 < peer.failures < NOT_AWAITED for peer in roster.peers if peer.role is role
     )
 
 

@@ -23,16 +23,13 @@ from pagewire_protocol.messages import (
     WorkerFacts,
 )
 from pagewire_protocol.sampling import SamplingDefaults
-from pagewire_protocol.structs import SILENCE_S
+from pagewire_protocol.structs import FAILING, NOT_AWAITED, SILENCE_S
 
 from .request import ReplyRoute
 
 LOADING_SILENCE_S: Final = 60.0
 """`SILENCE_S` for a peer that is loading: an import or a large file may hold its interpreter for
 long."""
-FAILING: Final = 3
-"""Ends in a row without having worked, from which on nobody should wait for a service's next
-life."""
 EXPECTED_BIT: Final = 1 << 62
 """Of the incarnation that stands for a service between two lives; those of processes are smaller."""
 NO_INBOX: Final = "-"
@@ -195,7 +192,7 @@ class Peers:
         return any(
             state.peer.role is Role.WORKER
             and not state.peer.ready
-            and state.peer.failures < FAILING
+            and state.peer.failures < NOT_AWAITED
             for state in self._peers.values()
         )
 
