@@ -10,6 +10,7 @@ from launch.test_supervisor_groups import IDLE, alive
 from launch.test_supervisor_groups import start as start
 from pagewire.launch import supervisor
 from pagewire.launch.supervisor import Service
+from pagewire.process import liveness
 
 SHOW = "import sys, time; from pagewire.process.liveness import own; own.inherit(); "
 WORKS = SHOW + "own.introduce(7); own.serving(); print('up', flush=True); time.sleep(60)"
@@ -19,7 +20,11 @@ WATCHED = SHOW + (
     "for _ in range(600): own.turn(); time.sleep(0.1)"
 )
 SPINS = SHOW + "own.settle(0.5); own.serving(); print('up', flush=True)\nwhile True: pass"
-LOADS = SHOW + "print('up', flush=True); time.sleep(60)"
+ENDS = (
+    SHOW + "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    "own.serving(); print('up', flush=True); time.sleep(60)"
+)
+LOADS = SHOW + "own.settle(2.0); own.loading(); print('up', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -83,8 +88,22 @@ def test_a_service_that_stops_or_spins_is_killed_and_replaced(program, start, at
     assert any("w-0 made no progress for" in line for _, line in running.lines)
 
 
-def test_a_service_that_loads_has_more_time(start, at_once):
+def test_a_service_that_loads_has_more_time_unless_a_signal_has_stopped_it(start, monkeypatch):
+    monkeypatch.setattr(liveness, "STOPPED_PATIENCE_S", 0.5)
     running = start(Service("w-0", (LOADS,)))
     pid = running.until_up("w-0")["w-0"]
-    time.sleep(1.5)
+    time.sleep(1.0)
     assert running.pids()["w-0"] == pid
+    os.kill(pid, signal.SIGSTOP)
+    running.until_up("w-0", times=2)
+    assert not alive(pid)
+
+
+def test_an_end_in_order_is_no_failure(start):
+    """However often somebody asks for it."""
+    running = start(Service("w-0", (ENDS,)))
+    for times in range(1, supervisor.GIVE_UP_STARTS + 3):
+        os.kill(running.until_up("w-0", times=times)["w-0"], signal.SIGTERM)
+    running.until_up("w-0", times=supervisor.GIVE_UP_STARTS + 3)
+    assert running.supervisor.failure is None
+    assert not any(" in " in line for name, line in running.lines if name == "supervisor")

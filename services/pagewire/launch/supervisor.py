@@ -347,7 +347,10 @@ class Supervisor:
     def _on_death(self, child: Child, incarnation: int, code: int) -> None:
         name, now = child.service.name, time.monotonic()
         failures = child.failures
-        failures.count(now, child.ready_at)
+        # An end in order, which somebody asked for, is no failure.
+        was_in_order = code == 0 and child.ready_at is not None
+        if not was_in_order:
+            failures.count(now, child.ready_at)
         if code > 0 and not self._ready:
             return self.fail(
                 child.last_line.removeprefix("pagewire ")
@@ -359,10 +362,11 @@ class Supervisor:
             return self.fail(
                 f"{name} died {len(failures.starts)} times in {seconds:.0f} s before it was ready, giving up{last}"
             )
-        pause = backoff_s(failures.in_a_row)
+        pause = 0.0 if was_in_order else backoff_s(failures.in_a_row)
         child.start_at = now + pause
         cause = "made no progress" if child.is_hung else how_it_ended(code)
-        self._announce(Death(child.service, incarnation, cause, failures.in_a_row, pause))
+        in_a_row = max(1, failures.in_a_row)
+        self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
         others = self._others_of_group(child)
         for other in others:
             other.start_at = child.start_at

@@ -19,6 +19,8 @@ PAGE_VARIABLE: Final = "PAGEWIRE_PROGRESS_FD"
 """Names, in a child's environment, the descriptor of its page."""
 LOADING_PATIENCE_S: Final = 60.0
 """Of a process that starts or ends: an import or a large file may hold its interpreter for long."""
+STOPPED_PATIENCE_S: Final = 2.0
+"""Of a process that a signal has stopped, whatever it was doing."""
 PAUSE_S: Final = 1.0
 """A watcher that has not looked for longer than this was stopped itself, as all processes of a
 virtual machine are when that is paused."""
@@ -62,7 +64,8 @@ class Liveness:
 
     def loading(self) -> None:
         """This process starts or ends: turns may take long."""
-        _PATIENCE.pack_into(self._page, _PATIENCE_AT, LOADING_PATIENCE_S)
+        patience_s = max(LOADING_PATIENCE_S, self._timeout_s)
+        _PATIENCE.pack_into(self._page, _PATIENCE_AT, patience_s)
         self.turn()
 
     def serving(self) -> None:
@@ -128,11 +131,22 @@ class Watched:
             self._waited_s = waited_s
         (patience_s,) = _PATIENCE.unpack_from(self._page, _PATIENCE_AT)
         self.silent_s = now - self._since - max(0.0, waited_s - self._waited_s)
-        return self.silent_s > (patience_s if turns else LOADING_PATIENCE_S)
+        if not turns:
+            patience_s = LOADING_PATIENCE_S
+        if STOPPED_PATIENCE_S < self.silent_s <= patience_s < math.inf and is_stopped(self._pid):
+            return True
+        return self.silent_s > patience_s
 
     def close(self) -> None:
         """The process is gone."""
         self._page.close()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process: field 3 of proc(5)'s stat."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    return False
 
 
 def waited_for_processor_s(pid: int) -> float:
