@@ -368,6 +368,7 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
     ],
 )
 def test_ends_without_a_generation(h: Harness, end: dict, kind: ErrorKind, text: str) -> None:
+    h.now += GRACE_S + 1
     h.end(**end)
     assert (
         isinstance(h.sink.end, RequestError)

@@ -124,7 +124,7 @@ class Clients:
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while not self.stopping:
             prompt = [self._make.randrange(VOCAB) for _ in range(self._make.randrange(1, 200))]
-            count = self._make.randrange(50, 800)
+            count = self._make.randrange(50, 500)
             began = time.monotonic()
             tokens: list[int] = []
             self._record.streams += 1

@@ -31,7 +31,7 @@ def test_sixty_faults_cost_no_token() -> None:
     seed = random.randrange(2**32)
     try:
         stack.wait_ready()
-        record = asyncio.run(attack(stack, 60.0, 60, STREAMS, pause_s=0.8, seed=seed))
+        record = asyncio.run(attack(stack, 60.0, 60, STREAMS, pause_s=0.6, seed=seed))
     finally:
         stack.end()
     text = f"seed {seed}\n{report(record, STREAMS, FLAGS)}"

@@ -20,6 +20,7 @@ from pagewire_protocol.structs import Role
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
 from pagewire.process.listening import BACKLOG, listening_socket
 from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
+from pagewire.process.parent import Started
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
@@ -107,7 +108,13 @@ class Service:
             model_path=model.model if model else names[0],
             tokenizer_path=(model.tokenizer or model.model) if model else names[0],
             auth=auth,
-            owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
+            owner=RequestOwner(
+                self.inbox.address,
+                self.outbox.send,
+                time.monotonic,
+                counters,
+                joins_running_stack=Started.failures > 0,
+            ),
             stack=Stack(),
             counters=counters,
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),

@@ -52,8 +52,8 @@ class Stack:
         return missing
 
     def is_heard(self, now: float) -> bool:
-        """There is a scheduler, and this process takes requests."""
-        return not self.draining and self.roster is not None and now - self.seen <= SILENCE_S
+        """This process takes requests, and has heard of a scheduler lately, or never yet."""
+        return not self.draining and (self.roster is None or now - self.seen <= SILENCE_S)
 
     def failing(self) -> list[dict[str, Any]]:
         """The services that have failed several times in a row and are tried again with pauses."""

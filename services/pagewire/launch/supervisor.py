@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..process import liveness
-from ..process.parent import PARENT_VARIABLE, how_it_ended
+from ..process.parent import FAILURES_VARIABLE, PARENT_VARIABLE, how_it_ended
 
 ORDERLY_EXIT_S = 3.5
 GIVE_UP_STARTS = 5
@@ -108,6 +108,8 @@ class Child:
     """It was asked to end with its group, and gets until then."""
     failures: Failures = field(default_factory=Failures)
     """Of the service; shared by a group."""
+    lives: int = 0
+    """Processes that were started for it."""
     watched: liveness.Watched | None = None
     """The progress of the present process."""
     ready_at: float | None = None
@@ -236,6 +238,7 @@ class Supervisor:
         own = {
             PARENT_VARIABLE: str(os.getpid()),
             liveness.PAGE_VARIABLE: str(page_fd),
+            FAILURES_VARIABLE: str(child.lives and max(1, child.failures.in_a_row)),
             "PYTHONSAFEPATH": "1",
             **dict(child.service.environment),
         }
@@ -248,6 +251,7 @@ class Supervisor:
             pass_fds=(*child.service.pass_fds, page_fd),
             process_group=0,
         )
+        child.lives += 1
         os.close(page_fd)
         child.watched = liveness.Watched(page, child.process.pid, time.monotonic())
         child.ready_at = None

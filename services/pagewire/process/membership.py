@@ -25,6 +25,7 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.structs import SILENCE_S
 
 from . import liveness
+from .parent import Started
 
 HEARTBEAT_S = 1.0
 log = logging.getLogger("pagewire.process.membership")
@@ -75,7 +76,13 @@ class Membership:
 
     def hello(self) -> None:
         """Introduce this process as it is now."""
-        peer = replace(self._peer, ready=self._ready, stage=self._stage, fraction=self._fraction)
+        peer = replace(
+            self._peer,
+            ready=self._ready,
+            stage=self._stage,
+            fraction=self._fraction,
+            failures=0 if self._ready else Started.failures,
+        )
         self._send(Hello(peer, self._worker, self._tokenizer))
 
     def loading(self, stage: str, fraction: float = 0.0) -> None:

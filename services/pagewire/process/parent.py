@@ -8,6 +8,9 @@ import signal
 
 PARENT_VARIABLE = "PAGEWIRE_PARENT"
 """Names, in a child's environment, the process that started it."""
+FAILURES_VARIABLE = "PAGEWIRE_FAILURES"
+"""In a child's environment: how many lives before this one ended in a row; not there in a first
+life."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -17,6 +20,8 @@ class Started:
 
     by_parent = False
     """By a launcher, which gave it all its settings as flags."""
+    failures = 0
+    """Lives before this one that ended; 0: this is the first."""
 
 
 def die_with_parent() -> None:
@@ -26,6 +31,7 @@ def die_with_parent() -> None:
     if not parent:
         return
     Started.by_parent = True
+    Started.failures = int(os.environ.pop(FAILURES_VARIABLE, "0"))
     end_with(int(parent))
 
 

@@ -46,6 +46,7 @@ TURNED_AWAY_S: Final = 0.1
 """Wait before the next attempt of a request that met a service which is starting again."""
 MAX_HELD: Final = 4096
 """Requests that wait between two attempts, or before the first, while new ones are still taken."""
+NEVER: Final = float("-inf")
 GRACE_S: Final = 5.0
 """How long it may take to hear what becomes of a service that is gone."""
 # Rows of one token bring it bare, others a view of several: both are appended by an unbound method,
@@ -75,7 +76,9 @@ class RequestOwner:
         send: Callable[[str, Message], bool],
         clock: Callable[[], float],
         counters: Counters,
+        joins_running_stack: bool = False,
     ) -> None:
+        """joins_running_stack: the others are there, and will soon be heard of."""
         self._inbox = inbox
         self._send = send
         self._clock = clock
@@ -90,8 +93,9 @@ class RequestOwner:
         self._listed_in = 0
         """The last epoch whose scheduler has listed this process."""
         self._has_worker = False
-        self._incomplete_since = float("-inf")
+        self._incomplete_since = clock() if joins_running_stack else NEVER
         """Since when a kind of service is missing; meaningless while none is."""
+        self._complete_since = NEVER
         self._are_on_their_way = False
         """A successor of every kind that is missing is."""
         self._tokenizers: dict[int, str] = {}
@@ -188,6 +192,8 @@ class RequestOwner:
         self._has_worker = any(peer.role is Role.WORKER for peer in ready)
         if was_complete and not self.is_complete:
             self._incomplete_since = self._clock()
+        elif self.is_complete and not was_complete:
+            self._complete_since = self._clock()
         self._are_on_their_way = all(
             _is_on_its_way(role, roster) for role in (Role.TOKENIZER, Role.WORKER)
         )
@@ -301,10 +307,10 @@ class RequestOwner:
             self._fail(request, error_of(end))
 
     def _can_turn_away(self, request: OwnedRequest) -> bool:
-        """A first attempt met a service that is just starting again, or has not heard of one that
-        is: it is tried again for as long as a request is held."""
-        is_young = self._clock() - request.arrival_time < GRACE_S
-        return is_young and self._incomplete_since + SUSPENSION_S > self._clock()
+        """A first attempt has met a service that is just starting, or has not heard yet that others
+        are there."""
+        since = max(request.arrival_time, self._complete_since)
+        return self._clock() - since < GRACE_S
 
     def _give_up(self, request: OwnedRequest) -> None:
         """Its sink has raised, which is a fault of this program: that request ends, and the others

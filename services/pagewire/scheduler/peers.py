@@ -76,7 +76,8 @@ class Peers:
         service = (peer.role, peer.name)
         if peer.ready:
             self._failures.pop(service, None)
-        return replace(peer, failures=self._failures.get(service, 0))
+            return replace(peer, failures=0)
+        return replace(peer, failures=max(peer.failures, self._failures.get(service, 0)))
 
     def expect(self, death: Death, now: float) -> None:
         """A service has ended and is started again: until its next life says Hello, the roster
