@@ -38,12 +38,15 @@ def pair(start_stack: Callable[..., Stack]) -> Stack:
 # --- new requests while something is started again ---
 
 
-async def requests_meanwhile(stack: Stack, kind: str) -> list[int]:
-    """The statuses of requests that come every 20 ms for a while in which the only service of a
-    kind is killed."""
+async def requests_meanwhile(
+    stack: Stack, kind: str, number: signal.Signals = signal.SIGKILL
+) -> list[int]:
+    """The statuses of requests, each on a connection of its own, that come every 20 ms for a while
+    in which a service gets a signal."""
     await asyncio.to_thread(stack.wait_serving)
     body = {"prompt": [1, 2, 3], "max_tokens": 4}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
 
         async def one() -> int:
             async with session.post(f"{stack.url}/completions", json=body) as answer:
@@ -51,9 +54,9 @@ async def requests_meanwhile(stack: Stack, kind: str) -> list[int]:
                 return answer.status
 
         tasks: list[asyncio.Task[int]] = []
-        for number in range(100):
-            if number == 10:
-                os.kill(stack.pid(kind), signal.SIGKILL)
+        for sent in range(100):
+            if sent == 10:
+                os.kill(stack.pid(kind), number)
             tasks.append(asyncio.create_task(one()))
             await asyncio.sleep(0.02)
         return await asyncio.wait_for(asyncio.gather(*tasks), 60)
@@ -62,6 +65,13 @@ async def requests_meanwhile(stack: Stack, kind: str) -> list[int]:
 @pytest.mark.parametrize("kind", ["worker", "tokenizer", "scheduler"])
 async def test_requests_that_come_during_a_restart_wait_for_it(kind: str, fake_stack: Any) -> None:
     assert set(await requests_meanwhile(fake_stack, kind)) == {200}
+
+
+async def test_a_frontend_that_is_told_to_end_leaves_new_connections_to_the_other(
+    pair: Stack,
+) -> None:
+    statuses = await requests_meanwhile(pair, "frontend", signal.SIGTERM)
+    assert set(statuses) == {200}
 
 
 # --- distrust ---

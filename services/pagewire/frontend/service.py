@@ -168,8 +168,11 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Answer new requests with 503. Those that run get --shutdown-timeout to finish; then they
-        end with an error that says why."""
+        """Leave new connections to the other frontends at the same socket; where there are none, and
+        on connections that are open, answer new requests with 503. Those that run get
+        --shutdown-timeout to finish; then they end with an error that says why."""
+        if len(self.state.frontends()) > 1:
+            self._server.close()
         self.state.stack.draining = True
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
