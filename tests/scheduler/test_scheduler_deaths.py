@@ -19,7 +19,7 @@ from scheduler.scheduler_sim import World, ints
 def world(workers=1, **config):
     made = World(**config)
     for _ in range(workers):
-        made.add_worker()
+        made.add_worker(num_blocks=256)
     made.add_tokenizer()
     made.tick()
     return made
@@ -131,6 +131,46 @@ def test_a_life_that_never_comes_is_given_up():
             w.send(Heartbeat(peer.inbox, peer.incarnation, 1, False))
         w.tick(1.5)
     assert [p.role for p in w.scheduler.peers.roster(1, {}).peers] == [Role.TOKENIZER]
+
+
+# --- a new life among busy ones ---
+
+
+def seconds(w, count):
+    """Of work, with heartbeats."""
+    for _ in range(count):
+        for peer in [*w.tokenizers.values(), *(one.peer for one in w.workers.values())]:
+            w.send(Heartbeat(peer.inbox, peer.incarnation, 1, False))
+        w.step()
+        w.tick(1.0)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_requests_are_spread_again_when_a_worker_is_back(caching):
+    w = world(enable_prefix_caching=caching)
+    handles = [w.submit([i, 2, 3, 4, 5, 6], max_tokens=50) for i in range(8)]
+    for _ in range(4):
+        w.step()
+    w.add_worker(num_blocks=256)
+    seconds(w, 4)
+    loads = sorted(state.load for state in w.scheduler.engine.workers.values())
+    assert loads[0] >= 3 and sum(loads) == 8
+    w.run()
+    for handle in handles:
+        assert w.output(handle) == w.expected(handle)
+    w.assert_idle()
+    assert w.scheduler.engine.counters.num_preemptions == 0
+
+
+def test_nothing_is_moved_to_a_worker_that_has_enough_or_none_to_spare():
+    w = world(workers=2)
+    handles = [w.submit([i, 2, 3], max_tokens=40) for i in range(4)]
+    w.step()
+    before = [state.requests() for state in w.scheduler.engine.workers.values()]
+    seconds(w, 3)
+    assert [state.requests() for state in w.scheduler.engine.workers.values()] == before
+    w.run()
+    assert all(w.output(handle) == w.expected(handle) for handle in handles)
 
 
 # --- requests at which workers die ---

@@ -35,6 +35,10 @@ log = logging.getLogger("pagewire.scheduler")
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
+SPREAD_ROUNDS = 30
+SPREAD_AT_ONCE = 8
+LEAST_SURPLUS = 2
+"""Requests that one worker must have above the mean of two for any of them to be moved."""
 REMEMBERED_LOSSES = 64
 """Workers that were given up of which it is remembered what they may still hold."""
 
@@ -53,6 +57,9 @@ class Engine:
         self.live: dict[bytes, Request] = {}
         """Attempts that were accepted and have not ended, by rid."""
         self._lost: dict[Incarnation, WorkerState] = {}
+        self._newcomers: dict[Incarnation, int] = {}
+        """Workers that have joined busy ones lately, and for how many rounds those give them
+        requests."""
         self._executions = 0
         self._arrivals = 0
 
@@ -193,8 +200,27 @@ class Engine:
         if former is not None:
             worker.in_flight.continue_after(former.in_flight.num_sent)
             worker.to_retire = former.to_retire
+        if any(other.load for other in self.workers.values()):
+            self._newcomers[incarnation] = SPREAD_ROUNDS
         self.workers[incarnation] = worker
         self._refuse_unservable()
+
+    def spread(self) -> None:
+        """Give workers that have joined lately some of the others' requests, as after a failover: a
+        few at a time, since each computes its tokens again. Call once a second."""
+        for incarnation, rounds in list(self._newcomers.items()):
+            newcomer = self.workers.get(incarnation)
+            if newcomer is None or not rounds:
+                del self._newcomers[incarnation]
+                continue
+            self._newcomers[incarnation] = rounds - 1
+            busiest = max(self.workers.values(), key=lambda worker: worker.load)
+            surplus = (busiest.load - newcomer.load) // 2
+            if self.queue.count or surplus < LEAST_SURPLUS or busiest.is_putting_back:
+                continue
+            for request in busiest.movable()[: min(surplus, SPREAD_AT_ONCE)]:
+                busiest.send_away(request)
+            self._requeue_preempted(busiest)
 
     def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
         """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it may

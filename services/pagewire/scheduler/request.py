@@ -66,6 +66,7 @@ class Request:
         "grammar",
         "handle",
         "kind",
+        "leaves",
         "model",
         "num_preemptions",
         "number",
@@ -108,6 +109,8 @@ class Request:
         """Workers in a row that ended while they computed its next token."""
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
+        self.leaves: Incarnation | None = None
+        """The worker that it was taken from so that another one has something to do."""
         self.slot = NO_SLOT
         self.blocks: list[BlockId] = []
 

@@ -249,6 +249,7 @@ class Scheduler:
             self._worker_seen = self.now
         elif self.now - self._worker_seen > WORKER_GRACE_S:
             self.engine.refuse_waiting()
+        self.engine.spread()
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:

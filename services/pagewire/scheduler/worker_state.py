@@ -125,6 +125,23 @@ class WorkerState:
                 request.worker_deaths = 0
                 self.suspects = [other for other in self.suspects if other is not request]
 
+    def movable(self) -> list[Request]:
+        """The requests that decode, the youngest first."""
+        prefilled = [
+            request
+            for request in self.requests()
+            if request.phase is Phase.RUNNING
+            and not request.wants_prompt_logprobs
+            and request not in self.prefill
+            and self.slots.admitted_step[request.slot] < NEVER
+        ]
+        return sorted(prefilled, key=lambda request: request.order, reverse=True)
+
+    @property
+    def is_putting_back(self) -> bool:
+        """It has requests that wait for steps in flight, to leave their slots."""
+        return any(request.phase is Phase.DRAINING for request in self.requests())
+
     def holds(self, request: Request) -> bool:
         """Whether it could run `request` to its end, were it alone."""
         return request.max_len <= min(self.kv_cache.max_tokens, self.facts.max_model_len)
@@ -187,11 +204,20 @@ class WorkerState:
         self.release_due()
 
     def preempt(self, request: Request) -> None:
-        """Take slot and blocks from `request`. It waits again, with all its tokens, once the steps
-        in flight have returned theirs."""
+        """Take slot and blocks from `request`, since others need them."""
         self.counters.num_preemptions += 1
         request.num_preemptions += 1
         log.debug("execution %x is preempted: blocks ran out", request.execution)
+        self._put_back(request)
+
+    def send_away(self, request: Request) -> None:
+        """Take slot and blocks from `request`, which another worker has more room for."""
+        request.leaves = self.incarnation
+        log.debug("execution %x leaves worker %x", request.execution, self.incarnation)
+        self._put_back(request)
+
+    def _put_back(self, request: Request) -> None:
+        """It waits again, with all its tokens, once the steps in flight have returned theirs."""
         self._stop_running(request)
         request.phase = Phase.DRAINING
         last_step = self.in_flight.last_step_of(request.slot)
