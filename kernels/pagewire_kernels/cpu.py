@@ -281,6 +281,8 @@ class CpuQuantized:
         them."""
         from .cpu_linear import QuantizedLinear
 
+        if any(part.is_float for part in parts):
+            return None
         try:
             return QuantizedLinear(parts, float32_output)
         except ValueError:

@@ -19,6 +19,7 @@ from .attention_prefill import prefill_attention
 from .backend import Ops
 from .batch import Batch
 from .cascade import cascade_attention
+from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
 from .rope import rope_and_cache
@@ -45,7 +46,6 @@ FUSED_PROGRAMS = 512
 class CudaOps:
     """See backend.Ops and backend.FusedOps. `choices`: this process's, read in every call."""
 
-    quantized = None
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
     layer_norm = staticmethod(norm.layer_norm)
@@ -64,6 +64,7 @@ class CudaOps:
 
     def __init__(self, choices: KernelChoices) -> None:
         self.choices = choices
+        self.quantized = CudaQuantized(choices.gemm)
 
     @property
     def fused(self) -> "CudaOps":
@@ -78,8 +79,12 @@ class CudaOps:
         """Logits of x [T, H] by the embedding's weight [V, H]; `packed` is the same tensor here."""
         return self.linear(x, packed)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor | QuantizedMatrices, bias: Tensor | None = None
+    ) -> Tensor:
         """x [M, K] @ weight [N, K]^T + bias."""
+        if isinstance(weight, QuantizedMatrices):
+            return weight(x, bias)
         if len(x) > 1 and attention_torch.serves(
             x.device
         ):  # one row is multiplied without tensor cores anyway

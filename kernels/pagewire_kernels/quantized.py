@@ -40,8 +40,8 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Quantized:
-    """values [N, K]: codes, uint8 of 0 to 15 (4 bits) or int8; scale [N, K / group] float32;
-    minimum like scale, None where it is zero."""
+    """values [N, K]: codes, uint8 of 0 to 15 (4 bits), int8 or float8_e4m3fn; scale [N, K / group]
+    float32; minimum like scale, None where it is zero."""
 
     values: Tensor | Stored
     scale: Tensor
@@ -62,6 +62,19 @@ class Quantized:
     @property
     def group(self) -> int:
         return self.shape[1] // self.scale.shape[1]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers of 8 bits."""
+        return self.values.dtype == torch.float8_e4m3fn
+
+    def to(self, device: torch.device | str) -> "Quantized":
+        """On that device; codes that stay in a file's blocks are taken out of them for a GPU."""
+        target = torch.device(device)
+        if target.type == "cpu" and self.scale.device.type == "cpu":
+            return self
+        minimum = None if self.minimum is None else self.minimum.to(target)
+        return Quantized(self.codes.to(target), self.scale.to(target), minimum)
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
         """Codes as Stored gives them; without blocks, each row is one."""
@@ -94,8 +107,13 @@ class Quantized:
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
         index = torch.as_tensor(rows, device=self.scale.device)
+        if isinstance(self.values, Tensor):
+            # as bytes: torch takes no rows of 8-bit floats on every device
+            values = self.values.view(torch.uint8)[index].view(self.values.dtype)
+        else:
+            values = self.values[index]
         return Quantized(
-            self.values[index],
+            values,
             self.scale[index],
             None if self.minimum is None else self.minimum[index],
         )
@@ -133,17 +151,22 @@ def pad_rows(values: np.ndarray, count: int) -> np.ndarray:
     )
 
 
-def quantize(weight: Tensor, bits: int) -> Quantized:
-    """weight [N, K], K a multiple of GROUP, rounded to the nearest code. 8 bits: symmetric, -127 to
-    127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1). Scales are rounded
-    to float16 first, so that codes are chosen for the scales they meet."""
-    grouped = weight.float().unflatten(1, (-1, GROUP))
+def quantize(weight: Tensor, bits: int, group: int = GROUP, whole_zeros: bool = False) -> Quantized:
+    """weight [N, K], K a multiple of `group`, rounded to the nearest code. 8 bits: symmetric, -127 to
+    127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1), or where
+    `whole_zeros` with a code that means zero (as AWQ). Scales are rounded to float16 first, so that
+    codes are chosen for the scales they meet."""
+    grouped = weight.float().unflatten(1, (-1, group))
     if bits == 8:
         scale = (grouped.abs().amax(-1) / 127).half().float()
         codes = _codes(grouped, scale, -127, 127).to(torch.int8)
         return Quantized(codes.flatten(1), scale)
     low, high = grouped.amin(-1), grouped.amax(-1)
+    if whole_zeros:
+        low, high = low.clamp(max=0), high.clamp(min=0)
     scale, minimum = ((high - low) / 15).half().float(), low.half().float()
+    if whole_zeros:
+        minimum = torch.nan_to_num(low / scale).round() * scale
     codes = _codes(grouped - minimum[:, :, None], scale, 0, 15).to(torch.uint8)
     return Quantized(codes.flatten(1), scale, minimum)
 

@@ -66,11 +66,12 @@ from .structs import (
 
 # fmt: off
 __all__ = [
-    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Deltas",
+    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Death", "Deltas",
     "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox",
     "Incarnation", "LogprobColumns", "Message", "Park", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
-    "Roster", "Shared", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer",
-    "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
+    "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
+    "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack",
+    "unpack",
 ]
 # fmt: on
 
@@ -108,9 +109,25 @@ class Heartbeat(Message, tag=True, frozen=True):
 
 
 class Goodbye(Message, tag=True, frozen=True):
-    """An orderly exit: no more work for this incarnation."""
+    """No more work for this incarnation: it ends. `failed`: not in order, so that the work may be
+    what ended it."""
 
     incarnation: IncarnationField
+    failed: bool = False
+
+
+class Death(Message, tag=True, frozen=True):
+    """From whoever started a service: it has ended, and will be started again under the same
+    name."""
+
+    role: Role
+    name: Name
+    incarnation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    """0: it never said Hello."""
+    cause: ShortText
+    failures: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    """Ends in a row, this one included, before which it did not work for long."""
+    restart_in_s: Annotated[float, Meta(ge=0, le=86400)]
 
 
 class Submit(Message, tag=True, frozen=True):
@@ -133,6 +150,8 @@ class Submit(Message, tag=True, frozen=True):
     """Which LoRA adapter; empty: none."""
     grammar: GrammarText = ""
     """What the output must match; empty: anything."""
+    worker_deaths: Count = 0
+    """As in Generate."""
 
 
 class Cancel(Message, tag=True, frozen=True):
@@ -171,7 +190,7 @@ class StepResult(Message, tag=True, frozen=True):
     counts: RowsI32 = b""
 
 
-ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | Park | StepResult
+ToScheduler = Hello | Heartbeat | Goodbye | Death | Submit | Cancel | Park | StepResult
 
 
 # --- to the tokenizer
@@ -203,6 +222,9 @@ class Generate(Message, tag=True, frozen=True):
     """Which LoRA adapter; empty: none."""
     grammar: GrammarText = ""
     """What the output must match; empty: anything."""
+    worker_deaths: Count = 0
+    """Workers in a row that ended while they computed this request's next token: from two on it
+    runs alone."""
 
 
 class Tokens(Message, tag=True, frozen=True):
@@ -323,6 +345,13 @@ class Step(Message, tag=True, frozen=True):
     shared: Shared | None = None
 
 
+class Shutdown(Message, tag=True, frozen=True):
+    """The scheduler can use this worker no longer: it ends, to be started anew."""
+
+    epoch: EpochField
+    reason: ShortText
+
+
 # --- to everyone
 #   ------------------------------------------------------------------------------------------------------
 
@@ -348,4 +377,4 @@ class Roster(Message, tag=True, frozen=True):
 
 ToTokenizer = Generate | Cancel | Park | Tokens | Tokenize | Detokenize | CancelQuery | Roster
 ToFrontend = Deltas | Tokenized | Roster
-ToWorker = Step | Roster
+ToWorker = Step | Shutdown | Roster

@@ -40,6 +40,12 @@ SILENCE_S: Final = 10.0
 taken for gone."""
 
 
+FAILING: Final = 3
+"""Ends in a row without having worked: a service with so many `failures` is reported as failing."""
+NOT_AWAITED: Final = 5
+"""The same, from which on new requests do not wait for the service's next life."""
+
+
 class Role(IntEnum):
     """Which of the four services a process is."""
 
@@ -118,6 +124,9 @@ class End(Record, frozen=True):
     message: ShortText = ""
     param: Annotated[str, Meta(max_length=64)] | None = None
     retry_after_s: Annotated[int, Meta(ge=0, le=3600)] = 0
+    worker_died: bool = False
+    """The execution is lost because its worker ended while it computed this request: the request
+    may be what ended it."""
 
 
 class Placed(Record, frozen=True):
@@ -254,6 +263,9 @@ class Peer(Record, frozen=True):
     """Its number in the group. Rank 0 receives the steps and answers them."""
     group_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     """How many ranks the group has."""
+    failures: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """As the scheduler knows it: lives in a row that ended before this one is ready; above 0 only
+    while a service is started again."""
 
 
 class Shared(Record, frozen=True):

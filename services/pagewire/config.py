@@ -68,6 +68,14 @@ class RunConfig(Struct, frozen=True):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = (
         "info"
     )
+    watchdog_timeout: Annotated[
+        float,
+        _help(
+            "seconds without progress after which a service counts as hung, is killed and replaced; 0: never",
+            ge=0,
+            le=86400,
+        ),
+    ] = 2.0
 
 
 class ModelConfig(Struct, frozen=True):

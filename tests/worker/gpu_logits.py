@@ -1,14 +1,16 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
     python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b]
+        [--quantization int4|int8|fp8|bitsandbytes_8bit]
 
 Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
 the whole stack: prompts of very different lengths in one batch, cut in chunks, with decodes beside
 them; requests behind cached prefixes; many rows behind one common prefix. Their log-probabilities,
 at each position of the prompts and of the output, are held against transformers in float32 with the
 same weights; the errors may be as large as those of transformers' own bf16 (gpu_oracle.py). One
-line for each set-up, one for the verdict; the exit status is 0 when all is well. With `--device
-cpu`, small sizes: does the check itself work?
+line for each set-up, one for the verdict; the exit status is 0 when all is well. With
+`--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
+values in full. With `--device cpu`, small sizes: does the check itself work?
 """
 
 import argparse
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from pagewire import LLM, SamplingParams
+from pagewire.worker.models.rounding import ROUNDINGS, Rounding
 from worker.gpu_oracle import TOP, Oracle, Said, begin, conclude, in_turn, judge
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
@@ -32,6 +35,8 @@ STEPS = 16
 PROMPTS, ROWS = "prompts", "behind a common prefix"
 CHANGED = {"hopper attention off": PROMPTS, "no cascade": ROWS}
 """Where a set-up without a kernel must show that the first one has it."""
+QUANTIZED = ("default", "chunks of 512")
+"""Set-ups that make a difference to matrices."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class Asked:
         self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows)]
 
 
-def save_model(name: str, scale: Scale, path: Path, device: str) -> None:
-    """Weights N(0, 0.02), in bf16; norms are not quite 1, which would hide mistakes."""
+def save_model(name: str, scale: Scale, path: Path, device: str, quantization: str) -> None:
+    """In `path`, what is served and what the oracle reads. Weights N(0, 0.02), in bf16; norms are not quite 1, which would hide mistakes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cut = {
@@ -106,10 +111,26 @@ def save_model(name: str, scale: Scale, path: Path, device: str) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(path)
+    model.save_pretrained(path / "served")
+    if quantization:
+        round_matrices(model.float(), ROUNDINGS[quantization], device)
+    model.save_pretrained(path / "oracle")
 
 
-def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[Said]:
+def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
+    """What `--quantization` does to the weights of a model, in float32. A GPU keeps a table of
+    embeddings in full, and with it a head that is the same."""
+    tied = device == "cuda" and model.config.tie_word_embeddings
+    for name, module in model.named_modules():
+        if name == "lm_head" and (tied or not rounding.head):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounding.full(module.weight.data).float()
+
+
+def run(
+    path: Path, scale: Scale, device: str, quantization: str, asked: Asked, name: str
+) -> list[Said]:
     """What the stack says in one set-up."""
     settings, grouped = scale.setups[name]
     base: dict[str, Any] = {
@@ -117,9 +138,12 @@ def run(path: Path, scale: Scale, device: str, asked: Asked, name: str) -> list[
         "dtype": "bfloat16",
         "num_kv_blocks": scale.blocks,
         "skip_tokenizer_init": True,
+        "quantization": quantization or None,
     }
     longest = max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS
-    with LLM(str(path), max_num_seqs=128, max_model_len=longest, **base, **settings) as llm:
+    with LLM(
+        str(path / "served"), max_num_seqs=128, max_model_len=longest, **base, **settings
+    ) as llm:
         alone = generate(llm, asked.alone, TOP)
         behind = generate(llm, asked.behind)
         if grouped:
@@ -180,14 +204,15 @@ def same(said: dict[str, list[Said]]) -> list[str]:
     return faults
 
 
-def check(name: str, scale: Scale, device: str) -> list[str]:
+def check(name: str, scale: Scale, device: str, quantization: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        save_model(name, scale, path, device)
-        one = functools.partial(run, path, scale, device, Asked(scale))
-        said = in_turn(one, setups_of(scale, device), 4 if device == "cuda" else 1)
+        save_model(name, scale, path, device, quantization)
+        one = functools.partial(run, path, scale, device, quantization, Asked(scale))
+        setups = list(QUANTIZED) if quantization and device == "cuda" else setups_of(scale, device)
+        said = in_turn(one, setups, 4 if device == "cuda" else 1)
         verdicts = judge(
-            Oracle(path, device), [told for several in said.values() for told in several]
+            Oracle(path / "oracle", device), [told for several in said.values() for told in several]
         )
     for setup, (line, _) in verdicts.items():
         print(f"{name}, {setup}: {line}", flush=True)
@@ -207,13 +232,18 @@ def main() -> int:
         default=",".join(SCALES["cuda"].layers),
         help="of bench/models, separated by commas",
     )
+    parser.add_argument("--quantization", default="", choices=("", *ROUNDINGS))
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
         return 2
     models, scale = options.models.split(","), SCALES[options.device]
     return conclude(
         "gpu_logits",
-        lambda: [fault for name in models for fault in check(name, scale, options.device)],
+        lambda: [
+            fault
+            for name in models
+            for fault in check(name, scale, options.device, options.quantization)
+        ],
     )
 
 

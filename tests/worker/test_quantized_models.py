@@ -177,19 +177,31 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(checkpoint) -> None:
         start(checkpoint, quantization="int8", load_format="dummy", device="cpu", dtype="float16")
     assert "\n" not in str(caught.value)
     arch = describe(LLAMA)
-    with pytest.raises(Unsupported, match="on a GPU it is not supported yet"):
-        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", torch.bfloat16, "cuda")
+    old_gpu = quantizing.Target(torch.float16, (7, 5))
+    with pytest.raises(Unsupported, match=r"int8 .*compute capability 8\.0"):
+        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", old_gpu)
+
+
+@pytest.mark.parametrize(("asked", "share"), [("int4", 0.625), ("int8", 1.125), ("fp8", 1.002)])
+def test_a_gpu_keeps_what_is_rounded_and_plans_its_bytes(asked, share) -> None:
+    arch = describe(LLAMA)
+    gpu = quantizing.Target(torch.bfloat16, (9, 0))
+    chosen = quantizing.choose(quantizing.Checkpoint(None), arch, asked, gpu)
+    assert chosen.kept
+    matrices = arch.parameters - 2 * arch.vocab_size * arch.hidden_size
+    assert chosen.weight_bytes(arch) >= matrices * share
 
 
 def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(quantizing, "_obstacle", lambda dtype: "Numba cannot be imported")
+    monkeypatch.setattr(quantizing, "_cpu_obstacle", lambda dtype: "Numba cannot be imported")
     arch = describe(LLAMA)
     file = Mock(Gguf, kinds=lambda: {"Q4_0": 3})
-    chosen = quantizing.choose(quantizing.Checkpoint(file), arch, "", torch.float32, "cpu")
+    cpu = quantizing.Target(torch.float32)
+    chosen = quantizing.choose(quantizing.Checkpoint(file), arch, "", cpu)
     assert chosen == quantizing.NONE
     assert "made full (Numba cannot be imported)" in caplog.text
     with pytest.raises(Unsupported, match="Numba cannot be imported"):
-        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", torch.float32, "cpu")
+        quantizing.choose(quantizing.Checkpoint(None), arch, "int8", cpu)
 
 
 def test_crossings_are_measured_once_and_kept(monkeypatch, tmp_path, checkpoint) -> None:

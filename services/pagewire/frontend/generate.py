@@ -55,7 +55,7 @@ async def _answer(request: web.Request, body_type: BodyType) -> web.StreamRespon
     lease = state.key_limits.admit(request.get(TENANT, ""), state.clock())
     try:
         plan: Plan = await read_plan(request, body_type)
-        state.check_ready()
+        state.check_accepting()
         per_prompt = plan.choices.executions
         prompt_tokens = sum(map(prompt_size, plan.prompts))
         state.admission.check(per_prompt * len(plan.prompts), per_prompt * prompt_tokens)

@@ -8,7 +8,7 @@ learns once a second what the others have let pass.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from math import ceil
 from typing import Final
 
@@ -138,7 +138,7 @@ class KeyLimits:
         return Lease(self, use, 0)
 
     @contextlib.contextmanager
-    def leased(self, tenant: str, now: float) -> Iterator[None]:
+    def leased(self, tenant: str, now: float) -> Generator[None]:
         """Within the context one request of `tenant` runs, which uses no tokens. Raises as
         `admit`."""
         lease = self.admit(tenant, now)

@@ -51,6 +51,7 @@ _SCHEDULER_GAUGES: Final = {
     "kv_blocks_free": "KV blocks that can be taken, idle cached ones included.",
     "kv_blocks_cached": "KV blocks that hold a cached prefix.",
     "workers": "Workers that are ready.",
+    "services_failing": "Services that failed several times in a row and are tried again with pauses.",
     "steps_in_flight": "Steps sent to workers that have no result yet.",
     "step_seconds": "Time of a step lately, of the slowest worker.",
     "step_time_ratio": "What steps with prefill took of their estimate lately, of the slowest worker.",
@@ -59,6 +60,7 @@ _SCHEDULER_COUNTERS: Final = {
     "prompt_tokens": "Prompt tokens of requests that got a slot, cached ones included.",
     "generation_tokens": "Tokens that workers have sampled.",
     "steps": "Steps sent to workers.",
+    "service_deaths": "Services that ended without being asked to, or hung, since the scheduler started.",
 }
 _KEY_USAGE: Final = {
     "requests": "Requests of an API key that were let pass.",

@@ -20,6 +20,7 @@ from pagewire_protocol.structs import Role
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
 from pagewire.process.listening import BACKLOG, listening_socket
 from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
+from pagewire.process.parent import Started
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
@@ -110,7 +111,13 @@ class Service:
         self.outbox = node.outbox
         self.membership = node.membership
         counters = Counters()
-        owner = RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters)
+        owner = RequestOwner(
+            self.inbox.address,
+            self.outbox.send,
+            time.monotonic,
+            counters,
+            joins_running_stack=Started.failures > 0,
+        )
         self.state = State(
             log_requests=config.enable_log_requests,
             names=names,
@@ -184,8 +191,11 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Answer new requests with 503. Those that run get --shutdown-timeout to finish; then they
-        end with an error that says why."""
+        """Leave new connections to the other frontends at the same socket; where there are none, and
+        on connections that are open, answer new requests with 503. Those that run get
+        --shutdown-timeout to finish; then they end with an error that says why."""
+        if len(self.state.frontends()) > 1:
+            self._server.close()
         self.state.stack.draining = True
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:

@@ -91,6 +91,13 @@ class State(Struct):
         if not self.stack.ready(self.clock()):
             raise self.unavailable()
 
+    def check_accepting(self) -> None:
+        """Raises ApiError 503 while generation is not possible, and what is missing is not just
+        being started again: for that a request waits."""
+        now = self.clock()
+        if not self.stack.ready(now) and not (self.stack.is_heard(now) and self.owner.can_hold):
+            raise self.unavailable()
+
     def unavailable(self) -> ApiError:
         """Why generation is not possible, as an answer to the client."""
         return self.stack.unavailable(self.clock())

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
 from ..hub import huggingface
 from ..process import signals
+from ..process.announce import Announcer
 from ..process.listening import listening_socket
 from ..process.service_manager import READY, STOPPING, ServiceManager
 from . import flags, stack
@@ -74,7 +76,12 @@ class Launch:
         self.config = config
         self.began = time.monotonic()
         self.display = Display(sys.stderr, config.run.log_format)
-        self.supervisor = Supervisor(stack.early_services(config), self.display.log)
+        self.announcer = Announcer(config.run.run_dir)
+        self.supervisor = Supervisor(
+            stack.early_services(config),
+            self.display.log,
+            partial(stack.announce, self.announcer),
+        )
         self.health = Health(
             config.frontend.host,
             config.frontend.port,
@@ -93,6 +100,7 @@ class Launch:
         finally:
             self.health.stop()
             self._end_fetch()
+            self.announcer.close()
         if self.supervisor.failure:
             self.display.end(f"pagewire serve: {self.supervisor.failure}")
         return code

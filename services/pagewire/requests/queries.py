@@ -60,14 +60,14 @@ class PendingQueries:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def send(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
-        """Make a query's message and send it. `on_answer` is called once, later, unless the
-        TokenizerQuery is discarded before. Raises RequestError UNAVAILABLE when no tokenizer can
-        take it."""
+    def send(self, make: MakeQuery, on_answer: OnAnswer, hold: bool = False) -> TokenizerQuery:
+        """Make a query's message and send it; with `hold`, when a tokenizer is there to take it.
+        `on_answer` is called once, later, unless the TokenizerQuery is discarded before. Raises
+        RequestError UNAVAILABLE when no tokenizer can take it."""
         handle = self._next_handle
         message = make(handle, self._inbox)
         query = TokenizerQuery(handle, message, on_answer, self._clock() + ANSWER_S)
-        if not self._dispatch(query):
+        if not self._dispatch(query) and not hold:
             raise unavailable("No service can take the request now; try it again.")
         self._next_handle += 1
         self._pending[handle] = query

@@ -102,7 +102,10 @@ class OwnedRequest:
         "suspended_until",
         "tokenizer",
         "tokenizer_inbox",
+        "tokens_at_death",
+        "tokens_at_interruption",
         "waiting_tokens",
+        "worker_deaths",
     )
 
     def __init__(self, job: Job, sink: Sink, now: float) -> None:
@@ -129,7 +132,13 @@ class OwnedRequest:
         """What it counts among those that wait for their first slot on a worker."""
         self.prompt_tokens = 0
         self.interruptions = 0
-        """Those that may be the request's own doing."""
+        """Those in a row that may be the request's own doing."""
+        self.tokens_at_interruption = 0
+        """How many tokens it had when the last one came."""
+        self.worker_deaths = 0
+        """Workers in a row that ended while they computed its next token."""
+        self.tokens_at_death = -1
+        """How many tokens it had when the last one did."""
         self.resume_at = 0.0
         """When the next attempt is due, while it is suspended."""
         self.suspended_until = 0.0
@@ -161,7 +170,23 @@ class OwnedRequest:
             job.max_tokens_is_rest,
             job.priority,
             job.cache_salt,
+            worker_deaths=self.worker_deaths,
         )
+
+    def count_interruption(self) -> None:
+        """An interruption that may be the request's own doing."""
+        if len(self.out) > self.tokens_at_interruption:
+            self.interruptions = 0
+        self.tokens_at_interruption = len(self.out)
+        self.interruptions += 1
+
+    def count_worker_death(self) -> None:
+        """A worker ended while it computed this request. One that has got further since the last
+        such death is none that ends each worker."""
+        if len(self.out) > self.tokens_at_death:
+            self.worker_deaths = 0
+        self.tokens_at_death = len(self.out)
+        self.worker_deaths += 1
 
 
 Row = tuple[int, int, int, int, "int | memoryview", str, list[TokenLogprobs]]

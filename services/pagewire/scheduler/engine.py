@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from math import inf
 
-from pagewire_protocol.columns import BlockId, execution_id
+from pagewire_protocol.columns import BlockId, Slot, execution_id
 from pagewire_protocol.messages import (
     End,
     Epoch,
@@ -42,6 +42,10 @@ SAME_PROMPTS = 32
 BLOCKS_AT_A_TIME = 8_192
 """Blocks that requests may get before the next step: giving out so many takes a few milliseconds,
 in which nobody else is served. No step computes so many, but cached blocks come in any number."""
+SPREAD_ROUNDS = 30
+SPREAD_AT_ONCE = 8
+LEAST_SURPLUS = 2
+"""Requests that one worker must have above the mean of two for any of them to be moved."""
 REMEMBERED_LOSSES = 64
 """Workers that were given up of which it is remembered what they may still hold."""
 
@@ -66,6 +70,9 @@ class Engine:
         self.parked: dict[bytes, Request] = {}
         """Those of them whose clients read nothing, by rid."""
         self._lost: dict[Incarnation, WorkerState] = {}
+        self._newcomers: dict[Incarnation, int] = {}
+        """Workers that have joined busy ones lately, and for how many rounds those give them
+        requests."""
         self._executions = 0
         self._arrivals = 0
         self._same_prompt: OrderedDict[tuple[bytes, bytes], Request] = OrderedDict()
@@ -156,7 +163,7 @@ class Engine:
             self.parked[rid] = request
             if request.phase is Phase.RUNNING and request.worker is not None:
                 worker = self.workers[request.worker]
-                worker.unplace(request)
+                worker.park(request)
                 self._requeue_preempted(worker)
         else:
             del self.parked[rid]
@@ -170,8 +177,10 @@ class Engine:
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
-        """The one way out for every accepted attempt."""
+        """The one way out for every accepted attempt. `worker_died`: while it computed this
+        request."""
         if request.worker is not None:
             self.workers[request.worker].release(request)
         elif request.phase is not Phase.PARKED:
@@ -181,7 +190,13 @@ class Engine:
         self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
         self._report_end(
-            request.reply_route, request.handle, request.attempt, finish, stop, refusal
+            request.reply_route,
+            request.handle,
+            request.attempt,
+            finish,
+            stop,
+            refusal,
+            worker_died,
         )
 
     def _report_end(
@@ -192,11 +207,20 @@ class Engine:
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
         why = refusal or Refusal(0, "")
         self.out.to(reply_route).ended.append(
             End(
-                handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s
+                handle,
+                attempt,
+                finish,
+                stop,
+                why.status,
+                why.message,
+                why.param,
+                why.retry_after_s,
+                worker_died,
             )
         )
 
@@ -221,20 +245,41 @@ class Engine:
         if former is not None:
             worker.in_flight.continue_after(former.in_flight.num_sent)
             worker.to_retire = former.to_retire
+        if any(other.load for other in self.workers.values()):
+            self._newcomers[incarnation] = SPREAD_ROUNDS
         self.workers[incarnation] = worker
         self._refuse_unservable()
 
-    def lose_worker(self, incarnation: Incarnation) -> None:
-        """A worker is gone. Its requests end as lost, and their owners resubmit them."""
+    def spread(self) -> None:
+        """Give workers that have joined lately some of the others' requests, as after a failover: a
+        few at a time, since each computes its tokens again. Call once a second."""
+        for incarnation, rounds in list(self._newcomers.items()):
+            newcomer = self.workers.get(incarnation)
+            if newcomer is None or not rounds:
+                del self._newcomers[incarnation]
+                continue
+            self._newcomers[incarnation] = rounds - 1
+            busiest = max(self.workers.values(), key=lambda worker: worker.load)
+            surplus = (busiest.load - newcomer.load) // 2
+            if self.queue.count or surplus < LEAST_SURPLUS or busiest.is_putting_back:
+                continue
+            for request in busiest.movable()[: min(surplus, SPREAD_AT_ONCE)]:
+                busiest.send_away(request)
+            self._requeue_preempted(busiest)
+
+    def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
+        """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it may
+        be one of those that it computed which ended it."""
         worker = self.workers.get(incarnation)
         if worker is None:
             return
+        computing = worker.computing() if died else set[Slot]()
         # Nothing writes its blocks any more: preempted requests need not wait for its steps.
         worker.in_flight.num_returned = worker.in_flight.num_sent
         worker.release_due()
         self._requeue_preempted(worker)
         for request in worker.requests():
-            self.end(request, Finish.LOST)
+            self.end(request, Finish.LOST, worker_died=request.slot in computing)
         del self.workers[incarnation]
         self._lost[incarnation] = worker
         if len(self._lost) > REMEMBERED_LOSSES:
@@ -255,6 +300,7 @@ class Engine:
         if worker is None or result.epoch != self.epoch:
             return
         results.absorb(worker, result, self.out, self.end, self._failed)
+        worker.clear_suspects()
         self._requeue_preempted(worker)
 
     def _failed(self, request: Request, why: str) -> None:

@@ -17,12 +17,14 @@ from pagewire_protocol.channels import (
     AlreadyRunning,
     Inbox,
     Outbox,
+    living_inboxes,
     prepare_run_dir,
     take_epoch,
 )
 from pagewire_protocol.messages import Cancel, Epoch, Message, Park, Role, Submit, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
+from pagewire.process import liveness
 from pagewire.process.node import settle_gc
 
 from .blocks import BlockError
@@ -60,11 +62,13 @@ class Loop:
         self.handle(Tick(time.monotonic()))
         while not self.stopping:
             self.inbox.wait(0.0 if self._arrivals else self._pause_s())
+            liveness.own.turn()
             for message in self.inbox.drain():
                 if isinstance(message, ARRIVALS):
                     self._arrivals.append(message)
                 else:
                     self.handle(message)
+                liveness.own.turn()
             self.take_arrivals(time.monotonic)
             self.handle(Tick(time.monotonic()))
 
@@ -125,11 +129,14 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
+    loop.state.greet(living_inboxes(run_dir))
     settle_gc()
+    liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)
     try:
         loop.forever()
     finally:
+        liveness.own.loading()
         loop.outbox.close()
         inbox.close()
         os.close(lock)

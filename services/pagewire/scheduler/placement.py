@@ -82,6 +82,8 @@ def choose(
     prefill is less than a step's worth, so that late arrivals of higher priority and prefixes that
     are just being computed are still considered."""
     ready = [worker for worker in workers if _takes(worker, request)]
+    if request.leaves is not None:
+        ready = [worker for worker in ready if worker.incarnation != request.leaves] or ready
     if not ready:
         return None
     least_load = min(worker.load for worker in ready)
@@ -97,6 +99,10 @@ def choose(
         if best is None or score < best_score:
             best = worker, cached
             best_score = score
+    if best is None and request.leaves is not None:
+        # The others have no room for it after all.
+        request.leaves = None
+        return choose(request, workers)
     if best is None:
         return None
     worker, cached = best

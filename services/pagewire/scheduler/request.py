@@ -22,6 +22,7 @@ from .blocks import extend_chain, root_hash
 ReplyRoute = NewType("ReplyRoute", int)
 """The scheduler's number for an inbox that results go to."""
 NO_SLOT: Final = Slot(-1)
+SUSPECT_DEATHS: Final = 2
 
 
 class Phase(IntEnum):
@@ -67,6 +68,7 @@ class Request:
         "grammar",
         "handle",
         "kind",
+        "leaves",
         "model",
         "num_preemptions",
         "number",
@@ -82,6 +84,7 @@ class Request:
         "tokens",
         "twin",
         "worker",
+        "worker_deaths",
     )
 
     def __init__(self, submit: Submit, reply_route: ReplyRoute, number: int) -> None:
@@ -111,8 +114,12 @@ class Request:
         self.parked = False
         """Its client reads nothing: it is PARKED, or will be when it has left its slot or comes up
         in the queue."""
+        self.worker_deaths = submit.worker_deaths
+        """Workers in a row that ended while they computed its next token."""
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
+        self.leaves: Incarnation | None = None
+        """The worker that it was taken from so that another one has something to do."""
         self.slot = NO_SLOT
         self.blocks: list[BlockId] = []
 
@@ -130,6 +137,12 @@ class Request:
     def output_len(self) -> int:
         """Tokens of output in `tokens`."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Two workers have ended while they computed this request's next token: that one is
+        computed alone."""
+        return self.worker_deaths >= SUSPECT_DEATHS
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -7,12 +7,13 @@ together is answered together.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from pagewire_protocol.messages import (
     Cancel,
+    Death,
     Epoch,
     Goodbye,
     Heartbeat,
@@ -22,6 +23,7 @@ from pagewire_protocol.messages import (
     Park,
     Peer,
     Role,
+    Shutdown,
     StepResult,
     Submit,
     ToScheduler,
@@ -86,11 +88,17 @@ class Scheduler:
         self._forget = forget
         self._newcomer_inboxes: set[str] = set()
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
-        self._failed_workers: set[Incarnation] = set()
+        self._distrusted: dict[Incarnation, tuple[str, str]] = {}
+        """Workers that were told to end: inbox and reason, until they have."""
         self._next_housekeeping = 0.0
         self._next_refusal = NOT_YET
         self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
+
+    def greet(self, inboxes: Iterable[str]) -> None:
+        """Send the processes at these inboxes a roster with the next Tick, which makes them say
+        Hello: they knew a former scheduler, and need not wait for their next heartbeats."""
+        self._newcomer_inboxes.update(inboxes)
 
     def handle(self, event: Event) -> None:
         """Take in one event."""
@@ -109,11 +117,15 @@ class Scheduler:
                     self.engine.park(rid, attempt, event.parked)
             case Heartbeat():
                 if not self.peers.heartbeat(event, self.now):
-                    self._newcomer_inboxes.add(event.inbox)
+                    self._greet(event.incarnation, event.inbox)
             case Hello():
                 self._hello(event)
             case Goodbye():
-                self._remove(event.incarnation, "said goodbye")
+                why = "ended with an error" if event.failed else "said goodbye"
+                self._remove(event.incarnation, why, died=event.failed)
+            case Death():
+                self._remove(Incarnation(event.incarnation), event.cause, died=True)
+                self.peers.expect(event, self.now)
             case Unreachable():
                 self._unreachable(event.inbox)
 
@@ -130,23 +142,23 @@ class Scheduler:
         try:
             self.engine.result(result)
         except WorkerFault as fault:
-            log.error("worker %x is dropped until it restarts: %s", result.incarnation, fault)
-            self._failed_workers.add(result.incarnation)
-            self._remove(result.incarnation, "cannot be trusted")
+            log.error("worker %x is told to end: %s", result.incarnation, fault)
+            for peer in self.peers.of_group(result.incarnation):
+                self._distrusted[peer.incarnation] = peer.inbox, str(fault)[:4096]
+            self._remove(result.incarnation, "cannot be trusted", died=True)
 
     # --- peers
     #   --------------------------------------------------------------------------------------------------------
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
-        if (
-            peer.incarnation in self._failed_workers
-            or peer.role is Role.SCHEDULER
-            or not peer.inbox.startswith("ipc://")
-        ):
+        if peer.role is Role.SCHEDULER or not peer.inbox.startswith("ipc://"):
+            return
+        if peer.incarnation in self._distrusted:
+            self._greet(peer.incarnation, peer.inbox)
             return
         for former in self.peers.hello(hello, self.now):
-            self._gone(former, "was replaced")
+            self._gone(former, "was replaced", died=True)
         self._newcomer_inboxes.add(peer.inbox)
         self.reply_routes.introduced(peer.inbox)
         worker = self.engine.workers.get(peer.incarnation)
@@ -154,6 +166,14 @@ class Scheduler:
             worker.accepting = peer.ready
         elif peer.role is Role.WORKER:
             self._start_worker(peer)
+
+    def _greet(self, incarnation: Incarnation, inbox: str) -> None:
+        """A process that is no peer gets a roster, which makes it say Hello; a distrusted worker is
+        told again to end."""
+        if incarnation in self._distrusted:
+            self._send(inbox, Shutdown(self.epoch, self._distrusted[incarnation][1]))
+        else:
+            self._newcomer_inboxes.add(inbox)
 
     def _start_worker(self, peer: Peer) -> None:
         """`peer` is new or has something new to say: where it makes its group complete, the group
@@ -165,17 +185,27 @@ class Scheduler:
         if incarnation not in self.engine.workers:
             self.engine.add_worker(incarnation, leader.peer.inbox, leader.worker)
 
-    def _remove(self, incarnation: Incarnation, why: str) -> None:
-        for state in self.peers.remove(incarnation):
-            self._gone(state, why)
+    def _remove(self, incarnation: Incarnation, why: str, died: bool = False) -> None:
+        """`died`: it has ended in no order, or hangs, and what it did may be the cause."""
+        states = self.peers.remove(incarnation)
+        if not states and incarnation in self._distrusted:
+            self._forget(self._distrusted.pop(incarnation)[0])
+        for state in states:
+            self._gone(state, why, died)
             why = f"is lost with its group {state.peer.group}"
 
-    def _gone(self, state: PeerState, why: str) -> None:
+    def _gone(self, state: PeerState, why: str, died: bool) -> None:
         peer = state.peer
+        if state.expected:
+            return
         log.info("%s %s %s", peer.role.name.lower(), peer.name, why)
         if peer.role is Role.WORKER:
-            self.engine.lose_worker(peer.incarnation)
-        self._drop_inbox(peer.inbox)
+            self.engine.lose_worker(peer.incarnation, died)
+        if peer.incarnation in self._distrusted:
+            # Its connection stays until it has ended: the message must reach it.
+            self._send(peer.inbox, Shutdown(self.epoch, self._distrusted[peer.incarnation][1]))
+        else:
+            self._drop_inbox(peer.inbox)
 
     def _drop_inbox(self, inbox: str) -> None:
         route = self.reply_routes.remove(inbox)
@@ -186,7 +216,7 @@ class Scheduler:
 
     def _unreachable(self, inbox: str) -> None:
         for incarnation in self.peers.at(inbox):
-            self._remove(incarnation, "is unreachable")
+            self._remove(incarnation, "is unreachable", died=True)
         self._drop_inbox(inbox)
 
     # --- time
@@ -226,13 +256,14 @@ class Scheduler:
 
     def _do_housekeeping(self) -> None:
         for incarnation in self.peers.expired(self.now):
-            self._remove(incarnation, "was silent for too long")
+            self._remove(incarnation, "was silent for too long", died=True)
         for inbox in self.reply_routes.overdue(self.now):
             self._drop_inbox(inbox)
         if self.engine.workers or self.peers.loading():
             self._worker_seen = self.now
         elif self.now - self._worker_seen > WORKER_GRACE_S:
             self.engine.refuse_waiting()
+        self.engine.spread()
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
@@ -274,6 +305,8 @@ class Scheduler:
             "kv_blocks_cached": sum(pool.cached for pool in pools),
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
             "workers": len(workers),
+            "service_deaths": self.peers.deaths,
+            "services_failing": self.peers.failing,
             "steps_in_flight": sum(len(worker.in_flight) for worker in workers),
             "step_seconds": max((estimator.step_ms for estimator in estimators), default=0.0)
             / 1000,

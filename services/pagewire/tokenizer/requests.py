@@ -141,6 +141,7 @@ class Requests:
                 request.model,
                 request.adapter,
                 request.grammar,
+                request.worker_deaths,
             )
         )
 
@@ -193,7 +194,7 @@ class Requests:
                 len(self._streams),
                 error,
             )
-            self.lose_all("a step's result was damaged on the way to the tokenizer")
+            self.lose_streams("a step's result was damaged on the way to the tokenizer")
             return
         ended = [end for message in batch for end in message.ended]
         self._hide_stop_tokens(ended, columns.handles, columns.positions)
@@ -233,7 +234,7 @@ class Requests:
         # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
         self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
 
-    def lose_all(self, message: str) -> None:
+    def lose_streams(self, message: str) -> None:
         """Every stream may miss tokens: their owners send them again."""
         self._lose(list(self._streams.values()), message)
 
@@ -267,6 +268,15 @@ class Requests:
         for inbox in gone:
             self.drop_frontend(inbox)
         return gone
+
+    def lose_all(self, message: str) -> None:
+        """Every request may miss tokens, or is one that the scheduler knows nothing of. Owners that
+        know it have sent their requests elsewhere, and the others hear of it now."""
+        self.lose_streams(message)
+        for request in self._encodings.all_waiting():
+            end = End(request.handle, request.attempt, Finish.LOST, message=message)
+            self._outgoing_to(request.reply_to).ended.append(end)
+            self._forget(request.rid)
 
     def drop_frontend(self, inbox: str) -> None:
         """Cancel the requests of the frontend with this inbox: it is gone, or reads nothing."""

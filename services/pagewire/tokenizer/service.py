@@ -221,6 +221,7 @@ class Service:
                     self._on_roster(message)
                 case _:
                     self._arrivals.append(message)
+            self.members.tick(time.monotonic())
         while not self._encoded.empty():
             self._arrivals.append(self._encoded.get())
         if self.requests is not None and steps:
@@ -233,7 +234,7 @@ class Service:
         except Exception:
             # A peer's message ends no service. Which streams miss tokens cannot be known.
             log.exception("Tokens could not be handled; all %d streams are lost", len(requests))
-            requests.lose_all("a step's result was damaged on the way to the tokenizer")
+            requests.lose_streams("a step's result was damaged on the way to the tokenizer")
 
     def _take_arrivals(self, clock: Callable[[], float]) -> None:
         """Until none is left, or SLICE_S is over."""
@@ -306,6 +307,8 @@ class Service:
 
     def _on_roster(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
+        if self.requests is not None and self.members.was_forgotten:
+            self.requests.lose_all("the scheduler had given up this tokenizer")
         if self.requests is not None and self.members.roster is roster:
             self._follow_roster(self.requests, roster, new_epoch)
 

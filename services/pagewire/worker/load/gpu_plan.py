@@ -60,8 +60,10 @@ def plan_gpu(
     config: WorkerConfig,
     gpu: Gpu,
     scheduler: SchedulerConfig,
+    quantized: int = 0,
 ) -> GpuPlan:
-    """Raises kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
+    """quantized: bytes of all weights where some stay quantized, 0 where all are full. Raises
+    kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
     by_torch = attends_by_torch(gpu.capability)
     if by_torch:
         major, minor = gpu.capability
@@ -69,7 +71,8 @@ def plan_gpu(
             f"{gpu.title()} has compute capability {major}.{minor}; below 8.0 Triton has no tensor cores, so attention and products run "
             f"through torch, without CUDA graphs (--enforce-eager)"
         )
-    weights, tokens = weight_bytes(arch, dtype), scheduler.step_tokens(True, gpu.total)
+    weights = quantized or weight_bytes(arch, dtype)
+    tokens = scheduler.step_tokens(True, gpu.total)
 
     def size(rows: int) -> Sizing:
         load = Load(tokens, rows, model.max_model_len or arch.max_position)

@@ -20,11 +20,11 @@ from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, read_config
 from ..models.cache_spec import cache_spec
-from ..models.cpu_quantized import CpuQuantizedMethod
 from ..models.decoder import Decoder
 from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
+from ..models.quantized_weights import QuantizedMethod
 from . import capture, cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
@@ -98,14 +98,16 @@ def load(
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
     config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
-    plan = (
-        plan_gpu(arch, dtype, model, config, gpu, scheduler or SchedulerConfig()) if gpu else None
-    )
     if other and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
         )
-    chosen = quantizing.choose(checkpoint, arch, model.quantization, dtype, device)
+    target = quantizing.Target(dtype, gpu.capability if gpu else None)
+    chosen = quantizing.choose(checkpoint, arch, model.quantization, target)
+    plan = None
+    if gpu:
+        load = scheduler or SchedulerConfig()
+        plan = plan_gpu(arch, dtype, model, config, gpu, load, chosen.weight_bytes(arch))
     sizing = plan.sizing if plan else _size(arch, dtype, model, config, chosen)
     where = device if gpu else processor.look().title()
     for line in (
@@ -120,7 +122,7 @@ def load(
             weights.load(
                 decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
             )
-            if chosen.kept:
+            if chosen.kept and not gpu:
                 cpu_crossings.choose(decoder.packed(), dtype)
         else:
             made = functools.partial(
@@ -149,11 +151,7 @@ def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoi
     """With the format of weights that come quantized. Raises Unsupported."""
     if not path.is_dir() or isinstance(source, Gguf):
         return Checkpoint(source)
-    form = quantizing.read_format(quantization.of_checkpoint(path, settings))
-    if source is None:
-        # Random weights have no codes.
-        return Checkpoint(source)
-    return Checkpoint(source, form)
+    return Checkpoint(source, quantizing.read_format(quantization.of_checkpoint(path, settings)))
 
 
 def method_choice(
@@ -161,7 +159,7 @@ def method_choice(
 ) -> MethodChoice | None:
     """The format of each layer's matrices; None: all are dense, as they come."""
     if chosen.kept and ops.quantized is not None:
-        kept = CpuQuantizedMethod(ops, ops.quantized, dtype, chosen.rounding)
+        kept = QuantizedMethod(ops, ops.quantized, dtype, device, chosen.rounding)
         return lambda names: kept
     if chosen.rounding is None:
         return None

@@ -1,17 +1,18 @@
 """What becomes of a model's matrices: kept quantized as the checkpoint has them, rounded while they
 are loaded, or full. Chooses before anything is loaded, and says what was chosen.
 
-A CPU keeps what is codes with scales and minima. Everything else, and everything on a GPU, where
-there are no products with quantized weights yet, is made full while it is loaded.
+A CPU keeps what is codes with scales and minima, a GPU with tensor cores 8-bit floats too, but no
+tables of embeddings and no experts. Everything else is made full while it is loaded.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import torch
-from pagewire_kernels import cpu_native
+from pagewire_kernels import cpu_native, gpu_quantized_size
 from pagewire_kernels.cpu_target import NoNativeCode
 
 from ..device import kernel_cache
@@ -20,6 +21,7 @@ from ..models.rounding import ROUNDINGS, Rounding
 from . import formats, gguf_quantized
 from .formats.base import Assembler, CheckpointFormat, Extent
 from .gguf_file import Gguf
+from .pytorch_file import PytorchFiles
 from .weights import Source, shapes_of
 
 log = logging.getLogger("pagewire.worker")
@@ -38,23 +40,73 @@ IN_FLIGHT: Final = {"int4": 0.625, "int8": 1.0625, "bitsandbytes_8bit": 1.125}
 WITH_MINIMA: Final = 0.25
 """Bytes a weight of a scale and a minimum in float32 for 32 weights."""
 MIB: Final = 1 << 20
+LEAST_CAPABILITY: Final = (8, 0)
+"""Of a GPU whose tensor cores Triton knows."""
+EXPERTS: Final = ".experts."
+"""In the name of an expert's matrix."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the weights are for. capability: of a GPU, None: a CPU."""
+
+    dtype: torch.dtype
+    capability: tuple[int, int] | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.capability is not None
+
+    def title(self) -> str:
+        """In a sentence."""
+        return "a GPU" if self.on_gpu else "a CPU"
+
+    def obstacle(self) -> str:
+        """Why there can be no products with quantized weights, empty when there can."""
+        if self.capability is None:
+            return _cpu_obstacle(self.dtype)
+        if self.capability < LEAST_CAPABILITY:
+            major, minor = self.capability
+            return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+        if self.dtype == torch.float32:
+            return "on a GPU they are multiplied in 16 bits; use --dtype bfloat16 or float16"
+        return ""
+
+    def keeps(self, module: str, extent: Extent) -> bool:
+        """Whether a matrix of the checkpoint stays quantized."""
+        if not self.on_gpu:
+            return bool(extent.bits)
+        if EXPERTS in module or not (extent.bits or extent.is_float):
+            return False
+        return gpu_quantized_size.fits(extent.columns, extent.group)
+
+    def bytes(self, extent: Extent) -> int:
+        """Of such a matrix, in memory."""
+        if not self.on_gpu:
+            weights = extent.rows * extent.columns
+            return int(weights * (extent.code_bytes + WITH_MINIMA))
+        bits = extent.bits or 8
+        return gpu_quantized_size.packed_bytes(
+            extent.rows, extent.columns, extent.group, bits, not extent.is_float
+        )
 
 
 @dataclass(frozen=True)
 class Quantizing:
     """kept: matrices that come quantized, or are rounded, stay so. rounding: of full ones. bytes: of
-    all weights, as far as the files tell, 0 unknown."""
+    all weights, as far as the files tell, 0 unknown. share: bytes of a weight that is rounded."""
 
     kept: bool = False
     rounding: Rounding | None = None
     bytes: int = 0
+    share: float = 2
 
     def weight_bytes(self, arch: Architecture) -> int:
         """0 where the weights are full."""
         if not self.kept:
             return 0
-        share = IN_FLIGHT.get(self.rounding.name, 2) if self.rounding else 2
-        return self.bytes or int(arch.parameters * share)
+        return self.bytes or int(arch.parameters * self.share)
 
 
 NONE: Final = Quantizing()
@@ -69,9 +121,7 @@ class Checkpoint:
     form: CheckpointFormat | None = None
 
 
-def choose(
-    checkpoint: Checkpoint, arch: Architecture, asked: str, dtype: torch.dtype, device: str
-) -> Quantizing:
+def choose(checkpoint: Checkpoint, arch: Architecture, asked: str, target: Target) -> Quantizing:
     """asked: --quantization, empty for what the weights themselves bring. Raises Unsupported for
     what cannot be had."""
     source, form = checkpoint.source, checkpoint.form
@@ -80,91 +130,125 @@ def choose(
             raise Unsupported(
                 f"--quantization {asked} rounds full weights; a GGUF file's are served as they are: leave the flag out"
             )
-        return _of_gguf(source, dtype) if device == "cpu" else NONE
+        return _of_gguf(source, arch, target)
+    if form is not None and source is not None:
+        return _of_checkpoint(source, form, arch, target)
     if form is not None:
-        return _of_checkpoint(source, form, arch, dtype, device)
-    return _rounded(ROUNDINGS[asked], dtype, device) if asked else NONE
+        return _random(form, arch, target)
+    return _rounded(ROUNDINGS[asked], arch, target) if asked else NONE
 
 
-def _of_gguf(source: Gguf, dtype: torch.dtype) -> Quantizing:
+def _of_gguf(source: Gguf, arch: Architecture, target: Target) -> Quantizing:
     kinds = source.kinds()
     quantized = {kind: count for kind, count in kinds.items() if kind in gguf_quantized.TYPES}
-    if not quantized or _made_full(dtype, "quantized weights"):
+    if not quantized or _made_full(target, "quantized weights"):
         return NONE
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
     others = ", ".join(
         f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind not in quantized
     )
     log.info("%s matrices stay quantized%s", listed, f"; {others} are made full" if others else "")
-    return Quantizing(True, None, source.count_bytes(BYTES, dtype.itemsize))
+    itemsize = target.dtype.itemsize
+    if not target.on_gpu:
+        return Quantizing(True, None, source.count_bytes(BYTES, itemsize))
+    weights = source.count_bytes(gpu_quantized_size.GGUF_BYTES, itemsize)
+    # the table of embeddings is full, and memory for one dequantized matrix comes on top
+    table = arch.vocab_size * arch.hidden_size * itemsize
+    return Quantizing(True, None, weights + table + _scratch(arch))
 
 
 def _of_checkpoint(
-    source: Source | None,
-    form: CheckpointFormat,
-    arch: Architecture,
-    dtype: torch.dtype,
-    device: str,
+    source: Path | PytorchFiles, form: CheckpointFormat, arch: Architecture, target: Target
 ) -> Quantizing:
     """Says what is kept, and what that saves."""
-    if source is None or isinstance(source, Gguf):
-        return NONE
     extents = _extents(form, shapes_of(source))
-    kept = [extent for extent in extents if extent.bits]
-    if device != "cpu":
-        log.warning(
-            "%s: the %d matrices are made full while they are loaded, since there are no products with quantized weights on a GPU yet",
-            form.title(),
-            len(extents),
-        )
-        return NONE
+    kept = [extent for module, extent in extents.items() if target.keeps(module, extent)]
     if not kept:
         log.warning(
-            "%s: the %d matrices are made full while they are loaded, since there are no products with such weights on a CPU",
+            "%s: the %d matrices are made full while they are loaded, since there are no products with such weights on %s",
             form.title(),
             len(extents),
+            target.title(),
         )
         return NONE
-    if _made_full(dtype, form.title()):
+    if _made_full(target, form.title()):
         return NONE
+    itemsize = target.dtype.itemsize
     weights = sum(extent.rows * extent.columns for extent in kept)
-    kept_bytes = int(
-        sum(extent.rows * extent.columns * (extent.code_bytes + WITH_MINIMA) for extent in kept)
-    )
+    kept_bytes = sum(target.bytes(extent) for extent in kept)
     log.info(
         "%s: %d matrices stay quantized, which saves %s MiB%s",
         form.title(),
         len(kept),
-        f"{(weights * dtype.itemsize - kept_bytes) / MIB:,.0f}",
+        f"{(weights * itemsize - kept_bytes) / MIB:,.0f}",
         f"; {len(extents) - len(kept)} are made full" if len(kept) < len(extents) else "",
     )
-    full = max(0, arch.parameters - weights) * dtype.itemsize
-    return Quantizing(True, None, kept_bytes + full)
+    full = max(0, arch.parameters - weights) * itemsize
+    scratch = _scratch(arch) if target.on_gpu else 0
+    return Quantizing(True, None, kept_bytes + full + scratch)
 
 
-def _extents(form: CheckpointFormat, shapes: Mapping[str, tuple[int, ...]]) -> list[Extent]:
-    modules = Assembler(form, shapes).modules
-    return [
-        form.extent(module, {ending: shapes[f"{module}.{ending}"] for ending in endings})
-        for module, endings in modules.items()
-    ]
+def _random(form: CheckpointFormat, arch: Architecture, target: Target) -> Quantizing:
+    """Random weights are rounded to the format that the configuration names."""
+    if not target.on_gpu or target.obstacle():
+        return NONE
+    rounding = Rounding(form.name, form.title(), form.rounded, stays=False, head=False)
+    log.info("random weights are rounded to %s", form.title())
+    return _kept_on_gpu(rounding, arch, target)
 
 
-def _rounded(rounding: Rounding, dtype: torch.dtype, device: str) -> Quantizing:
+def _kept_on_gpu(rounding: Rounding, arch: Architecture, target: Target) -> Quantizing:
+    """Of all matrices but the table of embeddings and, where it is not rounded, the head."""
+    table = arch.vocab_size * arch.hidden_size
+    full = table if rounding.head or arch.tie_word_embeddings else 2 * table
+    share = gpu_quantized_size.IN_FLIGHT.get(rounding.name, gpu_quantized_size.LARGEST)
+    rounded = max(0, arch.parameters - full)
+    weights = int(full * target.dtype.itemsize + rounded * share) + _scratch(arch)
+    return Quantizing(True, rounding, weights)
+
+
+def _scratch(arch: Architecture) -> int:
+    """Bytes in which the largest matrices are dequantized, one at a time."""
+    heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    rows = max(heads, 2 * arch.intermediate_size, arch.hidden_size)
+    return gpu_quantized_size.scratch_bytes(rows * arch.hidden_size)
+
+
+def _extents(form: CheckpointFormat, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Extent]:
+    """Of each quantized matrix, by its name."""
+    extents: dict[str, Extent] = {}
+    for module, endings in Assembler(form, shapes).modules.items():
+        parts = {ending: shapes[f"{module}.{ending}"] for ending in endings}
+        extent = form.extent(module, parts)
+        scales = next((shape for ending, shape in parts.items() if "scale" in ending), ())
+        extents[module] = replace(extent, group=_group(extent, scales))
+    return extents
+
+
+def _group(extent: Extent, scales: tuple[int, ...]) -> int:
+    """Inputs that share a scale, from the shape of all scales of a matrix."""
+    if len(scales) < 2 or 1 in scales:
+        return extent.columns
+    # one for each row and group, in either order; or one for each block of rows
+    across = scales[0] if scales[1] == extent.rows else scales[1]
+    return -(-extent.columns // across)
+
+
+def _rounded(rounding: Rounding, arch: Architecture, target: Target) -> Quantizing:
     asked = rounding.name
-    if rounding.stays and device == "cpu":
-        if obstacle := _obstacle(dtype):
-            raise Unsupported(f"--quantization {asked} is not possible here: {obstacle}")
+    stays = rounding.stays_on_gpu if target.on_gpu else rounding.stays
+    obstacle = target.obstacle() if stays else ""
+    if obstacle and rounding.stays:
+        raise Unsupported(f"--quantization {asked} is not possible here: {obstacle}")
+    if stays and not obstacle:
         log.info(
             "weights are rounded to %s (%s) while they are loaded, as asked for",
             asked,
             rounding.title,
         )
-        return Quantizing(True, rounding)
-    if asked in ("int4", "int8"):
-        raise Unsupported(
-            f"--quantization {asked} rounds weights for the CPU; on a GPU it is not supported yet: leave it out, or add --device cpu"
-        )
+        if target.on_gpu:
+            return _kept_on_gpu(rounding, arch, target)
+        return Quantizing(True, rounding, share=IN_FLIGHT.get(asked, 2))
     log.warning(
         "weights are rounded to %s (%s) while they are loaded, as asked for, and then held in full, since there are no products with "
         "such weights on this device yet: no memory is saved",
@@ -174,10 +258,10 @@ def _rounded(rounding: Rounding, dtype: torch.dtype, device: str) -> Quantizing:
     return Quantizing(False, rounding)
 
 
-def _made_full(dtype: torch.dtype, weights: str) -> bool:
+def _made_full(target: Target, weights: str) -> bool:
     """Whether there are no quantized products here, with a line that says of which `weights` and
     why."""
-    obstacle = _obstacle(dtype)
+    obstacle = target.obstacle()
     if obstacle:
         log.warning(
             "%s are made full (%s), which is several times slower and larger", weights, obstacle
@@ -185,8 +269,7 @@ def _made_full(dtype: torch.dtype, weights: str) -> bool:
     return bool(obstacle)
 
 
-def _obstacle(dtype: torch.dtype) -> str:
-    """Why there can be no quantized products here, empty when there can."""
+def _cpu_obstacle(dtype: torch.dtype) -> str:
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there are no quantized products for {dtype}; use bfloat16 or float32"
     kernel_cache.keep_native()

@@ -55,8 +55,7 @@ def load(
     if source is None:
         fill_randomly(slots, seed, progress)
     else:
-        device = slots[0].target.device if isinstance(slots[0].target, Tensor) else "cpu"
-        tensors = _read(source, config, model.arch, keep_quantized, form, device)
+        tensors = _read(source, config, model.arch, keep_quantized, form, slots[0].target.device)
         fill(slots, tensors, model.arch.tie_word_embeddings, progress)
     for done in model.pack():
         progress("packing weights", done)
@@ -151,7 +150,7 @@ def fill_randomly(slots: Sequence[WeightSlot], seed: int, progress: Progress) ->
         elif isinstance(target, Tensor) and slot.slice is None:
             target.normal_(0, DUMMY_STD, generator=_generator(slot.name, seed, target.device))
         else:
-            whole = torch.empty(slot.shape)
+            whole = torch.empty(slot.shape, device=target.device)
             whole.normal_(0, DUMMY_STD, generator=_generator(slot.name, seed, whole.device))
             target.copy_(whole if slot.slice is None else slot.slice.of(whole))
         progress("making random weights", done / len(slots))

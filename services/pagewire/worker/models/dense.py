@@ -67,6 +67,11 @@ class RoundedTarget:
         """Of the memory."""
         return self._memory.shape
 
+    @property
+    def device(self) -> torch.device:
+        """Of the memory."""
+        return self._memory.device
+
     def copy_(self, value: Tensor | Quantized) -> None:
         """Take a matrix; one that comes quantized is not rounded again."""
         if isinstance(value, Quantized):

@@ -28,14 +28,15 @@ AT_A_TIME: Final = 1 << 22
 @dataclass(frozen=True)
 class Rounding:
     """One format. `values`: of a matrix [N, K], Quantized where it is codes with scales and minima.
-    stays: a CPU can keep the result quantized. head: the head and the embeddings are rounded
-    too."""
+    stays, stays_on_gpu: what the result can be kept quantized on. head: the head and, on a CPU, the
+    embeddings are rounded too."""
 
     name: str
     title: str
     values: Callable[[Tensor], Tensor | Quantized]
     stays: bool
     head: bool
+    stays_on_gpu: bool = True
 
     def full(self, weight: Tensor) -> Tensor:
         """The rounded values, dequantized."""
@@ -74,11 +75,11 @@ def int8_rows(weight: Tensor) -> Quantized:
     return Quantized(codes.to(torch.int8), absmax / INT8_MOST)
 
 
-def fp8_rows(weight: Tensor) -> Tensor:
-    """float8_e4m3fn with a scale for each row, dequantized."""
+def fp8_rows(weight: Tensor) -> Quantized:
+    """float8_e4m3fn with a scale for each row."""
     wide = weight.float()
     scale = (wide.abs().amax(1, keepdim=True) / E4M3_MOST).clamp_(min=torch.finfo().tiny)
-    return (wide / scale).to(torch.float8_e4m3fn).float().mul_(scale)
+    return Quantized((wide / scale).to(torch.float8_e4m3fn), scale)
 
 
 ROUNDINGS: Final = {
@@ -86,7 +87,7 @@ ROUNDINGS: Final = {
     for rounding in (
         Rounding("int8", "8 bits in groups of 32 inputs", _in_groups(8), True, True),
         Rounding("int4", "4 bits in groups of 32 inputs", _in_groups(4), True, True),
-        Rounding("bitsandbytes", "NF4 in blocks of 64", nf4, False, False),
+        Rounding("bitsandbytes", "NF4 in blocks of 64", nf4, False, False, stays_on_gpu=False),
         Rounding("bitsandbytes_8bit", "8 bits with a scale a row", int8_rows, True, False),
         Rounding("fp8", "float8_e4m3 with a scale a row", fp8_rows, False, False),
     )

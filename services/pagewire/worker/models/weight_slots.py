@@ -71,6 +71,11 @@ class SlotTarget(Protocol):
         """Of the slot's part."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where the slot's part is held."""
+        ...
+
     def copy_(self, value: Tensor | Quantized, /) -> object:
         """Take the slot's part of a checkpoint's tensor."""
         ...

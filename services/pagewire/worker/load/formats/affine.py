@@ -2,7 +2,7 @@
 inputs: what AWQ, GPTQ and most others are once they are unpacked."""
 
 import torch
-from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized import Quantized, quantize
 from torch import Tensor
 
 FOUR_BITS = 4
@@ -28,3 +28,12 @@ def dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor) 
     """float32 [N, K] where inputs are not in groups that follow each other: group_of [K] int64 is
     the group of each input; others as for `affine`."""
     return (codes.float() - zeros.float()[:, group_of]).mul_(scales.float()[:, group_of])
+
+
+def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor | Quantized:
+    """A full matrix [N, K] in codes of 4 or 8 bits with a scale and a zero for each group, -1: one a
+    row; full where groups do not divide K, or for other bits."""
+    group = weight.shape[1] if group_size == -1 else group_size
+    if weight.shape[1] % group or bits not in (FOUR_BITS, 2 * FOUR_BITS):
+        return weight
+    return quantize(weight, bits, group, whole_zeros=True)

@@ -86,6 +86,10 @@ class Awq(CheckpointFormat):
         codes = unpack_words(qweight, BITS, in_features)
         return affine.affine(codes, zeros, scales, BITS)
 
+    def rounded(self, weight: Tensor) -> Tensor | Quantized:
+        """See CheckpointFormat."""
+        return affine.rounded(weight, BITS, self.group_size)
+
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
         """See CheckpointFormat."""
         first, second = shapes["qweight"]

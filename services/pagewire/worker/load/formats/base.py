@@ -28,11 +28,14 @@ FOUR_BITS = 4
 @dataclass(frozen=True)
 class Extent:
     """Size of a quantized matrix W [rows, columns]. bits: of its codes, where it is codes with
-    scales and minima; 0: it is made full."""
+    scales and minima; 0: it is neither those nor (is_float) floating-point numbers of 8 bits, and
+    made full. group: inputs that share a scale."""
 
     rows: int
     columns: int
     bits: int
+    is_float: bool = False
+    group: int = 0
 
     @property
     def code_bytes(self) -> float:
@@ -60,6 +63,11 @@ class CheckpointFormat(ABC):
         """W [out features, in features] of the matrix named `module`, with all values exact in
         float32: Quantized where it is codes with scales and minima, else dequantized. Raises
         Unsupported, with names and shapes, for parts that do not fit each other."""
+
+    def rounded(self, weight: Tensor) -> Tensor | Quantized:
+        """A full matrix [N, K] as a checkpoint of this format would have it; full where the format
+        does not say how. Random weights are made so."""
+        return weight
 
     @abstractmethod
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:

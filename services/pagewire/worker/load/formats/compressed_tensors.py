@@ -119,7 +119,7 @@ class CompressedTensors(CheckpointFormat):
             return self._packed(module, parts)
         weight, scale = wanted(module, parts, "weight"), wanted(module, parts, "weight_scale")
         if weight.dtype.is_floating_point:
-            return fp8.dequantize(module, weight, scale)
+            return fp8.quantized(module, weight, scale)
         if weight.dtype != torch.int8:
             raise Unsupported(f"{module}.weight is {weight.dtype}, where int8 is expected")
         scale = _scales(module, scale, weight.shape)
@@ -160,7 +160,8 @@ class CompressedTensors(CheckpointFormat):
             rows, words = shapes["weight_packed"]
             return Extent(rows, words * BITS_A_WORD // bits, bits)
         rows, columns = shapes["weight"]
-        return Extent(rows, columns, 0 if self._scheme(module).is_float else INT8)
+        is_float = self._scheme(module).is_float
+        return Extent(rows, columns, 0 if is_float else INT8, is_float)
 
     def _scheme(self, module: str) -> Scheme:
         """One that names the module, else the one for linear layers."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from ...models.architecture import Unsupported
+from ...models.rounding import fp8_rows
 from .base import CheckpointFormat, Extent, Parts, check_shape, wanted
 
 
@@ -51,39 +53,46 @@ class Fp8(CheckpointFormat):
             scales = f"a scale for each {self.block[0]} x {self.block[1]} weights"
         return f"fp8 (e4m3, {scales})"
 
-    def matrix(self, module: str, parts: Parts) -> Tensor:
+    def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
         weight = wanted(module, parts, "weight")
         inverse = parts.get("weight_scale_inv")
         scale = wanted(module, parts, "weight_scale") if inverse is None else inverse
-        return dequantize(module, weight, scale, self.block)
+        return quantized(module, weight, scale, self.block)
+
+    def rounded(self, weight: Tensor) -> Tensor | Quantized:
+        """See CheckpointFormat."""
+        return fp8_rows(weight)
 
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
         """See CheckpointFormat."""
         rows, columns = shapes["weight"]
-        return Extent(rows, columns, 0)
+        return Extent(rows, columns, 0, is_float=True)
 
 
-def dequantize(
+def quantized(
     module: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None
-) -> Tensor:
-    """float32 [N, K]: weight e4m3 [N, K] times scale: one, [N], [N, 1], or one for each block, whose
-    last ones may be cut at the edges. Without `block` a scale of another shape tells the size of
-    its blocks, which must then be whole. Raises Unsupported."""
+) -> Tensor | Quantized:
+    """W [N, K]: weight e4m3 [N, K] times scale: one, [N], [N, 1], or one for each block, whose last
+    ones may be cut at the edges. Without `block` a scale of another shape tells the size of its
+    blocks, which must then be whole. Dequantized, float32, where blocks are no groups of a row's
+    inputs. Raises Unsupported."""
     if weight.dtype != torch.float8_e4m3fn:
         raise Unsupported(
             f"{module}.weight is {weight.dtype}; of 8-bit floats only float8_e4m3fn is supported"
         )
     rows, columns = weight.shape
-    wide, scale = weight.float(), scale.float()
+    scale = scale.float()
     if scale.numel() == 1:
-        return wide.mul_(scale.reshape(()))
+        return Quantized(weight, scale.reshape(1, 1).expand(rows, 1))
     if scale.dim() == 1 or scale.shape[1] == 1:
         check_shape(module, "weight_scale", scale.reshape(-1), rows)
-        return wide.mul_(scale.reshape(rows, 1))
+        return Quantized(weight, scale.reshape(rows, 1))
     if block is None:
         block = (rows // scale.shape[0], columns // scale.shape[1])
     height, width = block
     check_shape(module, "weight_scale_inv", scale, -(-rows // height), -(-columns // width))
     by_row = scale.repeat_interleave(height, 0)[:rows]
-    return wide.mul_(by_row.repeat_interleave(width, 1)[:, :columns])
+    if columns % width == 0:
+        return Quantized(weight, by_row)
+    return weight.float().mul_(by_row.repeat_interleave(width, 1)[:, :columns])

@@ -37,6 +37,8 @@ class Gptq(CheckpointFormat):
     group_size: int
     stored_zero_offset: int
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    act_order: bool = False
+    """Inputs that share a scale do not follow each other."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Gptq":
@@ -53,6 +55,7 @@ class Gptq(CheckpointFormat):
             whole_number(config, "group_size", default=128),
             1 if version == "gptq" else 0,
             config.get("dynamic") or {},
+            bool(config.get("desc_act")),
         )
 
     def title(self) -> str:
@@ -81,11 +84,15 @@ class Gptq(CheckpointFormat):
             return affine.affine(codes, zeros, scales.T.contiguous(), bits)
         return affine.dequantized(codes, zeros, scales.T, group_of)
 
+    def rounded(self, weight: Tensor) -> Tensor | Quantized:
+        """See CheckpointFormat."""
+        return affine.rounded(weight, self.bits, self.group_size)
+
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
         """See CheckpointFormat."""
         bits, _ = self._settings(module)
         words, rows = shapes["qweight"]
-        return Extent(rows, words * BITS_A_WORD // bits, bits)
+        return Extent(rows, words * BITS_A_WORD // bits, 0 if self.act_order else bits)
 
     def _settings(self, module: str) -> tuple[int, int]:
         """(bits, group size) of a module. The first expression that fits its name counts."""

@@ -1,8 +1,10 @@
-"""Weights of a CPU that stay quantized where they come quantized, or that are rounded while they are
-loaded. What cannot stay so is made dense.
+"""Weights that stay quantized where they come quantized, or that are rounded while they are loaded.
+What cannot stay so is made dense.
+
+A CPU also keeps tables of embeddings and experts so; on a GPU those are dense.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from pagewire_kernels.backend import Ops, QuantizedOps
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from .dense import applied, matrix_slot
+from .dense import DenseEmbedding, DenseExperts, DenseMethod, applied, matrix_slot
 from .linear_method import (
     EmbeddingWeight,
     ExpertsSpec,
@@ -24,47 +26,71 @@ from .weight_slots import WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
-class CpuQuantizedMethod:
+class QuantizedMethod:
     """The linear method of matrices that may stay quantized. `rounding`: of matrices that come in
     full; None: they stay full. `dtype`: of activations and full matrices."""
 
     ops: Ops
     quantized: QuantizedOps
     dtype: torch.dtype
+    device: str
     rounding: Rounding | None = None
 
-    def allocate(self, spec: LinearSpec) -> "CpuQuantizedLinear":
-        """See LinearMethod."""
-        return CpuQuantizedLinear(self, spec)
+    @property
+    def on_cpu(self) -> bool:
+        """Where everything may stay quantized."""
+        return self.device == "cpu"
 
-    def allocate_experts(self, spec: ExpertsSpec) -> "CpuQuantizedExperts":
-        """See LinearMethod."""
-        return CpuQuantizedExperts(self, spec)
+    @property
+    def dense(self) -> DenseMethod:
+        """The method of what does not stay quantized."""
+        return DenseMethod(self.ops, self.dtype, self.device)
 
-    def allocate_embedding(self, name: str, rows: int, columns: int) -> "CpuQuantizedEmbedding":
+    def allocate(self, spec: LinearSpec) -> "QuantizedLinear":
         """See LinearMethod."""
-        return CpuQuantizedEmbedding(self, name, rows, columns)
+        return QuantizedLinear(self, spec)
+
+    def allocate_experts(self, spec: ExpertsSpec) -> "QuantizedExperts | DenseExperts":
+        """See LinearMethod."""
+        return QuantizedExperts(self, spec) if self.on_cpu else self.dense.allocate_experts(spec)
+
+    def allocate_embedding(
+        self, name: str, rows: int, columns: int
+    ) -> "QuantizedEmbedding | DenseEmbedding":
+        """See LinearMethod."""
+        if self.on_cpu:
+            return QuantizedEmbedding(self, name, rows, columns)
+        return self.dense.allocate_embedding(name, rows, columns)
 
 
 class QuantizedSlot:
     """Holds what is copied here, until the weight is packed: a checkpoint says only then in which
-    type a matrix comes."""
+    type a matrix comes. `arrived` is called after each copy."""
 
     def __init__(
-        self, dtype: torch.dtype, rounding: Rounding | None, rows: int, columns: int
+        self,
+        method: QuantizedMethod,
+        rounding: Rounding | None,
+        rows: int,
+        columns: int,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
-        self._dtype = dtype
+        self._dtype = method.dtype
         self._rounding = rounding
+        self._arrived = arrived
+        self.device = torch.device(method.device)
         self.shape = torch.Size((rows, columns))
         self.value: Tensor | Quantized | None = None
 
     def copy_(self, value: Tensor | Quantized) -> None:
         """Keep `value` [rows, columns], rounded where asked for."""
+        value = value.to(self.device)
         if isinstance(value, Tensor) and self._rounding is not None:
             value = self._rounding.values(value)
         if isinstance(value, Tensor):
             value = value.to(self._dtype, copy=True)
         self.value = value
+        self._arrived()
 
     def dense(self) -> Tensor:
         """The matrix in full."""
@@ -74,15 +100,17 @@ class QuantizedSlot:
         return self.value
 
 
-class CpuQuantizedLinear(LinearWeight):
+class QuantizedLinear(LinearWeight):
     """The parts side by side: quantized where all of them are and there is a kernel for them."""
 
-    def __init__(self, method: CpuQuantizedMethod, spec: LinearSpec) -> None:
+    def __init__(self, method: QuantizedMethod, spec: LinearSpec) -> None:
         self._method = method
         self._spec = spec
         rounding = applied(method.rounding, spec)
+        # A GPU packs each matrix as soon as it is there: codes take twice their memory until then.
+        arrived = (lambda: None) if method.on_cpu else self._pack_if_whole
         self._slots = [
-            QuantizedSlot(method.dtype, rounding, part.held, spec.held_columns)
+            QuantizedSlot(method, rounding, part.held, spec.held_columns, arrived)
             for part in spec.parts
         ]
         self.kernel_weight: Any = None
@@ -92,8 +120,14 @@ class CpuQuantizedLinear(LinearWeight):
         for part, slot in zip(self._spec.parts, self._slots, strict=True):
             yield matrix_slot(part, slot, self._spec.columns)
 
+    def _pack_if_whole(self) -> None:
+        if all(slot.value is not None for slot in self._slots):
+            self.pack()
+
     def pack(self) -> None:
         """See Weight."""
+        if self.kernel_weight is not None:
+            return
         values = [slot.value for slot in self._slots]
         parts = [value for value in values if isinstance(value, Quantized)]
         packed = None
@@ -116,10 +150,10 @@ class CpuQuantizedLinear(LinearWeight):
         return self._method.ops.linear(x, self.kernel_weight, bias)
 
 
-class CpuQuantizedExperts(ExpertsWeight):
+class QuantizedExperts(ExpertsWeight):
     """Each expert's matrices by themselves: types may differ between them."""
 
-    def __init__(self, method: CpuQuantizedMethod, spec: ExpertsSpec) -> None:
+    def __init__(self, method: QuantizedMethod, spec: ExpertsSpec) -> None:
         self._ops = method.ops
         numbers = range(spec.num_experts)
         self._gate_up = [method.allocate(spec.gate_up(expert)) for expert in numbers]
@@ -157,14 +191,14 @@ class CpuQuantizedExperts(ExpertsWeight):
         return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
 
 
-class CpuQuantizedEmbedding(EmbeddingWeight):
+class QuantizedEmbedding(EmbeddingWeight):
     """A table that stays quantized serves as a head as it is; one that does not is dense."""
 
-    def __init__(self, method: CpuQuantizedMethod, name: str, rows: int, columns: int) -> None:
+    def __init__(self, method: QuantizedMethod, name: str, rows: int, columns: int) -> None:
         self._method = method
         self._name = name
         rounding = method.rounding if method.rounding and method.rounding.head else None
-        self._slot = QuantizedSlot(method.dtype, rounding, rows, columns)
+        self._slot = QuantizedSlot(method, rounding, rows, columns)
         self._table: Tensor | None = None
         self.kernel_weight: Any = None
 

@@ -1,0 +1,180 @@
+"""Quantized matrices on a GPU: brought into the form that gemm_quantized.py reads, and multiplied
+by its kernels or, for many rows, by cuBLAS after they were dequantized.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .gemm_cublaslt import GemmAlgorithms
+from .gemm_quantized import (
+    MOST_FUSED_ROWS,
+    PackedMatrix,
+    dequantize,
+    pack_scales,
+    quantized_linear,
+)
+from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .quantized import Quantized
+from .quantized_decode import FP8, INT4, INT8, pack_words
+
+MOST_SCALE: Final = 16.0
+"""Scales are brought below by a power of two, so that a scale times a code stays in float16's range
+and small ones keep their digits."""
+WHOLE_ZEROS: Final = 120
+"""Zero points up to which a code less its zero point is exact in bfloat16."""
+_rooms: dict[torch.device, Tensor] = {}
+"""Memory that all dequantized matrices share, one after the other: as large as the largest needs,
+before any graph is captured."""
+
+
+class QuantizedMatrices:
+    """Matrices that read the same input, side by side: W [N, K]. Neighbours of the same form are
+    one matrix, others follow each other."""
+
+    def __init__(self, parts: Sequence[PackedMatrix], algorithms: GemmAlgorithms) -> None:
+        self._parts = parts
+        self._algorithms = algorithms
+        self._rows = sum(part.shape[0] for part in parts)
+        self._columns = parts[0].shape[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return torch.Size((self._rows, self._columns))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the GPU's memory."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def parts(self) -> Sequence[PackedMatrix]:
+        """In order."""
+        return self._parts
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] -> [T, N] in x's type."""
+        if len(x) > MOST_FUSED_ROWS and self._rows * self._columns <= LARGEST_DENSE:
+            return gemm.linear(x, self.dense(x.dtype), bias, self._algorithms)
+        if len(self._parts) == 1:
+            return quantized_linear(x, self._parts[0], bias)
+        out = torch.empty(len(x), self._rows, dtype=x.dtype, device=x.device)
+        first = 0
+        for part in self._parts:
+            rows = slice(first, first + part.shape[0])
+            quantized_linear(x, part, None if bias is None else bias[rows], out=out[:, rows])
+            first += part.shape[0]
+        return out
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, K], valid until the next call for any matrix."""
+        memory = _room(self._parts[0].words.device, self._rows * self._columns, dtype)
+        whole = memory.view(self._rows, self._columns)
+        first = 0
+        for part in self._parts:
+            dequantize(part, dtype, whole[first : first + part.shape[0]])
+            first += part.shape[0]
+        return whole
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read often,
+        it is kept dense."""
+        return self.dense(torch.float32)[ids]
+
+
+def _room(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory [elements], the same for all who ask."""
+    needed = elements * dtype.itemsize
+    room = _rooms.get(device)
+    if room is None or room.numel() < needed:
+        room = _rooms[device] = torch.empty(needed, dtype=torch.uint8, device=device)
+    return room[:needed].view(dtype)
+
+
+class CudaQuantized:
+    """See backend.QuantizedOps."""
+
+    def __init__(self, algorithms: GemmAlgorithms) -> None:
+        self._algorithms = algorithms
+
+    def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
+        """None where there is no kernel for the number of columns or the groups. Results are in the
+        input's type whatever is allowed."""
+        if not all(fits(part.shape[1], part.group) for part in parts):
+            return None
+        ready = [_regrouped(part) for part in parts]
+        alike = groupby(ready, key=lambda part: (part.values.dtype, part.group))
+        packed = [pack_matrix(list(same)) for _, same in alike]
+        matrices = QuantizedMatrices(packed, self._algorithms)
+        elements = matrices.shape.numel()
+        if elements <= LARGEST_DENSE:
+            _room(packed[0].words.device, elements, torch.float16)
+        return matrices
+
+
+def _regrouped(part: Quantized) -> Quantized:
+    """In groups of one of GROUPS, or one a row where codes of 8 bits have no minimum."""
+    by_row = part.group == part.shape[1] and part.bits > FOUR_BITS and part.minimum is None
+    return part if by_row else part.regrouped(fitting_group(part.group))
+
+
+def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
+    """`parts` of one type and group, on one device, below each other."""
+    kind = parts[0].values.dtype
+    raw = torch.cat([part.codes.view(torch.uint8) for part in parts])
+    scale = torch.cat([part.scale for part in parts]).float()
+    rows, columns = raw.shape
+    group = parts[0].group
+    form = {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}[kind]
+    missing = (0, 0, 0, -rows % PADDING)
+
+    def padded(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, missing)
+
+    if form == INT8:
+        raw = raw ^ 0x80
+    if group == columns and form != INT4 and all(part.minimum is None for part in parts):
+        words = pack_words(padded(raw), form)
+        shape = torch.Size((rows, columns))
+        return PackedMatrix(words, None, padded(scale)[:, 0].contiguous(), shape, form, 0, False, 1)
+    minimum = _minima(parts, scale)
+    zero = torch.zeros_like(scale)
+    if minimum is not None:
+        constant = (scale == 0) & (minimum != 0)
+        if bool(constant.any()):
+            # A group of one value: a code of zero, and a scale and a zero point that give it.
+            raw = raw.masked_fill(constant.repeat_interleave(group, 1), 0x80 if form == INT8 else 0)
+            scale = torch.where(constant, minimum, scale)
+        zero = torch.where(constant, -1.0, -minimum / torch.where(scale == 0, 1.0, scale))
+    factor = _factor(scale)
+    whole = zero.round()
+    exact = minimum is None or bool(
+        ((whole.abs() <= WHOLE_ZEROS) & (-whole * scale == minimum) | (scale == 0)).all()
+    )
+    zero = (whole if exact else zero).clamp(-60000, 60000)
+    scales = pack_scales(padded((scale / factor).half()), padded(zero.half()))
+    shape = torch.Size((rows, columns))
+    words = pack_words(padded(raw), form)
+    return PackedMatrix(words, scales, None, shape, form, group, not exact, factor)
+
+
+def _minima(parts: Sequence[Quantized], scale: Tensor) -> Tensor | None:
+    if all(part.minimum is None for part in parts):
+        return None
+    minima = [
+        torch.zeros_like(part.scale) if part.minimum is None else part.minimum for part in parts
+    ]
+    return torch.cat(minima).float()
+
+
+def _factor(scale: Tensor) -> float:
+    """A power of two by which scales come below MOST_SCALE."""
+    most = float(scale.abs().max())
+    if most == 0:
+        return 1.0
+    return 2.0 ** torch.tensor(most / MOST_SCALE).log2().ceil().item()

@@ -1,0 +1,196 @@
+"""Codes of 4 and 8 bits turned into values of bfloat16 or float16, in registers and in the order in
+which tensor cores take them: a word of 32 bits is decoded by a few instructions on pairs of values,
+and nothing moves between threads.
+
+The layout of codes is that of a matrix product's left operand: 64 rows lie together, and of 16
+inputs a thread has two neighbours in two rows, eight rows apart, and again eight inputs further
+(PTX, fragments of `mma.m16n8k16` and `wgmma.m64k16`).
+"""
+
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE: Final = 64
+"""Weight rows whose codes lie together."""
+INT4: Final = "int4"
+INT8: Final = "int8"
+FP8: Final = "fp8"
+"""float8_e4m3fn."""
+
+
+def _asm_of(outputs: int, registers: int, lines: list[str], pairs: list[str]) -> str:
+    """PTX of one word: `lines` leave pairs of values in registers, whose halves are the outputs."""
+    halves = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
+    body = [line.replace("$w", f"${outputs}") for line in lines]
+    return "\n".join(["{", f".reg .b32 t<{registers}>;", *body, *halves, "}"])
+
+
+def _int4(magic: str) -> str:
+    """Eight codes: each is or-ed into the mantissa of a power of two."""
+    lines = ["mov.b32 t0, $w;", *(f"shr.u32 t{i}, $w, {4 * i};" for i in (1, 2, 3))]
+    lines += [f"lop3.b32 t{i}, t{i}, 0x000f000f, {magic}, 0xea;" for i in range(4)]
+    return _asm_of(8, 4, lines, ["t0", "t1", "t2", "t3"])
+
+
+def _fp8(shift: int, mantissa: str, factor: str, kind: str) -> str:
+    """Four float8_e4m3fn: sign and the other bits moved to their places, times what the exponents'
+    biases differ by."""
+    lines = ["and.b32 t0, $w, 0x7f007f00;", f"shr.u32 t0, t0, {8 - shift};"]
+    lines += [f"shl.b32 t1, $w, {shift};", f"and.b32 t1, t1, {mantissa};", "shl.b32 t2, $w, 8;"]
+    lines += ["lop3.b32 t0, $w, 0x80008000, t0, 0xea;", "lop3.b32 t1, t2, 0x80008000, t1, 0xea;"]
+    lines += [f"mov.b32 t3, {factor};", "mov.b32 t4, 0x80008000;"]
+    lines += [f"fma.rn.{kind} t1, t1, t3, t4;", f"fma.rn.{kind} t0, t0, t3, t4;"]
+    return _asm_of(4, 5, lines, ["t1", "t0"])
+
+
+def _int8(magic: str, sixteen: str, least: str, one: str, minus: str, kind: str) -> str:
+    """Four codes of 0 to 255: both halves of each by their power of two, then put together."""
+    lines = [f"mov.b32 t4, {sixteen};", f"mov.b32 t5, {least};"]
+    lines += [f"mov.b32 t6, {one};", f"mov.b32 t7, {minus};"]
+    for i, shift in enumerate((0, 8)):
+        lines += [f"shr.u32 t0, $w, {shift};", f"shr.u32 t1, $w, {shift + 4};"]
+        lines += [f"lop3.b32 t2, t0, 0x000f000f, {magic}, 0xea;"]
+        lines += [f"lop3.b32 t3, t1, 0x000f000f, {magic}, 0xea;"]
+        lines += [f"fma.rn.{kind} t3, t3, t4, t5;", f"fma.rn.{kind} t2, t2, t6, t7;"]
+        lines += [f"fma.rn.{kind} t{8 + i}, t2, t6, t3;"]
+    return _asm_of(4, 10, lines, ["t8", "t9"])
+
+
+DECODERS: Final[dict[tuple[str, torch.dtype], str]] = {
+    ("int4", torch.bfloat16): _int4("0x43004300"),
+    ("int4", torch.float16): _int4("0x64006400"),
+    ("fp8", torch.bfloat16): _fp8(4, "0x07f007f0", "0x7b807b80", "bf16x2"),
+    ("fp8", torch.float16): _fp8(7, "0x3f803f80", "0x5c005c00", "f16x2"),
+    ("int8", torch.bfloat16): _int8(
+        "0x43004300", "0x41804180", "0xc508c508", "0x3f803f80", "0xc300c300", "bf16x2"
+    ),
+    ("int8", torch.float16): _int8(
+        "0x64006400", "0x4c004c00", "0xf408f408", "0x3c003c00", "0xe400e400", "f16x2"
+    ),
+}
+"""PTX that turns a word into values of a type. Bits of powers of two: 2^7 and 2^10, into whose
+mantissas a code fits; 16; -(16 * 2^7 + 128) and -(16 * 2^10 + 128); 1; -2^7 and -2^10; 2^120 and
+2^8, by which e4m3's bias differs."""
+
+
+@triton.jit
+def _eight(words, ASM: tl.constexpr, DT: tl.constexpr):
+    """words int32 [...] -> [..., pair 2, half of rows 2, half of inputs 2]: eight values each."""
+    if tl.bfloat16 == DT:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            ASM,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r",
+            [words],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            ASM,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r",
+            [words],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    first = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.join(first, tl.join(tl.join(e, f), tl.join(g, h)))
+
+
+@triton.jit
+def _four(words, ASM: tl.constexpr, DT: tl.constexpr):
+    """words int32 [...] -> [..., pair 2, half of rows 2]: four values each."""
+    if tl.bfloat16 == DT:
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM, "=h,=h,=h,=h,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM, "=h,=h,=h,=h,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=1
+        )
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def decode(
+    words,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    FORM: tl.constexpr,
+    DT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """words int32 [2 * ROWS, words a thread] -> [ROWS, BK]: 4 bits: code + 128 in bfloat16, + 1024
+    in float16; 8 bits: the values."""
+    if ASM == "":
+        WORDS: tl.constexpr = words.shape[1]
+        EACH: tl.constexpr = 8 if FORM == "int4" else 4
+        w = tl.broadcast_to(tl.reshape(words, [2 * ROWS, WORDS, 1]), [2 * ROWS, WORDS, EACH])
+        i = tl.arange(0, EACH)
+        if FORM == "int4":
+            shift = 4 * (i // 2 + i % 2 * 4)
+            c = ((w >> shift[None, None, :]) & 15).to(tl.float32)
+        else:
+            shift = 8 * (i // 2 + i % 2 * 2)
+            byte = (w >> shift[None, None, :]) & 255
+            if FORM == "int8":  # noqa: SIM108
+                c = byte.to(tl.float32) - 128.0
+            else:
+                c = byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        # (16 rows, row of 8, 4 columns), 16 inputs, (half of inputs, half of rows, pair)
+        c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
+        c = tl.permute(c, [0, 5, 1, 3, 4, 2, 6])
+    elif FORM == "int4":
+        # ..., 16 inputs, (pair, half of rows, half of inputs)
+        c = tl.reshape(_eight(words, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
+        c = tl.permute(c, [0, 5, 1, 3, 6, 2, 4])
+    else:
+        # ..., 16 inputs, half of inputs, (pair, half of rows)
+        c = tl.reshape(_four(words, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
+        c = tl.permute(c, [0, 6, 1, 3, 4, 2, 5])
+    return tl.reshape(c, [ROWS, BK])
+
+
+@triton.jit
+def by_thread(words):
+    """words [chunks, threads, 4] -> [threads, 4 * chunks]."""
+    CHUNKS: tl.constexpr = words.shape[0]
+    THREADS: tl.constexpr = words.shape[1]
+    return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
+
+
+@triton.jit
+def offsets(tile, K, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """[CHUNKS, 2 * BN, 4]: where the words of a step lie, from the tile's first step on."""
+    thread = tl.arange(0, 2 * BN)
+    first = (tile * (BN // 64) + thread // 128).to(tl.int64) * (K // CHUNK * 512) + thread % 128 * 4
+    chunk = tl.arange(0, CHUNKS) * 512
+    return first[None, :, None] + chunk[:, None, None] + tl.arange(0, 4)[None, None, :]
+
+
+def pack_words(codes: Tensor, form: str) -> Tensor:
+    """codes [N, K] uint8, N a multiple of 64: 0 to 15, in 8 bits the byte that is decoded (int8: + 128)
+    -> words as in gemm_quantized.PackedMatrix."""
+    n, k = codes.shape
+    # rows: 64, a warp's 16, half of them, 8; inputs: 64, 16, half of them, a thread's column, pair
+    parts = codes.view(n // 64, 4, 2, 8, k // 16, 2, 4, 2).permute(0, 4, 1, 3, 6, 5, 2, 7)
+    if form == "int4":
+        # a thread's 8 codes of 16 inputs are a word, and 4 such words follow each other
+        each = parts.reshape(n // 64, k // 64, 4, 128, 8).transpose(2, 3)
+        places = [4 * (i // 2 + i % 2 * 4) for i in range(8)]
+    else:
+        each = parts.reshape(n // 64, k // 32, 2, 128, 2, 4).transpose(2, 3)
+        each = each.reshape(n // 64, k // 32, 128, 4, 4)
+        places = [8 * (i // 2 + i % 2 * 2) for i in range(4)]
+    words = torch.zeros(each.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i, place in enumerate(places):
+        words |= each[..., i].int() << place
+    return words

@@ -1,0 +1,129 @@
+"""A check for a machine with a GPU; pytest does not collect it.
+
+    python tests/worker/gpu_quantized.py [--device cuda|cpu]
+
+Products with quantized matrices of every form, through the kernels and through dequantizing,
+against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
+bfloat16. Each is run twice and must give the same bits. One line for each form, one for the
+verdict; the exit status is 0 when all is well. With `--device cpu` in Triton's interpreter
+(TRITON_INTERPRET=1), small sizes: does the check itself work?
+"""
+
+import argparse
+import functools
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from pagewire.worker.models.rounding import fp8_rows, int8_rows
+from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.quantized import Quantized, quantize
+from torch import Tensor
+from worker.gpu_oracle import begin, conclude
+
+MOST = 1.05
+"""Times the error of the product over dequantized weights."""
+INTERPRETED = 6e-4
+"""Relative, in float32: zero points that are no whole numbers have the digits of float16."""
+
+
+def cases(rows: int, columns: int, device: str) -> Iterator[tuple[str, list[Quantized]]]:
+    """Matrices that read the same input, by what they are."""
+    torch.manual_seed(11)
+
+    def full(count: int = rows) -> Tensor:
+        return torch.randn(count, columns, device=device) * 0.02
+
+    yield "4 bits, groups of 128", [quantize(full(), 4, 128, whole_zeros=True)]
+    yield "4 bits, groups of 64", [quantize(full(), 4, 64, whole_zeros=True)]
+    yield "4 bits with minima, groups of 32", [quantize(full(), 4), quantize(full(48), 4)]
+    yield "8 bits, groups of 32", [quantize(full(), 8)]
+    yield "8 bits with minima, groups of 16", [_with_minima(full())]
+    yield "8 bits, a scale a row", [int8_rows(full())]
+    yield "float8, a scale a row", [fp8_rows(full())]
+    yield "float8, blocks of 128", [_blocks(full())]
+    yield "4 and 8 bits side by side", [quantize(full(), 4), quantize(full(96), 8)]
+
+
+def _with_minima(weight: Tensor) -> Quantized:
+    rounded = quantize(weight, 8).regrouped(16)
+    return Quantized(rounded.values, rounded.scale, rounded.scale.half().float() * 3.5)
+
+
+def _blocks(weight: Tensor) -> Quantized:
+    rounded = fp8_rows(weight)
+    groups = weight.shape[1] // 128
+    return Quantized(rounded.values, rounded.scale.half().float().expand(-1, groups).contiguous())
+
+
+def fault(
+    matrices: QuantizedMatrices, weight: Tensor, tokens: int, dtype: torch.dtype
+) -> tuple[float, str]:
+    """(the error over what it may be, what is wrong, empty: nothing)."""
+    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(dtype)
+    exact = x.double() @ weight.double().T
+    out = matrices(x)
+    again = matrices(x)
+    error = float((out.double() - exact).norm() / exact.norm())
+    plain = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()).double()
+    allowed = MOST * float((plain - exact).norm() / exact.norm())
+    if dtype == torch.float32:
+        allowed = INTERPRETED
+    share = error / allowed
+    if not torch.equal(out, again):
+        return share, f"{tokens} rows of {dtype}: two runs differ"
+    if not share <= 1:
+        return share, f"{tokens} rows of {dtype}: error {error:.2e}, {allowed:.2e} allowed"
+    return share, ""
+
+
+def outcome(device: str, number: int) -> tuple[str, list[str]]:
+    """(a line, what is wrong) of one case."""
+    small = device == "cpu"
+    rows, columns = (96, 256) if small else (6144, 2048)
+    tokens = (1, 3, 17) if small else (1, 4, 16, 33, 64, 100, 128, 200, 500, 700)
+    types = (torch.float32,) if small else (torch.bfloat16, torch.float16)
+    ops = CudaQuantized(GemmAlgorithms())
+    title, parts = next(islice(cases(rows, columns, device), number, None))
+    matrices = ops.pack(parts, False)
+    assert matrices is not None
+    weight = torch.cat([part.dequantize() for part in parts])
+    outcomes = [fault(matrices, weight, count, dtype) for dtype in types for count in tokens]
+    wrong = [f"{title}: {text}" for _, text in outcomes if text]
+    worst = max(share for share, _ in outcomes)
+    return f"{title}: errors up to {worst:.3f} of what is allowed; {len(wrong)} wrong", wrong
+
+
+def check(device: str) -> list[str]:
+    """What is wrong, a line each."""
+    count = sum(1 for _ in cases(64, 256, "cpu"))
+    one = functools.partial(outcome, device)
+    if device == "cpu":
+        outcomes = [one(number) for number in range(count)]
+    else:
+        # kernels are compiled in as many processes as there are cases
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+            outcomes = list(pool.map(one, range(count)))
+    for line, _ in outcomes:
+        print(line, flush=True)
+    return [text for _, wrong in outcomes for text in wrong]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Products with quantized matrices on a GPU.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    if not begin("gpu_quantized", options.device):
+        return 2
+    return conclude("gpu_quantized", lambda: check(options.device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
