@@ -1,5 +1,5 @@
-"""What the attention kernels share: addresses of tokens in pages, scaled scores, one step of the
-online softmax.
+"""What the attention kernels share: addresses of tokens in pages, numbers of 8-bit codes, scaled
+scores, one step of the online softmax.
 
 Scores live in base 2: `scale_log2` is the softmax scale times log2(e), so that exp2 replaces exp.
 The running peak begins at a large negative number. Where a whole tile may be hidden from a row,
@@ -36,6 +36,118 @@ def load_pages(
     return tl.load(table + n // PAGE, mask=n < stop, other=0)
 
 
+def _shift(out: str, number: str, sign: str, kind: str) -> str:
+    """Machine instructions that make two 16-bit floats of two codes. number, sign: instructions
+    that leave a code's lowest 7 bits, and its sign, where the type has them."""
+    mask, power, product = {
+        "bf16": ("0x07f007f0", "0x7b807b80", "fma.rn.bf16x2 {}, n, c, z;"),  # times 2**120
+        "f16": ("0x3f803f80", "0x5c005c00", "mul.rn.f16x2 {}, n, c;"),  # times 2**8
+    }[kind]
+    return (
+        f"{number} and.b32 n, n, {mask}; {sign} and.b32 s, s, 0x80008000; or.b32 n, n, s; "
+        f"mov.b32 c, {power}; {product.format(out)}"
+    )
+
+
+def _bytes_asm(kind: str) -> tl.constexpr:
+    """Of four bytes to four numbers in their order."""
+    right = {"bf16": 4, "f16": 1}[kind]
+    halves = [
+        f"prmt.b32 w, $2, 0, {chosen}; "
+        + _shift(out, f"shr.b32 n, w, {right};", "mov.b32 s, w;", kind)
+        for out, chosen in (("$0", "0x1404"), ("$1", "0x3424"))
+    ]
+    return _block(halves)
+
+
+def _pairs_asm(kind: str) -> tl.constexpr:
+    """Of two words of two bytes each: the numbers of the lower bytes, then of the higher ones."""
+    left, right = {"bf16": (4, 4), "f16": (7, 1)}[kind]
+    lower = _shift("$0", f"shl.b32 n, $2, {left};", "shl.b32 s, $2, 8;", kind)
+    higher = _shift("$1", f"shr.b32 n, $2, {right};", "mov.b32 s, $2;", kind)
+    return _block([lower, higher])
+
+
+def _block(parts: list[str]) -> tl.constexpr:
+    return tl.constexpr(
+        "{ .reg .b32 w, n, s, c, z; mov.b32 z, 0x80008000; " + " ".join(parts) + " }"
+    )
+
+
+BYTES_TO_BF16: tl.constexpr = _bytes_asm("bf16")
+BYTES_TO_F16: tl.constexpr = _bytes_asm("f16")
+PAIRS_TO_BF16: tl.constexpr = _pairs_asm("bf16")
+PAIRS_TO_F16: tl.constexpr = _pairs_asm("f16")
+
+
+@triton.jit
+def _from_bits(code, TYPE: tl.constexpr):
+    """Numbers of codes (int16, 0 to 255), in operations that all devices and types have."""
+    shifted = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    # float16 has 8 more below its exponent's zero, for subnormal numbers too
+    number = shifted.to(tl.float16, bitcast=True) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), number).to(TYPE)
+
+
+@triton.jit
+def numbers(tile, TYPE: tl.constexpr, FORM: tl.constexpr):
+    """Elements of a cache as TYPE, exactly, where those of a thread follow each other. FORM:
+    kv_cache.KernelCaches.form."""
+    if FORM == "full":
+        return tile
+    elif FORM == "e4m3_bits" or tl.float32 == TYPE:
+        return _from_bits(tile.to(tl.int16), TYPE)
+    elif tl.bfloat16 == TYPE:
+        return tl.inline_asm_elementwise(BYTES_TO_BF16, "=r,=r,r", [tile], tl.bfloat16, True, 4)
+    else:
+        return tl.inline_asm_elementwise(BYTES_TO_F16, "=r,=r,r", [tile], tl.float16, True, 4)
+
+
+@triton.jit
+def pair_numbers(tile, TYPE: tl.constexpr, FORM: tl.constexpr):
+    """Words (int16) of two codes as TYPE, exactly: a tile of the lower bytes and one of the higher
+    ones.
+
+    Tensor cores take neighbours in the dimension that is summed over. Of values these are tokens,
+    whose bytes would have to be loaded one by one.
+    """
+    if FORM == "e4m3_bits" or tl.float32 == TYPE:
+        return _from_bits(tile & 0xFF, TYPE), _from_bits((tile >> 8) & 0xFF, TYPE)
+    elif tl.bfloat16 == TYPE:
+        return tl.inline_asm_elementwise(
+            PAIRS_TO_BF16, "=r,=r,r", [tile], (tl.bfloat16, tl.bfloat16), True, 2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            PAIRS_TO_F16, "=r,=r,r", [tile], (tl.float16, tl.float16), True, 2
+        )
+
+
+@triton.jit
+def codes(x, scale):
+    """float32 x / scale as bytes of e4m3: the nearest, ties to even; saturating at 448. NaN stays
+    NaN. In integers, which all GPUs and the interpreter round alike."""
+    bits = tl.div_rn(x, scale).to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = bits & 0x7FFFFFFF
+    is_nan = size > 0x7F800000
+    size = tl.minimum(size, 0x43E00000)
+    # below 2**-6 codes count steps of 2**-9, which is what float32 keeps beside 2**14
+    steps = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    rounded = (size + 0x7FFFF + ((size >> 20) & 1) - (120 << 23)) >> 20
+    code = tl.where(size < (121 << 23), steps, rounded)
+    return (tl.where(is_nan, 0x7F, code) | sign).to(tl.uint8)
+
+
+@triton.jit
+def kept(x, scale, pointer, FORM: tl.constexpr):
+    """x, of the model's type, as a cache behind `pointer` holds it."""
+    if FORM == "full":
+        return x.to(pointer.dtype.element_ty)
+    else:
+        return codes(x.to(tl.float32), scale)
+
+
 @triton.jit
 def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
         BOUNDED: tl.constexpr):  # fmt: skip
@@ -46,11 +158,11 @@ def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.
     at = base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
     if BOUNDED:
         n = start + (tl.arange(0, BLOCK_N // PAGE) * PAGE)[:, None] + r[None, :]
-        tile = tl.load(at, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0.0)
+        tile = tl.load(at, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0)
     elif D == D_PAD:
         tile = tl.load(at)
     else:
-        tile = tl.load(at, mask=(d < D)[None, None, :], other=0.0)
+        tile = tl.load(at, mask=(d < D)[None, None, :], other=0)
     return tl.reshape(tile, [BLOCK_N, D_PAD])
 
 
@@ -62,8 +174,8 @@ def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
     d = tl.arange(0, D_PAD)
     at = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
     if BOUNDED:
-        return tl.load(at, mask=(n < stop)[:, None] & (d < D)[None, :], other=0.0)
-    return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        return tl.load(at, mask=(n < stop)[:, None] & (d < D)[None, :], other=0)
+    return tl.load(at, mask=(d < D)[None, :], other=0)
 
 
 @triton.jit
@@ -87,7 +199,12 @@ def load_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
 def raw_scores(q, k, scale_log2, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
     """float32 [M, N], still to be multiplied by `score_scale`. With CAP: softcap * tanh(scaled
     score / softcap), already in base 2."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, softcap, CAP)
+
+
+@triton.jit
+def capped(s, scale_log2, softcap, CAP: tl.constexpr):
+    """raw_scores of products s."""
     if CAP:
         x = s * (scale_log2 / (1.4426950408889634 * softcap))
         s = softcap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
@@ -116,9 +233,16 @@ def with_slopes(s, distance, slope, scale_log2, CAP: tl.constexpr):
 def softmax_step(s, v, acc, peak, total, scale, PRECISION: tl.constexpr):
     """Fold scores s [M, N], to be multiplied by `scale`, and values v [N, D] into the running (acc
     [M, D], peak [M], total [M])."""
+    p, shrink, peak, total = softmax_weights(s, peak, total, scale)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, peak, total
+
+
+@triton.jit
+def softmax_weights(s, peak, total, scale):
+    """Weights [M, N] of scores s, to be multiplied by `scale`, relative to the new peak; what
+    earlier results shrink by; new peak and total."""
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_peak, total
+    return p, shrink, new_peak, total * shrink + tl.sum(p, 1)

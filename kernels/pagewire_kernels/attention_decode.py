@@ -25,14 +25,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .attention_common import (
     LOG2E,
     MASKED,
+    capped,
+    kept,
     load_pages,
     load_tile,
+    pair_numbers,
     raw_scores,
     score_scale,
     softmax_step,
+    softmax_weights,
     with_slopes,
 )
 from .decode_shapes import DecodeConfig, choose, pick_config
+from .kv_cache import UNSCALED, KernelCaches, KVScales, kernel_caches
 from .workspace import counters, overlap
 
 
@@ -103,14 +108,86 @@ def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope,
         )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
         s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
-        if ALIBI:
-            s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
-        visible = n < stop
-        if WINDOW > 0:
-            visible = visible & (n >= visible_from)
-        s = tl.where(visible[None, :], s, MASKED)
+        s = _visible_scores(
+            s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
+        )
         acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
     return acc, peak, total
+
+
+@triton.jit
+def _visible_scores(s, n, stop, visible_from, position, slope, scale_log2, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        ALIBI: tl.constexpr):  # fmt: skip
+    """Raw scores of tokens n, with slopes, masked from `stop` on and before `visible_from`."""
+    if ALIBI:
+        s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
+    visible = n < stop
+    if WINDOW > 0:
+        visible = visible & (n >= visible_from)
+    return tl.where(visible[None, :], s, MASKED)
+
+
+@triton.jit
+def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, softcap,
+        M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+        CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+        FORM: tl.constexpr):  # fmt: skip
+    """_walk over caches of 8-bit codes, which are read two dimensions at a time: even and odd ones
+    have tiles of their own, and results of their own until the end."""
+    HALF: tl.constexpr = D_PAD // 2
+    q_even, q_odd = tl.split(tl.reshape(q, [M, HALF, 2]))
+    even = tl.zeros([M, HALF], tl.float32)
+    odd = tl.zeros([M, HALF], tl.float32)
+    peak = tl.full([M], MASKED, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    scale = score_scale(scale_log2, CAP or ALIBI)
+    keys = k_base.to(tl.pointer_type(tl.int16))
+    values = v_base.to(tl.pointer_type(tl.int16))
+    page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_tile(
+            keys,
+            page,
+            start,
+            stop,
+            block_stride // 2,
+            PAGE,
+            D // 2,
+            HALF,
+            BLOCK_N,
+            WIDE,
+            False,
+            True,
+        )
+        v = load_tile(
+            values,
+            page,
+            start,
+            stop,
+            block_stride // 2,
+            PAGE,
+            D // 2,
+            HALF,
+            BLOCK_N,
+            WIDE,
+            False,
+            True,
+        )
+        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
+        k_even, k_odd = pair_numbers(k, q.dtype, FORM)
+        s = tl.dot(q_even, tl.trans(k_even), input_precision=PRECISION)
+        s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision=PRECISION)
+        s = capped(s, scale_log2, softcap, CAP)
+        s = _visible_scores(
+            s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
+        )
+        p, shrink, peak, total = softmax_weights(s, peak, total, scale)
+        p = p.to(q.dtype)
+        v_even, v_odd = pair_numbers(v, q.dtype, FORM)
+        even = tl.dot(p, v_even, even * shrink[:, None], input_precision=PRECISION)
+        odd = tl.dot(p, v_odd, odd * shrink[:, None], input_precision=PRECISION)
+    return tl.reshape(tl.join(even, odd), [M, D_PAD]), peak, total
 
 
 @triton.jit
@@ -135,31 +212,33 @@ def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: 
 
 
 @triton.jit
-def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, block_stride, HKV: tl.constexpr, HQ: tl.constexpr, head,
-        D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k_scale, v_scale, block_stride,
+        HKV: tl.constexpr, HQ: tl.constexpr, head, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+        FORM: tl.constexpr):  # fmt: skip
     """The key and value of one head of the token at `position` into its page, seen by this
     program's later loads."""
     d = tl.arange(0, D_PAD)
     one = tl.arange(0, 1)
     inside = (one == 0)[:, None] & (d < D)[None, :]
     at = qkv + ((HQ + head) * D + one)[:, None]
-    key = _roped(at, k_weight, cos_sin, position, d, inside, eps, D, NORM)
+    key = _roped(at, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(qkv.dtype.element_ty)
     value = tl.load(at + HKV * D + d[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // PAGE).to(tl.int64)
     place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
-    tl.store(k_cache + place, key.to(k_cache.dtype.element_ty), mask=inside)
-    tl.store(v_cache + place, value.to(v_cache.dtype.element_ty), mask=inside)
+    tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)
+    tl.store(v_cache + place, kept(value, v_scale, v_cache, FORM), mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit
 def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_slopes, cos_sin, q_weight, k_weight, out, part, lse, arrived,
-        scale_log2, softcap, eps, q_stride, table_stride, block_stride,
+        scale_log2, softcap, eps, k_scale, v_scale, q_stride, table_stride, block_stride,
             HKV: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, SB: tl.constexpr, D: tl.constexpr,
             D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
             CAP: tl.constexpr, ALIBI: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
-            MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_wait()
     row = tl.program_id(0) // HKV
@@ -206,8 +285,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
             q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM
         ).to(q.dtype.element_ty)
         if hi == length:
-            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, block_stride, HKV,
-                HKV * GROUP, head, D, D_PAD, PAGE, NORM)  # fmt: skip
+            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, k_scale, v_scale,
+                block_stride, HKV, HKV * GROUP, head, D, D_PAD, PAGE, NORM, FORM)  # fmt: skip
     else:
         query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     slope = g.to(tl.float32)
@@ -215,11 +294,18 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
         slope = (
             tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
         )
-    acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
-        block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+    if FORM == "full":
+        acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
+            block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+    else:
+        acc, peak, total = _walk_codes(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1,
+            slope, block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE,
+            FORM)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     acc = acc / total[:, None]
+    if FORM != "full":
+        acc = acc * v_scale
     if active + prefixes == 1:
         tl.store(
             out + out_base + g[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside
@@ -251,7 +337,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         scale: float,
                      window: int | None = None, softcap: float | None = None, *, query_start: torch.Tensor | None = None,
                      out: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, rope: Rope | None = None,
-                     shared: Any = None, config: DecodeConfig | None = None) -> torch.Tensor:  # fmt: skip
+                     shared: Any = None, config: DecodeConfig | None = None, kv_scales: KVScales = UNSCALED) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
@@ -259,14 +345,15 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`: ALiBi's,
     float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and
     values are written to their pages. `shared`: a cascade.Shared whose partial results join the
-    merge.
+    merge. `kv_scales`: of caches of 8-bit codes.
     """
     rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
     group = heads // hkv
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
-    splits = (config or pick_config(dim, group, rows * hkv)).splits
+    kv_itemsize = k_cache.element_size()
+    splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize)).splits
     if shared is None:
         part = torch.empty(
             rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device
@@ -276,12 +363,13 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         )
     else:
         partial = _Partial(shared.part, shared.lse, shared.splits, shared.lengths)
-    inputs = q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out
-    launch = functools.partial(_launch, inputs, rope, partial, group, scale, window, softcap)
+    caches = kernel_caches(k_cache, v_cache, kv_scales, scale)
+    inputs = q, caches, tables, seq_lens, query_start, alibi_slopes, out
+    launch = functools.partial(_launch, inputs, rope, partial, group, window, softcap)
     if config is not None:
         launch(config)
     else:
-        choose(dim, group, rows * hkv, q.element_size()).launch(q.device, launch)
+        choose(dim, group, rows * hkv, q.element_size(), kv_itemsize).launch(q.device, launch)
     return out
 
 
@@ -296,27 +384,30 @@ class _Partial(NamedTuple):
 
 
 _Inputs = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
+    torch.Tensor, KernelCaches, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
 ]  # fmt: skip
 """Those of decode_attention, and `out`."""
 
 
-def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, scale: float, window: int | None, softcap: float | None,
+def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, window: int | None, softcap: float | None,
             c: DecodeConfig) -> None:  # fmt: skip
-    q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out = inputs
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    q, caches, tables, seq_lens, query_start, alibi_slopes, out = inputs
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], caches.keys.shape
     cos_sin, q_weight, k_weight, eps = (
         (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     )
-    d_pad, gp = triton.next_power_of_2(dim), triton.next_power_of_2(group)
+    # halves of heads are factors of their own where the caches hold codes
+    least = 1 if caches.form == "full" else 32
+    d_pad, gp = max(triton.next_power_of_2(dim), least), triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, partial.lengths, alibi_slopes, cos_sin, q_weight, k_weight,
+        q, caches.keys, caches.values, tables, seq_lens, query_start, partial.lengths, alibi_slopes, cos_sin, q_weight, k_weight,
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),
-        scale * LOG2E, softcap or 1.0, eps, q.stride(0), tables.stride(0), k_cache.stride(0),
+        caches.score_scale * LOG2E, softcap or 1.0, eps, caches.k_scale, caches.v_scale, q.stride(0), tables.stride(0),
+        caches.keys.stride(0),
         HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
         PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0,
         CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=caches.keys.numel() >= 2**31, FORM=caches.form,
         num_warps=c.warps, **overlap(q.device))  # fmt: skip

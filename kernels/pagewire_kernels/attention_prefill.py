@@ -27,12 +27,14 @@ from .attention_common import (
     MASKED,
     load_pages,
     load_tile,
+    numbers,
     raw_scores,
     score_scale,
     softmax_step,
     with_slopes,
 )
-from .shapes import KIB_163, Candidate, Choice
+from .kv_cache import UNSCALED, KernelCaches, KVScales, kernel_caches
+from .shapes import KIB_163, Candidate, Choice, elements
 
 LEAST_TOKENS: Final = 512
 """Of a launch of the Hopper kernel: its programs are large and begin slowly."""
@@ -75,7 +77,7 @@ def _find_request(query_start, lengths, block, rows, B_PAD: tl.constexpr, BQ: tl
 def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride, scale_log2, softcap, acc, peak, total,
         D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr,
-        EDGE: tl.constexpr):  # fmt: skip
+        FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Fold tokens lo..hi into the running softmax. EDGE: some of them are hidden from some rows, or
     lie past `stop`."""
     scale = score_scale(scale_log2, CAP or ALIBI)
@@ -88,6 +90,8 @@ def _span(q, k_base, v_base, table, lo, hi, stop, position, slope, block_stride,
             v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, PER_PAGE, EDGE
         )
         page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, PER_PAGE)
+        k = numbers(k, q.dtype, FORM)
+        v = numbers(v, q.dtype, FORM)
         s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
         n = start + tl.arange(0, BLOCK_N)
         if ALIBI:
@@ -115,13 +119,13 @@ def _bounds(first, last, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out, scale_log2, softcap, q_stride,
+def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out, scale_log2, softcap, v_scale, q_stride,
              table_stride, block_stride, rows, HKV: tl.constexpr, GROUP: tl.constexpr,
              GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
              BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, B_PAD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
              SKIP_ONE: tl.constexpr, PRECISION: tl.constexpr,
-             STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
+             STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.num_programs(0) // HKV - 1 - tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -158,13 +162,15 @@ def _prefill(q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, o
     total = tl.zeros([BLOCK_M], tl.float32)
     if WINDOW > 0:
         acc, peak, total = _span(query, k_base, v_base, table, begin, clear, stop, position, slope, block_stride, scale_log2, softcap, acc,
-            peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+            peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, FORM, True)  # fmt: skip
         begin = tl.maximum(begin, clear)
     acc, peak, total = _span(query, k_base, v_base, table, begin, diagonal, stop, position, slope, block_stride, scale_log2, softcap, acc,
-        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, FORM, False)  # fmt: skip
     acc, peak, total = _span(query, k_base, v_base, table, diagonal, stop, stop, position, slope, block_stride, scale_log2, softcap, acc,
-        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+        peak, total, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE, PER_PAGE, FORM, True)  # fmt: skip
     acc = acc / tl.maximum(total, 1e-30)[:, None]
+    if FORM != "full":
+        acc = acc * v_scale
     out_at = at[:, None] * (HKV * GROUP * D) + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -202,16 +208,25 @@ _IN_HALF: Final = {
     ),
 }
 """In bfloat16 and float16. The first of each was measured on an H200 (docs/performance.md)."""
+_OF_BYTES: Final = {
+    **_IN_HALF,
+    128: (
+        Candidate(PrefillConfig(128, 64, warps=8, stages=3), KIB_163),
+        *_IN_HALF[128],
+    ),
+}
+"""The same with caches of 8-bit codes: each program turns codes into numbers, so that more rows a
+tile leave less of that. Not measured yet."""
 
 
 @functools.cache
-def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
-    """The launch shapes for a head size and an element size in bytes."""
-    table = _IN_FLOAT32 if itemsize == 4 else _IN_HALF
+def choose(head_dim: int, itemsize: int, kv_itemsize: int) -> Choice[PrefillConfig]:
+    """The launch shapes for a head size and elements of queries and of caches of so many bytes."""
+    halves = _OF_BYTES if kv_itemsize == 1 else _IN_HALF
+    table = _IN_FLOAT32 if itemsize == 4 else halves
     size = next((size for size in table if head_dim <= size), max(table))
-    return Choice(
-        f"prefill attention (head size {head_dim}, {itemsize} bytes an element)", table[size]
-    )
+    words = elements(head_dim, itemsize, kv_itemsize)
+    return Choice(f"prefill attention ({words})", table[size])
 
 
 def hopper_has(
@@ -231,7 +246,8 @@ def hopper_has(
 
 def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether these go to the Hopper kernel: the GPU's copy engine wants rows that begin at
-    multiples of 16 bytes, and caches without gaps."""
+    multiples of 16 bytes, and caches without gaps; its tensor cores read the caches as they are, so
+    that these must have the queries' type."""
     if q.device.type != "cuda" or q.shape[0] < LEAST_TOKENS:
         return False
     _, hkv, page, dim = k_cache.shape
@@ -245,14 +261,16 @@ def takes_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) 
         and q.stride(0) % 8 == 0
         and q.stride(1) % 8 == 0
     )
-    return aligned and k_cache.is_contiguous() and v_cache.is_contiguous()
+    same = k_cache.dtype == q.dtype and v_cache.dtype == q.dtype
+    return aligned and same and k_cache.is_contiguous() and v_cache.is_contiguous()
 
 
 def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         query_start: torch.Tensor,
                       scale: float, window: int | None = None, softcap: float | None = None, *, skip_one: bool = False,
                       alibi_slopes: torch.Tensor | None = None, out: torch.Tensor | None = None,
-                      config: PrefillConfig | None = None, hopper: bool = True) -> torch.Tensor:  # fmt: skip
+                      config: PrefillConfig | None = None, hopper: bool = True,
+                      kv_scales: KVScales = UNSCALED) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: row i's tokens query_start[i]..query_start[i + 1] are the last of seq_lens[i]
     tokens, and see all before them.
 
@@ -260,7 +278,7 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     query_start [B + 1] int32. Rows without new tokens are padding; with `skip_one` rows of one
     token are left to decode attention. Rows of `out` past the last token stay as they are.
     `alibi_slopes`: ALiBi's, float32 [Hq]. `config` asks for this file's kernel,
-    in that shape; `hopper` False for it in the usual one.
+    in that shape; `hopper` False for it in the usual one. `kv_scales`: of caches of 8-bit codes.
     """
     dim = k_cache.shape[3]
     if out is None:
@@ -281,14 +299,12 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     launch = functools.partial(
         _launch,
         q,
-        k_cache,
-        v_cache,
+        kernel_caches(k_cache, v_cache, kv_scales, scale),
         tables,
         seq_lens,
         query_start,
         alibi_slopes,
         out,
-        scale,
         window,
         softcap,
         skip_one,
@@ -296,23 +312,24 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     if config is not None:
         launch(config)
     else:
-        choose(dim, q.element_size()).launch(q.device, launch)
+        choose(dim, q.element_size(), k_cache.element_size()).launch(q.device, launch)
     return out
 
 
-def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
-            query_start: torch.Tensor, alibi_slopes: torch.Tensor | None, out: torch.Tensor, scale: float, window: int | None,
+def _launch(q: torch.Tensor, caches: KernelCaches, tables: torch.Tensor, seq_lens: torch.Tensor,
+            query_start: torch.Tensor, alibi_slopes: torch.Tensor | None, out: torch.Tensor, window: int | None,
             softcap: float | None, skip_one: bool, c: PrefillConfig) -> None:  # fmt: skip
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    rows, (_, hkv, page, dim) = seq_lens.shape[0], caches.keys.shape
     group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
     _prefill[((q.shape[0] // (block_m // gp) + rows) * hkv,)](
-        q, k_cache, v_cache, tables, seq_lens, query_start, alibi_slopes, out, scale * LOG2E, softcap or 1.0, q.stride(0), tables.stride(0),
-        k_cache.stride(0), rows,
+        q, caches.keys, caches.values, tables, seq_lens, query_start, alibi_slopes, out, caches.score_scale * LOG2E, softcap or 1.0,
+        caches.v_scale, q.stride(0), tables.stride(0), caches.keys.stride(0), rows,
         HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m, BLOCK_N=c.block_n,
         B_PAD=triton.next_power_of_2(rows),
         WINDOW=window or 0, CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         SKIP_ONE=skip_one, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=c.stages, WIDE=k_cache.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0,
+        STAGES=c.stages, WIDE=caches.keys.numel() >= 2**31, PER_PAGE=c.per_page and c.block_n % page == 0 and page & (page - 1) == 0,
+        FORM=caches.form,
         num_warps=c.warps)  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention_torch_plan import Pieces, Shape, plan
 from .batch import Batch
 from .capability import attends_by_torch
+from .kv_cache import UNSCALED, KVScales, quantized, raw
 
 
 @functools.cache
@@ -75,17 +76,23 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """As reference.paged_attention; tokens of no sequence, and sequences of length 0, give
     zeros."""
     out = torch.zeros(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    codes = quantized(k_cache)
+    if codes:
+        scale = scale * kv_scales.k
     for group in _groups(batch, q.shape[1], k_cache, window):
-        keys, values = (_gather(cache, group) for cache in (k_cache, v_cache))
+        keys, values = (_gather(cache, group, q.dtype) for cache in (k_cache, v_cache))
         queries = _by_kv_head(q, group, keys.shape[1])
         if softcap is None and alibi_slopes is None:
             result = _plain(queries, keys, values, group, scale)
         else:
             result = _scored(queries, keys, values, group, scale, softcap, alibi_slopes)
+        if codes:
+            result = result * kv_scales.v
         out.index_copy_(
             0,
             group.tokens.flatten(),
@@ -125,12 +132,13 @@ def _group(
     return Group(tokens + nth, starts + nth, at, index[:, None], window)
 
 
-def _gather(cache: Tensor, group: Group) -> Tensor:
-    """[B, Hkv, L, D]."""
+def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """[B, Hkv, L, D] of `dtype`."""
     _, kv_heads, block_size, size = cache.shape
     heads = torch.arange(kv_heads, device=cache.device)[:, None] * block_size
     index = group.index + heads
-    return cache.view(-1, size).index_select(0, index.flatten()).view(*index.shape, size)
+    found = raw(cache).view(-1, size).index_select(0, index.flatten()).view(*index.shape, size)
+    return found.view(cache.dtype).to(dtype) if quantized(cache) else found
 
 
 def _by_kv_head(q: Tensor, group: Group, kv_heads: int) -> Tensor:

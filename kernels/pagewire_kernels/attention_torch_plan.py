@@ -52,10 +52,12 @@ class Pieces:
     span: int
 
 
-def workspace(shape: Shape, positions: int, itemsize: int) -> int:
-    """Bytes that attention works in at most, of sequences of up to `positions` tokens."""
+def workspace(shape: Shape, positions: int, itemsize: int, kv_itemsize: int) -> int:
+    """Bytes that attention works in at most, of sequences of up to `positions` tokens. itemsize,
+    kv_itemsize: of an element of queries and of caches."""
     keys = max(GATHERED, shape.kv_heads * shape.size * (positions + STEP))
-    return keys * 2 * itemsize + keys // shape.size * 16 + SCORES * SCORE_BYTES
+    copied = keys * kv_itemsize if kv_itemsize != itemsize else 0
+    return keys * 2 * itemsize + copied + keys // shape.size * 16 + SCORES * SCORE_BYTES
 
 
 def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> list[Pieces]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .kv_cache import UNSCALED, KVScales
 from .quantized import Quantized
+from .routing import Routing
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
 """Each has `OPS`, the process's one set of operations for the device."""
@@ -59,6 +61,7 @@ class FusedOps(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
         ...
@@ -87,7 +90,8 @@ class FusedOps(Protocol):
 
 class Ops(Protocol):
     """T tokens, H hidden size, I intermediate size, Hq and Hkv query and KV heads of size D; caches
-    [blocks, Hkv, block_size, D]."""
+    [blocks, Hkv, block_size, D], of the activations' type or of 8-bit codes, which `kv_scales`
+    belong to."""
 
     @property
     def fused(self) -> FusedOps | None:
@@ -161,8 +165,20 @@ class Ops(Protocol):
     def experts(
         self, x: Tensor, gate_up: Any, down: Any, top_k_ids: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32; gate_up [E, 2I, H] and
-        down [E, H, I] are packed."""
+        """x [T, H] -> [T, H]; top_k_ids [T, k] of any integer type, routing.NO_EXPERT for none,
+        top_k_weights [T, k] float32; gate_up [E, 2I, H] and down [E, H, I] are packed."""
+        ...
+
+    def route(
+        self,
+        logits: Tensor,
+        routing: Routing,
+        correction_bias: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(top_k_ids int32 [T, k], top_k_weights float32 [T, k]) of a router's logits [T, E].
+        correction_bias [E] float32 is added for the choice only. Tokens whose slot_mapping [T] is
+        negative are padding and choose no expert."""
         ...
 
     def rope_and_cache(
@@ -175,6 +191,7 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
         batch: Batch,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """Queries [T, Hq, D]; qkv may be overwritten."""
         ...
@@ -189,6 +206,7 @@ class Ops(Protocol):
         window: int | None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32 [Hq]."""
         ...

@@ -12,10 +12,3 @@ def attends_by_torch(capability: tuple[int, int]) -> bool:
     """Whether attention is left to torch's libraries, which have tensor cores from 7.0 on; such
     steps are not captured in CUDA graphs."""
     return capability < TRITON_TENSOR_CORES_FROM
-
-
-def captures_experts(capability: tuple[int, int]) -> bool:
-    """Whether torch's grouped product of bfloat16 has a kernel that waits for nothing
-    (`_scaled_mm_allowed_device` in GroupedBlas.cpp): elsewhere it reads on the CPU how many tokens
-    each expert has, which no CUDA graph can hold."""
-    return capability[0] in (9, 10)

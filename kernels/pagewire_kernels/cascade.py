@@ -22,7 +22,8 @@ from . import attention_prefill
 from .attention_common import LOG2E, MASKED
 from .attention_decode import decode_attention, pick_config
 from .attention_prefill import PrefillConfig, _find_request, _span
-from .shapes import Candidate, Choice
+from .kv_cache import UNSCALED, KernelCaches, KVScales, kernel_caches
+from .shapes import Candidate, Choice, elements
 
 
 @dataclass
@@ -64,13 +65,14 @@ def _store_partial(part, lse, slot, inside, acc, peak, total, D: tl.constexpr, D
 
 
 @triton.jit
-def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, softcap, q_stride, table_stride, block_stride,
+def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scale_log2, softcap, v_scale, q_stride, table_stride,
+        block_stride,
         groups,
             HKV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
             BLOCK_M: tl.constexpr,
             BLOCK_N: tl.constexpr, G_PAD: tl.constexpr, SPLITS: tl.constexpr, STRIDE: tl.constexpr, CAP: tl.constexpr,
             PRECISION: tl.constexpr,
-            STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr):  # fmt: skip
+            STAGES: tl.constexpr, WIDE: tl.constexpr, PER_PAGE: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
     BQ: tl.constexpr = BLOCK_M // GP
     block = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -96,9 +98,11 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     last = m * 0 + hi - 1
     acc, peak, total = _span(query, k_base, v_base, table, lo, whole, hi, last, last, block_stride, scale_log2, softcap, acc, peak,
-        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, False)  # fmt: skip
+        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, FORM, False)  # fmt: skip
     acc, peak, total = _span(query, k_base, v_base, table, whole, hi, hi, last, last, block_stride, scale_log2, softcap, acc, peak,
-        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, True)  # fmt: skip
+        total, D, D_PAD, PAGE, BLOCK_N, 0, CAP, False, PRECISION, STAGES, WIDE, PER_PAGE, FORM, True)  # fmt: skip
+    if FORM != "full":
+        acc = acc * v_scale
     slot = ((row * HKV + head) * GROUP + m % GP) * STRIDE + split
     _store_partial(part, lse, slot, inside, acc, peak, total, D, D_PAD)
 
@@ -124,38 +128,39 @@ _IN_HALF: Final = {
 
 
 @functools.cache
-def choose(head_dim: int, itemsize: int) -> Choice[PrefillConfig]:
+def choose(head_dim: int, itemsize: int, kv_itemsize: int) -> Choice[PrefillConfig]:
     """The launch shapes of the part that reads common blocks; in float32 those of prefill, which
-    compile in seconds."""
+    compile in seconds. itemsize, kv_itemsize: bytes of an element of queries and of
+    caches."""
     shapes = (
-        attention_prefill.choose(head_dim, itemsize).candidates
+        attention_prefill.choose(head_dim, itemsize, kv_itemsize).candidates
         if itemsize == 4
         else _IN_HALF[128 if head_dim <= 128 else 256]
     )
-    return Choice(
-        f"attention to common blocks (head size {head_dim}, {itemsize} bytes an element)", shapes
-    )
+    words = elements(head_dim, itemsize, kv_itemsize)
+    return Choice(f"attention to common blocks ({words})", shapes)
 
 
 def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
         groups: Groups,
                       scale: float, softcap: float | None = None, *, query_start: torch.Tensor | None = None,
-                      out: torch.Tensor | None = None, config: PrefillConfig | None = None) -> torch.Tensor:  # fmt: skip
+                      out: torch.Tensor | None = None, config: PrefillConfig | None = None,
+                      kv_scales: KVScales = UNSCALED) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D], equal to decode_attention on the same rows. Arguments as there; a sliding window
     is not supported: use decode_attention. With `query_start`, the rows in groups are of one token
     and come first, so that row i is token i. `config` is the launch shape of the part that reads
     common blocks."""
     rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
     group, count = q.shape[1] // hkv, groups.lengths.shape[0]
-    splits = pick_config(dim, group, rows * hkv).splits
+    kv_itemsize = k_cache.element_size()
+    splits = pick_config(dim, group, rows * hkv, kv_itemsize).splits
     shared = _shared(q, rows, count, hkv, dim, splits, groups.shared)
-    launch = functools.partial(
-        _launch, q, k_cache, v_cache, tables, groups, shared, splits, scale, softcap
-    )
+    caches = kernel_caches(k_cache, v_cache, kv_scales, scale)
+    launch = functools.partial(_launch, q, caches, tables, groups, shared, splits, softcap)
     if config is not None:
         launch(config)
     else:
-        choose(dim, q.element_size()).launch(q.device, launch)
+        choose(dim, q.element_size(), kv_itemsize).launch(q.device, launch)
     return decode_attention(
         q,
         k_cache,
@@ -168,13 +173,14 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
         query_start=query_start,
         out=out,
         shared=shared,
+        kv_scales=kv_scales,
     )
 
 
-def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, groups: Groups, shared: Shared,
-            splits: int, scale: float, softcap: float | None, c: PrefillConfig) -> None:  # fmt: skip
+def _launch(q: torch.Tensor, caches: KernelCaches, tables: torch.Tensor, groups: Groups, shared: Shared,
+            splits: int, softcap: float | None, c: PrefillConfig) -> None:  # fmt: skip
     (_, hkv, page, dim), count, rows = (
-        k_cache.shape,
+        caches.keys.shape,
         groups.lengths.shape[0],
         groups.shared.shape[0],
     )
@@ -182,10 +188,10 @@ def _launch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)
     _prefix[((rows // (block_m // gp) + count) * hkv, shared.splits)](
-        q, k_cache, v_cache, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse, scale * LOG2E,
-        softcap or 1.0, q.stride(0), tables.stride(0),
-        k_cache.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m,
+        q, caches.keys, caches.values, tables, groups.order, groups.starts, groups.lengths, shared.part, shared.lse,
+        caches.score_scale * LOG2E, softcap or 1.0, caches.v_scale, q.stride(0), tables.stride(0),
+        caches.keys.stride(0), count, HKV=hkv, GROUP=group, GP=gp, D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=page, BLOCK_M=block_m,
         BLOCK_N=c.block_n,
         G_PAD=triton.next_power_of_2(count), SPLITS=shared.splits, STRIDE=shared.splits + splits, CAP=softcap is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=k_cache.numel() >= 2**31,
-        PER_PAGE=c.block_n % page == 0 and page & (page - 1) == 0, num_warps=c.warps)  # fmt: skip
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=caches.keys.numel() >= 2**31,
+        PER_PAGE=c.block_n % page == 0 and page & (page - 1) == 0, FORM=caches.form, num_warps=c.warps)  # fmt: skip

@@ -16,7 +16,9 @@ from torch import Tensor
 from .backend import Ops
 from .batch import Batch
 from .cpu_plan import Group, Plan, make_plan
+from .kv_cache import UNSCALED, KVScales, quantize, quantized, raw
 from .quantized import Quantized
+from .routing import LEAST_SUM, NO_EXPERT, Routing
 
 if TYPE_CHECKING:
     from .cpu_linear import QuantizedLinear
@@ -129,6 +131,41 @@ def pack_experts(weight: Tensor) -> list[Tensor]:
     return [pack_linear(matrix) for matrix in weight]
 
 
+def route(
+    logits: Tensor,
+    routing: Routing,
+    correction_bias: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See backend.Ops."""
+    wide = logits.float()
+    scores = wide.sigmoid() if routing.scoring_func == "sigmoid" else wide.softmax(-1)
+    choice = scores if correction_bias is None else scores + correction_bias
+    if routing.num_expert_group > 1:
+        choice = _within_groups(choice, routing, correction_bias is not None)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : routing.top_k]
+    weights = scores.gather(1, ids)
+    if routing.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
+    if routing.routed_scaling_factor != 1:
+        weights = weights * routing.routed_scaling_factor
+    ids = ids.int()
+    if slot_mapping is not None:
+        padding = (slot_mapping < 0)[:, None]
+        ids, weights = ids.masked_fill(padding, NO_EXPERT), weights.masked_fill(padding, 0.0)
+    return ids, weights
+
+
+def _within_groups(choice: Tensor, routing: Routing, best_two: bool) -> Tensor:
+    """choice [T, E] with -inf for the experts of groups that a token does not choose among."""
+    groups = choice.view(len(choice), routing.num_expert_group, -1)
+    values = groups.topk(2).values.sum(-1) if best_two else groups.amax(-1)
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    closed = torch.ones_like(values, dtype=torch.bool)
+    closed.scatter_(1, order[:, : routing.topk_group], False)
+    return groups.masked_fill(closed[:, :, None], float("-inf")).flatten(1)
+
+
 def experts(
     x: Tensor, gate_up: list[Tensor], down: list[Tensor], top_k_ids: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -140,8 +177,9 @@ def experts(
     out, first = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), 0
     for index, count in zip(used.tolist(), counts.tolist(), strict=True):
         rows = tokens[first : first + count]
-        part = linear(silu_mul(linear(x[rows], gate_up[index])), down[index])
-        out.index_add_(0, rows, part * shares[first : first + count])
+        if index != NO_EXPERT:
+            part = linear(silu_mul(linear(x[rows], gate_up[index])), down[index])
+            out.index_add_(0, rows, part * shares[first : first + count])
         first += count
     return out.to(x.dtype)
 
@@ -160,8 +198,9 @@ def rope_and_cache(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: Batch,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
-    plan = batch.plan or make_plan(batch, k_cache)
+    plan = batch.plan or make_plan(batch, k_cache, qkv.dtype)
     cos, sin, minus_sin = plan.rotary(cos_sin, qkv.dtype)
     size, half = k_cache.shape[3], k_cache.shape[3] // 2
     heads = qkv.shape[1] // size - 2 * plan.kv_heads
@@ -178,8 +217,10 @@ def rope_and_cache(
     k, v = turned[:, heads:], parts[:, heads + plan.kv_heads :]
     if plan.kept is not None:
         k, v = k[plan.kept], v[plan.kept]
-    k_cache.view(-1, size).index_copy_(0, plan.cache_rows, k.reshape(-1, size))
-    v_cache.view(-1, size).index_copy_(0, plan.cache_rows, v.reshape(-1, size))
+    if quantized(k_cache):
+        k, v = raw(quantize(k, kv_scales.k)), raw(quantize(v, kv_scales.v))
+    raw(k_cache).view(-1, size).index_copy_(0, plan.cache_rows, k.reshape(-1, size))
+    raw(v_cache).view(-1, size).index_copy_(0, plan.cache_rows, v.reshape(-1, size))
     return turned[:, :heads]
 
 
@@ -192,30 +233,33 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Sequences that are alike (by length when decoding, by position in prompts) go through one
     batched product over gathered blocks."""
-    plan: Plan = batch.plan or make_plan(batch, k_cache)
+    plan: Plan = batch.plan or make_plan(batch, k_cache, q.dtype)
+    codes = quantized(k_cache)
+    if codes:
+        scale = scale * kv_scales.k
     groups = plan.work(window)
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend(q, k_cache, v_cache, groups[0], scale, softcap, alibi_slopes)
+        out = _attend(q, k_cache, v_cache, groups[0], scale, softcap, alibi_slopes)
+        return out.mul_(kv_scales.v) if codes else out
     out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype)
     for group in groups:
         out[group.tokens] = _attend(
             q[group.tokens], k_cache, v_cache, group, scale, softcap, alibi_slopes
         )
-    return out
+    return out.mul_(kv_scales.v) if codes else out
 
 
-def _gather(cache: Tensor, group: Group) -> Tensor:
-    """[size * Hkv, length, D]: the group's blocks, which lie by head already, each block_size x D
-    values in one piece."""
+def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """[size * Hkv, length, D] of `dtype`: the group's blocks, which lie by head already, each
+    block_size x D values in one piece."""
     kv_heads, block_size, size = cache.shape[1:]
-    found = torch.index_select(cache.view(-1, block_size * size), 0, group.index).view(
-        group.size * kv_heads, -1, size
-    )
-    found = found[:, : group.length]
-    return found.float() if group.wide else found
+    blocks = torch.index_select(raw(cache).view(-1, block_size * size), 0, group.index)
+    found = blocks.view(group.size * kv_heads, -1, size)[:, : group.length]
+    return found.view(cache.dtype).to(dtype)
 
 
 def _attend(
@@ -235,13 +279,13 @@ def _attend(
     queries = heads.permute(0, 2, 1, 3, 4) if group.queries > 1 else heads
     queries = queries.reshape(pairs, -1, size)
     queries = queries.float() if group.wide else queries
-    scores = _scores(queries, _gather(k_cache, group).mT, group, scale, softcap)
+    scores = _scores(queries, _gather(k_cache, group, queries.dtype).mT, group, scale, softcap)
     shares = torch.softmax(
         scores if alibi_slopes is None else _sloped(scores, group, alibi_slopes, kv_heads), -1
     )
     if alibi_slopes is not None:
         shares = shares.to(queries.dtype)
-    out = torch.bmm(shares, _gather(v_cache, group)).to(dtype)
+    out = torch.bmm(shares, _gather(v_cache, group, queries.dtype)).to(dtype)
     if group.queries > 1:
         out = out.view(group.size, kv_heads, group.queries, -1, size).transpose(1, 2)
     return out.reshape(len(q), -1)
@@ -308,6 +352,7 @@ class CpuOps:
     relu = staticmethod(relu)
     pack_experts = staticmethod(pack_experts)
     experts = staticmethod(experts)
+    route = staticmethod(route)
     rope_and_cache = staticmethod(rope_and_cache)
     paged_attention = staticmethod(paged_attention)
 

@@ -19,17 +19,24 @@ from . import cpu_native, cpu_task
 from .batch import Batch
 from .cpu_linear import QuantizedLinear
 from .cpu_task import MATRIX_FIELDS
+from .kv_cache import FP8, UNSCALED, KVScales
 from .quantized import GROUP
 
 MOST_TOKENS: Final = 32
 """Of a step that runs so. Beyond it the products are what counts, and those have other ways
 (cpu_linear)."""
+CACHE_TYPES: Final = {
+    torch.float32: cpu_task.CACHE_FLOAT32,
+    torch.bfloat16: cpu_task.CACHE_BFLOAT16,
+    FP8: cpu_task.CACHE_E4M3,
+}
 
 
 @dataclass(frozen=True)
 class DecodeLayer:
     """qkv: query, key and value; up: gate and up. Norm weights, bias [N of qkv] and the weights of
-    queries' and keys' norms are float32. window: tokens seen, 0 for all. scale: of scores."""
+    queries' and keys' norms are float32. window: tokens seen, 0 for all. scale: of scores,
+    without that of keys; kv_scales: of caches of 8-bit codes, UNSCALED of others."""
 
     qkv: QuantizedLinear
     output: QuantizedLinear
@@ -42,6 +49,7 @@ class DecodeLayer:
     key_norm: Tensor | None
     window: int
     scale: float
+    kv_scales: KVScales = UNSCALED
 
     def fits(self, width: int) -> bool:
         """Whether the machine code can run it; `width`: query heads times their size. Sums by
@@ -62,7 +70,10 @@ class DecodeLayer:
         out[cpu_task.L_NORM : cpu_task.L_BIAS + 1] = [
             0 if x is None else x.data_ptr() for x in given
         ]
-        out[cpu_task.L_WINDOW], out[cpu_task.L_SCALE] = self.window, float_bits(self.scale)
+        out[cpu_task.L_WINDOW] = self.window
+        out[cpu_task.L_SCALE] = float_bits(self.scale * self.kv_scales.k)
+        out[cpu_task.L_KEY_SCALE] = float_bits(self.kv_scales.k)
+        out[cpu_task.L_VALUE_SCALE] = float_bits(self.kv_scales.v)
         return out
 
 
@@ -117,8 +128,8 @@ class NativeDecoder:
         wanted: Tensor | None,
     ) -> Tensor:
         """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
-        (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32
-        or bfloat16: one for each layer."""
+        (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
+        bfloat16 or 8-bit codes: one for each layer."""
         t, threads = cpu_task, torch.get_num_threads()
         rows = torch.arange(len(x)) if wanted is None else wanted
         rows_of = self._rows_of(batch)
@@ -167,7 +178,7 @@ class NativeDecoder:
         task[t.T_SIZE] = s.head_dim
         task[t.T_INNER] = s.inner
         task[t.T_BLOCK] = cache.shape[3]
-        task[t.T_SHORT] = int(cache.dtype == torch.bfloat16)
+        task[t.T_CACHE] = CACHE_TYPES[cache.dtype]
         task[t.T_GELU] = int(s.gelu)
 
         task[t.T_X] = x.data_ptr()

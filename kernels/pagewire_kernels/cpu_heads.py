@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from . import cpu_task as task
-from .cpu_kernels import as_float, floats, inlined, ints, longs, shorts
+from .cpu_kernels import as_float, floats, inlined, ints, longs, octets, shorts
+from .cpu_kernels import bits_of as word_of
 from .cpu_task import MATRIX_FIELDS
 from .cpu_team import share
 
@@ -59,10 +60,46 @@ def rotate(x, at, size, factors, f):
 
 
 @inlined
-def keep(x, at, size, cache, place, short):
-    """float32 number `at` and those that follow, behind address x, to the cache's element
-    `place`."""
-    if short:
+def number_of(code):
+    """The float32 of an e4m3 code. NaN stays NaN."""
+    bits = np.int32(code)
+    size = bits & np.int32(127)
+    number = as_float(np.int32((size << np.int32(20)) + np.int32(120 << 23)))
+    if size < 8:
+        number = np.float32(size) * np.float32(0.001953125)
+    if size == 127:
+        number = as_float(np.int32(0x7FC00000))
+    return -number if bits > 127 else number
+
+
+@inlined
+def code_of(x):
+    """The e4m3 code of a float32: the nearest, ties to even; saturating at 448. NaN stays NaN. See
+    attention_common.codes."""
+    word = word_of(x)
+    sign = (word >> np.int32(24)) & np.int32(0x80)
+    size = word & np.int32(0x7FFFFFFF)
+    if size > np.int32(0x7F800000):
+        return np.uint8(0x7F | sign)
+    size = min(size, np.int32(0x43E00000))
+    if size < np.int32(121 << 23):
+        step = word_of(as_float(np.int32(size)) + np.float32(16384.0)) - np.int32(0x46800000)
+        return np.uint8(step | sign)
+    even = (size >> np.int32(20)) & np.int32(1)
+    return np.uint8(
+        ((size + np.int32(0x7FFFF) + even - np.int32(120 << 23)) >> np.int32(20)) | sign
+    )
+
+
+@inlined
+def keep(x, at, size, cache, place, kind, scale):
+    """float32 number `at` and those that follow, behind address x, to the cache's element `place`;
+    codes are of numbers over `scale`."""
+    if kind == task.CACHE_E4M3:
+        codes, wide = octets(cache), floats(x)
+        for i in range(size):
+            codes[place + i] = code_of(wide[at + i] / scale)
+    elif kind == task.CACHE_BFLOAT16:
         brief, words = shorts(cache), ints(x)
         for i in range(size):
             word = np.uint32(words[at + i])
@@ -77,11 +114,19 @@ def keep(x, at, size, cache, place, short):
 
 
 @inlined
-def score_block(q, at, size, cache, place, count, short, scores, to):
+def score_block(q, at, size, cache, place, count, kind, scores, to):
     """Products of q[at : at + size] with `count` keys that follow each other; the largest of
     them."""
     most = np.float32(-np.inf)
-    if short:
+    if kind == task.CACHE_E4M3:
+        codes = octets(cache)
+        for j in range(count):
+            total = np.float32(0)
+            for i in range(size):
+                total += q[at + i] * number_of(codes[place + j * size + i])
+            scores[to + j] = total
+            most = max(most, total)
+    elif kind == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             total = np.float32(0)
@@ -101,9 +146,15 @@ def score_block(q, at, size, cache, place, count, short, scores, to):
 
 
 @inlined
-def add_block(shares, first, size, cache, place, count, short, out, to):
+def add_block(shares, first, size, cache, place, count, kind, out, to):
     """out[to : to + size] += shares times `count` values that follow each other."""
-    if short:
+    if kind == task.CACHE_E4M3:
+        codes = octets(cache)
+        for j in range(count):
+            part = shares[first + j]
+            for i in range(size):
+                out[to + i] += part * number_of(codes[place + j * size + i])
+    elif kind == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             part = shares[first + j]
@@ -147,13 +198,13 @@ def turn_and_keep(t, layer, me, threads):
         if head < heads + kv:
             rotate(qkv, at, size, factors, positions[r] * size)
         if head >= heads and slots[r] >= 0:
-            cache, h = (
-                (layer[task.L_CACHE], head - heads)
+            cache, scale, h = (
+                (layer[task.L_CACHE], layer[task.L_KEY_SCALE], head - heads)
                 if head < heads + kv
-                else (layer[task.L_VALUES], head - heads - kv)
+                else (layer[task.L_VALUES], layer[task.L_VALUE_SCALE], head - heads - kv)
             )
             place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
-            keep(t[task.T_QKV], at, size, cache, place, t[task.T_SHORT])
+            keep(t[task.T_QKV], at, size, cache, place, t[task.T_CACHE], bits_of(scale))
 
 
 @inlined
@@ -168,7 +219,7 @@ def place_of(t, layer, table, head, token):
 def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores)
     times values."""
-    size, block, short = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_SHORT]
+    size, block, kind = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_CACHE]
     qkv, scale, most, total = (
         floats(t[task.T_QKV]),
         bits_of(layer[task.L_SCALE]),
@@ -180,9 +231,7 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
         place = place_of(t, layer, table, head, a)
         most = max(
             most,
-            score_block(
-                qkv, query, size, layer[task.L_CACHE], place, z - a, short, scores, a - low
-            ),
+            score_block(qkv, query, size, layer[task.L_CACHE], place, z - a, kind, scores, a - low),
         )
     for j in range(end - low):
         scores[j] = exponential((scores[j] - most) * scale)
@@ -192,9 +241,10 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     for start in range(low // block * block, end, block):
         a, z = max(start, low), min(start + block, end)
         place = place_of(t, layer, table, head, a)
-        add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, short, out, to)
+        add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, kind, out, to)
+    factor = bits_of(layer[task.L_VALUE_SCALE]) / total
     for i in range(size):
-        out[to + i] /= total
+        out[to + i] *= factor
 
 
 @inlined

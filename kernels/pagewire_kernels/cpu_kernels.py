@@ -86,9 +86,16 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-floats, shorts, ints, uints, longs = (
+floats, shorts, ints, uints, longs, octets = (
     _pointer_to(kind)
-    for kind in (types.float32, types.uint16, types.int32, types.uint32, types.int64)
+    for kind in (
+        types.float32,
+        types.uint16,
+        types.int32,
+        types.uint32,
+        types.int64,
+        types.uint8,
+    )
 )
 
 

@@ -190,8 +190,9 @@ class Plan:
         return torch.from_numpy(pairs.reshape(-1))
 
 
-def make_plan(batch: Batch, cache: Tensor) -> Plan:
-    """The plan of `batch` for caches shaped and typed like `cache`; also left on `batch.plan`."""
+def make_plan(batch: Batch, cache: Tensor, dtype: torch.dtype) -> Plan:
+    """The plan of `batch` for caches shaped like `cache` and activations of `dtype`; also left on
+    `batch.plan`."""
     _, kv_heads, block_size, head_dim = cache.shape
     slots = batch.slot_mapping.numpy()
     kept = None if (slots >= 0).all() else torch.from_numpy(np.flatnonzero(slots >= 0))
@@ -201,7 +202,7 @@ def make_plan(batch: Batch, cache: Tensor) -> Plan:
         kv_heads,
         block_size,
         head_dim,
-        cache.dtype,
+        dtype,
         batch.positions,
         torch.from_numpy(rows.reshape(-1)),
         kept,

@@ -37,7 +37,8 @@ T_ATTENDED: Final = 19
 T_GATE: Final = 20
 T_UP: Final = 21
 T_INNER_STRIDE: Final = 22
-T_SHORT: Final = 23
+T_CACHE: Final = 23
+"""What the caches hold: CACHE_FLOAT32 and so on."""
 T_GELU: Final = 24
 T_NORM: Final = 25
 T_WANTED: Final = 26
@@ -66,7 +67,12 @@ L_CACHE: Final = 7 * MATRIX_FIELDS + 6
 L_VALUES: Final = 7 * MATRIX_FIELDS + 7
 L_WINDOW: Final = 7 * MATRIX_FIELDS + 8
 L_SCALE: Final = 7 * MATRIX_FIELDS + 9
-L_FIELDS: Final = 7 * MATRIX_FIELDS + 10
+L_KEY_SCALE: Final = 7 * MATRIX_FIELDS + 10
+L_VALUE_SCALE: Final = 7 * MATRIX_FIELDS + 11
+L_FIELDS: Final = 7 * MATRIX_FIELDS + 12
+
+# What caches hold: T_CACHE.
+CACHE_FLOAT32, CACHE_BFLOAT16, CACHE_E4M3 = range(3)
 
 # Of the task of `cpu_gumbel.find_candidates`: addresses, but for the three numbers.
 (

@@ -3,8 +3,7 @@ the choice between kernels for one operation.
 
 Everything here can be captured in a CUDA graph after one call outside it: no operation waits for
 the device or allocates anything but its results, grids depend on shapes alone, and lengths are read
-on the device. Exceptions are, on some GPUs, attention by torch (attention_torch.py) and a mixture
-of experts (grouped_gemm.py).
+on the device. The exception is, on some GPUs, attention by torch (attention_torch.py).
 """
 
 from typing import Final
@@ -22,6 +21,7 @@ from .cascade import cascade_attention
 from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
+from .kv_cache import UNSCALED, KVScales
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 
@@ -57,6 +57,7 @@ class CudaOps:
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
     experts = staticmethod(moe.experts)
+    route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
     norm_linear = staticmethod(gemm_row.norm_linear)
     norm_gated = staticmethod(gemm_row.norm_gated)
@@ -101,6 +102,7 @@ class CudaOps:
         window: int | None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token
         i see j with i - w < j <= i; `alibi_slopes` are ALiBi's, float32 [Hq].
@@ -112,12 +114,14 @@ class CudaOps:
         """
         if attention_torch.serves(q.device):
             return attention_torch.paged_attention(
-                q, k_cache, v_cache, batch, scale, window, softcap, alibi_slopes
+                q, k_cache, v_cache, batch, scale, window, softcap, alibi_slopes, kv_scales
             )
         rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
         groups = batch.groups if window is None and alibi_slopes is None else None
         if batch.max_query_len == 1 and groups is not None:
-            return cascade_attention(q, k_cache, v_cache, tables, lengths, groups, scale, softcap)
+            return cascade_attention(
+                q, k_cache, v_cache, tables, lengths, groups, scale, softcap, kv_scales=kv_scales
+            )
         if batch.max_query_len == 1:
             return decode_attention(
                 q,
@@ -129,6 +133,7 @@ class CudaOps:
                 window,
                 softcap,
                 alibi_slopes=alibi_slopes,
+                kv_scales=kv_scales,
             )
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         mixed, starts = rows > 1, batch.query_start
@@ -144,6 +149,7 @@ class CudaOps:
                 softcap,
                 query_start=starts,
                 out=out,
+                kv_scales=kv_scales,
             )
         # launched even where no row has one token: two ways to compile the prefill kernel would cost
         # more
@@ -160,6 +166,7 @@ class CudaOps:
                 query_start=starts,
                 alibi_slopes=alibi_slopes,
                 out=out,
+                kv_scales=kv_scales,
             )
         return prefill_attention(
             q,
@@ -175,6 +182,7 @@ class CudaOps:
             alibi_slopes=alibi_slopes,
             out=out,
             hopper=self.choices.hopper_prefill,
+            kv_scales=kv_scales,
         )
 
     def rope_attention(
@@ -190,6 +198,7 @@ class CudaOps:
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding
         few rows without groups takes one launch; among many, what each program does before it reads
@@ -209,9 +218,14 @@ class CudaOps:
                 window,
                 softcap,
                 rope=Rope(cos_sin, q_weight, k_weight, eps),
+                kv_scales=kv_scales,
             )
-        q = rope_and_cache(qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch)
-        return self.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+        q = rope_and_cache(
+            qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch, kv_scales
+        )
+        return self.paged_attention(
+            q, k_cache, v_cache, batch, scale, window, softcap, kv_scales=kv_scales
+        )
 
 
 OPS: Final = CudaOps(KernelChoices())

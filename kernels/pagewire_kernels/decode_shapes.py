@@ -1,12 +1,12 @@
-"""Launch shapes of decode attention: by the number of programs, and by the shared memory that a GPU
-has for them. Launches nothing."""
+"""Launch shapes of decode attention: by the number of programs, by the size of a cache's elements,
+and by the shared memory that a GPU has for them. Launches nothing."""
 
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from .shapes import Candidate, Choice
+from .shapes import Candidate, Choice, elements
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,27 @@ _TABLE: Final = (
 )
 """Up to so many programs (rows * KV heads); measured on an H200 (docs/performance.md)."""
 _BEYOND: Final = DecodeConfig(32, 1, 2, 2048, 1)
+_TABLE_OF_BYTES: Final = (
+    (16, DecodeConfig(64, 2, 3, 64, 32)),
+    (64, DecodeConfig(64, 2, 4, 128, 16)),
+    (128, DecodeConfig(64, 2, 4, 256, 16)),
+    (256, DecodeConfig(64, 2, 4, 1024, 8)),
+    (1024, DecodeConfig(64, 2, 4, 1024, 4)),
+    (4096, DecodeConfig(64, 2, 3, 2048, 2)),
+)
+"""The same of caches of 8-bit codes, where a tile of as many tokens has half the bytes. Not measured
+yet: tests/worker/gpu_kv_fp8.py times others beside these."""
+_BEYOND_OF_BYTES: Final = DecodeConfig(64, 2, 3, 2048, 1)
 MARGIN: Final = 512
 """Bytes, for reductions across warps."""
 
 
 @functools.cache
-def pick_config(head_dim: int, group: int, programs: int) -> DecodeConfig:
+def pick_config(head_dim: int, group: int, programs: int, kv_itemsize: int) -> DecodeConfig:
     """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that
-    has the shared memory for it."""
-    config = next((config for limit, config in _TABLE if programs <= limit), _BEYOND)
+    has the shared memory for it. kv_itemsize: bytes of an element of the caches."""
+    table, beyond = (_TABLE_OF_BYTES, _BEYOND_OF_BYTES) if kv_itemsize == 1 else (_TABLE, _BEYOND)
+    config = next((config for limit, config in table if programs <= limit), beyond)
     if head_dim > 128:
         return replace(config, block_n=32, warps=2, stages=4)
     return config if group <= 16 else replace(config, warps=max(2, config.warps))
@@ -49,12 +61,15 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def shared_bytes(config: DecodeConfig, head_dim: int, group: int, itemsize: int) -> int:
+def shared_bytes(
+    config: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int
+) -> int:
     """Of shared memory, on every target: the tiles of keys and values that are under way, the
     queries, and the weights of a tile."""
     rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
     tiles = 2 * (config.stages - 1) * config.block_n
-    return itemsize * (tiles * width + rows * width + rows * config.block_n) + MARGIN
+    queries = rows * width + rows * config.block_n
+    return kv_itemsize * tiles * width + itemsize * queries + MARGIN
 
 
 def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
@@ -67,14 +82,20 @@ def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
 
 
 @functools.cache
-def _choice(best: DecodeConfig, head_dim: int, group: int, itemsize: int) -> Choice[DecodeConfig]:
+def _choice(
+    best: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int
+) -> Choice[DecodeConfig]:
     shapes = tuple(
-        Candidate(config, shared_bytes(config, head_dim, group, itemsize))
+        Candidate(config, shared_bytes(config, head_dim, group, itemsize, kv_itemsize))
         for config in _ladder(best)
     )
-    return Choice(f"decode attention (head size {head_dim}, {itemsize} bytes an element)", shapes)
+    return Choice(f"decode attention ({elements(head_dim, itemsize, kv_itemsize)})", shapes)
 
 
-def choose(head_dim: int, group: int, programs: int, itemsize: int) -> Choice[DecodeConfig]:
-    """The launch shapes for an element size in bytes; all of them have the same splits."""
-    return _choice(pick_config(head_dim, group, programs), head_dim, group, itemsize)
+def choose(
+    head_dim: int, group: int, programs: int, itemsize: int, kv_itemsize: int
+) -> Choice[DecodeConfig]:
+    """The launch shapes for elements of queries and of caches of so many bytes; all of them have
+    the same splits."""
+    best = pick_config(head_dim, group, programs, kv_itemsize)
+    return _choice(best, head_dim, group, itemsize, kv_itemsize)

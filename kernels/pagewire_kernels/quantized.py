@@ -107,7 +107,7 @@ class Quantized:
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
         index = torch.as_tensor(rows, device=self.scale.device)
-        if isinstance(self.values, Tensor):
+        if isinstance(self.values, Tensor):  # noqa: SIM108
             # as bytes: torch takes no rows of 8-bit floats on every device
             values = self.values.view(torch.uint8)[index].view(self.values.dtype)
         else:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .kv_cache import UNSCALED, KVScales, dequantize, quantize, quantized
+from .routing import LEAST_SUM, NO_EXPERT, Routing
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,19 +61,59 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return gelu_tanh(gate) * up
 
 
+def route(
+    logits: Tensor,
+    routing: Routing,
+    correction_bias: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(top_k_ids int32 [T, k], top_k_weights float32 [T, k]) of logits [T, E]; see Routing.
+    correction_bias [E] is added for the choice only. Tokens whose slot_mapping [T] is negative are
+    padding and choose NO_EXPERT, with weight 0."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = wide.sigmoid() if routing.scoring_func == "sigmoid" else wide.softmax(-1)
+    ids = torch.full((len(logits), routing.top_k), NO_EXPERT, dtype=torch.int32)
+    weights = torch.zeros(len(logits), routing.top_k)
+    for token, row in enumerate(scores):
+        if slot_mapping is not None and slot_mapping[token] < 0:
+            continue
+        choice = row if correction_bias is None else row + correction_bias
+        candidates = _in_best_groups(choice, routing, correction_bias is not None)
+        best = sorted(candidates, key=lambda expert: (-choice[expert].item(), expert))
+        chosen = torch.tensor(best[: routing.top_k])
+        shares = row.cpu()[chosen]
+        if routing.renormalize:
+            shares = shares / (shares.sum() + LEAST_SUM)
+        ids[token] = chosen
+        weights[token] = shares * routing.routed_scaling_factor
+    return ids.to(logits.device), weights.to(logits.device)
+
+
+def _in_best_groups(choice: Tensor, routing: Routing, best_two: bool) -> list[int]:
+    """The experts of the groups among which a token chooses."""
+    groups = choice.view(routing.num_expert_group, -1)
+    values = groups.topk(2).values.sum(-1) if best_two else groups.max(-1).values
+    order = sorted(range(len(groups)), key=lambda group: (-values[group].item(), group))
+    size = routing.group_size
+    return [
+        expert
+        for group in order[: routing.topk_group]
+        for expert in range(group * size, (group + 1) * size)
+    ]
+
+
 def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, top_k_ids: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """x [T, H] through the experts top_k_ids [T, k] of each token, weighted by top_k_weights
-    [T, k] float32. gate_up [E, 2I, H], down [E, H, I]."""
-    rows = [
-        sum(
-            w * (down[e] @ silu_mul((gate_up[e] @ token)[None])[0]).to(w.dtype)
-            for e, w in zip(ids.tolist(), shares, strict=True)
-        )
-        for token, ids, shares in zip(x, top_k_ids, top_k_weights, strict=True)
-    ]
-    return torch.stack(rows).to(x.dtype)  # pyright: ignore[reportArgumentType]
+    [T, k] float32; ids of NO_EXPERT add nothing. gate_up [E, 2I, H], down [E, H, I]."""
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for token, (ids, shares) in enumerate(zip(top_k_ids.tolist(), top_k_weights, strict=True)):
+        for expert, share in zip(ids, shares, strict=True):
+            if expert != NO_EXPERT:
+                inner = silu_mul((gate_up[expert] @ x[token])[None])[0]
+                out[token] += share * (down[expert] @ inner)
+    return out.to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -98,16 +140,20 @@ def rope_and_cache(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: Batch,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Split qkv [T, (Hq+2Hkv)*D], normalise queries and keys by head where weights [D] are given,
     rotate both, write keys and values into the caches [blocks, Hkv, block_size, D] at
-    `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]."""
+    `slot_mapping` (negative: nowhere), and return the queries [T, Hq, D]. `kv_scales`: of caches of
+    8-bit codes."""
     kv_heads, block_size, size = k_cache.shape[1:]
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     q, k = rope(q, cos_sin, batch.positions), rope(k, cos_sin, batch.positions)
+    if quantized(k_cache):
+        k, v = quantize(k, kv_scales.k), quantize(v, kv_scales.v)
     for token, slot in enumerate(batch.slot_mapping.tolist()):
         if slot >= 0:
             k_cache[slot // block_size, :, slot % block_size] = k[token]
@@ -150,10 +196,14 @@ def paged_attention(
     window: int | None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
     token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
-    scaled, capped score."""
+    scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
+    if quantized(k_cache):
+        k_cache = dequantize(k_cache, kv_scales.k)
+        v_cache = dequantize(v_cache, kv_scales.v)
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .attention_common import kept
+from .kv_cache import UNSCALED, KVScales, kernel_caches
 from .workspace import overlap
 
 
@@ -37,9 +39,10 @@ def _normed(x1, x2, q_weight, k_weight, is_q, is_v, i, inside, eps, D: tl.conste
 
 
 @triton.jit
-def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, eps, qkv_stride, block_stride,
+def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, eps, k_scale, v_scale, qkv_stride,
+                    block_stride,
                     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
-                    NORM: tl.constexpr,
+                    NORM: tl.constexpr, FORM: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -70,6 +73,9 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
         slot // PAGE * block_stride + (kv_head[:, None] * PAGE + slot % PAGE) * D + i[None, :]
     )
     is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
+    scale = tl.where(is_v, v_scale, k_scale)[:, None]
+    y1 = kept(y1, scale, k_cache, FORM)
+    y2 = kept(y2, scale, k_cache, FORM)
     tl.store(k_cache + cache_at, y1, mask=both & is_k[:, None])
     tl.store(k_cache + cache_at + D // 2, y2, mask=both & is_k[:, None])
     tl.store(v_cache + cache_at, y1, mask=both & (is_v & (slot >= 0))[:, None])
@@ -77,22 +83,23 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
 
 
 def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
-                   k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Any) -> torch.Tensor:  # fmt: skip
+                   k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Any, kv_scales: KVScales = UNSCALED) -> torch.Tensor:  # fmt: skip
     """q [T, Hq, D]; k and v go to the slots of `batch` (fields positions, slot_mapping, both int64
     [T]; a slot of -1 is padding).
 
     qkv [T, (Hq + 2 Hkv) * D]; cos_sin [positions, D] float32, cosines in the first half of D, sines
-    in the second; both weights [D] or None.
+    in the second; both weights [D] or None. `kv_scales`: of caches of 8-bit codes.
     """
     _, hkv, page, dim = k_cache.shape
     tokens, heads = qkv.shape[0], qkv.shape[1] // dim
     hq = heads - 2 * hkv
     q = torch.empty(tokens, hq, dim, dtype=qkv.dtype, device=qkv.device)
     per_program = 4 if tokens <= 64 else 16
+    caches = kernel_caches(k_cache, v_cache, kv_scales)
     if tokens:
         _rope_and_cache[(tokens, triton.cdiv(heads, per_program))](
-            qkv, cos_sin, q_weight, k_weight, q, k_cache, v_cache, batch.positions, batch.slot_mapping, eps, qkv.stride(0),
-            k_cache.stride(0),
+            qkv, cos_sin, q_weight, k_weight, q, caches.keys, caches.values, batch.positions, batch.slot_mapping, eps,
+            caches.k_scale, caches.v_scale, qkv.stride(0), k_cache.stride(0),
             HQ=hq, HKV=hkv, D=dim, HALF=triton.next_power_of_2(dim // 2), PAGE=page, HEADS=per_program, NORM=q_weight is not None,
-            num_warps=1 if per_program == 4 else 4, **overlap(qkv.device))  # fmt: skip
+            FORM=caches.form, num_warps=1 if per_program == 4 else 4, **overlap(qkv.device))  # fmt: skip
     return q

@@ -109,5 +109,11 @@ class Choice(Generic[S]):
                 del left[0]
 
 
+def elements(head_dim: int, itemsize: int, kv_itemsize: int) -> str:
+    """An attention kernel's sizes in words: of a head, and of elements of queries and caches."""
+    cache = "" if kv_itemsize == itemsize else f", {kv_itemsize} in the cache"
+    return f"head size {head_dim}, {itemsize} bytes an element{cache}"
+
+
 def _short(error: OutOfResources) -> str:
     return f"{error.required:,} of {error.limit:,} of {error.name}"

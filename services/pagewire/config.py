@@ -262,6 +262,13 @@ class WorkerConfig(Struct, frozen=True):
         Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
         _help("type of weights and activations"),
     ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "fp8_e4m3"],
+        _help(
+            "type of keys and values in the KV cache; auto: that of --dtype; fp8, fp8_e4m3: 8 bits, for nearly twice the tokens, with the "
+            "checkpoint's scales or 1.0"
+        ),
+    ] = "auto"
     block_size: Annotated[int, _help("tokens in a KV block", ge=1, le=1024)] = 16
     num_kv_blocks: Annotated[int, _help("KV blocks; 0: from free memory", ge=0)] = 0
     kv_cache_memory_bytes: Annotated[

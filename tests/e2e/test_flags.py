@@ -359,10 +359,23 @@ def test_the_program_s_settings_are_judged_by_the_same_table() -> None:
     assert config.model.max_model_len == 4000
     assert config.scheduler.disable_log_stats
     assert [line.split("=")[0] for line in lines] == ["pagewire: swap_space"]
-    with pytest.raises(ValueError, match="kv_cache_dtype='fp8': the KV cache has"):
-        configure({"kv_cache_dtype": "fp8"})
+    with pytest.raises(ValueError, match="response_role='user': answers have the role"):
+        configure({"response_role": "user"})
     with pytest.raises(TypeError, match="no setting no_such"):
         configure({"no_such": 1})
+
+
+def test_the_type_of_the_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("M")[0].worker.kv_cache_dtype == "auto"
+    for kind in ("auto", "fp8", "fp8_e4m3"):
+        config, lines = parse("M", "--kv-cache-dtype", kind)
+        assert config.worker.kv_cache_dtype == kind and lines == []
+        assert configure({"kv_cache_dtype": kind}).worker.kv_cache_dtype == kind
+    for kind in ("fp8_e5m2", "int8"):
+        line = refused(capsys, "M", "--kv-cache-dtype", kind)
+        assert f"'{kind}'" in line and "fp8_e4m3" in line
+        with pytest.raises(ValueError, match=f"kv_cache_dtype='{kind}': .*auto, fp8, fp8_e4m3"):
+            configure({"kv_cache_dtype": kind})
 
 
 def test_the_page_is_what_the_generator_makes() -> None:

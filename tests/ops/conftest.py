@@ -6,6 +6,8 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -23,3 +25,20 @@ def _patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _as_float32(handle: Any) -> Any:
+    if handle.dtype != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _create_dot_of_bfloat16(builder: Any, a: Any, b: Any, *options: Any) -> Any:
+    """Triton 3.6 keeps bfloat16 as the bits of its numbers and would multiply those."""
+    return _create_dot(builder, _as_float32(a), _as_float32(b), *options)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot_of_bfloat16

@@ -51,13 +51,13 @@ def choices(place: device) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for dim in PREFILL:
         found.append(
-            (f"prefill {dim}", attention_prefill.choose(dim, 2).first(place), PREFILL[dim])
+            (f"prefill {dim}", attention_prefill.choose(dim, 2, 2).first(place), PREFILL[dim])
         )
-        found.append((f"common blocks {dim}", cascade.choose(dim, 2).first(place), PREFIX[dim]))
+        found.append((f"common blocks {dim}", cascade.choose(dim, 2, 2).first(place), PREFIX[dim]))
         for programs, fields in DECODE.items():
             for group in (1, 4, 16):
                 measured = DecodeConfig(*fields) if dim <= 128 else DecodeConfig(*WIDE, *fields[3:])
-                chosen = decode_shapes.choose(dim, group, programs, 2).first(place)
+                chosen = decode_shapes.choose(dim, group, programs, 2, 2).first(place)
                 found.append(
                     (f"decode {dim}, {programs} programs of {group} heads", chosen, measured)
                 )

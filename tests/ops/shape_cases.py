@@ -87,7 +87,9 @@ def prefill(place: Place) -> tuple[Any, float]:
         )
         out = prefill_attention(*args, scale, window, cap, out=poisoned(q))
         worst = max(worst, error(out, exact(q, k, v, batch, scale, window, cap)))
-    return attention_prefill.choose(place.dim, place.dtype.itemsize).first(place.device), worst
+    return attention_prefill.choose(place.dim, place.dtype.itemsize, place.dtype.itemsize).first(
+        place.device
+    ), worst
 
 
 def decode(place: Place) -> tuple[Any, float]:
@@ -98,9 +100,9 @@ def decode(place: Place) -> tuple[Any, float]:
         out, scale = poisoned(q), place.dim**-0.5
         decode_attention(q, k, v, batch.block_tables, batch.seq_lens, scale, window, cap, out=out)
         worst = max(worst, error(out, exact(q, k, v, batch, scale, window, cap)))
-    return decode_shapes.choose(place.dim, GROUP, len(lengths) * HKV, place.dtype.itemsize).first(
-        place.device
-    ), worst
+    return decode_shapes.choose(
+        place.dim, GROUP, len(lengths) * HKV, place.dtype.itemsize, place.dtype.itemsize
+    ).first(place.device), worst
 
 
 def common(place: Place) -> tuple[Any, float]:
@@ -112,9 +114,9 @@ def common(place: Place) -> tuple[Any, float]:
         setattr(groups, name, getattr(groups, name).to(place.device))
     scale, out = place.dim**-0.5, poisoned(q)
     cascade_attention(q, k, v, batch.block_tables, batch.seq_lens, groups, scale, 20.0, out=out)
-    return cascade.choose(place.dim, place.dtype.itemsize).first(place.device), error(
-        out, exact(q, k, v, batch, scale, None, 20.0)
-    )
+    return cascade.choose(place.dim, place.dtype.itemsize, place.dtype.itemsize).first(
+        place.device
+    ), error(out, exact(q, k, v, batch, scale, None, 20.0))
 
 
 def skinny(place: Place) -> tuple[Any, float]:

@@ -9,6 +9,7 @@ of the real back end; what it would launch is noted. Each distinct launch is the
 Triton's allocation of shared memory, which is before LLVM and ptxas.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pagewire.worker.gpu.decode_graphs import buckets, cascade_buckets
 from pagewire.worker.models import describe
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
-from pagewire_kernels import cuda, moe, penalties, shapes
+from pagewire_kernels import cuda, moe_shapes, penalties, shapes
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.cascade import Groups
@@ -70,7 +71,17 @@ FLAGS = ("ALIBI", "BIAS", "CAP", "MIXED", "NORM", "PREFIXES", "ROPE", "WINDOW")
 """Constants that change no tile that is kept in shared memory (D_PAD, M and BLOCK_M do): launches
 that differ in them alone count as one. All 274 launches in float32 on 8.6 and 283 in bfloat16 on
 9.0, each compiled, gave the same bytes with and without."""
-TILED = ("_decode", "_prefill", "_prefix", "_skinny", "_row", "_thresholds")
+TILED = (
+    "_decode",
+    "_prefill",
+    "_prefix",
+    "_skinny",
+    "_row",
+    "_thresholds",
+    "_grouped",
+    "_pair_up",
+    "_token_down",
+)
 """Kernels that keep more than a few KiB. The others are measured for SMALLEST alone."""
 SMALLEST = 86
 ROWS, PAGE, BLOCKS, LENGTH = 256, 16, 64, 2048
@@ -192,18 +203,29 @@ def run_state() -> None:
     penalties.count_tokens(row.int(), empty(1), empty(1))
 
 
-def launches(dtype: torch.dtype, limit: int, models: Models) -> list[Launch]:
-    """The distinct ones of `models` on a card with this limit."""
-    recorder, run, grouped = Recorder(), JITFunction.run, moe.F.grouped_mm
-    JITFunction.run = lambda self, *args, **options: recorder.run(self, *args, **options)
-    moe.F.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])
+@contextlib.contextmanager
+def pretended_class(capability: int) -> Iterator[None]:
+    """Experts' launches are chosen by the compute capability."""
+    chosen = moe_shapes.device_class
+    moe_shapes.device_class = lambda device: capability // 10
     try:
-        with shapes.pretend(limit):
+        yield
+    finally:
+        moe_shapes.device_class = chosen
+
+
+def launches(asked: "Asked") -> list[Launch]:
+    """The distinct ones of the models on the card."""
+    dtype, limit, models, capability = asked.dtype, asked.limit, asked.models, asked.capability
+    recorder, run = Recorder(), JITFunction.run
+    JITFunction.run = lambda self, *args, **options: recorder.run(self, *args, **options)
+    try:
+        with shapes.pretend(limit), pretended_class(capability):
             for config in models.values():
                 run_model(config, dtype)
             run_state()
     finally:
-        JITFunction.run, moe.F.grouped_mm = run, grouped
+        JITFunction.run = run
     return list(recorder.seen.values())
 
 
@@ -280,7 +302,7 @@ class Asked:
 
 def measure(asked: Asked, known: dict[tuple[Any, ...], int]) -> Iterator[dict[str, Any]]:
     """known: bytes by what was compiled, for cards that come later."""
-    for launch in launches(asked.dtype, asked.limit, asked.models):
+    for launch in launches(asked):
         name = launch.kernel.__name__
         if name in TILED or asked.capability == SMALLEST:
             key = COMPILED_AS.get(asked.capability, asked.capability), *launch.key()
@@ -292,7 +314,7 @@ def measure(asked: Asked, known: dict[tuple[Any, ...], int]) -> Iterator[dict[st
 def compile_whole(asked: Asked) -> Iterator[dict[str, Any]]:
     """The first launch of each kernel that keeps tiles."""
     first: dict[str, Launch] = {}
-    for launch in launches(asked.dtype, asked.limit, asked.models):
+    for launch in launches(asked):
         first.setdefault(launch.kernel.__name__, launch)
     for name in ("_prefill", "_decode"):
         allocated = shared_bytes(first[name], asked.capability)

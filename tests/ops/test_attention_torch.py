@@ -208,7 +208,7 @@ def test_the_workspace_holds_what_it_works_in(counts, lengths, softcap, monkeypa
     q, k, v, batch = paged(counts, lengths, 2, 3, 64, 16)
     with Live() as seen:
         paged_attention(q, k, v, batch, 0.1, None, softcap)
-    limit = attention_torch_plan.workspace(Shape(6, 2, 64), max(lengths), 4)
+    limit = attention_torch_plan.workspace(Shape(6, 2, 64), max(lengths), 4, 4)
     worked = seen.peak - 3 * q.nbytes
     assert worked <= limit and (softcap is None or worked > limit / 6), (
         "torch's own attention keeps no scores"

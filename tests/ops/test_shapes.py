@@ -28,9 +28,9 @@ def test_hopper_keeps_the_measured_shapes() -> None:
 )
 def test_less_memory_takes_smaller_shapes(limit: int, shape: tuple[int, int, int, int]) -> None:
     with shapes.pretend(limit):
-        assert attention_prefill.choose(256, 2).first(CPU) == PrefillConfig(*shape)
-        assert attention_prefill.choose(128, 2).first(CPU).stages == (3 if limit > 65_536 else 2)
-    assert attention_prefill.choose(256, 2).first(CPU) == hopper_shapes.PREFILL[256]
+        assert attention_prefill.choose(256, 2, 2).first(CPU) == PrefillConfig(*shape)
+        assert attention_prefill.choose(128, 2, 2).first(CPU).stages == (3 if limit > 65_536 else 2)
+    assert attention_prefill.choose(256, 2, 2).first(CPU) == hopper_shapes.PREFILL[256]
 
 
 @pytest.mark.parametrize(("limit", "dim", "itemsize", "tile"), [
@@ -45,7 +45,7 @@ def test_less_memory_takes_smaller_shapes(limit: int, shape: tuple[int, int, int
 def test_decode_gives_up_stages_before_tiles_and_never_splits(
     limit: int, dim: int, itemsize: int, tile: tuple[int, int, int]
 ) -> None:
-    choice = decode_shapes.choose(dim, 4, 8, itemsize)
+    choice = decode_shapes.choose(dim, 4, 8, itemsize, itemsize)
     with shapes.pretend(limit):
         assert choice.first(CPU) == DecodeConfig(*tile, 64, 32)
     assert {(candidate.shape.chunk, candidate.shape.splits) for candidate in choice.candidates} == {

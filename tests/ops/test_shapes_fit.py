@@ -23,6 +23,7 @@ HALVES = ((80, 86, 89, 120), (90, 100))
 """What one process compiles: the first three share most of their launches. Two processes, since CI
 has two cores."""
 TILED = {"_prefill", "_decode", "_prefix", "_skinny", "_row", "_thresholds"}
+EXPERTS = {"_grouped", "_pair_up", "_token_down"}
 TIMEOUT_S = 1500
 
 Found = dict[str, list[dict[str, Any]]]
@@ -78,7 +79,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
 @pytest.mark.parametrize("capability", LIMITS)
 def test_every_launch_fits(capability: int, dtype: str, measured: Found) -> None:
     found = measured[f"{capability}:{dtype}"]
-    assert {one["kernel"] for one in found} >= TILED
+    assert {one["kernel"] for one in found} >= TILED | EXPERTS
     sizes = {
         size
         for size in (64, 80, 96, 128, 256)

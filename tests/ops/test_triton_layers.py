@@ -9,7 +9,6 @@ from pagewire_kernels.activation import gelu, gelu_mul, gelu_tanh, relu, silu_mu
 from pagewire_kernels.batch import Batch, make_batch
 from pagewire_kernels.embedding import embedding
 from pagewire_kernels.gemm import SkinnyConfig, linear, skinny_linear
-from pagewire_kernels.moe import experts, pack_experts
 from pagewire_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pagewire_kernels.rope import rope_and_cache
 
@@ -55,16 +54,6 @@ def test_plain_activations() -> None:
         (relu, reference.relu),
     ):
         assert error(ours(x), wanted(x)) < 1e-6
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_experts(dtype: torch.dtype, tolerance: float) -> None:
-    """One expert is chosen by nobody, one by almost everybody."""
-    x, up, down = (torch.randn(*shape).to(dtype) for shape in ((7, 32), (5, 48, 32), (5, 32, 24)))
-    chosen = torch.tensor([[0, 3], [3, 1], [3, 4], [0, 3], [1, 3], [3, 0], [4, 0]])
-    weights = torch.rand(7, 2)
-    ours = experts(x, pack_experts(up), pack_experts(down), chosen, weights)
-    assert error(ours, reference.experts(x, up, down, chosen, weights)) < tolerance
 
 
 def test_embedding_gives_zeros_for_unknown_ids() -> None:

@@ -162,6 +162,12 @@ def test_the_server_with_quantization_while_loading(
     check_answer(curl(stack.url, str(directory)), str(directory))
 
 
+def test_the_server_with_a_kv_cache_of_8_bits(serve: Callable[..., Any], directory: Path) -> None:
+    stack = serve(SERVE.format(model=directory, more="--kv-cache-dtype fp8"))
+    stack.wait_line("KV cache in fp8 (e4m3): the checkpoint has no scales for it, 1.0 is used")
+    check_answer(curl(stack.url, str(directory)), str(directory))
+
+
 def image_command(*arguments: str) -> str:
     """What a container runs: the entry point of the image, and the arguments after the image's
     name."""

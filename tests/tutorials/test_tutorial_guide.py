@@ -282,6 +282,16 @@ def test_a_quantized_model_offline(downloaded: Callable[..., Path]) -> None:
             LLM(model=AWQ, quantization=method)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_kv_cache_of_8_bits_offline(downloaded: Callable[..., Path]) -> None:
+    downloaded(AWQ)
+    with LLM(model=AWQ, kv_cache_dtype="fp8") as llm:
+        (output,) = llm.generate("Hello", SamplingParams(max_tokens=5))
+    assert 1 <= len(output.outputs[0].token_ids) <= 5
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8_e5m2': one of auto, fp8, fp8_e4m3"):
+        LLM(model=AWQ, kv_cache_dtype="fp8_e5m2")
+
+
 # --- offline ---
 
 

@@ -92,7 +92,8 @@ class Asked:
 
 
 def save_model(name: str, scale: Scale, path: Path, device: str, quantization: str) -> None:
-    """In `path`, what is served and what the oracle reads. Weights N(0, 0.02), in bf16; norms are not quite 1, which would hide mistakes."""
+    """In `path`, what is served and what the oracle reads. Weights N(0, 0.02), in bf16; norms are not
+    quite 1, which would hide mistakes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cut = {

@@ -12,6 +12,7 @@ from pagewire.worker.load import kv_sizing, loader
 from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
+from pagewire.worker.models.cache_spec import cache_spec
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -196,7 +197,7 @@ def arch(tiny):
 
 def test_sizing_arithmetic(tiny):
     """One block: 2 (K, V) * 3 layers * 2 heads * 16 tokens * 16 * 4 bytes."""
-    sizing = kv_sizing.size(arch(tiny), 4, **SIZING)
+    sizing = kv_sizing.size(arch(tiny), cache_spec(arch(tiny), torch.float32), **SIZING)
     assert sizing.block_bytes == 2 * 3 * 2 * 16 * 16 * 4
     assert sizing.num_blocks == kv_sizing.GIB // sizing.block_bytes
     assert sizing.max_model_len == 512
@@ -205,13 +206,20 @@ def test_sizing_arithmetic(tiny):
 
 def test_context_shrinks_to_what_fits_unless_asked_for(tiny):
     small = SIZING | {"blocks": 10}
-    assert kv_sizing.size(arch(tiny), 4, **small).max_model_len == 160
+    assert (
+        kv_sizing.size(arch(tiny), cache_spec(arch(tiny), torch.float32), **small).max_model_len
+        == 160
+    )
     with pytest.raises(
         kv_sizing.DoesNotFit, match=r"a context of 400 tokens needs 25 KV blocks .* room for 10"
     ):
-        kv_sizing.size(arch(tiny), 4, **(small | {"max_model_len": 400}))
+        kv_sizing.size(
+            arch(tiny), cache_spec(arch(tiny), torch.float32), **(small | {"max_model_len": 400})
+        )
     with pytest.raises(kv_sizing.DoesNotFit, match="more than the 512 positions"):
-        kv_sizing.size(arch(tiny), 4, **(SIZING | {"max_model_len": 513}))
+        kv_sizing.size(
+            arch(tiny), cache_spec(arch(tiny), torch.float32), **(SIZING | {"max_model_len": 513})
+        )
 
 
 def test_too_little_memory_is_said_with_numbers(tiny):
@@ -219,4 +227,8 @@ def test_too_little_memory_is_said_with_numbers(tiny):
         kv_sizing.DoesNotFit,
         match=r"needs 1\.25 GiB .* but 1\.00 GiB is free; lower --cpu-kv-cache-gb",
     ):
-        kv_sizing.size(arch(tiny), 4, **(SIZING | {"available": kv_sizing.GIB}))
+        kv_sizing.size(
+            arch(tiny),
+            cache_spec(arch(tiny), torch.float32),
+            **(SIZING | {"available": kv_sizing.GIB}),
+        )

@@ -16,6 +16,7 @@ from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.load.memory_errors import GpuFailed, explain, explained
 from pagewire.worker.models import describe
 from pagewire.worker.models.cache_spec import cache_spec
+from pagewire_kernels.routing import Routing
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
 WORKER = Path(gpu_memory.__file__).parent
@@ -40,7 +41,9 @@ def size(
     name: str = "llama-3.1-8b",
     itemsize: int = 2,
 ):
-    return gpu_memory.size(arch(name), itemsize, weights(name, itemsize), gpu, request, load)
+    shape = arch(name)
+    cache = cache_spec(shape, torch.bfloat16 if itemsize == 2 else torch.float32)
+    return gpu_memory.size(shape, itemsize, cache, weights(name, itemsize), gpu, request, load)
 
 
 def refusal(*args, **settings) -> str:
@@ -86,9 +89,7 @@ def test_experts_need_room_for_each_token_as_often_as_it_is_routed():
     dense = arch()
     from pagewire.worker.models.architecture import Moe
 
-    sparse = replace(
-        dense, moe=Moe(num_experts=8, top_k=2, intermediate_size=14336, renormalize=True)
-    )
+    sparse = replace(dense, moe=Moe(Routing(8, 2, renormalize=True), 14336))
     assert gpu_memory.step_bytes(sparse, 2, 100) > 1.5 * gpu_memory.step_bytes(dense, 2, 100)
 
 
@@ -189,7 +190,7 @@ def test_more_positions_than_the_model_has_are_refused_even_with_fit():
 
 
 def test_blocks_and_bytes_replace_the_share():
-    each = cache_spec(arch()).block_bytes(16, 2)
+    each = cache_spec(arch(), torch.bfloat16).block_bytes(16)
     assert size(request=replace(REQUEST, blocks=9000, utilization=0.2)).num_blocks == 9000
     assert (
         size(request=replace(REQUEST, kv_bytes=20 * GIB, utilization=0.2)).num_blocks

@@ -3,8 +3,6 @@ torch's meta device, where every tensor has a size and none has memory, with ope
 allocate what the GPU's do.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from live_bytes import Live
@@ -13,6 +11,8 @@ from pagewire.worker.models.architecture import Architecture, Moe
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.rope import Rope
+from pagewire_kernels.batch import Batch
+from pagewire_kernels.routing import Routing
 
 TOKENS = 1000
 SIZES = {
@@ -67,6 +67,10 @@ class MetaOps:
     def paged_attention(self, q, *rest, **options):
         return q.new_empty(len(q), q.shape[1] * q.shape[2])
 
+    def route(self, logits, routing, bias, slot_mapping):
+        shape = len(logits), routing.top_k
+        return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape).float()
+
     def experts(self, x, gate_up, down, chosen, weights):
         """As in the grouped product: rows gathered by expert, both products, rows back in order,
         their sum in float32."""
@@ -89,7 +93,7 @@ def architecture(**differences) -> Architecture:
     return Architecture(**{**SIZES, **fields, "rope": Rope(theta=1e4, size=64), **differences})
 
 
-MOE = Moe(num_experts=8, top_k=2, intermediate_size=512, renormalize=True)
+MOE = Moe(Routing(8, 2, renormalize=True), 512)
 PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias": True}
 
 
@@ -104,7 +108,7 @@ PLAIN = {"gated": False, "activation": "gelu_tanh", "norm": "layer", "norm_bias"
         PLAIN,
         {"block": "post", **PLAIN},
         {"moe": MOE},
-        {"moe": replace(MOE, top_k=4, intermediate_size=64)},
+        {"moe": Moe(Routing(8, 4, renormalize=True), 64)},
     ],
     ids=[
         "gated",
@@ -123,7 +127,8 @@ def test_a_step_keeps_what_was_reckoned_and_not_far_less(differences):
     decoder = Decoder(arch, Build(MetaOps(arch), torch.bfloat16, "meta"))
     ids = torch.empty(TOKENS, dtype=torch.int64, device="meta")
     caches = [torch.empty(2, 1, device="meta")] * arch.num_layers
+    batch = Batch(ids, ids, ids, ids, ids, TOKENS, TOKENS)
     with torch.inference_mode(), Live() as live:
-        decoder(ids, [ids] * arch.num_layers, caches, None, ids[:1], lambda: None)
+        decoder(ids, [ids] * arch.num_layers, caches, batch, ids[:1], lambda: None)
     reckoned = gpu_memory.step_bytes(arch, 2, TOKENS)
     assert reckoned / 2 < live.peak <= reckoned, f"{live.peak / reckoned:.2f} of what was reckoned"

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from pagewire.worker.load.weights import fill, fill_randomly
-from pagewire.worker.models import cache_spec as cache_specs
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.architecture import Architecture, Unsupported
 from pagewire.worker.models.cache_spec import CacheGroup, CacheSpec, cache_spec
@@ -324,19 +323,21 @@ def test_every_matrix_is_given_the_batch_and_the_head_its_rows(
 
 
 def test_all_layers_of_a_model_are_one_group_that_keeps_everything() -> None:
-    spec = cache_spec(describe({**LLAMA, "model_type": "mistral", "sliding_window": 9}))
+    arch = describe({**LLAMA, "model_type": "mistral", "sliding_window": 9})
+    spec = cache_spec(arch, torch.bfloat16)
     assert [group.kind for group in spec.groups] == ["full"] and spec.num_layers == 2
-    assert spec.block_bytes(16, 2) == 2 * 2 * 2 * 16 * 8 * 2
+    assert spec.block_bytes(16) == 2 * 2 * 2 * 16 * 8 * 2
     assert [spec.blocks_for(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
-    cache = spec.groups[0].allocate(3, 16, torch.float32, "cpu")
+    cache = spec.groups[0].allocate(3, 16, "cpu")
     assert cache.shape == (2, 2, 3, 2, 16, 8) and not cache.any()
+    assert cache.dtype == torch.bfloat16
     layers = spec.layer_caches([cache])
     assert [layer.data_ptr() for layer in layers] == [cache[0].data_ptr(), cache[1].data_ptr()]
 
 
 def test_groups_of_other_kinds() -> None:
-    full = CacheGroup("full", (0, 3), 2, 8)
-    window = CacheGroup("window", (1,), 2, 8, window=20)
+    full = CacheGroup("full", (0, 3), 2, 8, torch.bfloat16)
+    window = CacheGroup("window", (1,), 2, 8, torch.bfloat16, window=20)
     spec = CacheSpec(
         (
             full,
@@ -346,16 +347,16 @@ def test_groups_of_other_kinds() -> None:
             CacheGroup("none", (5,)),
         )
     )
-    assert spec.block_bytes(16, 2) == 3 * (2 * 2 * 16 * 8 * 2)
+    assert spec.block_bytes(16) == 3 * (2 * 2 * 16 * 8 * 2)
     assert sum(group.request_bytes() for group in spec.groups) == 100
     assert spec.blocks_for(1000, 16) == 63 and window.table_width(1000, 16) == 3
     assert window.table_width(16, 16) == 1
-    tensors = [group.allocate(1, 16, torch.float32, "cpu") for group in (full, window)]
+    tensors = [group.allocate(1, 16, "cpu") for group in (full, window)]
     layers = spec.layer_caches(tensors)
     assert layers[3] is layers[4] and layers[3].equal(tensors[0][1])
     assert [layer.numel() > 0 for layer in layers] == [True, True, False, True, True, False]
     with pytest.raises(ValueError, match="'state' have no blocks"):
-        spec.groups[2].allocate(1, 16, torch.float32, "cpu")
+        spec.groups[2].allocate(1, 16, "cpu")
 
 
 def test_which_blocks_a_prefix_needs() -> None:
@@ -369,17 +370,17 @@ def test_which_blocks_a_prefix_needs() -> None:
         CacheGroup("state", (0,), state_bytes=1).blocks_for_prefix(48, 16)
 
 
-def test_memory_is_asked_of_the_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_asked_of_the_spec() -> None:
     from pagewire.worker.load import kv_sizing
 
     arch = describe(LLAMA)
-    half = CacheSpec((CacheGroup("full", (0,), 2, 8), CacheGroup("shared", (1,), shares_with=0)))
+    whole = cache_spec(arch, torch.bfloat16)
+    group = CacheGroup("full", (0,), 2, 8, torch.bfloat16)
+    half = CacheSpec((group, CacheGroup("shared", (1,), shares_with=0)))
 
-    def blocks() -> int:
+    def blocks(spec: CacheSpec) -> int:
         return kv_sizing.size(
-            arch, 2, weights=0, available=1 << 40, kv_bytes=1 << 20, blocks=0, block_size=16, max_model_len=0
+            arch, spec, weights=0, available=1 << 40, kv_bytes=1 << 20, blocks=0, block_size=16, max_model_len=0
         ).num_blocks  # fmt: skip
 
-    before = blocks()
-    monkeypatch.setattr(kv_sizing, "cache_spec", lambda arch: half)
-    assert blocks() == 2 * before and cache_specs.cache_spec(arch).num_layers == 2
+    assert blocks(half) == 2 * blocks(whole)

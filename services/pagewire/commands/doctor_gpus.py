@@ -2,7 +2,7 @@
 how. Works on what torch reported; starts nothing.
 """
 
-from pagewire_kernels.capability import attends_by_torch, captures_experts
+from pagewire_kernels.capability import attends_by_torch
 
 from ..config import SchedulerConfig
 from ..worker.device.gpus import GIB, Gpu, GpuProbe, NoUsableGpu, check
@@ -34,14 +34,11 @@ def capabilities(gpu: Gpu) -> list[str]:
     """How a model runs there: data type, attention, step length, the largest that fits."""
     has_bfloat16 = gpu.capability >= BFLOAT16_FROM
     dtype = "bfloat16" if has_bfloat16 else "float16"
-    experts = "with" if captures_experts(gpu.capability) else "without"
     attention = "torch, without CUDA graphs" if attends_by_torch(gpu.capability) else "Triton"
     parts = [
         "bfloat16" if has_bfloat16 else "no bfloat16: float16 is used instead",
         f"attention by {attention}",
     ]
-    if not attends_by_torch(gpu.capability):
-        parts.append(f"mixtures of experts {experts} CUDA graphs")
     largest = largest_model(gpu)
     fits = (
         f"models up to about {largest:g} billion parameters in {dtype}"

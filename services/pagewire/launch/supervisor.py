@@ -26,7 +26,7 @@ ORDERLY_EXIT_S = 3.5
 GIVE_UP_STARTS = 5
 """Lives in a row that ended before the service was ready, after which it is taken for one that
 cannot run here."""
-STABLE_S = 3.0
+STABLE_S = 1.0
 """A service that was ready for so long has worked: its next end is the first of a new count."""
 LONGEST_PAUSE_S = 30.0
 TICK_S = 0.1

@@ -148,7 +148,6 @@ REFUSED: Final[dict[str, Foreign]] = {
         refused=True,
     ),
     **_each("quantization_config quantization_param_path", QUANTIZATION, refused=True),
-    "kv_cache_dtype": Foreign("the KV cache has the type of the activations", ("auto", *OFF), True),
     **_each("enable_lora fully_sharded_loras", NO_LORA, refused=True, switch=True),
     **_each(
         "lora_modules max_loras max_lora_rank max_cpu_loras lora_dtype prompt_adapters",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.kv_cache import raw
 from pagewire_kernels.sampling_map import SamplingRows
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
@@ -157,7 +158,7 @@ class Runner:
         fresh = np.flatnonzero((step.first <= last * block_size) & (step.end % block_size != 0))
         if len(fresh):
             blocks = self._slots.tables[step.slots[fresh], last[fresh]].astype(np.int64)
-            self._loaded.cache.index_fill_(2, torch.from_numpy(blocks), 0)
+            raw(self._loaded.cache).index_fill_(2, torch.from_numpy(blocks), 0)
 
     def _sample(self, logits: Tensor, slots: Ints) -> sampler.Sampled:
         """One token for each of `slots` [R] from logits [R, V]."""

@@ -159,12 +159,17 @@ class MixedSteps:
             self._groups.load(shared, leading, self._uploads)
 
     def replay(self, tokens: int, rows: int) -> None:
-        """A step of padding alone, for its time."""
+        """A step of tokens that belong to no row, for its time. They are not padding, which would
+        go through no expert of a mixture, and their ids differ, so that they choose unlike ones."""
         key = next(size for size in self._sizes if size >= tokens), self.padded(rows)
+        inputs = self._inputs[key] if key in self._graphs else self._padding(*key)
+        vocab_size = self._loaded.decoder.arch.vocab_size
+        torch.arange(key[0], out=inputs.tokens[IDS]).remainder_(vocab_size)
+        inputs.tokens[SLOT_MAPPING] = 0
         if key in self._graphs:
             self._graphs[key][0].replay()
         else:
-            self.forward(self._padding(*key))
+            self.forward(inputs)
 
     def probe(self) -> None:
         """A small step of padding, of more tokens than rows."""

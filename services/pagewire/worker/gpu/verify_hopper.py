@@ -69,7 +69,7 @@ def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:
     tables = torch.randint(used, (rows, -(-max(lengths) // page)), dtype=torch.int32, device=device)
     q = torch.randn(max(LEAST_TOKENS, sum(counts)), heads, dim, dtype=keys.dtype, device=device)
     results: list[Tensor] = []
-    for config in (None, choose(dim, keys.element_size()).first(device)):
+    for config in (None, choose(dim, q.element_size(), keys.element_size()).first(device)):
         out = torch.zeros(len(q), heads * dim, dtype=q.dtype, device=device)
         sizes = torch.tensor(lengths, device=device).int()
         prefill_attention(

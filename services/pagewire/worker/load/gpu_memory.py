@@ -9,7 +9,7 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from ..models.cache_spec import cache_spec
+from ..models.cache_spec import CacheSpec
 from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, context
 
 CAPTURED_TOKENS: Final = 4096
@@ -153,10 +153,17 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
 
 
 def size(
-    arch: Architecture, itemsize: int, weights: int, gpu: Gpu, request: MemoryRequest, load: Load
+    arch: Architecture,
+    itemsize: int,
+    cache: CacheSpec,
+    weights: int,
+    gpu: Gpu,
+    request: MemoryRequest,
+    load: Load,
 ) -> Sizing:
-    """Divide the memory of `gpu`, of which `weights` bytes go to weights. Raises DoesNotFit."""
-    each = cache_spec(arch).block_bytes(request.block_size, itemsize)
+    """Divide the memory of `gpu`, of which `weights` bytes go to weights. itemsize: of weights and
+    activations; cache: what the layers keep. Raises DoesNotFit."""
+    each = cache.block_bytes(request.block_size)
     space = workspace(arch, itemsize, load)
     fixed = weights + space.total
     exact = request.blocks or request.kv_bytes // each
@@ -185,7 +192,18 @@ def size(
             )
         )
     head = (_seen(gpu), _divided(gpu, request, weights, space, count * each, budget), space.line())
-    return Sizing(weights, each, count, request.block_size, length, space.total, gpu, head, note)
+    return Sizing(
+        weights,
+        each,
+        count,
+        request.block_size,
+        length,
+        space.total,
+        gpu,
+        head,
+        note,
+        cache.kv_type,
+    )
 
 
 def _seen(gpu: Gpu) -> str:

@@ -17,11 +17,11 @@ from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import gpus
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from ..models.cache_spec import cache_spec
+from ..models.cache_spec import CacheSpec, cache_spec
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
-from . import gpu_memory, kv_sizing
+from . import gpu_memory, kv_dtype, kv_sizing
 from .gpu_memory import Load, MemoryRequest
 from .kv_sizing import DoesNotFit, Sizing
 
@@ -73,13 +73,13 @@ def plan_gpu(
         )
     weights = quantized or weight_bytes(arch, dtype)
     tokens = scheduler.step_tokens(True, gpu.total)
+    cache = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
 
     def size(rows: int) -> Sizing:
         load = Load(tokens, rows, model.max_model_len or arch.max_position)
-        load = load_of(arch, dtype.itemsize, gpu, weights, config, load)
-        return gpu_memory.size(
-            arch, dtype.itemsize, weights, gpu, memory_request(model, config), load
-        )
+        load = load_of(arch, dtype.itemsize, cache, gpu, weights, config, load)
+        request = memory_request(model, config)
+        return gpu_memory.size(arch, dtype.itemsize, cache, weights, gpu, request, load)
 
     rows, sizing = most_rows(scheduler, gpu, size)
     return GpuPlan(sizing, tokens, rows, by_torch)
@@ -115,19 +115,25 @@ def memory_request(model: ModelConfig, config: WorkerConfig) -> MemoryRequest:
 
 
 def load_of(
-    arch: Architecture, itemsize: int, gpu: Gpu, weights: int, config: WorkerConfig, load: Load
+    arch: Architecture,
+    itemsize: int,
+    cache: CacheSpec,
+    gpu: Gpu,
+    weights: int,
+    config: WorkerConfig,
+    load: Load,
 ) -> Load:
     """`load` with what follows from the kinds of GPU and model. weights: bytes."""
     fused = not isinstance(arch, OtherArchitecture)
     if not attends_by_torch(gpu.capability):
         return replace(load, graphs=fused and not config.enforce_eager, fused=fused)
-    held = max(0, gpu.free - weights) // cache_spec(arch).block_bytes(1, itemsize)
+    held = max(0, gpu.free - weights) // cache.block_bytes(1)
     shape = Shape(arch.num_heads, arch.num_kv_heads, arch.head_dim)
     return replace(
         load,
         graphs=False,
         fused=fused,
-        attention=workspace(shape, min(load.positions, held), itemsize),
+        attention=workspace(shape, min(load.positions, held), itemsize, cache.itemsize),
     )
 
 

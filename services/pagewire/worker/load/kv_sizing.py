@@ -10,7 +10,7 @@ from typing import Final
 
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
-from ..models.cache_spec import cache_spec
+from ..models.cache_spec import CacheSpec
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -26,7 +26,8 @@ class DoesNotFit(ValueError):
 @dataclass(frozen=True)
 class Sizing:
     """Bytes and counts. gpu: what was seen before anything was allocated, None on a CPU. head:
-    human-readable lines, in place of the first."""
+    human-readable lines, in place of the first. kv_type: of the KV cache in words, where it is not
+    the model's."""
 
     weight_bytes: int
     block_bytes: int
@@ -37,6 +38,7 @@ class Sizing:
     gpu: Gpu | None = None
     head: tuple[str, ...] = ()
     note: str = ""
+    kv_type: str = ""
 
     @property
     def kv_bytes(self) -> int:
@@ -46,9 +48,10 @@ class Sizing:
     def lines(self) -> list[str]:
         """The same in words."""
         tokens = self.num_blocks * self.block_size
+        kind = f" in {self.kv_type}" if self.kv_type else ""
         lines = [
             *(self.head or (f"weights {self.weight_bytes / MIB:,.0f} MiB",)),
-            f"KV cache {self.kv_bytes / MIB:,.0f} MiB: {self.num_blocks:,} blocks of {self.block_size} tokens and "
+            f"KV cache {self.kv_bytes / MIB:,.0f} MiB{kind}: {self.num_blocks:,} blocks of {self.block_size} tokens and "
             f"{self.block_bytes / 1024:,.0f} KiB, {tokens:,} tokens in all",
             f"longest context {self.max_model_len:,} tokens, of which {tokens / self.max_model_len:,.1f} fit at a time",
         ]
@@ -80,7 +83,7 @@ def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int,
 
 def size(
     arch: Architecture,
-    itemsize: int,
+    cache: CacheSpec,
     *,
     weights: int,
     available: int,
@@ -90,11 +93,10 @@ def size(
     max_model_len: int,
     fit: bool = False,
 ) -> Sizing:
-    """Split `available` bytes of a CPU's memory. weights: bytes that they take. kv_bytes: what KV
+    """Split `available` bytes of a CPU's memory. cache: what the layers keep. weights: bytes that they take. kv_bytes: what KV
     blocks may take; blocks: how many to have instead (0: as many as that holds). max_model_len,
     fit: as for `context`. Raises DoesNotFit."""
-    cache = cache_spec(arch)
-    each = cache.block_bytes(block_size, itemsize)
+    each = cache.block_bytes(block_size)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)
     wanted, note = context(arch, count * block_size, max_model_len, fit)
@@ -104,7 +106,7 @@ def size(
             f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
             f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len{_to(count * block_size)}"
         )
-    return Sizing(weights, each, count, block_size, wanted, note=note)
+    return Sizing(weights, each, count, block_size, wanted, note=note, kv_type=cache.kv_type)
 
 
 def _to(fitting: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
+from pagewire_kernels.kv_cache import KVScales
 from torch import Tensor
 
 from ...checkpoint import end_tokens, quantization
@@ -19,13 +20,21 @@ from ..device import gpus, processor
 from ..device.gpus import Gpu
 from ..models import FAMILIES, describe, fallback, rotary
 from ..models.architecture import Architecture, Config, Unsupported, read_config
-from ..models.cache_spec import cache_spec
+from ..models.cache_spec import CacheSpec, cache_spec
 from ..models.decoder import Decoder
 from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from . import capture, cpu_crossings, kv_sizing, memory_errors, precision, quantizing, weights
+from . import (
+    cpu_crossings,
+    kv_dtype,
+    kv_sizing,
+    memory_errors,
+    precision,
+    quantizing,
+    weights,
+)
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
@@ -40,13 +49,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass
 class Loaded:
-    """A model ready to run. cache [layers, 2, blocks, Hkv, block_size, D] is that of the one group
-    of layers that there is; cos_sin[layer] is [positions, D], the same tensor for layers that
+    """A model ready to run. dtype: of its activations. cache [layers, 2, blocks, Hkv, block_size,
+    D] is that of the one group of layers that there is; cos_sin[layer] is [positions, D], the same tensor for layers that
     rotate alike."""
 
     decoder: Decoder | FallbackDecoder
+    dtype: torch.dtype
     sizing: kv_sizing.Sizing
     cos_sin: list[Tensor]
+    cache_spec: CacheSpec
     cache: Tensor
     eos_token_ids: tuple[int, ...]
     device: str
@@ -62,16 +73,13 @@ class Loaded:
     @property
     def capturable(self) -> bool:
         """Whether a forward pass may be captured as a CUDA graph on this GPU."""
-        if not isinstance(self.decoder, Decoder) or (self.plan and self.plan.attends_by_torch):
-            return False
-        return not capture.obstacle(
-            self.decoder.arch, self.cache.dtype, torch.cuda.get_device_capability()
-        )
+        by_torch = self.plan is not None and self.plan.attends_by_torch
+        return isinstance(self.decoder, Decoder) and not by_torch
 
     @property
     def caches(self) -> list[Tensor]:
         """Of each layer [2, blocks, Hkv, block_size, D], views of `cache`."""
-        return cache_spec(self.decoder.arch).layer_caches([self.cache])
+        return self.cache_spec.layer_caches([self.cache])
 
 
 def load(
@@ -97,7 +105,6 @@ def load(
     checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
     arch = other.arch if other else describe(settings)
     dtype = choose_dtype(config.dtype, settings, gpu)
-    config = capture.eager_if_needed(config, arch, dtype, gpu) if gpu else config
     if other and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
@@ -108,7 +115,9 @@ def load(
     if gpu:
         load = scheduler or SchedulerConfig()
         plan = plan_gpu(arch, dtype, model, config, gpu, load, chosen.weight_bytes(arch))
-    sizing = plan.sizing if plan else _size(arch, dtype, model, config, chosen)
+    spec = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
+    kv_scales = _kv_scales(source, settings, arch, config)
+    sizing = plan.sizing if plan else _size(arch, spec, dtype, model, config, chosen)
     where = device if gpu else processor.look().title()
     for line in (
         f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}",
@@ -118,7 +127,8 @@ def load(
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if other is None:
             method = method_choice(backend(device), dtype, device, chosen)
-            decoder = Decoder(arch, Build(backend(device), dtype, device, method))
+            build = Build(backend(device), dtype, device, method, kv_scales=kv_scales)
+            decoder = Decoder(arch, build)
             weights.load(
                 decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
             )
@@ -140,11 +150,10 @@ def load(
         if gpu:
             # tensors are converted on the GPU: what that took is not to be missing from the cache
             torch.cuda.empty_cache()
-        (group,) = cache_spec(arch).groups
-        cache = group.allocate(sizing.num_blocks, sizing.block_size, dtype, device)
-    return Loaded(
-        decoder, sizing, _factors(arch, sizing.max_model_len, device), cache, eos, device, plan
-    )
+        (group,) = spec.groups
+        cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
+    cos_sin = _factors(arch, sizing.max_model_len, device)
+    return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
 
 
 def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoint:
@@ -152,6 +161,15 @@ def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoi
     if not path.is_dir() or isinstance(source, Gguf):
         return Checkpoint(source)
     return Checkpoint(source, quantizing.read_format(quantization.of_checkpoint(path, settings)))
+
+
+def _kv_scales(
+    source: Source | None, settings: Config, arch: Architecture, config: WorkerConfig
+) -> tuple[KVScales, ...]:
+    """Of each layer; empty where the KV cache has none."""
+    tensors = weights.tensors_named(source, kv_dtype.is_scale)
+    quantization_settings = settings.get("quantization_config") or {}
+    return kv_dtype.scales(tensors, arch.num_layers, quantization_settings, config.kv_cache_dtype)
 
 
 def method_choice(
@@ -227,6 +245,7 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
 
 def _size(
     arch: Architecture,
+    spec: CacheSpec,
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
@@ -234,7 +253,7 @@ def _size(
 ) -> kv_sizing.Sizing:
     return kv_sizing.size(
         arch,
-        dtype.itemsize,
+        spec,
         weights=chosen.weight_bytes(arch)
         or kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=True),
         available=kv_sizing.available_memory(),

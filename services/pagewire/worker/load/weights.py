@@ -22,6 +22,7 @@ from ..models.architecture import Architecture, Config, Unsupported
 from ..models.checkpoint import Named
 from ..models.decoder import Decoder
 from ..models.weight_slots import WeightSlot
+from . import kv_dtype
 from .formats.base import Assembler, CheckpointFormat
 from .gguf_file import Gguf
 from .pytorch_file import PytorchFiles
@@ -76,6 +77,7 @@ def _read(
     )
     if form is not None:
         tensors = Assembler(form, shapes_of(source)).assembled(tensors, device)
+    tensors = ((name, value) for name, value in tensors if not kv_dtype.is_scale(name))
     return converted(tensors, config, arch)
 
 
@@ -94,6 +96,28 @@ def shapes_of(source: Path | PytorchFiles) -> dict[str, tuple[int, ...]]:
                 if weights.has(name, path):
                     shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
+
+
+def tensors_named(
+    source: Source | None, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint whose names are wanted; none of a GGUF file, which has other
+    names. Reads nothing else but headers. Raises Unsupported."""
+    if isinstance(source, PytorchFiles):
+        yield from (pair for pair in source.tensors() if wanted(pair[0]))
+    if not isinstance(source, Path):
+        return
+    from safetensors import safe_open
+
+    names = {name for name in shapes_of(source) if wanted(name)}
+    if not names:
+        return
+    weights = safetensors_files(source)
+    for path in weights.paths:
+        with safe_open(path, framework="pt") as file:
+            for name in names.intersection(file.keys()):
+                if weights.has(name, path):
+                    yield name, file.get_tensor(name)
 
 
 def converted(tensors: Iterable[Value], config: Config, arch: Architecture) -> Iterator[Value]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pagewire_kernels.routing import Routing
+
 from .rope import Rope, Unsupported, read_rope
 
 __all__ = [
@@ -47,14 +49,23 @@ class Moe:
     """A mixture of experts in place of the MLP. dense_layers: those that have a plain MLP all the
     same."""
 
-    num_experts: int
-    top_k: int
+    routing: Routing
     intermediate_size: int
-    renormalize: bool
-    """The weights of a token's top_k experts are made to sum to one."""
+    correction_bias: bool = False
+    """The checkpoint has a bias that routers add to scores for the choice of experts only."""
     shared_size: int = 0
     """Inner size of an expert that every token goes through, behind a gate of its own; 0: none."""
     dense_layers: frozenset[int] = frozenset()
+
+    @property
+    def num_experts(self) -> int:
+        """Of a layer, without shared ones."""
+        return self.routing.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token goes through, without shared ones."""
+        return self.routing.top_k
 
 
 @dataclass(frozen=True)

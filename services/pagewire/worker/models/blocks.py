@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.kv_cache import UNSCALED
 from torch import Tensor
 
 from . import rotary
 from .architecture import Architecture
-from .layers import Build, LayerNorm, Norm, Part, RmsNorm
+from .layers import Build, CorrectionBias, LayerNorm, Norm, Part, RmsNorm
 
 
 def make_norm(arch: Architecture, build: Build, name: str) -> Norm:
@@ -44,6 +45,7 @@ class Attention:
         self.q_weight, self.k_weight = [norm.weight for norm in self._norms] or (None, None)
         self.scale = arch.scales[index] if arch.scales else size**-0.5
         self.window = arch.windows[index]
+        self.kv_scales = build.kv_scales[index] if build.kv_scales else UNSCALED
         self._eps = arch.norm_eps
         self._softcap = arch.attn_logit_softcapping
         self._alibi_slopes = None
@@ -71,11 +73,28 @@ class Attention:
         weights = (self.q_weight, self.k_weight, self._eps)
         if self._fused is not None:
             return self._fused.rope_attention(
-                qkv, cos_sin, *weights, keys, values, batch, self.scale, self.window, self._softcap
+                qkv,
+                cos_sin,
+                *weights,
+                keys,
+                values,
+                batch,
+                self.scale,
+                self.window,
+                self._softcap,
+                self.kv_scales,
             )
-        q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch)
+        q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch, self.kv_scales)
         return self._ops.paged_attention(
-            q, keys, values, batch, self.scale, self.window, self._softcap, self._alibi_slopes
+            q,
+            keys,
+            values,
+            batch,
+            self.scale,
+            self.window,
+            self._softcap,
+            self._alibi_slopes,
+            self.kv_scales,
         )
 
 
@@ -110,14 +129,17 @@ class Mixture:
         """`name` without a suffix."""
         moe, hidden = arch.moe, arch.hidden_size
         assert moe is not None
-        self._top_k = moe.top_k
-        self._renormalize = moe.renormalize
+        self._ops = build.ops
+        self._routing = moe.routing
         self._router = build.replicated(
             f"{name}.gate", moe.num_experts, hidden, keep_precision=True
         )
         self._experts = build.experts(
             f"{name}.experts", moe.num_experts, hidden, moe.intermediate_size
         )
+        self._correction: CorrectionBias | None = None
+        if moe.correction_bias:
+            self._correction = CorrectionBias(build, f"{name}.gate", moe.num_experts)
         self._shared = self._gate = None
         if moe.shared_size:
             self._shared = Mlp(arch, build, f"{name}.shared_expert", moe.shared_size)
@@ -126,16 +148,17 @@ class Mixture:
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
         parts: list[Part] = [self._router, self._experts]
+        if self._correction is not None:
+            parts.append(self._correction)
         if self._shared is not None and self._gate is not None:
             parts += [*self._shared.parts(), self._gate]
         return parts
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]."""
-        scores = torch.softmax(self._router(x, batch), -1, dtype=torch.float32)
-        top_k_weights, top_k_ids = torch.topk(scores, self._top_k, dim=-1)
-        if self._renormalize:
-            top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
+        bias = None if self._correction is None else self._correction.bias
+        logits = self._router(x, batch)
+        top_k_ids, top_k_weights = self._ops.route(logits, self._routing, bias, batch.slot_mapping)
         out = self._experts(x, top_k_ids, top_k_weights, batch)
         if self._shared is None or self._gate is None:
             return out

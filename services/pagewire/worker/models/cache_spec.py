@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
+from pagewire_kernels.kv_cache import FP8
 from torch import Tensor
 
 from .architecture import Architecture
@@ -23,7 +24,7 @@ PAGED: Final = ("full", "window")
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers that share block tables, or need none.
+    """Layers that share block tables, or need none. dtype: of keys and values.
 
     full: keys and values of every token, in blocks. window: of the last `window` tokens only, in
     blocks. state: one record of `state_bytes` for each request and layer, whatever its length.
@@ -34,16 +35,18 @@ class CacheGroup:
     layers: tuple[int, ...]
     num_kv_heads: int = 0
     head_dim: int = 0
+    dtype: torch.dtype = torch.float32
     window: int = 0
     state_bytes: int = 0
     shares_with: int = -1
 
-    def block_bytes(self, block_size: int, itemsize: int) -> int:
+    def block_bytes(self, block_size: int) -> int:
         """Bytes of a block of `block_size` tokens in all layers of the group; 0 where there are no
-        blocks. itemsize: of the cache's type."""
+        blocks."""
         if self.kind not in PAGED:
             return 0
-        return 2 * len(self.layers) * self.num_kv_heads * block_size * self.head_dim * itemsize
+        elements = self.num_kv_heads * block_size * self.head_dim
+        return 2 * len(self.layers) * elements * self.dtype.itemsize
 
     def request_bytes(self) -> int:
         """Bytes that a request takes beside its blocks."""
@@ -73,13 +76,13 @@ class CacheGroup:
         # the next token sees window - 1 tokens before itself
         return range(max(0, tokens - self.window + 1) // block_size, end)
 
-    def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: str) -> Tensor:
+    def allocate(self, num_blocks: int, block_size: int, device: str) -> Tensor:
         """Zeros [layers, 2, blocks, Hkv, block_size, D]: keys first. Raises ValueError for a group
         without blocks."""
         if self.kind not in PAGED:
             raise ValueError(f"layers of kind {self.kind!r} have no blocks")
         shape = (len(self.layers), 2, num_blocks, self.num_kv_heads, block_size, self.head_dim)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,20 @@ class CacheSpec:
         """Layers in all groups."""
         return sum(len(group.layers) for group in self.groups)
 
-    def block_bytes(self, block_size: int, itemsize: int) -> int:
+    @property
+    def kv_type(self) -> str:
+        """Of keys and values in words, where it is a type that models are not computed in."""
+        codes = any(group.dtype == FP8 for group in self.groups)
+        return "fp8 (e4m3)" if codes else ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of keys and values, the largest of all groups."""
+        return max(group.dtype.itemsize for group in self.groups)
+
+    def block_bytes(self, block_size: int) -> int:
         """Bytes of one block in all layers that have blocks."""
-        return sum(group.block_bytes(block_size, itemsize) for group in self.groups)
+        return sum(group.block_bytes(block_size) for group in self.groups)
 
     def blocks_for(self, tokens: int, block_size: int) -> int:
         """Blocks that a request of `tokens` tokens holds at most; block numbers are common to all
@@ -118,7 +132,8 @@ class CacheSpec:
         return [caches.get(layer, empty) for layer in range(self.num_layers)]
 
 
-def cache_spec(arch: Architecture) -> CacheSpec:
-    """What the layers of `arch` keep: the keys and values of all tokens, in all layers."""
+def cache_spec(arch: Architecture, dtype: torch.dtype) -> CacheSpec:
+    """What the layers of `arch` keep: the keys and values of all tokens, in all layers, as
+    `dtype`."""
     layers = tuple(range(arch.num_layers))
-    return CacheSpec((CacheGroup("full", layers, arch.num_kv_heads, arch.head_dim),))
+    return CacheSpec((CacheGroup("full", layers, arch.num_kv_heads, arch.head_dim, dtype),))

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import native, single
 from .architecture import Architecture
 from .blocks import Attention, Mixture, Mlp, make_norm
-from .cache_spec import cache_spec
 from .layers import (
     Build,
     Embedding,
@@ -135,7 +134,6 @@ class Decoder:
 
     def __init__(self, arch: Architecture, build: Build) -> None:
         self.arch = arch
-        self.cache_spec = cache_spec(arch)
         self._build = build
         embedding = Embedding(
             build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size

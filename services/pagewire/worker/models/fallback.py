@@ -70,7 +70,7 @@ class Plan:
         """`tensors`: those of the checkpoint, where transformers would take other files than those
         that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or logits that are not those of
         transformers' own attention."""
-        attention = Attention(ops, self.calls, self.arch.head_dim)
+        attention = Attention(ops, self.calls, self.arch.head_dim, dtype)
         with _quietly(), torch.inference_mode(False), torch.no_grad():
             made = (
                 self._random(dtype, seed)

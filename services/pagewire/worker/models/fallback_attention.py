@@ -108,10 +108,11 @@ def _refused(module: Any, mask: Tensor | None, more: dict[str, Any]) -> str:
 class Attention:
     """Layers call it in their order, once each, in a forward pass within `running`."""
 
-    def __init__(self, ops: Ops, calls: tuple[Call, ...], size: int) -> None:
+    def __init__(self, ops: Ops, calls: tuple[Call, ...], size: int, dtype: torch.dtype) -> None:
         """`size`: of all heads in the cache; smaller ones are padded with zeros, which changes no
-        product."""
+        product. `dtype`: that attention is computed in."""
         self._ops, self._calls, self._size = ops, calls, size
+        self._dtype = dtype
         self._layer = 0
         self._pass: tuple[list[Tensor], list[Tensor], Batch, Callable[[], None]] | None = None
         self.name = _enter(self)
@@ -142,7 +143,7 @@ class Attention:
         (cos_sin, caches, batch, tick), layer = self._pass, self._layer
         call, cache = self._calls[layer], caches[layer]
         self._layer += 1
-        qkv = torch.cat([self._flat(part, cache.dtype) for part in (query, key, value)], 1)
+        qkv = torch.cat([self._flat(part, self._dtype) for part in (query, key, value)], 1)
         q = self._ops.rope_and_cache(
             qkv, cos_sin[layer], None, None, 0.0, cache[0], cache[1], batch
         )

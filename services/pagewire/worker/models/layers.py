@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.kv_cache import KVScales
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
@@ -39,13 +40,15 @@ class Build:
     all are dense. `shard`: the part of the model that this process holds. Matrices are cut by
     heads or by the MLP's inner size: column-parallel ones (of queries, keys and values, gate and
     up) by rows, so that results are parts of the whole's; row-parallel ones (of attention's output
-    and the MLP's) by columns, so that results are to be added over the ranks."""
+    and the MLP's) by columns, so that results are to be added over the ranks.
+    `kv_scales`: of each layer, where the KV cache holds 8-bit codes."""
 
     ops: Ops
     dtype: torch.dtype
     device: str
     method: MethodChoice | None = None
     shard: Shard = WHOLE
+    kv_scales: Sequence[KVScales] = ()
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory on the device, in the model's type unless `dtype` is given."""
@@ -262,8 +265,21 @@ class Experts:
         return self.weight.nbytes
 
     def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32."""
+        """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""
         return self.weight.apply(x, top_k_ids, top_k_weights)
+
+
+class CorrectionBias(NoMatrix):
+    """What is added to a router's scores for the choice of experts, but not to their weights."""
+
+    def __init__(self, build: Build, name: str, num_experts: int) -> None:
+        """`name`: the router's, without a suffix."""
+        self._name = name
+        self.bias = build.empty(num_experts, dtype=torch.float32)
+
+    def weight_slots(self) -> WeightSlots:
+        """One vector."""
+        yield WeightSlot(f"{self._name}.e_score_correction_bias", self.bias)
 
 
 class RmsNorm(NoMatrix):

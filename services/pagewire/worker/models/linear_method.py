@@ -138,7 +138,7 @@ class ExpertsWeight(Weight):
 
     @abstractmethod
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]; top_k_ids [T, k] int64, top_k_weights [T, k] float32."""
+        """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""
 
 
 class EmbeddingWeight(Weight):

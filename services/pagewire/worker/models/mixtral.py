@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from pagewire_kernels.routing import Routing
+
 from .architecture import Architecture, Config, Moe, common
 from .checkpoint import Named
 
@@ -19,12 +21,10 @@ PARTS: Final = {
 
 def describe(config: Config) -> Architecture:
     """Mixtral."""
-    moe = Moe(
-        int(config["num_local_experts"]),
-        int(config["num_experts_per_tok"]),
-        int(config["intermediate_size"]),
-        renormalize=True,
+    routing = Routing(
+        int(config["num_local_experts"]), int(config["num_experts_per_tok"]), renormalize=True
     )
+    moe = Moe(routing, int(config["intermediate_size"]))
     return common(
         config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
     )

@@ -123,7 +123,7 @@ def _layer_arguments(layer: SequentialLayer) -> tuple[Any, ...] | None:
         attention.k_weight,
     )
     floats = [_float(vector) for vector in vectors]
-    return *matrices, *floats, attention.window or 0, attention.scale
+    return *matrices, *floats, attention.window or 0, attention.scale, attention.kv_scales
 
 
 def _float(x: Tensor | None) -> Tensor | None:

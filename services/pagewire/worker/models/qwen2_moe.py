@@ -1,6 +1,8 @@
 """Qwen2-MoE (Qwen1.5-MoE too): Qwen2 with many small experts and a shared one, in all layers that
 the configuration does not name."""
 
+from pagewire_kernels.routing import Routing
+
 from .architecture import Architecture, Config, Moe, common, layer_windows
 
 
@@ -8,13 +10,14 @@ def mixture(config: Config, shared_size: int = 0) -> Moe:
     """The mixture of experts of Qwen2 and Qwen3; shared_size: inner size of the shared expert, 0:
     none."""
     step, plain = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
-    return Moe(
-        num_experts=int(
-            config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-        ),
-        top_k=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["moe_intermediate_size"]),
+    routing = Routing(
+        int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
+        int(config["num_experts_per_tok"]),
         renormalize=bool(config.get("norm_topk_prob", False)),
+    )
+    return Moe(
+        routing,
+        int(config["moe_intermediate_size"]),
         shared_size=shared_size,
         dense_layers=frozenset(
             i for i in range(int(config["num_hidden_layers"])) if i in plain or (i + 1) % step

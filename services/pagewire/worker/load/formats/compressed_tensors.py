@@ -79,9 +79,6 @@ class CompressedTensors(CheckpointFormat):
         ".input_scale",
         ".input_zero_point",
         ".output_scale",
-        ".k_scale",
-        ".v_scale",
-        ".q_scale",
     )
     layout: str
     schemes: tuple[Scheme, ...]

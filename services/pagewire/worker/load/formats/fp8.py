@@ -26,9 +26,6 @@ class Fp8(CheckpointFormat):
     unused: ClassVar[tuple[str, ...]] = (
         ".input_scale",
         ".activation_scale",
-        ".k_scale",
-        ".v_scale",
-        ".kv_scale",
     )
     block: tuple[int, int] | None
 
