@@ -201,6 +201,12 @@ CORPUS: tuple[Abuse, ...] = (
         (200, 400),
     ),
     Abuse(
+        "the scores of one context",
+        COMPLETIONS,
+        lambda: completion(ids(32_000), b',"prompt_logprobs":10'),
+        (200,),
+    ),
+    Abuse(
         "an echo of a context with scores",
         COMPLETIONS,
         lambda: completion(ids(32_000), b',"echo":true,"logprobs":5'),
