@@ -34,8 +34,8 @@ MOST_FUSED_ROWS: Final = 512
 @dataclass(frozen=True)
 class QuantizedConfig:
     """Launch shape. block_m: rows of x a program; block_n: weight rows, a multiple of TILE;
-    block_k: inner elements a step; splits: programs sharing a result. late: scales are applied to sums where they
-    can be, instead of to weights."""
+    block_k: inner elements a step; splits: programs sharing a result. late: scales are applied to
+    sums where they can be, instead of to weights."""
 
     block_m: int
     block_n: int
@@ -252,6 +252,8 @@ def quantized_linear(
     where to, rows of which may be wider than N."""
     if out is None:
         out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
+    if not len(x):
+        return out
     if config is not None:
         _launch(x, matrix, bias, out, config)
     else:
@@ -305,15 +307,14 @@ def pick_config(rows: int, matrix: PackedMatrix, dtype: torch.dtype) -> Quantize
     block_k = _block_k(k)
     if dtype == torch.float32:
         return QuantizedConfig(16, 64, 64, _splits(256, n, 64, k), 4, 2)
-    large = n >= 16384
+    if rows > 64:
+        return _many_rows(rows, n, k, block_k)
     if matrix.form == INT4 and matrix.scales_late(block_k):
-        shape = _int4_config(rows, n, k, block_k, large)
-    else:
-        shape = _config(rows, n, k, block_k, large, matrix.form == INT4)
-    return shape
+        return _few_rows_late(rows, n, k, block_k)
+    return _few_rows(rows, n, k, block_k, matrix.form == INT4)
 
 
-def _int4_config(rows: int, n: int, k: int, block_k: int, large: bool) -> QuantizedConfig:
+def _few_rows_late(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
     """4 bits with whole zero points: sums are scaled while rows are few."""
     if rows <= 32:
         block_n = 128 if n > 4096 or k > 8192 else 64
@@ -321,26 +322,21 @@ def _int4_config(rows: int, n: int, k: int, block_k: int, large: bool) -> Quanti
         return QuantizedConfig(
             16 if rows <= 16 else 32, block_n, block_k, _splits(256, n, block_n, k), 4, stages
         )
-    if rows <= 64:
-        programs = 256 if k > 8192 else 160
-        return QuantizedConfig(64, 128, block_k, _splits(programs, n, 128, k), 4, 3)
-    return _many_rows(rows, n, k, block_k)
+    programs = 256 if k > 8192 else 160
+    return QuantizedConfig(64, 128, block_k, _splits(programs, n, 128, k), 4, 3)
 
 
-def _config(
-    rows: int, n: int, k: int, block_k: int, large: bool, four_bits: bool
-) -> QuantizedConfig:
+def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> QuantizedConfig:
     """8 bits, and 4 bits whose weights are scaled one by one."""
+    large = n >= 16384
     if rows <= 32:
         programs = 800 if four_bits else 256
         stages = 3 if large or four_bits or rows > 16 else 4
         return QuantizedConfig(
             16 if rows <= 16 else 32, 64, block_k, _splits(programs, n, 64, k), 4, stages
         )
-    if rows <= 64:
-        block_n = 128 if large else 64
-        return QuantizedConfig(64, block_n, block_k, _splits(400, n, block_n, k), 4, 3)
-    return _many_rows(rows, n, k, block_k)
+    block_n = 128 if large else 64
+    return QuantizedConfig(64, block_n, block_k, _splits(400, n, block_n, k), 4, 3)
 
 
 def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:

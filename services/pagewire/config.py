@@ -102,7 +102,7 @@ class ModelConfig(Struct, frozen=True):
         str,
         _help(
             "the format of quantized weights, which is read from the checkpoint anyway; or round full ones while loading: "
-            "int8 and int4 (on a CPU), bitsandbytes, bitsandbytes_8bit, fp8",
+            "int8, int4, bitsandbytes, bitsandbytes_8bit, fp8",
             pattern=QUANTIZED,
         ),
     ] = ""
