@@ -337,7 +337,8 @@ class RequestOwner:
         """A first attempt has met a service that is just starting, or has not heard yet that others
         are there."""
         since = max(request.arrival_time, self._complete_since)
-        return self._clock() - since < GRACE_S
+        is_young = self._clock() - since < GRACE_S
+        return is_young and (self.is_complete or self.can_hold)
 
     def _give_up(self, request: OwnedRequest) -> None:
         """Its sink has raised, which is a fault of this program: that request ends, and the others
