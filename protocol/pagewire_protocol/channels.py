@@ -10,8 +10,10 @@ import contextlib
 import fcntl
 import os
 import secrets
+import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -32,6 +34,7 @@ TOPOLOGY: Final = {
 MAX_FRAME: Final = 64 * 1024 * 1024
 NO_INCARNATION: Final = Incarnation(0)
 """In the place of the scheduler's, whose address does not depend on it."""
+NEW_S: Final = 10.0
 QUEUE_LENGTH: Final = 100_000
 READABLE: Final = int(zmq.POLLIN)
 DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -82,6 +85,30 @@ def inbox_address(run_dir: Path, role: Role, incarnation: Incarnation) -> str:
     """Where a process is reached; the scheduler everywhere at the same address."""
     name = "scheduler" if role is Role.SCHEDULER else f"{role.name.lower()}-{incarnation:016x}"
     return f"ipc://{run_dir}/{name}.sock"
+
+
+def living_inboxes(run_dir: Path) -> list[str]:
+    """The addresses of all inboxes in the run directory but the scheduler's at which a process
+    listens. The files of dead ones are removed, unless they are so new that their processes may be
+    about to listen."""
+    living: list[str] = []
+    oldest_new = time.time() - NEW_S
+    for path in run_dir.glob("*-*.sock"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except FileNotFoundError:
+                continue
+            except ConnectionRefusedError:
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < oldest_new:
+                        path.unlink()
+                continue
+            except OSError:
+                pass  # its queue is full: it lives
+            living.append(f"ipc://{path}")
+    return living
 
 
 def _already_running(run_dir: Path) -> AlreadyRunning:
@@ -208,14 +235,14 @@ class Outbox:
                 self._sockets[address] = self._connect(address)
 
     def send(self, address: str, message: Message) -> bool:
-        """True when the message is queued. False when the peer's queue is full: its loss must be
-        handled by the caller."""
+        """True when the message is queued. False when the peer's queue is full, or the address is
+        none, as one that came with a message may be: its loss must be handled by the caller."""
         socket = self._sockets.get(address)
-        if socket is None:
-            socket = self._sockets[address] = self._connect(address)
         try:
+            if socket is None:
+                socket = self._sockets[address] = self._connect(address)
             socket.send(_encoder.encode(message), zmq.NOBLOCK, copy=True)
-        except zmq.Again:
+        except (zmq.ZMQError, ValueError, OverflowError):
             return False
         return True
 
@@ -226,8 +253,12 @@ class Outbox:
         socket.set(zmq.SNDHWM, QUEUE_LENGTH)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.RECONNECT_IVL, 20)
-        socket.set(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(address)
+        socket.set(zmq.RECONNECT_IVL_MAX, 100)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            socket.close()
+            raise
         return socket
 
     def forget(self, address: str) -> None:
@@ -238,6 +269,6 @@ class Outbox:
 
     def close(self, linger_ms: int = 0) -> None:
         """Close all sockets; what is queued gets `linger_ms` milliseconds to leave."""
-        for socket in self._sockets.values():
-            socket.close(linger=linger_ms)
+        for connection in self._sockets.values():
+            connection.close(linger=linger_ms)
         self._sockets.clear()

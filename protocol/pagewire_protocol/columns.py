@@ -13,6 +13,8 @@ from msgspec import Meta
 MAX_ROWS: Final = 65_536
 MAX_TOKENS: Final = 4_194_304
 MAX_TEXT: Final = 16_777_216
+MAX_VOCABULARY: Final = 4_194_304
+"""Tokens: processes keep tables of this length."""
 MAX_CACHE_SALT: Final = 128
 """Characters."""
 MAX_TOKENS_PER_ROW: Final = 16
@@ -44,8 +46,10 @@ EpochField = Annotated[Epoch, Meta(ge=1, le=2**20 - 1)]
 IncarnationField = Annotated[Incarnation, Meta(ge=1, le=2**63 - 1)]
 SlotField = Annotated[Slot, Meta(ge=0, le=MAX_ROWS)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+VocabSize = Annotated[int, Meta(ge=0, le=MAX_VOCABULARY)]
 Name = Annotated[str, Meta(max_length=256)]
-Inbox = Annotated[str, Meta(min_length=1, max_length=256)]
+Inbox = Annotated[str, Meta(max_length=256, pattern=r"^ipc:///[^\x00]+$")]
+"""Where a process is reached: no message names another kind of address."""
 ShortText = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 CacheSalt = Annotated[str, Meta(max_length=MAX_CACHE_SALT)]

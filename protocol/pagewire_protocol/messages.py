@@ -37,6 +37,7 @@ from .columns import (
     Text,
     TokenBytes,
     TokensI32,
+    VocabSize,
     pack,
     unpack,
 )
@@ -65,11 +66,12 @@ from .structs import (
 
 # fmt: off
 __all__ = [
-    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "Chat", "ChatMessage", "Deltas", "Detokenize", "End",
-    "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox", "Incarnation", "LogprobColumns",
-    "Message", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role", "Roster", "Shared", "Started", "Step",
-    "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler", "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized",
-    "TokenizerFacts", "Tokens", "WorkerFacts", "pack", "unpack",
+    "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Death", "Deltas",
+    "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox",
+    "Incarnation", "LogprobColumns", "Message", "Park", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
+    "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
+    "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack",
+    "unpack",
 ]
 # fmt: on
 
@@ -107,9 +109,25 @@ class Heartbeat(Message, tag=True, frozen=True):
 
 
 class Goodbye(Message, tag=True, frozen=True):
-    """An orderly exit: no more work for this incarnation."""
+    """No more work for this incarnation: it ends. `failed`: not in order, so that the work may be
+    what ended it."""
 
     incarnation: IncarnationField
+    failed: bool = False
+
+
+class Death(Message, tag=True, frozen=True):
+    """From whoever started a service: it has ended, and will be started again under the same
+    name."""
+
+    role: Role
+    name: Name
+    incarnation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    """0: it never said Hello."""
+    cause: ShortText
+    failures: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    """Ends in a row, this one included, before which it did not work for long."""
+    restart_in_s: Annotated[float, Meta(ge=0, le=86400)]
 
 
 class Submit(Message, tag=True, frozen=True):
@@ -132,12 +150,23 @@ class Submit(Message, tag=True, frozen=True):
     """Which LoRA adapter; empty: none."""
     grammar: GrammarText = ""
     """What the output must match; empty: anything."""
+    worker_deaths: Count = 0
+    """As in Generate."""
 
 
 class Cancel(Message, tag=True, frozen=True):
     """The owner no longer wants these attempts (or any earlier one of the same request)."""
 
     requests: Annotated[tuple[tuple[Rid, Attempt], ...], Meta(max_length=MAX_ROWS)]
+
+
+class Park(Message, tag=True, frozen=True):
+    """The client of these attempts reads nothing: `parked`, they get no further tokens, and wait
+    outside the queue with what they have. Not `parked`: it reads again, and they go on. Repeated
+    until the attempt ends: one that is not known yet is left as it is."""
+
+    requests: Annotated[tuple[tuple[Rid, Attempt], ...], Meta(max_length=MAX_ROWS)]
+    parked: bool
 
 
 class StepResult(Message, tag=True, frozen=True):
@@ -161,7 +190,7 @@ class StepResult(Message, tag=True, frozen=True):
     counts: RowsI32 = b""
 
 
-ToScheduler = Hello | Heartbeat | Goodbye | Submit | Cancel | StepResult
+ToScheduler = Hello | Heartbeat | Goodbye | Death | Submit | Cancel | Park | StepResult
 
 
 # --- to the tokenizer
@@ -193,6 +222,9 @@ class Generate(Message, tag=True, frozen=True):
     """Which LoRA adapter; empty: none."""
     grammar: GrammarText = ""
     """What the output must match; empty: anything."""
+    worker_deaths: Count = 0
+    """Workers in a row that ended while they computed this request's next token: from two on it
+    runs alone."""
 
 
 class Tokens(Message, tag=True, frozen=True):
@@ -235,6 +267,13 @@ class Detokenize(Message, tag=True, frozen=True):
     ids: TokensI32
     skip_special_tokens: bool = False
     with_offsets: bool = False
+
+
+class CancelQuery(Message, tag=True, frozen=True):
+    """Nobody wants the answer to this Tokenize or Detokenize any more."""
+
+    handle: Handle
+    reply_to: Inbox
 
 
 # --- to the frontend
@@ -306,6 +345,13 @@ class Step(Message, tag=True, frozen=True):
     shared: Shared | None = None
 
 
+class Shutdown(Message, tag=True, frozen=True):
+    """The scheduler can use this worker no longer: it ends, to be started anew."""
+
+    epoch: EpochField
+    reason: ShortText
+
+
 # --- to everyone
 #   ------------------------------------------------------------------------------------------------------
 
@@ -317,7 +363,7 @@ class Roster(Message, tag=True, frozen=True):
     peers: Annotated[tuple[Peer, ...], Meta(max_length=1024)]
     max_model_len: Count
     """0 until a worker is ready."""
-    vocab_size: Count
+    vocab_size: VocabSize
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     has_text: bool
     has_chat_template: bool
@@ -325,8 +371,10 @@ class Roster(Message, tag=True, frozen=True):
     """Gauges and counters of the scheduler for /metrics, by metric name without prefix; refreshed
     once a second."""
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    longest_token: Count = 0
+    """Most characters of a text that one token can stand for; 0: any number."""
 
 
-ToTokenizer = Generate | Cancel | Tokens | Tokenize | Detokenize | Roster
+ToTokenizer = Generate | Cancel | Park | Tokens | Tokenize | Detokenize | CancelQuery | Roster
 ToFrontend = Deltas | Tokenized | Roster
-ToWorker = Step | Roster
+ToWorker = Step | Shutdown | Roster

@@ -32,6 +32,26 @@ def too_long(max_model_len: int, prompt_tokens: int, completion_tokens: int) -> 
     )
 
 
+def far_too_long(max_model_len: int, characters: int, encoded: int, tokens: int) -> str:
+    """The refusal of a text that does not fit the context, of which only the first `encoded`
+    characters were encoded: they alone are `tokens` tokens or more."""
+    return (
+        f"This model's maximum context length is {max_model_len} tokens. However, the prompt has "
+        f"{characters} characters, of which the first {encoded} alone are {tokens} tokens or more. "
+        "Shorten the prompt."
+    )
+
+
+def too_many_characters(max_model_len: int, characters: int, most: int) -> str:
+    """The refusal of a text that is longer than any that fits the context."""
+    if not max_model_len:
+        return f"The prompt has {characters} characters; at most {most} are allowed."
+    return (
+        f"This model's maximum context length is {max_model_len} tokens, which have at most "
+        f"{most} characters. However, the prompt has {characters}. Shorten the prompt."
+    )
+
+
 def outside_vocabulary(token: object, vocab_size: int) -> str:
     """The refusal of a token id that the model does not have."""
     return f"token id {token} is outside the model's vocabulary of {vocab_size} tokens"

@@ -24,6 +24,7 @@ from .columns import (
     TokenBytes,
     TokensF32,
     TokensI32,
+    VocabSize,
 )
 from .sampling import Sampling, SamplingDefaults, TokenId
 
@@ -37,6 +38,12 @@ MAX_MESSAGE_NAME: Final = 256
 SILENCE_S: Final = 10.0
 """The scheduler and its peers each send once a second; a ready one that is silent for so long is
 taken for gone."""
+
+
+FAILING: Final = 3
+"""Ends in a row without having worked: a service with so many `failures` is reported as failing."""
+NOT_AWAITED: Final = 5
+"""The same, from which on new requests do not wait for the service's next life."""
 
 
 class Role(IntEnum):
@@ -117,6 +124,9 @@ class End(Record, frozen=True):
     message: ShortText = ""
     param: Annotated[str, Meta(max_length=64)] | None = None
     retry_after_s: Annotated[int, Meta(ge=0, le=3600)] = 0
+    worker_died: bool = False
+    """The execution is lost because its worker ended while it computed this request: the request
+    may be what ended it."""
 
 
 class Placed(Record, frozen=True):
@@ -208,7 +218,7 @@ class WorkerFacts(Record, frozen=True):
     block_size: Annotated[int, Meta(ge=1, le=4096)]
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-    vocab_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    vocab_size: VocabSize
     eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)]
     device: Name
     cascade: bool = False
@@ -229,8 +239,10 @@ class TokenizerFacts(Record, frozen=True):
     has_text: bool
     """False under --skip-tokenizer-init: token ids only."""
     has_chat_template: bool
-    vocab_size: Count
+    vocab_size: VocabSize
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    longest_token: Count = 0
+    """Most characters of a text that one token can stand for; 0: any number."""
 
 
 class Peer(Record, frozen=True):
@@ -251,6 +263,9 @@ class Peer(Record, frozen=True):
     """Its number in the group. Rank 0 receives the steps and answers them."""
     group_size: Annotated[int, Meta(ge=1, le=1024)] = 1
     """How many ranks the group has."""
+    failures: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """As the scheduler knows it: lives in a row that ended before this one is ready; above 0 only
+    while a service is started again."""
 
 
 class Shared(Record, frozen=True):

@@ -262,11 +262,34 @@ def read_all(
 
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until a signal ends it. Returns the exit status."""
-    from .process.parent import die_with_parent
+    from .process import liveness, watchdog
+    from .process.parent import Started, die_with_parent
 
     die_with_parent()
     module, structs, description = SERVICES[command]
     configs = parse_structs(command, description, structs, arguments)
     run = configs[0]
     logs.set_up(run.log_level, run.log_format, run.name or command)
-    return imported(module).run(*configs)
+    liveness.own.settle(run.watchdog_timeout)
+    if Started.by_parent or not run.watchdog_timeout:
+        liveness.own.inherit()
+        return imported(module).run(*configs)
+
+    def report(pid: int, incarnation: int, cause: str) -> None:
+        _announce_end(command, run, pid, incarnation, cause)
+
+    return watchdog.run_watched(command, lambda: imported(module).run(*configs), report)
+
+
+def _announce_end(command: str, run: RunConfig, pid: int, incarnation: int, cause: str) -> None:
+    """A service that nobody supervises has ended in no order; whoever starts containers will start
+    it again. The libraries for this are only loaded now: until then this process does nothing but
+    wait."""
+    from pagewire_protocol.messages import Role
+
+    from .process.announce import Announcer
+
+    role = Role[command.upper()]
+    announcer = Announcer(run.run_dir)
+    announcer.announce(role, run.name or f"{command}-{pid}", incarnation, cause)
+    announcer.close(linger_ms=500)

@@ -68,6 +68,14 @@ class RunConfig(Struct, frozen=True):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _help("how much to log")] = (
         "info"
     )
+    watchdog_timeout: Annotated[
+        float,
+        _help(
+            "seconds without progress after which a service counts as hung, is killed and replaced; 0: never",
+            ge=0,
+            le=86400,
+        ),
+    ] = 2.0
 
 
 class ModelConfig(Struct, frozen=True):
@@ -129,6 +137,12 @@ class FrontendConfig(Struct, frozen=True):
             "an accepted API key; give the flag again for more; else PAGEWIRE_API_KEY or VLLM_API_KEY"
         ),
     ] = ()
+    api_keys_file: Annotated[
+        str,
+        _help(
+            "TOML file of further API keys by name and sha256, each with its limits (docs/security.md); read again when it changes"
+        ),
+    ] = ""
     ssl_keyfile: Annotated[
         str, _help("private key of the server's certificate, as PEM; with --ssl-certfile: HTTPS")
     ] = ""
@@ -141,8 +155,10 @@ class FrontendConfig(Struct, frozen=True):
     ] = 0
     allowed_origins: Annotated[
         tuple[str, ...],
-        _help("origins of web pages that may use this server, plain or as a JSON list"),
-    ] = ("*",)
+        _help(
+            "origins of web pages that may use this server, plain or as a JSON list; * for all (default: none but its own)"
+        ),
+    ] = ()
     allowed_methods: Annotated[tuple[str, ...], _help("HTTP methods that such pages may use")] = (
         "*",
     )

@@ -1,6 +1,7 @@
 """Another parser of answers plugs in between the streams and the formatter, for streamed and whole
 answers: here a toy format with reasoning between <think> tags and calls between <call> tags."""
 
+import asyncio
 import json
 import re
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ def whole(text: str, parser=ToyParser, **more: object) -> dict:
     (choice,) = reply.choices
     choice.text(text)
     choice.finished("stop", None, 5)
-    return json.loads(reply.body())["choices"][0]
+    return json.loads(asyncio.run(reply.body()))["choices"][0]
 
 
 def streamed(pieces: Sequence[str], parser=ToyParser, **more: object) -> list[dict]:
@@ -224,7 +225,7 @@ def test_a_length_end_stays_one() -> None:
     (choice,) = reply.choices
     choice.text("<call add>{")
     choice.finished("length", None, 5)
-    body = json.loads(reply.body())["choices"][0]
+    body = json.loads(asyncio.run(reply.body()))["choices"][0]
     assert body["finish_reason"] == "length"
     assert body["message"]["tool_calls"][0]["function"]["arguments"] == "{"
 

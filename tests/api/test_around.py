@@ -23,7 +23,23 @@ PREFLIGHT = {"Origin": "https://a.example", "Access-Control-Request-Method": "PO
 # --- other origins ---
 
 
-def test_by_default_any_page_may_use_a_server_without_credentials(server) -> None:
+def test_by_default_no_page_of_another_origin_may_use_a_server(server) -> None:
+    for answer in (
+        server.http.get("/v1/models", headers={"Origin": "https://a.example"}),
+        server.http.options("/v1/chat/completions", headers=PREFLIGHT),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert answer.status_code == 400 and "origin" in answer.text
+
+
+@pytest.fixture(scope="module")
+def open_to_all():
+    with serve(config=FrontendConfig(allowed_origins=("*",), max_body_mb=1)) as server:
+        yield server
+
+
+def test_any_page_may_use_a_server_that_says_so(open_to_all) -> None:
+    server = open_to_all
     answer = server.http.get("/v1/models", headers={"Origin": "https://a.example"})
     assert (
         answer.headers["access-control-allow-origin"] == "*"
@@ -36,7 +52,8 @@ def test_by_default_any_page_may_use_a_server_without_credentials(server) -> Non
     assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-lang"
 
 
-def test_streams_and_errors_carry_the_headers_too(server) -> None:
+def test_streams_and_errors_carry_the_headers_too(open_to_all) -> None:
+    server = open_to_all
     for body in ({"prompt": "hi", "stream": True}, {"prompt": ""}):
         answer = server.http.post(
             "/v1/completions",

@@ -4,12 +4,17 @@ would fail if the owner let it pass."""
 import pytest
 from pagewire.requests.counters import Counters
 from pagewire.requests.errors import ErrorKind, RequestError
-from pagewire.requests.owner import MAX_INTERRUPTIONS, SUSPENSION_S, RequestOwner
+from pagewire.requests.owner import (
+    GRACE_S,
+    MAX_INTERRUPTIONS,
+    SUSPENSION_S,
+    RequestOwner,
+)
 from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack, unpack
 from pagewire_protocol.messages import Cancel, Deltas, Generate, Roster
 from pagewire_protocol.sampling import Sampling, TextOptions
-from pagewire_protocol.structs import End, Finish, Peer, Prompt, Role, Started
+from pagewire_protocol.structs import NOT_AWAITED, End, Finish, Peer, Prompt, Role, Started
 
 JOB = Job(Prompt(text="hi"), Sampling(seed=1, max_tokens=100), TextOptions())
 
@@ -57,16 +62,22 @@ class Harness:
             self.sent.append((inbox, message))
         return not self.full
 
-    def roster(self, epoch: int, worker: bool = True, **tokenizers: bool) -> None:
+    def roster(
+        self,
+        epoch: int,
+        worker: bool = True,
+        failures: int = 0,
+        listed: bool = False,
+        **tokenizers: bool,
+    ) -> None:
         peers = [
             Peer(Role.TOKENIZER, name, name, int(name[1:]), ready)
             for name, ready in tokenizers.items()
         ]
-        self.owner.on_roster(
-            Roster(
-                epoch, (*peers, Peer(Role.WORKER, "w", "w", 99, worker)), 100, 100, (), True, True
-            )
-        )
+        peers.append(Peer(Role.WORKER, "w", "w", 99, worker, failures=failures))
+        if listed:
+            peers.append(Peer(Role.FRONTEND, "f", "me", 5, True))
+        self.owner.on_roster(Roster(epoch, tuple(peers), 100, 100, (), True, True))
 
     @property
     def last(self) -> Generate:
@@ -357,6 +368,7 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
     ],
 )
 def test_ends_without_a_generation(h: Harness, end: dict, kind: ErrorKind, text: str) -> None:
+    h.now += GRACE_S + 1
     h.end(**end)
     assert (
         isinstance(h.sink.end, RequestError)
@@ -421,3 +433,95 @@ def test_a_sink_that_raises_ends_its_own_request_alone(caplog) -> None:
     assert h.sink.pieces == ["y"] and isinstance(broken.end, RequestError)
     assert "a fault of the program" in caplog.text
     assert (("t1", Cancel(((other.rid, 1),)))) in h.sent and len(h.owner) == 1
+
+
+def test_an_owner_that_was_given_up_sends_everything_again(h: Harness) -> None:
+    """As after a pause: the scheduler dropped this process, and the tokenizers its requests."""
+    h.row(0, 5, "a")
+    h.roster(1, listed=True, t1=True)
+    h.roster(1, listed=True, t1=True)
+    assert h.last.attempt == 1
+    h.roster(1, t1=True)
+    assert h.last.attempt == 2 and unpack("i", h.last.output).tolist() == [5]
+    h.roster(1, t1=True)
+    assert h.last.attempt == 2, "the next roster may still not list it"
+    h.roster(1, listed=True, t1=True)
+    assert h.last.attempt == 2 and h.request.interruptions == 0
+
+
+def test_a_request_at_which_three_workers_die_is_poisoned(h: Harness) -> None:
+    h.row(0, 5, "a")
+    for deaths in (1, 2):
+        h.end(Finish.LOST, worker_died=True)
+        h.now += 1
+        h.owner.tick()
+        assert h.last.worker_deaths == deaths
+    h.end(Finish.LOST, worker_died=True)
+    error = h.sink.end
+    assert isinstance(error, RequestError)
+    assert (error.kind, error.type) == (ErrorKind.FAILED, "request_poisoned")
+    assert len(h.owner) == 0
+
+
+def test_a_request_that_gets_further_between_two_deaths_is_not_what_causes_them(h: Harness) -> None:
+    for position in range(2 * MAX_INTERRUPTIONS):
+        h.row(position, 5, "a", execution=position)
+        h.end(Finish.LOST, worker_died=True)
+        h.now += 1
+        h.owner.tick()
+        assert h.sink.end is None and h.last.worker_deaths == 1
+
+
+def test_deaths_that_it_had_no_part_in_do_not_count(h: Harness) -> None:
+    for _ in range(5):
+        h.end(Finish.LOST)
+        h.now += 1
+        h.owner.tick()
+    assert h.last.worker_deaths == 0 and h.sink.end is None
+
+
+def test_new_requests_wait_for_what_is_being_started_again(h: Harness) -> None:
+    h.now += 100
+    h.roster(1, worker=False, failures=1, t1=True)
+    sink = Sink()
+    h.now += 30
+    assert h.owner.can_hold
+    held = h.owner.submit(JOB, sink)
+    assert h.last.rid != held.rid and len(h.owner.suspended) == 1
+    h.roster(1, t1=True)
+    assert h.last.rid == held.rid and h.last.attempt == 1 and not h.owner.can_hold
+
+
+def test_a_held_request_can_be_cancelled_and_ends_when_nobody_comes(h: Harness) -> None:
+    h.roster(1, worker=False, failures=1, t1=True)
+    cancelled, kept = Sink(), Sink()
+    h.owner.cancel(h.owner.submit(JOB, cancelled))
+    h.owner.submit(JOB, kept)
+    h.now += SUSPENSION_S + 1
+    h.owner.tick()
+    assert cancelled.end is None and h.cancels() == []
+    assert isinstance(kept.end, RequestError) and kept.end.kind is ErrorKind.UNAVAILABLE
+
+
+def test_nobody_waits_for_a_first_start_or_for_what_keeps_failing(h: Harness) -> None:
+    h.roster(1, worker=False, failures=NOT_AWAITED, t1=True)
+    h.now += GRACE_S + 1
+    assert not h.owner.can_hold
+    with pytest.raises(RequestError):
+        h.owner.submit(JOB, Sink())
+    fresh = RequestOwner("me", lambda *_: True, lambda: 0.0, Counters())
+    assert not fresh.can_hold
+
+
+def test_a_first_attempt_that_meets_a_service_which_has_just_started_is_tried_again(
+    h: Harness,
+) -> None:
+    h.roster(1, worker=False, failures=1, t1=True)
+    sink = Sink()
+    h.owner.submit(JOB, sink)
+    h.roster(1, t1=True)
+    h.end(Finish.REFUSED, status=503)
+    assert sink.end is None
+    h.now += 1
+    h.owner.tick()
+    assert h.last.attempt == 2

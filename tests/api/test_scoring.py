@@ -5,6 +5,9 @@ The scripted stack cuts text at spaces, gives token i of a prompt the log-probab
 rank i, and has the ids 7, 8, ... as its likeliest tokens, at -0.25, -0.5, ...
 """
 
+import json
+
+import msgspec
 import pytest
 from api.checks import refused
 from api.fake_stack import FIRST_WORD, expected, word
@@ -271,11 +274,17 @@ def entry(*candidates: tuple[int, bytes], offset: int = 0) -> TokenLogprobs:
     return TokenLogprobs(0, 0, 1, ids, values, texts, offset)
 
 
+def as_json(form, *arguments):
+    """What a client reads of it."""
+    return json.loads(msgspec.json.encode(form(*arguments)))
+
+
 def test_candidates_that_are_spelt_alike_are_all_there() -> None:
     """The token itself comes first and is among the likeliest too; another has the same bytes, and a
     third no text."""
-    form = completion_logprobs(
-        [entry((5, b"A"), (9, b"A"), (5, b"A"), (7, b"A"), (8, b"\xf0\x9f"), (6, b""))]
+    form = as_json(
+        completion_logprobs,
+        [entry((5, b"A"), (9, b"A"), (5, b"A"), (7, b"A"), (8, b"\xf0\x9f"), (6, b""))],
     )
     assert form["top_logprobs"] == [
         {
@@ -292,7 +301,7 @@ def test_candidates_that_are_spelt_alike_are_all_there() -> None:
 def test_parts_of_characters_are_named_by_their_bytes() -> None:
     parts = [entry((1, b"\xf0\x9f")), entry((2, b"\x98\x80"))]
     assert completion_logprobs(parts)["tokens"] == [r"bytes:\xf0\x9f", r"bytes:\x98\x80"]
-    content = chat_logprobs(parts)["content"]
+    content = as_json(chat_logprobs, parts)["content"]
     assert [token["token"] for token in content] == [r"bytes:\xf0\x9f", r"bytes:\x98\x80"]
     assert b"".join(bytes(token["bytes"]) for token in content).decode() == "😀"
 

@@ -152,7 +152,7 @@ def test_a_token_without_text_is_called_by_its_id() -> None:
     entry = TokenLogprobs(
         row=0, index=0, rank=1, ids=(7, 8), values=(-0.5, float("-inf")), texts=(b"", b"")
     )
-    shown = completion_logprobs([entry], 5)
+    shown = json.loads(sse.encode(completion_logprobs([entry], 5)))
     assert shown["tokens"] == ["token_id:7"] and shown["top_logprobs"] == [
         {"token_id:7": -0.5, "token_id:8": -9999.0}
     ]

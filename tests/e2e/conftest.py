@@ -128,8 +128,10 @@ def children_of(parent: int) -> dict[int, str]:
             with contextlib.suppress(OSError, IndexError, ValueError):
                 after_name = (entry / "stat").read_text().rpartition(")")[2].split()
                 words = (entry / "cmdline").read_text().split("\0")
-                if int(after_name[1]) == parent and after_name[0] != "Z":
-                    found[int(entry.name)] = next(word for word in words if word in KINDS)
+                kind = next((word for word in words if word in KINDS), "")
+                # Between fork and exec a child has the command line of its parent.
+                if int(after_name[1]) == parent and after_name[0] != "Z" and kind:
+                    found[int(entry.name)] = kind
     return found
 
 

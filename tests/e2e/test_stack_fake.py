@@ -183,7 +183,7 @@ async def test_clients_that_hang_up_leave_nothing_behind_and_disturb_nobody(
         connector=aiohttp.TCPConnector(limit=0, force_close=True)
     ) as session:
         answers = await asyncio.wait_for(asyncio.gather(*(one(i, session) for i in range(200))), 60)
-    assert sum(answer is None for answer in answers) > 50, (
+    assert sum(answer is None for answer in answers) > 30, (
         "too few were cut off: nothing was tested"
     )
     for prompt, answer in zip(prompts, answers, strict=True):

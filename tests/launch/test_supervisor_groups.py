@@ -106,10 +106,10 @@ def test_no_member_starts_before_all_have_ended(start, monkeypatch):
 
 
 def test_deaths_of_different_members_count_together(start, monkeypatch):
-    monkeypatch.setattr(supervisor, "backoff_s", lambda deaths: 0.0)
+    monkeypatch.setattr(supervisor, "backoff_s", lambda failures: 0.0)
     running = start(Service("a-0", (IDLE,), group="a"), Service("a-1", (IDLE,), group="a"))
-    for times in range(1, supervisor.GIVE_UP_DEATHS + 1):
+    for times in range(1, supervisor.GIVE_UP_STARTS + 1):
         pids = running.until_up("a-0", "a-1", times=times)
         os.kill(pids[f"a-{times % 2}"], signal.SIGKILL)
     running.until(lambda: running.supervisor.failure is not None, "failure")
-    assert f"died {supervisor.GIVE_UP_DEATHS} times" in running.supervisor.failure
+    assert f"died {supervisor.GIVE_UP_STARTS} times" in running.supervisor.failure

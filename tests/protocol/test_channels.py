@@ -3,11 +3,13 @@
 import os
 import pickle
 import select
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from pagewire_protocol.channels import (
     Outbox,
     check_unused,
     inbox_address,
+    living_inboxes,
     new_incarnation,
     prepare_run_dir,
     take_epoch,
@@ -64,8 +67,8 @@ def raw() -> Iterator[Callable[[str], "zmq.Socket[bytes]"]]:
         return socket
 
     yield connect
-    for socket in made:
-        socket.close(linger=0)
+    for connection in made:
+        connection.close(linger=0)
 
 
 def take(inbox: "Inbox[Any]", count: int) -> list[Any]:
@@ -234,11 +237,14 @@ def test_a_peer_may_be_reached_before_there_is_anything_to_say(
         inbox.close()
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", ""])
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:9", "inproc://x", "/tmp/x", "", "ipc://" + "x" * 200]
+)
 def test_only_ipc_addresses_are_connected_to(outbox: Outbox, address: str) -> None:
+    """An address may have come with a message: it is a failure to send, and ends nobody."""
     outbox.reach(address)
-    with pytest.raises(ValueError, match="ipc://"):
-        outbox.send(address, Goodbye(1))
+    assert not outbox.send(address, Goodbye(1))
+    assert not outbox._sockets
 
 
 def test_socket_files_are_private_and_removed_on_close(run_dir: Path) -> None:
@@ -325,3 +331,20 @@ def test_the_lock_file_may_be_empty_or_edited_by_hand(run_dir: Path, content: by
     epoch, lock = take_epoch(run_dir)
     os.close(lock)
     assert epoch == int(content.strip() or b"0") + 1
+
+
+def test_inboxes_of_the_dead_are_told_from_those_of_the_living(run_dir: Path) -> None:
+    living = Inbox(run_dir, Role.WORKER, new_incarnation())
+    scheduler = Inbox(run_dir, Role.SCHEDULER, new_incarnation())
+    dead = [run_dir / f"tokenizer-{age}.sock" for age in (0, 60)]
+    for age, path in zip((0, 60), dead, strict=True):
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+        then = time.time() - age
+        os.utime(path, (then, then))
+    try:
+        assert living_inboxes(run_dir) == [living.address]
+        assert [path.exists() for path in dead] == [True, False]
+    finally:
+        living.close()
+        scheduler.close()

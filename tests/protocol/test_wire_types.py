@@ -129,6 +129,8 @@ def values(info: wire.Type) -> st.SearchStrategy[Any]:
                 info.le if info.lt is None else info.lt,
             )
             return st.floats(low, high, allow_nan=False, exclude_min=info.gt is not None)
+        case wire.StrType(pattern=str() as pattern):
+            return st.from_regex(pattern, fullmatch=True).filter(lambda text: len(text) <= 256)
         case wire.StrType():
             return st.text(min_size=info.min_length or 0, max_size=min(info.max_length or 0, 24))
         case wire.BytesType():

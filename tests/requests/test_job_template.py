@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pagewire.requests.choices import Choices, choices_of
 from pagewire.requests.errors import RequestError
-from pagewire.requests.job_template import JobTemplate
+from pagewire.requests.job_template import JobTemplate, job_template
 from pagewire.requests.model_facts import ModelFacts
 from pagewire.requests.request import Job
 from pagewire.requests.seeds import choice_seed
@@ -25,7 +25,7 @@ def template(
     **parameters: Any,
 ) -> JobTemplate:
     source = SimpleNamespace(**parameters)
-    return JobTemplate(
+    return job_template(
         source,
         choices_of(source),
         model,

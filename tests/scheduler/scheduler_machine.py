@@ -3,7 +3,7 @@ under it as well."""
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pagewire_protocol.messages import Finish
+from pagewire_protocol.messages import Finish, Park
 from scheduler.scheduler_sim import QUICK, SLOW, World
 
 EOS = (5, 17, 400)
@@ -228,3 +228,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 Finish.FAILED,
                 Finish.REFUSED,
             )
+
+
+class ParkingMachine(SchedulerMachine):
+    """As that, with clients that read nothing for a while. A machine of its own, so that the other's
+    histories stay as full of what it looks for."""
+
+    @rule(data=st.data(), parked=st.booleans())
+    @precondition(lambda self: self.open_handles())
+    def park(self, data, parked):
+        self._park(data.draw(st.sampled_from(self.open_handles())), parked)
+
+    def _park(self, handle, parked):
+        attempt = self.world.attempts[handle]
+        self.world.send(Park(((attempt.rid, attempt.attempt),), parked))
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            for handle in self.open_handles():  # all read again
+                self._park(handle, False)
+        super().teardown()

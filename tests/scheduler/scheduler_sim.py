@@ -29,6 +29,7 @@ from pagewire_protocol.messages import (
     PromptLogprobs,
     Role,
     Roster,
+    Shutdown,
     Step,
     StepCost,
     StepResult,
@@ -401,6 +402,8 @@ class World:
         self.tokenizers = {}
         self.attempts = {}
         self.rosters = {}
+        self.shutdowns = []
+        """(inbox, reason) of the workers that were told to end."""
         self._handles = 0
         self._rids = 0
         self._names = 0
@@ -437,9 +440,9 @@ class World:
         self.send(Hello(peer, None, TokenizerFacts(True, True, VOCAB)))
         return peer.inbox
 
-    def kill_worker(self, worker):
+    def kill_worker(self, worker, failed=False):
         del self.workers[worker.peer.inbox]
-        self.send(Goodbye(worker.incarnation))
+        self.send(Goodbye(worker.incarnation, failed))
 
     def kill_tokenizer(self, inbox):
         peer = self.tokenizers.pop(inbox)
@@ -457,6 +460,7 @@ class World:
         priority=0,
         salt="",
         adapter="",
+        worker_deaths=0,
         **sampling,
     ):
         self._handles += 1
@@ -481,6 +485,7 @@ class World:
                 priority,
                 salt,
                 adapter=adapter,
+                worker_deaths=worker_deaths,
             )
         )
         return handle
@@ -525,6 +530,8 @@ class World:
                 self._tokens(inbox, message)
             case Roster():
                 self.rosters[inbox] = message
+            case Shutdown():
+                self.shutdowns.append((inbox, message.reason))
 
     def _tokens(self, inbox, message):
         for placed in message.placed:

@@ -206,3 +206,37 @@ def test_of_two_equal_blocks_one_is_shared_and_the_other_freed():
     pool.release([first])
     assert pool.cached == 1
     pool.check()
+
+
+def test_the_hashes_of_one_prompt_are_made_once(monkeypatch: pytest.MonkeyPatch):
+    """However many choices have it. Those of another salt have hashes of their own."""
+    hashed = []
+
+    def counted(chain, root, tokens, block_size):
+        before = len(chain)
+        extend_chain(chain, root, tokens, block_size)
+        hashed.append(len(chain) - before)
+
+    monkeypatch.setattr("pagewire.scheduler.request.extend_chain", counted)
+    w = world()
+    handles = [w.submit(PROMPT, max_tokens=2) for _ in range(16)]
+    w.run()
+    assert all(w.output(h) == w.expected(h) for h in handles)
+    assert sum(hashed) == len(PROMPT) // 4
+    one(w, PROMPT, salt="other", max_tokens=2)
+    assert sum(hashed) == 2 * (len(PROMPT) // 4)
+    w.assert_idle()
+
+
+def test_blocks_are_given_out_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Cached prompts fit a step in any number, and finding their blocks takes time in which nobody
+    else is served."""
+    monkeypatch.setattr("pagewire.scheduler.engine.BLOCKS_AT_A_TIME", 8)
+    w = world()
+    one(w, PROMPT)
+    handles = [w.submit(PROMPT) for _ in range(6)]
+    w.tick()
+    assert w.scheduler.stats()["num_requests_running"] == 4, "two of 4 blocks in each of 2 steps"
+    w.run()
+    assert all(w.output(h) == w.expected(h) for h in handles)
+    w.assert_idle()

@@ -1,5 +1,7 @@
 """The scheduler as a process: real sockets, the lock, signals and the exit."""
 
+import itertools
+import os
 import shutil
 import signal
 import subprocess
@@ -13,8 +15,9 @@ from pagewire.config import SchedulerConfig
 from pagewire.process.node import Node
 from pagewire.scheduler import loop
 from pagewire.scheduler.state import Tick
-from pagewire_protocol.channels import Outbox, inbox_address
+from pagewire_protocol.channels import NO_INCARNATION, Inbox, Outbox, inbox_address, take_epoch
 from pagewire_protocol.messages import (
+    Cancel,
     Hello,
     Role,
     Roster,
@@ -237,3 +240,28 @@ def test_a_process_that_hears_no_scheduler_says_so_once(run_dir, caplog):
     alone.close()
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(run_dir) in line and "--run-dir" in line
+
+
+def test_results_go_before_new_requests_which_are_taken_in_slices(run_dir):
+    """The clock goes forward by a millisecond each time it is read: a request takes that long."""
+    epoch, lock = take_epoch(run_dir)
+    inbox = Inbox(run_dir, Role.SCHEDULER, NO_INCARNATION)
+    made = loop.Loop(epoch, SchedulerConfig(), inbox, Outbox())
+    try:
+        made.handle(Tick(0.0))
+        for number in range(100):
+            rid = number.to_bytes(16, "big")
+            made._arrivals.append(
+                Submit(rid, 1, number, "ipc:///nowhere", pack("i", [5]), b"", Sampling(1, 4))
+            )
+            made._arrivals.append(Cancel(((rid, 1),)))
+        milliseconds = itertools.count()
+        while made._arrivals:
+            before = len(made._arrivals)
+            made.take_arrivals(lambda: next(milliseconds) / 1000)
+            assert 1 <= before - len(made._arrivals) <= 1000 * loop.SLICE_S + 1
+        assert not made.state.engine.live, "each cancellation found its request"
+    finally:
+        made.outbox.close()
+        inbox.close()
+        os.close(lock)

@@ -10,7 +10,7 @@ from pagewire.scheduler.blocks import BlockPool
 from pagewire.scheduler.in_flight import InFlightSteps
 from pagewire.scheduler.kv_cache import DeferredRelease, KVCacheManager
 from pagewire.scheduler.worker_state import WorkerState
-from scheduler.scheduler_machine import SchedulerMachine
+from scheduler.scheduler_machine import ParkingMachine, SchedulerMachine
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -22,9 +22,11 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(prefix_groups, "LEAST_TOKENS", 4)
 
 
-def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=True):
+def run_machine(
+    examples, steps, phases=(Phase.generate, Phase.shrink), seed=True, machine=SchedulerMachine
+):
     run_state_machine_as_test(
-        SchedulerMachine,
+        machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -36,6 +38,10 @@ def run_machine(examples, steps, phases=(Phase.generate, Phase.shrink), seed=Tru
             print_blob=False,
         ),
     )
+
+
+def test_clients_that_read_nothing_for_a_while():
+    run_machine(150, 50, machine=ParkingMachine)
 
 
 def test_random_lives():

@@ -10,6 +10,7 @@ from pagewire_protocol.messages import (
     Hello,
     Peer,
     Role,
+    Roster,
     StepResult,
     Submit,
     pack,
@@ -396,3 +397,38 @@ def test_results_for_a_process_that_never_says_hello_are_given_up():
             w.send(Heartbeat(peer.inbox, peer.incarnation, 1, False))
         w.tick(1.5)
     assert not w.scheduler.engine.live and "ipc:///stranger" in w.forgotten
+
+
+def test_the_wait_of_a_refused_request_is_what_the_queue_was_measured_to_take():
+    w = world(max_num_seqs=1, max_queued_reqs=20)
+    for i in range(20):
+        w.submit([i, 2], max_tokens=1)
+    w.tick()
+    for _ in range(16):
+        w.tick(0.5)
+        w.step()
+    rate = w.scheduler.stats()["queue_requests_per_second"]
+    assert 0.5 < rate < 4
+    while w.scheduler.engine.queue.count < 20:
+        w.submit([9, 9], max_tokens=1)
+    end = refused(w, 429, "the queue is full", [9, 9])
+    assert end.retry_after_s == pytest.approx(20 / rate, abs=2)
+
+
+def test_frontends_hear_at_once_that_the_queue_is_full():
+    w = world(max_num_seqs=1, max_queued_reqs=2)
+    w.send(Hello(Peer(Role.FRONTEND, "f", "ipc:///f.sock", 99, True)))
+    w.tick()
+    rosters = []
+    w.scheduler._send = lambda inbox, message: (
+        rosters.append(message) if isinstance(message, Roster) else w._receive(inbox, message)
+    )
+    for i in range(3):
+        w.submit([i, 2], max_tokens=40)
+    w.tick()
+    assert not rosters
+    handles = [w.submit([9, 9]) for _ in range(2)]
+    w.tick()
+    assert [w.end(h).status for h in handles] == [429, 429]
+    (roster,) = rosters
+    assert roster.stats["num_requests_waiting"] == roster.stats["max_queued_reqs"] == 2

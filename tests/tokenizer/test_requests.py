@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import LONG, Encoder
+from pagewire.tokenizer.encodings import EncodingTask
 from pagewire.tokenizer.requests import Requests, encode
 from pagewire.tokenizer.template import ChatTemplate
 from pagewire_protocol.messages import (
@@ -34,6 +35,7 @@ from tokenizers import Tokenizer
 
 FRONTEND, OTHER = "ipc:///run/frontend-a.sock", "ipc:///run/frontend-b.sock"
 VOCAB = 500
+RID = (1).to_bytes(16, "big")
 X = 1 << 43 | 7
 """An execution of epoch 1."""
 
@@ -50,12 +52,18 @@ class Bench:
 
     def __init__(self, tokenizer: Tokenizer | None, template: str = "") -> None:
         self.tokenizer = tokenizer
-        self.offloaded: list[Generate] = []
+        self.offloaded: list[EncodingTask] = []
         self.encoder = Encoder(tokenizer, ChatTemplate(template, {}) if template else None)
         self.requests = Requests(
             self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
         )
         self.requests.on_roster(roster(), True)
+
+    def finish(self, task: EncodingTask) -> None:
+        """As a thread does, and then the loop."""
+        task.result = encode(self.encoder, task.text)
+        while self.requests.encoded(task):
+            pass
 
     def generate(
         self,
@@ -560,21 +568,21 @@ def test_long_prompts_are_encoded_elsewhere(bench: Bench):
     bench.requests.on_roster(roster(max_model_len=100_000), False)
     bench.generate("a" * (LONG + 1))
     assert not bench.sent() and len(bench.requests) == 1
-    (request,) = bench.offloaded
-    bench.requests.encoded(request, encode(bench.encoder, request))
+    (task,) = bench.offloaded
+    bench.finish(task)
     (submit,) = bench.sent()
     assert isinstance(submit, Submit) and len(submit.prompt) > 1000
 
 
 def test_cancel_while_encoding(bench: Bench):
     bench.generate("a" * (LONG + 1), attempt=2)
-    (request,) = bench.offloaded
-    bench.requests.cancel(Cancel(((request.rid, 1),)))
+    (task,) = bench.offloaded
+    bench.requests.cancel(Cancel(((RID, 1),)))
     assert len(bench.requests) == 1, "an older attempt's cancellation does not count"
-    bench.requests.cancel(Cancel(((request.rid, 2),)))
+    bench.requests.cancel(Cancel(((RID, 2),)))
     assert bench.end() == End(70, 2, Finish.CANCELLED)
     bench.sent()
-    bench.requests.encoded(request, encode(bench.encoder, request))
+    bench.finish(task)
     assert not bench.sent() and not len(bench.requests)
 
 

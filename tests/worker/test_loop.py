@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from pagewire.config import DEMO_MODEL, ModelConfig, RunConfig, SchedulerConfig
 from pagewire.process.errors import error_line
-from pagewire.worker.loop import Stuck, Watch
+from pagewire.worker.loop import Stopped, _Server
+from pagewire.worker.step_watch import FACTOR, SAMPLES, StepWatch, Stuck
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import (
     Admission,
@@ -18,6 +20,7 @@ from pagewire_protocol.messages import (
     Hello,
     Role,
     Roster,
+    Shutdown,
     Step,
     StepResult,
     pack,
@@ -200,51 +203,141 @@ def test_only_defects_name_their_kind(error, line):
     assert error_line(error) == line
 
 
-def test_steps_that_never_end_are_noticed():
-    watch = Watch(limit_s=60)
-    for now, flights, progress in (
-        (0, 2, 5),
-        (50, 2, 6),
-        (105, 2, 6),
-        (110, 0, 6),
-        (300, 1, 6),
-        (355, 1, 6),
-    ):
-        watch.look(flights, progress, now)
-    with pytest.raises(Stuck, match="no step has ended for 61 s while 3 are under way"):
-        watch.look(3, 6, 361)
+def run_steps(watch, count, seconds, prefill_tokens=0, now=0.0):
+    for _ in range(count):
+        watch.launched(prefill_tokens, now)
+        now += seconds
+        watch.ended(now)
+    return now
 
 
-HUNG = """
+def overdue(watch, now):
+    """After how many seconds from `now` on the watch complains, looking ten times a second."""
+    for tenths in range(100_000):
+        try:
+            watch.look(now + tenths / 10)
+        except Stuck:
+            return tenths / 10
+    raise AssertionError("it never complains")
+
+
+def test_a_step_that_never_ends_is_noticed_by_what_its_like_take():
+    watch = StepWatch(least_s=5.0, unknown_s=60.0)
+    watch.launched(0, 0.0)
+    assert overdue(watch, 0.0) == pytest.approx(60, abs=0.2), "nothing is known yet"
+    watch.clear()
+    now = run_steps(watch, SAMPLES, 0.01)
+    watch.launched(0, now)
+    watch.launched(0, now)
+    assert overdue(watch, now) == pytest.approx(5, abs=0.2)
+    watch.clear()
+    now = run_steps(watch, 1, 2.0, now=now)
+    watch.launched(0, now)
+    assert overdue(watch, now) == pytest.approx(2 * FACTOR, abs=0.2)
+
+
+def test_steps_with_prefill_are_compared_by_the_token():
+    watch = StepWatch(least_s=5.0, unknown_s=60.0)
+    now = run_steps(watch, SAMPLES, 1.0, prefill_tokens=100)
+    watch.launched(1000, now)
+    assert overdue(watch, now) == pytest.approx(FACTOR * 10, abs=0.5)
+    watch.clear()
+    watch.launched(10, now)
+    assert overdue(watch, now) == pytest.approx(25, abs=0.2)
+
+
+def test_a_pause_of_the_machine_is_no_fault_of_the_step():
+    watch = StepWatch(least_s=5.0, unknown_s=60.0)
+    watch.launched(0, 0.0)
+    watch.look(1.0)
+    watch.look(1000.0)
+    assert overdue(watch, 1000.0) == pytest.approx(59, abs=0.2)
+
+
+STAND_IN = """
 import sys
 from pagewire.config import *
 from pagewire.worker import loop
 class Flight:
-    def done(self): return False
-class Hung:
+    def done(self): {done}
+class Broken:
     def __init__(self, inner): self.facts, self.clear = inner.facts, inner.clear
     def notify(self, wake): pass
     def launch(self, step): return Flight()
 load = loop._load
-loop._load = lambda *given: Hung(load(*given))
-loop.Watch.__init__.__defaults__ = (1.0,)
-sys.exit(loop.run(RunConfig(run_dir=sys.argv[1]), ModelConfig(), SchedulerConfig(max_num_seqs=4), WorkerConfig(device="fake")))
+loop._load = lambda *given: Broken(load(*given))
+loop.GPU_STUCK_S = (1.0, 1.0)
+import atexit, time
+atexit.register(time.sleep, 100)
+run_dir = __import__('json').loads(sys.argv[1])[0]['run_dir']
+sys.exit(loop.run(RunConfig(run_dir=run_dir), ModelConfig(), SchedulerConfig(max_num_seqs=4), WorkerConfig(device="fake")))
 """
 
 
-def test_a_worker_whose_gpu_hangs_ends_itself(start, monkeypatch):
-    monkeypatch.setitem(
-        globals(),
-        "PROGRAM",
-        HUNG.replace("sys.argv[1]", "__import__('json').loads(sys.argv[1])[0]['run_dir']"),
-    )
+@pytest.mark.parametrize(
+    ("done", "reason"),
+    [
+        ("return False", "no step has ended for"),
+        (
+            "raise RuntimeError('CUDA error: an illegal memory access was encountered')",
+            "RuntimeError: CUDA error: an illegal memory access was encountered",
+        ),
+    ],
+)
+def test_a_worker_whose_device_hangs_or_fails_ends_at_once(done, reason, start, monkeypatch):
+    """It does not wait for what an orderly exit would do: with a failed device that may hang."""
+    monkeypatch.setitem(globals(), "PROGRAM", STAND_IN.format(done=done))
     worker = start(device="fake")
     ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready, 20)
     worker.address = ready.peer.inbox
     worker.send(roster(1))
     worker.send(step(1, 1, [5, 6]))
-    assert (
-        worker.wait_for(lambda m: isinstance(m, Goodbye), 20).incarnation == ready.peer.incarnation
-    )
+    goodbye = worker.wait_for(lambda m: isinstance(m, Goodbye), 20)
+    assert goodbye == Goodbye(ready.peer.incarnation, failed=True)
     assert worker.process.wait(10) == 1
-    assert "no step has ended for" in worker.process.stderr.read().strip().splitlines()[-1]
+    assert reason in worker.process.stderr.read().strip().splitlines()[-1]
+
+
+def test_a_distrusted_worker_ends_when_it_is_told_to(start):
+    worker = start(device="fake")
+    ready = worker.wait_for(lambda m: isinstance(m, Hello) and m.peer.ready, 20)
+    worker.address = ready.peer.inbox
+    worker.send(roster(2))
+    worker.send(Shutdown(1, "a former scheduler"))
+    worker.send(step(2, 1, [5, 6]))
+    worker.wait_for(lambda m: isinstance(m, StepResult))
+    worker.send(Shutdown(2, "it answered step 9"))
+    assert worker.process.wait(10) == 1
+    last = worker.process.stderr.read().strip().splitlines()[-1]
+    assert last == "pagewire worker: ended by the scheduler: it answered step 9"
+
+
+class AlwaysMore:
+    """The inbox of a worker under load: there is always another message."""
+
+    def __init__(self, messages):
+        self.messages = messages
+
+    def wake(self): ...
+
+    def wait(self, timeout_s):
+        return True
+
+    def drain(self):
+        for n in range(1, self.messages + 1):
+            yield Step(1, n)
+        raise Stopped
+
+
+def test_the_heart_beats_between_messages():
+    """However many are waiting: looked at in one go, a thousand steps take longer than the patience
+    of whoever listens for the heart."""
+    ticks = []
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=ticks.append)
+    outbox = SimpleNamespace(send=lambda address, message: True)
+    node = SimpleNamespace(inbox=AlwaysMore(1000), outbox=outbox, membership=membership)
+    done = SimpleNamespace(done=lambda: True, result=lambda: None)
+    runner = SimpleNamespace(notify=lambda wake: None, clear=lambda: None, launch=lambda step: done)
+    with pytest.raises(Stopped):
+        _Server(runner, node).serve()
+    assert membership.progress == 1000 and len(ticks) >= 1000

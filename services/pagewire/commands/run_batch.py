@@ -20,10 +20,9 @@ from msgspec import structs
 from ..config import FrontendConfig
 from ..frontend.auth import Auth
 from ..frontend.errors import ApiError, as_api_error
-from ..frontend.generate import new_reply, start
-from ..frontend.openai import ChatRequest, CompletionRequest
-from ..frontend.params import Plan, plan_chat, plan_completion
-from ..frontend.parsing import parse
+from ..frontend.generate import Running, new_reply
+from ..frontend.params import Plan
+from ..frontend.reading import read
 from ..frontend.service import Service
 from ..frontend.state import State
 from ..frontend.tokenizer_queries import resolve
@@ -239,30 +238,23 @@ async def _answer_once(state: State, line: Line) -> Outcome:
 def _plan(state: State, line: Line) -> Plan:
     if line.error is not None:
         raise invalid(line.error)
-    model = state.stack.model()
-    if line.chat:
-        chat = parse(ChatRequest, line.body)
-        state.check_model(chat.model)
-        plan = plan_chat(chat, model)
-    else:
-        completion = parse(CompletionRequest, line.body)
-        state.check_model(completion.model)
-        plan = plan_completion(completion, model)
+    plan: Plan = read("chat" if line.chat else "completion", line.body, state.served())
     if plan.rendering.stream:
         raise invalid("`stream` is not possible in a file of requests.", "stream")
     return plan
 
 
 async def _generate(state: State, line: Line, plan: Plan) -> Outcome:
-    jobs, echoes = await resolve(state, plan)
+    plan, echoes = await resolve(state, plan)
     reply = new_reply(state, plan, line.request_id, echoes)
-    cancel = start(state, plan, jobs, reply)
+    running = Running(state, reply)
     try:
+        await running.start(plan)
         await reply.done
     finally:
-        cancel()
+        running.cancel()
     if reply.error is not None:
         raise reply.error
     usage = reply.usage()
-    answered = Answered(line, 200, reply.body())
+    answered = Answered(line, 200, await reply.body())
     return Outcome(answered, usage.prompt_tokens, usage.completion_tokens)

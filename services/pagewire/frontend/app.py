@@ -179,6 +179,9 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers[HEADER] = request_id(request)
     response.headers["Server"] = "pagewire"
+    if tenant := request.get(TENANT):
+        state = request.app[STATE]
+        response.headers.update(state.key_limits.headers(tenant, state.clock()))
     if origin := request.headers.get("Origin"):
         response.headers.update(request.app[STATE].cors.headers(origin))
 

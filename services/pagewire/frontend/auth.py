@@ -47,18 +47,27 @@ class Auth:
     """The keys of one server; a tenant is the hash of a key, in hexadecimal."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._own = [_digest(key) for key in keys]
+        self._digests = list(self._own)
         self._tenants = [digest.hex() for digest in self._digests]
+        self._required = bool(self._digests)
+
+    def add(self, tenants: Iterable[str]) -> None:
+        """Beside its own keys, let these pass, and none that were added before. From now on a key
+        is required, even if there are none."""
+        self._digests = [*self._own, *map(bytes.fromhex, tenants)]
+        self._tenants = [digest.hex() for digest in self._digests]
+        self._required = True
 
     @property
     def required(self) -> bool:
         """Whether requests need a key at all."""
-        return bool(self._digests)
+        return self._required
 
     def tenant(self, authorization: list[str]) -> str | None:
         """The tenant whose key these Authorization header values hold: exactly one `Bearer KEY`
         with one of the server's keys. None: the request may not pass."""
-        if not self._digests:
+        if not self._required:
             return NO_TENANT
         if len(authorization) != 1:
             return None

@@ -13,10 +13,10 @@ from ..requests.parameters import MAX_INT32, MAX_N
 
 MAX_CHOICES: Final = MAX_N
 """Of all prompts of one HTTP request together: they are all sent at once."""
-MAX_COPIED: Final = 128 << 20
+MAX_COPIED: Final = 16 << 20
 """Bytes of prompts and parameters that one HTTP request may put into messages: each choice carries
-its own."""
-MAX_SCORED: Final = 4_194_304
+its own. As token ids they would fill the queue (--max-queued-tokens)."""
+MAX_SCORED: Final = 1_048_576
 """Candidates for prompt tokens that the answer to one HTTP request may hold."""
 
 

@@ -2,8 +2,11 @@
 in the log. Knows HTTP, no route."""
 
 import asyncio
+import contextlib
 import logging
-from typing import Any, Final
+import resource
+import socket
+from typing import Any, Final, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, InvalidURLError, LineTooLong
@@ -15,6 +18,13 @@ from .routes import UNKNOWN
 log = logging.getLogger("pagewire.frontend")
 KEEP_ALIVE_S: Final = 75.0
 """How long a client's connection may be idle between two requests."""
+HEAD_S: Final = 10.0
+"""How long the head of a request may take, from its first byte; on a new connection, from its
+start."""
+UNSENT: Final = 64 << 10
+"""Bytes of an answer that the system takes beyond those that are on their way to the client."""
+SPARE_DESCRIPTORS: Final = 256
+"""Of those that a process may have open, so many are left for what is no connection."""
 MAX_LINE: Final = 8190
 """Bytes of a request line, and of a header."""
 MAX_HEADERS: Final = 128
@@ -25,10 +35,14 @@ _HTTP2: Final = "Pause on PRI/Upgrade"
 class Connection(web.RequestHandler):
     """The protocol of one connection to the server `manager`."""
 
-    __slots__ = ("_counters",)
+    __slots__ = ("_connections", "_counters", "_head_since")
 
     def __init__(
-        self, manager: web.Server, loop: asyncio.AbstractEventLoop, counters: Counters
+        self,
+        manager: web.Server,
+        loop: asyncio.AbstractEventLoop,
+        counters: Counters,
+        connections: "Connections",
     ) -> None:
         super().__init__(
             manager,
@@ -41,12 +55,51 @@ class Connection(web.RequestHandler):
             max_headers=MAX_HEADERS,
         )
         self._counters = counters
+        self._connections = connections
+        self._head_since: float | None = None
+        """Since when the head of a request is awaited that has begun, or that a new connection
+        owes; the loop's time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As aiohttp's, unless there are as many connections as there may be."""
+        super().connection_made(transport)
+        client: socket.socket | None = transport.get_extra_info("socket")
+        if client is not None and client.family != socket.AF_UNIX:
+            # What a client does not read stays here, where it is seen, and not in the system.
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+        self._head_since = self._loop.time()
+        if not self._connections.add(self):
+            cast(asyncio.Transport, transport).abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """As aiohttp's."""
+        self._connections.remove(self)
+        super().connection_lost(exc)
+
+    def check(self, now: float) -> None:
+        """Close it where the head of a request takes too long. now: the loop's time."""
+        if self._head_since is None or now - self._head_since <= HEAD_S or not self.transport:
+            return
+        self._head_since = None
+        error = ApiError(408, f"The head of the request did not arrive within {HEAD_S:.0f} s.")
+        body = error.body()
+        head = (
+            f"HTTP/1.1 408 Request Timeout\r\nContent-Type: {JSON}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self._counters.responded(UNKNOWN, UNKNOWN, error.status)
+        self.transport.write(head.encode() + body)
+        self.force_close()
 
     def data_received(self, data: bytes) -> None:
         """As aiohttp's, which only queues what is malformed. Where that is the rest of a body that a
         handler waits for, the handler is told at once, and there is no further answer."""
         super().data_received(data)
         request = self._current_request
+        if request is not None or self._messages:
+            self._head_since = None
+        elif self._head_since is None:
+            self._head_since = self._loop.time()
         if request is None or not self._messages or request.content.is_eof():
             return
         failure = getattr(self._messages[-1][0], "exc", None)
@@ -85,6 +138,37 @@ class Connection(web.RequestHandler):
             self._counters.responded(UNKNOWN, UNKNOWN, resp.status)
             resp = _closing(ApiError(resp.status, f"{resp.text or resp.reason}."))
         return await super().finish_response(request, resp, start_time)
+
+
+class Connections:
+    """The connections of one frontend."""
+
+    def __init__(self) -> None:
+        self._connections: set[Connection] = set()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                soft = hard
+        self.limit = max(SPARE_DESCRIPTORS, soft - SPARE_DESCRIPTORS)
+        """How many there may be: with more the process could open nothing any more."""
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def add(self, connection: Connection) -> bool:
+        """False when there are too many."""
+        self._connections.add(connection)
+        return len(self._connections) <= self.limit
+
+    def remove(self, connection: Connection) -> None:
+        """It is closed."""
+        self._connections.discard(connection)
+
+    def check(self, now: float) -> None:
+        """Close those whose clients take too long with a head. Call about once a second."""
+        for connection in list(self._connections):
+            connection.check(now)
 
 
 def _log_closing(request: web.BaseRequest, error: ApiError) -> None:

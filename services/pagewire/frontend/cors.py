@@ -66,7 +66,11 @@ class Cors:
         it."""
         if not self._allows(origin):
             return {}
-        exposed = {"Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
+        exposed = {
+            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-RateLimit-Limit-Requests, X-RateLimit-Limit-Tokens, "
+            "X-RateLimit-Remaining-Requests, X-RateLimit-Remaining-Tokens, "
+            "X-RateLimit-Reset-Requests, X-RateLimit-Reset-Tokens"
+        }
         if ANY in self._origins and not self._credentials:
             return {"Access-Control-Allow-Origin": ANY, **exposed}
         # With credentials a browser does not accept `*`: the origin itself must be named.

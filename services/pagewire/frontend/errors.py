@@ -81,7 +81,7 @@ def as_api_error(error: ApiError | RequestError) -> ApiError:
         STATUSES[error.kind],
         error.message,
         param=error.param,
-        type="request_failed" if error.kind is ErrorKind.FAILED else None,
+        type=error.type or ("request_failed" if error.kind is ErrorKind.FAILED else None),
         retry_after_s=error.retry_after_s,
     )
 

@@ -1,16 +1,20 @@
 """The answer that is streamed: each piece as an event, as soon as it is there. Knows no HTTP."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from pagewire_protocol.structs import TokenLogprobs
 
+from ..requests.request import OwnedRequest
 from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
+from .logprobs import PromptScore
 from .reply import Choice, Echo, Reply
 from .responses import ChoiceData, ResponseFormatter
 from .sse import DONE, HOLE, Flusher, Outlet, decode_text, encode, event, fill, template
+from .turns import Turn
 
 REACH: Final = 192
 """How many pieces of an outlet are looked through for a choice's newest event."""
@@ -26,12 +30,19 @@ class SseReply(Reply):
         echoes: Sequence[Echo],
         flusher: Flusher,
         make_parser: ParserFactory = PLAIN,
+        park: Callable[[OwnedRequest, bool], None] = lambda request, parked: None,
     ) -> None:
+        """`park`: told of each request when the client reads nothing, and when it reads again."""
         self.flusher = flusher
-        self.outlet = Outlet(flusher)
+        self.outlet = Outlet(flusher, self._park_all)
+        self._park = park
         self.has_begun = False
         """The first events were made."""
         super().__init__(formatter, loop, echoes, make_parser)
+
+    def _park_all(self, parked: bool) -> None:
+        for request in self.requests:
+            self._park(request, parked)
 
     def _make_choices(self, count: int) -> "Sequence[SseChoice]":
         kind = SseChoice if self.make_parser is PLAIN else ParsedSseChoice
@@ -84,6 +95,9 @@ class SseChoice(Choice):
         self._last_content: ChoiceData | Delta = ChoiceData(index)
         self._owes_score = reply.rendering.scores_echo
         """The echoed prompt with its log-probabilities was not sent yet."""
+        self._held: list[Callable[[], None]] = []
+        """What came while the prompt's log-probabilities were being encoded."""
+        self._encoding: asyncio.Task[None] | None = None
 
     def start(self) -> ChoiceData:
         """With the prompt's token ids, if they are known by now."""
@@ -107,6 +121,8 @@ class SseChoice(Choice):
         pieces += (self._head, encode(text), self._tail)
 
     def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+        if self._holds(partial(self.tokens, text, tokens, logprobs)):
+            return
         rendering = self.reply.rendering
         self.usage.completion_tokens += len(tokens)
         self.reply.open()
@@ -127,6 +143,8 @@ class SseChoice(Choice):
                 self._send_delta(delta)
 
     def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+        if self._holds(partial(self.finished, reason, stop_reason, completion_tokens)):
+            return
         self.reason = reason
         self.usage.completion_tokens = completion_tokens
         self.reply.open()
@@ -138,6 +156,25 @@ class SseChoice(Choice):
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()
+
+    def _holds(self, call: Callable[[], None]) -> bool:
+        """Whether `call` has to wait until the prompt's log-probabilities are encoded, which comes
+        first and may take a while; it is made then."""
+        if self._encoding is None and (self.score is None or self.score.is_encoded):
+            return False
+        self._held.append(call)
+        if self._encoding is None:
+            self._encoding = asyncio.ensure_future(self._encode_score(self.score))
+        return True
+
+    async def _encode_score(self, score: PromptScore | None) -> None:
+        if score is not None:
+            await score.encode(Turn())
+        self._encoding = None
+        held, self._held = self._held, []
+        if not self.reply.done.done():
+            for call in held:
+                call()
 
     def _take_back_last(self) -> ChoiceData:
         """What the choice's newest event shows, taken out of the outlet, so that the finish reason
@@ -163,6 +200,8 @@ class SseChoice(Choice):
 
     def mute(self) -> None:
         """The stream has ended: what still comes, before the request is cancelled, goes nowhere."""
+        if self._encoding is not None:
+            self._encoding.cancel()
         self._outlet = Outlet(self.reply.flusher)
         self._pieces = self._outlet.pieces
 

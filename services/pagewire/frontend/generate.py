@@ -4,26 +4,27 @@ answer or an event stream."""
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 from msgspec.structs import replace
 
-from ..requests.request import Job, OwnedRequest
+from ..requests.parameters import MAX_INT32
+from ..requests.request import OwnedRequest, prompt_size
 from .answers import PLAIN
 from .beams import start_beams
-from .body import read_body
+from .body import HeldBody, read_body
 from .errors import JSON, ApiError
 from .events import SseReply
-from .openai import ChatRequest, CompletionRequest, Request
-from .params import Plan, plan_chat, plan_completion
-from .parsing import parse
+from .params import Plan
+from .reading import BodyType
 from .reply import Echo, Reply
 from .request_ids import adopt_request_id
 from .request_log import REPLY
 from .responses import formatter_for
 from .state import STATE, State
 from .tokenizer_queries import resolve
+from .turns import Turn
 
 log = logging.getLogger("pagewire.frontend")
 STREAMING: Final = web.RequestKey("streaming", bool)
@@ -40,23 +41,41 @@ _EVENTS: Final = {
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
-    state = request.app[STATE]
-    parsed = parse(CompletionRequest, await read_body(request, state.max_body))
-    _check(state, parsed)
-    return await _counted(request, state, plan_completion(parsed, state.stack.model()))
+    return await _answer(request, "completion")
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
+    return await _answer(request, "chat")
+
+
+async def _answer(request: web.Request, body_type: BodyType) -> web.StreamResponse:
     state = request.app[STATE]
-    parsed = parse(ChatRequest, await read_body(request, state.max_body))
-    _check(state, parsed)
-    return await _counted(request, state, plan_chat(parsed, state.stack.model()))
+    state.admission.check()
+    lease = state.key_limits.admit(request.get(TENANT, ""), state.clock())
+    try:
+        plan: Plan = await read_plan(request, body_type)
+        state.check_accepting()
+        per_prompt = plan.choices.executions
+        prompt_tokens = sum(map(prompt_size, plan.prompts))
+        state.admission.check(per_prompt * len(plan.prompts), per_prompt * prompt_tokens)
+        lease.charge(prompt_tokens)
+        if lease.priority:
+            # A request may let others pass, and overtakes none that its key may not.
+            own = max(0, plan.priority)
+            plan = replace(plan, priority=min(MAX_INT32, lease.priority + own))
+        return await _counted(request, state, plan)
+    finally:
+        reply = request.get(REPLY)
+        lease.close(*(reply.used_tokens() if reply else (0, 0)))
 
 
-def _check(state: State, parsed: Request) -> None:
-    state.check_model(parsed.model)
-    state.check_ready()
+async def read_plan(request: web.Request, body_type: BodyType) -> Any:
+    """What the request's body asks for. Raises ApiError or RequestError."""
+    state = request.app[STATE]
+    with HeldBody(state.large_bodies) as held:
+        body = await read_body(request, state.max_body, held)
+        return await state.body_readers.read(body_type, body, state.served())
 
 
 async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
@@ -76,26 +95,27 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
         "request %s: %s, %d choice(s) of %d prompt(s)",
         request_id,
         request.path,
-        len(plan.jobs),
-        len(plan.jobs) // plan.jobs_per_prompt,
+        len(plan.prompts) * plan.choices.per_prompt,
+        len(plan.prompts),
     )
-    jobs, echoes = await resolve(state, plan)
-    jobs = _salted(jobs, state, request.get(TENANT, ""))
+    plan, echoes = await resolve(state, plan)
+    plan = _salted(plan, state, request.get(TENANT, ""))
     reply = new_reply(state, plan, request_id, echoes)
     request[REPLY] = reply
     loop = asyncio.get_running_loop()
-    cancel = start(state, plan, jobs, reply)
     timer = _limit_time(state, reply, loop)
+    running = Running(state, reply)
     try:
+        await running.start(plan)
         await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
             return await _stream(request, reply)
         await reply.done
         if reply.error:
             raise reply.error
-        return web.Response(body=reply.body(), content_type=JSON)
+        return web.Response(body=await reply.body(), content_type=JSON)
     finally:
-        cancel()
+        running.cancel()
         if timer:
             timer.cancel()
 
@@ -107,7 +127,7 @@ def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo])
     make_parser = state.chat_parser if formatter.has_structure else PLAIN
     loop = asyncio.get_running_loop()
     if plan.rendering.stream:
-        return SseReply(formatter, loop, echoes, state.flusher, make_parser)
+        return SseReply(formatter, loop, echoes, state.flusher, make_parser, state.owner.park)
     return Reply(formatter, loop, echoes, make_parser)
 
 
@@ -122,32 +142,43 @@ def _limit_time(
     return loop.call_later(seconds, reply.fail, ApiError(504, message))
 
 
-def _salted(jobs: Sequence[Job], state: State, tenant: str) -> Sequence[Job]:
+def _salted(plan: Plan, state: State, tenant: str) -> Plan:
     if not tenant:
-        return jobs
-    salt = state.auth.salt(tenant, jobs[0].cache_salt)
-    return [replace(job, cache_salt=salt) for job in jobs]
+        return plan
+    return replace(plan, cache_salt=state.auth.salt(tenant, plan.cache_salt))
 
 
-def start(state: State, plan: Plan, jobs: Sequence[Job], reply: Reply) -> Callable[[], None]:
-    """Submit the jobs, whose output goes to `reply`. Returns a function that cancels those still
-    running. Raises RequestError when no tokenizer can take them."""
-    if plan.choices.beams:
-        return start_beams(state, plan.choices.beams, jobs, reply)
-    requests: list[OwnedRequest] = []
-    reply.requests = requests
+class Running:
+    """What runs for one reply."""
 
-    def cancel() -> None:
-        for request in requests:
-            state.owner.cancel(request)
+    def __init__(self, state: State, reply: Reply) -> None:
+        self._state = state
+        self._reply = reply
+        self._requests: list[OwnedRequest] = []
+        self._cancel_beams: Callable[[], None] | None = None
 
-    try:
-        for job, choice in zip(jobs, reply.choices, strict=True):
-            requests.append(state.owner.submit(job, choice))
-    except BaseException:
-        cancel()
-        raise
-    return cancel
+    async def start(self, plan: Plan) -> None:
+        """Submit the jobs, whose output goes to the reply, a few at a time: each carries its
+        prompt. Raises RequestError when no tokenizer can take them."""
+        if plan.choices.beams:
+            jobs = [job for prompt in plan.prompts for job in plan.jobs(prompt)]
+            self._cancel_beams = start_beams(self._state, plan.choices.beams, jobs, self._reply)
+            return
+        self._reply.requests = self._requests
+        choices = iter(self._reply.choices)
+        turn = Turn()
+        for prompt in plan.prompts:
+            for job in plan.jobs(prompt):
+                self._requests.append(self._state.owner.submit(job, next(choices)))
+                if turn.is_over():
+                    await turn.next()
+
+    def cancel(self) -> None:
+        """Does nothing for what has ended."""
+        if self._cancel_beams:
+            self._cancel_beams()
+        for request in self._requests:
+            self._state.owner.cancel(request)
 
 
 async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:

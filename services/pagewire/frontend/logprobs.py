@@ -2,18 +2,37 @@
 chats, vLLM's of prompts."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import Raw
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, TokenLogprobs
 
+from .turns import Turn
+
+RUN: Final = 32
+"""Tokens of a prompt that are encoded at a time: with all candidates about a millisecond's work."""
+FEW_CANDIDATES: Final = 1024
+"""Candidates for tokens of a prompt that are encoded as they come."""
 LOWEST: Final = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 Json = dict[str, Any]
 Candidate = tuple[int, str, float, bytes]
 """A token's id, its name, its log-probability, its bytes."""
+
+
+class CompletionToken(NamedTuple):
+    """What a completion shows of one token: its name, its log-probability, the JSON of all
+    candidates by name, where it begins in the generated text, in characters."""
+
+    name: str
+    value: float
+    top: Raw
+    offset: int
+
+
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -55,8 +74,19 @@ def _by_text(candidates: Sequence[Candidate]) -> dict[str, float]:
     return named
 
 
+def completion_token(
+    entry: TokenLogprobs | CompletionToken, ids_as_text: bool = False
+) -> CompletionToken:
+    """One token of `completion_logprobs`, which takes it as it is."""
+    if isinstance(entry, CompletionToken):
+        return entry
+    candidates = _candidates(entry, ids_as_text)
+    _, name, value, _ = candidates[0]
+    return CompletionToken(name, value, Raw(_encode(_by_text(candidates))), entry.offset)
+
+
 def completion_logprobs(
-    entries: Sequence[TokenLogprobs],
+    entries: Sequence[TokenLogprobs | CompletionToken],
     base: int = 0,
     ids_as_text: bool = False,
     prompt: "PromptScore | None" = None,
@@ -73,12 +103,11 @@ def completion_logprobs(
     tops: list[Any] = list(prompt.tops) if prompt else []
     offsets: list[int] = list(prompt.offsets[: len(tokens)]) if prompt else []
     for entry in entries:
-        candidates = _candidates(entry, ids_as_text)
-        _, name, value, _ = candidates[0]
-        tokens.append(name)
-        values.append(value)
-        tops.append(_by_text(candidates))
-        offset = base + entry.offset
+        token = completion_token(entry, ids_as_text)
+        tokens.append(token.name)
+        values.append(token.value)
+        tops.append(token.top)
+        offset = base + token.offset
         offsets.append(offset if length is None else min(offset, length))
     return {
         "text_offset": offsets,
@@ -88,21 +117,25 @@ def completion_logprobs(
     }
 
 
-def chat_logprobs(entries: Sequence[TokenLogprobs], ids_as_text: bool = False) -> Json:
+def chat_token(entry: TokenLogprobs | Raw, ids_as_text: bool = False) -> Raw:
+    """The JSON of one token of `chat_logprobs`, which takes it as it is."""
+    if isinstance(entry, Raw):
+        return entry
+    token, *top = [
+        {"token": text, "logprob": value, "bytes": list(raw)}
+        for _, text, value, raw in _candidates(entry, ids_as_text)
+    ]
+    return Raw(_encode({**token, "top_logprobs": top}))
+
+
+def chat_logprobs(entries: Sequence[TokenLogprobs | Raw], ids_as_text: bool = False) -> Json:
     """OpenAI's form for chats: one object a token."""
-    content: list[Json] = []
-    for entry in entries:
-        token, *top = [
-            {"token": text, "logprob": value, "bytes": list(raw)}
-            for _, text, value, raw in _candidates(entry, ids_as_text)
-        ]
-        content.append({**token, "top_logprobs": top})
-    return {"content": content}
+    return {"content": [chat_token(entry, ids_as_text) for entry in entries]}
 
 
 class PromptScore:
-    """The log-probabilities of a prompt's tokens. Encoded as they come, run by run, so that the
-    answer to a long prompt is put together quickly and delays no other request.
+    """The log-probabilities of a prompt's tokens. What was added is shown once it is encoded: at
+    once where it is little, else by `encode`, which lets other requests have their turns.
 
     first: the name of the first token, which nothing precedes and so has no log-probability;
     offsets: where each token begins in the echoed text, in characters;
@@ -119,6 +152,8 @@ class PromptScore:
     ) -> None:
         self.offsets = offsets
         self._echoed, self._shown, self._ids_as_text = echoed, shown, ids_as_text
+        self._added: list[PromptLogprobs] = []
+        """What is not encoded yet."""
         self.tokens: list[str] = [first]
         self.values: list[float | None] = [None]
         self.tops: list[Raw | None] = [None]
@@ -128,8 +163,28 @@ class PromptScore:
 
     def add(self, entry: PromptLogprobs) -> None:
         """A run of tokens. Those that came before, ahead of an interruption, are replaced."""
-        tokens = list(_tokens(entry))
-        run = slice(entry.first, entry.first + len(tokens))
+        if self._added or len(entry.ids) > 4 * FEW_CANDIDATES:
+            self._added.append(entry)
+            return
+        for run in _runs(entry):
+            self._encode_run(*run)
+
+    @property
+    def is_encoded(self) -> bool:
+        """All that was added is shown."""
+        return not self._added
+
+    async def encode(self, turn: Turn) -> None:
+        """Show all that was added."""
+        while self._added:
+            for run in _runs(self._added[0]):
+                self._encode_run(*run)
+                if turn.is_over():
+                    await turn.next()
+            del self._added[0]
+
+    def _encode_run(self, first: int, tokens: list[TokenLogprobs]) -> None:
+        run = slice(first, first + len(tokens))
         if self._shown >= 0:
             self.rows[run] = [Raw(_encode(_row(token, self._shown))) for token in tokens]
         if self._echoed >= 0:
@@ -137,6 +192,15 @@ class PromptScore:
             self.tokens[run] = [candidates[0][1] for candidates in named]
             self.values[run] = [candidates[0][2] for candidates in named]
             self.tops[run] = [Raw(_encode(_by_text(candidates))) for candidates in named]
+
+
+def _runs(entry: PromptLogprobs) -> Iterator[tuple[int, list[TokenLogprobs]]]:
+    """A long run as short ones, each with its first position."""
+    tokens = _tokens(entry)
+    first = entry.first
+    while run := list(islice(tokens, RUN)):
+        yield first, run
+        first += len(run)
 
 
 def _tokens(entry: PromptLogprobs) -> Iterator[TokenLogprobs]:

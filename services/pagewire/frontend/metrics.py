@@ -42,10 +42,16 @@ _STEP_TOKENS: Final = "vllm:iteration_tokens_total"
 """A histogram, in spite of its name."""
 _SCHEDULER_GAUGES: Final = {
     "num_tokens_waiting": "Tokens of the requests that wait.",
+    "requests_parked": "Requests whose clients read nothing; they get no further tokens.",
+    "queue_requests_per_second": "Requests that leave the queue, lately, while some wait.",
+    "queue_tokens_per_second": "Tokens of those.",
+    "max_queued_reqs": "Requests that may wait before further ones get 429.",
+    "max_queued_tokens": "Tokens that may wait before further requests get 429.",
     "kv_blocks_total": "KV blocks of all workers.",
     "kv_blocks_free": "KV blocks that can be taken, idle cached ones included.",
     "kv_blocks_cached": "KV blocks that hold a cached prefix.",
     "workers": "Workers that are ready.",
+    "services_failing": "Services that failed several times in a row and are tried again with pauses.",
     "steps_in_flight": "Steps sent to workers that have no result yet.",
     "step_seconds": "Time of a step lately, of the slowest worker.",
     "step_time_ratio": "What steps with prefill took of their estimate lately, of the slowest worker.",
@@ -54,6 +60,14 @@ _SCHEDULER_COUNTERS: Final = {
     "prompt_tokens": "Prompt tokens of requests that got a slot, cached ones included.",
     "generation_tokens": "Tokens that workers have sampled.",
     "steps": "Steps sent to workers.",
+    "service_deaths": "Services that ended without being asked to, or hung, since the scheduler started.",
+}
+_KEY_USAGE: Final = {
+    "requests": "Requests of an API key that were let pass.",
+    "refused": "Requests of an API key that were refused by its limits.",
+    "running": "Requests of an API key that have no complete answer yet.",
+    "prompt_tokens": "Prompt tokens of an API key.",
+    "generation_tokens": "Tokens generated for an API key.",
 }
 _HISTOGRAMS: Final = {
     "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
@@ -190,7 +204,7 @@ class _Collector:
             "pagewire:frontend_streams", "Requests owned by this process.", len(state.owner)
         )
         yield self._gauge(
-            "pagewire:frontend_streams_parked",
+            "pagewire:frontend_streams_suspended",
             "Those of them waiting for the next attempt.",
             len(state.owner.suspended),
         )
@@ -212,12 +226,25 @@ class _Collector:
             "Prompt tokens that need no computing.",
             self._counters.cached_tokens,
         )
+        yield from self._keys()
         answers = CounterMetricFamily(
             "pagewire:frontend_http_responses", "HTTP answers.", labels=["method", "route", "code"]
         )
         for key, count in sorted(self._counters.responses.items()):
             answers.add_metric(key.split(" "), count)
         yield answers
+
+    def _keys(self) -> Iterator[Metric]:
+        """What each key of --api-keys-file has used; nothing where there are none."""
+        for what, text in _KEY_USAGE.items():
+            kind = GaugeMetricFamily if what == "running" else CounterMetricFamily
+            family = kind(f"pagewire:key_{what}", text, labels=["key"])
+            for name, count in sorted(self._counters.key_usage.items()):
+                counted, _, key = name.partition(" ")
+                if counted == what:
+                    family.add_metric([key], count)
+            if family.samples:
+                yield family
 
     def _services(self) -> Iterator[Metric]:
         services = GaugeMetricFamily(

@@ -11,6 +11,15 @@ from msgspec import Raw, Struct, defstruct, field
 
 from ..requests.parameters import HTTP_SCALARS
 
+MAX_REQUEST_ID: Final = 128
+"""Characters of a client's own name for its request."""
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client's text can be an id: it goes into headers, bodies and logs."""
+    return text.isascii() and text.isprintable() and 0 < len(text) <= MAX_REQUEST_ID
+
+
 # A factory, since a schema cannot show a `Raw` as a field's default.
 _NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 

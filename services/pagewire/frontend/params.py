@@ -7,35 +7,54 @@ Sizes are charged here, before a job is copied once for each choice.
 import secrets
 
 from msgspec import Struct
+from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.structs import Prompt
 
 from ..requests.choices import Choices, choices_of
 from ..requests.errors import invalid
-from ..requests.job_template import JobTemplate
+from ..requests.job_template import JobTemplate, job_template
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import PARAMETERS, checked, checked_logprobs, checked_max_tokens
 from ..requests.request import Job
 from .charges import charge
-from .openai import ChatRequest, CompletionRequest, Request
+from .openai import (
+    MAX_REQUEST_ID,
+    ChatRequest,
+    CompletionRequest,
+    Request,
+    is_request_id,
+)
 from .prompts import chat_of, prompts_of
 from .rendering import Rendering
-from .request_ids import MAX_LENGTH, usable
 
 
 class Plan(Struct, frozen=True):
-    """One HTTP request, ready to run: `jobs` holds the choices prompt by prompt; a beam search is
-    one job for each prompt."""
+    """One HTTP request, ready to run. The bytes of this are bounded, and there are no jobs yet:
+    those of one prompt are made when they are sent."""
 
-    jobs: list[Job]
-    choices: Choices
+    prompts: list[Prompt]
+    template: JobTemplate
     rendering: Rendering
+    add_special_tokens: bool
+    priority: int
+    cache_salt: str
     request_id: str = ""
     """The client's own name for the request, if it gave one."""
 
     @property
-    def jobs_per_prompt(self) -> int:
-        """How many of `jobs` belong to one prompt."""
-        return 1 if self.choices.beams else self.choices.per_prompt
+    def choices(self) -> Choices:
+        """How many answers each prompt gets."""
+        return self.template.choices
+
+    def jobs(self, prompt: Prompt) -> list[Job]:
+        """Those of one prompt, one for each choice; a beam search is one job."""
+        return self.template.jobs(
+            prompt,
+            secrets.randbits,
+            add_special_tokens=self.add_special_tokens,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+        )
 
 
 def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
@@ -59,7 +78,7 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
             "together with beam search.",
             "echo",
         )
-    template = JobTemplate(
+    template = job_template(
         request,
         choices,
         model,
@@ -72,6 +91,11 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
     prompts = prompts_of(
         request.prompt, model, max_tokens, truncated=bool(template.text.truncate_prompt)
     )
+    kept = kept_prompt_tokens(template.text.truncate_prompt, model.max_model_len, max_tokens)
+    prompts = [
+        prompt if prompt.ids is None else Prompt(ids=truncated_ids(prompt.ids, kept))
+        for prompt in prompts
+    ]
     rendering = _rendering(request, choices, logprobs, prompt_logprobs, chat=False, echo=echo)
     return _plan(request, prompts, template, rendering, model)
 
@@ -97,7 +121,7 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         request.chat_template_kwargs,
         model,
     )
-    template = JobTemplate(
+    template = job_template(
         request,
         choices,
         model,
@@ -135,18 +159,15 @@ def _plan(
         add_special_tokens = not rendering.chat
     priority = checked(PARAMETERS["priority"], request.priority)
     cache_salt = checked(PARAMETERS["cache_salt"], request.cache_salt)
-    jobs = [
-        job
-        for prompt in prompts
-        for job in template.jobs(
-            prompt,
-            secrets.randbits,
-            add_special_tokens=add_special_tokens,
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-    ]
-    return Plan(jobs, template.choices, rendering, _request_id(request.request_id))
+    return Plan(
+        prompts,
+        template,
+        rendering,
+        add_special_tokens,
+        priority,
+        cache_salt,
+        _request_id(request.request_id),
+    )
 
 
 def _rendering(
@@ -194,8 +215,9 @@ def _rendering(
 
 
 def _request_id(request_id: str | None) -> str:
-    if request_id is not None and not usable(request_id):
+    if request_id is not None and not is_request_id(request_id):
         raise invalid(
-            f"`request_id` must have 1 to {MAX_LENGTH} printable ASCII characters.", "request_id"
+            f"`request_id` must have 1 to {MAX_REQUEST_ID} printable ASCII characters.",
+            "request_id",
         )
     return request_id or ""

@@ -103,9 +103,11 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """GET /ready: as /health, with a body."""
-    request.app[STATE].check_ready()
-    return _json({"status": "ready"})
+    """GET /ready: as /health, with a body, which names services that fail again and again."""
+    state = request.app[STATE]
+    state.check_ready()
+    failing = state.stack.failing()
+    return _json({"status": "ready", **({"failing": failing} if failing else {})})
 
 
 async def live(request: web.Request) -> web.Response:

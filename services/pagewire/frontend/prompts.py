@@ -5,8 +5,8 @@ from typing import Final
 
 import msgspec
 from msgspec import Raw
-from pagewire_protocol.columns import MAX_TOKENS, pack
-from pagewire_protocol.prompt_checks import outside_vocabulary, too_long
+from pagewire_protocol.columns import MAX_TEXT, MAX_TOKENS, pack
+from pagewire_protocol.prompt_checks import outside_vocabulary, too_long, too_many_characters
 from pagewire_protocol.structs import (
     MAX_MESSAGE_NAME,
     MAX_MESSAGE_ROLE,
@@ -25,6 +25,10 @@ from .openai import MessageIn, Part
 
 MAX_PROMPTS: Final = 1024
 """Of one request."""
+QUERY_CHARACTERS: Final = 1 << 20
+QUERY_IDS: Final = 1 << 18
+"""A text to tokenize, and token ids to detokenize, may be as long as the context, and so long in any
+case."""
 RESERVED: Final = (
     "add_generation_prompt",
     "chat_template",
@@ -46,7 +50,7 @@ def prompts_of(
     """The prompts of a completion. `truncated`: one may be longer than the context. Raises
     RequestError."""
     if isinstance(prompt, str):
-        return [text_prompt(prompt, model)]
+        return [text_prompt(prompt, model, truncated=truncated)]
     if not prompt:
         raise invalid("`prompt` is an empty list; give at least one prompt.", "prompt")
     if isinstance(prompt[0], int):
@@ -59,19 +63,44 @@ def prompts_of(
         )
     at_most("prompt", len(prompt), MAX_PROMPTS, "prompts")
     return [
-        text_prompt(item, model)
+        text_prompt(item, model, truncated=truncated)
         if isinstance(item, str)
         else id_prompt(item, model, max_tokens, truncated=truncated)
         for item in prompt
     ]
 
 
-def text_prompt(text: str, model: ModelFacts) -> Prompt:
-    """Raises RequestError. Whether a text is empty its tokens tell: a model may begin each with
-    one."""
+def text_prompt(text: str, model: ModelFacts, *, truncated: bool = True) -> Prompt:
+    """Raises RequestError. A text that no context holds, however long its tokens are, is refused
+    here, unless it may be `truncated`. Whether a text is empty its tokens tell: a model may begin
+    each with one."""
     if not model.has_text:
         raise invalid(f"{_NO_TEXT}; give the prompt as token ids.", "prompt")
+    if not truncated:
+        check_length(len(text), model, "prompt")
+    elif len(text) > MAX_TEXT:
+        raise invalid(
+            f"The prompt has {len(text)} characters; at most {MAX_TEXT} are allowed.", "prompt"
+        )
     return Prompt(text=text)
+
+
+def check_length(characters: int, model: ModelFacts, param: str) -> None:
+    """Raises RequestError for more characters than the tokens of the context can have."""
+    most = min(model.max_model_len * model.longest_token or MAX_TEXT, MAX_TEXT)
+    if characters > most:
+        raise invalid(too_many_characters(model.max_model_len, characters, most), param)
+
+
+def query_text(text: str, model: ModelFacts) -> None:
+    """Raises RequestError for a text that is too long to be tokenized for its own sake."""
+    most = max(QUERY_CHARACTERS, model.max_model_len * model.longest_token)
+    at_most("prompt", len(text), min(most, MAX_TEXT), "characters")
+
+
+def most_query_ids(model: ModelFacts) -> int:
+    """Token ids whose text may be asked for at a time."""
+    return min(max(QUERY_IDS, model.max_model_len), MAX_TOKENS)
 
 
 def id_prompt(
@@ -91,6 +120,8 @@ def id_prompt(
 def token_column(name: str, ids: list[int], model: ModelFacts) -> bytes:
     """Token ids of the parameter `name` as an int32 column. Raises RequestError."""
     vocab_size = model.vocab_size or MAX_INT32 + 1
+    if set(map(type, ids)) <= {int} and (not ids or 0 <= min(ids) <= max(ids) < vocab_size):
+        return pack("i", ids)
     for token in ids:
         if type(token) is not int:
             raise invalid(
@@ -135,8 +166,10 @@ def chat_of(
         )
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
+    converted = tuple(_message(index, message) for index, message in enumerate(messages))
+    check_length(sum(len(message.content) for message in converted), model, "messages")
     return Chat(
-        tuple(_message(index, message) for index, message in enumerate(messages)),
+        converted,
         add_generation_prompt,
         bool(continue_final_message),
         _template_kwargs(template_kwargs),

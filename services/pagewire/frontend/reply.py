@@ -3,6 +3,7 @@ events.py has the answer that is streamed."""
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 from pagewire_protocol.columns import unpack
@@ -15,6 +16,7 @@ from .errors import ApiError
 from .logprobs import PromptScore
 from .responses import ChoiceData, ResponseFormatter, Usage
 from .sse import encode
+from .turns import Turn
 
 
 class Echo(Struct, frozen=True):
@@ -53,9 +55,21 @@ class Reply:
     def _make_choices(self, count: int) -> "Sequence[Choice]":
         return [Choice(self, index) for index in range(count)]
 
-    def body(self) -> bytes:
-        """The whole answer as JSON; call when `done`."""
-        return encode(self.formatter.whole(self._best_choices(), self.usage()))
+    async def body(self) -> bytes:
+        """The whole answer as JSON; call when `done`. Of a long answer with log-probabilities a few
+        milliseconds' work at a time."""
+        best = self._best_choices()
+        turn = Turn()
+        for choice in best:
+            shown: list[Any] = []
+            for entry in choice.logprobs:
+                shown.append(self.formatter.token(entry))
+                if turn.is_over():
+                    await turn.next()
+            choice.logprobs = shown
+            if choice.score:
+                await choice.score.encode(turn)
+        return encode(self.formatter.whole(best, self.usage()))
 
     def _best_choices(self) -> list[ChoiceData]:
         """The `n` best choices of each prompt, numbered anew. Only a prompt's first choice has its
@@ -82,6 +96,12 @@ class Reply:
             sum(choice.usage.completion_tokens for choice in self.choices),
             sum(choice.usage.cached_tokens for choice in first_choices),
         )
+
+    def used_tokens(self) -> tuple[int, int]:
+        """Prompt tokens, and generated ones, so far: also of what ended early."""
+        usage = self.usage()
+        generated = sum(request.output_tokens for request in self.requests)
+        return usage.prompt_tokens, max(usage.completion_tokens, generated)
 
     def open(self) -> None:
         """An answer follows. Does nothing when that is known already."""

@@ -6,12 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 from msgspec.structs import replace
 from pagewire_protocol.structs import TokenLogprobs
 
 from .answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
-from .logprobs import PromptScore, chat_logprobs, completion_logprobs
+from .logprobs import (
+    CompletionToken,
+    PromptScore,
+    chat_logprobs,
+    chat_token,
+    completion_logprobs,
+    completion_token,
+)
 from .rendering import Rendering
 
 Json = dict[str, Any]
@@ -46,7 +53,8 @@ class ChoiceData(Struct):
     tool_calls: list[ToolCallDelta] = []
     """By their index: whole calls, or what one chunk adds to calls."""
     tokens: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs] = ()
+    logprobs: Sequence[Any] = ()
+    """TokenLogprobs, or what `ResponseFormatter.token` made of them."""
     reason: str | None = None
     stop_reason: int | str | None = None
     prompt_ids: list[int] | None = None
@@ -122,6 +130,11 @@ class ResponseFormatter(ABC):
         """The event without choices that reports the counts at a stream's end."""
         return self._event([], usage, {})
 
+    @abstractmethod
+    def token(self, entry: TokenLogprobs) -> Any:
+        """What an answer shows of one token's log-probabilities: the work of showing them, done
+        ahead."""
+
     @property
     @abstractmethod
     def has_first_chunks(self) -> bool:
@@ -160,6 +173,10 @@ class ChatFormatter(ResponseFormatter):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     has_structure = True
+
+    def token(self, entry: TokenLogprobs) -> Raw:
+        """An object of OpenAI's `content`."""
+        return chat_token(entry, self.rendering.ids_as_text)
 
     @property
     def has_first_chunks(self) -> bool:
@@ -241,6 +258,10 @@ class CompletionFormatter(ResponseFormatter):
     id_prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
     has_structure = False
+
+    def token(self, entry: TokenLogprobs) -> CompletionToken:
+        """An entry of each of OpenAI's lists."""
+        return completion_token(entry, self.rendering.ids_as_text)
 
     @property
     def has_first_chunks(self) -> bool:

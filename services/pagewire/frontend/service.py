@@ -20,15 +20,20 @@ from pagewire_protocol.structs import Role
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
 from pagewire.process.listening import BACKLOG, listening_socket
 from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
+from pagewire.process.parent import Started
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.errors import unavailable
 from ..requests.owner import RequestOwner
+from .admission import Admission
+from .api_keys import KeysFile
 from .app import make_app
 from .auth import Auth, configured_keys
-from .connection import Connection
+from .body import LargeBodies
+from .connection import HEAD_S, Connection, Connections
 from .cors import cors_of
+from .key_limits import KeyLimits
 from .sse import Flusher
 from .stack import Stack
 from .state import State
@@ -36,6 +41,10 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
+LARGE_BODIES: Final = 8
+"""Bodies of the largest size that may be held at a time."""
+CHECK_S: Final = 1.0
+"""How often connections are looked for whose clients take too long."""
 SHARE_COUNTERS_S: Final = 1.0
 """How often the other frontends of a stack get this one's counters."""
 _DRAIN_LIMIT: Final = 16
@@ -67,7 +76,7 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
                 "listening on %s for model %s, %s",
                 address,
                 names[0],
-                "with API keys" if keys else "without API keys",
+                "with API keys" if service.state.auth.required else "without API keys",
             )
             settle_gc(MANY_OBJECTS)
             await stop.wait()
@@ -95,33 +104,48 @@ class Service:
         """`model`: None where only its names are known. Raises ValueError for a flag whose value cannot be used."""
         self._loop = asyncio.get_running_loop()
         self._tls = context_of(config)
+        self._keys_file = KeysFile(config.api_keys_file) if config.api_keys_file else None
         self._shutdown_timeout_s = config.shutdown_timeout
         node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
         self.inbox = node.inbox
         self.outbox = node.outbox
         self.membership = node.membership
         counters = Counters()
+        owner = RequestOwner(
+            self.inbox.address,
+            self.outbox.send,
+            time.monotonic,
+            counters,
+            joins_running_stack=Started.failures > 0,
+        )
         self.state = State(
             log_requests=config.enable_log_requests,
             names=names,
             model_path=model.model if model else names[0],
             tokenizer_path=(model.tokenizer or model.model) if model else names[0],
             auth=auth,
-            owner=RequestOwner(self.inbox.address, self.outbox.send, time.monotonic, counters),
+            owner=owner,
+            admission=Admission(owner),
+            key_limits=KeyLimits(counters),
             stack=Stack(),
             counters=counters,
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),
             cors=cors_of(config),
             max_body=config.max_body_mb << 20,
+            large_bodies=LargeBodies(LARGE_BODIES * (config.max_body_mb << 20)),
             force_usage=config.enable_force_include_usage,
             keep_alive_s=config.sse_keep_alive_interval,
             request_timeout_s=config.request_timeout,
             started=int(time.time()),
             counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
+        if self._keys_file:
+            self._use_keys(self._keys_file)
         self._tokenizer_inboxes: set[str] = set()
         self._next_tick = 0.0
         self._next_share = 0.0
+        self._next_check = 0.0
+        self.connections = Connections()
         self._ticker: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
@@ -135,9 +159,15 @@ class Service:
         )
         await runner.setup()
         assert runner.server is not None
-        connect = partial(Connection, runner.server, self._loop, self.state.counters)
+        connect = partial(
+            Connection, runner.server, self._loop, self.state.counters, self.connections
+        )
         self._server = await self._loop.create_server(
-            connect, sock=listener, backlog=BACKLOG, ssl=self._tls
+            connect,
+            sock=listener,
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=HEAD_S if self._tls else None,
         )
         with self.joined():
             try:
@@ -161,8 +191,11 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Answer new requests with 503. Those that run get --shutdown-timeout to finish; then they
-        end with an error that says why."""
+        """Leave new connections to the other frontends at the same socket; where there are none, and
+        on connections that are open, answer new requests with 503. Those that run get
+        --shutdown-timeout to finish; then they end with an error that says why."""
+        if len(self.state.frontends()) > 1:
+            self._server.close()
         self.state.stack.draining = True
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
@@ -179,6 +212,7 @@ class Service:
         self.membership.goodbye()
         self.outbox.close(linger_ms=200)
         self.inbox.close()
+        self.state.body_readers.close()
         if self.state.counter_exchange:
             self.state.counter_exchange.remove()
 
@@ -192,8 +226,17 @@ class Service:
         self.membership.tick(now)
         state.owner.tick()
         self._share_counters(now)
+        if now >= self._next_check:
+            self._next_check = now + CHECK_S
+            self.connections.check(now)
+            if self._keys_file and self._keys_file.changed():
+                self._use_keys(self._keys_file)
         state.flusher.check()
         state.flusher.soon()
+
+    def _use_keys(self, file: KeysFile) -> None:
+        self.state.auth.add(key.tenant for key in file.keys)
+        self.state.key_limits.replace(file.keys, self.state.clock())
 
     def _share_counters(self, now: float) -> None:
         """Once a second, where there are other frontends to read them."""
@@ -201,6 +244,8 @@ class Service:
         if exchange and now >= self._next_share and len(self.state.frontends()) > 1:
             self._next_share = now + SHARE_COUNTERS_S
             exchange.publish()
+            if self._keys_file:
+                self.state.key_limits.share(self.state.all_counters().key_usage)
 
     def _on_inbox(self) -> None:
         """Handle the messages that wait. The inbox's descriptor is edge-triggered, so this goes on
@@ -234,6 +279,7 @@ class Service:
         self.membership.on_roster(roster)
         self.state.stack.on_roster(roster, self.state.clock())
         self.state.owner.on_roster(roster)
+        self.state.admission.on_roster(roster)
         inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
         for inbox in self._tokenizer_inboxes - inboxes:
             self.outbox.forget(inbox)

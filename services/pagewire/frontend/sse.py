@@ -8,6 +8,7 @@ Flusher spaces the rounds of writes: many tokens of a stream then share one.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -16,12 +17,17 @@ DONE: Final = b"data: [DONE]\n\n"
 PING: Final = b": ping\n\n"
 """A comment, which clients skip; proxies between them and the server see that the connection is
 alive."""
-FULL: Final = 1 << 20
-"""Bytes in a client's write buffer from which on it counts as not reading."""
+FULL: Final = 256 << 10
+"""Bytes in a client's write buffer from which on it counts as not reading: about a thousand tokens
+beyond what the system holds for it. Its requests are then parked."""
+EMPTY: Final = 32 << 10
+"""Bytes in its write buffer from which downwards it reads again."""
 OVERFULL: Final = 64 << 20
 """Bytes in a client's write buffer at which its connection is closed at once."""
-NOT_READING_S: Final = 30.0
+NOT_READING_S: Final = 120.0
 """After which the connection of a client that does not read is closed."""
+PARK_AGAIN_S: Final = 1.0
+"""How often it is said again that a client does not read."""
 SPACING_S: Final = 30e-6
 """Least time between two rounds of writes, for each client written to: a write takes 5 to 8
 microseconds, so writes get a quarter of a core. An answer's first events do not wait."""
@@ -62,13 +68,21 @@ class Outlet:
         "_chunked",
         "_flusher",
         "_full_since",
+        "_park",
+        "_park_again",
         "_quiet_since",
         "_transport",
         "_wrote",
         "pieces",
     )
 
-    def __init__(self, flusher: "Flusher") -> None:
+    def __init__(
+        self, flusher: "Flusher", park: Callable[[bool], None] = lambda parked: None
+    ) -> None:
+        """`park`: told True when the client reads nothing, and again each second; False when it
+        reads again."""
+        self._park = park
+        self._park_again = 0.0
         self.pieces: list[bytes] = []
         """Bytes of events. Append through `push`; whoever appends directly calls `touch` first when
         this is empty."""
@@ -118,10 +132,14 @@ class Outlet:
         if transport is None:
             return
         buffered = transport.get_write_buffer_size()
-        if buffered < FULL:
+        if self._full_since and buffered <= EMPTY:
             self._full_since = 0.0
-        elif not self._full_since:
-            self._full_since = now
+            self._park(False)
+        elif buffered >= FULL or self._full_since:
+            self._full_since = self._full_since or now
+            if now >= self._park_again:
+                self._park_again = now + PARK_AGAIN_S
+                self._park(True)
         not_reading = self._full_since and now - self._full_since > NOT_READING_S
         if buffered > OVERFULL or not_reading:
             transport.abort()

@@ -5,7 +5,7 @@ import re
 from typing import Any, Final
 
 from pagewire_protocol.messages import Roster
-from pagewire_protocol.structs import SILENCE_S, Peer, Role
+from pagewire_protocol.structs import FAILING, SILENCE_S, Peer, Role
 
 from ..requests.model_facts import ModelFacts, model_facts
 from .errors import ApiError
@@ -19,6 +19,8 @@ class Stack:
     def __init__(self) -> None:
         self.roster: Roster | None = None
         self.draining = False
+        self._model = ModelFacts()
+        self._was_complete = False
         self.seen = 0.0
         """When the last roster came, on the caller's clock."""
 
@@ -26,10 +28,15 @@ class Stack:
         """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
+            is_complete = not self.loading(now)
+            if is_complete or not self._was_complete:
+                self._model = model_facts(roster)
+            self._was_complete |= is_complete
 
     def model(self) -> ModelFacts:
-        """What requests must fit; without a roster, nothing is known and everything passes."""
-        return ModelFacts() if self.roster is None else model_facts(self.roster)
+        """What requests must fit, as long as a worker or a tokenizer is missing by the last roster
+        that had both; without a roster, nothing is known and everything passes."""
+        return self._model
 
     def loading(self, now: float) -> list[dict[str, Any]]:
         """What generation still waits for; empty when it can begin."""
@@ -43,6 +50,15 @@ class Stack:
                     _entry(role.name.lower(), "", "not started yet", 0.0)
                 ]
         return missing
+
+    def is_heard(self, now: float) -> bool:
+        """This process takes requests, and has heard of a scheduler lately, or never yet."""
+        return not self.draining and (self.roster is None or now - self.seen <= SILENCE_S)
+
+    def failing(self) -> list[dict[str, Any]]:
+        """The services that have failed several times in a row and are tried again with pauses."""
+        peers = self.roster.peers if self.roster else ()
+        return [_of_peer(peer) for peer in peers if peer.failures >= FAILING]
 
     def ready(self, now: float) -> bool:
         """Whether generation can begin."""

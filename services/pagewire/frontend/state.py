@@ -5,16 +5,21 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Struct, field
 from pagewire_protocol.structs import Role
 
 from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.owner import RequestOwner
+from .admission import Admission
 from .answers import PLAIN, ParserFactory
 from .auth import Auth
+from .body import LargeBodies
+from .body_readers import BodyReaders
 from .cors import Cors
-from .errors import ApiError, unknown_model
+from .errors import ApiError
+from .key_limits import KeyLimits
+from .reading import Served
 from .sse import Flusher
 from .stack import Stack
 
@@ -30,6 +35,12 @@ class State(Struct):
     counters: Counters
     flusher: Flusher
     cors: Cors
+    key_limits: KeyLimits
+    """What each API key may use."""
+    large_bodies: LargeBodies
+    """What is held of them."""
+    admission: Admission
+    """Which requests find room in the queue."""
     max_body: int
     """Bytes."""
     model_path: str = ""
@@ -52,6 +63,8 @@ class State(Struct):
     """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
     log_requests: bool = False
     """Each request is a line of the log when it ends."""
+    body_readers: BodyReaders = field(default_factory=BodyReaders)
+    """Read what takes long to read."""
     counter_exchange: CounterExchange | None = None
     """Where the frontends of a stack share their counters."""
 
@@ -69,14 +82,20 @@ class State(Struct):
             return self.counters
         return self.counter_exchange.total(frontends)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 for a name that is not the model's."""
-        if name is not None and name not in self.names:
-            raise unknown_model(name, self.names)
+    def served(self) -> Served:
+        """What a body must fit."""
+        return Served(self.stack.model(), self.names)
 
     def check_ready(self) -> None:
         """Raises ApiError 503 while generation is not possible."""
         if not self.stack.ready(self.clock()):
+            raise self.unavailable()
+
+    def check_accepting(self) -> None:
+        """Raises ApiError 503 while generation is not possible, and what is missing is not just
+        being started again: for that a request waits."""
+        now = self.clock()
+        if not self.stack.ready(now) and not (self.stack.is_heard(now) and self.owner.can_hold):
             raise self.unavailable()
 
     def unavailable(self) -> ApiError:

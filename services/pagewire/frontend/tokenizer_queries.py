@@ -4,6 +4,7 @@ to be echoed. Knows no HTTP."""
 import asyncio
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from msgspec.structs import replace
 from pagewire_protocol.columns import unpack
@@ -13,12 +14,14 @@ from pagewire_protocol.structs import Prompt
 
 from ..requests.errors import RequestError, invalid
 from ..requests.queries import Answer, MakeQuery
-from ..requests.request import Job
 from .logprobs import token_text
 from .params import Plan
-from .rendering import Rendering
+from .prompts import query_text
 from .reply import Echo
 from .state import State
+
+QUERIES: Final = 16
+"""Prompts of one HTTP request that are resolved at a time."""
 
 
 async def query(state: State, make: MakeQuery) -> Tokenized:
@@ -39,47 +42,54 @@ async def query(state: State, make: MakeQuery) -> Tokenized:
     return answer
 
 
-async def resolve(state: State, plan: Plan) -> tuple[list[Job], Sequence[Echo]]:
-    """The plan's jobs, and what is shown of each prompt. Where that needs the prompt's ids, the
-    jobs get them too. Raises RequestError."""
-    per_prompt = plan.jobs_per_prompt
+async def resolve(state: State, plan: Plan) -> tuple[Plan, Sequence[Echo]]:
+    """The plan, and what is shown of each prompt. Where that needs a prompt's ids, the plan gets
+    them too. Raises RequestError."""
     if plan.rendering.chat or not plan.rendering.echo:
-        return plan.jobs, [Echo()] * (len(plan.jobs) // per_prompt)
-    groups = [plan.jobs[i : i + per_prompt] for i in range(0, len(plan.jobs), per_prompt)]
-    resolved = await asyncio.gather(
-        *(_resolve_prompt(state, plan.rendering, group[0]) for group in groups)
-    )
-    jobs = [
-        job if ids is None else _with_ids(job, ids)
-        for group, (_, ids) in zip(groups, resolved, strict=True)
-        for job in group
+        return plan, [Echo()] * len(plan.prompts)
+    places = asyncio.Semaphore(QUERIES)
+
+    async def one(prompt: Prompt) -> tuple[Echo, bytes | None]:
+        async with places:
+            return await _resolve_prompt(state, plan, prompt)
+
+    resolved = await asyncio.gather(*map(one, plan.prompts))
+    echoes = [echo for echo, _ in resolved]
+    if all(ids is None for _, ids in resolved):
+        return plan, echoes
+    prompts = [
+        prompt if ids is None else Prompt(ids=ids)
+        for prompt, (_, ids) in zip(plan.prompts, resolved, strict=True)
     ]
-    return jobs, [echo for echo, _ in resolved]
+    # What was to be cut off is.
+    text = replace(plan.template.text, truncate_prompt=0)
+    return replace(plan, prompts=prompts, template=replace(plan.template, text=text)), echoes
 
 
-async def _resolve_prompt(
-    state: State, rendering: Rendering, job: Job
-) -> tuple[Echo, bytes | None]:
-    """What is shown of a job's prompt, and the ids that it was resolved to, if it was."""
-    text = job.prompt.text
-    if text is not None and not rendering.scores_echo and not job.text.truncate_prompt:
+async def _resolve_prompt(state: State, plan: Plan, prompt: Prompt) -> tuple[Echo, bytes | None]:
+    """What is shown of a prompt, and the ids that it was resolved to, if it was."""
+    text, rendering = prompt.text, plan.rendering
+    is_cut = bool(plan.template.text.truncate_prompt)
+    if text is not None and not rendering.scores_echo and not is_cut:
         return Echo(text), None
     model = state.stack.model()
     if not model.has_text:
-        ids = _truncated(job, job.prompt.ids or b"", model.max_model_len)
+        ids = _truncated(plan, prompt.ids or b"", model.max_model_len)
         first = token_text(b"", unpack("i", ids)[0])
         return Echo("", first, (0,) * (len(ids) // 4)), ids
+    if text is not None:
+        query_text(text, model)
     encode = partial(
         Tokenize,
-        prompt=job.prompt,
-        add_special_tokens=job.add_special_tokens,
+        prompt=prompt,
+        add_special_tokens=plan.add_special_tokens,
         with_offsets=rendering.scores_echo,
     )
     answer = await query(state, encode)
-    ids = _truncated(job, answer.ids, model.max_model_len)
+    ids = _truncated(plan, answer.ids, model.max_model_len)
     if not ids:
         raise invalid("The prompt has no tokens.", "prompt")
-    if text is None or job.text.truncate_prompt:
+    if text is None or is_cut:
         decode = partial(Detokenize, ids=ids, with_offsets=rendering.scores_echo)
         answer = await query(state, decode)
         text = answer.text
@@ -87,12 +97,9 @@ async def _resolve_prompt(
     return Echo(text, first, tuple(unpack("i", answer.offsets).tolist())), ids
 
 
-def _truncated(job: Job, ids: bytes, max_model_len: int) -> bytes:
-    completion = 1 if job.max_tokens_is_rest else job.sampling.max_tokens
+def _truncated(plan: Plan, ids: bytes, max_model_len: int) -> bytes:
+    template = plan.template
+    completion = 1 if template.max_tokens_is_rest else template.sampling.max_tokens
     return truncated_ids(
-        ids, kept_prompt_tokens(job.text.truncate_prompt, max_model_len, completion)
+        ids, kept_prompt_tokens(template.text.truncate_prompt, max_model_len, completion)
     )
-
-
-def _with_ids(job: Job, ids: bytes) -> Job:
-    return replace(job, prompt=Prompt(ids=ids), text=replace(job.text, truncate_prompt=0))

@@ -1,126 +1,114 @@
 """POST /tokenize, /detokenize and .../render, as vLLM has them: a tokenizer's work without the
 model's."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial, wraps
+from typing import Any, Final
 
 from aiohttp import web
-from pagewire_protocol.columns import MAX_TOKENS, unpack
+from msgspec import Raw
+from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import Detokenize, Tokenize
-from pagewire_protocol.structs import Prompt
 
 from ..requests.errors import invalid
-from ..requests.model_facts import ModelFacts
-from .body import read_body
 from .errors import JSON
-from .openai import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Request,
-    TokenizeRequest,
-)
-from .params import Plan, plan_chat, plan_completion
-from .parsing import parse
-from .prompts import at_most, chat_of, text_prompt, token_column
+from .generate import TENANT, read_plan
+from .params import Plan
+from .reading import BodyType, DetokenizePlan, TokenizePlan
 from .sse import encode
-from .state import STATE, State
+from .state import STATE
 from .tokenizer_queries import query
+from .turns import Turn
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+PIECE: Final = 16_384
+"""Items of a list that are encoded at a time."""
 
 
+def _limited(handler: Handler) -> Handler:
+    """The handler, within what the request's key may use."""
+
+    @wraps(handler)
+    async def limited(request: web.Request) -> web.Response:
+        state = request.app[STATE]
+        with state.key_limits.leased(request.get(TENANT, ""), state.clock()):
+            return await handler(request)
+
+    return limited
+
+
+@_limited
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: {"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens",
     "token_strs"}."""
     state = request.app[STATE]
-    parsed = parse(TokenizeRequest, await read_body(request, state.max_body))
-    state.check_model(parsed.model)
-    model = state.stack.model()
-    prompt = _prompt(parsed, model)
-    # A chat template writes the special tokens that its model wants.
-    special = parsed.add_special_tokens
-    if special is None:
-        special = prompt.chat is None
+    plan: TokenizePlan = await read_plan(request, "tokenize")
     make = partial(
         Tokenize,
-        prompt=prompt,
-        add_special_tokens=special,
-        with_texts=bool(parsed.return_token_strs),
+        prompt=plan.prompt,
+        add_special_tokens=plan.add_special_tokens,
+        with_texts=plan.with_texts,
     )
     answer = await query(state, make)
-    ids = unpack("i", answer.ids).tolist()
-    texts = list(answer.texts) if parsed.return_token_strs else None
     body = {
-        "count": len(ids),
-        "max_model_len": model.max_model_len,
-        "tokens": ids,
-        "token_strs": texts,
+        "count": len(answer.ids) // 4,
+        "max_model_len": state.stack.model().max_model_len,
+        "tokens": await _json_list(unpack("i", answer.ids)),
+        "token_strs": await _json_list(answer.texts) if plan.with_texts else None,
     }
     return web.Response(body=encode(body), content_type=JSON)
 
 
-def _prompt(parsed: TokenizeRequest, model: ModelFacts) -> Prompt:
-    if (parsed.prompt is None) is (parsed.messages is None):
-        raise invalid("Exactly one of `prompt` and `messages` must be given.", "prompt")
-    if parsed.prompt is not None:
-        return text_prompt(parsed.prompt, model) if parsed.prompt else Prompt(text="")
-    return Prompt(
-        chat=chat_of(
-            parsed.messages or [],
-            parsed.add_generation_prompt,
-            parsed.continue_final_message,
-            parsed.chat_template_kwargs,
-            model,
-        )
-    )
-
-
+@_limited
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/completions/render: a request for an answer -> {"model", "token_ids"} of its
     prompt. vLLM's router goes by the token ids."""
-    state = request.app[STATE]
-    parsed = parse(ChatRequest, await read_body(request, state.max_body))
-    state.check_model(parsed.model)
-    (rendered,) = await _rendered(state, parsed, plan_chat(parsed, state.stack.model()))
+    (rendered,) = await _rendered(request, "chat")
     return web.Response(body=encode(rendered), content_type=JSON)
 
 
+@_limited
 async def render_completion(request: web.Request) -> web.Response:
     """POST /v1/completions/render: the same for each prompt, as a list."""
-    state = request.app[STATE]
-    parsed = parse(CompletionRequest, await read_body(request, state.max_body))
-    state.check_model(parsed.model)
-    rendered = await _rendered(state, parsed, plan_completion(parsed, state.stack.model()))
-    return web.Response(body=encode(rendered), content_type=JSON)
+    return web.Response(body=encode(await _rendered(request, "completion")), content_type=JSON)
 
 
-async def _rendered(state: State, parsed: Request, plan: Plan) -> list[dict[str, Any]]:
+async def _rendered(request: web.Request, body_type: BodyType) -> list[dict[str, Any]]:
     """For each prompt. Raises RequestError."""
-    if parsed.truncate_prompt_tokens is not None:
+    state = request.app[STATE]
+    plan: Plan = await read_plan(request, body_type)
+    if plan.template.text.truncate_prompt:
         raise invalid(
             "`truncate_prompt_tokens` is not supported here; send the request for an answer.",
             "truncate_prompt_tokens",
         )
-    columns: list[bytes] = []
-    for job in plan.jobs[:: plan.jobs_per_prompt]:
-        column = job.prompt.ids
+    rendered: list[dict[str, Any]] = []
+    for prompt in plan.prompts:
+        column = prompt.ids
         if column is None:
-            special = job.add_special_tokens
-            make = partial(
-                Tokenize, prompt=job.prompt, add_special_tokens=special, with_texts=False
-            )
+            special = plan.add_special_tokens
+            make = partial(Tokenize, prompt=prompt, add_special_tokens=special, with_texts=False)
             column = (await query(state, make)).ids
-        columns.append(column)
-    model = state.names[0]
-    return [{"model": model, "token_ids": unpack("i", column).tolist()} for column in columns]
+        token_ids = await _json_list(unpack("i", column))
+        rendered.append({"model": state.names[0], "token_ids": token_ids})
+    return rendered
 
 
+@_limited
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: {"tokens"} -> {"prompt"}."""
-    state = request.app[STATE]
-    parsed = parse(DetokenizeRequest, await read_body(request, state.max_body))
-    state.check_model(parsed.model)
-    model = state.stack.model()
-    at_most("tokens", len(parsed.tokens), MAX_TOKENS, "token ids")
-    column = token_column("tokens", parsed.tokens, model)
-    answer = await query(state, partial(Detokenize, ids=column, skip_special_tokens=False))
+    plan: DetokenizePlan = await read_plan(request, "detokenize")
+    make = partial(Detokenize, ids=plan.ids, skip_special_tokens=False)
+    answer = await query(request.app[STATE], make)
     return web.Response(body=encode({"prompt": answer.text}), content_type=JSON)
+
+
+async def _json_list(items: Sequence[Any] | memoryview) -> Raw:
+    """A long list as JSON, encoded a piece at a time."""
+    pieces: list[bytes] = []
+    turn = Turn()
+    for start in range(0, len(items), PIECE):
+        pieces.append(encode(list(items[start : start + PIECE]))[1:-1])
+        if turn.is_over():
+            await turn.next()
+    return Raw(b"[%b]" % b",".join(pieces))

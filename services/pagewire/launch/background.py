@@ -4,9 +4,11 @@ socket."""
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from ..config import ModelConfig
 from ..hub import huggingface
+from ..process.announce import Announcer
 from . import stack
 from .supervisor import Supervisor
 
@@ -27,8 +29,11 @@ class BackgroundServices:
         wake: Callable[[], None],
         log: Callable[[str, str], None] = forward,
     ) -> None:
+        self._announcer = Announcer(config.run.run_dir)
         self._supervisor = Supervisor(
-            [*stack.model_services(config, model), *stack.early_services(config)], log
+            [*stack.model_services(config, model), *stack.early_services(config)],
+            log,
+            partial(stack.announce, self._announcer),
         )
         self._wake = wake
         self._thread = threading.Thread(target=self._supervise, name="pagewire", daemon=True)
@@ -62,6 +67,7 @@ class BackgroundServices:
             self._supervisor.fail(f"the supervisor failed: {error!r}")
             raise
         finally:
+            self._announcer.close()
             self._wake()
 
 

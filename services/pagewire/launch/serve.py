@@ -11,17 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from msgspec import structs
 
 from ..config import FrontendConfig, ModelConfig, to_flags
+from ..frontend.api_keys import read_keys
 from ..frontend.auth import configured_keys
 from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
 from ..hub import huggingface
 from ..process import signals
+from ..process.announce import Announcer
 from ..process.listening import listening_socket
 from ..process.service_manager import READY, STOPPING, ServiceManager
 from . import flags, stack
@@ -52,6 +55,8 @@ def check_frontend(config: FrontendConfig) -> None:
     """Raises ValueError, before anything is started, for a flag that no frontend could start
     with."""
     configured_keys(config.api_key)
+    if config.api_keys_file:
+        read_keys(config.api_keys_file)
     context_of(config)
     cors_of(config)
 
@@ -71,7 +76,12 @@ class Launch:
         self.config = config
         self.began = time.monotonic()
         self.display = Display(sys.stderr, config.run.log_format)
-        self.supervisor = Supervisor(stack.early_services(config), self.display.log)
+        self.announcer = Announcer(config.run.run_dir)
+        self.supervisor = Supervisor(
+            stack.early_services(config),
+            self.display.log,
+            partial(stack.announce, self.announcer),
+        )
         self.health = Health(
             config.frontend.host,
             config.frontend.port,
@@ -90,6 +100,7 @@ class Launch:
         finally:
             self.health.stop()
             self._end_fetch()
+            self.announcer.close()
         if self.supervisor.failure:
             self.display.end(f"pagewire serve: {self.supervisor.failure}")
         return code
@@ -181,7 +192,11 @@ def invitation(config: stack.StackConfig) -> str:
     scheme = "https" if config.frontend.ssl_certfile else "http"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.frontend.port}/v1"
     name = (*config.frontend.served_model_name, config.model.model)[0]
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if configured_keys(config.frontend.api_key) else ""
+    key = (
+        " -H 'Authorization: Bearer YOUR_KEY'"
+        if config.frontend.api_keys_file or configured_keys(config.frontend.api_key)
+        else ""
+    )
     question = json.dumps(
         {
             "model": name,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from msgspec import Struct, structs
 from pagewire_protocol.channels import check_unused, prepare_run_dir
+from pagewire_protocol.structs import Role
 
 from ..config import (
     BadSetting,
@@ -26,7 +27,8 @@ from ..config import (
     to_flags,
 )
 from ..frontend.auth import KEYS_VARIABLE
-from .supervisor import Service
+from ..process.announce import Announcer
+from .supervisor import Death, Service
 
 _numbers = itertools.count()
 
@@ -143,6 +145,18 @@ def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
         _service(config.run, "tokenizer", i, model, config.tokenizer)
         for i in range(config.num_tokenizers)
     ]
+
+
+def announce(announcer: Announcer, death: Death) -> None:
+    """Tell the stack that one of its services has ended."""
+    announcer.announce(
+        Role[death.service.kind.upper()],
+        death.service.name,
+        death.incarnation,
+        death.cause,
+        death.failures,
+        death.pause_s,
+    )
 
 
 def local_model(model: ModelConfig, files: Path, tokenizer: Path | None) -> ModelConfig:

@@ -1,5 +1,5 @@
-"""Starts the services of one stack as operating-system processes, restarts those that die, and ends
-them all.
+"""Starts the services of one stack as operating-system processes, restarts those that die or hang,
+and ends them all.
 
 It knows command lines, exit codes and output lines; what the services say to each other is not its
 business. It runs in the main thread of `pagewire serve` and in a thread of a program that uses
@@ -8,6 +8,7 @@ business. It runs in the main thread of `pagewire serve` and in a thread of a pr
 
 import contextlib
 import math
+import mmap
 import os
 import platform
 import selectors
@@ -15,15 +16,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..process.parent import PARENT_VARIABLE
+from ..process import liveness
+from ..process.parent import FAILURES_VARIABLE, PARENT_VARIABLE, how_it_ended
 
 ORDERLY_EXIT_S = 3.5
-GIVE_UP_DEATHS, GIVE_UP_WINDOW_S = 5, 60.0
+GIVE_UP_STARTS = 5
+"""Lives in a row that ended before the service was ready, after which it is taken for one that
+cannot run here."""
+STABLE_S = 1.0
+"""A service that was ready for so long has worked: its next end is the first of a new count."""
+LONGEST_PAUSE_S = 30.0
 TICK_S = 0.1
+LOOK_S = 0.25
+"""How often it is looked whether services make progress."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,50 @@ class Service:
     """Services of one group run one model together: when one of them ends, the others are ended,
     and all are started again. Empty: alone."""
 
+    @property
+    def kind(self) -> str:
+        """What its replicas have in common: the name without the number."""
+        return self.name.rpartition("-")[0]
 
-def _no_deaths() -> deque[float]:
-    return deque(maxlen=GIVE_UP_DEATHS)
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a service that nobody asked for."""
+
+    service: Service
+    incarnation: int
+    """Under which the stack knew it; 0: it did not."""
+    cause: str
+    """In words, such as "was killed by SIGSEGV"."""
+    failures: int
+    """Ends in a row, this one included, before which it did not work for long."""
+    pause_s: float
+    """After which it is started again."""
+
+
+@dataclass
+class Failures:
+    """How often a service, or a group of them, has ended lately."""
+
+    in_a_row: int = 0
+    """Ends before which it was not ready for STABLE_S."""
+    starts: list[float] = field(default_factory=list[float])
+    """Those of them before which it was not ready at all: monotonic seconds."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Nothing says that it can run."""
+        return len(self.starts) >= GIVE_UP_STARTS
+
+    def count(self, now: float, ready_at: float | None) -> None:
+        """One more end, of a service that was ready since `ready_at`; None: not at all."""
+        if ready_at is None:
+            self.starts.append(now)
+        else:
+            self.starts.clear()
+            if now - ready_at >= STABLE_S:
+                self.in_a_row = 0
+        self.in_a_row += 1
 
 
 @dataclass
@@ -57,8 +106,16 @@ class Child:
     start_at: float = 0.0
     kill_at: float = math.inf
     """It was asked to end with its group, and gets until then."""
-    deaths: deque[float] = field(default_factory=_no_deaths)
-    """When it ended by itself, lately; shared by a group."""
+    failures: Failures = field(default_factory=Failures)
+    """Of the service; shared by a group."""
+    lives: int = 0
+    """Processes that were started for it."""
+    watched: liveness.Watched | None = None
+    """The progress of the present process."""
+    ready_at: float | None = None
+    """Since when the present process is ready, as far as was seen."""
+    is_hung: bool = False
+    """It was killed because it made no progress."""
     last_line: str = ""
     partial: bytes = b""
 
@@ -73,17 +130,9 @@ def command_of(service: Service) -> list[str]:
     return [sys.executable, "-m", "pagewire", *service.arguments]
 
 
-def backoff_s(recent_deaths: int) -> float:
-    """At once after the first death, then 0.5, 1, 2, ... seconds."""
-    return 0.0 if recent_deaths <= 1 else min(30.0, 0.5 * 2.0 ** (recent_deaths - 2))
-
-
-def how_it_ended(returncode: int) -> str:
-    if returncode >= 0:
-        return f"ended with exit code {returncode}"
-    with contextlib.suppress(ValueError):
-        return f"was killed by {signal.Signals(-returncode).name}"
-    return f"was killed by signal {-returncode}"
+def backoff_s(failures: int) -> float:
+    """At once after the first end, then 0.5, 1, 2, ... seconds."""
+    return 0.0 if failures <= 1 else min(LONGEST_PAUSE_S, 0.5 * 2.0 ** (min(failures, 30) - 2))
 
 
 class Supervisor:
@@ -92,21 +141,30 @@ class Supervisor:
 
     Before `mark_ready`, a service that exits with an error ends the stack (`failure` holds its last
     line): its settings are wrong, and trying again would not help. A killed one is started again,
-    and afterwards so is every one that ends, with growing pauses, until it has died 5 times in 60
-    seconds. The services of a group count as one: they are started together, the end of one ends
-    all, and its deaths are theirs.
+    and afterwards so is every one that ends, with growing pauses while it does not work. The stack
+    ends when all services of a kind have failed to start 5 times in a row. The services of a group
+    count as one: they are started together, the end of one ends all, and its failures are theirs.
     """
 
-    def __init__(self, services: list[Service], on_line: Callable[[str, str], None]) -> None:
-        """Raises OSError on another system than Linux."""
+    def __init__(
+        self,
+        services: list[Service],
+        on_line: Callable[[str, str], None],
+        on_death: Callable[[Death], None] = lambda death: None,
+    ) -> None:
+        """`on_line` gets each line that a service writes, with its name; `on_death` each end that
+        nobody asked for, before the service is started again. Raises OSError on another system than
+        Linux."""
         if platform.system() != "Linux":
             raise OSError(
                 f"Pagewire runs on Linux, and this is {platform.system()}: use its container there, or WSL2 on Windows"
             )
         self.failure: str | None = None
-        self._group_deaths: dict[str, deque[float]] = {}
+        self._group_failures: dict[str, Failures] = {}
         self._children = [self._child(service) for service in services]
         self._on_line = on_line
+        self._announce = on_death
+        self._next_look = 0.0
         self._ready = False
         self._stops = 0
         self._selector = selectors.DefaultSelector()
@@ -121,8 +179,8 @@ class Supervisor:
     def _child(self, service: Service) -> Child:
         if not service.group:
             return Child(service)
-        deaths = self._group_deaths.setdefault(service.group, _no_deaths())
-        return Child(service, deaths=deaths)
+        failures = self._group_failures.setdefault(service.group, Failures())
+        return Child(service, failures=failures)
 
     def _others_of_group(self, child: Child) -> list[Child]:
         group = child.service.group
@@ -155,6 +213,7 @@ class Supervisor:
                 tick()
                 self._wait(TICK_S)
                 self._reap()
+                self._look()
                 self._kill_overdue()
         finally:
             self._end_all()
@@ -174,8 +233,12 @@ class Supervisor:
             self._start(child)
 
     def _start(self, child: Child) -> None:
+        page_fd = liveness.new_page()
+        page = mmap.mmap(page_fd, liveness.PAGE_BYTES)
         own = {
             PARENT_VARIABLE: str(os.getpid()),
+            liveness.PAGE_VARIABLE: str(page_fd),
+            FAILURES_VARIABLE: str(child.lives and max(1, child.failures.in_a_row)),
             "PYTHONSAFEPATH": "1",
             **dict(child.service.environment),
         }
@@ -185,9 +248,14 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **own},
-            pass_fds=child.service.pass_fds,
+            pass_fds=(*child.service.pass_fds, page_fd),
             process_group=0,
         )
+        child.lives += 1
+        os.close(page_fd)
+        child.watched = liveness.Watched(page, child.process.pid, time.monotonic())
+        child.ready_at = None
+        child.is_hung = False
         assert child.process.stdout is not None
         os.set_blocking(child.process.stdout.fileno(), False)
         self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
@@ -227,11 +295,35 @@ class Supervisor:
         for child in self._alive():
             if child.process is not None and child.process.poll() is not None:
                 was_asked = child.is_ending
+                self._note_ready(child, time.monotonic())
+                incarnation = child.watched.incarnation if child.watched else 0
                 code = self._close(child)
                 if was_asked:
                     child.kill_at = math.inf
                 else:
-                    self._on_death(child, code)
+                    self._on_death(child, incarnation, code)
+
+    def _look(self) -> None:
+        """Kill what makes no progress."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        for child in self._alive():
+            self._note_ready(child, now)
+            if child.watched is None or child.is_hung or not child.watched.look(now):
+                continue
+            child.is_hung = True
+            silent_s = child.watched.silent_s
+            self._on_line(
+                "supervisor", f"{child.service.name} made no progress for {silent_s:.1f} s: killed"
+            )
+            _signal([child], signal.SIGKILL)
+
+    @staticmethod
+    def _note_ready(child: Child, now: float) -> None:
+        if child.ready_at is None and child.watched is not None and child.watched.was_ready:
+            child.ready_at = now
 
     def _kill_overdue(self) -> None:
         """A rank may hang in a collective whose other ranks are gone: SIGTERM does not reach it
@@ -251,23 +343,34 @@ class Supervisor:
         self._say(child, child.partial)
         code = child.process.wait()
         child.process, child.partial = None, b""
+        if child.watched is not None:
+            child.watched.close()
+            child.watched = None
         return code
 
-    def _on_death(self, child: Child, code: int) -> None:
+    def _on_death(self, child: Child, incarnation: int, code: int) -> None:
         name, now = child.service.name, time.monotonic()
-        child.deaths.append(now)
+        failures = child.failures
+        # An end in order, which somebody asked for, is no failure.
+        was_in_order = code == 0 and child.ready_at is not None
+        if not was_in_order:
+            failures.count(now, child.ready_at)
         if code > 0 and not self._ready:
             return self.fail(
                 child.last_line.removeprefix("pagewire ")
                 or f"{name} {how_it_ended(code)} without a word"
             )
-        if len(child.deaths) == GIVE_UP_DEATHS and now - child.deaths[0] < GIVE_UP_WINDOW_S:
+        if self._is_hopeless(child.service.kind):
             last = f"; its last line: {child.last_line}" if child.last_line else ""
+            seconds = now - failures.starts[0]
             return self.fail(
-                f"{name} died {GIVE_UP_DEATHS} times in {now - child.deaths[0]:.0f} s, giving up{last}"
+                f"{name} died {len(failures.starts)} times in {seconds:.0f} s before it was ready, giving up{last}"
             )
-        pause = backoff_s(sum(now - death < GIVE_UP_WINDOW_S for death in child.deaths))
+        pause = 0.0 if was_in_order else backoff_s(failures.in_a_row)
         child.start_at = now + pause
+        cause = "made no progress" if child.is_hung else how_it_ended(code)
+        in_a_row = max(1, failures.in_a_row)
+        self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
         others = self._others_of_group(child)
         for other in others:
             other.start_at = child.start_at
@@ -278,6 +381,12 @@ class Supervisor:
         self._on_line(
             "supervisor",
             f"{name} {how_it_ended(code)}; starting {again} again{f' in {pause:g} s' if pause else ''}",
+        )
+
+    def _is_hopeless(self, kind: str) -> bool:
+        """No service of this kind is left of which anything says that it can run."""
+        return all(
+            child.failures.is_hopeless for child in self._children if child.service.kind == kind
         )
 
     def _end_all(self) -> None:

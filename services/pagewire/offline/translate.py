@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..requests.choices import BeamOptions, Choices, choices_of
 from ..requests.errors import RequestError
-from ..requests.job_template import JobTemplate
+from ..requests.job_template import JobTemplate, job_template
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import checked_logprobs
 from .sampling_params import BeamSearchParams, SamplingParams
@@ -48,7 +48,7 @@ def beam_template(params: BeamSearchParams, model: ModelFacts) -> JobTemplate:
 
 def _template(params: SamplingParams, choices: Choices, model: ModelFacts) -> JobTemplate:
     try:
-        return JobTemplate(
+        return job_template(
             params,
             choices,
             model,

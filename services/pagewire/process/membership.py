@@ -24,6 +24,9 @@ from pagewire_protocol.messages import (
 )
 from pagewire_protocol.structs import SILENCE_S
 
+from . import liveness
+from .parent import Started
+
 HEARTBEAT_S = 1.0
 log = logging.getLogger("pagewire.process.membership")
 
@@ -46,6 +49,9 @@ class Membership:
     ) -> None:
         self.scheduler = inbox_address(run_dir, Role.SCHEDULER, NO_INCARNATION)
         self.roster: Roster | None = None
+        self.was_forgotten = False
+        """By the scheduler of the latest roster, though it knew this process before."""
+        self._listed_in = 0
         self.progress = 0
         self.busy = False
         self._incarnation = incarnation
@@ -70,7 +76,13 @@ class Membership:
 
     def hello(self) -> None:
         """Introduce this process as it is now."""
-        peer = replace(self._peer, ready=self._ready, stage=self._stage, fraction=self._fraction)
+        peer = replace(
+            self._peer,
+            ready=self._ready,
+            stage=self._stage,
+            fraction=self._fraction,
+            failures=0 if self._ready else Started.failures,
+        )
         self._send(Hello(peer, self._worker, self._tokenizer))
 
     def loading(self, stage: str, fraction: float = 0.0) -> None:
@@ -85,10 +97,13 @@ class Membership:
         self._worker = worker
         self._tokenizer = tokenizer
         self._ready, self._stage, self._fraction = True, "", 1.0
+        liveness.own.serving()
         self.hello()
 
     def tick(self, now: float) -> None:
-        """Call at least once a second with a monotonic time in seconds."""
+        """Call several times a second, from the main loop and between long pieces of its work, with
+        a monotonic time in seconds."""
+        liveness.own.turn()
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
@@ -118,19 +133,28 @@ class Membership:
 
     def on_roster(self, roster: Roster) -> bool:
         """Keep the newest roster. True when it comes from a new scheduler, to which this process
-        has then said Hello."""
+        has then said Hello; `was_forgotten` says whether the present one had given up this process,
+        as after a pause."""
         former_epoch = self.roster.epoch if self.roster else 0
         if roster.epoch < former_epoch:
             return False
         listed = any(peer.incarnation == self._incarnation for peer in roster.peers)
+        self.was_forgotten = not listed and self._listed_in == roster.epoch
+        self._listed_in = roster.epoch if listed else 0
         self.roster = roster
         if not listed:
             self.hello()
         return roster.epoch > former_epoch
 
-    def goodbye(self) -> None:
-        """This process ends in order."""
-        self._send(Goodbye(self._incarnation))
+    @property
+    def is_ready(self) -> bool:
+        """This process has said that it is ready."""
+        return self._ready
+
+    def goodbye(self, failed: bool = False) -> None:
+        """This process ends; `failed`: not in order."""
+        liveness.own.loading()
+        self._send(Goodbye(self._incarnation, failed))
 
     def _send(self, message: ToScheduler) -> None:
         self._outbox.send(self.scheduler, message)

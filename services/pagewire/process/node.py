@@ -13,6 +13,7 @@ from typing import Final, Generic, TypeVar
 from pagewire_protocol.channels import Inbox, Outbox, new_incarnation, prepare_run_dir
 from pagewire_protocol.messages import Role
 
+from . import liveness
 from .membership import Membership
 
 M = TypeVar("M")
@@ -41,6 +42,7 @@ class Node(Generic[M]):
     ) -> None:
         self.run_dir = prepare_run_dir(str(run_dir))
         self.incarnation = new_incarnation()
+        liveness.own.introduce(self.incarnation)
         self.inbox: Inbox[M] = Inbox(self.run_dir, role, self.incarnation)
         self.outbox = Outbox()
         self.membership = Membership(

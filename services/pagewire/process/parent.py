@@ -1,11 +1,16 @@
-"""A child process that ends with its parent. Only the standard library is imported here."""
+"""A child process that ends with its parent, and how a child has ended. Only the standard library
+is imported here."""
 
+import contextlib
 import ctypes
 import os
 import signal
 
 PARENT_VARIABLE = "PAGEWIRE_PARENT"
 """Names, in a child's environment, the process that started it."""
+FAILURES_VARIABLE = "PAGEWIRE_FAILURES"
+"""In a child's environment: how many lives before this one ended in a row; not there in a first
+life."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -15,6 +20,8 @@ class Started:
 
     by_parent = False
     """By a launcher, which gave it all its settings as flags."""
+    failures = 0
+    """Lives before this one that ended; 0: this is the first."""
 
 
 def die_with_parent() -> None:
@@ -24,6 +31,21 @@ def die_with_parent() -> None:
     if not parent:
         return
     Started.by_parent = True
+    Started.failures = int(os.environ.pop(FAILURES_VARIABLE, "0"))
+    end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """The kernel kills this process when `parent`, which started it, is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os._exit(1)
+
+
+def how_it_ended(returncode: int) -> str:
+    """In words. returncode: as of subprocess, a signal's number below 0."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"was killed by signal {-returncode}"

@@ -141,6 +141,8 @@ class Counters:
         self.reasons: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.responses: dict[str, int] = {}
         """HTTP answers, by method, route and status, with spaces between."""
+        self.key_usage: dict[str, int] = {}
+        """Of API keys with names: what is counted and the key's name, with a space between."""
         self.time_to_first_token = Histogram(FIRST_TOKEN_S)
         self.inter_token_latency = Histogram(GAP_S)
         self.time_per_output_token = Histogram(GAP_S)

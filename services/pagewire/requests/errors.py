@@ -29,13 +29,21 @@ class RequestError(Exception):
     long a client had better wait; 0: not said."""
 
     def __init__(
-        self, kind: ErrorKind, message: str, *, param: str | None = None, retry_after_s: int = 0
+        self,
+        kind: ErrorKind,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int = 0,
+        type: str | None = None,
     ) -> None:
+        """`type`: a word for programs, where the kind alone does not say enough."""
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.type = type
 
     @property
     def retryable(self) -> bool:
@@ -58,3 +66,12 @@ def failed(
 ) -> RequestError:
     """The server is at fault."""
     return RequestError(ErrorKind.FAILED, message)
+
+
+def poisoned(deaths: int) -> RequestError:
+    """`deaths` workers in a row have ended while they computed the request."""
+    return RequestError(
+        ErrorKind.FAILED,
+        f"{deaths} workers ended while they computed this request; it is not tried again.",
+        type="request_poisoned",
+    )

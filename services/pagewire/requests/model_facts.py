@@ -16,6 +16,8 @@ class ModelFacts(Struct, frozen=True):
     has_chat_template: bool = True
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    longest_token: int = 0
+    """Most characters of a text that one token can stand for; 0: any number."""
 
 
 def model_facts(roster: Roster) -> ModelFacts:
@@ -27,4 +29,5 @@ def model_facts(roster: Roster) -> ModelFacts:
         roster.has_chat_template,
         roster.eos_token_ids,
         roster.sampling_defaults,
+        roster.longest_token,
     )

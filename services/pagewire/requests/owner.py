@@ -4,8 +4,8 @@ to try again. No I/O, no clock of its own.
 A row of output is accepted only if, in this order: its handle is live; its attempt is the current
 one; its execution is the first one seen for this attempt; its position is the number of tokens
 accepted so far. A lower position is a repetition and dropped; a higher one is a gap. A gap, a LOST
-end, a new scheduler and a vanished tokenizer all lead to the same step: the request goes out again,
-with its output so far.
+end, a new scheduler, a vanished tokenizer and a scheduler that had given up this process all lead to
+the same step: the request goes out again, with its output so far.
 
 Accepted output goes to a Sink. This module does not know HTTP.
 """
@@ -16,28 +16,64 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from pagewire_protocol.messages import Cancel, Deltas, Message, Roster
-from pagewire_protocol.structs import End, Finish, PromptLogprobs, Role, Started
+from pagewire_protocol.messages import Cancel, Deltas, Message, Park, Roster
+from pagewire_protocol.structs import (
+    NOT_AWAITED,
+    End,
+    Finish,
+    PromptLogprobs,
+    Role,
+    Started,
+)
 
 from .counters import Counters
-from .errors import RequestError, failed, unavailable
+from .errors import RequestError, failed, poisoned, unavailable
 from .queries import MakeQuery, OnAnswer, PendingQueries, TokenizerQuery
-from .request import NO_EXECUTION, Job, OwnedRequest, Row, Sink, error_of, rows_of
+from .request import (
+    NO_EXECUTION,
+    NOT_WAITING,
+    Job,
+    OwnedRequest,
+    Row,
+    Sink,
+    error_of,
+    prompt_size,
+    rows_of,
+)
 
 log = logging.getLogger("pagewire.requests")
 MAX_INTERRUPTIONS: Final = 10
-"""Interruptions after which a request fails instead of going out again."""
+"""Interruptions in a row, without a token in between, after which a request fails instead of going
+out again."""
+MAX_WORKER_DEATHS: Final = 3
+"""Workers that may end while they compute a request's next token; from two on it is computed
+alone."""
 SUSPENSION_S: Final = 60.0
 """How long an interrupted request waits for a stack that can take it again."""
 BACKOFF_S: Final = (0.0, 0.0, 0.05, 0.2, 0.5, 1.0)
 """Wait before the next attempt, by interruptions so far."""
+TURNED_AWAY_S: Final = 0.1
+"""Wait before the next attempt of a request that met a service which is starting again."""
+MAX_HELD: Final = 4096
+"""Requests that wait between two attempts, or before the first, while new ones are still taken."""
+NEVER: Final = float("-inf")
+GRACE_S: Final = 5.0
+"""How long it may take to hear what becomes of a service that is gone."""
 # Rows of one token bring it bare, others a view of several: both are appended by an unbound method,
 # chosen once a message instead of once a row.
 _APPEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).append
 _EXTEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).extend
 _REASONS: Final = {Finish.STOP: "stop", Finish.LENGTH: "length"}
-_RETRYABLE_STATUSES: Final = (429, 503)
+_UNAVAILABLE: Final = 503
+_RETRYABLE_STATUSES: Final = (429, _UNAVAILABLE)
 """Of a refusal that says nothing about the request: queues are full, or a service is loading."""
+
+
+def _is_on_its_way(role: Role, roster: Roster) -> bool:
+    """A service of this kind is ready, or is being started again and not known for failing."""
+    return any(
+        peer.ready or 0 < peer.failures < NOT_AWAITED for peer in roster.peers if peer.role is role
+    )
 
 
 class RequestOwner:
@@ -50,7 +86,9 @@ class RequestOwner:
         send: Callable[[str, Message], bool],
         clock: Callable[[], float],
         counters: Counters,
+        joins_running_stack: bool = False,
     ) -> None:
+        """joins_running_stack: the others are there, and will soon be heard of."""
         self._inbox = inbox
         self._send = send
         self._clock = clock
@@ -62,11 +100,22 @@ class RequestOwner:
         """Interrupted, between two attempts; by rid."""
         self._next_handle = 0
         self._epoch = 0
+        self._listed_in = 0
+        """The last epoch whose scheduler has listed this process."""
         self._has_worker = False
+        self._incomplete_since = clock() if joins_running_stack else NEVER
+        """Since when a kind of service is missing; meaningless while none is."""
+        self._complete_since = NEVER
+        self._are_on_their_way = False
+        """A successor of every kind that is missing is."""
         self._tokenizers: dict[int, str] = {}
         """Inboxes of the ready tokenizers, by incarnation."""
         self._assigned: dict[int, int] = {}
         """How many live requests each tokenizer has, by incarnation."""
+        self.waiting = 0
+        """Requests that have not had a slot on a worker yet."""
+        self.waiting_tokens = 0
+        """Of their prompts, about."""
 
     def __len__(self) -> int:
         return len(self.live) + len(self.suspended) + len(self.queries)
@@ -74,25 +123,54 @@ class RequestOwner:
     # --- from whoever has the requests: the HTTP frontend, LLM, run-batch ---
 
     def submit(self, job: Job, sink: Sink) -> OwnedRequest:
-        """Start a request. Raises RequestError UNAVAILABLE when no tokenizer can take it."""
-        request = OwnedRequest(job, sink, self._clock())
+        """Start a request. While a service is started again it waits for that. Raises RequestError
+        UNAVAILABLE when no tokenizer can take it and none will soon."""
+        now = self._clock()
+        request = OwnedRequest(job, sink, now)
         if not self._dispatch(request):
-            raise unavailable("No service can take the request now; try it again.")
+            if not self.can_hold:
+                raise unavailable("No service can take the request now; try it again.")
+            request.suspended_until = now + SUSPENSION_S
+            self.suspended[request.rid] = request
+        request.waiting_tokens = prompt_size(job.prompt)
+        self.waiting += 1
+        self.waiting_tokens += request.waiting_tokens
         return request
+
+    @property
+    def is_complete(self) -> bool:
+        """There are a tokenizer and a worker."""
+        return bool(self._tokenizers) and self._has_worker
+
+    @property
+    def can_hold(self) -> bool:
+        """What is missing is being started again, so that a new request may wait for it."""
+        if self.is_complete or len(self.suspended) >= MAX_HELD:
+            return False
+        return self._are_on_their_way or self._clock() - self._incomplete_since < GRACE_S
 
     def cancel(self, request: OwnedRequest) -> None:
         """The client is gone: forget the request and tell the stack. Does nothing when it has
         ended."""
         if self.live.get(request.handle) is request:
             self._abandon(request)
-            self._counters.finished("abort")
         elif self.suspended.pop(request.rid, None):
             self._cancel_remote(request)
-            self._counters.finished("abort")
+        else:
+            return
+        self._waits_no_more(request)
+        self._counters.finished("abort")
+
+    def park(self, request: OwnedRequest, parked: bool) -> None:
+        """Its client reads nothing, or reads again. Call again now and then while it reads
+        nothing: the attempt may be another one."""
+        request.parked = parked
+        if self.live.get(request.handle) is request:
+            self._send(request.tokenizer_inbox, Park(((request.rid, request.attempt),), parked))
 
     def query(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
         """See PendingQueries.send."""
-        return self.queries.send(make, on_answer)
+        return self.queries.send(make, on_answer, hold=self.can_hold)
 
     def fail_all(self, error: RequestError) -> None:
         """End every request and query with `error`; for a process that goes down."""
@@ -120,20 +198,33 @@ class RequestOwner:
     # --- from the stack ---
 
     def on_roster(self, roster: Roster) -> None:
-        """Who is there now. Requests whose tokenizer is gone, or all where the scheduler is a new
-        one, go out again."""
+        """Who is there now. Requests whose tokenizer is gone go out again; so do all where the
+        scheduler is a new one, or had given up this process, as after a pause."""
         if roster.epoch < self._epoch:
             return
-        new_epoch = bool(self._epoch) and roster.epoch > self._epoch
+        all_lost = bool(self._epoch) and roster.epoch > self._epoch
         self._epoch = roster.epoch
+        if any(peer.inbox == self._inbox for peer in roster.peers):
+            self._listed_in = roster.epoch
+        elif self._listed_in == roster.epoch:
+            self._listed_in = 0
+            all_lost = True
+        was_complete = self.is_complete
         ready = [peer for peer in roster.peers if peer.ready]
         self._tokenizers = {
             peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER
         }
         self._has_worker = any(peer.role is Role.WORKER for peer in ready)
+        if was_complete and not self.is_complete:
+            self._incomplete_since = self._clock()
+        elif self.is_complete and not was_complete:
+            self._complete_since = self._clock()
+        self._are_on_their_way = all(
+            _is_on_its_way(role, roster) for role in (Role.TOKENIZER, Role.WORKER)
+        )
         present: set[int] = {peer.incarnation for peer in roster.peers}
         self.queries.on_tokenizers(self._tokenizers, present)
-        for request in [r for r in self.live.values() if new_epoch or r.tokenizer not in present]:
+        for request in [r for r in self.live.values() if all_lost or r.tokenizer not in present]:
             self._interrupted(request, by_itself=False)
         self.tick()
 
@@ -203,6 +294,7 @@ class RequestOwner:
         request = self.live.get(started.handle)
         if request is None or request.attempt != started.attempt:
             return
+        self._waits_no_more(request)
         if not request.prompt_tokens:
             request.prompt_tokens = started.prompt_tokens
             request.scheduled_time = self._clock()
@@ -217,23 +309,36 @@ class RequestOwner:
         if request is None or request.attempt != end.attempt:
             return
         # Once a request was accepted, a stack that cannot take it is an interruption like others.
-        turned_away = (
-            end.finish is Finish.REFUSED
-            and end.status in _RETRYABLE_STATUSES
-            and request.attempt > 1
-        )
+        refused = end.finish is Finish.REFUSED
+        turned_away = refused and end.status in _RETRYABLE_STATUSES and request.attempt > 1
         if end.finish in _REASONS:
             self._forget(request)
+            self._waits_no_more(request)
             self._counters.completed(_REASONS[end.finish], request, self._clock())
             try:
                 request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
             except Exception:
                 self._give_up(request)
         elif end.finish is Finish.LOST or turned_away:
-            self._interrupted(request)
+            if end.worker_died:
+                request.count_worker_death()
+            if request.worker_deaths >= MAX_WORKER_DEATHS:
+                self._forget(request)
+                self._fail(request, poisoned(request.worker_deaths))
+            else:
+                self._interrupted(request)
+        elif refused and end.status == _UNAVAILABLE and self._can_turn_away(request):
+            self._interrupted(request, by_itself=False, wait_s=TURNED_AWAY_S)
         else:
             self._forget(request)
             self._fail(request, error_of(end))
+
+    def _can_turn_away(self, request: OwnedRequest) -> bool:
+        """A first attempt has met a service that is just starting, or has not heard yet that others
+        are there."""
+        since = max(request.arrival_time, self._complete_since)
+        is_young = self._clock() - since < GRACE_S
+        return is_young and (self.is_complete or self.can_hold)
 
     def _give_up(self, request: OwnedRequest) -> None:
         """Its sink has raised, which is a fault of this program: that request ends, and the others
@@ -267,18 +372,21 @@ class RequestOwner:
         self.live[handle] = request
         return True
 
-    def _interrupted(self, request: OwnedRequest, by_itself: bool = True) -> None:
-        """The current attempt is void: the next one goes out, now or when the stack can take it,
-        unless there were too many. `by_itself`: the request may be what ends its workers, so this
-        counts."""
+    def _interrupted(
+        self, request: OwnedRequest, by_itself: bool = True, wait_s: float = 0.0
+    ) -> None:
+        """The current attempt is void: the next one goes out, after `wait_s` seconds or when the
+        stack can take it, unless there were too many. `by_itself`: the request may be what ends its
+        workers, so this counts."""
         self._forget(request)
-        request.interruptions += by_itself
+        if by_itself:
+            request.count_interruption()
         if request.interruptions > MAX_INTERRUPTIONS:
             text = f"The request was interrupted {request.interruptions} times"
             self._fail(request, failed(f"{text}; it is not tried again."))
             return
         self._counters.resubmissions += 1
-        wait = BACKOFF_S[min(request.interruptions, len(BACKOFF_S) - 1)]
+        wait = max(wait_s, BACKOFF_S[min(request.interruptions, len(BACKOFF_S) - 1)])
         now = self._clock()
         request.resume_at = now + wait
         request.suspended_until = now + SUSPENSION_S
@@ -300,6 +408,14 @@ class RequestOwner:
         if left > 0:
             self._assigned[request.tokenizer] = left
 
+    def _waits_no_more(self, request: OwnedRequest) -> None:
+        """It has its first slot, or has ended."""
+        if request.waiting_tokens != NOT_WAITING:
+            self.waiting -= 1
+            self.waiting_tokens -= request.waiting_tokens
+            request.waiting_tokens = NOT_WAITING
+
     def _fail(self, request: OwnedRequest, error: RequestError) -> None:
+        self._waits_no_more(request)
         self._counters.finished("error")
         request.sink.failed(error)

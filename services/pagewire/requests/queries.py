@@ -4,10 +4,11 @@ clock of its own.
 A query whose tokenizer is gone goes to another one, but not for ever: it may be what ends them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from pagewire_protocol.messages import Detokenize, Message, Tokenize, Tokenized
+from pagewire_protocol.messages import CancelQuery, Detokenize, Message, Tokenize, Tokenized
 
 from .errors import RequestError, failed, invalid, unavailable
 
@@ -59,14 +60,14 @@ class PendingQueries:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def send(self, make: MakeQuery, on_answer: OnAnswer) -> TokenizerQuery:
-        """Make a query's message and send it. `on_answer` is called once, later, unless the
-        TokenizerQuery is discarded before. Raises RequestError UNAVAILABLE when no tokenizer can
-        take it."""
+    def send(self, make: MakeQuery, on_answer: OnAnswer, hold: bool = False) -> TokenizerQuery:
+        """Make a query's message and send it; with `hold`, when a tokenizer is there to take it.
+        `on_answer` is called once, later, unless the TokenizerQuery is discarded before. Raises
+        RequestError UNAVAILABLE when no tokenizer can take it."""
         handle = self._next_handle
         message = make(handle, self._inbox)
         query = TokenizerQuery(handle, message, on_answer, self._clock() + ANSWER_S)
-        if not self._dispatch(query):
+        if not self._dispatch(query) and not hold:
             raise unavailable("No service can take the request now; try it again.")
         self._next_handle += 1
         self._pending[handle] = query
@@ -74,7 +75,11 @@ class PendingQueries:
 
     def discard(self, query: TokenizerQuery) -> None:
         """Nobody wants the answer. Does nothing when it came already."""
-        self._pending.pop(query.handle, None)
+        if self._pending.pop(query.handle, None) is None:
+            return
+        inbox = self._tokenizers.get(query.tokenizer)
+        if inbox is not None:
+            self._send(inbox, CancelQuery(query.handle, self._inbox))
 
     def on_answer(self, answer: Tokenized) -> None:
         """A tokenizer's answer, which may be that it is still loading."""
@@ -120,8 +125,8 @@ class PendingQueries:
         """Send it to the ready tokenizer that has the fewest queries. False when none takes it."""
         if not self._tokenizers:
             return False
-        assigned = [other.tokenizer for other in self._pending.values()]
-        incarnation = min(self._tokenizers, key=assigned.count)
+        assigned = Counter(other.tokenizer for other in self._pending.values())
+        incarnation = min(self._tokenizers, key=lambda key: assigned[key])
         if not self._send(self._tokenizers[incarnation], query.message):
             return False
         query.tokenizer = incarnation

@@ -14,6 +14,9 @@ from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Start
 
 from .errors import ErrorKind, RequestError, failed, unavailable
 
+CHARACTERS_PER_TOKEN: Final = 4
+"""In most texts."""
+NOT_WAITING: Final = -1
 NO_EXECUTION: Final = -1
 """Of an attempt that no worker has answered yet."""
 
@@ -28,6 +31,16 @@ class Job(Struct, frozen=True):
     max_tokens_is_rest: bool = False
     priority: int = 0
     cache_salt: str = ""
+
+
+def prompt_size(prompt: Prompt) -> int:
+    """Its tokens: of ids as many as there are, of text about as many."""
+    if prompt.ids is not None:
+        return len(prompt.ids) // 4
+    if prompt.chat is not None:
+        characters = sum(len(message.content) for message in prompt.chat.messages)
+        return characters // CHARACTERS_PER_TOKEN
+    return len(prompt.text or "") // CHARACTERS_PER_TOKEN
 
 
 class Sink(Protocol):
@@ -80,6 +93,7 @@ class OwnedRequest:
         "job",
         "last_token_time",
         "out",
+        "parked",
         "prompt_tokens",
         "resume_at",
         "rid",
@@ -88,6 +102,10 @@ class OwnedRequest:
         "suspended_until",
         "tokenizer",
         "tokenizer_inbox",
+        "tokens_at_death",
+        "tokens_at_interruption",
+        "waiting_tokens",
+        "worker_deaths",
     )
 
     def __init__(self, job: Job, sink: Sink, now: float) -> None:
@@ -108,9 +126,19 @@ class OwnedRequest:
         """When it got a slot on a worker."""
         self.first_token_time = 0.0
         self.last_token_time = now
+        self.parked = False
+        """Its client reads nothing, so it gets no further tokens."""
+        self.waiting_tokens = NOT_WAITING
+        """What it counts among those that wait for their first slot on a worker."""
         self.prompt_tokens = 0
         self.interruptions = 0
-        """Those that may be the request's own doing."""
+        """Those in a row that may be the request's own doing."""
+        self.tokens_at_interruption = 0
+        """How many tokens it had when the last one came."""
+        self.worker_deaths = 0
+        """Workers in a row that ended while they computed its next token."""
+        self.tokens_at_death = -1
+        """How many tokens it had when the last one did."""
         self.resume_at = 0.0
         """When the next attempt is due, while it is suspended."""
         self.suspended_until = 0.0
@@ -142,7 +170,23 @@ class OwnedRequest:
             job.max_tokens_is_rest,
             job.priority,
             job.cache_salt,
+            worker_deaths=self.worker_deaths,
         )
+
+    def count_interruption(self) -> None:
+        """An interruption that may be the request's own doing."""
+        if len(self.out) > self.tokens_at_interruption:
+            self.interruptions = 0
+        self.tokens_at_interruption = len(self.out)
+        self.interruptions += 1
+
+    def count_worker_death(self) -> None:
+        """A worker ended while it computed this request. One that has got further since the last
+        such death is none that ends each worker."""
+        if len(self.out) > self.tokens_at_death:
+            self.worker_deaths = 0
+        self.tokens_at_death = len(self.out)
+        self.worker_deaths += 1
 
 
 Row = tuple[int, int, int, int, "int | memoryview", str, list[TokenLogprobs]]

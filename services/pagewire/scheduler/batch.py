@@ -48,12 +48,17 @@ def form(
 ) -> Step | None:
     """The next step, recorded as in flight since `now` (monotonic seconds); None when there is
     nothing to do. `waiting`: this worker's share of the requests that wait for a slot."""
+    while worker.suspects:
+        suspect = worker.suspects[0]
+        if worker.in_flight.steps or suspect in worker.prefill:
+            return _form_alone(worker, epoch, now, suspect)
+        worker.suspects.pop(0)  # it was computed, and brought no token
     growth = Growth()
     decodes = _select_decodes(worker, growth)
     attended = worker.decode_set.attended_tokens(decodes)
     groups, saved_reads = worker.decode_set.prefix_groups(decodes)
     ms = decodes_ms(worker.estimator.cost, len(decodes.rows), attended - saved_reads)
-    chunks = _select_chunks(worker, len(decodes.rows), ms, waiting)
+    chunks = _select_chunks(worker, worker.prefill, len(decodes.rows), ms, waiting)
     if not len(decodes.rows) and not chunks.requests and not worker.to_retire:
         return None
 
@@ -65,6 +70,31 @@ def form(
     worker.estimator.sent(step.n, chunks.ms if len(step.run) else 0.0, now, has_chunks)
     repeat = decodes.unchanged and not has_chunks
     return _message(worker, epoch, step, growth, groups, repeat)
+
+
+def _form_alone(worker: WorkerState, epoch: Epoch, now: float, suspect: Request) -> Step | None:
+    """The next step of a worker that has to find out about `suspect`: nothing else is computed or
+    admitted until its next token is there. None while steps with others are in flight, and while
+    that token is awaited."""
+    slot = suspect.slot
+    under_way = any(bool((step.run != slot).any()) for step in worker.in_flight.steps)
+    if under_way or suspect not in worker.prefill:
+        return None
+    chunks = _select_chunks(
+        worker, [suspect], 0, decodes_ms(worker.estimator.cost, 0, 0), NO_WAITING
+    )
+    if not chunks.requests:
+        return None
+    waiting_to_enter = [request for request in worker.to_admit if request is not suspect]
+    worker.to_admit = [request for request in worker.to_admit if request is suspect]
+    step = _schedule(worker, NO_DECODES, chunks, 0)
+    worker.in_flight.push(step)
+    worker.counters.steps += 1
+    worker.counters.iteration_tokens.observe(sum(chunks.lengths))
+    worker.estimator.sent(step.n, chunks.ms, now, True)
+    message = _message(worker, epoch, step, Growth(), None, repeat=False)
+    worker.to_admit = waiting_to_enter
+    return message
 
 
 # --- decodes ---
@@ -164,18 +194,20 @@ def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
 # --- prefill ---
 
 
-def _select_chunks(worker: WorkerState, decodes: int, ms: float, waiting: Waiting) -> Chunks:
-    """The prefill beside `decodes` rows that take `ms` milliseconds, in order of arrival, up to the
+def _select_chunks(
+    worker: WorkerState, prefill: list[Request], decodes: int, ms: float, waiting: Waiting
+) -> Chunks:
+    """The chunks of `prefill` beside `decodes` rows that take `ms` milliseconds, in order, up to the
     budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
     decodes take: prompts must come forward."""
     chunks = Chunks([], [], ms)
-    if not worker.prefill:
+    if not prefill:
         return chunks
     estimator = worker.estimator
     slots = worker.slots
     room = estimator.step_tokens - decodes
     limit_ms = estimator.limit_ms(decodes, waiting)
-    for request in worker.prefill:
+    for request in prefill:
         scheduled = int(slots.num_scheduled[request.slot])
         rest = int(slots.num_tokens[request.slot]) - scheduled
         is_first = not chunks.requests

@@ -5,10 +5,11 @@ workers by incarnation; who is alive, what time it is and where messages go is d
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from math import inf
 
-from pagewire_protocol.columns import BlockId, execution_id
+from pagewire_protocol.columns import BlockId, Slot, execution_id
 from pagewire_protocol.messages import (
     End,
     Epoch,
@@ -26,6 +27,7 @@ from pagewire.config import SchedulerConfig
 from . import batch, results
 from .outgoing import Outgoing
 from .placement import Queue, choose, overload, unservable
+from .queue_rate import QueueRate
 from .request import Phase, Refusal, ReplyRoute, Request, malformed
 from .step_estimator import Waiting
 from .worker_state import Counters, WorkerState
@@ -35,6 +37,15 @@ log = logging.getLogger("pagewire.scheduler")
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
+SAME_PROMPTS = 32
+"""Prompts of which it is remembered who had them last."""
+BLOCKS_AT_A_TIME = 8_192
+"""Blocks that requests may get before the next step: giving out so many takes a few milliseconds,
+in which nobody else is served. No step computes so many, but cached blocks come in any number."""
+SPREAD_ROUNDS = 30
+SPREAD_AT_ONCE = 8
+LEAST_SURPLUS = 2
+"""Requests that one worker must have above the mean of two for any of them to be moved."""
 REMEMBERED_LOSSES = 64
 """Workers that were given up of which it is remembered what they may still hold."""
 
@@ -46,15 +57,26 @@ class Engine:
         self.epoch = epoch
         self.config = config
         self.queue = Queue()
+        self.queue_rate = QueueRate()
+        self.has_refused = False
+        """A request for lack of room, since this was last set to False: whoever sends requests had
+        better know at once."""
         self.out = Outgoing()
         self.counters = Counters()
         self.workers: dict[Incarnation, WorkerState] = {}
         """By incarnation."""
         self.live: dict[bytes, Request] = {}
         """Attempts that were accepted and have not ended, by rid."""
+        self.parked: dict[bytes, Request] = {}
+        """Those of them whose clients read nothing, by rid."""
         self._lost: dict[Incarnation, WorkerState] = {}
+        self._newcomers: dict[Incarnation, int] = {}
+        """Workers that have joined busy ones lately, and for how many rounds those give them
+        requests."""
         self._executions = 0
         self._arrivals = 0
+        self._same_prompt: OrderedDict[tuple[bytes, bytes], Request] = OrderedDict()
+        """The latest request, by prompt and root."""
 
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
@@ -78,6 +100,7 @@ class Engine:
             return
         self._arrivals += 1
         request = Request(submit, reply_route, self._arrivals)
+        self._find_twin(request, submit.prompt)
         refusal = self._refusal(request, worker_expected)
         if refusal is not None:
             self._report_end(
@@ -89,6 +112,14 @@ class Engine:
             self.live[request.rid] = request
             self.queue.push(request)
 
+    def _find_twin(self, request: Request, prompt: bytes) -> None:
+        key = prompt, request.root
+        request.twin = self._same_prompt.get(key)
+        self._same_prompt[key] = request
+        self._same_prompt.move_to_end(key)
+        if len(self._same_prompt) > SAME_PROMPTS:
+            self._same_prompt.popitem(last=False)
+
     def _refusal(self, request: Request, worker_expected: bool) -> Refusal | None:
         workers = list(self.workers.values())
         if not workers and not worker_expected and request.attempt == 1:
@@ -97,6 +128,7 @@ class Engine:
         if refusal is None and self._overload(request) is not None:
             self._place()
             refusal = self._overload(request)
+            self.has_refused |= refusal is not None
         return refusal
 
     def _overload(self, request: Request) -> Refusal | None:
@@ -104,7 +136,7 @@ class Engine:
             (worker.estimator.step_tokens for worker in self.workers.values()),
             default=self.config.step_tokens(gpu=False),
         )
-        return overload(request, self.queue, self.config, tokens)
+        return overload(request, self.queue, self.config, self.queue_rate, tokens)
 
     def _finished_before(self, request: Request) -> tuple[Finish, int | None] | None:
         """A resubmitted output may end with the very token that ended it: the owner lost only the
@@ -120,23 +152,51 @@ class Engine:
         if request is not None and request.attempt <= attempt:
             self.end(request, Finish.CANCELLED)
 
+    def park(self, rid: bytes, attempt: int, parked: bool) -> None:
+        """The client of this attempt reads nothing, or reads again. Its blocks become idle ones of
+        the prefix cache: as long as they are not needed, little is computed again."""
+        request = self.live.get(rid)
+        if request is None or request.attempt != attempt or request.parked == parked:
+            return
+        request.parked = parked
+        if parked:
+            self.parked[rid] = request
+            if request.phase is Phase.RUNNING and request.worker is not None:
+                worker = self.workers[request.worker]
+                worker.park(request)
+                self._requeue_preempted(worker)
+        else:
+            del self.parked[rid]
+            if request.phase is Phase.PARKED:
+                request.phase = Phase.WAITING
+                self.queue.push(request)
+
     def end(
         self,
         request: Request,
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
-        """The one way out for every accepted attempt."""
+        """The one way out for every accepted attempt. `worker_died`: while it computed this
+        request."""
         if request.worker is not None:
             self.workers[request.worker].release(request)
-        else:
+        elif request.phase is not Phase.PARKED:
             self.queue.forget(request)
+        self.parked.pop(request.rid, None)
         request.phase = Phase.ENDED
         self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
         self._report_end(
-            request.reply_route, request.handle, request.attempt, finish, stop, refusal
+            request.reply_route,
+            request.handle,
+            request.attempt,
+            finish,
+            stop,
+            refusal,
+            worker_died,
         )
 
     def _report_end(
@@ -147,11 +207,20 @@ class Engine:
         finish: Finish,
         stop: int | None = None,
         refusal: Refusal | None = None,
+        worker_died: bool = False,
     ) -> None:
         why = refusal or Refusal(0, "")
         self.out.to(reply_route).ended.append(
             End(
-                handle, attempt, finish, stop, why.status, why.message, why.param, why.retry_after_s
+                handle,
+                attempt,
+                finish,
+                stop,
+                why.status,
+                why.message,
+                why.param,
+                why.retry_after_s,
+                worker_died,
             )
         )
 
@@ -176,20 +245,41 @@ class Engine:
         if former is not None:
             worker.in_flight.continue_after(former.in_flight.num_sent)
             worker.to_retire = former.to_retire
+        if any(other.load for other in self.workers.values()):
+            self._newcomers[incarnation] = SPREAD_ROUNDS
         self.workers[incarnation] = worker
         self._refuse_unservable()
 
-    def lose_worker(self, incarnation: Incarnation) -> None:
-        """A worker is gone. Its requests end as lost, and their owners resubmit them."""
+    def spread(self) -> None:
+        """Give workers that have joined lately some of the others' requests, as after a failover: a
+        few at a time, since each computes its tokens again. Call once a second."""
+        for incarnation, rounds in list(self._newcomers.items()):
+            newcomer = self.workers.get(incarnation)
+            if newcomer is None or not rounds:
+                del self._newcomers[incarnation]
+                continue
+            self._newcomers[incarnation] = rounds - 1
+            busiest = max(self.workers.values(), key=lambda worker: worker.load)
+            surplus = (busiest.load - newcomer.load) // 2
+            if self.queue.count or surplus < LEAST_SURPLUS or busiest.is_putting_back:
+                continue
+            for request in busiest.movable()[: min(surplus, SPREAD_AT_ONCE)]:
+                busiest.send_away(request)
+            self._requeue_preempted(busiest)
+
+    def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
+        """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it may
+        be one of those that it computed which ended it."""
         worker = self.workers.get(incarnation)
         if worker is None:
             return
+        computing = worker.computing() if died else set[Slot]()
         # Nothing writes its blocks any more: preempted requests need not wait for its steps.
         worker.in_flight.num_returned = worker.in_flight.num_sent
         worker.release_due()
         self._requeue_preempted(worker)
         for request in worker.requests():
-            self.end(request, Finish.LOST)
+            self.end(request, Finish.LOST, worker_died=request.slot in computing)
         del self.workers[incarnation]
         self._lost[incarnation] = worker
         if len(self._lost) > REMEMBERED_LOSSES:
@@ -210,6 +300,7 @@ class Engine:
         if worker is None or result.epoch != self.epoch:
             return
         results.absorb(worker, result, self.out, self.end, self._failed)
+        worker.clear_suspects()
         self._requeue_preempted(worker)
 
     def _failed(self, request: Request, why: str) -> None:
@@ -253,17 +344,29 @@ class Engine:
     def _requeue_preempted(self, worker: WorkerState) -> None:
         """Preempted requests whose last tokens have arrived wait again."""
         for request in worker.requeued:
-            self.queue.push(request)
+            if request.parked:
+                request.phase = Phase.PARKED
+            else:
+                self.queue.push(request)
         worker.requeued = []
 
     def _place(self) -> None:
+        """Give waiting requests their slots, those that fit and no more blocks at a time than
+        BLOCKS_AT_A_TIME; the others have their turn with the next step."""
         workers = list(self.workers.values())
-        while (request := self.queue.head()) is not None:
+        blocks = 0
+        while blocks < BLOCKS_AT_A_TIME and (request := self.queue.head()) is not None:
+            if request.parked:
+                self.queue.pop()
+                request.phase = Phase.PARKED
+                continue
             choice = choose(request, workers)
             if choice is None:
                 return
             self.queue.pop()
+            self.queue_rate.placed(len(request.tokens))
             self._put(request, *choice)
+            blocks += len(request.blocks)
 
     def _put(self, request: Request, worker: WorkerState, cached: list[BlockId]) -> None:
         """A preempted request keeps its execution id: its owner accepts rows of no other, and only one

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from pagewire_protocol.channels import (
@@ -16,18 +17,25 @@ from pagewire_protocol.channels import (
     AlreadyRunning,
     Inbox,
     Outbox,
+    living_inboxes,
     prepare_run_dir,
     take_epoch,
 )
-from pagewire_protocol.messages import Epoch, Message, Role, ToScheduler
+from pagewire_protocol.messages import Cancel, Epoch, Message, Park, Role, Submit, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
+from pagewire.process import liveness
 from pagewire.process.node import settle_gc
 
+from .blocks import BlockError
 from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
 WAIT_S: Final = 0.25
+ARRIVALS: Final = (Submit, Cancel, Park)
+"""Messages about requests, which wait for their turn in the order in which they came."""
+SLICE_S: Final = 0.005
+"""How long new requests are taken before results are looked for again."""
 
 
 class Loop:
@@ -41,6 +49,8 @@ class Loop:
         self.stopping = False
         self.state = Scheduler(epoch, config, self._send, outbox.forget)
         self._unreachable: deque[str] = deque()
+        self._arrivals: deque[Submit | Cancel | Park] = deque()
+        """What waits for its turn: results go before new requests, however many arrive at once."""
 
     def stop(self, *_: object) -> None:
         """End `forever`; safe as a signal handler."""
@@ -51,15 +61,38 @@ class Loop:
         """Until `stop`."""
         self.handle(Tick(time.monotonic()))
         while not self.stopping:
-            self.inbox.wait(self._pause_s())
+            self.inbox.wait(0.0 if self._arrivals else self._pause_s())
+            liveness.own.turn()
             for message in self.inbox.drain():
-                self.handle(message)
+                if isinstance(message, ARRIVALS):
+                    self._arrivals.append(message)
+                else:
+                    self.handle(message)
+                liveness.own.turn()
+            self.take_arrivals(time.monotonic)
             self.handle(Tick(time.monotonic()))
+
+    def take_arrivals(self, clock: Callable[[], float]) -> None:
+        """Until none is left, or SLICE_S is over."""
+        end = clock() + SLICE_S
+        while self._arrivals:
+            self.handle(self._arrivals.popleft())
+            if clock() >= end:
+                break
 
     def handle(self, event: Event) -> None:
         """`event`, and then what could not be sent while it was handled: a peer that cannot be
         reached is one more event."""
-        self.state.handle(event)
+        try:
+            self.state.handle(event)
+        except BlockError:
+            raise
+        except Exception:
+            if isinstance(event, Tick):
+                raise
+            # A peer's message ends no service. A worker whose result was taken in by half does not
+            # fit its next one, and is then not trusted any more.
+            log.exception("a %s could not be handled", type(event).__name__)
         while self._unreachable:
             self.state.handle(Unreachable(self._unreachable.popleft()))
 
@@ -96,11 +129,14 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     loop = Loop(epoch, config, inbox, Outbox())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
+    loop.state.greet(living_inboxes(run_dir))
     settle_gc()
+    liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)
     try:
         loop.forever()
     finally:
+        liveness.own.loading()
         loop.outbox.close()
         inbox.close()
         os.close(lock)

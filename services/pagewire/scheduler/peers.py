@@ -7,9 +7,11 @@ that stands for an inbox.
 
 from dataclasses import dataclass
 from typing import Final
+from zlib import crc32
 
 from msgspec.structs import replace
 from pagewire_protocol.messages import (
+    Death,
     Epoch,
     Heartbeat,
     Hello,
@@ -21,13 +23,16 @@ from pagewire_protocol.messages import (
     WorkerFacts,
 )
 from pagewire_protocol.sampling import SamplingDefaults
-from pagewire_protocol.structs import SILENCE_S
+from pagewire_protocol.structs import FAILING, NOT_AWAITED, SILENCE_S
 
 from .request import ReplyRoute
 
 LOADING_SILENCE_S: Final = 60.0
 """`SILENCE_S` for a peer that is loading: an import or a large file may hold its interpreter for
 long."""
+EXPECTED_BIT: Final = 1 << 62
+"""Of the incarnation that stands for a service between two lives; those of processes are smaller."""
+NO_INBOX: Final = "-"
 PAUSE_S: Final = 2.0
 """A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that
 its peers were silent."""
@@ -41,6 +46,8 @@ class PeerState:
     worker: WorkerFacts | None
     tokenizer: TokenizerFacts | None
     last_seen: float
+    expected: bool = False
+    """It has ended and is started again: there is no process yet."""
 
 
 class Peers:
@@ -48,18 +55,60 @@ class Peers:
 
     def __init__(self) -> None:
         self._peers: dict[Incarnation, PeerState] = {}
+        self._failures: dict[tuple[Role, str], int] = {}
+        """Of services that are started again, until they are ready."""
         self._roster: Roster | None = None
+        self.deaths = 0
+        """Announced by those who start services."""
 
     def hello(self, hello: Hello, now: float) -> list[PeerState]:
         """Note a peer. Returns those that it replaces: an earlier life under the same role and
         name, with the other ranks of its group."""
-        peer = hello.peer
+        peer = self._with_failures(hello.peer)
         former = [state for state in self._peers.values() if self._is_former(state.peer, peer)]
         gone = [lost for state in former for lost in self.remove(state.peer.incarnation)]
         if peer.incarnation not in self._peers or self._peers[peer.incarnation].peer != peer:
             self._roster = None
         self._peers[peer.incarnation] = PeerState(peer, hello.worker, hello.tokenizer, now)
         return gone
+
+    def _with_failures(self, peer: Peer) -> Peer:
+        service = (peer.role, peer.name)
+        if peer.ready:
+            self._failures.pop(service, None)
+            return replace(peer, failures=0)
+        return replace(peer, failures=max(peer.failures, self._failures.get(service, 0)))
+
+    def expect(self, death: Death, now: float) -> None:
+        """A service has ended and is started again: until its next life says Hello, the roster
+        lists it as one that is not ready."""
+        self.deaths += 1
+        service = (death.role, death.name)
+        living = [s for s in self._peers.values() if (s.peer.role, s.peer.name) == service]
+        if any(not state.expected for state in living):
+            return  # the next life was faster than the news of the last one's end
+        self._failures[service] = death.failures
+        stage = f"starting again: {death.cause}"
+        if death.restart_in_s:
+            stage = f"starting again in {death.restart_in_s:g} s after {death.failures} failures: {death.cause}"
+        incarnation = Incarnation(EXPECTED_BIT | crc32(f"{death.role} {death.name}".encode()))
+        peer = Peer(
+            death.role,
+            death.name,
+            NO_INBOX,
+            incarnation,
+            ready=False,
+            stage=stage[:256],
+            failures=death.failures,
+        )
+        until = now + death.restart_in_s
+        self._peers[incarnation] = PeerState(peer, None, None, until, expected=True)
+        self._roster = None
+
+    @property
+    def failing(self) -> int:
+        """Services that have failed several times in a row and are tried again with pauses."""
+        return sum(failures >= FAILING for failures in self._failures.values())
 
     @staticmethod
     def _is_former(old: Peer, new: Peer) -> bool:
@@ -128,13 +177,23 @@ class Peers:
         return [
             state.peer.inbox
             for state in self._peers.values()
-            if role is None or state.peer.role is role
+            if not state.expected and (role is None or state.peer.role is role)
         ]
 
+    def of_group(self, incarnation: Incarnation) -> list[Peer]:
+        """The peer, with the other ranks of its group."""
+        state = self._peers.get(incarnation)
+        if state is None:
+            return []
+        group = self._group(state.peer.group) if state.peer.group else [state]
+        return [member.peer for member in group]
+
     def loading(self) -> bool:
-        """A worker is on its way."""
+        """A worker is on its way, and not known for failing again and again."""
         return any(
-            state.peer.role is Role.WORKER and not state.peer.ready
+            state.peer.role is Role.WORKER
+            and not state.peer.ready
+            and state.peer.failures < NOT_AWAITED
             for state in self._peers.values()
         )
 
@@ -166,6 +225,7 @@ class Peers:
             has_text=any(t.has_text for t in tokenizers),
             has_chat_template=any(t.has_chat_template for t in tokenizers),
             sampling_defaults=tokenizers[0].sampling_defaults if tokenizers else SamplingDefaults(),
+            longest_token=tokenizers[0].longest_token if tokenizers else 0,
         )
 
 

@@ -12,6 +12,7 @@ from pagewire_protocol.columns import BlockId
 
 from pagewire.config import SchedulerConfig
 
+from .queue_rate import QueueRate
 from .request import Phase, Refusal, Request, token_outside_vocabulary
 from .worker_state import WorkerState
 
@@ -81,6 +82,8 @@ def choose(
     prefill is less than a step's worth, so that late arrivals of higher priority and prefixes that
     are just being computed are still considered."""
     ready = [worker for worker in workers if _takes(worker, request)]
+    if request.leaves is not None:
+        ready = [worker for worker in ready if worker.incarnation != request.leaves] or ready
     if not ready:
         return None
     least_load = min(worker.load for worker in ready)
@@ -96,6 +99,10 @@ def choose(
         if best is None or score < best_score:
             best = worker, cached
             best_score = score
+    if best is None and request.leaves is not None:
+        # The others have no room for it after all.
+        request.leaves = None
+        return choose(request, workers)
     if best is None:
         return None
     worker, cached = best
@@ -136,16 +143,19 @@ def unservable(request: Request, workers: Sequence[WorkerState]) -> Refusal | No
 
 
 def overload(
-    request: Request, queue: Queue, config: SchedulerConfig, step_tokens: int
+    request: Request, queue: Queue, config: SchedulerConfig, rate: QueueRate, step_tokens: int
 ) -> Refusal | None:
     """A full queue refuses first attempts only: later ones belong to clients that are being served
-    already. `step_tokens`: most tokens of a step, of which some ten a second are assumed."""
+    already. `step_tokens`: most tokens of a step, of which some ten a second are assumed as long as
+    `rate` has measured nothing."""
     if request.attempt > 1 or queue.count == 0:
         return None
     size = len(request.tokens)
     if queue.count < config.max_queued_reqs and queue.tokens + size <= config.max_queued_tokens:
         return None
-    retry = min(60, 1 + queue.tokens // (10 * step_tokens))
+    retry = rate.wait_s(queue.count, queue.tokens)
+    if retry is None:
+        retry = min(60, 1 + queue.tokens // (10 * step_tokens))
     return Refusal(
         429,
         f"the queue is full: {queue.count} requests with {queue.tokens} tokens wait (limits {config.max_queued_reqs} and "

@@ -22,6 +22,7 @@ from .blocks import extend_chain, root_hash
 ReplyRoute = NewType("ReplyRoute", int)
 """The scheduler's number for an inbox that results go to."""
 NO_SLOT: Final = Slot(-1)
+SUSPECT_DEATHS: Final = 2
 
 
 class Phase(IntEnum):
@@ -34,6 +35,8 @@ class Phase(IntEnum):
     """Preempted; its slot is kept until the steps in flight have returned, since their tokens
     count."""
     ENDED = 3
+    PARKED = 4
+    """It waits outside the queue until its client reads again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,11 @@ class Request:
         "grammar",
         "handle",
         "kind",
+        "leaves",
         "model",
         "num_preemptions",
         "number",
+        "parked",
         "phase",
         "priority",
         "prompt",
@@ -77,7 +82,9 @@ class Request:
         "sampling",
         "slot",
         "tokens",
+        "twin",
         "worker",
+        "worker_deaths",
     )
 
     def __init__(self, submit: Submit, reply_route: ReplyRoute, number: int) -> None:
@@ -99,11 +106,20 @@ class Request:
         self.chain: list[bytes] = []
         """Hashes of its full blocks, as far as they were needed."""
         self.chain_block_size = 0
+        self.twin: Request | None = None
+        """An earlier request with the same prompt and root, whose chain need not be made again."""
         self.phase = Phase.WAITING
         self.execution = 0
         self.num_preemptions = 0
+        self.parked = False
+        """Its client reads nothing: it is PARKED, or will be when it has left its slot or comes up
+        in the queue."""
+        self.worker_deaths = submit.worker_deaths
+        """Workers in a row that ended while they computed its next token."""
         self.worker: Incarnation | None = None
         """The incarnation of the worker in whose slot it is."""
+        self.leaves: Incarnation | None = None
+        """The worker that it was taken from so that another one has something to do."""
         self.slot = NO_SLOT
         self.blocks: list[BlockId] = []
 
@@ -123,6 +139,12 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def is_suspect(self) -> bool:
+        """Two workers have ended while they computed this request's next token: that one is
+        computed alone."""
+        return self.worker_deaths >= SUSPECT_DEATHS
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """The log-probabilities of its prompt are still wanted, so all of it must be computed."""
         return self.sampling.prompt_logprobs >= 0
@@ -138,8 +160,11 @@ class Request:
         """The hashes of the full blocks of `tokens`, which are this request's from its first one
         on."""
         if self.chain_block_size != block_size:
-            self.chain = []
+            twin = self.twin
+            known = twin is not None and twin.chain_block_size == block_size
+            self.chain = twin.chain[: len(self.prompt) // block_size] if twin and known else []
             self.chain_block_size = block_size
+            self.twin = None
         extend_chain(self.chain, self.root, tokens, block_size)
         return self.chain
 

@@ -7,20 +7,23 @@ together is answered together.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from pagewire_protocol.messages import (
     Cancel,
+    Death,
     Epoch,
     Goodbye,
     Heartbeat,
     Hello,
     Incarnation,
     Message,
+    Park,
     Peer,
     Role,
+    Shutdown,
     StepResult,
     Submit,
     ToScheduler,
@@ -30,6 +33,7 @@ from pagewire.config import SchedulerConfig
 
 from .engine import Engine
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
+from .request import Phase
 from .results import WorkerFault
 from .throughput import ThroughputLog
 
@@ -37,6 +41,8 @@ log = logging.getLogger("pagewire.scheduler")
 
 HOUSEKEEPING_S: Final = 1.0
 """How often silent peers are looked for and rosters refreshed."""
+REFUSAL_S: Final = 0.1
+"""Least time between two rosters that say that the queue is full."""
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
 """A new scheduler gives the workers of its predecessor this long to say Hello before it says that
@@ -82,10 +88,17 @@ class Scheduler:
         self._forget = forget
         self._newcomer_inboxes: set[str] = set()
         """Inboxes that get a roster with the next Tick whether it has changed or not."""
-        self._failed_workers: set[Incarnation] = set()
+        self._distrusted: dict[Incarnation, tuple[str, str]] = {}
+        """Workers that were told to end: inbox and reason, until they have."""
         self._next_housekeeping = 0.0
+        self._next_refusal = NOT_YET
         self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
+
+    def greet(self, inboxes: Iterable[str]) -> None:
+        """Send the processes at these inboxes a roster with the next Tick, which makes them say
+        Hello: they knew a former scheduler, and need not wait for their next heartbeats."""
+        self._newcomer_inboxes.update(inboxes)
 
     def handle(self, event: Event) -> None:
         """Take in one event."""
@@ -99,13 +112,20 @@ class Scheduler:
             case Cancel():
                 for rid, attempt in event.requests:
                     self.engine.cancel(rid, attempt)
+            case Park():
+                for rid, attempt in event.requests:
+                    self.engine.park(rid, attempt, event.parked)
             case Heartbeat():
                 if not self.peers.heartbeat(event, self.now):
-                    self._newcomer_inboxes.add(event.inbox)
+                    self._greet(event.incarnation, event.inbox)
             case Hello():
                 self._hello(event)
             case Goodbye():
-                self._remove(event.incarnation, "said goodbye")
+                why = "ended with an error" if event.failed else "said goodbye"
+                self._remove(event.incarnation, why, died=event.failed)
+            case Death():
+                self._remove(Incarnation(event.incarnation), event.cause, died=True)
+                self.peers.expect(event, self.now)
             case Unreachable():
                 self._unreachable(event.inbox)
 
@@ -122,23 +142,23 @@ class Scheduler:
         try:
             self.engine.result(result)
         except WorkerFault as fault:
-            log.error("worker %x is dropped until it restarts: %s", result.incarnation, fault)
-            self._failed_workers.add(result.incarnation)
-            self._remove(result.incarnation, "cannot be trusted")
+            log.error("worker %x is told to end: %s", result.incarnation, fault)
+            for peer in self.peers.of_group(result.incarnation):
+                self._distrusted[peer.incarnation] = peer.inbox, str(fault)[:4096]
+            self._remove(result.incarnation, "cannot be trusted", died=True)
 
     # --- peers
     #   --------------------------------------------------------------------------------------------------------
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
-        if (
-            peer.incarnation in self._failed_workers
-            or peer.role is Role.SCHEDULER
-            or not peer.inbox.startswith("ipc://")
-        ):
+        if peer.role is Role.SCHEDULER or not peer.inbox.startswith("ipc://"):
+            return
+        if peer.incarnation in self._distrusted:
+            self._greet(peer.incarnation, peer.inbox)
             return
         for former in self.peers.hello(hello, self.now):
-            self._gone(former, "was replaced")
+            self._gone(former, "was replaced", died=True)
         self._newcomer_inboxes.add(peer.inbox)
         self.reply_routes.introduced(peer.inbox)
         worker = self.engine.workers.get(peer.incarnation)
@@ -146,6 +166,14 @@ class Scheduler:
             worker.accepting = peer.ready
         elif peer.role is Role.WORKER:
             self._start_worker(peer)
+
+    def _greet(self, incarnation: Incarnation, inbox: str) -> None:
+        """A process that is no peer gets a roster, which makes it say Hello; a distrusted worker is
+        told again to end."""
+        if incarnation in self._distrusted:
+            self._send(inbox, Shutdown(self.epoch, self._distrusted[incarnation][1]))
+        else:
+            self._newcomer_inboxes.add(inbox)
 
     def _start_worker(self, peer: Peer) -> None:
         """`peer` is new or has something new to say: where it makes its group complete, the group
@@ -157,17 +185,27 @@ class Scheduler:
         if incarnation not in self.engine.workers:
             self.engine.add_worker(incarnation, leader.peer.inbox, leader.worker)
 
-    def _remove(self, incarnation: Incarnation, why: str) -> None:
-        for state in self.peers.remove(incarnation):
-            self._gone(state, why)
+    def _remove(self, incarnation: Incarnation, why: str, died: bool = False) -> None:
+        """`died`: it has ended in no order, or hangs, and what it did may be the cause."""
+        states = self.peers.remove(incarnation)
+        if not states and incarnation in self._distrusted:
+            self._forget(self._distrusted.pop(incarnation)[0])
+        for state in states:
+            self._gone(state, why, died)
             why = f"is lost with its group {state.peer.group}"
 
-    def _gone(self, state: PeerState, why: str) -> None:
+    def _gone(self, state: PeerState, why: str, died: bool) -> None:
         peer = state.peer
+        if state.expected:
+            return
         log.info("%s %s %s", peer.role.name.lower(), peer.name, why)
         if peer.role is Role.WORKER:
-            self.engine.lose_worker(peer.incarnation)
-        self._drop_inbox(peer.inbox)
+            self.engine.lose_worker(peer.incarnation, died)
+        if peer.incarnation in self._distrusted:
+            # Its connection stays until it has ended: the message must reach it.
+            self._send(peer.inbox, Shutdown(self.epoch, self._distrusted[peer.incarnation][1]))
+        else:
+            self._drop_inbox(peer.inbox)
 
     def _drop_inbox(self, inbox: str) -> None:
         route = self.reply_routes.remove(inbox)
@@ -178,7 +216,7 @@ class Scheduler:
 
     def _unreachable(self, inbox: str) -> None:
         for incarnation in self.peers.at(inbox):
-            self._remove(incarnation, "is unreachable")
+            self._remove(incarnation, "is unreachable", died=True)
         self._drop_inbox(inbox)
 
     # --- time
@@ -194,6 +232,7 @@ class Scheduler:
         if due:
             self._next_housekeeping = now + HOUSEKEEPING_S
             self._do_housekeeping()
+            self.engine.queue_rate.measure(now, self.engine.queue.count)
             if self._throughput is not None:
                 self._throughput.tick(now)
         # Tokens go out before the next steps, which are not urgent while others are under way, and
@@ -201,6 +240,11 @@ class Scheduler:
         self._send_tokens()
         self.engine.advance(self._send, now)
         self._send_tokens()
+        if self.engine.has_refused and now >= self._next_refusal:
+            # Frontends refuse by themselves what finds no room, once they know.
+            self.engine.has_refused = False
+            self._next_refusal = now + REFUSAL_S
+            self._newcomer_inboxes |= set(self.peers.inboxes(Role.FRONTEND))
         if due or self._newcomer_inboxes or self.peers.changed:
             self._send_rosters(due)
 
@@ -212,13 +256,14 @@ class Scheduler:
 
     def _do_housekeeping(self) -> None:
         for incarnation in self.peers.expired(self.now):
-            self._remove(incarnation, "was silent for too long")
+            self._remove(incarnation, "was silent for too long", died=True)
         for inbox in self.reply_routes.overdue(self.now):
             self._drop_inbox(inbox)
         if self.engine.workers or self.peers.loading():
             self._worker_seen = self.now
         elif self.now - self._worker_seen > WORKER_GRACE_S:
             self.engine.refuse_waiting()
+        self.engine.spread()
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
@@ -248,6 +293,11 @@ class Scheduler:
             "num_requests_running": sum(worker.load for worker in workers),
             "num_requests_waiting": engine.queue.count,
             "num_tokens_waiting": engine.queue.tokens,
+            "requests_parked": sum(r.phase is Phase.PARKED for r in engine.parked.values()),
+            "queue_requests_per_second": engine.queue_rate.requests_per_s,
+            "queue_tokens_per_second": engine.queue_rate.tokens_per_s,
+            "max_queued_reqs": engine.config.max_queued_reqs,
+            "max_queued_tokens": engine.config.max_queued_tokens,
             "kv_block_size": max((worker.kv_cache.block_size for worker in workers), default=0),
             "prefix_caching": int(engine.config.enable_prefix_caching),
             "kv_blocks_total": total,
@@ -255,6 +305,8 @@ class Scheduler:
             "kv_blocks_cached": sum(pool.cached for pool in pools),
             "kv_cache_usage_perc": (total - available) / total if total else 0.0,
             "workers": len(workers),
+            "service_deaths": self.peers.deaths,
+            "services_failing": self.peers.failing,
             "steps_in_flight": sum(len(worker.in_flight) for worker in workers),
             "step_seconds": max((estimator.step_ms for estimator in estimators), default=0.0)
             / 1000,

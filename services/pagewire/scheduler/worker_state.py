@@ -27,7 +27,7 @@ from .in_flight import InFlightSteps
 from .kv_cache import KVCacheManager
 from .prefix_groups import PrefixFinder
 from .request import NO_SLOT, Phase, Request
-from .slots import NEVER, Slots
+from .slots import NEVER, Slots, slots_of
 from .step_estimator import StepEstimator
 
 log = logging.getLogger("pagewire.scheduler")
@@ -94,6 +94,9 @@ class WorkerState:
         """Slots that the next step retires."""
         self.requeued: list[Request] = []
         """Preempted requests that wait again, to be fetched by the engine."""
+        self.suspects: list[Request] = []
+        """Requests in slots that may be what ends workers: the first one's next token is computed
+        before anything else is, and alone."""
         self._pending_prefill: int | None = 0
 
     @property
@@ -104,6 +107,40 @@ class WorkerState:
     def requests(self) -> list[Request]:
         """The requests in its slots."""
         return [request for request in self.slots.requests if request is not None]
+
+    def computing(self) -> set[Slot]:
+        """The slots that the steps in flight run, or admit a request to."""
+        steps = self.in_flight.steps
+        if not steps:
+            return set()
+        slots = {slot for step in steps for slot in slots_of(step.run)}
+        admitted = self.slots.admitted_step
+        entering = np.flatnonzero((admitted >= steps[0].n) & (admitted < NEVER))
+        return slots | set(slots_of(entering.astype(np.int32)))
+
+    def clear_suspects(self) -> None:
+        """Those whose next token has come are like all others."""
+        for request in self.suspects:
+            if self.slots.num_received[request.slot] > len(request.tokens):
+                request.worker_deaths = 0
+                self.suspects = [other for other in self.suspects if other is not request]
+
+    def movable(self) -> list[Request]:
+        """The requests that decode, the youngest first."""
+        prefilled = [
+            request
+            for request in self.requests()
+            if request.phase is Phase.RUNNING
+            and not request.wants_prompt_logprobs
+            and request not in self.prefill
+            and self.slots.admitted_step[request.slot] < NEVER
+        ]
+        return sorted(prefilled, key=lambda request: request.order, reverse=True)
+
+    @property
+    def is_putting_back(self) -> bool:
+        """It has requests that wait for steps in flight, to leave their slots."""
+        return any(request.phase is Phase.DRAINING for request in self.requests())
 
     def holds(self, request: Request) -> bool:
         """Whether it could run `request` to its end, were it alone."""
@@ -143,6 +180,8 @@ class WorkerState:
         request.phase = Phase.RUNNING
         request.worker = self.incarnation
         self.to_admit.append(request)
+        if request.is_suspect:
+            self.suspects.append(request)
         self._pending_prefill = self.pending_prefill_tokens() + len(request.tokens) - computed
         insort(self.prefill, request, key=lambda r: r.order)
         if self.kv_cache.prefix_caching and not request.wants_prompt_logprobs:
@@ -165,11 +204,24 @@ class WorkerState:
         self.release_due()
 
     def preempt(self, request: Request) -> None:
-        """Take slot and blocks from `request`. It waits again, with all its tokens, once the steps
-        in flight have returned theirs."""
+        """Take slot and blocks from `request`, since others need them."""
         self.counters.num_preemptions += 1
         request.num_preemptions += 1
         log.debug("execution %x is preempted: blocks ran out", request.execution)
+        self._put_back(request)
+
+    def park(self, request: Request) -> None:
+        """Take slot and blocks from `request`, whose client reads nothing."""
+        self._put_back(request)
+
+    def send_away(self, request: Request) -> None:
+        """Take slot and blocks from `request`, which another worker has more room for."""
+        request.leaves = self.incarnation
+        log.debug("execution %x leaves worker %x", request.execution, self.incarnation)
+        self._put_back(request)
+
+    def _put_back(self, request: Request) -> None:
+        """It waits again, with all its tokens, once the steps in flight have returned theirs."""
         self._stop_running(request)
         request.phase = Phase.DRAINING
         last_step = self.in_flight.last_step_of(request.slot)
@@ -187,6 +239,8 @@ class WorkerState:
     def _stop_running(self, request: Request) -> None:
         """No further step names the request but the one that retires its slot."""
         slot = request.slot
+        if request in self.suspects:
+            self.suspects.remove(request)
         self.decode_set.discard_slot(slot)
         self.kv_cache.stop_computing(request, int(self.slots.num_sealed[slot]))
         if request in self.prefill:

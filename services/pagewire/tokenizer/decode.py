@@ -180,6 +180,11 @@ class Decoding:
         self._silent = Tables([b""] * len(raw), [""] * len(raw))
 
     @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._all.raw), default=0)
+
+    @property
     def size(self) -> int:
         """Token ids below this have bytes and text."""
         return len(self._all.raw)

@@ -5,13 +5,14 @@ Everything that is wrong with a request is a `Refused`, whose text is shown to t
 the numbers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.messages import Chat, Generate, Prompt, Roster
 from pagewire_protocol.prompt_checks import (
+    far_too_long,
     kept_prompt_tokens,
     outside_vocabulary,
     too_long,
@@ -25,9 +26,18 @@ from .decode import Decoding
 from .template import ChatTemplate, TemplateRefused
 from .token_bytes import tokens_by_id
 
-LONG: Final = 20_000
-"""Characters from which on a prompt is encoded in a thread, off the event loop: about 10 ms of
+LONG: Final = 8_000
+"""Characters from which on a prompt is encoded in a thread, off the event loop: about 3 ms of
 work."""
+MESSAGE_WORK: Final = 64
+"""Characters that take as long as a template takes for a message, whatever the message says."""
+PIECE: Final = 65_536
+"""Characters that are encoded at a time where a text is probably too long: between two pieces the
+work can be cancelled."""
+PIECE_SLACK: Final = 64
+"""Tokens more than the whole text has may come of one piece, at its two ends."""
+USUAL_CHARACTERS: Final = 8
+"""A text with more characters than this for each token of the context is probably too long."""
 
 
 class Refused(Exception):
@@ -39,16 +49,42 @@ class Refused(Exception):
         self.message, self.param, self.status = message, param, status
 
 
+class Cancelled(Exception):
+    """Nobody wants the token ids any more."""
+
+
+class Limit(NamedTuple):
+    """How much of a text can be of use: `max_tokens` tokens of it (0: any number), and of a longer
+    one the last `kept` (0: all)."""
+
+    max_tokens: int = 0
+    kept: int = 0
+
+
+NO_LIMIT: Final = Limit()
+
+
+def limit_of(request: Generate, max_model_len: int) -> Limit:
+    """Of the request's prompt, where the context has `max_model_len` tokens."""
+    return Limit(max_model_len, _kept(request, max_model_len))
+
+
 def work_of(request: Generate) -> int:
     """Characters to be encoded, all in all."""
     return size_of(request.prompt) + 2 * sum(map(len, request.text.bad_words))
 
 
 def size_of(prompt: Prompt) -> int:
-    """Characters to be encoded."""
+    """Characters to be encoded, and what takes as long as some."""
     if prompt.chat is not None:
-        return sum(len(message.content) for message in prompt.chat.messages)
+        messages = prompt.chat.messages
+        texts = sum(len(message.content) + len(message.role) for message in messages)
+        return texts + MESSAGE_WORK * len(messages) + len(prompt.chat.template_kwargs)
     return len(prompt.text or "")
+
+
+def _wanted() -> bool:
+    return False
 
 
 class Encoded(NamedTuple):
@@ -90,15 +126,28 @@ class Encoder:
         if tokenizer is not None:
             self._size = decoding.size if decoding else len(tokens_by_id(tokenizer))
 
-    def encode_request(self, request: Generate) -> Encoded:
-        """All text of a request. Raises Refused."""
+    def encode_all(
+        self,
+        prompt: Prompt,
+        add_special_tokens: bool,
+        bad_words: tuple[str, ...],
+        limit: Limit = NO_LIMIT,
+        cancelled: Callable[[], bool] = _wanted,
+    ) -> Encoded:
+        """All text of a request. Raises Refused, or Cancelled once `cancelled` says so."""
         return Encoded(
-            self.encode(request.prompt, request.add_special_tokens),
-            self._words(request.text.bad_words),
+            self.encode(prompt, add_special_tokens, limit, cancelled), self._words(bad_words)
         )
 
-    def encode(self, prompt: Prompt, add_special_tokens: bool) -> bytes:
-        """The prompt as an int32 column. Raises Refused."""
+    def encode(
+        self,
+        prompt: Prompt,
+        add_special_tokens: bool,
+        limit: Limit = NO_LIMIT,
+        cancelled: Callable[[], bool] = _wanted,
+    ) -> bytes:
+        """The prompt as an int32 column; of a text of which `limit` keeps the end, perhaps that end
+        alone. Raises Refused, or Cancelled once `cancelled` says so."""
         match (prompt.ids, prompt.text, prompt.chat):
             case (bytes() as ids, None, None):
                 if len(ids) % 4:
@@ -108,9 +157,11 @@ class Encoder:
                     )
                 return ids
             case (None, str() as text, None):
-                return self._encode_text(text, add_special_tokens, "prompt")
+                fitting = self._fitting(text, limit, cancelled, "prompt")
+                return self._encode_text(fitting, add_special_tokens, "prompt")
             case (None, None, chat) if chat is not None:
-                return self._encode_text(self._render(chat), False, "messages")
+                text = self._fitting(self._render(chat), limit, cancelled, "messages")
+                return self._encode_text(text, False, "messages")
             case _:
                 raise Refused("a prompt is exactly one of text, token ids and messages", "prompt")
 
@@ -148,7 +199,11 @@ class Encoder:
         """The text of an int32 column, as a text of its own. Raises Refused."""
         if self._tokenizer is None:
             raise _no_tokenizer("tokens")
-        return self._tokenizer.decode(self._valid_ids(ids), skip_special_tokens=skip_special_tokens)
+        # The batch call releases the interpreter's lock.
+        (text,) = self._tokenizer.decode_batch(
+            [self._valid_ids(ids)], skip_special_tokens=skip_special_tokens
+        )
+        return text
 
     def strings(self, ids: bytes) -> tuple[str, ...]:
         """The vocabulary's own name of each token of an int32 column. Raises Refused."""
@@ -209,6 +264,44 @@ class Encoder:
         except TemplateRefused as refusal:
             raise Refused(str(refusal)[:4000]) from None
 
+    def _fitting(self, text: str, limit: Limit, cancelled: Callable[[], bool], param: str) -> str:
+        """The text, or the end of it that is enough for the tokens that are kept. Raises Refused
+        for a text that is too long, before all of it was encoded; Cancelled."""
+        if not limit.max_tokens or self._tokenizer is None:
+            return text
+        if limit.kept:
+            return self._end_of(text, limit.kept, cancelled)
+        if len(text) <= PIECE + USUAL_CHARACTERS * limit.max_tokens:
+            return text
+        tokens = 0
+        for start in range(0, len(text), PIECE):
+            if cancelled():
+                raise Cancelled
+            tokens += max(0, self._count(text[start : start + PIECE]) - PIECE_SLACK)
+            if tokens > limit.max_tokens:
+                encoded = min(start + PIECE, len(text))
+                raise Refused(far_too_long(limit.max_tokens, len(text), encoded, tokens), param)
+        return text
+
+    def _end_of(self, text: str, kept: int, cancelled: Callable[[], bool]) -> str:
+        """The end of `text`, long enough that where it was cut off changes none of its last `kept`
+        tokens."""
+        length = PIECE + USUAL_CHARACTERS * kept
+        while length < len(text):
+            if cancelled():
+                raise Cancelled
+            end = text[-length:]
+            if self._count(end) >= kept + PIECE_SLACK:
+                return end
+            length *= 2
+        return text
+
+    def _count(self, text: str) -> int:
+        """Tokens."""
+        assert self._tokenizer is not None
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return len(encoding)
+
     def _encode_text(self, text: str, add_special_tokens: bool, param: str) -> bytes:
         if self._tokenizer is None:
             raise _no_tokenizer(param)
@@ -241,10 +334,12 @@ def _no_tokenizer(param: str) -> Refused:
 def truncated(request: Generate, ids: bytes, max_model_len: int) -> bytes:
     """The prompt without its beginning, as far as the client asked for that. Where the context has
     no room at all it stays whole."""
+    return truncated_ids(ids, _kept(request, max_model_len))
+
+
+def _kept(request: Generate, max_model_len: int) -> int:
     completion = 1 if request.max_tokens_is_rest else request.sampling.max_tokens
-    return truncated_ids(
-        ids, kept_prompt_tokens(request.text.truncate_prompt, max_model_len, completion)
-    )
+    return kept_prompt_tokens(request.text.truncate_prompt, max_model_len, completion)
 
 
 def check(request: Generate, encoded: Encoded, roster: Roster) -> Sampling:

@@ -12,15 +12,30 @@ log = logging.getLogger("pagewire.tokenizer")
 NO_OFFSETS: Final = TokenOffsets(b"", b"")
 """Of a query that does not ask for offsets."""
 Query = Tokenize | Detokenize
-LONG_IDS: Final = 4 * (LONG // 4)
-"""Bytes of token ids that are as much work as LONG characters, at 4 characters a token."""
+
+
+class QueryTask:
+    """A query that takes so much work that a thread answers it."""
+
+    __slots__ = ("cancelled", "query", "size")
+
+    def __init__(self, query: Query) -> None:
+        self.query = query
+        self.size = query_size(query)
+        self.cancelled = False
+        """Nobody wants the answer any more."""
 
 
 def is_long(query: Query) -> bool:
     """Whether the answer takes so much work that a thread makes it, off the event loop."""
+    return query_size(query) > LONG
+
+
+def query_size(query: Query) -> int:
+    """Characters that take as long as the query."""
     if isinstance(query, Detokenize):
-        return len(query.ids) > LONG_IDS
-    return size_of(query.prompt) > LONG or len(query.prompt.ids or b"") > LONG_IDS
+        return len(query.ids)
+    return size_of(query.prompt) + len(query.prompt.ids or b"")
 
 
 def answer(encoder: Encoder, query: Query) -> Tokenized:

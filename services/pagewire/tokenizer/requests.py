@@ -17,6 +17,7 @@ from pagewire_protocol.messages import (
     End,
     Finish,
     Generate,
+    Park,
     Placed,
     Role,
     Roster,
@@ -25,7 +26,8 @@ from pagewire_protocol.messages import (
 )
 
 from .decode import Decoding
-from .encode import LONG, Encoded, Encoder, Refused, check, truncated, work_of
+from .encode import Cancelled, Encoded, Encoder, Refused, check, limit_of, truncated
+from .encodings import Encodings, EncodingTask, Text
 from .outgoing import OutgoingDeltas
 from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import Stream
@@ -37,28 +39,29 @@ class Requests:
     """All requests of this tokenizer, by their handles here and by rid."""
 
     def __init__(
-        self, encoder: Encoder, decoding: Decoding, inbox: str, offload: Callable[[Generate], None]
+        self,
+        encoder: Encoder,
+        decoding: Decoding,
+        inbox: str,
+        offload: Callable[[EncodingTask], None],
     ) -> None:
-        """`inbox`: where the scheduler sends results. `offload` encodes a long prompt elsewhere and
-        later hands it to `encoded`."""
-        self.to_scheduler: list[Submit | Cancel] = []
+        """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
+        and later hands the task to `encoded`."""
+        self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
         self.roster: Roster | None = None
         self.frontends: set[str] = set()
         """Inboxes."""
-        self._encoder = encoder
+        self._encodings = Encodings(lambda text: encode(encoder, text), offload)
         self._decoding = decoding
         self._inbox = inbox
-        self._offload = offload
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
-        self._encoding: dict[bytes, Generate] = {}
-        """Long prompts that a thread encodes."""
         self._handles = count()
 
     def __len__(self) -> int:
-        return len(self._streams) + len(self._encoding)
+        return len(self._streams) + len(self._encodings)
 
     # --- requests ---
 
@@ -72,38 +75,39 @@ class Requests:
             self._refuse(
                 request, Refused("no worker is ready yet: the model is still loading", status=503)
             )
-        elif work_of(request) > LONG:
-            self._encoding[request.rid] = request
-            self._offload(request)
-        else:
-            self._admit(request, encode(self._encoder, request))
-
-    def encoded(self, request: Generate, result: Encoded | Refused) -> None:
-        """A prompt comes back from `offload`. It may have been cancelled or replaced meanwhile."""
-        if self._encoding.get(request.rid) is request:
-            del self._encoding[request.rid]
+            return
+        result = self._encodings.encode(request, limit_of(request, self.roster.max_model_len))
+        if result is not None:
             self._admit(request, result)
+
+    def encoded(self, task: EncodingTask) -> bool:
+        """A text comes back from `offload`: submit one of the requests that wait for it. False when
+        none does any more."""
+        request = self._encodings.take(task)
+        if request is not None and task.result is not None:
+            self._admit(request, task.result)
+        return request is not None
 
     def cancel(self, message: Cancel) -> None:
         """The scheduler ends what it has; what is still being encoded ends here."""
         for rid, attempt in message.requests:
-            request = self._encoding.get(rid)
+            request = self._encodings.waiting(rid)
             if request is not None and request.attempt <= attempt:
-                del self._encoding[rid]
+                self._encodings.forget(rid)
                 end = End(request.handle, request.attempt, Finish.CANCELLED)
                 self._outgoing_to(request.reply_to).ended.append(end)
         self.to_scheduler.append(message)
 
-    def not_sent(self, message: Submit | Cancel) -> None:
+    def not_sent(self, message: Submit | Cancel | Park) -> None:
         """The scheduler's queue is full. A cancellation may be lost: its request has ended here, or
-        ends with the scheduler."""
+        ends with the scheduler; so may a Park, which comes again."""
         stream = self._streams.get(message.handle) if isinstance(message, Submit) else None
         if stream is not None:
             text = "the scheduler does not take requests; try again later"
             self._end(stream, stream.refused(text, 503, 1))
 
     def _is_stale(self, request: Generate) -> bool:
-        present = self._by_rid.get(request.rid) or self._encoding.get(request.rid)
+        present = self._by_rid.get(request.rid) or self._encodings.waiting(request.rid)
         return present is not None and present.attempt >= request.attempt
 
     def _admit(self, request: Generate, result: Encoded | Refused) -> None:
@@ -137,6 +141,7 @@ class Requests:
                 request.model,
                 request.adapter,
                 request.grammar,
+                request.worker_deaths,
             )
         )
 
@@ -189,10 +194,7 @@ class Requests:
                 len(self._streams),
                 error,
             )
-            self._lose(
-                list(self._streams.values()),
-                "a step's result was damaged on the way to the tokenizer",
-            )
+            self.lose_streams("a step's result was damaged on the way to the tokenizer")
             return
         ended = [end for message in batch for end in message.ended]
         self._hide_stop_tokens(ended, columns.handles, columns.positions)
@@ -232,6 +234,15 @@ class Requests:
         # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
         self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
 
+    def lose_streams(self, message: str) -> None:
+        """Every stream may miss tokens: their owners send them again."""
+        self._lose(list(self._streams.values()), message)
+
+    def fail(self, request: Generate) -> None:
+        """The request could not be handled, by a fault of this program."""
+        self._forget(request.rid)
+        self._refuse(request, Refused("the request could not be handled", status=500))
+
     def _lose(self, streams: Iterable[Stream], message: str) -> None:
         for stream in streams:
             self._end(stream, stream.lost(message))
@@ -258,6 +269,15 @@ class Requests:
             self.drop_frontend(inbox)
         return gone
 
+    def lose_all(self, message: str) -> None:
+        """Every request may miss tokens, or is one that the scheduler knows nothing of. Owners that
+        know it have sent their requests elsewhere, and the others hear of it now."""
+        self.lose_streams(message)
+        for request in self._encodings.all_waiting():
+            end = End(request.handle, request.attempt, Finish.LOST, message=message)
+            self._outgoing_to(request.reply_to).ended.append(end)
+            self._forget(request.rid)
+
     def drop_frontend(self, inbox: str) -> None:
         """Cancel the requests of the frontend with this inbox: it is gone, or reads nothing."""
         orphans = [stream for stream in self._streams.values() if stream.reply_to == inbox]
@@ -267,10 +287,9 @@ class Requests:
             )
         for stream in orphans:
             self._forget(stream.rid)
-        for request in [
-            request for request in self._encoding.values() if request.reply_to == inbox
-        ]:
-            del self._encoding[request.rid]
+        for request in self._encodings.all_waiting():
+            if request.reply_to == inbox:
+                self._encodings.forget(request.rid)
         self.outgoing.pop(inbox, None)
 
     def _lose_former_epochs(self, epoch: int) -> None:
@@ -284,7 +303,7 @@ class Requests:
         self._lose(former, "the scheduler was replaced")
 
     def _forget(self, rid: bytes) -> None:
-        self._encoding.pop(rid, None)
+        self._encodings.forget(rid)
         stream = self._by_rid.pop(rid, None)
         if stream is not None:
             self._streams.pop(stream.handle, None)
@@ -303,12 +322,18 @@ def _check_output(output: bytes, vocab_size: int) -> None:
         )
 
 
-def encode(encoder: Encoder, request: Generate) -> Encoded | Refused:
-    """The request's text as token ids, or why it has none; safe in any thread."""
+def encode(
+    encoder: Encoder, text: Text, cancelled: Callable[[], bool] = lambda: False
+) -> Encoded | Refused:
+    """The text as token ids, or why it has none; safe in any thread."""
     try:
-        return encoder.encode_request(request)
+        return encoder.encode_all(
+            text.prompt, text.add_special_tokens, text.bad_words, text.limit, cancelled
+        )
     except Refused as refusal:
         return refusal
+    except Cancelled:
+        return Refused("the request was cancelled while its prompt was encoded", status=503)
     except Exception as error:
         # The tokenizers library raises bare Exception; one prompt must not end the service.
         log.exception("a prompt could not be encoded")

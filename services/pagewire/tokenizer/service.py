@@ -2,25 +2,34 @@
 and decides nothing about them.
 
 The tokenizer is built, and long prompts are encoded, in threads; they hand their results over in a
-queue and wake the loop.
+queue and wake the loop. Tokens pass at once. New requests are taken a few milliseconds at a time,
+so that however many arrive together, and whatever their texts take, tokens pass between them.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import (
     Cancel,
+    CancelQuery,
     Detokenize,
     End,
     Finish,
     Generate,
+    Park,
     Prompt,
     Role,
     Roster,
@@ -38,10 +47,13 @@ from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub.huggingface import cached, has_own_tokenizer, resolve, tokenizer_model
 from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .decode import Decoding
-from .encode import Encoded, Encoder, Refused
+from .encode import Encoder
+from .encodings import EncodingTask
+from .lanes import SHORT, Lanes
 from .load import Loaded, NoTokenizer, load
+from .longest_token import longest_token
 from .outgoing import OutgoingDeltas
-from .queries import Query, answer, is_long, still_loading
+from .queries import Query, QueryTask, answer, is_long, still_loading
 from .requests import Requests, encode
 from .template import ChatTemplate, read_option
 
@@ -49,7 +61,13 @@ log = logging.getLogger("pagewire.tokenizer")
 WAKE_S = 0.5
 """How long the loop waits for a message before it sends a heartbeat."""
 THREADS = 2
-"""For long prompts and queries."""
+"""For long prompts and queries; the first takes shorter ones only."""
+SLICE_S: Final = 0.005
+"""How long new requests are taken before tokens are looked for again."""
+SWITCH_S: Final = 0.001
+"""After which a thread that computes lets the loop's go on: templates are rendered in Python."""
+Arrival = Generate | Cancel | Park | CancelQuery | Query | EncodingTask
+"""What waits for its turn in the loop: everything but tokens and rosters."""
 WARMUPS = 3
 WARMUP_TEXT = "The quick brown fox jumps over the lazy dog, 1234 times.\n" * 20
 
@@ -72,6 +90,7 @@ class Text:
             template is not None,
             self.decoding.size,
             defaults or SamplingDefaults(),
+            longest_token(tokenizer, self.decoding.longest) if tokenizer else 0,
         )
 
     def warm_up(self) -> None:
@@ -119,10 +138,11 @@ class Service:
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
-        self._to_encode: queue.SimpleQueue[tuple[Encoder, Generate | Query] | None] = (
-            queue.SimpleQueue()
-        )
-        self._encoded: queue.SimpleQueue[tuple[Generate, Encoded | Refused]] = queue.SimpleQueue()
+        self._arrivals: deque[Arrival] = deque()
+        self._lanes: Lanes[EncodingTask | QueryTask] = Lanes()
+        self._query_tasks: dict[tuple[str, int], QueryTask] = {}
+        """By the inbox and the handle that the answer goes to."""
+        self._encoded: queue.SimpleQueue[EncodingTask] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[str, Tokenized]] = queue.SimpleQueue()
         self._encoder: Encoder | None = None
         self._loaded: queue.SimpleQueue[Text | Exception] = queue.SimpleQueue()
@@ -130,16 +150,15 @@ class Service:
     def loop(self) -> None:
         """Serve until `stop`. Raises what kept the tokenizer from loading."""
         self.members.loading("loading the tokenizer")
-        for work in (self._load, *[self._encode_long] * THREADS):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        threading.Thread(target=self._load, name="load", daemon=True).start()
         while not self.stopping:
-            self.inbox.wait(WAKE_S)
+            self.inbox.wait(0.0 if self._arrivals else WAKE_S)
             if self.requests is None:
                 self._finish_loading()
             self._drain()
             self._send()
             self.members.progress += 1
-            self.members.busy = bool(self.requests)
+            self.members.busy = bool(self.requests or self._arrivals)
             self.members.tick(time.monotonic())
         self.members.goodbye()
 
@@ -150,8 +169,7 @@ class Service:
 
     def close(self) -> None:
         """End the threads and close the sockets."""
-        for _ in range(THREADS):
-            self._to_encode.put(None)
+        self._lanes.close()
         self.inbox.close()
         self.outbox.close(linger_ms=200)
 
@@ -175,12 +193,14 @@ class Service:
         if isinstance(text, Exception):
             raise text
         self._encoder = text.encoder
-        self.requests = Requests(
-            text.encoder,
-            text.decoding,
-            self.inbox.address,
-            lambda request: self._offload(text.encoder, request),
-        )
+        self.requests = Requests(text.encoder, text.decoding, self.inbox.address, self._lanes.put)
+        for index in range(THREADS):
+            threading.Thread(
+                target=self._work,
+                args=(text.encoder, index == 0),
+                name=f"encode-{index}",
+                daemon=True,
+            ).start()
         if self.members.roster is not None:
             self._follow_roster(self.requests, self.members.roster, new_epoch=False)
         settle_gc(MANY_OBJECTS)
@@ -197,21 +217,66 @@ class Service:
             match message:
                 case Tokens():
                     steps.append(message)
-                case Generate():
-                    self._generate(message)
-                case Tokenize() | Detokenize():
-                    self._answer_query(message)
-                case Cancel() if self.requests is not None:
-                    self.requests.cancel(message)
                 case Roster():
                     self._on_roster(message)
                 case _:
-                    pass
-        if self.requests is not None:
-            while not self._encoded.empty():
-                self.requests.encoded(*self._encoded.get())
-            if steps:
-                self.requests.tokens(steps)
+                    self._arrivals.append(message)
+            self.members.tick(time.monotonic())
+        while not self._encoded.empty():
+            self._arrivals.append(self._encoded.get())
+        if self.requests is not None and steps:
+            self._pass_tokens(self.requests, steps)
+        self._take_arrivals(time.monotonic)
+
+    def _pass_tokens(self, requests: Requests, steps: list[Tokens]) -> None:
+        try:
+            requests.tokens(steps)
+        except Exception:
+            # A peer's message ends no service. Which streams miss tokens cannot be known.
+            log.exception("Tokens could not be handled; all %d streams are lost", len(requests))
+            requests.lose_streams("a step's result was damaged on the way to the tokenizer")
+
+    def _take_arrivals(self, clock: Callable[[], float]) -> None:
+        """Until none is left, or SLICE_S is over."""
+        end = clock() + SLICE_S
+        while self._arrivals:
+            arrival = self._arrivals.popleft()
+            try:
+                self._take(arrival)
+            except Exception:
+                # A peer's message ends no service.
+                log.exception("a %s could not be handled", type(arrival).__name__)
+                self._fail(arrival)
+            if clock() >= end:
+                break
+
+    def _fail(self, arrival: Arrival) -> None:
+        """Whoever waits for what became of it is told that nothing did."""
+        if isinstance(arrival, Generate) and self.requests is not None:
+            self.requests.fail(arrival)
+        elif isinstance(arrival, Tokenize | Detokenize):
+            failure = Tokenized(arrival.handle, status=500, message="the query failed")
+            self._answers.put((arrival.reply_to, failure))
+
+    def _take(self, arrival: Arrival) -> None:
+        match arrival:
+            case Generate():
+                self._generate(arrival)
+            case Tokenize() | Detokenize():
+                self._answer_query(arrival)
+            case Cancel() if self.requests is not None:
+                self.requests.cancel(arrival)
+            case Park() if self.requests is not None:
+                self.requests.to_scheduler.append(arrival)
+            case CancelQuery():
+                task = self._query_tasks.pop((arrival.reply_to, arrival.handle), None)
+                if task is not None:
+                    task.cancelled = True
+            case EncodingTask():
+                if self.requests is not None and self.requests.encoded(arrival):
+                    self._arrivals.appendleft(arrival)
+            case _:
+                pass
 
     def _generate(self, request: Generate) -> None:
         if self.requests is not None:
@@ -235,36 +300,54 @@ class Service:
         if self._encoder is None:
             self._answers.put((query.reply_to, still_loading(query)))
         elif is_long(query):
-            self._to_encode.put((self._encoder, query))
+            task = self._query_tasks[query.reply_to, query.handle] = QueryTask(query)
+            self._lanes.put(task)
         else:
             self._answers.put((query.reply_to, answer(self._encoder, query)))
 
     def _on_roster(self, roster: Roster) -> None:
         new_epoch = self.members.on_roster(roster)
+        if self.requests is not None and self.members.was_forgotten:
+            self.requests.lose_all("the scheduler had given up this tokenizer")
         if self.requests is not None and self.members.roster is roster:
             self._follow_roster(self.requests, roster, new_epoch)
 
     def _follow_roster(self, requests: Requests, roster: Roster, new_epoch: bool) -> None:
-        for inbox in requests.on_roster(roster, new_epoch):
+        gone = requests.on_roster(roster, new_epoch)
+        for inbox in gone:
             self.outbox.forget(inbox)
+        if gone:
+            self._drop_arrivals(gone)
         for inbox in requests.frontends:
             self.outbox.reach(inbox)
 
-    def _offload(self, encoder: Encoder, request: Generate) -> None:
-        self._to_encode.put((encoder, request))
+    def _drop_arrivals(self, inboxes: set[str]) -> None:
+        """Nobody waits at these inboxes for what has not been taken yet."""
+        self._arrivals = deque(
+            arrival for arrival in self._arrivals if getattr(arrival, "reply_to", "") not in inboxes
+        )
+        for (inbox, _), task in self._query_tasks.items():
+            task.cancelled = task.cancelled or inbox in inboxes
 
-    def _encode_long(self) -> None:
-        while (job := self._to_encode.get()) is not None:
-            encoder, request = job
-            if isinstance(request, Generate):
-                self._encoded.put((request, encode(encoder, request)))
+    def _work(self, encoder: Encoder, short_only: bool) -> None:
+        """What a thread does: long texts, one after the other."""
+        while (task := self._lanes.take(short_only)) is not None:
+            if isinstance(task, EncodingTask):
+                task.result = encode(encoder, task.text, partial(getattr, task, "cancelled"))
+                self._encoded.put(task)
             else:
-                self._answers.put((request.reply_to, answer(encoder, request)))
+                query = task.query
+                self._answers.put((query.reply_to, answer(encoder, query)))
+            if task.size > SHORT:
+                _return_memory()
             self._wake()
 
     def _send(self) -> None:
         while not self._answers.empty():
-            self.outbox.send(*self._answers.get())
+            inbox, answered = self._answers.get()
+            task = self._query_tasks.pop((inbox, answered.handle), None)
+            if task is None or not task.cancelled:
+                self.outbox.send(inbox, answered)
         requests = self.requests
         if requests is None:
             return
@@ -283,11 +366,19 @@ class Service:
                 requests.not_sent(message)
 
 
+def _return_memory() -> None:
+    """The C library keeps what a long text took, hundreds of megabytes; give it back to the
+    system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def run(run: RunConfig, model: ModelConfig, config: TokenizerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after an orderly end. Raises ValueError, OSError
     when the tokenizer cannot be loaded."""
     # One prompt at a time needs no pool of threads, one for each core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.setswitchinterval(SWITCH_S)
     service = Service(run, model, config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())

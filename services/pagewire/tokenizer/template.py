@@ -11,6 +11,7 @@ and the time, which `Watchdog` enforces.
 """
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -36,6 +37,7 @@ PROBE: Final = "\uf8fe{}\uf8fe"
 """Stands for the text of a message where it is tried out whether the template shows it: nothing that
 a template does to a text changes these characters, and a list that is printed as such has them
 escaped."""
+_PROBES: Final = re.compile("\uf8fe([0-9]+)\uf8fe")
 MAX_SHAPES: Final = 1024
 """Conversations of different shapes whose forms are remembered."""
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
@@ -231,10 +233,9 @@ class ChatTemplate:
             raise
         except TemplateRefused:
             return None
+        shown = {int(index) for index in _PROBES.findall(rendered)}
         return [
-            index
-            for index, probe in enumerate(probes)
-            if _has_text(probe) and PROBE.format(index) not in rendered
+            index for index, probe in enumerate(probes) if _has_text(probe) and index not in shown
         ]
 
     def _render(self, values: dict[str, Any]) -> str:
@@ -295,9 +296,15 @@ def _in_forms(messages: list[Message], forms: Forms | None) -> list[Message]:
 
 
 def _check_contained(messages: list[Message], texts: list[str], rendered: str) -> None:
-    """Raises TemplateRefused when a text is not in the prompt."""
+    """Raises TemplateRefused when a text is not in the prompt. They mostly stand in order there, so
+    each is looked for behind the one before it first."""
+    end = 0
     for index, text in enumerate(texts):
-        if text.strip() not in rendered:
+        stripped = text.strip()
+        at = rendered.find(stripped, end)
+        if at >= 0:
+            end = at + len(stripped)
+        elif stripped not in rendered:
             raise _left_out(messages, index)
 
 

@@ -2,8 +2,9 @@
 it.
 
 A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or
-foreign token is seen at once. The runner keeps slots as the real one does; it has no KV tensors and
-no opinion of block tables. Only numpy is needed.
+foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that it
+would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
+opinion of block tables. Only numpy is needed.
 """
 
 import time
@@ -23,6 +24,7 @@ from pagewire_protocol.structs import (
 )
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
+from .runners import BadStep
 
 FACTOR: Final = GOLDEN_GAMMA
 """Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] +
@@ -63,24 +65,41 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
     return drawn
 
 
-def score(slot: Slot, tokens: list[int], count: int, vocab_size: int) -> PromptLogprobs:
-    """What the fake model makes of a prompt of two tokens or more, beside each its `count`
-    likeliest tokens: the one that it says itself has probability 1 (log 0), any other -100."""
-    ids, values, ranks = list[int](), list[float](), list[int]()
-    state = extend(0, tokens[0])
-    for token in tokens[1:]:
-        drawn = draw(state, vocab_size)
-        ids += [token, *((drawn + j) % vocab_size for j in range(count))]
-        values += [
-            0.0 if token == drawn else -100.0,
-            *(0.0 if j == 0 else -100.0 for j in range(count)),
-        ]
-        ranks.append(1 if token == drawn else 2)
-        state = extend(state, token)
-    counts = [count + 1] * len(ranks)
-    return PromptLogprobs(
-        slot, 1, pack("i", counts), pack("i", ranks), pack("i", ids), pack("f", values)
-    )
+class PromptScorer:
+    """Log-probabilities of one prompt, chunk by chunk: beside each token the `count` likeliest ones.
+    The token that the fake model says itself has probability 1 (log 0), any other -100."""
+
+    def __init__(self, tokens: list[int], count: int, vocab_size: int) -> None:
+        self._tokens = tokens
+        self._count = count
+        self._vocab_size = vocab_size
+        self._state = 0
+        self._position = 0
+        """Tokens that `_state` is the hash of."""
+
+    def score(self, slot: Slot, first: int, count: int) -> PromptLogprobs | None:
+        """What follows the positions `first` to `first + count`, which a step computes; None when
+        no token of the prompt does. Chunks come in order."""
+        own = self._tokens[first + 1 : first + count + 1]
+        if not own:
+            return None
+        ids, values, ranks = list[int](), list[float](), list[int]()
+        for token in self._tokens[self._position : first + 1]:
+            self._state = extend(self._state, token)
+        for token in own:
+            drawn = draw(self._state, self._vocab_size)
+            ids += [token, *((drawn + j) % self._vocab_size for j in range(self._count))]
+            values += [
+                0.0 if token == drawn else -100.0,
+                *(0.0 if j == 0 else -100.0 for j in range(self._count)),
+            ]
+            ranks.append(1 if token == drawn else 2)
+            self._state = extend(self._state, token)
+        self._position = first + 1 + len(own)
+        counts = [self._count + 1] * len(ranks)
+        return PromptLogprobs(
+            slot, first + 1, pack("i", counts), pack("i", ranks), pack("i", ids), pack("f", values)
+        )
 
 
 def hash_all(tokens: npt.NDArray[np.int32]) -> int:
@@ -119,8 +138,9 @@ class FakeRunner:
         self._logprobs = np.zeros(0, np.int32)
         self._prefill_only = np.zeros(0, np.bool_)
         self._last = np.zeros(0, np.int32)
-        self._scores: list[PromptLogprobs] = []
-        """Of the prompts that were admitted with this step."""
+        self._active = np.zeros(0, np.bool_)
+        self._scorers: dict[int, PromptScorer] = {}
+        """Of the slots whose prompts are to be scored."""
         self._grow_to(scheduler.num_seqs())
 
     def facts(self) -> WorkerFacts:
@@ -138,17 +158,19 @@ class FakeRunner:
     def clear(self) -> None:
         self._known[:] = 0
         self._computed[:] = 0
+        self._active[:] = False
+        self._scorers.clear()
         self._last = self._last[:0]
 
     def execute(self, step: Step) -> StepResult:
         began = time.monotonic()
-        self._scores.clear()
+        for slot in np.frombuffer(step.retire, np.int32).tolist():
+            self._retire(slot)
         for admission in step.admit:
             self._admit(admission)
-        if not step.repeat:
-            self._last = np.frombuffer(step.run_slots, np.int32)
-        slots = self._last
-        self._computed[slots] += 1 if step.repeat else np.frombuffer(step.run_counts, np.int32)
+        slots, counts = self._rows(step)
+        scores = self._score(slots, counts)
+        self._computed[slots] += counts
         slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
         tokens = self._sample(slots)
         if self._step_s:
@@ -161,8 +183,43 @@ class FakeRunner:
             tokens=tokens.tobytes(),
             flags=bytes(len(slots)),
             logprobs=self._logprob_columns(slots, tokens),
-            prompt_logprobs=tuple(self._scores),
+            prompt_logprobs=scores,
         )
+
+    def _rows(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The slots that it runs, and how many tokens of each."""
+        if step.repeat:
+            return self._last, np.ones(len(self._last), np.int32)
+        slots = np.frombuffer(step.run_slots, np.int32)
+        counts = np.frombuffer(step.run_counts, np.int32)
+        if len(slots) != len(counts):
+            raise BadStep(f"{len(slots)} slots to run but {len(counts)} counts")
+        if (slots < 0).any() or (slots >= len(self._active)).any() or not self._active[slots].all():
+            raise BadStep(f"a step runs slots {slots.tolist()}, of which some hold no request")
+        if (counts < 1).any() or (self._computed[slots] + counts > self._known[slots]).any():
+            raise BadStep(f"a step computes {counts.tolist()} tokens, more than slots have")
+        self._last = slots
+        return slots, counts
+
+    def _score(
+        self, slots: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
+    ) -> tuple[PromptLogprobs, ...]:
+        """Of the chunks of prompts that this step computes, before `_computed` moves on."""
+        if not self._scorers:
+            return ()
+        scores: list[PromptLogprobs] = []
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            scorer = self._scorers.get(slot)
+            if scorer is not None:
+                entry = scorer.score(Slot(slot), int(self._computed[slot]), count)
+                scores += [entry] if entry else []
+        return tuple(scores)
+
+    def _retire(self, slot: int) -> None:
+        if not 0 <= slot < len(self._active) or not self._active[slot]:
+            raise BadStep(f"slot {slot} is retired, and holds no request")
+        self._active[slot] = False
+        self._scorers.pop(slot, None)
 
     def _sample(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """`draw` and `extend` for whole columns; unsigned arithmetic wraps as they do."""
@@ -176,9 +233,17 @@ class FakeRunner:
 
     def _admit(self, admission: Admission) -> None:
         slot = admission.slot
-        if slot >= len(self._known):
-            self._grow_to(slot + 1)
+        if slot >= len(self._active):
+            raise BadStep(f"slot {slot} admitted, but there are {len(self._active)}")
+        if self._active[slot]:
+            raise BadStep(f"slot {slot} admitted while in use")
         tokens = np.frombuffer(admission.prompt + admission.output, np.int32)
+        if not 0 < len(tokens) <= self._max_model_len or admission.computed >= len(tokens):
+            raise BadStep(
+                f"slot {slot} admitted with {len(tokens)} tokens, {admission.computed} computed; "
+                f"room for {self._max_model_len}"
+            )
+        self._active[slot] = True
         self._state[slot] = hash_all(tokens)
         self._known[slot] = len(tokens)
         self._computed[slot] = admission.computed
@@ -186,12 +251,10 @@ class FakeRunner:
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
         prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
-            self._scores.append(
-                score(Slot(slot), tokens[:prompt].tolist(), asked, int(self._vocab))
-            )
+            self._scorers[slot] = PromptScorer(tokens[:prompt].tolist(), asked, int(self._vocab))
 
     def _grow_to(self, count: int) -> None:
-        for name in ("_state", "_known", "_computed", "_logprobs", "_prefill_only"):
+        for name in ("_active", "_state", "_known", "_computed", "_logprobs", "_prefill_only"):
             old: npt.NDArray[np.generic] = getattr(self, name)
             new = np.zeros(count, old.dtype)
             new[: len(old)] = old

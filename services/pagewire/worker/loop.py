@@ -15,9 +15,11 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 from pagewire_kernels import cpu_native
-from pagewire_protocol.messages import Role, Roster, Step, ToWorker
+from pagewire_protocol.messages import Role, Roster, Shutdown, Step, ToWorker
 
 from ..checkpoint import quantization
 from ..checkpoint.json_files import read_object
@@ -27,15 +29,23 @@ from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
 from .device import driver
+from .load.in_thread import Ticker
 from .runners import AsyncFromSync, AsyncRunner, StepHandle
+from .step_watch import StepWatch, Stuck
 
 log = logging.getLogger("pagewire.worker")
 REPORT_EVERY_S = 0.2
 LINGER_S = 0.5
 """The last messages leave by another thread, which an exit that is not orderly does not wait
 for."""
-STUCK_S = 60.0
-"""Far beyond any step: those that compile or capture something do so before they are under way."""
+BEAT_S = 0.5
+"""How often a step that computes while it is launched is interrupted for a sign of life."""
+GPU_STUCK_S = (5.0, 60.0)
+"""Far beyond any step, in seconds: at least, and while it is not known how long they take. Those
+that compile or capture something do so before they are under way."""
+CPU_STUCK_S = (30.0, 3600.0)
+"""The same of a CPU, where others may want its cores, and where the first long prompt of a large
+model takes minutes."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
@@ -44,8 +54,8 @@ default they spin for milliseconds: a few percent faster where cores are idle, t
 where another process wants one."""
 
 
-class Stuck(Exception):
-    """A step does not end: the GPU hangs in a kernel."""
+class Distrusted(Exception):
+    """The scheduler can use this worker no longer, and says why."""
 
 
 class Stopped(BaseException):
@@ -65,7 +75,7 @@ def run(
     run: stderr's last line says why."""
     node: Node[ToWorker] = Node(run.run_dir, Role.WORKER, run.name)
     membership = node.membership
-    status, stuck = 0, False
+    status = 0
     try:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
@@ -75,22 +85,35 @@ def run(
         membership.ready(worker=runner.facts())
         settle_gc()
         log.info("ready after %.1f s", time.monotonic() - began)
-        _serve(runner, node)
+        _Server(runner, node, watched=bool(run.watchdog_timeout)).serve()
     except Stopped:
         log.info("stopped")
     except Exception as error:
+        if membership.is_ready:
+            _end_at_once(node, error)
         status = 1
         log.debug("the worker failed", exc_info=True)
-        print(
-            f"pagewire worker: {error_line(error, (*EXPECTED, Stuck))}", file=sys.stderr, flush=True
-        )
-        stuck = isinstance(error, Stuck)
-    membership.goodbye()
+        _say_why(error)
+    membership.goodbye(failed=status != 0)
     node.close(linger_ms=500)
-    if stuck:
-        time.sleep(LINGER_S)
-        os._exit(status)  # an orderly exit would wait for the GPU
     return status
+
+
+def _say_why(error: Exception) -> None:
+    line = error_line(error, (*EXPECTED, Stuck, Distrusted))
+    print(f"pagewire worker: {line}", file=sys.stderr, flush=True)
+
+
+def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
+    """End a worker that has served. An orderly exit would wait for a device that may have failed for
+    good or hang: after a sticky CUDA error every call fails, and some do not return."""
+    log.debug("the worker failed", exc_info=error)
+    _say_why(error)
+    with contextlib.suppress(Exception):
+        node.membership.goodbye(failed=True)
+        node.close(linger_ms=int(1000 * LINGER_S))
+        time.sleep(LINGER_S)
+    os._exit(1)
 
 
 def _load(
@@ -101,9 +124,7 @@ def _load(
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return AsyncFromSync(
-            FakeRunner(model, scheduler, config, incarnation), _Narrator(membership).alive
-        )
+        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
@@ -144,8 +165,7 @@ def _load(
                 incarnation,
                 narrate,
                 lambda: membership.tick(time.monotonic()),
-            ),
-            narrate.alive,
+            )
         )
 
 
@@ -189,61 +209,97 @@ class _Narrator:
             self._membership.tick(time.monotonic())
 
 
-class Watch:
-    """Notices that steps are under way and none ends."""
+class _Server:
+    """The loop of a worker that is ready."""
 
-    def __init__(self, limit_s: float = STUCK_S) -> None:
-        self._limit_s = limit_s
-        self._steps = 0
-        self._progress = 0
-        self._since = 0.0
+    def __init__(self, runner: AsyncRunner, node: Node[ToWorker], watched: bool = True) -> None:
+        """watched: it ends itself when a step does not."""
+        self._runner = runner
+        self._node = node
+        self._membership = node.membership
+        self._epoch = 0
+        self._steps: deque[StepHandle] = deque()
+        self._beat_lock = threading.Lock()
+        limits = CPU_STUCK_S if isinstance(runner, AsyncFromSync) else GPU_STUCK_S
+        self._watch = StepWatch(*limits) if watched else None
+        self._ticker = Ticker(self._beat_or_end, BEAT_S)
 
-    def look(self, steps: int, progress: int, now: float) -> None:
-        """now: monotonic seconds. Raises Stuck."""
-        if not steps or not self._steps or progress != self._progress:
-            self._progress, self._since = progress, now
-        elif now - self._since > self._limit_s:
-            raise Stuck(
-                f"no step has ended for {now - self._since:.0f} s while {steps} are under way: the GPU hangs; starting anew"
-            )
-        self._steps = steps
+    def serve(self) -> None:
+        """Until Stopped. Steps run in the order they came; those of an older scheduler than the
+        newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
+        inbox = self._node.inbox
+        self._runner.notify(inbox.wake)
+        while True:
+            self._membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(self._steps)
+            self._beat()
+            for message in inbox.drain():
+                if message.epoch > self._epoch:
+                    self._follow(message.epoch)
+                match message:
+                    case Roster():
+                        self._membership.on_roster(message)
+                    case Shutdown() if message.epoch == self._epoch:
+                        raise Distrusted(f"ended by the scheduler: {message.reason}")
+                    case Step() if message.epoch == self._epoch:
+                        self._launch(message)
+                        self._send_results()
+                    case Step() | Shutdown():
+                        log.warning(
+                            "a %s of epoch %d came after epoch %d: ignored",
+                            type(message).__name__,
+                            message.epoch,
+                            self._epoch,
+                        )
+                # Under load there is always a next message: the heart beats between them.
+                self._beat()
+            self._send_results()
+
+    def _follow(self, epoch: int) -> None:
+        """There is a new scheduler, which knows nothing of the steps under way."""
+        self._epoch = epoch
+        self._runner.clear()
+        self._steps.clear()
+        if self._watch is not None:
+            self._watch.clear()
+
+    def _launch(self, step: Step) -> None:
+        if self._watch is not None:
+            self._watch.launched(_prefill_tokens(step), time.monotonic())
+        with self._ticker.inside():
+            self._steps.append(self._runner.launch(step))
+
+    def _send_results(self) -> None:
+        """Send the results that are there, oldest first. One that the scheduler's queue has no room
+        for stays: a lost one would cost this worker the scheduler's trust."""
+        node = self._node
+        while self._steps and self._steps[0].done():
+            if not node.outbox.send(self._membership.scheduler, self._steps[0].result()):
+                log.warning("the scheduler's queue is full; results wait")
+                return
+            self._steps.popleft()
+            if self._watch is not None:
+                self._watch.ended(time.monotonic())
+            self._membership.progress += 1
+
+    def _beat(self) -> None:
+        """Raises Stuck."""
+        now = time.monotonic()
+        with self._beat_lock:
+            if self._watch is not None:
+                self._watch.look(now)
+            self._membership.tick(now)
+
+    def _beat_or_end(self) -> None:
+        """In a thread, while a step is launched."""
+        try:
+            self._beat()
+        except Stuck as error:
+            _end_at_once(self._node, error)
 
 
-def _serve(runner: AsyncRunner, node: Node[ToWorker]) -> None:
-    """Until Stopped. Steps run in the order they came; those of an older scheduler than the newest
-    one heard of are ignored."""
-    inbox = node.inbox
-    membership = node.membership
-    epoch = 0
-    steps: deque[StepHandle] = deque()
-    runner.notify(inbox.wake)
-    watch = Watch()
-    while True:
-        membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(steps)
-        membership.tick(time.monotonic())
-        for message in inbox.drain():
-            if message.epoch > epoch:
-                epoch = message.epoch
-                runner.clear()
-                steps.clear()
-            match message:
-                case Roster():
-                    membership.on_roster(message)
-                case Step() if message.epoch == epoch:
-                    steps.append(runner.launch(message))
-                    _send_results(steps, node)
-                case Step():
-                    log.warning(
-                        "a step of epoch %d came after epoch %d: ignored", message.epoch, epoch
-                    )
-        _send_results(steps, node)
-        watch.look(len(steps), membership.progress, time.monotonic())
-
-
-def _send_results(steps: deque[StepHandle], node: Node[ToWorker]) -> None:
-    """Send the results that are there, oldest first."""
-    while steps and steps[0].done():
-        result = steps.popleft().result()
-        if not node.outbox.send(node.membership.scheduler, result):
-            log.error("the result of step %d is lost: the scheduler's queue is full", result.n)
-        node.membership.progress += 1
+def _prefill_tokens(step: Step) -> int:
+    """All tokens of a step with prefill, 0 of one that computes one token a row."""
+    if step.repeat:
+        return 0
+    tokens = int(np.frombuffer(step.run_counts, np.int32).sum())
+    return tokens if 4 * tokens > len(step.run_counts) else 0

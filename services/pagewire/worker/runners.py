@@ -5,13 +5,14 @@ done; a SyncRunner (cpu/runner.py, fake.py) computes while it is called, and `As
 the first kind of it. Knows no tensors.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 
-from .load.in_thread import Ticker
+
+class BadStep(ValueError):
+    """The scheduler asked for something impossible; the message has the numbers."""
 
 
 class StepHandle(Protocol):
@@ -80,13 +81,10 @@ class CompletedStep:
 
 
 class AsyncFromSync:
-    """An AsyncRunner whose steps are done when `launch` returns. `alive` is called each second while
-    a step takes longer: a long prompt of a large model takes a CPU minutes, and who is silent for
-    so long counts as gone."""
+    """An AsyncRunner whose steps are done when `launch` returns."""
 
-    def __init__(self, runner: SyncRunner, alive: Callable[[], None] | None = None) -> None:
+    def __init__(self, runner: SyncRunner) -> None:
         self._execute = runner.execute
-        self._inside = Ticker(alive).inside if alive else contextlib.nullcontext
         self.facts = runner.facts
         self.clear = runner.clear
 
@@ -95,5 +93,4 @@ class AsyncFromSync:
 
     def launch(self, step: Step) -> StepHandle:
         """See AsyncRunner."""
-        with self._inside():
-            return CompletedStep(self._execute(step))
+        return CompletedStep(self._execute(step))

@@ -15,13 +15,11 @@ from pagewire_protocol.agreed import SPARE_POSITIONS
 from pagewire_protocol.messages import Admission
 from pagewire_protocol.sampling import Sampling
 
+from ..runners import BadStep
+
 NO_LOGPROBS: Final = -1
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-
-class BadStep(ValueError):
-    """The scheduler asked for something impossible; the message has the numbers."""
 
 
 class Slots:
