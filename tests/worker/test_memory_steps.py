@@ -61,7 +61,9 @@ class MetaOps:
 
     gelu_tanh = relu = gelu
 
-    def rope_and_cache(self, qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch):
+    def rope_and_cache(
+        self, qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch, *scales
+    ):
         return qkv.new_empty(len(qkv), self._arch.num_heads, self._arch.head_dim)
 
     def paged_attention(self, q, *rest, **options):
