@@ -71,6 +71,11 @@ class Connection(web.RequestHandler):
         if not self._connections.add(self):
             cast(asyncio.Transport, transport).abort()
 
+    @property
+    def owes_head(self) -> bool:
+        """Whether the head of a request is awaited that has begun, or a new connection's first."""
+        return self._head_since is not None
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """As aiohttp's."""
         self._connections.remove(self)
@@ -164,6 +169,10 @@ class Connections:
     def remove(self, connection: Connection) -> None:
         """It is closed."""
         self._connections.discard(connection)
+
+    def owe_heads(self) -> bool:
+        """Whether any awaits the head of a request."""
+        return any(connection.owes_head for connection in self._connections)
 
     def check(self, now: float) -> None:
         """Close those whose clients take too long with a head. Call about once a second."""

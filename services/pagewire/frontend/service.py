@@ -47,6 +47,9 @@ CHECK_S: Final = 1.0
 """How often connections are looked for whose clients take too long."""
 SHARE_COUNTERS_S: Final = 1.0
 """How often the other frontends of a stack get this one's counters."""
+ACCEPTED_S: Final = 0.5
+"""How long a frontend that is told to end waits for the heads of requests on new connections."""
+SETTLE_S: Final = 0.02
 _DRAIN_LIMIT: Final = 16
 """Messages handled before the event loop runs other tasks."""
 
@@ -191,11 +194,13 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Leave new connections to the other frontends at the same socket; where there are none, and
-        on connections that are open, answer new requests with 503. Those that run get
+        """Leave new connections to the other frontends at the same socket; requests that come at once
+        on connections that were taken already are served. Where there are no others, and later on
+        connections that are open, answer new requests with 503. Those that run get
         --shutdown-timeout to finish; then they end with an error that says why."""
         if len(self.state.frontends()) > 1:
             self._server.close()
+            await self._serve_accepted()
         self.state.stack.draining = True
         deadline = self._loop.time() + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
@@ -204,6 +209,14 @@ class Service:
         self.state.owner.fail_all(unavailable("The server is shutting down.", retry_after_s=5))
         self.state.flusher.flush()
         await asyncio.sleep(0)
+
+    async def _serve_accepted(self) -> None:
+        """Wait for the requests of connections that were accepted a moment ago, or whose heads are on
+        their way."""
+        until = self._loop.time() + ACCEPTED_S
+        await asyncio.sleep(SETTLE_S)  # an accepted connection is known a turn of the loop later
+        while self.connections.owe_heads() and self._loop.time() < until:
+            await asyncio.sleep(SETTLE_S)
 
     def _close(self) -> None:
         if self._ticker:
