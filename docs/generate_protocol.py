@@ -16,10 +16,10 @@ from typing import Any, get_args
 
 import msgspec
 from msgspec import inspect as wire
-from pagewire_protocol import channels, columns, messages, sampling, structs
+from pagewire_protocol import channels, columns, grammar, messages, sampling, structs
 
 PAGE = Path(__file__).parent / "protocol.md"
-MODULES = (columns, sampling, structs, messages)
+MODULES = (columns, sampling, grammar, structs, messages)
 UNIONS = {
     "scheduler": messages.ToScheduler,
     "tokenizer": messages.ToTokenizer,

@@ -41,6 +41,7 @@ from .columns import (
     pack,
     unpack,
 )
+from .grammar import Grammar
 from .sampling import Sampling, SamplingDefaults, TextOptions, TokenId
 from .structs import (
     Admission,
@@ -48,7 +49,6 @@ from .structs import (
     ChatMessage,
     End,
     Finish,
-    GrammarText,
     LogprobColumns,
     Peer,
     Placed,
@@ -67,7 +67,7 @@ from .structs import (
 # fmt: off
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Death", "Deltas",
-    "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Handle", "Heartbeat", "Hello", "Inbox",
+    "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Grammar", "Handle", "Heartbeat", "Hello", "Inbox",
     "Incarnation", "LogprobColumns", "Message", "Park", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
     "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
     "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack",
@@ -148,8 +148,8 @@ class Submit(Message, tag=True, frozen=True):
     """Which model, by its served name; empty: the one that there is."""
     adapter: Name = ""
     """Which LoRA adapter; empty: none."""
-    grammar: GrammarText = ""
-    """What the output must match; empty: anything."""
+    grammar: Grammar | None = None
+    """What the output must match; None: anything."""
     worker_deaths: Count = 0
     """As in Generate."""
 
@@ -220,8 +220,8 @@ class Generate(Message, tag=True, frozen=True):
     """Which model, by its served name; empty: the one that there is."""
     adapter: Name = ""
     """Which LoRA adapter; empty: none."""
-    grammar: GrammarText = ""
-    """What the output must match; empty: anything."""
+    grammar: Grammar | None = None
+    """What the output must match; None: anything."""
     worker_deaths: Count = 0
     """Workers in a row that ended while they computed this request's next token: from two on it
     runs alone."""

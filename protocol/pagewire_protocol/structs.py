@@ -26,6 +26,7 @@ from .columns import (
     TokensI32,
     VocabSize,
 )
+from .grammar import Grammar
 from .sampling import Sampling, SamplingDefaults, TokenId
 
 MAX_TEMPLATE_KWARGS: Final = 65_536
@@ -76,9 +77,6 @@ class RequestKind(IntEnum):
 
     GENERATE = 0
     """Tokens that follow the prompt."""
-
-
-GrammarText = Annotated[str, Meta(max_length=65_536)]
 
 
 class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -296,4 +294,5 @@ class Admission(Record, frozen=True):
     kind: RequestKind = RequestKind.GENERATE
     model: Name = ""
     adapter: Name = ""
-    grammar: GrammarText = ""
+    grammar: Grammar | None = None
+    """What the output must match; None: anything."""

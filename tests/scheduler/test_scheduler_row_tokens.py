@@ -5,6 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 from pagewire.scheduler.results import WorkerFault, absorb
+from pagewire_protocol.grammar import Grammar, GrammarKind
 from pagewire_protocol.messages import Finish, LogprobColumns, RequestKind, Submit, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from scheduler.scheduler_sim import VOCAB, World, expected_output, ints, next_token
@@ -210,14 +211,14 @@ def test_kind_model_adapter_and_grammar_reach_the_worker():
         kind=RequestKind.GENERATE,
         model="m",
         adapter="a",
-        grammar="g",
+        grammar=Grammar(GrammarKind.REGEX, "g"),
     )
     w.scheduler.handle(submit)
     w.scheduler.engine.advance(w._receive, w.now)
     (worker,) = w.workers.values()
     (admission,) = worker.inbox[0].admit
     carried = admission.kind, admission.model, admission.adapter, admission.grammar
-    assert carried == (RequestKind.GENERATE, "m", "a", "g")
+    assert carried == (RequestKind.GENERATE, "m", "a", Grammar(GrammarKind.REGEX, "g"))
     assert unpack("i", admission.prompt).tolist() == PROMPT and max(PROMPT) < VOCAB
 
 

@@ -10,6 +10,7 @@ from pagewire.tokenizer.encode import LONG, Encoder
 from pagewire.tokenizer.encodings import EncodingTask
 from pagewire.tokenizer.requests import Requests, encode
 from pagewire.tokenizer.template import ChatTemplate
+from pagewire_protocol.grammar import Grammar, GrammarKind
 from pagewire_protocol.messages import (
     Cancel,
     Chat,
@@ -660,9 +661,11 @@ def test_logprobs_of_rows_with_several_tokens_go_by_token(bench: Bench):
 
 
 def test_kind_model_adapter_and_grammar_are_carried(bench: Bench):
-    submit = bench.submit(kind=RequestKind.GENERATE, model="m", adapter="a", grammar="g")
+    submit = bench.submit(
+        kind=RequestKind.GENERATE, model="m", adapter="a", grammar=Grammar(GrammarKind.REGEX, "g")
+    )
     carried = submit.kind, submit.model, submit.adapter, submit.grammar
-    assert carried == (RequestKind.GENERATE, "m", "a", "g")
+    assert carried == (RequestKind.GENERATE, "m", "a", Grammar(GrammarKind.REGEX, "g"))
 
 
 def test_a_prompt_that_fills_the_context_fits_when_no_token_is_wanted(bench: Bench):

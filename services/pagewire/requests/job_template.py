@@ -4,6 +4,7 @@ and translated once, since thousands of prompts often share one set of parameter
 from collections.abc import Callable
 
 from msgspec import Struct
+from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
 from pagewire_protocol.structs import Prompt
 
@@ -27,6 +28,8 @@ class JobTemplate(Struct, frozen=True):
     """The client's; None: each prompt draws one."""
     score_each: bool
     """Every choice scores the prompt, not the first alone."""
+    grammar: Grammar | None = None
+    """What the answer must match."""
 
     def jobs(
         self,
@@ -50,6 +53,7 @@ class JobTemplate(Struct, frozen=True):
                 self.max_tokens_is_rest,
                 priority,
                 cache_salt,
+                self.grammar,
             )
             for sampling in samplings
         ]
@@ -65,12 +69,13 @@ def job_template(
     prompt_logprobs: int,
     return_prompt_ids: bool,
     score_each: bool = False,
+    grammar: Grammar | None = None,
 ) -> JobTemplate:
     """The template for the attributes of `source` that are named as the parameters; one that is
     missing counts as None.
 
     max_tokens: None where the answer may take what the context leaves. logprobs, prompt_logprobs:
-    numbers of candidates, -1 for none. Raises RequestError naming the parameter that is at fault.
+    numbers of candidates, -1 for none. grammar: what the answer must match. Raises RequestError naming the parameter that is at fault.
     """
     defaults = model.sampling_defaults
     text = text_options_of(source, return_prompt_ids=return_prompt_ids, has_text=model.has_text)
@@ -87,4 +92,4 @@ def job_template(
         defaults=SamplingDefaults() if choices.beams else defaults,
     )
     seed: int | None = checked(PARAMETERS["seed"], getattr(source, "seed", None))
-    return JobTemplate(choices, text, sampling, max_tokens is None, seed, score_each)
+    return JobTemplate(choices, text, sampling, max_tokens is None, seed, score_each, grammar)

@@ -8,6 +8,7 @@ from typing import Final, Protocol
 
 from msgspec import Struct
 from pagewire_protocol.columns import pack, unpack
+from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Deltas, Generate
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Started, TokenLogprobs
@@ -31,6 +32,7 @@ class Job(Struct, frozen=True):
     max_tokens_is_rest: bool = False
     priority: int = 0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 def prompt_size(prompt: Prompt) -> int:
@@ -170,6 +172,7 @@ class OwnedRequest:
             job.max_tokens_is_rest,
             job.priority,
             job.cache_salt,
+            grammar=job.grammar,
             worker_deaths=self.worker_deaths,
         )
 
