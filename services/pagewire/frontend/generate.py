@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from ..requests.parameters import MAX_INT32
 from ..requests.request import OwnedRequest, prompt_size
-from .answers import PLAIN
 from .beams import start_beams
 from .body import HeldBody, read_body
 from .errors import JSON, ApiError
@@ -124,11 +123,10 @@ def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo])
     """The empty answer to a plan, an SseReply where it is streamed. `echoes`: one for each
     prompt."""
     formatter = formatter_for(plan.rendering, request_id, state.names[0])
-    make_parser = state.chat_parser if formatter.has_structure else PLAIN
     loop = asyncio.get_running_loop()
     if plan.rendering.stream:
-        return SseReply(formatter, loop, echoes, state.flusher, make_parser, state.owner.park)
-    return Reply(formatter, loop, echoes, make_parser)
+        return SseReply(formatter, loop, echoes, state.flusher, state.owner.park)
+    return Reply(formatter, loop, echoes)
 
 
 def _limit_time(

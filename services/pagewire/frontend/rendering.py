@@ -25,6 +25,10 @@ class Rendering(Struct, frozen=True, kw_only=True):
     echo: bool = False
     """The prompt comes before the text, and its log-probabilities before the text's."""
     role: str = "assistant"
+    has_parts: bool = False
+    """The answer comes in parts: reasoning, content, tool calls."""
+    include_reasoning: bool = True
+    """The reasoning is shown."""
     prefix: str = ""
     """What a chat's answer begins with: the message that it continues, under `echo`."""
 

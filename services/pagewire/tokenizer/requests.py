@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 import numpy as np
-from msgspec.structs import replace
 from pagewire_protocol.columns import epoch_of
 from pagewire_protocol.messages import (
     Cancel,
@@ -25,12 +24,13 @@ from pagewire_protocol.messages import (
     Tokens,
 )
 
+from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Cancelled, Encoded, Encoder, Refused, check, limit_of, truncated
 from .encodings import Encodings, EncodingTask, Text
 from .outgoing import OutgoingDeltas
 from .rows import columns_of, entries_of, fill, pass_prompts
-from .stream import Stream
+from .stream import ParsedStream, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
 
@@ -44,9 +44,11 @@ class Requests:
         decoding: Decoding,
         inbox: str,
         offload: Callable[[EncodingTask], None],
+        answers: ModelAnswers | None = None,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
-        and later hands the task to `encoded`."""
+        and later hands the task to `encoded`. `answers`: how the model's are taken apart; None
+        without a chat template."""
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
@@ -55,6 +57,7 @@ class Requests:
         """Inboxes."""
         self._encodings = Encodings(lambda text: encode(encoder, text), offload)
         self._decoding = decoding
+        self._answers = answers
         self._inbox = inbox
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
@@ -122,7 +125,7 @@ class Requests:
         except Refused as refusal:
             self._refuse(request, refusal)
             return
-        stream = self._open(request, prompt)
+        stream = self._open(request, prompt, result.opens_reasoning)
         if stream.stop_string is not None:  # the output so far ends with it
             self._end(stream, stream.stopped())
             return
@@ -145,16 +148,21 @@ class Requests:
             )
         )
 
-    def _open(self, request: Generate, prompt: bytes) -> Stream:
+    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
         options = request.text
+        parsing = self._answers.parser(request, opens_reasoning) if self._answers else None
         decoder = self._decoding.start(
             silent=not options.detokenize,
-            skip_special=options.skip_special_tokens,
+            skip_special=options.skip_special_tokens and parsing is None,
             spaces_between_special=options.spaces_between_special_tokens,
             at_start=self._decoding.begins_text(np.frombuffer(prompt, np.int32)),
         )
         outgoing = self._outgoing_to(request.reply_to)
-        stream = Stream(request, next(self._handles), prompt, decoder, outgoing)
+        handle = next(self._handles)
+        if parsing is None:
+            stream = Stream(request, handle, prompt, decoder, outgoing)
+        else:
+            stream = ParsedStream(request, handle, prompt, decoder, outgoing, parsing)
         if request.output:
             stream.replay(np.frombuffer(request.output, np.int32).tolist())
         self._streams[stream.handle] = self._by_rid[request.rid] = stream
@@ -231,8 +239,7 @@ class Requests:
             if stream.stop_string is not None:
                 self._end(stream, stream.stopped())
                 return
-        # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
-        self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
+        self._end(stream, stream.ended(end))
 
     def lose_streams(self, message: str) -> None:
         """Every stream may miss tokens: their owners send them again."""
