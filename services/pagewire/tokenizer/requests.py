@@ -12,6 +12,7 @@ from itertools import count
 import numpy as np
 from msgspec.structs import replace
 from pagewire_protocol.columns import epoch_of
+from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import (
     Cancel,
     End,
@@ -33,6 +34,12 @@ from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import Stream
 
 log = logging.getLogger("pagewire.tokenizer")
+GrammarOutcome = Callable[[Grammar, int, tuple[int, ...]], str | None]
+
+
+def no_grammars(grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> str | None:
+    """The outcome of every grammar where nothing can check them."""
+    return "this tokenizer checks none"
 
 
 class Requests:
@@ -44,15 +51,20 @@ class Requests:
         decoding: Decoding,
         inbox: str,
         offload: Callable[[EncodingTask], None],
+        grammar_outcome: GrammarOutcome = no_grammars,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
-        and later hands the task to `encoded`."""
+        and later hands the task to `encoded`. `grammar_outcome`: see GrammarChecks.outcome; what it
+        does not know yet is told to `grammar_settled`."""
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
         self.roster: Roster | None = None
         self.frontends: set[str] = set()
         """Inboxes."""
+        self._grammar_outcome = grammar_outcome
+        self._unchecked: dict[bytes, tuple[Generate, Encoded]] = {}
+        """Requests that wait for their grammars to be checked, by rid."""
         self._encodings = Encodings(lambda text: encode(encoder, text), offload)
         self._decoding = decoding
         self._inbox = inbox
@@ -61,7 +73,7 @@ class Requests:
         self._handles = count()
 
     def __len__(self) -> int:
-        return len(self._streams) + len(self._encodings)
+        return len(self._streams) + len(self._encodings) + len(self._unchecked)
 
     # --- requests ---
 
@@ -88,12 +100,19 @@ class Requests:
             self._admit(request, task.result)
         return request is not None
 
+    def grammar_settled(self, grammar: Grammar) -> None:
+        """It has been found out whether `grammar` is one: the requests that wait for that go on."""
+        waiting = [entry for entry in self._unchecked.values() if entry[0].grammar == grammar]
+        for request, encoded in waiting:
+            del self._unchecked[request.rid]
+            self._admit(request, encoded)
+
     def cancel(self, message: Cancel) -> None:
         """The scheduler ends what it has; what is still being encoded ends here."""
         for rid, attempt in message.requests:
-            request = self._encodings.waiting(rid)
+            request = self._waiting(rid)
             if request is not None and request.attempt <= attempt:
-                self._encodings.forget(rid)
+                self._forget(rid)
                 end = End(request.handle, request.attempt, Finish.CANCELLED)
                 self._outgoing_to(request.reply_to).ended.append(end)
         self.to_scheduler.append(message)
@@ -107,8 +126,19 @@ class Requests:
             self._end(stream, stream.refused(text, 503, 1))
 
     def _is_stale(self, request: Generate) -> bool:
-        present = self._by_rid.get(request.rid) or self._encodings.waiting(request.rid)
+        present = self._by_rid.get(request.rid) or self._waiting(request.rid)
         return present is not None and present.attempt >= request.attempt
+
+    def _waiting(self, rid: bytes) -> Generate | None:
+        """A request that has not been submitted yet."""
+        unchecked = self._unchecked.get(rid)
+        return unchecked[0] if unchecked else self._encodings.waiting(rid)
+
+    def _all_waiting(self) -> list[Generate]:
+        return [
+            *self._encodings.all_waiting(),
+            *(request for request, _ in self._unchecked.values()),
+        ]
 
     def _admit(self, request: Generate, result: Encoded | Refused) -> None:
         try:
@@ -119,6 +149,9 @@ class Requests:
             prompt = truncated(request, result.prompt, self.roster.max_model_len)
             sampling = check(request, result._replace(prompt=prompt), self.roster)
             _check_output(request.output, self._decoding.size)
+            if not self._is_checked(request, self.roster):
+                self._unchecked[request.rid] = request, result
+                return
         except Refused as refusal:
             self._refuse(request, refusal)
             return
@@ -144,6 +177,15 @@ class Requests:
                 request.worker_deaths,
             )
         )
+
+    def _is_checked(self, request: Generate, roster: Roster) -> bool:
+        """Whether it is known that the request's grammar is one. Raises Refused."""
+        if request.grammar is None:
+            return True
+        wrong = self._grammar_outcome(request.grammar, roster.vocab_size, roster.eos_token_ids)
+        if wrong:
+            raise Refused(f"the grammar is not supported: {wrong}", request.grammar.param)
+        return wrong is not None
 
     def _open(self, request: Generate, prompt: bytes) -> Stream:
         options = request.text
@@ -273,7 +315,7 @@ class Requests:
         """Every request may miss tokens, or is one that the scheduler knows nothing of. Owners that
         know it have sent their requests elsewhere, and the others hear of it now."""
         self.lose_streams(message)
-        for request in self._encodings.all_waiting():
+        for request in self._all_waiting():
             end = End(request.handle, request.attempt, Finish.LOST, message=message)
             self._outgoing_to(request.reply_to).ended.append(end)
             self._forget(request.rid)
@@ -287,9 +329,9 @@ class Requests:
             )
         for stream in orphans:
             self._forget(stream.rid)
-        for request in self._encodings.all_waiting():
+        for request in self._all_waiting():
             if request.reply_to == inbox:
-                self._encodings.forget(request.rid)
+                self._forget(request.rid)
         self.outgoing.pop(inbox, None)
 
     def _lose_former_epochs(self, epoch: int) -> None:
@@ -304,6 +346,7 @@ class Requests:
 
     def _forget(self, rid: bytes) -> None:
         self._encodings.forget(rid)
+        self._unchecked.pop(rid, None)
         stream = self._by_rid.pop(rid, None)
         if stream is not None:
             self._streams.pop(stream.handle, None)
