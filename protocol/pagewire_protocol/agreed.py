@@ -15,3 +15,8 @@ and each adds tiles to a kernel's grid of fixed size, which cost time even where
 LAUNCHER_AGENT: Final = "pagewire-launcher"
 """The User-Agent of `pagewire serve` itself, which asks for the health of a starting stack ten times a
 second: no traffic, and no failures."""
+
+NOT_FINITE: Final = 1
+"""In `StepResult.flags`: the row's logits were not finite."""
+GRAMMAR_FAILED: Final = 2
+"""The same: the row's grammar lets no token follow, or takes too much to be matched."""

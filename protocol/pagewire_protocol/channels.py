@@ -184,6 +184,14 @@ class Inbox(Generic[M]):
             os.eventfd_read(self._wake)
         return bool(events)
 
+    def watch(self, fileno: int) -> None:
+        """From now on `wait` ends when this descriptor is readable, too."""
+        self._poller.register(fileno, zmq.POLLIN)
+
+    def unwatch(self, fileno: int) -> None:
+        """No longer: before the descriptor is closed."""
+        self._poller.unregister(fileno)
+
     def drain(self, limit: int = 1024) -> Iterator[M]:
         """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped:
         no sender can stop a service."""

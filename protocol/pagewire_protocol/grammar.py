@@ -19,6 +19,8 @@ MAX_SCHEMA_DEPTH: Final = 64
 """Objects and lists within each other in a schema."""
 MAX_ENUM: Final = 4096
 """Values of one `enum` of a schema."""
+MAX_PROPERTIES: Final = 1000
+"""Named properties of a schema, in all of its objects together."""
 MAX_AFTER: Final = 256
 MAX_WHITESPACE: Final = 256
 DEFAULT_WHITESPACE: Final = r"[ \n\t]{0,4}"
@@ -59,6 +61,8 @@ class Grammar(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """False: an object of a schema that does not speak of `additionalProperties` has none."""
     lenient: bool = False
     """Keywords of a schema that the matcher does not know are ignored, not refused."""
+    param: Annotated[str, Meta(max_length=64)] = "structured_outputs"
+    """What the sender calls the parameter that the grammar came in: errors name it."""
 
     def encode(self) -> str:
         """As JSON text. A message holds a Grammar as it is; this is for files and logs."""

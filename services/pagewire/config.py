@@ -314,6 +314,9 @@ class WorkerConfig(Struct, frozen=True):
         0.0
     )
     fake_vocab_size: Annotated[int, _help("fake device: vocabulary size", ge=2)] = 49152
+    fake_eos_token_id: Annotated[
+        int, _help("fake device: the token that ends a text; -1: none does", ge=-1)
+    ] = -1
 
 
 def _plain(annotation: Any) -> Any:

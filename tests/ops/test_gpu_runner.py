@@ -17,6 +17,7 @@ from pagewire.worker.gpu.resample import ExtraSampling
 from pagewire.worker.gpu.runner import RING, GpuParts, GpuRunner
 from pagewire.worker.load import loader
 from pagewire.worker.runners import AsyncFromSync
+from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.slots import BadStep, Slots
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
@@ -44,6 +45,9 @@ class Event:
 
     def query(self) -> bool:
         return self._recorded
+
+    def synchronize(self) -> None:
+        assert self._recorded
 
 
 class Observer:
@@ -90,6 +94,7 @@ def on_gpu(path, monkeypatch):
         slots = Slots(SLOTS, loaded.sizing.max_model_len, BLOCK)
         state = SlotState.empty(SLOTS + 1, slots.tables.shape[1], "cpu")
         uploads: Any = Uploads()
+        masks = GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
         parts = GpuParts(
             loaded,
             slots,
@@ -97,7 +102,8 @@ def on_gpu(path, monkeypatch):
             uploads,
             DecodeGraphs(loaded, state, SLOTS, eager=True, cascade=False, pool=None),
             MixedSteps(loaded, slots, state, uploads, eager=True, cascade=False, pool=None),
-            ExtraSampling(loaded, slots, state, uploads),
+            ExtraSampling(loaded, slots, state, uploads, masks),
+            masks,
             [torch.empty(SLOTS, dtype=torch.int32) for _ in range(RING)],
         )
         return GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, list(observers))

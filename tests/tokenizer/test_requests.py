@@ -56,8 +56,14 @@ class Bench:
         self.offloaded: list[EncodingTask] = []
         self.encoder = Encoder(tokenizer, ChatTemplate(template, {}) if template else None)
         self.requests = Requests(
-            self.encoder, Decoding(tokenizer), "ipc:///run/tokenizer.sock", self.offloaded.append
+            self.encoder,
+            Decoding(tokenizer),
+            "ipc:///run/tokenizer.sock",
+            self.offloaded.append,
+            lambda grammar, vocab_size, eos: self.outcomes.get(grammar.source),
         )
+        self.outcomes: dict[str, str] = {"g": ""}
+        """Of grammars, by source: what is wrong with each."""
         self.requests.on_roster(roster(), True)
 
     def finish(self, task: EncodingTask) -> None:
@@ -666,6 +672,32 @@ def test_kind_model_adapter_and_grammar_are_carried(bench: Bench):
     )
     carried = submit.kind, submit.model, submit.adapter, submit.grammar
     assert carried == (RequestKind.GENERATE, "m", "a", Grammar(GrammarKind.REGEX, "g"))
+
+
+def test_a_grammar_is_checked_before_anything_is_computed(bench: Bench):
+    bad = Grammar(GrammarKind.REGEX, "bad", param="regex")
+    bench.generate(grammar=bad)
+    bench.generate(grammar=bad, rid=2)
+    assert not bench.sent() and len(bench.requests) == 2
+    bench.outcomes["bad"] = "it is none"
+    bench.requests.grammar_settled(bad)
+    ends = bench.outgoing().ended
+    assert [(end.finish, end.status, end.param) for end in ends] == [
+        (Finish.REFUSED, 400, "regex")
+    ] * 2
+    assert "it is none" in ends[0].message and not len(bench.requests)
+
+
+def test_a_request_that_waits_for_its_grammar_goes_on_or_is_cancelled(bench: Bench):
+    slow = Grammar(GrammarKind.REGEX, "slow")
+    bench.generate(grammar=slow)
+    bench.generate(grammar=slow, rid=2)
+    bench.requests.cancel(Cancel((((2).to_bytes(16, "big"), 1),)))
+    assert bench.end().finish is Finish.CANCELLED
+    bench.outcomes["slow"] = ""
+    bench.requests.grammar_settled(slow)
+    submits = [message for message in bench.sent() if isinstance(message, Submit)]
+    assert [(submit.rid, submit.grammar) for submit in submits] == [(RID, slow)]
 
 
 def test_a_prompt_that_fills_the_context_fits_when_no_token_is_wanted(bench: Bench):

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pagewire.config import ModelConfig
 from pagewire.worker.gpu.resample import ExtraSampling, Kernels, StepLogprobs
+from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.slots import Slots
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
 from pagewire_kernels.sampling import Sampled, SamplingRows
@@ -38,7 +40,8 @@ class Device:
         uploads: Any = SimpleNamespace(
             up=lambda values, out=None: torch.from_numpy(np.ascontiguousarray(values).copy())
         )
-        self.special = ExtraSampling(loaded, self.slots, self.state, uploads, kernels)
+        masks = GrammarMasks(SLOTS, ModelConfig(), VOCAB, EOS)
+        self.special = ExtraSampling(loaded, self.slots, self.state, uploads, masks, kernels)
 
     def admit(
         self, slot: int, prompt: list[int], given: Sampling, output: tuple[int, ...] = ()

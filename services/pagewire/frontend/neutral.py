@@ -56,16 +56,7 @@ NEUTRAL: Final[Table] = {
     "watermarking": (),
     "xtc_probability": (0,),
     # --- of formats
-    "ebnf": (),
-    "grammar": ("",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
     "prediction": (),
-    "regex": (),
-    "structured_outputs": (),
     # --- of tools and reasoning
     "function_call": ("none", "auto"),
     "functions": ([],),

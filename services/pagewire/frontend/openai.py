@@ -33,10 +33,43 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     """Padding against eavesdroppers who measure the length of events; accepted, none is added."""
 
 
+class JsonSchemaFormat(Struct):
+    """The schema of a response format, by OpenAI's names."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: Raw = _NULL
+    strict: bool | None = None
+    """False: what the server does not know of the schema is ignored, not refused."""
+
+
 class ResponseFormat(Struct):
-    """What the answer must match; `type` says what kind of schema the other fields hold."""
+    """What the answer must match; `type` (text, json_object, json_schema or structural_tag) says
+    which of the other fields holds it."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: Raw = _NULL
+    """Of json_object, as llama.cpp has it."""
+    structures: Raw = _NULL
+    triggers: Raw = _NULL
+    format: Raw = _NULL
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    """What the answer must match, by vLLM's names: one of the first six."""
+
+    json: Raw = _NULL
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Raw = _NULL
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None
+    """Accepted: there is no other way to fall back to."""
 
 
 class Part(Struct, forbid_unknown_fields=True):
@@ -101,6 +134,16 @@ class Request(Scalars, forbid_unknown_fields=True, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Raw = _NULL
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    json_schema: Raw = _NULL
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
     user: str | None = None
     metadata: Raw = _NULL
     store: bool | None = None

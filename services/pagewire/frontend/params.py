@@ -17,6 +17,7 @@ from ..requests.model_facts import ModelFacts
 from ..requests.parameters import PARAMETERS, checked, checked_logprobs, checked_max_tokens
 from ..requests.request import Job
 from .charges import charge
+from .grammars import grammar_of
 from .openai import (
     MAX_REQUEST_ID,
     ChatRequest,
@@ -87,6 +88,7 @@ def plan_completion(request: CompletionRequest, model: ModelFacts) -> Plan:
         prompt_logprobs=max(prompt_logprobs, logprobs if echo else -1),
         return_prompt_ids=bool(request.return_token_ids),
         score_each=bool(request.stream),
+        grammar=grammar_of(request),
     )
     prompts = prompts_of(
         request.prompt, model, max_tokens, truncated=bool(template.text.truncate_prompt)
@@ -130,6 +132,7 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         prompt_logprobs=prompt_logprobs,
         return_prompt_ids=bool(request.return_token_ids),
         score_each=bool(request.stream),
+        grammar=grammar_of(request),
     )
     last = chat.messages[-1]
     role = "assistant" if chat.add_generation_prompt else last.role
@@ -182,11 +185,6 @@ def _rendering(
     prefix: str = "",
 ) -> Rendering:
     stream, options = bool(request.stream), request.stream_options
-    if request.response_format and request.response_format.type != "text":
-        kind = request.response_format.type[:64]
-        raise invalid(
-            f"`response_format` of type {kind!r} is not supported, only 'text'.", "response_format"
-        )
     if options and not stream:
         raise invalid("Stream options can only be defined when `stream=True`.", "stream_options")
     if prompt_logprobs >= 0 and stream:

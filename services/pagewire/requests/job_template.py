@@ -9,6 +9,7 @@ from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
 from pagewire_protocol.structs import Prompt
 
 from .choices import Choices, samplings_of
+from .errors import invalid
 from .model_facts import ModelFacts
 from .parameters import MAX_INT32, PARAMETERS, checked
 from .request import Job
@@ -77,6 +78,10 @@ def job_template(
     max_tokens: None where the answer may take what the context leaves. logprobs, prompt_logprobs:
     numbers of candidates, -1 for none. grammar: what the answer must match. Raises RequestError naming the parameter that is at fault.
     """
+    if grammar is not None and choices.beams:
+        raise invalid(
+            f"`{grammar.param}` is not supported together with beam search.", grammar.param
+        )
     defaults = model.sampling_defaults
     text = text_options_of(source, return_prompt_ids=return_prompt_ids, has_text=model.has_text)
     most = max_tokens

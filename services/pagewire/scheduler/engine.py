@@ -303,8 +303,9 @@ class Engine:
         worker.clear_suspects()
         self._requeue_preempted(worker)
 
-    def _failed(self, request: Request, why: str) -> None:
-        self.end(request, Finish.FAILED, refusal=Refusal(500, why))
+    def _failed(self, request: Request, why: Refusal) -> None:
+        finish = Finish.REFUSED if why.status < 500 else Finish.FAILED
+        self.end(request, finish, refusal=why)
 
     # --- steps
     #   --------------------------------------------------------------------------------------------------------

@@ -10,18 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import Finish, LogprobColumns, StepResult
 
 from .in_flight import InFlightStep
 from .outgoing import Outgoing, select
-from .request import Request
+from .request import Refusal, Request
 from .slots import I32, Bools, ints, slots_of
 from .worker_state import WorkerState
 
+U8 = NDArray[np.uint8]
 Ended = Callable[[Request, Finish, int | None], None]
 """Called with a request, how it ended and the stop token id to report."""
-Failed = Callable[[Request, str], None]
+Failed = Callable[[Request, Refusal], None]
 """Called with a request and what went wrong with it."""
 
 
@@ -72,7 +75,7 @@ def absorb(
     _pass_prompt_logprobs(worker, step, result, out)
     worker.in_flight.steps.popleft()
     if flags is not None:
-        _fail(worker, step, step.sampled[flags], failed)
+        _fail(worker, step, flags, failed)
     if worker.slots.num_vacated != step.num_vacated:
         sampled = sampled.keep(worker.slots.admitted_step[sampled.slots] <= step.n)
     if sampled.counts is None:
@@ -89,8 +92,8 @@ def absorb(
 # --- does the result fit its step? ---
 
 
-def _flags(step: InFlightStep, result: StepResult) -> Bools | None:
-    """Which rows are flagged, in the order of `step.sampled`; None when none is."""
+def _flags(step: InFlightStep, result: StepResult) -> U8 | None:
+    """The rows' flags, in the order of `step.sampled`; None when none is flagged."""
     rows = len(step.sampled)
     if len(result.slots) != 4 * rows or len(result.flags) != rows:
         raise WorkerFault(
@@ -98,12 +101,12 @@ def _flags(step: InFlightStep, result: StepResult) -> Bools | None:
         )
     if result.flags.count(0) == rows:
         return None
-    flags = np.frombuffer(result.flags, np.bool_)
+    flags = np.frombuffer(result.flags, np.uint8)
     return flags if result.slots == step.sampled_bytes else flags[_source_rows(step, result)]
 
 
 def _sampled_rows(
-    worker: WorkerState, step: InFlightStep, result: StepResult, flags: Bools | None
+    worker: WorkerState, step: InFlightStep, result: StepResult, flags: U8 | None
 ) -> SampledRows:
     """The rows in the order of `step.sampled`."""
     counts = _counts(worker, step, result)
@@ -174,11 +177,12 @@ def _moved(logprobs: LogprobColumns | None, source: I32) -> LogprobColumns | Non
     return LogprobColumns(rows, logprobs.counts, logprobs.ranks, logprobs.ids, logprobs.values)
 
 
-def _may_end(worker: WorkerState, tokens: I32, counts: I32 | None, flags: Bools | None) -> Bools:
+def _may_end(worker: WorkerState, tokens: I32, counts: I32 | None, flags: U8 | None) -> Bools:
     """Where a token may end its request [tokens]. The tokens of a flagged row mean nothing, so they
     may lie outside the vocabulary."""
     if flags is not None:
-        tokens = np.where(flags if counts is None else np.repeat(flags, counts), 0, tokens)
+        flagged = flags > 0
+        tokens = np.where(flagged if counts is None else np.repeat(flagged, counts), 0, tokens)
     try:
         return worker.slots.stop_token_uses[tokens.view(np.uint32)] > 0
     except IndexError:
@@ -210,14 +214,25 @@ def _pass_prompt_logprobs(
             out.add_prompt_logprobs(worker.slots, entry.slot, entry)
 
 
-def _fail(worker: WorkerState, step: InFlightStep, flagged: I32, failed: Failed) -> None:
+def _fail(worker: WorkerState, step: InFlightStep, flags: U8, failed: Failed) -> None:
     slots = worker.slots
-    for slot in slots_of(flagged):
+    rows = np.flatnonzero(flags)
+    for slot, flag in zip(slots_of(step.sampled[rows]), ints(flags[rows]), strict=True):
         request = slots.requests[slot]
         if request is not None and slots.admitted_step[slot] <= step.n:
-            worker.kv_cache.disown(request)
             position = int(slots.num_received[slot])
-            failed(request, f"the model produced non-finite logits at position {position}")
+            if flag == GRAMMAR_FAILED:
+                output = position - len(request.prompt)
+                text = (
+                    f"the grammar cannot be held any further, after {output} tokens: it takes too "
+                    "much to be matched, or no token of the model continues the text"
+                )
+                param = request.grammar.param if request.grammar else None
+                failed(request, Refusal(400, text, param))
+            else:
+                worker.kv_cache.disown(request)
+                text = f"the model produced non-finite logits at position {position}"
+                failed(request, Refusal(500, text))
 
 
 def _record_one_each(

@@ -185,6 +185,12 @@ class Decoding:
         return max(map(len, self._all.raw), default=0)
 
     @property
+    def raw(self) -> list[bytes]:
+        """By token id: the bytes it stands for, special ones included; a token's name where tokens
+        stand for no fixed bytes."""
+        return self._all.raw
+
+    @property
     def size(self) -> int:
         """Token ids below this have bytes and text."""
         return len(self._all.raw)

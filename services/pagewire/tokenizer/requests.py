@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 from pagewire_protocol.columns import epoch_of
+from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import (
     Cancel,
     End,
@@ -24,6 +25,7 @@ from pagewire_protocol.messages import (
     Tokens,
 )
 
+from .answers.forced import UnsupportedAnswer
 from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Cancelled, Encoded, Encoder, Refused, check, limit_of, truncated
@@ -33,6 +35,12 @@ from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import ParsedStream, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
+GrammarOutcome = Callable[[Grammar, int, tuple[int, ...]], str | None]
+
+
+def no_grammars(grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> str | None:
+    """The outcome of every grammar where nothing can check them."""
+    return "this tokenizer checks none"
 
 
 class Requests:
@@ -44,17 +52,21 @@ class Requests:
         decoding: Decoding,
         inbox: str,
         offload: Callable[[EncodingTask], None],
-        answers: ModelAnswers | None = None,
+        grammar_outcome: GrammarOutcome = no_grammars,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
-        and later hands the task to `encoded`. `answers`: how the model's are taken apart; None
-        without a chat template."""
+        and later hands the task to `encoded`. `grammar_outcome`: see GrammarChecks.outcome; what it
+        does not know yet is told to `grammar_settled`."""
+    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
         self.roster: Roster | None = None
         self.frontends: set[str] = set()
         """Inboxes."""
+        self._grammar_outcome = grammar_outcome
+        self._unchecked: dict[bytes, tuple[Generate, Encoded]] = {}
+        """Requests that wait for their grammars to be checked, by rid."""
         self._encodings = Encodings(lambda text: encode(encoder, text), offload)
         self._decoding = decoding
         self._answers = answers
@@ -64,7 +76,7 @@ class Requests:
         self._handles = count()
 
     def __len__(self) -> int:
-        return len(self._streams) + len(self._encodings)
+        return len(self._streams) + len(self._encodings) + len(self._unchecked)
 
     # --- requests ---
 
@@ -91,12 +103,19 @@ class Requests:
             self._admit(request, task.result)
         return request is not None
 
+    def grammar_settled(self, grammar: Grammar) -> None:
+        """It has been found out whether `grammar` is one: the requests that wait for that go on."""
+        waiting = [entry for entry in self._unchecked.values() if entry[0].grammar == grammar]
+        for request, encoded in waiting:
+            del self._unchecked[request.rid]
+            self._submit(request, encoded)
+
     def cancel(self, message: Cancel) -> None:
         """The scheduler ends what it has; what is still being encoded ends here."""
         for rid, attempt in message.requests:
-            request = self._encodings.waiting(rid)
+            request = self._waiting(rid)
             if request is not None and request.attempt <= attempt:
-                self._encodings.forget(rid)
+                self._forget(rid)
                 end = End(request.handle, request.attempt, Finish.CANCELLED)
                 self._outgoing_to(request.reply_to).ended.append(end)
         self.to_scheduler.append(message)
@@ -110,18 +129,43 @@ class Requests:
             self._end(stream, stream.refused(text, 503, 1))
 
     def _is_stale(self, request: Generate) -> bool:
-        present = self._by_rid.get(request.rid) or self._encodings.waiting(request.rid)
+        present = self._by_rid.get(request.rid) or self._waiting(request.rid)
         return present is not None and present.attempt >= request.attempt
 
+    def _waiting(self, rid: bytes) -> Generate | None:
+        """A request that has not been submitted yet."""
+        unchecked = self._unchecked.get(rid)
+        return unchecked[0] if unchecked else self._encodings.waiting(rid)
+
+    def _all_waiting(self) -> list[Generate]:
+        return [
+            *self._encodings.all_waiting(),
+            *(request for request, _ in self._unchecked.values()),
+        ]
+
     def _admit(self, request: Generate, result: Encoded | Refused) -> None:
+        """The prompt is known, or why there is none."""
         try:
             if isinstance(result, Refused):
                 raise result
+            if self._answers is not None:
+                opens_reasoning = result.opens_reasoning
+                request = self._answers.with_grammar(request, opens_reasoning)
+        except (Refused, UnsupportedAnswer) as refusal:
+            self._refuse(request, as_refused(refusal))
+            return
+        self._submit(request, result)
+
+    def _submit(self, request: Generate, result: Encoded) -> None:
+        try:
             if self.roster is None:
                 raise Refused("the scheduler is gone", status=503)
             prompt = truncated(request, result.prompt, self.roster.max_model_len)
             sampling = check(request, result._replace(prompt=prompt), self.roster)
             _check_output(request.output, self._decoding.size)
+            if not self._is_checked(request, self.roster):
+                self._unchecked[request.rid] = request, result
+                return
         except Refused as refusal:
             self._refuse(request, refusal)
             return
@@ -148,7 +192,20 @@ class Requests:
             )
         )
 
+<<<<<<< HEAD
     def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
+=======
+    def _is_checked(self, request: Generate, roster: Roster) -> bool:
+        """Whether it is known that the request's grammar is one. Raises Refused."""
+        if request.grammar is None:
+            return True
+        wrong = self._grammar_outcome(request.grammar, roster.vocab_size, roster.eos_token_ids)
+        if wrong:
+            raise Refused(f"the grammar is not supported: {wrong}", request.grammar.param)
+        return wrong is not None
+
+    def _open(self, request: Generate, prompt: bytes) -> Stream:
+>>>>>>> grammar
         options = request.text
         parsing = self._answers.parser(request, opens_reasoning) if self._answers else None
         decoder = self._decoding.start(
@@ -280,7 +337,7 @@ class Requests:
         """Every request may miss tokens, or is one that the scheduler knows nothing of. Owners that
         know it have sent their requests elsewhere, and the others hear of it now."""
         self.lose_streams(message)
-        for request in self._encodings.all_waiting():
+        for request in self._all_waiting():
             end = End(request.handle, request.attempt, Finish.LOST, message=message)
             self._outgoing_to(request.reply_to).ended.append(end)
             self._forget(request.rid)
@@ -294,9 +351,9 @@ class Requests:
             )
         for stream in orphans:
             self._forget(stream.rid)
-        for request in self._encodings.all_waiting():
+        for request in self._all_waiting():
             if request.reply_to == inbox:
-                self._encodings.forget(request.rid)
+                self._forget(request.rid)
         self.outgoing.pop(inbox, None)
 
     def _lose_former_epochs(self, epoch: int) -> None:
@@ -311,6 +368,7 @@ class Requests:
 
     def _forget(self, rid: bytes) -> None:
         self._encodings.forget(rid)
+        self._unchecked.pop(rid, None)
         stream = self._by_rid.pop(rid, None)
         if stream is not None:
             self._streams.pop(stream.handle, None)
@@ -320,6 +378,11 @@ class Requests:
         if outgoing is None:
             outgoing = self.outgoing[inbox] = OutgoingDeltas()
         return outgoing
+
+
+def as_refused(error: Refused | UnsupportedAnswer) -> Refused:
+    """The refusal of what no grammar can be made of."""
+    return error if isinstance(error, Refused) else Refused(str(error), error.param)
 
 
 def _check_output(output: bytes, vocab_size: int) -> None:

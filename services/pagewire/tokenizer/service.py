@@ -50,6 +50,7 @@ from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Encoder
 from .encodings import EncodingTask
+from .grammar_checks import GrammarChecks
 from .lanes import SHORT, Lanes
 from .load import Loaded, NoTokenizer, load
 from .longest_token import longest_token
@@ -152,6 +153,7 @@ class Service:
         self.stopping = False
         self.requests: Requests | None = None
         self._model, self._config = model, config
+        self._grammars = GrammarChecks(model, self.inbox.watch, self.inbox.unwatch)
         self._arrivals: deque[Arrival] = deque()
         self._lanes: Lanes[EncodingTask | QueryTask] = Lanes()
         self._query_tasks: dict[tuple[str, int], QueryTask] = {}
@@ -184,6 +186,7 @@ class Service:
     def close(self) -> None:
         """End the threads and close the sockets."""
         self._lanes.close()
+        self._grammars.close()
         self.inbox.close()
         self.outbox.close(linger_ms=200)
 
@@ -208,7 +211,12 @@ class Service:
             raise text
         self._encoder = text.encoder
         self.requests = Requests(
-            text.encoder, text.decoding, self.inbox.address, self._lanes.put, text.answers
+            text.encoder,
+            text.decoding,
+            self.inbox.address,
+            self._lanes.put,
+            self._grammars.outcome,
+            text.answers,
         )
         for index in range(THREADS):
             threading.Thread(
@@ -245,6 +253,9 @@ class Service:
             self._arrivals.append(self._encoded.get())
         if self.requests is not None and steps:
             self._pass_tokens(self.requests, steps)
+        if self.requests is not None:
+            for grammar in self._grammars.settle():
+                self.requests.grammar_settled(grammar)
         self._take_arrivals(time.monotonic)
 
     def _pass_tokens(self, requests: Requests, steps: list[Tokens]) -> None:

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation, Slot, pack
 from pagewire_protocol.messages import Step, StepResult
 from pagewire_protocol.splitmix import GOLDEN_GAMMA, MASK64, MULTIPLIERS, finalize
@@ -25,6 +26,7 @@ from pagewire_protocol.structs import (
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from .runners import BadStep
+from .step.grammar_masks import GrammarMasks
 
 FACTOR: Final = GOLDEN_GAMMA
 """Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] +
@@ -134,6 +136,7 @@ class FakeRunner:
         self._max_model_len = model.max_model_len or min(DEFAULT_MODEL_LEN, held)
         self._state = np.zeros(0, np.uint64)
         self._known = np.zeros(0, np.int64)
+        self._prompt = np.zeros(0, np.int64)
         self._computed = np.zeros(0, np.int64)
         self._logprobs = np.zeros(0, np.int32)
         self._prefill_only = np.zeros(0, np.bool_)
@@ -142,6 +145,8 @@ class FakeRunner:
         self._scorers: dict[int, PromptScorer] = {}
         """Of the slots whose prompts are to be scored."""
         self._grow_to(scheduler.num_seqs())
+        self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
+        self._masks = GrammarMasks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
 
     def facts(self) -> WorkerFacts:
         return WorkerFacts(
@@ -150,7 +155,7 @@ class FakeRunner:
             max_num_seqs=self._max_num_seqs,
             max_model_len=self._max_model_len,
             vocab_size=int(self._vocab),
-            eos_token_ids=(),
+            eos_token_ids=self._eos,
             device="fake",
             cost=StepCost(1000 * self._step_s, 0.0, 0.0),
         )
@@ -161,6 +166,7 @@ class FakeRunner:
         self._active[:] = False
         self._scorers.clear()
         self._last = self._last[:0]
+        self._masks.clear()
 
     def execute(self, step: Step) -> StepResult:
         began = time.monotonic()
@@ -168,11 +174,15 @@ class FakeRunner:
             self._retire(slot)
         for admission in step.admit:
             self._admit(admission)
+        self._masks.follow(step)
         slots, counts = self._rows(step)
         scores = self._score(slots, counts)
         self._computed[slots] += counts
         slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
-        tokens = self._sample(slots)
+        ready = self._ready(slots)
+        flags = np.zeros(len(slots), np.uint8)
+        flags[self._masks.failed(slots)] = GRAMMAR_FAILED
+        tokens = self._sample(slots[ready])
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
         return StepResult(
@@ -181,10 +191,20 @@ class FakeRunner:
             n=step.n,
             slots=slots.tobytes(),
             tokens=tokens.tobytes(),
-            flags=bytes(len(slots)),
-            logprobs=self._logprob_columns(slots, tokens),
+            flags=flags.tobytes(),
+            logprobs=self._logprob_columns(slots[ready], tokens),
             prompt_logprobs=scores,
+            counts=b"" if ready.all() else ready.astype(np.int32).tobytes(),
         )
+
+    def _ready(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of `slots` can be sampled; the others, whose masks are not there, compute their last
+        token again."""
+        if not self._masks.any:
+            return np.ones(len(slots), np.bool_)
+        ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
+        self._computed[slots[~ready]] -= 1
+        return ready
 
     def _rows(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The slots that it runs, and how many tokens of each."""
@@ -226,10 +246,23 @@ class FakeRunner:
         state = self._state[slots]
         mixed = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
-        tokens = (mixed ^ (mixed >> np.uint64(31))) % self._vocab
+        drawn = mixed ^ (mixed >> np.uint64(31))
+        tokens = drawn % self._vocab
+        if self._masks.any:
+            self._draw_allowed(slots, drawn, tokens)
         self._state[slots] = state * np.uint64(FACTOR) + tokens + np.uint64(1)
         self._known[slots] += 1
         return tokens.astype(np.int32)
+
+    def _draw_allowed(self, slots: npt.NDArray[np.int32], drawn: Columns, tokens: Columns) -> None:
+        """The `tokens` of rows with grammars: of those allowed, the one with the number that the
+        hash says, counted in rising order."""
+        concerned = self._masks.concerns(slots.astype(np.int64))
+        for row in np.flatnonzero(concerned & ~self._masks.failed(slots)).tolist():
+            words = self._masks.rows(slots[row : row + 1].astype(np.int64))
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            tokens[row] = allowed[int(drawn[row]) % len(allowed)]
+        self._masks.append(self._masks.keys(slots.astype(np.int64)), tokens.astype(np.int32))
 
     def _admit(self, admission: Admission) -> None:
         slot = admission.slot
@@ -246,6 +279,7 @@ class FakeRunner:
         self._active[slot] = True
         self._state[slot] = hash_all(tokens)
         self._known[slot] = len(tokens)
+        self._prompt[slot] = len(admission.prompt) // 4
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
@@ -254,7 +288,8 @@ class FakeRunner:
             self._scorers[slot] = PromptScorer(tokens[:prompt].tolist(), asked, int(self._vocab))
 
     def _grow_to(self, count: int) -> None:
-        for name in ("_active", "_state", "_known", "_computed", "_logprobs", "_prefill_only"):
+        columns = ("_active", "_state", "_known", "_prompt", "_computed", "_logprobs")
+        for name in (*columns, "_prefill_only"):
             old: npt.NDArray[np.generic] = getattr(self, name)
             new = np.zeros(count, old.dtype)
             new[: len(old)] = old

@@ -7,12 +7,14 @@ writes, found by rendering it with tools and a call; else JSON.
 import hashlib
 from typing import Final, NamedTuple
 
+from msgspec.structs import replace
 from pagewire_protocol.messages import Generate
 from pagewire_protocol.sampling import ToolChoice
 from pagewire_protocol.structs import Chat
 from tokenizers import Tokenizer
 
 from ..template import ChatTemplate, TemplateRefused
+from .forced import ForcedAnswers
 from .format import AnswerFormat, HarmonyCalls, Reasoning, markers_of
 from .formats import FORMATS, GENERIC, REASONING, named_format, named_reasoning
 from .parser import AnswerParser
@@ -61,6 +63,19 @@ class ModelAnswers:
             for text, token in self.special.items()
             if not any(text in marker for marker in markers)
         )
+
+        self._forced = ForcedAnswers(self.format, self.reasoning, self.special)
+
+    def with_grammar(self, request: Generate, opens_reasoning: bool) -> Generate:
+        """The request with the grammar that holds its answer to what it asks for: calls that must
+        be, content behind the reasoning. Raises UnsupportedAnswer."""
+        options = request.text.answer
+        if options is None:
+            return request
+        grammar = self._forced.grammar(
+            options, self.tools(request), request.grammar, opens_reasoning
+        )
+        return request if grammar is request.grammar else replace(request, grammar=grammar)
 
     @property
     def is_harmony(self) -> bool:

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.kv_cache import raw
 from pagewire_kernels.sampling_map import SamplingRows
+from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Step, StepResult, WorkerFacts
 from torch import Tensor
@@ -24,6 +26,7 @@ from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import kernel_cache
 from ..load import loader, weights
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
+from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
 from ..step.slots import Ints, Slots
@@ -57,7 +60,10 @@ class Runner:
         )
         self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
-        self._constraints = Constraints(self._slots, vocab_size, eos, self._device, self._tensor)
+        self._masks = GrammarMasks(self._slots.count, model, vocab_size, tuple(eos))
+        self._constraints = Constraints(
+            self._slots, self._masks, vocab_size, eos, self._device, self._tensor
+        )
         self._prompt_logprobs: list[SpanLogprobs] = []
         """Of the prompts that the running step computes."""
         self._compiling: threading.Thread | None = None
@@ -69,23 +75,55 @@ class Runner:
     def clear(self) -> None:
         """Forget every request: there is a new scheduler."""
         self._applier.clear()
+        self._masks.clear()
 
     def execute(self, step: Step) -> StepResult:
         """One forward pass. Raises BadStep for a step that contradicts the slots."""
         slots, counts = self._applier.apply(step)
+        self._masks.follow(step)
         if step.admit:
             self._constraints.admit(np.array([admission.slot for admission in step.admit]))
         rows = self._applier.take(slots, counts)
         sampled = None
+        late = NO_SLOTS
         if len(slots):
             with torch.inference_mode():
-                sampled = self._run(rows)
-        if sampled is None:
+                sampled, late = self._run(rows)
+        if sampled is None and not len(late):
             return self._result(step, NO_SLOTS, None)
         sampled_slots = slots[rows.sampling]
-        self._slots.append_tokens(sampled_slots, sampled.tokens)
-        self._constraints.observe(sampled_slots, self._tensor(sampled.tokens))
+        if len(late):
+            return self._partial(step, sampled_slots, sampled, late)
+        assert sampled is not None
+        self._append(sampled_slots, sampled)
         return self._result(step, sampled_slots, sampled)
+
+    def _append(self, slots: Ints, sampled: sampler.Sampled) -> None:
+        self._slots.append_tokens(slots, sampled.tokens)
+        self._constraints.observe(slots, self._tensor(sampled.tokens))
+        self._masks.append(self._masks.keys(slots), sampled.tokens)
+
+    def _partial(
+        self, step: Step, slots: Ints, sampled: sampler.Sampled | None, late: Ints
+    ) -> StepResult:
+        """The result of a step in which the rows `late` of `slots` have no token: their masks are
+        not there yet, and they compute their last token again."""
+        counts = np.ones(len(slots), np.int32)
+        counts[late] = 0
+        self._slots.hold_back(slots[late])
+        flags = np.zeros(len(slots), np.uint8)
+        if sampled is None:
+            result = self._result(step, slots, None)
+        else:
+            self._append(slots[counts > 0], sampled)
+            result = self._result(step, slots[counts > 0], sampled)
+            flags[counts > 0] = sampled.bad
+        return replace(
+            result,
+            slots=slots.astype(np.int32).tobytes(),
+            flags=flags.tobytes(),
+            counts=counts.tobytes(),
+        )
 
     def _result(self, step: Step, slots: Ints, sampled: sampler.Sampled | None) -> StepResult:
         prompts = tuple(part.message() for part in self._prompt_logprobs)
@@ -105,8 +143,9 @@ class Runner:
             prompts,
         )
 
-    def _run(self, step: StepRows) -> sampler.Sampled | None:
-        """What the rows that sample have sampled; None where no row does."""
+    def _run(self, step: StepRows) -> tuple[sampler.Sampled | None, Ints]:
+        """What the rows that sample have sampled, None where no row does; and which of them had to
+        be left out, since their masks are not there."""
         self._zero_fresh_blocks(step)
         row_of, positions = spread(step.first, step.counts)
         ids = self._tensor(self._slots.tokens[step.slots[row_of], positions].astype(np.int64))
@@ -121,7 +160,21 @@ class Runner:
         hook = (lambda logits_of: self._keep_prompt_logprobs(spans, logits_of)) if spans else None
         loaded = self._loaded
         logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick, hook)
-        return self._sample(logits, step.slots[step.sampling]) if len(step.sampling) else None
+        sampling = step.slots[step.sampling]
+        if not len(sampling):
+            return None, NO_SLOTS
+        if not self._masks.any:
+            return self._sample(logits, sampling), NO_SLOTS
+        ready = self._masks.ready(sampling, self._slots.num_output_tokens(sampling))
+        late = np.flatnonzero(~ready)
+        if len(late):
+            sampling = sampling[ready]
+            logits = logits[self._tensor(np.flatnonzero(ready))]
+        if not len(sampling):
+            return None, late
+        sampled = self._sample(logits, sampling)
+        sampled.bad[self._masks.failed(sampling)] = GRAMMAR_FAILED
+        return sampled, late
 
     def _keep_prompt_logprobs(
         self, spans: list[PromptSpan], logits_of: Callable[[Tensor], Tensor]

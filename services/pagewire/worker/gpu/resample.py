@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 from pagewire_kernels import penalties, sampling
 from pagewire_kernels.sampling_map import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
@@ -20,6 +21,7 @@ from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
 from ..load.loader import Loaded
+from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import (
     SampledLogprobs,
@@ -28,7 +30,7 @@ from ..step.logprobs import (
     prompt_spans,
     token_logprobs,
 )
-from ..step.slots import Ints, Slots
+from ..step.slots import Bools, Ints, Slots
 from .staging import Uploads
 
 
@@ -39,9 +41,19 @@ class StepLogprobs:
     sampled: SampledLogprobs | None = None
     prompts: list[SpanLogprobs] = field(default_factory=list[SpanLogprobs])
 
-    def columns(self, tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
-        """tokens: those of the step's rows, below 0 where the logits were not finite."""
-        return None if self.sampled is None else self.sampled.columns(tokens)
+    def columns(
+        self, tokens: npt.NDArray[np.int32], ready: Bools | None = None
+    ) -> LogprobColumns | None:
+        """tokens: those of the step's rows, below 0 where the logits were not finite. ready: which
+        rows have a token, where not all have."""
+        if self.sampled is None:
+            return None
+        columns = self.sampled.columns(tokens)
+        if ready is None:
+            return columns
+        index_of = np.cumsum(ready) - 1
+        rows = index_of[np.frombuffer(columns.rows, np.int32)].astype(np.int32)
+        return replace(columns, rows=rows.tobytes())
 
     def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
         """One message a span of prompt tokens."""
@@ -76,6 +88,7 @@ class ExtraSampling:
         slots: Slots,
         state: SlotState,
         uploads: Uploads,
+        masks: GrammarMasks,
         kernels: Kernels = KERNELS,
     ) -> None:
         self._vocab_size = loaded.decoder.arch.vocab_size
@@ -85,7 +98,7 @@ class ExtraSampling:
         self._kernels = kernels
         self._device = state.last_token.device
         self._constraints = Constraints(
-            slots, self._vocab_size, loaded.eos_token_ids, str(self._device), self._up
+            slots, masks, self._vocab_size, loaded.eos_token_ids, str(self._device), self._up
         )
         self.host_known_len = np.zeros(slots.count, np.int64)
         """How many tokens of each slot the host knows: those it was admitted with."""
@@ -153,15 +166,18 @@ class ExtraSampling:
         slots: Ints,
         sampled_tokens: Tensor,
         logprobs: StepLogprobs | None = None,
+        ready: Bools | None = None,
     ) -> StepLogprobs | None:
         """logits [R, V] and sampled_tokens [R] belong to the rows `slots` [R]; sampled_tokens and
-        the slots' last tokens are overwritten for rows with penalties or constraints. Returns
-        `logprobs`, or a new one, with the log-probabilities asked for."""
+        the slots' last tokens are overwritten for rows with penalties or constraints. `ready` [R]:
+        which rows have a token at all; None: each. Returns `logprobs`, or a new one, with the
+        log-probabilities asked for."""
         columns = self._slots
-        if not columns.needs_extra[slots].any():
+        extra = columns.needs_extra[slots] if ready is None else columns.needs_extra[slots] & ready
+        if not extra.any():
             return logprobs
-        penalized = columns.penalized(slots)
-        rows = np.flatnonzero(penalized | self._constraints.touches(slots))
+        penalized = columns.penalized(slots) & extra
+        rows = np.flatnonzero(penalized | (self._constraints.touches(slots) & extra))
         if len(rows):
             self._sample_again(logits, slots, _padded(rows, columns.count), sampled_tokens)
         if penalized.any() and self._output_counts is not None:
@@ -171,7 +187,7 @@ class ExtraSampling:
                 self._up(slots[counted].astype(np.int32)),
                 sampled_tokens[self._up(counted)],
             )
-        wanted = np.flatnonzero(columns.logprobs[slots] >= 0)
+        wanted = np.flatnonzero((columns.logprobs[slots] >= 0) & extra)
         if not len(wanted):
             return logprobs
         logprobs = logprobs or StepLogprobs()

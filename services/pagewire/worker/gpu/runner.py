@@ -7,10 +7,11 @@ and on the device (last tokens too, which are not).
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda
 from pagewire_kernels.slot_state import SlotState
+from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
 from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, WorkerFacts
 from torch import Tensor
@@ -25,7 +27,8 @@ from torch import Tensor
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..load import gpu_memory, loader, memory_errors, weights
 from ..step.apply import StepApplier, StepRows, facts_of, spread
-from ..step.slots import Ints, Slots
+from ..step.grammar_masks import GrammarMasks, Keys
+from ..step.slots import Bools, Ints, Slots
 from . import gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
 from .mixed_steps import MixedSteps
@@ -63,6 +66,10 @@ class GpuStep:
     sampled_tokens: Tensor
     event: torch.cuda.Event
     logprobs: StepLogprobs | None
+    ready: Bools | None = None
+    """[S]: which rows have a token; None: each. The masks of the others were not there."""
+    failed: Bools | None = None
+    """[S]: which rows' grammars cannot be held any further; None: none."""
 
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed."""
@@ -71,17 +78,45 @@ class GpuStep:
     def result(self) -> StepResult:
         """See runners.StepHandle."""
         tokens = self.sampled_tokens.numpy()[: len(self.slots)]
-        bad = tokens < 0
+        flags = (tokens < 0).view(np.uint8)
+        if self.failed is not None:
+            flags[self.failed] = GRAMMAR_FAILED
+        brought = np.where(tokens < 0, 0, tokens).astype(np.int32)
+        counts = b""
+        if self.ready is not None:
+            brought = brought[self.ready]
+            flags[~self.ready] = 0
+            counts = self.ready.astype(np.int32).tobytes()
         return StepResult(
             self.step.epoch,
             self.incarnation,
             self.step.n,
             self.slots.tobytes(),
-            np.where(bad, 0, tokens).astype(np.int32).tobytes(),
-            bad.view(np.uint8).tobytes(),
-            self.logprobs.columns(tokens) if self.logprobs else None,
+            brought.tobytes(),
+            flags.tobytes(),
+            self.logprobs.columns(tokens, self.ready) if self.logprobs else None,
             self.logprobs.prompt_logprobs() if self.logprobs else (),
+            counts,
         )
+
+
+class LaunchedRun(NamedTuple):
+    """What a step left on the device, of the rows that sample: their tokens, their
+    log-probabilities, and which of them have a token (None: each)."""
+
+    sampled_tokens: Tensor | None = None
+    logprobs: StepLogprobs | None = None
+    ready: Bools | None = None
+
+
+class GrammarRows(NamedTuple):
+    """The rows [G] of a step in flight that have grammars: the streams that they belong to and the
+    positions of their tokens, in prompt and output together."""
+
+    handle: GpuStep
+    rows: Ints
+    keys: Keys
+    positions: Ints
 
 
 @dataclass
@@ -96,6 +131,7 @@ class GpuParts:
     graphs: DecodeGraphs
     mixed: MixedSteps
     extra: ExtraSampling
+    masks: GrammarMasks
     ring: list[Tensor]
     """RING buffers int32 [slots] of pinned memory, for sampled tokens."""
 
@@ -116,7 +152,7 @@ def start(
     eager = config.enforce_eager or not loaded.capturable
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
-        parts = _allocate(loaded, config.block_size, eager, cascade)
+        parts = _allocate(loaded, model, config.block_size, eager, cascade)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
             _choose_gemms(parts, progress)
@@ -136,12 +172,16 @@ def check_ring(steps_in_flight: int) -> None:
         )
 
 
-def _allocate(loaded: loader.Loaded, block_size: int, eager: bool, cascade: bool) -> GpuParts:
+def _allocate(
+    loaded: loader.Loaded, model: ModelConfig, block_size: int, eager: bool, cascade: bool
+) -> GpuParts:
     slots = Slots(loaded.on_gpu.rows, loaded.sizing.max_model_len, block_size)
     # One slot more on the device, which takes what padding writes.
     state = SlotState.empty(slots.count + 1, slots.tables.shape[1], "cuda")
     uploads = Uploads("cuda")
     pool = torch.cuda.graph_pool_handle()
+    vocab_size = loaded.decoder.arch.vocab_size
+    masks = GrammarMasks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
     return GpuParts(
         loaded,
         slots,
@@ -149,7 +189,8 @@ def _allocate(loaded: loader.Loaded, block_size: int, eager: bool, cascade: bool
         uploads,
         DecodeGraphs(loaded, state, slots.count, eager, cascade, pool),
         MixedSteps(loaded, slots, state, uploads, eager, cascade, pool),
-        ExtraSampling(loaded, slots, state, uploads),
+        ExtraSampling(loaded, slots, state, uploads, masks),
+        masks,
         [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)],
     )
 
@@ -228,6 +269,9 @@ class GpuRunner:
         self._graphs = parts.graphs
         self._mixed = parts.mixed
         self._extra = parts.extra
+        self._masks = parts.masks
+        self._unlearned: deque[GrammarRows] = deque()
+        """Steps in flight whose tokens the grammars have not been told."""
         self._cost = cost
         self._incarnation = incarnation
         self._observers = observers
@@ -253,6 +297,8 @@ class GpuRunner:
     def clear(self) -> None:
         """See AsyncRunner."""
         self._applier.clear()
+        self._masks.clear()
+        self._unlearned.clear()
 
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
@@ -260,33 +306,85 @@ class GpuRunner:
             slots, counts = self._applier.apply(step)
             for observer in self._observers:
                 observer.begin()
+            self._learn(wait=False)
+            self._masks.follow(step)
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
             rows = self._applier.take(slots, counts)
-            sampled_tokens, logprobs = self._run(rows, step.shared)
+            run = self._run(rows, step.shared)
             sampled_slots = slots[rows.sampling]
             # The host counts the tokens it will only see later.
-            self._slots.num_tokens[sampled_slots] += 1
+            brings = sampled_slots if run.ready is None else sampled_slots[run.ready]
+            self._slots.num_tokens[brings] += 1
             for observer in self._observers:
                 observer.end(int(counts.sum()))
-            return self._handle(step, sampled_slots.astype(np.int32), sampled_tokens, logprobs)
+            handle = self._handle(step, sampled_slots.astype(np.int32), run)
+            if self._masks.any:
+                self._note_grammars(handle, sampled_slots)
+            return handle
+
+    def _note_grammars(self, handle: GpuStep, slots: Ints) -> None:
+        """The grammars of `slots` [S], which `handle` samples, have to hear of its tokens."""
+        concerned = self._masks.concerns(slots)
+        if handle.ready is not None:
+            concerned &= handle.ready
+        rows = np.flatnonzero(concerned)
+        if len(rows):
+            positions = self._slots.num_tokens[slots[rows]] - 1
+            keys = self._masks.keys(slots[rows])
+            self._unlearned.append(GrammarRows(handle, rows, keys, positions))
+
+    def _learn(self, wait: bool) -> None:
+        """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
+        while self._unlearned and (wait or self._unlearned[0].handle.event.query()):
+            part = self._unlearned.popleft()
+            part.handle.event.synchronize()
+            tokens = part.handle.sampled_tokens.numpy()[part.rows]
+            finite = tokens >= 0
+            slots = part.handle.slots[part.rows]
+            current = finite & (self._masks.keys(slots) == part.keys)
+            self._slots.tokens[slots[current], part.positions[current]] = tokens[current]
+            self._masks.append(part.keys[finite], tokens[finite])
+
+    def _ready(self, slots: Ints) -> Bools | None:
+        """[S]: which of `slots` [S], whose logits are being computed, can be sampled; None: each.
+        Those with grammars need the tokens of the steps before, for which this waits: the device
+        computes meanwhile."""
+        if not self._masks.any or not self._masks.concerns(slots).any():
+            return None
+        self._learn(wait=True)
+        ready = self._masks.ready(slots, self._slots.num_output_tokens(slots))
+        if ready.all():
+            return None
+        self._hold_back(slots[~ready])
+        return ready
+
+    def _hold_back(self, slots: Ints) -> None:
+        """What the step's kernels have said of `slots` [N] does not count: their next step computes
+        their last tokens again."""
+        self._slots.hold_back(slots)
+        last = self._slots.tokens[slots, self._slots.num_tokens[slots] - 1]
+        columns = np.stack((slots, last, self._slots.num_computed[slots]))
+        index, last_token, num_computed = self._uploads.up(columns.astype(np.int64)).unbind(0)
+        self._state.last_token[index] = last_token.int()
+        self._state.num_computed[index] = num_computed.int()
 
     def _handle(
         self,
         step: Step,
         slots: npt.NDArray[np.int32],
-        sampled_tokens: Tensor | None,
-        logprobs: StepLogprobs | None,
+        run: LaunchedRun,
     ) -> GpuStep:
         """Queue the tokens' way to the host, and the event that says that they have arrived."""
         host = self._ring[step.n % RING]
-        if sampled_tokens is not None:
-            host[: len(slots)].copy_(sampled_tokens[: len(slots)], non_blocking=True)
+        if run.sampled_tokens is not None:
+            host[: len(slots)].copy_(run.sampled_tokens[: len(slots)], non_blocking=True)
         event = torch.cuda.Event(blocking=True)
         event.record()
         if self._waiter is not None:
             self._waiter.watch(event)
-        return GpuStep(step, self._incarnation, slots, host, event, logprobs)
+        failed = self._masks.failed(slots) if self._masks.any else None
+        return GpuStep(step, self._incarnation, slots, host, event, run.logprobs, run.ready, failed)
 
     def _mirror(self, step: Step) -> None:
         """Bring what the step changed in the host's slots to the device."""
@@ -319,17 +417,14 @@ class GpuRunner:
         state.seeds[index] = up(slots.seed[new])
         self._extra.admit(new)
 
-    def _run(
-        self, rows: StepRows, shared: Shared | None
-    ) -> tuple[Tensor | None, StepLogprobs | None]:
-        """(sampled tokens on the device, those of the rows that sample first; log-probabilities)"""
+    def _run(self, rows: StepRows, shared: Shared | None) -> LaunchedRun:
         if not len(rows.slots):
-            return None, None
+            return LaunchedRun()
         if len(rows.sampling) == len(rows.slots) and (rows.counts == 1).all():
             return self._decode(rows.slots, shared)
         return self._run_mixed(rows, shared)
 
-    def _decode(self, slots: Ints, shared: Shared | None) -> tuple[Tensor, StepLogprobs | None]:
+    def _decode(self, slots: Ints, shared: Shared | None) -> LaunchedRun:
         if self._applier.version != self._uploaded_version:
             padded = np.full(len(self._graphs.slots), -1, np.int32)
             padded[: len(slots)] = slots
@@ -340,17 +435,17 @@ class GpuRunner:
         decoded = self._graphs.run(
             size, bool(self._slots.filtered[slots].any()), self._cascade_size > 0
         )
-        logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens)
-        return decoded.sampled_tokens, logprobs
+        ready = self._ready(slots)
+        logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens, ready=ready)
+        return LaunchedRun(decoded.sampled_tokens, logprobs, ready)
 
-    def _run_mixed(
-        self, rows: StepRows, shared: Shared | None
-    ) -> tuple[Tensor | None, StepLogprobs]:
+    def _run_mixed(self, rows: StepRows, shared: Shared | None) -> LaunchedRun:
         logprobs = StepLogprobs()
         hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
         decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
         sampled_slots = rows.slots[rows.sampling]
         if not len(sampled_slots):
-            return None, logprobs
-        self._extra.resample(decoded.logits, sampled_slots, decoded.sampled_tokens, logprobs)
-        return decoded.sampled_tokens, logprobs
+            return LaunchedRun(None, logprobs)
+        ready = self._ready(sampled_slots)
+        self._extra.resample(decoded.logits, sampled_slots, decoded.sampled_tokens, logprobs, ready)
+        return LaunchedRun(decoded.sampled_tokens, logprobs, ready)

@@ -1,8 +1,8 @@
-"""What constrains the next token of a slot beyond penalties: allowed ids and biases, bad words, and
-endings before the least number of tokens.
+"""What constrains the next token of a slot beyond penalties: allowed ids and biases, bad words,
+endings before the least number of tokens, and grammars.
 
-Each kind is a LogitConstraint, a logits processor for all slots at once; a grammar would be one
-more. What a request brings goes to the device once, when it is admitted; a step then runs a few
+Each kind is a LogitConstraint, a logits processor for all slots at once; grammars come after them
+and have the last word. What a request brings goes to the device once, when it is admitted; a step then runs a few
 operations over the rows that a constraint touches. Plain torch on any device, and nothing here
 waits for the device.
 """
@@ -15,6 +15,7 @@ import torch
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from torch import Tensor
 
+from .grammar_masks import GrammarMasks
 from .logprobs import ToDevice
 from .slots import Bools, Ints, Slots
 
@@ -64,9 +65,16 @@ class Constraints:
     """All kinds of constraint of all slots: `apply` before rows are sampled, `observe` after."""
 
     def __init__(
-        self, slots: Slots, vocab_size: int, eos: tuple[int, ...], device: str, to_device: ToDevice
+        self,
+        slots: Slots,
+        masks: GrammarMasks,
+        vocab_size: int,
+        eos: tuple[int, ...],
+        device: str,
+        to_device: ToDevice,
     ) -> None:
         self._slots = slots
+        self._grammars = GrammarConstraint(masks, vocab_size, device, to_device)
         self._vocab_size = vocab_size
         # In vLLM's order: allowed ids, bad words, endings. Biases shift what they do not exclude,
         # so they may come first.
@@ -95,13 +103,20 @@ class Constraints:
         touched = np.zeros(len(slots), bool)
         for part in self._parts:
             touched |= part.touches(slots)
-        return touched
+        return touched | self._grammars.touches(slots)
 
     def apply(self, logits: Tensor, slots: Ints) -> None:
-        """logits [R, V] float32 of the rows `slots` [R], in place.
+        """logits [R, V] float32 of the rows `slots` [R], in place. The grammars' masks must be ready.
 
         Where exclusions would leave no token at all, the row is left without them: something must
-        be sampled."""
+        be sampled. A grammar is always held: where the others leave none of the tokens that it
+        allows, they are not applied."""
+        held = self._grammars.masked(logits, slots)
+        self._exclude(logits, slots)
+        if held is not None:
+            self._grammars.apply(logits, held)
+
+    def _exclude(self, logits: Tensor, slots: Ints) -> None:
         excluded: list[Exclusions] = []
         for part in self._parts:
             exclusions = part.apply(logits, slots)
@@ -124,6 +139,53 @@ class Constraints:
         """tokens [R] int32, on the device, were sampled for `slots` [R]."""
         for part in self._parts:
             part.observe(slots, tokens)
+
+
+class _Held(NamedTuple):
+    """The rows of a batch that have grammars: their indices [G] int64, which tokens are allowed
+    [G, V], and their logits as the model gave them [G, V] float32."""
+
+    rows: Tensor
+    allowed: Tensor
+    logits: Tensor
+
+
+class GrammarConstraint:
+    """The masks of grammars, which change with each token and come from the matcher process."""
+
+    def __init__(
+        self, masks: GrammarMasks, vocab_size: int, device: str, to_device: ToDevice
+    ) -> None:
+        self._masks = masks
+        self._vocab_size = vocab_size
+        self._to_device = to_device
+        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+        self._negative_infinity = torch.tensor(NEGATIVE_INFINITY, device=device)
+
+    def touches(self, slots: Ints) -> Bools:
+        """[R]: which of `slots` [R] have a grammar."""
+        return self._masks.concerns(slots)
+
+    def masked(self, logits: Tensor, slots: Ints) -> "_Held | None":
+        """The rows with grammars of logits [R, V] float32, before anything has changed them; None
+        where there is none."""
+        if not self._masks.any:
+            return None
+        rows = np.flatnonzero(self._masks.concerns(slots) & ~self._masks.failed(slots))
+        if not len(rows):
+            return None
+        index = self._to_device(rows)
+        words = self._to_device(self._masks.rows(slots[rows]).view(np.int32))
+        bits = (words[:, :, None] >> self._bits) & 1
+        allowed = bits.view(len(rows), -1)[:, : self._vocab_size].bool()
+        return _Held(index, allowed, logits[index])
+
+    def apply(self, logits: Tensor, held: "_Held") -> None:
+        """Exclude what is not allowed from logits [R, V] float32, in place."""
+        shifted = torch.where(held.allowed, logits[held.rows], self._negative_infinity)
+        none_left = shifted.amax(-1, keepdim=True) == self._negative_infinity
+        own = torch.where(held.allowed, held.logits, self._negative_infinity)
+        logits[held.rows] = torch.where(none_left, own, shifted)
 
 
 class BiasConstraint:

@@ -105,10 +105,10 @@ class Slots:
         self.num_computed[slot] = admission.computed
         self.num_blocks[slot] = 0
         self._append_blocks(slot, np.frombuffer(admission.blocks, np.int32))
-        self._set_sampling(slot, admission.sampling)
+        self._set_sampling(slot, admission.sampling, has_grammar=admission.grammar is not None)
         self.active[slot] = True
 
-    def _set_sampling(self, slot: int, sampling: Sampling) -> None:
+    def _set_sampling(self, slot: int, sampling: Sampling, has_grammar: bool) -> None:
         values = np.array([getattr(sampling, name) for name in PARAMETERS], np.float32)
         neutral = values == np.array(NEUTRAL, np.float32)
         neutral[TEMPERATURE] = True
@@ -134,7 +134,9 @@ class Slots:
             or sampling.frequency_penalty != 0
             or sampling.repetition_penalty != 1
         )
-        self.needs_extra[slot] = constrained or penalized or sampling.logprobs > NO_LOGPROBS
+        self.needs_extra[slot] = (
+            constrained or penalized or has_grammar or sampling.logprobs > NO_LOGPROBS
+        )
         self.plain_greedy[slot] = sampling.greedy and not self.needs_extra[slot]
 
     def penalized(self, slots: Ints) -> Bools:
@@ -206,6 +208,11 @@ class Slots:
         """One sampled token more for each of `slots` [N], which differ."""
         self.tokens[slots, self.num_tokens[slots]] = tokens
         self.num_tokens[slots] += 1
+
+    def hold_back(self, slots: Ints) -> None:
+        """`slots` [N], whose last tokens were computed, have sampled none: they compute these
+        again."""
+        self.num_computed[slots] -= 1
 
     def _check(self, slots: npt.NDArray[np.integer]) -> None:
         if len(slots) and (

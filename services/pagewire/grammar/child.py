@@ -1,0 +1,130 @@
+"""A service's end of its matcher process: starts it, sends, receives, ends it. Knows neither requests
+nor llguidance.
+"""
+
+import contextlib
+import mmap
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagewire.process.parent import PARENT_VARIABLE, how_it_ended
+
+from .messages import (
+    FromMatcher,
+    Ready,
+    Start,
+    ToMatcher,
+    decode_from_matcher,
+    framed,
+    mask_words,
+)
+from .stream import FrameReader
+
+_MODULE: Final = "pagewire.grammar.process"
+SOCKET_BYTES: Final = 1 << 20
+
+
+class MatcherGone(Exception):
+    """The process has ended; the text says how."""
+
+
+class MatcherProcess:
+    """One process. Nothing here waits, but for `wait`."""
+
+    def __init__(self, start: Start) -> None:
+        self.is_ready = False
+        """Its vocabulary is loaded."""
+        self.ready_at = 0.0
+        """When it was, in monotonic seconds."""
+        words = mask_words(start.vocab_size)
+        size = max(1, 4 * words * start.rows)
+        memory = os.memfd_create("pagewire-masks", os.MFD_CLOEXEC)
+        os.truncate(memory, size)
+        self._memory = mmap.mmap(memory, size)
+        self.masks: NDArray[np.uint32] = np.frombuffer(
+            self._memory, np.uint32, words * start.rows
+        ).reshape(start.rows, words)
+        """What the process writes: one mask a row."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, str(theirs.fileno()), str(memory)],
+                pass_fds=(theirs.fileno(), memory),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            )
+        os.close(memory)
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        self._reader = FrameReader(self._socket)
+        self._unsent = bytearray()
+        self.send(start)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Of the socket: readable when there is something to `receive`."""
+        return self._socket.fileno()
+
+    def send(self, message: ToMatcher) -> None:
+        """As much as the socket takes now; the rest goes with the next call of any method."""
+        self._unsent += framed(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                try:
+                    sent = self._socket.send(self._unsent)
+                except ConnectionError:
+                    return  # `receive` says so
+                del self._unsent[:sent]
+
+    def wait(self, seconds: float) -> bool:
+        """Until something is there to be received, or so long; whether something is."""
+        writes = [self._socket] if self._unsent else []
+        readable, writable, _ = select.select([self._socket], writes, [], max(0.0, seconds))
+        if writable:
+            self._flush()
+        return bool(readable)
+
+    def receive(self) -> list[FromMatcher]:
+        """What has arrived. Raises MatcherGone."""
+        self._flush()
+        received: list[FromMatcher] = []
+        while True:
+            try:
+                frames = self._reader.read()
+            except BlockingIOError:
+                return received
+            if frames is None:
+                raise MatcherGone(self._how_it_ended())
+            for message in map(decode_from_matcher, frames):
+                if isinstance(message, Ready):
+                    self.is_ready = True
+                    self.ready_at = time.monotonic()
+                else:
+                    received.append(message)
+
+    def _how_it_ended(self) -> str:
+        try:
+            return how_it_ended(self._process.wait(timeout=1))
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+
+    def close(self) -> None:
+        """Kill it, if it lives, and forget it."""
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()

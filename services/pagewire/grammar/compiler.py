@@ -1,0 +1,106 @@
+"""Grammars compiled once and kept: what is asked for again is a copy. Safe in any thread."""
+
+import threading
+from collections import OrderedDict
+from typing import Final, NamedTuple
+
+from llguidance import LLMatcher, LLParserLimits
+from pagewire_protocol.grammar import Grammar, GrammarKind
+
+from .errors import GrammarError
+from .sources import source_of
+from .vocabulary import Vocabulary
+
+KEPT: Final = 256
+"""Compiled grammars."""
+MAX_MESSAGE: Final = 400
+"""Characters of what is said about a grammar."""
+NOTHING_MATCHES: Final = "no text matches it"
+LIMITS: Final = LLParserLimits(verbose_errors=False)
+"""llguidance's own: a grammar that takes more fuel than these allow is refused, here or while it is
+matched."""
+_MAY_BE_EMPTY: Final = (
+    GrammarKind.REGEX,
+    GrammarKind.LARK,
+    GrammarKind.GBNF,
+    GrammarKind.STRUCTURAL_TAG,
+)
+
+
+class Compiled(NamedTuple):
+    """A matcher that has seen no token, to be copied; `ignored`: keywords that are not held."""
+
+    matcher: LLMatcher
+    ignored: tuple[str, ...]
+
+
+class Compiler:
+    """For one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._kept: OrderedDict[Grammar, Compiled | GrammarError] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compiled(self, grammar: Grammar) -> Compiled:
+        """Raises GrammarError."""
+        with self._lock:
+            outcome = self._kept.get(grammar)
+            if outcome is not None:
+                self._kept.move_to_end(grammar)
+        if outcome is None:
+            outcome = self._outcome(grammar)
+            with self._lock:
+                self._kept[grammar] = outcome
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+        if isinstance(outcome, GrammarError):
+            raise outcome
+        return outcome
+
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """A new one, before its first token. Raises GrammarError."""
+        return self.compiled(grammar).matcher.deep_copy()
+
+    def _outcome(self, grammar: Grammar) -> Compiled | GrammarError:
+        try:
+            return self._compile(grammar)
+        except GrammarError as error:
+            return error
+        except Exception as error:  # whatever a library makes of what clients send
+            return GrammarError(
+                f"it cannot be compiled ({type(error).__name__}: {str(error)[:200]})"
+            )
+
+    def _compile(self, grammar: Grammar) -> Compiled:
+        matcher = LLMatcher(
+            self._vocabulary.matching,
+            source_of(grammar, self._vocabulary.special_ids),
+            log_level=0,
+            limits=LIMITS,
+        )
+        _check(matcher)
+        warnings = matcher.get_grammar_warnings()
+        probe = matcher.deep_copy()
+        mask = int.from_bytes(probe.compute_bitmask(), "little")
+        _check(probe)
+        for token in self._vocabulary.eos:
+            mask &= ~(1 << token)
+        if not mask and (grammar.kind not in _MAY_BE_EMPTY or not matcher.is_accepting()):
+            raise GrammarError(NOTHING_MATCHES)
+        return Compiled(matcher, tuple(warning[:MAX_MESSAGE] for warning in warnings))
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(explained(matcher.get_error()))
+
+
+def explained(error: str) -> str:
+    """llguidance's message in one line, without the source that it points into."""
+    lines = [line.strip() for line in error.splitlines()]
+    kept = [line for line in lines if line and not set(line) <= set("^ |") and "|" not in line[:8]]
+    text = " ".join(kept).replace("<non-verbose/>", "").strip() or "it cannot be compiled"
+    if text.startswith("NoExtension"):
+        return NOTHING_MATCHES
+    return text.replace("Unimplemented keys", "these keywords are not supported")[:MAX_MESSAGE]

@@ -1,0 +1,138 @@
+"""The requests that match grammars, and the masks for their next tokens. No sockets, no clock.
+
+A request's state is a function of its grammar and its output so far, so that it can be made again
+anywhere: by `open` with that output.
+"""
+
+from typing import Final
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
+from pagewire_protocol.grammar import Grammar
+
+from .compiler import Compiler, explained
+from .vocabulary import Vocabulary
+
+MANY: Final = 8
+"""Masks from which on several threads compute them."""
+Words = NDArray[np.uint32]
+
+
+class Stream:
+    """One request."""
+
+    __slots__ = ("after", "matcher", "num_output", "row", "tail")
+
+    def __init__(self, matcher: LLMatcher, after: bytes, row: int) -> None:
+        self.matcher = matcher
+        self.after = after
+        """What must come before the constrained part; empty once it has come."""
+        self.tail = b""
+        """The end of the free output, as far as `after` may have begun in it."""
+        self.num_output = 0
+        self.row = row
+
+
+class Matchers:
+    """All requests of one service, by their keys. `masks` [rows, words]: row i is written for the
+    request whose row that is."""
+
+    def __init__(self, vocabulary: Vocabulary, compiler: Compiler, masks: Words) -> None:
+        self._vocabulary = vocabulary
+        self._compiler = compiler
+        self._masks = masks
+        self._streams: dict[int, Stream] = {}
+        self._executor = LLExecutor()
+        self._free_mask = self._all_but_endings()
+
+    def _all_but_endings(self) -> Words:
+        """Of free output: a text must not end before its constrained part."""
+        bits = np.ones(self._masks.shape[1] * 32, np.uint8)
+        bits[self._vocabulary.size :] = 0
+        bits[list(self._vocabulary.eos)] = 0
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._streams
+
+    def open(self, key: int, row: int, grammar: Grammar, output: list[int]) -> None:
+        """A request with the output so far. Raises GrammarError."""
+        stream = Stream(self._compiler.matcher(grammar), grammar.after.encode(), row)
+        self._streams[key] = stream
+        for token in output:
+            self._consume(stream, token)
+
+    def close(self, key: int) -> None:
+        """The request is over; a key that is not open is ignored."""
+        self._streams.pop(key, None)
+
+    def advance(self, keys: list[int], tokens: list[int]) -> list[int]:
+        """The next token of each; returns the keys that are open."""
+        present: list[int] = []
+        for key, token in zip(keys, tokens, strict=True):
+            stream = self._streams.get(key)
+            if stream is not None:
+                self._consume(stream, token)
+                present.append(key)
+        return present
+
+    def _consume(self, stream: Stream, token: int) -> None:
+        stream.num_output += 1
+        if stream.after:
+            data = self._vocabulary.raw[token] if token < self._vocabulary.size else b""
+            stream.tail += data
+            if stream.after in stream.tail:
+                stream.after = b""
+                stream.tail = b""
+            else:
+                stream.tail = (
+                    stream.tail[-(len(stream.after) - 1) :] if len(stream.after) > 1 else b""
+                )
+        else:
+            stream.matcher.consume_token(token)
+
+    def fill(self, keys: list[int]) -> tuple[list[int], list[int], dict[int, str]]:
+        """Write the masks of these open requests. Returns the keys that have one, the output
+        positions that they are for, and by key why others have none."""
+        filled: list[int] = []
+        constrained: list[int] = []
+        for key in keys:
+            stream = self._streams[key]
+            if stream.after:
+                self._masks[stream.row] = self._free_mask
+                filled.append(key)
+            else:
+                constrained.append(key)
+        self._compute(constrained)
+        failed: dict[int, str] = {}
+        for key in constrained:
+            why = self._why_none(self._streams[key])
+            if why:
+                failed[key] = why
+                self.close(key)
+            else:
+                filled.append(key)
+        return filled, [self._streams[key].num_output for key in filled], failed
+
+    def _compute(self, keys: list[int]) -> None:
+        size = self._masks.shape[1] * 4
+        streams = [self._streams[key] for key in keys]
+        if len(streams) < MANY:
+            for stream in streams:
+                pointer = int(self._masks[stream.row].ctypes.data)
+                stream.matcher.unsafe_compute_mask_ptr(pointer, size)
+            return
+        self._executor.unsafe_compute_mask_ptr(
+            [(stream.matcher, stream.row) for stream in streams],
+            int(self._masks.ctypes.data),
+            size,
+            len(self._masks),
+        )
+
+    def _why_none(self, stream: Stream) -> str:
+        if stream.matcher.is_error():
+            return explained(stream.matcher.get_error())
+        if not self._masks[stream.row].any():
+            return "no token of the model continues the text"
+        return ""

@@ -1,0 +1,180 @@
+"""The process that compiles grammars and computes masks, for the service that started it. It ends
+with that service, or when the socket does.
+
+Native code that reads what clients send runs here alone: when it crashes or hangs, the service makes
+a new process and opens its requests again.
+"""
+
+import contextlib
+import mmap
+import os
+import queue
+import selectors
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+
+from pagewire.process.parent import die_with_parent
+
+from .compiler import Compiler
+from .errors import GrammarError
+from .matchers import Matchers
+from .messages import (
+    Advance,
+    Check,
+    Checked,
+    Close,
+    Failed,
+    FromMatcher,
+    Masks,
+    Open,
+    Ready,
+    Start,
+    ToMatcher,
+    decode_to_matcher,
+    framed,
+    mask_words,
+)
+from .stream import FrameReader
+from .vocabulary import load_vocabulary
+
+NICE: Final = 1
+"""Those that serve everybody go before."""
+COMPILING: Final = 2
+"""Threads that compile, so that a costly grammar holds up no other's masks."""
+
+
+def main() -> None:
+    """`argv`: the descriptors of the socket and of the memory for masks."""
+    die_with_parent()
+    os.nice(NICE)
+    with socket.socket(fileno=int(sys.argv[1])) as service:
+        Process(service, int(sys.argv[2])).serve()
+
+
+class Process:
+    """One process, for one service."""
+
+    def __init__(self, service: socket.socket, memory: int) -> None:
+        self._service = service
+        self._memory = memory
+        self._reader = FrameReader(service)
+        self._compiler: Compiler | None = None
+        self._matchers: Matchers | None = None
+        self._unusable = ""
+        """Why this model's texts cannot be held to a grammar."""
+        self._compiling: dict[int, Check | Open] = {}
+        """What waits for its grammar to be compiled, by key."""
+        self._compiled: queue.SimpleQueue[Check | Open] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+
+    def serve(self) -> None:
+        """Until the socket ends."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._service, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while True:
+                ready = [key.fileobj for key, _ in selector.select()]
+                if self._woken in ready:
+                    self._woken.recv(4096)
+                    self._take_compiled()
+                if self._service in ready:
+                    frames = self._reader.read()
+                    if frames is None:
+                        os._exit(0)
+                    self._handle(list(map(decode_to_matcher, frames)))
+
+    def _send(self, message: FromMatcher) -> None:
+        self._service.sendall(framed(message))
+
+    def _handle(self, messages: list[ToMatcher]) -> None:
+        for message in messages:
+            match message:
+                case Start():
+                    self._start(message)
+                case Check() | Open():
+                    self._compile(message)
+                case Advance() if self._matchers is not None:
+                    keys = np.frombuffer(message.keys, np.uint64).tolist()
+                    tokens = np.frombuffer(message.tokens, np.int32).tolist()
+                    self._fill(self._matchers, self._matchers.advance(keys, tokens))
+                case Close():
+                    for key in message.keys:
+                        self._compiling.pop(key, None)
+                        if self._matchers is not None:
+                            self._matchers.close(key)
+                case _:
+                    pass
+
+    def _start(self, start: Start) -> None:
+        try:
+            vocabulary = load_vocabulary(start.model, start.vocab_size, start.eos)
+        except GrammarError as error:
+            self._unusable = str(error)
+            self._send(Ready())
+            return
+        self._compiler = Compiler(vocabulary)
+        if start.rows:
+            words = mask_words(start.vocab_size)
+            memory = mmap.mmap(self._memory, 4 * words * start.rows)
+            masks = np.frombuffer(memory, np.uint32).reshape(start.rows, words)
+            self._matchers = Matchers(vocabulary, self._compiler, masks)
+        self._send(Ready())
+
+    def _compile(self, message: Check | Open) -> None:
+        if self._unusable:
+            self._refuse(message, self._unusable)
+            return
+        self._compiling[message.key] = message
+        self._pool.submit(self._compile_in_thread, message)
+
+    def _compile_in_thread(self, message: Check | Open) -> None:
+        assert self._compiler is not None
+        with contextlib.suppress(GrammarError):  # kept, and raised again where it is asked for
+            self._compiler.compiled(message.grammar)
+        self._compiled.put(message)
+        self._waker.send(b"x")
+
+    def _take_compiled(self) -> None:
+        assert self._compiler is not None
+        opened: list[int] = []
+        while not self._compiled.empty():
+            message = self._compiled.get()
+            if self._compiling.pop(message.key, None) is not message:
+                continue  # closed meanwhile
+            try:
+                if isinstance(message, Check):
+                    ignored = self._compiler.compiled(message.grammar).ignored
+                    self._send(Checked(message.key, "", ignored))
+                elif self._matchers is not None:
+                    output = np.frombuffer(message.output, np.int32).tolist()
+                    self._matchers.open(message.key, message.row, message.grammar, output)
+                    opened.append(message.key)
+            except GrammarError as error:
+                self._refuse(message, str(error))
+        if opened and self._matchers is not None:
+            self._fill(self._matchers, opened)
+
+    def _refuse(self, message: Check | Open, why: str) -> None:
+        answer = Checked if isinstance(message, Check) else Failed
+        self._send(answer(message.key, why))
+
+    def _fill(self, matchers: Matchers, keys: list[int]) -> None:
+        filled, positions, failed = matchers.fill(keys)
+        for key, why in failed.items():
+            self._send(Failed(key, why))
+        if filled:
+            self._send(
+                Masks(
+                    np.array(filled, np.uint64).tobytes(), np.array(positions, np.int32).tobytes()
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()

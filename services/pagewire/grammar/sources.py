@@ -1,0 +1,177 @@
+"""Each kind of grammar in the form that llguidance compiles. Knows no tokens and no requests.
+
+Every function raises GrammarError for a source that it cannot read; what is wrong with the schema or
+the expression itself shows when it is compiled.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from llguidance import LLMatcher, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from pagewire_protocol.grammar import Grammar, GrammarKind
+
+from .errors import GrammarError
+from .structural_tags import lark_of_tags
+
+Schema = dict[str, Any]
+OBJECT_KEYWORDS: Final = ("properties", "patternProperties", "required", "minProperties")
+"""A schema that has one of them speaks of objects, whether it says `type` or not."""
+
+_LARK_TERMS: Final = re.compile(
+    r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?P<name><(?!\[)[^\s<>"]+>)'
+)
+"""Strings and expressions, which are passed over, and names of special tokens."""
+
+
+def source_of(grammar: Grammar, special: Mapping[str, int]) -> str:
+    """What LLMatcher takes. `special`: the ids of the vocabulary's special tokens, by name."""
+    if grammar.kind is GrammarKind.STRUCTURAL_TAG:
+        return _structural_tag(grammar, special)
+    if grammar.kind is GrammarKind.LARK:
+        return _lark(grammar, special)
+    return _READERS[grammar.kind](grammar)
+
+
+def _schema(grammar: Grammar) -> str:
+    return _of_schema(_parsed(grammar.source), grammar)
+
+
+def _object(grammar: Grammar) -> str:
+    return _of_schema({"type": "object"}, grammar)
+
+
+def _of_schema(schema: Any, grammar: Grammar) -> str:
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise GrammarError(f"a JSON schema must be an object, not {json.dumps(schema)[:80]}")
+    try:
+        return LLMatcher.grammar_from_json_schema(
+            json.dumps(prepared(schema, grammar)), overrides=json_options(grammar)
+        )
+    except ValueError as error:
+        raise GrammarError(f"the JSON schema cannot be read: {error}") from None
+
+
+def json_options(grammar: Grammar) -> Any:
+    """What llguidance is told of every schema of `grammar`: all of it, since a schema could say
+    otherwise in an `x-guidance` of its own."""
+    return {
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": bool(grammar.whitespace),
+        "whitespace_pattern": grammar.whitespace or None,
+        "coerce_one_of": grammar.lenient,
+        "lenient": grammar.lenient,
+    }
+
+
+def prepared(schema: Schema, grammar: Grammar) -> Schema:
+    """The schema without settings for llguidance, and closed where `grammar` wants that."""
+    schema = {name: value for name, value in schema.items() if name != "x-guidance"}
+    if grammar.additional_properties:
+        return schema
+    schema = json.loads(json.dumps(schema))
+    for part in _parts(schema):
+        speaks_of_objects = part.get("type") == "object" or any(k in part for k in OBJECT_KEYWORDS)
+        if speaks_of_objects:
+            part.setdefault("additionalProperties", False)
+    return schema
+
+
+def _parts(schema: Schema) -> Iterator[Schema]:
+    """The schema and all schemas in it; values of `const` and `enum` are none."""
+    pending: list[Any] = [schema]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        elif isinstance(part, dict):
+            yield part
+            for name, value in part.items():
+                if name in ("properties", "patternProperties", "$defs", "definitions"):
+                    pending += list(value.values()) if isinstance(value, dict) else []
+                elif name not in ("const", "enum", "default", "examples"):
+                    pending.append(value)
+
+
+def _regex(grammar: Grammar) -> str:
+    """`\\d` and `\\w` are ASCII's, as in the patterns of JSON schemas."""
+    pattern = regex_to_lark(grammar.source.replace("\n", "\\n"), "dw")
+    return LLMatcher.grammar_from_lark(f"start: /{pattern}/")
+
+
+def _choice(grammar: Grammar) -> str:
+    choices = _parsed(grammar.source)
+    if not isinstance(choices, list) or not choices or not all(map(_is_text, choices)):
+        raise GrammarError("a choice is a list of one string or more, none of them empty")
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, choices)))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def literal(text: str) -> str:
+    """`text` as a string of a Lark grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _lark(grammar: Grammar, special: Mapping[str, int]) -> str:
+    """A name in angle brackets that is no special token of this model, though it is one of others,
+    stands for its text."""
+
+    def spelled(match: re.Match[str]) -> str:
+        name = match["name"]
+        return match[0] if name is None or name in special else literal(name)
+
+    return LLMatcher.grammar_from_lark(_LARK_TERMS.sub(spelled, grammar.source))
+
+
+def _gbnf(grammar: Grammar) -> str:
+    try:
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.source))
+    except Exception as error:  # the converter raises whatever it runs into
+        raise GrammarError(f"the grammar cannot be read as GBNF: {error}") from None
+
+
+def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
+    def schema_rule(schema: Any) -> str:
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise GrammarError("the schema of a structural tag must be an object")
+        whole = {**prepared(schema, grammar), "x-guidance": json_options(grammar)}
+        return "%json " + json.dumps(whole)
+
+    return LLMatcher.grammar_from_lark(
+        lark_of_tags(_parsed(grammar.source), schema_rule, lambda text: pieces(text, special))
+    )
+
+
+def pieces(text: str, special: Mapping[str, int]) -> list[str]:
+    """`text` as the terms of a Lark rule: strings, and ids where it names special tokens."""
+    if not special:
+        return [literal(text)]
+    names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+    parts = [part for part in re.split(f"({names})", text) if part]
+    return [f"<[{special[part]}]>" if part in special else literal(part) for part in parts]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"it is no JSON: {error}") from None
+
+
+_READERS: Final[dict[GrammarKind, Callable[[Grammar], str]]] = {
+    GrammarKind.JSON_SCHEMA: _schema,
+    GrammarKind.JSON_OBJECT: _object,
+    GrammarKind.REGEX: _regex,
+    GrammarKind.CHOICE: _choice,
+    GrammarKind.GBNF: _gbnf,
+}

@@ -1,0 +1,188 @@
+"""Structural tags as a Lark grammar: free text, in which some texts begin parts that must match.
+
+Two forms are read. vLLM's older one has `structures` (begin, schema, end) and `triggers`; xgrammar's
+has a `format`, a tree of which these types are known: const_string, json_schema,
+regex, any_text, sequence, or, tag, triggered_tags, tags_with_separator.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from .errors import GrammarError
+
+Node = dict[str, Any]
+Pieces = Callable[[str], list[str]]
+EMPTY: Final = '""'
+FREE_TEXT: Final = "/(.|\\n)*/"
+
+
+class _Rules:
+    """The rules of one grammar, as they are made."""
+
+    def __init__(self, schema_rule: Callable[[Any], str], pieces: Pieces) -> None:
+        self.lines: list[str] = []
+        self._schema_rule = schema_rule
+        self._pieces = pieces
+
+    def text(self, value: Any) -> str:
+        """A fixed text; nothing for an empty one."""
+        if not isinstance(value, str):
+            raise GrammarError(f"a structural tag has {value!r:.40} where a text belongs")
+        return " ".join(self._pieces(value))
+
+    def add(self, body: str, *, lexeme: bool = False, options: str = "") -> str:
+        """A new rule, by its name."""
+        name = f"{'T' if lexeme else 'r'}{len(self.lines)}"
+        self.lines.append(f"{name}{options}: {body or EMPTY}")
+        return name
+
+    def schema(self, schema: Any) -> str:
+        """Text that matches a JSON schema."""
+        return self.add(self._schema_rule(schema))
+
+    def free_text(self) -> str:
+        """Any text without special tokens."""
+        return self.add(FREE_TEXT, lexeme=True)
+
+    def up_to(self, text: str) -> str:
+        """Free text that ends with `text` where that first comes."""
+        terms = self._pieces(text)
+        if terms[0].startswith("<["):
+            return self.add(" ".join([self.free_text(), *terms]))
+        if len(terms) > 1:
+            raise GrammarError(f"a special token within {text[:80]!r} cannot end free text")
+        return self.add(f"{self.free_text()} {terms[0]}", options="[lazy]")
+
+
+def lark_of_tags(tag: Any, schema_rule: Callable[[Any], str], pieces: Pieces) -> str:
+    """`schema_rule` gives the body of a rule for JSON by a schema, `pieces` the terms of a rule for
+    a fixed text. Raises GrammarError."""
+    if not isinstance(tag, dict):
+        raise GrammarError("a structural tag must be an object")
+    rules = _Rules(schema_rule, pieces)
+    if "format" in tag:
+        start = _node(tag["format"], rules)
+    else:
+        start = _triggered(_older_tags(tag, rules), tag.get("triggers"), rules, False, False)
+    return "\n".join(["%llguidance {}", f"start: {start}", *rules.lines])
+
+
+def _older_tags(tag: Node, rules: _Rules) -> list[tuple[str, str]]:
+    structures = tag.get("structures")
+    if not isinstance(structures, list) or not structures:
+        raise GrammarError("a structural tag needs `structures`, or a `format`")
+    tags: list[tuple[str, str]] = []
+    for structure in structures:
+        if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
+            raise GrammarError("each of `structures` needs a `begin`")
+        rest = rules.schema(structure.get("schema") or {})
+        tags.append((structure["begin"], f"{rest} {rules.text(structure.get('end', ''))}"))
+    return tags
+
+
+def _triggered(
+    tags: list[tuple[str, str]],
+    triggers: Any,
+    rules: _Rules,
+    at_least_one: bool,
+    stop_after_first: bool,
+) -> str:
+    """Free text in which the tags (how each begins; the rest of it) come, each by its trigger."""
+    if not isinstance(triggers, list) or not all(isinstance(t, str) and t for t in triggers):
+        raise GrammarError("a structural tag needs `triggers`, texts that are not empty")
+    options: list[str] = []
+    for trigger in triggers:
+        bodies = [
+            f"{rules.text(begin[len(trigger) :])} {rest}"
+            for begin, rest in tags
+            if begin.startswith(trigger)
+        ]
+        if bodies:
+            options.append(f"{rules.up_to(trigger)} ({' | '.join(bodies)})")
+    if sum(any(begin.startswith(t) for t in triggers) for begin, _ in tags) < len(tags):
+        raise GrammarError("every `begin` of a structural tag must start with one of `triggers`")
+    one = rules.add(" | ".join(options))
+    if stop_after_first:
+        return one if at_least_one else f"{one} | {rules.free_text()}"
+    end = rules.free_text()
+    return f"{one}{'+' if at_least_one else '*'} {end}"
+
+
+def _node(node: Any, rules: _Rules) -> str:
+    """The expression for one node of a `format`."""
+    if not isinstance(node, dict):
+        raise GrammarError("a `format` of a structural tag is an object with a `type`")
+    match node.get("type"):
+        case "const_string":
+            return rules.text(node.get("value")) or EMPTY
+        case "json_schema":
+            return rules.schema(node.get("json_schema", {}))
+        case "any_text":
+            return rules.free_text()
+        case "regex":
+            return _regex(node, rules)
+        case "sequence":
+            return rules.add(" ".join(_node(part, rules) for part in _list(node, "elements")))
+        case "or":
+            return rules.add(" | ".join(_node(part, rules) for part in _list(node, "elements")))
+        case "tag":
+            begin, rest = _tag(node, rules)
+            return rules.add(f"{rules.text(begin)} {rest}")
+        case "triggered_tags":
+            tags = [_tag(part, rules) for part in _list(node, "tags")]
+            return rules.add(
+                _triggered(
+                    tags,
+                    node.get("triggers"),
+                    rules,
+                    bool(node.get("at_least_one")),
+                    bool(node.get("stop_after_first")),
+                )
+            )
+        case "tags_with_separator":
+            return _separated(node, rules)
+        case other:
+            raise GrammarError(f"a structural tag's format of type {other!r:.40} is not supported")
+
+
+def _regex(node: Node, rules: _Rules) -> str:
+    pattern = _text(node, "pattern").replace("/", "\\/")
+    return rules.add(f"/{pattern}/", lexeme=True)
+
+
+def _tag(node: Any, rules: _Rules) -> tuple[str, str]:
+    """How it begins, and the expression for the rest."""
+    if not isinstance(node, dict):
+        raise GrammarError("a tag of a structural tag is an object")
+    end = node.get("end", "")
+    content = node.get("content", {})
+    ends = end if isinstance(end, list) else [end]
+    if isinstance(content, dict) and content.get("type") == "any_text":
+        if not all(isinstance(e, str) and e for e in ends):
+            raise GrammarError("a tag with any text in it needs an `end`")
+        return _text(node, "begin"), "(" + " | ".join(map(rules.up_to, ends)) + ")"
+    closing = " | ".join(rules.text(e) or EMPTY for e in ends)
+    return _text(node, "begin"), f"{_node(content, rules)} ({closing})"
+
+
+def _separated(node: Node, rules: _Rules) -> str:
+    tags = [_tag(part, rules) for part in _list(node, "tags")]
+    one = rules.add(" | ".join(f"{rules.text(begin)} {rest}" for begin, rest in tags))
+    body = one
+    if not node.get("stop_after_first"):
+        body += f" ({rules.text(node.get('separator', ''))} {one})*"
+    return rules.add(body if node.get("at_least_one") else f"({body})?")
+
+
+def _list(node: Node, name: str) -> list[Any]:
+    values = node.get(name)
+    if not isinstance(values, list) or not values:
+        raise GrammarError(f"a structural tag's {node.get('type')} needs `{name}`")
+    return values
+
+
+def _text(node: Node, name: str) -> str:
+    value = node.get(name)
+    if not isinstance(value, str) or not value:
+        raise GrammarError(f"a structural tag's {node.get('type', 'tag')} needs `{name}`")
+    return value
