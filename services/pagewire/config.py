@@ -200,7 +200,9 @@ class TokenizerConfig(Struct, frozen=True):
     ] = ""
     reasoning_parser: Annotated[
         str,
-        _help("how the model marks its reasoning, by vLLM's names; found from its template without"),
+        _help(
+            "how the model marks its reasoning, by vLLM's names; found from its template without"
+        ),
     ] = ""
 
 

@@ -203,6 +203,7 @@ class FakeStack:
     received: list[Generate | Cancel | Tokenize | Detokenize] = field(default_factory=list)
     words: Words = field(default_factory=Words)
     has_text: bool = True
+    has_reasoning: bool = False
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
@@ -300,6 +301,7 @@ class FakeStack:
             *text,
             dict(self.stats),
             self.sampling_defaults,
+            has_reasoning=self.has_reasoning,
         )
 
     def send_rosters(self) -> None:

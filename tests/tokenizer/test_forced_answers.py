@@ -94,9 +94,7 @@ def test_json_or_calls(bpe: Tokenizer) -> None:
     grammar = vocabulary.forced.grammar(options, Tools(TOOLS), wanted, opens_reasoning=False)
     assert grammar is not None
     assert vocabulary.takes(grammar, '{"a": 1}') and not vocabulary.takes(grammar, '{"b": 1}')
-    assert vocabulary.takes(
-        grammar, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-    )
+    assert vocabulary.takes(grammar, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
 
 
 def test_what_is_forced_begins_behind_the_reasoning(bpe: Tokenizer) -> None:

@@ -147,7 +147,9 @@ class SseChoice(Choice):
         completion_tokens: int,
         reasoning_tokens: int = 0,
     ) -> None:
-        if self._holds(partial(self.finished, reason, stop_reason, completion_tokens, reasoning_tokens)):
+        if self._holds(
+            partial(self.finished, reason, stop_reason, completion_tokens, reasoning_tokens)
+        ):
             return
         self.reason = reason
         self.usage.completion_tokens = completion_tokens

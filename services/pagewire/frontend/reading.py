@@ -23,6 +23,7 @@ from .openai import (
 from .params import Plan, plan_chat, plan_completion
 from .parsing import parse
 from .prompts import at_most, chat_of, most_query_ids, query_text, text_prompt, token_column
+from .tools import encoded_tools
 
 BodyType = Literal["completion", "chat", "tokenize", "detokenize"]
 
@@ -91,6 +92,7 @@ def _prompt_of(parsed: TokenizeRequest, model: ModelFacts) -> Prompt:
             parsed.continue_final_message,
             parsed.chat_template_kwargs,
             model,
+            encoded_tools(parsed.tools),
         )
     )
 

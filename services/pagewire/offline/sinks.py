@@ -8,8 +8,8 @@ from typing import Any
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
-from ..requests.beam_driver import BeamResult
 from ..requests.answers import Output
+from ..requests.beam_driver import BeamResult
 from ..requests.errors import RequestError
 from ..requests.job_template import JobTemplate
 from ..requests.request import Job, OwnedRequest, Sink

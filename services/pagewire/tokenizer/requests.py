@@ -53,11 +53,12 @@ class Requests:
         inbox: str,
         offload: Callable[[EncodingTask], None],
         grammar_outcome: GrammarOutcome = no_grammars,
+        answers: ModelAnswers | None = None,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
         and later hands the task to `encoded`. `grammar_outcome`: see GrammarChecks.outcome; what it
-        does not know yet is told to `grammar_settled`."""
-    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
+        does not know yet is told to `grammar_settled`. `answers`: how the model's are taken apart;
+        None without a chat template."""
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
@@ -192,9 +193,6 @@ class Requests:
             )
         )
 
-<<<<<<< HEAD
-    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
-=======
     def _is_checked(self, request: Generate, roster: Roster) -> bool:
         """Whether it is known that the request's grammar is one. Raises Refused."""
         if request.grammar is None:
@@ -204,8 +202,7 @@ class Requests:
             raise Refused(f"the grammar is not supported: {wrong}", request.grammar.param)
         return wrong is not None
 
-    def _open(self, request: Generate, prompt: bytes) -> Stream:
->>>>>>> grammar
+    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
         options = request.text
         parsing = self._answers.parser(request, opens_reasoning) if self._answers else None
         decoder = self._decoding.start(

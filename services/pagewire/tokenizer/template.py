@@ -439,7 +439,11 @@ def _values(chat: Chat) -> dict[str, Any]:
     """The template's variables besides the messages and the special tokens. Raises
     TemplateRefused."""
     tools = json.loads(chat.tools) if chat.tools else None
-    values = {"tools": tools, "documents": None, "add_generation_prompt": chat.add_generation_prompt}
+    values = {
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": chat.add_generation_prompt,
+    }
     if not chat.template_kwargs:
         return values
     try:

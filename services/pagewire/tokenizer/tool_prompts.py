@@ -134,10 +134,7 @@ def _short_id(call_id: str) -> str:
 
 def with_tools_first(messages: list[Message], tools: list[Any], role: str) -> list[Message]:
     """The messages with the tools in the first one of `role`, or in a new one before all."""
-    lines = "\n".join(
-        json.dumps(tool["function"] if "function" in tool else tool, ensure_ascii=False)
-        for tool in tools
-    )
+    lines = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     text = _INSTRUCTIONS.format(tools=lines)
     for index, message in enumerate(messages):
         if message["role"] in (role, "developer" if role == "system" else role):

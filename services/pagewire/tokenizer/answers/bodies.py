@@ -383,7 +383,7 @@ class NamedBody(BodyReader):
             self.answer.arguments("{}")
             return
         if calls.end:
-            dropped, marker = yield from self._up_to("{", calls.end, calls.begin)
+            _dropped, marker = yield from self._up_to("{", calls.end, calls.begin)
         else:
             marker = yield from self.reader.space()
             if marker == "{":

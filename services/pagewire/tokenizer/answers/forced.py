@@ -401,4 +401,4 @@ class _Writer:
                 for index, entry in enumerate(others)
             ]
             body = f"({' | '.join(chains)})?" if chains else ""
-        return f'{terms(calls.begin + "call:" + name + "{")} {body} {terms("}" + calls.end)}'
+        return f"{terms(calls.begin + 'call:' + name + '{')} {body} {terms('}' + calls.end)}"

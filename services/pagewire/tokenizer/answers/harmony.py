@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pagewire_protocol.structs import PartKind
 
-from .bodies import NotACall, BodyReader, Broken
+from .bodies import BodyReader, Broken, NotACall
 from .format import HarmonyCalls
 from .waiting import Ended, Wait, markers
 

@@ -54,9 +54,7 @@ class ModelAnswers:
         """Ids of special tokens, by their texts."""
         if tokenizer is not None:
             added = tokenizer.get_added_tokens_decoder()
-            self.special = {
-                entry.content: token for token, entry in added.items() if entry.special
-            }
+            self.special = {entry.content: token for token, entry in added.items() if entry.special}
         markers = markers_of(self.format, self.reasoning)
         self._hidden = frozenset(
             token
@@ -99,10 +97,11 @@ class ModelAnswers:
         begins the answer decides, never the rest of the prompt. Raises TemplateRefused."""
         if self.reasoning is None:
             return False
-        if chat.continue_final_message:
-            begun = chat.messages[-1].content
-        else:
-            begun = self.template.generation_prompt(chat, rendered)
+        begun = (
+            chat.messages[-1].content
+            if chat.continue_final_message
+            else self.template.generation_prompt(chat, rendered)
+        )
         return begun.rfind(self.reasoning.begin) > begun.rfind(self.reasoning.end)
 
     def parser(self, request: Generate, opens_reasoning: bool) -> StreamParser | None:
@@ -170,6 +169,10 @@ def _reasoning_of(
     if answer_format.name == "kimi_k2" and "</think>" in template.source:
         return named_reasoning("kimi_k2")
     return next(
-        (item for item in REASONING if item.begin in template.source or item.end in template.source),
+        (
+            item
+            for item in REASONING
+            if item.begin in template.source or item.end in template.source
+        ),
         None,
     )

@@ -5,8 +5,6 @@ from ..format import AnswerFormat, BraceCalls
 FORMAT = AnswerFormat(
     name="functiongemma",
     parser_names=("functiongemma", "gemma"),
-    calls=BraceCalls(
-        begin="<start_function_call>", end="<end_function_call>", quote="<escape>"
-    ),
+    calls=BraceCalls(begin="<start_function_call>", end="<end_function_call>", quote="<escape>"),
     signs=("<start_function_call>",),
 )
