@@ -44,6 +44,8 @@ class Plan(Struct, frozen=True):
     cache_salt: str
     request_id: str = ""
     """The client's own name for the request, if it gave one."""
+    ignored: tuple[str, ...] = ()
+    """What the request holds without effect, to be logged."""
 
     @property
     def choices(self) -> Choices:

@@ -58,6 +58,8 @@ class State(Struct):
     """Generation requests that have no complete answer yet."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
+    ignored: set[str] = field(default_factory=set[str])
+    """What requests of agents held without effect, as far as it was logged."""
     log_requests: bool = False
     """Each request is a line of the log when it ends."""
     body_readers: BodyReaders = field(default_factory=BodyReaders)
