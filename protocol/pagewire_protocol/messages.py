@@ -69,8 +69,8 @@ from .structs import (
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Death", "Deltas",
     "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Grammar", "Handle", "Heartbeat", "Hello", "Inbox",
-    "Incarnation", "LogprobColumns", "Message", "Park", "PartKind", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
-    "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
+    "Incarnation", "LogprobColumns", "Message", "Park", "PartKind", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid",
+    "Role", "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
     "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack",
     "unpack",
 ]

@@ -276,9 +276,7 @@ def test_a_response_is_streamed(server) -> None:
         assert name in names
     done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
     whole = ok(server.post("/v1/responses", input="calls", tools=[FUNCTION]))
-    said = [
-        {key: value for key, value in item.items() if key != "id"} for item in whole["output"]
-    ]
+    said = [{key: value for key, value in item.items() if key != "id"} for item in whole["output"]]
     assert [{k: v for k, v in item.items() if k != "id"} for item in done] == said
     assert events[-1]["response"]["output"] == done
 
@@ -330,7 +328,9 @@ def test_a_conversation_of_codex(server) -> None:
         ("user", "calls", None),
     ]
     assert second["output"][-1]["name"] == "g" and second["output"][-1]["namespace"] == "mcp__x__"
-    names = [t["function"]["name"] for t in json.loads(server.stack.generates()[-1].prompt.chat.tools)]
+    names = [
+        t["function"]["name"] for t in json.loads(server.stack.generates()[-1].prompt.chat.tools)
+    ]
     assert names == ["f", "g"]
     assert {"tool web_search", "item web_search_call"} <= server.frontend.service.state.ignored
 

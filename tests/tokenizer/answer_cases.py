@@ -68,7 +68,8 @@ CASES: dict[str, str] = {
     "minimax_m2": 'Sure.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">São Paulo</parameter>\n'
     '<parameter name="days">2</parameter>\n<parameter name="zip">7</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n'
     "</minimax:tool_call>",
-    "minimax_m1": f'Sure.\n<tool_calls>\n{{"name": "get_weather", "arguments": {_JSON}}}\n{{"name": "now", "arguments": {{}}}}\n</tool_calls>',
+    "minimax_m1": f'Sure.\n<tool_calls>\n{{"name": "get_weather", "arguments": {_JSON}}}\n'
+    f'{{"name": "now", "arguments": {{}}}}\n</tool_calls>',
     "generic": f'{{"name": "get_weather", "arguments": {_JSON}}}\n{{"name": "now", "arguments": {{}}}}',
 }
 assert {name.strip() for name in CASES} == {item.name for item in FORMATS}

@@ -7,6 +7,7 @@ is skipped.
 """
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -394,10 +395,8 @@ class NamedBody(BodyReader):
                 self.reader.give_back(marker)
             return
         self.reader.give_back("{")
-        try:
+        with contextlib.suppress(Broken):  # it was closed
             yield from self.json_arguments(self.answer.arguments)
-        except Broken:
-            pass  # it was closed
         if calls.end:
             marker = yield from self.skip_to(calls.end, calls.begin)
             if marker == calls.begin:
@@ -608,7 +607,7 @@ def _keywords(source: str) -> dict[str, Any] | None:
         if not isinstance(tree, ast.Call) or tree.args:
             return None
         return {word.arg or "": _literal(word.value) for word in tree.keywords}
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError, SystemError, TypeError):
         return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from pagewire_protocol.grammar import (
     DEFAULT_WHITESPACE,
     MAX_GRAMMAR_SOURCE,
+    MAX_SCHEMA_DEPTH,
     Grammar,
     GrammarKind,
 )
@@ -182,6 +183,21 @@ def _json(schema: Any, strict: bool) -> str:
     return "%json " + json.dumps(whole)
 
 
+def closed(schema: Any, depth: int = 0) -> Any:
+    """The schema without room for arguments that it does not name: no tool would know them."""
+    if isinstance(schema, list) and depth < MAX_SCHEMA_DEPTH:
+        return [closed(item, depth + 1) for item in schema]
+    if not isinstance(schema, dict) or depth >= MAX_SCHEMA_DEPTH:
+        return schema
+    parts = {
+        key: value if key in ("enum", "const", "default", "examples") else closed(value, depth + 1)
+        for key, value in schema.items()
+    }
+    if isinstance(parts.get("properties"), dict) and parts.get("type", "object") == "object":
+        parts.setdefault("additionalProperties", False)
+    return parts
+
+
 class _Writer:
     """Writes the rules of one request's calls."""
 
@@ -265,7 +281,7 @@ class _Writer:
         schema = self._tools.parameters(name)
         if "type" not in schema and "$ref" not in schema:
             schema = {**schema, "type": "object"}
-        return _json(schema, strict=self._is_strict(name))
+        return _json(closed(schema), strict=self._is_strict(name))
 
     def _is_strict(self, name: str) -> bool:
         return self._tools.functions.get(name, {}).get("strict") is True
@@ -290,7 +306,7 @@ class _Writer:
             return
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         for key, value in properties.items():
-            value = value if isinstance(value, dict) else {}
+            value = closed(value) if isinstance(value, dict) else {}
             yield key, {**value, **shared}, isinstance(required, list) and key in required
 
     def _parameters(self, calls: ParameterCalls, name: str) -> str:
