@@ -6,6 +6,6 @@ FORMAT = AnswerFormat(
     name="phi4_mini",
     parser_names=("phi4_mini_json", "phi4_mini"),
     calls=JsonCalls(begin=("<|tool_call|>", "functools["), is_list=True),
-    signs=("<|tool|>",),
+    signs=("<|/tool|>",),
     hidden=("<|/tool_call|>",),
 )
