@@ -20,7 +20,6 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +175,8 @@ def choices(count: int) -> list[list[str]]:
     return [make.sample(words, make.randint(2, 8)) for _ in range(count)]
 
 
-def tasks(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """(kind, parameters of the request, whether a text is right)."""
+def tasks(args: argparse.Namespace) -> list[tuple[str, dict[str, Any], Any]]:
+    """(kind, parameters of the request, whether a text is right), the kinds mixed."""
     import jsonschema
     from jsonschema.validators import validator_for
 
@@ -188,14 +187,18 @@ def tasks(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Any]]
         validator = validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
         return lambda text: validator.is_valid(json.loads(text))
 
+    asked: list[tuple[str, dict[str, Any], Any]] = []
     for entry in entries[: args.schemas]:
         schema = entry["schema"]
         form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        yield "schema", {"response_format": form}, schema_check(schema)
+        asked.append(("schema", {"response_format": form}, schema_check(schema)))
     for pattern in regexes(args.regexes):
-        yield "regex", {"structured_outputs": {"regex": pattern}}, re.compile(pattern).fullmatch
+        form = {"structured_outputs": {"regex": pattern}}
+        asked.append(("regex", form, re.compile(pattern).fullmatch))
     for words in choices(args.choices):
-        yield "choice", {"structured_outputs": {"choice": words}}, words.__contains__
+        asked.append(("choice", {"structured_outputs": {"choice": words}}, words.__contains__))
+    random.Random(args.seed).shuffle(asked)
+    return asked
 
 
 async def generate(args: argparse.Namespace) -> None:
@@ -219,6 +222,10 @@ async def generate(args: argparse.Namespace) -> None:
             **fields,
         }
         async with gate:
+            if time.perf_counter() - began > args.seconds:
+                counts[kind, "not asked"] += 1
+                return
+            counts[kind, "requests"] += 1
             answers = await texts(session, args.url, body)
         for finish, text in answers:
             if finish == "stop" and kind == "schema":
@@ -354,6 +361,7 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=50)
     parser.add_argument("--both", action="store_true", help="each streamed and not, not in turns")
     parser.add_argument("--streams", type=int, default=16, help="requests at a time")
+    parser.add_argument("--seconds", type=float, default=36000, help="after which no more is asked")
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
