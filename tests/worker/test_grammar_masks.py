@@ -5,9 +5,12 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.fake import FakeRunner, chain
 from pagewire.worker.step.grammar_masks import HANG_S, MAX_FAILED_STARTS
+from pagewire.worker.step.logit_constraints import Constraints
+from pagewire.worker.step.slots import Slots
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Admission, Step, pack, unpack
@@ -243,3 +246,27 @@ def test_a_grammar_that_no_token_continues_fails_its_row_alone() -> None:
     bench.step()
     assert bench.room.masks.failed(np.arange(2)).tolist() == [True, False]
     assert len(good.output) == 2
+
+
+def test_a_grammar_has_the_last_word_over_other_constraints() -> None:
+    """Where biases, bad words and minima leave none of its tokens, they are not applied."""
+    room = Room(2, VOCAB)
+    slots = Slots(2, 64, 8)
+    constraints = Constraints(slots, room.masks, VOCAB, (3,), "cpu", torch.from_numpy)
+    source = "x"
+    wanted = allowed(source, [], VOCAB)
+    others = [token for token in range(VOCAB) if token not in wanted]
+    for slot, ids in enumerate((others, [wanted[1], *others])):
+        sampling = Sampling(seed=0, max_tokens=9, allowed_ids=pack("i", ids))
+        admission = Admission(
+            slot, 1, pack("i", [1]), b"", pack("i", [slot]), 0, sampling, grammar=grammar(source)
+        )
+        slots.admit(admission)
+        room.masks.admit(slot, admission.grammar, np.zeros(0, np.int32))
+        constraints.admit(np.array([slot]))
+    rows = np.arange(2)
+    assert room.masks.ready(rows, np.zeros(2, np.int64)).all()
+    logits = torch.zeros(2, VOCAB)
+    constraints.apply(logits, rows)
+    left = [np.flatnonzero(row > -1e30).tolist() for row in logits.numpy()]
+    assert left == [wanted, [wanted[1]]]
