@@ -217,3 +217,13 @@ def paged_attention(
         )
         out[first:last] = attend(q[first:last], k, v, scale, window, softcap, alibi_slopes)
     return out.flatten(1)
+
+
+def apply_token_masks(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V / 32)]:
+    where bit i % 32 of word i // 32 is not set, the logit of token i becomes minus infinity."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = (words[:, :, None] >> shifts) & 1
+    stays = bits.view(len(rows), -1)[:, : logits.shape[1]].bool()
+    excluded = torch.full_like(logits[:1], float("-inf"))
+    logits[rows] = torch.where(stays, logits[rows], excluded)

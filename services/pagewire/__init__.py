@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from .offline.llm import LLM
     from .offline.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
     from .offline.prompts import TextPrompt, TokensPrompt
-    from .offline.sampling_params import BeamSearchParams, SamplingParams
+    from .offline.sampling_params import (
+        BeamSearchParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __all__ = [
     "LLM",
@@ -22,6 +26,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",
@@ -30,6 +35,7 @@ _HOMES = {
     "LLM": "offline.llm",
     "SamplingParams": "offline.sampling_params",
     "BeamSearchParams": "offline.sampling_params",
+    "StructuredOutputsParams": "offline.sampling_params",
     "RequestOutput": "offline.outputs",
     "CompletionOutput": "offline.outputs",
     "BeamSearchOutput": "offline.outputs",

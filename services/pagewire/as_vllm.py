@@ -36,7 +36,12 @@ NAMES: dict[str, dict[str, str]] = {
     "vllm.sequence": {"Logprob": OUTPUTS, "RequestMetrics": OUTPUTS},
     "vllm.logprobs": {"Logprob": OUTPUTS},
     "vllm.inputs": _INPUTS,
-    "vllm.sampling_params": {"SamplingParams": PARAMS, "BeamSearchParams": PARAMS},
+    "vllm.sampling_params": {
+        "SamplingParams": PARAMS,
+        "BeamSearchParams": PARAMS,
+        "StructuredOutputsParams": PARAMS,
+        "GuidedDecodingParams": PARAMS,
+    },
     "vllm.beam_search": _BEAMS,
     "vllm.entrypoints": {},
     "vllm.entrypoints.llm": {"LLM": LLM, "SamplingParams": PARAMS, "BeamSearchParams": PARAMS},

@@ -9,11 +9,13 @@ from pagewire import LLM, BeamSearchParams, SamplingParams
 from pagewire.cli import parse_structs
 from pagewire.config import FrontendConfig, to_flags
 from pagewire.offline.prompts import as_chats, as_params, as_prompts
+from pagewire.offline.sampling_params import GuidedDecodingParams, StructuredOutputsParams
 from pagewire.offline.settings import configure
 from pagewire.offline.translate import job_templates
 from pagewire.requests.model_facts import ModelFacts
 from pagewire.requests.request import Job
 from pagewire_protocol.columns import pack
+from pagewire_protocol.grammar import Grammar, GrammarKind
 from pagewire_protocol.structs import Prompt
 
 
@@ -66,12 +68,58 @@ def test_the_defaults_are_the_ones_people_know() -> None:
         ({"allowed_token_ids": []}, "`allowed_token_ids` is empty"),
         ({"bad_words": [""]}, "A string in `bad_words` must have 1 to 256 characters, got 0."),
         ({"logits_processors": [print]}, "logits_processors=.* is not supported"),
-        ({"structured_outputs": {"json": {}}}, "structured_outputs=.* is not supported"),
+        ({"structured_outputs": {}}, "`structured_outputs` must say exactly one of json, regex"),
+        (
+            {
+                "structured_outputs": StructuredOutputsParams(regex="a"),
+                "guided_decoding": GuidedDecodingParams(regex="a"),
+            },
+            "exclude each other",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_with_the_numbers(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SamplingParams(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "source"),
+    [
+        ({"json": {"type": "object"}}, GrammarKind.JSON_SCHEMA, '{"type":"object"}'),
+        ({"json": '{"type": "object"}'}, GrammarKind.JSON_SCHEMA, '{"type": "object"}'),
+        ({"json_object": True}, GrammarKind.JSON_OBJECT, ""),
+        ({"regex": "[ab]+"}, GrammarKind.REGEX, "[ab]+"),
+        ({"choice": ["x", "y"]}, GrammarKind.CHOICE, '["x","y"]'),
+        ({"grammar": 'root ::= "x"'}, GrammarKind.GBNF, 'root ::= "x"'),
+        ({"grammar": 'start: "x"'}, GrammarKind.LARK, 'start: "x"'),
+    ],
+)
+def test_a_form_of_the_answer_becomes_a_grammar_by_both_names(given, kind, source) -> None:
+    for name, outputs in (
+        ("structured_outputs", StructuredOutputsParams(**given)),
+        ("structured_outputs", given),
+        ("guided_decoding", GuidedDecodingParams(**given)),
+    ):
+        (job,) = jobs_of(SamplingParams(**{name: outputs}))
+        assert job.grammar == Grammar(kind, source, param=name)
+
+
+def test_a_form_has_options_and_a_former_constructor() -> None:
+    outputs = StructuredOutputsParams(
+        json={}, disable_any_whitespace=True, disable_additional_properties=True
+    )
+    grammar = SamplingParams(structured_outputs=outputs).grammar()
+    assert grammar is not None and not grammar.whitespace and not grammar.additional_properties
+    assert GuidedDecodingParams.from_optional() is None
+    guided = GuidedDecodingParams.from_optional(json={"type": "null"}, whitespace_pattern=" ")
+    assert guided is not None and guided.whitespace_pattern == " "
+    with pytest.raises(ValueError, match="together with beam search"):
+        jobs_of(
+            SamplingParams(
+                use_beam_search=True, best_of=2, temperature=0, structured_outputs={"regex": "a"}
+            )
+        )
 
 
 LEGACY = {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.gpu import runner as gpu_runner
@@ -23,6 +24,7 @@ from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
 from pagewire_protocol.messages import Admission, Step, StepCost, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
+from worker.stand_in_matcher import Room, allowed, grammar
 
 SLOTS, BLOCK, BLOCKS, COUNT = 6, 8, 90, 8
 CONFIG = WorkerConfig(
@@ -89,12 +91,12 @@ def on_gpu(path, monkeypatch):
     """make(observers) -> a GpuRunner, eager, whose device is the CPU."""
     monkeypatch.setattr(gpu_runner.torch.cuda, "Event", Event)
 
-    def make(*observers: Any) -> GpuRunner:
+    def make(*observers: Any, masks: GrammarMasks | None = None) -> GpuRunner:
         loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
         slots = Slots(SLOTS, loaded.sizing.max_model_len, BLOCK)
         state = SlotState.empty(SLOTS + 1, slots.tables.shape[1], "cpu")
         uploads: Any = Uploads()
-        masks = GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
+        masks = masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
         parts = GpuParts(
             loaded,
             slots,
@@ -242,3 +244,86 @@ def test_there_are_more_buffers_than_steps_in_flight() -> None:
             SchedulerConfig(steps_in_flight=16),
             WorkerConfig(),
         )
+
+
+# --- grammars ---
+
+SOURCES = ["a", None, "b", "c", "d", None]
+
+
+def generate_by_grammars(runner: Any, ahead: int) -> tuple[list[list[int]], list[Any]]:
+    """COUNT tokens for each of REQUESTS, some of which have grammars, by slot, and the
+    log-probabilities of slot 4. A row whose mask is late brings none, and is run again."""
+    make = np.random.default_rng(5)
+    prompts = [make.integers(3, 300, 3 + 4 * i).tolist() for i in range(SLOTS)]
+    free = list(range(BLOCKS))
+    admit = []
+    for slot, (prompt, sampling) in enumerate(zip(prompts, REQUESTS, strict=True)):
+        source = SOURCES[slot]
+        blocks = [free.pop() for _ in range(15)]
+        admission = Admission(
+            slot,
+            slot,
+            pack("i", prompt),
+            b"",
+            pack("i", blocks),
+            0,
+            replace(sampling, prompt_logprobs=-1),
+            grammar=None if source is None else grammar(source),
+        )
+        admit.append(admission)
+    out: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[Any] = []
+    in_flight: deque[Any] = deque()
+    n = 0
+    while any(len(tokens) < COUNT for tokens in out):
+        counts = [len(prompt) for prompt in prompts] if not n else [1] * SLOTS
+        columns = {"run_slots": pack("i", range(SLOTS)), "run_counts": pack("i", counts)}
+        in_flight.append(runner.launch(Step(1, n, admit=tuple(admit), **columns)))
+        admit, n = [], n + 1
+        while len(in_flight) > ahead:
+            result = in_flight.popleft().result()
+            slots = unpack("i", result.slots).tolist()
+            brought = unpack("i", result.counts).tolist() if result.counts else [1] * SLOTS
+            tokens = iter(unpack("i", result.tokens).tolist())
+            rows = [slot for slot, count in zip(slots, brought, strict=True) if count]
+            for slot in rows:
+                out[slot].append(next(tokens))
+            if result.logprobs is not None and 4 in rows:
+                index = unpack("i", result.logprobs.rows).tolist().index(rows.index(4))
+                logprobs.append(unpack("i", result.logprobs.ids).tolist()[3 * index])
+    return [tokens[:COUNT] for tokens in out], logprobs[:COUNT]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+def test_rows_with_grammars_get_the_cpu_runners_tokens_and_the_others_what_they_always_got(
+    on_gpu, path
+) -> None:
+    late = 0.7
+    free, _ = generate_by_grammars(_cpu_runner(path, None), 0)
+    room = Room(SLOTS, 300)
+    wanted, wanted_logprobs = generate_by_grammars(_cpu_runner(path, room.masks), 0)
+    for slot, source in enumerate(SOURCES):
+        if source is None:
+            assert wanted[slot] == free[slot]
+            continue
+        for i, token in enumerate(wanted[slot]):
+            assert token in allowed(source, wanted[slot][:i], 300)
+    assert wanted_logprobs == wanted[4]
+    for runner, ahead in (
+        (_cpu_runner(path, Room(SLOTS, 300, late, 1).masks), 0),
+        (on_gpu(masks=Room(SLOTS, 300, late, 2).masks), 0),
+        (on_gpu(masks=Room(SLOTS, 300, late, 3).masks), 3),
+    ):
+        assert generate_by_grammars(runner, ahead) == (wanted, wanted_logprobs)
+
+
+def _cpu_runner(path, masks: GrammarMasks | None) -> AsyncFromSync:
+    """Without `masks`, grammars are passed over."""
+    runner = Runner(path, ModelConfig(), SchedulerConfig(max_num_seqs=SLOTS), CONFIG, incarnation=7)
+    if masks is None:
+        runner._masks.follow = lambda step: None
+    else:
+        runner._masks = masks
+        runner._constraints._grammars._masks = masks
+    return AsyncFromSync(runner)

@@ -4,8 +4,10 @@ penalties."""
 import numpy as np
 import pytest
 import torch
+from pagewire_kernels import reference
 from pagewire_kernels.penalties import apply_penalties, count_tokens
 from pagewire_kernels.sampling import SamplingRows, sample, thresholds, top_logprobs
+from pagewire_kernels.token_masks import apply_token_masks
 
 INF = float("inf")
 
@@ -156,3 +158,20 @@ def test_penalties() -> None:
     expected = expected - a[:, None] * (n > 0) - b[:, None] * n
     apply_penalties(logits, counts, prompted, slots, a, b, r)
     assert torch.allclose(logits, expected)
+
+
+@pytest.mark.parametrize("width", [31, 32, 100, 5000])
+def test_token_masks(width: int) -> None:
+    make = torch.Generator().manual_seed(width)
+    logits = torch.randn(5, width, generator=make)
+    rows = torch.tensor([4, 0, 4])
+    words = torch.randint(-(2**31), 2**31, (3, -(-width // 32)), dtype=torch.int32, generator=make)
+    words[2] = words[0]
+    wanted = logits.clone()
+    reference.apply_token_masks(wanted, rows, words)
+    apply_token_masks(logits, rows, words)
+    assert torch.equal(logits, wanted) and torch.isinf(wanted[[0, 4]]).any()
+    assert torch.isfinite(wanted[1:4]).all()
+    for token in range(width):
+        stays = bool((int(words[1, token // 32]) >> (token % 32)) & 1)
+        assert bool(torch.isfinite(logits[0, token])) is stays

@@ -12,6 +12,7 @@ from pagewire.worker.gpu.resample import ExtraSampling, Kernels, StepLogprobs
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.slots import Slots
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
+from pagewire_kernels.reference import apply_token_masks
 from pagewire_kernels.sampling import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Admission, pack
@@ -27,7 +28,7 @@ def draw(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     return Sampled(logits.argmax(-1), logits.amax(-1), logits.isnan().any(-1))
 
 
-PLAIN = Kernels(draw, apply_penalties_reference, count_tokens_reference)
+PLAIN = Kernels(draw, apply_penalties_reference, count_tokens_reference, apply_token_masks)
 
 
 class Device:

@@ -1,5 +1,6 @@
 """Grammars compiled once and kept: what is asked for again is a copy. Safe in any thread."""
 
+import re
 import threading
 from collections import OrderedDict
 from typing import Final, NamedTuple
@@ -19,6 +20,7 @@ NOTHING_MATCHES: Final = "no text matches it"
 LIMITS: Final = LLParserLimits(verbose_errors=False)
 """llguidance's own: a grammar that takes more fuel than these allow is refused, here or while it is
 matched."""
+_REMOTE: Final = re.compile("Resource '(.*?)' is not present in a registry")
 _MAY_BE_EMPTY: Final = (
     GrammarKind.REGEX,
     GrammarKind.LARK,
@@ -103,4 +105,9 @@ def explained(error: str) -> str:
     text = " ".join(kept).replace("<non-verbose/>", "").strip() or "it cannot be compiled"
     if text.startswith("NoExtension"):
         return NOTHING_MATCHES
-    return text.replace("Unimplemented keys", "these keywords are not supported")[:MAX_MESSAGE]
+    remote = _REMOTE.search(text)
+    if remote:
+        name = remote[1][:120]
+        return f"it refers to {name!r}, which is not in it; other documents are never fetched"
+    text = text.replace("Unimplemented keys", "these keywords are not supported")
+    return text.replace("Unknown format", "this format is not supported")[:MAX_MESSAGE]

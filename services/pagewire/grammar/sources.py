@@ -19,6 +19,23 @@ from .structural_tags import lark_of_tags
 Schema = dict[str, Any]
 OBJECT_KEYWORDS: Final = ("properties", "patternProperties", "required", "minProperties")
 """A schema that has one of them speaks of objects, whether it says `type` or not."""
+FORMATS: Final = frozenset(
+    (
+        *(
+            "date-time",
+            "date",
+            "time",
+            "duration",
+            "email",
+            "idn-email",
+            "hostname",
+            "idn-hostname",
+        ),
+        *("ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template"),
+        *("json-pointer", "relative-json-pointer", "regex"),
+    )
+)
+"""Those that JSON Schema (2020-12, Validation, 7.3) defines."""
 
 _LARK_TERMS: Final = re.compile(
     r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?P<name><(?!\[)[^\s<>"]+>)'
@@ -70,12 +87,16 @@ def json_options(grammar: Grammar) -> Any:
 
 
 def prepared(schema: Schema, grammar: Grammar) -> Schema:
-    """The schema without settings for llguidance, and closed where `grammar` wants that."""
-    schema = {name: value for name, value in schema.items() if name != "x-guidance"}
-    if grammar.additional_properties:
-        return schema
+    """The schema without settings for llguidance, without formats that JSON Schema does not define,
+    which are annotations to it, and closed where `grammar` wants that. A copy."""
     schema = json.loads(json.dumps(schema))
+    schema.pop("x-guidance", None)
     for part in _parts(schema):
+        form = part.get("format")
+        if isinstance(form, str) and form not in FORMATS:
+            del part["format"]
+        if grammar.additional_properties:
+            continue
         speaks_of_objects = part.get("type") == "object" or any(k in part for k in OBJECT_KEYWORDS)
         if speaks_of_objects:
             part.setdefault("additionalProperties", False)

@@ -9,16 +9,85 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.sampling import GREEDY_BELOW
 
 from ..requests.choices import early_stopping_of
 from ..requests.errors import RequestError
+from ..requests.grammars import structured_grammar
 from ..requests.parameters import BEAM_WIDTH, PARAMETERS, checked, effective_temperature
 from ..requests.sampling import check_parameters
 from ..requests.seeds import NO_SEED
 
-UNSUPPORTED = ("logits_processors", "structured_outputs", "guided_decoding", "extra_args")
+UNSUPPORTED = ("logits_processors", "extra_args")
 """Known elsewhere, not here: refused by name unless they are None or empty."""
+
+
+@dataclass
+class StructuredOutputsParams:
+    """What an answer must match: exactly one of the first six. Raises ValueError."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema, as text or as an object."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """In GBNF (`name ::= ...`) or in llguidance's Lark dialect."""
+    json_object: bool | None = None
+    disable_fallback: bool = False
+    """Accepted: there is no other way to fall back to."""
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    """What may stand between the parts of JSON: by default at most four spaces, tabs and line
+    ends."""
+    structural_tag: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        grammar_of(self, "structured_outputs")
+
+
+@dataclass
+class GuidedDecodingParams(StructuredOutputsParams):
+    """StructuredOutputsParams under its former name."""
+
+    backend: str | None = None
+    """Accepted: there is one."""
+    backend_was_auto: bool = False
+
+    @staticmethod
+    def from_optional(
+        json: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
+        json_object: bool | None = None,
+        backend: str | None = None,
+        whitespace_pattern: str | None = None,
+        structural_tag: str | None = None,
+    ) -> "GuidedDecodingParams | None":
+        """None where nothing is asked for."""
+        forms = (json, regex, choice, grammar, json_object, structural_tag)
+        if not any(form is not None and form is not False for form in forms):
+            return None
+        return GuidedDecodingParams(
+            json=json,
+            regex=regex,
+            choice=choice,
+            grammar=grammar,
+            json_object=json_object,
+            whitespace_pattern=whitespace_pattern,
+            structural_tag=structural_tag,
+            backend=backend,
+        )
+
+
+def grammar_of(outputs: object, param: str) -> Grammar | None:
+    """Of StructuredOutputsParams, or what has its attributes. Raises ValueError."""
+    try:
+        return structured_grammar(outputs, param)
+    except RequestError as error:
+        raise ValueError(error.message) from None
 
 
 @dataclass
@@ -62,8 +131,9 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
-    structured_outputs: Any = None
-    guided_decoding: Any = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    guided_decoding: GuidedDecodingParams | None = None
+    """`structured_outputs` under its former name; one of the two."""
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +142,11 @@ class SamplingParams:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r:.80} is not supported in this version"
                 )
+        if isinstance(self.structured_outputs, dict):
+            self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+        if self.structured_outputs is not None and self.guided_decoding is not None:
+            raise ValueError("structured_outputs and guided_decoding exclude each other")
+        self.grammar()
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         self.stop_token_ids = list(self.stop_token_ids or ())
         self.bad_words = list(self.bad_words or ()) or None
@@ -83,6 +158,12 @@ class SamplingParams:
         bias = self.logit_bias or {}
         self.logit_bias = {int(token): float(value) for token, value in bias.items()} or None
         self.temperature = effective_temperature(self.temperature)
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must match. Raises ValueError."""
+        if self.guided_decoding is not None:
+            return grammar_of(self.guided_decoding, "guided_decoding")
+        return grammar_of(self.structured_outputs, "structured_outputs")
 
     def clone(self) -> "SamplingParams":
         """A copy that shares nothing with this object."""

@@ -56,6 +56,7 @@ def _template(params: SamplingParams, choices: Choices, model: ModelFacts) -> Jo
             logprobs=checked_logprobs("logprobs", params.logprobs),
             prompt_logprobs=checked_logprobs("prompt_logprobs", params.prompt_logprobs),
             return_prompt_ids=True,
+            grammar=params.grammar(),
         )
     except RequestError as error:
         raise ValueError(error.message) from None

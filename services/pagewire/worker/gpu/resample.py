@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import replace
-from pagewire_kernels import penalties, sampling
+from pagewire_kernels import penalties, sampling, token_masks
 from pagewire_kernels.sampling_map import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
+from ...grammar.messages import mask_words
 from ..load.loader import Loaded
 from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
@@ -74,9 +75,15 @@ class Kernels(NamedTuple):
     sample: Callable[[Tensor, SamplingRows], Sampled]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     count_tokens: Callable[[Tensor, Tensor, Tensor], None]
+    apply_token_masks: Callable[[Tensor, Tensor, Tensor], None]
 
 
-KERNELS: Final = Kernels(sampling.sample, penalties.apply_penalties, penalties.count_tokens)
+KERNELS: Final = Kernels(
+    sampling.sample,
+    penalties.apply_penalties,
+    penalties.count_tokens,
+    token_masks.apply_token_masks,
+)
 
 
 class ExtraSampling:
@@ -98,7 +105,13 @@ class ExtraSampling:
         self._kernels = kernels
         self._device = state.last_token.device
         self._constraints = Constraints(
-            slots, masks, self._vocab_size, loaded.eos_token_ids, str(self._device), self._up
+            slots,
+            masks,
+            self._vocab_size,
+            loaded.eos_token_ids,
+            str(self._device),
+            self._up,
+            kernels.apply_token_masks,
         )
         self.host_known_len = np.zeros(slots.count, np.int64)
         """How many tokens of each slot the host knows: those it was admitted with."""
@@ -122,6 +135,8 @@ class ExtraSampling:
         half = torch.full((1,), 0.5, device=self._device)
         self._kernels.apply_penalties(row, row.int(), row.to(torch.uint8), slot, half, half, half)
         self._kernels.count_tokens(row.int(), slot.int(), slot.int())
+        words = torch.zeros(1, mask_words(self._vocab_size), dtype=torch.int32, device=self._device)
+        self._kernels.apply_token_masks(row, slot, words)
 
     def admit(self, new: Ints) -> None:
         """The slots `new` [N] hold new requests."""

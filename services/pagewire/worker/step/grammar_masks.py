@@ -36,7 +36,7 @@ RESTART_S: Final = (0.1, 5.0)
 that ends before it has answered anything."""
 MAX_FAILED_STARTS: Final = 5
 """Processes in a row that end before they are ready, after which no grammar is held."""
-MAX_DEATHS: Final = 2
+MAX_DEATHS: Final = 3
 """A stream at whose work alone so many processes ended gets no further masks."""
 NO_KEY: Final = 0
 
@@ -70,11 +70,13 @@ class GrammarMasks:
         vocab_size: int,
         eos: tuple[int, ...],
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
         start_process: Callable[[Start], MatcherProcess] = MatcherProcess,
     ) -> None:
         self._start_process = start_process
         self._start = Start(model, vocab_size, eos, count)
         self._clock = clock
+        self._sleep = sleep
         self._process: MatcherProcess | None = None
         self._streams: dict[int, Stream] = {}
         """By key."""
@@ -204,7 +206,7 @@ class GrammarMasks:
 
     def _wait(self, seconds: float) -> None:
         if self._process is None:
-            time.sleep(min(seconds, max(0.0, self._next_start - self._clock())))
+            self._sleep(min(seconds, max(0.0, self._next_start - self._clock())))
         else:
             self._process.wait(seconds)
 

@@ -7,11 +7,12 @@ operations over the rows that a constraint touches. Plain torch on any device, a
 waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pagewire_kernels.reference import apply_token_masks
 from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from torch import Tensor
 
@@ -24,6 +25,8 @@ HISTORY: Final = MAX_BAD_WORD_TOKENS - 1
 ANY_TOKEN: Final = -1
 NO_TOKEN: Final = -2
 NEGATIVE_INFINITY: Final = float("-inf")
+ApplyMasks = Callable[[Tensor, Tensor, Tensor], None]
+"""As `pagewire_kernels.token_masks.apply_token_masks`."""
 
 
 class Exclusions(NamedTuple):
@@ -72,9 +75,10 @@ class Constraints:
         eos: tuple[int, ...],
         device: str,
         to_device: ToDevice,
+        apply_masks: ApplyMasks = apply_token_masks,
     ) -> None:
         self._slots = slots
-        self._grammars = GrammarConstraint(masks, vocab_size, device, to_device)
+        self._grammars = GrammarConstraint(slots, masks, to_device, apply_masks)
         self._vocab_size = vocab_size
         # In vLLM's order: allowed ids, bad words, endings. Biases shift what they do not exclude,
         # so they may come first.
@@ -111,7 +115,7 @@ class Constraints:
         Where exclusions would leave no token at all, the row is left without them: something must
         be sampled. A grammar is always held: where the others leave none of the tokens that it
         allows, they are not applied."""
-        held = self._grammars.masked(logits, slots)
+        held = self._grammars.held(logits, slots)
         self._exclude(logits, slots)
         if held is not None:
             self._grammars.apply(logits, held)
@@ -142,31 +146,32 @@ class Constraints:
 
 
 class _Held(NamedTuple):
-    """The rows of a batch that have grammars: their indices [G] int64, which tokens are allowed
-    [G, V], and their logits as the model gave them [G, V] float32."""
+    """The G rows of a batch that have grammars: their indices int64 [G] and masks int32 [G, words].
+    `mixed` int64 [M] are those among the G that have other constraints too, `logits` [M, V] theirs
+    before anything has changed them."""
 
     rows: Tensor
-    allowed: Tensor
-    logits: Tensor
+    words: Tensor
+    mixed: Tensor | None
+    logits: Tensor | None
 
 
 class GrammarConstraint:
     """The masks of grammars, which change with each token and come from the matcher process."""
 
     def __init__(
-        self, masks: GrammarMasks, vocab_size: int, device: str, to_device: ToDevice
+        self, slots: Slots, masks: GrammarMasks, to_device: ToDevice, apply_masks: ApplyMasks
     ) -> None:
+        self._slots = slots
         self._masks = masks
-        self._vocab_size = vocab_size
         self._to_device = to_device
-        self._bits = torch.arange(32, dtype=torch.int32, device=device)
-        self._negative_infinity = torch.tensor(NEGATIVE_INFINITY, device=device)
+        self._apply_masks = apply_masks
 
     def touches(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] have a grammar."""
         return self._masks.concerns(slots)
 
-    def masked(self, logits: Tensor, slots: Ints) -> "_Held | None":
+    def held(self, logits: Tensor, slots: Ints) -> _Held | None:
         """The rows with grammars of logits [R, V] float32, before anything has changed them; None
         where there is none."""
         if not self._masks.any:
@@ -174,18 +179,24 @@ class GrammarConstraint:
         rows = np.flatnonzero(self._masks.concerns(slots) & ~self._masks.failed(slots))
         if not len(rows):
             return None
-        index = self._to_device(rows)
         words = self._to_device(self._masks.rows(slots[rows]).view(np.int32))
-        bits = (words[:, :, None] >> self._bits) & 1
-        allowed = bits.view(len(rows), -1)[:, : self._vocab_size].bool()
-        return _Held(index, allowed, logits[index])
+        index = self._to_device(rows)
+        constrained = self._slots.constrained
+        mixed = [i for i, slot in enumerate(slots[rows].tolist()) if constrained[slot] is not None]
+        if not mixed:
+            return _Held(index, words, None, None)
+        among = self._to_device(np.array(mixed, np.int64))
+        return _Held(index, words, among, logits[index[among]])
 
-    def apply(self, logits: Tensor, held: "_Held") -> None:
+    def apply(self, logits: Tensor, held: _Held) -> None:
         """Exclude what is not allowed from logits [R, V] float32, in place."""
-        shifted = torch.where(held.allowed, logits[held.rows], self._negative_infinity)
-        none_left = shifted.amax(-1, keepdim=True) == self._negative_infinity
-        own = torch.where(held.allowed, held.logits, self._negative_infinity)
-        logits[held.rows] = torch.where(none_left, own, shifted)
+        self._apply_masks(logits, held.rows, held.words)
+        if held.mixed is None or held.logits is None:
+            return
+        rows = held.rows[held.mixed]
+        none_left = logits[rows].amax(-1, keepdim=True) == NEGATIVE_INFINITY
+        logits[rows] = torch.where(none_left, held.logits, logits[rows])
+        self._apply_masks(logits, rows, held.words[held.mixed].contiguous())
 
 
 class BiasConstraint:

@@ -1,0 +1,133 @@
+"""A matcher process that is none: masks are a function of the grammar's source and the output, come
+late or never, and it dies when a test says so."""
+
+import zlib
+from random import Random
+
+import numpy as np
+from pagewire.config import ModelConfig
+from pagewire.grammar.child import MatcherGone
+from pagewire.grammar.messages import (
+    Advance,
+    Close,
+    Failed,
+    FromMatcher,
+    Masks,
+    Open,
+    Start,
+    ToMatcher,
+    mask_words,
+)
+from pagewire.worker.step.grammar_masks import GrammarMasks
+from pagewire_protocol.grammar import Grammar, GrammarKind
+
+
+def grammar(source: str) -> Grammar:
+    return Grammar(GrammarKind.REGEX, source)
+
+
+def allowed(source: str, output: list[int], vocab_size: int) -> list[int]:
+    """Three tokens or so, which no other source or output shares."""
+    make = Random(zlib.crc32(repr((source, output)).encode()))
+    return sorted(make.sample(range(3, vocab_size), 3))
+
+
+class StandIn:
+    """One process. `late`: how likely each answer is not there yet when it is asked for."""
+
+    def __init__(self, start: Start, late: float = 0.0, random: Random | None = None) -> None:
+        self.masks = np.zeros((start.rows, mask_words(start.vocab_size)), np.uint32)
+        self.is_ready = True
+        self.ready_at = 0.0
+        self.dead = False
+        self._late = late
+        self._random = random or Random(0)
+        self._vocab_size = start.vocab_size
+        self._streams: dict[int, tuple[Open, list[int]]] = {}
+        self._due: list[int] = []
+
+    def send(self, message: ToMatcher) -> None:
+        match message:
+            case Open():
+                output = np.frombuffer(message.output, np.int32).tolist()
+                self._streams[message.key] = message, output
+                self._due.append(message.key)
+            case Advance():
+                keys = np.frombuffer(message.keys, np.uint64).tolist()
+                for key, token in zip(keys, np.frombuffer(message.tokens, np.int32), strict=True):
+                    if key in self._streams:
+                        self._streams[key][1].append(int(token))
+                        self._due.append(key)
+            case Close():
+                for key in message.keys:
+                    self._streams.pop(key, None)
+
+    def receive(self) -> list[FromMatcher]:
+        if self.dead:
+            raise MatcherGone("was killed by a test")
+        waiting = [key for key in self._due if self._random.random() < self._late]
+        answers: list[FromMatcher] = []
+        for key in self._due:
+            if key in waiting or key not in self._streams:
+                continue
+            opened, output = self._streams[key]
+            if opened.grammar.source == "impossible":
+                answers.append(Failed(key, "no token continues it"))
+                continue
+            self._write(opened, output)
+            one = np.array([key], np.uint64).tobytes()
+            answers.append(Masks(one, np.array([len(output)], np.int32).tobytes()))
+        self._due = waiting
+        return answers
+
+    def _write(self, opened: Open, output: list[int]) -> None:
+        bits = np.zeros(32 * self.masks.shape[1], np.uint8)
+        bits[allowed(opened.grammar.source, output, self._vocab_size)] = 1
+        self.masks[opened.row] = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def wait(self, seconds: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.dead = True
+
+
+class Clock:
+    """Each look at it takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Room:
+    """GrammarMasks over stand-ins."""
+
+    def __init__(self, count: int, vocab_size: int, late: float = 0.0, seed: int = 0) -> None:
+        self.processes: list[StandIn] = []
+        self._random = Random(seed)
+        self._late = late
+        self.clock = Clock()
+        self.masks = GrammarMasks(
+            count,
+            ModelConfig(),
+            vocab_size,
+            (),
+            clock=self.clock,
+            sleep=self.clock.sleep,
+            start_process=self._start,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _start(self, start: Start) -> StandIn:
+        self.processes.append(StandIn(start, self._late, self._random))
+        return self.processes[-1]
+
+    def kill(self) -> None:
+        if self.processes:
+            self.processes[-1].dead = True

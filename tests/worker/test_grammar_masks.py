@@ -1,0 +1,272 @@
+"""Masks of grammars, with a stand-in for the matcher process: whose mask is used for which row and
+position, whatever happens to rows and processes."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.worker.fake import FakeRunner, chain
+from pagewire.worker.step.grammar_masks import HANG_S, MAX_FAILED_STARTS
+from pagewire.worker.step.logit_constraints import Constraints
+from pagewire.worker.step.slots import Slots
+from pagewire_protocol.agreed import GRAMMAR_FAILED
+from pagewire_protocol.grammar import Grammar
+from pagewire_protocol.messages import Admission, Step, pack, unpack
+from pagewire_protocol.sampling import Sampling
+from worker.stand_in_matcher import Room, allowed, grammar
+
+SLOTS, VOCAB = 6, 97
+
+
+class Request:
+    """What a test knows of one that a slot holds."""
+
+    def __init__(self, source: str | None, prompt: list[int]) -> None:
+        self.source = source
+        self.prompt = prompt
+        self.output: list[int] = []
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return None if self.source is None else grammar(self.source)
+
+
+class Bench:
+    """A fake worker whose requests come and go."""
+
+    def __init__(self, seed: int, late: float = 0.0) -> None:
+        self.random = Random(seed)
+        self.room = Room(SLOTS, VOCAB, late, seed)
+        config = WorkerConfig(device="fake", fake_vocab_size=VOCAB)
+        self.runner = FakeRunner(ModelConfig(), SchedulerConfig(max_num_seqs=SLOTS), config)
+        self.runner._masks = self.room.masks
+        self.slots: dict[int, Request] = {}
+        self.over: list[Request] = []
+        self.resumed: list[Request] = []
+        self.n = 0
+        self.empty = 0
+
+    def step(self, retire: list[int] = [], admit: dict[int, Request] | None = None) -> None:  # noqa: B006
+        """All slots compute one token, new ones their prompts."""
+        for slot in retire:
+            self.slots.pop(slot)
+        admit = admit or {}
+        self.slots.update(admit)
+        run = sorted(self.slots)
+        counts = []
+        for slot in run:
+            request = self.slots[slot]
+            counts.append(len(request.prompt) + len(request.output) if slot in admit else 1)
+        self.n += 1
+        admissions = [
+            Admission(
+                slot,
+                self.n,
+                pack("i", request.prompt),
+                pack("i", request.output),
+                b"",
+                0,
+                Sampling(seed=0, max_tokens=99),
+                grammar=request.grammar,
+            )
+            for slot, request in admit.items()
+        ]
+        result = self.runner.execute(
+            Step(
+                1,
+                self.n,
+                retire=pack("i", retire),
+                admit=tuple(admissions),
+                run_slots=pack("i", run),
+                run_counts=pack("i", counts),
+            )
+        )
+        self._take(result)
+
+    def _take(self, result) -> None:
+        slots = unpack("i", result.slots).tolist()
+        brought = unpack("i", result.counts).tolist() if result.counts else [1] * len(slots)
+        tokens = iter(unpack("i", result.tokens).tolist())
+        for slot, count, flag in zip(slots, brought, result.flags, strict=True):
+            request = self.slots[slot]
+            if not count:
+                self.empty += 1
+                assert request.source is not None, "a row without a grammar waits for nobody"
+                continue
+            token = next(tokens)
+            if flag:
+                assert flag == GRAMMAR_FAILED
+                continue
+            if request.source is not None:
+                wanted = allowed(request.source, request.output, VOCAB)
+                assert token in wanted, (slot, request.source, request.output, token, wanted)
+            request.output.append(token)
+
+    def new(self) -> Request:
+        source = self.random.choice([None, *"abcdefgh"])
+        return Request(source, [self.random.randrange(VOCAB) for _ in range(1 + self.n % 5)])
+
+    def random_step(self, deaths: float) -> None:
+        """Some requests end, some are preempted and come back, perhaps elsewhere, new ones come."""
+        retire = [slot for slot in self.slots if self.random.random() < 0.15]
+        for slot in retire:
+            fate = self.over if self.random.random() < 0.5 else self.resumed
+            fate.append(self.slots[slot])
+        free = [slot for slot in range(SLOTS) if slot not in self.slots or slot in retire]
+        admit: dict[int, Request] = {}
+        for slot in free:
+            if self.random.random() < 0.6:
+                again = self.resumed and self.random.random() < 0.5
+                admit[slot] = self.resumed.pop(0) if again else self.new()
+        if self.random.random() < deaths:
+            self.room.kill()
+        if self.random.random() < 0.02:
+            self.over += [r for slot, r in self.slots.items() if slot not in retire]
+            self.slots.clear()
+            self.runner.clear()
+            return
+        self.step(retire, admit)
+
+
+@pytest.mark.parametrize("late", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("deaths", [0.0, 0.1])
+def test_a_mask_is_never_applied_to_another_row_or_position(late: float, deaths: float) -> None:
+    constrained = free = 0
+    for seed in range(3):
+        bench = Bench(seed, late)
+        for _ in range(120):
+            bench.random_step(deaths)
+        for request in [*bench.over, *bench.resumed, *bench.slots.values()]:
+            if request.source is None:
+                free += len(request.output)
+                assert request.output == chain(request.prompt, len(request.output), VOCAB)
+            else:
+                constrained += len(request.output)
+    assert free > 100 and constrained > 20
+
+
+def test_the_same_text_comes_whatever_happens_on_the_way() -> None:
+    """Late masks, dead processes and a move to another slot change nothing."""
+
+    def run(late: float, deaths: bool) -> list[int]:
+        bench = Bench(1, late)
+        request = Request("g", [1, 2, 3])
+        bench.step(admit={2: request})
+        while len(request.output) < 20:
+            if deaths and bench.n % 7 == 0:
+                bench.room.kill()
+            moves = deaths and bench.n % 11 == 0
+            slot = next(iter(bench.slots))
+            bench.step([slot], {(slot + 1) % SLOTS: request}) if moves else bench.step()
+        return request.output[:20]
+
+    plain = run(0.0, False)
+    assert run(0.99, False) == plain and run(0.9, True) == plain
+
+
+def test_without_grammars_there_is_no_process() -> None:
+    bench = Bench(0)
+    bench.step(admit={0: Request(None, [1])})
+    bench.step()
+    assert not bench.room.processes
+
+
+def test_what_ends_processes_is_found_and_given_up_and_the_others_go_on() -> None:
+    bench = Bench(0)
+    room = bench.room
+    good, killer = Request("good", [1]), Request("killer", [2])
+    original = room._start
+
+    def start(message):
+        process = original(message)
+        plain = process.receive
+
+        def receive():
+            if any(o.grammar.source == "killer" for o, _ in process._streams.values()):
+                process.dead = True
+            return plain()
+
+        process.receive = receive
+        return process
+
+    room.masks._start_process = start
+    bench.step(admit={0: good, 1: killer})
+    for _ in range(40):
+        bench.step()
+        room.clock.now += 6
+        if room.masks.failed(np.array([1]))[0]:
+            break
+    assert room.masks.failed(np.array([0, 1])).tolist() == [False, True]
+    assert len(room.processes) <= 6
+    before = len(good.output)
+    bench.step(retire=[1])
+    bench.step()
+    assert len(good.output) == before + 2
+
+
+def test_a_process_that_hangs_is_replaced() -> None:
+    bench = Bench(0, late=1.0)
+    request = Request("g", [1])
+    bench.step(admit={0: request})
+    room = bench.room
+    room._late = 0.0
+    room.clock.now += HANG_S + 1
+    bench.step()
+    room.clock.now += 6
+    for _ in range(3):
+        bench.step()
+    assert len(room.processes) == 2 and request.output
+
+
+def test_processes_that_cannot_start_fail_their_requests() -> None:
+    bench = Bench(0)
+    room = bench.room
+    original = room._start
+
+    def start(message):
+        process = original(message)
+        process.is_ready = False
+        process.dead = True
+        return process
+
+    room.masks._start_process = start
+    bench.step(admit={0: Request("g", [1])})
+    for _ in range(2 * MAX_FAILED_STARTS):
+        room.clock.now += 6
+        bench.step()
+    assert room.masks.failed(np.array([0]))[0]
+
+
+def test_a_grammar_that_no_token_continues_fails_its_row_alone() -> None:
+    bench = Bench(0)
+    good = Request("good", [1])
+    bench.step(admit={0: Request("impossible", [1]), 1: good})
+    bench.step()
+    assert bench.room.masks.failed(np.arange(2)).tolist() == [True, False]
+    assert len(good.output) == 2
+
+
+def test_a_grammar_has_the_last_word_over_other_constraints() -> None:
+    """Where biases, bad words and minima leave none of its tokens, they are not applied."""
+    room = Room(2, VOCAB)
+    slots = Slots(2, 64, 8)
+    constraints = Constraints(slots, room.masks, VOCAB, (3,), "cpu", torch.from_numpy)
+    source = "x"
+    wanted = allowed(source, [], VOCAB)
+    others = [token for token in range(VOCAB) if token not in wanted]
+    for slot, ids in enumerate((others, [wanted[1], *others])):
+        sampling = Sampling(seed=0, max_tokens=9, allowed_ids=pack("i", ids))
+        admission = Admission(
+            slot, 1, pack("i", [1]), b"", pack("i", [slot]), 0, sampling, grammar=grammar(source)
+        )
+        slots.admit(admission)
+        room.masks.admit(slot, admission.grammar, np.zeros(0, np.int32))
+        constraints.admit(np.array([slot]))
+    rows = np.arange(2)
+    assert room.masks.ready(rows, np.zeros(2, np.int64)).all()
+    logits = torch.zeros(2, VOCAB)
+    constraints.apply(logits, rows)
+    left = [np.flatnonzero(row > -1e30).tolist() for row in logits.numpy()]
+    assert left == [wanted, [wanted[1]]]
