@@ -132,6 +132,16 @@ def test_a_name_says_more_than_the_template() -> None:
         ModelAnswers(template, None, "", "nonsense")
 
 
+def test_the_description_in_a_checkpoint_comes_first() -> None:
+    template = ChatTemplate(TEMPLATES["hermes"], {})
+    described = {"fields": {"tool_calls": {"open": "<tool_call>", "keys": "<arg_key>"}}}
+    answers = ModelAnswers(template, None, response_template=json.dumps(described))
+    assert answers.format.name == "glm45"
+    described = {"fields": {"reasoning_content": {"open": "<think>", "close": "</think>"}}}
+    answers = ModelAnswers(template, None, response_template=json.dumps(described))
+    assert answers.format.name == "hermes" and answers.has_reasoning
+
+
 def test_short_ids_where_a_template_wants_them() -> None:
     strict = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"

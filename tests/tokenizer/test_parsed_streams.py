@@ -12,8 +12,17 @@ from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import Encoder
 from pagewire.tokenizer.requests import Requests
 from pagewire.tokenizer.template import ChatTemplate
-from pagewire_protocol.messages import Chat, ChatMessage, Deltas, End, Finish, Generate, Prompt
-from pagewire_protocol.messages import Submit, pack
+from pagewire_protocol.messages import (
+    Chat,
+    ChatMessage,
+    Deltas,
+    End,
+    Finish,
+    Generate,
+    Prompt,
+    Submit,
+    pack,
+)
 from pagewire_protocol.sampling import AnswerOptions, Sampling, TextOptions, ToolChoice
 from tokenizer.answer_cases import TOOLS
 from tokenizer.test_model_answers import AS_JSON, calls

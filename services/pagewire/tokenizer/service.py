@@ -95,7 +95,11 @@ class Text:
         self.answers: ModelAnswers | None = None
         if template is not None:
             self.answers = ModelAnswers(
-                template, tokenizer, config.tool_call_parser, config.reasoning_parser
+                template,
+                tokenizer,
+                config.tool_call_parser,
+                config.reasoning_parser,
+                loaded.response_template if loaded else "",
             )
         self.encoder = Encoder(tokenizer, template, self.decoding, self.answers)
         self.facts = TokenizerFacts(

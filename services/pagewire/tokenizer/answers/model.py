@@ -1,7 +1,8 @@
 """How the answers of the model at hand are written, and the parsers of its streams.
 
-The format is the one that --tool-call-parser names; else the one whose markers the chat template
-writes, found by rendering it with tools and a call; else JSON.
+The format is the one that --tool-call-parser names; else the one whose markers are in the checkpoint's
+own description of answers (transformers' `response_template`); else the one whose markers the chat
+template writes, found by rendering it with tools and a call; else JSON.
 """
 
 import hashlib
@@ -44,11 +45,14 @@ class ModelAnswers:
         tokenizer: Tokenizer | None,
         tool_parser: str = "",
         reasoning_parser: str = "",
+        response_template: str = "",
     ) -> None:
-        """Raises ValueError for a parser that is not known."""
+        """`response_template`: JSON text; empty for none. Raises ValueError for a parser that is not
+        known."""
         self.template = template
-        self.format = _format_of(template, tool_parser)
-        self.reasoning = _reasoning_of(template, self.format, reasoning_parser)
+        self.format = _format_of(template, tool_parser, response_template)
+        source = response_template + template.source
+        self.reasoning = _reasoning_of(source, self.format, reasoning_parser)
         template.short_ids = self.format.id_style == "nine"
         self.special: dict[str, int] = {}
         """Ids of special tokens, by their texts."""
@@ -135,13 +139,16 @@ class ModelAnswers:
         return f"call_{digest[:12].hex()}"
 
 
-def _format_of(template: ChatTemplate, name: str) -> AnswerFormat:
+def _format_of(template: ChatTemplate, name: str, response_template: str) -> AnswerFormat:
     if name and name != "auto":
         answer_format = named_format(name)
         if answer_format is None:
             known = ", ".join(sorted({name for item in FORMATS for name in item.parser_names}))
             raise ValueError(f"--tool-call-parser {name} is not known; there are auto, {known}")
         return answer_format
+    described = _with_signs(response_template)
+    if described is not None:
+        return described
     try:
         support = template.support
     except TemplateRefused:
@@ -149,15 +156,17 @@ def _format_of(template: ChatTemplate, name: str) -> AnswerFormat:
     text = template.source + support.rendered
     if not (support.tools or support.calls) and "<|channel|>" not in text:
         return GENERIC
+    return _with_signs(text) or GENERIC
+
+
+def _with_signs(text: str) -> AnswerFormat | None:
+    """The first format whose signs are all in `text`."""
     return next(
-        (item for item in FORMATS if item.signs and all(sign in text for sign in item.signs)),
-        GENERIC,
+        (item for item in FORMATS if item.signs and all(sign in text for sign in item.signs)), None
     )
 
 
-def _reasoning_of(
-    template: ChatTemplate, answer_format: AnswerFormat, name: str
-) -> Reasoning | None:
+def _reasoning_of(source: str, answer_format: AnswerFormat, name: str) -> Reasoning | None:
     if isinstance(answer_format.calls, HarmonyCalls):
         return None
     if name and name != "auto":
@@ -166,13 +175,9 @@ def _reasoning_of(
             known = ", ".join(sorted({name for item in REASONING for name in item.parser_names}))
             raise ValueError(f"--reasoning-parser {name} is not known; there are auto, {known}")
         return reasoning
-    if answer_format.name == "kimi_k2" and "</think>" in template.source:
+    if answer_format.name == "kimi_k2" and "</think>" in source:
         return named_reasoning("kimi_k2")
     return next(
-        (
-            item
-            for item in REASONING
-            if item.begin in template.source or item.end in template.source
-        ),
+        (item for item in REASONING if item.begin in source or item.end in source),
         None,
     )
