@@ -68,7 +68,6 @@ def test_every_neutral_value_means_nothing(server) -> None:
         ("no_stop_trim", True),
         ("return_hidden_states", True),
         ("separate_reasoning", False),
-        ("regex", "a+"),
         ("lora_path", "x"),
         ("typical_p", 0.5),
         ("no_such_thing", 0),

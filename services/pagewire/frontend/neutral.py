@@ -56,6 +56,7 @@ NEUTRAL: Final[Table] = {
     "watermarking": (),
     "xtc_probability": (0,),
     # --- of formats
+    "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
     "prediction": (),
     # --- of tools and reasoning
     "function_call": ("none", "auto"),

@@ -6,7 +6,7 @@ Every function raises RequestError naming the parameter.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 from msgspec import Raw
@@ -126,16 +126,17 @@ def regex_grammar(pattern: object, param: str) -> Grammar:
 
 def choice_grammar(choices: object, param: str) -> Grammar:
     """Of one of several strings."""
-    if not isinstance(choices, Sequence) or isinstance(choices, str | bytes) or not choices:
+    if not isinstance(choices, list | tuple) or not choices:
         raise invalid(f"`{param}` must list at least one string to choose from.", param)
-    if len(choices) > MAX_CHOICES:
+    texts = list(cast(Sequence[object], choices))
+    if len(texts) > MAX_CHOICES:
         raise invalid(
-            f"`{param}` has {len(choices)} strings to choose from, of at most {MAX_CHOICES}.", param
+            f"`{param}` has {len(texts)} strings to choose from, of at most {MAX_CHOICES}.", param
         )
-    if not all(isinstance(choice, str) and choice for choice in choices):
+    if not all(isinstance(text, str) and text for text in texts):
         raise invalid(f"`{param}` must list strings that are not empty.", param)
-    text = msgspec.json.encode(list(choices)).decode()
-    return Grammar(GrammarKind.CHOICE, _sized(text, param), param=param)
+    source = msgspec.json.encode(texts).decode()
+    return Grammar(GrammarKind.CHOICE, _sized(source, param), param=param)
 
 
 def text_grammar(text: object, param: str) -> Grammar:
@@ -167,9 +168,10 @@ def json_rule(schema: object, param: str, whitespace: str = DEFAULT_WHITESPACE) 
     """The body of a Lark rule for JSON by a schema, with bounded whitespace."""
     text = _json_text(schema, param)
     check_schema(text, param)
-    value = msgspec.json.decode(text)
+    value: Any = msgspec.json.decode(text)
+    fields = cast(dict[str, Any], value) if isinstance(value, dict) else {}
     settings = {"whitespace_flexible": bool(whitespace), "whitespace_pattern": whitespace or None}
-    whole = {**(value if isinstance(value, dict) else {}), "x-guidance": settings}
+    whole: dict[str, Any] = {**fields, "x-guidance": settings}
     return "%json " + msgspec.json.encode(whole).decode()
 
 
@@ -187,19 +189,22 @@ def check_schema(text: str, param: str) -> None:
     if not isinstance(schema, dict | bool):
         raise invalid(f"`{param}`: a JSON schema must be an object.", param)
     properties = 0
-    for part, depth in _parts(schema):
+    for part, depth in _parts(cast(object, schema)):
         if depth > MAX_SCHEMA_DEPTH:
             raise _too_deep(param)
         if not isinstance(part, dict):
             continue
-        values = part.get("enum")
-        if isinstance(values, list) and len(values) > MAX_ENUM:
+        fields = cast(dict[str, Any], part)
+        values = fields.get("enum")
+        if isinstance(values, list) and len(cast(list[Any], values)) > MAX_ENUM:
+            count = len(cast(list[Any], values))
             raise invalid(
-                f"`{param}`: an `enum` of the schema has {len(values)} values, of at most {MAX_ENUM}.",
+                f"`{param}`: an `enum` of the schema has {count} values, of at most {MAX_ENUM}.",
                 param,
             )
-        members = part.get("properties")
-        properties += len(members) if isinstance(members, dict) else 0
+        members = fields.get("properties")
+        if isinstance(members, dict):
+            properties += len(cast(dict[str, Any], members))
     if properties > MAX_PROPERTIES:
         raise invalid(
             f"`{param}`: the schema has {properties} properties, of at most {MAX_PROPERTIES}.",
@@ -221,9 +226,9 @@ def _parts(schema: object) -> Iterator[tuple[Any, int]]:
         yield part, depth
         inner: list[Any] = []
         if isinstance(part, dict):
-            inner = list(part.values())
+            inner = list(cast(dict[str, Any], part).values())
         elif isinstance(part, list):
-            inner = part
+            inner = cast(list[Any], part)
         pending += [(value, depth + 1) for value in inner if isinstance(value, dict | list)]
 
 

@@ -92,6 +92,8 @@ class GrammarChecks:
                 messages = []
             for message in messages:
                 if isinstance(message, Checked) and message.key in self._pending:
+                    if message.ignored:
+                        log.warning("a schema is not held strictly: %s", "; ".join(message.ignored))
                     self._settle(message.key, message.message)
             self._look()
         settled = self._settled

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ MAX_DEATHS: Final = 3
 """A stream at whose work alone so many processes ended gets no further masks."""
 NO_KEY: Final = 0
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 Keys = NDArray[np.uint64]
 
