@@ -5,8 +5,8 @@ are rounded to it once, as a weight that is stored in that type is; sums are flo
 As in gemm.py, weight rows fill the M side of a tile and the rows of x the other side, and the inner
 dimension may be cut into splits, which the last one adds in a fixed order.
 
-Codes are kept in the order in which the tensor cores take them: a tile has 64 rows, and a thread's
-16 bytes are its operands of 64 inputs in 4 bits (32 in 8 bits), so nothing moves between threads.
+Codes are kept so that a thread reads what it hands to the tensor cores, 16 bytes at a time, and
+nothing moves between threads: of 64 rows and 64 inputs in 4 bits, of a row and 64 inputs in 8 bits.
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .quantized_decode import DECODERS, INT4, TILE, by_thread, decode, offsets
+from .quantized_decode import DECODERS, INT4, TILE, by_thread, decode, offsets, words_a_step
 from .shapes import Candidate, Choice
 from .workspace import counters, overlap
 
@@ -99,14 +99,23 @@ def _scaled(
 
 
 @triton.jit
+def _settled(acc, ASM: tl.constexpr):
+    """`acc` itself, in an instruction that no compiler looks into and that costs nothing."""
+    if ASM == "":
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K, BM: tl.constexpr,
         BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr,
         SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    CHUNK: tl.constexpr = 64 if FORM == "int4" else 32
-    CHUNKS: tl.constexpr = BK // CHUNK
     OFFSET: tl.constexpr = (
         0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
     )
@@ -114,7 +123,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
-    at = words + offsets(tile, K, BN, CHUNK, CHUNKS)
+    at = words + offsets(tile, K, BN, BK, FORM)
     acc = tl.zeros([BN, BM], tl.float32)
     by_row = tl.zeros([BN], tl.float32)
     if GROUP == 0:
@@ -122,23 +131,23 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     if PDL:
         gdc_wait()
     for step in tl.range(split * span, tl.minimum(split * span + span, K // BK), num_stages=STAGES):
-        w = tl.load(at + step * (CHUNKS * 512))
+        w = tl.load(at + step * words_a_step(BK, FORM))
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
         )
         c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
-        # A sum of its own for each step: added to in the product itself, steps would overlap, and
-        # the codes of one be decoded into registers that the one before is still read from.
+        # Steps must not overlap: the codes of one would be decoded into registers that the product
+        # before still reads. So each sum is used at once, by an addition or by `_settled`.
         if LATE:
             pair = tl.load(scales + step * BK // GROUP * NP + n)
             c = c - (_zero_of(pair) + OFFSET).to(DT)[:, None]
             acc += tl.dot(c, rows, input_precision="ieee") * _scale_of(pair)[:, None]
-        elif GROUP > 0:
-            c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
-            acc += tl.dot(c, rows, input_precision="ieee") * factor
         else:
-            acc += tl.dot(c, rows, input_precision="ieee") * by_row[:, None]
+            if GROUP > 0:
+                c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
+            acc = _settled(tl.dot(c, rows, acc, input_precision="ieee"), ASM)
+    acc *= by_row[:, None] if GROUP == 0 else factor
     if PDL:
         gdc_launch_dependents()
     last = True
@@ -155,8 +164,6 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
             for other in tl.static_range(SPLITS):
                 acc += tl.load(part + other * each + to, cache_modifier=".cg")
     if last:
-        if LATE:
-            acc *= factor
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         tl.store(
@@ -171,15 +178,13 @@ def _dequantize(words, scales, row_scale, out, N, NP, factor, K, BN: tl.constexp
         FORM: tl.constexpr, REST: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out [N, K]: rounded as the product does where groups have scales."""
     DT: tl.constexpr = tl.float32 if ASM == "" else out.dtype.element_ty
-    CHUNK: tl.constexpr = 64 if FORM == "int4" else 32
-    CHUNKS: tl.constexpr = BK // CHUNK
     OFFSET: tl.constexpr = (
         0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
     )
     tile = tl.program_id(0)
     step = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
-    w = tl.load(words + offsets(tile, K, BN, CHUNK, CHUNKS) + step * (CHUNKS * 512))
+    w = tl.load(words + offsets(tile, K, BN, BK, FORM) + step * words_a_step(BK, FORM))
     c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
     if GROUP > 0:
         c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST).to(tl.float32) * factor
@@ -197,8 +202,8 @@ class PackedMatrix:
     """A weight [N, K] as these kernels read it. N is filled up to NP, a multiple of TILE, with
     zeros.
 
-    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP / 64, K / 32, 128, 4]. form: int4,
-    int8 or fp8 (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
+    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP, K / 4]. form: int4, int8 or fp8
+    (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
     zero point, both float16; rest: some zero points are no whole numbers. row_scale: float32 [NP],
     where there are no groups (group 0). factor: times all; scales were divided by it to fit into
     float16.
@@ -227,7 +232,7 @@ class PackedMatrix:
     @property
     def padded(self) -> int:
         """NP."""
-        return self.words.shape[0] * TILE
+        return self.words.shape[0] * (TILE if self.form == INT4 else 1)
 
 
 def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ N, K = 4096, 4096
 
 def matrix(form: str, group: int, rest: bool) -> PackedMatrix:
     """Without memory."""
-    words = torch.empty(N // 64, K // 64, 128, 4, dtype=torch.int32, device="meta")
+    shape = (N // 64, K // 64, 128, 4) if form == INT4 else (N, K // 4)
+    words = torch.empty(shape, dtype=torch.int32, device="meta")
     return PackedMatrix(words, None, None, torch.Size((N, K)), form, group, rest, 1.0)
 
 

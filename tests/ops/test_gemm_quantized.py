@@ -144,8 +144,8 @@ def test_bytes_are_known_before(case: str) -> None:
 )
 @pytest.mark.parametrize("form", ["int4", "int8"])
 def test_launch_shapes_cover_the_matrix(form: str, n: int, k: int, rows: int) -> None:
-    chunk = 64 if form == "int4" else 32
-    words = torch.empty(n // 64, k // chunk, 128, 4, dtype=torch.int32, device="meta")
+    shape = (n // 64, k // 64, 128, 4) if form == "int4" else (n, k // 4)
+    words = torch.empty(shape, dtype=torch.int32, device="meta")
     group = 64 if form == "int4" else 0
     matrix = gemm_quantized.PackedMatrix(
         words, None, None, torch.Size((n, k)), form, group, False, 1.0
