@@ -35,7 +35,7 @@ MOST_FUSED_ROWS: Final = 512
 class QuantizedConfig:
     """Launch shape. block_m: rows of x a program; block_n: weight rows, a multiple of TILE;
     block_k: inner elements a step; splits: programs sharing a result. late: scales are applied to
-    sums where they can be, instead of to weights."""
+    sums where they can be, instead of to weights. registers: the most a thread may have."""
 
     block_m: int
     block_n: int
@@ -44,6 +44,7 @@ class QuantizedConfig:
     warps: int
     stages: int
     late: bool = True
+    registers: int | None = None
 
 
 @triton.jit
@@ -206,7 +207,7 @@ class PackedMatrix:
     (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
     zero point, both float16; rest: some zero points are no whole numbers. row_scale: float32 [NP],
     where there are no groups (group 0). factor: times all; scales were divided by it to fit into
-    float16.
+    float16. quantize_inputs: see quantized.Quantized.
     """
 
     words: Tensor
@@ -217,6 +218,7 @@ class PackedMatrix:
     group: int
     rest: bool
     factor: float
+    quantize_inputs: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -285,7 +287,8 @@ def _launch(
         x, matrix.words, matrix.scales, matrix.row_scale, bias, out, part, counters(x.device, "quantized gemm", tiles * row_tiles),
         x.stride(0), out.stride(0), rows, n, matrix.padded, matrix.factor, span, k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
         GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, LATE=c.late and matrix.scales_late(c.block_k), SPLITS=splits,
-        BIAS=bias is not None, ASM=_asm(matrix, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
+        BIAS=bias is not None, ASM=_asm(matrix, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps,
+        **({"maxnreg": c.registers} if c.registers else {}), **overlap(x.device))  # fmt: skip
 
 
 def dequantize(matrix: PackedMatrix, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

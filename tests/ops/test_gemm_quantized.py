@@ -14,12 +14,13 @@ from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.quantized_weights import QuantizedMethod
 from pagewire.worker.models.rounding import ROUNDINGS
-from pagewire_kernels import cuda_quantized, gemm_quantized, gpu_quantized_size
+from pagewire_kernels import cuda_quantized, gemm_quantized, gemm_scaled, gpu_quantized_size
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.quantized import Quantized, quantize
+from pagewire_kernels.quantized_decode import PERMUTED
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -108,6 +109,57 @@ def test_products_are_those_of_the_dequantized_weights(case: str, monkeypatch) -
         monkeypatch.undo()
     ids = torch.tensor([3, 0, 3])
     assert error(matrices.embed(ids), full[ids].double()) <= allowed
+
+
+@pytest.mark.parametrize("columns", [64, 192, 4096])
+def test_rows_are_rounded_to_float8_with_a_scale_each(columns: int) -> None:
+    """In the order of the weights' inputs, so that products know nothing of it."""
+    torch.manual_seed(8)
+    wide = torch.randn(5, 2 * columns)
+    x = wide[:, :columns] * torch.tensor([1e-6, 1.0, 3e4, 0.0, 1.0])[:, None]
+    x8, scales = gemm_scaled.quantize_rows(x)
+    most = x.abs().amax(1, keepdim=True)
+    wanted = torch.where(most > 0, most / 448, 1.0)
+    assert torch.equal(scales, wanted)
+    rounded = (x / wanted).to(torch.float8_e4m3fn)
+    in_order = rounded.view(torch.uint8).view(5, -1, 64)[:, :, list(PERMUTED)].reshape(5, columns)
+    assert torch.equal(x8.view(torch.uint8), in_order)
+
+
+@pytest.mark.parametrize("rows", [[64], [70, 10]])
+def test_products_in_float8(rows: list[int]) -> None:
+    torch.manual_seed(9)
+    parts = [
+        Quantized(float8(count, 128), half(count, 1), quantize_inputs=True) for count in rows
+    ]
+    matrices = pack(parts)
+    x = torch.randn(70, 128)
+    scale = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / scale).to(torch.float8_e4m3fn).double() * scale
+    weights = torch.cat([part.dequantize() for part in parts]).double()
+    bias = torch.randn(len(weights))
+    exact = rounded @ weights.T + bias
+    assert error(matrices.in_float8(x, bias), exact) < 2e-6
+    assert len(matrices.parts) == 1
+    assert matrices.parts[0].quantize_inputs
+
+
+def test_which_products_are_taken_in_float8(monkeypatch) -> None:
+    """Those of matrices that were made for it, from some rows on, where the GPU has them."""
+    monkeypatch.setattr(gemm_scaled, "_has_products", lambda device: device.type == "cpu")
+    device = torch.device("cpu")
+
+    def takes(part: Quantized, rows: int = 65, dtype: torch.dtype = torch.bfloat16) -> bool:
+        (matrix,) = pack([part]).parts
+        return gemm_scaled.takes(matrix, rows, dtype, device)
+
+    made_for_it = Quantized(float8(64, 128), half(64, 1), quantize_inputs=True)
+    assert takes(made_for_it)
+    assert not takes(made_for_it, rows=64)
+    assert not takes(made_for_it, dtype=torch.float32)
+    assert not takes(Quantized(float8(64, 128), half(64, 1)))
+    assert not takes(Quantized(codes8(64, 128), half(64, 1), quantize_inputs=True))
+    assert not takes(made_for_it.regrouped(64))
 
 
 @pytest.mark.parametrize(("splits", "rows"), [(1, 20), (3, 1), (4, 20)])
