@@ -137,7 +137,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
         )
-        c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
+        c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
         # Steps must not overlap: the codes of one would be decoded into registers that the product
         # before still reads. So each sum is used at once, by an addition or by `_settled`.
         if LATE:
@@ -186,7 +186,7 @@ def _dequantize(words, scales, row_scale, out, N, NP, factor, K, BN: tl.constexp
     step = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
     w = tl.load(words + offsets(tile, K, BN, BK, FORM) + step * words_a_step(BK, FORM))
-    c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
+    c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
     if GROUP > 0:
         c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST).to(tl.float32) * factor
     else:

@@ -173,32 +173,34 @@ def decode(
 
 
 @triton.jit
-def by_thread(words):
-    """words [chunks, threads, 4] -> [threads, 4 * chunks]."""
-    CHUNKS: tl.constexpr = words.shape[0]
-    THREADS: tl.constexpr = words.shape[1]
-    return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
+def by_thread(words, FORM: tl.constexpr):
+    """Words as `offsets` lays them out -> [threads, words]."""
+    if FORM == "int4":
+        CHUNKS: tl.constexpr = words.shape[0]
+        THREADS: tl.constexpr = words.shape[1]
+        return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
+    else:
+        ROWS: tl.constexpr = words.shape[0]
+        EACH: tl.constexpr = words.shape[1]
+        # (16 rows, half of them, 8), (64 inputs, 4 columns, 16 inputs)
+        w = tl.reshape(words, [ROWS // 16, 2, 8, EACH // 16, 4, 4])
+        return tl.reshape(tl.permute(w, [0, 2, 4, 3, 1, 5]), [2 * ROWS, EACH // 2])
 
 
 @triton.jit
 def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
-    """[chunks, 2 * BN threads, 4]: where the words of a step lie, from the tile's first step on."""
-    thread = tl.arange(0, 2 * BN)
-    word = tl.arange(0, 4)
+    """Where the words of a step lie, from the tile's first step on: in 4 bits [chunks, 2 * BN
+    threads, 4], in 8 bits [BN, BK / 4]."""
     if FORM == "int4":
         CHUNKS: tl.constexpr = BK // 64
+        thread = tl.arange(0, 2 * BN)
         strip = tile * (BN // 64) + thread // 128
         first = strip.to(tl.int64) * (K // 64 * 512) + thread % 128 * 4
         chunk = tl.arange(0, CHUNKS) * 512
-        return first[None, :, None] + chunk[:, None, None] + word[None, None, :]
+        return first[None, :, None] + chunk[:, None, None] + tl.arange(0, 4)[None, None, :]
     else:
-        HALVES: tl.constexpr = BK // 32
-        half = tl.arange(0, HALVES)
-        row = tile * BN + thread // 32 * 16 + thread % 32 // 4
-        first = row.to(tl.int64) * (K // 4) + thread % 4 * 4
-        # of 64 inputs a row's 16 words; then the row eight below
-        chunk = half // 2 * 16 + (half % 2).to(tl.int64) * 8 * (K // 4)
-        return first[None, :, None] + chunk[:, None, None] + word[None, None, :]
+        row = tile * BN + tl.arange(0, BN)
+        return row.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, BK // 4)[None, :]
 
 
 @triton.jit
