@@ -71,23 +71,27 @@ class FusedOps(Protocol):
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
         ...
 
+    def takes_row(self, weight: Any) -> bool:
+        """Whether the three products below take a packed weight."""
+        ...
+
     def norm_linear(
         self,
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Any,
         bias: Tensor | None = None,
     ) -> Tensor:
         """linear(rms_norm(x), weight, bias) of one row: x [1, K], norm [K], weight [N, K] -> [1, N]."""
         ...
 
-    def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Any) -> Tensor:
         """silu_mul(linear(rms_norm(x), weight)) of one row: weight [2I, K] -> [1, I]."""
         ...
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+        self, x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor
     ) -> Tensor:
         """linear(x, weight, bias) + residual of one row."""
         ...

@@ -43,6 +43,14 @@ FUSED_PROGRAMS = 512
 """Rows times KV heads."""
 
 
+def _row_weight(weight: Tensor | QuantizedMatrices) -> gemm_row.Weight:
+    if isinstance(weight, Tensor):
+        return weight
+    row_weight = weight.row_weight
+    assert row_weight is not None
+    return row_weight
+
+
 class CudaOps:
     """See backend.Ops and backend.FusedOps. `choices`: this process's, read in every call."""
 
@@ -59,9 +67,6 @@ class CudaOps:
     experts = staticmethod(moe.experts)
     route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
-    norm_linear = staticmethod(gemm_row.norm_linear)
-    norm_gated = staticmethod(gemm_row.norm_gated)
-    linear_add = staticmethod(gemm_row.linear_add)
 
     def __init__(self, choices: KernelChoices) -> None:
         self.choices = choices
@@ -91,6 +96,37 @@ class CudaOps:
         ):  # one row is multiplied without tensor cores anyway
             return F.linear(x, weight, bias)
         return gemm.linear(x, weight, bias, self.choices.gemm)
+
+    def takes_row(self, weight: Tensor | QuantizedMatrices) -> bool:
+        """See backend.FusedOps."""
+        return isinstance(weight, Tensor) or weight.row_weight is not None
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor | QuantizedMatrices,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
+        return gemm_row.norm_linear(x, norm, eps, _row_weight(weight), bias)
+
+    def norm_gated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor | QuantizedMatrices
+    ) -> Tensor:
+        """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
+        return gemm_row.norm_gated(x, norm, eps, _row_weight(weight))
+
+    def linear_add(
+        self,
+        x: Tensor,
+        weight: Tensor | QuantizedMatrices,
+        bias: Tensor | None,
+        residual: Tensor,
+    ) -> Tensor:
+        """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
+        return gemm_row.linear_add(x, _row_weight(weight), bias, residual)
 
     def paged_attention(
         self,

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import gemm, gemm_scaled
+from . import gemm, gemm_row, gemm_scaled
 from .gemm_cublaslt import GemmAlgorithms
 from .gemm_quantized import (
     MOST_FUSED_ROWS,
@@ -57,6 +57,12 @@ class QuantizedMatrices:
     def nbytes(self) -> int:
         """Bytes of the GPU's memory."""
         return sum(part.nbytes for part in self._parts)
+
+    @property
+    def row_weight(self) -> PackedMatrix | None:
+        """What the kernels for one row (gemm_row.py) read; None where they cannot."""
+        whole = len(self._parts) == 1 and gemm_row.takes(self._parts[0])
+        return self._parts[0] if whole else None
 
     @property
     def parts(self) -> Sequence[PackedMatrix]:

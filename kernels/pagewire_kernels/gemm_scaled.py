@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gemm_quantized import PackedMatrix
-from .quantized_decode import FP8
+from .quantized_decode import FP8, input_at
 from .workspace import overlap
 
 LEAST_ROWS: Final = 65
@@ -27,17 +27,6 @@ LARGEST: Final = tl.constexpr(448.0)
 """Of float8_e4m3fn."""
 MULTIPLE: Final = 16
 """Of rows of a weight."""
-
-
-@triton.jit
-def input_at(place):
-    """Which of the inputs is at `place`: quantized_decode.PERMUTED."""
-    span = place // 64 * 64
-    column = place % 64 // 16
-    chunk = place % 16 // 4
-    pair = place % 4 // 2
-    half = place % 2
-    return span + 16 * chunk + 8 * half + 2 * column + pair
 
 
 @triton.jit

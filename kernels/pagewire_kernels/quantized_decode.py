@@ -209,6 +209,17 @@ def words_a_step(BK: tl.constexpr, FORM: tl.constexpr):
     return BK * 8 if FORM == "int4" else BK // 4
 
 
+@triton.jit
+def input_at(place):
+    """Which of the inputs has its code of 8 bits at `place` of a row: PERMUTED."""
+    span = place // 64 * 64
+    column = place % 64 // 16
+    chunk = place % 16 // 4
+    pair = place % 4 // 2
+    half = place % 2
+    return span + 16 * chunk + 8 * half + 2 * column + pair
+
+
 def pack_words(codes: Tensor, form: str) -> Tensor:
     """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded (int8:
     + 128) -> words as in gemm_quantized.PackedMatrix."""
