@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, attention_torch, gemm, gemm_row, moe, norm
+from . import activation, attention_torch, gemm, gemm_row, moe, moe_quantized, norm
 from .attention_decode import Rope, decode_attention
 from .attention_prefill import prefill_attention
 from .backend import Ops
@@ -22,6 +22,7 @@ from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
 from .kv_cache import UNSCALED, KVScales
+from .moe_quantized import PackedExperts
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 
@@ -64,7 +65,6 @@ class CudaOps:
     gelu_tanh = staticmethod(activation.gelu_tanh)
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
-    experts = staticmethod(moe.experts)
     route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
 
@@ -96,6 +96,20 @@ class CudaOps:
         ):  # one row is multiplied without tensor cores anyway
             return F.linear(x, weight, bias)
         return gemm.linear(x, weight, bias, self.choices.gemm)
+
+    def experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor | PackedExperts,
+        down: Tensor | PackedExperts,
+        top_k_ids: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """See backend.Ops; the matrices of all experts are full, or quantized."""
+        if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+            return moe_quantized.experts(x, gate_up, down, top_k_ids, top_k_weights)
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        return moe.experts(x, gate_up, down, top_k_ids, top_k_weights)
 
     def takes_row(self, weight: Tensor | QuantizedMatrices) -> bool:
         """See backend.FusedOps."""

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import gemm, gemm_row, gemm_scaled
+from . import gemm, gemm_row, gemm_scaled, moe_quantized
 from .gemm_cublaslt import GemmAlgorithms
 from .gemm_quantized import (
     MOST_FUSED_ROWS,
@@ -20,6 +20,7 @@ from .gemm_quantized import (
     quantized_linear,
 )
 from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .moe_quantized import PackedExperts
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
 
@@ -128,6 +129,21 @@ class CudaQuantized:
     def __init__(self, algorithms: GemmAlgorithms) -> None:
         self._algorithms = algorithms
 
+    @property
+    def experts(self) -> "CudaQuantized":
+        """See backend.QuantizedOps."""
+        return self
+
+    def pack_expert(self, part: Quantized) -> PackedMatrix | None:
+        """See backend.QuantizedExpertOps."""
+        if not fits(part.shape[1], part.group):
+            return None
+        return pack_matrix([_regrouped(part)])
+
+    def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
+        """See backend.QuantizedExpertOps."""
+        return moe_quantized.stack(experts)
+
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the
         input's type whatever is allowed."""
@@ -170,9 +186,7 @@ def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
         words = pack_words(padded(raw), form)
         shape = torch.Size((rows, columns))
         by_row = padded(scale)[:, 0].contiguous()
-        return PackedMatrix(
-            words, None, by_row, shape, form, 0, False, 1, parts[0].quantize_inputs
-        )
+        return PackedMatrix(words, None, by_row, shape, form, 0, False, 1, parts[0].quantize_inputs)
     minimum = _minima(parts, scale)
     zero = torch.zeros_like(scale)
     if minimum is not None:

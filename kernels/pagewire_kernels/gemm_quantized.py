@@ -111,15 +111,34 @@ def _settled(acc, ASM: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, w, rows, scales, n, step, NP, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr,
+                REST: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """acc [BN, BM] plus the product of one step: its words w, as `offsets` lays them out, and rows
+    [BK, BM] of x. A scale a row and the matrix's factor are left to do.
+
+    Steps must not overlap: the codes of one would be decoded into registers that the product before
+    still reads. So each sum is used at once, by an addition or by `_settled`."""
+    OFFSET: tl.constexpr = (
+        0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
+    )
+    c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
+    if LATE:
+        pair = tl.load(scales + step * BK // GROUP * NP + n)
+        c = c - (_zero_of(pair) + OFFSET).to(DT)[:, None]
+        return acc + tl.dot(c, rows, input_precision="ieee") * _scale_of(pair)[:, None]
+    else:
+        if GROUP > 0:
+            c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
+        return _settled(tl.dot(c, rows, acc, input_precision="ieee"), ASM)
+
+
+@triton.jit
 def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K, BM: tl.constexpr,
         BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr,
         SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    OFFSET: tl.constexpr = (
-        0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
-    )
     tile = tl.program_id(1)
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -137,17 +156,9 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
         )
-        c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
-        # Steps must not overlap: the codes of one would be decoded into registers that the product
-        # before still reads. So each sum is used at once, by an addition or by `_settled`.
-        if LATE:
-            pair = tl.load(scales + step * BK // GROUP * NP + n)
-            c = c - (_zero_of(pair) + OFFSET).to(DT)[:, None]
-            acc += tl.dot(c, rows, input_precision="ieee") * _scale_of(pair)[:, None]
-        else:
-            if GROUP > 0:
-                c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
-            acc = _settled(tl.dot(c, rows, acc, input_precision="ieee"), ASM)
+        acc = add_product(
+            acc, w, rows, scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+        )
     acc *= by_row[:, None] if GROUP == 0 else factor
     if PDL:
         gdc_launch_dependents()
@@ -243,9 +254,9 @@ def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:
     return (low | zero.view(torch.int16).int() << 16).t().contiguous()
 
 
-def _asm(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> str:
-    """Empty: in Triton's own words, for its interpreter and for float32."""
-    return DECODERS.get((matrix.form, dtype), "") if device.type == "cuda" else ""
+def asm_of(form: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The PTX that decodes. Empty: in Triton's own words, for its interpreter and for float32."""
+    return DECODERS.get((form, dtype), "") if device.type == "cuda" else ""
 
 
 def quantized_linear(
@@ -287,7 +298,7 @@ def _launch(
         x, matrix.words, matrix.scales, matrix.row_scale, bias, out, part, counters(x.device, "quantized gemm", tiles * row_tiles),
         x.stride(0), out.stride(0), rows, n, matrix.padded, matrix.factor, span, k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
         GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, LATE=c.late and matrix.scales_late(c.block_k), SPLITS=splits,
-        BIAS=bias is not None, ASM=_asm(matrix, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps,
+        BIAS=bias is not None, ASM=asm_of(matrix.form, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps,
         **({"maxnreg": c.registers} if c.registers else {}), **overlap(x.device))  # fmt: skip
 
 
@@ -299,7 +310,7 @@ def dequantize(matrix: PackedMatrix, dtype: torch.dtype, out: Tensor | None = No
         out = torch.empty(n, k, dtype=dtype, device=device)
     _dequantize[(matrix.padded // TILE, k // _block_k(k))](
         matrix.words, matrix.scales, matrix.row_scale, out, n, matrix.padded, matrix.factor, k, BN=TILE, BK=_block_k(k),
-        GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, ASM=_asm(matrix, dtype, device), num_warps=4,
+        GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, ASM=asm_of(matrix.form, dtype, device), num_warps=4,
         **overlap(device))  # fmt: skip
     return out
 

@@ -30,7 +30,9 @@ MULTIPLE: Final = 16
 
 
 @triton.jit
-def _quantize_rows(x, out, scales, x_stride, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _quantize_rows(
+    x, out, scales, x_stride, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -103,7 +105,12 @@ def scaled_linear(
         whole = x8.float() * scales @ (weight.float() * row_scale[:, None]).T
     else:
         whole = torch._scaled_mm(
-            x8, weight.t(), scales, row_scale[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+            x8,
+            weight.t(),
+            scales,
+            row_scale[None, :],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
     out = whole[:, :n].to(dtype)
     return out if bias is None else out + bias

@@ -129,9 +129,7 @@ def test_rows_are_rounded_to_float8_with_a_scale_each(columns: int) -> None:
 @pytest.mark.parametrize("rows", [[64], [70, 10]])
 def test_products_in_float8(rows: list[int]) -> None:
     torch.manual_seed(9)
-    parts = [
-        Quantized(float8(count, 128), half(count, 1), quantize_inputs=True) for count in rows
-    ]
+    parts = [Quantized(float8(count, 128), half(count, 1), quantize_inputs=True) for count in rows]
     matrices = pack(parts)
     x = torch.randn(70, 128)
     scale = x.abs().amax(1, keepdim=True) / 448
