@@ -199,10 +199,7 @@ def experts(
         tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED
     )
     block_m = config.block_m if config else _block_m(rows_per_expert)
-    if unsorted:
-        aligned = _as_they_are(top_k_ids)
-    else:
-        aligned = align(top_k_ids, len(gate_up), block_m)
+    aligned = _as_they_are(top_k_ids) if unsorted else align(top_k_ids, len(gate_up), block_m)
     inner = torch.empty(tokens * k, gate_up.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, gate_up, inner, aligned, k, config or pick_config(rows_per_expert, gate_up))
     rows = torch.empty(tokens * k, down.shape[0], dtype=x.dtype, device=x.device)

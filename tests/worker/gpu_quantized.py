@@ -4,8 +4,9 @@
 
 Products with quantized matrices of every form, through the kernels and through dequantizing,
 against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
-bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run twice and must give the same bits. One line for each form, one for the
-verdict; the exit status is 0 when all is well. With `--device cpu` in Triton's interpreter, small
+bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run
+twice and must give the same bits. One line for each form, one for the verdict; the exit status is 0
+when all is well. With `--device cpu` in Triton's interpreter, small
 sizes: does the check itself work?
 """
 
