@@ -348,6 +348,8 @@ def _few_rows_late(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
 def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> QuantizedConfig:
     """8 bits, and 4 bits whose weights are scaled one by one."""
     large = n >= 16384
+    if rows <= 16 and not four_bits and k % 256 == 0:
+        return QuantizedConfig(16, 64, 256, _splits(256, n, 64, k), 4, 3)
     if rows <= 32:
         programs = 800 if four_bits else 256
         stages = 3 if large or four_bits or rows > 16 else 4
@@ -359,9 +361,16 @@ def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> Quant
 
 
 def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
-    """Some hundreds: as many splits as leave a program for each multiprocessor."""
+    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile, or
+    two of a large one, share a multiprocessor: one decodes while another multiplies."""
     row_tiles = triton.cdiv(rows, 128)
-    return QuantizedConfig(128, 128, block_k, _splits(160 // row_tiles, n, 128, k), 8, 3)
+    if n >= 16384:
+        return QuantizedConfig(128, 128, 64, 1, 8, 3, late=False)
+    if row_tiles == 1:
+        return QuantizedConfig(128, 64, block_k, _splits(256, n, 64, k), 4, 3, late=False)
+    if k > 8192 and row_tiles > 2:
+        return QuantizedConfig(128, 128, 64, _splits(256 // row_tiles, n, 128, k), 8, 3, late=False)
+    return QuantizedConfig(128, 64, 64, _splits(384 // row_tiles, n, 64, k), 4, 4, late=False)
 
 
 def _splits(programs: int, n: int, block_n: int, k: int) -> int:

@@ -10,7 +10,9 @@ with a scale a row, which multiplies the sums as well.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -34,6 +36,7 @@ class RowConfig:
     early: bool = False
 
 
+LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
 Weight = torch.Tensor | PackedMatrix
 """[N, K]: in full, or one that `takes` takes."""
 
@@ -99,8 +102,8 @@ def _row(x, norm, weight, row_scale, bias, residual, out, N, eps, factor, K: tl.
             h = h * _vector(norm, k, K, EVEN, FORM)
         acc += _values(_weights(weight, n, k, N, K, EVEN), FORM) * h[None, :]
         if GATED:
-            up = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN)
-            acc_up += _values(up, FORM) * h[None, :]
+            codes = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN)
+            acc_up += _values(codes, FORM) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
@@ -141,7 +144,17 @@ def pick_config(n: int, k: int, gated: bool) -> RowConfig:
 
 def takes(matrix: PackedMatrix) -> bool:
     """Whether a quantized matrix can be the weight of these products."""
-    return matrix.form != INT4 and matrix.row_scale is not None
+    if matrix.form == INT4 or matrix.row_scale is None:
+        return False
+    return matrix.form != FP8 or _reads_float8(matrix.words.device)
+
+
+@functools.cache
+def _reads_float8(device: torch.device) -> bool:
+    """Whether Triton knows float8 there."""
+    return (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOAT8_CAPABILITY
+    )
 
 
 def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,

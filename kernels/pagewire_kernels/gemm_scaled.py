@@ -4,6 +4,7 @@ and for as many rows as make a product bound by arithmetic: rounding costs a pas
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# pyright: reportPrivateImportUsage=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
