@@ -110,7 +110,7 @@ def _experts(form: str, group: int, rest: bool) -> PackedExperts:
 
 def row(form: str) -> dict[str, Any]:
     """Gate and up of one row, with its norm."""
-    chosen = gemm_row.pick_config(N, K, True)
+    chosen = gemm_row.pick_config_of_codes(N, K, True)
     constants = {
         "bias": None, "residual": None, "K": K, "BN": chosen.block_n, "BK": chosen.block_k, "FORM": form, "NORM": True,
         "GATED": True, "BIAS": False, "ADD": False, "EVEN": True, "STAGES": chosen.stages, "EARLY": chosen.early, "PDL": True,
