@@ -356,6 +356,7 @@ class NamedBody(BodyReader):
         self._json = JsonBody(JsonCalls(begin=(calls.begin,), end=calls.end), answer)
 
     def read(self, marker: str) -> Wait[None]:
+        """One call, or a list of JSON ones where the format has these too."""
         calls = self._calls
         if calls.json_instead and (yield from self.reader.space()) in ("[", "{"):
             yield from self._json.read(marker)
@@ -416,6 +417,7 @@ class ParameterBody(BodyReader):
         self._has_arguments = False
 
     def read(self, marker: str) -> Wait[None]:
+        """One call."""
         calls, reader = self._calls, self.reader
         name, marker = yield from reader.up_to(markers(*calls.name_end, calls.end))
         name = self.begin(name)
@@ -645,6 +647,7 @@ class BraceBody(BodyReader):
         self._calls = calls
 
     def read(self, marker: str) -> Wait[None]:
+        """One call."""
         calls, reader = self._calls, self.reader
         name, marker = yield from reader.up_to(markers("{", calls.end))
         self.begin(name.strip().removeprefix("call:"))

@@ -9,29 +9,37 @@ The prompt ends behind `<|start|>assistant`. See https://github.com/openai/harmo
 import contextlib
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from pagewire_protocol.structs import PartKind
 
-from .bodies import BodyReader, Broken, NotACall
+from .bodies import Answer, BodyReader, Broken, NotACall
 from .format import HarmonyCalls
 from .waiting import Ended, Wait, markers
 
-if TYPE_CHECKING:
-    from .parser import AnswerParser
+
+class HarmonyAnswer(Answer, Protocol):
+    """Where messages go: an AnswerParser."""
+
+    is_reasoning: bool
+
+    def emit(self, kind: PartKind, text: str, call: int = 0) -> None:
+        """More of a part."""
+        ...
+
 
 _RECIPIENT: Final = re.compile(r"to=([\w.:/-]+)")
 _FUNCTIONS: Final = "functions."
 
 
-def read_messages(answer: "AnswerParser", calls: HarmonyCalls) -> Wait[None]:
+def read_messages(answer: HarmonyAnswer, calls: HarmonyCalls) -> Wait[None]:
     """All messages, up to the end of the text."""
     with contextlib.suppress(Ended):
         yield from _Messages(answer, calls).read()
 
 
 class _Messages(BodyReader):
-    def __init__(self, answer: "AnswerParser", calls: HarmonyCalls) -> None:
+    def __init__(self, answer: HarmonyAnswer, calls: HarmonyCalls) -> None:
         super().__init__(answer)
         self._parser = answer
         self._calls = calls
