@@ -51,10 +51,9 @@ def _stop(reason: str, stop_reason: int | str | None) -> Json:
 def _input(arguments: str) -> Any:
     """The arguments as an object; those of a call that broke off as the text that they are."""
     try:
-        value = msgspec.json.decode(arguments or "{}")
+        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
     except msgspec.DecodeError:
         return {"arguments": arguments}
-    return value if isinstance(value, dict) else {"arguments": value}
 
 
 class MessagesFormatter(ChatFormatter):
@@ -97,7 +96,7 @@ class MessagesWriter(EventWriter):
         self._message = formatter.message
 
     def first(self, usage: Usage) -> list[Json]:
-        message = {
+        message: Json = {
             **self._message,
             "content": [],
             "stop_reason": None,

@@ -43,7 +43,7 @@ class SseReply(Reply):
         for request in self.requests:
             self._park(request, parked)
 
-    def _make_choices(self, count: int) -> "Sequence[SseChoice]":
+    def _make_choices(self, count: int) -> "Sequence[Choice]":
         kind = ParsedSseChoice if self.rendering.has_parts else SseChoice
         return [kind(self, index) for index in range(count)]
 

@@ -6,7 +6,7 @@ A parameter that is no field of the request is refused by name, unless its value
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -67,7 +67,7 @@ def parse_open(request_type: type[R], body: bytes, ignored: Ignored) -> R:
 
 
 @contextlib.contextmanager
-def _explaining(body: bytes) -> Iterator[None]:
+def _explaining(body: bytes) -> Generator[None]:
     """Errors of decoding as RequestErrors."""
     try:
         yield

@@ -210,7 +210,7 @@ class ResponsesWriter(EventWriter):
         place = self._place(self._item("", "in_progress"))
         match delta:
             case ContentDelta():
-                more = {"content_index": 0, "delta": text, "logprobs": []}
+                more: Json = {"content_index": 0, "delta": text, "logprobs": []}
                 return self._event("response.output_text.delta", **place, **more)
             case ReasoningDelta():
                 more = {"content_index": 0, "delta": text}
@@ -230,7 +230,7 @@ class ResponsesWriter(EventWriter):
         events: list[Json] = []
         match self._kind:
             case ContentDelta():
-                done = {"content_index": 0, "text": text, "logprobs": []}
+                done: Json = {"content_index": 0, "text": text, "logprobs": []}
                 events.append(self._event("response.output_text.done", **place, **done))
             case ReasoningDelta():
                 done = {"content_index": 0, "text": text}
