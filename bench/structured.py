@@ -208,7 +208,7 @@ async def generate(args: argparse.Namespace) -> None:
     gate = asyncio.Semaphore(args.streams)
     longest_space = 0
 
-    async def one(
+    async def ask(
         session: aiohttp.ClientSession, kind: str, fields: dict[str, Any], right: Any, stream: bool
     ) -> None:
         nonlocal longest_space
@@ -239,7 +239,7 @@ async def generate(args: argparse.Namespace) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(3600)) as session:
         await asyncio.gather(
             *(
-                one(session, kind, fields, right, stream)
+                ask(session, kind, fields, right, stream)
                 for index, (kind, fields, right) in enumerate(tasks(args))
                 for stream in ([False, True] if args.both else [bool(index % 2)])
             )
@@ -267,8 +267,8 @@ async def texts(session: Any, url: str, body: dict[str, Any]) -> list[tuple[str,
             error = (await answer.json())["error"]
             return [(f"refused {answer.status}", error["message"])]
         if not body["stream"]:
-            found = (await answer.json())["choices"]
-            return [(choice["finish_reason"], choice["message"]["content"]) for choice in found]
+            whole = (await answer.json())["choices"]
+            return [(choice["finish_reason"], choice["message"]["content"]) for choice in whole]
         parts: dict[int, str] = {}
         finishes: dict[int, str] = {}
         async for line in answer.content:
@@ -310,7 +310,7 @@ async def load_once(
     gaps: dict[str, list[float]] = {"plain": [], "held": []}
     total = 0
 
-    async def one(session: aiohttp.ClientSession, index: int) -> None:
+    async def stream(session: aiohttp.ClientSession, index: int) -> None:
         nonlocal total
         held = int((index + 1) * share) > int(index * share)
         body: dict[str, Any] = {
@@ -344,7 +344,7 @@ async def load_once(
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(3600)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await asyncio.gather(*(one(session, index) for index in range(args.streams)))
+        await asyncio.gather(*(stream(session, index) for index in range(args.streams)))
     return gaps, total, time.perf_counter() - began
 
 

@@ -101,11 +101,11 @@ def _triggered(
             options.append(f"{rules.up_to(trigger)} ({' | '.join(bodies)})")
     if sum(any(begin.startswith(t) for t in triggers) for begin, _ in tags) < len(tags):
         raise GrammarError("every `begin` of a structural tag must start with one of `triggers`")
-    one = rules.add(" | ".join(options))
+    tag_rule = rules.add(" | ".join(options))
     if stop_after_first:
-        return one if at_least_one else f"{one} | {rules.free_text()}"
+        return tag_rule if at_least_one else f"{tag_rule} | {rules.free_text()}"
     end = rules.free_text()
-    return f"{one}{'+' if at_least_one else '*'} {end}"
+    return f"{tag_rule}{'+' if at_least_one else '*'} {end}"
 
 
 def _node(node: Any, rules: _Rules) -> str:
@@ -167,10 +167,10 @@ def _tag(node: Any, rules: _Rules) -> tuple[str, str]:
 
 def _separated(node: Node, rules: _Rules) -> str:
     tags = [_tag(part, rules) for part in _list(node, "tags")]
-    one = rules.add(" | ".join(f"{rules.text(begin)} {rest}" for begin, rest in tags))
-    body = one
+    tag_rule = rules.add(" | ".join(f"{rules.text(begin)} {rest}" for begin, rest in tags))
+    body = tag_rule
     if not node.get("stop_after_first"):
-        body += f" ({rules.text(node.get('separator', ''))} {one})*"
+        body += f" ({rules.text(node.get('separator', ''))} {tag_rule})*"
     return rules.add(body if node.get("at_least_one") else f"({body})?")
 
 

@@ -37,8 +37,8 @@ def structured_grammar(outputs: object, param: str = STRUCTURED_OUTPUTS) -> Gram
         return None
     forms = [name for name in FORMS if _is_given(getattr(outputs, name, None))]
     if len(forms) != 1:
-        said = f"got {' and '.join(forms)}" if forms else "got none"
-        raise invalid(f"`{param}` must say exactly one of {', '.join(FORMS)}; {said}.", param)
+        got = " and ".join(forms) or "none"
+        raise invalid(f"`{param}` must say exactly one of {', '.join(FORMS)}; got {got}.", param)
     (form,) = forms
     value: Any = getattr(outputs, form)
     options = _options(outputs, param)

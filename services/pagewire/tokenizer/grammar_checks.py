@@ -68,10 +68,10 @@ class GrammarChecks:
     def outcome(self, grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> str | None:
         """What is wrong with it, empty for nothing; None where that has yet to be found out: it is
         then among those that `settle` returns."""
-        known = self._outcomes.get(grammar)
-        if known is not None:
+        outcome = self._outcomes.get(grammar)
+        if outcome is not None:
             self._outcomes.move_to_end(grammar)
-            return known
+            return outcome
         if self._process is None and find_spec("llguidance") is None:
             return MISSING
         self._vocabulary = vocab_size, eos
