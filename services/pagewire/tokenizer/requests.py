@@ -244,8 +244,13 @@ class Requests:
         self._refuse(request, Refused("the request could not be handled", status=500))
 
     def _lose(self, streams: Iterable[Stream], message: str) -> None:
-        for stream in streams:
+        """The scheduler may still compute them: their owners need not send them again, and may be
+        gone."""
+        lost = list(streams)
+        for stream in lost:
             self._end(stream, stream.lost(message))
+        if lost:
+            self.to_scheduler.append(Cancel(tuple((stream.rid, stream.attempt) for stream in lost)))
 
     def _end(self, stream: Stream, end: End) -> None:
         stream.outgoing.ended.append(end)
