@@ -61,6 +61,11 @@ class Fault:
     """Until the next one was ready."""
 
     @property
+    def back_at(self) -> float:
+        """When the next one was ready; of a pause, when it has gone on."""
+        return self.at + (LONGEST_PAUSE_S if self.fault == "pause" else self.ready_s or REPLACED_S)
+
+    @property
     def until(self) -> float:
         """When its effects on a client's connection are over at the latest."""
         return self.at + (self.gone_s or 10.0)
@@ -328,8 +333,9 @@ def is_void(record: Record, streams: int) -> bool:
 
 
 def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
-    """The longest stall after each fault of this sort that had no other one within two seconds
-    before, and in which no other kind of service was hit."""
+    """The longest stall after each fault of this sort that had no other one within two seconds, and
+    before which all services hit earlier had successors that were ready: what a stream waits for
+    where a survivor is there is not what it waits for where all are down."""
     longest: list[float] = []
     for entry in record.faults:
         if (entry.kind, entry.fault) != (kind, fault):
@@ -337,7 +343,8 @@ def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
         near = [
             other
             for other in record.faults
-            if other is not entry and -2.0 < other.at - entry.at < 2.0
+            if other is not entry
+            and (-2.0 < other.at - entry.at < 2.0 or other.at <= entry.at <= other.back_at)
         ]
         if near:
             continue
