@@ -27,9 +27,7 @@ class RenderLimit:
 
     def __enter__(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._watch, name="render-limit", daemon=True
-            )
+            self._thread = threading.Thread(target=self._watch, name="render-limit", daemon=True)
             self._thread.start()
         with self._lock:
             self._since[threading.get_ident()] = time.monotonic()
