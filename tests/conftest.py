@@ -42,7 +42,7 @@ WAITING = {
     "worker/test_loop.py",
 }
 """Files in those folders that do not."""
-LOW_PRIORITY = 10
+LOW_PRIORITY = 5
 is_low = False
 
 
