@@ -1,5 +1,5 @@
 # make serve [ARGS="--model DIR_OR_ID --port 8123"]   everything it needs, then the stack
-# make test [ARGS="tests/e2e -k paris"]                what tests need, then all of them
+# make test [ARGS="tests/e2e -k paris"]                what tests need, then all of them, in two lanes (tests/conftest.py)
 # make lint · make format · make clean
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/pagewire serve $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadgroup)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
