@@ -22,7 +22,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pagewire.commands import doctor_container
 from pagewire.hub import huggingface
+from pagewire_protocol.structs import Role
 
 ROOT = Path(__file__).parents[2]
 TLS = ROOT / "tests" / "api" / "tls"
@@ -54,9 +56,13 @@ class Stack:
             "PORT": str(port),
             "PATH": f"{bin_dir}:{os.environ['PATH']}",
         }
-        settings = {"MODEL": str(huggingface.demo_gguf()), "DEVICE": "fake"}
+        self.settings = Path(run_dir) / "settings.yaml"
+        self.settings.write_text(
+            yaml.safe_dump({"max_model_len": 512, "max_num_seqs": 7, "num_workers": 3})
+        )
+        variables = {"MODEL": str(huggingface.demo_gguf()), "DEVICE": "fake"}
         self.services: dict[str, Any] = yaml.safe_load(
-            interpolate((ROOT / "compose/default.yaml").read_text(), settings)
+            interpolate((ROOT / "compose/default.yaml").read_text(), variables)
         )["services"]
 
     def start(self, service: str, *more: str) -> subprocess.Popen[bytes]:
@@ -66,10 +72,20 @@ class Stack:
             "sh",
             str(ROOT / "compose/entrypoint.sh"),
             service,
-            *self.services[service]["command"],
+            *(self._here(word) for word in self.services[service]["command"]),
+            "--shutdown-delay=0.3",
             *more,
         ]
-        return subprocess.Popen(words, env=self.environment)
+        own = {
+            name: value or ""
+            for name, value in self.services[service]["environment"].items()
+            if name.startswith("PAGEWIRE_")
+        }
+        return subprocess.Popen(words, env={**self.environment, **own})
+
+    def _here(self, word: str) -> str:
+        name, _, value = word.partition("=")
+        return f"{name}={self.settings}" if name == "--config" else f"{name}={value}"
 
     def up(self) -> None:
         self.children["frontend"] = self.start(
@@ -119,7 +135,7 @@ class Stack:
     def health(self, service: str) -> subprocess.CompletedProcess[str]:
         """The command of the service's health check."""
         _, _, *words = self.services[service]["healthcheck"]["test"]
-        program = [sys.executable, str(ROOT / "compose/health.py"), *words]
+        program = ["bash", str(ROOT / "compose/health.sh"), *words]
         return subprocess.run(
             program, env=self.environment, capture_output=True, text=True, timeout=30
         )
@@ -161,6 +177,24 @@ def test_the_health_checks_pass(stack: Stack, service: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_each_service_takes_its_own_of_the_settings_file(stack: Stack) -> None:
+    """The tokenizer refuses what does not fit the file's max_model_len, which the worker has taken
+    from it; num_workers is for another command."""
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        stack.complete("word " * 600)
+    assert refusal.value.code == 400 and "512" in refusal.value.read().decode()
+
+
+@pytest.mark.parametrize("service", ["frontend", "tokenizer", "scheduler", "worker"])
+def test_an_unknown_setting_in_the_file_is_an_error_in_all(tmp_path: Path, service: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_model_length: 3\n")
+    program = [sys.executable, "-m", "pagewire", service, f"--config={file}"]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "unknown setting max_model_length; did you mean max-model-len?" in result.stderr
+
+
 def test_a_health_check_leaves_no_socket_behind(stack: Stack) -> None:
     sockets = set(Path(stack.environment["PAGEWIRE_RUN_DIR"]).glob("*.sock"))
     assert stack.health("worker").returncode == 0
@@ -180,16 +214,10 @@ def test_a_second_tokenizer_takes_over_while_the_stack_serves(stack: Stack) -> N
     assert stack.health("tokenizer").returncode == 1, "this container's tokenizer is gone"
 
 
-def ready_tokenizers(stack: Stack) -> str:
-    """What the scheduler lists, asked for as the health check does."""
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import health; "
-        "health.judge = lambda peers, role, name: ' '.join(p.name for p in peers if p.ready); print(health.ask_scheduler('worker'))"
-    )
-    words = [sys.executable, "-c", program, str(ROOT / "compose")]
-    return subprocess.run(
-        words, env=stack.environment, capture_output=True, text=True, timeout=30, check=True
-    ).stdout
+def ready_tokenizers(stack: Stack) -> list[str]:
+    """What the scheduler lists, asked for as `pagewire doctor` does in a container."""
+    peers = doctor_container.ask_scheduler(stack.environment["PAGEWIRE_RUN_DIR"]) or ()
+    return [peer.name for peer in peers if peer.ready and peer.role is Role.TOKENIZER]
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +268,13 @@ def test_the_health_of_a_frontend_with_a_certificate(
 def test_health_without_a_frontend_is_one_line() -> None:
     result = http_health({"PORT": str(free_port())})
     assert result.returncode == 1
-    assert result.stdout == "http: [Errno 111] Connection refused\n" and not result.stderr
+    assert result.stdout.startswith("nothing listens on port ") and not result.stderr
+    assert result.stdout.count("\n") == 1
 
 
 def http_health(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(ROOT / "compose/health.py"), "http"]
+    program = ["bash", str(ROOT / "compose/health.sh"), "http"]
+    variables["PAGEWIRE_HEALTH_TLS"] = str(ROOT / "compose/health_tls.py")
     kept = {key: value for key, value in os.environ.items() if not key.endswith("PORT")}
     return subprocess.run(program, env=kept | variables, capture_output=True, text=True, timeout=30)
 
@@ -252,12 +282,12 @@ def http_health(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
 def test_health_says_what_is_wrong_without_a_scheduler() -> None:
     with tempfile.TemporaryDirectory(prefix="pw-") as run_dir:
         environment = {**os.environ, "PAGEWIRE_RUN_DIR": run_dir}
-        program = [sys.executable, str(ROOT / "compose/health.py"), "scheduler"]
+        program = ["bash", str(ROOT / "compose/health.sh"), "scheduler"]
         result = subprocess.run(
             program, env=environment, capture_output=True, text=True, timeout=30
         )
     assert result.returncode == 1
-    assert "did not answer" in result.stdout
+    assert "has not started yet" in result.stdout
 
 
 def test_every_service_ends_in_order_on_sigterm(stack: Stack) -> None:

@@ -108,8 +108,21 @@ def render(state: State) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(state))  # type: ignore[arg-type]
     # Of this frontend: where several share an address, of the one that was asked.
-    ProcessCollector(registry=registry)
+    registry.register(_Process())  # type: ignore[arg-type]
     return generate_latest(registry)
+
+
+class _Process:
+    """The gauges of this process. Its processor time would fall where another frontend is asked the
+    next time."""
+
+    def __init__(self) -> None:
+        self._collector = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._collector.collect():
+            if family.type == "gauge":
+                yield family
 
 
 class _Collector:
@@ -226,6 +239,11 @@ class _Collector:
             "Prompt tokens that need no computing.",
             self._counters.cached_tokens,
         )
+        cpu = CounterMetricFamily(
+            "process_cpu_seconds", "Processor time of all frontends, those that are gone included."
+        )
+        cpu.add_metric([], self._counters.cpu_seconds)
+        yield cpu
         yield from self._keys()
         answers = CounterMetricFamily(
             "pagewire:frontend_http_responses", "HTTP answers.", labels=["method", "route", "code"]
