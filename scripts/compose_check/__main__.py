@@ -12,6 +12,7 @@ one line and exits with 0. What it starts has a project name and a port of its o
 import argparse
 import asyncio
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -209,6 +210,18 @@ async def run(options: argparse.Namespace) -> int:
     return 1 if report.broken else 0
 
 
+async def until_told(options: argparse.Namespace) -> int:
+    """What was started is removed after SIGTERM too."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await run(options)
+    except asyncio.CancelledError:
+        print("compose-check: told to end")
+        return 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("scripts/compose-check", description=__doc__)
     parser.add_argument("--quick", action="store_true")
@@ -221,7 +234,7 @@ def main() -> int:
     if why := engine.why_not():
         print(f"compose-check: {why}, so nothing was checked")
         return 0
-    return asyncio.run(run(options))
+    return asyncio.run(until_told(options))
 
 
 if __name__ == "__main__":

@@ -312,7 +312,9 @@ class Service:
         self.state.stack.on_roster(roster, self.state.clock())
         self.state.owner.on_roster(roster)
         self.state.admission.on_roster(roster)
-        inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
+        inboxes = {
+            peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER and peer.inbox
+        }
         for inbox in self._tokenizer_inboxes - inboxes:
             self.outbox.forget(inbox)
         for inbox in inboxes - self._tokenizer_inboxes:

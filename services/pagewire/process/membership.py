@@ -7,6 +7,7 @@ loop calls `tick`.
 
 import logging
 from pathlib import Path
+from typing import Final
 
 from msgspec.structs import replace
 from pagewire_protocol.channels import NO_INCARNATION, Inbox, Outbox, inbox_address
@@ -29,6 +30,8 @@ from .health_file import WELL, HealthFile
 from .parent import Started
 
 HEARTBEAT_S = 1.0
+STAGE_LENGTH: Final = 256
+"""Characters; as much as a Peer holds."""
 log = logging.getLogger("pagewire.process.membership")
 
 
@@ -89,7 +92,8 @@ class Membership:
 
     def loading(self, stage: str, fraction: float = 0.0) -> None:
         """Say what keeps this process from being ready; shown by /health and the start-up log."""
-        self._stage, self._fraction = stage, min(1.0, max(0.0, fraction))
+        self._stage = stage[:STAGE_LENGTH]
+        self._fraction = min(1.0, max(0.0, fraction))
         self.hello()
 
     def ready(

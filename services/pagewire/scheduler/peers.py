@@ -5,6 +5,7 @@ Time comes with the calls. Knows nothing of requests; where their results go is 
 that stands for an inbox.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 from zlib import crc32
@@ -32,7 +33,9 @@ LOADING_SILENCE_S: Final = 60.0
 long."""
 EXPECTED_BIT: Final = 1 << 62
 """Of the incarnation that stands for a service between two lives; those of processes are smaller."""
-NO_INBOX: Final = "-"
+NO_INBOX: Final = ""
+REMEMBERED_DEATHS: Final = 1024
+"""Processes of which it is remembered that they have ended."""
 PAUSE_S: Final = 2.0
 """A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that
 its peers were silent."""
@@ -59,6 +62,8 @@ class Peers:
         """Of services that are started again, until they are ready."""
         self._causes: dict[tuple[Role, str], str] = {}
         """Of the last of these ends."""
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        """Incarnations whose ends were announced. What they sent before may arrive after that."""
         self._roster: Roster | None = None
         self.deaths = 0
         """Announced by those who start services."""
@@ -94,6 +99,10 @@ class Peers:
         """A service has ended and is started again: until its next life says Hello, the roster
         lists it as one that is not ready."""
         self.deaths += bool(death.failures)
+        if death.incarnation:
+            self._ended[death.incarnation] = None
+            if len(self._ended) > REMEMBERED_DEATHS:
+                self._ended.popitem(last=False)
         service = (death.role, death.name)
         living = [s for s in self._peers.values() if (s.peer.role, s.peer.name) == service]
         if any(not state.expected for state in living):
@@ -121,6 +130,11 @@ class Peers:
         until = now + death.restart_in_s
         self._peers[incarnation] = PeerState(peer, None, None, until, expected=True)
         self._roster = None
+
+    def has_ended(self, incarnation: Incarnation) -> bool:
+        """The end of this process was announced: it sends nothing any more, and what arrives of it
+        was on its way."""
+        return incarnation in self._ended
 
     @property
     def failing(self) -> int:

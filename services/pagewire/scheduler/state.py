@@ -118,7 +118,8 @@ class Scheduler:
                 for rid, attempt in event.requests:
                     self.engine.park(rid, attempt, event.parked)
             case Heartbeat():
-                if not self.peers.heartbeat(event, self.now):
+                is_known = self.peers.heartbeat(event, self.now)
+                if not is_known and not self.peers.has_ended(event.incarnation):
                     self._greet(event.incarnation, event.inbox)
             case Hello():
                 self._hello(event)
@@ -154,7 +155,7 @@ class Scheduler:
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
-        if peer.role is Role.SCHEDULER or not peer.inbox.startswith("ipc://"):
+        if peer.role is Role.SCHEDULER or not peer.inbox or self.peers.has_ended(peer.incarnation):
             return
         if peer.incarnation in self._distrusted:
             self._greet(peer.incarnation, peer.inbox)

@@ -258,7 +258,9 @@ class Requests:
         cancelled."""
         self.roster = roster
         self._decoding.grow(roster.vocab_size)
-        frontends = {peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND}
+        frontends = {
+            peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND and peer.inbox
+        }
         # A new scheduler has not heard from everyone yet: a frontend that its first roster does not
         # list may well be alive.
         gone = set[str]() if new_epoch else self.frontends - frontends
