@@ -2,6 +2,7 @@
 of the images, without an engine."""
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pytest
 import yaml
 from pagewire.commands import doctor_container
 from pagewire.hub import huggingface
-from pagewire_protocol.structs import Role
+from pagewire_protocol.structs import Peer, Role
 
 ROOT = Path(__file__).parents[2]
 TLS = ROOT / "tests" / "api" / "tls"
@@ -173,8 +174,7 @@ def test_a_completion_goes_through_all_four(stack: Stack) -> None:
 
 @pytest.mark.parametrize("service", ["frontend", "tokenizer", "scheduler", "worker"])
 def test_the_health_checks_pass(stack: Stack, service: str) -> None:
-    result = stack.health(service)
-    assert result.returncode == 0, result.stdout + result.stderr
+    until(lambda: stack.health(service).returncode == 0)  # a line is written once a second
 
 
 def test_each_service_takes_its_own_of_the_settings_file(stack: Stack) -> None:
@@ -218,6 +218,107 @@ def ready_tokenizers(stack: Stack) -> list[str]:
     """What the scheduler lists, asked for as `pagewire doctor` does in a container."""
     peers = doctor_container.ask_scheduler(stack.environment["PAGEWIRE_RUN_DIR"]) or ()
     return [peer.name for peer in peers if peer.ready and peer.role is Role.TOKENIZER]
+
+
+def listed(stack: Stack) -> dict[str, Peer]:
+    """What the scheduler lists, by name."""
+    peers = doctor_container.ask_scheduler(stack.environment["PAGEWIRE_RUN_DIR"]) or ()
+    return {peer.name: peer for peer in peers}
+
+
+def until(holds: Callable[[], Any]) -> Any:
+    """Wait until it holds, and return what it is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def asked(port: int, path: str) -> tuple[int, str]:
+    """The status of a GET, and its header Connection; status 0 where nothing listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.headers.get("Connection", "")
+    except OSError:
+        return 0, ""
+    finally:
+        connection.close()
+
+
+def test_a_frontend_that_is_told_to_end_serves_on_and_says_so(stack: Stack) -> None:
+    """A balancer sees it in /accepting at once; whoever still comes is served; then the port is
+    closed."""
+    port = free_port()
+    flags = ("--name=frontend-second", "--host=127.0.0.1", f"--port={port}", "--shutdown-delay=1.5")
+    frontend = stack.start("frontend", *flags)
+    try:
+        until(lambda: asked(port, "/ready")[0] == 200)
+        assert asked(port, "/accepting") == (200, "")
+        frontend.send_signal(signal.SIGTERM)
+        until(lambda: asked(port, "/accepting")[0] == 404)
+        assert asked(port, "/ready")[0] == 503 and asked(port, "/live")[0] == 200
+        assert asked(port, "/v1/models") == (200, "close")
+        body = json.dumps({"prompt": "late", "max_tokens": 4}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
+        until(lambda: asked(port, "/live")[0] == 0)
+        assert frontend.wait(30) == 0
+    finally:
+        frontend.kill()
+        frontend.wait()
+
+
+def test_new_requests_wait_for_the_successor_of_an_only_worker(stack: Stack) -> None:
+    """Which was stopped in order, as `docker compose restart worker` does."""
+    before = stack.complete("successor")["choices"]
+    answers: list[Any] = []
+    assert stack.end("worker") == 0
+    thread = threading.Thread(target=lambda: answers.append(stack.complete("successor")))
+    thread.start()
+    until(lambda: any("was stopped" in peer.stage for peer in listed(stack).values()))
+    stack.children["worker"] = stack.start("worker")
+    thread.join(PATIENCE_S)
+    assert [answer["choices"] for answer in answers] == [before]
+
+
+def test_a_second_scheduler_is_a_spare_that_takes_over(stack: Stack) -> None:
+    before = stack.complete("spare")["choices"]
+    spare = stack.start("scheduler", "--name=scheduler-spare")
+    line = Path(stack.environment["PAGEWIRE_RUN_DIR"]) / "health-scheduler-spare"
+    until(lambda: line.exists() and "ok, as a spare" in line.read_text())
+    assert spare.poll() is None
+    counted = scheduler_tokens(stack)
+    assert counted > 0
+    assert stack.end("scheduler") == 0
+    stack.children["scheduler"] = spare
+    assert stack.complete("spare")["choices"] == before
+    until(lambda: scheduler_tokens(stack) > counted)
+
+
+def scheduler_tokens(stack: Stack) -> float:
+    """A count of the scheduler's, which no change of schedulers takes back."""
+    with urllib.request.urlopen(f"{stack.url}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.search(r"^pagewire:scheduler_generation_tokens_total{.*} (\S+)$", text, re.M)
+    assert found
+    return float(found[1])
+
+
+def test_why_a_service_cannot_start_is_listed(stack: Stack) -> None:
+    """By the scheduler, and from there in /ready, `/` and the health check; each life counts."""
+    name = "tokenizer-broken"
+    for _ in range(2):
+        broken = stack.start("tokenizer", f"--name={name}", "--model=/models/nope")
+        assert broken.wait(60) == 1
+    stage = until(lambda: (peer := listed(stack).get(name)) and peer.stage)
+    assert stage.startswith("could not start: /models/nope does not exist"), stage
+    assert stage.endswith("2 times"), stage
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,9 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
     response.headers[HEADER] = request_id(request)
     response.headers["Server"] = "pagewire"
     if request.app[STATE].stack.leaving:
-        response.force_close()  # the client's next request finds another process
+        # The client's next request finds another process.
+        response.headers["Connection"] = "close"
+        response.force_close()
     if tenant := request.get(TENANT):
         state = request.app[STATE]
         response.headers.update(state.key_limits.headers(tenant, state.clock()))
