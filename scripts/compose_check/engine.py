@@ -95,6 +95,11 @@ class Deployment:
         self._usual = fake if settings is None else settings
         self.write(self._usual, override)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The flags of its files."""
+        return ("-f", str(ROOT / "compose/default.yaml"), "-f", str(self._file))
+
     def write(self, settings: dict[str, Any], services: dict[str, Any]) -> None:
         """The settings file and the file over the default one."""
         shown = Path(self._dir.name) / "settings.yaml"
@@ -121,13 +126,12 @@ class Deployment:
 
     async def compose(self, *words: str, timeout_s: float = COMMAND_S) -> str:
         """`docker compose` on this project. Raises CommandFailed."""
-        files = ("-f", str(ROOT / "compose/default.yaml"), "-f", str(self._file))
         return await command(
             "docker",
             "compose",
             "-p",
             self.project,
-            *files,
+            *self.files,
             *words,
             environment=self.environment,
             timeout_s=timeout_s,

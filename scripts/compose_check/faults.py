@@ -188,6 +188,15 @@ async def everything_killed(stage: Stage) -> None:
             await engine.end_all(container)
 
 
+async def upgraded(stage: Stage) -> None:
+    """scripts/compose-upgrade, as the page says."""
+    deployment = stage.deployment
+    options = ("-p", deployment.project, *deployment.files)
+    await command(
+        str(engine.ROOT / "scripts/compose-upgrade"), *options, environment=deployment.environment
+    )
+
+
 async def everything_recreated(stage: Stage) -> None:
     """`docker compose up --force-recreate` of all there is, the gateway included."""
     await stage.deployment.compose(

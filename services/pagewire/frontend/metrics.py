@@ -138,8 +138,7 @@ class _Collector:
         yield from self._services()
 
     def _scheduler(self) -> Iterator[Metric]:
-        roster = self._state.stack.roster
-        stats = dict(roster.stats) if roster else {}
+        stats = self._state.stack.stats
         for name, text in _GAUGES.items():
             value = stats.get(name, 0.0)
             yield self._gauge(f"vllm:{name}", text, value)
@@ -147,6 +146,14 @@ class _Collector:
                 yield self._gauge(
                     f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value
                 )
+        if stats:
+            yield from self._counted_by_scheduler(stats)
+        yield self._cache_config(stats)
+        for name, text in _SCHEDULER_GAUGES.items():
+            yield self._gauge(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
+
+    def _counted_by_scheduler(self, stats: Mapping[str, float]) -> Iterator[Metric]:
+        """Left out by a frontend that has not heard of them yet: 0 would be a fall."""
         for name, text in _COUNTERS.items():
             value = stats.get(name, 0.0)
             yield self._counter(f"vllm:{name}", text, value)
@@ -161,9 +168,6 @@ class _Collector:
             REQUEST_PREEMPTIONS,
             stats,
         )
-        yield self._cache_config(stats)
-        for name, text in _SCHEDULER_GAUGES.items():
-            yield self._gauge(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
         for name, text in _SCHEDULER_COUNTERS.items():
             yield self._counter(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
 

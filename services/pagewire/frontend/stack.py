@@ -26,6 +26,8 @@ class Stack:
         until it is `draining`."""
         self.draining = False
         self._model = ModelFacts()
+        self.stats: dict[str, float] = {}
+        """The last figures of a scheduler's, which not every roster has; empty before the first."""
         self._was_complete = False
         self.seen = 0.0
         """When the last roster came, on the caller's clock."""
@@ -34,6 +36,7 @@ class Stack:
         """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
+            self.stats = roster.stats or self.stats
             is_complete = not self.loading(now)
             if is_complete or not self._was_complete:
                 self._model = model_facts(roster)
