@@ -203,7 +203,13 @@ async def end_all(container: str) -> None:
 
 async def signal_service(container: str, name: str) -> None:
     """Send a signal to the service itself, below its container's init and its watchdog."""
-    pids = (await shell(container, FIND_CHILD)).split()
+    pids: list[str] = []
+    for _ in range(20):
+        with contextlib.suppress(CommandFailed):
+            pids = (await shell(container, FIND_CHILD)).split()
+        if pids:
+            break
+        await asyncio.sleep(0.5)  # it is between two lives
     await shell(container, f"kill -{name} {' '.join(pids)}")
 
 

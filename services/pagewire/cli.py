@@ -298,7 +298,7 @@ def run_service(command: str, arguments: list[str]) -> int:
     is_frontend = command == "frontend"
     stop = watchdog.Stop(
         0.0 if is_frontend else run.shutdown_delay,
-        lambda: not is_frontend and alive.all_leave(Path(run.run_dir), "frontend"),
+        lambda: alive.living(Path(run.run_dir), "frontend"),
     )
     return watchdog.run_watched(command, lambda: imported(module).run(*configs), report, stop)
 

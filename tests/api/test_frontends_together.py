@@ -6,7 +6,6 @@ import random
 import threading
 from pathlib import Path
 
-import pytest
 from pagewire.process import alive
 from pagewire.requests.counter_exchange import CounterExchange
 from pagewire.requests.counters import Counters
@@ -128,20 +127,18 @@ def test_who_lives_is_known_however_a_process_ends(tmp_path: Path) -> None:
     try:
         assert is_there.wait(30)
         assert alive.living(tmp_path, "frontend") == {7: False}
-        assert not alive.all_leave(tmp_path, "frontend")
     finally:
         process.kill()
         process.join()
     assert alive.living(tmp_path, "frontend") == {} and not list(tmp_path.iterdir())
-    assert not alive.all_leave(tmp_path, "frontend"), "there is none"
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_all_leave_only_where_no_other_stays(tmp_path: Path, others: int) -> None:
+def test_who_leaves_is_known(tmp_path: Path) -> None:
     leaving = alive.Alive(tmp_path, "frontend", 1)
-    staying = [alive.Alive(tmp_path, "frontend", 2 + i) for i in range(others)]
+    staying = alive.Alive(tmp_path, "frontend", 2)
     leaving.leave()
-    assert alive.all_leave(tmp_path, "frontend") == (not others)
-    for one in (leaving, *staying):
-        one.close()
+    assert alive.living(tmp_path, "frontend") == {1: True, 2: False}
+    leaving.close()
+    assert alive.living(tmp_path, "frontend") == {2: False}
+    staying.close()
     assert alive.living(tmp_path, "frontend") == {}

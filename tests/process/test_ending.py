@@ -11,26 +11,26 @@ from pagewire.process.watchdog import Stop
 
 
 def test_it_is_told_after_the_delay_and_once() -> None:
-    stop = Stop(1.0, lambda: False)
-    assert not stop.is_due(0.0), "nobody has asked"
-    assert not stop.ask()
-    due = float("1e18")
-    assert stop.is_due(due) and not stop.is_due(due)
+    stop = Stop(1.0, lambda: {1: False, 2: True})
+    assert not stop.is_due(1e18), "nobody has asked"
+    assert not stop.ask() and not stop.is_due(0.0)
+    assert stop.is_due(1e18) and not stop.is_due(1e18)
 
 
 def test_it_is_told_at_once_without_a_delay_and_when_asked_again() -> None:
-    assert Stop(0.0, lambda: True).ask()
-    stop = Stop(5.0, lambda: True)
+    assert Stop(0.0, lambda: {1: True}).ask()
+    stop = Stop(5.0, lambda: {1: True})
     assert not stop.ask() and stop.ask()
 
 
-def test_it_goes_on_as_long_as_it_is_needed() -> None:
-    needed = [True]
-    stop = Stop(1.0, lambda: needed[0])
+def test_it_goes_on_until_the_last_frontends_have_finished() -> None:
+    """However long they take, and no longer."""
+    frontends = {1: True, 2: True}
+    stop = Stop(1000.0, lambda: frontends)
     stop.ask()
     assert not stop.is_due(1e18)
-    needed[0] = False
-    assert stop.is_due(1e18)
+    frontends.clear()
+    assert stop.is_due(0.0)
 
 
 def test_last_words_are_read_by_the_parent(capfd: pytest.CaptureFixture[str]) -> None:

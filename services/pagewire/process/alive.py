@@ -52,9 +52,3 @@ def living(run_dir: Path, kind: str) -> dict[int, bool]:
             else:
                 path.unlink()
     return found
-
-
-def all_leave(run_dir: Path, kind: str) -> bool:
-    """There are processes of this kind, and every one of them was told to end."""
-    found = living(run_dir, kind)
-    return bool(found) and all(found.values())

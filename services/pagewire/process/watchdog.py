@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,12 +36,13 @@ class Ending:
 
 
 class Stop:
-    """When a service that was asked to end is told so: after a while in which it goes on, and as
-    long as it is needed yet."""
+    """When a service that was asked to end is told so: after a while in which it goes on, or when
+    those that it works for have gone, but not as long as all of them finish what they have."""
 
-    def __init__(self, delay_s: float, is_needed: Callable[[], bool]) -> None:
+    def __init__(self, delay_s: float, frontends: Callable[[], Mapping[int, bool]]) -> None:
+        """`frontends` gives those that live, and whether each is leaving (process.alive.living)."""
         self._delay_s = delay_s
-        self._is_needed = is_needed
+        self._frontends = frontends
         self._at: float | None = None
 
     def ask(self) -> bool:
@@ -52,7 +53,10 @@ class Stop:
 
     def is_due(self, now: float) -> bool:
         """Whether the service shall be told now; once."""
-        if self._at is None or now < self._at or self._is_needed():
+        if self._at is None or self._at == float("inf"):
+            return False
+        frontends = self._frontends()
+        if frontends and (all(frontends.values()) or now < self._at):
             return False
         self._at = float("inf")
         return True
