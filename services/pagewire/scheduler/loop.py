@@ -172,7 +172,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     del model
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, lambda number, frame: stopping.set())
     health: HealthFile | None = None
     try:
         run_dir = prepare_run_dir(run.run_dir)
