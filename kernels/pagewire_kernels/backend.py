@@ -41,8 +41,26 @@ class PackedQuantized(Protocol):
         ...
 
 
+class QuantizedExpertOps(Protocol):
+    """Of a back end whose kernels read the quantized matrices of all experts at once."""
+
+    def pack_expert(self, part: Quantized) -> Any | None:
+        """One matrix of one expert, None where there is no kernel for it."""
+        ...
+
+    def stack_experts(self, experts: Sequence[Sequence[Any]]) -> Any | None:
+        """The matrices of each expert that read the same input, gate and up or down, as
+        `Ops.experts` takes them; None where they differ in form."""
+        ...
+
+
 class QuantizedOps(Protocol):
     """Of a back end that multiplies with quantized matrices."""
+
+    @property
+    def experts(self) -> QuantizedExpertOps | None:
+        """None: `Ops.experts` takes each expert's matrices by themselves."""
+        ...
 
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> PackedQuantized | None:
         """Matrices [N, K] that read the same input, side by side, for `Ops.linear`; None where
@@ -71,24 +89,26 @@ class FusedOps(Protocol):
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
         ...
 
+    def takes_row(self, weight: Any) -> bool:
+        """Whether the three products below take a packed weight."""
+        ...
+
     def norm_linear(
         self,
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Any,
         bias: Tensor | None = None,
     ) -> Tensor:
         """linear(rms_norm(x), weight, bias) of one row: x [1, K], norm [K], weight [N, K] -> [1, N]."""
         ...
 
-    def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Any) -> Tensor:
         """silu_mul(linear(rms_norm(x), weight)) of one row: weight [2I, K] -> [1, I]."""
         ...
 
-    def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
-    ) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor) -> Tensor:
         """linear(x, weight, bias) + residual of one row."""
         ...
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, attention_torch, gemm, gemm_row, moe, norm
+from . import activation, attention_torch, gemm, gemm_row, moe, moe_quantized, norm
 from .attention_decode import Rope, decode_attention
 from .attention_prefill import prefill_attention
 from .backend import Ops
@@ -22,6 +22,7 @@ from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
 from .kv_cache import UNSCALED, KVScales
+from .moe_quantized import PackedExperts
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 
@@ -43,6 +44,14 @@ FUSED_PROGRAMS = 512
 """Rows times KV heads."""
 
 
+def _row_weight(weight: Tensor | QuantizedMatrices) -> gemm_row.Weight:
+    if isinstance(weight, Tensor):
+        return weight
+    row_weight = weight.row_weight
+    assert row_weight is not None
+    return row_weight
+
+
 class CudaOps:
     """See backend.Ops and backend.FusedOps. `choices`: this process's, read in every call."""
 
@@ -56,12 +65,8 @@ class CudaOps:
     gelu_tanh = staticmethod(activation.gelu_tanh)
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
-    experts = staticmethod(moe.experts)
     route = staticmethod(moe.route)
     rope_and_cache = staticmethod(rope_and_cache)
-    norm_linear = staticmethod(gemm_row.norm_linear)
-    norm_gated = staticmethod(gemm_row.norm_gated)
-    linear_add = staticmethod(gemm_row.linear_add)
 
     def __init__(self, choices: KernelChoices) -> None:
         self.choices = choices
@@ -91,6 +96,51 @@ class CudaOps:
         ):  # one row is multiplied without tensor cores anyway
             return F.linear(x, weight, bias)
         return gemm.linear(x, weight, bias, self.choices.gemm)
+
+    def experts(
+        self,
+        x: Tensor,
+        gate_up: Tensor | PackedExperts,
+        down: Tensor | PackedExperts,
+        top_k_ids: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """See backend.Ops; the matrices of all experts are full, or quantized."""
+        if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+            return moe_quantized.experts(x, gate_up, down, top_k_ids, top_k_weights)
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        return moe.experts(x, gate_up, down, top_k_ids, top_k_weights)
+
+    def takes_row(self, weight: Tensor | QuantizedMatrices) -> bool:
+        """See backend.FusedOps."""
+        return isinstance(weight, Tensor) or weight.row_weight is not None
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor | QuantizedMatrices,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
+        return gemm_row.norm_linear(x, norm, eps, _row_weight(weight), bias)
+
+    def norm_gated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor | QuantizedMatrices
+    ) -> Tensor:
+        """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
+        return gemm_row.norm_gated(x, norm, eps, _row_weight(weight))
+
+    def linear_add(
+        self,
+        x: Tensor,
+        weight: Tensor | QuantizedMatrices,
+        bias: Tensor | None,
+        residual: Tensor,
+    ) -> Tensor:
+        """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
+        return gemm_row.linear_add(x, _row_weight(weight), bias, residual)
 
     def paged_attention(
         self,

@@ -1,5 +1,6 @@
 """Quantized matrices on a GPU: brought into the form that gemm_quantized.py reads, and multiplied
-by its kernels or, for many rows, by cuBLAS after they were dequantized.
+by its kernels or, for many rows, by cuBLAS: in float8 where matrices were made for it, else after
+they were dequantized.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import gemm
+from . import gemm, gemm_row, gemm_scaled, moe_quantized
 from .gemm_cublaslt import GemmAlgorithms
 from .gemm_quantized import (
     MOST_FUSED_ROWS,
@@ -19,6 +20,7 @@ from .gemm_quantized import (
     quantized_linear,
 )
 from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .moe_quantized import PackedExperts
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
 
@@ -58,12 +60,20 @@ class QuantizedMatrices:
         return sum(part.nbytes for part in self._parts)
 
     @property
+    def row_weight(self) -> PackedMatrix | None:
+        """What the kernels for one row (gemm_row.py) read; None where they cannot."""
+        whole = len(self._parts) == 1 and gemm_row.takes(self._parts[0])
+        return self._parts[0] if whole else None
+
+    @property
     def parts(self) -> Sequence[PackedMatrix]:
         """In order."""
         return self._parts
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type."""
+        if all(gemm_scaled.takes(part, len(x), x.dtype, x.device) for part in self._parts):
+            return self.in_float8(x, bias)
         if len(x) > MOST_FUSED_ROWS and self._rows * self._columns <= LARGEST_DENSE:
             return gemm.linear(x, self.dense(x.dtype), bias, self._algorithms)
         if len(self._parts) == 1:
@@ -75,6 +85,18 @@ class QuantizedMatrices:
             quantized_linear(x, part, None if bias is None else bias[rows], out=out[:, rows])
             first += part.shape[0]
         return out
+
+    def in_float8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product with rows of x rounded to float8 (gemm_scaled.py)."""
+        x8, scales = gemm_scaled.quantize_rows(x)
+        biases = [None] * len(self._parts)
+        if bias is not None:
+            biases = bias.split([part.shape[0] for part in self._parts])
+        outs = [
+            gemm_scaled.scaled_linear(x8, scales, part, x.dtype, part_bias)
+            for part, part_bias in zip(self._parts, biases, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, K], valid until the next call for any matrix."""
@@ -107,13 +129,30 @@ class CudaQuantized:
     def __init__(self, algorithms: GemmAlgorithms) -> None:
         self._algorithms = algorithms
 
+    @property
+    def experts(self) -> "CudaQuantized":
+        """See backend.QuantizedOps."""
+        return self
+
+    def pack_expert(self, part: Quantized) -> PackedMatrix | None:
+        """See backend.QuantizedExpertOps."""
+        if not fits(part.shape[1], part.group):
+            return None
+        return pack_matrix([_regrouped(part)])
+
+    def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
+        """See backend.QuantizedExpertOps."""
+        return moe_quantized.stack(experts)
+
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the
         input's type whatever is allowed."""
         if not all(fits(part.shape[1], part.group) for part in parts):
             return None
         ready = [_regrouped(part) for part in parts]
-        alike = groupby(ready, key=lambda part: (part.values.dtype, part.group))
+        alike = groupby(
+            ready, key=lambda part: (part.values.dtype, part.group, part.quantize_inputs)
+        )
         packed = [pack_matrix(list(same)) for _, same in alike]
         matrices = QuantizedMatrices(packed, self._algorithms)
         elements = matrices.shape.numel()
@@ -146,7 +185,8 @@ def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
     if group == columns and form != INT4 and all(part.minimum is None for part in parts):
         words = pack_words(padded(raw), form)
         shape = torch.Size((rows, columns))
-        return PackedMatrix(words, None, padded(scale)[:, 0].contiguous(), shape, form, 0, False, 1)
+        by_row = padded(scale)[:, 0].contiguous()
+        return PackedMatrix(words, None, by_row, shape, form, 0, False, 1, parts[0].quantize_inputs)
     minimum = _minima(parts, scale)
     zero = torch.zeros_like(scale)
     if minimum is not None:

@@ -5,8 +5,8 @@ are rounded to it once, as a weight that is stored in that type is; sums are flo
 As in gemm.py, weight rows fill the M side of a tile and the rows of x the other side, and the inner
 dimension may be cut into splits, which the last one adds in a fixed order.
 
-Codes are kept in the order in which the tensor cores take them: a tile has 64 rows, and a thread's
-16 bytes are its operands of 64 inputs in 4 bits (32 in 8 bits), so nothing moves between threads.
+Codes are kept so that a thread reads what it hands to the tensor cores, 16 bytes at a time, and
+nothing moves between threads: of 64 rows and 64 inputs in 4 bits, of a row and 64 inputs in 8 bits.
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .quantized_decode import DECODERS, INT4, TILE, by_thread, decode, offsets
+from .quantized_decode import DECODERS, INT4, TILE, by_thread, decode, offsets, words_a_step
 from .shapes import Candidate, Choice
 from .workspace import counters, overlap
 
@@ -35,7 +35,7 @@ MOST_FUSED_ROWS: Final = 512
 class QuantizedConfig:
     """Launch shape. block_m: rows of x a program; block_n: weight rows, a multiple of TILE;
     block_k: inner elements a step; splits: programs sharing a result. late: scales are applied to
-    sums where they can be, instead of to weights."""
+    sums where they can be, instead of to weights. registers: the most a thread may have."""
 
     block_m: int
     block_n: int
@@ -44,6 +44,7 @@ class QuantizedConfig:
     warps: int
     stages: int
     late: bool = True
+    registers: int | None = None
 
 
 @triton.jit
@@ -99,22 +100,50 @@ def _scaled(
 
 
 @triton.jit
+def _settled(acc, ASM: tl.constexpr):
+    """`acc` itself, in an instruction that no compiler looks into and that costs nothing."""
+    if ASM == "":
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def add_product(acc, w, rows, scales, n, step, NP, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr,
+                REST: tl.constexpr, LATE: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """acc [BN, BM] plus the product of one step: its words w, as `offsets` lays them out, and rows
+    [BK, BM] of x. A scale a row and the matrix's factor are left to do.
+
+    Steps must not overlap: the codes of one would be decoded into registers that the product before
+    still reads. So each sum is used at once, by an addition or by `_settled`."""
+    OFFSET: tl.constexpr = (
+        0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
+    )
+    c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
+    if LATE:
+        pair = tl.load(scales + step * BK // GROUP * NP + n)
+        c = c - (_zero_of(pair) + OFFSET).to(DT)[:, None]
+        return acc + tl.dot(c, rows, input_precision="ieee") * _scale_of(pair)[:, None]
+    else:
+        if GROUP > 0:
+            c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
+        return _settled(tl.dot(c, rows, acc, input_precision="ieee"), ASM)
+
+
+@triton.jit
 def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K, BM: tl.constexpr,
         BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr,
         SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    CHUNK: tl.constexpr = 64 if FORM == "int4" else 32
-    CHUNKS: tl.constexpr = BK // CHUNK
-    OFFSET: tl.constexpr = (
-        0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
-    )
     tile = tl.program_id(1)
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
-    at = words + offsets(tile, K, BN, CHUNK, CHUNKS)
+    at = words + offsets(tile, K, BN, BK, FORM)
     acc = tl.zeros([BN, BM], tl.float32)
     by_row = tl.zeros([BN], tl.float32)
     if GROUP == 0:
@@ -122,23 +151,15 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     if PDL:
         gdc_wait()
     for step in tl.range(split * span, tl.minimum(split * span + span, K // BK), num_stages=STAGES):
-        w = tl.load(at + step * (CHUNKS * 512))
+        w = tl.load(at + step * words_a_step(BK, FORM))
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
         )
-        c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
-        # A sum of its own for each step: added to in the product itself, steps would overlap, and
-        # the codes of one be decoded into registers that the one before is still read from.
-        if LATE:
-            pair = tl.load(scales + step * BK // GROUP * NP + n)
-            c = c - (_zero_of(pair) + OFFSET).to(DT)[:, None]
-            acc += tl.dot(c, rows, input_precision="ieee") * _scale_of(pair)[:, None]
-        elif GROUP > 0:
-            c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST)
-            acc += tl.dot(c, rows, input_precision="ieee") * factor
-        else:
-            acc += tl.dot(c, rows, input_precision="ieee") * by_row[:, None]
+        acc = add_product(
+            acc, w, rows, scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+        )
+    acc *= by_row[:, None] if GROUP == 0 else factor
     if PDL:
         gdc_launch_dependents()
     last = True
@@ -155,8 +176,6 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
             for other in tl.static_range(SPLITS):
                 acc += tl.load(part + other * each + to, cache_modifier=".cg")
     if last:
-        if LATE:
-            acc *= factor
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         tl.store(
@@ -171,16 +190,14 @@ def _dequantize(words, scales, row_scale, out, N, NP, factor, K, BN: tl.constexp
         FORM: tl.constexpr, REST: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out [N, K]: rounded as the product does where groups have scales."""
     DT: tl.constexpr = tl.float32 if ASM == "" else out.dtype.element_ty
-    CHUNK: tl.constexpr = 64 if FORM == "int4" else 32
-    CHUNKS: tl.constexpr = BK // CHUNK
     OFFSET: tl.constexpr = (
         0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
     )
     tile = tl.program_id(0)
     step = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
-    w = tl.load(words + offsets(tile, K, BN, CHUNK, CHUNKS) + step * (CHUNKS * 512))
-    c = decode(by_thread(w), BN, BK, FORM, DT, ASM)
+    w = tl.load(words + offsets(tile, K, BN, BK, FORM) + step * words_a_step(BK, FORM))
+    c = decode(by_thread(w, FORM), BN, BK, FORM, DT, ASM)
     if GROUP > 0:
         c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST).to(tl.float32) * factor
     else:
@@ -197,11 +214,11 @@ class PackedMatrix:
     """A weight [N, K] as these kernels read it. N is filled up to NP, a multiple of TILE, with
     zeros.
 
-    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP / 64, K / 32, 128, 4]. form: int4,
-    int8 or fp8 (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
+    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP, K / 4]. form: int4, int8 or fp8
+    (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
     zero point, both float16; rest: some zero points are no whole numbers. row_scale: float32 [NP],
     where there are no groups (group 0). factor: times all; scales were divided by it to fit into
-    float16.
+    float16. quantize_inputs: see quantized.Quantized.
     """
 
     words: Tensor
@@ -212,6 +229,7 @@ class PackedMatrix:
     group: int
     rest: bool
     factor: float
+    quantize_inputs: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -227,7 +245,7 @@ class PackedMatrix:
     @property
     def padded(self) -> int:
         """NP."""
-        return self.words.shape[0] * TILE
+        return self.words.shape[0] * (TILE if self.form == INT4 else 1)
 
 
 def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:
@@ -236,9 +254,9 @@ def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:
     return (low | zero.view(torch.int16).int() << 16).t().contiguous()
 
 
-def _asm(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> str:
-    """Empty: in Triton's own words, for its interpreter and for float32."""
-    return DECODERS.get((matrix.form, dtype), "") if device.type == "cuda" else ""
+def asm_of(form: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The PTX that decodes. Empty: in Triton's own words, for its interpreter and for float32."""
+    return DECODERS.get((form, dtype), "") if device.type == "cuda" else ""
 
 
 def quantized_linear(
@@ -280,7 +298,8 @@ def _launch(
         x, matrix.words, matrix.scales, matrix.row_scale, bias, out, part, counters(x.device, "quantized gemm", tiles * row_tiles),
         x.stride(0), out.stride(0), rows, n, matrix.padded, matrix.factor, span, k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
         GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, LATE=c.late and matrix.scales_late(c.block_k), SPLITS=splits,
-        BIAS=bias is not None, ASM=_asm(matrix, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
+        BIAS=bias is not None, ASM=asm_of(matrix.form, x.dtype, x.device), STAGES=c.stages, num_warps=c.warps,
+        **({"maxnreg": c.registers} if c.registers else {}), **overlap(x.device))  # fmt: skip
 
 
 def dequantize(matrix: PackedMatrix, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -291,7 +310,7 @@ def dequantize(matrix: PackedMatrix, dtype: torch.dtype, out: Tensor | None = No
         out = torch.empty(n, k, dtype=dtype, device=device)
     _dequantize[(matrix.padded // TILE, k // _block_k(k))](
         matrix.words, matrix.scales, matrix.row_scale, out, n, matrix.padded, matrix.factor, k, BN=TILE, BK=_block_k(k),
-        GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, ASM=_asm(matrix, dtype, device), num_warps=4,
+        GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, ASM=asm_of(matrix.form, dtype, device), num_warps=4,
         **overlap(device))  # fmt: skip
     return out
 
@@ -329,6 +348,8 @@ def _few_rows_late(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
 def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> QuantizedConfig:
     """8 bits, and 4 bits whose weights are scaled one by one."""
     large = n >= 16384
+    if rows <= 16 and not four_bits and k % 256 == 0:
+        return QuantizedConfig(16, 64, 256, _splits(256, n, 64, k), 4, 3)
     if rows <= 32:
         programs = 800 if four_bits else 256
         stages = 3 if large or four_bits or rows > 16 else 4
@@ -340,9 +361,16 @@ def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> Quant
 
 
 def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
-    """Some hundreds: as many splits as leave a program for each multiprocessor."""
+    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile, or
+    two of a large one, share a multiprocessor: one decodes while another multiplies."""
     row_tiles = triton.cdiv(rows, 128)
-    return QuantizedConfig(128, 128, block_k, _splits(160 // row_tiles, n, 128, k), 8, 3)
+    if n >= 16384:
+        return QuantizedConfig(128, 128, 64, 1, 8, 3, late=False)
+    if row_tiles == 1:
+        return QuantizedConfig(128, 64, block_k, _splits(256, n, 64, k), 4, 3, late=False)
+    if k > 8192 and row_tiles > 2:
+        return QuantizedConfig(128, 128, 64, _splits(256 // row_tiles, n, 128, k), 8, 3, late=False)
+    return QuantizedConfig(128, 64, 64, _splits(384 // row_tiles, n, 64, k), 4, 4, late=False)
 
 
 def _splits(programs: int, n: int, block_n: int, k: int) -> int:

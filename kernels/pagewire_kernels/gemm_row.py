@@ -3,19 +3,24 @@ SiLU * up or the residual after.
 
 A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
 nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
-program adds up the squares beside its products. Arithmetic is float32.
+program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8 bits
+with a scale a row, which multiplies the sums as well.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .gemm_quantized import PackedMatrix
+from .quantized_decode import FP8, INT4, input_at
 from .workspace import overlap
 
 
@@ -31,6 +36,11 @@ class RowConfig:
     early: bool = False
 
 
+LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
+Weight = torch.Tensor | PackedMatrix
+"""[N, K]: in full, or one that `takes` takes."""
+
+
 @triton.jit
 def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
     at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -40,31 +50,45 @@ def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(x + k).to(tl.float32)
-    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+def _values(w, FORM: tl.constexpr):
+    """Of weights as they are loaded: float32."""
+    if FORM == "int8":
+        return w.to(tl.float32) - 128.0
+    else:
+        return w.to(tl.float32)
 
 
 @triton.jit
-def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
-        GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-        PDL: tl.constexpr):  # fmt: skip
-    """The first weights, which no other kernel writes, are asked for before the wait for x."""
+def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr):
+    """The inputs whose weights lie at k."""
+    at = k
+    if FORM != "":
+        at = input_at(k)
+    if EVEN:
+        return tl.load(x + at).to(tl.float32)
+    return tl.load(x + at, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row(x, norm, weight, row_scale, bias, residual, out, N, eps, factor, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        FORM: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
+        STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The first weights, which no other kernel writes, are asked for before the wait for x. FORM
+    empty: weights are no codes."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    w = _weights(weight, n, k, N, K, EVEN).to(tl.float32)
+    w = _values(_weights(weight, n, k, N, K, EVEN), FORM)
     up = w
     if GATED:
-        up = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32)
+        up = _values(_weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN), FORM)
     gain = k.to(tl.float32)
     if NORM:
-        gain = _vector(norm, k, K, EVEN)
+        gain = _vector(norm, k, K, EVEN, FORM)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    h = _vector(x, k, K, EVEN)
+    h = _vector(x, k, K, EVEN, FORM)
     squares = h * h
     if NORM:
         h = h * gain
@@ -72,26 +96,32 @@ def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.c
     acc_up = up * h[None, :]
     for start in tl.range(BK, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
-        h = _vector(x, k, K, EVEN)
+        h = _vector(x, k, K, EVEN, FORM)
         if NORM:
             squares += h * h
-            h = h * _vector(norm, k, K, EVEN)
-        acc += _weights(weight, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+            h = h * _vector(norm, k, K, EVEN, FORM)
+        acc += _values(_weights(weight, n, k, N, K, EVEN), FORM) * h[None, :]
         if GATED:
-            acc_up += (
-                _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
-            )
+            codes = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN)
+            acc_up += _values(codes, FORM) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
-    scale = 1.0
+    result_up = result
+    if GATED:
+        result_up = tl.sum(acc_up, 1)
+    if FORM != "":
+        result *= tl.load(row_scale + n, mask=n < N, other=0.0) * factor
+        if GATED:
+            result_up *= tl.load(row_scale + N + n, mask=n < N, other=0.0) * factor
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         result = result * scale
+        result_up = result_up * scale
     if BIAS:
         result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if GATED:
-        result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc_up, 1) * scale)
+        result = result / (1.0 + tl.exp(-result)) * result_up
     if ADD:
         result += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
@@ -112,45 +142,76 @@ def pick_config(n: int, k: int, gated: bool) -> RowConfig:
     return RowConfig(2, 1024, 1, 3, early=True) if n <= 4096 else RowConfig(8, 512, 2, 3)
 
 
-def _launch(x: torch.Tensor, weight: torch.Tensor, n: int, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
+def pick_config_of_codes(n: int, k: int, gated: bool) -> RowConfig:
+    """pick_config for codes of 8 bits; measured on an H100 (docs/performance.md)."""
+    if gated:
+        return RowConfig(8, 512, 2, 3)
+    if n > 4096:
+        return RowConfig(4, 512, 1, 3, early=True)
+    return RowConfig(4, 1024, 1, 3, early=True)
+
+
+def takes(matrix: PackedMatrix) -> bool:
+    """Whether a quantized matrix can be the weight of these products."""
+    if matrix.form == INT4 or matrix.row_scale is None:
+        return False
+    return matrix.form != FP8 or _reads_float8(matrix.words.device)
+
+
+@functools.cache
+def _reads_float8(device: torch.device) -> bool:
+    """Whether Triton knows float8 there."""
+    return (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOAT8_CAPABILITY
+    )
+
+
+def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
             residual: torch.Tensor | None, config: RowConfig | None) -> torch.Tensor:  # fmt: skip
-    k, gated = weight.shape[1], n < weight.shape[0]
+    rows, k = weight.shape
+    n = rows // 2 if gated else rows
     if x.shape != (1, k):
         raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
-    c = config or pick_config(n, k, gated)
+    values, row_scale, form, factor = weight, None, "", 1.0
+    if isinstance(weight, PackedMatrix):
+        kind = torch.float8_e4m3fn if weight.form == FP8 else torch.uint8
+        values = weight.words.view(kind)
+        row_scale, form, factor = weight.row_scale, weight.form, weight.factor
+    c = config or (pick_config_of_codes(n, k, gated) if form else pick_config(n, k, gated))
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     _row[(triton.cdiv(n, c.block_n),)](
-        x, norm, weight, bias, residual, out, n, eps, K=k, BN=c.block_n, BK=c.block_k, NORM=norm is not None, GATED=gated,
-        BIAS=bias is not None, ADD=residual is not None, EVEN=k % c.block_k == 0 and n % c.block_n == 0, STAGES=c.stages, EARLY=c.early,
-        num_warps=c.warps, **overlap(x.device))  # fmt: skip
+        x, norm, values, row_scale, bias, residual, out, n, eps, factor, K=k, BN=c.block_n, BK=c.block_k, FORM=form,
+        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None,
+        EVEN=k % c.block_k == 0 and n % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
+        **overlap(x.device))  # fmt: skip
     return out
 
 
 def norm_linear(
-    x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    x: torch.Tensor, norm: torch.Tensor, eps: float, weight: Weight, bias: torch.Tensor | None = None,
     config: RowConfig | None = None
 ) -> torch.Tensor:  # fmt: skip
     """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
-    return _launch(x, weight, weight.shape[0], norm, eps, bias, None, config)
+    return _launch(x, weight, False, norm, eps, bias, None, config)
 
 
 def norm_gated(
     x: torch.Tensor,
     norm: torch.Tensor,
     eps: float,
-    weight: torch.Tensor,
+    weight: Weight,
     config: RowConfig | None = None,
 ) -> torch.Tensor:
     """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
-    return _launch(x, weight, weight.shape[0] // 2, norm, eps, None, None, config)
+    return _launch(x, weight, True, norm, eps, None, None, config)
 
 
 def linear_add(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None,
     residual: torch.Tensor,
     config: RowConfig | None = None,
 ) -> torch.Tensor:
     """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
-    return _launch(x, weight, weight.shape[0], None, 0.0, bias, residual, config)
+    return _launch(x, weight, False, None, 0.0, bias, residual, config)

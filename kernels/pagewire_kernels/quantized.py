@@ -8,7 +8,7 @@ block_q6_K).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,11 +41,13 @@ class Stored(Protocol):
 @dataclass(frozen=True)
 class Quantized:
     """values [N, K]: codes, uint8 of 0 to 15 (4 bits), int8 or float8_e4m3fn; scale [N, K / group]
-    float32; minimum like scale, None where it is zero."""
+    float32; minimum like scale, None where it is zero. quantize_inputs: made for products whose
+    other operand is rounded to the type of the codes as well, each row with a scale of its own."""
 
     values: Tensor | Stored
     scale: Tensor
     minimum: Tensor | None = None
+    quantize_inputs: bool = False
 
     @property
     def codes(self) -> Tensor:
@@ -74,7 +76,9 @@ class Quantized:
         if target.type == "cpu" and self.scale.device.type == "cpu":
             return self
         minimum = None if self.minimum is None else self.minimum.to(target)
-        return Quantized(self.codes.to(target), self.scale.to(target), minimum)
+        return replace(
+            self, values=self.codes.to(target), scale=self.scale.to(target), minimum=minimum
+        )
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
         """Codes as Stored gives them; without blocks, each row is one."""
@@ -102,7 +106,7 @@ class Quantized:
             return values if times == 1 else values.repeat_interleave(times, 1)
 
         minimum = None if self.minimum is None else repeated(self.minimum)
-        return Quantized(self.values, repeated(self.scale), minimum)
+        return replace(self, scale=repeated(self.scale), minimum=minimum)
 
     def take(self, rows: Tensor | Sequence[int]) -> "Quantized":
         """The rows of these numbers, in their order."""
@@ -112,11 +116,8 @@ class Quantized:
             values = self.values.view(torch.uint8)[index].view(self.values.dtype)
         else:
             values = self.values[index]
-        return Quantized(
-            values,
-            self.scale[index],
-            None if self.minimum is None else self.minimum[index],
-        )
+        minimum = None if self.minimum is None else self.minimum[index]
+        return replace(self, values=values, scale=self.scale[index], minimum=minimum)
 
     def narrow(self, dim: int, start: int, length: int) -> "Quantized":
         """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Raises ValueError for
@@ -127,9 +128,9 @@ class Quantized:
             raise ValueError(f"columns {start} to {start + length} cut a group of {self.group}")
         first, count = start // self.group, length // self.group
         minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
-        return Quantized(
-            self.codes.narrow(1, start, length), self.scale.narrow(1, first, count), minimum
-        )
+        codes = self.codes.narrow(1, start, length)
+        scale = self.scale.narrow(1, first, count)
+        return replace(self, values=codes, scale=scale, minimum=minimum)
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""

@@ -2,9 +2,11 @@
 which tensor cores take them: a word of 32 bits is decoded by a few instructions on pairs of values,
 and nothing moves between threads.
 
-The layout of codes is that of a matrix product's left operand: 64 rows lie together, and of 16
-inputs a thread has two neighbours in two rows, eight rows apart, and again eight inputs further
-(PTX, fragments of `mma.m16n8k16` and `wgmma.m64k16`).
+The layout of codes follows that of a matrix product's left operand: of 64 rows and 16 inputs a
+thread has two neighbours in two rows, eight rows apart, and again eight inputs further (PTX,
+fragments of `mma.m16n8k16` and `wgmma.m64k16`). Codes of 4 bits lie by thread, 64 rows together.
+Those of 8 bits lie by row, so that products of 8 bits can read the same memory; only the order of
+each 64 inputs is such that what a thread needs of a row is together (`PERMUTED`).
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -23,6 +25,16 @@ INT4: Final = "int4"
 INT8: Final = "int8"
 FP8: Final = "fp8"
 """float8_e4m3fn."""
+SPAN: Final = 64
+"""Inputs whose codes of 8 bits are in an order of their own."""
+PERMUTED: Final = tuple(
+    16 * chunk + 8 * half + 2 * column + pair
+    for column in range(4)
+    for chunk in range(4)
+    for pair in range(2)
+    for half in range(2)
+)
+"""Of the inputs of a span, by the place of their codes of 8 bits."""
 
 
 def _asm_of(outputs: int, registers: int, lines: list[str], pairs: list[str]) -> str:
@@ -107,7 +119,7 @@ def _eight(words, ASM: tl.constexpr, DT: tl.constexpr):
 
 @triton.jit
 def _four(words, ASM: tl.constexpr, DT: tl.constexpr):
-    """words int32 [...] -> [..., pair 2, half of rows 2]: four values each."""
+    """words int32 [...] -> [..., pair 2, half of inputs 2]: four values each."""
     if tl.bfloat16 == DT:
         a, b, c, d = tl.inline_asm_elementwise(
             ASM, "=h,=h,=h,=h,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
@@ -138,59 +150,88 @@ def decode(
         if FORM == "int4":
             shift = 4 * (i // 2 + i % 2 * 4)
             c = ((w >> shift[None, None, :]) & 15).to(tl.float32)
+            # (16 rows, row of 8, 4 columns), 16 inputs, (half of inputs, half of rows, pair)
+            c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
+            c = tl.permute(c, [0, 5, 1, 3, 4, 2, 6])
         else:
-            shift = 8 * (i // 2 + i % 2 * 2)
-            byte = (w >> shift[None, None, :]) & 255
+            byte = (w >> (8 * i)[None, None, :]) & 255
             if FORM == "int8":  # noqa: SIM108
                 c = byte.to(tl.float32) - 128.0
             else:
                 c = byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        # (16 rows, row of 8, 4 columns), 16 inputs, (half of inputs, half of rows, pair)
-        c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
-        c = tl.permute(c, [0, 5, 1, 3, 4, 2, 6])
     elif FORM == "int4":
         # ..., 16 inputs, (pair, half of rows, half of inputs)
         c = tl.reshape(_eight(words, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
         c = tl.permute(c, [0, 5, 1, 3, 6, 2, 4])
     else:
-        # ..., 16 inputs, half of inputs, (pair, half of rows)
-        c = tl.reshape(_four(words, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
-        c = tl.permute(c, [0, 6, 1, 3, 4, 2, 5])
+        c = _four(words, ASM, DT)
+    if FORM != "int4":
+        # (16 rows, row of 8, 4 columns), (64 inputs, half of rows, 16 inputs), (pair, half of inputs)
+        c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 64, 2, 4, 2, 2])
+        c = tl.permute(c, [0, 4, 1, 3, 5, 7, 2, 6])
     return tl.reshape(c, [ROWS, BK])
 
 
 @triton.jit
-def by_thread(words):
-    """words [chunks, threads, 4] -> [threads, 4 * chunks]."""
-    CHUNKS: tl.constexpr = words.shape[0]
-    THREADS: tl.constexpr = words.shape[1]
-    return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
+def by_thread(words, FORM: tl.constexpr):
+    """Words as `offsets` lays them out -> [threads, words]."""
+    if FORM == "int4":
+        CHUNKS: tl.constexpr = words.shape[0]
+        THREADS: tl.constexpr = words.shape[1]
+        return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
+    else:
+        ROWS: tl.constexpr = words.shape[0]
+        EACH: tl.constexpr = words.shape[1]
+        # (16 rows, half of them, 8), (64 inputs, 4 columns, 16 inputs)
+        w = tl.reshape(words, [ROWS // 16, 2, 8, EACH // 16, 4, 4])
+        return tl.reshape(tl.permute(w, [0, 2, 4, 3, 1, 5]), [2 * ROWS, EACH // 2])
 
 
 @triton.jit
-def offsets(tile, K, BN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """[CHUNKS, 2 * BN, 4]: where the words of a step lie, from the tile's first step on."""
-    thread = tl.arange(0, 2 * BN)
-    first = (tile * (BN // 64) + thread // 128).to(tl.int64) * (K // CHUNK * 512) + thread % 128 * 4
-    chunk = tl.arange(0, CHUNKS) * 512
-    return first[None, :, None] + chunk[:, None, None] + tl.arange(0, 4)[None, None, :]
+def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
+    """Where the words of a step lie, from the tile's first step on: in 4 bits [chunks, 2 * BN
+    threads, 4], in 8 bits [BN, BK / 4]."""
+    if FORM == "int4":
+        CHUNKS: tl.constexpr = BK // 64
+        thread = tl.arange(0, 2 * BN)
+        strip = tile * (BN // 64) + thread // 128
+        first = strip.to(tl.int64) * (K // 64 * 512) + thread % 128 * 4
+        chunk = tl.arange(0, CHUNKS) * 512
+        return first[None, :, None] + chunk[:, None, None] + tl.arange(0, 4)[None, None, :]
+    else:
+        row = tile * BN + tl.arange(0, BN)
+        return row.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, BK // 4)[None, :]
+
+
+@triton.jit
+def words_a_step(BK: tl.constexpr, FORM: tl.constexpr):
+    """By how much `offsets` grow from one step to the next."""
+    return BK * 8 if FORM == "int4" else BK // 4
+
+
+@triton.jit
+def input_at(place):
+    """Which of the inputs has its code of 8 bits at `place` of a row: PERMUTED."""
+    span = place // 64 * 64
+    column = place % 64 // 16
+    chunk = place % 16 // 4
+    pair = place % 4 // 2
+    half = place % 2
+    return span + 16 * chunk + 8 * half + 2 * column + pair
 
 
 def pack_words(codes: Tensor, form: str) -> Tensor:
-    """codes [N, K] uint8, N a multiple of 64: 0 to 15, in 8 bits the byte that is decoded (int8: + 128)
-    -> words as in gemm_quantized.PackedMatrix."""
+    """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded (int8:
+    + 128) -> words as in gemm_quantized.PackedMatrix."""
     n, k = codes.shape
+    if form != INT4:
+        by_span = codes.view(n, k // SPAN, SPAN)
+        return by_span[:, :, list(PERMUTED)].reshape(n, k).view(torch.int32)
     # rows: 64, a warp's 16, half of them, 8; inputs: 64, 16, half of them, a thread's column, pair
     parts = codes.view(n // 64, 4, 2, 8, k // 16, 2, 4, 2).permute(0, 4, 1, 3, 6, 5, 2, 7)
-    if form == "int4":
-        # a thread's 8 codes of 16 inputs are a word, and 4 such words follow each other
-        each = parts.reshape(n // 64, k // 64, 4, 128, 8).transpose(2, 3)
-        places = [4 * (i // 2 + i % 2 * 4) for i in range(8)]
-    else:
-        each = parts.reshape(n // 64, k // 32, 2, 128, 2, 4).transpose(2, 3)
-        each = each.reshape(n // 64, k // 32, 128, 4, 4)
-        places = [8 * (i // 2 + i % 2 * 2) for i in range(4)]
+    # a thread's 8 codes of 16 inputs are a word, and 4 such words follow each other
+    each = parts.reshape(n // 64, k // 64, 4, 128, 8).transpose(2, 3)
     words = torch.zeros(each.shape[:-1], dtype=torch.int32, device=codes.device)
-    for i, place in enumerate(places):
-        words |= each[..., i].int() << place
+    for i in range(8):
+        words |= each[..., i].int() << 4 * (i // 2 + i % 2 * 4)
     return words

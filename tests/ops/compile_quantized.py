@@ -12,8 +12,9 @@ import sys
 from typing import Any
 
 import torch
-from pagewire_kernels import gemm_quantized, shapes
+from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, shapes
 from pagewire_kernels.gemm_quantized import PackedMatrix
+from pagewire_kernels.moe_quantized import PackedExperts
 from pagewire_kernels.quantized_decode import DECODERS, FP8, INT4, INT8
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
@@ -23,37 +24,32 @@ LIMITS = {80: shapes.KIB_163, 86: shapes.KIB_99, 90: shapes.KIB_227, 120: shapes
 FORMS = ((INT4, 128, False), (INT4, 32, True), (INT8, 0, False), (FP8, 0, False))
 ROWS = (1, 256)
 N, K = 4096, 4096
+TYPES = {
+    "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "factors": "*fp32", "out": "*bf16",
+    "part": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16", "factor": "fp32", "eps": "fp32",
+}  # fmt: skip
+UNALIGNED = {"M", "factor", "eps", "span", "slots"}
 
 
 def matrix(form: str, group: int, rest: bool) -> PackedMatrix:
     """Without memory."""
-    words = torch.empty(N // 64, K // 64, 128, 4, dtype=torch.int32, device="meta")
+    shape = (N // 64, K // 64, 128, 4) if form == INT4 else (N, K // 4)
+    words = torch.empty(shape, dtype=torch.int32, device="meta")
     return PackedMatrix(words, None, None, torch.Size((N, K)), form, group, rest, 1.0)
 
 
-def compiled(capability: int, form: str, group: int, rest: bool, rows: int) -> dict[str, Any]:
-    weight = matrix(form, group, rest)
-    best = gemm_quantized.pick_config(rows, weight, torch.bfloat16)
-    with shapes.pretend(LIMITS[capability]):
-        chosen = gemm_quantized.choose(best, form, 2).first(torch.device("cpu"))
-    kernel: Any = gemm_quantized._quantized
-    constants = {
-        "bias": None, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group, "FORM": form,
-        "REST": rest, "LATE": chosen.late and weight.scales_late(chosen.block_k), "SPLITS": chosen.splits, "BIAS": False,
-        "ASM": DECODERS[form, torch.bfloat16], "STAGES": chosen.stages, "PDL": capability >= 90,
-    }  # fmt: skip
-    types = {
-        "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "out": "*bf16", "part": "*fp32",
-        "arrived": "*i32", "factor": "fp32",
-    }  # fmt: skip
+def compiled(
+    kernel: Any, capability: int, constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, Any]:
+    """What a launch came to: its shared memory, and the waits."""
     names = kernel.arg_names
     signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+        name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names
     }
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name in names
-        if name not in constants and name not in ("M", "factor", "span")
+        if name not in constants and name not in UNALIGNED
     }
     source = ASTSource(
         fn=kernel,
@@ -64,22 +60,78 @@ def compiled(capability: int, form: str, group: int, rest: bool, rows: int) -> d
     result: Any = compile_kernel(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": chosen.warps, "num_stages": chosen.stages},
+        options={"num_warps": warps, "num_stages": stages},
     )
     return {
         "capability": capability,
-        "launch": f"{form} groups of {group}, {rows} rows: {chosen}",
         "shared": result.metadata.shared,
         "limit": LIMITS[capability],
         "waits": sorted({int(n) for n in re.findall(r"pendings = (\d+)", result.asm["ttgir"])}),
     }
 
 
+def product(capability: int, form: str, group: int, rest: bool, rows: int) -> dict[str, Any]:
+    weight = matrix(form, group, rest)
+    best = gemm_quantized.pick_config(rows, weight, torch.bfloat16)
+    with shapes.pretend(LIMITS[capability]):
+        chosen = gemm_quantized.choose(best, form, 2).first(torch.device("cpu"))
+    constants = {
+        "bias": None, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group, "FORM": form,
+        "REST": rest, "LATE": chosen.late and weight.scales_late(chosen.block_k), "SPLITS": chosen.splits, "BIAS": False,
+        "ASM": DECODERS[form, torch.bfloat16], "STAGES": chosen.stages, "PDL": capability >= 90,
+    }  # fmt: skip
+    kernel: Any = gemm_quantized._quantized
+    launch = compiled(kernel, capability, constants, chosen.warps, chosen.stages)
+    return {"launch": f"{form} groups of {group}, {rows} rows: {chosen}", **launch}
+
+
+def experts(capability: int, form: str, group: int, rest: bool, rows: float) -> dict[str, Any]:
+    """The first product of experts with so many rows each."""
+    best = moe_quantized.pick_config(rows, _experts(form, group, rest))
+    with shapes.pretend(LIMITS[capability]):
+        chosen = moe_quantized.choose(best, form, 2, 2).first(torch.device("cpu"))
+    late = chosen.late and bool(group) and not rest and group % chosen.block_k == 0
+    constants = {
+        "K": K, "HALVES": 2, "TOP_K": 8, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group,
+        "FORM": form, "REST": rest, "LATE": late, "ASM": DECODERS[form, torch.bfloat16], "PAIRS": rows < 1,
+        "STAGES": chosen.stages, "PDL": capability >= 90,
+    }  # fmt: skip
+    kernel: Any = moe_quantized._grouped_quantized
+    launch = compiled(kernel, capability, constants, chosen.warps, chosen.stages)
+    return {"launch": f"experts, {form} groups of {group}, {rows} rows: {chosen}", **launch}
+
+
+def _experts(form: str, group: int, rest: bool) -> PackedExperts:
+    """Without memory."""
+    one = matrix(form, group, rest)
+    words = one.words.expand(2, 2, *one.words.shape)
+    return PackedExperts(words, None, None, words, one.shape, N, form, group, rest)
+
+
+def row(form: str) -> dict[str, Any]:
+    """Gate and up of one row, with its norm."""
+    chosen = gemm_row.pick_config_of_codes(N, K, True)
+    constants = {
+        "bias": None, "residual": None, "K": K, "BN": chosen.block_n, "BK": chosen.block_k, "FORM": form, "NORM": True,
+        "GATED": True, "BIAS": False, "ADD": False, "EVEN": True, "STAGES": chosen.stages, "EARLY": chosen.early, "PDL": True,
+    }  # fmt: skip
+    TYPES["weight"] = "*fp8e4nv" if form == FP8 else "*u8"
+    kernel: Any = gemm_row._row
+    launch = compiled(kernel, 90, constants, chosen.warps, chosen.stages)
+    return {"launch": f"one row, {form}: {chosen}", **launch}
+
+
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         for form, group, rest in FORMS:
             for rows in ROWS if capability == 90 else ROWS[-1:] if form != INT8 else ():
-                print(json.dumps(compiled(capability, form, group, rest, rows)), flush=True)
+                print(json.dumps(product(capability, form, group, rest, rows)), flush=True)
+            if form in (INT4, FP8) and capability in (80, 90):
+                for rows in (0.5, 100) if capability == 90 else (10,):
+                    print(json.dumps(experts(capability, form, group, rest, rows)), flush=True)
+        if capability == 90:
+            for form in (FP8, INT8):
+                print(json.dumps(row(form)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -42,3 +43,16 @@ def _create_dot_of_bfloat16(builder: Any, a: Any, b: Any, *options: Any) -> Any:
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot_of_bfloat16
+
+_create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+
+def _to_nearest_float8(builder: Any, handle: Any, to: Any, *options: Any) -> Any:
+    """Triton 3.6 adds to the mantissa where it rounds up, without a carry to the exponent."""
+    if handle.dtype.scalar != tl.float32 or to.scalar != tl.float8e4nv:
+        return _create_fp_to_fp(builder, handle, to, *options)
+    rounded = torch.from_numpy(handle.data).to(torch.float8_e4m3fn)
+    return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), to.scalar)
+
+
+interpreter.InterpreterBuilder.create_fp_to_fp = _to_nearest_float8

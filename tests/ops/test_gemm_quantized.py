@@ -14,12 +14,13 @@ from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.quantized_weights import QuantizedMethod
 from pagewire.worker.models.rounding import ROUNDINGS
-from pagewire_kernels import cuda_quantized, gemm_quantized, gpu_quantized_size
+from pagewire_kernels import cuda_quantized, gemm_quantized, gemm_scaled, gpu_quantized_size
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.quantized import Quantized, quantize
+from pagewire_kernels.quantized_decode import PERMUTED
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -110,6 +111,55 @@ def test_products_are_those_of_the_dequantized_weights(case: str, monkeypatch) -
     assert error(matrices.embed(ids), full[ids].double()) <= allowed
 
 
+@pytest.mark.parametrize("columns", [64, 192, 4096])
+def test_rows_are_rounded_to_float8_with_a_scale_each(columns: int) -> None:
+    """In the order of the weights' inputs, so that products know nothing of it."""
+    torch.manual_seed(8)
+    wide = torch.randn(5, 2 * columns)
+    x = wide[:, :columns] * torch.tensor([1e-6, 1.0, 3e4, 0.0, 1.0])[:, None]
+    x8, scales = gemm_scaled.quantize_rows(x)
+    most = x.abs().amax(1, keepdim=True)
+    wanted = torch.where(most > 0, most / 448, 1.0)
+    assert torch.equal(scales, wanted)
+    rounded = (x / wanted).to(torch.float8_e4m3fn)
+    in_order = rounded.view(torch.uint8).view(5, -1, 64)[:, :, list(PERMUTED)].reshape(5, columns)
+    assert torch.equal(x8.view(torch.uint8), in_order)
+
+
+@pytest.mark.parametrize("rows", [[64], [70, 10]])
+def test_products_in_float8(rows: list[int]) -> None:
+    torch.manual_seed(9)
+    parts = [Quantized(float8(count, 128), half(count, 1), quantize_inputs=True) for count in rows]
+    matrices = pack(parts)
+    x = torch.randn(70, 128)
+    scale = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / scale).to(torch.float8_e4m3fn).double() * scale
+    weights = torch.cat([part.dequantize() for part in parts]).double()
+    bias = torch.randn(len(weights))
+    exact = rounded @ weights.T + bias
+    assert error(matrices.in_float8(x, bias), exact) < 2e-6
+    assert len(matrices.parts) == 1
+    assert matrices.parts[0].quantize_inputs
+
+
+def test_which_products_are_taken_in_float8(monkeypatch) -> None:
+    """Those of matrices that were made for it, from some rows on, where the GPU has them."""
+    monkeypatch.setattr(gemm_scaled, "_has_products", lambda device: device.type == "cpu")
+    device = torch.device("cpu")
+
+    def takes(part: Quantized, rows: int = 65, dtype: torch.dtype = torch.bfloat16) -> bool:
+        (matrix,) = pack([part]).parts
+        return gemm_scaled.takes(matrix, rows, dtype, device)
+
+    made_for_it = Quantized(float8(64, 128), half(64, 1), quantize_inputs=True)
+    assert takes(made_for_it)
+    assert not takes(made_for_it, rows=64)
+    assert not takes(made_for_it, dtype=torch.float32)
+    assert not takes(Quantized(float8(64, 128), half(64, 1)))
+    assert not takes(Quantized(codes8(64, 128), half(64, 1), quantize_inputs=True))
+    assert not takes(made_for_it.regrouped(64))
+
+
 @pytest.mark.parametrize(("splits", "rows"), [(1, 20), (3, 1), (4, 20)])
 def test_splits_are_added_in_order(splits: int, rows: int) -> None:
     torch.manual_seed(4)
@@ -144,8 +194,8 @@ def test_bytes_are_known_before(case: str) -> None:
 )
 @pytest.mark.parametrize("form", ["int4", "int8"])
 def test_launch_shapes_cover_the_matrix(form: str, n: int, k: int, rows: int) -> None:
-    chunk = 64 if form == "int4" else 32
-    words = torch.empty(n // 64, k // chunk, 128, 4, dtype=torch.int32, device="meta")
+    shape = (n // 64, k // 64, 128, 4) if form == "int4" else (n, k // 4)
+    words = torch.empty(shape, dtype=torch.int32, device="meta")
     group = 64 if form == "int4" else 0
     matrix = gemm_quantized.PackedMatrix(
         words, None, None, torch.Size((n, k)), form, group, False, 1.0
@@ -196,7 +246,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(launches) == 17
+    assert len(launches) == 28
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch

@@ -8,6 +8,8 @@ import torch
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
+from pagewire.worker.models.quantized_weights import QuantizedMethod
+from pagewire.worker.models.rounding import ROUNDINGS
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 
@@ -23,11 +25,19 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.parametrize("rounding", ["", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["model_type"])
-def test_one_row(family: dict[str, Any]) -> None:
+def test_one_row(family: dict[str, Any], rounding: str) -> None:
     torch.manual_seed(0)
-    arch = describe({**COMMON, **family})
-    decoder = Decoder(arch, Build(backend("cuda"), torch.float32, "cpu"))
+    # codes come in spans of 64 inputs
+    arch = describe({**COMMON, **family, "intermediate_size": 128 if rounding else 112})
+    ops = backend("cuda")
+    build = Build(ops, torch.float32, "cpu")
+    if rounding:
+        assert ops.quantized is not None
+        method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", ROUNDINGS[rounding])
+        build = Build(ops, torch.float32, "cpu", lambda names: method)
+    decoder = Decoder(arch, build)
     for slot in decoder.weight_slots():
         slot.target.copy_(torch.randn(slot.shape) * 0.2)
     assert list(decoder.pack())

@@ -10,7 +10,8 @@ at each position of the prompts and of the output, are held against transformers
 same weights; the errors may be as large as those of transformers' own bf16 (gpu_oracle.py). One
 line for each set-up, one for the verdict; the exit status is 0 when all is well. With
 `--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
-values in full. With `--device cpu`, small sizes: does the check itself work?
+values in full; with fp8, whose products round the inputs of many rows too, transformers in bf16
+rounds all inputs. With `--device cpu`, small sizes: does the check itself work?
 """
 
 import argparse
@@ -213,7 +214,8 @@ def check(name: str, scale: Scale, device: str, quantization: str) -> list[str]:
         setups = list(QUANTIZED) if quantization and device == "cuda" else setups_of(scale, device)
         said = in_turn(one, setups, 4 if device == "cuda" else 1)
         verdicts = judge(
-            Oracle(path / "oracle", device), [told for several in said.values() for told in several]
+            Oracle(path / "oracle", device, float8_inputs=quantization == "fp8"),
+            [told for several in said.values() for told in several],
         )
     for setup, (line, _) in verdicts.items():
         print(f"{name}, {setup}: {line}", flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pagewire.worker.models.rounding import E4M3_MOST
 from torch import Tensor
 
 PIECE = 512
@@ -31,10 +32,11 @@ R = TypeVar("R")
 
 
 class Oracle:
-    """The model at `path`, a directory or a GGUF file, in float32 and with the same weights in
-    bf16."""
+    """The model at `path`, a directory or a GGUF file, in float32 and with the same weights in bf16.
+    float8_inputs: there the inputs of the layers' matrices are rounded to float8 as well, each row
+    with a scale of its own."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, float8_inputs: bool = False) -> None:
         from transformers import AutoModelForCausalLM
 
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
@@ -50,6 +52,10 @@ class Oracle:
             self._rough.parameters()
         ):  # not the buffers: transformers keeps the rotary frequencies in float32
             parameter.data = parameter.data.bfloat16()
+        if float8_inputs:
+            for name, module in self._rough.named_modules():
+                if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                    module.register_forward_pre_hook(_in_float8)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -63,6 +69,13 @@ class Oracle:
                 for model, state in zip(models, states, strict=True)
             )
             yield at, exact, rough
+
+
+def _in_float8(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = inputs
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_(min=torch.finfo().tiny) / E4M3_MOST
+    rounded = (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+    return (rounded.to(x.dtype),)
 
 
 @dataclass

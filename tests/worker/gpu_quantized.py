@@ -2,16 +2,18 @@
 
     python tests/worker/gpu_quantized.py [--device cuda|cpu]
 
-Products with quantized matrices of every form, through the kernels and through dequantizing,
+Products with quantized matrices of every form, and mixtures of experts, through the kernels and through dequantizing,
 against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
-bfloat16. Each is run twice and must give the same bits. One line for each form, one for the
-verdict; the exit status is 0 when all is well. With `--device cpu` in Triton's interpreter
-(TRITON_INTERPRET=1), small sizes: does the check itself work?
+bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run
+twice and must give the same bits. One line for each form, one for the verdict; the exit status is 0
+when all is well. With `--device cpu` in Triton's interpreter, small
+sizes: does the check itself work?
 """
 
 import argparse
 import functools
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,12 +21,18 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if "cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import ops.conftest  # noqa: F401  # mends the interpreter
 
 import torch
-from pagewire.worker.models.rounding import fp8_rows, int8_rows
+from ops.moe_cases import MoeCase, choices
+from pagewire.worker.models.rounding import E4M3_MOST, fp8_rows, int8_rows
+from pagewire_kernels import gemm_scaled, moe, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.quantized import Quantized, quantize
+from pagewire_kernels.routing import NO_EXPERT
 from torch import Tensor
 from worker.gpu_oracle import begin, conclude
 
@@ -63,12 +71,20 @@ def _blocks(weight: Tensor) -> Quantized:
     return Quantized(rounded.values, rounded.scale.half().float().expand(-1, groups).contiguous())
 
 
+def met(matrices: QuantizedMatrices, x: Tensor) -> Tensor:
+    """x [T, K] as the product meets it, float64: rounded to float8 where that is so."""
+    if not all(gemm_scaled.takes(part, len(x), x.dtype, x.device) for part in matrices.parts):
+        return x.double()
+    scale = x.float().abs().amax(1, keepdim=True) / E4M3_MOST
+    return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
 def fault(
     matrices: QuantizedMatrices, weight: Tensor, tokens: int, dtype: torch.dtype
 ) -> tuple[float, str]:
     """(the error over what it may be, what is wrong, empty: nothing)."""
     x = torch.randn(tokens, weight.shape[1], device=weight.device).to(dtype)
-    exact = x.double() @ weight.double().T
+    exact = met(matrices, x) @ weight.double().T
     out = matrices(x)
     again = matrices(x)
     error = float((out.double() - exact).norm() / exact.norm())
@@ -82,6 +98,71 @@ def fault(
     if not share <= 1:
         return share, f"{tokens} rows of {dtype}: error {error:.2e}, {allowed:.2e} allowed"
     return share, ""
+
+
+EXPERTS = ("4 bits", "4 bits with minima", "8 bits", "8 bits, a scale a row", "float8")
+
+
+def rounded(form: str, weight: Tensor) -> Quantized:
+    """weight [N, K] as one of EXPERTS."""
+    match form:
+        case "4 bits":
+            return quantize(weight, 4, 128, whole_zeros=True)
+        case "4 bits with minima":
+            return quantize(weight, 4)
+        case "8 bits":
+            return quantize(weight, 8)
+        case "float8":
+            return fp8_rows(weight)
+        case _:
+            return int8_rows(weight)
+
+
+def experts_outcome(device: str, form: str) -> tuple[str, list[str]]:
+    """outcome() of a mixture of experts: its error may be 1.05 times that of our own kernels over the
+    dequantized matrices."""
+    small = device == "cpu"
+    experts, k, hidden, inner = (4, 2, 128, 128) if small else (32, 4, 2048, 768)
+    torch.manual_seed(12)
+    ops = CudaQuantized(GemmAlgorithms())
+    full, packed = [], []
+    for halves, n, columns in ((2, inner, hidden), (1, hidden, inner)):
+        parts = [
+            [rounded(form, torch.randn(n, columns, device=device) * 0.02) for _ in range(halves)]
+            for _ in range(experts)
+        ]
+        stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+        assert stacked is not None
+        packed.append(stacked)
+        full.append(
+            torch.stack([torch.cat([part.dequantize() for part in each]) for each in parts])
+        )
+    wrong: list[str] = []
+    worst = 0.0
+    for dtype in (torch.float32,) if small else (torch.bfloat16, torch.float16):
+        for tokens in (1, 9) if small else (1, 4, 8, 40, 150, 300, 3000):
+            ids = choices(tokens, k, experts, device)
+            ids[-1] = NO_EXPERT if tokens > 1 else ids[-1]
+            x = torch.randn(tokens, hidden, device=device).to(dtype)
+            shares = torch.rand(tokens, k, device=device)
+            exact = MoeCase(x, full[0], full[1], ids, shares).exact()
+            out = moe_quantized.experts(x, packed[0], packed[1], ids, shares)
+            again = moe_quantized.experts(x, packed[0], packed[1], ids, shares)
+            error = float((out.double() - exact).norm() / exact.norm())
+            matrices = [matrix.to(torch.bfloat16) for matrix in full]
+            plain = moe.grouped_experts(
+                x.bfloat16(), matrices[0], matrices[1], ids, shares
+            ).double()
+            allowed = MOST * float((plain - exact).norm() / exact.norm())
+            worst = max(worst, error / allowed)
+            if not error <= allowed or not torch.equal(out, again):
+                wrong.append(
+                    f"experts, {form}: {tokens} tokens of {dtype}: {error:.2e}, {allowed:.2e} allowed"
+                )
+    return (
+        f"experts, {form}: errors up to {worst:.3f} of what is allowed; {len(wrong)} wrong",
+        wrong,
+    )
 
 
 def outcome(device: str, number: int) -> tuple[str, list[str]]:
@@ -105,12 +186,15 @@ def check(device: str) -> list[str]:
     """What is wrong, a line each."""
     count = sum(1 for _ in cases(64, 256, "cpu"))
     one = functools.partial(outcome, device)
+    of_experts = functools.partial(experts_outcome, device)
     if device == "cpu":
-        outcomes = [one(number) for number in range(count)]
+        outcomes = [*map(one, range(count)), *map(of_experts, EXPERTS)]
     else:
         # kernels are compiled in as many processes as there are cases
-        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-            outcomes = list(pool.map(one, range(count)))
+        processes = count + len(EXPERTS)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            mixtures = pool.map(of_experts, EXPERTS)
+            outcomes = [*pool.map(one, range(count)), *mixtures]
     for line, _ in outcomes:
         print(line, flush=True)
     return [text for _, wrong in outcomes for text in wrong]

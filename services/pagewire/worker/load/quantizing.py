@@ -2,7 +2,7 @@
 are loaded, or full. Chooses before anything is loaded, and says what was chosen.
 
 A CPU keeps what is codes with scales and minima, a GPU with tensor cores 8-bit floats too, but no
-tables of embeddings and no experts. Everything else is made full while it is loaded.
+tables of embeddings. Everything else is made full while it is loaded.
 """
 
 import logging
@@ -42,8 +42,6 @@ WITH_MINIMA: Final = 0.25
 MIB: Final = 1 << 20
 LEAST_CAPABILITY: Final = (8, 0)
 """Of a GPU whose tensor cores Triton knows."""
-EXPERTS: Final = ".experts."
-"""In the name of an expert's matrix."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,11 @@ class Target:
             return "on a GPU they are multiplied in 16 bits; use --dtype bfloat16 or float16"
         return ""
 
-    def keeps(self, module: str, extent: Extent) -> bool:
+    def keeps(self, extent: Extent) -> bool:
         """Whether a matrix of the checkpoint stays quantized."""
         if not self.on_gpu:
             return bool(extent.bits)
-        if EXPERTS in module or not (extent.bits or extent.is_float):
+        if not (extent.bits or extent.is_float):
             return False
         return gpu_quantized_size.fits(extent.columns, extent.group)
 
@@ -162,7 +160,7 @@ def _of_checkpoint(
 ) -> Quantizing:
     """Says what is kept, and what that saves."""
     extents = _extents(form, shapes_of(source))
-    kept = [extent for module, extent in extents.items() if target.keeps(module, extent)]
+    kept = [extent for extent in extents.values() if target.keeps(extent)]
     if not kept:
         log.warning(
             "%s: the %d matrices are made full while they are loaded, since there are no products with such weights on %s",

@@ -1,7 +1,7 @@
 """Weights that stay quantized where they come quantized, or that are rounded while they are loaded.
 What cannot stay so is made dense.
 
-A CPU also keeps tables of embeddings and experts so; on a GPU those are dense.
+A CPU also keeps tables of embeddings so; on a GPU those are dense.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pagewire_kernels.backend import Ops, QuantizedOps
+from pagewire_kernels.backend import Ops, QuantizedExpertOps, QuantizedOps
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from .dense import DenseEmbedding, DenseExperts, DenseMethod, applied, matrix_slot
+from .dense import DenseEmbedding, DenseMethod, applied, matrix_slot
 from .linear_method import (
     EmbeddingWeight,
     ExpertsSpec,
@@ -50,9 +50,12 @@ class QuantizedMethod:
         """See LinearMethod."""
         return QuantizedLinear(self, spec)
 
-    def allocate_experts(self, spec: ExpertsSpec) -> "QuantizedExperts | DenseExperts":
+    def allocate_experts(self, spec: ExpertsSpec) -> "QuantizedExperts | StackedExperts":
         """See LinearMethod."""
-        return QuantizedExperts(self, spec) if self.on_cpu else self.dense.allocate_experts(spec)
+        packing = self.quantized.experts
+        if packing is None:
+            return QuantizedExperts(self, spec)
+        return StackedExperts(self, packing, spec)
 
     def allocate_embedding(
         self, name: str, rows: int, columns: int
@@ -151,7 +154,7 @@ class QuantizedLinear(LinearWeight):
 
 
 class QuantizedExperts(ExpertsWeight):
-    """Each expert's matrices by themselves: types may differ between them."""
+    """Each expert's matrices by themselves, on a CPU: types may differ between them."""
 
     def __init__(self, method: QuantizedMethod, spec: ExpertsSpec) -> None:
         self._ops = method.ops
@@ -187,6 +190,89 @@ class QuantizedExperts(ExpertsWeight):
 
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsWeight."""
+        gate_up, down = self._packed
+        return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
+
+
+class StackedExperts(ExpertsWeight):
+    """The matrices of all experts together: quantized where all are alike and there is a kernel for
+    them, else full."""
+
+    def __init__(
+        self, method: QuantizedMethod, packing: QuantizedExpertOps, spec: ExpertsSpec
+    ) -> None:
+        self._ops = method.ops
+        self._packing = packing
+        numbers = range(spec.num_experts)
+        self._weight_slots: list[WeightSlot] = []
+        self._gate_up = [self._expert(method, spec.gate_up(number)) for number in numbers]
+        self._down = [self._expert(method, spec.down(number)) for number in numbers]
+        self._packed: tuple[Any, Any] | None = None
+
+    def _expert(self, method: QuantizedMethod, spec: LinearSpec) -> list[QuantizedSlot]:
+        """Of matrices that read the same input."""
+        rounding = applied(method.rounding, spec)
+        slots = []
+        for part in spec.parts:
+            slot = QuantizedSlot(
+                method, rounding, part.held, spec.held_columns, self._pack_if_whole
+            )
+            self._weight_slots.append(matrix_slot(part, slot, spec.columns))
+            slots.append(slot)
+        return slots
+
+    def weight_slots(self) -> WeightSlots:
+        """See Weight."""
+        yield from self._weight_slots
+
+    def _pack_if_whole(self) -> None:
+        # A layer at a time: codes take up to twice their memory until they are packed.
+        if all(slot.value is not None for slots in self._slots() for slot in slots):
+            self.pack()
+
+    def _slots(self) -> list[list[QuantizedSlot]]:
+        return self._gate_up + self._down
+
+    def pack(self) -> None:
+        """See Weight."""
+        if self._packed is not None:
+            return
+        gate_up, down = self._stacked(self._gate_up), self._stacked(self._down)
+        if gate_up is None or down is None:
+            gate_up, down = self._full(self._gate_up), self._full(self._down)
+        self._packed = (gate_up, down)
+        for slots in self._slots():
+            for slot in slots:
+                slot.value = None
+
+    def _stacked(self, experts: list[list[QuantizedSlot]]) -> Any | None:
+        matrices: list[list[Any]] = []
+        for slots in experts:
+            values = [slot.value for slot in slots]
+            parts = [value for value in values if isinstance(value, Quantized)]
+            packed = [self._packing.pack_expert(part) for part in parts]
+            if len(parts) < len(values) or None in packed:
+                return None
+            matrices.append(packed)
+        return self._packing.stack_experts(matrices)
+
+    def _full(self, experts: list[list[QuantizedSlot]]) -> Any:
+        matrices = [torch.cat([slot.dense() for slot in slots]) for slots in experts]
+        return self._ops.pack_experts(torch.stack(matrices))
+
+    def packed(self) -> Iterator[Any]:
+        """See Weight."""
+        assert self._packed is not None
+        yield from self._packed
+
+    @property
+    def nbytes(self) -> int:
+        """See Weight."""
+        return 0 if self._packed is None else sum(weight.nbytes for weight in self._packed)
+
+    def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
+        assert self._packed is not None
         gate_up, down = self._packed
         return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
 

@@ -76,10 +76,11 @@ def int8_rows(weight: Tensor) -> Quantized:
 
 
 def fp8_rows(weight: Tensor) -> Quantized:
-    """float8_e4m3fn with a scale for each row."""
+    """float8_e4m3fn with a scale for each row; inputs may be rounded alike, as vLLM does."""
     wide = weight.float()
     scale = (wide.abs().amax(1, keepdim=True) / E4M3_MOST).clamp_(min=torch.finfo().tiny)
-    return Quantized((wide / scale).to(torch.float8_e4m3fn), scale)
+    codes = (wide / scale).to(torch.float8_e4m3fn)
+    return Quantized(codes, scale, quantize_inputs=True)
 
 
 ROUNDINGS: Final = {

@@ -46,7 +46,7 @@ def _single(fused: FusedOps, layer: SequentialLayer) -> "SingleLayer | None":
     if not isinstance(mlp, Mlp) or len(norms) != 2:
         return None
     matrices = (attention.qkv, attention.output, mlp.up, mlp.down)
-    if not all(isinstance(linear.kernel_weight, Tensor) for linear in matrices):
+    if not all(fused.takes_row(linear.kernel_weight) for linear in matrices):
         return None
     return SingleLayer(fused, attention, mlp, norms)
 

@@ -6,7 +6,8 @@ inputs, stored with 2^(bits - 1) added; weight_scale [N, groups]; weight_zero_po
 one, int32 [N * bits / 32, groups], a stream along the outputs; weight_shape [2]; weight_g_idx [K]
 where groups do not follow each other. int-quantized: weight int8 [N, K]. float-quantized: weight
 float8_e4m3fn [N, K], weight_scale [1], [N, 1] or one for each block. w = (q - zero) * scale.
-Activations stay in 16 bits, whatever the configuration says of them: that is no less exact.
+Where the configuration rounds activations to float8 (`input_activations`), products on a GPU may;
+those of int8 stay in 16 bits, which is no less exact.
 """
 
 import re
@@ -36,6 +37,7 @@ class Scheme:
     targets: tuple[str, ...]
     bits: int
     is_float: bool
+    quantize_inputs: bool = False
 
     @classmethod
     def read(cls, group: Mapping[str, Any]) -> "Scheme":
@@ -50,7 +52,8 @@ class Scheme:
             )
         if not 1 <= bits <= INT8:
             raise Unsupported(f"compressed-tensors weights of {bits} bits are not supported")
-        return cls(tuple(group.get("targets") or (LINEAR,)), bits, is_float)
+        targets = tuple(group.get("targets") or (LINEAR,))
+        return cls(targets, bits, is_float, bool(group.get("input_activations")))
 
     def names(self, module: str) -> bool:
         """Whether a target names this module, other than by its class."""
@@ -116,7 +119,8 @@ class CompressedTensors(CheckpointFormat):
             return self._packed(module, parts)
         weight, scale = wanted(module, parts, "weight"), wanted(module, parts, "weight_scale")
         if weight.dtype.is_floating_point:
-            return fp8.quantized(module, weight, scale)
+            quantize_inputs = self._scheme(module).quantize_inputs
+            return fp8.quantized(module, weight, scale, quantize_inputs=quantize_inputs)
         if weight.dtype != torch.int8:
             raise Unsupported(f"{module}.weight is {weight.dtype}, where int8 is expected")
         scale = _scales(module, scale, weight.shape)

@@ -1,6 +1,7 @@
 """Weights of type float8_e4m3fn with scales: one for the matrix, one for each row, or one for each
 block, as DeepSeek and Qwen save them (`weight_scale_inv`, by which one multiplies despite its name;
-transformers' integrations/finegrained_fp8.py). w = weight * scale. Activations stay in 16 bits.
+transformers' integrations/finegrained_fp8.py). w = weight * scale. Activations were rounded
+when it was made (`activation_scheme`), and may be again; static scales for them are not used.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,11 @@ class Fp8(CheckpointFormat):
 
 
 def quantized(
-    module: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None
+    module: str,
+    weight: Tensor,
+    scale: Tensor,
+    block: tuple[int, int] | None = None,
+    quantize_inputs: bool = True,
 ) -> Tensor | Quantized:
     """W [N, K]: weight e4m3 [N, K] times scale: one, [N], [N, 1], or one for each block, whose last
     ones may be cut at the edges. Without `block` a scale of another shape tells the size of its
@@ -81,15 +86,16 @@ def quantized(
     rows, columns = weight.shape
     scale = scale.float()
     if scale.numel() == 1:
-        return Quantized(weight, scale.reshape(1, 1).expand(rows, 1))
+        by_row = scale.reshape(1, 1).expand(rows, 1)
+        return Quantized(weight, by_row, quantize_inputs=quantize_inputs)
     if scale.dim() == 1 or scale.shape[1] == 1:
         check_shape(module, "weight_scale", scale.reshape(-1), rows)
-        return Quantized(weight, scale.reshape(rows, 1))
+        return Quantized(weight, scale.reshape(rows, 1), quantize_inputs=quantize_inputs)
     if block is None:
         block = (rows // scale.shape[0], columns // scale.shape[1])
     height, width = block
     check_shape(module, "weight_scale_inv", scale, -(-rows // height), -(-columns // width))
     by_row = scale.repeat_interleave(height, 0)[:rows]
     if columns % width == 0:
-        return Quantized(weight, by_row)
+        return Quantized(weight, by_row, quantize_inputs=quantize_inputs)
     return weight.float().mul_(by_row.repeat_interleave(width, 1)[:, :columns])

@@ -1,0 +1,277 @@
+"""A mixture of experts whose matrices are codes of 4 or 8 bits: the grouped products of
+moe_grouped.py with the decoding of gemm_quantized.py. Weight rows fill the 64 rows of the tensor
+cores' product, so that one kernel serves any number of tokens.
+
+A few tokens are not sorted: each pair of token and expert is a tile of one row.
+"""
+
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import moe_shapes
+from .gemm_quantized import PackedMatrix, add_product, asm_of
+from .moe_grouped import combine
+from .moe_router import Aligned, align
+from .quantized_decode import INT4, TILE, offsets, words_a_step
+from .shapes import Candidate, Choice
+from .workspace import overlap
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The matrices of all experts: of each `halves` of [N, K], each filled up to NP rows.
+
+    words: as of gemm_quantized.PackedMatrix, [E, halves, ...]. scales: int32 [E, halves, K / group,
+    NP], or row_scale: float32 [E, halves, NP]. factors: float32 [E, halves]. form, group, rest: as
+    of PackedMatrix.
+    """
+
+    words: Tensor
+    scales: Tensor | None
+    row_scale: Tensor | None
+    factors: Tensor
+    shape: torch.Size
+    padded: int
+    form: str
+    group: int
+    rest: bool
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @property
+    def halves(self) -> int:
+        """Matrices of each expert: gate and up, or one."""
+        return self.words.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        tensors = (self.words, self.scales, self.row_scale, self.factors)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
+    """The matrices of each expert together; None where they are not of one form."""
+    matrices = [matrix for halves in experts for matrix in halves]
+    first = matrices[0]
+    kinds = {(m.form, m.group, m.shape, m.scales is None) for m in matrices}
+    if len(kinds) > 1:
+        return None
+
+    def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        whole = [tensor for tensor in tensors if tensor is not None]
+        if not whole:
+            return None
+        return torch.stack(whole).unflatten(0, (len(experts), len(experts[0])))
+
+    words = stacked([matrix.words for matrix in matrices])
+    assert words is not None
+    factors = torch.tensor([matrix.factor for matrix in matrices], device=words.device)
+    return PackedExperts(
+        words,
+        stacked([matrix.scales for matrix in matrices]),
+        stacked([matrix.row_scale for matrix in matrices]),
+        factors.float().view(words.shape[:2]),
+        first.shape,
+        first.padded,
+        first.form,
+        first.group,
+        any(matrix.rest for matrix in matrices),
+    )
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Launch shape of a product, as gemm_quantized.QuantizedConfig. late: see there."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    late: bool
+
+
+FEW_ROWS: Final = ((8, 16, 4), (20, 32, 3), (48, 64, 3))
+"""(most rows an expert on average, block_m, stages)."""
+MOST_LATE: Final = 32
+"""Rows of a tile up to which sums are scaled instead of weights."""
+
+
+@triton.jit
+def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, slots, x_stride, N, NP, K: tl.constexpr,
+                       HALVES: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                       GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr,
+                       PAIRS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """TOP_K 0: the second product, whose rows of x are in order. PAIRS: not sorted, and `tiles` has
+    the expert of each pair."""
+    DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
+    WORDS: tl.constexpr = K // 8 if FORM == "int4" else K // 4
+    tile = tl.program_id(0)
+    slot = tl.program_id(1)
+    n = tile * BN + tl.arange(0, BN)
+    if PDL:
+        gdc_wait()
+    expert = tl.load(tiles + slot).to(tl.int64)
+    if expert < 0:
+        return
+    if PAIRS:
+        row = slot + tl.arange(0, BM)
+        valid = row < slot + 1
+        source = row
+    else:
+        row = tl.load(tiles + slots + slot) + tl.arange(0, BM)
+        valid = row < tl.load(tiles + 2 * slots + slot)
+        source = row
+        if TOP_K > 0:
+            source = tl.load(order + row, mask=valid, other=0)
+    if TOP_K > 0:
+        source = source // TOP_K
+    row_start = source.to(tl.int64) * x_stride
+    first = expert * HALVES
+    each = NP.to(tl.int64)
+    at = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
+    scale_at = scales
+    if GROUP > 0:
+        scale_at = scales + first * each * (K // GROUP)
+    acc = tl.zeros([BN, BM], tl.float32)
+    acc_up = tl.zeros([BN, BM], tl.float32)
+    for step in tl.range(0, K // BK, num_stages=STAGES):
+        w = tl.load(at + step * words_a_step(BK, FORM))
+        k = step * BK + tl.arange(0, BK)
+        rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0).to(DT)
+        acc = add_product(
+            acc, w, rows, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+        )
+        if HALVES == 2:
+            w = tl.load(at + each * WORDS + step * words_a_step(BK, FORM))
+            up_scales = scale_at
+            if GROUP > 0:
+                up_scales = scale_at + each * (K // GROUP)
+            acc_up = add_product(
+                acc_up, w, rows, up_scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+            )
+    if PDL:
+        gdc_launch_dependents()
+    acc *= tl.load(factors + first)
+    if GROUP == 0:
+        acc *= tl.load(row_scale + first * each + n)[:, None]
+    if HALVES == 2:
+        acc_up *= tl.load(factors + first + 1)
+        if GROUP == 0:
+            acc_up *= tl.load(row_scale + (first + 1) * each + n)[:, None]
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    tl.store(
+        out + row.to(tl.int64)[None, :] * N + n[:, None],
+        acc.to(out.dtype.element_ty),
+        mask=valid[None, :] & (n < N)[:, None],
+    )
+
+
+def experts(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    top_k_ids: Tensor,
+    top_k_weights: Tensor,
+    config: ExpertsConfig | None = None,
+) -> Tensor:
+    """As moe.experts: x [T, H] -> [T, H]; gate_up: halves [I, H], down: [H, I]. config: the launch
+    shape of both products, with block_k as the matrices allow it."""
+    tokens, k = top_k_ids.shape
+    if tokens == 0:
+        return torch.empty_like(x)
+    top_k_ids, top_k_weights = top_k_ids.int().contiguous(), top_k_weights.contiguous()
+    rows_per_expert = tokens * k / len(gate_up)
+    unsorted = tokens <= moe_shapes.MAX_ROWS and (
+        tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED
+    )
+    block_m = config.block_m if config else _block_m(rows_per_expert)
+    aligned = _as_they_are(top_k_ids) if unsorted else align(top_k_ids, len(gate_up), block_m)
+    inner = torch.empty(tokens * k, gate_up.shape[0], dtype=x.dtype, device=x.device)
+    _launch(x, gate_up, inner, aligned, k, config or pick_config(rows_per_expert, gate_up))
+    rows = torch.empty(tokens * k, down.shape[0], dtype=x.dtype, device=x.device)
+    _launch(inner, down, rows, aligned, 0, config or pick_config(rows_per_expert, down))
+    return combine(rows, aligned, top_k_ids, top_k_weights)
+
+
+def _as_they_are(top_k_ids: Tensor) -> Aligned:
+    """Pairs [T, k] int32 without an order: block_m 0."""
+    pairs = top_k_ids.numel()
+    numbers = _numbers(top_k_ids.device)[:pairs]
+    return Aligned(numbers, numbers, numbers, top_k_ids.view(1, pairs), 0)
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    """0, 1, 2 ..., made before any graph is captured."""
+    return torch.arange(4096, dtype=torch.int32, device=device)
+
+
+def _launch(
+    x: Tensor, weight: PackedExperts, out: Tensor, aligned: Aligned, top_k: int, best: ExpertsConfig
+) -> None:
+    n, k = weight.shape
+    whole_zeros = bool(weight.group) and not weight.rest
+
+    def run(c: ExpertsConfig) -> None:
+        late = c.late and whole_zeros and weight.group % c.block_k == 0
+        _grouped_quantized[(weight.padded // c.block_n, aligned.slots)](
+            x, weight.words, weight.scales, weight.row_scale, weight.factors, out, aligned.order, aligned.tiles, aligned.slots,
+            x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
+            GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm_of(weight.form, x.dtype, x.device),
+            PAIRS=aligned.block_m == 0, STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
+
+    choose(best, weight.form, x.element_size(), weight.halves).launch(x.device, run)
+
+
+def _block_m(rows_per_expert: float) -> int:
+    return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), 128)
+
+
+def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
+    """The launch shape with so many rows an expert on average; measured on an H100
+    (docs/performance.md)."""
+    block_k = 128 if weight.shape[1] % 128 == 0 else 64
+    block_m = _block_m(rows_per_expert)
+    stages = next((stages for most, _, stages in FEW_ROWS if rows_per_expert <= most), 3)
+    if block_m <= MOST_LATE:
+        return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
+    if weight.halves == 2 or block_m < 128:
+        return ExpertsConfig(block_m, TILE, 64, 4, stages, late=False)
+    return ExpertsConfig(block_m, 128, 64, 8, stages, late=False)
+
+
+def shared_bytes(config: ExpertsConfig, form: str, itemsize: int, halves: int) -> int:
+    """Of shared memory: codes, rows of x and scales of the steps under way."""
+    codes = config.block_n * config.block_k // (2 if form == INT4 else 1)
+    rows = config.block_m * config.block_k * itemsize
+    return config.stages * (halves * (codes + 8 * config.block_n) + rows)
+
+
+@functools.cache
+def choose(best: ExpertsConfig, form: str, itemsize: int, halves: int) -> Choice[ExpertsConfig]:
+    """`best`, then with fewer steps under way, and last with shorter ones; block_m stays, since the
+    tiles are made for it."""
+    shapes = [replace(best, stages=stages) for stages in range(best.stages, 1, -1)]
+    shapes.append(replace(best, block_n=TILE, block_k=64, warps=4, stages=2))
+    candidates = tuple(
+        Candidate(shape, shared_bytes(shape, form, itemsize, halves))
+        for shape in dict.fromkeys(shapes)
+    )
+    return Choice(
+        f"quantized product of experts ({form}, {best.block_m} rows, {itemsize} bytes an element of x)",
+        candidates,
+    )

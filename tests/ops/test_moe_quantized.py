@@ -1,0 +1,187 @@
+"""Mixtures of experts with quantized matrices, in Triton's interpreter: against the dequantized
+ones, for every form and every path."""
+
+from typing import Any
+
+import pytest
+import torch
+from ops.moe_cases import MoeCase, moe_case
+from ops.triton_cases import error
+from pagewire.worker.models import describe, rotary
+from pagewire.worker.models.decoder import Decoder
+from pagewire.worker.models.layers import Build
+from pagewire.worker.models.linear_method import ExpertsSpec
+from pagewire.worker.models.quantized_weights import QuantizedMethod, StackedExperts
+from pagewire.worker.models.rounding import ROUNDINGS, Rounding, fp8_rows
+from pagewire_kernels import moe_quantized
+from pagewire_kernels.backend import backend
+from pagewire_kernels.batch import make_batch
+from pagewire_kernels.cuda_quantized import CudaQuantized
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.moe_quantized import ExpertsConfig, PackedExperts
+from pagewire_kernels.quantized import Quantized, quantize
+from torch import Tensor
+
+EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 128, 64
+FORMS = {
+    "4 bits, groups of 64": lambda w: quantize(w, 4, 64, whole_zeros=True),
+    "4 bits with minima, groups of 32": lambda w: quantize(w, 4),
+    "8 bits, groups of 32": lambda w: quantize(w, 8),
+    "8 bits, a scale a row": ROUNDINGS["bitsandbytes_8bit"].values,
+    "float8, a scale a row": fp8_rows,
+}
+MOE = {
+    "model_type": "qwen3_moe", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64, "rope_theta": 10000.0, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+def packed(weights: Tensor, halves: int, form: str) -> tuple[PackedExperts, Tensor]:
+    """Of weights [E, halves * N, K], and what they are dequantized."""
+    ops = CudaQuantized(GemmAlgorithms())
+    parts = [[FORMS[form](half) for half in expert.chunk(halves)] for expert in weights]
+    stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+    assert stacked is not None
+    full = torch.stack([torch.cat([part.dequantize() for part in each]) for each in parts])
+    return stacked, full
+
+
+def case(tokens: int, padding: int = 0) -> MoeCase:
+    whole = moe_case(tokens, EXPERTS, TOP_K, HIDDEN, INNER, padding=padding)
+    # experts that nobody chose are NaN there, which cannot be rounded
+    return MoeCase(
+        whole.x,
+        whole.gate_up.nan_to_num(0.5),
+        whole.down.nan_to_num(0.5),
+        whole.top_k_ids,
+        whole.top_k_weights,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tokens", "padding"), [(1, 0), (4, 1), (20, 3), (90, 0)])
+def test_experts_are_those_of_the_dequantized_weights(form: str, tokens: int, padding: int) -> None:
+    torch.manual_seed(tokens)
+    mixture = case(tokens, padding)
+    gate_up, full_gate_up = packed(mixture.gate_up, 2, form)
+    down, full_down = packed(mixture.down, 1, form)
+    exact = MoeCase(
+        mixture.x, full_gate_up, full_down, mixture.top_k_ids, mixture.top_k_weights
+    ).exact()
+    out = moe_quantized.experts(mixture.x, gate_up, down, mixture.top_k_ids, mixture.top_k_weights)
+    # zero points that are no whole numbers have float16's digits
+    assert error(out, exact) < (2e-3 if gate_up.rest else 1e-5)
+    assert not padding or bool(out[-padding:].eq(0).all())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ExpertsConfig(16, 64, 64, 4, 2, late=False),
+        ExpertsConfig(32, 128, 64, 8, 2, late=True),
+    ],
+)
+def test_every_launch_shape_gives_the_same(config: ExpertsConfig) -> None:
+    torch.manual_seed(2)
+    mixture = case(40)
+    form = "4 bits, groups of 64"
+    gate_up, _ = packed(mixture.gate_up, 2, form)
+    down, _ = packed(mixture.down, 1, form)
+    inputs = (mixture.x, gate_up, down, mixture.top_k_ids, mixture.top_k_weights)
+    assert error(moe_quantized.experts(*inputs, config), moe_quantized.experts(*inputs)) < 1e-6
+
+
+def test_no_tokens() -> None:
+    mixture = case(1)
+    gate_up, _ = packed(mixture.gate_up, 2, "float8, a scale a row")
+    down, _ = packed(mixture.down, 1, "float8, a scale a row")
+    ids, weights = mixture.top_k_ids[:0], mixture.top_k_weights[:0]
+    assert moe_quantized.experts(mixture.x[:0], gate_up, down, ids, weights).shape == (0, HIDDEN)
+
+
+def test_experts_of_different_forms_cannot_be_stacked() -> None:
+    ops = CudaQuantized(GemmAlgorithms())
+    weight = torch.randn(64, 128)
+    matrices = [ops.pack_expert(part) for part in (quantize(weight, 4), quantize(weight, 8))]
+    assert ops.stack_experts([[matrix] for matrix in matrices]) is None
+    assert ops.pack_expert(quantize(torch.randn(64, 96), 4)) is None
+
+
+def method(rounding: Rounding | None) -> QuantizedMethod:
+    ops = backend("cuda")
+    assert ops.quantized is not None
+    return QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", rounding)
+
+
+def filled(weight: StackedExperts, values: dict[str, Any]) -> StackedExperts:
+    for slot in weight.weight_slots():
+        slot.target.copy_(values[slot.name])
+    weight.pack()
+    return weight
+
+
+@pytest.mark.parametrize("quantized", [0, 3, 4])
+def test_experts_that_are_not_alike_are_made_full(quantized: int) -> None:
+    """The first `quantized` of four come as codes, the others in full."""
+    torch.manual_seed(4)
+    spec = ExpertsSpec("mlp.experts", 4, HIDDEN, INNER)
+    weight = StackedExperts(method(None), CudaQuantized(GemmAlgorithms()), spec)
+    values: dict[str, Any] = {}
+    for slot in weight.weight_slots():
+        full = torch.randn(slot.shape) * 0.1
+        number = int(slot.name.split(".")[2])
+        values[slot.name] = fp8_rows(full) if number < quantized else full
+    filled(weight, values)
+    full = {
+        name: value.dequantize() if isinstance(value, Quantized) else value
+        for name, value in values.items()
+    }
+    kept = [isinstance(part, PackedExperts) for part in weight.packed()]
+    assert kept == [quantized == 4] * 2
+    assert weight.nbytes > 0
+
+    def of(name: str) -> Tensor:
+        return torch.stack([full[f"mlp.experts.{n}.{name}.weight"] for n in range(4)])
+
+    gate_up = torch.cat([of("gate_proj"), of("up_proj")], 1)
+    x, ids, shares = torch.randn(3, HIDDEN), torch.tensor([[0, 3]] * 3), torch.rand(3, 2)
+    exact = MoeCase(x, gate_up, of("down_proj"), ids, shares).exact()
+    assert error(weight.apply(x, ids, shares), exact) < 1e-5
+
+
+def awq(weight: Tensor) -> Quantized:
+    return quantize(weight, 4, 64, whole_zeros=True)
+
+
+@pytest.mark.parametrize("rounding", [Rounding("awq", "", awq, False, False), ROUNDINGS["fp8"]])
+def test_a_model_with_quantized_experts(rounding: Rounding) -> None:
+    """Layer by layer what the dequantized weights compute."""
+    torch.manual_seed(6)
+    arch = describe(MOE)
+    kept = Decoder(
+        arch, Build(backend("cuda"), torch.float32, "cpu", lambda names: method(rounding))
+    )
+    full = Decoder(arch, Build(backend("cuda"), torch.float32, "cpu", lambda names: method(None)))
+    weights = {slot.name: torch.randn(slot.shape) * 0.1 for slot in full.weight_slots()}
+    for slot in kept.weight_slots():
+        slot.target.copy_(weights[slot.name])
+    for slot in full.weight_slots():
+        value = weights[slot.name]
+        if "_proj." in slot.name:
+            value = rounding.full(value)
+        slot.target.copy_(value)
+    assert list(kept.pack())
+    assert list(full.pack())
+    assert sum(isinstance(matrix, PackedExperts) for matrix in kept.packed()) == 4
+    factors = [rotary.table(arch.rope, arch.head_dim, 64)] * arch.num_layers
+    blocks = torch.randn(2, 2, 4, arch.num_kv_heads, 16, arch.head_dim)
+    for length in (1, 12):
+        batch = make_batch([length], [20], [[1, 2]], 16)
+        ids = torch.arange(length)
+        ours, theirs = (
+            decoder(ids, factors, list(blocks.clone()), batch, None, lambda: None)
+            for decoder in (kept, full)
+        )
+        assert error(ours, theirs) < 1e-4
