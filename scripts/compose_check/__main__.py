@@ -3,10 +3,10 @@ taken down again, while clients check every token.
 
     scripts/compose-check                 light images, a fake worker, 60 faults under 40 streams
     scripts/compose-check --quick         a minute of it
-    scripts/compose-check --real          the worker's image and the demo model as well, and the pages' own commands
 
 Prints a table and exits with 1 where something was not as promised. Without an engine it says so in
-one line and exits with 0. What it starts has a project name and a port of its own and is removed.
+one line and exits with 0. What it starts has a project name and a port of its own and is removed; the
+images, tagged `check`, stay for the next time.
 """
 
 import argparse
@@ -245,7 +245,6 @@ async def until_told(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser("scripts/compose-check", description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--real", action="store_true")
     parser.add_argument("--build-limit", type=float, default=1200.0, help="seconds for the images")
     parser.add_argument(
         "--offline", action="store_true", help="nothing is checked where base images are missing"
