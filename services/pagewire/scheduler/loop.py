@@ -141,9 +141,10 @@ class Loop:
 def _take_epoch(
     run_dir: Path, stopping: threading.Event, health: HealthFile | None
 ) -> tuple[Epoch, int] | None:
-    """As take_epoch. Where a launcher has started this process, another scheduler is a mistake, and
-    AlreadyRunning is raised; in a container this one waits as a spare until the other is gone, or
-    until it is told to end: None."""
+    """As take_epoch. Where a launcher has started this process, or a person by hand, another
+    scheduler is a mistake, and AlreadyRunning is raised; one with a name of its own, as in a
+    container (`health`), waits as a spare until the other is gone, or until it is told to end:
+    None."""
     is_spare = False
     while not stopping.is_set():
         try:
@@ -176,8 +177,8 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     health: HealthFile | None = None
     try:
         run_dir = prepare_run_dir(run.run_dir)
-        if not Started.by_parent:
-            health = HealthFile(run_dir, run.name or f"scheduler-{os.getpid()}")
+        if run.name and not Started.by_parent:
+            health = HealthFile(run_dir, run.name)
         taken = _take_epoch(run_dir, stopping, health)
     except (AlreadyRunning, OSError, ValueError) as error:
         last_words.say("scheduler", str(error))
