@@ -1,5 +1,6 @@
 # make serve [ARGS="--model DIR_OR_ID --port 8123"]   everything it needs, then the stack
 # make test [ARGS="tests/e2e -k paris"]                what tests need, then all of them, in two lanes (tests/conftest.py)
+# make compose-check [ARGS=--quick]                  the compose deployment in a container engine, if one answers
 # make lint · make format · make clean
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SIZES := with PyTorch for CUDA pip downloads about 3 GB, where its CPU build is in $(VENV) already 0.4 GB
 
 .DEFAULT_GOAL := serve
-.PHONY: serve test lint format clean
+.PHONY: serve test lint format clean compose-check
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/pagewire serve $(ARGS)
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+compose-check: $(VENV)/.installed-dev
+	@exec scripts/compose-check $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix

@@ -202,6 +202,29 @@ def _with_file(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return argparse.Namespace(**{**left, **vars(options)})
 
 
+def add_file(
+    parser: argparse.ArgumentParser, structs: tuple[type[Any], ...], options: argparse.Namespace
+) -> None:
+    """Put what the file `options.config` says of the settings in `structs` into `options`, where
+    neither a flag nor a variable says it. `parser` is that of one service, and the file is for all
+    of them: exits with one line for a name or a value that no service could take."""
+    whole = new(parser.prog.partition(" ")[2], "")
+    filed = whole.parse_args(_from_file(whole, options.config))
+    take_model(whole, filed)
+    for line in _judge_all(whole, filed):
+        warn(line)
+    read_all(whole.error, STRUCTS, filed)
+    for name in REPLICAS:
+        if hasattr(filed, name):
+            warn(f"{name} in {options.config} is for `pagewire serve`; here each service is one")
+    if token := getattr(filed, "hf_token", None):
+        os.environ.setdefault("HF_TOKEN", token)
+    own = {name for struct in structs for name in struct.__struct_fields__}
+    for name, value in vars(filed).items():
+        if name in own and not hasattr(options, name) and not setting_of(name, os.environ):
+            setattr(options, name, value)
+
+
 def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
     """A YAML mapping as flags. Exits with one line when it is none, or has a key that is no
     setting."""

@@ -122,7 +122,8 @@ def early_services(config: StackConfig) -> list[Service]:
                 config.frontend,
                 fds=(fd,) if fd >= 0 else (),
             )
-            services.append(dataclasses.replace(service, drain_s=config.frontend.shutdown_timeout))
+            drain_s = max(config.frontend.shutdown_timeout, config.run.shutdown_delay)
+            services.append(dataclasses.replace(service, drain_s=drain_s))
     return [*services, _service(config.run, "scheduler", 0, config.model, config.scheduler)]
 
 

@@ -369,6 +369,8 @@ class Supervisor:
         pause = 0.0 if was_in_order else backoff_s(failures.in_a_row)
         child.start_at = now + pause
         cause = "made no progress" if child.is_hung else how_it_ended(code)
+        if code > 0 and child.last_line.startswith("pagewire "):
+            cause = child.last_line.removeprefix("pagewire ")  # a service's last line says why
         in_a_row = max(1, failures.in_a_row)
         self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
         others = self._others_of_group(child)

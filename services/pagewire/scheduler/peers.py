@@ -60,6 +60,8 @@ class Peers:
         self._peers: dict[Incarnation, PeerState] = {}
         self._failures: dict[tuple[Role, str], int] = {}
         """Of services that are started again, until they are ready."""
+        self._causes: dict[tuple[Role, str], str] = {}
+        """Of the last of these ends."""
         self._ended: OrderedDict[int, None] = OrderedDict()
         """Incarnations whose ends were announced. What they sent before may arrive after that."""
         self._roster: Roster | None = None
@@ -81,13 +83,22 @@ class Peers:
         service = (peer.role, peer.name)
         if peer.ready:
             self._failures.pop(service, None)
+            self._causes.pop(service, None)
             return replace(peer, failures=0)
-        return replace(peer, failures=max(peer.failures, self._failures.get(service, 0)))
+        failures = max(peer.failures, self._failures.get(service, 0))
+        return replace(peer, failures=failures, stage=self._stage(service, peer.stage))
+
+    def _stage(self, service: tuple[Role, str], stage: str) -> str:
+        """What the present life of a service does, and why its former ones ended."""
+        cause = self._causes.get(service)
+        if not cause:
+            return stage
+        return f"{stage}; before that: {cause}, {self._failures.get(service, 1)} times"[:256]
 
     def expect(self, death: Death, now: float) -> None:
         """A service has ended and is started again: until its next life says Hello, the roster
         lists it as one that is not ready."""
-        self.deaths += 1
+        self.deaths += bool(death.failures)
         if death.incarnation:
             self._ended[death.incarnation] = None
             if len(self._ended) > REMEMBERED_DEATHS:
@@ -96,10 +107,16 @@ class Peers:
         living = [s for s in self._peers.values() if (s.peer.role, s.peer.name) == service]
         if any(not state.expected for state in living):
             return  # the next life was faster than the news of the last one's end
-        self._failures[service] = death.failures
+        # Who starts containers counts nothing.
+        failures = self._failures.get(service, 0) + 1 if death.failures else 1
+        failures = self._failures[service] = max(failures, death.failures)
+        if death.failures:
+            self._causes[service] = death.cause
         stage = f"starting again: {death.cause}"
         if death.restart_in_s:
-            stage = f"starting again in {death.restart_in_s:g} s after {death.failures} failures: {death.cause}"
+            stage = f"starting again in {death.restart_in_s:g} s after {failures} failures: {death.cause}"
+        elif failures > 1:
+            stage = f"{death.cause}, {failures} times"
         incarnation = Incarnation(EXPECTED_BIT | crc32(f"{death.role} {death.name}".encode()))
         peer = Peer(
             death.role,
@@ -108,7 +125,7 @@ class Peers:
             incarnation,
             ready=False,
             stage=stage[:256],
-            failures=death.failures,
+            failures=failures,
         )
         until = now + death.restart_in_s
         self._peers[incarnation] = PeerState(peer, None, None, until, expected=True)
@@ -134,11 +151,12 @@ class Peers:
         if state is None:
             return False
         state.last_seen = now
+        stage = self._stage((state.peer.role, state.peer.name), beat.stage)
         if not state.peer.ready and (state.peer.stage, state.peer.fraction) != (
-            beat.stage,
+            stage,
             beat.fraction,
         ):
-            state.peer = replace(state.peer, stage=beat.stage, fraction=beat.fraction)
+            state.peer = replace(state.peer, stage=stage, fraction=beat.fraction)
             self._roster = None
         return True
 

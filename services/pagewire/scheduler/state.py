@@ -84,6 +84,8 @@ class Scheduler:
         self.reply_routes = ReplyRoutes()
         self.now = 0.0
         """Of the last Tick, in monotonic seconds."""
+        self.keep_counters: Callable[[], None] = lambda: None
+        """Called before anyone is told what is counted."""
         self._send = send
         self._forget = forget
         self._newcomer_inboxes: set[str] = set()
@@ -275,6 +277,7 @@ class Scheduler:
         elif due:
             inboxes |= frontends
         stats = self.stats() if inboxes else {}
+        self.keep_counters()
         for inbox in sorted(inboxes):
             self._send(inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {}))
 
