@@ -211,7 +211,7 @@ def add_file(
     whole = new(parser.prog.partition(" ")[2], "")
     filed = whole.parse_args(_from_file(whole, options.config))
     take_model(whole, filed)
-    for line in _judge_all(whole, filed):
+    for line in _lines_about(whole, filed):
         warn(line)
     read_all(whole.error, STRUCTS, filed)
     for name in REPLICAS:
