@@ -7,12 +7,14 @@
 #   DEVICE=cpu|cuda   cuda adds the C compiler with which Triton builds its launchers at run time
 #   TORCH_INDEX_URL   an extra package index for torch, such as PyTorch's own for CPU builds; without it the default index decides
 #
+#   VERSION           of the images' labels; Pagewire's own
+#
 # Every target has its dependencies in one layer and Pagewire itself in the next, so a change of code rebuilds and ships kilobytes.
 
 ARG BASE=debian:bookworm-slim
 
 # --- the runtime floor of every target --------------------------------------------------------------------------------
-FROM ${BASE} AS base
+FROM ${BASE} AS python
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
@@ -21,21 +23,10 @@ RUN apt-get update \
     && install -d -m 0755 /models \
     && chmod 0711 ~root && rm -rf ~root/.cache && ln -s /cache ~root/.cache
 # Many guides mount a cache of models at .cache/huggingface in root's home: what is mounted there is at /cache/huggingface too.
-# PYTHONSAFEPATH: a file in the working directory must never shadow an installed module.
-ENV PATH=/opt/pagewire/bin:$PATH \
-    PYTHONSAFEPATH=1 \
-    PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
-    HOME=/cache \
-    HF_HOME=/cache/huggingface \
-    PAGEWIRE_CACHE=/cache/pagewire \
-    PAGEWIRE_RUN_DIR=/run/pagewire
-WORKDIR /
-COPY --chmod=0755 compose/health.py /usr/local/bin/pagewire-health
-COPY --chmod=0755 compose/entrypoint.sh /usr/local/bin/pagewire-service
 
 # --- builders: nothing of these stages ships but /opt/pagewire and /site ------------------------------------------------
-FROM base AS builder
+FROM python AS builder
+ENV PATH=/opt/pagewire/bin:$PATH
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/pagewire
 WORKDIR /src
@@ -69,27 +60,53 @@ COPY services services
 RUN pip install --no-cache-dir --no-deps --target /site .
 
 # --- targets ------------------------------------------------------------------------------------------------------------
+FROM python AS base
+# PYTHONSAFEPATH: a file in the working directory must never shadow an installed module.
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="Pagewire" \
+      org.opencontainers.image.description="LLM inference from one host behind an OpenAI-compatible endpoint" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
+ENV PATH=/opt/pagewire/bin:$PATH \
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    PAGEWIRE_CACHE=/cache/pagewire \
+    PAGEWIRE_RUN_DIR=/run/pagewire
+WORKDIR /
+COPY --chmod=0755 compose/health.sh /usr/local/bin/pagewire-health
+COPY compose/health_tls.py /usr/local/lib/pagewire-health-tls.py
+COPY --chmod=0755 compose/entrypoint.sh /usr/local/bin/pagewire-service
+
 FROM base AS frontend
+LABEL org.opencontainers.image.title="Pagewire: HTTP"
+ENV PAGEWIRE_IMAGE=frontend
 COPY --from=frontend-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["pagewire-health", "http"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["pagewire-health", "http"]
 ENTRYPOINT ["pagewire-service", "frontend"]
 
 FROM base AS scheduler
+LABEL org.opencontainers.image.title="Pagewire: batching and KV blocks"
+ENV PAGEWIRE_IMAGE=scheduler
 COPY --from=scheduler-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
-HEALTHCHECK --interval=15s --timeout=10s --start-period=30s CMD ["pagewire-health", "scheduler"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["pagewire-health", "scheduler"]
 ENTRYPOINT ["pagewire-service", "scheduler"]
 
 FROM base AS tokenizer
+LABEL org.opencontainers.image.title="Pagewire: text to tokens and back"
+ENV PAGEWIRE_IMAGE=tokenizer
 COPY --from=tokenizer-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 VOLUME /cache
-HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "tokenizer"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=600s CMD ["pagewire-health", "tokenizer"]
 ENTRYPOINT ["pagewire-service", "tokenizer"]
 
 FROM base AS torch-base
@@ -100,18 +117,22 @@ RUN if [ "$DEVICE" = cuda ]; then \
 ENV TRITON_CACHE_DIR=/cache/triton
 
 FROM torch-base AS worker
+LABEL org.opencontainers.image.title="Pagewire: the model on its device"
+ENV PAGEWIRE_IMAGE=worker
 COPY --from=worker-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 VOLUME /cache
-HEALTHCHECK --interval=15s --timeout=10s --start-period=600s CMD ["pagewire-health", "worker"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=600s CMD ["pagewire-health", "worker"]
 ENTRYPOINT ["pagewire-service", "worker"]
 
 FROM torch-base AS all
+LABEL org.opencontainers.image.title="Pagewire: the whole stack"
+ENV PAGEWIRE_IMAGE=all
 COPY --from=all-deps /opt/pagewire /opt/pagewire
 COPY --from=code /site /opt/pagewire/lib/python3.11/site-packages
 USER pagewire
 VOLUME /cache
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=600s CMD ["pagewire-health", "ready"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=600s CMD ["pagewire-health", "ready"]
 ENTRYPOINT ["pagewire", "serve"]

@@ -1,5 +1,6 @@
 # make serve [ARGS="--model DIR_OR_ID --port 8123"]   everything it needs, then the stack
-# make test [ARGS="tests/e2e -k paris"]                what tests need, then all of them
+# make test [ARGS="tests/e2e -k paris"]                what tests need, then all of them, in two lanes (tests/conftest.py)
+# make compose-check [ARGS=--quick]                  the compose deployment in a container engine, if one answers
 # make lint · make format · make clean
 
 PYTHON ?= python3
@@ -11,19 +12,22 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SIZES := with PyTorch for CUDA pip downloads about 3 GB, where its CPU build is in $(VENV) already 0.4 GB
 
 .DEFAULT_GOAL := serve
-.PHONY: serve test lint format clean
+.PHONY: serve test lint format clean compose-check
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/pagewire serve $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadgroup)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+compose-check: $(VENV)/.installed-dev
+	@exec scripts/compose-check $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix

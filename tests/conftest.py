@@ -1,12 +1,73 @@
-"""What all tests have in common. To be set before torch is imported: its threads spin for each
-other as briefly as the worker's do, since other processes want the cores as well."""
+"""What all tests have in common.
+
+`make test` runs them in two lanes (`pytest -n 2 --dist loadgroup`). What starts services, talks to
+sockets or waits for time runs in one lane, test after test, as if it were alone; what only computes
+is taken file by file by whoever is free, with one thread and at low priority, so that it fills the
+processor's time that the other lane leaves. Without `-n` everything runs in one process, in order.
+"""
 
 import os
 import signal
+import sys
+from pathlib import Path
+
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores Ctrl-C for what a script puts into the background, and a process that is started
     # from here would inherit that: tests that press Ctrl-C need it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# To be set before torch is imported: its threads spin for each other as briefly as the worker's do,
+# since other processes want the cores as well.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+TESTS = Path(__file__).parent
+COMPUTING = {
+    "bench/test_bench_kernels.py",
+    "e2e/test_other_processors.py",
+    "layout",
+    "ops",
+    "protocol",
+    "requests",
+    "scheduler",
+    "tokenizer",
+    "worker",
+}
+"""Folders and files of tests that only compute."""
+WAITING = {
+    "protocol/test_channels.py",
+    "scheduler/test_scheduler_loop.py",
+    "tokenizer/test_tokenizer_service.py",
+    "worker/test_loop.py",
+}
+"""Files in those folders that do not."""
+LOW_PRIORITY = 5
+is_low = False
+
+
+def computes(item: pytest.Item) -> bool:
+    path = item.path.relative_to(TESTS).as_posix()
+    return path not in WAITING and bool({path, path.partition("/")[0]} & COMPUTING)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Before xdist reads the groups."""
+    if hasattr(config, "workerinput"):
+        for item in items:
+            group = item.path.name if computes(item) else "waiting"
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global is_low
+    alone = computes(item)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1 if alone else len(os.sched_getaffinity(0)))
+    if alone and not is_low and hasattr(item.config, "workerinput"):
+        os.nice(LOW_PRIORITY)
+        is_low = True

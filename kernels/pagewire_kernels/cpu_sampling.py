@@ -150,13 +150,16 @@ def _find_candidates(
     ):
         task[field] = value
     cpu_native.run(_search[0], task, threads)
-    # Unused entries repeat one that is used, so that all of a row can be compared.
     used = (torch.arange(room) < counts[:, :, None]).flatten(1)
+    overflowed = torch.nonzero((counts > room).any(-1)).flatten()
+    return _padded(ids.flatten(1), used), _padded(words.flatten(1), used), overflowed
+
+
+def _padded(entries: Tensor, used: Tensor) -> Tensor:
+    """entries [R, N] of which those that are not used [R, N] repeat the row's first that is, so that
+    all of a row can be compared."""
     first = used.byte().argmax(-1, keepdim=True)
-    ids, words = ids.flatten(1), words.flatten(1)
-    ids = torch.where(used, ids, ids.gather(1, first))
-    words = torch.where(used, words, words.gather(1, first))
-    return ids, words, torch.nonzero((counts > room).any(-1)).flatten()
+    return torch.where(used, entries, entries.gather(1, first))
 
 
 def _winners(x: Tensor, ids: Tensor, words: Tensor, temperature: Tensor) -> Tensor:

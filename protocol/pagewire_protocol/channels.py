@@ -8,6 +8,7 @@ nothing. Every other inbox has a fresh address for each incarnation.
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import socket
@@ -40,6 +41,7 @@ READABLE: Final = int(zmq.POLLIN)
 DECODE_ERRORS: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 """All three can come out of a msgspec decode of hostile bytes."""
 
+log: Final = logging.getLogger("pagewire.channels")
 M = TypeVar("M")
 _encoder: Final = msgspec.msgpack.Encoder()
 
@@ -209,14 +211,22 @@ class Inbox(Generic[M]):
                 continue
             try:
                 yield self._decoder.decode(frame)
-            except DECODE_ERRORS:
-                self.undecodable += 1
+            except DECODE_ERRORS as error:
+                self._count_undecodable(f"{type(error).__name__}: {error}")
 
     def _drop_rest(self) -> None:
         """MAXMSGSIZE is per frame, so a message here is one frame; more are refused."""
-        self.undecodable += 1
+        self._count_undecodable("it has several frames")
         while self._socket.get(zmq.RCVMORE):
             self._socket.recv(zmq.NOBLOCK)
+
+    def _count_undecodable(self, why: str) -> None:
+        """The log has the first one, the second, the fourth and so on: senders may be many."""
+        self.undecodable += 1
+        if self.undecodable.bit_count() == 1:
+            log.warning(
+                "dropped a message that cannot be decoded, number %d: %s", self.undecodable, why
+            )
 
     def close(self) -> None:
         """Unbind and remove the socket's file; what has not been received is lost."""

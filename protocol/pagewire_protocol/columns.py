@@ -50,6 +50,8 @@ VocabSize = Annotated[int, Meta(ge=0, le=MAX_VOCABULARY)]
 Name = Annotated[str, Meta(max_length=256)]
 Inbox = Annotated[str, Meta(max_length=256, pattern=r"^ipc:///[^\x00]+$")]
 """Where a process is reached: no message names another kind of address."""
+MaybeInbox = Annotated[str, Meta(max_length=256, pattern=r"^(ipc:///[^\x00]+)?$")]
+"""The same; empty where there is no process."""
 ShortText = Annotated[str, Meta(max_length=4096)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 CacheSalt = Annotated[str, Meta(max_length=MAX_CACHE_SALT)]

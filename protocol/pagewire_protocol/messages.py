@@ -125,8 +125,9 @@ class Death(Message, tag=True, frozen=True):
     incarnation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     """0: it never said Hello."""
     cause: ShortText
-    failures: Annotated[int, Meta(ge=1, le=2**31 - 1)]
-    """Ends in a row, this one included, before which it did not work for long."""
+    failures: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    """Ends in a row, this one included, before which it did not work for long; 0: it has ended in
+    order, and may not have a next life."""
     restart_in_s: Annotated[float, Meta(ge=0, le=86400)]
 
 

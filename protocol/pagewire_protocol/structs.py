@@ -14,8 +14,8 @@ from .columns import (
     Count,
     Execution,
     Handle,
-    Inbox,
     IncarnationField,
+    MaybeInbox,
     Name,
     RowsI32,
     ShortText,
@@ -244,11 +244,12 @@ class TokenizerFacts(Record, frozen=True):
 
 
 class Peer(Record, frozen=True):
-    """One live process as the scheduler sees it."""
+    """One service as the scheduler sees it."""
 
     role: Role
     name: Name
-    inbox: Inbox
+    inbox: MaybeInbox
+    """Empty: it has ended and is started again, and has no process yet."""
     incarnation: IncarnationField
     ready: bool
     stage: Name = ""

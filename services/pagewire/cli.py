@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import (
@@ -23,8 +24,8 @@ from .config import (
     read,
     read_environment,
 )
-from .process import logs
-from .process.errors import EXPECTED, missing_package
+from .process import last_words, logs
+from .process.errors import EXPECTED, error_line
 from .process.imports import imported
 from .version import __version__
 
@@ -45,6 +46,8 @@ COMMANDS = {
     "doctor": ("commands.doctor", "check this machine and say in plain words what is wrong"),
 }
 MANY_FLAGS = 15
+IMAGE_VARIABLE = "PAGEWIRE_IMAGE"
+"""Says, in one of Pagewire's images, which of them it is: the name of a service, or all."""
 OTHER_NAMES = {"collect-env": "doctor"}
 """What vLLM calls a command."""
 SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
@@ -110,6 +113,8 @@ def _guarded(command: str, arguments: list[str]) -> int:
     try:
         if command in SERVICES:
             return run_service(command, arguments)
+        if command == "doctor" and os.environ.get(IMAGE_VARIABLE):
+            return imported("commands.doctor_container").main(arguments)
         return imported(COMMANDS[command][0]).main(arguments)
     except KeyboardInterrupt:
         return 130
@@ -118,18 +123,20 @@ def _guarded(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or __package__ or "").startswith("pagewire"):
             raise
-        return report_error(command, ModuleNotFoundError(missing_package(error)))
+        return report_error(command, error)
     except EXPECTED as error:
         return report_error(command, error)
 
 
-def report_error(command: str, error: BaseException) -> int:
+def report_error(command: str, error: Exception) -> int:
     """Print one line, and the traceback with --log-level debug. Returns the exit status."""
     if "--log-level=debug" in sys.argv or ("--log-level", "debug") in zip(
         sys.argv, sys.argv[1:], strict=False
     ):
         logging.getLogger("pagewire").exception("details")
-    print(f"pagewire {command}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+    has_line = isinstance(error, (ModuleNotFoundError, PermissionError))
+    words = error_line(error) if has_line else str(error) or type(error).__name__
+    last_words.say(command, words)
     return 1
 
 
@@ -240,8 +247,16 @@ def parse_structs(
     """The Structs as given on the command line. Exits with status 2 and one line on a bad flag or
     value."""
     parser = new_parser(command, description)
+    parser.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of the whole stack's settings, of which this service takes its own; flags and variables win",
+    )
     add_flags(parser, *structs)
     namespace = parser.parse_args(arguments)
+    if "config" in namespace:
+        imported("launch.flags").add_file(parser, structs, namespace)
     return read_all(parser.error, structs, namespace)
 
 
@@ -262,7 +277,7 @@ def read_all(
 
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until a signal ends it. Returns the exit status."""
-    from .process import liveness, watchdog
+    from .process import alive, liveness, watchdog
     from .process.parent import Started, die_with_parent
 
     die_with_parent()
@@ -275,21 +290,36 @@ def run_service(command: str, arguments: list[str]) -> int:
         liveness.own.inherit()
         return imported(module).run(*configs)
 
-    def report(pid: int, incarnation: int, cause: str) -> None:
-        _announce_end(command, run, pid, incarnation, cause)
+    def report(ending: watchdog.Ending) -> None:
+        _announce_end(command, run, ending)
 
-    return watchdog.run_watched(command, lambda: imported(module).run(*configs), report)
+    # A frontend does this by itself. The others go on as long as there are only frontends that finish
+    # what they have: where a whole stack is stopped, what runs can still end.
+    is_frontend = command == "frontend"
+    stop = watchdog.Stop(
+        0.0 if is_frontend else run.shutdown_delay,
+        lambda: alive.living(Path(run.run_dir), "frontend"),
+    )
+    return watchdog.run_watched(command, lambda: imported(module).run(*configs), report, stop)
 
 
-def _announce_end(command: str, run: RunConfig, pid: int, incarnation: int, cause: str) -> None:
-    """A service that nobody supervises has ended in no order; whoever starts containers will start
-    it again. The libraries for this are only loaded now: until then this process does nothing but
-    wait."""
+def _announce_end(command: str, run: RunConfig, ending: Any) -> None:
+    """A service that nobody supervises has ended (process.watchdog.Ending). Whoever starts
+    containers will start it again, after an end in order as well: new requests wait for that. The
+    libraries for this are only loaded now: until then this process does nothing but wait."""
     from pagewire_protocol.messages import Role
 
     from .process.announce import Announcer
 
     role = Role[command.upper()]
+    if ending.in_order and role not in (Role.WORKER, Role.TOKENIZER):
+        return  # nobody waits for these
     announcer = Announcer(run.run_dir)
-    announcer.announce(role, run.name or f"{command}-{pid}", incarnation, cause)
+    announcer.announce(
+        role,
+        run.name or f"{command}-{ending.pid}",
+        ending.incarnation,
+        ending.cause,
+        failures=0 if ending.in_order else 1,
+    )
     announcer.close(linger_ms=500)

@@ -76,6 +76,15 @@ class RunConfig(Struct, frozen=True):
             le=86400,
         ),
     ] = 2.0
+    shutdown_delay: Annotated[
+        float,
+        _help(
+            "seconds after SIGTERM for which this service goes on as before, while a frontend's /accepting and /ready send "
+            "new requests elsewhere",
+            ge=0,
+            le=3600,
+        ),
+    ] = 0.0
 
 
 class ModelConfig(Struct, frozen=True):

@@ -75,6 +75,20 @@ def test_a_silent_scheduler_is_not_ready() -> None:
     assert not stack.ready(100.0) and "shutting down" in stack.unavailable(100.0).message
 
 
+def test_figures_stay_where_a_roster_has_none() -> None:
+    """As that of a new scheduler, before it knows who is a frontend: a count must not fall to 0."""
+    stack = Stack()
+    stack.on_roster(Roster(1, (), 0, 0, (), False, False, stats={"steps": 7.0}), 1.0)
+    stack.on_roster(Roster(2, (), 0, 0, (), False, False), 2.0)
+    assert stack.stats == {"steps": 7.0}
+
+
+def test_counts_of_a_scheduler_that_was_not_heard_of_are_left_out(serve) -> None:
+    with serve(stats={}) as server:
+        text = server.http.get("/metrics").text
+        assert "scheduler_steps_total" not in text and "vllm:num_requests_running" in text
+
+
 def test_models(server) -> None:
     cards = server.http.get("/v1/models").json()
     assert cards["object"] == "list" and [card["id"] for card in cards["data"]] == [MODEL, "alias"]

@@ -1,8 +1,12 @@
-"""Counts of several frontends: whoever is asked gives the sum of those that live, and is not
-stopped by a file that is none."""
+"""Counts of several frontends: whoever is asked gives the sum of all that have ever been, which
+never falls, and is not stopped by a file that is none."""
 
+import multiprocessing
+import random
+import threading
 from pathlib import Path
 
+from pagewire.process import alive
 from pagewire.requests.counter_exchange import CounterExchange
 from pagewire.requests.counters import Counters
 
@@ -45,15 +49,56 @@ def test_own_counts_are_never_old_and_are_not_changed(tmp_path: Path) -> None:
     assert mine.generation_tokens == 11 and sum(mine.time_to_first_token.counts) == 1
 
 
-def test_the_dead_and_the_silent_do_not_count(tmp_path: Path) -> None:
-    one, two = (
-        CounterExchange(tmp_path, 1, tally(10, 0.02, 200)),
-        CounterExchange(tmp_path, 2, tally(5, 0.3, 200)),
-    )
-    two.publish()
-    assert one.total({1, 3}).generation_tokens == 10
-    two.remove()
-    assert one.total({1, 2}).generation_tokens == 10 and not list(tmp_path.iterdir())
+def test_the_dead_stay_in_the_sum_and_their_gauges_do_not(tmp_path: Path) -> None:
+    one = CounterExchange(tmp_path, 1, tally(10, 0.02, 200))
+    counts = tally(5, 0.3, 200)
+    counts.key_usage = {"running k": 3, "requests k": 7}
+    CounterExchange(tmp_path, 2, counts).publish()
+    assert one.total({1, 2}).key_usage == {"running k": 3, "requests k": 7}
+    for _ in range(2):
+        total = one.total({1})
+        assert total.generation_tokens == 15 and total.key_usage == {"requests k": 7}
+        one.fold(lambda: {1})
+    assert not (tmp_path / "counters-0000000000000002").exists()
+
+
+def test_folding_again_and_again_counts_once(tmp_path: Path) -> None:
+    """Also where a file could not be removed after it was folded."""
+    one = CounterExchange(tmp_path, 1, Counters())
+    for incarnation in range(2, 30):
+        CounterExchange(tmp_path, incarnation, tally(1, 0.02, 200)).publish()
+        file = tmp_path / f"counters-{incarnation:016x}"
+        content = file.read_bytes()
+        one.fold(lambda: {1})
+        file.write_bytes(content)
+        assert one.total({1}).generation_tokens == incarnation - 1
+    one.fold(lambda: {1})
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_a_reader_sees_no_count_fall_while_others_fold(tmp_path: Path) -> None:
+    reader = CounterExchange(tmp_path, 1, Counters())
+    for incarnation in range(2, 200):
+        CounterExchange(tmp_path, incarnation, tally(1, 0.02, 200)).publish()
+    seen: list[float] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(reader.total({1}).generation_tokens)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    left = list(range(2, 200))
+    folding = CounterExchange(tmp_path, 999, Counters())
+    while left:
+        for _ in range(random.randrange(1, 20)):
+            if left:
+                left.pop()
+        folding.fold(lambda: {1, 999, *left})
+    done.set()
+    thread.join()
+    assert set(seen) == {198}
 
 
 def test_a_damaged_file_is_no_count(tmp_path: Path) -> None:
@@ -66,3 +111,34 @@ def test_a_damaged_file_is_no_count(tmp_path: Path) -> None:
     for content in (b"", b"[]", b'{"no_such_count": 1}', b'{"responses": {"x": 1}}', b"\xff"):
         file.write_bytes(content)
         assert one.total({1, 2}).generation_tokens == 10
+
+
+def _live(run_dir: Path, incarnation: int, is_there: object, may_end: object) -> None:
+    alive.Alive(run_dir, "frontend", incarnation)
+    is_there.set()  # type: ignore[attr-defined]
+    may_end.wait(30)  # type: ignore[attr-defined]
+
+
+def test_who_lives_is_known_however_a_process_ends(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    is_there, never = context.Event(), context.Event()
+    process = context.Process(target=_live, args=(tmp_path, 7, is_there, never))
+    process.start()
+    try:
+        assert is_there.wait(30)
+        assert alive.living(tmp_path, "frontend") == {7: False}
+    finally:
+        process.kill()
+        process.join()
+    assert alive.living(tmp_path, "frontend") == {} and not list(tmp_path.iterdir())
+
+
+def test_who_leaves_is_known(tmp_path: Path) -> None:
+    leaving = alive.Alive(tmp_path, "frontend", 1)
+    staying = alive.Alive(tmp_path, "frontend", 2)
+    leaving.leave()
+    assert alive.living(tmp_path, "frontend") == {1: True, 2: False}
+    leaving.close()
+    assert alive.living(tmp_path, "frontend") == {2: False}
+    staying.close()
+    assert alive.living(tmp_path, "frontend") == {}

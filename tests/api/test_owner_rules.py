@@ -79,6 +79,13 @@ class Harness:
             peers.append(Peer(Role.FRONTEND, "f", "me", 5, True))
         self.owner.on_roster(Roster(epoch, tuple(peers), 100, 100, (), True, True))
 
+    def wait(self, seconds: float) -> None:
+        """Time passes, and the owner is called as often as it is."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 0.5)
+            self.owner.tick()
+
     @property
     def last(self) -> Generate:
         return [m for _, m in self.sent if isinstance(m, Generate)][-1]
@@ -306,8 +313,7 @@ def test_interrupted_requests_wait_for_a_stack(h: Harness) -> None:
 
 def test_waiting_has_an_end(h: Harness) -> None:
     h.roster(2)
-    h.now += SUSPENSION_S + 1
-    h.owner.tick()
+    h.wait(SUSPENSION_S + 1)
     assert isinstance(h.sink.end, RequestError) and len(h.owner) == 0
     assert h.sink.end.kind is ErrorKind.UNAVAILABLE
 
@@ -368,7 +374,7 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
     ],
 )
 def test_ends_without_a_generation(h: Harness, end: dict, kind: ErrorKind, text: str) -> None:
-    h.now += GRACE_S + 1
+    h.wait(GRACE_S + 1)
     h.end(**end)
     assert (
         isinstance(h.sink.end, RequestError)
@@ -497,8 +503,7 @@ def test_a_held_request_can_be_cancelled_and_ends_when_nobody_comes(h: Harness) 
     cancelled, kept = Sink(), Sink()
     h.owner.cancel(h.owner.submit(JOB, cancelled))
     h.owner.submit(JOB, kept)
-    h.now += SUSPENSION_S + 1
-    h.owner.tick()
+    h.wait(SUSPENSION_S + 1)
     assert cancelled.end is None and h.cancels() == []
     assert isinstance(kept.end, RequestError) and kept.end.kind is ErrorKind.UNAVAILABLE
 
@@ -511,6 +516,28 @@ def test_nobody_waits_for_a_first_start_or_for_what_keeps_failing(h: Harness) ->
         h.owner.submit(JOB, Sink())
     fresh = RequestOwner("me", lambda *_: True, lambda: 0.0, Counters())
     assert not fresh.can_hold
+
+
+def test_a_pause_of_the_owner_s_process_counts_for_no_deadline(h: Harness) -> None:
+    """The refusal came while it stood still, and is read when it goes on."""
+    h.roster(1, worker=False, t1=True)
+    sink, waiting = Sink(), Sink()
+    h.owner.submit(JOB, waiting)
+    h.roster(1, t1=True)
+    h.owner.submit(JOB, sink)
+    refused = h.last
+    h.roster(1, worker=False, t1=True)
+    h.now += 2 * SUSPENSION_S
+    h.end(Finish.REFUSED, refused, status=503)
+    h.owner.tick()
+    assert sink.end is None and waiting.end is None
+    h.roster(1, t1=True)
+    h.wait(1)
+    assert h.last.attempt == 2
+    h.roster(1, worker=False, t1=True)
+    h.wait(GRACE_S + 1)
+    with pytest.raises(RequestError):
+        h.owner.submit(JOB, Sink())
 
 
 def test_a_first_attempt_that_meets_a_service_which_has_just_started_is_tried_again(

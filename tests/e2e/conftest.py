@@ -109,6 +109,14 @@ class Stack:
         raise AssertionError("the stack did not come back:\n" + "\n".join(self.lines))
 
     def end(self) -> int:
+        """The exit code. Raises AssertionError where a service was sent what it could not decode:
+        services only send what fits."""
+        code = self._end()
+        dropped = [line for line in self.lines if "cannot be decoded" in line]
+        assert not dropped, dropped
+        return code
+
+    def _end(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:

@@ -153,23 +153,28 @@ def pid_of(stack: Stack, name: str) -> int | None:
 
 
 async def test_a_replica_that_keeps_failing_costs_the_other_nothing(pair: Stack) -> None:
-    """It is killed three times, each as soon as it is started. What it is called meanwhile:
-    tests/scheduler/test_scheduler_deaths.py."""
+    """It is killed four times, each as soon as it is started, and named by /ready while it waits for
+    its next life."""
+
+    def failing() -> list[str]:
+        return [entry["name"] for entry in pair.get("/ready").get("failing", [])]
 
     def kill_often() -> None:
         killed = set[int]()
-        while len(killed) < 3:
+        while len(killed) < 4:
             pid = wait(lambda: pid_of(pair, "worker-1"))
             if pid not in killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
+        assert wait(failing) == ["worker-1"]
 
     await asyncio.to_thread(wait, lambda: gauges(pair)["workers"] == 2)
     before = gauges(pair)["service_deaths_total"]
     await streams_survive(pair, kill_often, tokens=800)
     await asyncio.to_thread(wait, lambda: gauges(pair)["workers"] == 2)
-    await asyncio.to_thread(wait, lambda: gauges(pair)["service_deaths_total"] == before + 3)
+    await asyncio.to_thread(wait, lambda: gauges(pair)["service_deaths_total"] == before + 4)
     await asyncio.to_thread(wait, lambda: not gauges(pair)["services_failing"])
+    await asyncio.to_thread(wait, lambda: not failing())
 
 
 @pytest.mark.parametrize("kind", ["worker", "tokenizer"])

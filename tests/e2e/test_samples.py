@@ -122,7 +122,7 @@ def test_the_configuration_of_traefik() -> None:
     router = http["routers"]["pagewire"]
     assert set(router["middlewares"]) == set(http["middlewares"])
     balancer = http["services"][router["service"]]["loadBalancer"]
-    assert balancer["healthCheck"]["path"] == "/live"
+    assert balancer["healthCheck"]["path"] == "/accepting"
     assert balancer["responseForwarding"]["flushInterval"].startswith("-")
 
 

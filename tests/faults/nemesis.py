@@ -61,6 +61,11 @@ class Fault:
     """Until the next one was ready."""
 
     @property
+    def back_at(self) -> float:
+        """When the next one was ready; of a pause, when it has gone on."""
+        return self.at + (LONGEST_PAUSE_S if self.fault == "pause" else self.ready_s or REPLACED_S)
+
+    @property
     def until(self) -> float:
         """When its effects on a client's connection are over at the latest."""
         return self.at + (self.gone_s or 10.0)
@@ -78,6 +83,8 @@ class Record:
     """Broken connections and errors that no fault of a frontend explains."""
     excused: int = 0
     """Those that one does."""
+    left: int = 0
+    """Streams that their clients left."""
     endless: int = 0
     statuses: Counter[int] = field(default_factory=Counter[int])
     """Of requests that were refused."""
@@ -96,7 +103,11 @@ class Record:
 class Clients:
     """`count` clients, each with one stream after the other."""
 
-    def __init__(self, url: str, count: int, record: Record, make: random.Random) -> None:
+    def __init__(
+        self, url: str, count: int, record: Record, make: random.Random, leaving: float = 0.0
+    ) -> None:
+        """leaving: the share of streams that the client leaves before their end."""
+        self._leaving = leaving
         self.under_way = 0
         self.stopping = False
         self._url = url
@@ -130,7 +141,8 @@ class Clients:
             self._record.streams += 1
             self.under_way += 1
             try:
-                reason = await self._stream(session, prompt, count, tokens)
+                leave_after = self._make.randrange(count) if self._leaves() else 0
+                reason = await self._stream(session, prompt, count, tokens, leave_after)
             except (aiohttp.ClientError, ConnectionError, StreamError) as error:
                 await self._broken(began, f"{type(error).__name__}: {error}")
                 reason = "broken"
@@ -142,9 +154,18 @@ class Clients:
                 self._record.wrong.append(f"{len(tokens)} tokens of {count}, reason {reason}")
             self._record.tokens += len(tokens)
 
+    def _leaves(self) -> bool:
+        return self._make.random() < self._leaving
+
     async def _stream(
-        self, session: aiohttp.ClientSession, prompt: list[int], count: int, tokens: list[int]
+        self,
+        session: aiohttp.ClientSession,
+        prompt: list[int],
+        count: int,
+        tokens: list[int],
+        leave_after: int,
     ) -> str:
+        """Why it ended; "left" where the client has left after so many tokens, unless that is 0."""
         body = {"prompt": prompt, "max_tokens": count, "stream": True, "return_token_ids": True}
         last = time.monotonic()
         reason = ""
@@ -164,6 +185,9 @@ class Clients:
                 for choice in event["choices"]:
                     tokens += choice.get("token_ids") or []
                     reason = choice["finish_reason"] or reason
+                if leave_after and len(tokens) >= leave_after:
+                    self._record.left += 1
+                    return "left"
         if not reason:
             raise StreamError("the stream ended without a reason")
         return reason
@@ -207,11 +231,15 @@ class Nemesis:
     async def strike(self) -> None:
         """One fault, or two at the same time."""
         self._record.under_way.append(self._clients.under_way)
-        await asyncio.gather(*(self._hit() for _ in range(self._make.choice((1, 1, 1, 2)))))
+        await asyncio.gather(
+            *(
+                self.hit(self._make.choice(KINDS), self._make.choice(FAULTS))
+                for _ in range(self._make.choice((1, 1, 1, 2)))
+            )
+        )
 
-    async def _hit(self) -> None:
-        kind = self._make.choice(KINDS)
-        fault = self._make.choice(FAULTS)
+    async def hit(self, kind: str, fault: str) -> None:
+        """One fault, until the service has a successor."""
         replicas = [
             pid
             for pid, name in self._stack.children().items()
@@ -305,8 +333,9 @@ def is_void(record: Record, streams: int) -> bool:
 
 
 def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
-    """The longest stall after each fault of this sort that had no other one within two seconds
-    before, and in which no other kind of service was hit."""
+    """The longest stall after each fault of this sort that had no other one within two seconds, and
+    before which all services hit earlier had successors that were ready: what a stream waits for
+    where a survivor is there is not what it waits for where all are down."""
     longest: list[float] = []
     for entry in record.faults:
         if (entry.kind, entry.fault) != (kind, fault):
@@ -314,7 +343,8 @@ def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
         near = [
             other
             for other in record.faults
-            if other is not entry and -2.0 < other.at - entry.at < 2.0
+            if other is not entry
+            and (-2.0 < other.at - entry.at < 2.0 or other.at <= entry.at <= other.back_at)
         ]
         if near:
             continue

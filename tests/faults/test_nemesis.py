@@ -44,11 +44,12 @@ def test_sixty_faults_cost_no_token() -> None:
 def test_stalls_are_those_of_single_faults() -> None:
     record = Record(
         faults=[
-            Fault(10.0, "kill", "worker", 1),
-            Fault(20.0, "kill", "worker", 1),
-            Fault(21.0, "kill", "scheduler", 0),
+            Fault(10.0, "kill", "worker", 1, ready_s=1.0),
+            Fault(20.0, "kill", "worker", 1, ready_s=1.0),
+            Fault(21.0, "kill", "scheduler", 0, ready_s=9.0),
+            Fault(25.0, "kill", "worker", 1, ready_s=1.0),
         ],
-        stalls=[(9.95, 0.3), (10.1, 0.2), (14.0, 5.0), (20.1, 3.0)],
+        stalls=[(9.95, 0.3), (10.1, 0.2), (14.0, 5.0), (20.1, 3.0), (25.0, 7.0)],
     )
     assert stalls_of(record, "worker", "kill") == [0.3]
     assert not record.statuses and record.is_sound

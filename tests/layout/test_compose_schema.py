@@ -13,10 +13,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from pagewire.config import DEMO_MODEL
+from pagewire.frontend.errors import TYPES, ApiError
+from pagewire.launch import flags
+from pagewire.version import __version__
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / "compose.yaml", *sorted((ROOT / "compose").glob("*.yaml"))]
+SETTINGS = ROOT / "compose/pagewire.yaml"
+FILES = [
+    ROOT / "compose.yaml",
+    *sorted(path for path in (ROOT / "compose").glob("*.yaml") if path != SETTINGS),
+]
 MONITORING = ["prometheus", "grafana"]
 OURS = ["frontend", "tokenizer", "scheduler", "worker"]
 PROXIES = {"http_proxy", "https_proxy", "no_proxy"}
@@ -53,7 +59,13 @@ def test_the_schema_refuses_what_is_wrong() -> None:
 
 
 def test_the_root_file_includes_the_default() -> None:
-    assert load("compose.yaml") == {"include": ["compose/default.yaml"]}
+    assert load("compose.yaml") == {"name": "pagewire", "include": ["compose/default.yaml"]}
+
+
+def test_all_forms_are_one_project() -> None:
+    """What one has started, another one sees and ends; they share volumes and images."""
+    names = {load(str(path.relative_to(ROOT))).get("name", "pagewire") for path in FILES}
+    assert names == {"pagewire"}
 
 
 def test_every_default_is_given_so_that_plain_up_works() -> None:
@@ -102,22 +114,53 @@ def test_only_the_gateway_publishes_a_port_and_only_what_must_reaches_out() -> N
     assert services()["scheduler"]["network_mode"] == "none"
 
 
-def test_all_services_get_the_same_model_and_it_is_the_demo() -> None:
-    models = {
-        name: [word for word in services()[name]["command"] if word.startswith("--model=")]
-        for name in OURS
-    }
-    assert len({tuple(words) for words in models.values()}) == 1, models
-    assert interpolated(models["worker"]) == [f"--model={DEMO_MODEL}"]
+def test_all_services_get_the_same_model_and_settings() -> None:
+    """No flag names the model: it would win over the settings file, which all of them get."""
+    for name in OURS:
+        service = services()[name]
+        assert interpolated(service["environment"])["PAGEWIRE_MODEL"] == "", "the demo model"
+        (config,) = service["configs"]
+        assert f"--config={config['target']}" in service["command"]
+        assert not [word for word in service["command"] if word.startswith("--model")]
+    assert load("compose/default.yaml")["configs"]["settings"]["file"] == SETTINGS.name
+    assert yaml.safe_load(SETTINGS.read_text()) is None, "nothing but examples"
     gpu = load("compose/gpu.yaml")["services"]["worker"]
-    assert models["worker"][0] in gpu["command"]
-    single = load("compose/single-gpu.yaml")["services"]["pagewire"]
-    assert models["worker"][0] in single["command"]
+    assert gpu["environment"]["PAGEWIRE_DEVICE"] == "cuda" and "command" not in gpu
+    single = load("compose/single.yaml")["services"]["pagewire"]
+    assert f"--config={single['configs'][0]['target']}" in single["command"]
+
+
+def test_the_examples_in_the_settings_file_are_settings(tmp_path: Path) -> None:
+    lines = re.findall(r"^#   (\w+: .+)$", SETTINGS.read_text(), re.M)
+    assert len(lines) >= 4
+    file = tmp_path / "settings.yaml"
+    file.write_text("\n".join(lines))
+    parser = flags.new("serve", "")
+    config, _ = flags.parse(parser, [f"--config={file}"], lambda line: None)
+    assert config.model.max_model_len == 4096 and config.scheduler.max_num_seqs == 64
+
+
+def test_stopping_takes_longer_than_running_answers_may() -> None:
+    """One variable says both: the engine kills nothing that still ends by itself."""
+    for file, name in (("default", "frontend"), ("single", "pagewire")):
+        service = load(f"compose/{file}.yaml")["services"][name]
+        assert service["stop_grace_period"] == "${SHUTDOWN_TIMEOUT:-120}s10000ms"
+        assert "--shutdown-timeout=${SHUTDOWN_TIMEOUT:-120}" in service["command"]
+
+
+def test_no_limit_is_asked_for_that_an_engine_may_refuse() -> None:
+    for path in FILES:
+        for service in (yaml.safe_load(path.read_text()).get("services") or {}).values():
+            assert "ulimits" not in service
+    gateway = (ROOT / "compose/gateway.cfg").read_text()
+    assert not re.search(r"^\s*maxconn ", gateway, re.M), "HAProxy ends where it gets fewer files"
 
 
 def test_images_have_names_and_files_that_are_mounted_are_there() -> None:
     for name in OURS:
-        assert interpolated(services()[name]["image"]) == f"pagewire-{name}:latest"
+        assert (
+            services()[name]["image"] == f"${{REGISTRY:-}}pagewire-{name}:${{TAG:-{__version__}}}"
+        )
     for config in load("compose/default.yaml")["configs"].values():
         assert (ROOT / "compose" / config["file"]).is_file()
     for name in ("tokenizer", "worker"):
@@ -210,3 +253,32 @@ def test_each_target_starts_its_own_service_as_an_ordinary_user() -> None:
         "the last target is the default one"
     )
     assert "PYTHONSAFEPATH=1" in text
+    assert f"ARG VERSION={__version__}\n" in text and "org.opencontainers.image.version" in text
+
+
+def test_the_gateway_answers_as_the_api_does() -> None:
+    """Each error that HAProxy makes itself has the form of the frontends' errors."""
+    text = (ROOT / "compose/gateway.cfg").read_text()
+    errors = re.findall(
+        r"http-error status (\d+) content-type application/json .*string '(.+)'", text
+    )
+    assert {"400", "408", "502", "503", "504"} <= {status for status, _ in errors}
+    for status, body in errors:
+        error = json.loads(body)["error"]
+        made = ApiError(int(status), error["message"], type=error["type"])
+        assert json.loads(body) == json.loads(made.body())
+        assert error["type"] == TYPES.get(int(status), error["type"])
+    assert "hdr Retry-After" in next(line for line in text.splitlines() if "status 503" in line)
+
+
+def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
+    text = (ROOT / "compose/gateway.cfg").read_text()
+    for line in (
+        "option abortonclose",
+        "option http-no-delay",
+        "http-check disable-on-404",
+        "option httpchk GET /accepting",
+        "option redispatch 1",
+    ):
+        assert re.search(rf"^    {re.escape(line)}$", text, re.M), line
+    assert "retry-on" not in re.sub(r"#.*", "", text), "a request is never sent twice"

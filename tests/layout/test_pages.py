@@ -38,7 +38,7 @@ def inline(page: Path) -> list[list[str]]:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 @cache
@@ -47,7 +47,7 @@ def flags_of(command: str) -> set[str]:
         [sys.executable, "-m", "pagewire", command, "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.stdout))

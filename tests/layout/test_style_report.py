@@ -71,7 +71,7 @@ def test_the_table_has_a_row_for_each_root_and_package(tmp_path: Path) -> None:
     (package / "empty").mkdir()
     (package / "empty" / "__init__.py").write_text("")
     command = [sys.executable, str(SCRIPT), str(tmp_path / "root")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     header, line, *rows = result.stdout.splitlines()
     assert header.count("|") == line.count("|") == rows[0].count("|")
     assert [row.split("|")[1].strip() for row in rows] == ["**root**", "root/package"]

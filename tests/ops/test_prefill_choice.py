@@ -140,7 +140,7 @@ def test_the_hopper_kernel_compiles(heads: int, page: int, tmp_path: Path) -> No
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert found.returncode == 0, found.stderr
     shared, products = map(int, found.stdout.split()[-2:])

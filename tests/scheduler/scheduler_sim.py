@@ -13,6 +13,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from pagewire.config import SchedulerConfig
 from pagewire.scheduler import batch, kv_cache
@@ -36,6 +37,8 @@ from pagewire_protocol.messages import (
     Submit,
     TokenizerFacts,
     Tokens,
+    ToTokenizer,
+    ToWorker,
     WorkerFacts,
     pack,
 )
@@ -48,6 +51,8 @@ QUICK = StepCost(0.1, 0.001, 0.1, 1.0)
 SLOW = StepCost(1.0, 0.5, 5_000.0, 100_000.0)
 """A few decodes or the prompts here fill a step of 10 ms, and more than one."""
 VOCAB = 1000
+ENCODER = msgspec.msgpack.Encoder()
+DECODERS = {"w": msgspec.msgpack.Decoder(ToWorker), "t": msgspec.msgpack.Decoder(ToTokenizer)}
 
 
 def next_token(tokens, vocab=VOCAB):
@@ -521,6 +526,8 @@ class World:
     #   ----------------------------------------------------------------------------------------------
 
     def _receive(self, inbox, message):
+        """As its receiver decodes it, which drops what does not fit its type."""
+        message = DECODERS["w" if inbox in self.workers else "t"].decode(ENCODER.encode(message))
         match message:
             case Step():
                 if inbox in self.workers:

@@ -12,7 +12,7 @@ from pagewire_protocol.messages import (
     Role,
     StepResult,
 )
-from pagewire_protocol.structs import NOT_AWAITED
+from pagewire_protocol.structs import FAILING, NOT_AWAITED
 from scheduler.scheduler_sim import World, ints
 
 
@@ -99,6 +99,24 @@ def test_a_death_that_is_heard_of_after_the_next_life_changes_nothing():
     w.tick()
     assert list(w.scheduler.engine.workers) == [4242]
     assert len(w.scheduler.peers.roster(1, {}).peers) == 2
+
+
+def test_what_a_process_sent_before_its_end_was_announced_does_not_bring_it_back():
+    """A Hello of a killed process may be read after the news of its end."""
+    w = world()
+    (worker,) = w.workers.values()
+    inbox = worker.peer.inbox
+    for failures in range(1, FAILING + 1):
+        w.workers.clear()
+        w.send(death(worker, failures=failures, restart_in_s=4.0))
+        w.send(Hello(worker.peer, worker.facts))
+        w.send(Heartbeat(inbox, worker.incarnation, 0, False))
+        w.rosters.clear()
+        w.tick()
+        assert inbox not in w.rosters and not w.scheduler.engine.workers
+        (listed,) = [p for p in w.scheduler.peers.roster(1, {}).peers if p.role is Role.WORKER]
+        assert (listed.ready, listed.inbox, listed.failures) == (False, "", failures)
+    assert w.scheduler.stats()["services_failing"] == 1
 
 
 def test_requests_wait_for_the_only_worker_s_next_life_and_get_503_where_it_keeps_failing():

@@ -165,7 +165,7 @@ def test_other_formats_without_torch(tmp_path: Path):
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -189,7 +189,7 @@ def test_tokenizers_of_code_are_refused_in_one_line(tmp_path: Path):
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert (

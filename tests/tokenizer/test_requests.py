@@ -418,6 +418,8 @@ def test_damaged_columns_lose_every_stream(bench: Bench):
     ):
         bench.requests.tokens([broken])
         assert bench.end().finish is Finish.LOST
+        (cancel,) = bench.sent()
+        assert isinstance(cancel, Cancel), "the scheduler is told of what nobody waits for"
         handle = bench.submit().handle
 
 

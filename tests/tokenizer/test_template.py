@@ -1,8 +1,8 @@
 """Chat templates: the same text as transformers renders, inside limits."""
 
 import pytest
+from pagewire.tokenizer.render_limit import RenderLimit
 from pagewire.tokenizer.template import ChatTemplate, TemplateRefused, read_option
-from pagewire.tokenizer.watchdog import Watchdog
 from pagewire_protocol.messages import Chat, ChatMessage
 
 ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -115,11 +115,11 @@ def test_hostile_or_broken_templates_are_refused(source: str):
 
 def test_a_runaway_template_is_ended():
     source = "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}"
-    template = ChatTemplate(source, {}, Watchdog(0.2))
+    template = ChatTemplate(source, {}, RenderLimit(0.2))
     for _ in range(2):
         with pytest.raises(TemplateRefused, match=r"longer than 0\.2 s"):
             template.render(chat())
-    assert ChatTemplate(ALL, {}, Watchdog(30)).render(chat([("user", "ok")])) == "ok"
+    assert ChatTemplate(ALL, {}, RenderLimit(30)).render(chat([("user", "ok")])) == "ok"
 
 
 def test_a_template_that_does_not_compile():

@@ -269,7 +269,7 @@ def test_on_this_machine(tiny):
         "0",
     ]
     done = subprocess.run(
-        [*command, "--no-generation"], capture_output=True, text=True, timeout=120
+        [*command, "--no-generation"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -30,7 +30,7 @@ def end_of(service: str, run_dir: Path, *flags: str) -> str:
         "PAGEWIRE_CACHE": str(run_dir / "cache"),
     }
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

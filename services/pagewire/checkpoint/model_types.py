@@ -7,7 +7,6 @@ has run them (worker/models/fallback.py).
 
 import ast
 import functools
-import importlib.metadata
 import importlib.util
 from pathlib import Path
 from typing import Final
@@ -77,6 +76,8 @@ def check_config(config: Config, trust_remote_code: bool) -> None:
     own_code = bool(config.get("auto_map"))
     if not _is_known_to_transformers(str(model_type)):
         if not own_code:
+            import importlib.metadata  # a sixth of a tokenizer's start
+
             raise Unsupported(
                 f"model_type {model_type!r} is known neither here nor to transformers {importlib.metadata.version('transformers')}"
             )

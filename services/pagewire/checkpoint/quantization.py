@@ -45,28 +45,31 @@ def _own_file(path: Path) -> Config:
     gptq = read_object(path / "quantize_config.json")
     if gptq:
         return {"quant_method": "gptq", **gptq}
-    other = read_object(path / "quant_config.json")
-    if other:
-        return {"quant_method": "squeezellm" if "wbits" in other else "awq", **other}
+    awq_or_squeezellm = read_object(path / "quant_config.json")
+    if awq_or_squeezellm:
+        return {
+            "quant_method": "squeezellm" if "wbits" in awq_or_squeezellm else "awq",
+            **awq_or_squeezellm,
+        }
     return {}
 
 
-def check(path: Path, config: Config, asked: str) -> None:
+def check(path: Path, config: Config, requested: str) -> None:
     """asked: --quantization, empty for whatever the weights bring. Raises Unsupported where it
     names another format than the checkpoint's, or one that full weights cannot be brought to."""
     settings = of_checkpoint(path, config)
-    asked_for = OTHER_NAMES.get(asked, asked)
-    if not asked:
+    method_requested = OTHER_NAMES.get(requested, requested)
+    if not requested:
         return
     if settings is None:
-        if asked not in IN_FLIGHT:
+        if requested not in IN_FLIGHT:
             raise Unsupported(
-                f"--quantization {asked}, but the checkpoint's configuration names no quantization: give a checkpoint that is "
+                f"--quantization {requested}, but the checkpoint's configuration names no quantization: give a checkpoint that is "
                 f"quantized so, or round full weights while they are loaded with one of {', '.join(IN_FLIGHT)}"
             )
         return
     method = settings["quant_method"]
-    if asked_for.removesuffix("_8bit") != method:
+    if method_requested.removesuffix("_8bit") != method:
         raise Unsupported(
-            f"--quantization {asked}, but the checkpoint's weights are quantized with {method}: leave the flag out"
+            f"--quantization {requested}, but the checkpoint's weights are quantized with {method}: leave the flag out"
         )

@@ -211,8 +211,10 @@ def main(arguments: list[str]) -> int:
     return run("chat", about, Conversation, arguments)
 
 
-def run(command: str, about: str, kind: type[Conversation], arguments: list[str]) -> int:
-    """The command line of both commands, which differ in `kind`. Returns the exit status."""
+def run(
+    command: str, about: str, conversation_type: type[Conversation], arguments: list[str]
+) -> int:
+    """The command line of both commands, which differ in `conversation_type`. Returns the exit status."""
     options = parse(command, about, arguments)
     parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
@@ -226,7 +228,7 @@ def run(command: str, about: str, kind: type[Conversation], arguments: list[str]
     if options.temperature is None and recommended is None:
         parameters["temperature"] = TEMPERATURE
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    conversation = kind(client, model, options.system, parameters)
+    conversation = conversation_type(client, model, options.system, parameters)
     if options.quick is not None:
         return conversation.turn(options.quick)
     lines = Lines(command)
@@ -295,7 +297,7 @@ def _loop(conversation: Conversation, lines: Lines) -> int:
                 status = max(status, ended)
 
 
-def _command(conversation: Conversation, word: str, rest: str) -> str:
+def _command(conversation: Conversation, word: str, argument: str) -> str:
     """Obey a line that begins with a slash. Returns what to print."""
     if word not in conversation.commands:
         return f"there is no command {word}; /help lists them"
@@ -307,18 +309,18 @@ def _command(conversation: Conversation, word: str, rest: str) -> str:
             conversation.begin(conversation.system)
             return "(a new conversation)"
         case "/system":
-            if rest:
-                conversation.begin(rest)
+            if argument:
+                conversation.begin(argument)
                 return "(a new conversation, with this system prompt)"
             return conversation.system or "(no system prompt)"
         case "/set":
-            return _set(conversation.options, rest)
+            return _set(conversation.options, argument)
         case _:
-            return _save(conversation, rest)
+            return _save(conversation, argument)
 
 
-def _set(options: dict[str, Any], rest: str) -> str:
-    name, _, text = rest.partition(" ")
+def _set(options: dict[str, Any], argument: str) -> str:
+    name, _, text = argument.partition(" ")
     if text.strip():
         try:
             options[name] = json.loads(text)
@@ -326,8 +328,8 @@ def _set(options: dict[str, Any], rest: str) -> str:
             options[name] = text.strip()
     elif name and options.pop(name, None) is None:
         return f"({name} is not set; /set {name} VALUE sets it)"
-    shown = (f"{key} = {json.dumps(value)}" for key, value in options.items())
-    return "\n".join(shown) or "(everything as the server has it)"
+    lines = (f"{key} = {json.dumps(value)}" for key, value in options.items())
+    return "\n".join(lines) or "(everything as the server has it)"
 
 
 def _save(conversation: Conversation, name: str) -> str:

@@ -115,18 +115,18 @@ def _first_gpu(probe: GpuProbe, built: str, device: str) -> Finding:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device not in ("auto", "cuda"):
         return Finding("ok", "device", f"--device {device}: no GPU is used {built}")
-    first, *others = probe.gpus
-    others = [gpu for gpu in others if runs(gpu, probe.architectures)]
+    first, *further = probe.gpus
+    further = [gpu for gpu in further if runs(gpu, probe.architectures)]
     try:
         check_gpu(first, probe.architectures)
     except NoUsableGpu as error:
         instead = (
-            f"; CUDA_VISIBLE_DEVICES={name_of(others[0].index, visible)} takes {others[0].title()}"
-            if others
+            f"; CUDA_VISIBLE_DEVICES={name_of(further[0].index, visible)} takes {further[0].title()}"
+            if further
             else ""
         )
         return Finding("BROKEN", "device", f"{error}{instead}")
-    line = better(first, others, visible)
+    line = better(first, further, visible)
     return Finding(
         "note" if line else "ok",
         "device",

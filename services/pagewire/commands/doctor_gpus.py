@@ -20,14 +20,14 @@ def describe(gpu: Gpu, probe: GpuProbe) -> tuple[bool, str]:
     """Whether a model can run on the GPU, and a line about it."""
     major, minor = gpu.capability
     room = f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
-    parts = [f"{gpu.name}, {room}", f"compute capability {major}.{minor}"]
+    phrases = [f"{gpu.name}, {room}", f"compute capability {major}.{minor}"]
     if gpu.users():
-        parts.append(gpu.users())
+        phrases.append(gpu.users())
     try:
         check(gpu, probe.architectures)
     except NoUsableGpu as error:
-        return False, "; ".join([*parts, str(error)])
-    return True, "; ".join([*parts, *capabilities(gpu)])
+        return False, "; ".join([*phrases, str(error)])
+    return True, "; ".join([*phrases, *capabilities(gpu)])
 
 
 def capabilities(gpu: Gpu) -> list[str]:
@@ -35,7 +35,7 @@ def capabilities(gpu: Gpu) -> list[str]:
     has_bfloat16 = gpu.capability >= BFLOAT16_FROM
     dtype = "bfloat16" if has_bfloat16 else "float16"
     attention = "torch, without CUDA graphs" if attends_by_torch(gpu.capability) else "Triton"
-    parts = [
+    phrases = [
         "bfloat16" if has_bfloat16 else "no bfloat16: float16 is used instead",
         f"attention by {attention}",
     ]
@@ -46,7 +46,7 @@ def capabilities(gpu: Gpu) -> list[str]:
         else f"no room for a model in {dtype}"
     )
     steps = SchedulerConfig().step_tokens(True, gpu.total)
-    return [*parts, f"steps of up to {steps:,} tokens", fits]
+    return [*phrases, f"steps of up to {steps:,} tokens", fits]
 
 
 def largest_model(gpu: Gpu) -> float:

@@ -123,7 +123,7 @@ def _answer_rest(config: stack.StackConfig, options: argparse.Namespace, journal
         asyncio.run(_with_services(config, journal, not options.no_progress))
 
 
-async def _with_services(config: stack.StackConfig, journal: Journal, shown: bool) -> None:
+async def _with_services(config: stack.StackConfig, journal: Journal, shows_progress: bool) -> None:
     model = find_files(config, flags.warn)
     run_dir = stack.new_run_dir()
     config = structs.replace(
@@ -141,7 +141,7 @@ async def _with_services(config: stack.StackConfig, journal: Journal, shown: boo
             services.mark_ready()
             limit = REQUESTS_AHEAD * config.scheduler.num_seqs() * config.num_workers
             with contextlib.closing(
-                Bar(shown, journal.total, "Running batch", journal.before)
+                Bar(shows_progress, journal.total, "Running batch", journal.before)
             ) as bar:
                 await _while_alive(
                     services,

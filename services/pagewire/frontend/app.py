@@ -16,6 +16,7 @@ from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeR
 from .openapi import ROUTES, Route, openapi
 from .pages import docs, docs_without_key, home
 from .probes import (
+    accepting,
     health,
     live,
     load,
@@ -95,6 +96,7 @@ _PROBES: Final = (
     Route("POST", "/ping", health, "The same"),
     Route("GET", "/ready", ready, "The same, with a body"),
     Route("GET", "/live", live, "200 from any process that can answer"),
+    Route("GET", "/accepting", accepting, "200 while new requests are welcome, then 404"),
     Route("GET", "/version", version, "The server's version"),
     Route("GET", "/metrics", metrics, "Metrics in Prometheus' text format"),
 )
@@ -179,6 +181,10 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers[HEADER] = request_id(request)
     response.headers["Server"] = "pagewire"
+    if request.app[STATE].stack.leaving:
+        # The client's next request finds another process.
+        response.headers["Connection"] = "close"
+        response.force_close()
     if tenant := request.get(TENANT):
         state = request.app[STATE]
         response.headers.update(state.key_limits.headers(tenant, state.clock()))

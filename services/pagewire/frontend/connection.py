@@ -76,6 +76,11 @@ class Connection(web.RequestHandler):
         """Whether the head of a request is awaited that has begun, or a new connection's first."""
         return self._head_since is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way: no request, no answer, no head."""
+        return self._current_request is None and not self._messages and not self.owes_head
+
     def connection_lost(self, exc: BaseException | None) -> None:
         """As aiohttp's."""
         self._connections.remove(self)
@@ -169,6 +174,12 @@ class Connections:
     def remove(self, connection: Connection) -> None:
         """It is closed."""
         self._connections.discard(connection)
+
+    def close_idle(self) -> None:
+        """Close those that wait for a further request, of which nothing has come yet."""
+        for connection in list(self._connections):
+            if connection.is_idle:
+                connection.close()
 
     def owe_heads(self) -> bool:
         """Whether any awaits the head of a request."""

@@ -108,8 +108,21 @@ def render(state: State) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(state))  # type: ignore[arg-type]
     # Of this frontend: where several share an address, of the one that was asked.
-    ProcessCollector(registry=registry)
+    registry.register(_Process())  # type: ignore[arg-type]
     return generate_latest(registry)
+
+
+class _Process:
+    """The gauges of this process. Its processor time would fall where another frontend is asked the
+    next time."""
+
+    def __init__(self) -> None:
+        self._collector = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._collector.collect():
+            if family.type == "gauge":
+                yield family
 
 
 class _Collector:
@@ -125,8 +138,7 @@ class _Collector:
         yield from self._services()
 
     def _scheduler(self) -> Iterator[Metric]:
-        roster = self._state.stack.roster
-        stats = dict(roster.stats) if roster else {}
+        stats = self._state.stack.stats
         for name, text in _GAUGES.items():
             value = stats.get(name, 0.0)
             yield self._gauge(f"vllm:{name}", text, value)
@@ -134,6 +146,14 @@ class _Collector:
                 yield self._gauge(
                     f"vllm:{_OLD_NAMES[name]}", f"{text} As vllm:{name}, for older boards.", value
                 )
+        if stats:
+            yield from self._counted_by_scheduler(stats)
+        yield self._cache_config(stats)
+        for name, text in _SCHEDULER_GAUGES.items():
+            yield self._gauge(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
+
+    def _counted_by_scheduler(self, stats: Mapping[str, float]) -> Iterator[Metric]:
+        """Left out by a frontend that has not heard of them yet: 0 would be a fall."""
         for name, text in _COUNTERS.items():
             value = stats.get(name, 0.0)
             yield self._counter(f"vllm:{name}", text, value)
@@ -148,9 +168,6 @@ class _Collector:
             REQUEST_PREEMPTIONS,
             stats,
         )
-        yield self._cache_config(stats)
-        for name, text in _SCHEDULER_GAUGES.items():
-            yield self._gauge(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
         for name, text in _SCHEDULER_COUNTERS.items():
             yield self._counter(f"pagewire:scheduler_{name}", text, stats.get(name, 0.0))
 
@@ -226,6 +243,11 @@ class _Collector:
             "Prompt tokens that need no computing.",
             self._counters.cached_tokens,
         )
+        cpu = CounterMetricFamily(
+            "process_cpu_seconds", "Processor time of all frontends, those that are gone included."
+        )
+        cpu.add_metric([], self._counters.cpu_seconds)
+        yield cpu
         yield from self._keys()
         answers = CounterMetricFamily(
             "pagewire:frontend_http_responses", "HTTP answers.", labels=["method", "route", "code"]

@@ -1,5 +1,6 @@
 """The requests of OpenAI's API, with vLLM's additions, as typed Structs. Knows names and types;
-parsing.py reads bodies, and params.py, sampling.py and prompts.py check ranges.
+parsing.py reads bodies and refuses fields that are not here; params.py, prompts.py and
+requests/sampling.py check ranges.
 
 Every accepted parameter is a field here; those that are single numbers or switches come from the
 table of `requests/parameters.py`.

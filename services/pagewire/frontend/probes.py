@@ -10,7 +10,7 @@ from pagewire_protocol.sampling import SamplingDefaults
 
 from pagewire.version import __version__
 
-from .errors import JSON, unknown_model
+from .errors import JSON, ApiError, unknown_model
 from .metrics import CONTENT_TYPE, render
 from .state import STATE, State
 
@@ -113,6 +113,16 @@ async def ready(request: web.Request) -> web.Response:
 async def live(request: web.Request) -> web.Response:
     """GET /live: 200 from any process that can answer, with how late its event loop is."""
     return _json({"status": "live", "event_loop_lag_ms": round(1000 * request.app[STATE].lag_s, 3)})
+
+
+async def accepting(request: web.Request) -> web.Response:
+    """GET /accepting: 200 from any process that takes requests, also while a model loads. Raises
+    ApiError 404 from one that was told to end, which balancers take for the wish to get no new
+    ones (HAProxy: disable-on-404)."""
+    stack = request.app[STATE].stack
+    if stack.leaving or stack.draining:
+        raise ApiError(404, "This process was told to end and takes no new requests.")
+    return _json({"status": "accepting"})
 
 
 async def version(request: web.Request) -> web.Response:

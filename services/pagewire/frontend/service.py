@@ -6,7 +6,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, Generator
 from functools import partial
@@ -18,6 +17,7 @@ from pagewire_protocol.messages import Deltas, Roster, ToFrontend, Tokenized
 from pagewire_protocol.structs import Role
 
 from pagewire.config import FrontendConfig, ModelConfig, RunConfig
+from pagewire.process import alive, last_words
 from pagewire.process.listening import BACKLOG, listening_socket
 from pagewire.process.node import MANY_OBJECTS, Node, settle_gc
 from pagewire.process.parent import Started
@@ -41,6 +41,8 @@ from .tls import context_of
 
 log = logging.getLogger("pagewire.frontend")
 TICK_S: Final = 0.1
+IDLE_TICK_S: Final = 0.5
+"""While there is no request."""
 LARGE_BODIES: Final = 8
 """Bodies of the largest size that may be held at a time."""
 CHECK_S: Final = 1.0
@@ -59,7 +61,7 @@ def run(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> int:
     try:
         uvloop.run(_main(run, model, config))
     except (OSError, ValueError) as error:
-        print(f"pagewire frontend: {error}", file=sys.stderr)
+        last_words.say("frontend", str(error))
         return 1
     return 0
 
@@ -76,10 +78,11 @@ async def _main(run: RunConfig, model: ModelConfig, config: FrontendConfig) -> N
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info(
-                "listening on %s for model %s, %s",
+                "listening on %s for model %s, %s, at most %d connections",
                 address,
                 names[0],
                 "with API keys" if service.state.auth.required else "without API keys",
+                service.connections.limit,
             )
             settle_gc(MANY_OBJECTS)
             await stop.wait()
@@ -109,6 +112,8 @@ class Service:
         self._tls = context_of(config)
         self._keys_file = KeysFile(config.api_keys_file) if config.api_keys_file else None
         self._shutdown_timeout_s = config.shutdown_timeout
+        self._shutdown_delay_s = run.shutdown_delay
+        self._owns_listener = config.socket_fd < 0
         node: Node[ToFrontend] = Node(run.run_dir, Role.FRONTEND, run.name)
         self.inbox = node.inbox
         self.outbox = node.outbox
@@ -130,7 +135,7 @@ class Service:
             owner=owner,
             admission=Admission(owner),
             key_limits=KeyLimits(counters),
-            stack=Stack(),
+            stack=Stack(names),
             counters=counters,
             flusher=Flusher(self._loop, config.sse_keep_alive_interval),
             cors=cors_of(config),
@@ -142,6 +147,9 @@ class Service:
             started=int(time.time()),
             counter_exchange=CounterExchange(node.run_dir, node.incarnation, counters),
         )
+        self._alive = alive.Alive(node.run_dir, "frontend", node.incarnation)
+        if self.state.counter_exchange:
+            self.state.counter_exchange.fold(lambda: alive.living(node.run_dir, "frontend"))
         if self._keys_file:
             self._use_keys(self._keys_file)
         self._tokenizer_inboxes: set[str] = set()
@@ -194,15 +202,24 @@ class Service:
             self._close()
 
     async def drain(self) -> None:
-        """Leave new connections to the other frontends at the same socket; requests that come at once
-        on connections that were taken already are served. Where there are no others, and later on
-        connections that are open, answer new requests with 503. Those that run get
-        --shutdown-timeout to finish; then they end with an error that says why."""
-        if len(self.state.frontends()) > 1:
+        """In this order: the health answers turn, so that a balancer sends new requests elsewhere;
+        for --shutdown-delay those that come are served as before; the listening socket and idle
+        connections are closed, and requests that come at once on connections that were taken
+        already are served; later ones are answered with 503. What runs has --shutdown-timeout from
+        the beginning of all this to finish, then it ends with an error that says why.
+
+        A socket that a launcher holds open would only let clients wait where no other frontend
+        takes from it: there it is kept, to answer with 503."""
+        began = self._loop.time()
+        self.state.stack.leaving = True
+        self._alive.leave()
+        await asyncio.sleep(self._shutdown_delay_s)
+        if self._owns_listener or len(self.state.frontends()) > 1:
             self._server.close()
+            self.connections.close_idle()
             await self._serve_accepted()
         self.state.stack.draining = True
-        deadline = self._loop.time() + self._shutdown_timeout_s
+        deadline = began + self._shutdown_timeout_s
         while (self.state.generating or len(self.state.owner)) and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         self._server.close()
@@ -227,12 +244,14 @@ class Service:
         self.inbox.close()
         self.state.body_readers.close()
         if self.state.counter_exchange:
-            self.state.counter_exchange.remove()
+            self.state.counter_exchange.publish()  # they stay when this process is gone
+        self._alive.close()
 
     def _tick(self) -> None:
         now, state = self._loop.time(), self.state
         state.lag_s = max(0.0, now - self._next_tick)
-        self._next_tick = now + TICK_S
+        is_busy = state.generating or len(state.owner)
+        self._next_tick = now + (TICK_S if is_busy else IDLE_TICK_S)
         self._ticker = self._loop.call_at(self._next_tick, self._tick)
         self.membership.busy = bool(len(state.owner))
         self.membership.progress += 1
@@ -252,12 +271,12 @@ class Service:
         self.state.key_limits.replace(file.keys, self.state.clock())
 
     def _share_counters(self, now: float) -> None:
-        """Once a second, where there are other frontends to read them."""
+        """Once a second: the other frontends read them, and those to come."""
         exchange = self.state.counter_exchange
-        if exchange and now >= self._next_share and len(self.state.frontends()) > 1:
+        if exchange and now >= self._next_share:
             self._next_share = now + SHARE_COUNTERS_S
             exchange.publish()
-            if self._keys_file:
+            if self._keys_file and len(self.state.frontends()) > 1:
                 self.state.key_limits.share(self.state.all_counters().key_usage)
 
     def _on_inbox(self) -> None:
@@ -293,7 +312,9 @@ class Service:
         self.state.stack.on_roster(roster, self.state.clock())
         self.state.owner.on_roster(roster)
         self.state.admission.on_roster(roster)
-        inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
+        inboxes = {
+            peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER and peer.inbox
+        }
         for inbox in self._tokenizer_inboxes - inboxes:
             self.outbox.forget(inbox)
         for inbox in inboxes - self._tokenizer_inboxes:

@@ -17,10 +17,11 @@ DONE: Final = b"data: [DONE]\n\n"
 PING: Final = b": ping\n\n"
 """A comment, which clients skip; proxies between them and the server see that the connection is
 alive."""
-FULL: Final = 256 << 10
-"""Bytes in a client's write buffer from which on it counts as not reading: about a thousand tokens
-beyond what the system holds for it. Its requests are then parked."""
-EMPTY: Final = 32 << 10
+FULL: Final = 64 << 10
+"""Bytes in a client's write buffer from which on it counts as not reading: about 256 tokens beyond
+what the system holds for it. Its requests are then parked. Events are small, and the buffer's own
+lists take twice as much memory beside them."""
+EMPTY: Final = 16 << 10
 """Bytes in its write buffer from which downwards it reads again."""
 OVERFULL: Final = 64 << 20
 """Bytes in a client's write buffer at which its connection is closed at once."""

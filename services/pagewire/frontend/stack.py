@@ -16,10 +16,18 @@ _PATH: Final = re.compile(r"(?<![\w.])/[\w.@~/-]+")
 class Stack:
     """The latest roster, and what follows from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, public_names: tuple[str, ...] = ()) -> None:
+        """public_names: the model's, which may be paths. Others are shown to nobody: whoever asks
+        needs no key."""
+        self._public_names = public_names
         self.roster: Roster | None = None
+        self.leaving = False
+        """This process was told to end: others should be sent new requests, and what comes is served
+        until it is `draining`."""
         self.draining = False
         self._model = ModelFacts()
+        self.stats: dict[str, float] = {}
+        """The last figures of a scheduler's, which not every roster has; empty before the first."""
         self._was_complete = False
         self.seen = 0.0
         """When the last roster came, on the caller's clock."""
@@ -28,6 +36,7 @@ class Stack:
         """Keep the roster, unless it is a former scheduler's. `now`: the caller's clock, seconds."""
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
+            self.stats = roster.stats or self.stats
             is_complete = not self.loading(now)
             if is_complete or not self._was_complete:
                 self._model = model_facts(roster)
@@ -46,7 +55,7 @@ class Stack:
         for role in (Role.TOKENIZER, Role.WORKER):
             peers = [peer for peer in self.roster.peers if peer.role is role]
             if not any(peer.ready for peer in peers):
-                missing += [_of_peer(peer) for peer in peers] or [
+                missing += [self._of_peer(peer) for peer in peers] or [
                     _entry(role.name.lower(), "", "not started yet", 0.0)
                 ]
         return missing
@@ -58,15 +67,19 @@ class Stack:
     def failing(self) -> list[dict[str, Any]]:
         """The services that have failed several times in a row and are tried again with pauses."""
         peers = self.roster.peers if self.roster else ()
-        return [_of_peer(peer) for peer in peers if peer.failures >= FAILING]
+        return [self._of_peer(peer) for peer in peers if peer.failures >= FAILING]
+
+    def can_generate(self, now: float) -> bool:
+        """Whether a request that comes now can be served."""
+        return not self.draining and not self.loading(now)
 
     def ready(self, now: float) -> bool:
-        """Whether generation can begin."""
-        return not self.draining and not self.loading(now)
+        """Whether generation can begin, here and in the next seconds."""
+        return not self.leaving and self.can_generate(now)
 
     def unavailable(self, now: float) -> ApiError:
         """Why generation is not possible, as an answer to the client."""
-        if self.draining:
+        if self.draining or self.leaving:
             return ApiError(
                 503,
                 "The server is shutting down.",
@@ -75,7 +88,9 @@ class Stack:
             )
         missing = self.loading(now)
         what = "; ".join(
-            f"{item['role']}: {item['stage']} ({100 * item['fraction']:.0f}%)" for item in missing
+            f"{item['role']}: {item['stage']}"
+            + ("" if item.get("failures") else f" ({100 * item['fraction']:.0f}%)")
+            for item in missing
         )
         return ApiError(
             503,
@@ -84,15 +99,14 @@ class Stack:
             extra={"status": "loading", "loading": missing},
         )
 
+    def _of_peer(self, peer: Peer) -> dict[str, Any]:
+        stage = _PATH.sub(self._shown, peer.stage or "starting")
+        entry = _entry(peer.role.name.lower(), _PATH.sub("…", peer.name), stage, peer.fraction)
+        return {**entry, "failures": peer.failures} if peer.failures else entry
 
-def _of_peer(peer: Peer) -> dict[str, Any]:
-    return _entry(peer.role.name.lower(), peer.name, peer.stage or "starting", peer.fraction)
+    def _shown(self, path: "re.Match[str]") -> str:
+        return path[0] if path[0] in self._public_names else "…"
 
 
 def _entry(role: str, name: str, stage: str, fraction: float) -> dict[str, Any]:
-    return {
-        "role": role,
-        "name": _PATH.sub("…", name),
-        "stage": _PATH.sub("…", stage),
-        "fraction": round(fraction, 3),
-    }
+    return {"role": role, "name": name, "stage": stage, "fraction": round(fraction, 3)}

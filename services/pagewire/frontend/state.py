@@ -76,11 +76,11 @@ class State(Struct):
         return {peer.incarnation for peer in roster.peers if peer.role is Role.FRONTEND}
 
     def all_counters(self) -> Counters:
-        """The sum over all frontends of the stack."""
-        frontends = self.frontends()
-        if self.counter_exchange is None or len(frontends) < 2:
+        """The sum over all frontends of the stack, those that are gone included."""
+        if self.counter_exchange is None:
             return self.counters
-        return self.counter_exchange.total(frontends)
+        self.counter_exchange.publish()
+        return self.counter_exchange.total(self.frontends())
 
     def served(self) -> Served:
         """What a body must fit."""
@@ -95,7 +95,9 @@ class State(Struct):
         """Raises ApiError 503 while generation is not possible, and what is missing is not just
         being started again: for that a request waits."""
         now = self.clock()
-        if not self.stack.ready(now) and not (self.stack.is_heard(now) and self.owner.can_hold):
+        if not self.stack.can_generate(now) and not (
+            self.stack.is_heard(now) and self.owner.can_hold
+        ):
             raise self.unavailable()
 
     def unavailable(self) -> ApiError:

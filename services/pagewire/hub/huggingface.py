@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,6 +226,8 @@ def _endpoint() -> str:
 def hub_reachable(timeout_s: float = HUB_PROBE_S) -> bool:
     """Whether the hub answers at all. Resolving its name has no timeout, so a thread does it, and
     after `timeout_s` nobody waits for that thread."""
+    import urllib.request  # a tenth of a tokenizer's start, which rarely asks
+
     answers: list[bool] = []
 
     def ask() -> None:

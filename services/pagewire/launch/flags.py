@@ -27,7 +27,7 @@ from ..config import (
 )
 from ..frontend.auth import KEYS_VARIABLE
 from . import stack
-from .vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
+from .vllm_compat import ALIASES, FOREIGN, Refused, judge_all
 
 EPILOG = (
     "--help=FLAG, --help=GROUP or --help=WORD shows a part of this. "
@@ -74,11 +74,10 @@ def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
     processes = groups["processes and logs"]
     processes.add_argument("--run-dir", default=argparse.SUPPRESS, metavar="STR", help=RUN_DIR_HELP)
     for name in REPLICAS:
-        kind, usual = (
-            name.removeprefix("num_"),
-            "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores",
+        usual = (
+            "1" if name == "num_workers" else "more than 1 beside a GPU, where there are 8 cores"
         )
-        about = f"how many {kind} (default: {usual})"
+        about = f"how many {name.removeprefix('num_')} (default: {usual})"
         processes.add_argument(
             "--" + name.replace("_", "-"),
             type=positive,
@@ -97,11 +96,11 @@ def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
 def _add_aliases(parser: argparse.ArgumentParser) -> None:
     actions = {action.dest: action for action in parser._actions}
     for alias, name in ALIASES.items():
-        kind: Any = actions[name].type
+        value_type: Any = actions[name].type
         parser.add_argument(
             "--" + alias.replace("_", "-"),
             dest=name,
-            type=kind,
+            type=value_type,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
@@ -113,17 +112,19 @@ def _add_aliases(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_foreign(parser: Parser) -> None:
-    own = {action.dest for action in parser._actions}
+    own_names = {action.dest for action in parser._actions}
     for name, foreign in FOREIGN.items():
-        if name in own:
+        if name in own_names:
             continue
         options: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
             "help": argparse.SUPPRESS,
         }
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
-        parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **kind)
+        boolean: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if foreign.switch else {}
+        )
+        parser.add_argument("--" + name.replace("_", "-"), *foreign.short, **options, **boolean)
         verdict = "refused" if foreign.refused else "accepted without effect"
         parser.notes[name] = f"vLLM's flag, {verdict}: {foreign.why}"
 
@@ -137,7 +138,7 @@ def parse(
     take_model(parser, options)
     if "config" in options:
         options = _with_file(parser, options)
-    for line in _judge_all(parser, options):
+    for line in _lines_about(parser, options):
         say(line)
     if token := getattr(options, "hf_token", None):
         os.environ["HF_TOKEN"] = token
@@ -165,25 +166,24 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
         return parser.error(str(error))
 
 
-def _judge_all(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    own = {name for struct in STRUCTS for name in struct.__struct_fields__}
-    lines = [*ignored_variables(os.environ), *_mistyped({*own, *REPLICAS})]
-    for name, value in vars(options).items():
-        if name not in FOREIGN or name in own:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        try:
-            line = judge(name, value)
-        except Refused as refusal:
-            return parser.error(f"{flag}{'' if value is True else f' {value}'}: {refusal}")
-        if line:
-            lines.append(f"{flag} {line}")
-    return lines
+def _lines_about(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """What the user should know of the settings that have no effect here."""
+    own_names = {name for struct in STRUCTS for name in struct.__struct_fields__}
+    try:
+        lines = judge_all(vars(options), own_names, _as_flag, os.environ)
+    except Refused as refusal:
+        return parser.error(f"{_as_flag(refusal.name, refusal.value)}: {refusal}")
+    return [*lines, *_mistyped({*own_names, *REPLICAS})]
 
 
-def _mistyped(own: set[str]) -> list[str]:
+def _as_flag(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return flag if isinstance(value, bool) else f"{flag} {value}"
+
+
+def _mistyped(own_names: set[str]) -> list[str]:
     """A line for each variable that is nearly a setting's."""
-    variables = [variable_of(name) for name in sorted(own)]
+    variables = [variable_of(name) for name in sorted(own_names)]
     lines: list[str] = []
     for name, value in sorted(os.environ.items()):
         if name.startswith(VARIABLE_PREFIX) and value and name not in (*variables, KEYS_VARIABLE):
@@ -202,6 +202,29 @@ def _with_file(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return argparse.Namespace(**{**left, **vars(options)})
 
 
+def add_file(
+    parser: argparse.ArgumentParser, structs: tuple[type[Any], ...], options: argparse.Namespace
+) -> None:
+    """Put what the file `options.config` says of the settings in `structs` into `options`, where
+    neither a flag nor a variable says it. `parser` is that of one service, and the file is for all
+    of them: exits with one line for a name or a value that no service could take."""
+    whole = new(parser.prog.partition(" ")[2], "")
+    filed = whole.parse_args(_from_file(whole, options.config))
+    take_model(whole, filed)
+    for line in _lines_about(whole, filed):
+        warn(line)
+    read_all(whole.error, STRUCTS, filed)
+    for name in REPLICAS:
+        if hasattr(filed, name):
+            warn(f"{name} in {options.config} is for `pagewire serve`; here each service is one")
+    if token := getattr(filed, "hf_token", None):
+        os.environ.setdefault("HF_TOKEN", token)
+    own = {name for struct in structs for name in struct.__struct_fields__}
+    for name, value in vars(filed).items():
+        if name in own and not hasattr(options, name) and not setting_of(name, os.environ):
+            setattr(options, name, value)
+
+
 def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
     """A YAML mapping as flags. Exits with one line when it is none, or has a key that is no
     setting."""
@@ -210,39 +233,39 @@ def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
     except ImportError:
         return parser.error("--config needs PyYAML: pip install pyyaml")
     try:
-        found = yaml.safe_load(Path(name).expanduser().read_text())
+        mapping = yaml.safe_load(Path(name).expanduser().read_text())
     except (OSError, UnicodeDecodeError) as error:
         return parser.error(f"--config {name}: {getattr(error, 'strerror', None) or error}")
     except yaml.YAMLError as error:
         return parser.error(f"--config {name}: {' '.join(str(error).split())}")
-    if found is not None and not isinstance(found, dict):
+    if mapping is not None and not isinstance(mapping, dict):
         return parser.error(
-            f"--config {name}: a mapping of settings to values is needed, not a {type(found).__name__}"
+            f"--config {name}: a mapping of settings to values is needed, not a {type(mapping).__name__}"
         )
     return [
         flag
-        for key, value in (found or {}).items()
+        for key, value in (mapping or {}).items()
         for flag in _as_flags(parser, name, str(key), value)
     ]
 
 
 def _as_flags(parser: argparse.ArgumentParser, file: str, key: str, value: Any) -> list[str]:
-    known, flag = parser._option_string_actions, "--" + key.replace("_", "-")
-    if flag not in known or key == "config":
-        close = difflib.get_close_matches(flag, known, 1, 0.75)
+    actions, flag = parser._option_string_actions, "--" + key.replace("_", "-")
+    if flag not in actions or key == "config":
+        close = difflib.get_close_matches(flag, actions, 1, 0.75)
         hint = f"; did you mean {close[0][2:]}?" if close else ""
         return parser.error(f"--config {file}: unknown setting {key}{hint}")
     if value is None:
         return []
     if isinstance(value, bool):
-        takes_none = known[flag].nargs == 0
+        takes_none = actions[flag].nargs == 0
         return (
             [flag if value else f"--no-{key.replace('_', '-')}"]
             if takes_none
             else [f"{flag}={str(value).lower()}"]
         )
     if isinstance(value, list):
-        return [f"{flag}={one}" for one in value]
+        return [f"{flag}={item}" for item in value]
     return [f"{flag}={value}"]
 
 

@@ -34,12 +34,12 @@ from .supervisor import PARENT_VARIABLE, Supervisor
 
 def main(arguments: list[str]) -> int:
     config = parse(arguments)
-    own = config.run.run_dir == ""
+    has_own_run_dir = config.run.run_dir == ""
     assert config.frontend is not None
     check_frontend(config.frontend)
-    run_dir = stack.new_run_dir() if own else stack.take_run_dir(config.run.run_dir)
+    run_dir = stack.new_run_dir() if has_own_run_dir else stack.take_run_dir(config.run.run_dir)
     with contextlib.ExitStack() as cleanup:
-        if own:
+        if has_own_run_dir:
             cleanup.callback(stack.remove_run_dir, run_dir)
         listener = cleanup.enter_context(
             listening_socket(config.frontend.host, config.frontend.port)

@@ -76,12 +76,12 @@ def has_gpu() -> bool:
 def gpus() -> list[str]:
     """The GPUs that this process may use, by CUDA's numbers or by the names that
     CUDA_VISIBLE_DEVICES gives them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
     return list(
         itertools.takewhile(
-            lambda name: name not in ("", "-1"), (name.strip() for name in given.split(","))
+            lambda name: name not in ("", "-1"), (name.strip() for name in visible.split(","))
         )
     )
 
@@ -89,17 +89,16 @@ def gpus() -> list[str]:
 def check_workers(config: StackConfig) -> StackConfig:
     """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
     for."""
-    found, share = (
-        gpus() if config.worker.device in ("auto", "cuda") else [],
-        config.worker.gpu_memory_utilization,
-    )
-    room = len(found) * int(1 / share + 1e-6)
-    if found and config.num_workers > room:
-        each = f"with room for {int(1 / share + 1e-6)} each at --gpu-memory-utilization {share:g}"
+    visible = gpus() if config.worker.device in ("auto", "cuda") else []
+    share = config.worker.gpu_memory_utilization
+    room_each = int(1 / share + 1e-6)
+    room = len(visible) * room_each
+    if visible and config.num_workers > room:
+        each = f"with room for {room_each} each at --gpu-memory-utilization {share:g}"
         raise BadSetting(
             "num_workers",
             config.num_workers,
-            f"there are {len(found)} GPU(s), {each}; lower one of the two",
+            f"there are {len(visible)} GPU(s), {each}; lower one of the two",
         )
     return config
 
@@ -123,7 +122,8 @@ def early_services(config: StackConfig) -> list[Service]:
                 config.frontend,
                 fds=(fd,) if fd >= 0 else (),
             )
-            services.append(dataclasses.replace(service, drain_s=config.frontend.shutdown_timeout))
+            drain_s = max(config.frontend.shutdown_timeout, config.run.shutdown_delay)
+            services.append(dataclasses.replace(service, drain_s=drain_s))
     return [*services, _service(config.run, "scheduler", 0, config.model, config.scheduler)]
 
 
@@ -197,10 +197,10 @@ def new_run_dir() -> Path:
     return prepare_run_dir(f"{root}/{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}")
 
 
-def take_run_dir(given: str) -> Path:
+def take_run_dir(named: str) -> Path:
     """The directory that the user named. Raises AlreadyRunning before any service of a second stack
     could join the first."""
-    run_dir = prepare_run_dir(given)
+    run_dir = prepare_run_dir(named)
     check_unused(run_dir)
     return run_dir
 
@@ -210,11 +210,11 @@ def remove_run_dir(path: Path) -> None:
 
 
 def _is_abandoned(name: str) -> bool:
-    parts = name.split("-")
+    fields = name.split("-")
     return (
-        len(parts) == 3
-        and all(part.isdecimal() for part in parts)
-        and _start_time(int(parts[0])) != int(parts[1])
+        len(fields) == 3
+        and all(field.isdecimal() for field in fields)
+        and _start_time(int(fields[0])) != int(fields[1])
     )
 
 

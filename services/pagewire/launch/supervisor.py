@@ -185,9 +185,9 @@ class Supervisor:
     def _others_of_group(self, child: Child) -> list[Child]:
         group = child.service.group
         return [
-            other
-            for other in self._children
-            if group and other.service.group == group and other is not child
+            member
+            for member in self._children
+            if group and member.service.group == group and member is not child
         ]
 
     def mark_ready(self) -> None:
@@ -228,14 +228,14 @@ class Supervisor:
         for child in self._children:
             if child.process is not None or child.start_at > now:
                 continue
-            if any(other.is_ending for other in self._others_of_group(child)):
+            if any(member.is_ending for member in self._others_of_group(child)):
                 continue
             self._start(child)
 
     def _start(self, child: Child) -> None:
         page_fd = liveness.new_page()
         page = mmap.mmap(page_fd, liveness.PAGE_BYTES)
-        own = {
+        variables = {
             PARENT_VARIABLE: str(os.getpid()),
             liveness.PAGE_VARIABLE: str(page_fd),
             FAILURES_VARIABLE: str(child.lives and max(1, child.failures.in_a_row)),
@@ -247,7 +247,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **own},
+            env={**os.environ, **variables},
             pass_fds=(*child.service.pass_fds, page_fd),
             process_group=0,
         )
@@ -369,6 +369,8 @@ class Supervisor:
         pause = 0.0 if was_in_order else backoff_s(failures.in_a_row)
         child.start_at = now + pause
         cause = "made no progress" if child.is_hung else how_it_ended(code)
+        if code > 0 and child.last_line.startswith("pagewire "):
+            cause = child.last_line.removeprefix("pagewire ")  # a service's last line says why
         in_a_row = max(1, failures.in_a_row)
         self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
         others = self._others_of_group(child)

@@ -5,7 +5,7 @@ Names are settings (`swap_space`); as flags they have dashes (`--swap-space`). A
 service has is none of this table. Knows neither argparse nor processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Final, NamedTuple
 
 ANY: Final = ("*",)
@@ -262,6 +262,21 @@ def judge(name: str, value: Any) -> str | None:
     if foreign.refused:
         raise Refused(name, value, foreign.why)
     return f"has no effect: {foreign.why}"
+
+
+def judge_all(
+    settings: Mapping[str, Any],
+    own_names: Container[str],
+    written: Callable[[str, Any], str],
+    environment: Mapping[str, str],
+) -> list[str]:
+    """A line for each of vLLM's settings and variables that is accepted without effect. `own_names`: the
+    names that mean something here. `written`: a setting as its user wrote it. Raises Refused."""
+    lines = ignored_variables(environment)
+    for name, value in settings.items():
+        if name in FOREIGN and name not in own_names and (line := judge(name, value)):
+            lines.append(f"{written(name, value)} {line}")
+    return lines
 
 
 def ignored_variables(environment: Mapping[str, str]) -> list[str]:

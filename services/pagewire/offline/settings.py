@@ -18,7 +18,7 @@ from ..config import (
     read,
 )
 from ..launch.stack import StackConfig, check_workers
-from ..launch.vllm_compat import ALIASES, FOREIGN, Refused, ignored_variables, judge
+from ..launch.vllm_compat import ALIASES, FOREIGN, Refused, judge_all
 
 STRUCTS = {
     "run": RunConfig,
@@ -51,11 +51,13 @@ def configure(
     unknown = set(settings) - NAMES - set(FOREIGN)
     if unknown:
         raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}")
-    for line in ignored_variables(os.environ) + [
-        _judged(name, settings.pop(name)) for name in set(settings) - NAMES
-    ]:
-        if line:
-            warn(f"pagewire: {line}")
+    try:
+        lines = judge_all(settings, NAMES, _as_argument, os.environ)
+    except Refused as refusal:
+        raise ValueError(f"{_as_argument(refusal.name, refusal.value)}: {refusal}") from None
+    for line in lines:
+        warn(f"pagewire: {line}")
+    settings = {name: value for name, value in settings.items() if name in NAMES}
     counts = {key: settings.pop(key) for key in REPLICAS if key in settings}
     namespace = argparse.Namespace(**{**UNWATCHED, **_normal(settings)})
     try:
@@ -66,12 +68,8 @@ def configure(
         raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
 
 
-def _judged(name: str, value: Any) -> str:
-    try:
-        line = judge(name, value)
-    except Refused as refusal:
-        raise ValueError(f"{name}={value!r}: {refusal}") from None
-    return f"{name}={value!r} {line}" if line else ""
+def _as_argument(name: str, value: Any) -> str:
+    return f"{name}={value!r}"
 
 
 def _normal(settings: dict[str, Any]) -> dict[str, Any]:

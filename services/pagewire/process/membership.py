@@ -7,6 +7,7 @@ loop calls `tick`.
 
 import logging
 from pathlib import Path
+from typing import Final
 
 from msgspec.structs import replace
 from pagewire_protocol.channels import NO_INCARNATION, Inbox, Outbox, inbox_address
@@ -25,9 +26,12 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.structs import SILENCE_S
 
 from . import liveness
+from .health_file import WELL, HealthFile
 from .parent import Started
 
 HEARTBEAT_S = 1.0
+STAGE_LENGTH: Final = 256
+"""Characters; as much as a Peer holds."""
 log = logging.getLogger("pagewire.process.membership")
 
 
@@ -71,6 +75,7 @@ class Membership:
         self._tokenizer: TokenizerFacts | None = None
         self._stage, self._fraction, self._ready = "starting", 0.0, False
         self._next_beat = 0.0
+        self._health = None if Started.by_parent else HealthFile(run_dir, name)
         self._run_dir = run_dir
         self._warn_at: float | None = None
 
@@ -87,7 +92,8 @@ class Membership:
 
     def loading(self, stage: str, fraction: float = 0.0) -> None:
         """Say what keeps this process from being ready; shown by /health and the start-up log."""
-        self._stage, self._fraction = stage, min(1.0, max(0.0, fraction))
+        self._stage = stage[:STAGE_LENGTH]
+        self._fraction = min(1.0, max(0.0, fraction))
         self.hello()
 
     def ready(
@@ -107,6 +113,8 @@ class Membership:
         if now < self._next_beat:
             return
         self._next_beat = now + HEARTBEAT_S
+        if self._health is not None:
+            self._health.write(self._state())
         self._warn_when_alone(now)
         beat = Heartbeat(
             self._inbox.address,
@@ -117,6 +125,13 @@ class Membership:
             self._fraction,
         )
         self._send(beat)
+
+    def _state(self) -> str:
+        if not self._ready:
+            return f"{self._stage} ({self._fraction:.0%})"
+        if self.roster is None:
+            return "no scheduler has answered yet"
+        return WELL if self._listed_in == self.roster.epoch else "the scheduler does not know it"
 
     def _warn_when_alone(self, now: float) -> None:
         """Once: a service whose scheduler lives in another run directory waits for it in vain, but
@@ -154,6 +169,8 @@ class Membership:
     def goodbye(self, failed: bool = False) -> None:
         """This process ends; `failed`: not in order."""
         liveness.own.loading()
+        if self._health is not None:
+            self._health.close()
         self._send(Goodbye(self._incarnation, failed))
 
     def _send(self, message: ToScheduler) -> None:

@@ -12,22 +12,64 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from . import liveness, parent
+from . import last_words, liveness, parent
 
-LOOK_S: Final = 0.25
-FORWARDED: Final = (signal.SIGTERM, signal.SIGINT)
+LOOK_S: Final = 0.5
 KILLED: Final = 128
 """What a shell adds to a signal's number for the status of a process that it ended."""
 
 
-def run_watched(name: str, run: Callable[[], int], report: Callable[[int, int, str], None]) -> int:
+@dataclass(frozen=True)
+class Ending:
+    """How a service has ended."""
+
+    pid: int
+    incarnation: int
+    cause: str
+    """In words, its own where it left some."""
+    in_order: bool
+    """Somebody asked for it."""
+
+
+class Stop:
+    """When a service that was asked to end is told so: after a while in which it goes on, or when
+    those that it works for have gone, but not as long as all of them finish what they have."""
+
+    def __init__(self, delay_s: float, frontends: Callable[[], Mapping[int, bool]]) -> None:
+        """`frontends` gives those that live, and whether each is leaving (process.alive.living)."""
+        self._delay_s = delay_s
+        self._frontends = frontends
+        self._at: float | None = None
+
+    def ask(self) -> bool:
+        """SIGTERM has come. Whether the service shall be told at once."""
+        is_again = self._at is not None
+        self._at = time.monotonic() + self._delay_s
+        return is_again or not self._delay_s
+
+    def is_due(self, now: float) -> bool:
+        """Whether the service shall be told now; once."""
+        if self._at is None or self._at == float("inf"):
+            return False
+        frontends = self._frontends()
+        if frontends and (all(frontends.values()) or now < self._at):
+            return False
+        self._at = float("inf")
+        return True
+
+
+def run_watched(
+    name: str, run: Callable[[], int], report: Callable[[Ending], None], stop: Stop
+) -> int:
     """`run` in a child process. Returns its exit status there; here, once it has ended, the same,
-    or 1 when it hung. `report` is called here with the child's process id, its incarnation and the
-    cause of its end, unless that was orderly."""
+    or 1 when it hung. `report` is called here with its end; `stop` says when SIGTERM is passed
+    on."""
     page = mmap.mmap(-1, liveness.PAGE_BYTES)
+    words = last_words.new_page()
     own_pid = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -35,31 +77,38 @@ def run_watched(name: str, run: Callable[[], int], report: Callable[[int, int, s
     if not pid:
         parent.end_with(own_pid)
         liveness.own.show(page)
+        last_words.leave_in(words)
         return run()
-    for number in FORWARDED:
-        signal.signal(number, lambda number, _: _pass_on(pid, number))
+    signal.signal(signal.SIGINT, lambda number, _: _pass_on(pid, number))
+    signal.signal(signal.SIGTERM, lambda number, _: stop.ask() and _pass_on(pid, number))
     watched = liveness.Watched(page, pid, time.monotonic())
-    hung = _wait(pid, watched)
+    hung = _wait(pid, watched, stop)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if hung:
         cause = f"made no progress for {watched.silent_s:.1f} s"
         print(f"pagewire {name}: {cause.replace('made ', '')}: hung, and ended", file=sys.stderr)
         status = 1
+    elif not status:
+        cause = "was stopped"
     else:
-        cause = parent.how_it_ended(status)
-    if status:
-        report(pid, watched.incarnation, cause)
+        cause = last_words.read(words) or parent.how_it_ended(status)
+        if not watched.was_ready:
+            cause = f"could not start: {cause}"
+    report(Ending(pid, watched.incarnation, cause, in_order=not status))
     return status if status >= 0 else KILLED - status
 
 
-def _wait(pid: int, watched: liveness.Watched) -> bool:
+def _wait(pid: int, watched: liveness.Watched, stop: Stop) -> bool:
     """Until the child ends. Whether it hung, and was killed."""
     end = os.pidfd_open(pid)
     try:
         while not select.select([end], [], [], LOOK_S)[0]:
-            if watched.look(time.monotonic()):
+            now = time.monotonic()
+            if watched.look(now):
                 os.kill(pid, signal.SIGKILL)
                 return True
+            if stop.is_due(now):
+                _pass_on(pid, signal.SIGTERM)
     finally:
         os.close(end)
     return False

@@ -1,13 +1,17 @@
 """The counters of all frontends of a stack: each publishes its own as a file in the run directory,
 and whoever is asked adds them up.
 
-Several processes share one listening socket, so a scraper reaches any of them; what it reads must
-not depend on which. Counts of a frontend that is gone leave the sum, as they would with a process
-of its own. Knows files and Counters, nothing of how they are shown.
+Several processes share one address, so a scraper reaches any of them; what it reads must not depend
+on which. Nor may it fall when one of them ends, however it ends: Prometheus takes a count that falls
+for one that has begun anew, and adds all of it again. So the counts of frontends that are gone stay
+in the sum: their files, which `fold` joins in one file now and then. Knows files and Counters,
+nothing of how they are shown.
 """
 
 import contextlib
-from collections.abc import Mapping, Set
+import fcntl
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,9 +20,27 @@ import msgspec
 from .counters import Counters, Histogram
 
 PREFIX: Final = "counters-"
-Plain = dict[str, int | dict[str, int] | tuple[float, list[int]]]
+GONE: Final = "counters-gone"
+"""Holds the sum over frontends that are gone, and which these are."""
+READINGS: Final = 10
+"""How often the files are read again because some were just folded."""
+RUNNING: Final = "running "
+"""Begins the names of those counts of API keys that are no counts: what runs ends with its
+frontend."""
+Plain = dict[str, int | float | dict[str, int] | tuple[float, list[int]]]
 """Numbers, numbers by name, and histograms as (sum, counts)."""
+
+
+class Gone(msgspec.Struct):
+    """The content of the file GONE."""
+
+    folded: list[str] = []
+    """Names of files whose counts are in the sum, of those that may still be there."""
+    total: Plain = {}
+
+
 _decoder: Final = msgspec.json.Decoder(Plain)
+_gone_decoder: Final = msgspec.json.Decoder(Gone)
 _UNREADABLE: Final = (
     OSError,
     msgspec.MsgspecError,
@@ -37,38 +59,109 @@ class CounterExchange:
     def __init__(self, run_dir: Path, incarnation: int, counters: Counters) -> None:
         self._run_dir = run_dir
         self._counters = counters
-        self._file = run_dir / f"{PREFIX}{incarnation:016x}"
+        self._file = _file_of(run_dir, incarnation)
+        self._gone = run_dir / GONE
         self._published = b""
 
     def publish(self) -> None:
-        """Write this frontend's counters; call now and then. A full disk must not end a frontend:
-        the others then read older counts."""
+        """Write this frontend's counters; call now and then, and before they are shown: what was
+        shown once must be in the file when this process is killed. A full disk must not end a
+        frontend: the others then read older counts."""
+        self._counters.cpu_seconds = time.process_time()
         content = msgspec.json.encode(dump(self._counters))
-        if content == self._published:
-            return
-        fresh = self._file.with_suffix(".new")
-        with contextlib.suppress(OSError):
-            fresh.write_bytes(content)
-            fresh.replace(self._file)
+        if content != self._published and _write(self._file, content):
             self._published = content
 
-    def total(self, incarnations: Set[int]) -> Counters:
-        """New Counters: this frontend's, and those of the others of `incarnations` that have
-        published theirs."""
+    def total(self, living: Collection[int]) -> Counters:
+        """New Counters: this frontend's, and those of all others of the run directory, gone or not.
+        `living`: the incarnations of those that are there."""
         total = Counters()
-        add(total, dump(self._counters))
-        for incarnation in incarnations:
-            file = self._run_dir / f"{PREFIX}{incarnation:016x}"
-            if file != self._file:
-                with contextlib.suppress(*_UNREADABLE):
-                    add(total, _decoder.decode(file.read_bytes()))
+        for _ in range(READINGS):
+            before = _read(self._gone)
+            total, is_whole = self._sum(before, {_file_of(self._run_dir, one) for one in living})
+            # A file that vanished while others were read is in the other one by now.
+            if is_whole and _read(self._gone) == before:
+                break
         return total
 
-    def remove(self) -> None:
-        """Take this frontend's counters back."""
-        for file in (self._file, self._file.with_suffix(".new")):
-            with contextlib.suppress(OSError):
-                file.unlink()
+    def _sum(self, gone_content: bytes, living: Collection[Path]) -> tuple[Counters, bool]:
+        """The sum, and whether every file that was listed could be opened."""
+        total = Counters()
+        add(total, dump(self._counters))
+        gone = _gone_of(gone_content)
+        with contextlib.suppress(*_UNREADABLE):
+            add(total, gone.total)
+        is_whole = True
+        for file in _published(self._run_dir):
+            if file == self._file or file.name in gone.folded:
+                continue
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:
+                is_whole = False
+                continue
+            except OSError:
+                continue
+            with contextlib.suppress(*_UNREADABLE):
+                plain = _decoder.decode(content)
+                add(total, plain if file in living else without_gauges(plain))
+        return total, is_whole
+
+    def fold(self, living: Callable[[], Collection[int]]) -> None:
+        """Join the files of frontends that are gone for good. `living` gives the incarnations of
+        those that are not, this one included, whether they have published anything or not."""
+        lock = self._run_dir / f"{GONE}.lock"
+        with contextlib.suppress(OSError), lock.open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = _gone_of(_read(self._gone))
+            published = _published(self._run_dir)
+            # Asked after the files were listed: whose file is there was alive when it was written.
+            kept = {_file_of(self._run_dir, one) for one in living()}
+            files = [file for file in published if file not in kept]
+            total = Counters()
+            with contextlib.suppress(*_UNREADABLE):
+                add(total, gone.total)
+            for file in files:
+                if file.name not in gone.folded:
+                    with contextlib.suppress(*_UNREADABLE):
+                        add(total, without_gauges(_decoder.decode(file.read_bytes())))
+            content = msgspec.json.encode(Gone([file.name for file in files], dump(total)))
+            # First the sum that has them, then their files: a reader never finds them in neither.
+            if files and _write(self._gone, content):
+                for file in files:
+                    file.unlink(missing_ok=True)
+
+
+def _file_of(run_dir: Path, incarnation: int) -> Path:
+    return run_dir / f"{PREFIX}{incarnation:016x}"
+
+
+def _published(run_dir: Path) -> list[Path]:
+    """The files of all frontends, living or gone."""
+    names = sorted(run_dir.glob(f"{PREFIX}{'[0-9a-f]' * 16}"))
+    return [path for path in names if not path.suffix]
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def _gone_of(content: bytes) -> Gone:
+    with contextlib.suppress(msgspec.MsgspecError):
+        return _gone_decoder.decode(content)
+    return Gone()
+
+
+def _write(path: Path, content: bytes) -> bool:
+    """Whether it could be written; a reader finds the old content or the new one."""
+    fresh = path.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        fresh.write_bytes(content)
+        fresh.replace(path)
+        return True
+    return False
 
 
 def dump(counters: Counters) -> Plain:
@@ -77,11 +170,18 @@ def dump(counters: Counters) -> Plain:
     for name, value in vars(counters).items():
         if isinstance(value, Histogram):
             plain[name] = (value.sum, value.counts)
-        elif isinstance(value, int):
+        elif isinstance(value, int | float):
             plain[name] = value
         elif isinstance(value, dict):
             plain[name] = dict(cast(Mapping[str, int], value))
     return plain
+
+
+def without_gauges(plain: Plain) -> Plain:
+    """`plain` without what counts only as long as its frontend lives."""
+    usage = cast(Mapping[str, int], plain.get("key_usage", {}))
+    kept = {name: count for name, count in usage.items() if not name.startswith(RUNNING)}
+    return {**plain, "key_usage": kept}
 
 
 def add(total: Counters, plain: Plain) -> None:

@@ -138,6 +138,8 @@ class Counters:
         self.generation_tokens = 0
         self.resubmissions = 0
         self.malformed = 0
+        self.cpu_seconds = 0.0
+        """Processor time of the process."""
         self.reasons: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.responses: dict[str, int] = {}
         """HTTP answers, by method, route and status, with spaces between."""

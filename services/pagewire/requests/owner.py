@@ -59,6 +59,8 @@ MAX_HELD: Final = 4096
 NEVER: Final = float("-inf")
 GRACE_S: Final = 5.0
 """How long it may take to hear what becomes of a service that is gone."""
+PAUSE_S: Final = 2.0
+"""An owner that was not called for longer was stopped, as with a virtual machine."""
 # Rows of one token bring it bare, others a view of several: both are appended by an unbound method,
 # chosen once a message instead of once a row.
 _APPEND: Final[Callable[["array[int]", Any], None]] = cast(Any, array).append
@@ -106,6 +108,8 @@ class RequestOwner:
         self._incomplete_since = clock() if joins_running_stack else NEVER
         """Since when a kind of service is missing; meaningless while none is."""
         self._complete_since = NEVER
+        self._called = self._resumed = clock()
+        """When it was called last, and when the last pause of this process was over."""
         self._are_on_their_way = False
         """A successor of every kind that is missing is."""
         self._tokenizers: dict[int, str] = {}
@@ -184,6 +188,7 @@ class RequestOwner:
     def tick(self) -> None:
         """Send out the suspended requests whose time has come. Call a few times a second."""
         now = self._clock()
+        self._notice_pause(now)
         self.queries.tick()
         for request in [r for r in self.suspended.values() if r.resume_at <= now]:
             if self._dispatch(request):
@@ -200,6 +205,7 @@ class RequestOwner:
     def on_roster(self, roster: Roster) -> None:
         """Who is there now. Requests whose tokenizer is gone go out again; so do all where the
         scheduler is a new one, or had given up this process, as after a pause."""
+        self._notice_pause(self._clock())
         if roster.epoch < self._epoch:
             return
         all_lost = bool(self._epoch) and roster.epoch > self._epoch
@@ -231,6 +237,7 @@ class RequestOwner:
     def on_deltas(self, deltas: Deltas) -> None:
         """New output. Raises ValueError or TypeError, before anything is accepted, when the columns
         do not fit each other."""
+        self._notice_pause(self._clock())
         single, rows = rows_of(deltas)
         for started in deltas.started:
             self._started(started)
@@ -239,6 +246,18 @@ class RequestOwner:
         self._accept(single, rows)
         for end in deltas.ended:
             self._ended(end)
+
+    def _notice_pause(self, now: float) -> None:
+        """A time in which this process was stopped counts for nobody: messages of its beginning are
+        read at its end."""
+        seconds = now - self._called
+        self._called = now
+        if seconds > PAUSE_S:
+            self._resumed = now
+            if self._incomplete_since != NEVER:
+                self._incomplete_since = now
+            for request in self.suspended.values():
+                request.suspended_until += seconds
 
     def _accept(self, single: bool, rows: list[Row]) -> None:
         """The four rules, once a token: locals instead of attributes."""
@@ -336,7 +355,7 @@ class RequestOwner:
     def _can_turn_away(self, request: OwnedRequest) -> bool:
         """A first attempt has met a service that is just starting, or has not heard yet that others
         are there."""
-        since = max(request.arrival_time, self._complete_since)
+        since = max(request.arrival_time, self._complete_since, self._resumed)
         is_young = self._clock() - since < GRACE_S
         return is_young and (self.is_complete or self.can_hold)
 

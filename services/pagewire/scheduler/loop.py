@@ -6,10 +6,11 @@ Knows nothing of requests; everything that is decided is decided in `state.py`.
 import logging
 import os
 import signal
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from pagewire_protocol.channels import (
@@ -24,14 +25,20 @@ from pagewire_protocol.channels import (
 from pagewire_protocol.messages import Cancel, Epoch, Message, Park, Role, Submit, ToScheduler
 
 from pagewire.config import ModelConfig, RunConfig, SchedulerConfig
-from pagewire.process import liveness
+from pagewire.process import last_words, liveness
+from pagewire.process.health_file import WELL, HealthFile
 from pagewire.process.node import settle_gc
+from pagewire.process.parent import Started
 
 from .blocks import BlockError
+from .kept_counters import KeptCounters
 from .state import Event, Scheduler, Tick, Unreachable
 
 log = logging.getLogger("pagewire.scheduler")
-WAIT_S: Final = 0.25
+WAIT_S: Final = 0.5
+HEALTH_S: Final = 1.0
+SPARE_S: Final = 0.2
+"""How often a spare looks whether its turn has come."""
 ARRIVALS: Final = (Submit, Cancel, Park)
 """Messages about requests, which wait for their turn in the order in which they came."""
 SLICE_S: Final = 0.005
@@ -48,9 +55,20 @@ class Loop:
         self.outbox = outbox
         self.stopping = False
         self.state = Scheduler(epoch, config, self._send, outbox.forget)
+        self._health: tuple[HealthFile, ...] = ()
+        self._next_health = 0.0
         self._unreachable: deque[str] = deque()
         self._arrivals: deque[Submit | Cancel | Park] = deque()
         """What waits for its turn: results go before new requests, however many arrive at once."""
+
+    def show_health(self, *files: HealthFile) -> None:
+        """Write that this loop turns into these, once a second."""
+        self._health = files
+
+    def hide_health(self) -> None:
+        """It turns no more."""
+        for file in self._health:
+            file.close()
 
     def stop(self, *_: object) -> None:
         """End `forever`; safe as a signal handler."""
@@ -70,7 +88,12 @@ class Loop:
                     self.handle(message)
                 liveness.own.turn()
             self.take_arrivals(time.monotonic)
-            self.handle(Tick(time.monotonic()))
+            now = time.monotonic()
+            self.handle(Tick(now))
+            if now >= self._next_health:
+                self._next_health = now + HEALTH_S
+                for file in self._health:
+                    file.write(WELL)
 
     def take_arrivals(self, clock: Callable[[], float]) -> None:
         """Until none is left, or SLICE_S is over."""
@@ -115,18 +138,63 @@ class Loop:
             self._unreachable.append(address)
 
 
+def _take_epoch(
+    run_dir: Path, stopping: threading.Event, health: HealthFile | None
+) -> tuple[Epoch, int] | None:
+    """As take_epoch. Where a launcher has started this process, or a person by hand, another
+    scheduler is a mistake, and AlreadyRunning is raised; one with a name of its own, as in a
+    container (`health`), waits as a spare until the other is gone, or until it is told to end:
+    None."""
+    is_spare = False
+    while not stopping.is_set():
+        try:
+            return take_epoch(run_dir)
+        except AlreadyRunning:
+            if health is None:
+                raise
+        if not is_spare:
+            is_spare = True
+            log.info(
+                "another scheduler runs in %s: waiting as a spare, to take over when it is gone",
+                run_dir,
+            )
+            liveness.own.serving()
+        health.write(f"{WELL}, as a spare")
+        liveness.own.turn()
+        stopping.wait(SPARE_S)
+    if health is not None:
+        health.close()
+    return None
+
+
 def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     """Schedule until SIGTERM or SIGINT. Returns the exit code; 1 when the run directory belongs to
     someone else or is in use."""
     del model
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.set())
+    health: HealthFile | None = None
     try:
         run_dir = prepare_run_dir(run.run_dir)
-        epoch, lock = take_epoch(run_dir)
+        if run.name and not Started.by_parent:
+            health = HealthFile(run_dir, run.name)
+        taken = _take_epoch(run_dir, stopping, health)
     except (AlreadyRunning, OSError, ValueError) as error:
-        print(f"pagewire scheduler: {error}", file=sys.stderr)
+        last_words.say("scheduler", str(error))
         return 1
+    if taken is None:
+        return 0
+    epoch, lock = taken
     inbox: Inbox[ToScheduler] = Inbox(run_dir, Role.SCHEDULER, NO_INCARNATION)
     loop = Loop(epoch, config, inbox, Outbox())
+    kept = KeptCounters(run_dir)
+    loop.state.peers.deaths = kept.load(loop.state.engine.counters)
+    loop.state.keep_counters = lambda: kept.save(
+        loop.state.engine.counters, loop.state.peers.deaths
+    )
+    if health is not None:
+        loop.show_health(health, HealthFile(run_dir, "scheduler"))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
     loop.state.greet(living_inboxes(run_dir))
@@ -137,6 +205,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
         loop.forever()
     finally:
         liveness.own.loading()
+        loop.hide_health()
         loop.outbox.close()
         inbox.close()
         os.close(lock)

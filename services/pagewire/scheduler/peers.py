@@ -5,6 +5,7 @@ Time comes with the calls. Knows nothing of requests; where their results go is 
 that stands for an inbox.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 from zlib import crc32
@@ -32,7 +33,9 @@ LOADING_SILENCE_S: Final = 60.0
 long."""
 EXPECTED_BIT: Final = 1 << 62
 """Of the incarnation that stands for a service between two lives; those of processes are smaller."""
-NO_INBOX: Final = "-"
+NO_INBOX: Final = ""
+REMEMBERED_DEATHS: Final = 1024
+"""Processes of which it is remembered that they have ended."""
 PAUSE_S: Final = 2.0
 """A gap in the scheduler's own time longer than this says that the scheduler was stopped, not that
 its peers were silent."""
@@ -57,6 +60,10 @@ class Peers:
         self._peers: dict[Incarnation, PeerState] = {}
         self._failures: dict[tuple[Role, str], int] = {}
         """Of services that are started again, until they are ready."""
+        self._causes: dict[tuple[Role, str], str] = {}
+        """Of the last of these ends."""
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        """Incarnations whose ends were announced. What they sent before may arrive after that."""
         self._roster: Roster | None = None
         self.deaths = 0
         """Announced by those who start services."""
@@ -76,21 +83,40 @@ class Peers:
         service = (peer.role, peer.name)
         if peer.ready:
             self._failures.pop(service, None)
+            self._causes.pop(service, None)
             return replace(peer, failures=0)
-        return replace(peer, failures=max(peer.failures, self._failures.get(service, 0)))
+        failures = max(peer.failures, self._failures.get(service, 0))
+        return replace(peer, failures=failures, stage=self._stage(service, peer.stage))
+
+    def _stage(self, service: tuple[Role, str], stage: str) -> str:
+        """What the present life of a service does, and why its former ones ended."""
+        cause = self._causes.get(service)
+        if not cause:
+            return stage
+        return f"{stage}; before that: {cause}, {self._failures.get(service, 1)} times"[:256]
 
     def expect(self, death: Death, now: float) -> None:
         """A service has ended and is started again: until its next life says Hello, the roster
         lists it as one that is not ready."""
-        self.deaths += 1
+        self.deaths += bool(death.failures)
+        if death.incarnation:
+            self._ended[death.incarnation] = None
+            if len(self._ended) > REMEMBERED_DEATHS:
+                self._ended.popitem(last=False)
         service = (death.role, death.name)
         living = [s for s in self._peers.values() if (s.peer.role, s.peer.name) == service]
         if any(not state.expected for state in living):
             return  # the next life was faster than the news of the last one's end
-        self._failures[service] = death.failures
+        # Who starts containers counts nothing.
+        failures = self._failures.get(service, 0) + 1 if death.failures else 1
+        failures = self._failures[service] = max(failures, death.failures)
+        if death.failures:
+            self._causes[service] = death.cause
         stage = f"starting again: {death.cause}"
         if death.restart_in_s:
-            stage = f"starting again in {death.restart_in_s:g} s after {death.failures} failures: {death.cause}"
+            stage = f"starting again in {death.restart_in_s:g} s after {failures} failures: {death.cause}"
+        elif failures > 1:
+            stage = f"{death.cause}, {failures} times"
         incarnation = Incarnation(EXPECTED_BIT | crc32(f"{death.role} {death.name}".encode()))
         peer = Peer(
             death.role,
@@ -99,11 +125,16 @@ class Peers:
             incarnation,
             ready=False,
             stage=stage[:256],
-            failures=death.failures,
+            failures=failures,
         )
         until = now + death.restart_in_s
         self._peers[incarnation] = PeerState(peer, None, None, until, expected=True)
         self._roster = None
+
+    def has_ended(self, incarnation: Incarnation) -> bool:
+        """The end of this process was announced: it sends nothing any more, and what arrives of it
+        was on its way."""
+        return incarnation in self._ended
 
     @property
     def failing(self) -> int:
@@ -120,11 +151,12 @@ class Peers:
         if state is None:
             return False
         state.last_seen = now
+        stage = self._stage((state.peer.role, state.peer.name), beat.stage)
         if not state.peer.ready and (state.peer.stage, state.peer.fraction) != (
-            beat.stage,
+            stage,
             beat.fraction,
         ):
-            state.peer = replace(state.peer, stage=beat.stage, fraction=beat.fraction)
+            state.peer = replace(state.peer, stage=stage, fraction=beat.fraction)
             self._roster = None
         return True
 

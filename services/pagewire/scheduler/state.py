@@ -84,6 +84,8 @@ class Scheduler:
         self.reply_routes = ReplyRoutes()
         self.now = 0.0
         """Of the last Tick, in monotonic seconds."""
+        self.keep_counters: Callable[[], None] = lambda: None
+        """Called before anyone is told what is counted."""
         self._send = send
         self._forget = forget
         self._newcomer_inboxes: set[str] = set()
@@ -116,7 +118,8 @@ class Scheduler:
                 for rid, attempt in event.requests:
                     self.engine.park(rid, attempt, event.parked)
             case Heartbeat():
-                if not self.peers.heartbeat(event, self.now):
+                is_known = self.peers.heartbeat(event, self.now)
+                if not is_known and not self.peers.has_ended(event.incarnation):
                     self._greet(event.incarnation, event.inbox)
             case Hello():
                 self._hello(event)
@@ -152,7 +155,7 @@ class Scheduler:
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
-        if peer.role is Role.SCHEDULER or not peer.inbox.startswith("ipc://"):
+        if peer.role is Role.SCHEDULER or not peer.inbox or self.peers.has_ended(peer.incarnation):
             return
         if peer.incarnation in self._distrusted:
             self._greet(peer.incarnation, peer.inbox)
@@ -274,6 +277,7 @@ class Scheduler:
         elif due:
             inboxes |= frontends
         stats = self.stats() if inboxes else {}
+        self.keep_counters()
         for inbox in sorted(inboxes):
             self._send(inbox, self.peers.roster(self.epoch, stats if inbox in frontends else {}))
 

@@ -286,8 +286,13 @@ class Requests:
         self._refuse(request, Refused("the request could not be handled", status=500))
 
     def _lose(self, streams: Iterable[Stream], message: str) -> None:
-        for stream in streams:
+        """The scheduler may still compute them: their owners need not send them again, and may be
+        gone."""
+        lost = list(streams)
+        for stream in lost:
             self._end(stream, stream.lost(message))
+        if lost:
+            self.to_scheduler.append(Cancel(tuple((stream.rid, stream.attempt) for stream in lost)))
 
     def _end(self, stream: Stream, end: End) -> None:
         stream.outgoing.ended.append(end)
@@ -300,7 +305,9 @@ class Requests:
         cancelled."""
         self.roster = roster
         self._decoding.grow(roster.vocab_size)
-        frontends = {peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND}
+        frontends = {
+            peer.inbox for peer in roster.peers if peer.role is Role.FRONTEND and peer.inbox
+        }
         # A new scheduler has not heard from everyone yet: a frontend that its first roster does not
         # list may well be alive.
         gone = set[str]() if new_epoch else self.frontends - frontends

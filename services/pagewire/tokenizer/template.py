@@ -26,7 +26,7 @@ from pagewire_protocol.messages import Chat
 from pagewire_protocol.structs import ChatMessage
 
 from . import templates
-from .watchdog import RenderTimeout, Watchdog
+from .render_limit import RenderLimit, RenderTimeout
 
 MAX_OUTPUT: Final = 16_777_216
 TIMEOUT_S: Final = 2.0
@@ -144,7 +144,7 @@ class ChatTemplate:
     ValueError when it does not compile."""
 
     def __init__(
-        self, source: str, names: dict[str, str], watchdog: Watchdog | None = None
+        self, source: str, names: dict[str, str], limit: RenderLimit | None = None
     ) -> None:
         try:
             self._template = _environment().from_string(source)
@@ -157,7 +157,7 @@ class ChatTemplate:
         """By the hash of what a template may tell conversations apart by, beside their texts: for
         each message its role, whether it has a name, and a text; whether an answer is begun;
         further variables. Hashes, since these are long where conversations are."""
-        self._watchdog = watchdog or Watchdog(TIMEOUT_S)
+        self._limit = limit or RenderLimit(TIMEOUT_S)
 
     def render(self, chat: Chat) -> str:
         """Raises TemplateRefused."""
@@ -240,13 +240,13 @@ class ChatTemplate:
 
     def _render(self, values: dict[str, Any]) -> str:
         try:
-            with self._watchdog:
+            with self._limit:
                 return self._collect(values)
         except _Raised as error:
             raise TemplateRefused(str(error)) from None
         except RenderTimeout:
             raise LimitExceeded(
-                f"the chat template took longer than {self._watchdog.timeout_s:g} s with these messages"
+                f"the chat template took longer than {self._limit.timeout_s:g} s with these messages"
             ) from None
         except SecurityError as error:
             raise LimitExceeded(

@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from pagewire_protocol.messages import Role, Roster, Shutdown, Step, ToWorker
 from ..checkpoint import quantization
 from ..checkpoint.json_files import read_object
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
+from ..process import last_words
 from ..process.errors import EXPECTED, error_line
 from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
@@ -101,7 +101,7 @@ def run(
 
 def _say_why(error: Exception) -> None:
     line = error_line(error, (*EXPECTED, Stuck, Distrusted))
-    print(f"pagewire worker: {line}", file=sys.stderr, flush=True)
+    last_words.say("worker", line)
 
 
 def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:

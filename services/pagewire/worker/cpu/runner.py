@@ -220,24 +220,26 @@ class Runner:
             return sampler.greedy(logits)
         if columns.draws[slots].any():
             self._compile_search_once()
+        return sampler.sample(logits, self._sampler_rows(slots))
+
+    def _sampler_rows(self, slots: Ints) -> sampler.Rows:
+        """What `slots` [R] ask of the sampler."""
+        columns = self._slots
         sampling = SamplingRows(
             values=self._tensor(np.ascontiguousarray(columns.sampling_params[slots].T)),
             seeds=self._tensor(columns.seed[slots]),
             positions=self._tensor(columns.num_tokens[slots] - 1),
         )
-        rows = sampler.Rows(
+        penalized = np.flatnonzero(columns.penalized(slots))
+        return sampler.Rows(
             sampling,
             presence=self._tensor(columns.presence[slots]),
             frequency=self._tensor(columns.frequency[slots]),
             repetition=self._tensor(columns.repetition[slots]),
             logprobs=columns.logprobs[slots],
-            history={
-                int(row): self._history(int(slots[row]))
-                for row in np.flatnonzero(columns.penalized(slots))
-            },
+            history={int(row): self._history(int(slots[row])) for row in penalized},
             constrain=lambda x: self._constraints.apply(x, slots),
         )
-        return sampler.sample(logits, rows)
 
     def _compile_search_once(self) -> None:
         """With the first request that draws, in a thread: it takes a second or two, and until then

@@ -38,6 +38,7 @@ from . import (
 from .gguf_file import Gguf
 from .gpu_plan import GpuPlan, look_at_gpu, plan_gpu
 from .in_thread import run_in_thread
+from .kv_sizing import Sizing
 from .pytorch_file import PytorchFiles
 from .quantizing import Checkpoint, Quantizing
 from .sources import locate
@@ -55,7 +56,7 @@ class Loaded:
 
     decoder: Decoder | FallbackDecoder
     dtype: torch.dtype
-    sizing: kv_sizing.Sizing
+    sizing: Sizing
     cos_sin: list[Tensor]
     cache_spec: CacheSpec
     cache: Tensor
@@ -82,6 +83,27 @@ class Loaded:
         return self.cache_spec.layer_caches([self.cache])
 
 
+@dataclass(frozen=True)
+class _Description:
+    """A checkpoint as its configuration describes it. `fallback_plan`: of a model that has no
+    implementation here and runs through transformers."""
+
+    settings: Config
+    arch: Architecture
+    checkpoint: Checkpoint
+    eos_token_ids: tuple[int, ...]
+    fallback_plan: Plan | None
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where and as what a model is loaded."""
+
+    device: str
+    dtype: torch.dtype
+    quantizing: Quantizing
+
+
 def load(
     path: Path,
     model: ModelConfig,
@@ -95,65 +117,105 @@ def load(
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     device = choose_device(config.device)
     gpu = look_at_gpu() if device == "cuda" else None
-    source, settings, eos = open_model(path, model)
-    other = None
-    if settings.get("model_type") not in FAMILIES:
-        other, config = (
-            plan_other(path, source, settings, model),
-            structs.replace(config, enforce_eager=True),
-        )
-    checkpoint = Checkpoint(source) if other else _checkpoint(path, source, settings)
-    arch = other.arch if other else describe(settings)
-    dtype = choose_dtype(config.dtype, settings, gpu)
-    if other and model.quantization:
+    described = _describe(path, model)
+    arch = described.arch
+    if described.fallback_plan:
+        config = structs.replace(config, enforce_eager=True)
+    dtype = choose_dtype(config.dtype, described.settings, gpu)
+    if described.fallback_plan and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
         )
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
-    chosen = quantizing.choose(checkpoint, arch, model.quantization, target)
+    chosen = quantizing.choose(described.checkpoint, arch, model.quantization, target)
+    spec = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
+    kv_scales = _kv_scales(described, config)
     plan = None
     if gpu:
-        load = scheduler or SchedulerConfig()
-        plan = plan_gpu(arch, dtype, model, config, gpu, load, chosen.weight_bytes(arch))
-    spec = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
-    kv_scales = _kv_scales(source, settings, arch, config)
+        steps = scheduler or SchedulerConfig()
+        plan = plan_gpu(arch, dtype, model, config, gpu, steps, chosen.weight_bytes(arch))
     sizing = plan.sizing if plan else _size(arch, spec, dtype, model, config, chosen)
-    where = device if gpu else processor.look().title()
-    for line in (
-        f"{arch.model_type} with {arch.parameters / 1e6:,.0f} M parameters as {dtype} on {where}",
-        *sizing.lines(),
-    ):
-        log.info(line)
+    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing)
+    placement = _Placement(device, dtype, chosen)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        if other is None:
-            method = method_choice(backend(device), dtype, device, chosen)
-            build = Build(backend(device), dtype, device, method, kv_scales=kv_scales)
-            decoder = Decoder(arch, build)
-            weights.load(
-                decoder, source, settings, model.seed, progress, chosen.kept, checkpoint.form
-            )
-            if chosen.kept and not gpu:
-                cpu_crossings.choose(decoder.packed(), dtype)
+        if described.fallback_plan is None:
+            decoder = _load_decoder(described, placement, kv_scales, model.seed, progress)
         else:
-            made = functools.partial(
-                other.load,
-                model.load_format,
-                backend(device),
-                dtype,
-                device,
-                model.seed,
-                weights.tensors_for_transformers(source),
-            )
-            decoder = run_in_thread(
-                made, lambda: progress("loading weights through transformers", 0.0)
-            )
+            decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
         if gpu:
-            # tensors are converted on the GPU: what that took is not to be missing from the cache
+            # Tensors are converted on the GPU: what that took is not to be missing from the cache.
             torch.cuda.empty_cache()
         (group,) = spec.groups
         cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
     cos_sin = _factors(arch, sizing.max_model_len, device)
+    eos = described.eos_token_ids
     return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
+
+
+def _describe(path: Path, model: ModelConfig) -> _Description:
+    """Raises Unsupported."""
+    source, settings, eos = open_model(path, model)
+    if settings.get("model_type") in FAMILIES:
+        checkpoint = _checkpoint(path, source, settings)
+        return _Description(settings, describe(settings), checkpoint, eos, None)
+    plan = plan_other(path, source, settings, model)
+    return _Description(settings, plan.arch, Checkpoint(source), eos, plan)
+
+
+def _log_size(arch: Architecture, dtype: torch.dtype, processor_title: str, sizing: Sizing) -> None:
+    size = f"{arch.parameters / 1e6:,.0f} M parameters"
+    log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
+    for line in sizing.lines():
+        log.info(line)
+
+
+def _load_decoder(
+    described: _Description,
+    placement: _Placement,
+    kv_scales: tuple[KVScales, ...],
+    seed: int,
+    progress: weights.Progress,
+) -> Decoder:
+    """A model of a family that is implemented here."""
+    device = placement.device
+    chosen = placement.quantizing
+    ops = backend(device)
+    method = method_choice(ops, placement.dtype, device, chosen)
+    build = Build(ops, placement.dtype, device, method, kv_scales=kv_scales)
+    decoder = Decoder(described.arch, build)
+    checkpoint = described.checkpoint
+    weights.load(
+        decoder,
+        checkpoint.source,
+        described.settings,
+        seed,
+        progress,
+        chosen.kept,
+        checkpoint.form,
+    )
+    if chosen.kept and device == "cpu":
+        cpu_crossings.choose(decoder.packed(), placement.dtype)
+    return decoder
+
+
+def _load_fallback(
+    described: _Description,
+    plan: Plan,
+    placement: _Placement,
+    model: ModelConfig,
+    progress: weights.Progress,
+) -> FallbackDecoder:
+    """Any other model, through transformers: in a thread, since that tells no progress."""
+    load_model = functools.partial(
+        plan.load,
+        model.load_format,
+        backend(placement.device),
+        placement.dtype,
+        placement.device,
+        model.seed,
+        weights.tensors_for_transformers(described.checkpoint.source),
+    )
+    return run_in_thread(load_model, lambda: progress("loading weights through transformers", 0.0))
 
 
 def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoint:
@@ -163,13 +225,12 @@ def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoi
     return Checkpoint(source, quantizing.read_format(quantization.of_checkpoint(path, settings)))
 
 
-def _kv_scales(
-    source: Source | None, settings: Config, arch: Architecture, config: WorkerConfig
-) -> tuple[KVScales, ...]:
+def _kv_scales(described: _Description, config: WorkerConfig) -> tuple[KVScales, ...]:
     """Of each layer; empty where the KV cache has none."""
-    tensors = weights.tensors_named(source, kv_dtype.is_scale)
-    quantization_settings = settings.get("quantization_config") or {}
-    return kv_dtype.scales(tensors, arch.num_layers, quantization_settings, config.kv_cache_dtype)
+    tensors = weights.tensors_named(described.checkpoint.source, kv_dtype.is_scale)
+    quantization_settings = described.settings.get("quantization_config") or {}
+    num_layers = described.arch.num_layers
+    return kv_dtype.scales(tensors, num_layers, quantization_settings, config.kv_cache_dtype)
 
 
 def method_choice(
@@ -250,7 +311,7 @@ def _size(
     model: ModelConfig,
     config: WorkerConfig,
     chosen: Quantizing,
-) -> kv_sizing.Sizing:
+) -> Sizing:
     return kv_sizing.size(
         arch,
         spec,

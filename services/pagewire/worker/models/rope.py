@@ -35,6 +35,9 @@ class Rope:
     long_factors: tuple[float, ...] = ()
 
 
+DEFAULT_THETA: Final = 10_000.0
+"""Of files that name none."""
+
 NO_ROPE: Final = Rope(theta=1.0, size=0)
 
 
@@ -50,6 +53,29 @@ def read_rope(
     Raises Unsupported for an unknown kind of scaling."""
     newer: dict[str, Any] = parameters or config.get("rope_parameters") or {}
     scaling: dict[str, Any] = newer or config.get("rope_scaling") or {}
+    fields = {
+        **_rotation(config, newer, head_dim),
+        **_scaling(config, scaling),
+        **differences,
+    }
+    rope = Rope(**fields)
+    _check(rope, head_dim, config["model_type"])
+    return rope
+
+
+def _rotation(config: dict[str, Any], newer: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """How fast and how many of a head's dimensions rotate; `newer` goes before older names."""
+    theta = newer.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        theta = config.get("rotary_emb_base", DEFAULT_THETA)
+    share = newer.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share is None:
+        share = config.get("rotary_pct", 1.0)
+    return {"theta": float(theta), "size": int(head_dim * float(share))}
+
+
+def _scaling(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """How frequencies are stretched beyond the context of training. Raises Unsupported."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = OTHER_NAMES.get(kind, kind)
     if kind not in ROPE_KINDS:
@@ -57,45 +83,40 @@ def read_rope(
             f"rope scaling {kind!r} of {config['model_type']} is not supported; there are {', '.join(ROPE_KINDS)}"
         )
     longest = int(config["max_position_embeddings"])
-    original = (
+    original = int(
         scaling.get("original_max_position_embeddings")
         or config.get("original_max_position_embeddings")
         or longest
     )
-    share = newer.get(
-        "partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
-    )
-    fields: dict[str, Any] = {
-        "theta": float(
-            newer.get(
-                "rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
-            )
-        ),
-        "size": int(head_dim * float(share)),
+    stretch = longest / original
+    return {
         "kind": kind,
-        "factor": float(scaling.get("factor") or longest / int(original)),
+        "factor": float(scaling.get("factor") or stretch),
         "low_freq_factor": float(scaling.get("low_freq_factor", 1.0)),
         "high_freq_factor": float(scaling.get("high_freq_factor", 4.0)),
         "beta_fast": float(scaling.get("beta_fast") or 32),
         "beta_slow": float(scaling.get("beta_slow") or 1),
         "truncate": bool(scaling.get("truncate", True)),
-        "original_max_position": int(original),
+        "original_max_position": original,
         "divisors": tuple(scaling.get("divisors", ())),
         "short_factors": tuple(scaling.get("short_factor", ())),
         "long_factors": tuple(scaling.get("long_factor", ())),
-        "magnitude": _magnitude(kind, scaling, int(original), longest / int(original)),
+        "magnitude": _magnitude(kind, scaling, original, stretch),
     }
-    rope = Rope(**{**fields, **differences})
+
+
+def _check(rope: Rope, head_dim: int, model_type: str) -> None:
+    """Raises Unsupported for sizes that do not fit each other."""
     if rope.size % 2 or not 0 <= rope.size <= head_dim:
         raise Unsupported(
-            f"rotating {rope.size} of {head_dim} dimensions of a head of {config['model_type']} is not supported"
+            f"rotating {rope.size} of {head_dim} dimensions of a head of {model_type} is not supported"
         )
-    found, half = [len(rope.short_factors), len(rope.long_factors)], rope.size // 2
-    if kind == "longrope" and found != [half, half]:
+    half = rope.size // 2
+    counts = [len(rope.short_factors), len(rope.long_factors)]
+    if rope.kind == "longrope" and counts != [half, half]:
         raise Unsupported(
-            f"longrope of {config['model_type']} has {found} short and long factors, not {half} of each"
+            f"longrope of {model_type} has {counts} short and long factors, not {half} of each"
         )
-    return rope
 
 
 def _magnitude(kind: str, scaling: dict[str, Any], original: int, stretch: float) -> float:

@@ -2,7 +2,7 @@
 is.
 
 A chat template is a program: `range` and output are limited elsewhere, but nested loops that print
-nothing could run for ever. The code runs inside `with watchdog:`, which costs two dictionary
+nothing could run for ever. The code runs inside `with limit:`, which costs two dictionary
 operations; a daemon thread checks a few times a second and raises RenderTimeout inside a block
 that is late.
 """
@@ -16,7 +16,7 @@ class RenderTimeout(Exception):
     """Raised inside the late block."""
 
 
-class Watchdog:
+class RenderLimit:
     """A context manager that ends what runs inside it after `timeout_s`. One serves all threads."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -27,9 +27,7 @@ class Watchdog:
 
     def __enter__(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._watch, name="template-watchdog", daemon=True
-            )
+            self._thread = threading.Thread(target=self._watch, name="render-limit", daemon=True)
             self._thread.start()
         with self._lock:
             self._since[threading.get_ident()] = time.monotonic()

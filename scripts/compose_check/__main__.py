@@ -1,0 +1,267 @@
+"""The compose deployment in a real container engine: built, started, scaled, broken, upgraded and
+taken down again, while clients check every token.
+
+    scripts/compose-check                 light images, a fake worker, 60 faults under 40 streams
+    scripts/compose-check --quick         a minute of it
+
+Prints a table and exits with 1 where something was not as promised. Without an engine it says so in
+one line and exits with 0. What it starts has a project name and a port of its own and is removed; the
+images, tagged `check`, stay for the next time.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from . import checks, engine, faults
+from .clients import Clients
+from .engine import CommandFailed, Deployment
+from .faults import Act, Fault, Stage, strike
+
+PLANNED = ("restart", "recreate", "scale")
+"""Faults that somebody asks for: none may refuse a request."""
+EXCUSED = ("kill frontend", "crash frontend", "hang frontend", "cut frontend", "kill gateway")
+"""Faults that end streams, which their connections' owner takes along."""
+SCALE = {"frontend": 2, "tokenizer": 2, "worker": 2}
+HUNG_S = 3.0
+MOST_TORCH_FREE = 290_000_000
+MOST_OVER_BASE = 217_000_000
+
+
+QUICK = (checks.clients_that_leave,)
+CHECKS = (
+    *QUICK,
+    checks.doctors,
+    checks.errors_of_the_gateway,
+    checks.spare_scheduler,
+    checks.last_words,
+    checks.few_files,
+    checks.at_rest,
+)
+
+
+def plan() -> list[tuple[str, Act]]:
+    """The faults, in order: each with its name."""
+    acts: list[tuple[str, Act]] = []
+    for kind in ("worker", "tokenizer", "scheduler", "frontend"):
+        for make in (
+            faults.kill,
+            faults.crash,
+            faults.hang,
+            faults.pause,
+            faults.restart,
+            faults.recreate,
+        ):
+            acts += [(f"{make.__name__} {kind}", make(kind))] * 2
+    for kind in ("worker", "tokenizer", "frontend"):
+        acts += [(f"scale {kind} to {n}", faults.scale(kind, n)) for n in (3, 1)]
+        # With a single one there is no other to take over: its successor does.
+        if kind != "frontend":
+            acts.append((f"restart only {kind}", faults.restart(kind)))
+            acts.append((f"recreate only {kind}", faults.recreate(kind)))
+        acts.append((f"scale {kind} to 2", faults.scale(kind, 2)))
+    acts.append(("cut frontend", faults.cut("frontend")))
+    acts.append(("everything but frontends killed", faults.everything_killed))
+    acts.append(("upgrade", faults.upgraded))
+    return acts
+
+
+def quick_plan() -> list[tuple[str, Act]]:
+    """A few of them, of each sort."""
+    return [
+        ("kill worker", faults.kill("worker")),
+        ("restart scheduler", faults.restart("scheduler")),
+        ("restart frontend", faults.restart("frontend")),
+    ]
+
+
+class Report:
+    """What is printed, and whether all was as promised."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def check(self, what: str, holds: bool, detail: str = "") -> None:
+        """One promise."""
+        print(
+            f"{'ok    ' if holds else 'BROKEN'} {what}{f': {detail}' if detail else ''}", flush=True
+        )
+        if not holds:
+            self.broken.append(what)
+
+    def judge(self, fault: Fault) -> None:
+        """One fault against what is promised of it."""
+        print(
+            f"  {fault.name:<34} lost {fault.count('lost'):>3}  503 {fault.count('503'):>3}  refused "
+            f"{fault.count('refused'):>3}  wrong {fault.count('wrong'):>2}  silence {fault.gap_s:5.2f} s  "
+            f"back {fault.back_s:5.1f} s",
+            flush=True,
+        )
+        problems = [fault.failed] if fault.failed else []
+        if fault.count("wrong"):
+            problems.append(f"{fault.count('wrong')} streams with wrong tokens")
+        if fault.count("lost") and fault.name not in EXCUSED:
+            problems.append(f"{fault.count('lost')} streams lost")
+        others = [t for t in fault.troubles if t.what not in ("lost", "wrong")]
+        if others and fault.name not in EXCUSED:
+            problems.append(
+                f"{len(others)} requests not taken: {others[0].what} {others[0].detail}"
+            )
+        if fault.name.startswith("hang") and fault.gap_s > HUNG_S + max(fault.back_s, HUNG_S):
+            problems.append(f"silence of {fault.gap_s:.1f} s")
+        for trouble in fault.troubles[:3]:
+            print(f"      {trouble.what}: {trouble.detail}", flush=True)
+        self.broken += [f"{fault.name}: {problem}" for problem in problems]
+
+
+async def build(report: Report, limit_s: float) -> None:
+    began = time.monotonic()
+    deployment = Deployment(0)
+    await deployment.compose("build", *engine.LIGHT, timeout_s=limit_s)
+    print(f"built in {time.monotonic() - began:.0f} s", flush=True)
+    sizes = await engine.image_sizes([f"pagewire-{name}:{engine.TAG}" for name in engine.LIGHT])
+    base = (await engine.inspect(engine.BASES[0]))["Size"]
+    for name, size in sizes.items():
+        report.check(
+            f"{name} is small",
+            size - base <= MOST_OVER_BASE,
+            f"{size / 1e6:.0f} MB, {(size - base) / 1e6:.0f} MB on top of the base of {base / 1e6:.0f} MB",
+        )
+
+
+async def under_faults(
+    deployment: Deployment,
+    report: Report,
+    acts: Sequence[tuple[str, Act]],
+    streams: int,
+    with_upgrade: bool,
+) -> Stage:
+    """Start it, and strike."""
+    began = time.monotonic()
+    stage = Stage(deployment, Clients(deployment.url, 0), dict(SCALE))
+    await stage.up()
+    await stage.settled()
+    print(f"ready {time.monotonic() - began:.1f} s after `up`", flush=True)
+    async with Clients(deployment.url, streams) as clients:
+        stage.clients = clients
+        await asyncio.sleep(2.0)
+        struck: list[Fault] = []
+        counts = checks.Counts()
+        watching = asyncio.create_task(counts.watch(stage))
+        for name, act in acts:
+            fault = await strike(stage, name, act)
+            report.judge(fault)
+            struck.append(fault)
+        counts.stopping = True
+        await watching
+        report.check(
+            "no counter fell",
+            not counts.fallen,
+            f"{counts.readings} readings; {'; '.join(counts.fallen[:3])}",
+        )
+        if with_upgrade:
+            # Streams that end within the grace period, which everything at once must leave whole.
+            clients.longest = 300
+            await asyncio.sleep(4.0)
+            fault = await strike(stage, "everything recreated", faults.everything_recreated)
+            upgrade(report, fault, clients)
+            struck.append(fault)
+    record = clients.record
+    print(
+        f"{len(struck)} faults, {record.requests:,} requests, {record.tokens:,} tokens checked",
+        flush=True,
+    )
+    wrong = sum(trouble.what == "wrong" for trouble in record.troubles)
+    report.check("no token was wrong", wrong == 0, f"{wrong} streams")
+    return stage
+
+
+def upgrade(report: Report, fault: Fault, clients: Clients) -> None:
+    """Everything made anew at once: nothing is lost, and a new request is soon answered."""
+    print(
+        f"  {fault.name:<34} lost {fault.count('lost'):>3}  503 {fault.count('503'):>3}  refused "
+        f"{fault.count('refused'):>3}  wrong {fault.count('wrong'):>2}  back {fault.back_s:5.1f} s"
+    )
+    for trouble in [t for t in fault.troubles if t.what == "lost"][:5]:
+        print(f"      {trouble.what}: {trouble.detail}", flush=True)
+    report.check("everything recreated at once loses no stream", not fault.count("lost"))
+    times = sorted(at + s for at, s in clients.record.firsts if at + s > fault.began)
+    quiet = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+    # Where others compute on the same cores, the engine takes its time.
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    report.check(
+        "a new request is answered within 5 s",
+        quiet <= 5.0 * busy,
+        f"{quiet:.1f} s, with {busy:.1f} programs on each core",
+    )
+
+
+async def run(options: argparse.Namespace) -> int:
+    report = Report()
+    deployment = Deployment(options.port)
+    try:
+        try:
+            await build(report, options.build_limit)
+        except CommandFailed as error:
+            if "not done in" not in str(error):
+                raise
+            limit_s = options.build_limit
+            print(f"compose-check: no images within {limit_s:.0f} s, so nothing was checked")
+            return 0
+        acts = quick_plan() if options.quick else plan()
+        if options.only:
+            acts = [entry for entry in acts if options.only in entry[0]]
+        stage = await under_faults(
+            deployment, report, acts, options.streams, with_upgrade=not options.quick
+        )
+        for check in QUICK if options.quick else CHECKS:
+            await check(stage, report)
+    finally:
+        if not options.keep:
+            await deployment.close()
+    for line in report.broken:
+        print(f"BROKEN {line}")
+    print("everything as promised" if not report.broken else f"{len(report.broken)} broken")
+    return 1 if report.broken else 0
+
+
+async def until_told(options: argparse.Namespace) -> int:
+    """What was started is removed after SIGTERM too."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await run(options)
+    except asyncio.CancelledError:
+        print("compose-check: told to end")
+        return 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("scripts/compose-check", description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--build-limit", type=float, default=1200.0, help="seconds for the images")
+    parser.add_argument(
+        "--offline", action="store_true", help="nothing is checked where base images are missing"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the deployment running")
+    parser.add_argument("--port", type=int, default=18000)
+    parser.add_argument("--streams", type=int, default=40)
+    parser.add_argument("--only", default="", help="faults with this in their names")
+    options = parser.parse_args()
+    why = engine.why_not()
+    if not why and options.offline and (missing := engine.missing_bases()):
+        why = f"the engine has no {' and no '.join(missing)}"
+    if why:
+        print(f"compose-check: {why}, so nothing was checked")
+        return 0
+    return asyncio.run(until_told(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

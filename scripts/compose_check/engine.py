@@ -1,0 +1,218 @@
+"""The deployment as it runs in the container engine: the commands of docker and docker compose, and
+what is asked of them. Knows no check."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+ROOT: Final = Path(__file__).parents[2]
+TAG: Final = "check"
+LIGHT: Final = ("frontend", "scheduler", "tokenizer")
+"""The images without torch. A fake worker runs from the scheduler's."""
+KINDS: Final = (*LIGHT, "worker")
+BASES: Final = ("debian:bookworm-slim", "haproxy:3.2-alpine")
+VOCAB: Final = 1000
+COMMAND_S: Final = 180.0
+FIND_CHILD: Final = """
+for stat in /proc/[0-9]*/stat; do
+    read -r pid name state parent rest <"$stat" 2>/dev/null || continue
+    case $name in "(pagewire"*|"(python"*) [ "$parent" -gt 1 ] && [ "$pid" != $$ ] && echo "$pid";; esac
+done
+:
+"""
+"""Process ids, within a container, of the service below its watchdog."""
+
+
+class CommandFailed(Exception):
+    """A command of the engine ended with an error."""
+
+
+def why_not() -> str:
+    """Why nothing can be checked here, in one line; empty when it can."""
+    try:
+        asked = subprocess.run(
+            ["docker", "info", "--format", "{{.ServerVersion}}"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "no container engine answers"
+    if asked.returncode or not asked.stdout.strip():
+        return "no container engine answers"
+    compose = subprocess.run(
+        ["docker", "compose", "version"], capture_output=True, timeout=20, check=False
+    )
+    return "the engine has no Compose 2" if compose.returncode else ""
+
+
+def missing_bases() -> list[str]:
+    """The images that the files name and the engine does not have."""
+    return [
+        name
+        for name in BASES
+        if subprocess.run(
+            ["docker", "image", "inspect", name], capture_output=True, check=False
+        ).returncode
+    ]
+
+
+class Deployment:
+    """One project of compose with a name and a port of its own."""
+
+    def __init__(self, port: int, settings: dict[str, Any] | None = None, **override: Any) -> None:
+        """`settings`: lines of the stack's settings file; `override`: services of a compose file
+        over the default one."""
+        self.port = port
+        self.project = f"pagewire-check-{port}"
+        self.url = f"http://127.0.0.1:{port}"
+        self._dir = tempfile.TemporaryDirectory(prefix="pagewire-check-")
+        self._file = Path(self._dir.name) / "override.yaml"
+        fake = {
+            "device": "fake",
+            "skip_tokenizer_init": True,
+            "fake_vocab_size": VOCAB,
+            "fake_step_ms": 4,
+        }
+        self.environment = {
+            **os.environ,
+            "TAG": TAG,
+            "PORT": str(port),
+            "BIND": "127.0.0.1",
+            "COMPOSE_PROGRESS": "quiet",
+            "BUILDKIT_PROGRESS": "plain",
+        }
+        self._usual = fake if settings is None else settings
+        self.write(self._usual, override)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The flags of its files."""
+        return ("-f", str(ROOT / "compose/default.yaml"), "-f", str(self._file))
+
+    def write(self, settings: dict[str, Any], services: dict[str, Any]) -> None:
+        """The settings file and the file over the default one."""
+        shown = Path(self._dir.name) / "settings.yaml"
+        shown.write_text(yaml.safe_dump(settings))
+        shown.chmod(0o644)
+        worker = {
+            "image": f"pagewire-scheduler:{TAG}",
+            "entrypoint": ["pagewire-service", "worker"],
+            **services.pop("worker", {}),
+        }
+        content = {
+            "services": {"worker": worker, **services},
+            "configs": {"settings": {"file": str(shown)}},
+        }
+        self._file.write_text(yaml.safe_dump(content))
+
+    def override(self, services: dict[str, Any]) -> None:
+        """The usual settings, with these services over the default ones."""
+        self.write(self._usual, services)
+
+    def restore(self) -> None:
+        """As at the beginning."""
+        self.write(self._usual, {})
+
+    async def compose(self, *words: str, timeout_s: float = COMMAND_S) -> str:
+        """`docker compose` on this project. Raises CommandFailed."""
+        return await command(
+            "docker",
+            "compose",
+            "-p",
+            self.project,
+            *self.files,
+            *words,
+            environment=self.environment,
+            timeout_s=timeout_s,
+        )
+
+    async def containers(self, service: str) -> list[str]:
+        """The ids of the containers of a service, the running and restarting ones."""
+        label = "label=com.docker.compose"
+        text = await command(
+            "docker",
+            "ps",
+            "-q",
+            "--filter",
+            f"{label}.project={self.project}",
+            "--filter",
+            f"{label}.service={service}",
+        )
+        return sorted(text.split())
+
+    async def close(self) -> None:
+        """Remove containers, networks and volumes."""
+        with contextlib.suppress(CommandFailed):
+            await self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        self._dir.cleanup()
+
+
+async def command(
+    *words: str, environment: dict[str, str] | None = None, timeout_s: float = COMMAND_S
+) -> str:
+    """What a command prints. Raises CommandFailed with its last lines."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), timeout_s)
+    except TimeoutError:
+        process.kill()
+        raise CommandFailed(f"{' '.join(words)}: not done in {timeout_s:.0f} s") from None
+    if process.returncode:
+        last = errors.decode(errors="replace").strip().splitlines()[-3:]
+        raise CommandFailed(f"{' '.join(words)}: {' / '.join(last)}")
+    return output.decode(errors="replace")
+
+
+async def inspect(container: str) -> dict[str, Any]:
+    """All that the engine says of a container or an image."""
+    return json.loads(await command("docker", "inspect", container))[0]
+
+
+async def logs(container: str) -> str:
+    """What it has printed, on either stream."""
+    return await command("sh", "-c", f"docker logs {container} 2>&1")
+
+
+async def shell(container: str, script: str) -> str:
+    """What a shell in the container prints."""
+    return await command("docker", "exec", container, "sh", "-c", script)
+
+
+async def end_all(container: str) -> None:
+    """Kill the first process of a container, which ends all of it, in a way that its restart policy
+    takes for a crash: what `docker kill` ends is not started again."""
+    os.kill((await inspect(container))["State"]["Pid"], signal.SIGKILL)
+
+
+async def signal_service(container: str, name: str) -> None:
+    """Send a signal to the service itself, below its container's init and its watchdog."""
+    pids: list[str] = []
+    for _ in range(20):
+        with contextlib.suppress(CommandFailed):
+            pids = (await shell(container, FIND_CHILD)).split()
+        if pids:
+            break
+        await asyncio.sleep(0.5)  # it is between two lives
+    await shell(container, f"kill -{name} {' '.join(pids)}")
+
+
+async def image_sizes(names: Sequence[str]) -> dict[str, int]:
+    """Bytes by image."""
+    return {name: (await inspect(name))["Size"] for name in names}
