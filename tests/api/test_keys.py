@@ -93,7 +93,7 @@ def test_probes_stay_open_and_nothing_else(guarded) -> None:
         path = route.resource.canonical.replace("{id}", "alias")
         if raw(guarded, route.method, path)[0] != 401:
             opened.add(path)
-    probes = {"/health", "/live", "/ready", "/version", "/metrics", "/ping"}
+    probes = {"/health", "/live", "/accepting", "/ready", "/version", "/metrics", "/ping"}
     assert opened == probes | {"/", "/v1", "/v1/"}
 
 
