@@ -50,6 +50,7 @@ from .structs import (
     End,
     Finish,
     LogprobColumns,
+    PartKind,
     Peer,
     Placed,
     Prompt,
@@ -68,8 +69,8 @@ from .structs import (
 __all__ = [
     "MAX_ROWS", "MAX_TEXT", "MAX_TOKENS", "Admission", "Attempt", "Cancel", "CancelQuery", "Chat", "ChatMessage", "Death", "Deltas",
     "Detokenize", "End", "Epoch", "Execution", "Finish", "Generate", "Goodbye", "Grammar", "Handle", "Heartbeat", "Hello", "Inbox",
-    "Incarnation", "LogprobColumns", "Message", "Park", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid", "Role",
-    "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
+    "Incarnation", "LogprobColumns", "Message", "Park", "PartKind", "Peer", "Placed", "Prompt", "PromptLogprobs", "RequestKind", "Rid",
+    "Role", "Roster", "Shared", "Shutdown", "Started", "Step", "StepCost", "StepResult", "Submit", "ToFrontend", "ToScheduler",
     "ToTokenizer", "ToWorker", "TokenLogprobs", "Tokenize", "Tokenized", "TokenizerFacts", "Tokens", "WorkerFacts", "pack",
     "unpack",
 ]
@@ -300,6 +301,13 @@ class Deltas(Message, tag=True, frozen=True):
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_TOKENS)] = ()
     prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
     """Read after `started` and before the rows."""
+    part_rows: RowsI32 = b""
+    """Of answers that have a structure: part j, in order, belongs to the row `part_rows[j]`, whose
+    own text is empty; it is of the kind `part_kinds[j]` (PartKind) and, where it belongs to a tool
+    call, of the answer's call number `part_calls[j]`."""
+    part_kinds: RowsU8 = b""
+    part_calls: RowsI32 = b""
+    part_texts: Annotated[tuple[Text, ...], Meta(max_length=MAX_ROWS)] = ()
 
 
 class Tokenized(Message, tag=True, frozen=True):
@@ -375,6 +383,9 @@ class Roster(Message, tag=True, frozen=True):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     longest_token: Count = 0
     """Most characters of a text that one token can stand for; 0: any number."""
+    has_reasoning: bool = False
+    """As in TokenizerFacts."""
+    tool_format: Name = ""
 
 
 ToTokenizer = Generate | Cancel | Park | Tokens | Tokenize | Detokenize | CancelQuery | Roster

@@ -15,6 +15,7 @@ float32's; `pagewire_kernels.sampling_map.sample` is this text as code, and two 
 only where float32 cannot tell two tokens apart, or at the edge of what top-p keeps.
 """
 
+from enum import IntEnum
 from typing import Annotated, Final
 
 from msgspec import Meta, Struct
@@ -103,6 +104,30 @@ class SamplingDefaults(Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """Of answers in conversations; at most what the context leaves."""
 
 
+class ToolChoice(IntEnum):
+    """Whether an answer may or must call tools."""
+
+    NONE = 0
+    AUTO = 1
+    REQUIRED = 2
+    """At least one call, of any tool."""
+    NAMED = 3
+    """A call of one function."""
+
+
+class AnswerOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How the answer of a chat is taken apart into reasoning, content and tool calls, and what must
+    be in it. The tools are in the Chat."""
+
+    tool_choice: ToolChoice = ToolChoice.NONE
+    tool_name: Annotated[str, Meta(max_length=256)] = ""
+    """The function of NAMED."""
+    parallel_tool_calls: bool = True
+    """More than one call."""
+    thinking_budget: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
+    """Tokens of reasoning after which it is ended; -1: any number."""
+
+
 class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the tokenizer needs to turn token ids into the text the client asked for."""
 
@@ -116,3 +141,5 @@ class TextOptions(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     truncate_prompt: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
     """Keep the last so many prompt tokens; -1: as many as the context holds beside max_tokens; 0:
     all."""
+    answer: AnswerOptions | None = None
+    """None: all text is content."""

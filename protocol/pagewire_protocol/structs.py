@@ -31,6 +31,12 @@ from .sampling import Sampling, SamplingDefaults, TokenId
 
 MAX_TEMPLATE_KWARGS: Final = 65_536
 """Bytes of JSON."""
+MAX_TOOLS: Final = 4_194_304
+"""Bytes of the JSON of a request's tools."""
+MAX_TOOL_NAME: Final = 256
+"""Characters."""
+MAX_MESSAGE_FIELDS: Final = 16_777_216
+"""Bytes of the JSON of what a message has beside role, name and content."""
 MAX_MESSAGES: Final = 4096
 """Of one conversation."""
 MAX_MESSAGE_ROLE: Final = 64
@@ -79,6 +85,19 @@ class RequestKind(IntEnum):
     """Tokens that follow the prompt."""
 
 
+class PartKind(IntEnum):
+    """What a part of an answer is, where the model's answers have a structure."""
+
+    CONTENT = 0
+    REASONING = 1
+    CALL_ID = 2
+    """The id of a tool call; its CALL_NAME follows."""
+    CALL_NAME = 3
+    """The function that is called, whole."""
+    ARGUMENTS = 4
+    """More of the JSON text of a call's arguments."""
+
+
 class Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Base of the parts of messages."""
 
@@ -89,6 +108,9 @@ class ChatMessage(Record, frozen=True):
     role: Annotated[str, Meta(max_length=MAX_MESSAGE_ROLE)]
     content: Text
     name: Annotated[str, Meta(max_length=MAX_MESSAGE_NAME)] | None = None
+    fields: Annotated[bytes, Meta(max_length=MAX_MESSAGE_FIELDS)] = b""
+    """A JSON object with what else the message has: `tool_calls`, `tool_call_id`,
+    `reasoning_content`."""
 
 
 class Chat(Record, frozen=True):
@@ -99,6 +121,8 @@ class Chat(Record, frozen=True):
     continue_final_message: bool = False
     template_kwargs: Annotated[bytes, Meta(max_length=MAX_TEMPLATE_KWARGS)] = b""
     """A JSON object with further variables for the template."""
+    tools: Annotated[bytes, Meta(max_length=MAX_TOOLS)] = b""
+    """The tools that may be called, as OpenAI's list in JSON, each with a `function`."""
 
 
 class Prompt(Record, frozen=True):
@@ -125,6 +149,8 @@ class End(Record, frozen=True):
     worker_died: bool = False
     """The execution is lost because its worker ended while it computed this request: the request
     may be what ended it."""
+    reasoning_tokens: Count = 0
+    """Tokens of the whole output that were reasoning, as the tokenizer counts them."""
 
 
 class Placed(Record, frozen=True):
@@ -241,6 +267,10 @@ class TokenizerFacts(Record, frozen=True):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     longest_token: Count = 0
     """Most characters of a text that one token can stand for; 0: any number."""
+    has_reasoning: bool = False
+    """Answers of chats begin with reasoning, or may."""
+    tool_format: Name = ""
+    """How the model's answers call tools; empty without a chat template."""
 
 
 class Peer(Record, frozen=True):

@@ -203,6 +203,16 @@ class TokenizerConfig(Struct, frozen=True):
         str,
         _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
     ] = ""
+    tool_call_parser: Annotated[
+        str,
+        _help("how the model writes tool calls, by vLLM's names; found from its template without"),
+    ] = ""
+    reasoning_parser: Annotated[
+        str,
+        _help(
+            "how the model marks its reasoning, by vLLM's names; found from its template without"
+        ),
+    ] = ""
 
 
 class SchedulerConfig(Struct, frozen=True):

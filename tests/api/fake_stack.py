@@ -28,6 +28,7 @@ from pagewire_protocol.sampling import SamplingDefaults
 from pagewire_protocol.structs import (
     End,
     Finish,
+    PartKind,
     Peer,
     Prompt,
     PromptLogprobs,
@@ -41,6 +42,17 @@ MODEL_LEN = 4096
 VOCABULARY = 1000
 
 
+Parts = list[tuple[PartKind, int, str]]
+PARTS: tuple[Parts, ...] = (
+    [(PartKind.REASONING, 0, "Hm, ")],
+    [(PartKind.REASONING, 0, "世界.")],
+    [(PartKind.CONTENT, 0, "Sure.")],
+    [(PartKind.CALL_ID, 0, "call_a"), (PartKind.CALL_NAME, 0, "f")],
+    [(PartKind.ARGUMENTS, 0, '{"a":')],
+    [(PartKind.ARGUMENTS, 0, ' "1"}')],
+    [(PartKind.CALL_ID, 1, "call_b"), (PartKind.CALL_NAME, 1, "g"), (PartKind.ARGUMENTS, 1, "{}")],
+)
+"""What each token brings of an answer with parts, where the prompt has the word `calls`."""
 HANG = 666
 """A prompt with this id hangs; so it would with this word."""
 FIRST_WORD = 700
@@ -101,6 +113,8 @@ class Script:
                 script.accident = name
         if "hang" in text.split():
             script.hang_after = 2 if generate.prompt.ids is None else 0
+        if "calls" in text.split() and generate.text.answer is not None:
+            script.tokens, script.reason = len(PARTS), Finish.STOP
         if "slow" in text.split():
             script.delay = 0.05
         script.mum = "mum" in text.split()
@@ -120,6 +134,10 @@ def prompt_text(generate: Generate) -> str:
 def deltas(generate: Generate, start: int, count: int, execution: int, **more: object) -> Deltas:
     """Rows of one token each, from output position `start` on."""
     positions = range(start, start + count)
+    wants_parts = generate.text.answer is not None
+    has_parts = bool(count) and wants_parts and "calls" in prompt_text(generate).split()
+    if has_parts:
+        more |= parts_of(positions)
     return Deltas(
         handles=pack("I", [generate.handle] * count),
         attempts=pack("I", [generate.attempt] * count),
@@ -127,10 +145,22 @@ def deltas(generate: Generate, start: int, count: int, execution: int, **more: o
         positions=pack("i", positions),
         counts=pack("i", [1] * count),
         tokens=pack("i", map(token, positions)),
-        texts=tuple(map(word, positions)),
+        texts=("",) * count if has_parts else tuple(map(word, positions)),
         logprobs=logprobs(generate, positions) if generate.sampling.logprobs >= 0 else (),
         **more,
     )
+
+
+def parts_of(positions: range) -> dict[str, object]:
+    """The columns of the parts that these positions bring."""
+    rows = [(row, *part) for row, position in enumerate(positions) for part in PARTS[position]]
+    indices, kinds, calls, texts = zip(*rows, strict=True)
+    return {
+        "part_rows": pack("i", indices),
+        "part_kinds": bytes(kinds),
+        "part_calls": pack("i", calls),
+        "part_texts": texts,
+    }
 
 
 def chosen(generate: Generate) -> float:
@@ -203,6 +233,7 @@ class FakeStack:
     received: list[Generate | Cancel | Tokenize | Detokenize] = field(default_factory=list)
     words: Words = field(default_factory=Words)
     has_text: bool = True
+    has_reasoning: bool = False
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
@@ -300,6 +331,7 @@ class FakeStack:
             *text,
             dict(self.stats),
             self.sampling_defaults,
+            has_reasoning=self.has_reasoning,
         )
 
     def send_rosters(self) -> None:
@@ -442,6 +474,7 @@ class FakeStack:
                     generate.attempt,
                     script.reason,
                     stop_reason=script.stop_reason,
+                    reasoning_tokens=2,
                 )
                 self._send(generate, deltas(generate, at, 1, execution, ended=(last,)))
             else:

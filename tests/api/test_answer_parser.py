@@ -1,5 +1,5 @@
-"""Another parser of answers plugs in between the streams and the formatter, for streamed and whole
-answers: here a toy format with reasoning between <think> tags and calls between <call> tags."""
+"""Answers that come in parts, streamed and whole: here by a toy format with reasoning between <think>
+tags and calls between <call> tags."""
 
 import asyncio
 import json
@@ -8,21 +8,22 @@ from collections.abc import Sequence
 
 import pytest
 from api.fake_stack import WORDS
-from pagewire.frontend.answers import (
-    PLAIN,
-    ContentDelta,
-    ContentParser,
-    Delta,
-    ReasoningDelta,
-    ToolCallDelta,
-    parse_whole,
-)
 from pagewire.frontend.events import ParsedSseChoice, SseChoice, SseReply
 from pagewire.frontend.rendering import Rendering
 from pagewire.frontend.reply import Echo, Reply
 from pagewire.frontend.responses import ChoiceData, formatter_for
 from pagewire.frontend.sse import Flusher
-from pagewire_protocol.structs import TokenLogprobs
+from pagewire.requests.answers import (
+    ContentDelta,
+    Delta,
+    Output,
+    ReasoningDelta,
+    ToolCallDelta,
+    outputs_of,
+)
+from pagewire_protocol.columns import pack
+from pagewire_protocol.messages import Deltas
+from pagewire_protocol.structs import PartKind, TokenLogprobs
 
 TAG = re.compile(r"</?think>|<call [a-z]+>|</call>")
 LONGEST_TAG = len("<call lookup>")
@@ -128,28 +129,40 @@ class Future:
         self.is_set = True
 
 
-def whole(text: str, parser=ToyParser, **more: object) -> dict:
-    reply = Reply(
-        formatter_for(rendering(stream=False, **more), "1", "m"), Loop(), [Echo()], parser
-    )
+def outputs(pieces: Sequence[str], parser: type | None) -> list[Output]:
+    """What a sink gets of each piece; what comes at the end goes with the last one."""
+    if parser is None:
+        return list(pieces)
+    toy = parser()
+    rows = [list(toy.feed(piece)) for piece in pieces]
+    rows[-1] += toy.finish()
+    return [tuple(row) for row in rows]
+
+
+def whole(text: str, parser: type | None = ToyParser, **more: object) -> dict:
+    shown = rendering(stream=False, has_parts=parser is not None, **more)
+    reply = Reply(formatter_for(shown, "1", "m"), Loop(), [Echo()])
     (choice,) = reply.choices
-    choice.text(text)
-    choice.finished("stop", None, 5)
+    for output in outputs([text], parser):
+        choice.text(output)
+    choice.finished("stop", None, 5, 2)
     return json.loads(asyncio.run(reply.body()))["choices"][0]
 
 
-def streamed(pieces: Sequence[str], parser=ToyParser, **more: object) -> list[dict]:
+def streamed(pieces: Sequence[str], parser: type | None = ToyParser, **more: object) -> list[dict]:
     """The choice of every event, after those that precede the text."""
-    formatter = formatter_for(rendering(stream=True, **more), "1", "m")
-    reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+    shown = rendering(stream=True, has_parts=parser is not None, **more)
+    reply = SseReply(formatter_for(shown, "1", "m"), Loop(), [Echo()], Flusher(Loop()))
     (choice,) = reply.choices
-    for position, piece in enumerate(pieces):
+    for position, output in enumerate(outputs(pieces, parser)):
         if choice.wants_tokens:
-            entry = TokenLogprobs(0, 0, 1, (position,), (-1.0,), (piece.encode(),))
-            choice.tokens(piece, [position], [entry])
-        else:
-            choice.text(piece)
-    choice.finished("stop", None, len(pieces))
+            text = pieces[position].encode()
+            choice.tokens(
+                output, [position], [TokenLogprobs(0, 0, 1, (position,), (-1.0,), (text,))]
+            )
+        elif output:
+            choice.text(output)
+    choice.finished("stop", None, len(pieces), 2)
     blocks = b"".join(reply.outlet.pieces).decode().split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
     return [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks[:-2]]
@@ -205,49 +218,86 @@ def test_a_stream_with_log_probabilities_says_the_same(length: int) -> None:
     )
 
 
-def test_what_was_held_back_comes_at_the_end() -> None:
-    assert whole("a <thi")["message"] == {
-        "role": "assistant",
-        "content": "a <thi",
-        "refusal": None,
-    }
-    events = streamed(["a <thi"])
-    assert [event["delta"] for event in events] == [{"content": "a "}, {"content": "<thi"}]
-    assert events[-1]["finish_reason"] == "stop"
-
-
 def test_a_call_without_content_has_null_content() -> None:
     assert whole("<call add>{}</call>")["message"]["content"] is None
 
 
 def test_a_length_end_stays_one() -> None:
-    reply = Reply(formatter_for(rendering(stream=False), "1", "m"), Loop(), [Echo()], ToyParser)
+    formatter = formatter_for(rendering(stream=False, has_parts=True), "1", "m")
+    reply = Reply(formatter, Loop(), [Echo()])
     (choice,) = reply.choices
-    choice.text("<call add>{")
+    choice.text((ToolCallDelta(0, "x", "add"), ToolCallDelta(0, arguments="{")))
     choice.finished("length", None, 5)
     body = json.loads(asyncio.run(reply.body()))["choices"][0]
     assert body["finish_reason"] == "length"
     assert body["message"]["tool_calls"][0]["function"]["arguments"] == "{"
 
 
-@pytest.mark.parametrize("pieces", [list(WORDS), ["", "<think>x"]])
-def test_without_another_parser_all_text_is_content(pieces: list[str]) -> None:
+@pytest.mark.parametrize("pieces", [list(WORDS), ["x", "<think>x"]])
+def test_without_parts_all_text_is_content(pieces: list[str]) -> None:
     text = "".join(pieces)
-    assert whole(text, PLAIN)["message"] == {
+    assert whole(text, None)["message"] == {
         "role": "assistant",
         "content": text,
         "refusal": None,
     }
-    events = streamed(pieces, PLAIN)
+    events = streamed(pieces, None)
     assert [event["delta"] for event in events] == [{"content": piece} for piece in pieces]
-    assert parse_whole(ContentParser(), text) == (ContentDelta(text),)
 
 
-def test_only_another_parser_leaves_the_fast_path() -> None:
-    for parser, kind in ((PLAIN, SseChoice), (ToyParser, ParsedSseChoice)):
-        formatter = formatter_for(rendering(stream=True), "1", "m")
-        reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+def test_only_parts_leave_the_fast_path() -> None:
+    for has_parts, kind in ((False, SseChoice), (True, ParsedSseChoice)):
+        formatter = formatter_for(rendering(stream=True, has_parts=has_parts), "1", "m")
+        reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()))
         assert type(reply.choices[0]) is kind
+
+
+def test_reasoning_is_counted_and_may_be_left_out() -> None:
+    message = whole(TEXT, include_reasoning=False)["message"]
+    assert "reasoning" not in message and message["content"] == MESSAGE["content"]
+    events = streamed(cut(TEXT, 3), include_reasoning=False)
+    assert not any("reasoning" in event["delta"] for event in events)
+    formatter = formatter_for(rendering(stream=False, has_parts=True), "1", "m")
+    reply = Reply(formatter, Loop(), [Echo()])
+    reply.choices[0].finished("stop", None, 5, 3)
+    usage = json.loads(asyncio.run(reply.body()))["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 3}
+
+
+def deltas(texts: tuple[str, ...], parts: list[tuple[int, int, int, str]]) -> Deltas:
+    rows, kinds, calls, part_texts = zip(*parts, strict=True)
+    column = pack("I", range(len(texts)))
+    return Deltas(
+        column,
+        column,
+        bytes(2 * len(column)),
+        column,
+        column,
+        b"",
+        texts,
+        part_rows=pack("i", rows),
+        part_kinds=bytes(kinds),
+        part_calls=pack("i", calls),
+        part_texts=part_texts,
+    )
+
+
+def test_parts_come_in_columns() -> None:
+    parts = [
+        (0, PartKind.REASONING, 0, "hm"),
+        (2, PartKind.CONTENT, 0, "yes"),
+        (2, PartKind.CALL_ID, 1, "id"),
+        (2, PartKind.CALL_NAME, 1, "f"),
+        (2, PartKind.ARGUMENTS, 1, "{}"),
+    ]
+    assert outputs_of(deltas(("", "plain", ""), parts)) == [
+        (ReasoningDelta("hm"),),
+        "plain",
+        (ContentDelta("yes"), ToolCallDelta(1, "id", "f"), ToolCallDelta(1, arguments="{}")),
+    ]
+    for wrong in ((3, PartKind.CONTENT, 0, ""), (0, 9, 0, ""), (-1, PartKind.CONTENT, 0, "")):
+        with pytest.raises(ValueError):
+            outputs_of(deltas(("", "", ""), [wrong]))
 
 
 def test_deltas_of_parallel_calls_may_alternate() -> None:
@@ -262,32 +312,13 @@ def test_deltas_of_parallel_calls_may_alternate() -> None:
     assert data.tool_calls == [ToolCallDelta(0, "x", "f", "{}"), ToolCallDelta(1, "y", "g", "[]")]
 
 
-def test_the_server_uses_the_parser_for_chats_alone(
-    server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Upper(ContentParser):
-        def feed(self, text: str) -> Sequence[Delta]:
-            return (ReasoningDelta(text.upper()),)
-
-    monkeypatch.setattr(server.frontend.service.state, "chat_parser", Upper)
-    message = server.chat("hi", max_tokens=1).json()["choices"][0]["message"]
-    assert message["reasoning"] == WORDS[0].upper() and message["content"] == ""
-    events = server.events(
-        "/v1/chat/completions", messages=[{"role": "user", "content": "hi"}], max_tokens=1
-    )
-    assert {"reasoning": "HELLO", "reasoning_content": "HELLO"} in [
-        event["choices"][0]["delta"] for event in events
-    ]
-    assert server.complete("hi", max_tokens=1).json()["choices"][0]["text"] == WORDS[0]
-
-
-@pytest.mark.parametrize("parser", [PLAIN, ToyParser])
-def test_the_finish_reason_comes_with_the_last_text_of_each_choice(parser) -> None:
-    formatter = formatter_for(rendering(stream=True, n=2, per_prompt=2), "1", "m")
-    reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()), parser)
+@pytest.mark.parametrize("has_parts", [False, True])
+def test_the_finish_reason_comes_with_the_last_text_of_each_choice(has_parts: bool) -> None:
+    shown = rendering(stream=True, n=2, per_prompt=2, has_parts=has_parts)
+    reply = SseReply(formatter_for(shown, "1", "m"), Loop(), [Echo()], Flusher(Loop()))
     for piece in ("a", "b"):
         for choice in reply.choices:
-            choice.text(piece)
+            choice.text((ContentDelta(piece),) if has_parts else piece)
     for choice in reply.choices:
         choice.finished("stop", None, 2)
     blocks = b"".join(reply.outlet.pieces).decode().split("\n\n")[:-2]
@@ -297,9 +328,8 @@ def test_the_finish_reason_comes_with_the_last_text_of_each_choice(parser) -> No
 
 
 def test_the_finish_reason_comes_alone_after_text_that_was_sent() -> None:
-    reply = SseReply(
-        formatter_for(rendering(stream=True), "1", "m"), Loop(), [Echo()], Flusher(Loop()), PLAIN
-    )
+    formatter = formatter_for(rendering(stream=True), "1", "m")
+    reply = SseReply(formatter, Loop(), [Echo()], Flusher(Loop()))
     (choice,) = reply.choices
     choice.text("a")
     reply.outlet.pieces.clear()

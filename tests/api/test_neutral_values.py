@@ -64,7 +64,6 @@ def test_every_neutral_value_means_nothing(server) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("reasoning_effort", "high"),
         ("verbosity", "low"),
         ("no_stop_trim", True),
         ("return_hidden_states", True),
@@ -124,9 +123,7 @@ def test_what_programs_note_about_messages_passes(server) -> None:
     ("message", "where"),
     [
         ({"refusal": "I cannot"}, "refusal"),
-        ({"tool_calls": [{"id": "1"}]}, "tool_calls"),
-        ({"tool_call_id": "1"}, "tool_call_id"),
-        ({"reasoning_content": "hm"}, "reasoning_content"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"prefix": True}, "prefix"),
         ({"parts": [{"text": "x"}]}, "parts"),
         ({"content": [{"type": "text", "text": "x", "more": "y"}]}, "content[0].more"),
@@ -156,6 +153,6 @@ def test_llm_takes_the_same_messages() -> None:
     (entry,) = as_chats([USER, said, refuses, USER], True, False)
     chat = entry.prompt.chat
     assert chat and [one.content for one in chat.messages] == ["hi", "yes", "no", "hi"]
-    for lost in ({"reasoning_content": "hm"}, {"prefix": True}, {"tool_calls": [{}]}):
+    for lost in ({"prefix": True}, {"tool_calls": [{}]}, {"function_call": {"name": "f"}}):
         with pytest.raises(ValueError, match=next(iter(lost))):
             as_chats([{**USER, **lost}], True, False)

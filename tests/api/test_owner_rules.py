@@ -39,7 +39,8 @@ class Sink:
 
     def finished(self, *end) -> None:
         assert self.end is None
-        self.end = end
+        *self.end, self.reasoning_tokens = end
+        self.end = tuple(self.end)
 
     def failed(self, error) -> None:
         assert self.end is None

@@ -104,7 +104,12 @@ def test_every_field_of_the_wire_has_a_parameter() -> None:
     made = {row.wire for row in ON_WIRE}
     sampling = {*made, *NAMED, "bias_ids", "bias_values", "allowed_ids", "bad_words"}
     assert set(Sampling.__struct_fields__) <= sampling
-    assert set(TextOptions.__struct_fields__) <= {*made, "return_prompt_ids", "truncate_prompt"}
+    assert set(TextOptions.__struct_fields__) <= {
+        *made,
+        "answer",
+        "return_prompt_ids",
+        "truncate_prompt",
+    }
 
 
 @pytest.mark.parametrize("row", NUMBERS, ids=name_of)

@@ -89,7 +89,7 @@ def test_a_final_message_can_be_continued(name: str):
 def test_unknown_roles_are_refused(name: str):
     with pytest.raises(TemplateRefused, match=r"user and assistant.*system at the beginning"):
         ChatTemplate(read_option(name), NAMES).render(
-            chat([("user", "Hi"), ("tool", "x"), ("user", "y")])
+            chat([("user", "Hi"), ("function", "x"), ("user", "y")])
         )
 
 

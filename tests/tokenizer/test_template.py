@@ -243,9 +243,9 @@ def test_empty_texts_need_not_be_shown():
         ),
         ("no text at all", [("user", "at")], "messages[0] (role 'user')"),
         (
-            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
-            [("user", "a"), ("tool", "b")],
-            "messages[1] (role 'tool')",
+            "{% for m in messages if m.role != 'function' %}{{ m.content }}{% endfor %}",
+            [("user", "a"), ("function", "b")],
+            "messages[1] (role 'function')",
         ),
     ],
 )

@@ -10,8 +10,11 @@ from aiohttp import HttpVersion10, web
 from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
+from .anthropic import CountRequest, MessagesRequest
+from .anthropic_answers import PREFIX as ANTHROPIC
+from .anthropic_answers import error_body
 from .errors import JSON, ApiError, as_api_error
-from .generate import STREAMING, TENANT, chat_completions, completions
+from .generate import STREAMING, TENANT, chat_completions, completions, messages, responses
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .openapi import ROUTES, Route, openapi
 from .pages import docs, docs_without_key, home
@@ -30,9 +33,18 @@ from .probes import (
 )
 from .request_ids import HEADER, request_id
 from .request_log import CLIENT_GONE, log_request
+from .responses_api import ResponsesRequest
 from .routes import method_of, route_of
+from .sse import encode
 from .state import STATE, State
-from .tokens import detokenize, render_chat, render_completion, tokenize
+from .tokens import (
+    count_tokens,
+    detokenize,
+    render_chat,
+    render_completion,
+    tokenize,
+    tokenizer_info,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger("pagewire.frontend")
@@ -57,6 +69,15 @@ _API: Final = (
         "POST", "/v1/chat/completions", chat_completions, "An answer in a conversation", ChatRequest
     ),
     Route("POST", "/v1/completions", completions, "Text after a prompt", CompletionRequest),
+    Route("POST", "/v1/responses", responses, "OpenAI's Responses API", ResponsesRequest),
+    Route("POST", "/v1/messages", messages, "Anthropic's Messages API", MessagesRequest),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        count_tokens,
+        "The tokens of a request to it",
+        CountRequest,
+    ),
     Route("GET", "/v1/models", models, "The names that requests may use"),
     Route("GET", "/v1/models/{id:.+}", model, "One of them"),
     Route(
@@ -77,6 +98,7 @@ _API: Final = (
         "The token ids of prompts, without an answer",
         CompletionRequest,
     ),
+    Route("GET", "/tokenizer_info", tokenizer_info, "The tokenizer's settings"),
     Route("GET", "/load", load, "How many requests this process owns"),
     *(
         Route("GET", f"{prefix}{name}", handler, f"What SGLang's router asks of a {subject}")
@@ -142,9 +164,9 @@ async def _guarded(state: State, request: web.Request, handler: Handler) -> web.
             raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
         return await _answer(state, request, handler)
     except (ApiError, RequestError) as error:
-        return _error(as_api_error(error))
+        return _error(request, as_api_error(error))
     except web.HTTPException as error:
-        return _error(_of_http(request, error))
+        return _error(request, _of_http(request, error))
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception:
@@ -152,7 +174,9 @@ async def _guarded(state: State, request: web.Request, handler: Handler) -> web.
         if STREAMING in request and request.transport:
             # The head of an answer has been sent: only a broken connection tells the client now.
             request.transport.abort()
-        return _error(ApiError(500, "The server failed on this request; its log says why."))
+        return _error(
+            request, ApiError(500, "The server failed on this request; its log says why.")
+        )
 
 
 async def _answer(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -164,9 +188,11 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
             return web.Response(text=text, status=status, headers=headers)
         return await handler(request)
     if handler_of(request) not in _OPEN:
-        tenant = state.auth.tenant(request.headers.getall("Authorization", []))
+        tenant = state.auth.tenant(_keys(request))
         if tenant is None and handler_of(request) is docs:
             return docs_without_key()
+        if tenant is None and request.path.startswith(ANTHROPIC):
+            raise ApiError(401, "The API key is missing or wrong.")
         if tenant is None:
             return web.Response(
                 body=_UNAUTHORIZED,
@@ -176,6 +202,14 @@ async def _answer(state: State, request: web.Request, handler: Handler) -> web.S
             )
         request[TENANT] = tenant
     return await handler(request)
+
+
+def _keys(request: web.Request) -> list[str]:
+    """The values of Authorization; without any, the key that Anthropic's clients send."""
+    values = request.headers.getall("Authorization", [])
+    if not values:
+        values = [f"Bearer {key}" for key in request.headers.getall("x-api-key", [])]
+    return values
 
 
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -192,10 +226,10 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
         response.headers.update(request.app[STATE].cors.headers(origin))
 
 
-def _error(error: ApiError) -> web.Response:
-    return web.Response(
-        body=error.body(), status=error.status, headers=error.headers(), content_type=JSON
-    )
+def _error(request: web.Request, error: ApiError) -> web.Response:
+    is_anthropic = request.path.startswith(ANTHROPIC)
+    body = encode(error_body(error)) if is_anthropic else error.body()
+    return web.Response(body=body, status=error.status, headers=error.headers(), content_type=JSON)
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -7,8 +7,8 @@ from typing import Final
 
 from pagewire_protocol.structs import TokenLogprobs
 
+from ..requests.answers import ContentDelta, Delta, Output, ReasoningDelta, ToolCallDelta
 from ..requests.request import OwnedRequest
-from .answers import PLAIN, ContentDelta, Delta, ParserFactory, ReasoningDelta, ToolCallDelta
 from .errors import as_api_error
 from .logprobs import PromptScore
 from .reply import Choice, Echo, Reply
@@ -29,7 +29,6 @@ class SseReply(Reply):
         loop: asyncio.AbstractEventLoop,
         echoes: Sequence[Echo],
         flusher: Flusher,
-        make_parser: ParserFactory = PLAIN,
         park: Callable[[OwnedRequest, bool], None] = lambda request, parked: None,
     ) -> None:
         """`park`: told of each request when the client reads nothing, and when it reads again."""
@@ -38,14 +37,14 @@ class SseReply(Reply):
         self._park = park
         self.has_begun = False
         """The first events were made."""
-        super().__init__(formatter, loop, echoes, make_parser)
+        super().__init__(formatter, loop, echoes)
 
     def _park_all(self, parked: bool) -> None:
         for request in self.requests:
             self._park(request, parked)
 
-    def _make_choices(self, count: int) -> "Sequence[SseChoice]":
-        kind = SseChoice if self.make_parser is PLAIN else ParsedSseChoice
+    def _make_choices(self, count: int) -> "Sequence[Choice]":
+        kind = ParsedSseChoice if self.rendering.has_parts else SseChoice
         return [kind(self, index) for index in range(count)]
 
     def first_events(self) -> list[bytes]:
@@ -88,7 +87,6 @@ class SseChoice(Choice):
         self._head, self._tail = template(reply.formatter.chunk(ChoiceData(index, HOLE)))
         self._outlet = reply.outlet
         self._pieces = reply.outlet.pieces
-        self._parser = reply.make_parser()
         self._called_tools = False
         self._last_event: bytes | None = None
         """The newest event that came as one piece, and what it was made of."""
@@ -113,14 +111,14 @@ class SseChoice(Choice):
             data.prompt_ids = data.prompt_ids or self.data.prompt_ids
             self.data.prompt_ids = None
 
-    def text(self, text: str, /) -> None:
+    def text(self, text: Output, /) -> None:
         pieces = self._pieces
         if not pieces:
             self._outlet.touch()
             self.reply.open()
         pieces += (self._head, encode(text), self._tail)
 
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+    def tokens(self, text: Output, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         if self._holds(partial(self.tokens, text, tokens, logprobs)):
             return
         rendering = self.reply.rendering
@@ -129,7 +127,7 @@ class SseChoice(Choice):
         self._send_score()
         if text or (logprobs and rendering.logprobs >= 0) or rendering.return_token_ids:
             # What a row brings beside its text goes with the first of its events.
-            first, *more = self._noted(self._parser.feed(text)) or (ContentDelta(""),)
+            first, *more = self._deltas(text) or (ContentDelta(""),)
             data = ChoiceData(
                 self.index,
                 tokens=tokens,
@@ -142,15 +140,22 @@ class SseChoice(Choice):
             for delta in more:
                 self._send_delta(delta)
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
-        if self._holds(partial(self.finished, reason, stop_reason, completion_tokens)):
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
+        if self._holds(
+            partial(self.finished, reason, stop_reason, completion_tokens, reasoning_tokens)
+        ):
             return
         self.reason = reason
         self.usage.completion_tokens = completion_tokens
+        self.usage.reasoning_tokens = reasoning_tokens
         self.reply.open()
         self._send_score()
-        for delta in self._noted(self._parser.finish()):
-            self._send_delta(delta)
         data = self._take_back_last()
         self._move_prompt_ids(data)
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
@@ -205,11 +210,15 @@ class SseChoice(Choice):
         self._outlet = Outlet(self.reply.flusher)
         self._pieces = self._outlet.pieces
 
-    def _noted(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
-        """The deltas; remembers whether one is of a tool call, which decides the finish reason."""
-        if any(isinstance(delta, ToolCallDelta) for delta in deltas):
+    def _deltas(self, text: Output) -> Sequence[Delta]:
+        """The parts that are shown; remembers whether one is of a tool call, which decides the
+        finish reason."""
+        shown = self.shown(text)
+        if isinstance(shown, str):
+            return (ContentDelta(shown),) if shown else ()
+        if any(isinstance(delta, ToolCallDelta) for delta in shown):
             self._called_tools = True
-        return deltas
+        return shown
 
     def _send_delta(self, delta: Delta) -> None:
         data = ChoiceData(self.index)
@@ -231,7 +240,7 @@ class SseChoice(Choice):
 
 
 class ParsedSseChoice(SseChoice):
-    """The sink of one streamed choice whose text a parser takes apart. Each kind of delta that
+    """The sink of one streamed choice whose answer comes in parts. Each kind of delta that
     repeats has a template of its own, made when it first occurs."""
 
     def __init__(self, reply: SseReply, index: int) -> None:
@@ -241,9 +250,9 @@ class ParsedSseChoice(SseChoice):
         self._argument_templates: dict[int, tuple[bytes, ...]] = {}
         """By the index of the tool call."""
 
-    def text(self, text: str, /) -> None:
+    def text(self, text: Output, /) -> None:
         self.reply.open()
-        for delta in self._noted(self._parser.feed(text)):
+        for delta in self._deltas(text):
             self._last_content = delta
             self._last_event = self._event_of(delta)
             self._outlet.push(self._last_event)

@@ -11,20 +11,24 @@ from msgspec.structs import replace
 
 from ..requests.parameters import MAX_INT32
 from ..requests.request import OwnedRequest, prompt_size
-from .answers import PLAIN
+from .anthropic import log_ignored
+from .anthropic_answers import MessagesFormatter, MessagesWriter
 from .beams import start_beams
 from .body import HeldBody, read_body
 from .errors import JSON, ApiError
 from .events import SseReply
 from .params import Plan
 from .reading import BodyType
+from .rendering import Rendering
 from .reply import Echo, Reply
 from .request_ids import adopt_request_id
 from .request_log import REPLY
-from .responses import formatter_for
+from .response_answers import ResponsesFormatter, ResponsesWriter
+from .responses import ResponseFormatter, formatter_for
 from .state import STATE, State
 from .tokenizer_queries import resolve
 from .turns import Turn
+from .typed_events import EventWriter, TypedSseReply
 
 log = logging.getLogger("pagewire.frontend")
 STREAMING: Final = web.RequestKey("streaming", bool)
@@ -49,12 +53,23 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return await _answer(request, "chat")
 
 
+async def responses(request: web.Request) -> web.StreamResponse:
+    """POST /v1/responses."""
+    return await _answer(request, "responses")
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """POST /v1/messages."""
+    return await _answer(request, "messages")
+
+
 async def _answer(request: web.Request, body_type: BodyType) -> web.StreamResponse:
     state = request.app[STATE]
     state.admission.check()
     lease = state.key_limits.admit(request.get(TENANT, ""), state.clock())
     try:
         plan: Plan = await read_plan(request, body_type)
+        log_ignored(plan.ignored, state.ignored)
         state.check_accepting()
         per_prompt = plan.choices.executions
         prompt_tokens = sum(map(prompt_size, plan.prompts))
@@ -123,12 +138,27 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
 def new_reply(state: State, plan: Plan, request_id: str, echoes: Sequence[Echo]) -> Reply:
     """The empty answer to a plan, an SseReply where it is streamed. `echoes`: one for each
     prompt."""
-    formatter = formatter_for(plan.rendering, request_id, state.names[0])
-    make_parser = state.chat_parser if formatter.has_structure else PLAIN
+    rendering = plan.rendering
     loop = asyncio.get_running_loop()
-    if plan.rendering.stream:
-        return SseReply(formatter, loop, echoes, state.flusher, make_parser, state.owner.park)
-    return Reply(formatter, loop, echoes, make_parser)
+    formatter, writer = _form_of(rendering, request_id, state.names[0])
+    if not rendering.stream:
+        return Reply(formatter, loop, echoes)
+    if writer is not None:
+        return TypedSseReply(formatter, loop, echoes, state.flusher, state.owner.park, writer)
+    return SseReply(formatter, loop, echoes, state.flusher, state.owner.park)
+
+
+def _form_of(
+    rendering: Rendering, request_id: str, model: str
+) -> tuple[ResponseFormatter, EventWriter | None]:
+    """What makes the bodies of an answer, and what its events where these have names."""
+    if rendering.api == "messages":
+        messages = MessagesFormatter(rendering, request_id, model)
+        return messages, MessagesWriter(messages)
+    if rendering.api == "responses":
+        items = ResponsesFormatter(rendering, request_id, model)
+        return items, ResponsesWriter(items)
+    return formatter_for(rendering, request_id, model), None
 
 
 def _limit_time(

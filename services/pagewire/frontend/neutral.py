@@ -113,6 +113,18 @@ NEUTRAL: Final[Table] = {
 """Parameters of requests that are known but not supported (by an endpoint), with the values besides
 null that mean the same as leaving them out. An unknown one may be null and nothing else."""
 
+OF_CHATS: Final = frozenset(
+    {
+        "include_reasoning",
+        "parallel_tool_calls",
+        "reasoning_effort",
+        "thinking_token_budget",
+        "tool_choice",
+        "tools",
+    }
+)
+"""Those that chats have, where each value means something."""
+
 _read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _read_objects: Final = msgspec.json.Decoder(list[dict[str, Raw]])
 
@@ -135,7 +147,7 @@ def without_neutral(known: Container[str], body: bytes) -> bytes:
 def _drop(fields: dict[str, Raw], known: Container[str], neutral: Table, where: str = "") -> None:
     """Remove from `fields` what asks for nothing. `where`: the place of these fields in the body."""
     for name, encoded in list(fields.items()):
-        if name in known and name not in neutral:
+        if name in known and (name not in neutral or name in OF_CHATS):
             continue
         if _means_nothing(encoded, neutral.get(name, ())):
             del fields[name]

@@ -6,7 +6,7 @@ Every accepted parameter is a field here; those that are single numbers or switc
 table of `requests/parameters.py`.
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Raw, Struct, defstruct, field
 
@@ -87,12 +87,65 @@ class Part(Struct, forbid_unknown_fields=True):
     file: Raw = _NULL
 
 
+class FunctionCallIn(Struct):
+    """The function of an earlier answer's call."""
+
+    name: str
+    arguments: str | dict[str, Raw] = ""
+    """JSON text, or the object itself."""
+
+
+class ToolCallIn(Struct):
+    """A call of an earlier answer."""
+
+    function: FunctionCallIn
+    id: str = ""
+    type: str = "function"
+
+
 class MessageIn(Struct, forbid_unknown_fields=True):
     """A message of a conversation: what reaches the chat template."""
 
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[ToolCallIn] | None = None
+    tool_call_id: str | None = None
+    """Of the call whose result this is."""
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    """The same, by the name of DeepSeek, SGLang and llama.cpp."""
+
+
+class FunctionIn(Struct, omit_defaults=True):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Raw] | None = None
+    """A JSON schema of its arguments."""
+    strict: bool | None = None
+    """Forced arguments keep to all of the schema; a keyword that is not known is refused."""
+
+
+class ToolIn(Struct, omit_defaults=True):
+    """A tool."""
+
+    type: Literal["function"]
+    function: FunctionIn
+
+
+class NamedFunction(Struct):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Struct):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 if TYPE_CHECKING:
@@ -172,6 +225,16 @@ class ChatRequest(Request, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Raw] | None = None
+    tools: list[ToolIn] | None = None
+    tool_choice: str | NamedTool | None = None
+    """`none`, `auto`, `required`, or one function."""
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """For the chat template; `none` switches reasoning off."""
+    include_reasoning: bool | None = None
+    """False: the reasoning is not shown."""
+    thinking_token_budget: int | None = None
+    """Tokens of reasoning after which it is ended."""
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -184,6 +247,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Raw] | None = None
+    tools: list[ToolIn] | None = None
     return_token_strs: bool | None = None
 
 

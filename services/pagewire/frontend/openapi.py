@@ -13,6 +13,7 @@ from pagewire.version import __version__
 
 from ..requests.messages import LABELS, SWITCHES
 from ..requests.parameters import PARAMETERS, Parameter
+from .anthropic import CountRequest, MessagesRequest
 from .errors import JSON, TYPES
 from .neutral import NEUTRAL
 from .openai import (
@@ -22,6 +23,7 @@ from .openai import (
     Request,
     TokenizeRequest,
 )
+from .responses_api import ResponsesRequest
 from .state import STATE
 
 Schema = dict[str, Any]
@@ -41,6 +43,11 @@ class Route(Struct, frozen=True):
 
 
 ROUTES: Final = web.AppKey("routes", tuple[Route, ...])
+_OPEN_REQUESTS: Final[tuple[type[Struct], ...]] = (
+    ResponsesRequest,
+    MessagesRequest,
+    CountRequest,
+)
 _OTHER_NAMES: Final = {"max_completion_tokens": "max_tokens", "top_logprobs": "logprobs"}
 """Fields whose bounds are those of a parameter of another name."""
 _SIZES: Final = {
@@ -59,6 +66,12 @@ _EXAMPLES: Final[Mapping[type[Struct], Schema]] = {
     CompletionRequest: {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8},
     TokenizeRequest: {"prompt": "The capital of France is"},
     DetokenizeRequest: {"tokens": [1, 2, 3]},
+    ResponsesRequest: {"input": "What is the capital of France?", "max_output_tokens": 64},
+    MessagesRequest: {
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 64,
+    },
+    CountRequest: {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
 }
 
 
@@ -98,7 +111,7 @@ def _operation(route: Route) -> Schema:
     if route.request is None:
         return operation
     content: Schema = {"application/json": {}}
-    if issubclass(route.request, Request):
+    if issubclass(route.request, Request) or "stream" in route.request.__struct_fields__:
         content["text/event-stream"] = {}
         operation["description"] = (
             "With `stream`, server-sent events in place of one JSON object; the last is [DONE]."
@@ -119,6 +132,8 @@ def _schemas(requests: Iterable[type[Struct]]) -> dict[str, Schema]:
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(requests, ref_template=template)
     for request in requests:
+        if request in _OPEN_REQUESTS:  # further fields have no effect
+            continue
         schema = schemas[request.__name__]
         properties: dict[str, Schema] = schema["properties"]
         for name in properties:

@@ -7,7 +7,9 @@ Sizes are charged here, before a job is copied once for each choice.
 import secrets
 
 from msgspec import Struct
+from msgspec.structs import replace
 from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
+from pagewire_protocol.sampling import ToolChoice
 from pagewire_protocol.structs import Prompt
 
 from ..requests.choices import Choices, choices_of
@@ -27,6 +29,7 @@ from .openai import (
 )
 from .prompts import chat_of, prompts_of
 from .rendering import Rendering
+from .tools import answer_options, encoded_tools, template_kwargs
 
 
 class Plan(Struct, frozen=True):
@@ -41,6 +44,8 @@ class Plan(Struct, frozen=True):
     cache_salt: str
     request_id: str = ""
     """The client's own name for the request, if it gave one."""
+    ignored: tuple[str, ...] = ()
+    """What the request holds without effect, to be logged."""
 
     @property
     def choices(self) -> Choices:
@@ -116,12 +121,16 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
     if max_tokens is None:
         max_tokens = checked_max_tokens(request.max_tokens, scores_prompt=scores_prompt)
     choices = choices_of(request)
+    tools = encoded_tools(request.tools)
+    options = answer_options(request, model, choices.beams is not None)
+    may_call = options is not None and options.tool_choice is not ToolChoice.NONE
     chat = chat_of(
         request.messages,
         request.add_generation_prompt,
         request.continue_final_message,
-        request.chat_template_kwargs,
+        template_kwargs(request, model),
         model,
+        tools if may_call else b"",
     )
     template = job_template(
         request,
@@ -134,6 +143,7 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         score_each=bool(request.stream),
         grammar=grammar_of(request),
     )
+    template = replace(template, text=replace(template.text, answer=options))
     last = chat.messages[-1]
     role = "assistant" if chat.add_generation_prompt else last.role
     rendering = _rendering(
@@ -144,6 +154,11 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         chat=True,
         role=role,
         prefix=last.content if request.echo and last.role == role else "",
+    )
+    rendering = replace(
+        rendering,
+        has_parts=options is not None,
+        include_reasoning=request.include_reasoning is not False,
     )
     return _plan(request, [Prompt(chat=chat)], template, rendering, model)
 

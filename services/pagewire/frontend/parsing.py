@@ -4,22 +4,36 @@ A parameter that is no field of the request is refused by name, unless its value
 (neutral.py).
 """
 
+import contextlib
 import re
+from collections.abc import Generator
 from typing import Any, Final, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from ..requests.errors import RequestError, invalid
+from .anthropic import CountRequest, MessagesRequest
+from .conversations import Ignored
 from .neutral import without_neutral
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .responses_api import ResponsesRequest
 
 R = TypeVar("R", bound=Struct)
 
 _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
     request_type: msgspec.json.Decoder(request_type)
-    for request_type in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    for request_type in (
+        CompletionRequest,
+        ChatRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        ResponsesRequest,
+        MessagesRequest,
+        CountRequest,
+    )
 }
+_read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
 _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
@@ -30,13 +44,33 @@ def parse(request_type: type[R], body: bytes) -> R:
     wrong."""
     if not body.strip():
         raise invalid("The request body is empty; a JSON object is needed.")
-    try:
+    with _explaining(body):
         try:
             return _decoders[request_type].decode(body)
         except msgspec.ValidationError:
             # Only a body that does not fit is looked through a second time.
             less = without_neutral(request_type.__struct_fields__, body)
             return _decoders[request_type].decode(less)
+
+
+def parse_open(request_type: type[R], body: bytes, ignored: Ignored) -> R:
+    """The same for a request whose further fields have no effect; they are noted. Raises
+    RequestError."""
+    if not body.strip():
+        raise invalid("The request body is empty; a JSON object is needed.")
+    with _explaining(body):
+        parsed = _decoders[request_type].decode(body)
+        for name, value in _read_fields.decode(body).items():
+            if name not in request_type.__struct_fields__ and bytes(value) != b"null":
+                ignored.add(name)
+        return parsed
+
+
+@contextlib.contextmanager
+def _explaining(body: bytes) -> Generator[None]:
+    """Errors of decoding as RequestErrors."""
+    try:
+        yield
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from None
     except msgspec.DecodeError as error:

@@ -22,6 +22,7 @@ from ..requests.messages import text_of_part
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import MAX_INT32, shown
 from .openai import MessageIn, Part
+from .tools import message_fields
 
 MAX_PROMPTS: Final = 1024
 """Of one request."""
@@ -145,6 +146,7 @@ def chat_of(
     continue_final_message: bool | None,
     template_kwargs: dict[str, Raw] | None,
     model: ModelFacts,
+    tools: bytes = b"",
 ) -> Chat:
     """A conversation. `add_generation_prompt` is true by default, unless the final message is
     continued. Raises RequestError."""
@@ -167,12 +169,14 @@ def chat_of(
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     converted = tuple(_message(index, message) for index, message in enumerate(messages))
-    check_length(sum(len(message.content) for message in converted), model, "messages")
+    characters = sum(len(message.content) for message in converted)
+    check_length(characters, model, "messages")
     return Chat(
         converted,
         add_generation_prompt,
         bool(continue_final_message),
         _template_kwargs(template_kwargs),
+        tools,
     )
 
 
@@ -204,12 +208,12 @@ def _message(index: int, message: MessageIn) -> ChatMessage:
         )
     content = message.content
     if content is None:
-        if message.role != "assistant":
+        if message.role not in ("assistant", "tool"):
             raise invalid(f"`messages[{index}].content` is missing.", "messages")
         content = ""
     if not isinstance(content, str):
         content = "\n".join(_part(index, part) for part in content)
-    return ChatMessage(message.role, content, message.name)
+    return ChatMessage(message.role, content, message.name, message_fields(index, message))
 
 
 def _part(index: int, part: Part) -> str:

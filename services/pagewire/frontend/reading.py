@@ -13,6 +13,8 @@ from pagewire_protocol.structs import Prompt
 
 from ..requests.errors import invalid
 from ..requests.model_facts import ModelFacts
+from .anthropic import CountRequest, MessagesRequest, plan_count, plan_messages
+from .conversations import Ignored
 from .errors import unknown_model
 from .openai import (
     ChatRequest,
@@ -21,10 +23,12 @@ from .openai import (
     TokenizeRequest,
 )
 from .params import Plan, plan_chat, plan_completion
-from .parsing import parse
+from .parsing import parse, parse_open
 from .prompts import at_most, chat_of, most_query_ids, query_text, text_prompt, token_column
+from .responses_api import ResponsesRequest, plan_responses
+from .tools import encoded_tools
 
-BodyType = Literal["completion", "chat", "tokenize", "detokenize"]
+BodyType = Literal["completion", "chat", "tokenize", "detokenize", "responses", "messages", "count"]
 
 
 class Served(Struct, frozen=True):
@@ -67,6 +71,27 @@ def _chat(body: bytes, served: Served) -> Plan:
     return plan_chat(parsed, served.model)
 
 
+def _responses(body: bytes, served: Served) -> Plan:
+    ignored = Ignored()
+    parsed = parse_open(ResponsesRequest, body, ignored)
+    _check_name(parsed.model, served)
+    return plan_responses(parsed, body, served.model, ignored)
+
+
+def _messages(body: bytes, served: Served) -> Plan:
+    ignored = Ignored()
+    parsed = parse_open(MessagesRequest, body, ignored)
+    _check_name(parsed.model, served)
+    return plan_messages(parsed, served.model, ignored)
+
+
+def _count(body: bytes, served: Served) -> Plan:
+    ignored = Ignored()
+    parsed = parse_open(CountRequest, body, ignored)
+    _check_name(parsed.model, served)
+    return plan_count(parsed, served.model, ignored)
+
+
 def _tokenize(body: bytes, served: Served) -> TokenizePlan:
     parsed = parse(TokenizeRequest, body)
     _check_name(parsed.model, served)
@@ -91,6 +116,7 @@ def _prompt_of(parsed: TokenizeRequest, model: ModelFacts) -> Prompt:
             parsed.continue_final_message,
             parsed.chat_template_kwargs,
             model,
+            encoded_tools(parsed.tools),
         )
     )
 
@@ -112,6 +138,9 @@ KINDS: Final[dict[BodyType, BodyKind]] = {
     "chat": BodyKind(_chat, Plan),
     "tokenize": BodyKind(_tokenize, TokenizePlan),
     "detokenize": BodyKind(_detokenize, DetokenizePlan),
+    "responses": BodyKind(_responses, Plan),
+    "messages": BodyKind(_messages, Plan),
+    "count": BodyKind(_count, Plan),
 }
 
 

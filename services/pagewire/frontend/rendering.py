@@ -1,5 +1,7 @@
 """How the answer to one HTTP request is shown, whatever is run for it."""
 
+from typing import Literal
+
 from msgspec import Struct
 
 
@@ -25,6 +27,16 @@ class Rendering(Struct, frozen=True, kw_only=True):
     echo: bool = False
     """The prompt comes before the text, and its log-probabilities before the text's."""
     role: str = "assistant"
+    api: Literal["openai", "responses", "messages"] = "openai"
+    """Whose form the answer of a chat has."""
+    echoed: bytes = b""
+    """A JSON object with what an answer of the Responses API repeats of its request."""
+    namespaces: dict[str, tuple[str, str]] = {}
+    """Namespace and name of functions there, by the names that the model sees."""
+    has_parts: bool = False
+    """The answer comes in parts: reasoning, content, tool calls."""
+    include_reasoning: bool = True
+    """The reasoning is shown."""
     prefix: str = ""
     """What a chat's answer begins with: the message that it continues, under `echo`."""
 

@@ -9,9 +9,9 @@ from msgspec import Struct
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
+from ..requests.answers import Output, ReasoningDelta
 from ..requests.errors import RequestError
 from ..requests.request import OwnedRequest
-from .answers import PLAIN, ParserFactory, parse_whole
 from .errors import ApiError
 from .logprobs import PromptScore
 from .responses import ChoiceData, ResponseFormatter, Usage
@@ -37,13 +37,11 @@ class Reply:
         formatter: ResponseFormatter,
         loop: asyncio.AbstractEventLoop,
         echoes: Sequence[Echo],
-        make_parser: ParserFactory = PLAIN,
     ) -> None:
-        """`echoes`: one for each prompt. `make_parser`: makes the parser of each choice's text."""
+        """`echoes`: one for each prompt."""
         self.formatter = formatter
         self.rendering = formatter.rendering
         self.echoes = echoes
-        self.make_parser = make_parser
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | RequestError | None = None
@@ -95,6 +93,9 @@ class Reply:
             sum(choice.usage.prompt_tokens for choice in first_choices),
             sum(choice.usage.completion_tokens for choice in self.choices),
             sum(choice.usage.cached_tokens for choice in first_choices),
+            sum(choice.usage.reasoning_tokens or 0 for choice in self.choices)
+            if self.rendering.has_parts
+            else None,
         )
 
     def used_tokens(self) -> tuple[int, int]:
@@ -156,7 +157,7 @@ class Choice:
                 rendering.ids_as_text,
                 self.echo.offsets,
             )
-        self._texts: list[str] = []
+        self._texts: list[Output] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._started = False
@@ -184,25 +185,37 @@ class Choice:
         if self.score:
             self.score.add(entry)
 
-    def text(self, text: str, /) -> None:
+    def text(self, text: Output, /) -> None:
         self._texts.append(text)
 
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+    def shown(self, text: Output) -> Output:
+        """The output without what the client does not want to see."""
+        if isinstance(text, str) or self.reply.rendering.include_reasoning:
+            return text
+        return tuple(delta for delta in text if not isinstance(delta, ReasoningDelta))
+
+    def tokens(self, text: Output, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         self._texts.append(text)
         self._tokens += tokens
         self._logprobs += logprobs
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
         self.reason = reason
         data = self.data
         data.content = self.prefix
-        for delta in parse_whole(self.reply.make_parser(), "".join(self._texts)):
-            data.add(delta)
+        data.add_all(map(self.shown, self._texts))
         data.offset = len(self.echo.text)
         data.tokens = self._tokens
         data.logprobs = self._logprobs
         data.set_end(reason, stop_reason, called_tools=bool(data.tool_calls))
         self.usage.completion_tokens = completion_tokens
+        self.usage.reasoning_tokens = reasoning_tokens
         self.reply.choice_finished()
 
     def failed(self, error: RequestError) -> None:

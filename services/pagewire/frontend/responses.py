@@ -3,14 +3,14 @@ not how it got there or how it is sent."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Final
 
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 from pagewire_protocol.structs import TokenLogprobs
 
-from .answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from ..requests.answers import ContentDelta, Delta, Output, ReasoningDelta, ToolCallDelta
 from .logprobs import (
     CompletionToken,
     PromptScore,
@@ -33,15 +33,20 @@ class Usage(Struct):
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that were in the prefix cache."""
+    reasoning_tokens: int | None = None
+    """Generated tokens that were reasoning; None where answers have no parts."""
 
     def body(self) -> Json:
         """OpenAI's `usage` object."""
-        return {
+        body: Json = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            body["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return body
 
 
 class ChoiceData(Struct):
@@ -72,8 +77,31 @@ class ChoiceData(Struct):
         self.reason = "tool_calls" if called_tools and reason == "stop" else reason
         self.stop_reason = stop_reason
 
+    def add_all(self, outputs: Iterable[Output]) -> None:
+        """Append all of an answer."""
+        content: list[str] = []
+        reasoning: list[str] = []
+        arguments: dict[int, list[str]] = {}
+        for output in outputs:
+            for delta in (ContentDelta(output),) if isinstance(output, str) else output:
+                match delta:
+                    case ContentDelta(text):
+                        content.append(text)
+                    case ReasoningDelta(text):
+                        reasoning.append(text)
+                    case ToolCallDelta(index, name=""):
+                        arguments[index].append(delta.arguments)
+                    case ToolCallDelta(index):
+                        self.tool_calls.append(delta)
+                        arguments[index] = []
+        self.content += "".join(content)
+        self.reasoning += "".join(reasoning)
+        self.tool_calls = [
+            replace(call, arguments="".join(arguments[call.index])) for call in self.tool_calls
+        ]
+
     def add(self, delta: Delta) -> None:
-        """Append a parser's delta."""
+        """Append one part."""
         match delta:
             case ContentDelta(text):
                 self.content += text
@@ -100,8 +128,6 @@ class ResponseFormatter(ABC):
     """`object` of a whole answer."""
     chunk_object: ClassVar[str]
     """`object` of one event of a stream."""
-    has_structure: ClassVar[bool]
-    """Whether an answer can have reasoning and tool calls beside its content."""
 
     def __init__(self, rendering: Rendering, request_id: str, model: str) -> None:
         self.rendering = rendering
@@ -172,7 +198,6 @@ class ChatFormatter(ResponseFormatter):
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-    has_structure = True
 
     def token(self, entry: TokenLogprobs) -> Raw:
         """An object of OpenAI's `content`."""
@@ -257,7 +282,6 @@ class CompletionFormatter(ResponseFormatter):
 
     id_prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
-    has_structure = False
 
     def token(self, entry: TokenLogprobs) -> CompletionToken:
         """An entry of each of OpenAI's lists."""

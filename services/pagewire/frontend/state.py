@@ -12,7 +12,6 @@ from ..requests.counter_exchange import CounterExchange
 from ..requests.counters import Counters
 from ..requests.owner import RequestOwner
 from .admission import Admission
-from .answers import PLAIN, ParserFactory
 from .auth import Auth
 from .body import LargeBodies
 from .body_readers import BodyReaders
@@ -59,8 +58,8 @@ class State(Struct):
     """Generation requests that have no complete answer yet."""
     lag_s: float = 0.0
     """How late the event loop's last timer was."""
-    chat_parser: ParserFactory = PLAIN
-    """Makes the parsers that take chats' answers apart, by what the model's answers look like."""
+    ignored: set[str] = field(default_factory=set[str])
+    """What requests of agents held without effect, as far as it was logged."""
     log_requests: bool = False
     """Each request is a line of the log when it ends."""
     body_readers: BodyReaders = field(default_factory=BodyReaders)

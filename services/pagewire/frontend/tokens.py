@@ -60,6 +60,31 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 @_limited
+async def count_tokens(request: web.Request) -> web.Response:
+    """POST /v1/messages/count_tokens: {"input_tokens"}."""
+    (rendered,) = await _columns(request, "count")
+    return web.Response(body=encode({"input_tokens": len(rendered) // 4}), content_type=JSON)
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """GET /tokenizer_info: what is known of the tokenizer and of how answers are written."""
+    state = request.app[STATE]
+    state.check_ready()
+    model = state.stack.model()
+    body = {
+        "tokenizer": state.tokenizer_path,
+        "has_text": model.has_text,
+        "has_chat_template": model.has_chat_template,
+        "vocab_size": model.vocab_size,
+        "max_model_len": model.max_model_len,
+        "eos_token_ids": list(model.eos_token_ids),
+        "tool_call_parser": model.tool_format,
+        "has_reasoning": model.has_reasoning,
+    }
+    return web.Response(body=encode(body), content_type=JSON)
+
+
+@_limited
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/completions/render: a request for an answer -> {"model", "token_ids"} of its
     prompt. vLLM's router goes by the token ids."""
@@ -75,6 +100,15 @@ async def render_completion(request: web.Request) -> web.Response:
 
 async def _rendered(request: web.Request, body_type: BodyType) -> list[dict[str, Any]]:
     """For each prompt. Raises RequestError."""
+    name = request.app[STATE].names[0]
+    return [
+        {"model": name, "token_ids": await _json_list(unpack("i", column))}
+        for column in await _columns(request, body_type)
+    ]
+
+
+async def _columns(request: web.Request, body_type: BodyType) -> list[bytes]:
+    """The token ids of each prompt, as columns. Raises RequestError."""
     state = request.app[STATE]
     plan: Plan = await read_plan(request, body_type)
     if plan.template.text.truncate_prompt:
@@ -82,16 +116,15 @@ async def _rendered(request: web.Request, body_type: BodyType) -> list[dict[str,
             "`truncate_prompt_tokens` is not supported here; send the request for an answer.",
             "truncate_prompt_tokens",
         )
-    rendered: list[dict[str, Any]] = []
+    columns: list[bytes] = []
     for prompt in plan.prompts:
         column = prompt.ids
         if column is None:
             special = plan.add_special_tokens
             make = partial(Tokenize, prompt=prompt, add_special_tokens=special, with_texts=False)
             column = (await query(state, make)).ids
-        token_ids = await _json_list(unpack("i", column))
-        rendered.append({"model": state.names[0], "token_ids": token_ids})
-    return rendered
+        columns.append(column)
+    return columns
 
 
 @_limited

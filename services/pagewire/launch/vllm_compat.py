@@ -155,19 +155,17 @@ REFUSED: Final[dict[str, Foreign]] = {
         refused=True,
     ),
     **_each(
-        "enable_auto_tool_choice exclude_tools_when_tool_choice_none",
-        NO_TOOLS,
-        refused=True,
+        "enable_auto_tool_choice enable_reasoning",
+        "tool calls and reasoning are always told apart from content",
         switch=True,
     ),
-    **_each("tool_call_parser tool_parser_plugin tool_server", NO_TOOLS, refused=True),
-    **_each(
-        "reasoning_parser reasoning_parser_plugin",
-        "the parts of an answer are not told apart in this version",
-        refused=True,
+    "exclude_tools_when_tool_choice_none": Foreign(
+        "tools are left out of the prompt with tool_choice none in any case", switch=True
     ),
-    "enable_reasoning": Foreign(
-        "the parts of an answer are not told apart in this version", refused=True, switch=True
+    **_each(
+        "tool_parser_plugin reasoning_parser_plugin tool_server",
+        "formats of answers are built in, and tools run where the client is",
+        refused=True,
     ),
     **_each(
         "speculative_config speculative_model num_speculative_tokens spec_method spec_model spec_tokens",

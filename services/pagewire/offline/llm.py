@@ -128,14 +128,15 @@ class LLM:
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
         the model's chat template or, for this call, the one given: a template, a file with one, or
-        the name of a built-in completion."""
-        _refuse(lora_request=lora_request, tools=tools, mm_processor_kwargs=mm_processor_kwargs)
+        the name of a built-in completion. `tools` are shown to the model; a call that it makes is in
+        the text, as the model writes it."""
+        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in ("auto", "string"):
             raise ValueError(
                 f"chat_template_content_format={chat_template_content_format!r} is not supported; 'auto' and 'string' are"
@@ -146,7 +147,12 @@ class LLM:
             )
         render = self._renderer(chat_template) if chat_template is not None else None
         entries = as_chats(
-            messages, add_generation_prompt, continue_final_message, chat_template_kwargs, render
+            messages,
+            add_generation_prompt,
+            continue_final_message,
+            chat_template_kwargs,
+            render,
+            tools,
         )
         return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
 

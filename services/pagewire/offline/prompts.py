@@ -3,11 +3,14 @@ socket."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
+import msgspec
 from pagewire_protocol.columns import pack
 from pagewire_protocol.structs import MAX_TEMPLATE_KWARGS, Chat, ChatMessage, Prompt
 
+from ..frontend.openai import MessageIn, ToolIn
+from ..frontend.tools import encoded_tools, message_fields
 from ..requests.errors import RequestError
 from ..requests.messages import is_unread, text_of_part
 from ..requests.parameters import PARAMETERS, checked
@@ -29,6 +32,10 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
     cache_salt: NotRequired[str]
+
+
+FIELDS: Final = ("tool_calls", "tool_call_id", "reasoning", "reasoning_content")
+"""What a message may have beside role, content and name."""
 
 
 class Entry(NamedTuple):
@@ -131,15 +138,17 @@ def as_chats(
     continue_final_message: bool,
     template_kwargs: Mapping[str, Any] | None = None,
     render: Callable[[Chat], str] | None = None,
+    tools: Any = None,
 ) -> list[Entry]:
     """One conversation (a list of {"role", "content"}) or a list of conversations. `render` makes
-    the text here instead of leaving it to the tokenizer service."""
+    the text here instead of leaving it to the tokenizer service. `tools`: OpenAI's list."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(
             "messages must be a list of {'role': ..., 'content': ...}, or a list of such lists"
         )
     conversations = [messages] if isinstance(messages[0], Mapping) else messages
     kwargs = _encode_kwargs(template_kwargs)
+    encoded = _encode_tools(tools)
     entries: list[Entry] = []
     for index, conversation in enumerate(conversations):
         converted = tuple(_as_message(message, index) for message in conversation)
@@ -147,7 +156,7 @@ def as_chats(
             raise ValueError(
                 f"conversation {index}: at least one message with a role and content is needed"
             )
-        chat = Chat(converted, add_generation_prompt, continue_final_message, kwargs)
+        chat = Chat(converted, add_generation_prompt, continue_final_message, kwargs, encoded)
         text = render(chat) if render else None
         entries.append(
             Entry(
@@ -157,6 +166,23 @@ def as_chats(
             )
         )
     return entries
+
+
+def _encode_tools(tools: Any) -> bytes:
+    if not tools:
+        return b""
+    try:
+        return encoded_tools(_as_http(tools, list[ToolIn], "tools"))
+    except RequestError as error:
+        raise ValueError(error.message) from None
+
+
+def _as_http(value: Any, wanted: Any, name: str) -> Any:
+    """What a program says as the type of HTTP requests. Raises ValueError."""
+    try:
+        return msgspec.json.decode(json.dumps(value), type=wanted)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _encode_kwargs(kwargs: Mapping[str, Any] | None) -> bytes:
@@ -181,19 +207,34 @@ def _as_message(message: Any, index: int) -> ChatMessage:
     extra = {
         key
         for key, value in message.items()
-        if key not in ("role", "content", "name") and not is_unread(key, value)
+        if key not in ("role", "content", "name", *FIELDS) and not is_unread(key, value)
     }
     if extra:
         raise ValueError(
             f"conversation {index}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
         )
-    if "content" not in message:
+    if "content" not in message and not message.get("tool_calls"):
         raise ValueError(
             f"conversation {index}: a message needs a role and content, got {message!r:.80}"
         )
     return ChatMessage(
-        message["role"], _content(message.get("content"), index), message.get("name")
+        message["role"],
+        _content(message.get("content"), index),
+        message.get("name"),
+        _fields(message, index),
     )
+
+
+def _fields(message: Mapping[str, Any], index: int) -> bytes:
+    """Calls, reasoning, whose result it is; as JSON."""
+    fields = {name: message[name] for name in FIELDS if message.get(name)}
+    if not fields:
+        return b""
+    read = _as_http({"role": message["role"], **fields}, MessageIn, f"conversation {index}")
+    try:
+        return message_fields(index, read)
+    except RequestError as error:
+        raise ValueError(f"conversation {index}: {error.message}") from None
 
 
 def _content(content: Any, index: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import PromptLogprobs, Started, TokenLogprobs
 
+from ..requests.answers import Output
 from ..requests.beam_driver import BeamResult
 from ..requests.errors import RequestError
 from ..requests.job_template import JobTemplate
@@ -104,7 +105,7 @@ class CompletionSink:
         self.wants_tokens = timed or group.wants_logprobs or group.choices.ranked
         self.token_times: list[float] = []
         self._timed = timed
-        self._texts: list[str] = []
+        self._texts: list[Any] = []
         # Called for every token of a plain request: the list's own method, without a frame between.
         self.text = self._texts.append
         self.prompt_logprobs = group.prompt_logprobs
@@ -115,7 +116,7 @@ class CompletionSink:
     def started(self, started: Started) -> None:
         """The submission tells the group."""
 
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+    def tokens(self, text: Output, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         if text:
             self._texts.append(text)
         if self._timed:
@@ -126,7 +127,13 @@ class CompletionSink:
             completion.logprobs.append(_row_of(entry))
             completion.cumulative_logprob += entry.values[0]
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
         self.completion.text = "".join(self._texts)
         self.completion.finish_reason = reason
         self.completion.stop_reason = stop_reason
@@ -170,9 +177,15 @@ class Submission:
             self.group.started(started)
         self._sink.started(started)
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
         self._on_end(self)
-        self._sink.finished(reason, stop_reason, completion_tokens)
+        self._sink.finished(reason, stop_reason, completion_tokens, reasoning_tokens)
 
     def failed(self, error: RequestError) -> None:
         self.error = error

@@ -18,6 +18,7 @@ from pagewire_protocol.prompt_checks import kept_prompt_tokens, too_long
 from pagewire_protocol.sampling import TextOptions
 from pagewire_protocol.structs import Prompt, PromptLogprobs, Started, TokenLogprobs
 
+from .answers import Output
 from .beam_search import Beam, BeamSearch, Hypothesis
 from .choices import BeamOptions
 from .errors import RequestError, failed, invalid
@@ -253,14 +254,20 @@ class _BeamSink:
     def prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """Never called: no round asks for them."""
 
-    def text(self, text: str, /) -> None:
+    def text(self, text: Output, /) -> None:
         """Never called: `wants_tokens`."""
 
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+    def tokens(self, text: Output, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         if logprobs:
             self._entry = logprobs[0]
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
         if self._entry is None:
             self._run.fail(failed())
         else:

@@ -18,6 +18,10 @@ class ModelFacts(Struct, frozen=True):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     longest_token: int = 0
     """Most characters of a text that one token can stand for; 0: any number."""
+    has_reasoning: bool = False
+    """Answers of chats begin with reasoning, or may."""
+    tool_format: str = ""
+    """How the model's answers call tools."""
 
 
 def model_facts(roster: Roster) -> ModelFacts:
@@ -30,4 +34,6 @@ def model_facts(roster: Roster) -> ModelFacts:
         roster.eos_token_ids,
         roster.sampling_defaults,
         roster.longest_token,
+        roster.has_reasoning,
+        roster.tool_format,
     )

@@ -335,7 +335,12 @@ class RequestOwner:
             self._waits_no_more(request)
             self._counters.completed(_REASONS[end.finish], request, self._clock())
             try:
-                request.sink.finished(_REASONS[end.finish], end.stop_reason, len(request.out))
+                request.sink.finished(
+                    _REASONS[end.finish],
+                    end.stop_reason,
+                    len(request.out),
+                    end.reasoning_tokens,
+                )
             except Exception:
                 self._give_up(request)
         elif end.finish is Finish.LOST or turned_away:

@@ -13,6 +13,7 @@ from pagewire_protocol.messages import Deltas, Generate
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Started, TokenLogprobs
 
+from .answers import Output, outputs_of
 from .errors import ErrorKind, RequestError, failed, unavailable
 
 CHARACTERS_PER_TOKEN: Final = 4
@@ -40,7 +41,9 @@ def prompt_size(prompt: Prompt) -> int:
     if prompt.ids is not None:
         return len(prompt.ids) // 4
     if prompt.chat is not None:
-        characters = sum(len(message.content) for message in prompt.chat.messages)
+        messages = prompt.chat.messages
+        characters = sum(len(message.content) + len(message.fields) for message in messages)
+        characters += len(prompt.chat.tools)
         return characters // CHARACTERS_PER_TOKEN
     return len(prompt.text or "") // CHARACTERS_PER_TOKEN
 
@@ -61,16 +64,23 @@ class Sink(Protocol):
         with the same meaning: the later entry replaces the earlier one."""
         ...
 
-    def text(self, text: str, /) -> None:
-        """The text that new tokens complete, never empty."""
+    def text(self, text: Output, /) -> None:
+        """The text that new tokens complete, never empty; of a job with AnswerOptions the parts of
+        the answer, where the model's answers have some."""
         ...
 
-    def tokens(self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
+    def tokens(self, text: Output, tokens: list[int], logprobs: list[TokenLogprobs], /) -> None:
         """New tokens, the text that they complete, and their log-probabilities where the job asks
         for them."""
         ...
 
-    def finished(self, reason: str, stop_reason: int | str | None, completion_tokens: int) -> None:
+    def finished(
+        self,
+        reason: str,
+        stop_reason: int | str | None,
+        completion_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> None:
         """`reason` is "stop" or "length"; `stop_reason` the stop string or stop token id that was
         hit."""
         ...
@@ -114,7 +124,7 @@ class OwnedRequest:
         self.rid = secrets.token_bytes(16)
         self.job = job
         self.sink = sink
-        self.deliver: Callable[[str], None] | None = None if sink.wants_tokens else sink.text
+        self.deliver: Callable[[Output], None] | None = None if sink.wants_tokens else sink.text
         self.attempt = 0
         self.handle = -1
         self.execution = NO_EXECUTION
@@ -192,8 +202,8 @@ class OwnedRequest:
         self.worker_deaths += 1
 
 
-Row = tuple[int, int, int, int, "int | memoryview", str, list[TokenLogprobs]]
-"""Handle, attempt, execution, position, token or tokens, text, log-probabilities."""
+Row = tuple[int, int, int, int, "int | memoryview", Output, list[TokenLogprobs]]
+"""Handle, attempt, execution, position, token or tokens, text or parts, log-probabilities."""
 _ONE_EACH: Final = pack("i", [1]) * 4096
 _NO_LOGPROBS: Final[list[TokenLogprobs]] = []
 
@@ -210,7 +220,7 @@ def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
         unpack("Q", deltas.executions).tolist(),
         unpack("i", deltas.positions).tolist(),
         tokens.tolist() if single else _split(tokens, unpack("i", deltas.counts).tolist()),
-        deltas.texts,
+        outputs_of(deltas) if deltas.part_rows else deltas.texts,
         _by_row(deltas.logprobs, len(handles))
         if deltas.logprobs
         else [_NO_LOGPROBS] * len(handles),

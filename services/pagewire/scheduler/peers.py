@@ -258,6 +258,8 @@ class Peers:
             has_chat_template=any(t.has_chat_template for t in tokenizers),
             sampling_defaults=tokenizers[0].sampling_defaults if tokenizers else SamplingDefaults(),
             longest_token=tokenizers[0].longest_token if tokenizers else 0,
+            has_reasoning=any(t.has_reasoning for t in tokenizers),
+            tool_format=tokenizers[0].tool_format if tokenizers else "",
         )
 
 

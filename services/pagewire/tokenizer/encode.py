@@ -22,6 +22,7 @@ from pagewire_protocol.sampling import MAX_BAD_WORD_TOKENS, Sampling
 from pagewire_protocol.sampling_checks import fault
 from tokenizers import Tokenizer
 
+from .answers.model import ModelAnswers
 from .decode import Decoding
 from .template import ChatTemplate, TemplateRefused
 from .token_bytes import tokens_by_id
@@ -78,8 +79,9 @@ def size_of(prompt: Prompt) -> int:
     """Characters to be encoded, and what takes as long as some."""
     if prompt.chat is not None:
         messages = prompt.chat.messages
-        texts = sum(len(message.content) + len(message.role) for message in messages)
-        return texts + MESSAGE_WORK * len(messages) + len(prompt.chat.template_kwargs)
+        texts = sum(len(m.content) + len(m.role) + len(m.fields) for m in messages)
+        further = len(prompt.chat.template_kwargs) + len(prompt.chat.tools)
+        return texts + MESSAGE_WORK * len(messages) + further
     return len(prompt.text or "")
 
 
@@ -93,6 +95,8 @@ class Encoded(NamedTuple):
 
     prompt: bytes
     bad_words: tuple[bytes, ...] = ()
+    opens_reasoning: bool = False
+    """The prompt, a conversation, ends within reasoning."""
 
 
 class TokenOffsets(NamedTuple):
@@ -117,9 +121,12 @@ class Encoder:
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         decoding: Decoding | None = None,
+        answers: ModelAnswers | None = None,
     ) -> None:
-        """`decoding`: of the same tokenizer; made when it is needed where there is none."""
+        """`decoding`: of the same tokenizer; made when it is needed where there is none. `answers`:
+        how the model's are taken apart, where that is asked for."""
         self._tokenizer, self._template = tokenizer, template
+        self._answers = answers
         self._decoding = decoding
         self._size = 0
         """Ids below this may be decoded. Some of them may belong to no token."""
@@ -135,9 +142,17 @@ class Encoder:
         cancelled: Callable[[], bool] = _wanted,
     ) -> Encoded:
         """All text of a request. Raises Refused, or Cancelled once `cancelled` says so."""
-        return Encoded(
-            self.encode(prompt, add_special_tokens, limit, cancelled), self._words(bad_words)
-        )
+        words = self._words(bad_words)
+        if prompt.chat is None or self._answers is None:
+            return Encoded(self.encode(prompt, add_special_tokens, limit, cancelled), words)
+        rendered = self._render(prompt.chat)
+        text = self._fitting(rendered, limit, cancelled, "messages")
+        ids = self._encode_text(text, False, "messages")
+        try:
+            opens_reasoning = self._answers.opens_reasoning(prompt.chat, rendered)
+        except TemplateRefused as refusal:
+            raise Refused(str(refusal)[:4000]) from None
+        return Encoded(ids, words, opens_reasoning)
 
     def encode(
         self,

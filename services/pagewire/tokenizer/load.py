@@ -7,6 +7,7 @@ torch. A model that ships no chat template may get a built-in one.
 """
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import gguf_files, gguf_metadata
 from ..checkpoint.errors import Unsupported
-from ..checkpoint.json_files import chat_template, read_object, tokenizer_settings
+from ..checkpoint.json_files import Config, chat_template, read_object, tokenizer_settings
 from . import (
     formats,
     gguf_tokenizer,
@@ -64,6 +65,8 @@ class Loaded(NamedTuple):
     """Empty when the model has none."""
     names: dict[str, str]
     """What chat templates may name, like bos_token."""
+    response_template: str = ""
+    """The description of the model's answers in tokenizer_config.json, as JSON; empty without."""
 
 
 def load(path: Path) -> Loaded:
@@ -86,6 +89,12 @@ def _load_gguf(path: Path) -> Loaded:
 
 def _load_directory(path: Path) -> Loaded:
     settings = tokenizer_settings(path)
+    described = settings.get("response_template")
+    text = json.dumps(described, ensure_ascii=False) if described else ""
+    return _build(path, settings)._replace(response_template=text)
+
+
+def _build(path: Path, settings: Config) -> Loaded:
     config = read_object(path / "config.json")
     generation = read_object(path / "generation_config.json")
     template = chat_template(path, settings) or _built_in(path, config, generation)

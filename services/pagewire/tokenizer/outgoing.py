@@ -5,7 +5,10 @@ Everything that one drain of the inbox brings for a frontend leaves as one Delta
 step of 256 requests costs each process one message and not 256.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from msgspec.structs import replace
 from pagewire_protocol.messages import (
     Deltas,
     End,
@@ -15,6 +18,8 @@ from pagewire_protocol.messages import (
     pack,
 )
 
+from .answers.parser import Part
+
 Row = tuple[int, int, int, int, str]
 """The frontend's handle, attempt, execution, output position of the first token, text."""
 
@@ -22,7 +27,16 @@ Row = tuple[int, int, int, int, str]
 class OutgoingDeltas:
     """Collects one frontend's part of a drain; `messages` empties it."""
 
-    __slots__ = ("counts", "ended", "logprobs", "prompt_logprobs", "rows", "started", "tokens")
+    __slots__ = (
+        "counts",
+        "ended",
+        "logprobs",
+        "parts",
+        "prompt_logprobs",
+        "rows",
+        "started",
+        "tokens",
+    )
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -34,6 +48,8 @@ class OutgoingDeltas:
         self.ended: list[End] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[PromptLogprobs] = []
+        self.parts: list[tuple[int, Part]] = []
+        """Parts of answers, each with the index of its row."""
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.started or self.ended or self.prompt_logprobs)
@@ -66,7 +82,27 @@ class OutgoingDeltas:
         self.started = []
         self.ended = []
         self.logprobs = []
+        if self.parts:
+            deltas = self._with_parts(deltas)
         return deltas
+
+    def _with_parts(self, deltas: Deltas) -> Deltas:
+        # A stream's parts follow each other; a row that got some in two runs has them in order.
+        self.parts.sort(key=lambda entry: entry[0])
+        rows = [row for row, _ in self.parts]
+        kinds, calls, texts = zip(*(part for _, part in self.parts), strict=True)
+        self.parts = []
+        return replace(
+            deltas,
+            part_rows=pack("i", rows),
+            part_kinds=bytes(kinds),
+            part_calls=pack("i", calls),
+            part_texts=texts,
+        )
+
+    def add_parts(self, row: int, parts: Sequence[Part]) -> None:
+        """Parts of the answer of the row with this index."""
+        self.parts += [(row, part) for part in parts]
 
     def _with_rows(self) -> Deltas:
         handles, attempts, executions, positions, texts = zip(*self.rows, strict=True)
@@ -94,15 +130,17 @@ class OutgoingDeltas:
         if tokens:
             self.counts[index] = self.counts.get(index, 1) + tokens
 
-    def add_text(self, row: Row) -> None:
-        """Text that comes without a token: appended to the newest row of its attempt in this drain;
-        `row` itself, with 0 tokens, where there is none."""
+    def add_text(self, row: Row, parts: Sequence[Part] = ()) -> None:
+        """Text, or parts, that come without a token: appended to the newest row of its attempt in
+        this drain; `row` itself, with 0 tokens, where there is none."""
         handle, attempt, _, _, text = row
         for index in range(len(self.rows) - 1, -1, -1):
             if self.rows[index][:2] == (handle, attempt):
                 self.extend_row(index, text, 0)
+                self.add_parts(index, parts)
                 return
         self.counts[len(self.rows)] = 0
+        self.add_parts(len(self.rows), parts)
         self.rows.append(row)
 
 

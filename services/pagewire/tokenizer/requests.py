@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 import numpy as np
-from msgspec.structs import replace
 from pagewire_protocol.columns import epoch_of
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import (
@@ -26,12 +25,14 @@ from pagewire_protocol.messages import (
     Tokens,
 )
 
+from .answers.forced import UnsupportedAnswer
+from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Cancelled, Encoded, Encoder, Refused, check, limit_of, truncated
 from .encodings import Encodings, EncodingTask, Text
 from .outgoing import OutgoingDeltas
 from .rows import columns_of, entries_of, fill, pass_prompts
-from .stream import Stream
+from .stream import ParsedStream, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
 GrammarOutcome = Callable[[Grammar, int, tuple[int, ...]], str | None]
@@ -52,10 +53,12 @@ class Requests:
         inbox: str,
         offload: Callable[[EncodingTask], None],
         grammar_outcome: GrammarOutcome = no_grammars,
+        answers: ModelAnswers | None = None,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
         and later hands the task to `encoded`. `grammar_outcome`: see GrammarChecks.outcome; what it
-        does not know yet is told to `grammar_settled`."""
+        does not know yet is told to `grammar_settled`. `answers`: how the model's are taken apart;
+        None without a chat template."""
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
@@ -67,6 +70,7 @@ class Requests:
         """Requests that wait for their grammars to be checked, by rid."""
         self._encodings = Encodings(lambda text: encode(encoder, text), offload)
         self._decoding = decoding
+        self._answers = answers
         self._inbox = inbox
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
@@ -105,7 +109,7 @@ class Requests:
         waiting = [entry for entry in self._unchecked.values() if entry[0].grammar == grammar]
         for request, encoded in waiting:
             del self._unchecked[request.rid]
-            self._admit(request, encoded)
+            self._submit(request, encoded)
 
     def cancel(self, message: Cancel) -> None:
         """The scheduler ends what it has; what is still being encoded ends here."""
@@ -141,9 +145,20 @@ class Requests:
         ]
 
     def _admit(self, request: Generate, result: Encoded | Refused) -> None:
+        """The prompt is known, or why there is none."""
         try:
             if isinstance(result, Refused):
                 raise result
+            if self._answers is not None:
+                opens_reasoning = result.opens_reasoning
+                request = self._answers.with_grammar(request, opens_reasoning)
+        except (Refused, UnsupportedAnswer) as refusal:
+            self._refuse(request, as_refused(refusal))
+            return
+        self._submit(request, result)
+
+    def _submit(self, request: Generate, result: Encoded) -> None:
+        try:
             if self.roster is None:
                 raise Refused("the scheduler is gone", status=503)
             prompt = truncated(request, result.prompt, self.roster.max_model_len)
@@ -155,7 +170,7 @@ class Requests:
         except Refused as refusal:
             self._refuse(request, refusal)
             return
-        stream = self._open(request, prompt)
+        stream = self._open(request, prompt, result.opens_reasoning)
         if stream.stop_string is not None:  # the output so far ends with it
             self._end(stream, stream.stopped())
             return
@@ -187,16 +202,21 @@ class Requests:
             raise Refused(f"the grammar is not supported: {wrong}", request.grammar.param)
         return wrong is not None
 
-    def _open(self, request: Generate, prompt: bytes) -> Stream:
+    def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
         options = request.text
+        parsing = self._answers.parser(request, opens_reasoning) if self._answers else None
         decoder = self._decoding.start(
             silent=not options.detokenize,
-            skip_special=options.skip_special_tokens,
+            skip_special=options.skip_special_tokens and parsing is None,
             spaces_between_special=options.spaces_between_special_tokens,
             at_start=self._decoding.begins_text(np.frombuffer(prompt, np.int32)),
         )
         outgoing = self._outgoing_to(request.reply_to)
-        stream = Stream(request, next(self._handles), prompt, decoder, outgoing)
+        handle = next(self._handles)
+        if parsing is None:
+            stream = Stream(request, handle, prompt, decoder, outgoing)
+        else:
+            stream = ParsedStream(request, handle, prompt, decoder, outgoing, parsing)
         if request.output:
             stream.replay(np.frombuffer(request.output, np.int32).tolist())
         self._streams[stream.handle] = self._by_rid[request.rid] = stream
@@ -273,8 +293,7 @@ class Requests:
             if stream.stop_string is not None:
                 self._end(stream, stream.stopped())
                 return
-        # The scheduler's End is for this tokenizer's handle; the frontend knows another one.
-        self._end(stream, replace(end, handle=stream.frontend_handle, attempt=stream.attempt))
+        self._end(stream, stream.ended(end))
 
     def lose_streams(self, message: str) -> None:
         """Every stream may miss tokens: their owners send them again."""
@@ -363,6 +382,11 @@ class Requests:
         if outgoing is None:
             outgoing = self.outgoing[inbox] = OutgoingDeltas()
         return outgoing
+
+
+def as_refused(error: Refused | UnsupportedAnswer) -> Refused:
+    """The refusal of what no grammar can be made of."""
+    return error if isinstance(error, Refused) else Refused(str(error), error.param)
 
 
 def _check_output(output: bytes, vocab_size: int) -> None:

@@ -183,6 +183,10 @@ def fill(
             text = stream.step(token)
             if stream.stop_string is not None:
                 stopped.append(streams.pop(handle))
+            if stream.parts:
+                # Of the row that is extended or appended below.
+                index = len(stream.outgoing.rows) - (stream is previous)
+                stream.outgoing.add_parts(index, stream.take_parts())
         else:
             stream.position = position + 1
         outgoing = stream.outgoing

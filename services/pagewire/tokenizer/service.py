@@ -46,6 +46,7 @@ from ..checkpoint.sampling_defaults import sampling_defaults
 from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub.huggingface import cached, has_own_tokenizer, resolve, tokenizer_model
 from ..process.node import MANY_OBJECTS, Node, settle_gc
+from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Encoder
 from .encodings import EncodingTask
@@ -77,21 +78,38 @@ class Text:
     """What was loaded: encoder, decoders, and the facts that the other services learn of them."""
 
     def __init__(
-        self, loaded: Loaded | None, option: str = "", defaults: SamplingDefaults | None = None
+        self,
+        loaded: Loaded | None,
+        config: TokenizerConfig | None = None,
+        defaults: SamplingDefaults | None = None,
     ) -> None:
+        """Raises ValueError."""
+        config = config or TokenizerConfig()
+        option = config.chat_template
         tokenizer = loaded.tokenizer if loaded else None
         source = read_option(option) if option else loaded.chat_template if loaded else ""
         template = (
             ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
         )
         self.decoding = Decoding(tokenizer)
-        self.encoder = Encoder(tokenizer, template, self.decoding)
+        self.answers: ModelAnswers | None = None
+        if template is not None:
+            self.answers = ModelAnswers(
+                template,
+                tokenizer,
+                config.tool_call_parser,
+                config.reasoning_parser,
+                loaded.response_template if loaded else "",
+            )
+        self.encoder = Encoder(tokenizer, template, self.decoding, self.answers)
         self.facts = TokenizerFacts(
             tokenizer is not None,
             template is not None,
             self.decoding.size,
             defaults or SamplingDefaults(),
             longest_token(tokenizer, self.decoding.longest) if tokenizer else 0,
+            self.answers is not None and self.answers.has_reasoning,
+            self.answers.format.name if self.answers else "",
         )
 
     def warm_up(self) -> None:
@@ -112,11 +130,11 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
         loaded = load(resolve(tokenizer_model(model), log.info))
         # The model itself is not fetched for the sake of this one file.
         path = cached(model) or Path(model.model)
-        return Text(loaded, config.chat_template, _defaults(model, path))
+        return Text(loaded, config, _defaults(model, path))
     path = resolve(model, log.info)
     defaults = _defaults(model, path)
     try:
-        return Text(load(path), config.chat_template, defaults)
+        return Text(load(path), config, defaults)
     except NoTokenizer:
         # That the model cannot be served comes first: no tokenizer would help it.
         model_types.check(path, model.trust_remote_code)
@@ -202,6 +220,7 @@ class Service:
             self.inbox.address,
             self._lanes.put,
             self._grammars.outcome,
+            text.answers,
         )
         for index in range(THREADS):
             threading.Thread(
@@ -214,10 +233,13 @@ class Service:
             self._follow_roster(self.requests, self.members.roster, new_epoch=False)
         settle_gc(MANY_OBJECTS)
         self.members.ready(tokenizer=text.facts)
+        answers = text.answers
         log.info(
             "ready: %d tokens, chat template: %s",
             text.facts.vocab_size,
-            "yes" if text.facts.has_chat_template else "no",
+            f"yes, tool calls: {answers.format.name}, reasoning: {answers.reasoning_name}"
+            if answers
+            else "no",
         )
 
     def _drain(self) -> None:

@@ -1,11 +1,14 @@
 """The text of one attempt that is being generated: decoding, stop strings, what is shown and what
 is held back. No sockets, no policy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from msgspec.structs import replace
 from pagewire_protocol.messages import End, Finish, Generate, Started
 
+from .answers.model import StreamParser
+from .answers.parser import Part
 from .decode import Decoder
 from .outgoing import OutgoingDeltas
 from .stop import Matcher
@@ -38,7 +41,9 @@ class Stream:
     - log-probabilities are asked for: the text is counted, for where each token begins in it;
     - the decoder holds something back: the first bytes of a character, or a space at the beginning
       of the text that is not shown;
-    - the stream has reached the token whose text is hidden (`hide_from`).
+    - the stream has reached the token whose text is hidden (`hide_from`);
+
+    - the answer is taken apart (ParsedStream).
 
     `step` and `hide_from` alone change these, so they alone set `needs_step`. `texts[token]` is
     None for a token that is no whole character by itself: it begins a case of the second kind.
@@ -59,6 +64,7 @@ class Stream:
         "includes_stop",
         "needs_step",
         "outgoing",
+        "parts",
         "position",
         "prompt_ids",
         "prompt_tokens",
@@ -93,6 +99,8 @@ class Stream:
         self.prompt_ids = prompt if options.return_prompt_ids else None
         self.includes_stop = options.include_stop
         """The text that ended the stream is shown: a stop string, or a stop token's text."""
+        self.parts: Sequence[Part] = ()
+        """Those of an answer that is taken apart, since they were last sent."""
         self.texts = decoder.texts
         """By token id: the text of a token that stands by itself."""
         self._decoder = decoder
@@ -158,10 +166,19 @@ class Stream:
     def send_rest(self) -> None:
         """Send what `flush` returns, as text without a token."""
         text = self.flush()
-        if text:
+        if text or self.parts:
             execution = max(self.execution, 0)
             row = (self.frontend_handle, self.attempt, execution, self.position, text)
-            self.outgoing.add_text(row)
+            self.outgoing.add_text(row, self.take_parts())
+
+    def take_parts(self) -> "Sequence[Part]":
+        """The parts that came since they were last taken."""
+        parts, self.parts = self.parts, ()
+        return parts
+
+    def ended(self, end: End) -> End:
+        """The scheduler's End for the frontend, which knows another handle."""
+        return replace(end, handle=self.frontend_handle, attempt=self.attempt)
 
     def started(self, cached_tokens: int) -> Started:
         """What the frontend is told when the attempt got a slot on a worker."""
@@ -191,3 +208,68 @@ class Stream:
             message=message,
             retry_after_s=retry_after_s,
         )
+
+
+class ParsedStream(Stream):
+    """A stream whose text is taken apart into reasoning, content and calls: `step` returns no text,
+    and `parts` has what is certain.
+
+    Special tokens that are markers have their text, the others have none unless the request wants
+    them. Stop strings come first: what they hide is no part either.
+    """
+
+    __slots__ = ("_hidden", "_only_first", "_parser", "_reasoning_tokens", "_shows_special")
+
+    def __init__(
+        self,
+        request: Generate,
+        handle: int,
+        prompt: bytes,
+        decoder: Decoder,
+        outgoing: OutgoingDeltas,
+        parsing: StreamParser,
+    ) -> None:
+        """`decoder`: one that shows special tokens."""
+        super().__init__(request, handle, prompt, decoder, outgoing)
+        self._parser = parsing.parser
+        self._hidden = parsing.hidden
+        self._only_first = parsing.only_first
+        self._shows_special = not request.text.skip_special_tokens
+        self._reasoning_tokens = 0
+        self._always_steps = self.needs_step = True
+
+    def step(self, token: int) -> str:
+        was_reasoning = self._parser.is_reasoning
+        if token in self._hidden and not self._shows_special:
+            hidden_from = self._hidden_from
+            self.hide_from(self.position)
+            text = super().step(token)
+            self.hide_from(hidden_from)
+        else:
+            text = super().step(token)
+        self._take(self._parser.feed(text))
+        self._reasoning_tokens += was_reasoning or self._parser.is_reasoning
+        if self.stop_string is not None:
+            self._take(self._parser.finish())
+        return ""
+
+    def _take(self, parts: "list[Part]") -> None:
+        if self._only_first:
+            parts = [part for part in parts if not part[1]]
+        if parts:
+            self.parts = [*self.parts, *parts]
+
+    def replay(self, output: Iterable[int]) -> None:
+        super().replay(output)
+        self.take_parts()
+
+    def flush(self) -> str:
+        self._take(self._parser.feed(super().flush()))
+        self._take(self._parser.finish())
+        return ""
+
+    def stopped(self) -> End:
+        return replace(super().stopped(), reasoning_tokens=self._reasoning_tokens)
+
+    def ended(self, end: End) -> End:
+        return replace(super().ended(end), reasoning_tokens=self._reasoning_tokens)

@@ -1,6 +1,10 @@
 """Chat templates: a conversation as the text the model was trained on. It knows jinja and no
 tokens.
 
+Tools and calls go to the template as it wants them; for one that knows none they are written into
+the messages (tool_prompts.py). Rendering is a function of the conversation: equal beginnings stay
+equal, and so the prefix cache finds them.
+
 Text that was accepted is in the prompt, or the request is refused: a template is first rendered with
 a mark in the place of each message's text, and what it leaves out is found out by that. So it shows
 as well whether a template takes a message's content as text or as a list of typed parts.
@@ -22,11 +26,20 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec.structs import replace
 from pagewire_protocol.messages import Chat
 from pagewire_protocol.structs import ChatMessage
 
 from . import templates
 from .render_limit import RenderLimit, RenderTimeout
+from .tool_prompts import (
+    PROBE_TOOLS,
+    ToolSupport,
+    message_fields,
+    probe_conversation,
+    with_tools_first,
+    written_out,
+)
 
 MAX_OUTPUT: Final = 16_777_216
 TIMEOUT_S: Final = 2.0
@@ -158,15 +171,118 @@ class ChatTemplate:
         each message its role, whether it has a name, and a text; whether an answer is begun;
         further variables. Hashes, since these are long where conversations are."""
         self._limit = limit or RenderLimit(TIMEOUT_S)
+        self._support: ToolSupport | None = None
+        self._generation_prompts: dict[bytes, str] = {}
+        """What begins an answer, by the further variables of the template."""
+        self.short_ids = False
+        """Ids of tool calls have nine letters and digits in the prompt."""
+
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
+
+    def generation_prompt(self, chat: Chat, rendered: str) -> str:
+        """The end of the prompt that begins the answer. Raises TemplateRefused."""
+        if not chat.add_generation_prompt:
+            return ""
+        key = chat.template_kwargs
+        if key not in self._generation_prompts:
+            if len(self._generation_prompts) >= MAX_SHAPES:
+                self._generation_prompts.clear()
+            values = _values(replace(chat, tools=b""))
+            self._generation_prompts[key] = self._begun_answer(values, _HELLO) or ""
+        usual = self._generation_prompts[key]
+        if usual and rendered.endswith(usual):
+            return usual
+        without = self.render(replace(chat, add_generation_prompt=False))
+        return rendered.removeprefix(without)
+
+    def _begun_answer(self, values: Message, messages: list[Message]) -> str | None:
+        try:
+            whole = self._render({**values, "messages": messages})
+            without = self._render({**values, "messages": messages, "add_generation_prompt": False})
+        except LimitExceeded:
+            raise
+        except TemplateRefused:
+            return None
+        return whole.removeprefix(without)
+
+    @property
+    def support(self) -> ToolSupport:
+        """What the template knows of tools; found out when it is first needed. Raises
+        LimitExceeded."""
+        if self._support is None:
+            self._support = self._find_support()
+        return self._support
+
+    def _find_support(self) -> ToolSupport:
+        for arguments_as_text in (False, True):
+            for tools in (PROBE_TOOLS, None):
+                try:
+                    rendered = self._render(
+                        {
+                            "tools": tools,
+                            "documents": None,
+                            "add_generation_prompt": True,
+                            "messages": probe_conversation(arguments_as_text),
+                        }
+                    )
+                except LimitExceeded:
+                    raise
+                except TemplateRefused:
+                    continue
+                support = ToolSupport.seen_in(rendered, arguments_as_text, bool(tools))
+                if support.calls and (support.tools or tools is None):
+                    return support
+        return self._tools_alone()
+
+    def _tools_alone(self) -> ToolSupport:
+        """Of a template that renders no calls: whether it renders tools."""
+        values = {"tools": PROBE_TOOLS, "documents": None, "add_generation_prompt": True}
+        try:
+            rendered = self._render({**values, "messages": _HELLO})
+        except LimitExceeded:
+            raise
+        except TemplateRefused:
+            return ToolSupport()
+        seen = ToolSupport.seen_in(rendered, False, True)
+        return ToolSupport(rendered=rendered, tools=seen.tools)
 
     def render(self, chat: Chat) -> str:
         """Raises TemplateRefused."""
+        if chat.tools and not self.support.tools:
+            return self._render_written_out(chat)
+        return self._render_chat(chat, None)
+
+    def _render_written_out(self, chat: Chat) -> str:
+        """With the tools in the system message; where the template takes none, in the user's."""
+        bare = replace(chat, tools=b"")
+        tools: list[Any] = json.loads(chat.tools)
+        try:
+            return self._render_chat(bare, (tools, "system"))
+        except LimitExceeded:
+            raise
+        except TemplateRefused:
+            if any(message.role in ("system", "developer") for message in chat.messages):
+                raise
+            return self._render_chat(bare, (tools, "user"))
+
+    def _render_chat(self, chat: Chat, written: tuple[list[Any], str] | None) -> str:
+        """`written`: tools that are written into the messages, and the role of the one that holds
+        them."""
         values = _values(chat)
         if chat.continue_final_message and chat.add_generation_prompt:
             raise TemplateRefused(
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
             )
         messages = [self._message(message) for message in chat.messages]
+        if any(message.fields or message.role == "tool" for message in chat.messages):
+            messages = message_fields(messages, chat.messages, self.support, self.short_ids)
+            if not self.support.calls:
+                messages = written_out(messages)
+        if written is not None:
+            messages = with_tools_first(messages, *written)
         forms = self._forms_of(chat, messages, values)
         texts = [message["content"] for message in messages]
         if chat.continue_final_message:
@@ -194,9 +310,9 @@ class ChatTemplate:
         them; None where the template does not render without these very texts. Raises
         TemplateRefused when it leaves out a message in every form."""
         roles = tuple(
-            (message["role"], "name" in message, _has_text(message)) for message in messages
+            (message["role"], _has_text(message), *sorted(message)) for message in messages
         )
-        shape = hash((roles, chat.add_generation_prompt, chat.template_kwargs))
+        shape = hash((roles, chat.add_generation_prompt, chat.template_kwargs, bool(chat.tools)))
         if shape not in self._forms:
             if len(self._forms) >= MAX_SHAPES:
                 self._forms.clear()
@@ -276,10 +392,14 @@ class ChatTemplate:
         return "".join(pieces)
 
 
+_HELLO: Final[list[Message]] = [{"role": "user", "content": "Hello."}]
+
+
 def _has_text(message: Message) -> bool:
-    """Whether there is anything that a template must show."""
+    """Whether there is anything that a template must show. Many leave out what is said beside
+    calls."""
     content: str = message["content"]
-    return bool(content) and not content.isspace()
+    return bool(content) and not content.isspace() and not message.get("tool_calls")
 
 
 def _in_forms(messages: list[Message], forms: Forms | None) -> list[Message]:
@@ -304,7 +424,7 @@ def _check_contained(messages: list[Message], texts: list[str], rendered: str) -
         at = rendered.find(stripped, end)
         if at >= 0:
             end = at + len(stripped)
-        elif stripped not in rendered:
+        elif stripped not in rendered and _has_text(messages[index]):
             raise _left_out(messages, index)
 
 
@@ -318,7 +438,12 @@ def _left_out(messages: list[Message], index: int) -> TemplateRefused:
 def _values(chat: Chat) -> dict[str, Any]:
     """The template's variables besides the messages and the special tokens. Raises
     TemplateRefused."""
-    values = {"tools": None, "documents": None, "add_generation_prompt": chat.add_generation_prompt}
+    tools = json.loads(chat.tools) if chat.tools else None
+    values = {
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": chat.add_generation_prompt,
+    }
     if not chat.template_kwargs:
         return values
     try:
@@ -332,6 +457,8 @@ def _values(chat: Chat) -> dict[str, Any]:
         raise TemplateRefused(
             f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself"
         )
+    if chat.tools:
+        extra.pop("tools", None)
     return {**values, **extra}
 
 
