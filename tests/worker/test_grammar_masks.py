@@ -206,6 +206,19 @@ def test_what_ends_processes_is_found_and_given_up_and_the_others_go_on() -> Non
     assert len(good.output) == before + 2
 
 
+def test_a_stream_that_gets_further_after_each_death_is_not_given_up() -> None:
+    bench = Bench(0)
+    request = Request("g", [1])
+    bench.step(admit={0: request})
+    for _ in range(8):
+        bench.room.kill()
+        bench.room.clock.now += 6
+        before = len(request.output)
+        while len(request.output) < before + 2:
+            bench.step()
+    assert not bench.room.masks.failed(np.array([0]))[0]
+
+
 def test_a_process_that_hangs_is_replaced() -> None:
     bench = Bench(0, late=1.0)
     request = Request("g", [1])

@@ -48,7 +48,7 @@ Keys = NDArray[np.uint64]
 class Stream:
     """One admission: its grammar and all its output tokens."""
 
-    __slots__ = ("deaths", "grammar", "key", "output", "slot")
+    __slots__ = ("deaths", "died_at", "grammar", "key", "output", "slot")
 
     def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
         self.key = key
@@ -56,7 +56,9 @@ class Stream:
         self.grammar = grammar
         self.output = output
         self.deaths = 0
-        """Processes that ended while they worked for this stream."""
+        """Processes in a row that ended while they worked for this stream alone."""
+        self.died_at = 0
+        """How many output tokens it had when the last one did."""
 
 
 class GrammarMasks:
@@ -232,6 +234,8 @@ class GrammarMasks:
                     stream = self._streams.get(key)
                     if stream is not None and len(stream.output) == position:
                         self._mask_at[stream.slot] = position
+                        if position > stream.died_at:
+                            stream.deaths = 0
                         self._answered(key)
             case Failed():
                 stream = self._streams.get(message.key)
@@ -289,6 +293,7 @@ class GrammarMasks:
             if stream is None:
                 continue
             stream.deaths += alone
+            stream.died_at = len(stream.output)
             if stream.deaths >= MAX_DEATHS:
                 log.error("a grammar has ended %d matcher processes; it is given up", stream.deaths)
                 self._failed[stream.slot] = True
