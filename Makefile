@@ -18,7 +18,7 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/pagewire serve $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@exec $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadgroup)
+	@exec $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """What all tests have in common.
 
-`make test` runs them in two lanes (`pytest -n 2 --dist loadgroup`). What starts services, talks to
+`make test` runs them in two lanes (`pytest -n 2`). What starts services, talks to
 sockets or waits for time runs in one lane, test after test, as if it were alone; what only computes
 is taken file by file by whoever is free, with one thread and at low priority, so that it fills the
 processor's time that the other lane leaves. Without `-n` everything runs in one process, in order.
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,24 +47,28 @@ LOW_PRIORITY = 5
 is_low = False
 
 
-def computes(item: pytest.Item) -> bool:
-    path = item.path.relative_to(TESTS).as_posix()
+def computes(path: str) -> bool:
+    """Whether the tests of a file, named from this folder on, only compute."""
     return path not in WAITING and bool({path, path.partition("/")[0]} & COMPUTING)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Before xdist reads the groups."""
-    if hasattr(config, "workerinput"):
-        for item in items:
-            group = item.path.name if computes(item) else "waiting"
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """xdist's own groups (`--dist loadgroup`) mean nothing to pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TwoLanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0].removeprefix(f"{TESTS.name}/")
+            return path if computes(path) else "waiting"
+
+    return TwoLanes(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     global is_low
-    alone = computes(item)
+    alone = computes(item.path.relative_to(TESTS).as_posix())
     if "torch" in sys.modules:
         import torch
 
