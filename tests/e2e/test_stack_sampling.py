@@ -75,7 +75,7 @@ class Sink:
         self.said += text
         self.ids += tokens
 
-    def finished(self, reason, stop_reason, completion_tokens) -> None:
+    def finished(self, reason, stop_reason, completion_tokens, reasoning_tokens) -> None:
         self.end = reason
 
     def failed(self, error) -> None:

@@ -361,7 +361,9 @@ class Client:
             self.count += 1
             self.last = token
 
-    def finished(self, reason: str, stop_reason: object, completion_tokens: int) -> None:
+    def finished(
+        self, reason: str, stop_reason: object, completion_tokens: int, reasoning_tokens: int = 0
+    ) -> None:
         self._ended(reason)
         whole = self.last == EOS if reason == "stop" else self.count == self.max_tokens
         if not whole or completion_tokens != self.count:

@@ -50,6 +50,14 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "disable_log_requests": Foreign(
         "requests are logged only with --enable-log-requests", switch=True
     ),
+    **_each(
+        "enable_auto_tool_choice enable_reasoning",
+        "tool calls and reasoning are always told apart from content",
+        switch=True,
+    ),
+    "exclude_tools_when_tool_choice_none": Foreign(
+        "tools are left out of the prompt with tool_choice none in any case", switch=True
+    ),
     "max_log_len": Foreign("prompts are never logged"),
     "uvicorn_log_level": Foreign("see --log-level"),
     **_each(
@@ -153,14 +161,6 @@ REFUSED: Final[dict[str, Foreign]] = {
         "lora_modules max_loras max_lora_rank max_cpu_loras lora_dtype prompt_adapters",
         NO_LORA,
         refused=True,
-    ),
-    **_each(
-        "enable_auto_tool_choice enable_reasoning",
-        "tool calls and reasoning are always told apart from content",
-        switch=True,
-    ),
-    "exclude_tools_when_tool_choice_none": Foreign(
-        "tools are left out of the prompt with tool_choice none in any case", switch=True
     ),
     **_each(
         "tool_parser_plugin reasoning_parser_plugin tool_server",
