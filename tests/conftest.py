@@ -27,6 +27,7 @@ TESTS = Path(__file__).parent
 COMPUTING = {
     "bench/test_bench_kernels.py",
     "e2e/test_other_processors.py",
+    "faults/test_simulation.py",
     "layout",
     "ops",
     "protocol",
