@@ -1,9 +1,11 @@
 """Grammars compiled once and kept: what is asked for again is a copy. Safe in any thread."""
 
+import os
 import re
 import threading
 from collections import OrderedDict
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits
 from pagewire_protocol.grammar import Grammar, GrammarKind
@@ -14,6 +16,11 @@ from .vocabulary import Vocabulary
 
 KEPT: Final = 256
 """Compiled grammars."""
+COPIES: Final = 16
+"""Of one matcher, after which another one is compiled: copies share what they learn of the grammar,
+and wait for each other when threads compute their masks."""
+MAX_ORIGINALS: Final = min(16, 4 * (os.cpu_count() or 1))
+"""Matchers compiled for one grammar: several for each thread, which takes neighbours."""
 MAX_MESSAGE: Final = 400
 """Characters of what is said about a grammar."""
 NOTHING_MATCHES: Final = "no text matches it"
@@ -29,11 +36,15 @@ _MAY_BE_EMPTY: Final = (
 )
 
 
-class Compiled(NamedTuple):
-    """A matcher that has seen no token, to be copied; `ignored`: keywords that are not held."""
+@dataclass
+class Compiled:
+    """One grammar. `ignored`: keywords that are not held."""
 
-    matcher: LLMatcher
+    originals: list[LLMatcher]
+    """Matchers that have seen no token, to be copied."""
     ignored: tuple[str, ...]
+    copies: int = 0
+    """Made of all of them: a row of each, so that neighbours have the same original."""
 
 
 class Compiler:
@@ -62,7 +73,23 @@ class Compiler:
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A new one, before its first token. Raises GrammarError."""
-        return self.compiled(grammar).matcher.deep_copy()
+        compiled = self.compiled(grammar)
+        with self._lock:
+            original = compiled.originals[compiled.copies // COPIES % len(compiled.originals)]
+            compiled.copies += 1
+        return original.deep_copy()
+
+    def spread(self, grammar: Grammar) -> None:
+        """Compile it once more where each matcher that is there has been copied often. Raises
+        GrammarError."""
+        compiled = self.compiled(grammar)
+        with self._lock:
+            wanted = min(MAX_ORIGINALS, 1 + compiled.copies // COPIES)
+            if len(compiled.originals) >= wanted:
+                return
+        original = self._matcher(grammar)
+        with self._lock:
+            compiled.originals.append(original)
 
     def _outcome(self, grammar: Grammar) -> Compiled | GrammarError:
         try:
@@ -74,7 +101,7 @@ class Compiler:
                 f"it cannot be compiled ({type(error).__name__}: {str(error)[:200]})"
             )
 
-    def _compile(self, grammar: Grammar) -> Compiled:
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
         matcher = LLMatcher(
             self._vocabulary.matching,
             source_of(grammar, self._vocabulary.special_ids),
@@ -82,6 +109,10 @@ class Compiler:
             limits=LIMITS,
         )
         _check(matcher)
+        return matcher
+
+    def _compile(self, grammar: Grammar) -> Compiled:
+        matcher = self._matcher(grammar)
         warnings = matcher.get_grammar_warnings()
         probe = matcher.deep_copy()
         mask = int.from_bytes(probe.compute_bitmask(), "little")
@@ -90,7 +121,7 @@ class Compiler:
             mask &= ~(1 << token)
         if not mask and (grammar.kind not in _MAY_BE_EMPTY or not matcher.is_accepting()):
             raise GrammarError(NOTHING_MATCHES)
-        return Compiled(matcher, tuple(warning[:MAX_MESSAGE] for warning in warnings))
+        return Compiled([matcher], tuple(warning[:MAX_MESSAGE] for warning in warnings))
 
 
 def _check(matcher: LLMatcher) -> None:
