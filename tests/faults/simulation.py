@@ -371,7 +371,7 @@ class Client:
 
     def failed(self, error: RequestError) -> None:
         self._ended(f"failed: {error}")
-        if "ended the worker" in str(error) and self.world.kills[Role.WORKER] >= 3:
+        if error.type == "request_poisoned" and self.world.kills[Role.WORKER] >= 3:
             return
         self.world.broken = self.end
 
