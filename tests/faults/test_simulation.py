@@ -1,8 +1,6 @@
 """The simulated stack keeps its promises under thousands of seeds, and does not where a rule is broken
 on purpose."""
 
-import random
-
 import pytest
 from faults.planted import BUGS, Bug, planted
 from faults.simulate import broken, run
@@ -14,8 +12,8 @@ MOST_SEEDS = 2_000
 
 
 def test_no_seed_breaks_a_promise() -> None:
-    first = random.randrange(2**40)
-    failures = [failure for _, found in run(first, SEEDS) for failure in found]
+    """The same seeds each time; `python -m tests.faults.simulate` takes others."""
+    failures = [failure for _, found in run(0, SEEDS) for failure in found]
     assert not failures, f"{len(failures)} seeds, such as {failures[0][0]}:\n{failures[0][1]}"
 
 
