@@ -7,8 +7,10 @@ processor's time that the other lane leaves. Without `-n` everything runs in one
 """
 
 import os
+import random
 import signal
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,9 @@ WAITING = {
 LOW_PRIORITY = 5
 is_low = False
 
+SEED = os.environ.get("PAGEWIRE_TEST_SEED", "")
+"""Another text here draws other inputs for all tests."""
+
 
 def computes(path: str) -> bool:
     """Whether the tests of a file, named from this folder on, only compute."""
@@ -68,11 +73,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test draws the same random inputs whenever it runs, alone or among others: one that fails
+    for one input in thousands can be run again."""
     global is_low
     alone = computes(item.path.relative_to(TESTS).as_posix())
+    seed = zlib.crc32(f"{SEED}{item.nodeid}".encode())
+    random.seed(seed)
     if "torch" in sys.modules:
         import torch
 
+        torch.manual_seed(seed)
         torch.set_num_threads(1 if alone else len(os.sched_getaffinity(0)))
     if alone and not is_low and hasattr(item.config, "workerinput"):
         os.nice(LOW_PRIORITY)

@@ -1,10 +1,12 @@
 """Faults against a running stack, while clients check every token they get.
 
     python -m tests.faults.nemesis --minutes 60 --report report.md
+    python -m tests.faults.nemesis --minutes 10 --single --report stalls.md
 
 The model is the fake one, whose next token is a hash of all tokens before it, so a client knows each
 token that must come. Services of each kind are killed (SIGKILL), stopped for good (SIGSTOP), paused
-(SIGSTOP, then SIGCONT), ended (SIGTERM), one or two at a time. A run in which the clients did not
+(SIGSTOP, then SIGCONT), ended (SIGTERM), one or two at a time; with `--single` one after the other,
+each once the last one's effects are over, which shows how long a stream waits for each. A run in which the clients did not
 keep the stack busy proves nothing, and is void.
 """
 
@@ -43,6 +45,8 @@ END_S: Final = 60.0
 LEAST_UNDER_WAY: Final = 0.5
 """Share of the clients' streams that must be under way at a fault, on average."""
 REPLACED_S: Final = 30.0
+QUIET_S: Final = 2.0
+"""A fault is a single one if no other is as near as this."""
 MOST_DOWN: Final = 3
 
 
@@ -228,13 +232,13 @@ class Nemesis:
         self.down: set[int] = set()
         """Processes that were hit and have no successor yet that is ready."""
 
-    async def strike(self) -> None:
-        """One fault, or two at the same time."""
+    async def strike(self, most: int = 2) -> None:
+        """One fault, or up to `most` at the same time."""
         self._record.under_way.append(self._clients.under_way)
         await asyncio.gather(
             *(
                 self.hit(self._make.choice(KINDS), self._make.choice(FAULTS))
-                for _ in range(self._make.choice((1, 1, 1, 2)))
+                for _ in range(min(most, self._make.choice((1, 1, 1, 2))))
             )
         )
 
@@ -298,10 +302,17 @@ def is_ready_line(line: str, name: str) -> bool:
 
 
 async def attack(
-    stack: Stack, seconds: float, most_faults: int, streams: int, pause_s: float, seed: int
+    stack: Stack,
+    seconds: float,
+    most_faults: int,
+    streams: int,
+    pause_s: float,
+    seed: int,
+    single: bool = False,
 ) -> Record:
     """Until the time is over or so many faults were sent. Between two of them are at most `pause_s`
-    seconds, twice that now and then, and no more than MOST_DOWN services are down at a time."""
+    seconds, twice that now and then, and no more than MOST_DOWN services are down at a time.
+    single: the next fault comes when the last one's successor is ready and QUIET_S have passed."""
     make = random.Random(seed)
     record = Record()
     clients = Clients(stack.url, streams, record, make)
@@ -316,6 +327,10 @@ async def attack(
             break
         if len(nemesis.down) >= MOST_DOWN:
             await asyncio.sleep(0.05)
+            continue
+        if single:
+            await nemesis.strike(most=1)
+            await asyncio.sleep(QUIET_S + make.uniform(0.1, 0.6))
             continue
         strikes.add(asyncio.create_task(nemesis.strike()))
         strikes = {task for task in strikes if not task.done()}
@@ -333,7 +348,7 @@ def is_void(record: Record, streams: int) -> bool:
 
 
 def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
-    """The longest stall after each fault of this sort that had no other one within two seconds, and
+    """The longest stall after each fault of this sort that had no other one within QUIET_S, and
     before which all services hit earlier had successors that were ready: what a stream waits for
     where a survivor is there is not what it waits for where all are down."""
     longest: list[float] = []
@@ -344,7 +359,7 @@ def stalls_of(record: Record, kind: str, fault: str) -> list[float]:
             other
             for other in record.faults
             if other is not entry
-            and (-2.0 < other.at - entry.at < 2.0 or other.at <= entry.at <= other.back_at)
+            and (-QUIET_S < other.at - entry.at < QUIET_S or other.at <= entry.at <= other.back_at)
         ]
         if near:
             continue
@@ -400,6 +415,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="file for the report in Markdown")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--pause", type=float, default=3.0, help="most seconds between faults")
+    parser.add_argument("--single", action="store_true", help="one fault after the other")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--replicas", type=int, default=2, help="of all but the scheduler")
     options = parser.parse_args()
@@ -417,6 +433,7 @@ def main() -> int:
                 options.streams,
                 options.pause,
                 options.seed,
+                options.single,
             )
         )
     finally:

@@ -56,3 +56,14 @@ def _to_nearest_float8(builder: Any, handle: Any, to: Any, *options: Any) -> Any
 
 
 interpreter.InterpreterBuilder.create_fp_to_fp = _to_nearest_float8
+
+_unary_op = interpreter.InterpreterBuilder.unary_op
+
+
+def _unary_op_without_overflow(builder: Any, argument: Any, op: Any) -> Any:
+    """numpy warns where a result is infinite; a GPU does not, and `1 / (1 + exp(-x))` relies on it."""
+    with np.errstate(over="ignore"):
+        return _unary_op(builder, argument, op)
+
+
+interpreter.InterpreterBuilder.unary_op = _unary_op_without_overflow
