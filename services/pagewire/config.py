@@ -122,6 +122,10 @@ class ModelConfig(Struct, frozen=True):
             "vllm: OpenAI's defaults; or a directory with such a file"
         ),
     ] = "auto"
+    chat_template: Annotated[
+        str,
+        _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
+    ] = ""
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[
@@ -199,10 +203,6 @@ class FrontendConfig(Struct, frozen=True):
 
 
 class TokenizerConfig(Struct, frozen=True):
-    chat_template: Annotated[
-        str,
-        _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
-    ] = ""
     tool_call_parser: Annotated[
         str,
         _help("how the model writes tool calls, by vLLM's names; found from its template without"),

@@ -1,8 +1,9 @@
 """Chat templates: the same text as transformers renders, inside limits."""
 
 import pytest
+from pagewire.checkpoint.chat_templates import read_option
 from pagewire.tokenizer.render_limit import RenderLimit
-from pagewire.tokenizer.template import ChatTemplate, TemplateRefused, read_option
+from pagewire.tokenizer.template import ChatTemplate, TemplateRefused
 from pagewire_protocol.messages import Chat, ChatMessage
 
 ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
