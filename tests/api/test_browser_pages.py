@@ -73,6 +73,8 @@ def test_the_policy_lets_nothing_run_but_the_page_s_own_script(shared, path: str
     )
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["connect-src"] == "'self'"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
     contents = Reader(answer.text).contents
     for tag in ("script", "style"):
         digest = base64.b64encode(hashlib.sha256(contents[tag].encode()).digest()).decode()
