@@ -458,6 +458,7 @@ class BadSetting(ValueError):
 
 
 WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+ALLOWED = ("<=", "<")
 
 
 def _reason(text: str, kind: Any) -> str:
@@ -466,7 +467,8 @@ def _reason(text: str, kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))} is needed"
     if len(words) == 4 and words[2] in WORDS:
-        return f"{WORDS[words[2]]} {words[3]} is needed"
+        verb = "allowed" if words[2] in ALLOWED else "needed"
+        return f"{WORDS[words[2]]} {words[3]} is {verb}"
     return text
 
 
