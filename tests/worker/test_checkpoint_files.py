@@ -440,6 +440,10 @@ def test_the_families_are_those_that_models_has_files_for():
         ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language"),
         ({"model_type": "t5"}, "t5 is an encoder with a decoder"),
         (
+            {"model_type": "olmo2", "architectures": ["Q"], "is_encoder_decoder": True},
+            "Q is an encoder with a decoder",
+        ),
+        (
             {"model_type": "llama", "quantization_config": {"quant_method": "quip"}},
             "with 'quip' are",
         ),
