@@ -7,7 +7,6 @@ buffers after one signal. See all_reduce.py.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -121,7 +120,7 @@ def _launch(
     memory: SymmetricMemory,
     x: Tensor,
     dim: int,
-    kernel: Callable[..., Any],
+    kernel: Any,
     offset: int,
     limit: int,
 ) -> Tensor:

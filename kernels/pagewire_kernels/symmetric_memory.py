@@ -95,7 +95,7 @@ class SymmetricMemory:
         device."""
         return int(self.report.item())
 
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, Any]:
         """What all kernels are compiled for."""
         return {
             "SIZE": self.size,

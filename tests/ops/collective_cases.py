@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pagewire_kernels import all_gather, all_reduce, reference
 from pagewire_kernels.all_reduce import AddNorm, share_of
+from pagewire_kernels.symmetric_communicator import Crossings, SymmetricCommunicator
 from pagewire_kernels.symmetric_memory import GENERATIONS, SymmetricMemory
 from torch import Tensor
 
@@ -237,6 +238,8 @@ def many_generations(rank: Rank) -> None:
     for start in (2**31 - 5, 2**32 - 5):
         if rank.device.type == "cuda":
             torch.cuda.synchronize()
+        # the buffers go on alternating: another rank may still read those of the last generation
+        start += (int(rank.memory.control[GENERATIONS].item()) - start) % 2
         rank.memory.control[GENERATIONS:] = start
         for number in range(8):
             parts = rank.parts(1, 72, dtype=torch.bfloat16)
@@ -246,12 +249,60 @@ def many_generations(rank: Rank) -> None:
             rank.equal(f"generation {start + number + 1}", got, reference.all_reduce(parts))
 
 
+class Elsewhere:
+    """In place of NCCL: notes what comes to it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.seen: list[str] = []
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.seen.append("all-reduce")
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        self.seen.append("all-gather")
+        return x
+
+
+def chosen(rank: Rank) -> None:
+    """By the communicator: each way where it is chosen, and the library for what fits nowhere."""
+    memory = rank.memory
+    library = Elsewhere(rank.number, memory.size)
+    ways = Crossings([(0, "low-latency"), (300, "one-shot"), (1200, "two-shot")])
+    gathers_ways = Crossings([(0, "low-latency"), (300, "one-shot")])
+    communicator = SymmetricCommunicator(memory, library, ways, gathers_ways)
+    for rows in (1, 2, 9):
+        parts = rank.parts(rows, 72, dtype=torch.bfloat16)
+        own = parts[rank.number]
+        rank.equal("chosen sum", communicator.all_reduce(own), reference.all_reduce(parts))
+        gathered = communicator.all_gather(own, -1)
+        rank.equal("chosen gather", gathered, reference.all_gather(parts, -1))
+        residual = rank.draw(rows, 72, dtype=torch.bfloat16)
+        weight = rank.draw(72, dtype=torch.bfloat16)
+        wanted, total = reference.all_reduce_add_norm(parts, residual, weight, EPS)
+        normed, added = communicator.all_reduce_add_norm(own, residual.clone(), weight, EPS)
+        rank.equal("chosen residual", added, total)
+        rank.close("chosen norm", normed, wanted)
+    if library.seen:
+        rank.failures.append(f"went elsewhere: {library.seen}")
+    large = torch.zeros(memory.layout.buffer_bytes // 4 + 4, device=rank.device)
+    communicator.all_reduce(large)
+    communicator.all_gather(large, 0)
+    communicator.all_reduce(large[:0])
+    communicator.check()
+    if library.seen != ["all-reduce", "all-gather", "all-reduce"]:
+        rank.failures.append(f"of what fits nowhere, {library.seen} came to the library")
+
+
 CASES: dict[str, Callable[[Rank], None]] = {
     "sums": sums,
     "norms": norms,
     "shares": shares,
     "gathers": gathers,
     "mixed": mixed,
+    "chosen": chosen,
     "many generations": many_generations,
 }
 

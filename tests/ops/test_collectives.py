@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pagewire_kernels.symmetric_communicator import crossings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SIZES = (2, 3, 4)
 CASES = {
-    2: ("sums", "norms", "shares", "gathers", "mixed", "many generations"),
+    2: ("sums", "norms", "shares", "gathers", "mixed", "chosen", "many generations"),
     3: ("sums", "gathers"),
     4: ("shares", "mixed"),
 }
@@ -64,6 +65,19 @@ def test_a_rank_that_stopped_is_named_after_the_time_limit(size: int, ranks: Lin
             assert line["messages"][0] == ""
             assert all(last in message for message in line["messages"][1:])
             assert len(line["messages"]) == 4
+
+
+def test_crossings_are_where_another_way_is_faster() -> None:
+    measured = {
+        1000: {"low-latency": 4.0, "one-shot": 6.0, "library": 9.0},
+        4000: {"one-shot": 8.0, "two-shot": 8.0, "library": 12.0},
+        9000: {"one-shot": 9.0, "library": 13.0},
+        20_000: {"one-shot": 60.0, "library": 41.0},
+    }
+    found = crossings(measured)
+    assert list(found.ways) == [(0, "low-latency"), (1001, "one-shot"), (9001, "library")]
+    ways = [found.way(nbytes) for nbytes in (0, 1000, 1001, 9000, 9001, 1 << 30)]
+    assert ways == ["low-latency"] * 2 + ["one-shot"] * 2 + ["library"] * 2
 
 
 @pytest.fixture(scope="module")
