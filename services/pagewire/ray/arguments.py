@@ -151,8 +151,8 @@ def _stack_options(config: StackConfig, options: dict[str, Any]) -> dict[str, An
 
 
 def _ingress_options(ingress: dict[str, Any], stacks: dict[str, Any]) -> dict[str, Any]:
-    """As many ingress replicas as stacks, unless `ingress` says how many. They compute little and
-    take no GPU."""
+    """As many ingress replicas as stacks, unless `ingress` says how many. Like Ray's proxies they
+    reserve no core: on a small machine there would be none left for them."""
     unknown = ingress.keys() - OPTIONS
     if unknown:
         raise ValueError(
@@ -166,7 +166,8 @@ def _ingress_options(ingress: dict[str, Any], stacks: dict[str, Any]) -> dict[st
     }
     if not ingress.keys() & {"num_replicas", "autoscaling_config"}:
         defaults["num_replicas"] = _most_replicas(stacks)
-    return {**defaults, **ingress}
+    actor_options = _mapping("ray_actor_options", ingress.get("ray_actor_options"))
+    return {**defaults, **ingress, "ray_actor_options": {"num_cpus": 0, **actor_options}}
 
 
 def _most_replicas(stacks: dict[str, Any]) -> int:
