@@ -21,7 +21,8 @@ import pytest
 
 MARK = "PAGEWIRE_TEST_CLUSTER"
 """A variable of all processes of a cluster, by which they are known."""
-COMMAND_S = 60.0
+COMMAND_S = 240.0
+"""Beside other tests, on two cores, Ray takes its time."""
 END_S = 20.0
 OUT = "answer: "
 PREFIX = "/llm"
@@ -71,7 +72,12 @@ class Cluster:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}{PREFIX}"
-        self.do("start", str(self.directory), port)
+        self._port = port
+
+    def start(self) -> None:
+        """Start Ray, and the application with one replica."""
+        self.do("start", str(self.directory), self._port)
+        self.deploy(1)
 
     def do(self, command: str, *arguments: Any) -> Any:
         """What the command returns."""
@@ -128,9 +134,9 @@ def processes(directory: Path) -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    started = Cluster()
+    cluster = Cluster()
     try:
-        started.deploy(1)
-        yield started
+        cluster.start()
+        yield cluster
     finally:
-        started.end()
+        cluster.end()

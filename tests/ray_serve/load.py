@@ -53,7 +53,7 @@ class Load:
         self._is_over = True
         self._thread.join(60)
 
-    def wait(self, count: int, timeout_s: float = 30.0) -> None:
+    def wait(self, count: int, timeout_s: float = 90.0) -> None:
         """Until so many more requests have ended."""
         until = self.record.count + count
         end = time.monotonic() + timeout_s

@@ -35,7 +35,7 @@ def request(
         connection.close()
 
 
-def until(condition: Any, timeout_s: float = 30.0) -> None:
+def until(condition: Any, timeout_s: float = 90.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come true"

@@ -1,11 +1,17 @@
 """The application's arguments: flags of `pagewire serve`, options of Ray Serve, and nothing else."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pagewire.ray.arguments import plan_of
+from ray.serve.schema import ServeDeploySchema
+
+PAGE = Path(__file__).parents[2] / "docs" / "ray.md"
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
@@ -72,6 +78,7 @@ def test_texts_of_the_command_line_mean_the_same_as_values() -> None:
         "--enforce-eager",
         "--served-model-name=a",
         "--served-model-name=b",
+        "--num-frontends=1",
     ]
     assert plan.stack_options["num_replicas"] == 3
     assert plan.ingress_options["num_replicas"] == 3
@@ -101,6 +108,15 @@ def test_autoscaling_aims_at_what_a_stack_computes_at_a_time() -> None:
     assert plan.ingress_options["num_replicas"] == 4
     own = {**limits, "target_ongoing_requests": 9}
     assert plan_of({"autoscaling_config": own}).stack_options["autoscaling_config"] == own
+
+
+def test_the_file_of_the_page_is_one_that_ray_serve_takes() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(block))
+    (application,) = schema.applications
+    assert application.import_path == "pagewire.ray:app"
+    plan = plan_of(application.args)
+    assert plan.stack_options["autoscaling_config"]["max_replicas"] == 4
 
 
 def test_without_ray_one_line_says_what_to_install() -> None:

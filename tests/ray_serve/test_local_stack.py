@@ -18,14 +18,14 @@ from ray_serve.conftest import STACK
 HEALTH = ForwardedRequest("GET", "/health", (), b"")
 
 
-def new_stack(lines: list[str], **settings: Any) -> LocalStack:
+def new_stack(failures: list[str], **settings: Any) -> LocalStack:
     flags = plan_of({**STACK, **settings}).stack_flags
-    return LocalStack(parse(new_parser(), flags), lines.append)
+    return LocalStack(parse(new_parser(), flags), lambda line: None, failures.append)
 
 
 @asynccontextmanager
-async def running(**settings: Any) -> AsyncIterator[LocalStack]:
-    stack = new_stack([], **settings)
+async def running(failures: list[str] | None = None, **settings: Any) -> AsyncIterator[LocalStack]:
+    stack = new_stack([] if failures is None else failures, **settings)
     try:
         await stack.start()
         yield stack
@@ -77,13 +77,29 @@ async def test_a_frontend_that_dies_before_it_answers_is_said_so() -> None:
             await first
 
 
+async def test_the_end_of_all_services_is_told_once_and_only_when_nobody_asked() -> None:
+    failures: list[str] = []
+    async with running(failures) as stack:
+        assert stack._services is not None
+        stack._services._supervisor.fail("the scheduler died 5 times")
+        while not failures:
+            await asyncio.sleep(0.02)
+        with pytest.raises(StackFailed, match="the scheduler died 5 times"):
+            await stack.check_health()
+    assert failures == ["the scheduler died 5 times"]
+    async with running(failures):
+        pass
+    assert len(failures) == 1
+
+
 async def test_why_a_stack_cannot_start_is_said() -> None:
-    lines: list[str] = []
-    stack = new_stack(lines, api_keys_file="/no/such/file")
+    failures: list[str] = []
+    stack = new_stack(failures, api_keys_file="/no/such/file")
     with pytest.raises((OSError, ValueError), match="/no/such/file"):
         await stack.start()
     await stack.close()
-    stack = new_stack(lines, device="cpu", model="/no/such/model")
+    stack = new_stack(failures, device="cpu", model="/no/such/model")
     with pytest.raises(Exception, match="/no/such/model"):
         await stack.start()
     await stack.close()
+    assert not failures

@@ -75,6 +75,9 @@ def plan_of(arguments: Mapping[str, Any]) -> Plan:
     that is neither a flag nor an option, or has a bad value."""
     parser = new_parser()
     settings = {str(name).replace("-", "_"): value for name, value in arguments.items()}
+    # All requests of a stack come through one process of Ray, to which one frontend is more than
+    # equal.
+    settings.setdefault("num_frontends", 1)
     ingress_options = _mapping(INGRESS, settings.pop(INGRESS, None))
     options = {name: _value(settings.pop(name)) for name in OPTIONS & settings.keys()}
     _check_names(parser, settings)
@@ -179,16 +182,18 @@ def _most_replicas(stacks: dict[str, Any]) -> int:
 
 
 def gpus_of(config: StackConfig) -> int:
-    """How many GPUs a replica needs for its workers."""
+    """How many GPUs a replica needs for its workers: one for each rank of a group, and for each
+    worker that is alone, of which several may share one."""
     device = config.worker.device
     if device == "auto":
         device = "cuda" if _cluster_has_gpus() else "cpu"
     if device != "cuda":
         return 0
     services = stack.model_services(config, config.model)
-    workers = sum(service.kind == "worker" for service in services)
+    workers = [service for service in services if service.kind == "worker"]
+    ranks = [service for service in workers if service.group]
     workers_per_gpu = int(1 / config.worker.gpu_memory_utilization + 1e-6)
-    return math.ceil(workers / workers_per_gpu)
+    return len(ranks) + math.ceil((len(workers) - len(ranks)) / workers_per_gpu)
 
 
 def _cluster_has_gpus() -> bool:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -32,8 +32,8 @@ meanwhile."""
 UNAVAILABLE: Final = 503
 METRICS: Final = "/metrics"
 METRICS_TIMEOUT_S: Final = 5.0
-REPLICA_LOST: Final = (RayActorError, StackUnreachable)
-"""The replica's process ended or cannot be reached, or its frontends ended."""
+REPLICA_LOST: Final = (RayActorError, NodeDiedError, ObjectLostError, StackUnreachable)
+"""The replica's process or node ended or cannot be reached, or its frontends ended."""
 
 
 class Ingress:
@@ -55,7 +55,7 @@ class Ingress:
 
     async def __call__(self, request: Request) -> Response:
         """Any request below the application's route prefix."""
-        if request.method == "GET" and target_of(request.scope) == METRICS:
+        if request.method == "GET" and path_of(request.scope) == METRICS:
             return await self._metrics()
         forwarded = await forwarded_request(request, self._max_body_bytes)
         pause_s = FIRST_PAUSE_S
@@ -152,11 +152,15 @@ async def forwarded_request(request: Request, max_body_bytes: int) -> ForwardedR
 
 def target_of(scope: Scope) -> str:
     """Path and query below the route prefix, still encoded."""
+    query = scope.get("query_string", b"").decode("latin-1")
+    return f"{path_of(scope)}?{query}" if query else path_of(scope)
+
+
+def path_of(scope: Scope) -> str:
+    """The path below the route prefix, still encoded."""
     raw_path = scope.get("raw_path")
     path = raw_path.decode("latin-1") if raw_path else quote(scope["path"])
-    path = path.removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-    query = scope.get("query_string", b"").decode("latin-1")
-    return f"{path}?{query}" if query else path
+    return path.removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
 
 
 def _body(piece: bytes, more: bool) -> dict[str, Any]:

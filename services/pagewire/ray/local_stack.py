@@ -34,6 +34,10 @@ PROBE_TIMEOUT_S: Final = 5.0
 REPAIR_S: Final = 60.0
 """For so long a stack may be without a worker or tokenizer, which it starts again by itself, before
 it counts as unhealthy. Its frontends keep requests waiting as long."""
+SPACING_S: Final = 1e-3
+"""Least time between two pieces of one answer, for each answer under way: a piece costs Ray's
+processes about as much, which would be more than there is for each token of hundreds of streams.
+Tokens that come meanwhile go in one piece. First pieces do not wait."""
 ADDED_BY_CLIENT: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Headers that aiohttp would add to a request that lacks them."""
 
@@ -46,15 +50,26 @@ class StackFailed(RuntimeError):
 class LocalStack:
     """`start` it, `answer` requests, `close` it. Belongs to one event loop, but for `stop`."""
 
-    def __init__(self, config: stack.StackConfig, log: Callable[[str], None]) -> None:
-        """`log` gets each line that a service prints, after the service's name."""
+    def __init__(
+        self,
+        config: stack.StackConfig,
+        log: Callable[[str], None],
+        on_failure: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """`log` gets each line that a service prints, after the service's name. `on_failure` is called
+        in another thread, with the reason, when the services of a stack that has started are gone for
+        good."""
         self._config = config
         self._log = log
+        self._on_failure = on_failure
+        self._has_started = False
         self._run_dir = stack.new_run_dir()
         self._listener: socket.socket | None = None
         self._services: BackgroundServices | None = None
         self._session: aiohttp.ClientSession | None = None
         self._url = ""
+        self._under_way = 0
+        """Answers."""
         self._healthy_at = 0.0
         """When it was last seen to serve: monotonic seconds."""
 
@@ -83,12 +98,13 @@ class LocalStack:
         self._services = BackgroundServices(
             structs.replace(config, run=run, frontend=frontend),
             model,
-            lambda: None,
+            self._on_services_ended,
             lambda name, line: self._log(f"{name:<12} {line}"),
         )
         await self._wait_ready(self._services)
         self._services.mark_ready()
         self._healthy_at = time.monotonic()
+        self._has_started = True
 
     async def check_health(self) -> None:
         """Raises StackFailed when the services are gone for good, and when the stack could not
@@ -129,9 +145,19 @@ class LocalStack:
             except aiohttp.ClientError as error:
                 raise StackUnreachable(_words(error)) from None
             headers = kept(response.headers.items(), NOT_RETURNED)
-            yield Head(response.status, headers, chunk)
-            while chunk := await response.content.readany():
-                yield chunk
+            self._under_way += 1
+            try:
+                yield Head(response.status, headers, chunk)
+                sent_at = time.monotonic()
+                while chunk := await response.content.readany():
+                    wait_s = sent_at + self._under_way * SPACING_S - time.monotonic()
+                    if wait_s > SPACING_S:
+                        await asyncio.sleep(wait_s)
+                        chunk += response.content.read_nowait()
+                    yield chunk
+                    sent_at = time.monotonic()
+            finally:
+                self._under_way -= 1
 
     def stop(self) -> None:
         """End the services and remove what they left. Safe from any thread; returns when all have
@@ -153,6 +179,11 @@ class LocalStack:
     def pids(self) -> dict[str, int]:
         """The services' process ids by name."""
         return self._services.pids() if self._services else {}
+
+    def _on_services_ended(self) -> None:
+        services = self._services
+        if services is not None and self._has_started:
+            self._on_failure(services.failure)
 
     async def _wait_ready(self, services: BackgroundServices) -> None:
         stage = ""
