@@ -16,21 +16,30 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 OUT = "answer: "
+START_ATTEMPTS = 3
 NAME = "pagewire"
 ACTORS = f"SERVE_REPLICA::{NAME}#Stack#"
 
 
 def start(directory: str, port: int) -> None:
     """Ray without its dashboard, in `directory`, with room for all replicas of the tests."""
-    ray.init(
-        num_cpus=16,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        _temp_dir=directory,
-        _node_ip_address="127.0.0.1",
-    )
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(
+                num_cpus=16,
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=100 << 20,
+                _temp_dir=directory,
+                _node_ip_address="127.0.0.1",
+            )
+            break
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a machine that is busy otherwise may not have.
+            if not attempts_left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
 

@@ -16,8 +16,8 @@ def build_app(arguments: dict[str, Any]) -> Application:
     num_replicas; under "ingress" a mapping of such options for the deployment in front. Raises
     ValueError with one line."""
     plan = plan_of(arguments)
-    stacks = serve.deployment(Stack, **plan.stack_options)
-    ingress = serve.deployment(Ingress, **plan.ingress_options)
+    stacks = serve.deployment(**plan.stack_options)(Stack)
+    ingress = serve.deployment(**plan.ingress_options)(Ingress)
     return ingress.bind(stacks.bind(plan.stack_flags), plan.max_body_bytes)
 
 

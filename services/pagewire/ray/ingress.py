@@ -13,7 +13,7 @@ from urllib.parse import quote
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -60,9 +60,9 @@ class Ingress:
         forwarded = await forwarded_request(request, self._max_body_bytes)
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, ATTEMPTS + 1):
-            pieces = self._call.remote(forwarded)
+            pieces = cast("DeploymentResponseGenerator[Any]", self._call.remote(forwarded))
             try:
-                head = cast(Head, await anext(aiter(pieces)))
+                head: Head = await anext(pieces)
             except REPLICA_LOST as error:
                 reason = _reason(error)
             except BackPressureError:
