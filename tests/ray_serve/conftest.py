@@ -33,6 +33,7 @@ STACK = {
     "fake_step_ms": 20,
     "num_frontends": 1,
     "num_tokenizers": 1,
+    "watchdog_timeout": 20,
     "graceful_shutdown_wait_loop_s": 0.2,
     "ingress": {"num_replicas": 1, "graceful_shutdown_wait_loop_s": 0.2},
 }
