@@ -26,6 +26,16 @@ MAX_WHITESPACE: Final = 256
 DEFAULT_WHITESPACE: Final = r"[ \n\t]{0,4}"
 """Between the parts of JSON. A model may write whitespace for ever where a grammar lets it."""
 
+SCHEMA_FORMATS: Final = frozenset(
+    (
+        *("date-time", "date", "time", "duration", "email", "idn-email"),
+        *("hostname", "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri"),
+        *("iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer"),
+        "regex",
+    )
+)
+"""Those that JSON Schema (2020-12, Validation, 7.3) defines."""
+
 
 class GrammarKind(IntEnum):
     """What the source of a grammar is."""

@@ -109,6 +109,22 @@ def test_openai_streams_calls(client: openai.OpenAI) -> None:
     check(one.function.arguments)
 
 
+def test_a_strict_tool_is_held_where_calls_are_free(client: openai.OpenAI) -> None:
+    def ask(schema: Any, strict: bool | None) -> Any:
+        function: Any = {"name": "get_weather", "parameters": schema, "strict": strict}
+        tools: Any = [{"type": "function", "function": function}]
+        return client.chat.completions.create(
+            model="caller", messages=ASK, tools=tools, max_tokens=16
+        )
+
+    assert ask(SCHEMA, True).choices[0].message.content
+    unknown = {"type": "object", "properties": {"unit": {"not": {}}}}
+    assert ask(unknown, None).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match='"not"') as caught:
+        ask(unknown, True)
+    assert caught.value.param == "tools"
+
+
 def test_openai_responses(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", **FUNCTION, "strict": True}
     options: Any = {"model": "caller", "input": "hi", "tools": [tool], "tool_choice": "required"}
