@@ -191,7 +191,7 @@ def _grammar(lark: str, *, param: str, after: str = "") -> Grammar:
     if len(lark) > MAX_GRAMMAR_SOURCE:
         raise UnsupportedAnswer(
             f"the schemas of the tools make a grammar of {len(lark)} characters; at most "
-            f"{MAX_GRAMMAR_SOURCE} are possible where calls are forced",
+            f"{MAX_GRAMMAR_SOURCE} are possible where calls are held to them",
             "tools",
         )
     return Grammar(GrammarKind.LARK, lark, after=after, param=param)
