@@ -1,20 +1,17 @@
 """langchain's own integration tests of a chat model, all of them, with tools and structured output on.
 
-Most of them ask how a model answers, and run against a hash function whose calls and JSON grammars
-hold. Those that ask what it says run against the demo model. What is skipped is listed here with its
-reason, and nothing else is.
+They run against a hash function whose calls and JSON grammars hold. What does not apply is listed here
+with its reason, and a test that skips itself fails.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
-from e2e.conftest import Stack
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
-from langchain_tests.unit_tests.chat_models import ChatModelTests
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
@@ -36,7 +33,9 @@ NOT_HERE: Final = {
     "test_stream_time": "it times the client by itself, with the recorded answers of a server",
 }
 """Tests that have nothing to ask, and why."""
-SAYS: Final = "a hash function says anything; the demo model is asked below"
+SAYS: Final = "it wants certain words, and a hash function says anything"
+CALLS: Final = "it wants a call that the model may make or not, and a hash function makes none"
+ONE_CALL: Final = "it wants one call where several may come, and a hash function goes on calling"
 THINKS: Final = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:<think>\n{% endif %}"
@@ -79,14 +78,6 @@ def thinking(start: Callable[..., Any]) -> Any:
     return start("thinker", "EMPTY", *flags)
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[str]:
-    """The base URL of the demo model on the CPU."""
-    stack = Stack("--max-model-len", "2048", "--max-num-seqs", "4")
-    yield stack.wait_ready().url
-    stack.end()
-
-
 def params(base: str, model: str, **more: Any) -> dict[str, Any]:
     """For ChatOpenAI."""
     return {
@@ -102,7 +93,7 @@ def params(base: str, model: str, **more: Any) -> dict[str, Any]:
 
 
 class TestHowItAnswers(ChatModelIntegrationTests):
-    """All tests, against the hash function."""
+    """All of them."""
 
     @pytest.fixture(autouse=True)
     def _stacks(self, saying: Any, thinking: Any) -> None:
@@ -151,7 +142,7 @@ class TestHowItAnswers(ChatModelIntegrationTests):
     @pytest.mark.xfail(reason=SAYS, run=False)
     async def test_tool_calling_async(self, model: BaseChatModel) -> None: ...
 
-    @pytest.mark.xfail(reason=SAYS, run=False)
+    @pytest.mark.xfail(reason=ONE_CALL, run=False)
     def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None: ...
 
     @pytest.mark.xfail(reason=SAYS, run=False)
@@ -160,39 +151,8 @@ class TestHowItAnswers(ChatModelIntegrationTests):
     @pytest.mark.xfail(reason=SAYS, run=False)
     def test_json_mode(self, model: BaseChatModel) -> None: ...
 
-    @pytest.mark.xfail(reason=SAYS, run=False)
+    @pytest.mark.xfail(reason=CALLS, run=False)
     def test_agent_loop(self, model: BaseChatModel) -> None: ...
-
-
-class TestWhatItSays(ChatModelTests):
-    """Those tests that the hash function cannot pass, against a model of 135 million parameters."""
-
-    @pytest.fixture(autouse=True)
-    def _stack(self, demo: str) -> None:
-        self._base = demo
-
-    @property
-    def chat_model_class(self) -> type[BaseChatModel]:
-        return ChatOpenAI
-
-    @property
-    def chat_model_params(self) -> dict[str, Any]:
-        return params(self._base, "demo", temperature=0, max_tokens=120)
-
-    @property
-    def supports_json_mode(self) -> bool:
-        return True
-
-    test_tool_calling = ChatModelIntegrationTests.test_tool_calling
-    test_tool_calling_async = ChatModelIntegrationTests.test_tool_calling_async
-    test_tool_calling_with_no_arguments = (
-        ChatModelIntegrationTests.test_tool_calling_with_no_arguments
-    )
-    test_unicode_tool_call_integration = (
-        ChatModelIntegrationTests.test_unicode_tool_call_integration
-    )
-    test_json_mode = ChatModelIntegrationTests.test_json_mode
-    test_agent_loop = ChatModelIntegrationTests.test_agent_loop
 
 
 def _asked(model: ChatOpenAI, text: str, stream: bool) -> AIMessage:
