@@ -1,0 +1,119 @@
+"""Collective operations between the ranks of one model: the protocol that the layers of a model
+know, its form for one rank, and the one for CPUs.
+
+Sums are the same bits on every rank and in every run: ranks sample the tokens that they all go on
+with, each by itself. Every rank must call the same operations in the same order with tensors of the
+same shapes and types.
+"""
+
+from datetime import timedelta
+from typing import Any, Final, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import Store
+
+TIMEOUT_S: Final = 120.0
+"""How long a rank waits for the others in one operation: longer than any step takes."""
+
+
+class CommunicatorFailed(RuntimeError):
+    """Another rank did not take part: it has ended, or it hangs. The message says which operation
+    waited, and how long."""
+
+
+class Communicator(Protocol):
+    """This process's connection to the other ranks. Tensors are on its device."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, of x's shape and type: added in the order of the ranks in
+        float32, then rounded once. May overwrite x and return it. Raises CommunicatorFailed."""
+        ...
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' x behind each other along `dim`, in the order of the ranks: contiguous. Raises
+        CommunicatorFailed."""
+        ...
+
+
+class SingleRank:
+    """A Communicator without others."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """x itself."""
+        return x
+
+
+SINGLE_RANK: Final = SingleRank()
+
+
+class GlooCommunicator:
+    """A Communicator of processes or threads of one host, on CPU tensors, through torch's gloo."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
+        """`store`: in which the ranks find each other; nobody else may have used it. Returns when
+        all are there. Raises CommunicatorFailed when they are not within `timeout_s` seconds."""
+        self.rank = rank
+        self.size = size
+        self._timeout_s = timeout_s
+        # torch's stubs lack most of this class
+        gloo: Any = torch.distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timedelta(seconds=timeout_s)
+        try:
+            self._group = gloo(store, rank, size, options)
+        except RuntimeError as error:
+            raise self._failed("connecting", error) from None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See Communicator. gloo's own sums are in the type of x, in an order that depends on its
+        size."""
+        parts = self._gathered(x, "an all-reduce")
+        total = parts[0].float()
+        for part in parts[1:]:
+            total.add_(part)
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """See Communicator."""
+        return torch.cat(self._gathered(x, "an all-gather"), dim)
+
+    def _gathered(self, x: Tensor, operation: str) -> list[Tensor]:
+        """Every rank's x, as bytes: gloo does not know all types."""
+        own = x.contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            self._group.allgather([[_as_bytes(part) for part in parts]], [_as_bytes(own)]).wait()
+        except RuntimeError as error:
+            raise self._failed(operation, error) from None
+        return parts
+
+    def _failed(self, operation: str, error: RuntimeError) -> CommunicatorFailed:
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        return CommunicatorFailed(
+            f"rank {self.rank} of {self.size} was left alone in {operation}, for which it waits "
+            f"{self._timeout_s:g} s: another rank has ended or hangs ({reason})"
+        )
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
