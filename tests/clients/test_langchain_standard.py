@@ -35,6 +35,9 @@ NOT_HERE: Final = {
 """Tests that have nothing to ask, and why."""
 SAYS: Final = "it wants certain words, and a hash function says anything"
 CALLS: Final = "it wants a call that the model may make or not, and a hash function makes none"
+NO_MORE: Final = (
+    "it wants no keys but those of a schema that allows others, and a hash function adds some"
+)
 ONE_CALL: Final = "it wants one call where several may come, and a hash function goes on calling"
 THINKS: Final = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -147,6 +150,9 @@ class TestHowItAnswers(ChatModelIntegrationTests):
 
     @pytest.mark.xfail(reason=SAYS, run=False)
     def test_unicode_tool_call_integration(self, model: BaseChatModel, **_: Any) -> None: ...
+
+    @pytest.mark.xfail(reason=NO_MORE, run=False)
+    def test_structured_output_pydantic_2_v1(self, model: BaseChatModel) -> None: ...
 
     @pytest.mark.xfail(reason=SAYS, run=False)
     def test_json_mode(self, model: BaseChatModel) -> None: ...
