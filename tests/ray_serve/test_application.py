@@ -1,4 +1,10 @@
-"""The application on a real Ray cluster, with the fake model."""
+"""The application on a real Ray cluster, with the fake model.
+
+    PAGEWIRE_TEST_RAY_CLUSTER=1 make test ARGS="-s tests/ray_serve"
+
+By request only: a cluster needs a machine for itself. Beside other tests Ray takes replicas that wait for
+a processor for dead ones, and the tests take minutes.
+"""
 
 import asyncio
 import http.client
@@ -17,6 +23,10 @@ from pagewire.worker.fake import chain
 from ray_serve.conftest import Cluster
 from ray_serve.load import VOCAB, Load
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("PAGEWIRE_TEST_RAY_CLUSTER"),
+    reason="a Ray cluster needs a machine for itself: set PAGEWIRE_TEST_RAY_CLUSTER=1",
+)
 PROMPT = [5, 6, 7]
 
 
