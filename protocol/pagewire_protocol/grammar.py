@@ -13,6 +13,10 @@ from msgspec import Meta, Struct
 
 MAX_GRAMMAR_SOURCE: Final = 131_072
 """Characters of a schema, expression or grammar."""
+MAX_GBNF_SOURCE: Final = 32_768
+"""Characters of a GBNF grammar: what converts one takes a time that grows with its rules times its
+length."""
+MAX_GBNF_RULES: Final = 500
 MAX_CHOICES: Final = 4096
 """Strings of a CHOICE."""
 MAX_SCHEMA_DEPTH: Final = 64
@@ -25,6 +29,16 @@ MAX_AFTER: Final = 256
 MAX_WHITESPACE: Final = 256
 DEFAULT_WHITESPACE: Final = r"[ \n\t]{0,4}"
 """Between the parts of JSON. A model may write whitespace for ever where a grammar lets it."""
+
+SCHEMA_FORMATS: Final = frozenset(
+    (
+        *("date-time", "date", "time", "duration", "email", "idn-email"),
+        *("hostname", "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri"),
+        *("iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer"),
+        "regex",
+    )
+)
+"""Those that JSON Schema (2020-12, Validation, 7.3) defines."""
 
 
 class GrammarKind(IntEnum):

@@ -31,6 +31,8 @@ from .sampling import Sampling, SamplingDefaults, TokenId
 
 MAX_TEMPLATE_KWARGS: Final = 65_536
 """Bytes of JSON."""
+MAX_IGNORED: Final = 512
+"""Characters of a list of keywords."""
 MAX_TOOLS: Final = 4_194_304
 """Bytes of the JSON of a request's tools."""
 MAX_TOOL_NAME: Final = 256
@@ -169,6 +171,8 @@ class Started(Record, frozen=True):
     prompt_tokens: Count
     cached_tokens: Count
     prompt_ids: TokensI32 | None = None
+    ignored: Annotated[str, Meta(max_length=MAX_IGNORED)] = ""
+    """Keywords of the request's schemas that its grammar does not hold, in printable ASCII."""
 
 
 class LogprobColumns(Record, frozen=True):

@@ -216,9 +216,9 @@ def dashed(word: str) -> str:
     return name.replace("_", "-") + sign + value if name.startswith("--") else word
 
 
-def new_parser(command: str, description: str) -> Parser:
+def new_parser(command: str, description: str, parser_class: type[Parser] = Parser) -> Parser:
     """The parser of a command, without flags yet."""
-    return Parser(f"pagewire {command}", description=description, allow_abbrev=False)
+    return parser_class(f"pagewire {command}", description=description, allow_abbrev=False)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,5 @@
-"""Two running stacks for clients to talk to, and the OpenAI client that the tutorials pin, beside
-today's.
+"""Two running stacks for clients to talk to, and clients that want other versions than the rest: the
+OpenAI client that the tutorials pin, and instructor.
 
 The model is a hash behind the demo's tokenizer: clients do not care what is said, only how. The
 second stack wants a key, and its chat template refuses a system message, as Gemma's does.
@@ -18,6 +18,8 @@ from e2e.conftest import Stack
 
 OLD = ("openai==1.17.1", "httpx<0.28")
 """The pinned client, and the last httpx that it works with."""
+INSTRUCTOR = ("instructor==1.17.0", "openai==3.3.0", "jiter==0.14.0", "rich==14.3.4")
+"""Without what they need in turn, which is here for other clients."""
 SMALL = (
     "--device",
     "fake",
@@ -72,31 +74,32 @@ def guarded(start: Callable[..., Endpoint]) -> Endpoint:
     return start("/input0/Qwen-1_8B-Chat/", KEY, "--chat-template", NO_SYSTEM)
 
 
-@pytest.fixture(scope="session")
-def old_client(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the pinned client, kept between runs. Skips only where pip cannot get it."""
-    kept = pytestconfig.cache
-    directory = (
-        Path(kept.mkdir("openai-1.17.1")) if kept else tmp_path_factory.mktemp("openai-1.17.1")
-    )
+def installed(pytestconfig: pytest.Config, name: str, *packages: str) -> Path:
+    """A directory with these packages, kept between runs. Skips only where pip cannot get them."""
+    assert pytestconfig.cache is not None
+    directory = Path(pytestconfig.cache.mkdir(name))
     complete = directory / "complete"
     if not complete.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--target",
-            str(directory),
-            *OLD,
-        ]
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        command = [*pip, "--target", str(directory), *packages]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            pytest.skip(f"pip could not install {OLD[0]}: {done.stderr.strip().splitlines()[-1]}")
+            reason = done.stderr.strip().splitlines()[-1]
+            pytest.skip(f"pip could not install {name}: {reason}")
         complete.touch()
     return directory
+
+
+@pytest.fixture(scope="session")
+def old_client(pytestconfig: pytest.Config) -> Path:
+    """The pinned client."""
+    return installed(pytestconfig, "openai-1.17.1", *OLD)
+
+
+@pytest.fixture(scope="session")
+def instructor_path(pytestconfig: pytest.Config) -> Path:
+    """instructor, with what it wants in other versions than the other clients."""
+    return installed(pytestconfig, "instructor-1.17.0", "--no-deps", *INSTRUCTOR)
 
 
 @pytest.fixture(params=["today", "1.17.1"])

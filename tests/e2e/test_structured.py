@@ -213,6 +213,32 @@ def test_what_cannot_be_held_is_refused_by_name_and_nobody_else_notices(stack) -
         assert {kind: stack.pid(kind) for kind in pids} == pids
 
 
+LENIENT = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "s",
+        "strict": False,
+        "schema": {"type": "object", "properties": {"a": {"not": {}, "if": {}}}},
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_keywords_that_are_not_held_are_named_in_a_header(stack, stream: bool) -> None:
+    header = "x-ignored-schema-keywords"
+    with stack.client() as client:
+        for form, names in ((LENIENT, "if, not"), (BY_OPENAI, None)):
+            answer = client.chat.completions.with_raw_response.create(
+                model=client.models.list().data[0].id,
+                messages=[{"role": "user", "content": "x"}],
+                max_tokens=4,
+                stream=stream,
+                extra_body={"response_format": form},
+            )
+            assert answer.headers.get(header) == names
+            answer.parse().close() if stream else answer.parse()
+
+
 def test_an_answer_that_is_cut_says_so_and_is_the_beginning_of_the_whole(stack) -> None:
     with stack.client() as client:
         whole = ask(client, {"guided_json": LONG}).choices[0]

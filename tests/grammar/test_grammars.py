@@ -179,6 +179,20 @@ def test_what_is_no_grammar_is_said_in_one_line(bench: Bench, grammar: Grammar, 
         assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_a_lenient_schema_does_not_hold_is_named(bench: Bench) -> None:
+    value = {
+        "type": "object",
+        "properties": {
+            "a": {"if": {}, "not": {}},
+            "b": {"not": {}, "format": "iri", "type": "string"},
+            "c": {"oneOf": [{"type": "string"}, {"minLength": 2}]},
+        },
+    }
+    ignored = bench.compiler.compiled(schema(value, lenient=True)).ignored
+    assert ignored == ("Unknown format: iri", "if", "not", "oneOf (held as anyOf)")
+    assert bench.compiler.compiled(schema(PERSON, lenient=True)).ignored == ()
+
+
 def matchers_of(bench: Bench, rows: int) -> tuple[Matchers, np.ndarray]:
     masks = np.zeros((rows, mask_words(49152)), np.uint32)
     return Matchers(bench.vocabulary, bench.compiler, masks), masks

@@ -10,6 +10,7 @@ A process imports everything once and forks the ranks; regions are memory that t
 import json
 import mmap
 import os
+import random
 import sys
 import time
 import traceback
@@ -32,6 +33,10 @@ PROGRAMS = 3
 """Fewer than rows, and no power of two."""
 PATIENCE_S = 60.0
 LIMIT_S = 0.3
+LINGERING = 0.1
+"""Share of the barriers."""
+LINGER_S = 0.008
+"""Several times what an operation takes."""
 
 CASES_OF = {3: ("sums", "gathers"), 4: ("shares", "mixed")}
 """Of larger groups, where more than the number of ranks is the same; all others run all."""
@@ -60,6 +65,7 @@ def fork_ranks(size: int, run: Callable[[int], None]) -> None:
         child = os.fork()
         if child == 0:
             status = 1
+            random.seed(rank)
             try:
                 run(rank)
                 status = 0
@@ -116,7 +122,15 @@ def stopped(size: int) -> Callable[[int], None]:
     return run
 
 
+def linger(builder: Any) -> None:
+    """At a barrier, between the last signal and what is read because of it, a rank may be held up
+    while the others go on to their next operation."""
+    if random.random() < LINGERING:
+        time.sleep(LINGER_S)
+
+
 def main() -> None:
+    interpreter.InterpreterBuilder.create_barrier = linger
     builder = interpreter.interpreter_builder
     # a third of the time
     builder.options = replace(builder.options, sanitize_overflow=False)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -29,6 +30,7 @@ class Vocabulary:
         self.tokenizer = Tokenizer.from_str(bpe.to_str())
         special = [m for m in markers_of(self.format, THINK) if m[0] in "<[" and m[-1] in ">]"]
         self.tokenizer.add_special_tokens([AddedToken(m, special=True) for m in special])
+        special.append("<|im_end|>")
         self.special = {text: self.tokenizer.token_to_id(text) for text in special}
         self.matching = LLTokenizer(self.tokenizer.to_str())
         self.end = self.tokenizer.token_to_id("<|im_end|>")
@@ -121,3 +123,159 @@ def test_a_budget_ends_the_reasoning(bpe: Tokenizer) -> None:
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert vocabulary.takes(grammar, f"a</think>\n{call}")
     assert not vocabulary.takes(grammar, "a</think>\nHello")
+
+
+# --- free answers with strict tools ---
+
+STRICT = [
+    {**tool, "function": {**tool["function"], "strict": True}}  # type: ignore[dict-item]
+    for tool in TOOLS
+]
+AUTO = AnswerOptions(ToolChoice.AUTO)
+BARE = ("phi4_mini", "llama3_json", "pythonic", "generic")
+"""Formats in which a call may begin an answer without a marker; such calls are not held."""
+MARKED = {
+    "olmo3": 'Sure.<function_calls>\nget_weather(city="x", days=2)\nnow()\n</function_calls>',
+    "phi4_mini": 'functools[{"name": "get_weather", "arguments": {"city": "x", "days": 2}}]',
+    "llama3_json": '<|python_tag|>{"name": "get_weather", "parameters": {"city": "x", "days": 2}}',
+    "pythonic": 'Sure.<|python_start|>[get_weather(city="x", days=2)]<|python_end|>',
+    "generic": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "x", "days": 2}}\n</tool_call>',
+}
+FREE_TEXTS = ("", "Hello <b>.", "1 < 2 and [3] {4}\n\n\n\n\n\nfunction")
+
+
+def strict_grammar(vocabulary: Vocabulary, options: AnswerOptions = AUTO, **more: bool) -> Grammar:
+    more = {"opens_reasoning": False, **more}
+    grammar = vocabulary.forced.grammar(options, Tools(STRICT), None, **more)
+    assert grammar is not None
+    return grammar
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_calls_of_strict_tools_in_a_free_answer_are_held(bpe: Tokenizer, name: str) -> None:
+    vocabulary = Vocabulary(bpe, name)
+    grammar = strict_grammar(vocabulary)
+    if name != "gpt_oss":
+        assert [text for text in FREE_TEXTS if not vocabulary.takes(grammar, text)] == []
+    text = MARKED.get(name, CASES[name])
+    assert vocabulary.takes(grammar, text), grammar.source
+    more = (
+        []
+        if name in ("gpt_oss", "functionary_v32")
+        else [f"{text} And so on.", f"<|im_end|>{text}"]
+    )
+    assert [text for text in more if not vocabulary.takes(grammar, text)] == []
+    for right, wrong in (("get_weather", "get_whether"), ("days", "hours"), ("2", "two")):
+        assert right in text
+        assert not vocabulary.takes(grammar, text.replace(right, wrong)), (right, wrong)
+    # Without a strict tool nothing is held.
+    assert vocabulary.forced.grammar(AUTO, Tools(TOOLS), None, opens_reasoning=False) is None
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_random_answer_with_strict_tools_is_read_whole(bpe: Tokenizer, name: str) -> None:
+    """Free text that is drawn at random, and the arguments of what calls there are in it."""
+    vocabulary = Vocabulary(bpe, name)
+    source = random.Random(name)
+    matcher = vocabulary.matcher(strict_grammar(vocabulary))
+    assert name not in MARKED or vocabulary.takes(strict_grammar(vocabulary), MARKED[name])
+    begin = next(iter(vocabulary.special.values()), None)
+    ids: list[int] = []
+    while len(ids) < 150 and not matcher.is_stopped():
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token for token in range(3, vocabulary.matching.vocab_size) if mask >> token & 1]
+        if not allowed:
+            break
+        token = begin if begin in allowed and source.random() < 0.2 else source.choice(allowed)
+        ids.append(token)
+        assert matcher.consume_token(token), matcher.get_error()
+    text = vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
+    names = {piece for kind, _, piece in parsed(name, [text]) if kind is PartKind.CALL_NAME}
+    assert names <= {"get_weather", "now"} or name in BARE, text
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_marker_within_reasoning_begins_nothing(bpe: Tokenizer, special: bool) -> None:
+    vocabulary = Vocabulary(bpe, "hermes")
+    if not special:
+        vocabulary.special.clear()
+        vocabulary.tokenizer = bpe
+        vocabulary.matching = LLTokenizer(bpe.to_str())
+        vocabulary.forced = ForcedAnswers(vocabulary.format, THINK, {})  # type: ignore[arg-type]
+    grammar = strict_grammar(vocabulary)
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for text in (f"\n<think>Or {call[:20]}?</think>{call}", f"<think>a</think>b{call}c", "a<b"):
+        assert vocabulary.takes(grammar, text), text
+    for text in ("<think>a</think><tool_call>x", "a <tool_call>x", "<tool_call>\n{}"):
+        assert not vocabulary.takes(grammar, text), text
+    opened = strict_grammar(vocabulary, opens_reasoning=True)
+    assert opened.after == "</think>" and vocabulary.takes(opened, f"b{call}c")
+
+
+def test_one_call_where_no_more_are_wanted(bpe: Tokenizer) -> None:
+    vocabulary = Vocabulary(bpe, "kimi_k2")
+    grammar = strict_grammar(vocabulary, AnswerOptions(ToolChoice.AUTO, parallel_tool_calls=False))
+    call = "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    assert vocabulary.takes(grammar, f"a{call}b") and not vocabulary.takes(grammar, call + call)
+
+
+# --- gpt-oss: reasoning is a message ---
+
+THINKS = "<|channel|>analysis<|message|>Hm, let me see.<|end|><|start|>assistant"
+CALL = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
+FINAL = "<|channel|>final<|message|>"
+SCHEMA = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object", "required": ["a"]}')
+
+
+def of_messages(
+    bpe: Tokenizer, options: AnswerOptions, tools: list[Any], wanted: Grammar | None = None
+) -> tuple[Vocabulary, Grammar]:
+    vocabulary = Vocabulary(bpe, "gpt_oss")
+    grammar = vocabulary.forced.grammar(options, Tools(tools), wanted, opens_reasoning=False)
+    assert grammar is not None
+    return vocabulary, grammar
+
+
+def test_messages_may_reason_before_a_forced_call(bpe: Tokenizer) -> None:
+    vocabulary, grammar = of_messages(bpe, REQUIRED, TOOLS)
+    assert vocabulary.takes(grammar, CALL) and vocabulary.takes(grammar, THINKS + CALL)
+    assert not vocabulary.takes(grammar, THINKS + THINKS + CALL)
+    assert not vocabulary.takes(grammar, f"{THINKS}{FINAL}No.")
+
+
+def test_messages_reason_no_longer_than_their_budget(bpe: Tokenizer) -> None:
+    enough = len(bpe.encode("Hm, let me see.").ids)
+    call = CALL.replace("functions.now", "functions.other")
+    for budget in (0, enough - 1, enough):
+        options = AnswerOptions(thinking_budget=budget)
+        vocabulary, grammar = of_messages(bpe, options, [])
+        assert grammar.param == "thinking_token_budget"
+        assert vocabulary.takes(grammar, f"{THINKS}{FINAL}Yes.") is (budget == enough)
+        assert not vocabulary.takes(grammar, f"{THINKS}{THINKS}{FINAL}Yes.")
+        for text in (f"{FINAL}Yes.", f"{FINAL}Yes.<|return|>", call):
+            assert vocabulary.takes(grammar, text), text
+        forced = AnswerOptions(ToolChoice.NAMED, "now", thinking_budget=budget)
+        vocabulary, grammar = of_messages(bpe, forced, TOOLS)
+        assert vocabulary.takes(grammar, THINKS + CALL) is (budget == enough)
+        strict = AnswerOptions(ToolChoice.AUTO, thinking_budget=budget)
+        vocabulary, grammar = of_messages(bpe, strict, STRICT)
+        assert vocabulary.takes(grammar, CALL) and not vocabulary.takes(grammar, call)
+
+
+def test_a_form_of_the_content_is_that_of_the_final_message(bpe: Tokenizer) -> None:
+    vocabulary, grammar = of_messages(bpe, AnswerOptions(), [], SCHEMA)
+    for text in (
+        f'{FINAL}{{"a": 1}}',
+        f'{THINKS}{FINAL}{{"a": 1}}<|return|>',
+        '<|channel|>final <|constrain|>json<|message|>{"a": 1}',
+    ):
+        assert vocabulary.takes(grammar, text), text
+    assert not vocabulary.takes(grammar, '{"a": 1}')
+    assert not vocabulary.takes(grammar, f'{FINAL}{{"b": 1}}') and not vocabulary.takes(
+        grammar, CALL
+    )
+    vocabulary, grammar = of_messages(bpe, AUTO, TOOLS, SCHEMA)
+    assert vocabulary.takes(grammar, CALL) and vocabulary.takes(grammar, f'{FINAL}{{"a": 1}}')
+    wanted = Grammar(GrammarKind.REGEX, "[0-9]+")
+    vocabulary, grammar = of_messages(bpe, AnswerOptions(), [], wanted)
+    assert (grammar.after, grammar.source) == (FINAL, "[0-9]+")

@@ -69,7 +69,7 @@ class Cors:
         exposed = {
             "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-RateLimit-Limit-Requests, X-RateLimit-Limit-Tokens, "
             "X-RateLimit-Remaining-Requests, X-RateLimit-Remaining-Tokens, "
-            "X-RateLimit-Reset-Requests, X-RateLimit-Reset-Tokens"
+            "X-RateLimit-Reset-Requests, X-RateLimit-Reset-Tokens, X-Ignored-Schema-Keywords"
         }
         if ANY in self._origins and not self._credentials:
             return {"Access-Control-Allow-Origin": ANY, **exposed}

@@ -37,6 +37,8 @@ STREAMING: Final = web.RequestKey("streaming", bool)
 TENANT: Final = web.RequestKey("tenant", str)
 """What a request's key adds to its cache salt: the prefix cache shows nobody what holders of other
 keys have sent."""
+IGNORED_KEYWORDS: Final = "X-Ignored-Schema-Keywords"
+"""A header of answers whose schemas are not held strictly."""
 _EVENTS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -129,7 +131,8 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
         await reply.done
         if reply.error:
             raise reply.error
-        return web.Response(body=await reply.body(), content_type=JSON)
+        body = await reply.body()
+        return web.Response(body=body, content_type=JSON, headers=_headers(reply))
     finally:
         running.cancel()
         if timer:
@@ -225,11 +228,15 @@ async def _opened(state: State, reply: Reply, loop: asyncio.AbstractEventLoop) -
             timer.cancel()
 
 
+def _headers(reply: Reply) -> dict[str, str]:
+    return {IGNORED_KEYWORDS: reply.ignored} if reply.ignored else {}
+
+
 async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     """Send the head through aiohttp, then let the reply's outlet write to the transport itself;
     this task sleeps until the reply is done."""
     request[STREAMING] = True
-    response = web.StreamResponse(headers=_EVENTS)
+    response = web.StreamResponse(headers={**_EVENTS, **_headers(reply)})
     chunked = request.version >= (1, 1)
     if chunked:
         response.enable_chunked_encoding()

@@ -45,6 +45,8 @@ class Reply:
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | RequestError | None = None
+        self.ignored = ""
+        """Keywords of the request's schemas that its grammar does not hold."""
         self.requests: Sequence[OwnedRequest] = ()
         """What runs for it; none of a beam search, whose requests change."""
         self.choices: Sequence[Choice] = self._make_choices(len(echoes) * self.rendering.per_prompt)
@@ -177,6 +179,7 @@ class Choice:
         self._started = True
         self.usage.prompt_tokens = started.prompt_tokens
         self.usage.cached_tokens = started.cached_tokens
+        self.reply.ignored = started.ignored
         if self.reply.rendering.return_token_ids and started.prompt_ids is not None:
             self.data.prompt_ids = unpack("i", started.prompt_ids).tolist()
         self.reply.open()

@@ -1,9 +1,11 @@
 """Grammars compiled once and kept: what is asked for again is a copy. Safe in any thread."""
 
+import json
 import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,9 +26,13 @@ MAX_ORIGINALS: Final = min(16, 4 * (os.cpu_count() or 1))
 MAX_MESSAGE: Final = 400
 """Characters of what is said about a grammar."""
 NOTHING_MATCHES: Final = "no text matches it"
-LIMITS: Final = LLParserLimits(verbose_errors=False)
-"""llguidance's own: a grammar that takes more fuel than these allow is refused, here or while it is
-matched."""
+LIMITS: Final = LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
+"""A grammar that takes more than these allow is refused, here or while it is matched. With llguidance's
+own fuel for the lexer, ten times this one, 5 KB of rules take 8 s before they are refused; of a
+thousand schemas of MaskBench the smaller one refuses none."""
+MAX_KEYWORD: Final = 80
+_UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*\])")
+_NOT_PRINTABLE: Final = re.compile("[^ -~]")
 _REMOTE: Final = re.compile("Resource '(.*?)' is not present in a registry")
 _MAY_BE_EMPTY: Final = (
     GrammarKind.REGEX,
@@ -121,7 +127,21 @@ class Compiler:
             mask &= ~(1 << token)
         if not mask and (grammar.kind not in _MAY_BE_EMPTY or not matcher.is_accepting()):
             raise GrammarError(NOTHING_MATCHES)
-        return Compiled([matcher], tuple(warning[:MAX_MESSAGE] for warning in warnings))
+        return Compiled([matcher], ignored_keywords(warnings))
+
+
+def ignored_keywords(warnings: Iterable[str]) -> tuple[str, ...]:
+    """The keywords that llguidance says it does not hold, each once, in printable ASCII."""
+    names: set[str] = set()
+    for warning in warnings:
+        listed = _UNKNOWN_KEYS.search(warning)
+        if listed:
+            names.update(json.loads(listed[1]))
+        elif warning.startswith("oneOf "):
+            names.add("oneOf (held as anyOf)")
+        else:
+            names.add(warning)
+    return tuple(sorted(_NOT_PRINTABLE.sub("?", name)[:MAX_KEYWORD] for name in names))
 
 
 def _check(matcher: LLMatcher) -> None:

@@ -12,6 +12,7 @@ import queue
 import selectors
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -46,11 +47,16 @@ NICE: Final = 1
 COMPILING: Final = 2
 """Threads that compile, so that a costly grammar holds up no other's masks."""
 
+COMPILER_STACK: Final = 256 << 20
+"""Bytes, of which only those used take memory: llguidance follows rules that refer to each other by
+recursion, and a grammar may have some 16,000 of them in a row."""
+
 
 def main() -> None:
     """`argv`: the descriptors of the socket and of the memory for masks."""
     die_with_parent()
     os.nice(NICE)
+    threading.stack_size(COMPILER_STACK)
     with socket.socket(fileno=int(sys.argv[1])) as service:
         Process(service, int(sys.argv[2])).serve()
 

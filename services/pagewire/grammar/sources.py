@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from pagewire_protocol.grammar import Grammar, GrammarKind
+from pagewire_protocol.grammar import SCHEMA_FORMATS, Grammar, GrammarKind
 
 from .errors import GrammarError
 from .structural_tags import lark_of_tags
@@ -19,24 +19,6 @@ from .structural_tags import lark_of_tags
 Schema = dict[str, Any]
 OBJECT_KEYWORDS: Final = ("properties", "patternProperties", "required", "minProperties")
 """A schema that has one of them speaks of objects, whether it says `type` or not."""
-FORMATS: Final = frozenset(
-    (
-        *(
-            "date-time",
-            "date",
-            "time",
-            "duration",
-            "email",
-            "idn-email",
-            "hostname",
-            "idn-hostname",
-        ),
-        *("ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template"),
-        *("json-pointer", "relative-json-pointer", "regex"),
-    )
-)
-"""Those that JSON Schema (2020-12, Validation, 7.3) defines."""
-
 _LARK_TERMS: Final = re.compile(
     r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?P<name><(?!\[)[^\s<>"]+>)'
 )
@@ -93,7 +75,7 @@ def prepared(schema: Schema, grammar: Grammar) -> Schema:
     schema.pop("x-guidance", None)
     for part in _parts(schema):
         form = part.get("format")
-        if isinstance(form, str) and form not in FORMATS:
+        if isinstance(form, str) and form not in SCHEMA_FORMATS:
             del part["format"]
         if grammar.additional_properties:
             continue

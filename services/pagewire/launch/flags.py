@@ -5,7 +5,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from msgspec import structs
 
 from ..cli import Parser, add_model, new_parser, positive, read_all, take_model
 from ..config import (
+    SWITCH,
     VARIABLE_PREFIX,
     BadSetting,
     FrontendConfig,
@@ -56,10 +57,15 @@ REPLICAS = ("num_frontends", "num_tokenizers", "num_workers")
 INTERNAL = ("socket_fd", "name", "run_dir")
 
 
-def new(command: str, description: str, hidden: tuple[str, ...] = ()) -> Parser:
+def new(
+    command: str,
+    description: str,
+    hidden: tuple[str, ...] = (),
+    parser_class: type[Parser] = Parser,
+) -> Parser:
     """A parser for everything that a stack is started with. What was not given is absent from its
     namespace. `hidden`: settings that the help does not show."""
-    parser = new_parser(command, description)
+    parser = new_parser(command, description, parser_class)
     parser.epilog = EPILOG
     add_model(parser)
     parser.add_argument(
@@ -130,10 +136,14 @@ def _add_foreign(parser: Parser) -> None:
 
 
 def parse(
-    parser: argparse.ArgumentParser, arguments: list[str], say: Callable[[str], None]
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    say: Callable[[str], None],
+    runs_here: bool = True,
 ) -> tuple[stack.StackConfig, argparse.Namespace]:
     """The stack's settings, and everything that was given. Exits with status 2 and one line on what
-    is wrong; `say` gets a line for each setting that is accepted without effect."""
+    is wrong; `say` gets a line for each setting that is accepted without effect. `runs_here`: the
+    stack will run on this machine, whose GPUs have to suffice for it."""
     options = parser.parse_args(arguments)
     take_model(parser, options)
     if "config" in options:
@@ -142,10 +152,12 @@ def parse(
         say(line)
     if token := getattr(options, "hf_token", None):
         os.environ["HF_TOKEN"] = token
-    return configure(parser, options), options
+    return configure(parser, options, runs_here), options
 
 
-def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> stack.StackConfig:
+def configure(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, runs_here: bool = True
+) -> stack.StackConfig:
     run, model, frontend, tokenizer, scheduler, worker = read_all(parser.error, STRUCTS, options)
     if not hasattr(options, "run_dir") and not os.environ.get("PAGEWIRE_RUN_DIR"):
         run = structs.replace(run, run_dir="")
@@ -161,7 +173,7 @@ def configure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
     }
     config = stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
     try:
-        return stack.check_workers(config)
+        return stack.check_workers(config) if runs_here else config
     except BadSetting as error:
         return parser.error(str(error))
 
@@ -242,23 +254,34 @@ def _from_file(parser: argparse.ArgumentParser, name: str) -> list[str]:
         return parser.error(
             f"--config {name}: a mapping of settings to values is needed, not a {type(mapping).__name__}"
         )
+    return from_mapping(parser, f"--config {name}", mapping or {})
+
+
+def from_mapping(
+    parser: argparse.ArgumentParser, source: str, mapping: Mapping[str, Any]
+) -> list[str]:
+    """Settings by their names as flags. Exits with one line, which begins with `source`, for a name
+    that is no setting."""
     return [
         flag
-        for key, value in (mapping or {}).items()
-        for flag in _as_flags(parser, name, str(key), value)
+        for key, value in mapping.items()
+        for flag in _as_flags(parser, source, str(key), value)
     ]
 
 
-def _as_flags(parser: argparse.ArgumentParser, file: str, key: str, value: Any) -> list[str]:
+def _as_flags(parser: argparse.ArgumentParser, source: str, key: str, value: Any) -> list[str]:
     actions, flag = parser._option_string_actions, "--" + key.replace("_", "-")
-    if flag not in actions or key == "config":
-        close = difflib.get_close_matches(flag, actions, 1, 0.75)
+    if flag not in actions or key in ("config", "help"):
+        others = actions.keys() - {"--config", "--help"}
+        close = difflib.get_close_matches(flag, others, 1, 0.75)
         hint = f"; did you mean {close[0][2:]}?" if close else ""
-        return parser.error(f"--config {file}: unknown setting {key}{hint}")
+        return parser.error(f"{source}: unknown setting {key}{hint}")
     if value is None:
         return []
+    takes_none = actions[flag].nargs == 0
+    if takes_none and isinstance(value, str):
+        value = SWITCH.get(value.lower(), value)
     if isinstance(value, bool):
-        takes_none = actions[flag].nargs == 0
         return (
             [flag if value else f"--no-{key.replace('_', '-')}"]
             if takes_none

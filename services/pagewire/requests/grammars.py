@@ -14,6 +14,8 @@ from pagewire_protocol.grammar import (
     DEFAULT_WHITESPACE,
     MAX_CHOICES,
     MAX_ENUM,
+    MAX_GBNF_RULES,
+    MAX_GBNF_SOURCE,
     MAX_GRAMMAR_SOURCE,
     MAX_PROPERTIES,
     MAX_SCHEMA_DEPTH,
@@ -142,7 +144,16 @@ def choice_grammar(choices: object, param: str) -> Grammar:
 def text_grammar(text: object, param: str) -> Grammar:
     """Of a grammar in GBNF, whose rules are written `name ::= ...`, or in Lark."""
     source = _text(text, param, "a grammar")
-    return Grammar(GrammarKind.GBNF if "::=" in source else GrammarKind.LARK, source, param=param)
+    rules = source.count("::=")
+    if not rules:
+        return Grammar(GrammarKind.LARK, source, param=param)
+    if rules > MAX_GBNF_RULES or len(source) > MAX_GBNF_SOURCE:
+        raise invalid(
+            f"`{param}`: the GBNF has {rules} rules and {len(source)} characters, of at most "
+            f"{MAX_GBNF_RULES} and {MAX_GBNF_SOURCE}; larger grammars are taken as Lark.",
+            param,
+        )
+    return Grammar(GrammarKind.GBNF, source, param=param)
 
 
 def tag_grammar(

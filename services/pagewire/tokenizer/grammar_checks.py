@@ -11,9 +11,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from pagewire_protocol.grammar import Grammar
+from pagewire_protocol.structs import MAX_IGNORED
 
 from ..config import ModelConfig
 from ..grammar.child import MatcherGone, MatcherProcess
@@ -32,6 +33,17 @@ MISSING: Final = (
     "structured output needs the package llguidance, which is not installed where this server's "
     "tokenizer runs"
 )
+
+
+class Outcome(NamedTuple):
+    """Of one grammar. `wrong`: what is wrong with it, empty for nothing. `ignored`: which keywords of
+    its schema are not held."""
+
+    wrong: str
+    ignored: str = ""
+
+
+NO_GRAMMAR: Final = Outcome("")
 
 
 class Watch(Protocol):
@@ -55,7 +67,7 @@ class GrammarChecks:
         self._unwatch = unwatch
         self._clock = clock
         self._process: MatcherProcess | None = None
-        self._outcomes: OrderedDict[Grammar, str] = OrderedDict()
+        self._outcomes: OrderedDict[Grammar, Outcome] = OrderedDict()
         self._pending: dict[int, _Pending] = {}
         """By key, in the order in which they were asked."""
         self._key_of: dict[Grammar, int] = {}
@@ -65,15 +77,15 @@ class GrammarChecks:
         self._settled: list[Grammar] = []
         self._vocabulary: tuple[int, tuple[int, ...]] = (0, ())
 
-    def outcome(self, grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> str | None:
-        """What is wrong with it, empty for nothing; None where that has yet to be found out: it is
-        then among those that `settle` returns."""
+    def outcome(self, grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> Outcome | None:
+        """None where that has yet to be found out: it is then among those that `settle`
+        returns."""
         outcome = self._outcomes.get(grammar)
         if outcome is not None:
             self._outcomes.move_to_end(grammar)
             return outcome
         if self._process is None and find_spec("llguidance") is None:
-            return MISSING
+            return Outcome(MISSING)
         self._vocabulary = vocab_size, eos
         if grammar not in self._key_of:
             self._last_key += 1
@@ -92,9 +104,10 @@ class GrammarChecks:
                 messages = []
             for message in messages:
                 if isinstance(message, Checked) and message.key in self._pending:
-                    if message.ignored:
-                        log.warning("a schema is not held strictly: %s", "; ".join(message.ignored))
-                    self._settle(message.key, message.message)
+                    ignored = ", ".join(message.ignored)[:MAX_IGNORED]
+                    if ignored:
+                        log.warning("a schema is not held strictly: without %s", ignored)
+                    self._settle(message.key, Outcome(message.message, ignored))
             self._look()
         settled = self._settled
         self._settled = []
@@ -107,10 +120,10 @@ class GrammarChecks:
             self._process.close()
             self._process = None
 
-    def _settle(self, key: int, message: str) -> None:
+    def _settle(self, key: int, outcome: Outcome) -> None:
         grammar = self._pending.pop(key).grammar
         del self._key_of[grammar]
-        self._outcomes[grammar] = message
+        self._outcomes[grammar] = outcome
         if len(self._outcomes) > KEPT:
             self._outcomes.popitem(last=False)
         self._settled.append(grammar)
@@ -150,9 +163,8 @@ class GrammarChecks:
             pending.since = 0.0
             pending.deaths += alone
             if pending.deaths >= MAX_DEATHS:
-                self._settle(
-                    key, "it cannot be compiled: the process that tried has ended each time"
-                )
+                text = "it cannot be compiled: the process that tried has ended each time"
+                self._settle(key, Outcome(text))
         self._one_by_one = bool(self._pending)
         self._ask()
 

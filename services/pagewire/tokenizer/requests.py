@@ -32,17 +32,18 @@ from .answers.model import ModelAnswers
 from .decode import Decoding
 from .encode import Cancelled, Encoded, Encoder, Refused, check, limit_of, truncated
 from .encodings import Encodings, EncodingTask, Text
+from .grammar_checks import NO_GRAMMAR, Outcome
 from .outgoing import OutgoingDeltas
 from .rows import columns_of, entries_of, fill, pass_prompts
 from .stream import ParsedStream, Stream
 
 log = logging.getLogger("pagewire.tokenizer")
-GrammarOutcome = Callable[[Grammar, int, tuple[int, ...]], str | None]
+GrammarOutcome = Callable[[Grammar, int, tuple[int, ...]], Outcome | None]
 
 
-def no_grammars(grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> str | None:
+def no_grammars(grammar: Grammar, vocab_size: int, eos: tuple[int, ...]) -> Outcome | None:
     """The outcome of every grammar where nothing can check them."""
-    return "this tokenizer checks none"
+    return Outcome("this tokenizer checks none")
 
 
 class Requests:
@@ -172,7 +173,8 @@ class Requests:
             prompt = truncated(request, result.prompt, self.roster.max_model_len)
             sampling = check(request, result._replace(prompt=prompt), self.roster)
             _check_output(request.output, self._decoding.size)
-            if not self._is_checked(request, self.roster):
+            outcome = self._outcome_of(request, self.roster)
+            if outcome is None:
                 self._unchecked[request.rid] = request, result
                 return
             left_ms = self._time_left_ms(request)
@@ -180,6 +182,7 @@ class Requests:
             self._refuse(request, refusal)
             return
         stream = self._open(request, prompt, result.opens_reasoning)
+        stream.ignored = outcome.ignored
         if stream.stop_string is not None:  # the output so far ends with it
             self._end(stream, stream.stopped())
             return
@@ -214,14 +217,14 @@ class Requests:
             )
         return timeout_ms(deadline, now)
 
-    def _is_checked(self, request: Generate, roster: Roster) -> bool:
-        """Whether it is known that the request's grammar is one. Raises Refused."""
+    def _outcome_of(self, request: Generate, roster: Roster) -> Outcome | None:
+        """Of the request's grammar; None where it has yet to be checked. Raises Refused."""
         if request.grammar is None:
-            return True
-        wrong = self._grammar_outcome(request.grammar, roster.vocab_size, roster.eos_token_ids)
-        if wrong:
-            raise Refused(f"the grammar is not supported: {wrong}", request.grammar.param)
-        return wrong is not None
+            return NO_GRAMMAR
+        outcome = self._grammar_outcome(request.grammar, roster.vocab_size, roster.eos_token_ids)
+        if outcome is not None and outcome.wrong:
+            raise Refused(f"the grammar is not supported: {outcome.wrong}", request.grammar.param)
+        return outcome
 
     def _open(self, request: Generate, prompt: bytes, opens_reasoning: bool) -> Stream:
         options = request.text

@@ -61,6 +61,7 @@ class Stream:
         "execution",
         "frontend_handle",
         "handle",
+        "ignored",
         "includes_stop",
         "needs_step",
         "outgoing",
@@ -99,6 +100,8 @@ class Stream:
         self.prompt_ids = prompt if options.return_prompt_ids else None
         self.includes_stop = options.include_stop
         """The text that ended the stream is shown: a stop string, or a stop token's text."""
+        self.ignored = ""
+        """Keywords of its schema that its grammar does not hold."""
         self.parts: Sequence[Part] = ()
         """Those of an answer that is taken apart, since they were last sent."""
         self.texts = decoder.texts
@@ -188,6 +191,7 @@ class Stream:
             self.prompt_tokens,
             cached_tokens,
             self.prompt_ids,
+            self.ignored,
         )
 
     def stopped(self) -> End:

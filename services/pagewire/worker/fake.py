@@ -33,6 +33,8 @@ FACTOR: Final = GOLDEN_GAMMA
 1) * FACTOR^(n-1-i) modulo 2^64."""
 DEFAULT_BLOCKS: Final = 65_536
 DEFAULT_MODEL_LEN: Final = 32_768
+FIRST_ALLOWED: Final = 32
+"""Of the tokens that a grammar allows: those that are drawn more often than others."""
 
 Columns = npt.NDArray[np.uint64]
 
@@ -256,12 +258,15 @@ class FakeRunner:
 
     def _draw_allowed(self, slots: npt.NDArray[np.int32], drawn: Columns, tokens: Columns) -> None:
         """The `tokens` of rows with grammars: of those allowed, the one with the number that the
-        hash says, counted in rising order."""
+        hash says, counted in rising order. Three of four are among the first: of a byte-level
+        vocabulary these are single characters, `"` among them, so that strings come to their end."""
         concerned = self._masks.concerns(slots.astype(np.int64))
         for row in np.flatnonzero(concerned & ~self._masks.failed(slots)).tolist():
             words = self._masks.rows(slots[row : row + 1].astype(np.int64))
             allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-            tokens[row] = allowed[int(drawn[row]) % len(allowed)]
+            number, is_any = divmod(int(drawn[row]), 4)
+            count = len(allowed) if is_any == 0 else min(FIRST_ALLOWED, len(allowed))
+            tokens[row] = allowed[number % count]
         self._masks.append(self._masks.keys(slots.astype(np.int64)), tokens.astype(np.int32))
 
     def _admit(self, admission: Admission) -> None:
