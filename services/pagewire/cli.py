@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "run-batch": ("commands.run_batch", "answer the requests of a file"),
     "chat": ("commands.chat", "talk to a running server in the terminal"),
-    "complete": ("commands.complete", "texts continued by a running server, in the terminal"),
+    "complete": ("commands.complete", "let a running server continue texts, in the terminal"),
     "fetch": ("commands.fetch", "download a model and print where its files are"),
     "bench": (
         "bench",
@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     command = OTHER_NAMES.get(command, command)
-    if command in ("--version", "-V"):
+    if command in ("--version", "-V", "-v", "version"):
         print(f"pagewire {__version__}")
         return 0
+    if command == "help" and len(arguments) > 1:
+        return main([arguments[1], "--help"])
     if command in ("--help", "-h", "help"):
         print(usage())
         return 0

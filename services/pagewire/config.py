@@ -122,6 +122,10 @@ class ModelConfig(Struct, frozen=True):
             "vllm: OpenAI's defaults; or a directory with such a file"
         ),
     ] = "auto"
+    chat_template: Annotated[
+        str,
+        _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
+    ] = ""
     skip_tokenizer_init: Annotated[bool, _help("serve token ids only, without a tokenizer")] = False
     trust_remote_code: Annotated[bool, _help("allow code from the model repository")] = False
     max_model_len: Annotated[
@@ -199,10 +203,6 @@ class FrontendConfig(Struct, frozen=True):
 
 
 class TokenizerConfig(Struct, frozen=True):
-    chat_template: Annotated[
-        str,
-        _help("chat template: a file, the template itself, or a built-in one by name, like vicuna"),
-    ] = ""
     tool_call_parser: Annotated[
         str,
         _help("how the model writes tool calls, by vLLM's names; found from its template without"),
@@ -458,6 +458,7 @@ class BadSetting(ValueError):
 
 
 WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+ALLOWED = ("<=", "<")
 
 
 def _reason(text: str, kind: Any) -> str:
@@ -466,7 +467,8 @@ def _reason(text: str, kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))} is needed"
     if len(words) == 4 and words[2] in WORDS:
-        return f"{WORDS[words[2]]} {words[3]} is needed"
+        verb = "allowed" if words[2] in ALLOWED else "needed"
+        return f"{WORDS[words[2]]} {words[3]} is {verb}"
     return text
 
 

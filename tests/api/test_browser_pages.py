@@ -73,6 +73,8 @@ def test_the_policy_lets_nothing_run_but_the_page_s_own_script(shared, path: str
     )
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["connect-src"] == "'self'"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
     contents = Reader(answer.text).contents
     for tag in ("script", "style"):
         digest = base64.b64encode(hashlib.sha256(contents[tag].encode()).digest()).decode()
@@ -114,6 +116,30 @@ def test_the_description_is_openapi_whose_references_lead_somewhere(description)
         assert name.removeprefix("#/components/schemas/") in schemas
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_each_failure_of_a_described_route_is_described(shared, description) -> None:
+    """With the shape that errors have."""
+    validator = jsonschema.Draft202012Validator(
+        {"$ref": "#/components/schemas/Error", "components": description["components"]}
+    )
+    for path in REQUESTS:
+        answers = description["paths"][path]["post"]["responses"]
+        for body, status in (({"no_such_parameter": 1}, 400), ({"model": "no/such"}, 404)):
+            answer = shared.post(path, **{**REQUESTS[path], **body})
+            assert answer.status_code == status and str(status) in answers
+            assert answers[str(status)]["content"]["application/json"]["schema"]
+            assert validator.is_valid(answer.json())
+            assert not validator.is_valid({"error": "x"})
+
+
+def test_what_a_request_leaves_out_is_described(description) -> None:
+    schemas = description["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest"):
+        fields = schemas[name]["properties"]
+        assert fields["n"]["default"] == 1 and fields["ignore_eos"]["default"] is False
+        assert fields["temperature"]["default"] == 1.0
+    assert schemas["CompletionRequest"]["properties"]["max_tokens"]["default"] == 16
 
 
 REQUESTS = {

@@ -87,6 +87,7 @@ def test_counts_of_a_scheduler_that_was_not_heard_of_are_left_out(serve) -> None
     with serve(stats={}) as server:
         text = server.http.get("/metrics").text
         assert "scheduler_steps_total" not in text and "vllm:num_requests_running" in text
+        assert 'enable_prefix_caching="False"' in text
 
 
 def test_models(server) -> None:
@@ -132,6 +133,9 @@ def test_metrics(serve) -> None:
         names = {sample.name for sample in family.samples}
         assert family.type != "counter" or all(name.endswith("_total") for name in names)
         for sample in family.samples:
+            if family.name.startswith("vllm:"):
+                labels = sample.labels
+                assert (labels["engine"], labels["model_name"]) == ("0", MODEL), sample.name
             label = next(
                 (
                     sample.labels[k]
@@ -192,6 +196,8 @@ def test_metrics(serve) -> None:
     assert all(part > 0 for part in parts)
     assert sum(parts[1:]) == pytest.approx(samples["vllm:request_inference_time_seconds_sum", ""])
     assert sum(parts) <= samples["vllm:e2e_request_latency_seconds_sum", ""]
+    first_token = samples["vllm:time_to_first_token_seconds_sum", ""]
+    assert first_token == pytest.approx(sum(parts[:2]))
     assert samples["vllm:request_time_per_output_token_seconds_sum", ""] == pytest.approx(
         parts[2] / 4
     )

@@ -150,9 +150,10 @@ def test_a_body_without_a_model_is_answered(server) -> None:
 def test_llm_takes_the_same_messages() -> None:
     said = {"role": "assistant", "content": "yes", "tool_calls": [], "refusal": None, "id": "1"}
     refuses = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
-    (entry,) = as_chats([USER, said, refuses, USER], True, False)
+    (entry,) = as_chats([USER, said, refuses, {**USER, "name": "Bo"}], True, False)
     chat = entry.prompt.chat
     assert chat and [one.content for one in chat.messages] == ["hi", "yes", "no", "hi"]
+    assert [one.name for one in chat.messages] == [None, None, None, "Bo"]
     for lost in ({"prefix": True}, {"tool_calls": [{}]}, {"function_call": {"name": "f"}}):
         with pytest.raises(ValueError, match=next(iter(lost))):
             as_chats([{**USER, **lost}], True, False)

@@ -5,13 +5,19 @@ The scripted stack cuts text at spaces, gives token i of a prompt the log-probab
 rank i, and has the ids 7, 8, ... as its likeliest tokens, at -0.25, -0.5, ...
 """
 
+import asyncio
 import json
 
 import msgspec
 import pytest
 from api.checks import refused
 from api.fake_stack import FIRST_WORD, expected, word
+from pagewire.frontend.events import SseReply
 from pagewire.frontend.logprobs import chat_logprobs, completion_logprobs
+from pagewire.frontend.rendering import Rendering
+from pagewire.frontend.reply import Echo, Reply
+from pagewire.frontend.responses import formatter_for
+from pagewire.frontend.sse import Flusher
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.structs import TokenLogprobs
 
@@ -310,3 +316,85 @@ def test_what_a_stop_string_cut_off_begins_at_the_end() -> None:
     entries = [entry((1, b"ab")), entry((2, b"cd"), offset=2), entry((3, b"ef"), offset=4)]
     assert completion_logprobs(entries, 10, length=13)["text_offset"] == [10, 12, 13]
     assert completion_logprobs(entries, 10)["text_offset"] == [10, 12, 14]
+
+
+Row = tuple[str, list[tuple[bytes, int]]]
+"""The text that a row brings, and its tokens, each with where it begins."""
+HELD: list[Row] = [("ab", [(b"ab", 0)]), ("", [(b"x", 2)]), ("", [(b"y", 3)])]
+"""A text of which the end may become the stop string xyz."""
+ROWS: dict[str, tuple[list[Row], str, list[int]]] = {
+    # rows, text, where its tokens begin
+    "cut off": ([*HELD, ("", [(b"z", 4)])], "ab", [0, 2, 2, 2]),
+    "shown": ([*HELD, ("xyc", [(b"c", 4)])], "abxyc", [0, 2, 3, 4]),
+    "shown at the end": ([*HELD, ("xy", [])], "abxy", [0, 2, 3]),
+    "half of it shown": ([*HELD, ("xyc", [(b"c", 4), (b"xyz", 5)])], "abxyc", [0, 2, 3, 4, 5]),
+    "one row": ([("ab", [(b"ab", 0), (b"x", 2), (b"yz", 3)])], "ab", [0, 2, 2]),
+    "characters in pieces": (
+        [
+            ("", [(b"\xe4", 0)]),
+            ("", [(b"\xbd", 0)]),
+            ("\u4f60", [(b"\xa0", 0)]),
+            ("!", [(b"!", 1)]),
+        ],
+        "\u4f60!",
+        [0, 0, 0, 1],
+    ),
+}
+
+
+def played(rows: list[Row], stream: bool, echo: str) -> list[dict]:
+    """The choices of the answer's events, or its only one."""
+    loop = asyncio.new_event_loop()
+    try:
+        rendering = Rendering(
+            chat=False,
+            n=1,
+            per_prompt=1,
+            stream=stream,
+            include_usage=False,
+            continuous_usage_stats=False,
+            logprobs=0,
+            prompt_logprobs=-1,
+            return_token_ids=True,
+            ids_as_text=False,
+            echo=bool(echo),
+        )
+        formatter = formatter_for(rendering, "1", "m")
+        echoes = [Echo(echo)]
+        reply = (
+            SseReply(formatter, loop, echoes, Flusher(loop))
+            if stream
+            else Reply(formatter, loop, echoes)
+        )
+        (choice,) = reply.choices
+        choice.score = None
+        for text, tokens in rows:
+            entries = [entry((ord(raw[:1]), raw), offset=offset) for raw, offset in tokens]
+            choice.tokens(text, [one.ids[0] for one in entries], entries)
+        choice.finished("stop", None, 4)
+        if isinstance(reply, SseReply):
+            blocks = b"".join(reply.outlet.pieces).decode().split("\n\n")[:-2]
+            return [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks]
+        return json.loads(loop.run_until_complete(reply.body()))["choices"]
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("echo", ["", "Hello "])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", ROWS)
+def test_offsets_of_text_that_is_held_back(case: str, stream: bool, echo: str) -> None:
+    """A token is shown when it is certain where it begins: what a stop string cuts off begins at the
+    end of the text."""
+    rows, text, offsets = ROWS[case]
+    choices = played(rows, stream, echo)
+    assert "".join(choice["text"] for choice in choices) == ("" if stream else echo) + text
+    shown = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert [at for one in shown for at in one["text_offset"]] == [len(echo) + at for at in offsets]
+    assert all(
+        len(one["logprobs"]["tokens"]) == len(one["token_ids"])
+        for one in choices
+        if one["logprobs"]
+    )
+    ids = [token for one in choices for token in one["token_ids"]]
+    assert ids == [ord(raw[:1]) for _, tokens in rows for raw, _ in tokens]

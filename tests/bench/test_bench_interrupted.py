@@ -1,4 +1,4 @@
-"""Ctrl-C in a benchmark."""
+"""Ctrl-C in commands that start processes and measure or check something."""
 
 import os
 import signal
@@ -9,12 +9,18 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "words", [("path",), ("offline", "--device", "fake", "--skip-tokenizer-init")], ids=str
+    ("words", "sign"),
+    [
+        (("bench", "path"), "ready in"),
+        (("bench", "offline", "--device", "fake", "--skip-tokenizer-init"), "ready in"),
+        (("doctor",), "versions"),
+    ],
+    ids=["path", "offline", "doctor"],
 )
-def test_ctrl_c_is_quiet(words: tuple[str, ...]) -> None:
-    """It goes to all processes of the terminal: the benchmark, its clients, its servers."""
+def test_ctrl_c_is_quiet(words: tuple[str, ...], sign: str) -> None:
+    """It goes to all processes of the terminal: the command, its clients, its servers."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pagewire", "bench", *words],
+        [sys.executable, "-m", "pagewire", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -22,7 +28,7 @@ def test_ctrl_c_is_quiet(words: tuple[str, ...]) -> None:
     )
     assert process.stdout is not None
     lines: list[str] = []
-    while not lines or "ready in" not in lines[-1]:
+    while not lines or sign not in lines[-1]:
         lines.append(process.stdout.readline())
         assert lines[-1], lines
     os.killpg(process.pid, signal.SIGINT)

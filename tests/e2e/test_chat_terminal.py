@@ -156,6 +156,22 @@ def test_pasted_lines_are_one_question_and_commands_are_obeyed(
     terminal.wait("3 messages")
     saved = json.loads(file.read_text())
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["parameters"] == {"temperature": 0, "max_tokens": 1024}
+    for typed, shown in (
+        ("/clear", "new conversation"),
+        ("/system", "Be terse."),
+        ("/set temperature", "max_tokens = 1024"),
+        ("/save", "a file is needed"),
+        ("/save /no/such/directory/x", "could not be written"),
+    ):
+        terminal.wait(READS)
+        terminal.type(f"{typed}\r")
+        terminal.wait(shown)
+    terminal.wait(READS)
+    terminal.type("fourth\r")
+    terminal.wait("answer 4")
+    assert [m["content"] for m in server.bodies[3]["messages"]] == ["Be terse.", "fourth"]
+    assert "temperature" not in server.bodies[3]
     terminal.wait(READS)
     terminal.type("/exit\r")
     assert terminal.end() == 0
@@ -195,6 +211,9 @@ def test_ctrl_c_ends_an_answer_but_not_the_chat(server: Server, tmp_path: Path) 
     terminal.wait(READS)
     terminal.type("again\r")
     terminal.wait("answer 2")
+    roles = [message["role"] for message in server.bodies[1]["messages"]]
+    assert roles == ["user", "assistant", "user"]
+    assert server.bodies[1]["messages"][1]["content"].startswith("answer 1 more")
     terminal.wait(READS)
     terminal.type("\x04")
     assert terminal.end() == 0
@@ -218,3 +237,17 @@ def test_what_the_model_recommends_goes_before_the_chat_s_default(server: Server
         command, input="one\n/set\n", capture_output=True, text=True, timeout=60, check=True
     )
     assert "answer 1" in result.stdout and "temperature" not in server.bodies[0]
+
+
+def test_a_pipe_that_is_interrupted_ends_as_shells_expect(server: Server) -> None:
+    server.endless = True
+    command = [sys.executable, "-m", "pagewire", "chat", "--url", server.url]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("go on\nand this\n")
+        process.stdin.close()
+        assert process.stdout.read(len("answer 1")) == "answer 1"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130 and len(server.bodies) == 1
+        assert "Traceback" not in process.stderr.read()

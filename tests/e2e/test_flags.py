@@ -182,7 +182,7 @@ def test_underscores_are_taken_for_dashes() -> None:
     )
     assert config.frontend is not None
     assert (config.model.max_model_len, config.model.trust_remote_code) == (4000, True)
-    assert (config.frontend.served_model_name, config.tokenizer.chat_template) == (
+    assert (config.frontend.served_model_name, config.model.chat_template) == (
         ("with_underscores",),
         "a_b",
     )

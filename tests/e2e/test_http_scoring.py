@@ -1,6 +1,7 @@
 """Log-probabilities over HTTP agree with themselves whichever way they are asked for, on the real
 model."""
 
+import codecs
 import functools
 from typing import Any
 
@@ -149,3 +150,77 @@ def test_text_offsets_are_places_in_the_returned_text(
         # a part of a character begins where the character does; the last part has it
         hidden = "" if name.startswith("<|") else name
         assert piece in (name, hidden) if not part else len(piece) <= 1, (name, piece)
+
+
+def starts_of(names: list[str], shown_special: bool) -> tuple[list[int], str]:
+    """Where tokens of these names begin by definition, and their text: behind the characters of the
+    tokens before, of which an unfinished one counts when the next token does not go on with it."""
+    whole, starts = b"", []
+    for name in names:
+        raw = name.encode()
+        if name.startswith("bytes:"):
+            raw = bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+        elif name.startswith("<|") and not shown_special:
+            raw = b""
+        goes_on = not raw or raw[0] & 0xC0 == 0x80
+        before = codecs.utf_8_decode(whole, "replace", not goes_on)[0]
+        starts.append(len(before))
+        whole += raw
+    return starts, whole.decode("utf-8", "replace")
+
+
+PIECES = "😀👍 你好世é<|im_start|> ab"
+
+
+@pytest.fixture(scope="module")
+def ids_of(complete: Any) -> Any:
+    """The token ids of a text."""
+
+    @functools.cache
+    def ids(text: str) -> list[int]:
+        answer = complete(prompt=text, max_tokens=1, extra_body={"return_token_ids": True})
+        return answer.choices[0].model_dump()["prompt_token_ids"]
+
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("skip_special_tokens", "stop"), [(True, []), (False, ["世"]), (True, ["ab", " a"])]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_of_choices_of_random_pieces(
+    complete: Any, ids_of: Any, stream: bool, skip_special_tokens: bool, stop: list[str]
+) -> None:
+    """Two choices at a time, of characters in pieces that mostly do not fit each other, behind an
+    echoed prompt of ids."""
+    prompt = ids_of("<|im_start|>é 你")
+    answer = complete(
+        prompt=prompt,
+        echo=True,
+        n=2,
+        max_tokens=16,
+        temperature=2,
+        seed=11,
+        logprobs=0,
+        stop=stop,
+        stream=stream,
+        extra_body={
+            "allowed_token_ids": sorted(set(ids_of(PIECES))),
+            "skip_special_tokens": skip_special_tokens,
+            "ignore_eos": True,
+        },
+    )
+    chunks = list(answer) if stream else [answer]
+    for index in range(2):
+        choices = [one for chunk in chunks for one in chunk.choices if one.index == index]
+        text = "".join(one.text for one in choices)
+        shown = [one.logprobs for one in choices if one.logprobs]
+        names = [name for one in shown for name in one.tokens]
+        offsets = [at for one in shown for at in one.text_offset]
+        assert len(names) == len(offsets) > len(prompt)
+        echoed, echo = starts_of(names[: len(prompt)], True)
+        starts, generated = starts_of(names[len(prompt) :], not skip_special_tokens)
+        assert text.startswith(echo) and (echo + generated).startswith(text)
+        assert offsets[: len(prompt)] == echoed
+        wanted = [min(len(echo) + at, len(text)) for at in starts]
+        assert offsets[len(prompt) :] == wanted, (names, text)

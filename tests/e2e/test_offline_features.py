@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from pagewire import LLM, BeamSearchParams, SamplingParams
 from pagewire.worker.fake import chain
 
@@ -269,6 +270,27 @@ def test_a_template_and_variables_for_one_call(demo: LLM) -> None:
         demo.chat(TALK, params, use_tqdm=False, chat_template="no-such-template")
     with pytest.raises(ValueError, match="chat_template_kwargs"):
         demo.chat(TALK, params, use_tqdm=False, chat_template_kwargs={"x": object()})
+
+
+def test_the_ends_of_turns_in_a_template_for_one_call(
+    demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the model's own files do not name end the answer as a stop token does."""
+    end = demo.get_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    template = TEMPLATE + "<|im_end|>"
+
+    def endings(**params: Any) -> tuple[Any, Any, int]:
+        stated = SamplingParams(max_tokens=3, allowed_token_ids=[end], **params)
+        (output,) = demo.chat(TALK, stated, use_tqdm=False, chat_template=template)[0].outputs
+        return output.finish_reason, output.stop_reason, len(output.token_ids)
+
+    assert endings() == ("stop", None, 1)
+    unaware = structs.replace(
+        demo._context, model=structs.replace(demo._context.model, eos_token_ids=())
+    )
+    monkeypatch.setattr(demo, "_context", unaware)
+    assert endings() == ("stop", end, 1)
+    assert endings(ignore_eos=True) == ("length", None, 3)
 
 
 def test_the_tokenizer_for_programs_is_the_one_that_is_used(oracle: Any, demo: LLM) -> None:

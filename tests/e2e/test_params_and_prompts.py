@@ -283,7 +283,7 @@ def test_one_set_of_parameters_for_all_or_one_for_each() -> None:
     [
         ({"device": "gpu"}, "device='gpu': one of auto, cpu, cuda, fake is needed"),
         ({"max_num_seqs": 0}, "max_num_seqs=0: at least 1 is needed"),
-        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5: at most 1.0 is needed"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5: at most 1.0 is allowed"),
         ({"seed": -1}, "seed=-1: at least 0 is needed"),
         ({"max_model_len": "x"}, "max_model_len='x': Expected `int`, got `str`"),
         ({"chat_template": 5}, "chat_template=5: Expected `str`"),

@@ -291,8 +291,16 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path) -> None:
     }.items():
         result = run(source, tmp_path / "out.jsonl", *flags)
         assert result.returncode in (1, 2) and words in result.stderr.splitlines()[-1]
-    for result in (run(tmp_path / "none", tmp_path / "out.jsonl"), run(source, source)):
+    for input_file, output_file, words in (
+        (tmp_path / "none", tmp_path / "out.jsonl", "none does not exist"),
+        (tmp_path, tmp_path / "out.jsonl", "is a directory; a file of requests is needed"),
+        (source, source, "is both the input and the output"),
+        (source, tmp_path / "no" / "out.jsonl", "out.jsonl"),
+        (source, tmp_path, str(tmp_path)),
+    ):
+        result = run(input_file, output_file, *FAKE)
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("pagewire run-batch: ") and words in result.stderr
 
 
 def test_chats_on_the_demo_model(tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ def test_the_unit_of_systemd() -> None:
     # A wrong setting ends with this status, and would again.
     assert service["RestartPreventExitStatus"] == "2"
     assert {"StartLimitIntervalSec", "StartLimitBurst"} <= set(unit["Unit"])
+    # The launcher is given up later than one of its services, and not before these have ended.
+    assert float(service["WatchdogSec"]) >= 5 * config.run.watchdog_timeout
+    assert float(service["TimeoutStopSec"]) > config.frontend.shutdown_timeout
+    assert service["EnvironmentFile"].startswith("-") and service["NotifyAccess"] == "main"
+    assert int(service["LimitNOFILE"]) >= 65536 and service["Restart"] == "on-failure"
 
 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:

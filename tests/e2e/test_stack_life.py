@@ -130,13 +130,18 @@ def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
         (("serve", "--num-workers", "0"), "--num-workers: 0: a whole number"),
         (("serve", "one", "--model", "two"), "two models"),
         (("worker", "--block-size", "-1"), "--block-size"),
-        (("serve", "--port", "99999"), "--port 99999: at most 65535 is needed"),
+        (("serve", "--port", "99999"), "--port 99999: at most 65535 is allowed"),
         (("serve", "--device", "gpu"), "--device"),
         (("serve", "one", "two"), "one argument too many: two"),
         (("serve", "--api-keys", "x"), "unknown flag --api-keys; did you mean --api-key?"),
         (("bench", "offline", "--runs", "0"), "--runs: 0: a whole number of at least 1"),
         (("bench", "serve", "--vocab", "100"), "--vocab: 100: 0 or more than 100"),
         (("fetch", "one", "--model", "two"), "two models"),
+        (("bench", "sreve"), "unknown kind 'sreve'; did you mean serve?"),
+        (("chat", "--tempreature", "0"), "unknown flag --tempreature; did you mean --temperature?"),
+        (("chat", "--url", "localhost:8OOO"), "--url localhost:8OOO: an address like http://"),
+        (("complete", "--url", "ftp://host"), "--url ftp://host: an address like http://"),
+        (("bench", "serve", "--url", "localhost:x"), "--url localhost:x"),
         (("nonsense",), "unknown command"),
     ],
 )
@@ -181,7 +186,11 @@ def test_version_and_help() -> None:
     from pagewire import __version__
 
     assert run("--version").stdout.strip() == f"pagewire {__version__}"
-    assert "pagewire serve" in run("--help").stdout
+    for word in ("-V", "-v", "version"):
+        assert run(word).stdout == run("--version").stdout
+    assert "pagewire serve" in run("--help").stdout == run("help").stdout
+    assert run("help", "chat").stdout == run("chat", "--help").stdout != ""
+    assert "`pagewire serve`" in run("help", "serv").stderr
     close = run("serv")
     assert close.returncode == 2 and "`pagewire serve`" in close.stderr
 

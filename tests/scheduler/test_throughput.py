@@ -4,7 +4,8 @@ import logging
 from typing import Any
 
 import pytest
-from pagewire.scheduler.throughput import ThroughputLog
+from pagewire.scheduler.throughput import PERIOD_S, ThroughputLog
+from scheduler.scheduler_sim import World
 
 NAMES = (
     "num_requests_running",
@@ -48,3 +49,20 @@ def test_rates_while_there_is_work(caplog: pytest.LogCaptureFixture) -> None:
     assert idle.startswith("prompt 0.0 tok/s, generation 0.0 tok/s, running 0, waiting 0")
     assert at(141.0) == [] and at(151.0) == []
     assert len(at(161.0, generation_tokens=2100)) == 1
+    assert len(at(171.0)) == 1 and at(181.0) == [], "one line of zeros after the last work"
+    (waiting,) = at(191.0, num_requests_waiting=4)
+    assert "running 0, waiting 4" in waiting, "what only waits is work too"
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_scheduler_says_it_unless_it_shall_not(
+    disabled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pagewire.scheduler")
+    world = World(disable_log_stats=disabled)
+    world.add_worker()
+    world.submit([1, 2, 3], world.add_tokenizer(), max_tokens=5)
+    for _ in range(3):
+        world.tick(PERIOD_S + 0.1)
+    lines = [record.getMessage() for record in caplog.records if "tok/s" in record.getMessage()]
+    assert bool(lines) is not disabled

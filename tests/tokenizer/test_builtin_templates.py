@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from pagewire.tokenizer import templates
+from pagewire.checkpoint import chat_templates
+from pagewire.checkpoint.chat_templates import read_option
 from pagewire.tokenizer.load import load
-from pagewire.tokenizer.template import ChatTemplate, TemplateRefused, read_option
+from pagewire.tokenizer.template import ChatTemplate, TemplateRefused
 from pagewire_protocol.messages import Chat, ChatMessage
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "user_token": "<U>", "assistant_token": "<A>"}
@@ -64,7 +65,7 @@ def chat(messages: list[tuple[str, str]], **options) -> Chat:
 
 
 def test_every_template_is_tested():
-    assert sorted(EXPECTED) == templates.names()
+    assert sorted(EXPECTED) == chat_templates.names()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -122,7 +123,7 @@ def test_unknown_roles_are_refused(name: str):
     ],
 )
 def test_which_model_gets_which(folder: str, config: dict, generation: dict, wanted: str):
-    assert templates.choose(Path("/models") / folder, config, generation) == wanted
+    assert chat_templates.choose(Path("/models") / folder, config, generation) == wanted
 
 
 def test_a_template_of_the_repository_comes_first(tmp_path: Path, bpe):
@@ -130,6 +131,6 @@ def test_a_template_of_the_repository_comes_first(tmp_path: Path, bpe):
     path.mkdir()
     bpe.save(str(path / "tokenizer.json"))
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert load(path).chat_template == templates.source("vicuna")
+    assert load(path).chat_template == chat_templates.source("vicuna")
     (path / "chat_template.jinja").write_text("its own")
     assert load(path).chat_template == "its own"

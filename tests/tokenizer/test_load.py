@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pagewire.checkpoint.errors import Unsupported
+from pagewire.config import ModelConfig, TokenizerConfig
 from pagewire.tokenizer.load import NoTokenizer, load
+from pagewire.tokenizer.service import load_text
 from tokenizers import Tokenizer
 
 
@@ -196,3 +199,17 @@ def test_tokenizers_of_code_are_refused_in_one_line(tmp_path: Path):
         "has no tokenizer.json but a OwnTokenizer of its repository's own code"
         in done.stderr.strip().splitlines()[-1]
     )
+
+
+@pytest.mark.parametrize("offered", [None, "qwen.txt"])
+def test_that_the_model_cannot_be_served_comes_before_its_missing_tokenizer(
+    offered: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path, "config.json", {"model_type": "nonsense"})
+    if offered:
+        (tmp_path / offered).write_text("no vocabulary")
+    with pytest.raises(Unsupported, match="model_type 'nonsense' is known neither here"):
+        load_text(ModelConfig(model=str(tmp_path)), TokenizerConfig())
+    write(tmp_path, "config.json", {"model_type": "llama"})
+    with pytest.raises(NoTokenizer, match=r"has no tokenizer\.json"):
+        load_text(ModelConfig(model=str(tmp_path)), TokenizerConfig())

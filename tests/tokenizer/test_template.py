@@ -1,8 +1,9 @@
 """Chat templates: the same text as transformers renders, inside limits."""
 
 import pytest
+from pagewire.checkpoint.chat_templates import read_option
 from pagewire.tokenizer.render_limit import RenderLimit
-from pagewire.tokenizer.template import ChatTemplate, TemplateRefused, read_option
+from pagewire.tokenizer.template import ChatTemplate, TemplateRefused
 from pagewire_protocol.messages import Chat, ChatMessage
 
 ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -81,6 +82,23 @@ def test_names_of_speakers():
         template.render(Chat((ChatMessage("user", "a", "Ann"), ChatMessage("user", "b"))))
         == "Ann: a nobody: b "
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ALL,
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
+        read_option("chatml"),
+        read_option("llama-2"),
+    ],
+)
+def test_a_name_that_the_template_does_not_show_changes_nothing(source: str):
+    """OpenAI's clients send names to every model: that is no refusal, and no other prompt."""
+    messages = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    named = tuple(ChatMessage(role, text, "Ann") for role, text in messages)
+    template = ChatTemplate(source, NAMES)
+    assert template.render(Chat(named)) == template.render(chat(messages))
 
 
 def test_raise_exception_gives_its_message_alone():

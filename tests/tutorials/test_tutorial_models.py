@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pagewire.tokenizer import templates
+from pagewire.checkpoint import chat_templates
 from pagewire.worker.models import describe
 from tutorials import tiny_models
 
@@ -41,7 +41,7 @@ def test_the_published_configuration_is_understood(name: str) -> None:
 )
 def test_who_gets_a_chat_template_without_shipping_one(name: str, wanted: str) -> None:
     folder = Path("/hub") / f"models--{name.replace('/', '--')}" / "snapshots" / "0123"
-    assert templates.choose(folder, PUBLISHED[name]["config"], {}) == wanted
+    assert chat_templates.choose(folder, PUBLISHED[name]["config"], {}) == wanted
 
 
 def test_chatglm_with_its_own_tokenizer_and_without_its_code(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pagewire.checkpoint import end_tokens, gguf_files, model_types
+from pagewire.checkpoint.chat_templates import read_option
 from pagewire.config import ModelConfig
 from pagewire.worker.load import loader
 from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
@@ -110,6 +111,44 @@ def test_the_ends_of_a_tokenizer_that_comes_from_elsewhere(tmp_path):
     writer.add_uint32("tokenizer.ggml.eos_token_id", 3)
     close(writer)
     assert loader.open_model(tmp_path / "m.gguf", settings)[2] == (3, 41)
+
+
+TURNS = {"<|im_end|>": 41, "<end_of_turn>": 42, "<|eot_id|>": 43, "<|end|>": 44, "[EOT]": 45}
+ENDS_BY_TEMPLATE = [
+    ("chatml", (2, 41, 43)),
+    ("{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}", (2, 42, 43)),
+    ("{{ messages[0].content }}<|eot_id|>", (2, 43)),
+    ("{{ messages[0].content }}<|end|>[EOT]", (2, 43, 44, 45)),
+    # ends of other vocabularies
+    ("{{ messages[0].content }}<|end_of_turn|>", (2, 43)),
+]
+"""--chat-template, and the ends of a model whose own template ends turns with <|eot_id|>."""
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("template", "expected"), ENDS_BY_TEMPLATE)
+def test_the_end_of_a_turn_in_another_template(template, expected, own, tmp_path):
+    """Also of a tokenizer that comes from elsewhere."""
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    for path in (model, tokenizer):
+        path.mkdir()
+    config = {"model_type": "llama", "vocab_size": 50, "eos_token_id": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    files = model if own else tokenizer
+    tokens = {str(token): {"content": text, "special": True} for text, token in TURNS.items()}
+    settings = {"added_tokens_decoder": tokens, "chat_template": "{{ messages }}<|eot_id|>"}
+    (files / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "t.jinja").write_text(read_option(template))
+    for option in (template, str(tmp_path / "t.jinja")):
+        settings = ModelConfig(
+            load_format="dummy", chat_template=option, tokenizer="" if own else str(tokenizer)
+        )
+        assert loader.open_model(model, settings)[2] == expected
+    writer = gguf_of([f"t{n}" for n in range(50)], tmp_path / "m.gguf")
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    close(writer)
+    if not own:
+        assert loader.open_model(tmp_path / "m.gguf", settings)[2] == expected
 
 
 @pytest.mark.parametrize(
@@ -400,6 +439,10 @@ def test_the_families_are_those_that_models_has_files_for():
         ({"model_type": "own", "auto_map": {"A": "c.C"}}, "model_type 'own' needs code from its"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language"),
         ({"model_type": "t5"}, "t5 is an encoder with a decoder"),
+        (
+            {"model_type": "olmo2", "architectures": ["Q"], "is_encoder_decoder": True},
+            "Q is an encoder with a decoder",
+        ),
         (
             {"model_type": "llama", "quantization_config": {"quant_method": "quip"}},
             "with 'quip' are",

@@ -116,12 +116,13 @@ def test_tokenizer(flags, line, model, run_dir):
     assert last.startswith("pagewire tokenizer: ") and line in last, last
 
 
-def test_chat_template_that_is_none(model, run_dir):
+@pytest.mark.parametrize("service", ["tokenizer", "worker"])
+def test_chat_template_that_is_none(service, model, run_dir):
     from tokenizers import Tokenizer, models
 
     path = model()
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
-    last = end_of("tokenizer", run_dir, f"--model={path}", "--chat-template=vikuna")
+    last = end_of(service, run_dir, f"--model={path}", "--chat-template=vikuna")
     assert last.startswith(
-        "pagewire tokenizer: --chat-template: vikuna is neither a file nor a jinja template nor a built-in one (alpaca,"
+        f"pagewire {service}: --chat-template: vikuna is neither a file nor a jinja template nor a built-in one (alpaca,"
     )

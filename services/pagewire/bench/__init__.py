@@ -10,7 +10,7 @@ KINDS = {
     "serve": "streaming load over HTTP: [--url URL | flags of pagewire serve] [--loads LIST] [--against URL] [--plot FILE]",
     "latency": "one request at a time, percentiles by size: [--model M] [--sizes LIST]",
     "path": "CPU time of a token between worker and client, without a model: [--replicas LIST] [--step-ms LIST] [--asking LIST]",
-    "kernels": "times of the GPU kernels beside other libraries'",
+    "kernels": "times of the GPU kernels beside those of other libraries",
 }
 USAGE = "\n".join(
     [

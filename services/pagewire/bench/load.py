@@ -77,12 +77,17 @@ class Target:
     @classmethod
     def of(cls, url: str, key: str = "") -> "Target":
         """Raises ValueError for anything but http://host:port."""
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"--url {url}: an address like http://localhost:8000 is needed")
+        wrong = ValueError(f"{url}: an address like http://localhost:8000 is needed")
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port or 80
+        except ValueError:
+            raise wrong from None
+        if parts.scheme != "http" or not host:
+            raise wrong
         return cls(
-            parts.hostname,
-            parts.port or 80,
+            host,
+            port,
             parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions",
             key,
         )

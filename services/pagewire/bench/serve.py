@@ -130,6 +130,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(arguments)
     if options.url and rest:
         parser.error(f"unknown with --url: {' '.join(rest)}")
+    for name in ("url", "against"):
+        if url := getattr(options, name):
+            try:
+                Target.of(url)
+            except ValueError as error:
+                parser.error(f"--{name} {error}")
     if options.vocab and options.vocab <= workloads.FIRST_ID:
         parser.error(
             f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 
@@ -85,6 +86,12 @@ def ask_model(url: str, key: str = "") -> str:
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return str(json.load(answer)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        error.close()
+        hint = "; it wants a key (--api-key)" if error.code == 401 else ""
+        raise OSError(f"{url} answered {error.code} {error.reason}{hint}") from None
+    except (ValueError, LookupError, TypeError):
+        raise OSError(f"what answers at {url} lists no models as OpenAI's API does") from None
     except OSError as error:
         raise OSError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from None
 

@@ -60,16 +60,19 @@ class _TokenizerFile(Struct):
     model: _Model = msgspec.field(default_factory=_Model)
 
 
-def of_directory(directory: Path, config: Config, tokenizer: Path | None = None) -> tuple[int, ...]:
+def of_directory(
+    directory: Path, config: Config, tokenizer: Path | None = None, template: str = ""
+) -> tuple[int, ...]:
     """The ids that the files of `directory` name, in rising order: config.json (`config`),
     generation_config.json, the tokenizer's settings, and the end of a turn in its chat template.
-    `tokenizer`: where the tokenizer's files are, by default in `directory`. Raises Unsupported."""
+    `tokenizer`: where the tokenizer's files are, by default in `directory`. `template`: the source
+    of a chat template that is used instead of the model's own. Raises Unsupported."""
     generation = read_object(directory / "generation_config.json")
     ids: set[int] = set()
     for named in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ids.update(named if isinstance(named, list) else [] if named is None else [named])
     ids |= _unnamed(config, generation)
-    ids |= of_tokenizer(tokenizer or directory)
+    ids |= of_tokenizer(tokenizer or directory, template)
     return within_vocabulary(ids, int(config.get("vocab_size") or 0))
 
 
@@ -78,15 +81,16 @@ def of_gguf(
     find: Callable[[Iterable[str]], dict[str, int]],
     vocab_size: int,
     tokenizer: Path | None = None,
+    template: str = "",
 ) -> tuple[int, ...]:
     """The ids that a GGUF file names, those of the tokens in its vocabulary that are known to end a
     turn, and what a `tokenizer` from elsewhere names, in rising order. `find`: the ids of texts that
-    the vocabulary has. Raises Unsupported."""
+    the vocabulary has. `template`: as in `of_directory`. Raises Unsupported."""
     named = (metadata.get(key) for key in GGUF_KEYS)
     ids = {int(token) for token in named if token is not None}
     ids.update(ending(find(END_OF_TURN)).values())
     if tokenizer is not None:
-        ids |= of_tokenizer(tokenizer)
+        ids |= of_tokenizer(tokenizer, template)
     return within_vocabulary(ids, vocab_size)
 
 
@@ -115,23 +119,30 @@ def _unnamed(config: Config, generation: Config) -> set[int]:
     )
 
 
-def of_tokenizer(directory: Path) -> set[int]:
+def of_tokenizer(directory: Path, template: str = "") -> set[int]:
     """What the tokenizer's files name: `eos_token`, and tokens that the chat template ends turns
     with; where no template comes with the model, another one will be used, and all added tokens that
-    are known to end a turn count. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
+    are known to end a turn count. Those of `template`, which is used instead of the model's own,
+    count as well. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
     if not directory.is_dir():
         return set()
     settings = read_object(directory / "tokenizer_config.json")
     mapped = read_object(directory / "special_tokens_map.json")
-    template = chat_template(directory, {**mapped, **settings})
+    own = chat_template(directory, {**mapped, **settings})
     vocabulary = _Vocabulary(directory, settings)
-    if template:
-        turns = vocabulary.ids_of(text for text in END_OF_TURN if text in template)
-    else:
+    turns = turn_ends(own, vocabulary.ids_of)
+    if not own:
         turns = {text: token for text, token in vocabulary.added.items() if text in END_OF_TURN}
+    turns |= turn_ends(template, vocabulary.ids_of)
     texts = (token_text(source.get("eos_token")) for source in (settings, mapped))
     named = vocabulary.ids_of(text for text in texts if text is not None)
     return {*ending(turns).values(), *named.values()}
+
+
+def turn_ends(template: str, find: Callable[[Iterable[str]], dict[str, int]]) -> dict[str, int]:
+    """The tokens that the source of a chat template ends turns with, and their ids. `find`: the ids
+    of texts that are tokens."""
+    return find(text for text in END_OF_TURN if text in template)
 
 
 class _Vocabulary:

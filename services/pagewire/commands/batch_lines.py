@@ -153,8 +153,10 @@ class Journal:
         """`retry_errors`: errors of earlier runs that may not come again are removed from the
         output, so that their lines are answered by this run."""
         self._source = source
-        if not source.is_file():
-            raise ValueError(f"{source} is no file of requests")
+        if not source.exists():
+            raise ValueError(f"{source} does not exist; a file of requests is needed")
+        if source.is_dir():
+            raise ValueError(f"{source} is a directory; a file of requests is needed")
         if target.exists() and target.samefile(source):
             raise ValueError(f"{target} is both the input and the output; name another output")
         done = _finished(source, target)

@@ -49,18 +49,26 @@ class ChatError(Exception):
     """The server cannot be used; the message is shown to the user."""
 
 
+def _address(url: str) -> tuple[urllib.parse.SplitResult, int | None]:
+    """The parts of an address, which may lack http://, and its port. Raises ValueError."""
+    with contextlib.suppress(ValueError):  # a port that is no number, a bracket that is not closed
+        address = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        port = address.port
+        if address.scheme in ("http", "https") and address.hostname:
+            return address, port
+    raise ValueError(f"--url {url}: an address like {DEFAULT_URL} is needed")
+
+
 class Client:
     """Requests to one server, a connection each."""
 
     def __init__(self, url: str, key: str) -> None:
         """`key` may be empty. Raises ValueError for what is no URL."""
-        address = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"--url {url}: an address like {DEFAULT_URL} is needed")
+        address, port = _address(url)
         self.url = f"{address.scheme}://{address.netloc}"
         self._is_secure = address.scheme == "https"
-        self._host = address.hostname
-        self._port = address.port
+        self._host = address.hostname or ""
+        self._port = port
         self._path = address.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -219,6 +227,10 @@ def run(
     parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:
         client = Client(options.url, options.api_key)
+    except ValueError as error:
+        print(f"pagewire {command}: {error}", file=sys.stderr)
+        return 2
+    try:
         card = client.model()
     except (ChatError, OSError, http.client.HTTPException, LookupError) as error:
         print(f"pagewire {command}: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from msgspec.structs import replace
 from pagewire_protocol.structs import TokenLogprobs
 
 from ..requests.answers import ContentDelta, Delta, Output, ReasoningDelta, ToolCallDelta
@@ -71,6 +72,36 @@ class SseReply(Reply):
         super().close()
 
 
+class UnplacedTokens:
+    """Tokens of a streamed completion that begin inside text which is held back: a stop string may
+    yet cut it off, and they then begin at the end of the text."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        """Characters of the text so far."""
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    def add(
+        self, text: str, tokens: list[int], logprobs: list[TokenLogprobs]
+    ) -> tuple[list[int], list[TokenLogprobs]]:
+        """The tokens of which it is certain, with `text` and one more row, where they begin."""
+        self._length += len(text)
+        if not self._logprobs and (not logprobs or logprobs[-1].offset <= self._length):
+            return tokens, logprobs
+        tokens = self._tokens + tokens
+        logprobs = self._logprobs + logprobs
+        certain = sum(entry.offset <= self._length for entry in logprobs)
+        self._tokens = tokens[certain:]
+        self._logprobs = logprobs[certain:]
+        return tokens[:certain], logprobs[:certain]
+
+    def rest(self) -> tuple[list[int], list[TokenLogprobs]]:
+        """The tokens that no text has come for, at the end."""
+        ended = [replace(entry, offset=self._length) for entry in self._logprobs]
+        return self._tokens, ended
+
+
 class SseChoice(Choice):
     """The sink of one streamed choice whose text is all content.
 
@@ -96,6 +127,9 @@ class SseChoice(Choice):
         self._held: list[Callable[[], None]] = []
         """What came while the prompt's log-probabilities were being encoded."""
         self._encoding: asyncio.Task[None] | None = None
+        rendering = reply.rendering
+        shows_offsets = rendering.logprobs >= 0 and not rendering.chat
+        self._unplaced = UnplacedTokens() if shows_offsets else None
 
     def start(self) -> ChoiceData:
         """With the prompt's token ids, if they are known by now."""
@@ -125,7 +159,13 @@ class SseChoice(Choice):
         self.usage.completion_tokens += len(tokens)
         self.reply.open()
         self._send_score()
-        if text or (logprobs and rendering.logprobs >= 0) or rendering.return_token_ids:
+        if self._unplaced is not None and isinstance(text, str):
+            tokens, logprobs = self._unplaced.add(text, tokens, logprobs)
+        if (
+            text
+            or (logprobs and rendering.logprobs >= 0)
+            or (tokens and rendering.return_token_ids)
+        ):
             # What a row brings beside its text goes with the first of its events.
             first, *more = self._deltas(text) or (ContentDelta(""),)
             data = ChoiceData(
@@ -158,6 +198,11 @@ class SseChoice(Choice):
         self._send_score()
         data = self._take_back_last()
         self._move_prompt_ids(data)
+        if self._unplaced is not None:
+            tokens, logprobs = self._unplaced.rest()
+            data.tokens = [*data.tokens, *tokens]
+            data.logprobs = [*data.logprobs, *logprobs]
+            data.offset = len(self.echo.text)
         data.set_end(reason, stop_reason, called_tools=self._called_tools)
         self._send(data)
         self.reply.choice_finished()

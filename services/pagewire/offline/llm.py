@@ -6,11 +6,10 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 from pagewire_protocol.sampling import SamplingDefaults
-from pagewire_protocol.structs import Chat
 
 from ..config import DEMO_MODEL
 from ..process.errors import missing_package
@@ -23,6 +22,9 @@ from .outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from .prompts import Entry, as_chats, as_params, as_prompts, with_priority
 from .sampling_params import BeamSearchParams, SamplingParams
 from .translate import beam_template, job_templates
+
+if TYPE_CHECKING:
+    from .local_tokenizer import CallTemplate
 
 __all__ = ["LLM", "EngineError"]
 
@@ -134,7 +136,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
         the model's chat template or, for this call, the one given: a template, a file with one, or
-        the name of a built-in completion. `tools` are shown to the model; a call that it makes is in
+        the name of a built-in one, whose ends of turns end the answers too. `tools` are shown to the model; a call that it makes is in
         the text, as the model writes it."""
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in ("auto", "string"):
@@ -145,16 +147,21 @@ class LLM:
             raise ValueError(
                 f"{self._config.model.model} has no chat template; give one as LLM(..., chat_template=FILE)"
             )
-        render = self._renderer(chat_template) if chat_template is not None else None
+        template = self._call_template(chat_template) if chat_template is not None else None
         entries = as_chats(
             messages,
             add_generation_prompt,
             continue_final_message,
             chat_template_kwargs,
-            render,
+            template.render if template else None,
             tools,
         )
-        return self.batch(entries, self._params(sampling_params, len(entries))).run(use_tqdm)
+        params = self._params(sampling_params, len(entries))
+        if template:
+            known = self._context.model.eos_token_ids
+            ends = [token for token in template.end_token_ids if token not in known]
+            params = [one.stopping_at(ends) for one in params]
+        return self.batch(entries, params).run(use_tqdm)
 
     def beam_search(
         self,
@@ -198,7 +205,7 @@ class LLM:
                 from .local_tokenizer import as_transformers
 
                 self._tokenizer = as_transformers(
-                    self._engine.tokenizer_path, self._config.tokenizer.chat_template
+                    self._engine.tokenizer_path, self._config.model.chat_template
                 )
         return self._tokenizer
 
@@ -243,12 +250,12 @@ class LLM:
                 "text prompts need a tokenizer; with skip_tokenizer_init=True give {'prompt_token_ids': [...]}"
             )
 
-    def _renderer(self, chat_template: str) -> Callable[[Chat], str]:
+    def _call_template(self, chat_template: str) -> "CallTemplate":
         self._need_text()
         with _named_packages():
-            from .local_tokenizer import renderer
+            from .local_tokenizer import call_template
 
-            return renderer(self._engine.tokenizer_path, chat_template)
+            return call_template(self._engine.tokenizer_path, chat_template)
 
     def __enter__(self) -> "LLM":
         return self

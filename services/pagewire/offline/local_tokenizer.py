@@ -1,14 +1,16 @@
 """The tokenizer of a model in the program itself: for those who render or count before they
 generate. Knows files, no services."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pagewire_protocol.structs import Chat
 
+from ..checkpoint.chat_templates import read_option
+from ..checkpoint.end_tokens import ending, turn_ends
 from ..tokenizer.load import load
-from ..tokenizer.template import ChatTemplate, TemplateRefused, read_option
+from ..tokenizer.template import ChatTemplate, TemplateRefused
 
 
 def as_transformers(path: Path, chat_template: str = "") -> Any:
@@ -33,10 +35,24 @@ def as_transformers(path: Path, chat_template: str = "") -> Any:
     return made
 
 
-def renderer(path: Path, chat_template: str) -> Callable[[Chat], str]:
-    """Renders conversations with this template instead of the model's own. The function raises
-    ValueError when the template refuses."""
-    template = ChatTemplate(read_option(chat_template), load(path).names)
+class CallTemplate(NamedTuple):
+    """A chat template that one call uses instead of the model's own."""
+
+    render: Callable[[Chat], str]
+    """Raises ValueError when the template refuses."""
+    end_token_ids: tuple[int, ...]
+    """The tokens that it ends turns with."""
+
+
+def call_template(path: Path, chat_template: str) -> CallTemplate:
+    """`path`: of the tokenizer. `chat_template`: as of --chat-template. Raises ValueError."""
+    loaded = load(path)
+    source = read_option(chat_template)
+    template = ChatTemplate(source, loaded.names)
+
+    def find(texts: Iterable[str]) -> dict[str, int]:
+        ids = {text: loaded.tokenizer.token_to_id(text) for text in texts}
+        return {text: token for text, token in ids.items() if token is not None}
 
     def render(chat: Chat) -> str:
         try:
@@ -44,4 +60,4 @@ def renderer(path: Path, chat_template: str) -> Callable[[Chat], str]:
         except TemplateRefused as refusal:
             raise ValueError(str(refusal)) from None
 
-    return render
+    return CallTemplate(render, tuple(ending(turn_ends(source, find)).values()))

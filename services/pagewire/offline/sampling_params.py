@@ -6,7 +6,8 @@ a mistake is an error at its own line and not an answer from a service.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pagewire_protocol.grammar import Grammar
@@ -164,6 +165,13 @@ class SamplingParams:
         if self.guided_decoding is not None:
             return grammar_of(self.guided_decoding, "guided_decoding")
         return grammar_of(self.structured_outputs, "structured_outputs")
+
+    def stopping_at(self, tokens: Iterable[int]) -> "SamplingParams":
+        """A copy that ends a text at `tokens` as well, unless it goes on behind all ends."""
+        if self.ignore_eos:
+            return self
+        stops = dict.fromkeys((*(self.stop_token_ids or ()), *tokens))
+        return replace(self, stop_token_ids=list(stops))
 
     def clone(self) -> "SamplingParams":
         """A copy that shares nothing with this object."""

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
-from ..checkpoint import gguf_files, gguf_metadata
+from ..checkpoint import chat_templates, gguf_files, gguf_metadata
 from ..checkpoint.errors import Unsupported
 from ..checkpoint.json_files import Config, chat_template, read_object, tokenizer_settings
 from . import (
@@ -25,7 +25,6 @@ from . import (
     gguf_tokenizer,
     sentencepiece_model,
     sentencepiece_tokenizer,
-    templates,
     tiktoken_bpe,
 )
 from .added_tokens import listed, named, read_tokenizer_json, with_added
@@ -134,14 +133,14 @@ def _read_json_form(path: Path) -> Tokenizer:
 
 
 def _built_in(path: Path, config: dict[str, Any], generation: dict[str, Any]) -> str:
-    name = templates.choose(path, config, generation)
+    name = chat_templates.choose(path, config, generation)
     if name:
         log.info(
             "%s ships no chat template: using the built-in one called %s (--chat-template overrides it)",
             path,
             name,
         )
-    return templates.source(name) if name else ""
+    return chat_templates.source(name) if name else ""
 
 
 def _load_with_transformers(path: Path, template: str, settings: dict[str, Any]) -> Loaded:

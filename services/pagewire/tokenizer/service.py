@@ -42,6 +42,7 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.sampling import SamplingDefaults
 
 from ..checkpoint import model_types
+from ..checkpoint.chat_templates import read_option
 from ..checkpoint.sampling_defaults import sampling_defaults
 from ..config import ModelConfig, RunConfig, TokenizerConfig
 from ..hub.huggingface import cached, has_own_tokenizer, resolve, tokenizer_model
@@ -57,7 +58,7 @@ from .longest_token import longest_token
 from .outgoing import OutgoingDeltas
 from .queries import Query, QueryTask, answer, is_long, still_loading
 from .requests import Requests, encode
-from .template import ChatTemplate, read_option
+from .template import ChatTemplate
 
 log = logging.getLogger("pagewire.tokenizer")
 WAKE_S = 0.5
@@ -85,12 +86,10 @@ class Text:
     ) -> None:
         """Raises ValueError."""
         config = config or TokenizerConfig()
-        option = config.chat_template
         tokenizer = loaded.tokenizer if loaded else None
-        source = read_option(option) if option else loaded.chat_template if loaded else ""
-        template = (
-            ChatTemplate(source, loaded.names if loaded else {}) if source and tokenizer else None
-        )
+        template = None
+        if loaded and loaded.chat_template:
+            template = ChatTemplate(loaded.chat_template, loaded.names)
         self.decoding = Decoding(tokenizer)
         self.answers: ModelAnswers | None = None
         if template is not None:
@@ -127,18 +126,26 @@ def load_text(model: ModelConfig, config: TokenizerConfig) -> Text:
     if model.skip_tokenizer_init:
         return Text(None, defaults=_defaults(model, Path(model.model)))
     if has_own_tokenizer(model):
-        loaded = load(resolve(tokenizer_model(model), log.info))
+        loaded = _load(resolve(tokenizer_model(model), log.info), model)
         # The model itself is not fetched for the sake of this one file.
         path = cached(model) or Path(model.model)
         return Text(loaded, config, _defaults(model, path))
     path = resolve(model, log.info)
     defaults = _defaults(model, path)
     try:
-        return Text(load(path), config, defaults)
+        return Text(_load(path, model), config, defaults)
     except NoTokenizer:
         # That the model cannot be served comes first: no tokenizer would help it.
         model_types.check(path, model.trust_remote_code)
         raise
+
+
+def _load(path: Path, model: ModelConfig) -> Loaded:
+    """With the chat template of --chat-template, where there is one."""
+    loaded = load(path)
+    if model.chat_template:
+        return loaded._replace(chat_template=read_option(model.chat_template))
+    return loaded
 
 
 def _defaults(model: ModelConfig, path: Path) -> SamplingDefaults:

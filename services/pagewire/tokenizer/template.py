@@ -17,7 +17,6 @@ and the time, which `Watchdog` enforces.
 import json
 import re
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import jinja2
@@ -30,7 +29,6 @@ from msgspec.structs import replace
 from pagewire_protocol.messages import Chat
 from pagewire_protocol.structs import ChatMessage
 
-from . import templates
 from .render_limit import RenderLimit, RenderTimeout
 from .tool_prompts import (
     PROBE_TOOLS,
@@ -132,24 +130,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
-
-
-def read_option(option: str) -> str:
-    """The template of --chat-template: a built-in one by its name, a file's content, or the option
-    itself when it is a template.
-
-    Raises ValueError."""
-    if option in templates.names():
-        return templates.source(option)
-    if not any(mark in option for mark in ("{{", "{%", "{#", "\n")):
-        path = Path(option).expanduser()
-        if not path.is_file():
-            built_in = ", ".join(templates.names())
-            raise ValueError(
-                f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({built_in})"
-            )
-        return path.read_text()
-    return option
 
 
 class ChatTemplate:

@@ -260,11 +260,13 @@ class Gguf:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
         return rope
 
-    def eos_token_ids(self, tokenizer: Path | None) -> tuple[int, ...]:
+    def eos_token_ids(self, tokenizer: Path | None, template: str = "") -> tuple[int, ...]:
         """The ids that end a text, in rising order: see `end_tokens`. `tokenizer`: where it is, if
-        not in the file."""
+        not in the file. `template`: the source of a chat template in place of the file's own."""
         vocab_size = self.entries["token_embd.weight"].shape[0]
-        return end_tokens.of_gguf(self.metadata, self._parts[0].find_tokens, vocab_size, tokenizer)
+        return end_tokens.of_gguf(
+            self.metadata, self._parts[0].find_tokens, vocab_size, tokenizer, template
+        )
 
     def names(self) -> Iterator[tuple[str, str]]:
         """(name in the file, name in a Hugging Face checkpoint) of every weight."""

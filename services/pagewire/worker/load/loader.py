@@ -14,6 +14,7 @@ from pagewire_kernels.kv_cache import KVScales
 from torch import Tensor
 
 from ...checkpoint import end_tokens, quantization
+from ...checkpoint.chat_templates import read_option
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ...hub.huggingface import tokenizer_path
 from ..device import gpus, processor
@@ -274,12 +275,13 @@ def open_model(path: Path, model: ModelConfig) -> tuple[Source | None, Config, t
     """(where the weights come from, None for random ones; the configuration; the ids that end a
     text)."""
     load_format, path = locate(path, model.load_format)
+    template = read_option(model.chat_template) if model.chat_template else ""
     if path.suffix == ".gguf":
         file = Gguf(path)
-        ends = file.eos_token_ids(tokenizer_path(model))
+        ends = file.eos_token_ids(tokenizer_path(model), template)
         return (file if load_format == "gguf" else None), file.config(), ends
     config = read_config(path)
-    ends = end_tokens.of_directory(path, config, tokenizer_path(model))
+    ends = end_tokens.of_directory(path, config, tokenizer_path(model), template)
     sources = {"safetensors": lambda: path, "pt": lambda: PytorchFiles.of(path)}
     return sources.get(load_format, lambda: None)(), config, ends
 

@@ -35,6 +35,24 @@ def source(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text()
 
 
+def read_option(option: str) -> str:
+    """The template of --chat-template: a built-in one by its name, a file's content, or the option
+    itself when it is a template.
+
+    Raises ValueError."""
+    if option in names():
+        return source(option)
+    if not any(mark in option for mark in ("{{", "{%", "{#", "\n")):
+        path = Path(option).expanduser()
+        if not path.is_file():
+            built_in = ", ".join(names())
+            raise ValueError(
+                f"--chat-template: {option} is neither a file nor a jinja template nor a built-in one ({built_in})"
+            )
+        return path.read_text()
+    return option
+
+
 def choose(path: Path, config: Config, generation: Config) -> str:
     """The name of the template for the model in directory `path`, by config.json and
     generation_config.json; empty for none."""
