@@ -7,12 +7,14 @@ same shapes and types.
 """
 
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed import Store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 TIMEOUT_S: Final = 120.0
 """How long a rank waits for the others in one operation: longer than any step takes."""
@@ -68,7 +70,7 @@ SINGLE_RANK: Final = SingleRank()
 class GlooCommunicator:
     """A Communicator of processes or threads of one host, on CPU tensors, through torch's gloo."""
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, store: "Store", rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
         """`store`: in which the ranks find each other; nobody else may have used it. Returns when
         all are there. Raises CommunicatorFailed when they are not within `timeout_s` seconds."""
         self.rank = rank

@@ -15,6 +15,7 @@ import torch
 from msgspec.structs import replace
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_kernels.kv_cache import raw
 from pagewire_kernels.sampling_map import SamplingRows
 from pagewire_protocol.agreed import GRAMMAR_FAILED
@@ -47,10 +48,11 @@ class Runner:
         incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
+        communicator: Communicator = SINGLE_RANK,
     ) -> None:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
-        wait for a long step."""
-        self._loaded = loader.load(path, model, config, progress)
+        wait for a long step. `communicator`: to the other ranks of the group."""
+        self._loaded = loader.load(path, model, config, progress, communicator=communicator)
         self._incarnation = incarnation
         self._device = self._loaded.device
         self._tick = tick

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
@@ -143,12 +144,13 @@ def start(
     config: WorkerConfig,
     incarnation: Incarnation = FIRST_INCARNATION,
     progress: weights.Progress = lambda stage, fraction: None,
+    communicator: Communicator = SINGLE_RANK,
 ) -> "GpuRunner":
     """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
     and captured, and steps have been timed. Raises what loading raises, and ValueError for more
     steps in flight than there are buffers for."""
     check_ring(scheduler.steps_in_flight)
-    loaded = loader.load(path, model, config, progress, scheduler)
+    loaded = loader.load(path, model, config, progress, scheduler, communicator)
     eager = config.enforce_eager or not loaded.capturable
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
@@ -199,7 +201,7 @@ def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
     """Before anything is captured, since graphs keep the kernels they were captured with."""
     choices = cuda.OPS.choices
     if wanted:
-        heads = parts.loaded.decoder.arch.num_heads
+        heads = parts.loaded.decoder.rank_arch.num_heads
         cache = parts.loaded.caches[0]
         verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
     else:
