@@ -20,7 +20,7 @@ TIMEOUT_S: Final = 120.0
 """How long a rank waits for the others in one operation: longer than any step takes."""
 
 
-class CommunicatorFailed(RuntimeError):
+class CommunicatorFailed(ConnectionError):
     """Another rank did not take part: it has ended, or it hangs. The message says which operation
     waited, and how long."""
 

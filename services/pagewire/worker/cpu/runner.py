@@ -30,6 +30,7 @@ from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
+from ..step.rank_masks import MakeMasks
 from ..step.slots import Ints, Slots
 from . import sampler
 
@@ -49,6 +50,7 @@ class Runner:
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
         communicator: Communicator = SINGLE_RANK,
+        make_masks: MakeMasks = GrammarMasks,
     ) -> None:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
         wait for a long step. `communicator`: to the other ranks of the group."""
@@ -62,7 +64,7 @@ class Runner:
         )
         self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
-        self._masks = GrammarMasks(self._slots.count, model, vocab_size, tuple(eos))
+        self._masks = make_masks(self._slots.count, model, vocab_size, tuple(eos))
         self._constraints = Constraints(
             self._slots, self._masks, vocab_size, eos, self._device, self._tensor
         )

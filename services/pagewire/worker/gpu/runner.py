@@ -29,6 +29,7 @@ from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..load import gpu_memory, loader, memory_errors, weights
 from ..step.apply import StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks, Keys
+from ..step.rank_masks import MakeMasks
 from ..step.slots import Bools, Ints, Slots
 from . import gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
@@ -145,6 +146,7 @@ def start(
     incarnation: Incarnation = FIRST_INCARNATION,
     progress: weights.Progress = lambda stage, fraction: None,
     communicator: Communicator = SINGLE_RANK,
+    make_masks: MakeMasks = GrammarMasks,
 ) -> "GpuRunner":
     """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
     and captured, and steps have been timed. Raises what loading raises, and ValueError for more
@@ -154,7 +156,7 @@ def start(
     eager = config.enforce_eager or not loaded.capturable
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
-        parts = _allocate(loaded, model, config.block_size, eager, cascade)
+        parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
             _choose_gemms(parts, progress)
@@ -175,7 +177,12 @@ def check_ring(steps_in_flight: int) -> None:
 
 
 def _allocate(
-    loaded: loader.Loaded, model: ModelConfig, block_size: int, eager: bool, cascade: bool
+    loaded: loader.Loaded,
+    model: ModelConfig,
+    block_size: int,
+    eager: bool,
+    cascade: bool,
+    make_masks: MakeMasks,
 ) -> GpuParts:
     slots = Slots(loaded.on_gpu.rows, loaded.sizing.max_model_len, block_size)
     # One slot more on the device, which takes what padding writes.
@@ -183,7 +190,7 @@ def _allocate(
     uploads = Uploads("cuda")
     pool = torch.cuda.graph_pool_handle()
     vocab_size = loaded.decoder.arch.vocab_size
-    masks = GrammarMasks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
+    masks = make_masks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
     return GpuParts(
         loaded,
         slots,

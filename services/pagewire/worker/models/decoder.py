@@ -256,17 +256,19 @@ def make_embedding(
     return InputEmbedding(tokens, arch.embedding_scale, projection, positions)
 
 
+def make_logits(arch: Architecture, build: Build, tokens: Embedding, width: int) -> Head:
+    """The head's matrix alone, which reads `width` features."""
+    head: Head = TiedHead(tokens)
+    if not arch.tie_word_embeddings:
+        head = build.vocabulary_parallel("lm_head", arch.vocab_size, width, arch.head_bias)
+    return head if build.shard.whole else ParallelHead(head, build, arch.vocab_size)
+
+
 def make_head(arch: Architecture, build: Build, tokens: Embedding) -> Head:
     """What turns hidden states into logits; `tokens`: the table, which a tied head multiplies
     with."""
     width = arch.embedding_size or arch.hidden_size
-    head: Head
-    if arch.tie_word_embeddings:
-        head = TiedHead(tokens)
-    else:
-        head = build.vocabulary_parallel("lm_head", arch.vocab_size, width, arch.head_bias)
-    if not build.shard.whole:
-        head = ParallelHead(head, build, arch.vocab_size)
+    head = make_logits(arch, build, tokens, width)
     if arch.final_logit_softcapping is None and not arch.embedding_size:
         return head
     projection = None
