@@ -110,7 +110,8 @@ class GlooCommunicator:
         return parts
 
     def _failed(self, operation: str, error: RuntimeError) -> CommunicatorFailed:
-        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        line = next(iter(str(error).strip().splitlines()), "")
+        reason = line.rpartition("] ")[2].partition(". ")[0][:120]
         return CommunicatorFailed(
             f"rank {self.rank} of {self.size} was left alone in {operation}, for which it waits "
             f"{self._timeout_s:g} s: another rank has ended or hangs ({reason})"

@@ -43,7 +43,7 @@ class _RankGroup:
         finally:
             self._announcer.close(linger_ms=500)
         if self._supervisor.failure:
-            last_words.say("worker", self._supervisor.failure)
+            last_words.say("worker", self._supervisor.failure.removeprefix("worker: "))
         return code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -44,6 +44,9 @@ QUANTIZATION: Final = "the checkpoint's own configuration says how its weights a
 OWN_CHOICE: Final = "Pagewire has one implementation, chosen by the device"
 
 HARMLESS: Final[dict[str, Foreign]] = {
+    "distributed_executor_backend": Foreign(
+        "ranks are processes of this machine; there is no Ray in this version", ("mp", "uni", *OFF)
+    ),
     "disable_log_requests": Foreign(
         "requests are logged only with --enable-log-requests", switch=True
     ),
@@ -140,11 +143,6 @@ HARMLESS: Final[dict[str, Foreign]] = {
 }
 REFUSED: Final[dict[str, Foreign]] = {
     "pipeline_parallel_size": Foreign(BY_TENSORS, ("1",), True, short=("-pp",)),
-    "distributed_executor_backend": Foreign(
-        "ranks are processes of this machine (mp); there is no Ray in this version",
-        ("mp", "uni", *OFF),
-        True,
-    ),
     "code_revision": Foreign("a repository's code is taken at --revision", refused=True),
     "data_parallel_size": Foreign(
         "--num-workers starts several copies of a model", ("1",), True, short=("-dp",)

@@ -51,8 +51,7 @@ CPU_STUCK_S = (30.0, 3600.0)
 """The same of a CPU, where others may want its cores, and where the first long prompt of a large
 model takes minutes."""
 AFTER_OTHERS_S = 1.0
-"""A rank that could not start because another one was gone waits so long with its last words: those
-of the other one say why."""
+"""How long a rank that was left alone waits for the end of its group before it ends itself."""
 FOLLOWER_BEAT_S = 0.25
 """How often a rank without work shows that it lives."""
 BUSY_BEAT_S = 0.002
@@ -102,12 +101,12 @@ def run(
     except Stopped:
         log.info("stopped")
     except Exception as error:
+        if place is not None and isinstance(error, ConnectionError):
+            _wait_to_be_ended()
         if membership.is_ready:
             _end_at_once(node, error)
         status = 1
         log.debug("the worker failed", exc_info=True)
-        if place is not None and isinstance(error, ConnectionError):
-            time.sleep(AFTER_OTHERS_S)
         _say_why(error)
     membership.goodbye(failed=status != 0)
     node.close(linger_ms=500)
@@ -125,6 +124,13 @@ def _link(place: Place | None) -> Link | None:
     if place is None or place.size == 1:
         return None
     return Leader(RingWriter(place)) if place.rank == 0 else Follower(RingReader(place))
+
+
+def _wait_to_be_ended() -> None:
+    """Another rank is gone. How that one ended says more than what this one can say, and whoever
+    started the group ends all of it; this rank speaks only if nobody does."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    time.sleep(AFTER_OTHERS_S)
 
 
 def _say_why(error: Exception) -> None:
@@ -162,7 +168,7 @@ def _load(
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
-    imported("worker.load.early").check(path, model)
+    imported("worker.load.early").check(path, model, config.tensor_parallel_size)
     if _may_stay_quantized(path, model, config):
         from .device import kernel_cache
 

@@ -27,7 +27,7 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from ..models.ranks import check_ranks, of_rank
+from ..models.ranks import check_ranks, check_undivided, of_rank
 from ..models.weight_slots import Shard
 from . import (
     cpu_crossings,
@@ -127,10 +127,7 @@ def load(
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-        if ranks > 1:
-            raise Unsupported(
-                f"--tensor-parallel-size {ranks} is not supported for models that run through transformers, as {arch.model_type}"
-            )
+        check_undivided(arch.model_type, ranks)
     check_ranks(arch, ranks)
     rank_arch = of_rank(arch, ranks)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
@@ -189,10 +186,13 @@ def _log_size(
     sizing: Sizing,
     communicator: Communicator,
 ) -> None:
+    """Ranks are alike: the first one speaks for all."""
+    if communicator.rank:
+        return
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
     log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
     if communicator.size > 1:
-        log.info("rank %d of %d holds its part of that:", communicator.rank, communicator.size)
+        log.info("divided among %d ranks; each of them has:", communicator.size)
     for line in sizing.lines():
         log.info(line)
 

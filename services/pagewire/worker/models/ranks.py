@@ -21,6 +21,15 @@ def check_ranks(arch: Architecture, size: int) -> None:
         )
 
 
+def check_undivided(model_type: str, size: int) -> None:
+    """Raises Unsupported where a model that runs through transformers is to be divided."""
+    if size > 1:
+        raise Unsupported(
+            f"--tensor-parallel-size {size} is not supported for models that run through "
+            f"transformers, as {model_type}"
+        )
+
+
 def _obstacle(arch: Architecture, size: int) -> str:
     """What of a model cannot be divided; empty where all can."""
     if arch.num_heads % size:

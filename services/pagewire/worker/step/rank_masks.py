@@ -47,8 +47,9 @@ def maker(link: Link | None) -> MakeMasks:
 class LeadingMasks(GrammarMasks):
     """Rank 0's."""
 
-    def __init__(self, leader: Leader, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, leader: Leader, *arguments: Any, **options: Any) -> None:
+        """arguments, options: those of GrammarMasks."""
+        super().__init__(*arguments, **options)
         self._leader = leader
 
     def ready(self, slots: Ints, positions: Ints) -> Bools:
@@ -88,7 +89,8 @@ class FollowingMasks(GrammarMasks):
         decision = _decoder.decode(self._follower.masks())
         self._failed[:] = np.frombuffer(decision.failed, np.bool_)
         masked = np.frombuffer(decision.slots, np.int64)
-        self._masks[masked] = np.frombuffer(decision.masks, np.uint32).reshape(len(masked), -1)
+        masks = np.frombuffer(decision.masks, np.uint32)
+        self._masks[masked] = masks.reshape(len(masked), self._masks.shape[1])
         return np.frombuffer(decision.ready, np.bool_)
 
     def rows(self, slots: Ints) -> np.ndarray[Any, np.dtype[np.uint32]]:
