@@ -7,7 +7,7 @@ same shapes and types.
 """
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
@@ -46,6 +46,34 @@ class Communicator(Protocol):
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' x behind each other along `dim`, in the order of the ranks: contiguous. Raises
         CommunicatorFailed."""
+        ...
+
+
+@runtime_checkable
+class NormingCommunicator(Protocol):
+    """Of a Communicator that adds up, adds a residual and normalises in one kernel."""
+
+    def all_reduce_add_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        bias: Tensor | None = None,
+        *,
+        centre: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) of total = all_reduce(x) + residual, all [T, H]; `centre`: a layer
+        norm. May overwrite both; residual must be contiguous."""
+        ...
+
+
+@runtime_checkable
+class CheckedCommunicator(Protocol):
+    """Of a Communicator whose operations run on behind the caller's back, and may fail there."""
+
+    def check(self) -> None:
+        """Waits for nothing. Raises CommunicatorFailed if an operation that has ended failed."""
         ...
 
 

@@ -46,7 +46,7 @@ def ranks_of(stack: Any) -> dict[str, int]:
     for pid, kind in stack.children().items():
         if kind == "worker":
             names = re.findall(r"--name=([^\0]*)", Path(f"/proc/{pid}/cmdline").read_text())
-            found[names[-1]] = pid
+            found[names[0]] = pid
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.load import loader
+from pagewire.worker.load.rank_agreement import Ranks
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
@@ -94,7 +95,7 @@ class Harness:
             model or ModelConfig(),
             worker_config(**settings),
             lambda stage, fraction: None,
-            communicator=communicator,
+            ranks=Ranks(communicator, communicator),
         )
         self.free = list(range(self._loaded.sizing.num_blocks))
         random.Random(3).shuffle(self.free)
@@ -151,7 +152,7 @@ class Driver:
             SchedulerConfig(max_num_seqs=max_num_seqs),
             config,
             incarnation=5,
-            communicator=communicator,
+            ranks=Ranks(communicator, communicator),
         )
         self.facts = self.runner.facts()
         self.block_size = config.block_size

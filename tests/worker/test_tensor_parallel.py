@@ -10,6 +10,7 @@ from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.ranks import check_ranks, of_rank
 from pagewire.worker.models.weight_slots import Shard
+from pagewire_kernels import reference
 from pagewire_kernels.communicator import Communicator
 from pagewire_protocol.messages import pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -62,6 +63,41 @@ def test_quantized_weights_are_those_of_one_process(quantization, ranks, tiny, h
     tokens = numbers(LENGTH)
     wanted = harness(path, model).logits(tokens, CHUNK)
     close(logits_of(path, tokens, ranks, model=model), wanted, 2e-4)
+
+
+class InOneKernel:
+    """A communicator that normalises, as the one of GPUs; counts how often."""
+
+    def __init__(self, ranks: Communicator) -> None:
+        self.rank = ranks.rank
+        self.size = ranks.size
+        self.all_reduce = ranks.all_reduce
+        self.all_gather = ranks.all_gather
+        self.calls = 0
+
+    def all_reduce_add_norm(self, x, residual, weight, eps, bias=None, *, centre=False):
+        self.calls += 1
+        total = self.all_reduce(x) + residual
+        if centre:
+            return reference.layer_norm(total, weight, bias, eps), total
+        return reference.rms_norm(total, weight, eps), total
+
+
+@pytest.mark.parametrize(
+    ("variant", "calls"), [("qwen3", 6), ("opt", 6), ("neox", 3), ("gemma2", 0), ("opt-350m", 6)]
+)
+def test_sums_residuals_and_norms_in_one_kernel(variant, calls, tiny, harness, numbers):
+    """In each layer as often as the block adds up, and once more at the end where one norm is."""
+    path = tiny(variant).path
+    tokens = numbers(LENGTH)
+
+    def run(communicator: Communicator) -> tuple[Tensor, int]:
+        norming = InOneKernel(communicator)
+        return Harness(path, None, norming).logits(tokens, LENGTH), norming.calls
+
+    results = run_ranks(2, run)
+    assert [count for _, count in results] == [calls, calls]
+    close(same_bits([logits for logits, _ in results]), harness(path).logits(tokens, LENGTH))
 
 
 def test_16_bits_are_near(tiny, harness, numbers):

@@ -3,6 +3,7 @@ each rank, and starts them all again when one of them ends or hangs. In a whole 
 supervisor does that.
 """
 
+import dataclasses
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from pagewire_protocol.structs import Role
 from ..config import RunConfig, SchedulerConfig, WorkerConfig
 from ..process import alive, last_words, signals
 from ..process.announce import Announcer
+from ..process.parent import HEALTH_VARIABLE
 from ..process.watchdog import Stop
 from . import stack
 from .supervisor import Death, Supervisor
@@ -32,8 +34,9 @@ class _RankGroup:
     ) -> None:
         service = stack.worker_service(run, model, scheduler, worker)
         self._announcer = Announcer(run.run_dir)
-        ranks = stack.ranks_of(service, worker.tensor_parallel_size)
-        self._supervisor = Supervisor(ranks, _print_line, self._announce)
+        first, *others = stack.ranks_of(service, worker.tensor_parallel_size)
+        first = dataclasses.replace(first, environment=((HEALTH_VARIABLE, "1"),))
+        self._supervisor = Supervisor([first, *others], _print_line, self._announce)
         self._stop = Stop(run.shutdown_delay, lambda: alive.living(Path(run.run_dir), "frontend"))
 
     def run(self) -> int:

@@ -174,7 +174,12 @@ def ranks_of(worker: Service, size: int) -> list[Service]:
         dataclasses.replace(
             worker,
             name=rank_name(worker.name, rank),
-            arguments=(*worker.arguments, f"--name={rank_name(worker.name, rank)}"),
+            arguments=tuple(
+                f"--name={rank_name(worker.name, rank)}"
+                if word == f"--name={worker.name}"
+                else word
+                for word in worker.arguments
+            ),
             group=worker.name,
             rank=rank,
         )

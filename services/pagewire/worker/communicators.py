@@ -1,39 +1,51 @@
-"""How the ranks of a group find each other, and which communicator they get."""
+"""How the ranks of a group find each other, and which communicators they get."""
 
+import importlib
 from pathlib import Path
+from typing import Final
 
 import torch
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator, GlooCommunicator
-from torch.distributed import FileStore
+from pagewire_kernels.communicator import TIMEOUT_S, Communicator, GlooCommunicator
+from torch.distributed import FileStore, PrefixStore
 
 from ..process.group import Place
+from .load.rank_agreement import ALONE, Ranks
+
+LOADING_TIMEOUT_S: Final = 3600.0
+"""How long a rank waits for others that load: as long as reading a large model and compiling may
+take. One that ends is noticed at once."""
 
 
 class NoCommunicator(ValueError):
     """Ranks cannot be connected on this device; the message says what can be done."""
 
 
-def connect(place: Place | None, run_dir: Path, device: str) -> Communicator:
+def connect(place: Place | None, run_dir: Path, device: str) -> Ranks:
     """Returns when all ranks are there. On GPUs, rank r takes the r-th that this process sees.
     Raises NoCommunicator and CommunicatorFailed."""
     if place is None or place.size == 1:
-        return SINGLE_RANK
+        return ALONE
     path = run_dir / f"{place.group}-{place.life}.store"
     store = FileStore(str(path), place.size)
-    connected = _on_gpus if device == "cuda" else _on_cpus
-    communicator = connected(store, place)
+
+    def on_cpus(name: str, timeout_s: float) -> Communicator:
+        return GlooCommunicator(PrefixStore(name, store), place.rank, place.size, timeout_s)
+
+    host = on_cpus("host", LOADING_TIMEOUT_S)
+    layers = (
+        _on_gpus(PrefixStore("layers", store), place)
+        if device == "cuda"
+        else on_cpus("layers", TIMEOUT_S)
+    )
+    ranks = Ranks(layers, host)
     # Every rank has read the file once all are here.
-    communicator.all_gather(torch.zeros(1, device=device), 0)
+    ranks.wait()
     if place.rank == 0:
         path.unlink(missing_ok=True)
-    return communicator
+    return ranks
 
 
-def _on_cpus(store: FileStore, place: Place) -> Communicator:
-    return GlooCommunicator(store, place.rank, place.size)
-
-
-def _on_gpus(store: FileStore, place: Place) -> Communicator:
+def _on_gpus(store: PrefixStore, place: Place) -> Communicator:
     """Raises NoCommunicator."""
     count = torch.cuda.device_count()
     if count < place.size:
@@ -42,10 +54,12 @@ def _on_gpus(store: FileStore, place: Place) -> Communicator:
         )
     torch.cuda.set_device(place.rank)
     try:
-        from pagewire_kernels.cuda_communicator import CudaCommunicator  # pyright: ignore
+        module = importlib.import_module("pagewire_kernels.cuda_communicator")
     except ModuleNotFoundError:
         raise NoCommunicator(
             f"--tensor-parallel-size {place.size}: ranks on GPUs are not supported in this version; "
             "--device cpu runs them"
         ) from None
-    return CudaCommunicator(store, place.rank, place.size)
+    device = torch.device("cuda", place.rank)
+    communicator: Communicator = module.connect(store, place.rank, place.size, device)
+    return communicator

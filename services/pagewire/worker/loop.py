@@ -185,7 +185,7 @@ def _load(
 
     device = loader.choose_device(config.device)
     with ticking(narrate.alive):
-        communicator = imported("worker.communicators").connect(place, node.run_dir, device)
+        ranks = imported("worker.communicators").connect(place, node.run_dir, device)
     if device == "cuda":
         from .device import kernel_cache
 
@@ -195,9 +195,7 @@ def _load(
         ):  # a kernel may take minutes to compile
             from .gpu.runner import start
 
-            return start(
-                path, model, scheduler, config, incarnation, narrate, communicator, make_masks
-            )
+            return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
     from .cpu.runner import Runner
 
     with ticking(narrate.alive):  # compiling may take as long here
@@ -210,7 +208,7 @@ def _load(
                 incarnation,
                 narrate,
                 lambda: membership.tick(time.monotonic()),
-                communicator,
+                ranks,
                 make_masks,
             )
         )

@@ -15,7 +15,6 @@ import torch
 from msgspec.structs import replace
 from pagewire_kernels import cpu_sampling
 from pagewire_kernels.batch import Batch
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_kernels.kv_cache import raw
 from pagewire_kernels.sampling_map import SamplingRows
 from pagewire_protocol.agreed import GRAMMAR_FAILED
@@ -26,6 +25,7 @@ from torch import Tensor
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import kernel_cache
 from ..load import loader, weights
+from ..load.rank_agreement import ALONE, Ranks
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
@@ -49,12 +49,12 @@ class Runner:
         incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
-        communicator: Communicator = SINGLE_RANK,
+        ranks: Ranks = ALONE,
         make_masks: MakeMasks = GrammarMasks,
     ) -> None:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
-        wait for a long step. `communicator`: to the other ranks of the group."""
-        self._loaded = loader.load(path, model, config, progress, communicator=communicator)
+        wait for a long step. `ranks`: the group that this is one of."""
+        self._loaded = loader.load(path, model, config, progress, ranks=ranks)
         self._incarnation = incarnation
         self._device = self._loaded.device
         self._tick = tick

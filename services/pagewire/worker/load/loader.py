@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator
+from pagewire_kernels.communicator import Communicator
 from pagewire_kernels.kv_cache import KVScales
 from torch import Tensor
 
@@ -44,7 +44,7 @@ from .in_thread import run_in_thread
 from .kv_sizing import Sizing
 from .pytorch_file import PytorchFiles
 from .quantizing import Checkpoint, Quantizing
-from .rank_agreement import agreed, agreed_plan
+from .rank_agreement import ALONE, Ranks, agreed, agreed_plan, named_rank
 from .sources import locate
 from .weights import Source
 
@@ -114,22 +114,22 @@ def load(
     config: WorkerConfig,
     progress: weights.Progress,
     scheduler: SchedulerConfig | None = None,
-    communicator: Communicator = SINGLE_RANK,
+    ranks: Ranks = ALONE,
 ) -> Loaded:
-    """The model at `path` (a directory or a .gguf file), or this rank's part of it. `scheduler` says
-    how large steps get. Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or
+    """The model at `path` (a directory or a .gguf file), or the part of it that one of several ranks
+    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or
     memory_errors.GpuFailed with what is wrong and what to do."""
-    ranks = communicator.size
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.threads or max(1, cores // ranks.size))
     device = choose_device(config.device)
     gpu = look_at_gpu() if device == "cuda" else None
     described = _describe(path, model)
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-        check_undivided(arch.model_type, ranks)
-    check_ranks(arch, ranks)
-    rank_arch = of_rank(arch, ranks)
+        check_undivided(arch.model_type, ranks.size)
+    check_ranks(arch, ranks.size)
+    rank_arch = of_rank(arch, ranks.size)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     if described.fallback_plan and model.quantization:
         raise Unsupported(
@@ -142,20 +142,23 @@ def load(
     plan = None
     if gpu:
         steps = scheduler or SchedulerConfig()
-        quantized = chosen.weight_bytes(arch) // ranks
-        plan = plan_gpu(arch, dtype, model, config, gpu, steps, quantized, communicator)
-        plan = agreed_plan(plan, communicator)
+        quantized = chosen.weight_bytes(arch) // ranks.size
+        with named_rank(ranks.host):
+            plan = plan_gpu(arch, dtype, model, config, gpu, steps, quantized, ranks.layers)
+        plan = agreed_plan(plan, ranks.host)
     if plan:
         sizing = plan.sizing
     else:
-        sizing = _size(rank_arch, spec, dtype, model, config, chosen.weight_bytes(arch), ranks)
-        sizing = agreed(sizing, communicator)
-    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, communicator)
+        quantized = chosen.weight_bytes(arch)
+        with named_rank(ranks.host):
+            sizing = _size(rank_arch, spec, dtype, model, config, quantized, ranks.size)
+        sizing = agreed(sizing, ranks.host)
+    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks.host)
     placement = _Placement(device, dtype, chosen)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if described.fallback_plan is None:
             decoder = _load_decoder(
-                described, placement, kv_scales, model.seed, progress, communicator
+                described, placement, kv_scales, model.seed, progress, ranks.layers
             )
         else:
             decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.communicator import NormingCommunicator
 from pagewire_kernels.kv_cache import UNSCALED
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from .layers import (
     AddNormOfSum,
     Build,
     CorrectionBias,
+    FusedAddNormOfSum,
     LayerNorm,
     Norm,
     NormOfSum,
@@ -29,15 +31,19 @@ x of `add`, or neither."""
 
 def make_norm(arch: Architecture, build: Build, name: str, sums: SumInput = "none") -> Norm:
     """The architecture's kind of norm over the hidden size; `name` without a suffix."""
-    norm: Norm
+    norm: RmsNorm | LayerNorm
     if arch.norm == "layer":
         norm = LayerNorm(build, name, arch.hidden_size, arch.norm_eps, arch.norm_bias)
     else:
         norm = RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.fp32_norm)
     if build.shard.whole or sums == "none":
         return norm
-    kind = NormOfSum if sums == "call" else AddNormOfSum
-    return kind(norm, build.communicator)
+    communicator = build.communicator
+    if sums == "call":
+        return NormOfSum(norm, communicator)
+    if isinstance(communicator, NormingCommunicator):
+        return FusedAddNormOfSum(norm, communicator, communicator)
+    return AddNormOfSum(norm, communicator)
 
 
 class Attention:

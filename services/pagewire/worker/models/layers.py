@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator, NormingCommunicator
 from pagewire_kernels.kv_cache import KVScales
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
@@ -320,6 +320,12 @@ class RmsNorm(NoMatrix):
         """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
+    def add_sum(
+        self, communicator: NormingCommunicator, x: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`add` of the sum of all ranks' x, in one kernel."""
+        return communicator.all_reduce_add_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(NoMatrix):
     """x less its mean, over its standard deviation, times a weight, plus a bias if there is one."""
@@ -343,6 +349,13 @@ class LayerNorm(NoMatrix):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_layer_norm(x, residual, self._weight, self._bias, self._eps)
+
+    def add_sum(
+        self, communicator: NormingCommunicator, x: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`add` of the sum of all ranks' x, in one kernel."""
+        weights = (self._weight, self._eps, self._bias)
+        return communicator.all_reduce_add_norm(x, residual, *weights, centre=True)
 
 
 class _AroundNorm:
@@ -390,6 +403,21 @@ class AddNormOfSum(_AroundNorm):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See Norm."""
         return self._norm.add(self._communicator.all_reduce(x), residual)
+
+
+class FusedAddNormOfSum(_AroundNorm):
+    """The same where the communicator does all of it in one kernel."""
+
+    def __init__(
+        self, norm: RmsNorm | LayerNorm, communicator: Communicator, norming: NormingCommunicator
+    ) -> None:
+        super().__init__(norm, communicator)
+        self._add_sum = norm.add_sum
+        self._norming = norming
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        return self._add_sum(self._norming, x, residual)
 
 
 class Embedding:
