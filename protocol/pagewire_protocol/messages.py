@@ -35,6 +35,7 @@ from .columns import (
     RowsU64,
     ShortText,
     Text,
+    TimeoutMs,
     TokenBytes,
     TokensI32,
     VocabSize,
@@ -154,6 +155,8 @@ class Submit(Message, tag=True, frozen=True):
     """What the output must match; None: anything."""
     worker_deaths: Count = 0
     """As in Generate."""
+    timeout_ms: TimeoutMs = 0
+    """As in Generate."""
 
 
 class Cancel(Message, tag=True, frozen=True):
@@ -228,6 +231,9 @@ class Generate(Message, tag=True, frozen=True):
     worker_deaths: Count = 0
     """Workers in a row that ended while they computed this request's next token: from two on it
     runs alone."""
+    timeout_ms: TimeoutMs = 0
+    """Milliseconds that are left for the whole answer as the message is sent; 0: no limit. Each hop
+    counts them on its own clock: clocks of several processes are not compared."""
 
 
 class Tokens(Message, tag=True, frozen=True):

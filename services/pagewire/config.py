@@ -75,7 +75,7 @@ class RunConfig(Struct, frozen=True):
             ge=0,
             le=86400,
         ),
-    ] = 2.0
+    ] = 1.8
     shutdown_delay: Annotated[
         float,
         _help(

@@ -260,6 +260,7 @@ def test_a_request_that_takes_too_long_ends_everywhere() -> None:
         last = answer.text.strip().split("\n\n")[-2:]
         assert json.loads(last[0][6:])["error"]["code"] == 504 and last[1] == "data: [DONE]"
         wanted = {(generate.rid, generate.attempt) for generate in server.stack.generates()}
+        assert all(0 < generate.timeout_ms <= 300 for generate in server.stack.generates())
         until = time.monotonic() + 5
         while not server.stack.cancels() >= wanted and time.monotonic() < until:
             time.sleep(0.01)

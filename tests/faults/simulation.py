@@ -180,7 +180,9 @@ class TokenizerProcess(Member):
 
     def get_ready(self) -> None:
         world = self.world
-        self.requests = Requests(world.encoder, world.decoding, self.address, lambda task: None)
+        self.requests = Requests(
+            world.encoder, world.decoding, self.address, lambda task: None, clock=lambda: world.now
+        )
         if self.members.roster is not None:
             self.requests.on_roster(self.members.roster, False)
         self.members.ready(tokenizer=TokenizerFacts(False, False, VOCAB))

@@ -206,6 +206,7 @@ def test_what_was_queued_for_a_forgotten_peer_is_gone(run_dir: Path, outbox: Out
     outbox.send(address, Step(1, 1))
     outbox.forget(address)
     outbox.forget(address)
+    time.sleep(0.2)  # the library closes connections in a thread of its own
     inbox: Inbox[Any] = Inbox(run_dir, Role.WORKER, 10)
     try:
         outbox.send(address, Step(1, 2))

@@ -466,6 +466,7 @@ class World:
         salt="",
         adapter="",
         worker_deaths=0,
+        timeout_ms=0,
         **sampling,
     ):
         self._handles += 1
@@ -491,6 +492,7 @@ class World:
                 salt,
                 adapter=adapter,
                 worker_deaths=worker_deaths,
+                timeout_ms=timeout_ms,
             )
         )
         return handle

@@ -432,3 +432,21 @@ def test_frontends_hear_at_once_that_the_queue_is_full():
     assert [w.end(h).status for h in handles] == [429, 429]
     (roster,) = rosters
     assert roster.stats["num_requests_waiting"] == roster.stats["max_queued_reqs"] == 2
+
+
+def test_a_request_whose_time_is_over_ends_wherever_it_is():
+    w = world(max_num_seqs=1)
+    running = w.submit([1, 2], max_tokens=40, timeout_ms=3000)
+    waiting = w.submit([3, 4], max_tokens=40, timeout_ms=1500)
+    patient = w.submit([5, 6], max_tokens=1)
+    w.tick()
+    w.step()
+    w.tick(2.0)
+    assert not w.attempts[running].ends and not w.attempts[waiting].ends
+    w.tick(1.0)
+    assert w.end(waiting).status == 504 and not w.attempts[running].ends
+    w.tick(1.5)
+    assert (w.end(running).finish, w.end(running).status) == (Finish.REFUSED, 504)
+    w.run()
+    assert w.end(patient).finish is Finish.LENGTH
+    assert not w.scheduler.engine.live

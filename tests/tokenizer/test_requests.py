@@ -61,7 +61,9 @@ class Bench:
             "ipc:///run/tokenizer.sock",
             self.offloaded.append,
             lambda grammar, vocab_size, eos: self.outcomes.get(grammar.source),
+            clock=lambda: self.now,
         )
+        self.now = 100.0
         self.outcomes: dict[str, str] = {"g": ""}
         """Of grammars, by source: what is wrong with each."""
         self.requests.on_roster(roster(), True)
@@ -731,3 +733,21 @@ def test_damaged_logprobs_lose_every_stream(bench: Bench, broken):
     }
     bench.requests.tokens([step((handle, 0, 5), logprobs=LogprobColumns(**{**whole, **broken}))])
     assert bench.end().finish is Finish.LOST and not len(bench.requests)
+
+
+def test_the_time_that_is_left_goes_on_to_the_scheduler(bench: Bench):
+    assert bench.submit(rid=1).timeout_ms == 0
+    assert bench.submit(rid=2, timeout_ms=400).timeout_ms == 400
+    bench.requests.on_roster(roster(max_model_len=100_000), False)
+    bench.generate("mum " * 3000, rid=3, timeout_ms=400, max_tokens=1)
+    (task,) = bench.offloaded
+    bench.now += 0.3
+    bench.generate("mum " * 3000, rid=4, timeout_ms=5, max_tokens=1)
+    bench.generate("hi", rid=4, attempt=2, timeout_ms=5)
+    assert bench.sent().pop().timeout_ms == 5
+    bench.now += 0.3
+    bench.finish(task)
+    assert not bench.sent()
+    end = bench.end()
+    assert (end.finish, end.status) == (Finish.REFUSED, 504) and "400 ms" in end.message
+    assert not bench.requests._deadlines

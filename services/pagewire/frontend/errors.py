@@ -29,6 +29,7 @@ STATUSES: Final = {
     ErrorKind.OVERLOADED: 429,
     ErrorKind.UNAVAILABLE: 503,
     ErrorKind.FAILED: 500,
+    ErrorKind.TIMED_OUT: 504,
 }
 JSON: Final = "application/json"
 

@@ -9,13 +9,14 @@ from typing import Any, Final
 from aiohttp import web
 from msgspec.structs import replace
 
+from ..requests.errors import timed_out
 from ..requests.parameters import MAX_INT32
 from ..requests.request import OwnedRequest, prompt_size
 from .anthropic import log_ignored
 from .anthropic_answers import MessagesFormatter, MessagesWriter
 from .beams import start_beams
 from .body import HeldBody, read_body
-from .errors import JSON, ApiError
+from .errors import JSON
 from .events import SseReply
 from .params import Plan
 from .reading import BodyType
@@ -169,7 +170,7 @@ def _limit_time(
     if not seconds:
         return None
     message = f"The request was not answered within {seconds:g} s (--request-timeout); ask for fewer tokens, or try again later."
-    return loop.call_later(seconds, reply.fail, ApiError(504, message))
+    return loop.call_later(seconds, reply.fail, timed_out(message))
 
 
 def _salted(plan: Plan, state: State, tenant: str) -> Plan:
@@ -195,11 +196,13 @@ class Running:
             self._cancel_beams = start_beams(self._state, plan.choices.beams, jobs, self._reply)
             return
         self._reply.requests = self._requests
+        timeout_s = self._state.request_timeout_s
         choices = iter(self._reply.choices)
         turn = Turn()
         for prompt in plan.prompts:
             for job in plan.jobs(prompt):
-                self._requests.append(self._state.owner.submit(job, next(choices)))
+                request = self._state.owner.submit(job, next(choices), timeout_s)
+                self._requests.append(request)
                 if turn.is_over():
                     await turn.next()
 

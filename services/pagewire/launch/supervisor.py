@@ -31,7 +31,7 @@ STABLE_S = 1.0
 """A service that was ready for so long has worked: its next end is the first of a new count."""
 LONGEST_PAUSE_S = 30.0
 TICK_S = 0.1
-LOOK_S = 0.25
+LOOK_S = 0.15
 """How often it is looked whether services make progress."""
 
 

@@ -19,8 +19,9 @@ PAGE_VARIABLE: Final = "PAGEWIRE_PROGRESS_FD"
 """Names, in a child's environment, the descriptor of its page."""
 LOADING_PATIENCE_S: Final = 60.0
 """Of a process that starts or ends: an import or a large file may hold its interpreter for long."""
-STOPPED_PATIENCE_S: Final = 2.0
-"""Of a process that a signal has stopped, whatever it was doing."""
+STOPPED_PATIENCE_S: Final = 1.5
+"""Of a process that a signal has stopped, whatever it was doing: it will not go on by itself, and
+with its successor's start it is replaced within three seconds."""
 PAUSE_S: Final = 1.0
 """A watcher that has not looked for longer than this was stopped itself, as all processes of a
 virtual machine are when that is paused."""

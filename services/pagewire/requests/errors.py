@@ -19,6 +19,8 @@ class ErrorKind(Enum):
     """A service is starting, ending or silent."""
     FAILED = "failed"
     """The server, in a way that the same request would meet again."""
+    TIMED_OUT = "timed_out"
+    """The answer took longer than a request may take."""
 
 
 RETRYABLE = frozenset({ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE})
@@ -66,6 +68,11 @@ def failed(
 ) -> RequestError:
     """The server is at fault."""
     return RequestError(ErrorKind.FAILED, message)
+
+
+def timed_out(message: str = "The request's time was over before its answer was.") -> RequestError:
+    """The request took longer than it may."""
+    return RequestError(ErrorKind.TIMED_OUT, message)
 
 
 def poisoned(deaths: int) -> RequestError:

@@ -126,11 +126,14 @@ class RequestOwner:
 
     # --- from whoever has the requests: the HTTP frontend, LLM, run-batch ---
 
-    def submit(self, job: Job, sink: Sink) -> OwnedRequest:
-        """Start a request. While a service is started again it waits for that. Raises RequestError
-        UNAVAILABLE when no tokenizer can take it and none will soon."""
+    def submit(self, job: Job, sink: Sink, timeout_s: float = 0.0) -> OwnedRequest:
+        """Start a request. While a service is started again it waits for that. After `timeout_s`
+        seconds, unless that is 0, the stack works no more on it. Raises RequestError UNAVAILABLE
+        when no tokenizer can take it and none will soon."""
         now = self._clock()
         request = OwnedRequest(job, sink, now)
+        if timeout_s:
+            request.deadline = now + timeout_s
         if not self._dispatch(request):
             if not self.can_hold:
                 raise unavailable("No service can take the request now; try it again.")
@@ -383,7 +386,7 @@ class RequestOwner:
         incarnation = min(self._tokenizers, key=lambda key: self._assigned.get(key, 0))
         inbox, handle = self._tokenizers[incarnation], self._next_handle
         self._next_handle += 1
-        if not self._send(inbox, request.next_attempt(handle, self._inbox)):
+        if not self._send(inbox, request.next_attempt(handle, self._inbox, self._clock())):
             return False
         if request.attempt and request.tokenizer != incarnation:
             self._cancel_remote(request)

@@ -8,13 +8,14 @@ from typing import Final, Protocol
 
 from msgspec import Struct
 from pagewire_protocol.columns import pack, unpack
+from pagewire_protocol.deadlines import NO_DEADLINE, TIMEOUT_STATUS, timeout_ms
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Deltas, Generate
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import End, Finish, Prompt, PromptLogprobs, Started, TokenLogprobs
 
 from .answers import Output, outputs_of
-from .errors import ErrorKind, RequestError, failed, unavailable
+from .errors import ErrorKind, RequestError, failed, timed_out, unavailable
 
 CHARACTERS_PER_TOKEN: Final = 4
 """In most texts."""
@@ -97,6 +98,7 @@ class OwnedRequest:
     __slots__ = (
         "arrival_time",
         "attempt",
+        "deadline",
         "deliver",
         "execution",
         "first_token_time",
@@ -126,6 +128,8 @@ class OwnedRequest:
         self.sink = sink
         self.deliver: Callable[[Output], None] | None = None if sink.wants_tokens else sink.text
         self.attempt = 0
+        self.deadline = NO_DEADLINE
+        """When its answer must be complete."""
         self.handle = -1
         self.execution = NO_EXECUTION
         self.out = array("i")
@@ -166,7 +170,7 @@ class OwnedRequest:
         """How many may come."""
         return self.job.sampling.max_tokens
 
-    def next_attempt(self, handle: int, reply_to: str) -> Generate:
+    def next_attempt(self, handle: int, reply_to: str, now: float) -> Generate:
         """The message that starts the attempt after the current one, with the output so far."""
         job = self.job
         return Generate(
@@ -184,6 +188,7 @@ class OwnedRequest:
             job.cache_salt,
             grammar=job.grammar,
             worker_deaths=self.worker_deaths,
+            timeout_ms=timeout_ms(self.deadline, now),
         )
 
     def count_interruption(self) -> None:
@@ -260,6 +265,8 @@ def error_of(end: End) -> RequestError:
             param=end.param,
             retry_after_s=end.retry_after_s or (1 if overloaded else 0),
         )
+    if end.finish is Finish.REFUSED and end.status == TIMEOUT_STATUS:
+        return timed_out()
     if end.finish is Finish.REFUSED:
         return unavailable(
             "The server cannot take this request now; try it again.", end.retry_after_s or 1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import inf
 
 from pagewire_protocol.columns import BlockId, Slot, execution_id
+from pagewire_protocol.deadlines import TIMEOUT_STATUS
 from pagewire_protocol.messages import (
     End,
     Epoch,
@@ -37,6 +38,10 @@ log = logging.getLogger("pagewire.scheduler")
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
+TIMED_OUT = Refusal(TIMEOUT_STATUS, "the request's time is over")
+OVERDUE_S = 1.0
+"""After a deadline: the owner's own cancellation is under way, and arrivals are dated by the tick
+before them."""
 SAME_PROMPTS = 32
 """Prompts of which it is remembered who had them last."""
 BLOCKS_AT_A_TIME = 8_192
@@ -69,6 +74,8 @@ class Engine:
         """Attempts that were accepted and have not ended, by rid."""
         self.parked: dict[bytes, Request] = {}
         """Those of them whose clients read nothing, by rid."""
+        self._timed: dict[bytes, Request] = {}
+        """Those of them that have a deadline, by rid."""
         self._lost: dict[Incarnation, WorkerState] = {}
         self._newcomers: dict[Incarnation, int] = {}
         """Workers that have joined busy ones lately, and for how many rounds those give them
@@ -81,10 +88,16 @@ class Engine:
     # --- requests
     #   -----------------------------------------------------------------------------------------------------
 
-    def submit(self, submit: Submit, reply_route: ReplyRoute, worker_expected: bool) -> None:
+    def submit(
+        self,
+        submit: Submit,
+        reply_route: ReplyRoute,
+        worker_expected: bool,
+        now: float = 0.0,
+    ) -> None:
         """Accept or refuse an attempt, whose results go to `reply_route`. It replaces an earlier
         attempt at the same request. `worker_expected`: a worker is on its way, so that a request
-        may wait for it."""
+        may wait for it. `now`: monotonic seconds."""
         old = self.live.get(submit.rid)
         if old is not None and old.attempt >= submit.attempt:
             if (old.reply_route, old.handle) != (reply_route, submit.handle):
@@ -99,7 +112,7 @@ class Engine:
             )
             return
         self._arrivals += 1
-        request = Request(submit, reply_route, self._arrivals)
+        request = Request(submit, reply_route, self._arrivals, now)
         self._find_twin(request, submit.prompt)
         refusal = self._refusal(request, worker_expected)
         if refusal is not None:
@@ -110,6 +123,8 @@ class Engine:
             self._report_end(reply_route, request.handle, request.attempt, finish[0], finish[1])
         else:
             self.live[request.rid] = request
+            if submit.timeout_ms:
+                self._timed[request.rid] = request
             self.queue.push(request)
 
     def _find_twin(self, request: Request, prompt: bytes) -> None:
@@ -186,6 +201,7 @@ class Engine:
         elif request.phase is not Phase.PARKED:
             self.queue.forget(request)
         self.parked.pop(request.rid, None)
+        self._timed.pop(request.rid, None)
         request.phase = Phase.ENDED
         self.counters.request_preemptions.observe(request.num_preemptions)
         del self.live[request.rid]
@@ -223,6 +239,13 @@ class Engine:
                 worker_died,
             )
         )
+
+    def end_overdue(self, now: float) -> None:
+        """End the requests whose deadlines are over, waiting or running: nobody waits for them.
+        Their owners cancel them, so these are the ones whose cancellation does not come. `now`:
+        monotonic seconds. Call about once a second."""
+        for request in [r for r in self._timed.values() if r.deadline + OVERDUE_S <= now]:
+            self.end(request, Finish.REFUSED, refusal=TIMED_OUT)
 
     def drop_route(self, reply_route: ReplyRoute) -> None:
         """Nobody waits for these requests here any more; their owners resubmit elsewhere."""

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from pagewire_protocol.columns import BlockId, Incarnation, Slot
+from pagewire_protocol.deadlines import deadline_of
 from pagewire_protocol.messages import Finish, Submit
 from pagewire_protocol.sampling import Sampling
 from pagewire_protocol.sampling_checks import fault
@@ -64,6 +65,7 @@ class Request:
         "blocks",
         "chain",
         "chain_block_size",
+        "deadline",
         "execution",
         "grammar",
         "handle",
@@ -87,7 +89,10 @@ class Request:
         "worker_deaths",
     )
 
-    def __init__(self, submit: Submit, reply_route: ReplyRoute, number: int) -> None:
+    def __init__(
+        self, submit: Submit, reply_route: ReplyRoute, number: int, now: float = 0.0
+    ) -> None:
+        """`now`: when it arrived, in seconds on the scheduler's clock."""
         self.rid = submit.rid
         self.attempt = submit.attempt
         self.handle = submit.handle
@@ -109,6 +114,8 @@ class Request:
         self.twin: Request | None = None
         """An earlier request with the same prompt and root, whose chain need not be made again."""
         self.phase = Phase.WAITING
+        self.deadline = deadline_of(submit.timeout_ms, now)
+        """When its owner waits for it no longer."""
         self.execution = 0
         self.num_preemptions = 0
         self.parked = False

@@ -139,7 +139,7 @@ class Scheduler:
         inbox = submit.reply_to
         route = self.reply_routes.number(inbox, bool(self.peers.at(inbox)), self.now)
         worker_expected = self.peers.loading() or self.now - self._started < START_S
-        self.engine.submit(submit, route, worker_expected)
+        self.engine.submit(submit, route, worker_expected, self.now)
 
     def _result(self, result: StepResult) -> None:
         try:
@@ -266,6 +266,7 @@ class Scheduler:
             self._worker_seen = self.now
         elif self.now - self._worker_seen > WORKER_GRACE_S:
             self.engine.refuse_waiting()
+        self.engine.end_overdue(self.now)
         self.engine.spread()
         self.engine.check()
 

@@ -1,16 +1,18 @@
 """The requests of this tokenizer: which attempts live, what becomes of the messages about them. No
-sockets, no threads, no clock.
+sockets, no threads.
 
 Messages go in through the methods; what is to be sent collects in `to_scheduler` and `outgoing`
 until the service sends it, once a drain.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from itertools import count
 
 import numpy as np
 from pagewire_protocol.columns import epoch_of
+from pagewire_protocol.deadlines import NO_DEADLINE, TIMEOUT_STATUS, deadline_of, timeout_ms
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import (
     Cancel,
@@ -54,11 +56,12 @@ class Requests:
         offload: Callable[[EncodingTask], None],
         grammar_outcome: GrammarOutcome = no_grammars,
         answers: ModelAnswers | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`inbox`: where the scheduler sends results. `offload` has a thread encode a long text,
         and later hands the task to `encoded`. `grammar_outcome`: see GrammarChecks.outcome; what it
         does not know yet is told to `grammar_settled`. `answers`: how the model's are taken apart;
-        None without a chat template."""
+        None without a chat template. `clock`: monotonic seconds."""
         self.to_scheduler: list[Submit | Cancel | Park] = []
         self.outgoing: dict[str, OutgoingDeltas] = {}
         """What each frontend gets at the end of this drain, by its inbox."""
@@ -75,6 +78,9 @@ class Requests:
         self._streams: dict[int, Stream] = {}
         self._by_rid: dict[bytes, Stream] = {}
         self._handles = count()
+        self._clock = clock
+        self._deadlines: dict[bytes, float] = {}
+        """By rid, of requests that have one and were not submitted yet."""
 
     def __len__(self) -> int:
         return len(self._streams) + len(self._encodings) + len(self._unchecked)
@@ -87,6 +93,8 @@ class Requests:
         if self._is_stale(request):
             return
         self._forget(request.rid)
+        if request.timeout_ms:
+            self._deadlines[request.rid] = deadline_of(request.timeout_ms, self._clock())
         if self.roster is None or not self.roster.max_model_len:
             self._refuse(
                 request, Refused("no worker is ready yet: the model is still loading", status=503)
@@ -167,6 +175,7 @@ class Requests:
             if not self._is_checked(request, self.roster):
                 self._unchecked[request.rid] = request, result
                 return
+            left_ms = self._time_left_ms(request)
         except Refused as refusal:
             self._refuse(request, refusal)
             return
@@ -190,8 +199,20 @@ class Requests:
                 request.adapter,
                 request.grammar,
                 request.worker_deaths,
+                left_ms,
             )
         )
+
+    def _time_left_ms(self, request: Generate) -> int:
+        """As in Submit. Raises Refused when the request's time is over."""
+        deadline = self._deadlines.pop(request.rid, NO_DEADLINE)
+        now = self._clock()
+        if deadline <= now:
+            raise Refused(
+                f"the request's time of {request.timeout_ms} ms was over before its prompt was encoded",
+                status=TIMEOUT_STATUS,
+            )
+        return timeout_ms(deadline, now)
 
     def _is_checked(self, request: Generate, roster: Roster) -> bool:
         """Whether it is known that the request's grammar is one. Raises Refused."""
@@ -223,6 +244,7 @@ class Requests:
         return stream
 
     def _refuse(self, request: Generate, refusal: Refused) -> None:
+        self._deadlines.pop(request.rid, None)
         end = End(
             request.handle,
             request.attempt,
@@ -373,6 +395,7 @@ class Requests:
     def _forget(self, rid: bytes) -> None:
         self._encodings.forget(rid)
         self._unchecked.pop(rid, None)
+        self._deadlines.pop(rid, None)
         stream = self._by_rid.pop(rid, None)
         if stream is not None:
             self._streams.pop(stream.handle, None)
