@@ -142,6 +142,8 @@ def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
     """End a worker that has served. An orderly exit would wait for a device that may have failed for
     good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
+    with contextlib.suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_why(error)
     with contextlib.suppress(Exception):
         node.membership.goodbye(failed=True)

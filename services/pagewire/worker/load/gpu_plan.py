@@ -46,12 +46,13 @@ class GpuPlan:
     attends_by_torch: bool
 
 
-def look_at_gpu() -> Gpu:
-    """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on
-    it."""
+def look_at_gpu(ranks: int = 1) -> Gpu:
+    """The GPU that the model, or a rank's part of it, goes to. Raises gpus.NoUsableGpu where our
+    kernels cannot run on it."""
     gpu = gpus.survey(torch.cuda.current_device())
     gpus.check(gpu, torch.cuda.get_arch_list())
-    if line := gpus.idle_elsewhere(gpu):
+    # the other ranks' GPUs are in use, or will be
+    if ranks == 1 and (line := gpus.idle_elsewhere(gpu)):
         log.warning(line)
     return gpu
 

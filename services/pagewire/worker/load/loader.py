@@ -122,7 +122,7 @@ def load(
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // ranks.size))
     device = choose_device(config.device)
-    gpu = look_at_gpu() if device == "cuda" else None
+    gpu = look_at_gpu(ranks.size) if device == "cuda" else None
     described = _describe(path, model)
     arch = described.arch
     if described.fallback_plan:
