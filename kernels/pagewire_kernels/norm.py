@@ -17,6 +17,18 @@ from .workspace import overlap
 
 
 @triton.jit
+def normalized(value, w, i, inside, bias, eps, H: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """value, a row in float32 that is 0 where it is not `inside`, normed and times w; float32."""
+    if CENTRE:
+        value = tl.where(inside, value - tl.sum(value, 0) / H, 0.0)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    result = value * scale * w
+    if BIAS:
+        result += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
 def _norm(x, residual, weight, bias, out, eps, x_stride, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, CENTRE: tl.constexpr,
           BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
@@ -32,12 +44,7 @@ def _norm(x, residual, weight, bias, out, eps, x_stride, H: tl.constexpr, BLOCK:
         rounded = value.to(residual.dtype.element_ty)
         tl.store(residual + row * H + i, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    if CENTRE:
-        value = tl.where(inside, value - tl.sum(value, 0) / H, 0.0)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
-    result = value * scale * w
-    if BIAS:
-        result += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    result = normalized(value, w, i, inside, bias, eps, H, CENTRE, BIAS)
     tl.store(out + row * H + i, result.to(out.dtype.element_ty), mask=inside)
 
 

@@ -1,6 +1,8 @@
 """Oracles: every operation written for reading, in plain torch, for any dtype and device. Slow on
 purpose; back ends are tested against them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,36 @@ def add_layer_norm(
     """(layer_norm(x + residual), x + residual)."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
+
+
+def all_reduce(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of all ranks' parts: in the order of the ranks in float32 (float64 stays), rounded once
+    to their type."""
+    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+def all_reduce_add_norm(
+    parts: Sequence[Tensor], residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm of the sum of all ranks' parts [T, H]."""
+    return add_rms_norm(all_reduce(parts), residual, weight, eps)
+
+
+def reduce_scatter(parts: Sequence[Tensor], rank: int) -> Tensor:
+    """A rank's share of the sum of parts [T, H]: its ceil(T / ranks) rows, zeros after the last."""
+    total = all_reduce(parts)
+    share = -(-len(total) // len(parts))
+    padded = total.new_zeros(share * len(parts), total.shape[1])
+    padded[: len(total)] = total
+    return padded[rank * share : (rank + 1) * share]
+
+
+def all_gather(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """All ranks' parts behind each other along `dim`, in the order of the ranks."""
+    return torch.cat(list(parts), dim)
 
 
 def gelu(x: Tensor) -> Tensor:

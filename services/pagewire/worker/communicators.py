@@ -1,6 +1,5 @@
 """How the ranks of a group find each other, and which communicators they get."""
 
-import importlib
 from pathlib import Path
 from typing import Final
 
@@ -53,13 +52,7 @@ def _on_gpus(store: PrefixStore, place: Place) -> Communicator:
             f"--tensor-parallel-size {place.size} needs as many GPUs, and this process sees {count}"
         )
     torch.cuda.set_device(place.rank)
-    try:
-        module = importlib.import_module("pagewire_kernels.cuda_communicator")
-    except ModuleNotFoundError:
-        raise NoCommunicator(
-            f"--tensor-parallel-size {place.size}: ranks on GPUs are not supported in this version; "
-            "--device cpu runs them"
-        ) from None
+    from pagewire_kernels import cuda_communicator
+
     device = torch.device("cuda", place.rank)
-    communicator: Communicator = module.connect(store, place.rank, place.size, device)
-    return communicator
+    return cuda_communicator.connect(store, place.rank, place.size, device)

@@ -1,0 +1,357 @@
+"""Sums over ranks, alone and fused with the residual addition and the norm after them.
+
+Three kernels for three sizes, whose sums and residuals are the same bits: every sum is taken in
+float32 in the order of the ranks and rounded once to the type of its parts, before a residual is
+added. Norms are the same bits on all ranks and in every run of one kernel; between kernels the last
+bit may differ.
+
+- `low_latency`: each rank writes its part, as words that bring their own signal, to all others and
+  reads what came. One way over the link and no fence; twice the bytes. For the rows of a decode.
+- `one_shot`: each rank reads all parts from where they were computed. One signal, two ways.
+- `two_shot`: each rank sums its share of the rows, then all gather the sums: 2 / size of the
+  bytes, and one more signal. `reduce_scatter` is its first half. With `scattered` the residual and
+  the norm are of the rank's share alone, as in sequence parallelism.
+
+A row belongs to one program, so a norm needs no second kernel and program p waits for programs p of
+other ranks only. Launches have few programs and let no kernel in before they end: programs that
+wait would otherwise keep those from running that they wait for.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .norm import normalized
+from .signals import (
+    arrived,
+    end_generation,
+    next_generation,
+    packed,
+    peer_pointer,
+    signal,
+    wait,
+)
+from .symmetric_memory import SymmetricMemory
+
+ALL_REDUCE: Final = 1
+REDUCE_SCATTER: Final = 2
+NO_NORM, WHOLE, SHARE = range(3)
+"""Whether a norm follows, and of which rows: all, or those of the rank's share."""
+CHUNK: Final = 4096
+"""Elements of a row where a sum stands alone: then only their number counts."""
+WIDEST: Final = 1 << 14
+"""The widest rows that fit a program's registers."""
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """What follows a sum: added to residual [T, H], which is overwritten, and normed by weight [H]
+    and `eps`. `centre` and `bias` [H]: a layer norm. residual must be contiguous."""
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
+    centre: bool = False
+
+
+@triton.jit
+def _add_norm(value, residual, i, inside, w, bias, eps, DTYPE: tl.constexpr, H: tl.constexpr, CENTRE: tl.constexpr,
+              BIAS: tl.constexpr):  # fmt: skip
+    """value, a sum in the type of its parts, with the row of the residual that `residual` points to:
+    normed."""
+    total = value.to(tl.float32) + tl.load(residual + i, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(residual.dtype.element_ty)
+    tl.store(residual + i, rounded, mask=inside)
+    return normalized(rounded.to(tl.float32), w, i, inside, bias, eps, H, CENTRE, BIAS).to(DTYPE)
+
+
+@triton.jit
+def _sum_of_ranks(peers, buffer, at, inside, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    """float32."""
+    total = tl.load(peer_pointer(peers, 0, buffer, DTYPE) + at, mask=inside, other=0.0)
+    total = total.to(tl.float32)
+    for peer in tl.static_range(1, SIZE):
+        part = tl.load(peer_pointer(peers, peer, buffer, DTYPE) + at, mask=inside, other=0.0)
+        total += part.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _halves(word, DTYPE: tl.constexpr):
+    """The two 16-bit numbers of each word, as float32."""
+    low = (word & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    high = ((word >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _low_latency(x, residual, weight, bias, out, peers, control, report, rank, count, rows, eps, words_at, limit, H: tl.constexpr,
+                 BLOCK: tl.constexpr, A_WORD: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr,
+                 OPERATION: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, PROGRAMS: tl.constexpr,
+                 POLLS: tl.constexpr):  # fmt: skip
+    """A_WORD: elements a word. `limit`: words that one rank may write."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    program = tl.program_id(0)
+    generation = next_generation(control)
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, BLOCK // A_WORD)
+    words = x.to(tl.pointer_type(tl.int32))
+    slots = words_at + (generation % 2) * SIZE * limit * 8
+    for row in range(program, rows, PROGRAMS):
+        at = row * (H // A_WORD) + j
+        inside = (j < H // A_WORD) & (at < count // A_WORD)
+        sent = packed(tl.load(words + at, mask=inside, other=0), generation)
+        for step in tl.static_range(1, SIZE):
+            slot = slots + rank * limit * 8
+            to = peer_pointer(peers, (rank + step) % SIZE, slot, tl.int64)
+            tl.store(to + at, sent, mask=inside)
+    w = i
+    if NORM:
+        w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
+    for row in range(program, rows, PROGRAMS):
+        at = row * (H // A_WORD) + j
+        inside = (j < H // A_WORD) & (at < count // A_WORD)
+        low = tl.zeros((BLOCK // A_WORD,), tl.float32)
+        high = low
+        for peer in tl.static_range(0, SIZE):
+            if peer == rank:
+                word = tl.load(words + at, mask=inside, other=0)
+            else:
+                slot = peer_pointer(peers, rank, slots + peer * limit * 8, tl.int64)
+                word = arrived(slot + at, inside, generation, peer, control, report, OPERATION, SIZE, POLLS)  # fmt: skip
+            if A_WORD == 2:
+                part, part_high = _halves(word, DTYPE)
+            else:
+                part = word.to(DTYPE, bitcast=True)
+                part_high = part
+            if peer == 0:
+                low = part
+                high = part_high
+            else:
+                low += part
+                high += part_high
+        if A_WORD == 2:  # noqa: SIM108
+            total = tl.interleave(low, high)
+        else:
+            total = low
+        value = total.to(DTYPE)
+        inside_row = (i < H) & (row * H + i < count)
+        if NORM:
+            value = _add_norm(value, residual + row * H, i, inside_row, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
+        tl.store(out + row * H + i, value, mask=inside_row)
+    end_generation(control, generation)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _one_shot(x, residual, weight, bias, out, peers, control, report, rank, count, rows, eps, data_at, limit, H: tl.constexpr,
+              BLOCK: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, OPERATION: tl.constexpr,
+              SIZE: tl.constexpr, PAD: tl.constexpr, PROGRAMS: tl.constexpr, POLLS: tl.constexpr):  # fmt: skip
+    """`limit`: bytes of a buffer. x is copied into this rank's buffer here, and not written there by
+    the product before: which buffer it is, only the device knows."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    program = tl.program_id(0)
+    generation = next_generation(control)
+    if program < rows:
+        i = tl.arange(0, BLOCK)
+        buffer = data_at + (generation % 2) * limit
+        own = peer_pointer(peers, rank, buffer, DTYPE)
+        for row in range(program, rows, PROGRAMS):
+            inside = (i < H) & (row * H + i < count)
+            value = tl.load(x + row * H + i, mask=inside, other=0.0)
+            tl.store(own + row * H + i, value, mask=inside)
+        signal(peers, rank, generation, 0, SIZE, PAD, PROGRAMS)
+        w = i
+        if NORM:
+            w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
+        wait(peers, rank, generation, control, report, OPERATION, 0, SIZE, PAD, PROGRAMS, POLLS)
+        for row in range(program, rows, PROGRAMS):
+            inside = (i < H) & (row * H + i < count)
+            value = _sum_of_ranks(peers, buffer, row * H + i, inside, DTYPE, SIZE).to(DTYPE)
+            if NORM:
+                value = _add_norm(value, residual + row * H, i, inside, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
+            tl.store(out + row * H + i, value, mask=inside)
+    end_generation(control, generation)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, count, share, eps, data_at, limit, H: tl.constexpr,
+              BLOCK: tl.constexpr, NORM: tl.constexpr, GATHER: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr,
+              OPERATION: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, PROGRAMS: tl.constexpr,
+              POLLS: tl.constexpr):  # fmt: skip
+    """`share`: rows of each rank; the last ones may lie beyond the end. Sums replace this rank's
+    parts in its own buffer: of its share nobody else reads them."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    program = tl.program_id(0)
+    generation = next_generation(control)
+    if program < share:
+        i = tl.arange(0, BLOCK)
+        buffer = data_at + (generation % 2) * limit
+        own = peer_pointer(peers, rank, buffer, DTYPE)
+        for line in range(program, share, PROGRAMS):
+            for owner in range(SIZE):
+                at = (owner * share + line) * H + i
+                inside = (i < H) & (at < count)
+                tl.store(own + at, tl.load(x + at, mask=inside, other=0.0), mask=inside)
+        signal(peers, rank, generation, 0, SIZE, PAD, PROGRAMS)
+        w = i
+        if NORM != 0:
+            w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
+        wait(peers, rank, generation, control, report, OPERATION, 0, SIZE, PAD, PROGRAMS, POLLS)
+        for line in range(program, share, PROGRAMS):
+            at = (rank * share + line) * H + i
+            inside = (i < H) & (at < count)
+            value = _sum_of_ranks(peers, buffer, at, inside, DTYPE, SIZE).to(DTYPE)
+            if NORM == 2:
+                value = _add_norm(value, residual + line * H, i, inside, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
+            if GATHER:
+                tl.store(own + at, value, mask=inside)
+            else:
+                tl.store(out + line * H + i, value, mask=i < H)
+        if GATHER:
+            signal(peers, rank, generation, 1, SIZE, PAD, PROGRAMS)
+            wait(peers, rank, generation, control, report, OPERATION, 1, SIZE, PAD, PROGRAMS, POLLS)
+            for line in range(program, share, PROGRAMS):
+                for step in range(SIZE):
+                    owner = (rank + step) % SIZE
+                    at = (owner * share + line) * H + i
+                    inside = (i < H) & (at < count)
+                    there = peer_pointer(peers, owner, buffer, DTYPE)
+                    value = tl.load(there + at, mask=inside, other=0.0)
+                    if NORM == 1:
+                        row = residual + (owner * share + line) * H
+                        value = _add_norm(value, row, i, inside, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
+                    tl.store(out + at, value, mask=inside)
+    end_generation(control, generation)
+
+
+def share_of(rows: int, size: int) -> int:
+    """Rows that each of `size` ranks sums; the last ranks may have fewer."""
+    return -(-rows // size)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def _check(x: Tensor, norm: AddNorm | None) -> None:
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        raise ValueError(
+            "the parts of a sum must be contiguous and begin at a multiple of 16 bytes"
+        )
+    if norm is not None and not norm.residual.is_contiguous():
+        raise ValueError("the residual must be contiguous")
+
+
+def _geometry(x: Tensor, norm: AddNorm | None) -> dict[str, Any]:
+    """How x is cut into rows, with what follows, as all kernels take it."""
+    width = CHUNK if norm is None else x.shape[-1]
+    return {
+        "H": width,
+        "BLOCK": triton.next_power_of_2(width),
+        "CENTRE": norm is not None and norm.centre,
+        "BIAS": norm is not None and norm.bias is not None,
+        "num_warps": _warps(triton.next_power_of_2(width)),
+    }
+
+
+def _operands(norm: AddNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if norm is None:
+        return None, None, None
+    return norm.residual, norm.weight, norm.bias
+
+
+def takes_low_latency(memory: SymmetricMemory, x: Tensor) -> bool:
+    """Whether x fits, in whole words."""
+    whole = x.shape[-1] * x.element_size() % 4 == 0 and x.element_size() in (2, 4)
+    return whole and x.nbytes <= memory.layout.packed_bytes
+
+
+def takes_buffers(memory: SymmetricMemory, x: Tensor) -> bool:
+    """Whether x fits the buffers of `one_shot` and `two_shot`."""
+    return x.nbytes <= memory.layout.buffer_bytes
+
+
+def takes_norm(x: Tensor) -> bool:
+    """Whether rows are narrow enough for a norm in the same kernel."""
+    return x.shape[-1] <= WIDEST
+
+
+def low_latency(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+    """The sum of all ranks' x, of any shape; with `norm`, x is [T, H], and the result is normed. x
+    is contiguous, and not empty, as for all kernels here. Must fit: `takes_low_latency`."""
+    _check(x, norm)
+    out = torch.empty_like(x)
+    geometry = _geometry(x, norm)
+    _low_latency[(memory.layout.programs,)](
+        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(),
+        triton.cdiv(x.numel(), geometry["H"]), 0.0 if norm is None else norm.eps, memory.layout.words_at,
+        memory.layout.packed_bytes // 4, A_WORD=4 // x.element_size(), NORM=norm is not None, OPERATION=ALL_REDUCE,
+        **geometry, **memory.constants())  # fmt: skip
+    return out
+
+
+def one_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+    """See low_latency. Must fit: `takes_buffers`."""
+    _check(x, norm)
+    out = torch.empty_like(x)
+    geometry = _geometry(x, norm)
+    _one_shot[(memory.layout.programs,)](
+        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(),
+        triton.cdiv(x.numel(), geometry["H"]), 0.0 if norm is None else norm.eps, memory.layout.data_at,
+        memory.layout.buffer_bytes, NORM=norm is not None, OPERATION=ALL_REDUCE, **geometry, **memory.constants())  # fmt: skip
+    return out
+
+
+def _launch_two_shot(
+    memory: SymmetricMemory,
+    x: Tensor,
+    out: Tensor,
+    norm: AddNorm | None,
+    normed_rows: int,
+    gather: bool,
+    geometry: dict[str, Any],
+) -> Tensor:
+    share = share_of(triton.cdiv(x.numel(), geometry["H"]), memory.size)
+    _two_shot[(memory.layout.programs,)](
+        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(), share,
+        0.0 if norm is None else norm.eps, memory.layout.data_at, memory.layout.buffer_bytes, NORM=normed_rows, GATHER=gather,
+        OPERATION=ALL_REDUCE if gather else REDUCE_SCATTER, **geometry, **memory.constants())  # fmt: skip
+    return out
+
+
+def two_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+    """See low_latency. Must fit: `takes_buffers`."""
+    _check(x, norm)
+    normed_rows = NO_NORM if norm is None else WHOLE
+    out = torch.empty_like(x)
+    return _launch_two_shot(memory, x, out, norm, normed_rows, True, _geometry(x, norm))
+
+
+def scattered(memory: SymmetricMemory, x: Tensor, norm: AddNorm) -> Tensor:
+    """two_shot where each rank adds and norms only its share of the rows: norm.residual [share, H]
+    are those from rank * share on (`share_of`), and what lies beyond the last row is left alone.
+    The result is whole: x [T, H] -> [T, H]."""
+    _check(x, norm)
+    out = torch.empty_like(x)
+    return _launch_two_shot(memory, x, out, norm, SHARE, True, _geometry(x, norm))
+
+
+def reduce_scatter(memory: SymmetricMemory, x: Tensor) -> Tensor:
+    """This rank's share of the sum of all ranks' x [T, H]: rows from rank * share on, [share, H]
+    (`share_of`); those beyond the last are zeros."""
+    _check(x, None)
+    rows, width = x.shape
+    out = torch.empty(share_of(rows, memory.size), width, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    geometry = {"H": width, "BLOCK": block, "CENTRE": False, "BIAS": False}
+    return _launch_two_shot(
+        memory, x, out, None, NO_NORM, False, {**geometry, "num_warps": _warps(block)}
+    )
