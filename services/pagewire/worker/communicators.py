@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 from pagewire_kernels.communicator import TIMEOUT_S, Communicator, GlooCommunicator
-from torch.distributed import FileStore, PrefixStore
+from torch._C._distributed_c10d import FileStore, PrefixStore
 
 from ..process.group import Place
 from .load.rank_agreement import ALONE, Ranks
