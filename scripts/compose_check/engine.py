@@ -16,9 +16,9 @@ import yaml
 
 ROOT: Final = Path(__file__).parents[2]
 TAG: Final = "check"
-LIGHT: Final = ("frontend", "scheduler", "tokenizer")
+LIGHT: Final[tuple[str, ...]] = ("frontend", "scheduler", "tokenizer")
 """The images without torch. A fake worker runs from the scheduler's."""
-KINDS: Final = (*LIGHT, "worker")
+KINDS: Final[tuple[str, ...]] = (*LIGHT, "worker")
 BASES: Final = ("debian:bookworm-slim", "haproxy:3.2-alpine")
 VOCAB: Final = 1000
 FAKE: Final = {

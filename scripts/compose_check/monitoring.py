@@ -94,12 +94,18 @@ async def provide_images(directory: Path, environment: dict[str, str], report: R
                 await command("bash", "-c", script, timeout_s=600.0)
 
 
-async def is_stand_in(container: str) -> bool:
-    """Whether it is not the image that the file names."""
-    return (await engine.inspect(container))["Config"]["Entrypoint"][0] in (
-        "/usr/bin/prometheus",
-        "sleep",
-    )
+async def is_stand_in(container_or_image: str) -> bool:
+    """Whether it is not what the file names."""
+    words = (await engine.inspect(container_or_image))["Config"]["Entrypoint"]
+    return bool(words) and words[0] in ("/usr/bin/prometheus", "sleep")
+
+
+async def remove_stand_ins() -> None:
+    """What bears the profile's names and is something else."""
+    for name in STAND_INS:
+        for image in (await command("docker", "images", "-q", name)).split():
+            if await is_stand_in(image):
+                await command("docker", "rmi", image)
 
 
 async def check(lines: Lines, url: str, report: Report) -> None:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -202,7 +202,7 @@ def host_models(is_light: bool) -> Iterator[bool]:
 
 
 @contextlib.asynccontextmanager
-async def names_kept() -> Any:
+async def names_kept() -> AsyncIterator[None]:
     """Images and the volume that bear the pages' names are afterwards what they were."""
     former: dict[str, str] = {}
     for name in PLAIN_IMAGES:
@@ -438,5 +438,6 @@ async def run_all(report: Report, is_light: bool) -> None:
                         await reader.follow(snippet)
             finally:
                 await clone.down("--volumes")
+                await monitoring.remove_stand_ins()
     finally:
         clone.close()
