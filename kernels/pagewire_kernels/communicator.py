@@ -7,18 +7,20 @@ same shapes and types.
 """
 
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed import Store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 TIMEOUT_S: Final = 120.0
 """How long a rank waits for the others in one operation: longer than any step takes."""
 
 
-class CommunicatorFailed(RuntimeError):
+class CommunicatorFailed(ConnectionError):
     """Another rank did not take part: it has ended, or it hangs. The message says which operation
     waited, and how long."""
 
@@ -47,6 +49,34 @@ class Communicator(Protocol):
         ...
 
 
+@runtime_checkable
+class NormingCommunicator(Protocol):
+    """Of a Communicator that adds up, adds a residual and normalises in one kernel."""
+
+    def all_reduce_add_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        bias: Tensor | None = None,
+        *,
+        centre: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) of total = all_reduce(x) + residual, all [T, H]; `centre`: a layer
+        norm. May overwrite both; residual must be contiguous."""
+        ...
+
+
+@runtime_checkable
+class CheckedCommunicator(Protocol):
+    """Of a Communicator whose operations run on behind the caller's back, and may fail there."""
+
+    def check(self) -> None:
+        """Waits for nothing. Raises CommunicatorFailed if an operation that has ended failed."""
+        ...
+
+
 class SingleRank:
     """A Communicator without others."""
 
@@ -68,7 +98,7 @@ SINGLE_RANK: Final = SingleRank()
 class GlooCommunicator:
     """A Communicator of processes or threads of one host, on CPU tensors, through torch's gloo."""
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, store: "Store", rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
         """`store`: in which the ranks find each other; nobody else may have used it. Returns when
         all are there. Raises CommunicatorFailed when they are not within `timeout_s` seconds."""
         self.rank = rank
@@ -108,7 +138,8 @@ class GlooCommunicator:
         return parts
 
     def _failed(self, operation: str, error: RuntimeError) -> CommunicatorFailed:
-        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        line = next(iter(str(error).strip().splitlines()), "")
+        reason = line.rpartition("] ")[2].partition(". ")[0][:120]
         return CommunicatorFailed(
             f"rank {self.rank} of {self.size} was left alone in {operation}, for which it waits "
             f"{self._timeout_s:g} s: another rank has ended or hangs ({reason})"

@@ -7,6 +7,7 @@ Every type of GGUF without a lookup table is exactly of this form in float32 (gg
 block_q6_K).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -120,12 +121,13 @@ class Quantized:
         return replace(self, values=values, scale=self.scale[index], minimum=minimum)
 
     def narrow(self, dim: int, start: int, length: int) -> "Quantized":
-        """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Raises ValueError for
-        columns that cut a group."""
+        """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Where columns cut a
+        group, all groups become smaller ones."""
         if dim == 0:
             return self.take(torch.arange(start, start + length))
-        if start % self.group or length % self.group:
-            raise ValueError(f"columns {start} to {start + length} cut a group of {self.group}")
+        group = math.gcd(self.group, start, length)
+        if group < self.group:
+            return self.regrouped(group).narrow(dim, start, length)
         first, count = start // self.group, length // self.group
         minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
         codes = self.codes.narrow(1, start, length)

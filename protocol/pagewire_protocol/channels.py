@@ -149,6 +149,8 @@ class Inbox(Generic[M]):
     def __init__(self, run_dir: Path, role: Role, incarnation: Incarnation) -> None:
         self.address = inbox_address(run_dir, role, incarnation)
         self.undecodable = 0
+        self.frame = b""
+        """The bytes of the message that `drain` has given last."""
         self._path = self.address.removeprefix("ipc://")
         self._decoder = msgspec.msgpack.Decoder(TOPOLOGY[role][0])
         self._socket = _socket(zmq.PULL)
@@ -209,6 +211,7 @@ class Inbox(Generic[M]):
             if self._socket.get(zmq.RCVMORE):
                 self._drop_rest()
                 continue
+            self.frame = frame
             try:
                 yield self._decoder.decode(frame)
             except DECODE_ERRORS as error:

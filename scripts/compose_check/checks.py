@@ -2,48 +2,67 @@
 needs on top of a deployment that runs, and says in a Report what it has seen."""
 
 import asyncio
+import contextlib
 import json
+import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from . import faults
-from .engine import KINDS, CommandFailed, command, inspect, logs
+from . import engine, faults
+from .clients import Clients
+from .engine import KINDS, CommandFailed, Deployment, command, inspect, logs
 from .faults import Stage, get
+from .report import Report
 
-AT_REST_S = 30.0
+AT_REST_S = 60.0
 MOST_AT_REST = 0.02
 LEFT_S = 1.0
+LEAVING = 5
+PATIENCE_S = 30.0
+HUNG_S = 3.0
+REST_S = 10.0
+"""After the last fault, before it counts as rest."""
+SAY_LOAD = """
+touch /tmp/say-load
+while [ -e /tmp/say-load ]; do
+    exec 3<>/dev/tcp/127.0.0.1/8000
+    printf 'GET /load HTTP/1.0\\r\\n\\r\\n' >&3
+    text=$(cat <&3)
+    text=${text##*:}
+    echo "${text%\\}}"
+    exec 3>&-
+    sleep 0.02
+done
+"""
+"""In a frontend's container: the number of its requests, in one line each time it is asked."""
 FEW_FILES = 4096
-
-
-class Report(Protocol):
-    """Where the outcome goes."""
-
-    def check(self, what: str, holds: bool, detail: str = "") -> None:
-        """One promise."""
-        ...
 
 
 async def clients_that_leave(stage: Stage, report: Report) -> None:
     """A request whose client has gone ends at once, streamed or not."""
     url = stage.deployment.url
-    for streamed in (False, True):
-        body = {"prompt": [1, 2, 3], "max_tokens": 20_000, "stream": streamed}
-        async with aiohttp.ClientSession() as session:
-            task = asyncio.create_task(_ask(session, url, body))
-            await _until(lambda: _running(stage), lambda n: n > 0)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        seconds = await _until(lambda: _running(stage), lambda n: n == 0)
-        name = "streamed" if streamed else "not streamed"
-        report.check(
-            f"a client that leaves is noticed, {name}", seconds <= LEFT_S + 1.0, f"{seconds:.1f} s"
-        )
+    async with Loads(await stage.deployment.containers("frontend")) as loads:
+        for streamed in (False, True):
+            times: list[float] = []
+            for _ in range(LEAVING):
+                body = {"prompt": [1, 2, 3], "max_tokens": 20_000, "stream": streamed}
+                async with aiohttp.ClientSession() as session:
+                    task = asyncio.create_task(_ask(session, url, body))
+                    await loads.until(lambda requests: requests > 0)
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                times.append(await loads.until(lambda requests: requests == 0))
+            name = "streamed" if streamed else "not streamed"
+            report.check(
+                f"{LEAVING} clients that leave are noticed, {name}",
+                max(times) <= LEFT_S,
+                f"{', '.join(f'{seconds:.2f}' for seconds in times)} s",
+            )
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
@@ -52,26 +71,52 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
             pass
 
 
-async def _running(stage: Stage) -> float:
-    """Requests that some frontend owns, as each of them says."""
-    total = 0.0
-    for container in await stage.deployment.containers("frontend"):
-        script = "exec 3<>/dev/tcp/127.0.0.1/8000; printf 'GET /load HTTP/1.0\\r\\n\\r\\n' >&3; tail -n 1 <&3"
-        total += json.loads(await command("docker", "exec", container, "bash", "-c", script))[
-            "server_load"
-        ]
-    return total
+class Loads:
+    """How many requests the frontends own, as each of them says several times a second."""
 
+    def __init__(self, containers: list[str]) -> None:
+        self._containers = containers
+        self._requests = dict.fromkeys(containers, 0)
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._reading: list[asyncio.Task[None]] = []
+        self._news = asyncio.Event()
 
-async def _until(value: Callable[[], Awaitable[float]], holds: Callable[[float], bool]) -> float:
-    """Seconds until it holds, 30 at most."""
-    began = time.monotonic()
-    while time.monotonic() - began < 30.0:
-        asked = time.monotonic()
-        if holds(await value()):
-            return asked - began
-        await asyncio.sleep(0.05)
-    return float("inf")
+    async def __aenter__(self) -> "Loads":
+        for container in self._containers:
+            process = await asyncio.create_subprocess_exec(
+                "docker", "exec", container, "bash", "-c", SAY_LOAD, stdout=asyncio.subprocess.PIPE
+            )
+            self._processes.append(process)
+            self._reading.append(asyncio.create_task(self._read(container, process)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for container in self._containers:
+            # What `docker exec` has started outlives it.
+            with contextlib.suppress(CommandFailed):
+                await engine.shell(container, "rm -f /tmp/say-load")
+        await asyncio.gather(*self._reading)
+
+    async def _read(self, container: str, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.strip().isdigit():
+                self._requests[container] = int(line)
+                self._news.set()
+        await process.wait()
+
+    async def until(self, holds: Callable[[int], bool]) -> float:
+        """Seconds until the sum is such; infinite after PATIENCE_S."""
+        began = time.monotonic()
+        while not holds(sum(self._requests.values())):
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), PATIENCE_S)
+            except TimeoutError:
+                return float("inf")
+            if time.monotonic() - began > PATIENCE_S:
+                return float("inf")
+        return time.monotonic() - began
 
 
 async def errors_of_the_gateway(stage: Stage, report: Report) -> None:
@@ -134,43 +179,90 @@ class Counts:
 
 
 async def last_words(stage: Stage, report: Report) -> None:
-    """A service that dies at every start says why in /ready and in `pagewire doctor`."""
+    """A service that dies at every start says why in /ready, and `pagewire doctor` repeats it."""
+    deployment = stage.deployment
+    locked = deployment.directory / "models" / "locked"
+    locked.mkdir(parents=True)
+    locked.chmod(0o700)
+    deployment.environment["MODELS_DIR"] = str(locked.parent)
+    try:
+        await _dies(stage, report, "/models/nope", "could not start: /models/nope does not exist")
+        if os.getuid() == 0:  # else the directory is not foreign to the user in the image
+            await _dies(stage, report, "/models/locked", "user 10001 must be able to read it")
+    finally:
+        del deployment.environment["MODELS_DIR"]
+        deployment.restore()
+        await _anew(deployment, *stage.scales("tokenizer", "frontend"))
+        await stage.settled()
+
+
+async def _dies(stage: Stage, report: Report, model: str, reason: str) -> None:
+    """With this model no tokenizer starts, for this reason."""
     deployment = stage.deployment
     for container in await deployment.containers("tokenizer"):
         await command("docker", "rm", "-f", container)
-    deployment.write({"model": "/models/nope", "device": "fake"}, {})
-    await deployment.compose(
-        "up", "--detach", "--no-build", "--force-recreate", "--no-deps", "tokenizer", "frontend"
-    )
-    try:
-        text = ""
-        for _ in range(60):
-            await asyncio.sleep(0.5)
+    deployment.write({"model": model, "device": "fake"}, {})
+    await _anew(deployment)
+    text = ""
+    for _ in range(60):
+        await asyncio.sleep(0.5)
+        with contextlib.suppress(aiohttp.ClientError):
             async with (
                 aiohttp.ClientSession() as session,
                 session.get(f"{deployment.url}/ready") as answer,
             ):
                 text = await answer.text()
-            if "could not start: /models/nope" in text and " times" in text:
-                break
+        if reason in text and " times" in text:
+            break
+    report.check(
+        f"/ready says why a service does not start with {model}",
+        reason in text and " times" in text,
+        text[:200],
+    )
+    frontend = await stage.one("frontend")
+    said = await engine.shell(frontend, "pagewire doctor || true")
+    report.check(f"`pagewire doctor` says it too, with {model}", reason in said)
+
+
+async def _anew(deployment: Deployment, *scales: str) -> None:
+    """Tokenizers and frontends with the present settings."""
+    words = ("up", "--detach", "--no-build", "--force-recreate", "--no-deps")
+    await deployment.compose(*words, *scales, "tokenizer", "frontend")
+
+
+async def hung_services(stage: Stage, report: Report) -> None:
+    """A service of each kind that is stopped for good is ended by its watchdog within HUNG_S, whatever
+    else the machine does. A stream is silent no longer than that and the successor's start, to which
+    the engine's part belongs."""
+    for kind in KINDS:
+        async with Clients(stage.deployment.url, 4) as clients:
+            await asyncio.sleep(1.5)
+            container = await stage.one(kind)
+            before = (await inspect(container))["State"]["StartedAt"]
+            began = time.monotonic()
+            stopped = await engine.signal_service(container, "STOP")
+            state = (await inspect(container))["State"]
+            while state["StartedAt"] == before and time.monotonic() - began < PATIENCE_S:
+                await asyncio.sleep(0.1)
+                state = (await inspect(container))["State"]
+            await stage.settled()
+            ready = time.time()
+            gap_s = clients.record.longest_gap(began, time.monotonic())
+        ended_s = engine.moment(state["FinishedAt"]) - stopped
+        start_s = ready - stopped - ended_s
         report.check(
-            "/ready says why a service does not start",
-            "could not start: /models/nope" in text and " times" in text,
-            text[:160],
+            f"a hung {kind} is ended within {HUNG_S:.0f} s",
+            0 < ended_s <= HUNG_S,
+            f"after {ended_s:.1f} s; its successor was started by the engine "
+            f"{engine.moment(state['StartedAt']) - stopped:.1f} s after the signal, and ready after "
+            f"{ready - stopped:.1f} s; longest silence {gap_s:.1f} s",
         )
-    finally:
-        deployment.restore()
-        await deployment.compose(
-            "up",
-            "--detach",
-            "--no-build",
-            "--force-recreate",
-            "--no-deps",
-            *stage.scales("tokenizer", "frontend"),
-            "tokenizer",
-            "frontend",
-        )
-        await stage.settled()
+        if kind != "frontend":  # whose streams end with it
+            report.check(
+                f"streams with a hung {kind} go on",
+                gap_s <= HUNG_S + start_s and not clients.record.troubles,
+                f"{clients.record.requests} streams, {len(clients.record.troubles)} troubles",
+            )
 
 
 async def doctors(stage: Stage, report: Report) -> None:
@@ -229,23 +321,28 @@ async def few_files(stage: Stage, report: Report) -> None:
 
 
 async def at_rest(stage: Stage, report: Report) -> None:
-    """What all containers use of a core while nobody asks anything."""
-    containers = [
-        c for kind in (*KINDS, "gateway") for c in await stage.deployment.containers(kind)
-    ]
-    files = [path for container in containers if (path := await _usage_file(container))]
-    if len(files) < len(containers):
-        print("no figures of control groups: not measured at rest", flush=True)
-        return
+    """What all containers use of a core while nobody asks anything, their health checks included."""
+    files: dict[Path, str] = {}
+    for kind in (*KINDS, "gateway"):
+        for container in await stage.deployment.containers(kind):
+            path = await _usage_file(container)
+            if path is None:
+                report.not_run("containers at rest", "there are no figures of control groups")
+                return
+            files[path] = kind
+    await asyncio.sleep(REST_S)
     began = time.monotonic()
-    before = sum(map(_seconds, files))
+    before = {path: _seconds(path) for path in files}
     await asyncio.sleep(AT_REST_S)
-    share = (sum(map(_seconds, files)) - before) / (time.monotonic() - began)
-    # A machine on which others compute has colder caches and slower cores.
+    took = time.monotonic() - began
+    shares: dict[str, float] = {}
+    for path, kind in files.items():
+        shares[kind] = shares.get(kind, 0.0) + (_seconds(path) - before[path]) / took
+    share = sum(shares.values())
     report.check(
         f"{len(files)} containers at rest",
-        share <= 1.5 * MOST_AT_REST,
-        f"{100 * share:.1f}% of a core",
+        share <= MOST_AT_REST,
+        f"{share:.2%} of a core: {', '.join(f'{kind} {one:.2%}' for kind, one in shares.items())}",
     )
 
 

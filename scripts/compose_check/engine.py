@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +16,18 @@ import yaml
 
 ROOT: Final = Path(__file__).parents[2]
 TAG: Final = "check"
-LIGHT: Final = ("frontend", "scheduler", "tokenizer")
+LIGHT: Final[tuple[str, ...]] = ("frontend", "scheduler", "tokenizer")
 """The images without torch. A fake worker runs from the scheduler's."""
-KINDS: Final = (*LIGHT, "worker")
+KINDS: Final[tuple[str, ...]] = (*LIGHT, "worker")
 BASES: Final = ("debian:bookworm-slim", "haproxy:3.2-alpine")
 VOCAB: Final = 1000
+FAKE: Final = {
+    "device": "fake",
+    "skip_tokenizer_init": True,
+    "fake_vocab_size": VOCAB,
+    "fake_step_ms": 4,
+}
+"""Settings of a stack whose model is a hash function."""
 COMMAND_S: Final = 180.0
 FIND_CHILD: Final = """
 for stat in /proc/[0-9]*/stat; do
@@ -70,20 +77,15 @@ def missing_bases() -> list[str]:
 class Deployment:
     """One project of compose with a name and a port of its own."""
 
-    def __init__(self, port: int, settings: dict[str, Any] | None = None, **override: Any) -> None:
-        """`settings`: lines of the stack's settings file; `override`: services of a compose file
-        over the default one."""
+    def __init__(self, port: int, is_real: bool = False) -> None:
+        """`is_real`: with the worker's own image and the files' own settings; else a fake worker
+        runs from the scheduler's."""
         self.port = port
         self.project = f"pagewire-check-{port}"
         self.url = f"http://127.0.0.1:{port}"
+        self._is_real = is_real
         self._dir = tempfile.TemporaryDirectory(prefix="pagewire-check-")
         self._file = Path(self._dir.name) / "override.yaml"
-        fake = {
-            "device": "fake",
-            "skip_tokenizer_init": True,
-            "fake_vocab_size": VOCAB,
-            "fake_step_ms": 4,
-        }
         self.environment = {
             **os.environ,
             "TAG": TAG,
@@ -92,8 +94,12 @@ class Deployment:
             "COMPOSE_PROGRESS": "quiet",
             "BUILDKIT_PROGRESS": "plain",
         }
-        self._usual = fake if settings is None else settings
-        self.write(self._usual, override)
+        self.restore()
+
+    @property
+    def directory(self) -> Path:
+        """For what belongs to this deployment alone."""
+        return Path(self._dir.name)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -101,15 +107,12 @@ class Deployment:
         return ("-f", str(ROOT / "compose/default.yaml"), "-f", str(self._file))
 
     def write(self, settings: dict[str, Any], services: dict[str, Any]) -> None:
-        """The settings file and the file over the default one."""
+        """The settings file, and services of a file over the default one."""
         shown = Path(self._dir.name) / "settings.yaml"
         shown.write_text(yaml.safe_dump(settings))
         shown.chmod(0o644)
-        worker = {
-            "image": f"pagewire-scheduler:{TAG}",
-            "entrypoint": ["pagewire-service", "worker"],
-            **services.pop("worker", {}),
-        }
+        fake = {"image": f"pagewire-scheduler:{TAG}", "entrypoint": ["pagewire-service", "worker"]}
+        worker = {**({} if self._is_real else fake), **services.pop("worker", {})}
         content = {
             "services": {"worker": worker, **services},
             "configs": {"settings": {"file": str(shown)}},
@@ -118,11 +121,11 @@ class Deployment:
 
     def override(self, services: dict[str, Any]) -> None:
         """The usual settings, with these services over the default ones."""
-        self.write(self._usual, services)
+        self.write({} if self._is_real else FAKE, services)
 
     def restore(self) -> None:
         """As at the beginning."""
-        self.write(self._usual, {})
+        self.override({})
 
     async def compose(self, *words: str, timeout_s: float = COMMAND_S) -> str:
         """`docker compose` on this project. Raises CommandFailed."""
@@ -159,7 +162,10 @@ class Deployment:
 
 
 async def command(
-    *words: str, environment: dict[str, str] | None = None, timeout_s: float = COMMAND_S
+    *words: str,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = COMMAND_S,
+    directory: Path | None = None,
 ) -> str:
     """What a command prints. Raises CommandFailed with its last lines."""
     process = await asyncio.create_subprocess_exec(
@@ -168,6 +174,7 @@ async def command(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=environment,
+        cwd=directory,
     )
     try:
         output, errors = await asyncio.wait_for(process.communicate(), timeout_s)
@@ -175,7 +182,7 @@ async def command(
         process.kill()
         raise CommandFailed(f"{' '.join(words)}: not done in {timeout_s:.0f} s") from None
     if process.returncode:
-        last = errors.decode(errors="replace").strip().splitlines()[-3:]
+        last = (errors or output).decode(errors="replace").strip().splitlines()[-3:]
         raise CommandFailed(f"{' '.join(words)}: {' / '.join(last)}")
     return output.decode(errors="replace")
 
@@ -201,8 +208,9 @@ async def end_all(container: str) -> None:
     os.kill((await inspect(container))["State"]["Pid"], signal.SIGKILL)
 
 
-async def signal_service(container: str, name: str) -> None:
-    """Send a signal to the service itself, below its container's init and its watchdog."""
+async def signal_service(container: str, name: str) -> float:
+    """Send a signal to the service itself, below its container's init and its watchdog. Returns when,
+    in seconds since the epoch."""
     pids: list[str] = []
     for _ in range(20):
         with contextlib.suppress(CommandFailed):
@@ -210,9 +218,9 @@ async def signal_service(container: str, name: str) -> None:
         if pids:
             break
         await asyncio.sleep(0.5)  # it is between two lives
-    await shell(container, f"kill -{name} {' '.join(pids)}")
+    return float(await shell(container, f"date +%s.%N; kill -{name} {' '.join(pids)}"))
 
 
-async def image_sizes(names: Sequence[str]) -> dict[str, int]:
-    """Bytes by image."""
-    return {name: (await inspect(name))["Size"] for name in names}
+def moment(text: str) -> float:
+    """A time as the engine writes it, with nanoseconds, in seconds since the epoch."""
+    return datetime.fromisoformat(f"{text[:26].rstrip('Z')}+00:00").timestamp()

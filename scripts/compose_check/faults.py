@@ -27,6 +27,8 @@ class Stage:
     deployment: Deployment
     clients: Clients
     scale: dict[str, int]
+    patience_s: float = SETTLED_S
+    """Until all of it is ready."""
 
     def scales(self, *kinds: str) -> list[str]:
         """The flags for it, of these services or of all."""
@@ -67,12 +69,12 @@ class Stage:
         CommandFailed where they do not come."""
         began = time.monotonic()
         ready: dict[str, int] = {}
-        while time.monotonic() - began < SETTLED_S:
+        while time.monotonic() - began < self.patience_s:
             ready = await self.ready_services()
             if all(ready.get(kind, 0) == count for kind, count in self.scale.items()):
                 return time.monotonic() - began
             await asyncio.sleep(0.2)
-        raise CommandFailed(f"after {SETTLED_S:.0f} s {ready} are ready of {self.scale}")
+        raise CommandFailed(f"after {self.patience_s:.0f} s {ready} are ready of {self.scale}")
 
 
 async def get(deployment: Deployment, url: str) -> str:

@@ -34,7 +34,7 @@ USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QUANTIZED = f"^({'|'.join(quantization.ASKABLE)})?$"
-SHORT = {"quantization": "-q"}
+SHORT = {"quantization": "-q", "tensor_parallel_size": "-tp"}
 REASONS = {
     "quantization": f"not supported; {', '.join(quantization.ASKABLE)} are, and without the flag whatever the weights bring",
 }
@@ -277,6 +277,14 @@ class WorkerConfig(Struct, frozen=True):
             "where the model runs; CUDA_VISIBLE_DEVICES says on which GPU; fake: a hash instead of a model, for tests"
         ),
     ] = "auto"
+    tensor_parallel_size: Annotated[
+        int,
+        _help(
+            "GPUs that one copy of the model is divided among, each with a process of its own (a rank); on a CPU: processes",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
     dtype: Annotated[
         Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
         _help("type of weights and activations"),

@@ -66,6 +66,7 @@ def places(config: stack.StackConfig) -> list[str | None]:
         (["--num-workers", "3", "--gpu-memory-utilization", "0.45"], ["2", "GPU-f00d", "2"]),
         (["--num-workers", "1"], [None]),
         (["--device", "cpu", "--num-workers", "3"], [None] * 3),
+        (["-tp", "2"], [None] * 2),
     ],
 )
 def test_workers_take_turns_over_the_gpus(

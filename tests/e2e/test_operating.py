@@ -77,8 +77,8 @@ def test_a_terminal_that_is_closed(nohup: bool, tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if not pid:
         # The terminal's leader: the kernel sends it SIGHUP when the terminal goes.
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Whatever these tests were started with is inherited.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -319,7 +319,7 @@ def test_the_settings_of_the_tutorials_table() -> None:
         configure({"tokenizer_mode": mode}).model.tokenizer_mode for mode in ("slow", "hf")
     ] == ["slow", "hf"]
     for given in (
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 0},
         {"pipeline_parallel_size": 2},
         {"quantization": "quip"},
         {"enable_lora": True},

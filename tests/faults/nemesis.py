@@ -418,11 +418,13 @@ def main() -> int:
     parser.add_argument("--single", action="store_true", help="one fault after the other")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--replicas", type=int, default=2, help="of all but the scheduler")
+    parser.add_argument("--ranks", type=int, default=1, help="of each worker")
     options = parser.parse_args()
     count = str(options.replicas)
     flags = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", str(VOCAB))
     flags += ("--fake-step-ms", "4", "--num-frontends", count)
     flags += ("--num-tokenizers", count, "--num-workers", count)
+    flags += ("--tensor-parallel-size", str(options.ranks))
     stack = Stack(*flags).wait_ready()
     try:
         record = asyncio.run(

@@ -282,3 +282,33 @@ def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
     ):
         assert re.search(rf"^    {re.escape(line)}$", text, re.M), line
     assert "retry-on" not in re.sub(r"#.*", "", text), "a request is never sent twice"
+
+
+def test_the_pages_say_which_compose_is_needed() -> None:
+    """`include`, which older ones do not know, came with 2.20."""
+    assert "include" in load("compose.yaml")
+    assert "Compose 2.20 or newer" in (ROOT / "README.md").read_text()
+    deployment = (ROOT / "docs/deployment.md").read_text()
+    assert "Compose 2.20 or newer is needed" in deployment
+    assert "'include' must be a mapping" in deployment and "docker-compose-plugin" in deployment
+
+
+@pytest.mark.parametrize("page", ["tutorials", "deployment"])
+def test_no_page_says_that_containers_were_not_tried(page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
+    assert "not in an engine" not in text and "make compose-check" in text
+
+
+def test_the_gateway_s_figures_are_on_the_board() -> None:
+    scraped = yaml.safe_load((ROOT / "compose/monitoring/prometheus.yml").read_text())
+    targets = [
+        target
+        for job in scraped["scrape_configs"]
+        for static in job["static_configs"]
+        for target in static["targets"]
+    ]
+    assert "gateway:8405" in targets
+    assert "bind :8405" in (ROOT / "compose/gateway.cfg").read_text()
+    board = json.loads((ROOT / "compose/monitoring/board.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert sum("haproxy_" in query for query in queries) >= 4

@@ -15,9 +15,7 @@ ROWS = [
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)))
 COUNTS = {"I": 18, "E": 7, "L": 18, "C": 17, "A": 13}
 LATER = {
-    "L5",
     "C7",
-    "C8",
     "several GPUs",
     "LLaMA 1, 2, 3, Vicuna, Alpaca",
 }

@@ -229,12 +229,12 @@ def test_flags_of_the_table(serve: Callable[..., Any], downloaded: Callable[...,
     ("command", "words"),
     [
         (
-            "meta-llama/Llama-2-13b-chat-hf --tensor-parallel-size 2 --trust-remote-code",
-            "--tensor-parallel-size 2: a model runs on",
+            "meta-llama/Llama-2-13b-chat-hf --pipeline-parallel-size 2 --trust-remote-code",
+            "--pipeline-parallel-size 2: a model is divided by",
         ),
         (
             "MODEL_NAME --pipeline-parallel-size 2",
-            "--pipeline-parallel-size 2: a model runs on one GPU",
+            "--pipeline-parallel-size 2: a model is divided by --tensor-parallel-size alone",
         ),
     ],
 )
@@ -252,12 +252,12 @@ def test_what_follows_later_is_refused_in_one_line(
 
 def test_the_same_offline() -> None:
     for given in (
-        {"tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     ):
         with pytest.raises(ValueError, match="in this version") as caught:
             LLM(model="TheBloke/Llama-2-7B-Chat-AWQ", dtype="half", **given)
-        assert str(caught.value).startswith(f"{next(iter(given))}=")
+        assert str(caught.value).startswith("pipeline_parallel_size=2")
 
 
 def test_a_quantized_model_is_served(

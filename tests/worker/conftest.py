@@ -11,7 +11,9 @@ import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.load import loader
+from pagewire.worker.load.rank_agreement import Ranks
 from pagewire_kernels.batch import make_batch
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from worker.model_variants import BY_LENGTH, CAUSAL, SIZES, VARIANTS
@@ -81,9 +83,19 @@ class Harness:
     """Runs a loaded model on chosen chunks of sequences, over block tables in random order; gives
     the logits of every position."""
 
-    def __init__(self, path: Path, model: ModelConfig | None = None, **settings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: ModelConfig | None = None,
+        communicator: Communicator = SINGLE_RANK,
+        **settings,
+    ) -> None:
         self._loaded = loader.load(
-            path, model or ModelConfig(), worker_config(**settings), lambda stage, fraction: None
+            path,
+            model or ModelConfig(),
+            worker_config(**settings),
+            lambda stage, fraction: None,
+            ranks=Ranks(communicator, communicator),
         )
         self.free = list(range(self._loaded.sizing.num_blocks))
         random.Random(3).shuffle(self.free)
@@ -126,7 +138,12 @@ class Driver:
     tokens."""
 
     def __init__(
-        self, path: Path, model: ModelConfig | None = None, max_num_seqs: int = 64, **settings
+        self,
+        path: Path,
+        model: ModelConfig | None = None,
+        max_num_seqs: int = 64,
+        communicator: Communicator = SINGLE_RANK,
+        **settings,
     ) -> None:
         config = worker_config(**settings)
         self.runner = Runner(
@@ -135,6 +152,7 @@ class Driver:
             SchedulerConfig(max_num_seqs=max_num_seqs),
             config,
             incarnation=5,
+            ranks=Ranks(communicator, communicator),
         )
         self.facts = self.runner.facts()
         self.block_size = config.block_size

@@ -2,6 +2,7 @@
 late or never, and it dies when a test says so."""
 
 import zlib
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -109,12 +110,19 @@ class Clock:
 class Room:
     """GrammarMasks over stand-ins."""
 
-    def __init__(self, count: int, vocab_size: int, late: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        vocab_size: int,
+        late: float = 0.0,
+        seed: int = 0,
+        kind: Callable[..., GrammarMasks] = GrammarMasks,
+    ) -> None:
         self.processes: list[StandIn] = []
         self._random = Random(seed)
         self._late = late
         self.clock = Clock()
-        self.masks = GrammarMasks(
+        self.masks = kind(
             count,
             ModelConfig(),
             vocab_size,

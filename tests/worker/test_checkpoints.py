@@ -13,6 +13,7 @@ from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.cache_spec import cache_spec
+from rank_threads import run_ranks
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -98,6 +99,8 @@ def test_gguf_equals_the_dequantized_model(variant, quantization, tiny, harness,
         wanted = model(torch.tensor([tokens])).logits[0]
     ours = harness(path).logits(tokens, 50)
     assert (ours - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
+    for halves in run_ranks(2, lambda ranks: harness(path, None, ranks).logits(tokens, 50)):
+        assert (halves - wanted).abs().max() < 2e-5 * max(1.0, wanted.abs().max())
     assert loader.open_model(path, ModelConfig())[2] == (2, 9)
     assert torch.equal(harness(tmp_path).logits(tokens, 50), ours), (
         "a directory that holds only a GGUF is that GGUF"

@@ -18,6 +18,7 @@ from pagewire.worker.load.formats.base import Assembler
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.rounding import ROUNDINGS
 from pagewire_kernels.quantized import Quantized
+from rank_threads import run_ranks
 from safetensors.torch import load_file, save_file
 from worker import format_packers as packers
 
@@ -272,7 +273,10 @@ def check_model(path: Path, reference: torch.nn.Module, harness: Any, tokens: li
         wanted = reference(torch.tensor([tokens])).logits[0]
     made = harness(path)
     ours = made.logits(tokens, 17)
-    assert (ours - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+    limit = 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (ours - wanted).abs().max() < limit
+    for halves in run_ranks(2, lambda ranks: harness(path, None, ranks).logits(tokens, 17)):
+        assert (halves - wanted).abs().max() < 2 * limit
     return made
 
 

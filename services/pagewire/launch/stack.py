@@ -90,6 +90,14 @@ def check_workers(config: StackConfig) -> StackConfig:
     """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
     for."""
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
+    ranks = config.worker.tensor_parallel_size
+    if visible and ranks > 1 and config.num_workers * ranks > len(visible):
+        several = f" for each of {config.num_workers} workers" if config.num_workers > 1 else ""
+        raise BadSetting(
+            "tensor_parallel_size",
+            ranks,
+            f"a GPU a rank is needed{several}, and there are {len(visible)}: {', '.join(visible)}",
+        )
     share = config.worker.gpu_memory_utilization
     room_each = int(1 / share + 1e-6)
     room = len(visible) * room_each
@@ -129,22 +137,59 @@ def early_services(config: StackConfig) -> list[Service]:
 
 def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
     """Workers first, since theirs is the longest way to ready; several take turns over the GPUs
-    there are. `model` names local files."""
-    workers = [
-        _service(config.run, "worker", i, model, config.scheduler, config.worker)
-        for i in range(config.num_workers)
-    ]
-    homes = gpus() if len(workers) > 1 and config.worker.device in ("auto", "cuda") else []
-    if homes:
-        places = itertools.cycle([(("CUDA_VISIBLE_DEVICES", home),) for home in homes])
-        workers = [
-            dataclasses.replace(worker, environment=place)
-            for worker, place in zip(workers, places, strict=False)
-        ]
+    there are. Each is one process or, over several GPUs, a group of ranks. `model` names local
+    files."""
+    homes = gpus() if config.worker.device in ("auto", "cuda") else []
+    ranks = config.worker.tensor_parallel_size
+    workers: list[Service] = []
+    for i in range(config.num_workers):
+        run = structs.replace(config.run, name=f"worker-{i}")
+        service = worker_service(run, model, config.scheduler, config.worker)
+        if homes and config.num_workers > 1:
+            # a rank sees the GPUs of its whole group
+            own = [homes[(i * ranks + rank) % len(homes)] for rank in range(ranks)]
+            place = (("CUDA_VISIBLE_DEVICES", ",".join(own)),)
+            service = dataclasses.replace(service, environment=place)
+        workers += ranks_of(service, ranks)
     return workers + [
         _service(config.run, "tokenizer", i, model, config.tokenizer)
         for i in range(config.num_tokenizers)
     ]
+
+
+def worker_service(
+    run: RunConfig, model: ModelConfig, scheduler: SchedulerConfig, worker: WorkerConfig
+) -> Service:
+    """The worker called `run.name`, or after this process."""
+    name = run.name or f"worker-{os.getpid()}"
+    return _named(run, "worker", name, model, scheduler, worker)
+
+
+def ranks_of(worker: Service, size: int) -> list[Service]:
+    """The processes of a worker: itself, or the ranks of its group, of which the first has the
+    worker's name."""
+    if size == 1:
+        return [worker]
+    return [
+        dataclasses.replace(
+            worker,
+            name=rank_name(worker.name, rank),
+            arguments=tuple(
+                f"--name={rank_name(worker.name, rank)}"
+                if word == f"--name={worker.name}"
+                else word
+                for word in worker.arguments
+            ),
+            group=worker.name,
+            rank=rank,
+        )
+        for rank in range(size)
+    ]
+
+
+def rank_name(worker: str, rank: int) -> str:
+    """The name of a rank's process."""
+    return f"{worker}.{rank}" if rank else worker
 
 
 def announce(announcer: Announcer, death: Death) -> None:
@@ -169,8 +214,13 @@ def local_model(model: ModelConfig, files: Path, tokenizer: Path | None) -> Mode
 def _service(
     run: RunConfig, kind: str, number: int, *configs: Struct, fds: tuple[int, ...] = ()
 ) -> Service:
+    return _named(run, kind, f"{kind}-{number}", *configs, fds=fds)
+
+
+def _named(
+    run: RunConfig, kind: str, name: str, *configs: Struct, fds: tuple[int, ...] = ()
+) -> Service:
     """API keys go through the environment: command lines can be read by everyone on a machine."""
-    name = f"{kind}-{number}"
     keys = [
         key for config in configs if isinstance(config, FrontendConfig) for key in config.api_key
     ]

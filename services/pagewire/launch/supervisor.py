@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..process import liveness
+from ..process.group import PLACE_VARIABLE, GroupMemory
 from ..process.parent import FAILURES_VARIABLE, PARENT_VARIABLE, how_it_ended
 
 ORDERLY_EXIT_S = 3.5
@@ -50,6 +51,8 @@ class Service:
     group: str = ""
     """Services of one group run one model together: when one of them ends, the others are ended,
     and all are started again. Empty: alone."""
+    rank: int = 0
+    """Its number in the group."""
 
     @property
     def kind(self) -> str:
@@ -95,6 +98,22 @@ class Failures:
             if now - ready_at >= STABLE_S:
                 self.in_a_row = 0
         self.in_a_row += 1
+
+
+@dataclass
+class Group:
+    """Services that run one model together."""
+
+    size: int = 0
+    failures: Failures = field(default_factory=Failures)
+    memory: GroupMemory | None = None
+    """Of the present life."""
+
+    def end_life(self) -> None:
+        """One of them has ended: what they shared is of no use to the next ones."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
 
 
 @dataclass
@@ -160,7 +179,7 @@ class Supervisor:
                 f"Pagewire runs on Linux, and this is {platform.system()}: use its container there, or WSL2 on Windows"
             )
         self.failure: str | None = None
-        self._group_failures: dict[str, Failures] = {}
+        self._groups: dict[str, Group] = {}
         self._children = [self._child(service) for service in services]
         self._on_line = on_line
         self._announce = on_death
@@ -179,8 +198,9 @@ class Supervisor:
     def _child(self, service: Service) -> Child:
         if not service.group:
             return Child(service)
-        failures = self._group_failures.setdefault(service.group, Failures())
-        return Child(service, failures=failures)
+        group = self._groups.setdefault(service.group, Group())
+        group.size = max(group.size, service.rank + 1)
+        return Child(service, failures=group.failures)
 
     def _others_of_group(self, child: Child) -> list[Child]:
         group = child.service.group
@@ -193,6 +213,11 @@ class Supervisor:
     def mark_ready(self) -> None:
         """The stack serves: from now on a service that ends is started again."""
         self._ready = True
+
+    @property
+    def all_ready(self) -> bool:
+        """Each service has a process that has got as far as serving."""
+        return all(child.ready_at is not None for child in self._children)
 
     def stop(self) -> None:
         """End everything; a second call ends it without waiting. Safe from signal handlers and
@@ -242,13 +267,18 @@ class Supervisor:
             "PYTHONSAFEPATH": "1",
             **dict(child.service.environment),
         }
+        pass_fds = (*child.service.pass_fds, page_fd)
+        if child.service.group:
+            place = self._memory_of(child.service.group).place(child.service.rank)
+            variables[PLACE_VARIABLE] = place.as_variable()
+            pass_fds += place.fds
         child.process = subprocess.Popen(
             command_of(child.service),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **variables},
-            pass_fds=(*child.service.pass_fds, page_fd),
+            pass_fds=pass_fds,
             process_group=0,
         )
         child.lives += 1
@@ -259,6 +289,12 @@ class Supervisor:
         assert child.process.stdout is not None
         os.set_blocking(child.process.stdout.fileno(), False)
         self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
+
+    def _memory_of(self, name: str) -> GroupMemory:
+        group = self._groups[name]
+        if group.memory is None:
+            group.memory = GroupMemory(name, group.size)
+        return group.memory
 
     def _wait(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
@@ -374,6 +410,8 @@ class Supervisor:
         in_a_row = max(1, failures.in_a_row)
         self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
         others = self._others_of_group(child)
+        if child.service.group:
+            self._groups[child.service.group].end_life()
         for other in others:
             other.start_at = child.start_at
             if other.process is not None and not other.is_ending:
@@ -394,6 +432,8 @@ class Supervisor:
     def _end_all(self) -> None:
         self._end([child for child in self._alive() if child.service.drain_s is not None])
         self._end(self._alive())
+        for group in self._groups.values():
+            group.end_life()
         self._selector.close()
 
     def _end(self, children: list[Child]) -> None:

@@ -35,7 +35,7 @@ def _each(names: str, why: str, **options: Any) -> dict[str, Foreign]:
     return {name: Foreign(why, **options) for name in names.split()}
 
 
-ONE_GPU: Final = "a model runs on one GPU in this version"
+BY_TENSORS: Final = "a model is divided by --tensor-parallel-size alone in this version"
 NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
@@ -45,7 +45,7 @@ OWN_CHOICE: Final = "Pagewire has one implementation, chosen by the device"
 
 HARMLESS: Final[dict[str, Foreign]] = {
     "distributed_executor_backend": Foreign(
-        "services are processes of this machine; there is no executor", ("mp", "uni", *OFF)
+        "ranks are processes of this machine; there is no Ray in this version", ("mp", "uni", *OFF)
     ),
     "disable_log_requests": Foreign(
         "requests are logged only with --enable-log-requests", switch=True
@@ -81,8 +81,13 @@ HARMLESS: Final[dict[str, Foreign]] = {
         neutral=("auto", *OFF),
     ),
     **_each(
-        "disable_custom_all_reduce enable_expert_parallel disable_nccl_for_dp_synchronization",
-        ONE_GPU,
+        "disable_custom_all_reduce disable_nccl_for_dp_synchronization",
+        OWN_CHOICE,
+        switch=True,
+    ),
+    **_each(
+        "enable_expert_parallel",
+        "ranks divide each expert between them",
         switch=True,
     ),
     **_each("ray_workers_use_nsight worker_use_ray engine_use_ray", "there is no Ray", switch=True),
@@ -137,19 +142,19 @@ HARMLESS: Final[dict[str, Foreign]] = {
     ),
 }
 REFUSED: Final[dict[str, Foreign]] = {
-    "tensor_parallel_size": Foreign(ONE_GPU, ("1",), True, short=("-tp",)),
-    "pipeline_parallel_size": Foreign(ONE_GPU, ("1",), True, short=("-pp",)),
+    "pipeline_parallel_size": Foreign(BY_TENSORS, ("1",), True, short=("-pp",)),
     "code_revision": Foreign("a repository's code is taken at --revision", refused=True),
     "data_parallel_size": Foreign(
         "--num-workers starts several copies of a model", ("1",), True, short=("-dp",)
     ),
     **_each(
-        "data_parallel_size_local nnodes decode_context_parallel_size",
-        ONE_GPU,
+        "data_parallel_size_local decode_context_parallel_size",
+        BY_TENSORS,
         neutral=("1",),
         refused=True,
     ),
-    **_each("prefill_context_parallel_size", ONE_GPU, neutral=("1",), refused=True),
+    **_each("prefill_context_parallel_size", BY_TENSORS, neutral=("1",), refused=True),
+    "nnodes": Foreign("one stack is one host in this version", ("1",), True),
     **_each(
         "data_parallel_rank node_rank data_parallel_address master_addr",
         "one stack is one host in this version",

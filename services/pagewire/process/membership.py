@@ -75,7 +75,7 @@ class Membership:
         self._tokenizer: TokenizerFacts | None = None
         self._stage, self._fraction, self._ready = "starting", 0.0, False
         self._next_beat = 0.0
-        self._health = None if Started.by_parent else HealthFile(run_dir, name)
+        self._health = HealthFile(run_dir, name) if Started.shows_health else None
         self._run_dir = run_dir
         self._warn_at: float | None = None
 

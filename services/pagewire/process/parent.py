@@ -11,6 +11,8 @@ PARENT_VARIABLE = "PAGEWIRE_PARENT"
 FAILURES_VARIABLE = "PAGEWIRE_FAILURES"
 """In a child's environment: how many lives before this one ended in a row; not there in a first
 life."""
+HEALTH_VARIABLE = "PAGEWIRE_HEALTH_FILE"
+"""Set in the environment of a child that shows its health as if nobody had started it."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -22,6 +24,8 @@ class Started:
     """By a launcher, which gave it all its settings as flags."""
     failures = 0
     """Lives before this one that ended; 0: this is the first."""
+    shows_health = True
+    """In a file, for whoever looks after containers."""
 
 
 def die_with_parent() -> None:
@@ -32,6 +36,7 @@ def die_with_parent() -> None:
         return
     Started.by_parent = True
     Started.failures = int(os.environ.pop(FAILURES_VARIABLE, "0"))
+    Started.shows_health = bool(os.environ.pop(HEALTH_VARIABLE, ""))
     end_with(int(parent))
 
 

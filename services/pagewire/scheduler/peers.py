@@ -240,6 +240,12 @@ class Peers:
             self._roster = self._build(epoch)
         return replace(self._roster, stats=stats) if stats else self._roster
 
+    def _shown(self, peer: Peer) -> Peer:
+        """A rank is no more ready than its group."""
+        if not peer.ready or not peer.group or self.ready_leader(peer) is not None:
+            return peer
+        return replace(peer, ready=False, stage="waiting for the other ranks", fraction=1.0)
+
     def _build(self, epoch: Epoch) -> Roster:
         ready = [state for state in self._peers.values() if state.peer.ready]
         workers = [
@@ -250,7 +256,7 @@ class Peers:
         tokenizers = [state.tokenizer for state in ready if state.tokenizer is not None]
         return Roster(
             epoch,
-            tuple(state.peer for state in self._peers.values())[:1024],
+            tuple(self._shown(state.peer) for state in self._peers.values())[:1024],
             max_model_len=min((w.max_model_len for w in workers), default=0),
             vocab_size=min((w.vocab_size for w in workers), default=0),
             eos_token_ids=workers[0].eos_token_ids if workers else (),

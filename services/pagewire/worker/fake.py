@@ -27,6 +27,7 @@ from pagewire_protocol.structs import (
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from .runners import BadStep
 from .step.grammar_masks import GrammarMasks
+from .step.rank_masks import MakeMasks
 
 FACTOR: Final = GOLDEN_GAMMA
 """Odd, so that no token's share of the hash is ever lost. The hash of t[0..n) is the sum of (t[i] +
@@ -124,6 +125,7 @@ class FakeRunner:
         scheduler: SchedulerConfig,
         config: WorkerConfig,
         incarnation: Incarnation = FIRST_INCARNATION,
+        make_masks: MakeMasks = GrammarMasks,
     ) -> None:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
@@ -148,7 +150,7 @@ class FakeRunner:
         """Of the slots whose prompts are to be scored."""
         self._grow_to(scheduler.num_seqs())
         self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
-        self._masks = GrammarMasks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
+        self._masks = make_masks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
 
     def facts(self) -> WorkerFacts:
         return WorkerFacts(

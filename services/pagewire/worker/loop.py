@@ -16,6 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import numpy as np
 from pagewire_kernels import cpu_native
 from pagewire_protocol.messages import Role, Roster, Shutdown, Step, ToWorker
@@ -25,12 +26,15 @@ from ..checkpoint.json_files import read_object
 from ..config import ModelConfig, RunConfig, SchedulerConfig, WorkerConfig
 from ..process import last_words
 from ..process.errors import EXPECTED, error_line
+from ..process.group import Place, RingReader, RingWriter
 from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
 from .device import driver
 from .load.in_thread import Ticker
+from .rank_link import Follower, Leader, Link, RecordKind
 from .runners import AsyncFromSync, AsyncRunner, StepHandle
+from .step import rank_masks
 from .step_watch import StepWatch, Stuck
 
 log = logging.getLogger("pagewire.worker")
@@ -46,6 +50,12 @@ that compile or capture something do so before they are under way."""
 CPU_STUCK_S = (30.0, 3600.0)
 """The same of a CPU, where others may want its cores, and where the first long prompt of a large
 model takes minutes."""
+AFTER_OTHERS_S = 1.0
+"""How long a rank that was left alone waits for the end of its group before it ends itself."""
+FOLLOWER_BEAT_S = 0.25
+"""How often a rank without work shows that it lives."""
+BUSY_BEAT_S = 0.002
+"""How often it looks whether steps under way have ended."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
@@ -73,7 +83,8 @@ def run(
 ) -> int:
     """Serve until SIGTERM or SIGINT. 0 after an orderly stop, 1 when the model cannot be loaded or
     run: stderr's last line says why."""
-    node: Node[ToWorker] = Node(run.run_dir, Role.WORKER, run.name)
+    place = Place.inherited()
+    node = _node(run, place)
     membership = node.membership
     status = 0
     try:
@@ -81,14 +92,17 @@ def run(
         signal.signal(signal.SIGINT, _stop)
         membership.hello()
         began = time.monotonic()
-        runner = _load(node, model, scheduler, config)
-        membership.ready(worker=runner.facts())
+        link = _link(place)
+        runner = _load(node, model, scheduler, config, place, link)
+        membership.ready(worker=None if isinstance(link, Follower) else runner.facts())
         settle_gc()
         log.info("ready after %.1f s", time.monotonic() - began)
-        _Server(runner, node, watched=bool(run.watchdog_timeout)).serve()
+        _serve(runner, node, link, watched=bool(run.watchdog_timeout))
     except Stopped:
         log.info("stopped")
     except Exception as error:
+        if place is not None and isinstance(error, ConnectionError):
+            _wait_to_be_ended()
         if membership.is_ready:
             _end_at_once(node, error)
         status = 1
@@ -97,6 +111,26 @@ def run(
     membership.goodbye(failed=status != 0)
     node.close(linger_ms=500)
     return status
+
+
+def _node(run: RunConfig, place: Place | None) -> Node[ToWorker]:
+    if place is None:
+        return Node(run.run_dir, Role.WORKER, run.name)
+    return Node(run.run_dir, Role.WORKER, run.name, place.group, place.rank, place.size)
+
+
+def _link(place: Place | None) -> Link | None:
+    """To the other ranks of the group; None where there are none."""
+    if place is None or place.size == 1:
+        return None
+    return Leader(RingWriter(place)) if place.rank == 0 else Follower(RingReader(place))
+
+
+def _wait_to_be_ended() -> None:
+    """Another rank is gone. How that one ended says more than what this one can say, and whoever
+    started the group ends all of it; this rank speaks only if nobody does."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    time.sleep(AFTER_OTHERS_S)
 
 
 def _say_why(error: Exception) -> None:
@@ -108,6 +142,8 @@ def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
     """End a worker that has served. An orderly exit would wait for a device that may have failed for
     good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
+    with contextlib.suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_why(error)
     with contextlib.suppress(Exception):
         node.membership.goodbye(failed=True)
@@ -117,18 +153,24 @@ def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
 
 
 def _load(
-    node: Node[ToWorker], model: ModelConfig, scheduler: SchedulerConfig, config: WorkerConfig
+    node: Node[ToWorker],
+    model: ModelConfig,
+    scheduler: SchedulerConfig,
+    config: WorkerConfig,
+    place: Place | None,
+    link: Link | None,
 ) -> AsyncRunner:
     incarnation = node.incarnation
     membership = node.membership
+    make_masks = rank_masks.maker(link)
     if config.device == "fake":
         from .fake import FakeRunner
 
-        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation))
+        return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation, make_masks))
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
-    imported("worker.load.early").check(path, model)
+    imported("worker.load.early").check(path, model, config.tensor_parallel_size)
     if _may_stay_quantized(path, model, config):
         from .device import kernel_cache
 
@@ -143,7 +185,10 @@ def _load(
     narrate = _Narrator(membership)
     from .load.in_thread import ticking
 
-    if loader.choose_device(config.device) == "cuda":
+    device = loader.choose_device(config.device)
+    with ticking(narrate.alive):
+        ranks = imported("worker.communicators").connect(place, node.run_dir, device)
+    if device == "cuda":
         from .device import kernel_cache
 
         with (
@@ -152,7 +197,7 @@ def _load(
         ):  # a kernel may take minutes to compile
             from .gpu.runner import start
 
-            return start(path, model, scheduler, config, incarnation, narrate)
+            return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
     from .cpu.runner import Runner
 
     with ticking(narrate.alive):  # compiling may take as long here
@@ -165,6 +210,8 @@ def _load(
                 incarnation,
                 narrate,
                 lambda: membership.tick(time.monotonic()),
+                ranks,
+                make_masks,
             )
         )
 
@@ -209,11 +256,26 @@ class _Narrator:
             self._membership.tick(time.monotonic())
 
 
-class _Server:
-    """The loop of a worker that is ready."""
+def _serve(runner: AsyncRunner, node: Node[ToWorker], link: Link | None, watched: bool) -> None:
+    if isinstance(link, Follower):
+        _FollowingServer(runner, node, link, watched).serve()
+    else:
+        _Server(runner, node, watched, link).serve()
 
-    def __init__(self, runner: AsyncRunner, node: Node[ToWorker], watched: bool = True) -> None:
-        """watched: it ends itself when a step does not."""
+
+class _Server:
+    """The loop of a worker that is ready, or of its rank 0."""
+
+    def __init__(
+        self,
+        runner: AsyncRunner,
+        node: Node[ToWorker],
+        watched: bool = True,
+        leader: Leader | None = None,
+    ) -> None:
+        """watched: it ends itself when a step does not. leader: hands steps to the other ranks, if
+        there are any."""
+        self._leader = leader
         self._runner = runner
         self._node = node
         self._membership = node.membership
@@ -241,6 +303,8 @@ class _Server:
                     case Shutdown() if message.epoch == self._epoch:
                         raise Distrusted(f"ended by the scheduler: {message.reason}")
                     case Step() if message.epoch == self._epoch:
+                        if self._leader is not None:
+                            self._leader.step(inbox.frame)
                         self._launch(message)
                         self._send_results()
                     case Step() | Shutdown():
@@ -257,6 +321,11 @@ class _Server:
     def _follow(self, epoch: int) -> None:
         """There is a new scheduler, which knows nothing of the steps under way."""
         self._epoch = epoch
+        if self._leader is not None:
+            self._leader.clear()
+        self._clear()
+
+    def _clear(self) -> None:
         self._runner.clear()
         self._steps.clear()
         if self._watch is not None:
@@ -295,6 +364,53 @@ class _Server:
             self._beat()
         except Stuck as error:
             _end_at_once(self._node, error)
+
+
+class _FollowingServer(_Server):
+    """The loop of any other rank: it runs the steps that rank 0 hands on, in their order, and answers
+    nobody."""
+
+    def __init__(
+        self, runner: AsyncRunner, node: Node[ToWorker], follower: Follower, watched: bool
+    ) -> None:
+        super().__init__(runner, node, watched)
+        self._follower = follower
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+
+    def serve(self) -> None:
+        """Until Stopped. Raises Stuck, Distrusted, RankSilent, and what the runner raises."""
+        self._runner.notify(lambda: None)
+        while True:
+            record = self._follower.read(FOLLOWER_BEAT_S if not self._steps else BUSY_BEAT_S)
+            self._membership.busy = record is not None or bool(self._steps)
+            self._beat()
+            if record is not None and record.kind is RecordKind.CLEAR:
+                self._clear()
+            elif record is not None:
+                step = self._decoder.decode(record.data)
+                assert isinstance(step, Step)
+                self._launch(step)
+            self._drop_results()
+            self._listen()
+
+    def _drop_results(self) -> None:
+        """Rank 0 sends the same."""
+        while self._steps and self._steps[0].done():
+            self._steps.popleft()
+            if self._watch is not None:
+                self._watch.ended(time.monotonic())
+            self._membership.progress += 1
+
+    def _listen(self) -> None:
+        """To the scheduler, which has nothing to say to this rank but who is there."""
+        for message in self._node.inbox.drain():
+            match message:
+                case Roster():
+                    self._membership.on_roster(message)
+                case Shutdown():
+                    raise Distrusted(f"ended by the scheduler: {message.reason}")
+                case Step():
+                    log.warning("a step came to a rank that is not the first: ignored")
 
 
 def _prefill_tokens(step: Step) -> int:

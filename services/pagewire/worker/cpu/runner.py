@@ -25,10 +25,12 @@ from torch import Tensor
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import kernel_cache
 from ..load import loader, weights
+from ..load.rank_agreement import ALONE, Ranks
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
+from ..step.rank_masks import MakeMasks
 from ..step.slots import Ints, Slots
 from . import sampler
 
@@ -47,10 +49,12 @@ class Runner:
         incarnation: Incarnation = FIRST_INCARNATION,
         progress: weights.Progress = lambda stage, fraction: None,
         tick: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
+        make_masks: MakeMasks = GrammarMasks,
     ) -> None:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
-        wait for a long step."""
-        self._loaded = loader.load(path, model, config, progress)
+        wait for a long step. `ranks`: the group that this is one of."""
+        self._loaded = loader.load(path, model, config, progress, ranks=ranks)
         self._incarnation = incarnation
         self._device = self._loaded.device
         self._tick = tick
@@ -60,7 +64,7 @@ class Runner:
         )
         self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
-        self._masks = GrammarMasks(self._slots.count, model, vocab_size, tuple(eos))
+        self._masks = make_masks(self._slots.count, model, vocab_size, tuple(eos))
         self._constraints = Constraints(
             self._slots, self._masks, vocab_size, eos, self._device, self._tensor
         )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda
+from pagewire_kernels.communicator import CheckedCommunicator
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..load import gpu_memory, loader, memory_errors, weights
+from ..load.rank_agreement import ALONE, Ranks
 from ..step.apply import StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks, Keys
+from ..step.rank_masks import MakeMasks
 from ..step.slots import Bools, Ints, Slots
 from . import gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
@@ -70,10 +73,17 @@ class GpuStep:
     """[S]: which rows have a token; None: each. The masks of the others were not there."""
     failed: Bools | None = None
     """[S]: which rows' grammars cannot be held any further; None: none."""
+    communicator: CheckedCommunicator | None = None
+    """To the other ranks, where its operations may fail unseen."""
 
     def done(self) -> bool:
-        """Raises RuntimeError when the GPU has failed."""
-        return self.event.query()
+        """Raises RuntimeError when the GPU has failed, and CommunicatorFailed when another rank
+        has."""
+        if not self.event.query():
+            return False
+        if self.communicator is not None:
+            self.communicator.check()
+        return True
 
     def result(self) -> StepResult:
         """See runners.StepHandle."""
@@ -143,23 +153,33 @@ def start(
     config: WorkerConfig,
     incarnation: Incarnation = FIRST_INCARNATION,
     progress: weights.Progress = lambda stage, fraction: None,
+    ranks: Ranks = ALONE,
+    make_masks: MakeMasks = GrammarMasks,
 ) -> "GpuRunner":
     """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
     and captured, and steps have been timed. Raises what loading raises, and ValueError for more
     steps in flight than there are buffers for."""
     check_ring(scheduler.steps_in_flight)
-    loaded = loader.load(path, model, config, progress, scheduler)
+    loaded = loader.load(path, model, config, progress, scheduler, ranks)
     eager = config.enforce_eager or not loaded.capturable
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
-        parts = _allocate(loaded, model, config.block_size, eager, cascade)
+        parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
+            # What all ranks compute alike, as routers, must be computed by the same kernels: the
+            # first rank times them, and the others read what it has kept.
+            if ranks.rank:
+                ranks.wait()
             _choose_gemms(parts, progress)
+            if not ranks.rank:
+                ranks.wait()
         _capture(parts, progress)
         cost = step_cost.measure(parts.mixed, loaded, loaded.on_gpu.step_tokens)
     _log_outcome(loaded, cost)
-    return GpuRunner(parts, cost, incarnation, _observers(config))
+    layers = ranks.layers
+    checked = layers if isinstance(layers, CheckedCommunicator) else None
+    return GpuRunner(parts, cost, incarnation, _observers(config), checked)
 
 
 def check_ring(steps_in_flight: int) -> None:
@@ -173,7 +193,12 @@ def check_ring(steps_in_flight: int) -> None:
 
 
 def _allocate(
-    loaded: loader.Loaded, model: ModelConfig, block_size: int, eager: bool, cascade: bool
+    loaded: loader.Loaded,
+    model: ModelConfig,
+    block_size: int,
+    eager: bool,
+    cascade: bool,
+    make_masks: MakeMasks,
 ) -> GpuParts:
     slots = Slots(loaded.on_gpu.rows, loaded.sizing.max_model_len, block_size)
     # One slot more on the device, which takes what padding writes.
@@ -181,7 +206,7 @@ def _allocate(
     uploads = Uploads("cuda")
     pool = torch.cuda.graph_pool_handle()
     vocab_size = loaded.decoder.arch.vocab_size
-    masks = GrammarMasks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
+    masks = make_masks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
     return GpuParts(
         loaded,
         slots,
@@ -199,7 +224,7 @@ def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
     """Before anything is captured, since graphs keep the kernels they were captured with."""
     choices = cuda.OPS.choices
     if wanted:
-        heads = parts.loaded.decoder.arch.num_heads
+        heads = parts.loaded.decoder.rank_arch.num_heads
         cache = parts.loaded.caches[0]
         verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
     else:
@@ -261,7 +286,10 @@ class GpuRunner:
         cost: StepCost,
         incarnation: Incarnation,
         observers: list[StepObserver],
+        communicator: CheckedCommunicator | None = None,
     ) -> None:
+        """communicator: to the other ranks, where its operations may fail unseen."""
+        self._communicator = communicator
         self._loaded = parts.loaded
         self._slots = parts.slots
         self._state = parts.state
@@ -384,7 +412,17 @@ class GpuRunner:
         if self._waiter is not None:
             self._waiter.watch(event)
         failed = self._masks.failed(slots) if self._masks.any else None
-        return GpuStep(step, self._incarnation, slots, host, event, run.logprobs, run.ready, failed)
+        return GpuStep(
+            step,
+            self._incarnation,
+            slots,
+            host,
+            event,
+            run.logprobs,
+            run.ready,
+            failed,
+            self._communicator,
+        )
 
     def _mirror(self, step: Step) -> None:
         """Bring what the step changed in the host's slots to the device."""

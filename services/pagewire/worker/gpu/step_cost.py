@@ -86,5 +86,6 @@ def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callabl
         max(counts),
         max(lengths),
     )
-    q = torch.randn(len(ids), arch.num_heads, arch.head_dim, dtype=loaded.dtype, device="cuda")
+    heads = loaded.decoder.rank_arch.num_heads
+    q = torch.randn(len(ids), heads, arch.head_dim, dtype=loaded.dtype, device="cuda")
     return lambda: ops.paged_attention(q, cache[0], cache[1], batch, arch.head_dim**-0.5, None)

@@ -7,17 +7,20 @@ from ...checkpoint import model_types, quantization
 from ...config import ModelConfig
 from ..models import FAMILIES, describe
 from ..models.architecture import read_config
+from ..models.ranks import check_ranks, check_undivided
 from .sources import locate
 
 
-def check(path: Path, model: ModelConfig) -> None:
+def check(path: Path, model: ModelConfig, ranks: int = 1) -> None:
     """Raises Unsupported when the model at `path`, a directory or a GGUF file, cannot be served as
-    its configuration is, or lacks files."""
+    its configuration is, cannot be divided among so many `ranks`, or lacks files."""
     model_types.check(path, model.trust_remote_code)
     location = locate(path, model.load_format)
     if location.path.is_dir():
         config = read_config(location.path)
         if config.get("model_type") in FAMILIES:
             quantization.check(path, config, model.quantization)
-            describe(config)
+            check_ranks(describe(config), ranks)
+        else:
+            check_undivided(str(config.get("model_type")), ranks)
     location.check()

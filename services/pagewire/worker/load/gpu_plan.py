@@ -12,6 +12,7 @@ import torch
 from pagewire_kernels.attention_torch_plan import Shape, workspace
 from pagewire_kernels.backend import backend
 from pagewire_kernels.capability import attends_by_torch
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 
 from ...config import LARGE_GPU, ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import gpus
@@ -21,6 +22,8 @@ from ..models.cache_spec import CacheSpec, cache_spec
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
+from ..models.ranks import of_rank
+from ..models.weight_slots import Shard
 from . import gpu_memory, kv_dtype, kv_sizing
 from .gpu_memory import Load, MemoryRequest
 from .kv_sizing import DoesNotFit, Sizing
@@ -43,12 +46,13 @@ class GpuPlan:
     attends_by_torch: bool
 
 
-def look_at_gpu() -> Gpu:
-    """The GPU that the model goes to. Raises gpus.NoUsableGpu where our kernels cannot run on
-    it."""
+def look_at_gpu(ranks: int = 1) -> Gpu:
+    """The GPU that the model, or a rank's part of it, goes to. Raises gpus.NoUsableGpu where our
+    kernels cannot run on it."""
     gpu = gpus.survey(torch.cuda.current_device())
     gpus.check(gpu, torch.cuda.get_arch_list())
-    if line := gpus.idle_elsewhere(gpu):
+    # the other ranks' GPUs are in use, or will be
+    if ranks == 1 and (line := gpus.idle_elsewhere(gpu)):
         log.warning(line)
     return gpu
 
@@ -61,9 +65,10 @@ def plan_gpu(
     gpu: Gpu,
     scheduler: SchedulerConfig,
     quantized: int = 0,
+    communicator: Communicator = SINGLE_RANK,
 ) -> GpuPlan:
-    """quantized: bytes of all weights where some stay quantized, 0 where all are full. Raises
-    kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
+    """quantized: bytes of this rank's weights where some stay quantized, 0 where all are full.
+    Raises kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
     by_torch = attends_by_torch(gpu.capability)
     if by_torch:
         major, minor = gpu.capability
@@ -71,7 +76,9 @@ def plan_gpu(
             f"{gpu.title()} has compute capability {major}.{minor}; below 8.0 Triton has no tensor cores, so attention and products run "
             f"through torch, without CUDA graphs (--enforce-eager)"
         )
-    weights = quantized or weight_bytes(arch, dtype)
+    weights = quantized or weight_bytes(arch, dtype, communicator)
+    # every rank has all logits
+    arch = replace(of_rank(arch, communicator.size), vocab_size=arch.vocab_size)
     tokens = scheduler.step_tokens(True, gpu.total)
     cache = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
 
@@ -137,12 +144,15 @@ def load_of(
     )
 
 
-def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Of all weights that the model will have on a GPU, asked of a model without memory."""
+def weight_bytes(
+    arch: Architecture, dtype: torch.dtype, communicator: Communicator = SINGLE_RANK
+) -> int:
+    """Of all weights that this rank will have on its GPU, asked of a model without memory."""
     if isinstance(arch, OtherArchitecture):
         return arch.parameters * dtype.itemsize
-    model = Decoder(arch, Build(backend("cuda"), dtype, "meta"))
+    shard = Shard(communicator.rank, communicator.size)
+    model = Decoder(arch, Build(backend("cuda"), dtype, "meta", shard=shard))
     return max(
         model.nbytes,
-        kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=False),
+        kv_sizing.weight_bytes(model.rank_arch, dtype.itemsize, head_copy=False),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
+from pagewire_kernels.communicator import Communicator
 from pagewire_kernels.kv_cache import KVScales
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
+from ..models.ranks import check_ranks, check_undivided, of_rank
+from ..models.weight_slots import Shard
 from . import (
     cpu_crossings,
     kv_dtype,
@@ -42,6 +45,7 @@ from .in_thread import run_in_thread
 from .kv_sizing import Sizing
 from .pytorch_file import PytorchFiles
 from .quantizing import Checkpoint, Quantizing
+from .rank_agreement import ALONE, Ranks, agreed, agreed_plan, named_rank
 from .sources import locate
 from .weights import Source
 
@@ -111,17 +115,22 @@ def load(
     config: WorkerConfig,
     progress: weights.Progress,
     scheduler: SchedulerConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> Loaded:
-    """The model at `path` (a directory or a .gguf file). `scheduler` says how large steps get.
-    Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or memory_errors.GpuFailed with what is
-    wrong and what to do."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    """The model at `path` (a directory or a .gguf file), or the part of it that one of several ranks
+    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or
+    memory_errors.GpuFailed with what is wrong and what to do."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.threads or max(1, cores // ranks.size))
     device = choose_device(config.device)
-    gpu = look_at_gpu() if device == "cuda" else None
+    gpu = look_at_gpu(ranks.size) if device == "cuda" else None
     described = _describe(path, model)
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
+        check_undivided(arch.model_type, ranks.size)
+    check_ranks(arch, ranks.size)
+    rank_arch = of_rank(arch, ranks.size)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     if described.fallback_plan and model.quantization:
         raise Unsupported(
@@ -129,18 +138,29 @@ def load(
         )
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
     chosen = quantizing.choose(described.checkpoint, arch, model.quantization, target)
-    spec = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
+    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
     kv_scales = _kv_scales(described, config)
     plan = None
     if gpu:
         steps = scheduler or SchedulerConfig()
-        plan = plan_gpu(arch, dtype, model, config, gpu, steps, chosen.weight_bytes(arch))
-    sizing = plan.sizing if plan else _size(arch, spec, dtype, model, config, chosen)
-    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing)
+        quantized = chosen.weight_bytes(arch) // ranks.size
+        with named_rank(ranks.host):
+            plan = plan_gpu(arch, dtype, model, config, gpu, steps, quantized, ranks.layers)
+        plan = agreed_plan(plan, ranks.host)
+    if plan:
+        sizing = plan.sizing
+    else:
+        quantized = chosen.weight_bytes(arch)
+        with named_rank(ranks.host):
+            sizing = _size(rank_arch, spec, dtype, model, config, quantized, ranks.size)
+        sizing = agreed(sizing, ranks.host)
+    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks.host)
     placement = _Placement(device, dtype, chosen)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if described.fallback_plan is None:
-            decoder = _load_decoder(described, placement, kv_scales, model.seed, progress)
+            decoder = _load_decoder(
+                described, placement, kv_scales, model.seed, progress, ranks.layers
+            )
         else:
             decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
         if gpu:
@@ -163,9 +183,20 @@ def _describe(path: Path, model: ModelConfig) -> _Description:
     return _Description(settings, plan.arch, Checkpoint(source), eos, plan)
 
 
-def _log_size(arch: Architecture, dtype: torch.dtype, processor_title: str, sizing: Sizing) -> None:
+def _log_size(
+    arch: Architecture,
+    dtype: torch.dtype,
+    processor_title: str,
+    sizing: Sizing,
+    communicator: Communicator,
+) -> None:
+    """Ranks are alike: the first one speaks for all."""
+    if communicator.rank:
+        return
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
     log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
+    if communicator.size > 1:
+        log.info("divided among %d ranks; each of them has:", communicator.size)
     for line in sizing.lines():
         log.info(line)
 
@@ -176,13 +207,15 @@ def _load_decoder(
     kv_scales: tuple[KVScales, ...],
     seed: int,
     progress: weights.Progress,
+    communicator: Communicator,
 ) -> Decoder:
     """A model of a family that is implemented here."""
     device = placement.device
     chosen = placement.quantizing
     ops = backend(device)
     method = method_choice(ops, placement.dtype, device, chosen)
-    build = Build(ops, placement.dtype, device, method, kv_scales=kv_scales)
+    shard = Shard(communicator.rank, communicator.size)
+    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator)
     decoder = Decoder(described.arch, build)
     checkpoint = described.checkpoint
     weights.load(
@@ -307,20 +340,24 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
 
 
 def _size(
-    arch: Architecture,
+    rank_arch: Architecture,
     spec: CacheSpec,
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
-    chosen: Quantizing,
+    quantized: int,
+    ranks: int,
 ) -> Sizing:
+    """Of one of `ranks` processes, which share the machine's memory. quantized: bytes of all weights
+    where some stay quantized, else 0."""
     return kv_sizing.size(
-        arch,
+        rank_arch,
         spec,
-        weights=chosen.weight_bytes(arch)
-        or kv_sizing.weight_bytes(arch, dtype.itemsize, head_copy=True),
-        available=kv_sizing.available_memory(),
-        kv_bytes=config.kv_cache_memory_bytes or int(config.cpu_kv_cache_gb * kv_sizing.GIB),
+        weights=quantized // ranks
+        or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True),
+        available=kv_sizing.available_memory() // ranks,
+        kv_bytes=config.kv_cache_memory_bytes
+        or int(config.cpu_kv_cache_gb * kv_sizing.GIB) // ranks,
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,

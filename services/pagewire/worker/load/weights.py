@@ -9,6 +9,7 @@ tensor that the model does not know, lacks or has in another shape is an error t
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -176,7 +177,7 @@ def fill_randomly(slots: Sequence[WeightSlot], seed: int, progress: Progress) ->
         else:
             whole = torch.empty(slot.shape, device=target.device)
             whole.normal_(0, DUMMY_STD, generator=_generator(slot.name, seed, whole.device))
-            target.copy_(whole if slot.slice is None else slot.slice.of(whole))
+            replace(slot, row_order=None).fill(whole)
         progress("making random weights", done / len(slots))
 
 

@@ -2,22 +2,48 @@
 differs between models is chosen when a part is made; a call takes no decisions."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.communicator import NormingCommunicator
 from pagewire_kernels.kv_cache import UNSCALED
 from torch import Tensor
 
 from . import rotary
 from .architecture import Architecture
-from .layers import Build, CorrectionBias, LayerNorm, Norm, Part, RmsNorm
+from .layers import (
+    AddNormOfSum,
+    Build,
+    CorrectionBias,
+    FusedAddNormOfSum,
+    LayerNorm,
+    Norm,
+    NormOfSum,
+    Part,
+    RmsNorm,
+)
+
+SumInput = Literal["call", "add", "none"]
+"""Which input of a norm is the sum of what attention or MLP gave on each rank: that of `__call__`,
+x of `add`, or neither."""
 
 
-def make_norm(arch: Architecture, build: Build, name: str) -> Norm:
+def make_norm(arch: Architecture, build: Build, name: str, sums: SumInput = "none") -> Norm:
     """The architecture's kind of norm over the hidden size; `name` without a suffix."""
+    norm: RmsNorm | LayerNorm
     if arch.norm == "layer":
-        return LayerNorm(build, name, arch.hidden_size, arch.norm_eps, arch.norm_bias)
-    return RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.fp32_norm)
+        norm = LayerNorm(build, name, arch.hidden_size, arch.norm_eps, arch.norm_bias)
+    else:
+        norm = RmsNorm(build, name, arch.hidden_size, arch.norm_eps, arch.fp32_norm)
+    if build.shard.whole or sums == "none":
+        return norm
+    communicator = build.communicator
+    if sums == "call":
+        return NormOfSum(norm, communicator)
+    if isinstance(communicator, NormingCommunicator):
+        return FusedAddNormOfSum(norm, communicator, communicator)
+    return AddNormOfSum(norm, communicator)
 
 
 class Attention:
@@ -63,7 +89,8 @@ class Attention:
         return [self.qkv, self.output, *self._norms]
 
     def __call__(self, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]; cache [2, blocks, Hkv, block_size, D]."""
+        """x [T, H] -> [T, H], of several ranks to be added up; cache [2, blocks, Hkv, block_size,
+        D]."""
         qkv = self.qkv(x, batch)
         return self.output(self.after_projection(qkv, cos_sin, cache, batch), batch)
 
@@ -117,7 +144,7 @@ class Mlp:
         return [self.up, self.down]
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]."""
+        """x [T, H] -> [T, H], of several ranks to be added up."""
         return self.down(self._activation(self.up(x, batch)), batch)
 
 
@@ -155,7 +182,7 @@ class Mixture:
         return parts
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] -> [T, H]."""
+        """x [T, H] -> [T, H], of several ranks to be added up."""
         bias = None if self._correction is None else self._correction.bias
         logits = self._router(x, batch)
         top_k_ids, top_k_weights = self._ops.route(logits, self._routing, bias, batch.slot_mapping)

@@ -3,7 +3,7 @@ Knows no checkpoint format.
 
 A layer is one of four kinds of block (see Architecture.block). Within the layers, x is what the
 last part gave, still to be added to `residual`, so that the sum and the norm after it are one
-operation.
+operation. On several ranks x is this rank's share of it: the norm after it adds the others'.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native, single
 from .architecture import Architecture
-from .blocks import Attention, Mixture, Mlp, make_norm
+from .blocks import Attention, Mixture, Mlp, SumInput, make_norm
 from .layers import (
     Build,
     Embedding,
@@ -23,9 +23,12 @@ from .layers import (
     LearnedPositions,
     LMHead,
     Norm,
+    ParallelEmbedding,
+    ParallelHead,
     Part,
     TiedHead,
 )
+from .ranks import of_rank
 from .single import SingleLayer
 from .weight_slots import WeightSlots
 
@@ -38,6 +41,8 @@ class Layer:
     """The sequential block, and what the others have in common with it."""
 
     norm_names = ("input_layernorm", "post_attention_layernorm")
+    sums: tuple[SumInput, ...] = ("add", "add")
+    """Of each norm."""
 
     def __init__(self, arch: Architecture, index: int, build: Build) -> None:
         name = f"model.layers.{index}"
@@ -48,7 +53,10 @@ class Layer:
             if dense
             else Mixture(arch, build, f"{name}.mlp")
         )
-        self.norms = [make_norm(arch, build, f"{name}.{norm}") for norm in self.norm_names]
+        self.norms = [
+            make_norm(arch, build, f"{name}.{norm}", sums)
+            for norm, sums in zip(self.norm_names, self.sums, strict=True)
+        ]
 
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
@@ -68,6 +76,8 @@ class Layer:
 class ParallelLayer(Layer):
     """The parallel block: attention and MLP read the same hidden states."""
 
+    sums = ("add", "none")
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
@@ -81,6 +91,7 @@ class SharedNormLayer(Layer):
     """The parallel block whose attention and MLP read the same normed input."""
 
     norm_names = ("input_layernorm",)
+    sums = ("add",)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
@@ -99,6 +110,7 @@ class SandwichLayer(Layer):
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     )
+    sums = ("none", "call", "none", "call")
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
@@ -134,15 +146,18 @@ class Decoder:
 
     def __init__(self, arch: Architecture, build: Build) -> None:
         self.arch = arch
+        self.rank_arch = of_rank(arch, build.shard.size)
+        """The same with the sizes that this rank has."""
         self._build = build
-        embedding = Embedding(
-            build, "model.embed_tokens", arch.vocab_size, arch.embedding_size or arch.hidden_size
-        )
+        kind = Embedding if build.shard.whole else ParallelEmbedding
+        width = arch.embedding_size or arch.hidden_size
+        embedding = kind(build, "model.embed_tokens", arch.vocab_size, width)
         self.embedding = make_embedding(arch, build, embedding)
         self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
         self.norm: Norm | None = None
         if arch.block != "post":
-            self.norm = make_norm(arch, build, "model.norm")
+            sums = "none" if arch.block == "sandwich" else "add"
+            self.norm = make_norm(arch, build, "model.norm", sums)
         self.head = make_head(arch, build, embedding)
         self._singles: list[SingleLayer] = []
         self._native: native.Native | None = None
@@ -241,17 +256,19 @@ def make_embedding(
     return InputEmbedding(tokens, arch.embedding_scale, projection, positions)
 
 
+def make_logits(arch: Architecture, build: Build, tokens: Embedding, width: int) -> Head:
+    """The head's matrix alone, which reads `width` features."""
+    head: Head = TiedHead(tokens)
+    if not arch.tie_word_embeddings:
+        head = build.vocabulary_parallel("lm_head", arch.vocab_size, width, arch.head_bias)
+    return head if build.shard.whole else ParallelHead(head, build, arch.vocab_size)
+
+
 def make_head(arch: Architecture, build: Build, tokens: Embedding) -> Head:
     """What turns hidden states into logits; `tokens`: the table, which a tied head multiplies
     with."""
     width = arch.embedding_size or arch.hidden_size
-    head: Head
-    if arch.tie_word_embeddings:
-        head = TiedHead(tokens)
-    else:
-        head = build.replicated(
-            "lm_head", arch.vocab_size, width, arch.head_bias, float32_output=True
-        )
+    head = make_logits(arch, build, tokens, width)
     if arch.final_logit_softcapping is None and not arch.embedding_size:
         return head
     projection = None

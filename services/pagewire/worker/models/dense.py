@@ -43,9 +43,11 @@ class DenseMethod:
         """See LinearMethod."""
         return DenseExperts(self, spec)
 
-    def allocate_embedding(self, name: str, rows: int, columns: int) -> "DenseEmbedding":
+    def allocate_embedding(
+        self, name: str, rows: int, columns: int, part: TensorSlice | None = None
+    ) -> "DenseEmbedding":
         """See LinearMethod."""
-        return DenseEmbedding(self, name, rows, columns)
+        return DenseEmbedding(self, name, rows, columns, part)
 
 
 def applied(rounding: Rounding | None, spec: LinearSpec) -> Rounding | None:
@@ -85,12 +87,27 @@ def target_for(memory: Tensor, rounding: Rounding | None) -> Tensor | RoundedTar
     return memory if rounding is None else RoundedTarget(memory, rounding)
 
 
-def matrix_slot(part: LinearPart, target: Any, columns: TensorSlice | None) -> WeightSlot:
-    """The slot of one part's matrix. Raises ValueError for a slice in both dimensions, which no
-    layout of ranks asks for."""
+def matrix_slot(
+    part: LinearPart,
+    target: Any,
+    columns: TensorSlice | None,
+    rounding: Rounding | None = None,
+) -> WeightSlot:
+    """The slot of one part's matrix; `rounding`: of the whole before it is cut (see `by_slot`).
+    Raises ValueError for a slice in both dimensions, which no layout of ranks asks for."""
     if part.rows is not None and columns is not None:
         raise ValueError(f"{part.name} cannot be cut by rows and by columns at once")
-    return WeightSlot(f"{part.name}.weight", target, part.rows or columns, part.row_order)
+    whole = rounding.values if rounding is not None else None
+    part_of = part.rows or columns
+    return WeightSlot(f"{part.name}.weight", target, part_of, part.row_order, whole)
+
+
+def by_slot(
+    rounding: Rounding | None, columns: TensorSlice | None
+) -> tuple[Rounding | None, Rounding | None]:
+    """(what the target rounds with, what the slot does): scales are of groups of columns, so where
+    ranks cut those the whole matrix is rounded first, as one process would."""
+    return (rounding, None) if columns is None else (None, rounding)
 
 
 class DenseLinear(LinearWeight):
@@ -105,9 +122,11 @@ class DenseLinear(LinearWeight):
     def weight_slots(self) -> WeightSlots:
         """See Weight."""
         first = 0
+        columns = self._spec.columns
+        rounding, whole = by_slot(self._rounding, columns)
         for part in self._spec.parts:
             rows = self.kernel_weight[first : first + part.held]
-            yield matrix_slot(part, target_for(rows, self._rounding), self._spec.columns)
+            yield matrix_slot(part, target_for(rows, rounding), columns, whole)
             first += part.held
 
     def pack(self) -> None:
@@ -154,7 +173,8 @@ class DenseExperts(ExpertsWeight):
                 (up, self._gate_up[expert, inner:], None),
                 (down.parts[0], self._down[expert], down.columns),
             ):
-                yield matrix_slot(part, target_for(memory, self._rounding), columns)
+                rounding, whole = by_slot(self._rounding, columns)
+                yield matrix_slot(part, target_for(memory, rounding), columns, whole)
 
     def pack(self) -> None:
         """See Weight."""
@@ -175,15 +195,18 @@ class DenseEmbedding(EmbeddingWeight):
     """The table; as a head it is packed a second time where the back end has a layout of its
     own."""
 
-    def __init__(self, method: DenseMethod, name: str, rows: int, columns: int) -> None:
+    def __init__(
+        self, method: DenseMethod, name: str, rows: int, columns: int, part: TensorSlice | None
+    ) -> None:
         self._ops = method.ops
         self._name = name
-        self.table = method.empty(rows, columns)
+        self._part = part
+        self.table = method.empty(rows if part is None else part.length, columns)
         self.kernel_weight: Any = self.table
 
     def weight_slots(self) -> WeightSlots:
         """See Weight."""
-        yield WeightSlot(f"{self._name}.weight", self.table)
+        yield WeightSlot(f"{self._name}.weight", self.table, self._part)
 
     def pack(self) -> None:
         """A table is read row by row, as it is."""

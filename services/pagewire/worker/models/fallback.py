@@ -143,12 +143,11 @@ class FallbackDecoder:
     """Called like decoder.Decoder, from which it differs in who computes what is no attention."""
 
     def __init__(self, arch: Architecture, model: Any, attention: Attention) -> None:
-        self.arch, self.attention_name, self._model, self._attention = (
-            arch,
-            attention.name,
-            model,
-            attention,
-        )
+        self.arch = arch
+        self.rank_arch = arch
+        self.attention_name = attention.name
+        self._model = model
+        self._attention = attention
         model.set_attn_implementation(attention.name)
 
     def __call__(

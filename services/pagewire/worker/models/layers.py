@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator, NormingCommunicator
 from pagewire_kernels.kv_cache import KVScales
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
@@ -41,7 +42,8 @@ class Build:
     heads or by the MLP's inner size: column-parallel ones (of queries, keys and values, gate and
     up) by rows, so that results are parts of the whole's; row-parallel ones (of attention's output
     and the MLP's) by columns, so that results are to be added over the ranks.
-    `kv_scales`: of each layer, where the KV cache holds 8-bit codes."""
+    `kv_scales`: of each layer, where the KV cache holds 8-bit codes. `communicator`: to the other
+    ranks, if there are any."""
 
     ops: Ops
     dtype: torch.dtype
@@ -49,6 +51,7 @@ class Build:
     method: MethodChoice | None = None
     shard: Shard = WHOLE
     kv_scales: Sequence[KVScales] = ()
+    communicator: Communicator = SINGLE_RANK
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory on the device, in the model's type unless `dtype` is given."""
@@ -82,6 +85,13 @@ class Build:
         spec = LinearSpec((LinearPart(name, out_features),), units * unit, columns)
         return Linear(self, spec, bias, adds_bias=self.shard.rank == 0)
 
+    def vocabulary_parallel(
+        self, name: str, vocab_size: int, in_features: int, bias: bool
+    ) -> "Linear":
+        """The head's matrix, of which each rank has the rows of its part of the vocabulary."""
+        part = LinearPart(name, vocab_size, self.shard.vocabulary(vocab_size))
+        return Linear(self, LinearSpec((part,), in_features, float32_output=True), bias)
+
     def replicated(
         self,
         name: str,
@@ -89,12 +99,11 @@ class Build:
         in_features: int,
         bias: bool = False,
         *,
-        float32_output: bool = False,
         keep_precision: bool = False,
     ) -> "Linear":
         """A layer that every rank has whole."""
         part = LinearPart(name, out_features)
-        spec = LinearSpec((part,), in_features, None, float32_output, keep_precision)
+        spec = LinearSpec((part,), in_features, keep_precision=keep_precision)
         return Linear(self, spec, bias)
 
     def experts(
@@ -311,6 +320,12 @@ class RmsNorm(NoMatrix):
         """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
+    def add_sum(
+        self, communicator: NormingCommunicator, x: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`add` of the sum of all ranks' x, in one kernel."""
+        return communicator.all_reduce_add_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(NoMatrix):
     """x less its mean, over its standard deviation, times a weight, plus a bias if there is one."""
@@ -335,13 +350,83 @@ class LayerNorm(NoMatrix):
         """(self(x + residual), x + residual); either input may be overwritten."""
         return self._ops.add_layer_norm(x, residual, self._weight, self._bias, self._eps)
 
+    def add_sum(
+        self, communicator: NormingCommunicator, x: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`add` of the sum of all ranks' x, in one kernel."""
+        weights = (self._weight, self._eps, self._bias)
+        return communicator.all_reduce_add_norm(x, residual, *weights, centre=True)
+
+
+class _AroundNorm:
+    """Base of norms that add up what the ranks bring before another norm does its work."""
+
+    def __init__(self, norm: Norm, communicator: Communicator) -> None:
+        self._norm = norm
+        self._communicator = communicator
+
+    def weight_slots(self) -> WeightSlots:
+        """Of the norm."""
+        yield from self._norm.weight_slots()
+
+    def pack(self) -> None:
+        """See Part."""
+        self._norm.pack()
+
+    def packed(self) -> Iterator[Any]:
+        """Of the norm."""
+        yield from self._norm.packed()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the norm."""
+        return self._norm.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._norm(x)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        return self._norm.add(x, residual)
+
+
+class NormOfSum(_AroundNorm):
+    """A norm whose `__call__` is given each rank's share of its input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._norm(self._communicator.all_reduce(x))
+
+
+class AddNormOfSum(_AroundNorm):
+    """A norm whose `add` is given each rank's share of x, and the whole residual."""
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        return self._norm.add(self._communicator.all_reduce(x), residual)
+
+
+class FusedAddNormOfSum(_AroundNorm):
+    """The same where the communicator does all of it in one kernel."""
+
+    def __init__(
+        self, norm: RmsNorm | LayerNorm, communicator: Communicator, norming: NormingCommunicator
+    ) -> None:
+        super().__init__(norm, communicator)
+        self._add_sum = norm.add_sum
+        self._norming = norming
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See Norm."""
+        return self._add_sum(self._norming, x, residual)
+
 
 class Embedding:
-    """The table of token embeddings."""
+    """The table of token embeddings, of which a rank has its part of the vocabulary."""
 
     def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
         method = build.method_of([name])
-        self.weight: EmbeddingWeight = method.allocate_embedding(name, rows, columns)
+        part = build.shard.vocabulary(rows)
+        self.weight: EmbeddingWeight = method.allocate_embedding(name, rows, columns, part)
         self.dtype = build.dtype
 
     def weight_slots(self) -> WeightSlots:
@@ -364,6 +449,25 @@ class Embedding:
     def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
         """ids [T] int64 -> [T, columns]."""
         return self.weight.embed(ids)
+
+
+class ParallelEmbedding(Embedding):
+    """The table of several ranks: a token's vector comes from the one rank that has it."""
+
+    def __init__(self, build: Build, name: str, rows: int, columns: int) -> None:
+        super().__init__(build, name, rows, columns)
+        part = build.shard.vocabulary(rows)
+        assert part is not None
+        self._first = part.start
+        self._held = part.length
+        self._communicator = build.communicator
+
+    def __call__(self, ids: Tensor, batch: Batch) -> Tensor:
+        """ids [T] int64 -> [T, columns]."""
+        rows = ids - self._first
+        elsewhere = (rows < 0) | (rows >= self._held)
+        x = self.weight.embed(rows.masked_fill(elsewhere, 0))
+        return self._communicator.all_reduce(x.masked_fill(elsewhere[:, None], 0))
 
 
 class LearnedPositions(NoMatrix):
@@ -433,6 +537,33 @@ class TiedHead(NoMatrix):
 
     def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         return self._embedding.weight.logits(x)
+
+
+class ParallelHead(Composite):
+    """A head of which each rank computes the logits of its part of the vocabulary; every rank gets
+    them all, since every rank samples."""
+
+    def __init__(self, head: Head, build: Build, vocab_size: int) -> None:
+        part = build.shard.vocabulary(vocab_size)
+        assert part is not None
+        each = build.shard.each_of_vocabulary(vocab_size)
+        self._head = head
+        self._communicator = build.communicator
+        self._vocab_size = vocab_size
+        self._missing = each - part.length
+        self._padded = each * build.shard.size > vocab_size
+
+    def parts(self) -> Sequence[Part]:
+        """The head."""
+        return [self._head]
+
+    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        logits = self._head(x, batch, rows)
+        if self._missing:
+            logits = torch.nn.functional.pad(logits, (0, self._missing))
+        logits = self._communicator.all_gather(logits, 1)
+        # what was padded lies behind the last rank's, as only the last ranks have less than others
+        return logits[:, : self._vocab_size].contiguous() if self._padded else logits
 
 
 class LMHead(Composite):

@@ -172,6 +172,9 @@ class LinearMethod(Protocol):
         """Weights for the experts of a mixture."""
         ...
 
-    def allocate_embedding(self, name: str, rows: int, columns: int) -> EmbeddingWeight:
-        """A table for token embeddings; `name` without a suffix."""
+    def allocate_embedding(
+        self, name: str, rows: int, columns: int, part: TensorSlice | None = None
+    ) -> EmbeddingWeight:
+        """A table for token embeddings; `name` without a suffix, `rows` in the checkpoint, `part`:
+        the slice of them that this rank holds, None: all."""
         ...

@@ -13,7 +13,7 @@ from pagewire_kernels.backend import Ops, QuantizedExpertOps, QuantizedOps
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
-from .dense import DenseEmbedding, DenseMethod, applied, matrix_slot
+from .dense import DenseEmbedding, DenseMethod, applied, by_slot, matrix_slot
 from .linear_method import (
     EmbeddingWeight,
     ExpertsSpec,
@@ -22,7 +22,7 @@ from .linear_method import (
     LinearWeight,
 )
 from .rounding import Rounding
-from .weight_slots import WeightSlot, WeightSlots
+from .weight_slots import TensorSlice, WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class QuantizedMethod:
         return StackedExperts(self, packing, spec)
 
     def allocate_embedding(
-        self, name: str, rows: int, columns: int
+        self, name: str, rows: int, columns: int, part: TensorSlice | None = None
     ) -> "QuantizedEmbedding | DenseEmbedding":
         """See LinearMethod."""
         if self.on_cpu:
-            return QuantizedEmbedding(self, name, rows, columns)
-        return self.dense.allocate_embedding(name, rows, columns)
+            return QuantizedEmbedding(self, name, rows, columns, part)
+        return self.dense.allocate_embedding(name, rows, columns, part)
 
 
 class QuantizedSlot:
@@ -109,7 +109,7 @@ class QuantizedLinear(LinearWeight):
     def __init__(self, method: QuantizedMethod, spec: LinearSpec) -> None:
         self._method = method
         self._spec = spec
-        rounding = applied(method.rounding, spec)
+        rounding, self._whole = by_slot(applied(method.rounding, spec), spec.columns)
         # A GPU packs each matrix as soon as it is there: codes take twice their memory until then.
         arrived = (lambda: None) if method.on_cpu else self._pack_if_whole
         self._slots = [
@@ -121,7 +121,7 @@ class QuantizedLinear(LinearWeight):
     def weight_slots(self) -> WeightSlots:
         """See Weight."""
         for part, slot in zip(self._spec.parts, self._slots, strict=True):
-            yield matrix_slot(part, slot, self._spec.columns)
+            yield matrix_slot(part, slot, self._spec.columns, self._whole)
 
     def _pack_if_whole(self) -> None:
         if all(slot.value is not None for slot in self._slots):
@@ -211,13 +211,13 @@ class StackedExperts(ExpertsWeight):
 
     def _expert(self, method: QuantizedMethod, spec: LinearSpec) -> list[QuantizedSlot]:
         """Of matrices that read the same input."""
-        rounding = applied(method.rounding, spec)
+        rounding, whole = by_slot(applied(method.rounding, spec), spec.columns)
         slots = []
         for part in spec.parts:
             slot = QuantizedSlot(
                 method, rounding, part.held, spec.held_columns, self._pack_if_whole
             )
-            self._weight_slots.append(matrix_slot(part, slot, spec.columns))
+            self._weight_slots.append(matrix_slot(part, slot, spec.columns, whole))
             slots.append(slot)
         return slots
 
@@ -280,17 +280,21 @@ class StackedExperts(ExpertsWeight):
 class QuantizedEmbedding(EmbeddingWeight):
     """A table that stays quantized serves as a head as it is; one that does not is dense."""
 
-    def __init__(self, method: QuantizedMethod, name: str, rows: int, columns: int) -> None:
+    def __init__(
+        self, method: QuantizedMethod, name: str, rows: int, columns: int, part: TensorSlice | None
+    ) -> None:
         self._method = method
         self._name = name
+        self._part = part
         rounding = method.rounding if method.rounding and method.rounding.head else None
-        self._slot = QuantizedSlot(method, rounding, rows, columns)
+        held = rows if part is None else part.length
+        self._slot = QuantizedSlot(method, rounding, held, columns)
         self._table: Tensor | None = None
         self.kernel_weight: Any = None
 
     def weight_slots(self) -> WeightSlots:
         """See Weight."""
-        yield WeightSlot(f"{self._name}.weight", self._slot)
+        yield WeightSlot(f"{self._name}.weight", self._slot, self._part)
 
     def pack(self) -> None:
         """See Weight."""

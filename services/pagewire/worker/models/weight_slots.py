@@ -6,15 +6,17 @@ only, as a rank of a tensor-parallel group does, and it puts the rows of heads i
 the kernels want. Knows no file format.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 Matrix = TypeVar("Matrix", Tensor, Quantized)
+VOCABULARY_UNIT: Final = 64
+"""Tokens of which each rank has a multiple."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,22 @@ class Shard:
             return TensorSlice(dim, self.rank * count // self.size * unit, unit, count * unit)
         raise ValueError(f"{count} cannot be divided among {self.size} ranks")
 
+    def vocabulary(self, count: int) -> TensorSlice | None:
+        """This rank's rows of a table of `count` tokens, None for all of them. Every rank but the
+        last ones has `each_of_vocabulary`."""
+        if self.whole:
+            return None
+        each = self.each_of_vocabulary(count)
+        start = min(self.rank * each, count)
+        return TensorSlice(0, start, min(each, count - start), count)
+
+    def each_of_vocabulary(self, count: int) -> int:
+        """The rows of a table of `count` tokens that a rank has, or would have if there were
+        enough: in whole units that matrix products like, unless some rank were left with none."""
+        each = -(-count // self.size)
+        aligned = -(-each // VOCABULARY_UNIT) * VOCABULARY_UNIT
+        return aligned if aligned * (self.size - 1) < count else each
+
 
 WHOLE = Shard()
 
@@ -94,6 +112,9 @@ class WeightSlot:
     row_order: Tensor | None = None
     """[n] int64: of each n rows that follow each other, the order in which `target` has them
     (rotary.order). None: the checkpoint's."""
+    rounding: Callable[[Tensor], Tensor | Quantized] | None = None
+    """What the whole of a full tensor is brought to before a part of it is taken: where its values
+    depend on what other ranks hold. None: nothing, or `target` does it."""
 
     @property
     def shape(self) -> torch.Size:
@@ -105,6 +126,8 @@ class WeightSlot:
 
     def fill(self, value: Tensor | Quantized) -> None:
         """Copy this slot's part of a checkpoint's tensor to its place."""
+        if self.rounding is not None and not isinstance(value, Quantized):
+            value = self.rounding(value.to(self.target.device))
         if not isinstance(value, Quantized):
             self.target.copy_(self._taken(value))
         elif isinstance(self.target, Tensor):

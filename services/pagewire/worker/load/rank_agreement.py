@@ -1,0 +1,85 @@
+"""What the ranks of a group must have alike: blocks, rows and lengths are the least that any of them
+has room for. It is also where they wait for each other before anything large is allocated: what is
+free is measured before.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator
+
+from .gpu_plan import GpuPlan
+from .kv_sizing import DoesNotFit, Sizing
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How a worker reaches the other ranks of its group. layers: for tensors on the model's device,
+    within steps. host: for tensors on the CPU while a model is loaded, which may take long."""
+
+    layers: Communicator
+    host: Communicator
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.host.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.host.size
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.host.all_gather(torch.zeros(1), 0)
+
+
+ALONE: Final = Ranks(SINGLE_RANK, SINGLE_RANK)
+
+
+@contextlib.contextmanager
+def named_rank(communicator: Communicator) -> Iterator[None]:
+    """Within, a DoesNotFit says which rank has too little room."""
+    try:
+        yield
+    except DoesNotFit as error:
+        if communicator.size == 1:
+            raise
+        raise DoesNotFit(f"rank {communicator.rank} of {communicator.size}: {error}") from None
+
+
+def agreed(sizing: Sizing, communicator: Communicator) -> Sizing:
+    """`sizing` of this rank with no more than any rank has."""
+    if communicator.size == 1:
+        return sizing
+    blocks, longest = _least([sizing.num_blocks, sizing.max_model_len], communicator)
+    return replace(sizing, num_blocks=blocks, max_model_len=longest)
+
+
+def agreed_plan(plan: GpuPlan, communicator: Communicator) -> GpuPlan:
+    """The same for a plan on a GPU."""
+    if communicator.size == 1:
+        return plan
+    sizing = plan.sizing
+    blocks, longest, tokens, rows, by_torch = _least(
+        [
+            sizing.num_blocks,
+            sizing.max_model_len,
+            plan.step_tokens,
+            plan.rows,
+            -int(plan.attends_by_torch),
+        ],
+        communicator,
+    )
+    sizing = replace(sizing, num_blocks=blocks, max_model_len=longest)
+    return GpuPlan(sizing, tokens, rows, bool(by_torch))
+
+
+def _least(values: list[int], communicator: Communicator) -> list[int]:
+    own = torch.tensor([values], dtype=torch.int64)
+    least: list[int] = communicator.all_gather(own, 0).amin(0).tolist()
+    return least
