@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import ssl
@@ -364,6 +365,26 @@ def test_the_health_of_a_frontend_with_a_certificate(
     ports = {"PAGEWIRE_PORT": "tcp://10.0.0.1:80", name: str(https_port)}
     result = http_health(variables | ports)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+class Unready:
+    """An HTTPS connection to a frontend whose stack is loading."""
+
+    status = 503
+
+    def request(self, method: str, path: str) -> None:
+        assert (method, path) == ("GET", "/ready")
+
+    def getresponse(self) -> "Unready":
+        return self
+
+    def read(self, size: int) -> bytes:
+        return b"loading weights"
+
+
+def test_a_frontend_with_a_certificate_that_is_not_ready_is_not_well() -> None:
+    ask = runpy.run_path(str(ROOT / "compose" / "health_tls.py"))["ask"]
+    assert ask(Unready(), "/ready") == "/ready answered 503: loading weights"
 
 
 def test_health_without_a_frontend_is_one_line() -> None:

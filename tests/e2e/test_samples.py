@@ -78,6 +78,20 @@ def test_nginx_passes_streams_on_as_they_are_written(stack: Stack, tmp_path: Pat
     assert "[error]" not in errors and "[emerg]" not in errors, errors
 
 
+def test_what_nginx_must_do_for_streams() -> None:
+    """Said by the sample itself, whatever headers an upstream sends: answers may be silent for long
+    and are passed on as they come, and no request is sent a second time."""
+    text = (SAMPLES / "nginx.conf").read_text()
+    lines = {line.strip() for line in text.splitlines()}
+    assert {
+        "proxy_buffering off;",
+        "proxy_request_buffering off;",
+        "proxy_http_version 1.1;",
+    } <= lines
+    assert {"proxy_read_timeout 1h;", "proxy_send_timeout 1h;"} <= lines
+    assert "non_idempotent" not in text
+
+
 def wait_for(url: str) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:

@@ -207,7 +207,7 @@ def test_the_help_of_serve_has_groups_and_shows_parts_of_itself() -> None:
     assert "--enable-prefix-caching" in some and "--port" not in some
     group = run("serve", "--help=http").stdout
     assert "--ssl-keyfile" in group and "--max-num-seqs" not in group
-    assert "one GPU" in run("serve", "--help=tensor-parallel-size").stdout
+    assert "(a rank)" in run("serve", "--help=tensor-parallel-size").stdout
     unknown = run("serve", "--help=prot")
     assert unknown.returncode == 2 and "did you mean --port?" in unknown.stderr
 

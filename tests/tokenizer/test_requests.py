@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import LONG, Encoder
 from pagewire.tokenizer.encodings import EncodingTask
+from pagewire.tokenizer.grammar_checks import Outcome
 from pagewire.tokenizer.requests import Requests, encode
 from pagewire.tokenizer.template import ChatTemplate
 from pagewire_protocol.grammar import Grammar, GrammarKind
@@ -64,7 +65,7 @@ class Bench:
             clock=lambda: self.now,
         )
         self.now = 100.0
-        self.outcomes: dict[str, str] = {"g": ""}
+        self.outcomes: dict[str, Outcome] = {"g": Outcome("")}
         """Of grammars, by source: what is wrong with each."""
         self.requests.on_roster(roster(), True)
 
@@ -683,7 +684,7 @@ def test_a_grammar_is_checked_before_anything_is_computed(bench: Bench):
     bench.generate(grammar=bad)
     bench.generate(grammar=bad, rid=2)
     assert not bench.sent() and len(bench.requests) == 2
-    bench.outcomes["bad"] = "it is none"
+    bench.outcomes["bad"] = Outcome("it is none")
     bench.requests.grammar_settled(bad)
     ends = bench.outgoing().ended
     assert [(end.finish, end.status, end.param) for end in ends] == [
@@ -698,7 +699,7 @@ def test_a_request_that_waits_for_its_grammar_goes_on_or_is_cancelled(bench: Ben
     bench.generate(grammar=slow, rid=2)
     bench.requests.cancel(Cancel((((2).to_bytes(16, "big"), 1),)))
     assert bench.end().finish is Finish.CANCELLED
-    bench.outcomes["slow"] = ""
+    bench.outcomes["slow"] = Outcome("")
     bench.requests.grammar_settled(slow)
     submits = [message for message in bench.sent() if isinstance(message, Submit)]
     assert [(submit.rid, submit.grammar) for submit in submits] == [(RID, slow)]
