@@ -251,8 +251,8 @@ async def run(options: argparse.Namespace) -> int:
         await real.run_all(report, options.port, options.keep)
     elif not options.pages:
         await with_fake_worker(report, options)
-    if not options.quick and not options.only:
-        await pages.run_all(report, is_light=not options.real)
+    if options.pages or not (options.quick or options.only):
+        await pages.run_all(report, is_light=not options.real, only=options.only)
     print(f"load averages {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
     for line in report.left_out:
         print(f"not run {line}")
@@ -318,7 +318,9 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the deployment running")
     parser.add_argument("--port", type=int, default=18000)
     parser.add_argument("--streams", type=int, default=40)
-    parser.add_argument("--only", default="", help="faults with this in their names")
+    parser.add_argument(
+        "--only", default="", help="faults, or lines of the pages, with this in them"
+    )
     options = parser.parse_args()
     why = engine.why_not()
     if not why and options.offline and (missing := engine.missing_bases()):

@@ -158,7 +158,21 @@ class Deployment:
         """Remove containers, networks and volumes."""
         with contextlib.suppress(CommandFailed):
             await self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        await remove_project(self.project)
         self._dir.cleanup()
+
+
+async def remove_project(project: str) -> None:
+    """All that is left of it, such as the networks of another file."""
+    label = f"label=com.docker.compose.project={project}"
+    for listed, removed in (
+        (("ps", "-aq"), ("rm", "-f")),
+        (("network", "ls", "-q"), ("network", "rm")),
+        (("volume", "ls", "-q"), ("volume", "rm")),
+    ):
+        for name in (await command("docker", *listed, "--filter", label)).split():
+            with contextlib.suppress(CommandFailed):
+                await command("docker", *removed, name)
 
 
 async def command(

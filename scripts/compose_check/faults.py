@@ -16,6 +16,7 @@ SETTLED_S: Final = 60.0
 QUIET_S: Final = 0.7
 """After a fault is over, before the next one: what it still does to streams is seen as its own."""
 PAUSE_S: Final = 1.5
+REPLACED_S: Final = 30.0
 GATEWAY_UP: Final = 'haproxy_server_check_status{proxy="frontends"'
 Act = Callable[["Stage"], Awaitable[None]]
 
@@ -90,16 +91,29 @@ def kill(kind: str) -> Act:
     """The whole container dies at once."""
 
     async def act(stage: Stage) -> None:
-        await engine.end_all(await stage.one(kind))
+        await _replaced(await stage.one(kind), engine.end_all)
 
     return act
+
+
+async def _replaced(container: str, strike_it: Callable[[str], Awaitable[object]]) -> None:
+    """Do it, and wait until the engine has started the container again: until then the stack looks as
+    well as before."""
+    before = (await engine.inspect(container))["State"]["StartedAt"]
+    await strike_it(container)
+    began = time.monotonic()
+    while time.monotonic() - began < REPLACED_S:
+        if (await engine.inspect(container))["State"]["StartedAt"] != before:
+            return
+        await asyncio.sleep(0.1)
+    raise CommandFailed(f"{container} was not started again within {REPLACED_S:.0f} s")
 
 
 def crash(kind: str) -> Act:
     """The service's own process is killed, below its watchdog."""
 
     async def act(stage: Stage) -> None:
-        await engine.signal_service(await stage.one(kind), "KILL")
+        await _replaced(await stage.one(kind), lambda c: engine.signal_service(c, "KILL"))
 
     return act
 
@@ -108,7 +122,7 @@ def hang(kind: str) -> Act:
     """The service's own process is stopped for good, and holds all that it held."""
 
     async def act(stage: Stage) -> None:
-        await engine.signal_service(await stage.one(kind), "STOP")
+        await _replaced(await stage.one(kind), lambda c: engine.signal_service(c, "STOP"))
 
     return act
 

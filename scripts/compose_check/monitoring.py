@@ -47,6 +47,7 @@ EMPTY_IN_PEACE: Final = re.compile(
     r"failing|preempt|errors_total|redispatch|5xx|5\.\.|queue_requests"
 )
 """Queries that may have no series as long as nothing is wrong."""
+COUNTER: Final = re.compile(r"(vllm|pagewire):.*_(total|count|sum|bucket)")
 GRAFANA_FILES: Final = (
     "/etc/grafana/provisioning/datasources/pagewire.yml",
     "/etc/grafana/provisioning/dashboards/pagewire.yml",
@@ -156,15 +157,19 @@ async def _scaled_up_and_down(lines: Lines) -> tuple[str, bool, str]:
     await engine.end_all((await lines.containers("frontend"))[0])
     await lines.run(f"{up} frontend=1")
     await asyncio.sleep(SCRAPES_S)
-    query = 'resets({__name__=~"(vllm|pagewire):.*(_total|_count|_sum|_bucket)"}[10m])'
-    found = await _query(query)
-    fallen = [series["metric"] for series in found if float(series["value"][1])]
+    names = (await _get(f"{PROMETHEUS}/api/v1/label/__name__/values"))["data"]
+    counters = [name for name in names if COUNTER.fullmatch(name)]
+    fallen = [
+        name
+        for name in counters
+        if any(float(series["value"][1]) for series in await _query(f"resets({name}[10m])"))
+    ]
     rates = await _query("max_over_time(rate(vllm:generation_tokens_total[15s])[5m:5s])")
     highest = max((float(series["value"][1]) for series in rates), default=0.0)
     return (
         "Prometheus sees no counter fall over scale-ups, a kill and a scale-down",
-        bool(found) and not fallen,
-        f"{len(found)} series, highest rate {highest:,.0f} tokens/s {fallen[:2] or ''}",
+        bool(counters) and not fallen,
+        f"{len(counters)} names, highest rate {highest:,.0f} tokens/s {fallen[:3] or ''}",
     )
 
 

@@ -416,8 +416,8 @@ async def one_name(clone: Clone, report: Report) -> None:
     )
 
 
-async def run_all(report: Report, is_light: bool) -> None:
-    """Every snippet of the pages."""
+async def run_all(report: Report, is_light: bool, only: str = "") -> None:
+    """Every snippet of the pages; `only`: the lines with this in them."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -435,9 +435,11 @@ async def run_all(report: Report, is_light: bool) -> None:
                 with host_models(is_light) as has_models:
                     reader = Reader(clone, report, has_models)
                     for snippet in everything:
-                        await reader.follow(snippet)
+                        lines = tuple(line for line in snippet.lines if only in line)
+                        await reader.follow(Snippet(snippet.page, lines))
             finally:
                 await clone.down("--volumes")
+                await engine.remove_project(PROJECT)
                 await monitoring.remove_stand_ins()
     finally:
         clone.close()

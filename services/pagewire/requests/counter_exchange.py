@@ -10,6 +10,7 @@ nothing of how they are shown.
 
 import contextlib
 import fcntl
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ from .counters import Counters, Histogram
 PREFIX: Final = "counters-"
 GONE: Final = "counters-gone"
 """Holds the sum over frontends that are gone, and which these are."""
+UNITS: Final = 2**20
+"""Of a second, in sums of times. Those of several frontends are added in another order once one of them
+is gone, and a float that then differs in its last bit may be lower than the one shown before, which
+Prometheus takes for a count that begins anew."""
 READINGS: Final = 10
 """How often the files are read again because some were just folded."""
 RUNNING: Final = "running "
@@ -164,13 +169,20 @@ def _write(path: Path, content: bytes) -> bool:
     return False
 
 
+def _whole(value: float) -> float:
+    """A multiple of 1 / UNITS, so that sums are exact, whatever the order."""
+    return math.floor(value * UNITS) / UNITS
+
+
 def dump(counters: Counters) -> Plain:
     """All counts as plain values, for `add`."""
     plain: Plain = {}
     for name, value in vars(counters).items():
         if isinstance(value, Histogram):
-            plain[name] = (value.sum, value.counts)
-        elif isinstance(value, int | float):
+            plain[name] = (_whole(value.sum), value.counts)
+        elif isinstance(value, float):
+            plain[name] = _whole(value)
+        elif isinstance(value, int):
             plain[name] = value
         elif isinstance(value, dict):
             plain[name] = dict(cast(Mapping[str, int], value))
