@@ -6,7 +6,9 @@ import random
 import threading
 from pathlib import Path
 
+import pytest
 from pagewire.process import alive
+from pagewire.requests import counter_exchange
 from pagewire.requests.counter_exchange import CounterExchange
 from pagewire.requests.counters import Counters
 
@@ -74,6 +76,28 @@ def test_folding_again_and_again_counts_once(tmp_path: Path) -> None:
         assert one.total({1}).generation_tokens == incarnation - 1
     one.fold(lambda: {1})
     assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_files_folded_while_a_reader_is_among_them_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often others fold between the reader's first file and its reading of the sum."""
+    reader, folding = (CounterExchange(tmp_path, number, Counters()) for number in (1, 999))
+    left = list(range(2, 30))
+    for incarnation in left:
+        CounterExchange(tmp_path, incarnation, tally(1, 0.02, 200)).publish()
+    read = counter_exchange._read
+
+    def late(path: Path) -> bytes:
+        monkeypatch.setattr(counter_exchange, "_read", read)
+        while left:
+            left.pop()
+            folding.fold(lambda: {1, 999, *left})
+        return read(path)
+
+    monkeypatch.setattr(counter_exchange, "_read", late)
+    assert reader.total({1}).generation_tokens == 28
+    assert not left and reader.total({1}).generation_tokens == 28
 
 
 def test_a_reader_sees_no_count_fall_while_others_fold(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ UNITS: Final = 2**20
 """Of a second, in sums of times. Those of several frontends are added in another order once one of them
 is gone, and a float that then differs in its last bit may be lower than the one shown before, which
 Prometheus takes for a count that begins anew."""
-READINGS: Final = 10
-"""How often the files are read again because some were just folded."""
+REMEMBERED: Final = 1024
+"""How many names of folded files are kept. A reader that read these files before they were folded, and
+the sum after, knows by their names that the sum has them."""
 RUNNING: Final = "running "
 """Begins the names of those counts of API keys that are no counts: what runs ends with its
 frontend."""
@@ -40,7 +41,7 @@ class Gone(msgspec.Struct):
     """The content of the file GONE."""
 
     folded: list[str] = []
-    """Names of files whose counts are in the sum, of those that may still be there."""
+    """Names of the files whose counts were added last, the latest at the end."""
     total: Plain = {}
 
 
@@ -80,37 +81,24 @@ class CounterExchange:
     def total(self, living: Collection[int]) -> Counters:
         """New Counters: this frontend's, and those of all others of the run directory, gone or not.
         `living`: the incarnations of those that are there."""
-        total = Counters()
-        for _ in range(READINGS):
-            before = _read(self._gone)
-            total, is_whole = self._sum(before, {_file_of(self._run_dir, one) for one in living})
-            # A file that vanished while others were read is in the other one by now.
-            if is_whole and _read(self._gone) == before:
-                break
-        return total
-
-    def _sum(self, gone_content: bytes, living: Collection[Path]) -> tuple[Counters, bool]:
-        """The sum, and whether every file that was listed could be opened."""
+        contents: dict[Path, bytes] = {}
+        for file in _published(self._run_dir):
+            if file != self._file:
+                # One that vanished since the files were listed is in the sum, which is read last.
+                with contextlib.suppress(OSError):
+                    contents[file] = file.read_bytes()
+        gone = _gone_of(_read(self._gone))
         total = Counters()
         add(total, dump(self._counters))
-        gone = _gone_of(gone_content)
         with contextlib.suppress(*_UNREADABLE):
             add(total, gone.total)
-        is_whole = True
-        for file in _published(self._run_dir):
-            if file == self._file or file.name in gone.folded:
-                continue
-            try:
-                content = file.read_bytes()
-            except FileNotFoundError:
-                is_whole = False
-                continue
-            except OSError:
-                continue
-            with contextlib.suppress(*_UNREADABLE):
-                plain = _decoder.decode(content)
-                add(total, plain if file in living else without_gauges(plain))
-        return total, is_whole
+        alive = {_file_of(self._run_dir, one) for one in living}
+        for file, content in contents.items():
+            if file.name not in gone.folded:
+                with contextlib.suppress(*_UNREADABLE):
+                    plain = _decoder.decode(content)
+                    add(total, plain if file in alive else without_gauges(plain))
+        return total
 
     def fold(self, living: Callable[[], Collection[int]]) -> None:
         """Join the files of frontends that are gone for good. `living` gives the incarnations of
@@ -130,7 +118,10 @@ class CounterExchange:
                 if file.name not in gone.folded:
                     with contextlib.suppress(*_UNREADABLE):
                         add(total, without_gauges(_decoder.decode(file.read_bytes())))
-            content = msgspec.json.encode(Gone([file.name for file in files], dump(total)))
+            names = {file.name for file in files}
+            earlier = [name for name in gone.folded if name not in names]
+            remembered = earlier[-REMEMBERED:] + sorted(names)
+            content = msgspec.json.encode(Gone(remembered, dump(total)))
             # First the sum that has them, then their files: a reader never finds them in neither.
             if files and _write(self._gone, content):
                 for file in files:
