@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pagewire {__version__}")
         return 0
     if command == "help" and len(arguments) > 1:
-        return main([arguments[1], "--help"])
+        return _help(arguments[1], arguments[2:])
     if command in ("--help", "-h", "help"):
         print(usage())
         return 0
@@ -95,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(command, arguments[1:])
 
 
+def _help(command: str, words: list[str]) -> int:
+    """`pagewire help COMMAND`: what COMMAND prints with --help. A word after it is a kind of
+    benchmark, or a part of a flag's name. Returns the exit status."""
+    if command == "bench":
+        return main([command, *words, "--help"])
+    return main([command, f"--help={words[0]}" if words else "--help"])
+
+
 def usage() -> str:
     """What `pagewire --help` prints."""
     rows = [(name, text) for name, (_, text) in COMMANDS.items()]
@@ -106,7 +114,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`pagewire COMMAND --help` lists the flags; `pagewire --version`.",
+            "`pagewire COMMAND --help` lists the flags, `--help=WORD` those with WORD in their names; `pagewire --version`.",
         ]
     )
 
