@@ -147,7 +147,7 @@ class Report:
 async def build(report: Report, limit_s: float, targets: Sequence[str]) -> None:
     """The images, and how large they are."""
     began = time.monotonic()
-    deployment = Deployment(0)
+    deployment = Deployment(0, is_real="worker" in targets)
     await deployment.compose("build", *targets, timeout_s=limit_s)
     print(f"built in {time.monotonic() - began:.0f} s", flush=True)
     base = (await engine.inspect(engine.BASES[0]))["Size"]
