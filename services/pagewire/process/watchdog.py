@@ -49,9 +49,10 @@ class Stop:
 
     def ask(self) -> bool:
         """SIGTERM has come. Whether the service shall be told at once."""
-        is_again = self._at is not None
-        self._at = time.monotonic() + self._delay_s
-        return is_again or not self._delay_s
+        at_once = self._at is not None or not self._delay_s
+        # Told once: another signal could meet the service at its very end, when it handles none.
+        self._at = float("inf") if at_once else time.monotonic() + self._delay_s
+        return at_once
 
     @property
     def is_pending(self) -> bool:
