@@ -196,7 +196,7 @@ def test_what_ray_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_cluster_that_there_is_is_joined_and_too_small_a_node_is_one_line(tmp_path: Path) -> None:
     stack, calls = calls_of(tmp_path, RAY_ADDRESS="10.0.0.1:6379", STAND_IN_CPUS="1")
-    assert [call["call"] for call in calls][0] == "init" and calls[0]["sizes"] == []
+    assert calls[0] == {"call": "init", "sizes": []}
     assert stack.lines[-2] == (
         "pagewire serve: worker: --distributed-executor-backend ray: 2 ranks need 2 CPU of this machine's Ray node, "
         "which has 1: use fewer ranks, or `ray start` with --num-cpus 2; the ranks of a group are on one host"

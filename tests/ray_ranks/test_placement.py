@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,9 +59,13 @@ def test_a_bundle_a_rank_on_the_driver_s_own_node() -> None:
     assert node == "node:10.0.0.1"
     assert placement.bundles(2, GPU, node) == [{"GPU": 1.0, "node:10.0.0.1": 0.001}] * 2
     placement.check_node(resources, 2, GPU)
-    with pytest.raises(NotPlaced, match="3 ranks need 3 GPU of this machine's Ray node, which has 2: "):
+    with pytest.raises(
+        NotPlaced, match="3 ranks need 3 GPU of this machine's Ray node, which has 2: "
+    ):
         placement.check_node(resources, 3, GPU)
-    with pytest.raises(NotPlaced, match="2 ranks need 2 CPU of this machine's Ray node, which has 0: "):
+    with pytest.raises(
+        NotPlaced, match="2 ranks need 2 CPU of this machine's Ray node, which has 0: "
+    ):
         placement.check_node(resources, 2, CPU)
 
 
@@ -150,7 +155,9 @@ def test_a_proxy_that_cannot_be_reached_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "CONNECT_S", 0.0)
-    with pytest.raises(child.NoProxy, match=r"cannot reach .*/no-such \(No such file or directory\)"):
+    with pytest.raises(
+        child.NoProxy, match=r"cannot reach .*/no-such \(No such file or directory\)"
+    ):
         child.run_rank(str(tmp_path / "no-such"), None)
 
 
@@ -173,7 +180,9 @@ def test_one_rank_needs_nobody_to_place_it(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])
 def test_several_ranks_are_placed_by_either(backend: str) -> None:
-    config, lines = parse("M", "-tp", "2", "--device", "cpu", f"--distributed-executor-backend={backend}")
+    config, lines = parse(
+        "M", "-tp", "2", "--device", "cpu", f"--distributed-executor-backend={backend}"
+    )
     assert config.worker.distributed_executor_backend == backend and not lines
     settings = {"model": "M", "tensor_parallel_size": 2, "device": "cpu"}
     config = configure({**settings, "distributed_executor_backend": backend})
@@ -195,18 +204,24 @@ def test_without_ray_it_is_said_what_to_install(
             {"model": "M", "tensor_parallel_size": 2, "device": "cpu", "distributed_executor_backend": "ray"}
         )  # fmt: skip
     with pytest.raises(BadSetting, match="Ray is not installed"):
-        stack.check_backend(WorkerConfig(tensor_parallel_size=2, distributed_executor_backend="ray"))
+        stack.check_backend(
+            WorkerConfig(tensor_parallel_size=2, distributed_executor_backend="ray")
+        )
 
 
 def test_several_ranks_are_not_one_process() -> None:
     with pytest.raises(BadSetting, match="uni: one process cannot be 2 ranks: use mp"):
-        stack.check_backend(WorkerConfig(tensor_parallel_size=2, distributed_executor_backend="uni"))
+        stack.check_backend(
+            WorkerConfig(tensor_parallel_size=2, distributed_executor_backend="uni")
+        )
 
 
 def test_a_backend_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("M", "--distributed-executor-backend", "external_launcher")
-    assert "'mp', 'ray', 'uni'" in capsys.readouterr().err.replace("mp, ray, uni", "'mp', 'ray', 'uni'")
+    assert "'mp', 'ray', 'uni'" in capsys.readouterr().err.replace(
+        "mp, ray, uni", "'mp', 'ray', 'uni'"
+    )
 
 
 def test_a_service_alone_says_it_too() -> None:
@@ -238,3 +253,49 @@ def test_a_ring_goes_through_descriptors_that_were_passed_on() -> None:
     for fd in copies:
         os.close(fd)
     memory.close()
+
+
+def test_all_ranks_see_the_gpus_of_all_in_the_order_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray decides which; the actors are told the path of their proxy and all of the GPUs."""
+    ran: list[tuple[str, str | None]] = []
+
+    class Actor:
+        def __init__(self, gpu: str) -> None:
+            self.devices = SimpleNamespace(remote=lambda: [gpu])
+            self.run = SimpleNamespace(remote=lambda *arguments: ran.append(arguments))
+
+    class Cluster:
+        def nodes(self) -> list[Any]:
+            return [{"NodeID": "a", "Resources": {"GPU": 4.0, "node:10.0.0.1": 1.0}}]
+
+        def get_runtime_context(self) -> Any:
+            return SimpleNamespace(get_node_id=lambda: "a")
+
+        def init(self, **options: Any) -> None:
+            assert options["namespace"] == "pagewire"
+
+        def get(self, references: Any) -> Any:
+            return references
+
+        def remote(self, actor_class: Any) -> Any:
+            return SimpleNamespace(options=self._options)
+
+        def _options(self, **options: Any) -> Any:
+            assert options["num_gpus"] == 1 and options["num_cpus"] == 0
+            rank = options["scheduling_strategy"].placement_group_bundle_index
+            return SimpleNamespace(remote=lambda: Actor(["3", "GPU-1f2e"][rank]))
+
+    reserved: list[Any] = []
+
+    def reserve(each: Any, **options: Any) -> Any:
+        reserved.append(each)
+        return SimpleNamespace(wait=lambda timeout_s: True)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(placement, "ray", Cluster())
+    monkeypatch.setattr(placement, "placement_group", reserve)
+    placement.place(placement.Request("worker-0", "life", "cuda", ["/a", "/b"]))
+    assert reserved == [[{"GPU": 1.0, "node:10.0.0.1": 0.001}] * 2]
+    assert ran == [("/a", "3,GPU-1f2e"), ("/b", "3,GPU-1f2e")]

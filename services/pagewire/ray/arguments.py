@@ -86,7 +86,8 @@ def plan_of(arguments: Mapping[str, Any]) -> Plan:
     assert config.frontend is not None
     if config.worker.distributed_executor_backend == "ray":
         raise ValueError(
-            f"{SOURCE}: distributed_executor_backend=ray: a replica has its GPUs from Ray already, and starts its ranks on them by itself (mp)"
+            f"{SOURCE}: distributed_executor_backend=ray: a replica has its GPUs from Ray already, "
+            "and starts its ranks on them by itself (mp)"
         )
     return Plan(
         stack_flags,

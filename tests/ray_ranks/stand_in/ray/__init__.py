@@ -56,9 +56,7 @@ def nodes() -> list[dict[str, Any]]:
 
 def get_runtime_context() -> Any:
     gpus = [name for name in os.environ.get("STAND_IN_OWN_GPUS", "").split(",") if name]
-    return SimpleNamespace(
-        get_node_id=lambda: NODE_ID, get_accelerator_ids=lambda: {"GPU": gpus}
-    )
+    return SimpleNamespace(get_node_id=lambda: NODE_ID, get_accelerator_ids=lambda: {"GPU": gpus})
 
 
 def get(references: Any) -> Any:
@@ -74,9 +72,7 @@ def wait(references: list[Any], num_returns: int = 1) -> tuple[list[Any], list[A
 
 def remote(actor_class: type[Any]) -> Any:
     return SimpleNamespace(
-        options=lambda **options: SimpleNamespace(
-            remote=lambda: _Actor(actor_class, options)
-        )
+        options=lambda **options: SimpleNamespace(remote=lambda: _Actor(actor_class, options))
     )
 
 
