@@ -280,3 +280,23 @@ def test_small_shared_memory_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path
         "note",
         "0.06 GiB in /dev/shm, which NCCL may find too small: start a container with --shm-size=1g",
     )
+
+
+def test_in_a_container_the_stack_s_settings_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("tensor_parallel_size: 2\nmodel: some/model\nport: 8000\n")
+    asked: list[tuple[str, str, int, str]] = []
+
+    def checks(image: str, model: ModelConfig, worker: WorkerConfig) -> list[object]:
+        asked.append((image, model.model, worker.tensor_parallel_size, worker.device))
+        return []
+
+    monkeypatch.setattr(doctor_container, "SETTINGS", str(settings))
+    monkeypatch.setattr(doctor_container, "checks", checks)
+    monkeypatch.setenv("PAGEWIRE_IMAGE", "worker")
+    monkeypatch.setenv("PAGEWIRE_DEVICE", "cpu")
+    assert doctor_container.main([]) == 0
+    assert doctor_container.main(["-tp", "4"]) == 0
+    assert asked == [("worker", "some/model", 2, "cpu"), ("worker", "some/model", 4, "cpu")]

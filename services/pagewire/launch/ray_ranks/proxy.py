@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 from ...config import RunConfig, WorkerConfig
 from ...process import last_words, liveness
 from ...process.group import Place
-from ...process.parent import FAILURES_VARIABLE, HEALTH_VARIABLE, Started
+from ...process.parent import FAILURES_VARIABLE, HEALTH_VARIABLE, Started, how_it_ended
 from . import handover
 from .handover import RankDescriptors, RankProcess
 
@@ -24,6 +24,8 @@ DRIVER: Final = "pagewire.launch.ray_ranks.placement"
 DRIVER_S: Final = 0.5
 """How long it takes at most that a driver which has lost its actors has ended."""
 LOOK_S: Final = 0.5
+SAID_WHY: Final = 1
+"""Exit status of a driver that left a line."""
 
 
 class Stopped(BaseException):
@@ -66,31 +68,41 @@ class _Proxy:
             actor = self._connect()
             if actor is None:
                 return 1
-            handover.send(actor, process, descriptors)
-            handover.close_all(descriptors)
-            self._actor = actor
-            status = handover.receive_status(actor)
+            status = self._status_of(actor, process, descriptors)
         except Stopped:
             return 0
         if status is None:
-            if not self._has_driver_failed(DRIVER_S):
+            if self._driver_status(DRIVER_S) != SAID_WHY:
                 last_words.say("worker", f"Ray's actor of rank {self._place.rank} has ended")
             return 1
         if status < 0:
             _end_by(-status)
         return status
 
+    def _status_of(
+        self, actor: socket.socket, process: RankProcess, descriptors: RankDescriptors
+    ) -> int | None:
+        """The rank's exit status, when it has ended; None when the actor is gone."""
+        with contextlib.suppress(OSError):
+            handover.send(actor, process, descriptors)
+            handover.close_all(descriptors)
+            self._actor = actor
+            return handover.receive_status(actor)
+        return None
+
     def _connect(self) -> socket.socket | None:
-        """The actor's connection; None when the driver has failed, which says why."""
+        """The actor's connection; None when the driver has failed, and it was said why."""
         path = handover.socket_path(self._run_dir, self._place, self._place.rank)
         with handover.listening(path) as listener:
             if self._place.rank == 0:
                 self._start_driver()
-            while not self._has_driver_failed(0):
+            while (status := self._driver_status(0)) is None:
                 liveness.own.turn()
                 actor = handover.accept(listener, LOOK_S)
                 if actor is not None:
                     return actor
+        if status != SAID_WHY:
+            last_words.say("worker", f"the group's driver of Ray {how_it_ended(status)}")
         return None
 
     def _start_driver(self) -> None:
@@ -109,13 +121,14 @@ class _Proxy:
         self._driver.stdin.write(json.dumps(request).encode() + b"\n")
         self._driver.stdin.flush()
 
-    def _has_driver_failed(self, within_s: float) -> bool:
-        """Whether this process has a driver that has ended, or does so within `within_s` seconds."""
+    def _driver_status(self, within_s: float) -> int | None:
+        """Of this process's driver, if it has one that has ended or does so within `within_s`
+        seconds."""
         if self._driver is None:
-            return False
+            return None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._driver.wait(within_s)
-        return self._driver.returncode is not None
+        return self._driver.returncode
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._actor is None:
