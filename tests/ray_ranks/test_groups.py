@@ -23,6 +23,8 @@ import pytest
 from e2e.conftest import Stack, gone
 from e2e.test_rank_groups import FAKE, ranks_of, streams_through
 from e2e.test_stack_fake import VOCAB, ask
+from pagewire.offline.llm import LLM
+from pagewire.offline.sampling_params import SamplingParams
 from pagewire.worker.fake import chain
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -165,6 +167,16 @@ def test_the_end_of_a_stack_leaves_no_process() -> None:
         assert gone(both, 10.0)
     finally:
         assert stack.end() == -signal.SIGKILL
+
+
+def test_the_same_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in with_stand_in().items():
+        monkeypatch.setenv(name, value)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    settings = {"skip_tokenizer_init": True, "fake_vocab_size": VOCAB, "tensor_parallel_size": 2}
+    with LLM(device="fake", distributed_executor_backend="ray", **settings) as llm:
+        (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == chain([1, 2, 3], 8, VOCAB)
 
 
 def calls_of(tmp_path: Path, *flags: str, **variables: str) -> tuple[Stack, list[Any]]:
