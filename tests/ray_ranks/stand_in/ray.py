@@ -1,6 +1,6 @@
 """What Pagewire uses of Ray to start ranks, on this machine alone and without a cluster: an actor is
 a child process of the driver. STAND_IN_CPUS and STAND_IN_GPUS say what the one node has; STAND_IN_LOG
-names a file in which calls are noted, a line each."""
+names a file in which calls are noted, a line each. One file, which brings Ray's modules with it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 NODE_ID = "a1"
@@ -146,3 +146,30 @@ def actor_main() -> None:
             value = error
         pickle.dump(value, sys.stdout.buffer)
         sys.stdout.buffer.flush()
+
+
+class _Reserved:
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+def placement_group(bundles: list[dict[str, float]], **options: Any) -> Any:
+    note("placement_group", bundles=bundles, strategy=options["strategy"])
+    return _Reserved()
+
+
+class PlacementGroupSchedulingStrategy:
+    def __init__(self, reserved: Any, placement_group_bundle_index: int) -> None:
+        self.index = placement_group_bundle_index
+
+
+def _module(name: str, *contents: Any) -> None:
+    module = ModuleType(name)
+    for each in contents:
+        setattr(module, each.__name__, each)
+    sys.modules[name] = module
+
+
+_module("ray.util")
+_module("ray.util.placement_group", placement_group)
+_module("ray.util.scheduling_strategies", PlacementGroupSchedulingStrategy)
