@@ -288,6 +288,7 @@ def read_all(
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until a signal ends it. Returns the exit status."""
     from .process import alive, liveness, watchdog
+    from .process.group import PLACE_VARIABLE
     from .process.parent import Started, die_with_parent
 
     die_with_parent()
@@ -298,6 +299,8 @@ def run_service(command: str, arguments: list[str]) -> int:
     liveness.own.settle(run.watchdog_timeout)
     if command == "worker" and configs[-1].tensor_parallel_size > 1 and not Started.by_parent:
         return imported("launch.rank_group").run(*configs)
+    if PLACE_VARIABLE in os.environ and configs[-1].distributed_executor_backend == "ray":
+        return imported("launch.ray_ranks.proxy").run(run, configs[-1], arguments)
     if Started.by_parent or not run.watchdog_timeout:
         liveness.own.inherit()
         return imported(module).run(*configs)

@@ -222,6 +222,7 @@ def test_the_gpu_file_reserves_a_gpu_for_the_worker_and_nothing_else() -> None:
     (device,) = override["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
     assert override["worker"]["build"]["args"]["DEVICE"] == "cuda"
+    assert override["worker"]["shm_size"] == "${SHM_SIZE:-1g}"
 
 
 def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:

@@ -32,6 +32,8 @@ _PATIENCE: Final = struct.Struct("=d")
 _LIFE: Final = struct.Struct("=Q?")
 _PATIENCE_AT: Final = 8
 _LIFE_AT: Final = 16
+_PID: Final = struct.Struct("=i")
+_PID_AT: Final = 28
 PAGE_BYTES: Final = 32
 
 
@@ -46,6 +48,7 @@ class Liveness:
     def show(self, page: mmap.mmap) -> None:
         """From now on this process is watched by whoever else has `page`."""
         self._page = page
+        _PID.pack_into(page, _PID_AT, os.getpid())
         self.loading()
 
     def inherit(self) -> None:
@@ -97,9 +100,10 @@ class Watched:
     """One process as its parent sees it."""
 
     def __init__(self, page: mmap.mmap, pid: int, now: float) -> None:
-        """now: monotonic seconds, as in `look`."""
+        """pid: of the process that was started; another one may show itself in its place. now:
+        monotonic seconds, as in `look`."""
         self._page = page
-        self._pid = pid
+        self._started = pid
         self._turns = -1
         self._since = self._looked = now
         self._processor_wait = ProcessorWait(pid)
@@ -111,6 +115,11 @@ class Watched:
     def incarnation(self) -> int:
         """Under which the stack knows it; 0 as long as it has none."""
         return _LIFE.unpack_from(self._page, _LIFE_AT)[0]
+
+    @property
+    def _pid(self) -> int:
+        """Of the process that shows itself."""
+        return _PID.unpack_from(self._page, _PID_AT)[0] or self._started
 
     @property
     def was_ready(self) -> bool:

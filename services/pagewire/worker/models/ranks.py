@@ -14,7 +14,7 @@ def check_ranks(arch: Architecture, size: int) -> None:
     `size` ranks."""
     obstacle = _obstacle(arch, size)
     if obstacle:
-        possible = [n for n in range(1, MOST_RANKS + 1) if not _obstacle(arch, n)]
+        possible = possible_sizes(arch)
         raise Unsupported(
             f"--tensor-parallel-size {size}: {obstacle} cannot be divided among {size} ranks; this "
             f"{arch.model_type} model can run on {', '.join(map(str, possible))}"
@@ -28,6 +28,11 @@ def check_undivided(model_type: str, size: int) -> None:
             f"--tensor-parallel-size {size} is not supported for models that run through "
             f"transformers, as {model_type}"
         )
+
+
+def possible_sizes(arch: Architecture) -> list[int]:
+    """Numbers of ranks that a model can be divided among."""
+    return [size for size in range(1, MOST_RANKS + 1) if not _obstacle(arch, size)]
 
 
 def _obstacle(arch: Architecture, size: int) -> str:
