@@ -26,6 +26,7 @@ from pagewire_protocol.structs import (
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from .runners import BadStep
+from .step.forced_runs import MAX_RUN, brought, moved
 from .step.grammar_masks import GrammarMasks
 from .step.rank_masks import MakeMasks
 
@@ -151,6 +152,7 @@ class FakeRunner:
         self._grow_to(scheduler.num_seqs())
         self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
         self._masks = make_masks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
+        self._max_run = self._masks.allow_runs(MAX_RUN)
 
     def facts(self) -> WorkerFacts:
         return WorkerFacts(
@@ -162,6 +164,7 @@ class FakeRunner:
             eos_token_ids=self._eos,
             device="fake",
             cost=StepCost(1000 * self._step_s, 0.0, 0.0),
+            max_forced_tokens=self._max_run,
         )
 
     def clear(self) -> None:
@@ -183,10 +186,17 @@ class FakeRunner:
         scores = self._score(slots, counts)
         self._computed[slots] += counts
         slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
+        runs = self._take_runs(slots)
         ready = self._ready(slots)
         flags = np.zeros(len(slots), np.uint8)
         flags[self._masks.failed(slots)] = GRAMMAR_FAILED
         tokens = self._sample(slots[ready])
+        logprobs = self._logprob_columns(slots[ready], tokens)
+        counts = b""
+        if any(runs) or not ready.all():
+            tokens, lengths = brought(runs, ready, tokens)
+            logprobs = moved(logprobs, (np.cumsum(lengths) - 1)[ready])
+            counts = lengths.tobytes()
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
         return StepResult(
@@ -196,10 +206,31 @@ class FakeRunner:
             slots=slots.tobytes(),
             tokens=tokens.tobytes(),
             flags=flags.tobytes(),
-            logprobs=self._logprob_columns(slots[ready], tokens),
+            logprobs=logprobs,
             prompt_logprobs=scores,
-            counts=b"" if ready.all() else ready.astype(np.int32).tobytes(),
+            counts=counts,
         )
+
+    def _take_runs(self, slots: npt.NDArray[np.int32]) -> list[list[int]]:
+        """The forced runs of `slots`, which sample: they are computed with this step."""
+        runs: list[list[int]] = [[] for _ in slots]
+        if not self._masks.any or not self._max_run:
+            return runs
+        rows = np.flatnonzero(
+            self._masks.concerns(slots.astype(np.int64)) & (self._logprobs[slots] < 0)
+        )
+        if not len(rows):
+            return runs
+        taking = slots[rows].astype(np.int64)
+        most = (self._max_model_len - self._known[taking]).clip(0, MAX_RUN)
+        for row, run in zip(rows.tolist(), self._masks.take_runs(taking, most), strict=True):
+            runs[row] = run
+            slot = slots[row]
+            for token in run:
+                self._state[slot] = extend(int(self._state[slot]), token)
+            self._known[slot] += len(run)
+            self._computed[slot] += len(run)
+        return runs
 
     def _ready(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which of `slots` can be sampled; the others, whose masks are not there, compute their last
