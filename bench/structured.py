@@ -437,7 +437,7 @@ def forced(args: argparse.Namespace) -> None:
             counts["tokens"] += 1
             counts["the only one allowed"] += only
             counts["of bytes that the grammar says"] += said >= data
-            counts["runs of two or more"] += only and run == 1
+            counts["behind another such token"] += only and run > 0
             run = run + 1 if only else 0
             covered = max(0, said - data)
             if not matcher.consume_token(token):
@@ -453,13 +453,11 @@ def forced(args: argparse.Namespace) -> None:
         outputs = SimpleNamespace(**task.fields.get("structured_outputs", {"json": task.grammar}))
         grammar = structured_grammar(outputs)
         assert grammar is not None
-        options = task.fields.get("structured_outputs", {})
         kind = task.kind
-        if kind == "schema":
-            kind += {
-                "whitespace_pattern": ", at most a space",
-                "disable_any_whitespace": ", no whitespace",
-            }.get(next((name for name in options if name != "json"), ""), "")
+        if hasattr(outputs, "whitespace_pattern"):
+            kind = "schema, at most a space"
+        elif hasattr(outputs, "disable_any_whitespace"):
+            kind = "schema, no whitespace"
         for answer in answers[task.name]:
             found = forced_in(compiler.matcher(grammar), answer.tokens)
             sums.setdefault(kind, Counter()).update(found)
