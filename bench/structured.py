@@ -379,8 +379,7 @@ async def asked_of(session: Any, args: argparse.Namespace, task: Task) -> list[A
     async with session.post(f"{args.url}/v1/chat/completions", json=body) as reply:
         if reply.status != 200:
             error = (await reply.json())["error"]
-            outcome = "refused" if reply.status == 400 else f"error {reply.status}"
-            return [Answer(outcome, error["message"], [])]
+            return [Answer(outcome_of(reply.status), error["message"], [])]
         if not task.stream:
             whole = (await reply.json())["choices"]
             return [
@@ -397,13 +396,19 @@ async def asked_of(session: Any, args: argparse.Namespace, task: Task) -> list[A
                 continue
             event = json.loads(line[6:])
             if "error" in event:
-                return [Answer("error", event["error"]["message"], [])]
+                error = event["error"]
+                return [Answer(outcome_of(error["code"]), error["message"], [])]
             for choice in event["choices"]:
                 index = choice["index"]
                 texts[index] += choice["delta"].get("content") or ""
                 tokens[index] += choice.get("token_ids") or []
                 finishes[index] = choice["finish_reason"] or finishes[index]
         return [Answer(*answer) for answer in zip(finishes, texts, tokens, strict=True)]
+
+
+def outcome_of(status: int) -> str:
+    """Of a request without an answer. A stream may have begun before its grammar was refused."""
+    return "refused" if status == 400 else f"error {status}"
 
 
 # --- forced ---

@@ -195,7 +195,7 @@ class FakeRunner:
         counts = b""
         if any(runs) or not ready.all():
             tokens, lengths = brought(runs, ready, tokens)
-            logprobs = moved(logprobs, (np.cumsum(lengths) - 1)[ready])
+            logprobs = moved(logprobs, lengths, ready)
             counts = lengths.tobytes()
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))

@@ -143,7 +143,7 @@ class Runner:
             tokens=tokens.tobytes(),
             flags=flags.tobytes(),
             counts=np.pad(counts, (0, len(forced.left_out))).tobytes(),
-            logprobs=moved(result.logprobs, (np.cumsum(counts) - 1)[ready]),
+            logprobs=moved(result.logprobs, counts, ready),
         )
 
     def _result(self, step: Step, slots: Ints, sampled: sampler.Sampled | None) -> StepResult:

@@ -81,9 +81,11 @@ def brought(runs: list[list[int]], ready: Bools, sampled: Tokens) -> tuple[Token
     return tokens, np.array([len(row) for row in rows], np.int32)
 
 
-def moved(logprobs: LogprobColumns | None, index: Ints) -> LogprobColumns | None:
-    """The same log-probabilities after token i has become token index[i]."""
+def moved(logprobs: LogprobColumns | None, counts: Tokens, ready: Bools) -> LogprobColumns | None:
+    """The log-probabilities of the sampled tokens, now that row i brings counts[i] tokens [S], of which
+    the sampled one is the last where ready[i]."""
     if logprobs is None:
         return None
+    index = (np.cumsum(counts) - 1)[ready]
     rows = index[np.frombuffer(logprobs.rows, np.int32)]
     return replace(logprobs, rows=rows.astype(np.int32).tobytes())
