@@ -8,7 +8,7 @@ opinion of block tables. Only numpy is needed.
 """
 
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,16 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
     )
 
 
+class MaskedRows(NamedTuple):
+    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each, which
+    have their masks, their flags, and whether some row does not bring one token."""
+
+    runs: list[list[int]]
+    ready: npt.NDArray[np.bool_]
+    flags: bytes
+    is_uneven: bool
+
+
 class FakeRunner:
     """A SyncRunner (runners.py)."""
 
@@ -150,6 +160,7 @@ class FakeRunner:
         self._scorers: dict[int, PromptScorer] = {}
         """Of the slots whose prompts are to be scored."""
         self._grow_to(scheduler.num_seqs())
+        self._one_each = np.ones(scheduler.num_seqs(), np.int32)
         self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
         self._masks = make_masks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
         self._max_run = self._masks.allow_runs(MAX_RUN)
@@ -177,49 +188,58 @@ class FakeRunner:
 
     def execute(self, step: Step) -> StepResult:
         began = time.monotonic()
+        if step.retire or step.admit:
+            self._admit_and_retire(step)
+        slots, counts = self._rows(step)
+        scores = self._score(slots, counts)
+        self._computed[slots] += counts
+        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
+        masked = self._with_masks(slots) if self._masks.any else None
+        sampled = slots if masked is None else slots[masked.ready]
+        tokens = self._sample(sampled)
+        logprobs = self._logprob_columns(sampled, tokens)
+        counts_sampled = b""
+        if masked is not None and masked.is_uneven:
+            tokens, lengths = brought(masked.runs, masked.ready, tokens)
+            logprobs = moved(logprobs, lengths, masked.ready)
+            counts_sampled = lengths.tobytes()
+        if self._step_s:
+            time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
+        return StepResult(
+            incarnation=self._incarnation,
+            epoch=step.epoch,
+            n=step.n,
+            slots=slots.tobytes(),
+            tokens=tokens.tobytes(),
+            flags=bytes(len(slots)) if masked is None else masked.flags,
+            logprobs=logprobs,
+            prompt_logprobs=scores,
+            counts=counts_sampled,
+        )
+
+    def _admit_and_retire(self, step: Step) -> None:
         for slot in np.frombuffer(step.retire, np.int32).tolist():
             self._retire(slot)
         for admission in step.admit:
             self._admit(admission)
         self._masks.follow(step)
-        slots, counts = self._rows(step)
-        scores = self._score(slots, counts)
-        self._computed[slots] += counts
-        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
+
+    def _with_masks(self, slots: npt.NDArray[np.int32]) -> MaskedRows:
+        """What grammars say of `slots`, which sample. Those whose masks are not there compute their
+        last token again."""
         runs = self._take_runs(slots)
-        ready = self._ready(slots)
+        ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
+        self._computed[slots[~ready]] -= 1
         flags = np.zeros(len(slots), np.uint8)
         flags[self._masks.failed(slots)] = GRAMMAR_FAILED
-        tokens = self._sample(slots[ready])
-        logprobs = self._logprob_columns(slots[ready], tokens)
-        counts = b""
-        if any(runs) or not ready.all():
-            tokens, lengths = brought(runs, ready, tokens)
-            logprobs = moved(logprobs, lengths, ready)
-            counts = lengths.tobytes()
-        if self._step_s:
-            time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
-        return StepResult(
-            epoch=step.epoch,
-            incarnation=self._incarnation,
-            n=step.n,
-            slots=slots.tobytes(),
-            tokens=tokens.tobytes(),
-            flags=flags.tobytes(),
-            logprobs=logprobs,
-            prompt_logprobs=scores,
-            counts=counts,
-        )
+        return MaskedRows(runs, ready, flags.tobytes(), any(runs) or not bool(ready.all()))
 
     def _take_runs(self, slots: npt.NDArray[np.int32]) -> list[list[int]]:
-        """The forced runs of `slots`, which sample: they are computed with this step."""
+        """The forced runs of `slots`: they are computed with this step."""
         runs: list[list[int]] = [[] for _ in slots]
-        if not self._masks.any or not self._max_run:
-            return runs
-        rows = np.flatnonzero(
-            self._masks.concerns(slots.astype(np.int64)) & (self._logprobs[slots] < 0)
-        )
-        if not len(rows):
+        concerned = self._masks.concerns(slots.astype(np.int64)) & (self._logprobs[slots] < 0)
+        rows = np.flatnonzero(concerned)
+        if not len(rows) or not self._max_run:
             return runs
         taking = slots[rows].astype(np.int64)
         most = (self._max_model_len - self._known[taking]).clip(0, MAX_RUN)
@@ -232,19 +252,10 @@ class FakeRunner:
             self._computed[slot] += len(run)
         return runs
 
-    def _ready(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of `slots` can be sampled; the others, whose masks are not there, compute their last
-        token again."""
-        if not self._masks.any:
-            return np.ones(len(slots), np.bool_)
-        ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
-        self._computed[slots[~ready]] -= 1
-        return ready
-
     def _rows(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The slots that it runs, and how many tokens of each."""
         if step.repeat:
-            return self._last, np.ones(len(self._last), np.int32)
+            return self._last, self._one_each[: len(self._last)]
         slots = np.frombuffer(step.run_slots, np.int32)
         counts = np.frombuffer(step.run_counts, np.int32)
         if len(slots) != len(counts):
