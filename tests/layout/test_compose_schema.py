@@ -284,6 +284,38 @@ def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
     assert "retry-on" not in re.sub(r"#.*", "", text), "a request is never sent twice"
 
 
+def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
+    """Ten seconds, which the page says; not in a gateway that ends, whose successor comes only then."""
+    sections = gateway_sections()
+    assert "server waiting abns@waiting backup" in sections["backend frontends"]
+    assert "bind abns@waiting" in sections["frontend waiting"]
+    assert "use_backend leaving if { stopping }" in sections["frontend waiting"]
+    (retries,) = re.findall(r"retries (\d+)", "\n".join(sections["backend waiting"]))
+    (pause_ms,) = re.findall(r"timeout connect (\d+)ms", "\n".join(sections["backend waiting"]))
+    assert int(retries) * int(pause_ms) == 10_000
+    for backend in ("frontends", "waiting", "leaving"):
+        lines = "\n".join(sections[f"backend {backend}"])
+        assert re.search(r"^server-template frontend \d+ frontend:8000", lines, re.M), backend
+
+
+def test_the_gateway_serves_as_long_as_frontends_that_were_told_to_end() -> None:
+    command = services()["frontend"]["command"]
+    (delay_s,) = [word.partition("=")[2] for word in command if "--shutdown-delay" in word]
+    assert f"grace {delay_s}s" in gateway_sections()["global"]
+
+
+def gateway_sections() -> dict[str, list[str]]:
+    """The lines of compose/gateway.cfg by section, without remarks."""
+    sections: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in (ROOT / "compose/gateway.cfg").read_text().splitlines():
+        if line and not line.startswith((" ", "#")):
+            lines = sections[line.strip()] = []
+        elif line.strip() and not line.strip().startswith("#"):
+            lines.append(line.strip())
+    return sections
+
+
 def test_the_pages_say_which_compose_is_needed() -> None:
     """`include`, which older ones do not know, came with 2.20."""
     assert "include" in load("compose.yaml")

@@ -102,6 +102,7 @@ class Watched:
         self._pid = pid
         self._turns = -1
         self._since = self._looked = now
+        self._processor_wait = ProcessorWait(pid)
         self._waited_s = 0.0
         self.silent_s = 0.0
         """How long it has made no progress, as of the last look."""
@@ -125,7 +126,7 @@ class Watched:
             self._since += now - self._looked
         self._looked = now
         (turns,) = _TURNS.unpack_from(self._page, 0)
-        waited_s = waited_for_processor_s(self._pid)
+        waited_s = self._processor_wait.seconds()
         if turns != self._turns:
             self._turns = turns
             self._since = now
@@ -141,6 +142,7 @@ class Watched:
     def close(self) -> None:
         """The process is gone."""
         self._page.close()
+        self._processor_wait.close()
 
 
 def is_stopped(pid: int) -> bool:
@@ -150,9 +152,23 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def waited_for_processor_s(pid: int) -> float:
-    """How long the main thread of `pid` could have run and had no processor, since it started; 0
-    where the kernel does not count it."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / NANOSECONDS
-    return 0.0
+class ProcessorWait:
+    """How long the main thread of a process could have run and had no processor. The file of the kernel
+    stays open: its reader looks several times a second for as long as the process lives."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(f"/proc/{pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def seconds(self) -> float:
+        """Since the process started; 0 where the kernel does not count it."""
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            return int(os.pread(self._fd, 96, 0).split()[1]) / NANOSECONDS
+        return 0.0
+
+    def close(self) -> None:
+        """The process is gone."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
