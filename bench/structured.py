@@ -1,18 +1,22 @@
 """What grammars take, refuse and cost, and whether answers match them.
 
     python bench/structured.py compile [--data ../shared/data] [--limit N]
-    python bench/structured.py generate --url http://127.0.0.1:8000 [--schemas 500] [--regexes 100]
+    python bench/structured.py generate --url http://127.0.0.1:8000 [--schemas 500] [--results FILE]
+    python bench/structured.py forced [--results FILE]
     python bench/structured.py load --url http://127.0.0.1:8000 [--streams 64] [--share 0.2]
 
 `compile` needs no server: 1,000 schemas of MaskBench with their valid and invalid instances, and the
 required tests of JSON Schema draft 2020-12; every token of each instance is asked for. `generate`
-asks a server at temperature 1, streamed and not, with n = 4, and checks each whole answer with
-jsonschema or re. `load` gives the time per token of streams without grammars, first alone and then
+asks a server at temperature 1, streamed and not, one answer or four, and checks each whole answer with
+jsonschema or re, and of one that was cut that it is the beginning of such a text. Answers are kept in a
+file as they come, and what is there is not asked again. `forced` says how many of their tokens had to
+be what they were. `load` gives the time per token of streams without grammars, first alone and then
 with a share of the traffic structured, and the throughput with all of it structured.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import lzma
 import random
@@ -20,11 +24,13 @@ import re
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-MAX_TOKENS = 400
+MAX_TOKENS = 200
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -175,114 +181,295 @@ def choices(count: int) -> list[list[str]]:
     return [make.sample(words, make.randint(2, 8)) for _ in range(count)]
 
 
-def tasks(args: argparse.Namespace) -> list[tuple[str, dict[str, Any], Any]]:
-    """(kind, parameters of the request, whether a text is right), the kinds mixed."""
-    import jsonschema
-    from jsonschema.validators import validator_for
+class Task(NamedTuple):
+    """One request, and how its answers are judged. `right` takes a whole answer, `begins` one that was
+    cut: whether it is the beginning of a right one."""
 
+    name: str
+    kind: str
+    fields: dict[str, Any]
+    grammar: Any
+    right: Callable[[str], bool]
+    begins: Callable[[str], bool]
+    n: int
+    stream: bool
+    seed: int
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """All requests of a run, the kinds mixed. They are a function of the arguments, so that a run can
+    be continued."""
     entries = maskbench(args.data)
     random.Random(args.seed).shuffle(entries)
-
-    def schema_check(schema: Any) -> Any:
-        validator = validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
-        return lambda text: validator.is_valid(json.loads(text))
-
-    asked: list[tuple[str, dict[str, Any], Any]] = []
-    for entry in entries[: args.schemas]:
-        schema = entry["schema"]
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        asked.append(("schema", {"response_format": form}, schema_check(schema)))
-    for pattern in regexes(args.regexes):
-        form = {"structured_outputs": {"regex": pattern}}
-        asked.append(("regex", form, re.compile(pattern).fullmatch))
-    for words in choices(args.choices):
-        asked.append(("choice", {"structured_outputs": {"choice": words}}, words.__contains__))
+    forms = [
+        *(("schema", entry["schema"]) for entry in entries),
+        *(("regex", pattern) for pattern in regexes(args.regexes)),
+        *(("choice", words) for words in choices(args.choices)),
+    ]
+    asked: list[Task] = []
+    for index, (kind, source) in enumerate(forms):
+        fields, right, begins = FORMS[kind](source, index)
+        # Every tenth has four answers, and every other one of all of these is streamed.
+        n, stream = (4, bool(index // 10 % 2)) if index % 10 == 0 else (1, bool(index % 2))
+        name = f"{kind} {index}"
+        asked.append(Task(name, kind, fields, source, right, begins, n, stream, args.seed + index))
     random.Random(args.seed).shuffle(asked)
     return asked
 
 
+def schema_form(schema: Any, index: int) -> tuple[dict[str, Any], Any, Any]:
+    """With the whitespace that is allowed by default, and, every third time, with at most one space or
+    with none."""
+    import jiter
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+
+    of = validator_for(schema, default=Draft202012Validator)
+    validator = of(schema, format_checker=of.FORMAT_CHECKER)
+    options: dict[str, Any] = [{}, {"whitespace_pattern": " ?"}, {"disable_any_whitespace": True}][
+        index % 3
+    ]
+    fields: dict[str, Any] = {"structured_outputs": {"json": schema, **options}}
+    if not options:
+        form = {"name": "answer", "schema": schema}
+        fields = {"response_format": {"type": "json_schema", "json_schema": form}}
+
+    def begins(text: str) -> bool:
+        # A number or a word that is cut is no JSON yet where nothing is around it.
+        jiter.from_json(f"[{text}".encode(), partial_mode="trailing-strings")
+        return True
+
+    return fields, lambda text: validator.is_valid(json.loads(text)), begins
+
+
+def regex_form(pattern: str, _: int) -> tuple[dict[str, Any], Any, Any]:
+    import regex
+
+    def begins(text: str) -> bool:
+        return regex.fullmatch(pattern, text, partial=True) is not None
+
+    right = re.compile(pattern).fullmatch
+    return {"structured_outputs": {"regex": pattern}}, lambda text: right(text) is not None, begins
+
+
+def choice_form(words: list[str], _: int) -> tuple[dict[str, Any], Any, Any]:
+    def begins(text: str) -> bool:
+        return any(word.startswith(text) for word in words)
+
+    return {"structured_outputs": {"choice": words}}, words.__contains__, begins
+
+
+FORMS: dict[str, Callable[[Any, int], tuple[dict[str, Any], Any, Any]]] = {
+    "schema": schema_form,
+    "regex": regex_form,
+    "choice": choice_form,
+}
+
+
+class Answer(NamedTuple):
+    """One choice. `finish`: its finish reason, or why there is none, with `text` as the message."""
+
+    finish: str
+    text: str
+    tokens: list[int]
+
+
 async def generate(args: argparse.Namespace) -> None:
+    """Asks what the file of results does not have yet, and judges all that it has then."""
     import aiohttp
 
-    counts: Counter[tuple[str, str]] = Counter()
-    gate = asyncio.Semaphore(args.streams)
-    longest_space = 0
-
-    async def ask(
-        session: aiohttp.ClientSession, kind: str, fields: dict[str, Any], right: Any, stream: bool
-    ) -> None:
-        nonlocal longest_space
-        body = {
-            "messages": [{"role": "user", "content": "Write an example of what is asked for."}],
-            "temperature": 1.0,
-            "max_tokens": args.max_tokens,
-            "n": 4,
-            "stream": stream,
-            "seed": args.seed,
-            **fields,
-        }
-        async with gate:
-            if time.perf_counter() - began > args.seconds:
-                counts[kind, "not asked"] += 1
-                return
-            counts[kind, "requests"] += 1
-            answers = await texts(session, args.url, body)
-        for finish, text in answers:
-            if finish == "stop" and kind == "schema":
-                runs = re.findall(r"\s+", re.sub(r'"(?:[^"\\]|\\.)*"', '""', text))
-                longest_space = max([longest_space, *map(len, runs)])
-            counts[kind, verdict(finish, text, right)] += 1
-            if verdict(finish, text, right) == "WRONG":
-                print("WRONG", json.dumps(fields)[:2000], repr(text)[:1000], flush=True)
-
-    began = time.perf_counter()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(3600)) as session:
-        await asyncio.gather(
-            *(
-                ask(session, kind, fields, right, stream)
-                for index, (kind, fields, right) in enumerate(tasks(args))
-                for stream in ([False, True] if args.both else [bool(index % 2)])
-            )
-        )
-    for (kind, outcome), count in sorted(counts.items()):
-        print(f"{kind:<8} {outcome:<10} {count:>6}")
-    print(
-        f"longest whitespace outside strings: {longest_space}; {time.perf_counter() - began:.0f} s"
+    asked = tasks(args)
+    answers = recorded(args.results)
+    queue = [task for task in asked if task.name not in answers]
+    schemas = sum(
+        task.kind == "schema" and not refused(answers[task.name])
+        for task in asked
+        if task.name in answers
     )
+    began = time.perf_counter()
+
+    async def ask_all(session: Any, file: Any) -> None:
+        nonlocal schemas
+        while time.perf_counter() - began < args.seconds:
+            wanted = (t for t in queue if t.kind != "schema" or schemas < args.schemas)
+            task = next(wanted, None)
+            if task is None:
+                return
+            queue.remove(task)
+            schemas += task.kind == "schema"
+            answers[task.name] = await asked_of(session, args, task)
+            # Schemas that are refused do not count: others come in their place.
+            schemas -= task.kind == "schema" and refused(answers[task.name])
+            file.write(json.dumps({"name": task.name, "answers": answers[task.name]}) + "\n")
+            file.flush()
+
+    timeout = aiohttp.ClientTimeout(3600)
+    with args.results.open("a") as file:
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            await asyncio.gather(*(ask_all(session, file) for _ in range(args.streams)))
+    judge_answers(asked, answers)
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
-def verdict(finish: str, text: str, right: Any) -> str:
-    if finish != "stop":
-        return finish
+def recorded(results: Path) -> dict[str, list[Answer]]:
+    """The answers in a file of results, by their task's name. A last line that is cut is left out."""
+    answers: dict[str, list[Answer]] = {}
+    for line in results.read_text().splitlines() if results.exists() else []:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            answers[entry["name"]] = [Answer(*answer) for answer in entry["answers"]]
+    return answers
+
+
+def refused(answers: list[Answer]) -> bool:
+    """The server took no request."""
+    return answers[0].finish == "refused"
+
+
+def judge_answers(asked: list[Task], answers: dict[str, list[Answer]]) -> None:
+    """Counts by kind, and each answer that is wrong."""
+    counts: Counter[tuple[str, str]] = Counter()
+    longest_space = 0
+    for task in asked:
+        if task.name not in answers:
+            continue
+        if not refused(answers[task.name]):
+            counts[task.kind, "requests"] += 1
+            counts[task.kind, "streamed"] += task.stream
+            counts[task.kind, "with n = 4"] += task.n == 4
+        for answer in answers[task.name]:
+            if task.kind == "schema" and answer.finish == "stop":
+                runs = re.findall(r"\s+", re.sub(r'"(?:[^"\\]|\\.)*"', '""', answer.text))
+                longest_space = max([longest_space, *map(len, runs)])
+            outcome = verdict(task, answer)
+            counts[task.kind, outcome] += 1
+            if outcome not in ("right", "cut, right so far", "refused"):
+                print(outcome, task.name, json.dumps(task.fields)[:2000], repr(answer)[:2000])
+    for (kind, outcome), count in sorted(counts.items()):
+        print(f"{kind:<8} {outcome:<18} {count:>6}")
+    print(f"longest whitespace outside strings: {longest_space}")
+
+
+def verdict(task: Task, answer: Answer) -> str:
+    """In one word or a few, WRONG among them where the answer is."""
     try:
-        return "right" if right(text) else "WRONG"
+        match answer.finish:
+            case "stop":
+                return "right" if task.right(answer.text) else "WRONG"
+            case "length":
+                return "cut, right so far" if task.begins(answer.text) else "cut, WRONG"
+            case finish:
+                return finish
     except ValueError:
-        return "WRONG"
+        return "WRONG" if answer.finish == "stop" else "cut, WRONG"
 
 
-async def texts(session: Any, url: str, body: dict[str, Any]) -> list[tuple[str, str]]:
-    """(finish reason, text) of each choice; one ("refused", why) where there are none."""
-    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
-        if answer.status != 200:
-            error = (await answer.json())["error"]
-            return [(f"refused {answer.status}", error["message"])]
-        if not body["stream"]:
-            whole = (await answer.json())["choices"]
-            return [(choice["finish_reason"], choice["message"]["content"]) for choice in whole]
-        parts: dict[int, str] = {}
-        finishes: dict[int, str] = {}
-        async for line in answer.content:
+async def asked_of(session: Any, args: argparse.Namespace, task: Task) -> list[Answer]:
+    """Of each choice; one that says why where there are none."""
+    body = {
+        "messages": [{"role": "user", "content": "Write an example of what is asked for."}],
+        "temperature": 1.0,
+        "max_tokens": args.max_tokens,
+        "n": task.n,
+        "stream": task.stream,
+        "seed": task.seed,
+        "return_token_ids": True,
+        **task.fields,
+    }
+    async with session.post(f"{args.url}/v1/chat/completions", json=body) as reply:
+        if reply.status != 200:
+            error = (await reply.json())["error"]
+            return [Answer(outcome_of(reply.status), error["message"], [])]
+        if not task.stream:
+            whole = (await reply.json())["choices"]
+            return [
+                Answer(
+                    choice["finish_reason"], choice["message"]["content"] or "", choice["token_ids"]
+                )
+                for choice in whole
+            ]
+        texts = [""] * task.n
+        finishes = ["broken off"] * task.n
+        tokens: list[list[int]] = [[] for _ in texts]
+        async for line in reply.content:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             if "error" in event:
-                return [("error", event["error"]["message"])]
+                error = event["error"]
+                return [Answer(outcome_of(error["code"]), error["message"], [])]
             for choice in event["choices"]:
                 index = choice["index"]
-                parts[index] = parts.get(index, "") + (choice["delta"].get("content") or "")
-                if choice["finish_reason"]:
-                    finishes[index] = choice["finish_reason"]
-        return [(finishes.get(index, "cut"), text) for index, text in sorted(parts.items())]
+                texts[index] += choice["delta"].get("content") or ""
+                tokens[index] += choice.get("token_ids") or []
+                finishes[index] = choice["finish_reason"] or finishes[index]
+        return [Answer(*answer) for answer in zip(finishes, texts, tokens, strict=True)]
+
+
+def outcome_of(status: int) -> str:
+    """Of a request without an answer. A stream may have begun before its grammar was refused."""
+    return "refused" if status == 400 else f"error {status}"
+
+
+# --- forced ---
+
+
+def forced(args: argparse.Namespace) -> None:
+    """How many tokens of the answers of `generate` their grammars left no choice about: those that
+    were the only one allowed, and those whose bytes the grammar says, in whatever tokens."""
+    from llguidance import LLMatcher
+    from pagewire.config import ModelConfig
+    from pagewire.grammar.compiler import Compiler
+    from pagewire.grammar.vocabulary import load_vocabulary
+    from pagewire.hub.huggingface import demo_gguf
+    from pagewire.requests.grammars import structured_grammar
+    from pagewire.tokenizer.load import load
+
+    model = args.model or str(demo_gguf())
+    size = load(Path(model)).tokenizer.get_vocab_size()
+    vocabulary = load_vocabulary(ModelConfig(model=model), size, [0, 2])
+    compiler = Compiler(vocabulary)
+
+    def forced_in(matcher: LLMatcher, tokens: list[int]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        run = covered = 0
+        for token in tokens:
+            if token in vocabulary.eos:
+                break
+            only = int.from_bytes(matcher.compute_bitmask(), "little").bit_count() == 1
+            said = max(covered, len(matcher.compute_ff_bytes()))
+            data = len(vocabulary.raw[token])
+            counts["tokens"] += 1
+            counts["the only one allowed"] += only
+            counts["of bytes that the grammar says"] += said >= data
+            counts["behind another such token"] += only and run > 0
+            run = run + 1 if only else 0
+            covered = max(0, said - data)
+            if not matcher.consume_token(token):
+                counts["not taken"] += 1
+                break
+        return counts
+
+    answers = recorded(args.results)
+    sums: dict[str, Counter[str]] = {}
+    for task in tasks(args):
+        if task.name not in answers or not answers[task.name][0].tokens:
+            continue
+        outputs = SimpleNamespace(**task.fields.get("structured_outputs", {"json": task.grammar}))
+        grammar = structured_grammar(outputs)
+        assert grammar is not None
+        kind = task.kind
+        if hasattr(outputs, "whitespace_pattern"):
+            kind = "schema, at most a space"
+        elif hasattr(outputs, "disable_any_whitespace"):
+            kind = "schema, no whitespace"
+        for answer in answers[task.name]:
+            found = forced_in(compiler.matcher(grammar), answer.tokens)
+            sums.setdefault(kind, Counter()).update(found)
+    for kind, counts in sorted(sums.items()):
+        total = counts.pop("tokens")
+        shares = "; ".join(f"{what} {n} ({n / total:.1%})" for what, n in sorted(counts.items()))
+        print(f"{kind}: {total} tokens; {shares}")
 
 
 # --- load ---
@@ -350,7 +537,7 @@ async def load_once(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["compile", "generate", "load"])
+    parser.add_argument("what", choices=["compile", "generate", "forced", "load"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--model", default="", help="whose tokenizer; default: the demo model's")
     parser.add_argument("--limit", type=int, help="schemas of each source")
@@ -359,7 +546,9 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=500)
     parser.add_argument("--regexes", type=int, default=100)
     parser.add_argument("--choices", type=int, default=50)
-    parser.add_argument("--both", action="store_true", help="each streamed and not, not in turns")
+    parser.add_argument(
+        "--results", type=Path, default=Path("structured.jsonl"), help="where answers are kept"
+    )
     parser.add_argument("--streams", type=int, default=16, help="requests at a time")
     parser.add_argument("--seconds", type=float, default=36000, help="after which no more is asked")
     parser.add_argument("--share", type=float, default=0.2)
@@ -372,6 +561,8 @@ def main() -> None:
             compile_all(args)
         case "generate":
             asyncio.run(generate(args))
+        case "forced":
+            forced(args)
         case "load":
             asyncio.run(load_all(args))
 

@@ -179,7 +179,7 @@ class StepResult(Message, tag=True, frozen=True):
     request wants no token (`max_tokens` is 0).
 
     Row i brings `counts[i]` tokens, which follow each other in `tokens`: 0 to the worker's
-    `max_tokens_per_row`. Empty `counts`: one token a row. A row without a token has not moved: the
+    `max_tokens_per_row` and `max_forced_tokens` together. Empty `counts`: one token a row. A row without a token has not moved: the
     next step that runs its slot computes the slot's last token again. `flags` is 1 where the logits
     were not finite, 2 where the request's grammar cannot be held any further: the row's tokens are
     then meaningless.

@@ -259,6 +259,10 @@ class WorkerFacts(Record, frozen=True):
     likes."""
     max_tokens_per_row: Annotated[int, Meta(ge=1, le=MAX_TOKENS_PER_ROW)] = 1
     """Most tokens that one row of a step may bring; above 1 for a worker that verifies guesses."""
+    max_forced_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS_PER_ROW)] = 0
+    """Most tokens that a row may bring beyond these, since its grammar left no choice about them.
+    Steps need not count on them: the worker takes no more than the row's blocks have room for, and
+    where a step in flight finds no room for its own token, its row brings none."""
 
 
 class TokenizerFacts(Record, frozen=True):

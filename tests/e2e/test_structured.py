@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,44 @@ def test_an_answer_that_is_cut_says_so_and_is_the_beginning_of_the_whole(stack) 
         assert {choice.message.content for choice in several} == {whole.message.content}
         tokens = [entry.token for entry in several[0].logprobs.content]
         assert "".join(tokens).startswith(whole.message.content)
+
+
+def steps_of(stack: Any) -> int:
+    """How many steps the worker was sent since the start."""
+    with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.search(r"^vllm:iteration_tokens_total_count\S* ([\d.e+]+)$", text, re.MULTILINE)
+    assert found
+    return int(float(found[1]))
+
+
+def test_what_a_grammar_forces_takes_fewer_steps_and_is_the_same(stack) -> None:
+    """Token by token is how requests that want log-probabilities go."""
+    words = ["a1b2c3d4e5f6g7h8i9", "0z1y2x3w4v5u"]
+    schema = {"type": "array", "items": {"enum": words}, "minItems": 12, "maxItems": 12}
+    form = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+    fields = {**form, "return_token_ids": True}
+    with stack.client() as client:
+
+        def counted(**options: Any) -> tuple[Any, int]:
+            before = steps_of(stack)
+            answer = ask(client, fields, seed=4, **options)
+            return answer.choices, steps_of(stack) - before
+
+        counted()  # the matcher's process is there from here on
+        (one,), _ = counted(logprobs=True)
+        assert len(one.logprobs.content) >= len(one.token_ids) - 1
+        fast, steps = counted(n=2)
+        for choice in fast:
+            assert choice.token_ids == one.token_ids
+            assert choice.message.content == one.message.content
+        assert len(one.token_ids) > 60 and steps < len(one.token_ids)
+        assert streamed(client, form) == one.message.content
+        for limit in range(5, 25):
+            (cut,), _ = counted(max_tokens=limit)
+            assert cut.token_ids == one.token_ids[:limit] and cut.finish_reason == "length"
+        (stopped,), _ = counted(stop=["5f6"])
+        assert stopped.message.content == one.message.content.partition("5f6")[0]
 
 
 @pytest.mark.parametrize("victim", ["matcher", "checker", "worker", "scheduler", "tokenizer"])

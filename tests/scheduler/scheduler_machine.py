@@ -36,8 +36,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         workers=st.integers(1, 2),
         cost=st.sampled_from([None, QUICK, SLOW]),
         row_tokens=st.sampled_from([(1,), (1,), (1,), (0, 1, 3), (1, 1, 0), (3,)]),
+        forced=st.sampled_from([(0,), (0,), (0, 0, 2), (3, 0), (9,)]),
     )
-    def start(self, ahead, budget, seqs, caching, blocks, workers, cost, row_tokens):
+    def start(self, ahead, budget, seqs, caching, blocks, workers, cost, row_tokens, forced):
         self.world = World(
             max_num_seqs=seqs,
             max_num_batched_tokens=budget,
@@ -54,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "eos": EOS,
             "cost": cost,
             "row_tokens": row_tokens,
+            "forced": forced,
         }
         for _ in range(workers):
             self.world.add_worker(**self.facts)

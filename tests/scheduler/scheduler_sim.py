@@ -188,9 +188,10 @@ class SimWorker:
         cascade=True,
         cost=None,
         row_tokens=(1,),
+        forced=(0,),
     ):
         """row_tokens: how many tokens the rows of its steps bring, one after the other, as far as
-        the slot's blocks have room for them."""
+        the slot's blocks have room for them. forced: how many more, which nobody counts on."""
         self.incarnation = 1000 + number
         self.peer = Peer(
             Role.WORKER, f"worker-{number}", f"ipc:///w{number}", self.incarnation, True
@@ -206,9 +207,11 @@ class SimWorker:
             cascade,
             cost,
             max_tokens_per_row=max(1, *row_tokens),
+            max_forced_tokens=max(forced),
         )
         self.row_tokens = itertools.cycle(row_tokens)
-        self.always_one = set(row_tokens) == {1}
+        self.forced = itertools.cycle(forced)
+        self.always_one = set(row_tokens) == {1} and not any(forced)
         self.slots = {}
         self.cells = np.full((num_blocks, block_size), -1, np.int64)
         self.shadow = Shadow(block_size, self.always_one)
@@ -219,6 +222,8 @@ class SimWorker:
         self.results = deque()
         self.steps = []
         self.flag_next = set()
+        self.left_out = 0
+        """Rows that had no room for their token."""
         self.shuffle = False
 
     def execute(self):
@@ -270,11 +275,20 @@ class SimWorker:
             slot, first + 1, ones, ones, pack("i", own), pack("f", [-token for token in own])
         )
 
+    def _lacks_room(self, slot):
+        """A forced run has filled the blocks that the slot's next token was to go to."""
+        state, size = self.slots[slot], self.facts.block_size
+        decodes = state.computed == len(state.tokens) - 1
+        is_full = state.computed == len(state.blocks) * size
+        return self.facts.max_forced_tokens > 0 and decodes and is_full
+
     def _one_writer(self, counts):
         writers = {}
         for slot, count in zip(self.last, counts, strict=True):
             state = self.slots[slot]
             size = self.facts.block_size
+            if self._lacks_room(slot):
+                continue
             for position in range(state.computed, state.computed + count):
                 assert position // size < len(state.blocks), (
                     f"slot {slot}: no block for position {position}"
@@ -324,12 +338,17 @@ class SimWorker:
     def _run(self, slot, count):
         """The tokens that the row brings; None where it samples none."""
         state, size = self.slots[slot], self.facts.block_size
+        if self._lacks_room(slot):
+            self.left_out += 1
+            return []
         assert count >= 1 and state.computed + count <= len(state.tokens)
         self._compute(slot, state.computed + count)
         if state.computed < len(state.tokens) or state.prefill_only:
             return None
         room = len(state.blocks) * size - state.computed
         wanted = next(self.row_tokens)
+        if wanted:
+            wanted += next(self.forced)
         brings = min(wanted, room + 1)
         tokens = []
         for _ in range(brings):

@@ -73,6 +73,44 @@ def test_preemption_and_shared_blocks_with_rows_of_any_length(row_tokens, cachin
     w.assert_idle()
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+@pytest.mark.parametrize("forced", [(2,), (0, 0, 3), (15, 0)])
+@pytest.mark.parametrize("caching", [True, False])
+def test_forced_tokens_come_in_fewer_steps_and_need_no_room_kept_for_them(forced, ahead, caching):
+    """Blocks are small and few, so that rows are left out and share what they have."""
+    facts = {"num_blocks": 24, "block_size": 4, "forced": forced}
+    w = world(facts=facts, steps_in_flight=ahead, enable_prefix_caching=caching)
+    handles = [w.submit([*PROMPT[:8], i], max_tokens=20) for i in range(6)]
+    w.run()
+    for h in handles:
+        assert w.output(h) == w.expected(h) and w.end(h).finish is Finish.LENGTH
+    (worker,) = w.workers.values()
+    assert worker.left_out > 0 or ahead == 1 or forced == (2,)
+    w.assert_idle()
+
+
+def test_a_request_alone_needs_a_step_for_each_run():
+    steps = {}
+    for forced in ((0,), (3,)):
+        w = world(facts={"block_size": 16, "forced": forced}, steps_in_flight=2)
+        w.submit(PROMPT, max_tokens=40)
+        w.run()
+        (worker,) = w.workers.values()
+        steps[forced] = sum(1 for step in worker.steps if step.repeat or step.run_slots)
+    assert steps[0,] <= 42 and steps[3,] <= 20
+
+
+@pytest.mark.parametrize("forced", [(3,), (0, 2)])
+def test_what_follows_a_stop_token_in_a_forced_run_is_dropped(forced):
+    full = expected_output(PROMPT, Sampling(seed=0, max_tokens=8))
+    for i in range(8):
+        w = world(facts={"forced": forced})
+        h = w.submit(PROMPT, max_tokens=8, stop_token_ids=(full[i],))
+        w.run()
+        assert w.output(h) == full[: i + 1] and w.end(h).finish is Finish.STOP
+        w.assert_idle()
+
+
 def test_rows_in_another_order_keep_their_tokens():
     w = world((2, 0, 3, 1), facts={"max_num_seqs": 6})
     (worker,) = w.workers.values()

@@ -1,6 +1,7 @@
 """Masks of grammars, with a stand-in for the matcher process: whose mask is used for which row and
 position, whatever happens to rows and processes."""
 
+import itertools
 from random import Random
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.fake import FakeRunner, chain
+from pagewire.worker.step.forced_runs import MAX_RUN
 from pagewire.worker.step.grammar_masks import HANG_S, MAX_FAILED_STARTS
 from pagewire.worker.step.logit_constraints import Constraints
 from pagewire.worker.step.slots import Slots
@@ -36,12 +38,13 @@ class Request:
 class Bench:
     """A fake worker whose requests come and go."""
 
-    def __init__(self, seed: int, late: float = 0.0) -> None:
+    def __init__(self, seed: int, late: float = 0.0, max_run: int = 0) -> None:
         self.random = Random(seed)
         self.room = Room(SLOTS, VOCAB, late, seed)
         config = WorkerConfig(device="fake", fake_vocab_size=VOCAB)
         self.runner = FakeRunner(ModelConfig(), SchedulerConfig(max_num_seqs=SLOTS), config)
         self.runner._masks = self.room.masks
+        self.runner._max_run = self.room.masks.allow_runs(max_run)
         self.slots: dict[int, Request] = {}
         self.over: list[Request] = []
         self.resumed: list[Request] = []
@@ -91,21 +94,22 @@ class Bench:
         tokens = iter(unpack("i", result.tokens).tolist())
         for slot, count, flag in zip(slots, brought, result.flags, strict=True):
             request = self.slots[slot]
+            assert count <= 1 + self.runner._max_run
             if not count:
                 self.empty += 1
+            if count != 1:
                 assert request.source is not None, "a row without a grammar waits for nobody"
-                continue
-            token = next(tokens)
-            if flag:
-                assert flag == GRAMMAR_FAILED
-                continue
-            if request.source is not None:
-                wanted = allowed(request.source, request.output, VOCAB)
-                assert token in wanted, (slot, request.source, request.output, token, wanted)
-            request.output.append(token)
+            for token in itertools.islice(tokens, count):
+                if flag:
+                    assert flag == GRAMMAR_FAILED
+                    continue
+                if request.source is not None:
+                    wanted = allowed(request.source, request.output, VOCAB)
+                    assert token in wanted, (slot, request.source, request.output, token, wanted)
+                request.output.append(token)
 
     def new(self) -> Request:
-        source = self.random.choice([None, *"abcdefgh"])
+        source = self.random.choice([None, *"abcdEFGH"])
         return Request(source, [self.random.randrange(VOCAB) for _ in range(1 + self.n % 5)])
 
     def random_step(self, deaths: float) -> None:
@@ -132,10 +136,13 @@ class Bench:
 
 @pytest.mark.parametrize("late", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("deaths", [0.0, 0.1])
-def test_a_mask_is_never_applied_to_another_row_or_position(late: float, deaths: float) -> None:
+@pytest.mark.parametrize("max_run", [0, 2, MAX_RUN])
+def test_a_mask_is_never_applied_to_another_row_or_position(
+    late: float, deaths: float, max_run: int
+) -> None:
     constrained = free = 0
     for seed in range(3):
-        bench = Bench(seed, late)
+        bench = Bench(seed, late, max_run)
         for _ in range(120):
             bench.random_step(deaths)
         for request in [*bench.over, *bench.resumed, *bench.slots.values()]:
@@ -150,9 +157,9 @@ def test_a_mask_is_never_applied_to_another_row_or_position(late: float, deaths:
 def test_the_same_text_comes_whatever_happens_on_the_way() -> None:
     """Late masks, dead processes and a move to another slot change nothing."""
 
-    def run(late: float, deaths: bool) -> list[int]:
-        bench = Bench(1, late)
-        request = Request("g", [1, 2, 3])
+    def run(late: float, deaths: bool, max_run: int = 0) -> list[int]:
+        bench = Bench(1, late, max_run)
+        request = Request("G", [1, 2, 3])
         bench.step(admit={2: request})
         while len(request.output) < 20:
             if deaths and bench.n % 7 == 0:
@@ -164,6 +171,22 @@ def test_the_same_text_comes_whatever_happens_on_the_way() -> None:
 
     plain = run(0.0, False)
     assert run(0.99, False) == plain and run(0.9, True) == plain
+    for max_run in (1, MAX_RUN):
+        assert run(0.0, False, max_run) == run(0.9, True, max_run) == plain
+
+
+def test_a_forced_run_comes_in_one_step() -> None:
+    """Of 30 tokens two thirds are the only ones that the grammar allows."""
+    steps = {}
+    for max_run in (0, MAX_RUN):
+        bench = Bench(0, max_run=max_run)
+        request, other = Request("G", [1, 2, 3]), Request(None, [4])
+        bench.step(admit={2: request, 3: other})
+        while len(request.output) < 30:
+            bench.step()
+        steps[max_run] = bench.n
+        assert len(other.output) == bench.n, "a row beside it gets one token a step"
+    assert steps[0] == 30 and steps[MAX_RUN] <= 15
 
 
 def test_without_grammars_there_is_no_process() -> None:

@@ -8,6 +8,7 @@ from pagewire.worker import rank_link
 from pagewire.worker.fake import FakeRunner
 from pagewire.worker.rank_link import Follower, Leader, RecordKind
 from pagewire.worker.step import rank_masks
+from pagewire.worker.step.forced_runs import MAX_RUN
 from pagewire.worker.step.rank_masks import LeadingMasks
 from worker.stand_in_matcher import Room
 from worker.test_grammar_masks import SLOTS, VOCAB, Bench, Request
@@ -22,6 +23,7 @@ class Ranks(Bench):
         leader = Leader(RingWriter(self.memory.place(0)))
         self.room = Room(SLOTS, VOCAB, late, seed, lambda *a, **k: LeadingMasks(leader, *a, **k))
         self.runner._masks = self.room.masks
+        self.runner._max_run = self.room.masks.allow_runs(MAX_RUN)
         followers = [Follower(RingReader(self.memory.place(rank))) for rank in (1, 2)]
         config = WorkerConfig(device="fake", fake_vocab_size=VOCAB)
         limits = SchedulerConfig(max_num_seqs=SLOTS)

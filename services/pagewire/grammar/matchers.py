@@ -22,7 +22,7 @@ Words = NDArray[np.uint32]
 class Stream:
     """One request."""
 
-    __slots__ = ("after", "matcher", "num_output", "row", "tail")
+    __slots__ = ("after", "forced", "matcher", "num_output", "row", "tail")
 
     def __init__(self, matcher: LLMatcher, after: bytes, row: int) -> None:
         self.matcher = matcher
@@ -31,17 +31,24 @@ class Stream:
         self.tail = b""
         """The end of the free output, as far as `after` may have begun in it."""
         self.num_output = 0
+        """The forced tokens are counted."""
+        self.forced: list[int] = []
+        """The forced run before the position that the row's mask is for."""
         self.row = row
 
 
 class Matchers:
     """All requests of one service, by their keys. `masks` [rows, words]: row i is written for the
-    request whose row that is."""
+    request whose row that is. `max_forced`: where a grammar leaves a single token, that many in a row
+    at most are taken as if they had been sampled, and the mask is for what follows them."""
 
-    def __init__(self, vocabulary: Vocabulary, compiler: Compiler, masks: Words) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, compiler: Compiler, masks: Words, max_forced: int = 0
+    ) -> None:
         self._vocabulary = vocabulary
         self._compiler = compiler
         self._masks = masks
+        self._max_forced = max_forced
         self._streams: dict[int, Stream] = {}
         self._executor = LLExecutor()
         self._free_mask = self._all_but_endings()
@@ -105,6 +112,8 @@ class Matchers:
             else:
                 constrained.append(key)
         self._compute(constrained)
+        for key in constrained:
+            self._run_ahead(self._streams[key])
         failed: dict[int, str] = {}
         for key in constrained:
             why = self._why_none(self._streams[key])
@@ -130,9 +139,34 @@ class Matchers:
             len(self._masks),
         )
 
+    def _run_ahead(self, stream: Stream) -> None:
+        """Take the tokens that are the only ones allowed. Those that end a text are sampled."""
+        stream.forced = []
+        while len(stream.forced) < self._max_forced:
+            token = only_token(self._masks[stream.row])
+            if token is None or token in self._vocabulary.eos:
+                return
+            self._consume(stream, token)
+            stream.forced.append(token)
+            pointer = int(self._masks[stream.row].ctypes.data)
+            stream.matcher.unsafe_compute_mask_ptr(pointer, self._masks.shape[1] * 4)
+
+    def forced(self, keys: list[int]) -> list[list[int]]:
+        """The forced run of each of these requests, before the position of its mask."""
+        return [self._streams[key].forced for key in keys]
+
     def _why_none(self, stream: Stream) -> str:
         if stream.matcher.is_error():
             return explained(stream.matcher.get_error())
         if not self._masks[stream.row].any():
             return "no token of the model continues the text"
         return ""
+
+
+def only_token(mask: Words) -> int | None:
+    """The token that `mask` [words] allows, where it allows exactly one."""
+    if np.count_nonzero(mask) != 1:
+        return None
+    word = int(mask.argmax())
+    bits = int(mask[word])
+    return 32 * word + bits.bit_length() - 1 if bits & (bits - 1) == 0 else None

@@ -22,12 +22,13 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Start(Part, frozen=True):
     """The first one: what the process matches for. `rows`: rows of the memory for masks, each of
-    `mask_words` uint32; 0: it only checks."""
+    `mask_words` uint32; 0: it only checks. `max_forced`: most tokens of a forced run."""
 
     model: ModelConfig
     vocab_size: int
     eos: tuple[int, ...]
     rows: int
+    max_forced: int = 0
 
 
 class Check(Part, frozen=True):
@@ -76,10 +77,14 @@ class Checked(Part, frozen=True):
 
 class Masks(Part, frozen=True):
     """The masks of these requests (uint64 column) for output position i (int32 column) are in their
-    rows."""
+    rows. The last `forced_counts[i]` tokens (int32 column; empty: none) before that position were
+    forced: they are those of `forced_tokens` (int32 column), in order, and the service has not said
+    them."""
 
     keys: bytes
     positions: bytes
+    forced_counts: bytes = b""
+    forced_tokens: bytes = b""
 
 
 class Failed(Part, frozen=True):

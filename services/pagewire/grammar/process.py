@@ -129,7 +129,7 @@ class Process:
             words = mask_words(start.vocab_size)
             memory = mmap.mmap(self._memory, 4 * words * start.rows)
             masks = np.frombuffer(memory, np.uint32).reshape(start.rows, words)
-            self._matchers = Matchers(vocabulary, self._compiler, masks)
+            self._matchers = Matchers(vocabulary, self._compiler, masks, start.max_forced)
         self._send(Ready())
 
     def _compile(self, message: Check | Open) -> None:
@@ -177,11 +177,13 @@ class Process:
         for key, why in failed.items():
             self._send(Failed(key, why))
         if filled:
-            self._send(
-                Masks(
-                    np.array(filled, np.uint64).tobytes(), np.array(positions, np.int32).tobytes()
-                )
-            )
+            columns = np.array(filled, np.uint64).tobytes(), np.array(positions, np.int32).tobytes()
+            forced = matchers.forced(filled)
+            counts = tokens = b""
+            if any(forced):
+                counts = np.array([len(run) for run in forced], np.int32).tobytes()
+                tokens = np.array([token for run in forced for token in run], np.int32).tobytes()
+            self._send(Masks(*columns, counts, tokens))
 
 
 if __name__ == "__main__":

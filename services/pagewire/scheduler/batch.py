@@ -132,7 +132,7 @@ def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:
     short = rows[is_short]
     if not len(short):
         return rows
-    if per_row == 1:
+    if per_row == 1 and not worker.facts.max_forced_tokens:
         needed = dict.fromkeys(slots_of(short), 1)
     else:
         missing = -(-lacking[is_short] // worker.kv_cache.block_size)

@@ -134,7 +134,7 @@ def _counts(worker: WorkerState, step: InFlightStep, result: StepResult) -> I32 
                 f"it returned {len(result.tokens) // 4} tokens for the {rows} rows of step {result.n}"
             )
         return None
-    most = worker.facts.max_tokens_per_row
+    most = worker.facts.max_tokens_per_row + worker.facts.max_forced_tokens
     if len(result.counts) != 4 * rows:
         raise WorkerFault(
             f"it returned {len(result.counts) // 4} counts for the {rows} rows of step {result.n}"

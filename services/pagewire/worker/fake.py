@@ -8,7 +8,7 @@ opinion of block tables. Only numpy is needed.
 """
 
 import time
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from pagewire_protocol.structs import (
 
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from .runners import BadStep
+from .step.forced_runs import MAX_RUN, brought, moved
 from .step.grammar_masks import GrammarMasks
 from .step.rank_masks import MakeMasks
 
@@ -116,6 +117,16 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
     )
 
 
+class MaskedRows(NamedTuple):
+    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each, which
+    have their masks, their flags, and whether some row does not bring one token."""
+
+    runs: list[list[int]]
+    ready: npt.NDArray[np.bool_]
+    flags: bytes
+    is_uneven: bool
+
+
 class FakeRunner:
     """A SyncRunner (runners.py)."""
 
@@ -152,6 +163,7 @@ class FakeRunner:
         self._one_each = np.ones(scheduler.num_seqs(), np.int32)
         self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
         self._masks = make_masks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
+        self._max_run = self._masks.allow_runs(MAX_RUN)
 
     def facts(self) -> WorkerFacts:
         return WorkerFacts(
@@ -163,6 +175,7 @@ class FakeRunner:
             eos_token_ids=self._eos,
             device="fake",
             cost=StepCost(1000 * self._step_s, 0.0, 0.0),
+            max_forced_tokens=self._max_run,
         )
 
     def clear(self) -> None:
@@ -181,12 +194,15 @@ class FakeRunner:
         scores = self._score(slots, counts)
         self._computed[slots] += counts
         slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
-        flags = bytes(len(slots))
-        counts_sampled = b""
-        sampled = slots
-        if self._masks.any:
-            sampled, flags, counts_sampled = self._with_masks(slots)
+        masked = self._with_masks(slots) if self._masks.any else None
+        sampled = slots if masked is None else slots[masked.ready]
         tokens = self._sample(sampled)
+        logprobs = self._logprob_columns(sampled, tokens)
+        counts_sampled = b""
+        if masked is not None and masked.is_uneven:
+            tokens, lengths = brought(masked.runs, masked.ready, tokens)
+            logprobs = moved(logprobs, lengths, masked.ready)
+            counts_sampled = lengths.tobytes()
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
         return StepResult(
@@ -195,8 +211,8 @@ class FakeRunner:
             n=step.n,
             slots=slots.tobytes(),
             tokens=tokens.tobytes(),
-            flags=flags,
-            logprobs=self._logprob_columns(sampled, tokens),
+            flags=bytes(len(slots)) if masked is None else masked.flags,
+            logprobs=logprobs,
             prompt_logprobs=scores,
             counts=counts_sampled,
         )
@@ -208,17 +224,33 @@ class FakeRunner:
             self._admit(admission)
         self._masks.follow(step)
 
-    def _with_masks(
-        self, slots: npt.NDArray[np.int32]
-    ) -> tuple[npt.NDArray[np.int32], bytes, bytes]:
-        """Where some slot has a grammar: those of `slots` that can be sampled, and the flags and
-        counts of all. The others, whose masks are not there, compute their last token again."""
+    def _with_masks(self, slots: npt.NDArray[np.int32]) -> MaskedRows:
+        """What grammars say of `slots`, which sample. Those whose masks are not there compute their
+        last token again."""
+        runs = self._take_runs(slots)
         ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
         self._computed[slots[~ready]] -= 1
         flags = np.zeros(len(slots), np.uint8)
         flags[self._masks.failed(slots)] = GRAMMAR_FAILED
-        counts = b"" if ready.all() else ready.astype(np.int32).tobytes()
-        return slots[ready], flags.tobytes(), counts
+        return MaskedRows(runs, ready, flags.tobytes(), any(runs) or not bool(ready.all()))
+
+    def _take_runs(self, slots: npt.NDArray[np.int32]) -> list[list[int]]:
+        """The forced runs of `slots`: they are computed with this step."""
+        runs: list[list[int]] = [[] for _ in slots]
+        concerned = self._masks.concerns(slots.astype(np.int64)) & (self._logprobs[slots] < 0)
+        rows = np.flatnonzero(concerned)
+        if not len(rows) or not self._max_run:
+            return runs
+        taking = slots[rows].astype(np.int64)
+        most = (self._max_model_len - self._known[taking]).clip(0, MAX_RUN)
+        for row, run in zip(rows.tolist(), self._masks.take_runs(taking, most), strict=True):
+            runs[row] = run
+            slot = slots[row]
+            for token in run:
+                self._state[slot] = extend(int(self._state[slot]), token)
+            self._known[slot] += len(run)
+            self._computed[slot] += len(run)
+        return runs
 
     def _rows(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The slots that it runs, and how many tokens of each."""

@@ -27,6 +27,7 @@ from ..device import kernel_cache
 from ..load import loader, weights
 from ..load.rank_agreement import ALONE, Ranks
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
+from ..step.forced_runs import MAX_RUN, ForcedRuns, brought, moved, take_runs, unchanged
 from ..step.grammar_masks import GrammarMasks
 from ..step.logit_constraints import Constraints
 from ..step.logprobs import PromptSpan, SpanLogprobs, prompt_logprobs, prompt_spans
@@ -65,6 +66,7 @@ class Runner:
         self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
         self._masks = make_masks(self._slots.count, model, vocab_size, tuple(eos))
+        self._max_run = self._masks.allow_runs(MAX_RUN)
         self._constraints = Constraints(
             self._slots, self._masks, vocab_size, eos, self._device, self._tensor
         )
@@ -74,7 +76,7 @@ class Runner:
 
     def facts(self) -> WorkerFacts:
         """What it can hold."""
-        return facts_of(self._loaded, self._slots.count)
+        return facts_of(self._loaded, self._slots.count, max_forced_tokens=self._max_run)
 
     def clear(self) -> None:
         """Forget every request: there is a new scheduler."""
@@ -87,46 +89,61 @@ class Runner:
         self._masks.follow(step)
         if step.admit:
             self._constraints.admit(np.array([admission.slot for admission in step.admit]))
-        rows = self._applier.take(slots, counts)
+        forced = self._take_runs(slots, counts)
+        rows = self._applier.take(forced.slots, forced.counts, slots)
         sampled = None
         late = NO_SLOTS
-        if len(slots):
+        if len(rows.slots):
             with torch.inference_mode():
                 sampled, late = self._run(rows)
-        if sampled is None and not len(late):
+        if len(late) or forced.changed:
+            return self._uneven(step, rows, forced, sampled, late)
+        if sampled is None:
             return self._result(step, NO_SLOTS, None)
-        sampled_slots = slots[rows.sampling]
-        if len(late):
-            return self._partial(step, sampled_slots, sampled, late)
-        assert sampled is not None
+        sampled_slots = rows.slots[rows.sampling]
         self._append(sampled_slots, sampled)
         return self._result(step, sampled_slots, sampled)
+
+    def _take_runs(self, slots: Ints, counts: Ints) -> ForcedRuns:
+        """What a step that computes counts[i] tokens of slots[i] [N] computes with forced runs."""
+        if not self._masks.any or not self._max_run:
+            return unchanged(slots, counts)
+        return take_runs(self._slots, self._masks, slots, counts)
 
     def _append(self, slots: Ints, sampled: sampler.Sampled) -> None:
         self._slots.append_tokens(slots, sampled.tokens)
         self._constraints.observe(slots, self._tensor(sampled.tokens))
         self._masks.append(self._masks.keys(slots), sampled.tokens)
 
-    def _partial(
-        self, step: Step, slots: Ints, sampled: sampler.Sampled | None, late: Ints
+    def _uneven(
+        self,
+        step: Step,
+        rows: StepRows,
+        forced: ForcedRuns,
+        sampled: sampler.Sampled | None,
+        late: Ints,
     ) -> StepResult:
-        """The result of a step in which the rows `late` of `slots` have no token: their masks are
-        not there yet, and they compute their last token again."""
-        counts = np.ones(len(slots), np.int32)
-        counts[late] = 0
+        """The result of a step whose rows bring several tokens or none. Those of `late`, of the rows
+        that sample, have no token of their own: their masks are not there yet, and they compute
+        their last token again."""
+        slots = rows.slots[rows.sampling]
+        ready = np.ones(len(slots), np.bool_)
+        ready[late] = False
         self._slots.hold_back(slots[late])
-        flags = np.zeros(len(slots), np.uint8)
-        if sampled is None:
-            result = self._result(step, slots, None)
-        else:
-            self._append(slots[counts > 0], sampled)
-            result = self._result(step, slots[counts > 0], sampled)
-            flags[counts > 0] = sampled.bad
+        result = self._result(step, slots[ready], sampled)
+        flags = np.zeros(len(slots) + len(forced.left_out), np.uint8)
+        if sampled is not None:
+            self._append(slots[ready], sampled)
+            flags[: len(slots)][ready] = sampled.bad
+        runs = [forced.runs[row] for row in rows.sampling.tolist()]
+        tokens, counts = brought(runs, ready, np.frombuffer(result.tokens, np.int32))
         return replace(
             result,
-            slots=slots.astype(np.int32).tobytes(),
+            slots=np.concatenate([slots, forced.left_out]).astype(np.int32).tobytes(),
+            tokens=tokens.tobytes(),
             flags=flags.tobytes(),
-            counts=counts.tobytes(),
+            counts=np.pad(counts, (0, len(forced.left_out))).tobytes(),
+            logprobs=moved(result.logprobs, counts, ready),
         )
 
     def _result(self, step: Step, slots: Ints, sampled: sampler.Sampled | None) -> StepResult:

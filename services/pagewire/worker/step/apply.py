@@ -12,7 +12,9 @@ from .slots import BadStep, Ints, Slots
 NO_SLOTS: Final = np.zeros(0, np.int64)
 
 
-def facts_of(loaded: loader.Loaded, max_num_seqs: int, cascade: bool = False) -> WorkerFacts:
+def facts_of(
+    loaded: loader.Loaded, max_num_seqs: int, cascade: bool = False, max_forced_tokens: int = 0
+) -> WorkerFacts:
     """What a runner with this model tells the scheduler; cascade: it takes prefix groups."""
     return WorkerFacts(
         num_blocks=loaded.sizing.num_blocks,
@@ -23,6 +25,7 @@ def facts_of(loaded: loader.Loaded, max_num_seqs: int, cascade: bool = False) ->
         eos_token_ids=tuple(loaded.eos_token_ids),
         device=loaded.device,
         cascade=cascade,
+        max_forced_tokens=max_forced_tokens,
     )
 
 
@@ -70,11 +73,12 @@ class StepApplier:
         self.version += 1
         return slots, counts
 
-    def take(self, slots: Ints, counts: Ints) -> StepRows:
+    def take(self, slots: Ints, counts: Ints, running: Ints | None = None) -> StepRows:
         """The rows of the step, whose slots' num_computed moves on. Only a step that gets here can
-        be repeated. Raises BadStep."""
+        be repeated: with the slots `running`, where the step names more than it computes. Raises
+        BadStep."""
         first, end = self._slots.take(slots, counts)
-        self._running = slots
+        self._running = slots if running is None else running
         sampling = np.flatnonzero(self._slots.samples(slots, end))
         return StepRows(slots, counts, first, end, sampling)
 

@@ -3,7 +3,8 @@
 
 Each admission is a stream with a key of its own. The matcher is told the stream's tokens as they are
 sampled, and answers with the mask for the next one; a mask is used for that stream and that position
-and for nothing else. A row whose mask is not there when it would be sampled brings no token, and
+and for nothing else. Where a grammar leaves a single token, the answer brings it, and further ones
+after it: a forced run, behind which the mask is. A row whose mask is not there when it would be sampled brings no token, and
 nobody else waits for it. When the process ends or hangs, a new one gets every stream as it is.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Step
@@ -27,6 +29,8 @@ WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
+WAIT_RUNS_S: Final = 0.001
+"""How long a step in which every row has a grammar waits for its forced runs before it is computed."""
 HANG_S: Final = 10.0
 """A process that is ready and owes an answer for so long is ended."""
 LOAD_S: Final = 300.0
@@ -39,6 +43,7 @@ MAX_FAILED_STARTS: Final = 5
 MAX_DEATHS: Final = 3
 """A stream at whose work alone so many processes ended gets no further masks."""
 NO_KEY: Final = 0
+NO_TOKEN: Final = -1
 
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
@@ -48,13 +53,15 @@ Keys = NDArray[np.uint64]
 class Stream:
     """One admission: its grammar and all its output tokens."""
 
-    __slots__ = ("deaths", "died_at", "grammar", "key", "output", "slot")
+    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "output", "slot")
 
     def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
         self.key = key
         self.slot = slot
         self.grammar = grammar
         self.output = output
+        self.forced: list[int] = []
+        """The forced run that follows `output`: the matcher has taken it already."""
         self.deaths = 0
         """Processes in a row that ended while they worked for this stream alone."""
         self.died_at = 0
@@ -86,6 +93,9 @@ class GrammarMasks:
         """By slot: the key of its stream."""
         self._mask_at = np.full(count, -1, np.int64)
         """By slot: the output position that the slot's mask is for; -1: it has none."""
+        self._forced = np.full(count, NO_TOKEN, np.int64)
+        """By slot: the first token of the forced run at that position; NO_TOKEN: there is none, and
+        the mask is what the matcher has written."""
         self._failed = np.zeros(count, np.bool_)
         self._last_key = NO_KEY
         self._suspects: deque[int] = deque()
@@ -119,6 +129,7 @@ class GrammarMasks:
             return
         self._key_of[slot] = NO_KEY
         self._mask_at[slot] = -1
+        self._forced[slot] = NO_TOKEN
         self._failed[slot] = False
         del self._streams[key]
         self._answered(key)
@@ -168,13 +179,69 @@ class GrammarMasks:
         keys = keys[rows]
         values = tokens[rows].astype(np.int32)
         now = self._clock()
-        for key, token in zip(keys.tolist(), values.tolist(), strict=True):
+        news = np.ones(len(keys), np.bool_)
+        for row, (key, token) in enumerate(zip(keys.tolist(), values.tolist(), strict=True)):
             stream = self._streams[key]
+            if stream.forced:
+                news[row] = False
+                self._say_forced(stream, token)
+                continue
             stream.output.append(token)
             self._mask_at[stream.slot] = -1
             self._owed[key] = now
-        if self._process is not None:
-            self._process.send(Advance(keys.tobytes(), values.tobytes()))
+        if self._process is not None and news.any():
+            self._process.send(Advance(keys[news].tobytes(), values[news].tobytes()))
+
+    def _say_forced(self, stream: Stream, token: int) -> None:
+        """`token` was sampled where there is a forced run, so that it is its first one; any other
+        comes of logits that were not finite."""
+        stream.output.append(token)
+        if token == stream.forced.pop(0):
+            self._at_forced(stream)
+        else:
+            stream.forced.clear()
+            self._mask_at[stream.slot] = -1
+            self._forced[stream.slot] = NO_TOKEN
+            if self._process is not None:
+                self._open(stream)
+
+    def _at_forced(self, stream: Stream) -> None:
+        """The next position of `stream` has a mask, by what is left of its forced run or behind
+        it."""
+        self._mask_at[stream.slot] = len(stream.output)
+        self._forced[stream.slot] = stream.forced[0] if stream.forced else NO_TOKEN
+
+    # --- forced runs ---
+
+    def allow_runs(self, most: int) -> int:
+        """Before the first request: runs have `most` tokens at most. Returns how many they will
+        have; 0: there will be none."""
+        self._start = replace(self._start, max_forced=most)
+        return most
+
+    def take_runs(self, slots: Ints, most: Ints) -> list[list[int]]:
+        """Of each of `slots` [R], the forced run that follows its output, as far as it is known, and
+        at most most[i] tokens of it. From now on these are output."""
+        self._receive()
+        if self.concerns(slots).all():
+            end = self._clock() + WAIT_RUNS_S
+            while self._awaits_any(slots) and (left := end - self._clock()) > 0:
+                self._wait(left)
+                self._receive()
+        runs: list[list[int]] = []
+        for slot, limit in zip(slots.tolist(), most.tolist(), strict=True):
+            if self._forced[slot] == NO_TOKEN or limit <= 0:
+                runs.append([])
+                continue
+            stream = self._streams[int(self._key_of[slot])]
+            runs.append(stream.forced[:limit])
+            stream.output += runs[-1]
+            del stream.forced[:limit]
+            self._at_forced(stream)
+        return runs
+
+    def _awaits_any(self, slots: Ints) -> bool:
+        return bool(((self._mask_at[slots] < 0) & ~self._failed[slots]).any())
 
     # --- masks ---
 
@@ -202,7 +269,12 @@ class GrammarMasks:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32 is
         set where token i may come."""
         assert self._process is not None
-        return self._process.masks[slots]
+        masks = self._process.masks[slots]
+        for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
+            word, bit = divmod(int(self._forced[slots[row]]), 32)
+            masks[row] = 0
+            masks[row, word] = 1 << bit
+        return masks
 
     # --- the process ---
 
@@ -230,10 +302,12 @@ class GrammarMasks:
             case Masks():
                 keys = np.frombuffer(message.keys, np.uint64).tolist()
                 positions = np.frombuffer(message.positions, np.int32).tolist()
-                for key, position in zip(keys, positions, strict=True):
+                runs = _forced_runs(message, len(keys))
+                for key, position, run in zip(keys, positions, runs, strict=True):
                     stream = self._streams.get(key)
-                    if stream is not None and len(stream.output) == position:
-                        self._mask_at[stream.slot] = position
+                    if stream is not None and len(stream.output) + len(run) == position:
+                        stream.forced = run
+                        self._at_forced(stream)
                         if position > stream.died_at:
                             stream.deaths = 0
                         self._answered(key)
@@ -280,6 +354,9 @@ class GrammarMasks:
             elif self._failed_starts >= MAX_FAILED_STARTS:
                 self._give_up()
         self._mask_at[:] = -1
+        self._forced[:] = NO_TOKEN
+        for stream in self._streams.values():
+            stream.forced = []
         self._next_start = self._clock() + self._pause_s
         self._pause_s = min(2 * self._pause_s, RESTART_S[1])
 
@@ -332,3 +409,12 @@ class GrammarMasks:
         output = np.array(stream.output, np.int32).tobytes()
         self._owed.setdefault(stream.key, self._clock())
         self._process.send(Open(stream.key, stream.slot, stream.grammar, output))
+
+
+def _forced_runs(message: Masks, rows: int) -> list[list[int]]:
+    """The forced run of each row."""
+    if not message.forced_counts:
+        return [[] for _ in range(rows)]
+    counts = np.frombuffer(message.forced_counts, np.int32)
+    tokens = np.frombuffer(message.forced_tokens, np.int32)
+    return [run.tolist() for run in np.split(tokens, np.cumsum(counts)[:-1])]

@@ -52,6 +52,10 @@ class LeadingMasks(GrammarMasks):
         super().__init__(*arguments, **options)
         self._leader = leader
 
+    def allow_runs(self, most: int) -> int:
+        """None: the other ranks would have to hear of them before each step."""
+        return 0
+
     def ready(self, slots: Ints, positions: Ints) -> Bools:
         """See GrammarMasks; the other ranks are told."""
         ready = super().ready(slots, positions)
@@ -96,6 +100,10 @@ class FollowingMasks(GrammarMasks):
     def rows(self, slots: Ints) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """See GrammarMasks."""
         return self._masks[slots]
+
+    def allow_runs(self, most: int) -> int:
+        """As rank 0."""
+        return 0
 
     def _restart(self) -> None:
         """There is no process."""

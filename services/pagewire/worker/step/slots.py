@@ -209,6 +209,16 @@ class Slots:
         self.tokens[slots, self.num_tokens[slots]] = tokens
         self.num_tokens[slots] += 1
 
+    def append_run(self, slot: int, tokens: list[int]) -> None:
+        """Tokens that `slot` has without having sampled them."""
+        end = int(self.num_tokens[slot])
+        self.tokens[slot, end : end + len(tokens)] = tokens
+        self.num_tokens[slot] = end + len(tokens)
+
+    def room(self, slots: Ints) -> Ints:
+        """[N]: how many tokens `slots` [N] may still get up to the longest context."""
+        return self.tokens.shape[1] - SPARE_POSITIONS - self.num_tokens[slots]
+
     def hold_back(self, slots: Ints) -> None:
         """`slots` [N], whose last tokens were computed, have sampled none: they compute these
         again."""
