@@ -385,30 +385,44 @@ class Supervisor:
         return code
 
     def _on_death(self, child: Child, incarnation: int, code: int) -> None:
-        name, now = child.service.name, time.monotonic()
-        failures = child.failures
+        """A child has ended that was not asked to: start it again, with the others of its group,
+        unless there is no hope for it."""
+        now = time.monotonic()
         # An end in order, which somebody asked for, is no failure.
         was_in_order = code == 0 and child.ready_at is not None
         if not was_in_order:
-            failures.count(now, child.ready_at)
+            child.failures.count(now, child.ready_at)
+        reason = self._reason_to_give_up(child, code, now)
+        if reason:
+            return self.fail(reason)
+        pause_s = 0.0 if was_in_order else backoff_s(child.failures.in_a_row)
+        child.start_at = now + pause_s
+        in_a_row = max(1, child.failures.in_a_row)
+        cause = _cause_of_death(child, code)
+        self._announce(Death(child.service, incarnation, cause, in_a_row, pause_s))
+        others = self._end_group_of(child, now)
+        again = f"its group {child.service.group}" if others else "it"
+        when = f" in {pause_s:g} s" if pause_s else ""
+        self._on_line(
+            "supervisor",
+            f"{child.service.name} {how_it_ended(code)}; starting {again} again{when}",
+        )
+
+    def _reason_to_give_up(self, child: Child, code: int, now: float) -> str:
+        """Empty where the child is worth another start."""
+        name = child.service.name
         if code > 0 and not self._ready:
-            return self.fail(
-                child.last_line.removeprefix("pagewire ")
-                or f"{name} {how_it_ended(code)} without a word"
-            )
+            own_words = child.last_line.removeprefix("pagewire ")
+            return own_words or f"{name} {how_it_ended(code)} without a word"
         if self._is_hopeless(child.service.kind):
+            starts = child.failures.starts
             last = f"; its last line: {child.last_line}" if child.last_line else ""
-            seconds = now - failures.starts[0]
-            return self.fail(
-                f"{name} died {len(failures.starts)} times in {seconds:.0f} s before it was ready, giving up{last}"
-            )
-        pause = 0.0 if was_in_order else backoff_s(failures.in_a_row)
-        child.start_at = now + pause
-        cause = "made no progress" if child.is_hung else how_it_ended(code)
-        if code > 0 and child.last_line.startswith("pagewire "):
-            cause = child.last_line.removeprefix("pagewire ")  # a service's last line says why
-        in_a_row = max(1, failures.in_a_row)
-        self._announce(Death(child.service, incarnation, cause, in_a_row, pause))
+            return f"{name} died {len(starts)} times in {now - starts[0]:.0f} s before it was ready, giving up{last}"
+        return ""
+
+    def _end_group_of(self, child: Child, now: float) -> list[Child]:
+        """End the other ranks of a dead child's group, which start again when it does; returns
+        them."""
         others = self._others_of_group(child)
         if child.service.group:
             self._groups[child.service.group].end_life()
@@ -417,11 +431,7 @@ class Supervisor:
             if other.process is not None and not other.is_ending:
                 other.kill_at = now + ORDERLY_EXIT_S
                 _signal([other], signal.SIGTERM)
-        again = f"its group {child.service.group}" if others else "it"
-        self._on_line(
-            "supervisor",
-            f"{name} {how_it_ended(code)}; starting {again} again{f' in {pause:g} s' if pause else ''}",
-        )
+        return others
 
     def _is_hopeless(self, kind: str) -> bool:
         """No service of this kind is left of which anything says that it can run."""
@@ -469,3 +479,10 @@ def _signal(children: list[Child], number: signal.Signals) -> None:
         assert child.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, number)
+
+
+def _cause_of_death(child: Child, code: int) -> str:
+    """In words for clients of `/ready` and the scheduler's log."""
+    if code > 0 and child.last_line.startswith("pagewire "):
+        return child.last_line.removeprefix("pagewire ")  # a service's last line says why
+    return "made no progress" if child.is_hung else how_it_ended(code)
