@@ -259,6 +259,9 @@ class WorkerFacts(Record, frozen=True):
     likes."""
     max_tokens_per_row: Annotated[int, Meta(ge=1, le=MAX_TOKENS_PER_ROW)] = 1
     """Most tokens that one row of a step may bring; above 1 for a worker that verifies guesses."""
+    pipeline_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Stages through which a step passes, which compute as many steps at a time. A row whose token a
+    step in flight samples would have to wait for it."""
 
 
 class TokenizerFacts(Record, frozen=True):

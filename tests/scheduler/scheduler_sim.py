@@ -188,6 +188,7 @@ class SimWorker:
         cascade=True,
         cost=None,
         row_tokens=(1,),
+        stages=1,
     ):
         """row_tokens: how many tokens the rows of its steps bring, one after the other, as far as
         the slot's blocks have room for them."""
@@ -206,6 +207,7 @@ class SimWorker:
             cascade,
             cost,
             max_tokens_per_row=max(1, *row_tokens),
+            pipeline_parallel_size=stages,
         )
         self.row_tokens = itertools.cycle(row_tokens)
         self.always_one = set(row_tokens) == {1}

@@ -17,6 +17,7 @@ from pagewire_protocol.channels import check_unused, prepare_run_dir
 from pagewire_protocol.structs import Role
 
 from ..config import (
+    STAGES_ON_GPUS,
     BadSetting,
     FrontendConfig,
     ModelConfig,
@@ -90,6 +91,9 @@ def check_workers(config: StackConfig) -> StackConfig:
     """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
     for."""
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
+    stages = config.worker.pipeline_parallel_size
+    if visible and stages > 1:
+        raise BadSetting("pipeline_parallel_size", stages, STAGES_ON_GPUS)
     ranks = config.worker.tensor_parallel_size
     if visible and ranks > 1 and config.num_workers * ranks > len(visible):
         several = f" for each of {config.num_workers} workers" if config.num_workers > 1 else ""
@@ -137,10 +141,9 @@ def early_services(config: StackConfig) -> list[Service]:
 
 def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
     """Workers first, since theirs is the longest way to ready; several take turns over the GPUs
-    there are. Each is one process or, over several GPUs, a group of ranks. `model` names local
-    files."""
+    there are. Each is one process or a group of ranks. `model` names local files."""
     homes = gpus() if config.worker.device in ("auto", "cuda") else []
-    ranks = config.worker.tensor_parallel_size
+    ranks = config.worker.world_size
     workers: list[Service] = []
     for i in range(config.num_workers):
         run = structs.replace(config.run, name=f"worker-{i}")

@@ -130,6 +130,7 @@ class FakeRunner:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
+        self._stages = config.pipeline_parallel_size
         self._max_num_seqs, self._block_size = scheduler.num_seqs(), config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         held = self._num_blocks * self._block_size
@@ -162,6 +163,7 @@ class FakeRunner:
             eos_token_ids=self._eos,
             device="fake",
             cost=StepCost(1000 * self._step_s, 0.0, 0.0),
+            pipeline_parallel_size=self._stages,
         )
 
     def clear(self) -> None:
