@@ -109,7 +109,7 @@ def test_ticks_come_inside_of_long_work_only() -> None:
     ticker = Ticker(tick, 0.001)
     assert not enough.wait(0.05) and not ticks
     for _ in range(3):
-        with ticker.inside():
+        with ticker:
             is_inside = True
             assert enough.wait(30)
             is_inside = False

@@ -150,6 +150,7 @@ class FakeRunner:
         self._scorers: dict[int, PromptScorer] = {}
         """Of the slots whose prompts are to be scored."""
         self._grow_to(scheduler.num_seqs())
+        self._one_each = np.ones(scheduler.num_seqs(), np.int32)
         self._eos = (config.fake_eos_token_id,) if config.fake_eos_token_id >= 0 else ()
         self._masks = make_masks(scheduler.num_seqs(), model, config.fake_vocab_size, self._eos)
 
@@ -176,46 +177,55 @@ class FakeRunner:
 
     def execute(self, step: Step) -> StepResult:
         began = time.monotonic()
+        if step.retire or step.admit:
+            self._admit_and_retire(step)
+        slots, counts = self._rows(step)
+        scores = self._score(slots, counts)
+        self._computed[slots] += counts
+        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
+        flags = bytes(len(slots))
+        counts_sampled = b""
+        sampled = slots
+        if self._masks.any:
+            sampled, flags, counts_sampled = self._with_masks(slots)
+        tokens = self._sample(sampled)
+        if self._step_s:
+            time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
+        return StepResult(
+            incarnation=self._incarnation,
+            epoch=step.epoch,
+            n=step.n,
+            slots=slots.tobytes(),
+            tokens=tokens.tobytes(),
+            flags=flags,
+            logprobs=self._logprob_columns(sampled, tokens),
+            prompt_logprobs=scores,
+            counts=counts_sampled,
+        )
+
+    def _admit_and_retire(self, step: Step) -> None:
         for slot in np.frombuffer(step.retire, np.int32).tolist():
             self._retire(slot)
         for admission in step.admit:
             self._admit(admission)
         self._masks.follow(step)
-        slots, counts = self._rows(step)
-        scores = self._score(slots, counts)
-        self._computed[slots] += counts
-        slots = slots[(self._computed[slots] == self._known[slots]) & ~self._prefill_only[slots]]
-        ready = self._ready(slots)
-        flags = np.zeros(len(slots), np.uint8)
-        flags[self._masks.failed(slots)] = GRAMMAR_FAILED
-        tokens = self._sample(slots[ready])
-        if self._step_s:
-            time.sleep(max(0.0, self._step_s - (time.monotonic() - began)))
-        return StepResult(
-            epoch=step.epoch,
-            incarnation=self._incarnation,
-            n=step.n,
-            slots=slots.tobytes(),
-            tokens=tokens.tobytes(),
-            flags=flags.tobytes(),
-            logprobs=self._logprob_columns(slots[ready], tokens),
-            prompt_logprobs=scores,
-            counts=b"" if ready.all() else ready.astype(np.int32).tobytes(),
-        )
 
-    def _ready(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of `slots` can be sampled; the others, whose masks are not there, compute their last
-        token again."""
-        if not self._masks.any:
-            return np.ones(len(slots), np.bool_)
+    def _with_masks(
+        self, slots: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.int32], bytes, bytes]:
+        """Where some slot has a grammar: those of `slots` that can be sampled, and the flags and
+        counts of all. The others, whose masks are not there, compute their last token again."""
         ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
         self._computed[slots[~ready]] -= 1
-        return ready
+        flags = np.zeros(len(slots), np.uint8)
+        flags[self._masks.failed(slots)] = GRAMMAR_FAILED
+        counts = b"" if ready.all() else ready.astype(np.int32).tobytes()
+        return slots[ready], flags.tobytes(), counts
 
     def _rows(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The slots that it runs, and how many tokens of each."""
         if step.repeat:
-            return self._last, np.ones(len(self._last), np.int32)
+            return self._last, self._one_each[: len(self._last)]
         slots = np.frombuffer(step.run_slots, np.int32)
         counts = np.frombuffer(step.run_counts, np.int32)
         if len(slots) != len(counts):

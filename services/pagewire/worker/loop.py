@@ -292,7 +292,7 @@ class _Server:
         self._runner.notify(inbox.wake)
         while True:
             self._membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(self._steps)
-            self._beat()
+            has_beaten = False
             for message in inbox.drain():
                 if message.epoch > self._epoch:
                     self._follow(message.epoch)
@@ -315,6 +315,9 @@ class _Server:
                         )
                 # Under load there is always a next message: the heart beats between them.
                 self._beat()
+                has_beaten = True
+            if not has_beaten:
+                self._beat()
             self._send_results()
 
     def _follow(self, epoch: int) -> None:
@@ -333,7 +336,7 @@ class _Server:
     def _launch(self, step: Step) -> None:
         if self._watch is not None:
             self._watch.launched(_prefill_tokens(step), time.monotonic())
-        with self._ticker.inside():
+        with self._ticker:
             self._steps.append(self._runner.launch(step))
 
     def _send_results(self) -> None:

@@ -33,7 +33,7 @@ def run_in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
 
 
 class Ticker:
-    """One thread that calls `tick` each second while this one is `inside`, for work that comes often
+    """One thread that calls `tick` each second while this one is inside `with ticker`, for work that comes often
     and sometimes takes long: a step on a CPU. It may come between any two calls of that work, never
     outside of it."""
 
@@ -44,16 +44,14 @@ class Ticker:
         self._is_inside = False
         threading.Thread(target=self._run, name="ticker", daemon=True).start()
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """Around one piece of work."""
+    def __enter__(self) -> None:
+        """Around one piece of work: `with ticker:`."""
         with self._lock:
             self._is_inside = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._is_inside = False
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._is_inside = False
 
     def _run(self) -> None:
         while True:
