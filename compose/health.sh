@@ -19,6 +19,9 @@ for value in "$PAGEWIRE_PORT" "$PORT"; do
     case $value in '' | *[!0-9]*) ;; *) port=$value ;; esac
 done
 
+# Unlike uname, it starts no process.
+read -r host </proc/sys/kernel/hostname
+
 # fresh NAME: says what the service's own line says, unless that is a recent "ok"
 fresh() {
     local at text now
@@ -53,7 +56,7 @@ http() {
 case $1 in
     http) http /live ;;
     ready) http /ready ;;
-    scheduler) fresh "scheduler-$(uname -n)" ;;
-    tokenizer | worker) fresh scheduler && fresh "$1-$(uname -n)" ;;
+    scheduler) fresh "scheduler-$host" ;;
+    tokenizer | worker) fresh scheduler && fresh "$1-$host" ;;
     *) sed -n '2,/^run_dir/s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac

@@ -1,7 +1,7 @@
 """The compose deployment in a real container engine: built, started, scaled, broken, upgraded and
 taken down again, while clients check every token.
 
-    scripts/compose-check                 light images, a fake worker, 67 faults under 40 streams, and
+    scripts/compose-check                 light images, a fake worker, all faults under 40 streams, and
                                           the commands of the pages, line by line
     scripts/compose-check --quick         a minute of it
     scripts/compose-check --real          the worker's own image with the demo model, a few faults, and
@@ -52,9 +52,13 @@ CHECKS = (
 )
 
 
-def plan() -> list[tuple[str, Act]]:
-    """The faults, in order: each with its name."""
-    acts: list[tuple[str, Act]] = []
+Acts = list[tuple[str, Act]]
+"""Faults in order, each with its name."""
+
+
+def plan() -> list[Acts]:
+    """All faults, in units that leave as many of each service as they began with."""
+    units: list[Acts] = []
     for kind in ("worker", "tokenizer", "scheduler", "frontend"):
         for make in (
             faults.kill,
@@ -64,21 +68,30 @@ def plan() -> list[tuple[str, Act]]:
             faults.restart,
             faults.recreate,
         ):
-            acts += [(f"{make.__name__} {kind}", make(kind))] * 2
+            units += [[(f"{make.__name__} {kind}", make(kind))]] * 2
     for kind in ("worker", "tokenizer", "frontend"):
-        acts += [(f"scale {kind} to {n}", faults.scale(kind, n)) for n in (3, 1)]
+        acts: Acts = [(f"scale {kind} to {n}", faults.scale(kind, n)) for n in (3, 1)]
         # With a single one there is no other to take over: its successor does.
+        acts.append((f"restart only {kind}", faults.restart(kind)))
         if kind != "frontend":
-            acts.append((f"restart only {kind}", faults.restart(kind)))
             acts.append((f"recreate only {kind}", faults.recreate(kind)))
         acts.append((f"scale {kind} to 2", faults.scale(kind, 2)))
-    acts.append(("cut frontend", faults.cut("frontend")))
-    acts.append(("everything but frontends killed", faults.everything_killed))
-    acts.append(("upgrade", faults.upgraded))
-    return acts
+        units.append(acts)
+    units.append([("cut frontend", faults.cut("frontend"))])
+    units.append([("everything but frontends killed", faults.everything_killed)])
+    units.append([("upgrade", faults.upgraded)])
+    return units
 
 
-def quick_plan() -> list[tuple[str, Act]]:
+def chosen(units: list[Acts], most: int) -> Acts:
+    """About `most` of the faults, from all over the plan; all of them with 0."""
+    if most:
+        every = max(1, round(sum(map(len, units)) / most))
+        units = units[every // 2 :: every]
+    return [act for unit in units for act in unit]
+
+
+def quick_plan() -> Acts:
     """A few of them, of each sort."""
     return [
         ("kill worker", faults.kill("worker")),
@@ -134,7 +147,7 @@ class Report:
 async def build(report: Report, limit_s: float, targets: Sequence[str]) -> None:
     """The images, and how large they are."""
     began = time.monotonic()
-    deployment = Deployment(0)
+    deployment = Deployment(0, is_real="worker" in targets)
     await deployment.compose("build", *targets, timeout_s=limit_s)
     print(f"built in {time.monotonic() - began:.0f} s", flush=True)
     base = (await engine.inspect(engine.BASES[0]))["Size"]
@@ -185,8 +198,10 @@ async def under_faults(
             # Streams that end within the grace period, which everything at once must leave whole.
             clients.longest = 300
             await asyncio.sleep(4.0)
+            since = time.time()
             fault = await strike(stage, "everything recreated", faults.everything_recreated)
             upgrade(report, fault, clients)
+            say_course(await engine.events(deployment.project, since), clients, since)
             struck.append(fault)
     record = clients.record
     table(struck)
@@ -215,6 +230,24 @@ def upgrade(report: Report, fault: Fault, clients: Clients) -> None:
         quiet <= NEW_REQUEST_S,
         f"{quiet:.1f} s, at a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     )
+
+
+def say_course(events: Sequence[engine.Event], clients: Clients, since: float) -> None:
+    """When the engine told the containers to end, saw them end and started the next ones, and when
+    tokens came again: seconds since the command."""
+    for action, shown in (("kill", "told to end"), ("die", "ended"), ("start", "started")):
+        times: dict[str, list[str]] = {}
+        for event in events:
+            if event.action == action:
+                times.setdefault(event.service, []).append(f"{event.at - since:.1f}")
+        services = (f"{service} {' '.join(at)}" for service, at in sorted(times.items()))
+        print(f"      {shown}: {', '.join(services)}")
+    begun = time.monotonic() - (time.time() - since)
+    firsts = sorted(at + s - begun for at, s in clients.record.firsts if at + s > begun)
+    pauses = [(b - a, a, b) for a, b in itertools.pairwise(firsts)]
+    if pauses:
+        _, last, first = max(pauses)
+        print(f"      new requests answered until {last:.1f} and from {first:.1f} on", flush=True)
 
 
 def table(struck: Sequence[Fault]) -> None:
@@ -266,7 +299,7 @@ async def with_fake_worker(report: Report, options: argparse.Namespace) -> None:
     """The faults, then the checks."""
     deployment = Deployment(options.port)
     try:
-        acts = quick_plan() if options.quick else plan()
+        acts = quick_plan() if options.quick else chosen(plan(), options.faults)
         if options.only:
             acts = [entry for entry in acts if options.only in entry[0]]
         stage = await under_faults(
@@ -317,6 +350,7 @@ def main() -> int:
     )
     parser.add_argument("--keep", action="store_true", help="leave the deployment running")
     parser.add_argument("--port", type=int, default=18000)
+    parser.add_argument("--faults", type=int, default=0, help="about so many of them; 0: all")
     parser.add_argument("--streams", type=int, default=40)
     parser.add_argument(
         "--only", default="", help="faults, or lines of the pages, with this in them"

@@ -249,19 +249,22 @@ async def hung_services(stage: Stage, report: Report) -> None:
             ready = time.time()
         # A silence is known once its stream goes on.
         gap_s = clients.record.longest_gap(began, time.monotonic())
-        ended_s = engine.moment(state["FinishedAt"]) - stopped
-        start_s = ready - stopped - ended_s
+        ended = engine.moment(state["FinishedAt"])
+        started = engine.moment(state["StartedAt"])
         report.check(
             f"a hung {kind} is ended within {HUNG_S:.0f} s",
-            0 < ended_s <= HUNG_S,
-            f"after {ended_s:.1f} s; its successor was started by the engine "
-            f"{engine.moment(state['StartedAt']) - stopped:.1f} s after the signal, and ready after "
-            f"{ready - stopped:.1f} s; longest silence {gap_s:.1f} s",
+            0 < ended - stopped <= HUNG_S,
+            f"{ended - stopped:.1f} s after the signal that stopped it",
+        )
+        print(
+            f"       its successor: started by the engine {started - ended:.1f} s after that end, ready "
+            f"{ready - started:.1f} s later; longest silence of a stream {gap_s:.1f} s",
+            flush=True,
         )
         if kind != "frontend":  # whose streams end with it
             report.check(
                 f"streams with a hung {kind} go on",
-                gap_s <= HUNG_S + start_s and not clients.record.troubles,
+                gap_s <= HUNG_S + (ready - ended) and not clients.record.troubles,
                 f"{clients.record.requests} streams, {len(clients.record.troubles)} troubles",
             )
 

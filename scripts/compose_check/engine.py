@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -204,6 +206,35 @@ async def command(
 async def inspect(container: str) -> dict[str, Any]:
     """All that the engine says of a container or an image."""
     return json.loads(await command("docker", "inspect", container))[0]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the engine has done with a container of a service."""
+
+    at: float
+    """Seconds since the epoch."""
+    service: str
+    action: str
+    """As the engine names it: create, kill, die, destroy, start and others."""
+
+
+async def events(project: str, since: float) -> list[Event]:
+    """What the engine has done with the containers of a project from then until now, in order."""
+    words = (
+        "--filter",
+        "type=container",
+        "--filter",
+        f"label=com.docker.compose.project={project}",
+    )
+    span = ("--since", f"{since:.3f}", "--until", f"{time.time():.3f}")
+    text = await command("docker", "events", *span, *words, "--format", "{{json .}}")
+    listed: list[Event] = []
+    for line in text.splitlines():
+        event = json.loads(line)
+        service = event["Actor"]["Attributes"]["com.docker.compose.service"]
+        listed.append(Event(event["timeNano"] / 1e9, service, event["Action"]))
+    return sorted(listed, key=lambda event: event.at)
 
 
 async def logs(container: str) -> str:

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pagewire {__version__}")
         return 0
     if command == "help" and len(arguments) > 1:
-        return main([arguments[1], "--help"])
+        return _help(arguments[1], arguments[2:])
     if command in ("--help", "-h", "help"):
         print(usage())
         return 0
@@ -95,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(command, arguments[1:])
 
 
+def _help(command: str, words: list[str]) -> int:
+    """`pagewire help COMMAND`: what COMMAND prints with --help. A word after it is a kind of
+    benchmark, or a part of a flag's name. Returns the exit status."""
+    if command == "bench":
+        return main([command, *words, "--help"])
+    return main([command, f"--help={words[0]}" if words else "--help"])
+
+
 def usage() -> str:
     """What `pagewire --help` prints."""
     rows = [(name, text) for name, (_, text) in COMMANDS.items()]
@@ -106,7 +114,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`pagewire COMMAND --help` lists the flags; `pagewire --version`.",
+            "`pagewire COMMAND --help` lists the flags, `--help=WORD` those with WORD in their names; `pagewire --version`.",
         ]
     )
 
@@ -280,6 +288,7 @@ def read_all(
 def run_service(command: str, arguments: list[str]) -> int:
     """One service in this process, until a signal ends it. Returns the exit status."""
     from .process import alive, liveness, watchdog
+    from .process.group import PLACE_VARIABLE
     from .process.parent import Started, die_with_parent
 
     die_with_parent()
@@ -290,6 +299,8 @@ def run_service(command: str, arguments: list[str]) -> int:
     liveness.own.settle(run.watchdog_timeout)
     if command == "worker" and configs[-1].world_size > 1 and not Started.by_parent:
         return imported("launch.rank_group").run(*configs)
+    if PLACE_VARIABLE in os.environ and configs[-1].distributed_executor_backend == "ray":
+        return imported("launch.ray_ranks.proxy").run(run, configs[-1], arguments)
     if Started.by_parent or not run.watchdog_timeout:
         liveness.own.inherit()
         return imported(module).run(*configs)

@@ -301,6 +301,12 @@ class WorkerConfig(Struct, frozen=True):
             le=16,
         ),
     ] = 1
+    distributed_executor_backend: Annotated[
+        Literal["mp", "ray", "uni"],
+        _help(
+            "who places and starts the ranks: mp: this machine; ray: Ray, as actors (pip install 'pagewire[ray]'); uni: there is one rank"
+        ),
+    ] = "mp"
     dtype: Annotated[
         Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
         _help("type of weights and activations"),

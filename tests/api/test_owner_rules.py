@@ -5,6 +5,7 @@ import pytest
 from pagewire.requests.counters import Counters
 from pagewire.requests.errors import ErrorKind, RequestError
 from pagewire.requests.owner import (
+    BACKOFF_S,
     GRACE_S,
     MAX_INTERRUPTIONS,
     SUSPENSION_S,
@@ -366,11 +367,6 @@ def test_a_resubmission_that_meets_a_full_queue_tries_again(h: Harness) -> None:
             ErrorKind.FAILED,
             "could not finish",
         ),
-        (
-            {"finish": Finish.REFUSED, "status": 503, "message": "/run/x.sock"},
-            ErrorKind.UNAVAILABLE,
-            "cannot take",
-        ),
         ({"finish": Finish.CANCELLED}, ErrorKind.UNAVAILABLE, "cancelled"),
     ],
 )
@@ -385,6 +381,20 @@ def test_ends_without_a_generation(h: Harness, end: dict, kind: ErrorKind, text:
     assert "/" not in h.sink.end.message and (
         kind is not ErrorKind.OVERLOADED or h.sink.end.retry_after_s >= 1
     )
+
+
+def test_a_request_that_nobody_takes_is_tried_again_and_refused_in_the_end(h: Harness) -> None:
+    """However long the first refusal took, as where the tokenizer was stopped meanwhile."""
+    h.wait(GRACE_S + 1)
+    for attempt in range(1, MAX_INTERRUPTIONS + 2):
+        assert h.sink.end is None and h.last.attempt == attempt
+        h.end(finish=Finish.REFUSED, status=503, message="/run/x.sock")
+        h.wait(BACKOFF_S[-1])
+        h.owner.tick()
+    h.end(finish=Finish.REFUSED, status=503, message="/run/x.sock")
+    assert isinstance(h.sink.end, RequestError)
+    assert h.sink.end.kind is ErrorKind.UNAVAILABLE and "cannot take" in h.sink.end.message
+    assert "/" not in h.sink.end.message and len(h.owner) == 0
 
 
 def test_cancel_reaches_the_tokenizer_once(h: Harness) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("greedy_on_processor.py")
 ASK = "from llvmlite import binding as b; print(b.get_host_cpu_name(), b.get_host_cpu_features().flatten())"
 CONFIG = {
@@ -89,3 +90,18 @@ def test_the_worker_runs_and_gives_the_same_tokens(
         found["refusal"].startswith("--dtype bfloat16: this processor")
         and "\n" not in found["refusal"]
     )
+
+
+def test_a_whole_environment_is_emulated_and_what_it_starts_too(tmp_path: Path) -> None:
+    """scripts/emulated: on it a stack can be tried as a user of such a processor has it."""
+    place = tmp_path / "environment"
+    variables = {**os.environ, "VENV": sys.prefix}
+    subprocess.run([ROOT / "scripts" / "emulated", place], check=True, env=variables)
+    assert "pagewire" in subprocess.check_output(
+        [place / "bin" / "pagewire", "--version"], text=True
+    )
+    ask = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}], check=True)"
+    result = subprocess.check_output([place / "bin" / "python", "-c", ask], text=True)
+    name, features = result.split()
+    assert name == "haswell"
+    assert "+avx2" in features and "+avx512f" not in features

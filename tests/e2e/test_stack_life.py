@@ -190,6 +190,9 @@ def test_version_and_help() -> None:
         assert run(word).stdout == run("--version").stdout
     assert "pagewire serve" in run("--help").stdout == run("help").stdout
     assert run("help", "chat").stdout == run("chat", "--help").stdout != ""
+    assert run("help", "bench", "path").stdout == run("bench", "path", "--help").stdout != ""
+    assert run("help", "serve", "port").stdout == run("serve", "--help=port").stdout != ""
+    assert run("bench", "help").stdout == run("bench", "--help").stdout != ""
     assert "`pagewire serve`" in run("help", "serv").stderr
     close = run("serv")
     assert close.returncode == 2 and "`pagewire serve`" in close.stderr

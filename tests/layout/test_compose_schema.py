@@ -222,6 +222,7 @@ def test_the_gpu_file_reserves_a_gpu_for_the_worker_and_nothing_else() -> None:
     (device,) = override["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
     assert override["worker"]["build"]["args"]["DEVICE"] == "cuda"
+    assert override["worker"]["shm_size"] == "${SHM_SIZE:-1g}"
 
 
 def test_build_targets_and_arguments_exist_in_the_dockerfile() -> None:
@@ -282,6 +283,38 @@ def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
     ):
         assert re.search(rf"^    {re.escape(line)}$", text, re.M), line
     assert "retry-on" not in re.sub(r"#.*", "", text), "a request is never sent twice"
+
+
+def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
+    """Ten seconds, which the page says; not in a gateway that ends, whose successor comes only then."""
+    sections = gateway_sections()
+    assert "server waiting abns@waiting backup" in sections["backend frontends"]
+    assert "bind abns@waiting" in sections["frontend waiting"]
+    assert "use_backend leaving if { stopping }" in sections["frontend waiting"]
+    (retries,) = re.findall(r"retries (\d+)", "\n".join(sections["backend waiting"]))
+    (pause_ms,) = re.findall(r"timeout connect (\d+)ms", "\n".join(sections["backend waiting"]))
+    assert int(retries) * int(pause_ms) == 10_000
+    for backend in ("frontends", "waiting", "leaving"):
+        lines = "\n".join(sections[f"backend {backend}"])
+        assert re.search(r"^server-template frontend \d+ frontend:8000", lines, re.M), backend
+
+
+def test_the_gateway_serves_as_long_as_frontends_that_were_told_to_end() -> None:
+    command = services()["frontend"]["command"]
+    (delay_s,) = [word.partition("=")[2] for word in command if "--shutdown-delay" in word]
+    assert f"grace {delay_s}s" in gateway_sections()["global"]
+
+
+def gateway_sections() -> dict[str, list[str]]:
+    """The lines of compose/gateway.cfg by section, without remarks."""
+    sections: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in (ROOT / "compose/gateway.cfg").read_text().splitlines():
+        if line and not line.startswith((" ", "#")):
+            lines = sections[line.strip()] = []
+        elif line.strip() and not line.strip().startswith("#"):
+            lines.append(line.strip())
+    return sections
 
 
 def test_the_pages_say_which_compose_is_needed() -> None:

@@ -67,6 +67,22 @@ def test_a_node_without_a_name_gets_one_from_its_role_and_each_has_its_own_inbox
         node.close()
 
 
+def test_a_node_that_is_ready_says_that_no_scheduler_has_answered_and_one_that_loads_does_not(
+    run_dir, caplog
+):
+    node = Node(run_dir, Role.WORKER, "worker-0")
+    for now in range(30):
+        node.membership.loading("packing weights", now / 30)
+        node.membership.tick(float(now))
+    assert not caplog.messages, "it reads no messages before it is ready"
+    node.membership.ready(worker=WorkerFacts(8, 16, 4, 64, 100, (), "cpu"))
+    for now in range(30, 60):
+        node.membership.tick(float(now))
+    (line,) = caplog.messages
+    assert line.startswith("no scheduler has answered in ") and "--run-dir" in line
+    node.close()
+
+
 def test_a_missing_package_is_named_with_the_way_to_get_it():
     line = error_line(ModuleNotFoundError("No module named 'torch'", name="torch"))
     assert line.startswith("torch is not installed") and "pagewire[all]" in line

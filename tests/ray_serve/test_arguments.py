@@ -39,6 +39,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "--num-workers: few: a whole number of at least 1 is needed (`pagewire serve --help` lists the flags)",
     ),
     ({"help": True}, "unknown setting help (`pagewire serve --help` lists the flags)"),
+    (
+        {"distributed_executor_backend": "ray", "tensor_parallel_size": 2},
+        "distributed_executor_backend=ray: a replica has its GPUs from Ray already, and starts its ranks on them by itself (mp)",
+    ),
     ({"ingress": {"replicas": 2}}, "ingress: replicas is no option of a Ray Serve deployment"),
     ({"ingress": 2}, "ingress is a mapping, not a int"),
     ({"num_replicas": "["}, "[: while parsing a flow node"),

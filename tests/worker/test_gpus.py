@@ -312,6 +312,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(cuda, "mem_get_info", lambda index: ((139, 70)[index] * GIB, 140 * GIB))
     monkeypatch.setattr(cuda, "memory_reserved", lambda index: 0)
     monkeypatch.setattr(cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda first, second: first < second)
 
 
 def test_the_record_of_a_gpu(two_gpus, smi):
@@ -329,6 +330,7 @@ def test_the_record_of_a_gpu(two_gpus, smi):
         taken.others == (Process(4242, "python", 70000 * MIB),)
         and taken.foreign == 70 * GIB - gpus.CONTEXT
     )
+    assert probe.connections == (gpus.Connection(0, 1, reachable=False),)
     assert gpus.look(detailed=False).gpus == ()
     assert gpus.read_probe(msgspec.json.encode(probe).decode()) == probe
 

@@ -25,7 +25,7 @@ USAGE = "\n".join(
 
 def main(arguments: list[str]) -> int:
     kind = arguments[0] if arguments else ""
-    if kind in ("", "-h", "--help"):
+    if kind in ("", "-h", "--help", "help"):
         print(USAGE)
         return 0 if kind else 2
     if kind not in KINDS:

@@ -251,6 +251,20 @@ def check_port(frontend: FrontendConfig) -> Finding:
     return Finding("ok", "port", f"{frontend.host}:{frontend.port} is free")
 
 
+def check_ranks(
+    model: ModelConfig, worker: WorkerConfig, probe: GpuProbe
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """A check for each thing that several ranks need, with its subject."""
+    from . import doctor_ranks
+
+    def as_finding(subject: str, check: Callable[[], tuple[Mark, str]]) -> Finding:
+        mark, text = check()
+        return Finding(mark, subject, text)
+
+    for subject, check in doctor_ranks.list_checks(model, worker, probe):
+        yield subject, functools.partial(as_finding, subject, check)
+
+
 def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
     """Whether one token comes through tokenizer, scheduler and worker."""
     from .. import LLM, SamplingParams
@@ -265,6 +279,8 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
         "block_size": worker.block_size,
         "enforce_eager": True,
         "tokenizer": model.tokenizer,
+        "tensor_parallel_size": worker.tensor_parallel_size,
+        "distributed_executor_backend": worker.distributed_executor_backend,
     }
     with LLM(model.model, **{key: value for key, value in settings.items() if value}) as llm:
         ready = time.monotonic() - began
@@ -317,6 +333,9 @@ def list_checks(
     yield "run directory", check_run_dir
     yield "port", lambda: check_port(frontend)
     yield "model", lambda: check_model(model)
+    if worker.tensor_parallel_size > 1:
+        with contextlib.suppress(RuntimeError, subprocess.SubprocessError):
+            yield from check_ranks(model, worker, probe())
     if generate:
         yield "generation", lambda: check_generation(model, worker)
 

@@ -5,6 +5,7 @@ that service and the stack that it belongs to.
     docker compose exec worker pagewire doctor
 """
 
+import contextlib
 import http.client
 import importlib.metadata
 import os
@@ -19,8 +20,8 @@ from typing import Final
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address, prepare_run_dir
 from pagewire_protocol.messages import Heartbeat, Peer, Role, Roster
 
-from ..cli import IMAGE_VARIABLE, new_parser
-from ..config import default_run_dir
+from ..cli import IMAGE_VARIABLE, parse_structs
+from ..config import ModelConfig, WorkerConfig, default_run_dir
 from ..version import __version__
 
 PACKAGES: Final = {
@@ -30,6 +31,8 @@ PACKAGES: Final = {
     "worker": ("pyzmq", "msgspec", "numpy", "torch", "transformers", "safetensors", "gguf"),
 }
 """What an image must have, by its service."""
+SETTINGS: Final = "/etc/pagewire/settings.yaml"
+"""The stack's settings, as compose/default.yaml gives them to each service."""
 TIMEOUT_S: Final = 4.0
 LOW_MEMORY: Final = 0.05
 """Share of a container's memory that must be free."""
@@ -39,13 +42,17 @@ Result = tuple[str, str]
 
 def main(arguments: list[str]) -> int:
     """Returns 1 when a check found a defect."""
-    new_parser(
+    image = os.environ[IMAGE_VARIABLE]
+    if Path(SETTINGS).exists() and not any(word.startswith("--config") for word in arguments):
+        arguments = [f"--config={SETTINGS}", *arguments]
+    model, worker = parse_structs(
         "doctor",
         "Check this container's service and its stack. The exit code is 1 when something is broken.",
-    ).parse_args(arguments)
-    image = os.environ[IMAGE_VARIABLE]
+        (ModelConfig, WorkerConfig),
+        arguments,
+    )
     broken: list[str] = []
-    for subject, check in checks(image):
+    for subject, check in checks(image, model, worker):
         try:
             mark, text = check()
         except Exception as error:  # whatever is broken must not hide the checks that follow
@@ -57,12 +64,15 @@ def main(arguments: list[str]) -> int:
     return 1 if broken else 0
 
 
-def checks(image: str) -> Iterator[tuple[str, Callable[[], Result]]]:
+def checks(
+    image: str, model: ModelConfig, worker: WorkerConfig
+) -> Iterator[tuple[str, Callable[[], Result]]]:
     """Those of an image, with their subjects."""
     yield "versions", lambda: check_versions(image)
     yield "run directory", check_run_dir
     if image in ("worker", "all"):
-        yield "device", check_device
+        yield "device", lambda: check_device(worker.device)
+        yield from check_ranks(model, worker)
     yield "memory", check_memory
     if image in ("tokenizer", "worker", "all"):
         yield "model cache", check_cache
@@ -94,13 +104,24 @@ def check_run_dir() -> Result:
     return "ok", f"{path} can be written"
 
 
-def check_device() -> Result:
+def check_device(device: str) -> Result:
     """As on any machine."""
     from . import doctor
 
-    device = os.environ.get("PAGEWIRE_DEVICE") or "auto"
     finding = doctor.check_device(doctor.look_at_gpus(), device)
     return finding.mark, finding.text
+
+
+def check_ranks(
+    model: ModelConfig, worker: WorkerConfig
+) -> Iterator[tuple[str, Callable[[], Result]]]:
+    """The same of a worker of several ranks, which are all in one container."""
+    if worker.tensor_parallel_size == 1:
+        return
+    from . import doctor, doctor_ranks
+
+    with contextlib.suppress(RuntimeError):  # the device's finding says so
+        yield from doctor_ranks.list_checks(model, worker, doctor.look_at_gpus())
 
 
 def check_memory() -> Result:

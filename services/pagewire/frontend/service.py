@@ -49,6 +49,8 @@ CHECK_S: Final = 1.0
 """How often connections are looked for whose clients take too long."""
 SHARE_COUNTERS_S: Final = 1.0
 """How often the other frontends of a stack get this one's counters."""
+IDLE_SHARE_COUNTERS_S: Final = 3.0
+"""The same while no request was generated since the last time: only probes and processor time count."""
 ACCEPTED_S: Final = 0.5
 """How long a frontend that is told to end waits for the heads of requests on new connections."""
 SETTLE_S: Final = 0.02
@@ -154,7 +156,8 @@ class Service:
             self._use_keys(self._keys_file)
         self._tokenizer_inboxes: set[str] = set()
         self._next_tick = 0.0
-        self._next_share = 0.0
+        self._shared_at = float("-inf")
+        self._shared_finished = 0
         self._next_check = 0.0
         self.connections = Connections()
         self._ticker: asyncio.TimerHandle | None = None
@@ -257,7 +260,7 @@ class Service:
         self.membership.progress += 1
         self.membership.tick(now)
         state.owner.tick()
-        self._share_counters(now)
+        self._share_counters(now, bool(is_busy))
         if now >= self._next_check:
             self._next_check = now + CHECK_S
             self.connections.check(now)
@@ -270,14 +273,21 @@ class Service:
         self.state.auth.add(key.tenant for key in file.keys)
         self.state.key_limits.replace(file.keys, self.state.clock())
 
-    def _share_counters(self, now: float) -> None:
-        """Once a second: the other frontends read them, and those to come."""
+    def _share_counters(self, now: float, is_busy: bool) -> None:
+        """The other frontends read them, and those to come."""
         exchange = self.state.counter_exchange
-        if exchange and now >= self._next_share:
-            self._next_share = now + SHARE_COUNTERS_S
-            exchange.publish()
-            if self._keys_file and len(self.state.frontends()) > 1:
-                self.state.key_limits.share(self.state.all_counters().key_usage)
+        if not exchange or now < self._shared_at + SHARE_COUNTERS_S:
+            return
+        finished = sum(self.state.counters.reasons.values())
+        # Limits of API keys count what the other frontends serve.
+        is_idle = not (is_busy or self._keys_file) and finished == self._shared_finished
+        if is_idle and now < self._shared_at + IDLE_SHARE_COUNTERS_S:
+            return
+        self._shared_at = now
+        self._shared_finished = finished
+        exchange.publish()
+        if self._keys_file and len(self.state.frontends()) > 1:
+            self.state.key_limits.share(self.state.all_counters().key_usage)
 
     def _on_inbox(self) -> None:
         """Handle the messages that wait. The inbox's descriptor is edge-triggered, so this goes on

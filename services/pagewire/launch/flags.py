@@ -152,7 +152,10 @@ def parse(
         say(line)
     if token := getattr(options, "hf_token", None):
         os.environ["HF_TOKEN"] = token
-    return configure(parser, options, runs_here), options
+    config = configure(parser, options, runs_here)
+    for line in stack.notes(config.worker, _as_flag):
+        say(line)
+    return config, options
 
 
 def configure(

@@ -24,7 +24,8 @@ from .supervisor import Death, Supervisor
 
 def run(run: RunConfig, model: Any, scheduler: SchedulerConfig, worker: WorkerConfig) -> int:
     """Until a signal ends it. 0 after an orderly stop, 1 when the ranks cannot be started or kept
-    running: stderr's last line says why."""
+    running: stderr's last line says why. Raises config.BadSetting."""
+    stack.check_backend(worker)
     return _RankGroup(run, model, scheduler, worker).run()
 
 

@@ -26,6 +26,7 @@ from ..hub import huggingface
 from ..process import signals
 from ..process.announce import Announcer
 from ..process.listening import listening_socket
+from ..process.parent import REASON_IN_OUTPUT, how_it_ended
 from ..process.service_manager import READY, STOPPING, ServiceManager
 from . import flags, stack
 from .progress import Display, Health
@@ -150,8 +151,11 @@ class Launch:
         self.fetch = None
         output = fetch.communicate()[0].splitlines()
         if fetch.returncode or not output:
+            if fetch.returncode == REASON_IN_OUTPUT and output:
+                return self.supervisor.fail(output[-1])
+            ending = how_it_ended(fetch.returncode)
             return self.supervisor.fail(
-                f"{self.config.model.model} could not be fetched; `pagewire fetch` said above why"
+                f"the download of {self.config.model.model} {ending}; above stands why"
             )
         tokenizer = Path(output[1]) if len(output) > 1 else None
         self._start_model(stack.local_model(self.config.model, Path(output[0]), tokenizer))

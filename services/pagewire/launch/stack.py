@@ -6,11 +6,14 @@ Shared by `pagewire serve` and `LLM`. It knows the settings, not the processes.
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct, structs
 from pagewire_protocol.channels import check_unused, prepare_run_dir
@@ -89,7 +92,8 @@ def gpus() -> list[str]:
 
 def check_workers(config: StackConfig) -> StackConfig:
     """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
-    for."""
+    for, and when their ranks cannot be started as asked for."""
+    check_backend(config.worker)
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
     stages = config.worker.pipeline_parallel_size
     if visible and stages > 1:
@@ -113,6 +117,30 @@ def check_workers(config: StackConfig) -> StackConfig:
             f"there are {len(visible)} GPU(s), {each}; lower one of the two",
         )
     return config
+
+
+def check_backend(worker: WorkerConfig) -> None:
+    """Raises BadSetting when the ranks of a worker cannot be started as asked for."""
+    backend, ranks = worker.distributed_executor_backend, worker.world_size
+    if backend == "uni" and ranks > 1:
+        raise BadSetting(
+            "distributed_executor_backend", backend, f"one process cannot be {ranks} ranks: use mp"
+        )
+    if backend == "ray" and ranks > 1 and importlib.util.find_spec("ray") is None:
+        raise BadSetting(
+            "distributed_executor_backend",
+            backend,
+            "Ray is not installed: pip install 'pagewire[ray]'",
+        )
+
+
+def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:
+    """A line for each setting of a worker that has no effect. `written`: a setting as its user wrote
+    it."""
+    if worker.distributed_executor_backend == "ray" and worker.world_size == 1:
+        setting = written("distributed_executor_backend", "ray")
+        return [f"{setting} has no effect: one rank is a process of this machine"]
+    return []
 
 
 def needs_files(config: StackConfig) -> bool:

@@ -44,9 +44,6 @@ QUANTIZATION: Final = "the checkpoint's own configuration says how its weights a
 OWN_CHOICE: Final = "Pagewire has one implementation, chosen by the device"
 
 HARMLESS: Final[dict[str, Foreign]] = {
-    "distributed_executor_backend": Foreign(
-        "ranks are processes of this machine; there is no Ray in this version", ("mp", "uni", *OFF)
-    ),
     "disable_log_requests": Foreign(
         "requests are logged only with --enable-log-requests", switch=True
     ),
@@ -90,7 +87,12 @@ HARMLESS: Final[dict[str, Foreign]] = {
         "ranks divide each expert between them",
         switch=True,
     ),
-    **_each("ray_workers_use_nsight worker_use_ray engine_use_ray", "there is no Ray", switch=True),
+    "ray_workers_use_nsight": Foreign("no profiler is started; see --log-kernels", switch=True),
+    **_each(
+        "worker_use_ray engine_use_ray",
+        "--distributed-executor-backend ray has Ray start the ranks",
+        switch=True,
+    ),
     **_each(
         "max_parallel_loading_workers num_scheduler_steps stream_interval renderer_num_workers",
         "there is nothing to set here",

@@ -17,7 +17,7 @@ from ..config import (
     as_number,
     read,
 )
-from ..launch.stack import StackConfig, check_workers
+from ..launch.stack import StackConfig, check_workers, notes
 from ..launch.vllm_compat import ALIASES, FOREIGN, Refused, judge_all
 
 STRUCTS = {
@@ -61,11 +61,14 @@ def configure(
     counts = {key: settings.pop(key) for key in REPLICAS if key in settings}
     namespace = argparse.Namespace(**{**UNWATCHED, **_normal(settings)})
     try:
-        return check_workers(
+        config = check_workers(
             StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
         )
     except BadSetting as error:
         raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
+    for line in notes(config.worker, _as_argument):
+        warn(f"pagewire: {line}")
+    return config
 
 
 def _as_argument(name: str, value: Any) -> str:

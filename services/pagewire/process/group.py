@@ -14,8 +14,8 @@ import secrets
 import select
 import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 PLACE_VARIABLE: Final = "PAGEWIRE_RANK"
@@ -57,12 +57,23 @@ class Place:
         fds = ",".join(map(str, self.fds))
         return f"{self.rank}/{self.size}/{self.life}/{fds}/{self.group}"
 
+    def with_fds(self, fds: Sequence[int]) -> "Place":
+        """The same place with other descriptors of the same memory, in the order of `fds`."""
+        ring, *others = fds
+        half = len(others) // 2
+        return replace(
+            self, ring_fd=ring, filled_fds=tuple(others[:half]), freed_fds=tuple(others[half:])
+        )
+
     @classmethod
     def inherited(cls) -> "Place | None":
         """That of this process, None where it is alone. Taken once."""
         text = os.environ.pop(PLACE_VARIABLE, "")
-        if not text:
-            return None
+        return cls.read(text) if text else None
+
+    @classmethod
+    def read(cls, text: str) -> "Place":
+        """What `as_variable` wrote."""
         rank, size, life, fds, group = text.split("/", 4)
         ring, *others = map(int, fds.split(","))
         half = len(others) // 2

@@ -32,6 +32,8 @@ _PATIENCE: Final = struct.Struct("=d")
 _LIFE: Final = struct.Struct("=Q?")
 _PATIENCE_AT: Final = 8
 _LIFE_AT: Final = 16
+_PID: Final = struct.Struct("=i")
+_PID_AT: Final = 28
 PAGE_BYTES: Final = 32
 
 
@@ -46,6 +48,7 @@ class Liveness:
     def show(self, page: mmap.mmap) -> None:
         """From now on this process is watched by whoever else has `page`."""
         self._page = page
+        _PID.pack_into(page, _PID_AT, os.getpid())
         self.loading()
 
     def inherit(self) -> None:
@@ -97,11 +100,13 @@ class Watched:
     """One process as its parent sees it."""
 
     def __init__(self, page: mmap.mmap, pid: int, now: float) -> None:
-        """now: monotonic seconds, as in `look`."""
+        """pid: of the process that was started; another one may show itself in its place. now:
+        monotonic seconds, as in `look`."""
         self._page = page
-        self._pid = pid
+        self._started = pid
         self._turns = -1
         self._since = self._looked = now
+        self._processor_wait = ProcessorWait(pid)
         self._waited_s = 0.0
         self.silent_s = 0.0
         """How long it has made no progress, as of the last look."""
@@ -110,6 +115,11 @@ class Watched:
     def incarnation(self) -> int:
         """Under which the stack knows it; 0 as long as it has none."""
         return _LIFE.unpack_from(self._page, _LIFE_AT)[0]
+
+    @property
+    def _pid(self) -> int:
+        """Of the process that shows itself."""
+        return _PID.unpack_from(self._page, _PID_AT)[0] or self._started
 
     @property
     def was_ready(self) -> bool:
@@ -125,7 +135,7 @@ class Watched:
             self._since += now - self._looked
         self._looked = now
         (turns,) = _TURNS.unpack_from(self._page, 0)
-        waited_s = waited_for_processor_s(self._pid)
+        waited_s = self._processor_wait.seconds()
         if turns != self._turns:
             self._turns = turns
             self._since = now
@@ -141,6 +151,7 @@ class Watched:
     def close(self) -> None:
         """The process is gone."""
         self._page.close()
+        self._processor_wait.close()
 
 
 def is_stopped(pid: int) -> bool:
@@ -150,9 +161,23 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def waited_for_processor_s(pid: int) -> float:
-    """How long the main thread of `pid` could have run and had no processor, since it started; 0
-    where the kernel does not count it."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / NANOSECONDS
-    return 0.0
+class ProcessorWait:
+    """How long the main thread of a process could have run and had no processor. The file of the kernel
+    stays open: its reader looks several times a second for as long as the process lives."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(f"/proc/{pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def seconds(self) -> float:
+        """Since the process started; 0 where the kernel does not count it."""
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            return int(os.pread(self._fd, 96, 0).split()[1]) / NANOSECONDS
+        return 0.0
+
+    def close(self) -> None:
+        """The process is gone."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

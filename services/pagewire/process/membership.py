@@ -135,7 +135,10 @@ class Membership:
 
     def _warn_when_alone(self, now: float) -> None:
         """Once: a service whose scheduler lives in another run directory waits for it in vain, but
-        rightly when it only starts late."""
+        rightly when it only starts late. A process that loads reads no messages, and so has no
+        roster whoever may be there."""
+        if not self._ready:
+            return
         if self._warn_at is None:
             self._warn_at = now + SILENCE_S
         elif now >= self._warn_at and self.roster is None:

@@ -13,6 +13,9 @@ FAILURES_VARIABLE = "PAGEWIRE_FAILURES"
 life."""
 HEALTH_VARIABLE = "PAGEWIRE_HEALTH_FILE"
 """Set in the environment of a child that shows its health as if nobody had started it."""
+REASON_IN_OUTPUT = 3
+"""Exit status of a child that failed and whose last line of output says why, for its parent to
+say."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 

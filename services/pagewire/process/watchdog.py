@@ -19,6 +19,8 @@ from typing import Final
 from . import last_words, liveness, parent
 
 LOOK_S: Final = 0.5
+STOP_LOOK_S: Final = 0.1
+"""Once the service was asked to end: its successor may start only when it has."""
 KILLED: Final = 128
 """What a shell adds to a signal's number for the status of a process that it ended."""
 
@@ -47,13 +49,19 @@ class Stop:
 
     def ask(self) -> bool:
         """SIGTERM has come. Whether the service shall be told at once."""
-        is_again = self._at is not None
-        self._at = time.monotonic() + self._delay_s
-        return is_again or not self._delay_s
+        at_once = self._at is not None or not self._delay_s
+        # Told once: another signal could meet the service at its very end, when it handles none.
+        self._at = float("inf") if at_once else time.monotonic() + self._delay_s
+        return at_once
+
+    @property
+    def is_pending(self) -> bool:
+        """It was asked to end, and not told yet."""
+        return self._at is not None and self._at != float("inf")
 
     def is_due(self, now: float) -> bool:
         """Whether the service shall be told now; once."""
-        if self._at is None or self._at == float("inf"):
+        if self._at is None or not self.is_pending:
             return False
         frontends = self._frontends()
         if frontends and (all(frontends.values()) or now < self._at):
@@ -101,8 +109,10 @@ def run_watched(
 def _wait(pid: int, watched: liveness.Watched, stop: Stop) -> bool:
     """Until the child ends. Whether it hung, and was killed."""
     end = os.pidfd_open(pid)
+    ending = select.poll()
+    ending.register(end, select.POLLIN)
     try:
-        while not select.select([end], [], [], LOOK_S)[0]:
+        while not ending.poll(1000 * (STOP_LOOK_S if stop.is_pending else LOOK_S)):
             now = time.monotonic()
             if watched.look(now):
                 os.kill(pid, signal.SIGKILL)

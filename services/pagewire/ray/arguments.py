@@ -84,6 +84,11 @@ def plan_of(arguments: Mapping[str, Any]) -> Plan:
     stack_flags = flags.from_mapping(parser, SOURCE, settings)
     config = parse(parser, stack_flags, runs_here=False)
     assert config.frontend is not None
+    if config.worker.distributed_executor_backend == "ray":
+        raise ValueError(
+            f"{SOURCE}: distributed_executor_backend=ray: a replica has its GPUs from Ray already, "
+            "and starts its ranks on them by itself (mp)"
+        )
     return Plan(
         stack_flags,
         config.frontend.max_body_mb << 20,

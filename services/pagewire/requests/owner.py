@@ -107,9 +107,8 @@ class RequestOwner:
         self._has_worker = False
         self._incomplete_since = clock() if joins_running_stack else NEVER
         """Since when a kind of service is missing; meaningless while none is."""
-        self._complete_since = NEVER
-        self._called = self._resumed = clock()
-        """When it was called last, and when the last pause of this process was over."""
+        self._called = clock()
+        """When it was called last."""
         self._are_on_their_way = False
         """A successor of every kind that is missing is."""
         self._tokenizers: dict[int, str] = {}
@@ -226,8 +225,6 @@ class RequestOwner:
         self._has_worker = any(peer.role is Role.WORKER for peer in ready)
         if was_complete and not self.is_complete:
             self._incomplete_since = self._clock()
-        elif self.is_complete and not was_complete:
-            self._complete_since = self._clock()
         self._are_on_their_way = all(
             _is_on_its_way(role, roster) for role in (Role.TOKENIZER, Role.WORKER)
         )
@@ -256,7 +253,6 @@ class RequestOwner:
         seconds = now - self._called
         self._called = now
         if seconds > PAUSE_S:
-            self._resumed = now
             if self._incomplete_since != NEVER:
                 self._incomplete_since = now
             for request in self.suspended.values():
@@ -352,20 +348,18 @@ class RequestOwner:
             if request.worker_deaths >= MAX_WORKER_DEATHS:
                 self._forget(request)
                 self._fail(request, poisoned(request.worker_deaths))
+            elif turned_away and request.interruptions >= MAX_INTERRUPTIONS:
+                self._forget(request)
+                self._fail(request, error_of(end))
             else:
                 self._interrupted(request)
-        elif refused and end.status == _UNAVAILABLE and self._can_turn_away(request):
+        elif refused and end.status == _UNAVAILABLE and (self.is_complete or self.can_hold):
+            # A first attempt has met a service that is just starting, or that has not heard yet that
+            # others are there; however long ago it was sent, if the service was stopped meanwhile.
             self._interrupted(request, by_itself=False, wait_s=TURNED_AWAY_S)
         else:
             self._forget(request)
             self._fail(request, error_of(end))
-
-    def _can_turn_away(self, request: OwnedRequest) -> bool:
-        """A first attempt has met a service that is just starting, or has not heard yet that others
-        are there."""
-        since = max(request.arrival_time, self._complete_since, self._resumed)
-        is_young = self._clock() - since < GRACE_S
-        return is_young and (self.is_complete or self.can_hold)
 
     def _give_up(self, request: OwnedRequest) -> None:
         """Its sink has raised, which is a fault of this program: that request ends, and the others

@@ -101,6 +101,8 @@ class DecodeSet:
     def attended_tokens(self, decodes: Decodes) -> int:
         """Tokens that the rows attend to together, the new ones included."""
         rows = decodes.rows
+        if not len(rows):
+            return 0
         if decodes.unchanged and self._step == 1:
             return self._attended + len(rows)
         return int(self._slots.num_scheduled[rows].sum()) + len(rows)

@@ -7,6 +7,7 @@ importing torch themselves.
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ SMI: Final = (
     "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
     "--format=csv,noheader,nounits",
 )
+SMI_NUMBERS: Final = ("--query-gpu=index,uuid", "--format=csv,noheader")
 SMI_FREE: Final = ("--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
 MUCH_MORE: Final = 2 * GIB
 """Free memory that another GPU must have beyond the chosen one's to be worth a line, beside a tenth
@@ -88,10 +90,22 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Connection:
+    """Between two GPUs, by torch's numbers. reachable: each can use the other's memory; kind: as
+    nvidia-smi calls it, such as NV18 or PHB, empty where it does not say."""
+
+    first: int
+    second: int
+    reachable: bool
+    kind: str = ""
+
+
+@dataclass(frozen=True)
 class GpuProbe:
     """What torch sees. cuda: the release it was built for, "" without; architectures: like sm_90;
     reason: why it can use no GPU, empty where it can, or where there is none; hidden: somebody may
-    have wanted it so; driver: empty without one; gpus: empty unless looked at in detail."""
+    have wanted it so; driver: empty without one; gpus, connections (of each pair):
+    empty unless looked at in detail."""
 
     torch: str
     cuda: str
@@ -101,6 +115,7 @@ class GpuProbe:
     gpus: tuple[Gpu, ...] = ()
     reason: str = ""
     hidden: bool = False
+    connections: tuple[Connection, ...] = ()
 
 
 def look(detailed: bool = True) -> GpuProbe:
@@ -132,7 +147,47 @@ def look(detailed: bool = True) -> GpuProbe:
             hidden=hidden,
         )
     found = tuple(survey(i) for i in range(count)) if detailed else ()
-    return GpuProbe(version, cuda, number, count, tuple(torch.cuda.get_arch_list()), found)
+    return GpuProbe(
+        version,
+        cuda,
+        number,
+        count,
+        tuple(torch.cuda.get_arch_list()),
+        found,
+        connections=connections(found),
+    )
+
+
+def connections(gpus: Sequence[Gpu]) -> tuple[Connection, ...]:
+    """Of each pair of `gpus`, as CUDA and nvidia-smi see it."""
+    import torch
+
+    pairs = list(itertools.combinations(gpus, 2))
+    if not pairs:
+        return ()
+    numbers, kinds = driver.nvidia_smi(*SMI_NUMBERS), driver.nvidia_smi("topo", "-m")
+    return tuple(
+        Connection(
+            first.index,
+            second.index,
+            torch.cuda.can_device_access_peer(first.index, second.index)
+            and torch.cuda.can_device_access_peer(second.index, first.index),
+            kind_of_connection(numbers, kinds, first.uuid, second.uuid),
+        )
+        for first, second in pairs
+    )
+
+
+def kind_of_connection(numbers: str, matrix: str, first: str, second: str) -> str:
+    """Of two GPUs by their UUIDs; empty where it is not said. numbers: lines like `0, GPU-1f2e`;
+    matrix: what `nvidia-smi topo -m` prints, a table with a line and a column for each GPU."""
+    pairs = [line.split(", ") for line in numbers.splitlines() if line.count(", ") == 1]
+    names = {uuid.strip(): f"GPU{number.strip()}" for number, uuid in pairs}
+    rows = [re.sub(r"\x1b\[\d*m", "", line).split("\t") for line in matrix.splitlines()]
+    header = next((row for row in rows if "GPU0" in row[1:]), [])
+    row = next((row for row in rows if row[0] == names.get(first)), [])
+    column = header.index(names[second]) if names.get(second) in header else len(row)
+    return row[column].strip() if column < len(row) else ""
 
 
 def survey(index: int) -> Gpu:

@@ -27,7 +27,13 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from ..models.ranks import check_ranks, check_undivided, of_rank
+from ..models.ranks import (
+    WHOLE_MODEL,
+    PipelineStage,
+    check_ranks,
+    check_undivided,
+    of_rank,
+)
 from ..models.weight_slots import Shard
 from . import (
     cpu_crossings,
@@ -44,7 +50,7 @@ from .in_thread import run_in_thread
 from .kv_sizing import Sizing
 from .pytorch_file import PytorchFiles
 from .quantizing import Checkpoint, Quantizing
-from .rank_agreement import ALONE, Ranks, agreed, agreed_plan, named_rank
+from .rank_agreement import ALONE, Ranks, agreed, agreed_plan, check_gpus, named_rank
 from .sources import locate
 from .weights import Source
 
@@ -89,7 +95,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class _Description:
+class Description:
     """A checkpoint as its configuration describes it. `fallback_plan`: of a model that has no
     implementation here and runs through transformers."""
 
@@ -124,7 +130,9 @@ def load(
     torch.set_num_threads(config.threads or max(1, cores // ranks.size))
     device = choose_device(config.device)
     gpu = look_at_gpu(ranks.size) if device == "cuda" else None
-    described = _describe(path, model)
+    if gpu:
+        check_gpus(gpu, ranks.host)
+    described = describe_checkpoint(path, model)
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
@@ -152,7 +160,17 @@ def load(
     else:
         quantized = chosen.weight_bytes(arch)
         with named_rank(ranks.host):
-            sizing = _size(rank_arch, spec, dtype, model, config, quantized, ranks, arch.num_layers)
+            sizing = size_on_cpu(
+                rank_arch,
+                spec,
+                dtype,
+                model,
+                config,
+                quantized,
+                ranks.size,
+                ranks.stage,
+                arch.num_layers,
+            )
         sizing = agreed(sizing, ranks.host)
     _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
     placement = _Placement(device, dtype, chosen)
@@ -171,14 +189,14 @@ def load(
     return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
 
 
-def _describe(path: Path, model: ModelConfig) -> _Description:
+def describe_checkpoint(path: Path, model: ModelConfig) -> Description:
     """Raises Unsupported."""
     source, settings, eos = open_model(path, model)
     if settings.get("model_type") in FAMILIES:
         checkpoint = _checkpoint(path, source, settings)
-        return _Description(settings, describe(settings), checkpoint, eos, None)
+        return Description(settings, describe(settings), checkpoint, eos, None)
     plan = plan_other(path, source, settings, model)
-    return _Description(settings, plan.arch, Checkpoint(source), eos, plan)
+    return Description(settings, plan.arch, Checkpoint(source), eos, plan)
 
 
 def _log_size(
@@ -207,7 +225,7 @@ def _log_size(
 
 
 def _load_decoder(
-    described: _Description,
+    described: Description,
     placement: _Placement,
     kv_scales: tuple[KVScales, ...],
     seed: int,
@@ -239,7 +257,7 @@ def _load_decoder(
 
 
 def _load_fallback(
-    described: _Description,
+    described: Description,
     plan: Plan,
     placement: _Placement,
     model: ModelConfig,
@@ -265,7 +283,7 @@ def _checkpoint(path: Path, source: Source | None, settings: Config) -> Checkpoi
     return Checkpoint(source, quantizing.read_format(quantization.of_checkpoint(path, settings)))
 
 
-def _kv_scales(described: _Description, config: WorkerConfig) -> tuple[KVScales, ...]:
+def _kv_scales(described: Description, config: WorkerConfig) -> tuple[KVScales, ...]:
     """Of each layer; empty where the KV cache has none."""
     tensors = weights.tensors_named(described.checkpoint.source, kv_dtype.is_scale)
     quantization_settings = described.settings.get("quantization_config") or {}
@@ -345,29 +363,32 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
     return DTYPES[choice.dtype]
 
 
-def _size(
+def size_on_cpu(
     rank_arch: Architecture,
     spec: CacheSpec,
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
     quantized: int,
-    ranks: Ranks,
-    num_layers: int,
+    ranks: int,
+    stage: PipelineStage = WHOLE_MODEL,
+    num_layers: int = 0,
 ) -> Sizing:
-    """Of one of `ranks`, which share the machine's memory. quantized: bytes of all weights where some
-    stay quantized, else 0. num_layers: of the whole model; a pipeline stage gets memory for KV blocks
-    by its layers, so that all have as many."""
+    """Of one of `ranks` processes, which share the machine's memory. quantized: bytes of all weights
+    where some stay quantized, else 0. num_layers: of the whole model, 0: those of `rank_arch`. A
+    pipeline stage gets memory for KV blocks by its layers, so that all have as many."""
+    per_stage = max(1, ranks // stage.count)
+    layers = rank_arch.num_layers
     return kv_sizing.size(
         rank_arch,
         spec,
-        weights=quantized // ranks.size
-        or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=ranks.stage),
-        available=kv_sizing.available_memory() // ranks.size,
+        weights=quantized // ranks
+        or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
+        available=kv_sizing.available_memory() // ranks,
         kv_bytes=config.kv_cache_memory_bytes
         or int(config.cpu_kv_cache_gb * kv_sizing.GIB)
-        * rank_arch.num_layers
-        // (num_layers * ranks.layers.size),
+        * layers
+        // ((num_layers or layers) * per_stage),
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,

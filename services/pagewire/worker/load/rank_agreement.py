@@ -4,16 +4,24 @@ free is measured before.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
 import torch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator, PointToPoint
 
+from ..device.gpu_kinds import check_alike
+from ..device.gpus import Gpu
 from ..models.ranks import WHOLE_MODEL, PipelineStage
 from .gpu_plan import GpuPlan
 from .kv_sizing import DoesNotFit, Sizing
+
+log = logging.getLogger("pagewire.worker")
+GPU_BYTES: Final = 1024
+"""Room for what ranks say of their GPUs."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,20 @@ def agreed_plan(plan: GpuPlan, communicator: Communicator) -> GpuPlan:
     )
     sizing = replace(sizing, num_blocks=blocks, max_model_len=longest)
     return GpuPlan(sizing, tokens, rows, bool(by_torch))
+
+
+def check_gpus(gpu: Gpu, communicator: Communicator) -> None:
+    """Say once where the ranks' GPUs are not of one kind; `gpu` is this rank's. Raises
+    gpus.NoUsableGpu, on all ranks alike, where they cannot be one group."""
+    if communicator.size == 1:
+        return
+    text = msgspec.json.encode(replace(gpu, others=()))
+    own = torch.zeros(1, GPU_BYTES, dtype=torch.uint8)
+    own[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    every = [bytes(row.tolist()).rstrip(b"\0") for row in communicator.all_gather(own, 0)]
+    line = check_alike([msgspec.json.decode(row, type=Gpu) for row in every])
+    if line and communicator.rank == 0:
+        log.warning("%s", line)
 
 
 def _least(values: list[int], communicator: Communicator) -> list[int]:

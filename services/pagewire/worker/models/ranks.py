@@ -52,7 +52,7 @@ def check_ranks(arch: Architecture, size: int, stages: int = 1) -> None:
     so many pipeline `stages` of `size` ranks each."""
     obstacle = _obstacle(arch, size)
     if obstacle:
-        possible = [n for n in range(1, MOST_RANKS + 1) if not _obstacle(arch, n)]
+        possible = possible_sizes(arch)
         raise Unsupported(
             f"--tensor-parallel-size {size}: {obstacle} cannot be divided among {size} ranks; this "
             f"{arch.model_type} model can run on {', '.join(map(str, possible))}"
@@ -72,6 +72,11 @@ def check_undivided(model_type: str, size: int, stages: int = 1) -> None:
                 f"--{flag}-parallel-size {number} is not supported for models that run through "
                 f"transformers, as {model_type}"
             )
+
+
+def possible_sizes(arch: Architecture) -> list[int]:
+    """Numbers of ranks that a model can be divided among."""
+    return [size for size in range(1, MOST_RANKS + 1) if not _obstacle(arch, size)]
 
 
 def _obstacle(arch: Architecture, size: int) -> str:

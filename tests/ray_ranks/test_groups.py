@@ -1,0 +1,215 @@
+"""Groups whose ranks are Ray actors, in whole stacks with the fake model: with a stand-in for Ray,
+and, by request, on a cluster.
+
+    PAGEWIRE_TEST_RAY_CLUSTER=1 make test ARGS="-s tests/ray_ranks"
+"""
+
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.conftest import Stack, gone
+from e2e.test_rank_groups import FAKE, ranks_of, streams_through
+from e2e.test_stack_fake import VOCAB, ask
+from pagewire.offline.llm import LLM
+from pagewire.offline.sampling_params import SamplingParams
+from pagewire.worker.fake import chain
+
+STAND_IN = Path(__file__).parent / "stand_in"
+RANKS = 3
+NAMES = ["worker-0", "worker-0.1", "worker-0.2"]
+RAY = ("--distributed-executor-backend", "ray")
+on_cluster = pytest.mark.skipif(
+    not os.environ.get("PAGEWIRE_TEST_RAY_CLUSTER"),
+    reason="a Ray cluster needs a machine for itself: set PAGEWIRE_TEST_RAY_CLUSTER=1",
+)
+
+
+def with_stand_in(**variables: str) -> dict[str, str]:
+    """An environment in which the stand-in is Ray."""
+    path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, **variables}
+
+
+def processes(stack: Any) -> dict[str, tuple[int, int]]:
+    """(the rank's process, its actor's) of each rank's name."""
+    run_dir = str(stack.run_dir())
+    ranks: dict[str, tuple[int, int]] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            words = (entry / "cmdline").read_text().split("\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        # the proxy has the same words but for the last one
+        if f"--run-dir={run_dir}" in words and words[-2] == "--distributed-executor-backend=mp":
+            name = next(word for word in words if word.startswith("--name="))
+            ranks[name.removeprefix("--name=")] = (int(entry.name), parent)
+    return ranks
+
+
+@pytest.fixture(scope="module", params=["stand-in", pytest.param("cluster", marks=on_cluster)])
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    flags = (*FAKE, "--fake-step-ms", "4", "-tp", str(RANKS), *RAY)
+    if request.param == "cluster":
+        yield from on_a_cluster(flags)
+        return
+    stack = Stack(*flags, environment=with_stand_in())
+    try:
+        yield stack.wait_ready()
+    finally:
+        assert stack.end() == 0
+
+
+def on_a_cluster(flags: tuple[str, ...]) -> Iterator[Stack]:
+    """As a user has it: `ray start`, then `pagewire serve`."""
+    directory = tempfile.mkdtemp(prefix="pw-ray-", dir="/tmp")
+    ray = str(Path(sys.executable).with_name("ray"))
+    variables = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [
+        ray, "start", "--head", "--num-cpus=8", "--num-gpus=0", "--port=0", "--include-dashboard=false",
+        "--node-ip-address=127.0.0.1", f"--temp-dir={directory}", "--object-store-memory=100000000", "--block",
+    ]  # fmt: skip
+    log = Path(directory, "log")
+    with log.open("w") as file:
+        cluster = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables},
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (match := re.search(r"--address='([\d.:]+)'", log.read_text())):
+            assert cluster.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        stack = Stack(*flags, environment={**variables, "RAY_ADDRESS": match[1]})
+        try:
+            yield stack.wait_ready()
+        finally:
+            print("\n".join(stack.lines))
+            assert stack.end() == 0
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        try:
+            cluster.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(cluster.pid, signal.SIGKILL)
+            cluster.wait(10)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_each_rank_is_the_child_of_an_actor(stack: Stack) -> None:
+    assert sorted(ranks_of(stack)) == NAMES
+    ranks = processes(stack)
+    assert sorted(ranks) == NAMES
+    proxies = set(ranks_of(stack).values())
+    assert not {pid for both in ranks.values() for pid in both} & proxies
+    assert len({actor for _, actor in ranks.values()}) == RANKS
+    (choice,) = ask(stack, [1, 2, 3], 8)["choices"]
+    assert choice["token_ids"] == chain([1, 2, 3], 8, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        ("rank", signal.SIGKILL),
+        ("rank", signal.SIGSTOP),
+        ("actor", signal.SIGKILL),
+        ("proxy", signal.SIGKILL),
+    ],
+    ids=["rank-killed", "rank-stopped", "actor-killed", "proxy-killed"],
+)
+async def test_streams_survive_the_loss_of_a_process(
+    victim: str, number: signal.Signals, stack: Stack
+) -> None:
+    """The group starts again as a whole, with new actors, and every stream goes on with its own
+    tokens."""
+    make = random.Random(victim)
+    name = {"rank": "worker-0.1", "actor": "worker-0.2", "proxy": "worker-0"}[victim]
+    prompts = [[make.randrange(VOCAB) for _ in range(make.randrange(1, 99))] for _ in range(4)]
+    before = processes(stack)
+    rank, actor = before[name]
+    pid = {"rank": rank, "actor": actor, "proxy": ranks_of(stack)[name]}[victim]
+    count = 500
+    answers = await streams_through(stack, prompts, count, lambda: os.kill(pid, number))
+    for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
+        assert tokens == chain(prompt, count, VOCAB) and reason == "length"
+    after = processes(stack)
+    assert sorted(after) == NAMES
+    assert not {pid for pid, _ in after.values()} & {pid for pid, _ in before.values()}
+    assert gone([pid for both in before.values() for pid in both], 10.0)
+
+
+def test_the_end_of_a_stack_leaves_no_process() -> None:
+    """One that is killed; what one in order does: below."""
+    stack = Stack(*FAKE, "-tp", "2", *RAY, environment=with_stand_in())
+    try:
+        stack.wait_ready()
+        both = [pid for pair in processes(stack).values() for pid in pair]
+        assert len(both) == 4
+        stack.process.kill()
+        assert gone(both, 10.0)
+    finally:
+        assert stack.end() == -signal.SIGKILL
+
+
+def test_the_same_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in with_stand_in().items():
+        monkeypatch.setenv(name, value)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    settings = {"skip_tokenizer_init": True, "fake_vocab_size": VOCAB, "tensor_parallel_size": 2}
+    with LLM(device="fake", distributed_executor_backend="ray", **settings) as llm:
+        (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == chain([1, 2, 3], 8, VOCAB)
+
+
+def calls_of(tmp_path: Path, *flags: str, **variables: str) -> tuple[Stack, list[Any]]:
+    log = tmp_path / "calls"
+    environment = with_stand_in(STAND_IN_LOG=str(log), **variables)
+    stack = Stack(*FAKE, "-tp", "2", *RAY, *flags, environment=environment)
+    try:
+        stack.wait_line("serves")
+    except AssertionError:
+        stack.process.wait(10)
+    finally:
+        stack.end()
+    return stack, [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_what_ray_is_asked_for(tmp_path: Path) -> None:
+    """A cluster of its own where there is none, a node's worth of bundles, an actor a rank."""
+    _, (init, reserved, *actors, shutdown) = calls_of(tmp_path)
+    assert init == {"call": "init", "sizes": ["num_cpus", "object_store_memory"]}
+    assert reserved["strategy"] == "STRICT_PACK"
+    assert reserved["bundles"] == [{"CPU": 1.0, "node:10.0.0.1": 0.001}] * 2
+    assert [(actor["bundle"], actor["num_gpus"], actor["num_cpus"]) for actor in actors] == [
+        (0, 0, 1),
+        (1, 0, 1),
+    ]
+    assert all(actor["max_restarts"] == 0 for actor in actors)
+    assert shutdown["call"] == "shutdown"
+
+
+def test_a_cluster_that_there_is_is_joined_and_too_small_a_node_is_one_line(tmp_path: Path) -> None:
+    stack, calls = calls_of(tmp_path, RAY_ADDRESS="10.0.0.1:6379", STAND_IN_CPUS="1")
+    assert calls[0] == {"call": "init", "sizes": []}
+    assert stack.lines[-2] == (
+        "pagewire serve: worker: --distributed-executor-backend ray: 2 ranks need 2 CPU of this machine's Ray node, "
+        "which has 1: use fewer ranks, or `ray start` with --num-cpus 2; the ranks of a group are on one host"
+    )

@@ -1,0 +1,302 @@
+"""What the doctor says of several ranks, from what torch might see and for a small model; and GPUs
+of unlike kinds in one group."""
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pagewire.commands import doctor, doctor_container, doctor_ranks
+from pagewire.config import BadSetting, FrontendConfig, ModelConfig, WorkerConfig
+from pagewire.worker.device.gpu_kinds import check_alike
+from pagewire.worker.device.gpus import (
+    GIB,
+    Connection,
+    Gpu,
+    GpuProbe,
+    NoUsableGpu,
+    Process,
+    kind_of_connection,
+)
+from pagewire.worker.load.rank_agreement import check_gpus
+from pagewire.worker.models.architecture import Unsupported
+from rank_threads import run_ranks
+
+H100 = Gpu(0, "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB, "GPU-aa", own=GIB)
+TWIN = replace(H100, index=1, uuid="GPU-bb", total=80 * GIB - (1 << 20))
+H200 = Gpu(1, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, "GPU-cc", own=GIB)
+L4 = Gpu(1, "NVIDIA L4", (8, 9), 22 * GIB, 21 * GIB, "GPU-dd", own=GIB)
+ON_CUDA = WorkerConfig(device="cuda", tensor_parallel_size=2)
+ON_CPU = WorkerConfig(device="cpu", tensor_parallel_size=2)
+
+
+def probe(*gpus: Gpu, **options: object) -> GpuProbe:
+    return replace(
+        GpuProbe("2.13.0", "13.0", "580.65.06", len(gpus), ("sm_80", "sm_90"), gpus), **options
+    )
+
+
+def test_gpus_of_one_kind_for_every_rank() -> None:
+    assert doctor_ranks.check_places(ON_CUDA, probe(H100, TWIN, H200)) == (
+        "ok",
+        "2 ranks on GPU 0 (NVIDIA H100 80GB HBM3, 80.0 GiB), GPU 1 (NVIDIA H100 80GB HBM3, 80.0 GiB)",
+    )
+
+
+def test_too_few_gpus() -> None:
+    assert doctor_ranks.check_places(replace_size(ON_CUDA, 4), probe(H100, TWIN)) == (
+        "BROKEN",
+        "a GPU a rank is needed, 4 in all, and there are 2: GPU 0 (NVIDIA H100 80GB HBM3, 80.0 GiB), "
+        "GPU 1 (NVIDIA H100 80GB HBM3, 80.0 GiB)",
+    )
+
+
+def replace_size(config: WorkerConfig, size: int) -> WorkerConfig:
+    return WorkerConfig(device=config.device, tensor_parallel_size=size)
+
+
+def test_a_gpu_that_is_busy_or_cannot_be_used_is_named() -> None:
+    busy = replace(TWIN, free=50 * GIB, others=(Process(7, "python", 29 * GIB),))
+    mark, text = doctor_ranks.check_places(ON_CUDA, probe(H100, busy))
+    assert mark == "note" and "GPU 1 (NVIDIA H100 80GB HBM3, 80.0 GiB): 29.0 GiB are used" in text
+    old = replace(TWIN, name="Tesla P40", capability=(6, 1))
+    mark, text = doctor_ranks.check_places(ON_CUDA, probe(H100, old))
+    assert mark == "BROKEN" and text.startswith(
+        "GPU 1 (Tesla P40, 80.0 GiB) has compute capability 6.1"
+    )
+
+
+UNLIKE_CAPABILITY = (
+    "the ranks' GPUs have different compute capabilities (rank 0: GPU 0 (NVIDIA H100 80GB HBM3, 80.0 GiB), 9.0, "
+    "rank 1: GPU 1 (NVIDIA L4, 22.0 GiB), 8.9): ranks draw the same tokens only with the same machine code; "
+    "CUDA_VISIBLE_DEVICES chooses GPUs of one kind"
+)
+UNLIKE_SIZE = (
+    "the ranks' GPUs are not of one kind (rank 0: GPU 0 (NVIDIA H100 80GB HBM3, 80.0 GiB), rank 1: GPU 1 (NVIDIA H200, 140.0 GiB)): "
+    "all get the KV blocks and steps that the smallest has room for, and wait for the slowest"
+)
+
+
+def test_gpus_of_unlike_kinds() -> None:
+    assert check_alike([H100, TWIN]) == ""
+    assert check_alike([H100, H200]) == UNLIKE_SIZE
+    with pytest.raises(NoUsableGpu) as refusal:
+        check_alike([H100, L4])
+    assert str(refusal.value) == UNLIKE_CAPABILITY
+    mark, text = doctor_ranks.check_places(ON_CUDA, probe(H100, H200))
+    assert mark == "note" and text.endswith(f"; {UNLIKE_SIZE}")
+    assert doctor_ranks.check_places(ON_CUDA, probe(H100, L4)) == ("BROKEN", UNLIKE_CAPABILITY)
+
+
+def test_ranks_tell_each_other_what_gpus_they_have(caplog: pytest.LogCaptureFixture) -> None:
+    """All refuse alike; what is only said is said once."""
+
+    def told(*gpus: Gpu) -> list[str]:
+        def check(communicator: object) -> str:
+            try:
+                check_gpus(gpus[communicator.rank], communicator)  # type: ignore[attr-defined, arg-type]
+            except NoUsableGpu as error:
+                return str(error)
+            return ""
+
+        return run_ranks(len(gpus), check)
+
+    with caplog.at_level(logging.WARNING, "pagewire.worker"):
+        assert told(H100, L4) == [UNLIKE_CAPABILITY] * 2
+        assert told(H100, TWIN) == ["", ""] and not caplog.messages
+        busy = replace(H200, others=(Process(7, "x" * 3000, GIB),))
+        assert told(H100, busy) == ["", ""] and caplog.messages == [UNLIKE_SIZE]
+
+
+MATRIX = (
+    "\t\x1b[4mGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+    "GPU0\t X \tNV18\tSYS\t0-47\t0\t\tN/A\n"
+    "GPU1\tNV18\t X \tPHB\t0-47\t0\t\tN/A\n"
+    "GPU2\tSYS\tPHB\t X \t0-47\t0\t\tN/A\n"
+    "\n"
+    "Legend:\n\n  X    = Self\n"
+)
+NUMBERS = "0, GPU-bb\n1, GPU-aa\n2, GPU-cc\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ("GPU-aa", "GPU-bb", "NV18"),
+        ("GPU-aa", "GPU-cc", "PHB"),
+        ("GPU-cc", "GPU-bb", "SYS"),
+        ("GPU-aa", "GPU-zz", ""),
+    ],
+)
+def test_the_table_of_connections_is_read_by_uuid(first: str, second: str, kind: str) -> None:
+    """nvidia-smi's numbers are not torch's."""
+    assert kind_of_connection(NUMBERS, MATRIX, first, second) == kind
+    assert kind_of_connection("", "", first, second) == ""
+
+
+def test_how_gpus_reach_each_other() -> None:
+    nvlink, none = Connection(0, 1, True, "NV18"), Connection(0, 1, False, "SYS")
+    elsewhere = Connection(0, 2, False)
+    check = doctor_ranks.check_peers
+    assert check((nvlink, elsewhere), (H100, TWIN)) == (
+        "ok",
+        "the ranks' GPUs can use each other's memory over NV18",
+    )
+    assert check((Connection(0, 1, True),), (H100, TWIN))[0] == "ok"
+    assert check((Connection(0, 1, True, "PHB"),), (H100, TWIN)) == (
+        "note",
+        "the ranks' GPUs can use each other's memory over PHB; PHB is PCIe, and every layer waits for it twice",
+    )
+    assert check((none,), (H100, TWIN)) == (
+        "note",
+        "GPU 0 and GPU 1 (SYS) cannot use each other's memory: all collective operations go through NCCL, "
+        "which is slower for few rows",
+    )
+
+
+def test_ranks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 8)
+    assert doctor_ranks.check_places(ON_CPU, probe(H100)) == (
+        "ok",
+        "2 processes with 4 thread(s) each on 8 core(s), connected by gloo: slower than one process with all cores",
+    )
+    mark, text = doctor_ranks.check_places(replace_size(ON_CPU, 16), probe())
+    assert mark == "note" and text.startswith("16 processes with 1 thread(s) each on 8 core(s)")
+
+
+def test_who_places_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = WorkerConfig(device="cpu", tensor_parallel_size=2, distributed_executor_backend="ray")
+    monkeypatch.setattr(doctor_ranks.importlib.metadata, "version", lambda name: "2.60.0")
+    monkeypatch.setattr(doctor_ranks.stack.importlib.util, "find_spec", lambda name: object())
+    assert doctor_ranks.check_places(worker, probe())[1].endswith("; placed by Ray 2.60.0")
+    monkeypatch.setattr(doctor_ranks.stack.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadSetting, match=r"pip install 'pagewire\[ray\]'"):
+        doctor_ranks.check_places(worker, probe())
+
+
+def subjects(model: ModelConfig, worker: WorkerConfig, seen: GpuProbe) -> list[str]:
+    return [subject for subject, _ in doctor_ranks.list_checks(model, worker, seen)]
+
+
+def test_one_rank_needs_no_further_checks(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(str(tiny("llama").path))
+    assert subjects(model, WorkerConfig(), probe(H100, TWIN)) == []
+    assert subjects(model, ON_CPU, probe(H100)) == ["ranks", "division", "rank memory"]
+    assert subjects(model, ON_CUDA, probe(H100)) == [
+        "ranks", "peers", "shared memory", "division", "rank memory",
+    ]  # fmt: skip
+    monkeypatch.setattr(doctor, "look_at_gpus", lambda: probe(H100, TWIN))
+    names = [name for name, _ in doctor.list_checks(model, FrontendConfig(), ON_CUDA, False)]
+    assert names[-6:] == ["model", "ranks", "peers", "shared memory", "division", "rank memory"]
+    names = [name for name, _ in doctor_container.checks("worker", model, ON_CUDA)]
+    assert names[2:8] == ["device", "ranks", "peers", "shared memory", "division", "rank memory"]
+    names = [name for name, _ in doctor_container.checks("tokenizer", model, ON_CUDA)]
+    assert "ranks" not in names
+
+
+def test_which_numbers_divide_a_model(tiny) -> None:
+    path = tiny("llama").path
+    model = ModelConfig(str(path))
+    config = json.loads((path / "config.json").read_text())
+    mark, text = doctor_ranks.check_division(path, model, ON_CPU)
+    assert mark == "ok" and text.startswith("this llama model can be divided among 1, 2")
+    heads = config["num_attention_heads"]
+    with pytest.raises(
+        Unsupported, match=f"{heads} attention heads cannot be divided among 7 ranks"
+    ):
+        doctor_ranks.check_division(path, model, replace_size(ON_CPU, 7))
+
+
+def test_what_each_rank_holds(tiny) -> None:
+    """By the arithmetic of the start itself: half of what there is to divide, and the norms."""
+    path = tiny("llama").path
+    model = ModelConfig(str(path))
+
+    def bytes_of(size: int) -> tuple[int, int]:
+        from pagewire.config import SchedulerConfig
+        from pagewire.worker.load.rank_forecast import Request, forecast
+
+        worker = WorkerConfig(
+            device="cpu", dtype="float32", num_kv_blocks=64, tensor_parallel_size=size
+        )
+        answer = forecast(Request(str(path), model, SchedulerConfig(), worker))
+        assert not answer.reason and answer.tokens == 64 * 16
+        return answer.weights, answer.cache
+
+    whole, half = bytes_of(1), bytes_of(2)
+    assert whole[0] / 2 < half[0] < 0.6 * whole[0] and half[1] == whole[1] // 2
+    worker = WorkerConfig(device="cpu", tensor_parallel_size=2, num_kv_blocks=64)
+    mark, text = doctor_ranks.check_memory(path, model, worker, ())
+    assert mark == "ok" and text.startswith(
+        "each rank holds 0.00 GiB of weights and 0.00 GiB of KV cache, "
+    )
+    assert "1,024 tokens in all; contexts of up to" in text
+
+
+def test_a_rank_s_gpu_that_is_too_small_is_named(tiny) -> None:
+    """The second one; planned on numbers alone, without a GPU."""
+    from pagewire.config import SchedulerConfig
+    from pagewire.worker.load.rank_forecast import Request, forecast
+
+    path = tiny("llama").path
+    full = replace(TWIN, free=GIB // 8)
+    request = Request(str(path), ModelConfig(str(path)), SchedulerConfig(), ON_CUDA, (H100, TWIN))
+    answer = forecast(request)
+    assert not answer.reason and answer.cache > 50 * GIB
+    request = Request(str(path), ModelConfig(str(path)), SchedulerConfig(), ON_CUDA, (H100, full))
+    assert forecast(request).reason.startswith("rank 1 of 2: the model needs")
+
+
+def test_on_this_machine(tiny) -> None:
+    """The whole of it, on the CPU, in one of the images."""
+    path = str(tiny("llama").path)
+    words = (
+        "doctor",
+        path,
+        "--device=cpu",
+        "-tp=2",
+        "--num-kv-blocks=64",
+        "--port=0",
+        "--no-generation",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pagewire", *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line[8:22].strip(): line for line in done.stdout.splitlines()}
+    assert {"ranks", "division", "rank memory"} <= set(lines)
+    assert "1,024 tokens in all" in lines["rank memory"]
+
+
+def test_small_shared_memory_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    sizes = SimpleNamespace(f_frsize=4096, f_blocks=(64 << 20) // 4096)
+    monkeypatch.setattr(doctor_ranks.os, "statvfs", lambda path: sizes)
+    assert doctor_ranks.check_shared_memory() == (
+        "note",
+        "0.06 GiB in /dev/shm, which NCCL may find too small: start a container with --shm-size=1g",
+    )
+
+
+def test_in_a_container_the_stack_s_settings_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("tensor_parallel_size: 2\nmodel: some/model\nport: 8000\n")
+    asked: list[tuple[str, str, int, str]] = []
+
+    def checks(image: str, model: ModelConfig, worker: WorkerConfig) -> list[object]:
+        asked.append((image, model.model, worker.tensor_parallel_size, worker.device))
+        return []
+
+    monkeypatch.setattr(doctor_container, "SETTINGS", str(settings))
+    monkeypatch.setattr(doctor_container, "checks", checks)
+    monkeypatch.setenv("PAGEWIRE_IMAGE", "worker")
+    monkeypatch.setenv("PAGEWIRE_DEVICE", "cpu")
+    assert doctor_container.main([]) == 0
+    assert doctor_container.main(["-tp", "4"]) == 0
+    assert asked == [("worker", "some/model", 2, "cpu"), ("worker", "some/model", 4, "cpu")]
