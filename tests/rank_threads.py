@@ -6,11 +6,14 @@ They take turns: products with quantized weights may not be computed by two thre
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import TypeVar
 
-from pagewire_kernels.communicator import Communicator, GlooCommunicator
+from pagewire.process.group import Place
+from pagewire.worker.communicators import connect_ranks
+from pagewire.worker.load.rank_agreement import Ranks, StageLinks
+from pagewire_kernels.communicator import Communicator, GlooCommunicator, PointToPoint
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -34,13 +37,34 @@ class TakingTurns:
         with self._others_turn():
             return self._ranks.all_gather(x, dim)
 
-    @contextmanager
-    def _others_turn(self) -> Iterator[None]:
-        self._turn.release()
-        try:
-            yield
-        finally:
-            self._turn.acquire()
+    def _others_turn(self) -> AbstractContextManager[None]:
+        return without(self._turn)
+
+
+class LinkTakingTurns:
+    """The same for a connection of two pipeline stages."""
+
+    def __init__(self, link: PointToPoint, turn: Lock) -> None:
+        self._link = link
+        self._turn = turn
+
+    def send(self, x: Tensor) -> None:
+        with without(self._turn):
+            self._link.send(x)
+
+    def recv(self, x: Tensor) -> None:
+        with without(self._turn):
+            self._link.recv(x)
+
+
+@contextmanager
+def without(turn: Lock) -> Iterator[None]:
+    """Within, other threads may have the turn that this one holds."""
+    turn.release()
+    try:
+        yield
+    finally:
+        turn.acquire()
 
 
 def run_ranks(
@@ -58,3 +82,35 @@ def run_ranks(
     with ThreadPoolExecutor(size) as pool:
         results = list(pool.map(one, range(size)))
     return [result for _, result in results]
+
+
+def run_stages(
+    stages: int, size: int, run: Callable[[Ranks, Lock], Result], timeout_s: float = 60.0
+) -> list[Result]:
+    """As `run_ranks`, with pipeline stages of `size` ranks each. `run` is also given the lock of
+    turns, which it holds."""
+    store, turn = HashStore(), Lock()
+
+    def one(rank: int) -> tuple[Ranks, Result]:
+        place = Place("group", rank, stages * size, "", 0, (), ())
+        ranks = connect_ranks(store, place, "cpu", stages, timeout_s)
+        with turn:
+            return ranks, run(_taking_turns(ranks, turn), turn)
+
+    with ThreadPoolExecutor(stages * size) as pool:
+        results = list(pool.map(one, range(stages * size)))
+    return [result for _, result in results]
+
+
+def _taking_turns(ranks: Ranks, turn: Lock) -> Ranks:
+    def link(one: PointToPoint | None) -> PointToPoint | None:
+        return None if one is None else LinkTakingTurns(one, turn)
+
+    links = StageLinks(
+        link(ranks.links.previous),
+        link(ranks.links.following),
+        # a thread of its own receives, which has no turn
+        ranks.links.results if ranks.stage.is_first else link(ranks.links.results),
+    )
+    layers = TakingTurns(ranks.layers, turn)
+    return Ranks(layers, TakingTurns(ranks.host, turn), ranks.stage, links)

@@ -1,11 +1,13 @@
 """Collective operations between the ranks of one model: the protocol that the layers of a model
-know, its form for one rank, and the one for CPUs.
+know, its form for one rank, and the one for CPUs. Beside them, the connection of two ranks, through
+which pipeline stages hand on hidden states.
 
 Sums are the same bits on every rank and in every run: ranks sample the tokens that they all go on
 with, each by itself. Every rank must call the same operations in the same order with tensors of the
 same shapes and types.
 """
 
+from collections import deque
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S: Final = 120.0
 """How long a rank waits for the others in one operation: longer than any step takes."""
+MOST_SENT: Final = 2
+"""Tensors that a rank sends to another one ahead of its receiving them."""
 
 
 class CommunicatorFailed(ConnectionError):
@@ -77,6 +81,20 @@ class CheckedCommunicator(Protocol):
         ...
 
 
+class PointToPoint(Protocol):
+    """One end of a connection from one rank to another. What is sent arrives in its order. Tensors
+    are contiguous and on this process's device; the receiver knows their shapes and types."""
+
+    def send(self, x: Tensor) -> None:
+        """Hand x to the receiver; it must not change from now on. Waits only while MOST_SENT tensors
+        before it have not been received. Raises CommunicatorFailed."""
+        ...
+
+    def recv(self, x: Tensor) -> None:
+        """Fill x with the next tensor. Raises CommunicatorFailed."""
+        ...
+
+
 class SingleRank:
     """A Communicator without others."""
 
@@ -104,15 +122,8 @@ class GlooCommunicator:
         self.rank = rank
         self.size = size
         self._timeout_s = timeout_s
-        # torch's stubs lack most of this class
-        gloo: Any = torch.distributed.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timedelta(seconds=timeout_s)
-        try:
-            self._group = gloo(store, rank, size, options)
-        except RuntimeError as error:
-            raise self._failed("connecting", error) from None
+        self._who = f"rank {rank} of {size}"
+        self._group = _gloo_group(store, rank, size, timeout_s, self._who)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Communicator. gloo's own sums are in the type of x, in an order that depends on its
@@ -134,16 +145,71 @@ class GlooCommunicator:
         try:
             self._group.allgather([[_as_bytes(part) for part in parts]], [_as_bytes(own)]).wait()
         except RuntimeError as error:
-            raise self._failed(operation, error) from None
+            raise _failed(self._who, operation, self._timeout_s, error) from None
         return parts
 
-    def _failed(self, operation: str, error: RuntimeError) -> CommunicatorFailed:
-        line = next(iter(str(error).strip().splitlines()), "")
-        reason = line.rpartition("] ")[2].partition(". ")[0][:120]
-        return CommunicatorFailed(
-            f"rank {self.rank} of {self.size} was left alone in {operation}, for which it waits "
-            f"{self._timeout_s:g} s: another rank has ended or hangs ({reason})"
-        )
+
+class GlooPointToPoint:
+    """A PointToPoint between processes or threads of one host, of CPU tensors, through torch's
+    gloo."""
+
+    def __init__(
+        self,
+        store: "Store",
+        rank: int,
+        peer: int,
+        *,
+        is_sender: bool,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """From `rank`, which this is, to `peer`, or the other way. `store`: in which the two find
+        each other; nobody else may have used it. Returns when both are there. Raises
+        CommunicatorFailed when they are not within `timeout_s` seconds."""
+        self._who = f"rank {rank}, connected to rank {peer},"
+        self._timeout_s = timeout_s
+        number = 0 if is_sender else 1
+        self._other = 1 - number
+        self._group = _gloo_group(store, number, 2, timeout_s, self._who)
+        self._sent: deque[Any] = deque()
+        """Of each tensor that may not have been received: torch's handle, which keeps its memory."""
+
+    def send(self, x: Tensor) -> None:
+        """See PointToPoint."""
+        try:
+            while len(self._sent) >= MOST_SENT:
+                self._sent.popleft().wait()
+            self._sent.append(self._group.send([_as_bytes(x)], self._other, 0))
+        except RuntimeError as error:
+            raise _failed(self._who, "sending", self._timeout_s, error) from None
+
+    def recv(self, x: Tensor) -> None:
+        """See PointToPoint."""
+        try:
+            self._group.recv([_as_bytes(x)], self._other, 0).wait()
+        except RuntimeError as error:
+            raise _failed(self._who, "receiving", self._timeout_s, error) from None
+
+
+def _gloo_group(store: "Store", rank: int, size: int, timeout_s: float, who: str) -> Any:
+    """torch's group of these ranks. who: this one, in words. Raises CommunicatorFailed."""
+    # torch's stubs lack most of this class
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=timeout_s)
+    try:
+        return gloo(store, rank, size, options)
+    except RuntimeError as error:
+        raise _failed(who, "connecting", timeout_s, error) from None
+
+
+def _failed(who: str, operation: str, timeout_s: float, error: RuntimeError) -> CommunicatorFailed:
+    line = next(iter(str(error).strip().splitlines()), "")
+    reason = line.rpartition("] ")[2].partition(". ")[0][:120]
+    return CommunicatorFailed(
+        f"{who} was left alone in {operation}, for which it waits {timeout_s:g} s: another rank has "
+        f"ended or hangs ({reason})"
+    )
 
 
 def _as_bytes(x: Tensor) -> Tensor:

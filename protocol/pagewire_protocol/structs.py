@@ -263,6 +263,9 @@ class WorkerFacts(Record, frozen=True):
     """Most tokens that a row may bring beyond these, since its grammar left no choice about them.
     Steps need not count on them: the worker takes no more than the row's blocks have room for, and
     where a step in flight finds no room for its own token, its row brings none."""
+    pipeline_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Stages through which a step passes, which compute as many steps at a time. A row whose token a
+    step in flight samples would have to wait for it."""
 
 
 class TokenizerFacts(Record, frozen=True):

@@ -297,7 +297,7 @@ def run_service(command: str, arguments: list[str]) -> int:
     run = configs[0]
     logs.set_up(run.log_level, run.log_format, run.name or command)
     liveness.own.settle(run.watchdog_timeout)
-    if command == "worker" and configs[-1].tensor_parallel_size > 1 and not Started.by_parent:
+    if command == "worker" and configs[-1].world_size > 1 and not Started.by_parent:
         return imported("launch.rank_group").run(*configs)
     if PLACE_VARIABLE in os.environ and configs[-1].distributed_executor_backend == "ray":
         return imported("launch.ray_ranks.proxy").run(run, configs[-1], arguments)

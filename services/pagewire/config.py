@@ -34,7 +34,15 @@ USUAL_SEQS = 256
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QUANTIZED = f"^({'|'.join(quantization.ASKABLE)})?$"
-SHORT = {"quantization": "-q", "tensor_parallel_size": "-tp"}
+SHORT = {
+    "quantization": "-q",
+    "tensor_parallel_size": "-tp",
+    "pipeline_parallel_size": "-pp",
+}
+STAGES_ON_GPUS = (
+    "pipeline stages run on CPUs only in this version (--device cpu); --tensor-parallel-size divides "
+    "a model among GPUs"
+)
 REASONS = {
     "quantization": f"not supported; {', '.join(quantization.ASKABLE)} are, and without the flag whatever the weights bring",
 }
@@ -285,6 +293,14 @@ class WorkerConfig(Struct, frozen=True):
             le=64,
         ),
     ] = 1
+    pipeline_parallel_size: Annotated[
+        int,
+        _help(
+            "stages of contiguous layers that one copy of the model is divided into, each --tensor-parallel-size ranks; on CPUs only",
+            ge=1,
+            le=16,
+        ),
+    ] = 1
     distributed_executor_backend: Annotated[
         Literal["mp", "ray", "uni"],
         _help(
@@ -342,6 +358,11 @@ class WorkerConfig(Struct, frozen=True):
     fake_eos_token_id: Annotated[
         int, _help("fake device: the token that ends a text; -1: none does", ge=-1)
     ] = -1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of one worker."""
+        return self.pipeline_parallel_size * self.tensor_parallel_size
 
 
 def _plain(annotation: Any) -> Any:

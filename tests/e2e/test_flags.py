@@ -132,7 +132,8 @@ def test_what_would_change_results_is_refused_in_one_line_and_neutral_values_are
 def test_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("M", "-tp", "1", "-pp", "1", "-dp", "1", "-q", "None")[1] == []
     assert parse("M", "-tp", "2", "--device", "cpu")[0].worker.tensor_parallel_size == 2
-    assert "--pipeline-parallel-size 2: a model is divided by" in refused(capsys, "M", "-pp", "2")
+    assert parse("M", "-pp", "2", "--device", "cpu")[0].worker.pipeline_parallel_size == 2
+    assert "--data-parallel-size 2: --num-workers starts" in refused(capsys, "M", "-dp", "2")
     assert "--quantization quip: not supported; awq" in refused(capsys, "M", "-q", "quip")
 
 
@@ -240,7 +241,7 @@ def test_a_file_of_settings_and_flags_over_it(tmp_path: Path) -> None:
         ("config: other.yaml", "unknown setting config"),
         ("- model", "a mapping of settings to values is needed, not a list"),
         ("a: [", "config.yaml: "),
-        ("pipeline-parallel-size: 2", "--pipeline-parallel-size 2: "),
+        ("pipeline-parallel-size: 0", "--pipeline-parallel-size 0: at least 1 is needed"),
         ("port: eighty", "--port: eighty"),
     ],
 )

@@ -320,7 +320,7 @@ def test_the_settings_of_the_tutorials_table() -> None:
     ] == ["slow", "hf"]
     for given in (
         {"tensor_parallel_size": 0},
-        {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 0},
         {"quantization": "quip"},
         {"enable_lora": True},
     ):

@@ -67,7 +67,7 @@ async def streams_through(stack: Any, prompts: list[list[int]], count: int, faul
 
 @pytest.fixture(scope="module")
 def fake_ranks() -> Iterator[Stack]:
-    stack = Stack(*FAKE, "--fake-step-ms", "4", "-tp", "3")
+    stack = Stack(*FAKE, "--fake-step-ms", "4", "-tp", "2", "-pp", "2")
     try:
         yield stack.wait_ready()
     finally:
@@ -75,12 +75,15 @@ def fake_ranks() -> Iterator[Stack]:
 
 
 def test_a_group_is_one_worker_of_several_processes(fake_ranks: Stack) -> None:
-    assert sorted(ranks_of(fake_ranks)) == ["worker-0", "worker-0.1", "worker-0.2"]
+    assert sorted(ranks_of(fake_ranks)) == [
+        "worker-0",
+        *(f"worker-0.{rank}" for rank in (1, 2, 3)),
+    ]
     (choice,) = ask(fake_ranks, [1, 2, 3], 8)["choices"]
     assert choice["token_ids"] == chain([1, 2, 3], 8, VOCAB)
 
 
-@pytest.mark.parametrize("rank", ["worker-0", "worker-0.1"])
+@pytest.mark.parametrize("rank", ["worker-0", "worker-0.3"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_streams_survive_the_loss_of_a_rank(
     rank: str, number: signal.Signals, fake_ranks: Stack
@@ -119,33 +122,44 @@ def alone(tiny: Path) -> list[list[int]]:
     return Driver(tiny).generate(PROMPTS, [greedy] * len(PROMPTS), COUNT)
 
 
+@pytest.mark.parametrize(
+    ("flag", "words", "killed"),
+    [
+        ("--tensor-parallel-size", "divided among 2 ranks; each of them has:", ["worker-0.1"]),
+        ("-pp", "divided among 2 pipeline stages of 1 rank(s)", ["worker-0.1", "worker-0"]),
+    ],
+    ids=["tensor-parallel", "pipeline-parallel"],
+)
 async def test_a_real_model_over_two_ranks_survives_the_loss_of_one(
-    tiny: Path, alone: list[list[int]]
+    flag: str, words: str, killed: list[str], tiny: Path, alone: list[list[int]]
 ) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ON_CPU.items() if value != 1]
-    stack = Stack(str(tiny), *flags, "--skip-tokenizer-init", "--tensor-parallel-size", "2")
+    stack = Stack(str(tiny), *flags, "--skip-tokenizer-init", flag, "2")
     try:
         await asyncio.to_thread(stack.wait_ready)
-        assert any("divided among 2 ranks; each of them has:" in line for line in stack.lines)
-        before = ranks_of(stack)
+        assert any(words in line for line in stack.lines)
         body: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": COUNT}
 
         async def tokens(prompt: list[int]) -> list[int]:
             answer = await asyncio.to_thread(ask, stack, prompt, COUNT, **body)
             return answer["choices"][0]["token_ids"]
 
-        running = [asyncio.create_task(tokens(prompt)) for prompt in PROMPTS]
-        await asyncio.sleep(0.05)
-        os.kill(before["worker-0.1"], signal.SIGKILL)
-        assert await asyncio.wait_for(asyncio.gather(*running), 60) == alone
-        assert not set(ranks_of(stack).values()) & set(before.values())
+        for rank in killed:
+            before = ranks_of(stack)
+            running = [asyncio.create_task(tokens(prompt)) for prompt in PROMPTS]
+            await asyncio.sleep(0.05)
+            os.kill(before[rank], signal.SIGKILL)
+            assert await asyncio.wait_for(asyncio.gather(*running), 60) == alone
+            assert not set(ranks_of(stack).values()) & set(before.values())
     finally:
         assert stack.end() == 0
 
 
-def test_the_same_offline(tiny: Path, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (2, 2)])
+def test_the_same_offline(size: int, stages: int, tiny: Path, alone: list[list[int]]) -> None:
     params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
-    with LLM(str(tiny), tensor_parallel_size=2, **ON_CPU) as llm:
+    settings = {"tensor_parallel_size": size, "pipeline_parallel_size": stages, **ON_CPU}
+    with LLM(str(tiny), **settings) as llm:
         outputs = llm.generate(prompt_token_ids=PROMPTS, sampling_params=params, use_tqdm=False)
     assert [list(output.outputs[0].token_ids) for output in outputs] == alone
 
@@ -153,6 +167,8 @@ def test_the_same_offline(tiny: Path, alone: list[list[int]]) -> None:
 def test_a_model_that_cannot_be_divided_so_is_refused_in_one_line(tiny: Path) -> None:
     with pytest.raises(RuntimeError, match="4 attention heads cannot be divided among 3 ranks"):
         LLM(str(tiny), tensor_parallel_size=3, **ON_CPU)
+    with pytest.raises(RuntimeError, match="3 layers cannot be divided among 4 stages"):
+        LLM(str(tiny), pipeline_parallel_size=4, **ON_CPU)
 
 
 def test_a_worker_by_itself_starts_its_ranks() -> None:

@@ -287,7 +287,7 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path) -> None:
     for flags, words in {
         ("--model", "/no/such/model"): "/no/such/model does not exist",
         (*FAKE, "--num-kv-blocks", "1", "--max-model-len", "4096"): "does not fit",
-        (*FAKE, "-pp", "2"): "--pipeline-parallel-size 2: a model is divided by --tensor-parallel",
+        (*FAKE, "-dp", "2"): "--data-parallel-size 2: --num-workers starts several copies",
     }.items():
         result = run(source, tmp_path / "out.jsonl", *flags)
         assert result.returncode in (1, 2) and words in result.stderr.splitlines()[-1]

@@ -124,7 +124,7 @@ def test_a_worker_that_cannot_start_ends_the_stack(tmp_path: Path) -> None:
     [
         (("serve", "--no-such-flag"), "--no-such-flag"),
         (("serve", "-tp", "0"), "--tensor-parallel-size 0: at least 1 is needed"),
-        (("serve", "-pp", "2"), "--pipeline-parallel-size 2"),
+        (("serve", "-pp", "0"), "--pipeline-parallel-size 0: at least 1 is needed"),
         (("serve", "--quantization", "quip"), "--quantization quip"),
         (("serve", "--max-num-seqs", "0"), "--max-num-seqs"),
         (("serve", "--num-workers", "0"), "--num-workers: 0: a whole number"),

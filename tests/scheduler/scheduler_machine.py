@@ -27,6 +27,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Clients submit, cancel and resubmit; workers execute and answer at their own pace, die and
     join; tokenizers die."""
 
+    stages = 1
+    """Of each worker's pipeline."""
+
     @initialize(
         ahead=st.integers(1, 4),
         budget=st.sampled_from([3, 8, 64]),
@@ -56,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "cost": cost,
             "row_tokens": row_tokens,
             "forced": forced,
+            "stages": self.stages,
         }
         for _ in range(workers):
             self.world.add_worker(**self.facts)
@@ -250,3 +254,9 @@ class ParkingMachine(SchedulerMachine):
             for handle in self.open_handles():  # all read again
                 self._park(handle, False)
         super().teardown()
+
+
+class PipelineMachine(SchedulerMachine):
+    """As that, with workers of several pipeline stages."""
+
+    stages = 2

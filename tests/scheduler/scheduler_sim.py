@@ -189,6 +189,7 @@ class SimWorker:
         cost=None,
         row_tokens=(1,),
         forced=(0,),
+        stages=1,
     ):
         """row_tokens: how many tokens the rows of its steps bring, one after the other, as far as
         the slot's blocks have room for them. forced: how many more, which nobody counts on."""
@@ -208,6 +209,7 @@ class SimWorker:
             cost,
             max_tokens_per_row=max(1, *row_tokens),
             max_forced_tokens=max(forced),
+            pipeline_parallel_size=stages,
         )
         self.row_tokens = itertools.cycle(row_tokens)
         self.forced = itertools.cycle(forced)

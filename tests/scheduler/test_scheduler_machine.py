@@ -10,7 +10,7 @@ from pagewire.scheduler.blocks import BlockPool
 from pagewire.scheduler.in_flight import InFlightSteps
 from pagewire.scheduler.kv_cache import DeferredRelease, KVCacheManager
 from pagewire.scheduler.worker_state import WorkerState
-from scheduler.scheduler_machine import ParkingMachine, SchedulerMachine
+from scheduler.scheduler_machine import ParkingMachine, PipelineMachine, SchedulerMachine
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -46,6 +46,10 @@ def test_clients_that_read_nothing_for_a_while():
 
 def test_random_lives():
     run_machine(400, 60)
+
+
+def test_random_lives_of_pipelines():
+    run_machine(25, 60, machine=PipelineMachine)
 
 
 def seal_before_the_result(patch):

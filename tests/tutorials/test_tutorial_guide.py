@@ -225,39 +225,19 @@ def test_flags_of_the_table(serve: Callable[..., Any], downloaded: Callable[...,
     assert any("--disable-log-requests has no effect: " in line for line in stack.lines)
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (
-            "meta-llama/Llama-2-13b-chat-hf --pipeline-parallel-size 2 --trust-remote-code",
-            "--pipeline-parallel-size 2: a model is divided by",
-        ),
-        (
-            "MODEL_NAME --pipeline-parallel-size 2",
-            "--pipeline-parallel-size 2: a model is divided by --tensor-parallel-size alone",
-        ),
-    ],
-)
-def test_what_follows_later_is_refused_in_one_line(
-    command: str, words: str, run: Callable[..., Any]
+def test_a_model_in_pipeline_stages(
+    serve: Callable[..., Any], downloaded: Callable[..., Path]
 ) -> None:
-    done = run(f"pagewire serve {command}")
-    assert (
-        done.returncode == 2
-        and words in done.stderr
-        and "in this version" in done.stderr
-        and len(done.stderr.splitlines()) == 1
+    downloaded("meta-llama/Llama-2-7b-chat-hf")
+    stack = serve(
+        "pagewire serve meta-llama/Llama-2-7b-chat-hf --pipeline-parallel-size 2 --trust-remote-code"
     )
-
-
-def test_the_same_offline() -> None:
-    for given in (
-        {"pipeline_parallel_size": 2},
-        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-    ):
-        with pytest.raises(ValueError, match="in this version") as caught:
-            LLM(model="TheBloke/Llama-2-7B-Chat-AWQ", dtype="half", **given)
-        assert str(caught.value).startswith("pipeline_parallel_size=2")
+    client = OpenAI(api_key="EMPTY", base_url=stack.url)
+    answer = client.completions.create(
+        model="meta-llama/Llama-2-7b-chat-hf", prompt="Hello", max_tokens=5
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens <= 5
+    assert any("divided among 2 pipeline stages" in line for line in stack.lines)
 
 
 def test_a_quantized_model_is_served(

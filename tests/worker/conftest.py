@@ -2,9 +2,10 @@
 that runs ours position by position."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.load import loader
 from pagewire.worker.load.rank_agreement import Ranks
+from pagewire.worker.models.ranks import WHOLE_MODEL, PipelineStage
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
@@ -88,6 +90,7 @@ class Harness:
         path: Path,
         model: ModelConfig | None = None,
         communicator: Communicator = SINGLE_RANK,
+        stage: PipelineStage = WHOLE_MODEL,
         **settings,
     ) -> None:
         self._loaded = loader.load(
@@ -95,7 +98,7 @@ class Harness:
             model or ModelConfig(),
             worker_config(**settings),
             lambda stage, fraction: None,
-            ranks=Ranks(communicator, communicator),
+            ranks=Ranks(communicator, communicator, stage),
         )
         self.free = list(range(self._loaded.sizing.num_blocks))
         random.Random(3).shuffle(self.free)
@@ -143,10 +146,12 @@ class Driver:
         model: ModelConfig | None = None,
         max_num_seqs: int = 64,
         communicator: Communicator = SINGLE_RANK,
+        make: Callable[..., Any] = Runner,
         **settings,
     ) -> None:
+        """make: a SyncRunner, with the arguments of CpuSteps."""
         config = worker_config(**settings)
-        self.runner = Runner(
+        self.runner = make(
             path,
             model or ModelConfig(),
             SchedulerConfig(max_num_seqs=max_num_seqs),

@@ -35,7 +35,7 @@ class _RankGroup:
     ) -> None:
         service = stack.worker_service(run, model, scheduler, worker)
         self._announcer = Announcer(run.run_dir)
-        first, *others = stack.ranks_of(service, worker.tensor_parallel_size)
+        first, *others = stack.ranks_of(service, worker.world_size)
         first = dataclasses.replace(first, environment=((HEALTH_VARIABLE, "1"),))
         self._supervisor = Supervisor([first, *others], _print_line, self._announce)
         self._stop = Stop(run.shutdown_delay, lambda: alive.living(Path(run.run_dir), "frontend"))

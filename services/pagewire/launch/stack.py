@@ -20,6 +20,7 @@ from pagewire_protocol.channels import check_unused, prepare_run_dir
 from pagewire_protocol.structs import Role
 
 from ..config import (
+    STAGES_ON_GPUS,
     BadSetting,
     FrontendConfig,
     ModelConfig,
@@ -94,6 +95,9 @@ def check_workers(config: StackConfig) -> StackConfig:
     for, and when their ranks cannot be started as asked for."""
     check_backend(config.worker)
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
+    stages = config.worker.pipeline_parallel_size
+    if visible and stages > 1:
+        raise BadSetting("pipeline_parallel_size", stages, STAGES_ON_GPUS)
     ranks = config.worker.tensor_parallel_size
     if visible and ranks > 1 and config.num_workers * ranks > len(visible):
         several = f" for each of {config.num_workers} workers" if config.num_workers > 1 else ""
@@ -117,7 +121,7 @@ def check_workers(config: StackConfig) -> StackConfig:
 
 def check_backend(worker: WorkerConfig) -> None:
     """Raises BadSetting when the ranks of a worker cannot be started as asked for."""
-    backend, ranks = worker.distributed_executor_backend, worker.tensor_parallel_size
+    backend, ranks = worker.distributed_executor_backend, worker.world_size
     if backend == "uni" and ranks > 1:
         raise BadSetting(
             "distributed_executor_backend", backend, f"one process cannot be {ranks} ranks: use mp"
@@ -133,7 +137,7 @@ def check_backend(worker: WorkerConfig) -> None:
 def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:
     """A line for each setting of a worker that has no effect. `written`: a setting as its user wrote
     it."""
-    if worker.distributed_executor_backend == "ray" and worker.tensor_parallel_size == 1:
+    if worker.distributed_executor_backend == "ray" and worker.world_size == 1:
         setting = written("distributed_executor_backend", "ray")
         return [f"{setting} has no effect: one rank is a process of this machine"]
     return []
@@ -165,10 +169,9 @@ def early_services(config: StackConfig) -> list[Service]:
 
 def model_services(config: StackConfig, model: ModelConfig) -> list[Service]:
     """Workers first, since theirs is the longest way to ready; several take turns over the GPUs
-    there are. Each is one process or, over several GPUs, a group of ranks. `model` names local
-    files."""
+    there are. Each is one process or a group of ranks. `model` names local files."""
     homes = gpus() if config.worker.device in ("auto", "cuda") else []
-    ranks = config.worker.tensor_parallel_size
+    ranks = config.worker.world_size
     workers: list[Service] = []
     for i in range(config.num_workers):
         run = structs.replace(config.run, name=f"worker-{i}")

@@ -35,7 +35,7 @@ def _each(names: str, why: str, **options: Any) -> dict[str, Foreign]:
     return {name: Foreign(why, **options) for name in names.split()}
 
 
-BY_TENSORS: Final = "a model is divided by --tensor-parallel-size alone in this version"
+BY_RANKS: Final = "a model is divided by --tensor-parallel-size and --pipeline-parallel-size alone in this version"
 NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
@@ -144,18 +144,17 @@ HARMLESS: Final[dict[str, Foreign]] = {
     ),
 }
 REFUSED: Final[dict[str, Foreign]] = {
-    "pipeline_parallel_size": Foreign(BY_TENSORS, ("1",), True, short=("-pp",)),
     "code_revision": Foreign("a repository's code is taken at --revision", refused=True),
     "data_parallel_size": Foreign(
         "--num-workers starts several copies of a model", ("1",), True, short=("-dp",)
     ),
     **_each(
         "data_parallel_size_local decode_context_parallel_size",
-        BY_TENSORS,
+        BY_RANKS,
         neutral=("1",),
         refused=True,
     ),
-    **_each("prefill_context_parallel_size", BY_TENSORS, neutral=("1",), refused=True),
+    **_each("prefill_context_parallel_size", BY_RANKS, neutral=("1",), refused=True),
     "nnodes": Foreign("one stack is one host in this version", ("1",), True),
     **_each(
         "data_parallel_rank node_rank data_parallel_address master_addr",

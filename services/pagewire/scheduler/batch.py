@@ -105,6 +105,9 @@ def _select_decodes(worker: WorkerState, growth: Growth) -> Decodes:
     decode_set = worker.decode_set
     version = decode_set.version
     all_rows = decode_set.rows()
+    if worker.facts.pipeline_parallel_size > 1:
+        all_rows = _micro_batch(worker, all_rows)
+        version = NO_VERSION
     if not len(all_rows):
         return NO_DECODES
     rows = _with_blocks(worker, all_rows, growth)
@@ -115,6 +118,19 @@ def _select_decodes(worker: WorkerState, growth: Growth) -> Decodes:
         first = worker.in_flight.num_sent * budget % len(rows)
         rows = np.roll(rows, -first)[:budget]
     return decode_set.decodes(rows, version if rows is all_rows else NO_VERSION)
+
+
+def _micro_batch(worker: WorkerState, rows: I32) -> I32:
+    """Those of `rows` that the next step of a pipeline runs: a stage's share of them, none of which a
+    step in flight samples, so that no stage waits for another one's tokens."""
+    stages = worker.facts.pipeline_parallel_size
+    sampling = [step.sampled for step in worker.in_flight.steps if len(step.sampled)]
+    if len(sampling) >= stages:
+        return NO_ROWS
+    share = -(-len(rows) // stages)
+    if sampling:
+        rows = rows[~np.isin(rows, np.concatenate(sampling))]
+    return rows[:share]
 
 
 def _with_blocks(worker: WorkerState, rows: I32, growth: Growth) -> I32:

@@ -93,9 +93,16 @@ NO_WAITING: Final = Waiting(0, 0)
 class StepEstimator:
     """Estimates for one worker's steps, and what became of them. Without `cost` nothing is limited
     by time. reserved: most tokens of a step that the worker has memory for; 0: it has said
-    nothing."""
+    nothing. stages: of a pipeline, each of which computes a step of its own; one more step waits
+    before the first of them."""
 
-    def __init__(self, cost: StepCost | None, config: SchedulerConfig, reserved: int = 0) -> None:
+    def __init__(
+        self,
+        cost: StepCost | None,
+        config: SchedulerConfig,
+        reserved: int = 0,
+        stages: int = 1,
+    ) -> None:
         self.measured = cost is not None
         self.cost = cost or StepCost(0, 0, 0)
         usual = config.step_tokens(gpu=cost is not None)
@@ -104,6 +111,9 @@ class StepEstimator:
         self._most = (
             config.steps_in_flight if self.measured else min(LEAST_AHEAD, config.steps_in_flight)
         )
+        self._stages = stages
+        if stages > 1:
+            self._most = max(self._most, stages + 1)
         self._sent: deque[SentStep] = deque()
         self._last = -inf
         self.ratio = 1.0
@@ -132,7 +142,7 @@ class StepEstimator:
         change that. pending_tokens: prefill tokens that no step has yet; where they fill the next step, or
         nothing but throughput counts, no newcomer would be in it."""
         sent = self._sent
-        if not sent:
+        if len(sent) < self._stages:
             return -inf
         if len(sent) >= self._most:
             return inf

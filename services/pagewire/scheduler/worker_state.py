@@ -85,7 +85,9 @@ class WorkerState:
         cascade = config.enable_prefix_caching and config.enable_cascade and facts.cascade
         self._prefixes = PrefixFinder(num_slots, facts.block_size) if cascade else None
         self.decode_set = DecodeSet(self.slots, facts.max_tokens_per_row, self._prefixes)
-        self.estimator = StepEstimator(facts.cost, config, facts.max_num_batched_tokens)
+        self.estimator = StepEstimator(
+            facts.cost, config, facts.max_num_batched_tokens, facts.pipeline_parallel_size
+        )
         self.prefill: list[Request] = []
         """Requests of which no step has been given all known tokens yet, in order of arrival."""
         self.to_admit: list[Request] = []

@@ -141,6 +141,7 @@ class FakeRunner:
         self._incarnation = incarnation
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
+        self._stages = config.pipeline_parallel_size
         self._max_num_seqs, self._block_size = scheduler.num_seqs(), config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         held = self._num_blocks * self._block_size
@@ -176,6 +177,7 @@ class FakeRunner:
             device="fake",
             cost=StepCost(1000 * self._step_s, 0.0, 0.0),
             max_forced_tokens=self._max_run,
+            pipeline_parallel_size=self._stages,
         )
 
     def clear(self) -> None:

@@ -33,7 +33,7 @@ from ..process.node import Node, settle_gc
 from .device import driver
 from .load.in_thread import Ticker
 from .rank_link import Follower, Leader, Link, RecordKind
-from .runners import AsyncFromSync, AsyncRunner, StepHandle
+from .runners import AsyncFromSync, AsyncRunner, OnCpu, StepHandle
 from .step import rank_masks
 from .step_watch import StepWatch, Stuck
 
@@ -170,7 +170,8 @@ def _load(
     from ..hub.huggingface import resolve
 
     path = resolve(model, lambda line: membership.loading(line[:256]))
-    imported("worker.load.early").check(path, model, config.tensor_parallel_size)
+    stages = config.pipeline_parallel_size
+    imported("worker.load.early").check(path, model, config.tensor_parallel_size, stages)
     if _may_stay_quantized(path, model, config):
         from .device import kernel_cache
 
@@ -187,7 +188,7 @@ def _load(
 
     device = loader.choose_device(config.device)
     with ticking(narrate.alive):
-        ranks = imported("worker.communicators").connect(place, node.run_dir, device)
+        ranks = imported("worker.communicators").connect(place, node.run_dir, device, stages)
     if device == "cuda":
         from .device import kernel_cache
 
@@ -198,21 +199,19 @@ def _load(
             from .gpu.runner import start
 
             return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
-    from .cpu.runner import Runner
+    from .cpu.stages import start as start_on_cpu
 
     with ticking(narrate.alive):  # compiling may take as long here
-        return AsyncFromSync(
-            Runner(
-                path,
-                model,
-                scheduler,
-                config,
-                incarnation,
-                narrate,
-                lambda: membership.tick(time.monotonic()),
-                ranks,
-                make_masks,
-            )
+        return start_on_cpu(
+            path,
+            model,
+            scheduler,
+            config,
+            incarnation,
+            narrate,
+            lambda: membership.tick(time.monotonic()),
+            ranks=ranks,
+            make_masks=make_masks,
         )
 
 
@@ -282,7 +281,7 @@ class _Server:
         self._epoch = 0
         self._steps: deque[StepHandle] = deque()
         self._beat_lock = threading.Lock()
-        limits = CPU_STUCK_S if isinstance(runner, AsyncFromSync) else GPU_STUCK_S
+        limits = CPU_STUCK_S if isinstance(runner, OnCpu) else GPU_STUCK_S
         self._watch = StepWatch(*limits) if watched else None
         self._ticker = Ticker(self._beat_or_end, BEAT_S)
 

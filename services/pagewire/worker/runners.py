@@ -1,8 +1,8 @@
 """What the worker's loop wants of a runner: the one thing that knows how to compute a step.
 
-There are two kinds. An AsyncRunner (gpu/runner.py) launches steps ahead and tells when they are
-done; a SyncRunner (cpu/runner.py, fake.py) computes while it is called, and `AsyncFromSync` makes
-the first kind of it. Knows no tensors.
+There are two kinds. An AsyncRunner (gpu/runner.py, cpu/stages.py) launches steps ahead and tells
+when they are done; a SyncRunner (cpu/runner.py, fake.py) computes while it is called, and
+`AsyncFromSync` makes the first kind of it. Knows no tensors.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,11 @@ class CompletedStep:
         return self._result
 
 
-class AsyncFromSync:
+class OnCpu:
+    """Base of AsyncRunners whose steps share a CPU with others, and may take minutes."""
+
+
+class AsyncFromSync(OnCpu):
     """An AsyncRunner whose steps are done when `launch` returns."""
 
     def __init__(self, runner: SyncRunner) -> None:

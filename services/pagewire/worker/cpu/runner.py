@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device import kernel_cache
 from ..load import loader, weights
 from ..load.rank_agreement import ALONE, Ranks
+from ..models.decoder import LogitsHook
 from ..step.apply import NO_SLOTS, StepApplier, StepRows, facts_of, spread
 from ..step.forced_runs import MAX_RUN, ForcedRuns, brought, moved, take_runs, unchanged
 from ..step.grammar_masks import GrammarMasks
@@ -38,8 +40,17 @@ from . import sampler
 log = logging.getLogger("pagewire.worker")
 
 
-class Runner:
-    """A SyncRunner (worker/runners.py) on the CPU."""
+class StepTokens(NamedTuple):
+    """All tokens of a step: slots [T] and positions [T] of each, and the batch that they make."""
+
+    slots: Ints
+    positions: Ints
+    batch: Batch
+
+
+class CpuSteps:
+    """What every runner on a CPU has: a loaded model, or a part of one, slots, and the way from a
+    step to a batch."""
 
     def __init__(
         self,
@@ -56,6 +67,7 @@ class Runner:
         """`progress` hears what is loaded, `tick` is called after every layer: a heartbeat must not
         wait for a long step. `ranks`: the group that this is one of."""
         self._loaded = loader.load(path, model, config, progress, ranks=ranks)
+        self._stages = ranks.stage.count
         self._incarnation = incarnation
         self._device = self._loaded.device
         self._tick = tick
@@ -66,38 +78,113 @@ class Runner:
         self._applier = StepApplier(self._slots)
         vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
         self._masks = make_masks(self._slots.count, model, vocab_size, tuple(eos))
-        self._max_run = self._masks.allow_runs(MAX_RUN)
-        self._constraints = Constraints(
-            self._slots, self._masks, vocab_size, eos, self._device, self._tensor
-        )
-        self._prompt_logprobs: list[SpanLogprobs] = []
-        """Of the prompts that the running step computes."""
-        self._compiling: threading.Thread | None = None
+        self._max_run = 0
+        """Most tokens of a forced run."""
 
     def facts(self) -> WorkerFacts:
         """What it can hold."""
-        return facts_of(self._loaded, self._slots.count, max_forced_tokens=self._max_run)
+        facts = facts_of(self._loaded, self._slots.count, max_forced_tokens=self._max_run)
+        return replace(facts, pipeline_parallel_size=self._stages)
 
     def clear(self) -> None:
         """Forget every request: there is a new scheduler."""
         self._applier.clear()
         self._masks.clear()
 
+    def _begin(self, step: Step) -> StepRows:
+        """Who leaves and enters the slots, and what is to be computed. Raises BadStep."""
+        slots, counts = self._applier.apply(step)
+        self._masks.follow(step)
+        return self._applier.take(slots, counts)
+
+    def _empty_result(self, step: Step) -> StepResult:
+        """Of a step that samples nothing here."""
+        return StepResult(step.epoch, self._incarnation, step.n, b"", b"", b"")
+
+    def _prepare(self, step: StepRows) -> StepTokens:
+        """What a forward pass over the tokens of `step`, of which there are some, is given."""
+        self._zero_fresh_blocks(step)
+        row_of, positions = spread(step.first, step.counts)
+        return StepTokens(step.slots[row_of], positions, self._batch(step, row_of, positions))
+
+    def _ids(self, tokens: StepTokens) -> Tensor:
+        """[T] int64."""
+        return self._tensor(self._slots.tokens[tokens.slots, tokens.positions].astype(np.int64))
+
+    def _batch(self, step: StepRows, row_of: Ints, positions: Ints) -> Batch:
+        block_size = self._slots.block_size
+        longest = int(step.end.max())
+        tables = self._slots.tables[step.slots, : -(-longest // block_size)]
+        blocks = tables[row_of, positions // block_size].astype(np.int64)
+        starts = np.zeros(len(step.slots) + 1, np.int32)
+        np.cumsum(step.counts, out=starts[1:])
+        return Batch(
+            self._tensor(positions),
+            self._tensor(blocks * block_size + positions % block_size),
+            self._tensor(starts),
+            self._tensor(step.end.astype(np.int32)),
+            self._tensor(tables),
+            int(step.counts.max()),
+            longest,
+        )
+
+    def _zero_fresh_blocks(self, step: StepRows) -> None:
+        """Zero each block that this step is the first to write and does not fill: the CPU's batched
+        attention multiplies what lies past the end by zero, and zero times another request's NaN is
+        NaN."""
+        if self._device != "cpu":
+            return
+        block_size = self._slots.block_size
+        last = (step.end - 1) // block_size
+        fresh = np.flatnonzero((step.first <= last * block_size) & (step.end % block_size != 0))
+        if len(fresh):
+            blocks = self._slots.tables[step.slots[fresh], last[fresh]].astype(np.int64)
+            raw(self._loaded.cache).index_fill_(2, torch.from_numpy(blocks), 0)
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._device == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+class Runner(CpuSteps):
+    """A SyncRunner (worker/runners.py) on the CPU. Arguments are those of CpuSteps."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        arch, eos = self._loaded.decoder.arch, self._loaded.eos_token_ids
+        self._constraints = Constraints(
+            self._slots, self._masks, arch.vocab_size, eos, self._device, self._tensor
+        )
+        if self._stages == 1:
+            # Of several stages, those before the last one count a token for each row.
+            self._max_run = self._masks.allow_runs(MAX_RUN)
+        self._forced = unchanged(NO_SLOTS, NO_SLOTS)
+        """Of the running step."""
+        self._prompt_logprobs: list[SpanLogprobs] = []
+        """Of the prompts that the running step computes."""
+        self._compiling: threading.Thread | None = None
+
     def execute(self, step: Step) -> StepResult:
         """One forward pass. Raises BadStep for a step that contradicts the slots."""
+        return self._answer(step, self._begin(step))
+
+    def _begin(self, step: Step) -> StepRows:
         slots, counts = self._applier.apply(step)
         self._masks.follow(step)
         if step.admit:
             self._constraints.admit(np.array([admission.slot for admission in step.admit]))
-        forced = self._take_runs(slots, counts)
-        rows = self._applier.take(forced.slots, forced.counts, slots)
+        self._forced = self._take_runs(slots, counts)
+        return self._applier.take(self._forced.slots, self._forced.counts, slots)
+
+    def _answer(self, step: Step, rows: StepRows) -> StepResult:
+        """Compute and sample `rows`, those of `step`."""
         sampled = None
         late = NO_SLOTS
         if len(rows.slots):
             with torch.inference_mode():
                 sampled, late = self._run(rows)
-        if len(late) or forced.changed:
-            return self._uneven(step, rows, forced, sampled, late)
+        if len(late) or self._forced.changed:
+            return self._uneven(step, rows, self._forced, sampled, late)
         if sampled is None:
             return self._result(step, NO_SLOTS, None)
         sampled_slots = rows.slots[rows.sampling]
@@ -167,20 +254,16 @@ class Runner:
     def _run(self, step: StepRows) -> tuple[sampler.Sampled | None, Ints]:
         """What the rows that sample have sampled, None where no row does; and which of them had to
         be left out, since their masks are not there."""
-        self._zero_fresh_blocks(step)
-        row_of, positions = spread(step.first, step.counts)
-        ids = self._tensor(self._slots.tokens[step.slots[row_of], positions].astype(np.int64))
-        batch = self._batch(step, row_of, positions)
+        tokens = self._prepare(step)
         # The decoder gives the logits of all tokens for None, else of the tokens named.
         wanted = None
         if not len(step.sampling):
             wanted = self._tensor(NO_SLOTS)
-        elif len(step.sampling) < len(positions):
+        elif len(step.sampling) < len(tokens.positions):
             wanted = self._tensor((np.cumsum(step.counts) - 1)[step.sampling])
         spans = prompt_spans(self._slots, step.slots, step.first, step.end)
         hook = (lambda logits_of: self._keep_prompt_logprobs(spans, logits_of)) if spans else None
-        loaded = self._loaded
-        logits = loaded.decoder(ids, loaded.cos_sin, self._caches, batch, wanted, self._tick, hook)
+        logits = self._logits(tokens, wanted, hook)
         sampling = step.slots[step.sampling]
         if not len(sampling):
             return None, NO_SLOTS
@@ -197,42 +280,25 @@ class Runner:
         sampled.bad[self._masks.failed(sampling)] = GRAMMAR_FAILED
         return sampled, late
 
+    def _logits(self, tokens: StepTokens, wanted: Tensor | None, hook: LogitsHook | None) -> Tensor:
+        """[R, V], as of a decoder: the forward pass."""
+        loaded = self._loaded
+        return loaded.decoder(
+            self._ids(tokens),
+            loaded.cos_sin,
+            self._caches,
+            tokens.batch,
+            wanted,
+            self._tick,
+            hook,
+        )
+
     def _keep_prompt_logprobs(
         self, spans: list[PromptSpan], logits_of: Callable[[Tensor], Tensor]
     ) -> None:
         self._prompt_logprobs = prompt_logprobs(
             spans, logits_of, self._loaded.decoder.arch.vocab_size, self._tensor
         )
-
-    def _batch(self, step: StepRows, row_of: Ints, positions: Ints) -> Batch:
-        block_size = self._slots.block_size
-        longest = int(step.end.max())
-        tables = self._slots.tables[step.slots, : -(-longest // block_size)]
-        blocks = tables[row_of, positions // block_size].astype(np.int64)
-        starts = np.zeros(len(step.slots) + 1, np.int32)
-        np.cumsum(step.counts, out=starts[1:])
-        return Batch(
-            self._tensor(positions),
-            self._tensor(blocks * block_size + positions % block_size),
-            self._tensor(starts),
-            self._tensor(step.end.astype(np.int32)),
-            self._tensor(tables),
-            int(step.counts.max()),
-            longest,
-        )
-
-    def _zero_fresh_blocks(self, step: StepRows) -> None:
-        """Zero each block that this step is the first to write and does not fill: the CPU's batched
-        attention multiplies what lies past the end by zero, and zero times another request's NaN is
-        NaN."""
-        if self._device != "cpu":
-            return
-        block_size = self._slots.block_size
-        last = (step.end - 1) // block_size
-        fresh = np.flatnonzero((step.first <= last * block_size) & (step.end % block_size != 0))
-        if len(fresh):
-            blocks = self._slots.tables[step.slots[fresh], last[fresh]].astype(np.int64)
-            raw(self._loaded.cache).index_fill_(2, torch.from_numpy(blocks), 0)
 
     def _sample(self, logits: Tensor, slots: Ints) -> sampler.Sampled:
         """One token for each of `slots` [R] from logits [R, V]."""
@@ -275,10 +341,6 @@ class Runner:
         prompt_len, num_tokens = self._slots.num_prompt_tokens[slot], self._slots.num_tokens[slot]
         tokens = self._slots.tokens[slot, :num_tokens].astype(np.int64)
         return self._tensor(tokens[:prompt_len]), self._tensor(tokens[prompt_len:])
-
-    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if self._device == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
 def _compile_search() -> None:

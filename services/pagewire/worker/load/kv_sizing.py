@@ -11,6 +11,7 @@ from typing import Final
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
 from ..models.cache_spec import CacheSpec
+from ..models.ranks import WHOLE_MODEL, PipelineStage
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -58,9 +59,17 @@ class Sizing:
         return [*lines, self.note] if self.note else lines
 
 
-def weight_bytes(arch: Architecture, itemsize: int, head_copy: bool) -> int:
-    """`head_copy`: a tied head is kept a second time, in the back end's own layout."""
-    extra = arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings and head_copy else 0
+def weight_bytes(
+    arch: Architecture, itemsize: int, head_copy: bool, stage: PipelineStage = WHOLE_MODEL
+) -> int:
+    """Of the layers of `stage`, which `arch` describes, and what it has beside them. `head_copy`: a
+    tied head is kept a second time, in the back end's own layout."""
+    table = arch.vocab_size * arch.hidden_size
+    is_tied = arch.tie_word_embeddings
+    extra = table if is_tied and head_copy and stage.is_last else 0
+    if not stage.is_whole:
+        # one with the embedding, one with the head
+        extra -= (1 if is_tied else 2) * table - (stage.is_first + stage.is_last) * table
     return (arch.parameters + extra) * itemsize
 
 

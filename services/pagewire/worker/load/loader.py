@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from msgspec import structs
 from pagewire_kernels.backend import Ops, backend
-from pagewire_kernels.communicator import Communicator
 from pagewire_kernels.kv_cache import KVScales
 from torch import Tensor
 
@@ -28,7 +27,13 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from ..models.ranks import check_ranks, check_undivided, of_rank
+from ..models.ranks import (
+    WHOLE_MODEL,
+    PipelineStage,
+    check_ranks,
+    check_undivided,
+    of_rank,
+)
 from ..models.weight_slots import Shard
 from . import (
     cpu_crossings,
@@ -55,9 +60,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass
 class Loaded:
-    """A model ready to run. dtype: of its activations. cache [layers, 2, blocks, Hkv, block_size,
-    D] is that of the one group of layers that there is; cos_sin[layer] is [positions, D], the same tensor for layers that
-    rotate alike."""
+    """A model ready to run, or the part of one that a rank has. dtype: of its activations. cache
+    [layers, 2, blocks, Hkv, block_size, D] is that of the one group of layers that there is;
+    cos_sin[layer] is [positions, D], the same tensor for layers that rotate alike. Layers are
+    counted from the first that is here."""
 
     decoder: Decoder | FallbackDecoder
     dtype: torch.dtype
@@ -130,9 +136,9 @@ def load(
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-        check_undivided(arch.model_type, ranks.size)
-    check_ranks(arch, ranks.size)
-    rank_arch = of_rank(arch, ranks.size)
+        check_undivided(arch.model_type, ranks.layers.size, ranks.stage.count)
+    check_ranks(arch, ranks.layers.size, ranks.stage.count)
+    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     if described.fallback_plan and model.quantization:
         raise Unsupported(
@@ -154,15 +160,23 @@ def load(
     else:
         quantized = chosen.weight_bytes(arch)
         with named_rank(ranks.host):
-            sizing = size_on_cpu(rank_arch, spec, dtype, model, config, quantized, ranks.size)
+            sizing = size_on_cpu(
+                rank_arch,
+                spec,
+                dtype,
+                model,
+                config,
+                quantized,
+                ranks.size,
+                ranks.stage,
+                arch.num_layers,
+            )
         sizing = agreed(sizing, ranks.host)
-    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks.host)
+    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
     placement = _Placement(device, dtype, chosen)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
         if described.fallback_plan is None:
-            decoder = _load_decoder(
-                described, placement, kv_scales, model.seed, progress, ranks.layers
-            )
+            decoder = _load_decoder(described, placement, kv_scales, model.seed, progress, ranks)
         else:
             decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
         if gpu:
@@ -170,7 +184,7 @@ def load(
             torch.cuda.empty_cache()
         (group,) = spec.groups
         cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
-    cos_sin = _factors(arch, sizing.max_model_len, device)
+    cos_sin = _factors(rank_arch, sizing.max_model_len, device)
     eos = described.eos_token_ids
     return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
 
@@ -190,15 +204,22 @@ def _log_size(
     dtype: torch.dtype,
     processor_title: str,
     sizing: Sizing,
-    communicator: Communicator,
+    ranks: Ranks,
 ) -> None:
-    """Ranks are alike: the first one speaks for all."""
-    if communicator.rank:
+    """The first rank speaks for all. Those of one pipeline stage are alike."""
+    if ranks.rank:
         return
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
     log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
-    if communicator.size > 1:
-        log.info("divided among %d ranks; each of them has:", communicator.size)
+    if not ranks.stage.is_whole:
+        log.info(
+            "divided among %d pipeline stages of %d rank(s); one with %d layers has:",
+            ranks.stage.count,
+            ranks.layers.size,
+            len(ranks.stage.layers(arch.num_layers)),
+        )
+    elif ranks.size > 1:
+        log.info("divided among %d ranks; each of them has:", ranks.size)
     for line in sizing.lines():
         log.info(line)
 
@@ -209,15 +230,16 @@ def _load_decoder(
     kv_scales: tuple[KVScales, ...],
     seed: int,
     progress: weights.Progress,
-    communicator: Communicator,
+    ranks: Ranks,
 ) -> Decoder:
     """A model of a family that is implemented here."""
+    communicator = ranks.layers
     device = placement.device
     chosen = placement.quantizing
     ops = backend(device)
     method = method_choice(ops, placement.dtype, device, chosen)
     shard = Shard(communicator.rank, communicator.size)
-    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator)
+    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator, ranks.stage)
     decoder = Decoder(described.arch, build)
     checkpoint = described.checkpoint
     weights.load(
@@ -349,17 +371,24 @@ def size_on_cpu(
     config: WorkerConfig,
     quantized: int,
     ranks: int,
+    stage: PipelineStage = WHOLE_MODEL,
+    num_layers: int = 0,
 ) -> Sizing:
     """Of one of `ranks` processes, which share the machine's memory. quantized: bytes of all weights
-    where some stay quantized, else 0."""
+    where some stay quantized, else 0. num_layers: of the whole model, 0: those of `rank_arch`. A
+    pipeline stage gets memory for KV blocks by its layers, so that all have as many."""
+    per_stage = max(1, ranks // stage.count)
+    layers = rank_arch.num_layers
     return kv_sizing.size(
         rank_arch,
         spec,
         weights=quantized // ranks
-        or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True),
+        or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
         available=kv_sizing.available_memory() // ranks,
         kv_bytes=config.kv_cache_memory_bytes
-        or int(config.cpu_kv_cache_gb * kv_sizing.GIB) // ranks,
+        or int(config.cpu_kv_cache_gb * kv_sizing.GIB)
+        * layers
+        // ((num_layers or layers) * per_stage),
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,

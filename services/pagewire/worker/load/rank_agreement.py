@@ -11,10 +11,11 @@ from typing import Final
 
 import msgspec
 import torch
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator
+from pagewire_kernels.communicator import SINGLE_RANK, Communicator, PointToPoint
 
 from ..device.gpu_kinds import check_alike
 from ..device.gpus import Gpu
+from ..models.ranks import WHOLE_MODEL, PipelineStage
 from .gpu_plan import GpuPlan
 from .kv_sizing import DoesNotFit, Sizing
 
@@ -24,12 +25,27 @@ GPU_BYTES: Final = 1024
 
 
 @dataclass(frozen=True)
+class StageLinks:
+    """A pipeline stage's connections to others, of this rank to the one with the same number in its
+    tensor-parallel group. previous, following: of hidden states, from the stage before and to the
+    stage after. results: of what was sampled, from the last stage to the first. None: there is none
+    at this stage."""
+
+    previous: PointToPoint | None = None
+    following: PointToPoint | None = None
+    results: PointToPoint | None = None
+
+
+@dataclass(frozen=True)
 class Ranks:
-    """How a worker reaches the other ranks of its group. layers: for tensors on the model's device,
-    within steps. host: for tensors on the CPU while a model is loaded, which may take long."""
+    """How a worker reaches the other ranks of its group. layers: those that hold parts of the same
+    layers, for tensors on the model's device, within steps. host: all of them, for tensors on the CPU
+    while a model is loaded, which may take long. stage: which layers those are."""
 
     layers: Communicator
     host: Communicator
+    stage: PipelineStage = WHOLE_MODEL
+    links: StageLinks = StageLinks()
 
     @property
     def rank(self) -> int:

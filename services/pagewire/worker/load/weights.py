@@ -34,6 +34,8 @@ Source = Path | Gguf | PytorchFiles
 Value = tuple[str, Tensor | Quantized]
 """A tensor by its name."""
 Progress = Callable[[str, float], None]
+Skip = Callable[[str], bool]
+"""Whether a tensor of the checkpoint is not to be read, by its name."""
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
 """Tensors dequantized at a time: bounds what waits in float32."""
@@ -57,7 +59,8 @@ def load(
     if source is None:
         fill_randomly(slots, seed, progress)
     else:
-        tensors = _read(source, config, model.arch, keep_quantized, form, slots[0].target.device)
+        tensors = _read(source, config, model, keep_quantized, form, slots[0].target.device)
+        tensors = (value for value in tensors if not model.is_elsewhere(value[0]))
         fill(slots, tensors, model.arch.tie_word_embeddings, progress)
     for done in model.pack():
         progress("packing weights", done)
@@ -66,20 +69,24 @@ def load(
 def _read(
     source: Source,
     config: Config,
-    arch: Architecture,
+    model: Decoder,
     quantized: bool,
     form: CheckpointFormat | None,
     device: torch.device | str,
 ) -> Iterator[Value]:
+    """Under the decoder's names. Layers of other pipeline stages are not read."""
+    skip = model.is_elsewhere
     if isinstance(source, Gguf):
-        return from_gguf(source, config, quantized)
+        return from_gguf(source, config, quantized, skip)
     tensors: Iterator[Value] = (
-        source.tensors() if isinstance(source, PytorchFiles) else from_safetensors(source)
+        (value for value in source.tensors() if not skip(value[0]))
+        if isinstance(source, PytorchFiles)
+        else from_safetensors(source, skip=skip)
     )
     if form is not None:
         tensors = Assembler(form, shapes_of(source)).assembled(tensors, device)
     tensors = ((name, value) for name, value in tensors if not kv_dtype.is_scale(name))
-    return converted(tensors, config, arch)
+    return converted(tensors, config, model.arch)
 
 
 def shapes_of(source: Path | PytorchFiles) -> dict[str, tuple[int, ...]]:
@@ -185,7 +192,9 @@ def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(zlib.crc32(name.encode()) ^ seed)
 
 
-def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Named]:
+def from_safetensors(
+    directory: Path, only_headers: bool = False, skip: Skip = lambda name: False
+) -> Iterator[Named]:
     """Every tensor of the model in `directory`; `only_headers`: none, but each file is opened.
     Raises Unsupported for a broken or missing file, and for a tensor that two files have."""
     from safetensors import SafetensorError, safe_open
@@ -196,7 +205,7 @@ def from_safetensors(directory: Path, only_headers: bool = False) -> Iterator[Na
         try:
             with safe_open(path, framework="pt") as file:
                 for name in weights.pick(path, file.keys(), owners):
-                    if not only_headers:
+                    if not only_headers and not skip(name):
                         yield name, file.get_tensor(name)
         except SafetensorError as error:
             size = path.stat().st_size
@@ -222,10 +231,12 @@ def check_safetensors(directory: Path) -> None:
         pass
 
 
-def from_gguf(file: Gguf, config: Config, quantized: bool = False) -> Iterator[Value]:
+def from_gguf(
+    file: Gguf, config: Config, quantized: bool = False, skip: Skip = lambda name: False
+) -> Iterator[Value]:
     """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is
     one of those that can stay so, else dequantized to float32."""
-    names = list(file.names())
+    names = [pair for pair in file.names() if not skip(pair[1])]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for first in range(0, len(names), GROUP):
             group = names[first : first + GROUP]

@@ -4,10 +4,14 @@ Knows no checkpoint format.
 A layer is one of four kinds of block (see Architecture.block). Within the layers, x is what the
 last part gave, still to be added to `residual`, so that the sum and the norm after it are one
 operation. On several ranks x is this rank's share of it: the norm after it adds the others'.
+
+A pipeline stage is a decoder with some of the layers: `embed`, `run_layers` and `logits` are the
+parts of a forward pass, of which the first stage has the first one and the last stage the last.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from pagewire_kernels.batch import Batch
 from torch import Tensor
@@ -35,6 +39,18 @@ from .weight_slots import WeightSlots
 LogitsHook = Callable[[Callable[[Tensor], Tensor]], None]
 """Called at the end of a forward pass with a function from token numbers [R] int64 to their logits
 [R, V]: for those who look at many tokens, a few at a time."""
+LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.")
+"""A tensor of a layer, in any family's names and in GGUF's."""
+BEFORE_LAYERS: Final = ("model.embed_tokens.", "model.embed_positions.", "model.project_in.")
+AFTER_LAYERS: Final = ("model.norm.", "model.project_out.", "lm_head.")
+
+
+class HiddenStates(NamedTuple):
+    """What one layer hands to the next: x [T, H], still to be added to residual [T, H], unless that
+    is None. On several ranks of a stage x is this rank's share."""
+
+    x: Tensor
+    residual: Tensor | None = None
 
 
 class Layer:
@@ -145,37 +161,66 @@ class Decoder:
     model ready to run."""
 
     def __init__(self, arch: Architecture, build: Build) -> None:
+        stage = build.stage
         self.arch = arch
-        self.rank_arch = of_rank(arch, build.shard.size)
+        self.rank_arch = of_rank(arch, build.shard.size, stage)
         """The same with the sizes that this rank has."""
         self._build = build
-        kind = Embedding if build.shard.whole else ParallelEmbedding
-        width = arch.embedding_size or arch.hidden_size
-        embedding = kind(build, "model.embed_tokens", arch.vocab_size, width)
-        self.embedding = make_embedding(arch, build, embedding)
-        self.layers = [layer_kind(arch)(arch, i, build) for i in range(arch.num_layers)]
+        self._layer_numbers = stage.layers(arch.num_layers)
+        self._tokens: Embedding | None = None
+        """The table of embeddings, which a tied head multiplies with."""
+        self.embedding: Embedding | InputEmbedding | None = None
         self.norm: Norm | None = None
-        if arch.block != "post":
-            sums = "none" if arch.block == "sandwich" else "add"
-            self.norm = make_norm(arch, build, "model.norm", sums)
-        self.head = make_head(arch, build, embedding)
+        self.head: Head | None = None
+        if stage.is_first or (stage.is_last and arch.tie_word_embeddings):
+            kind = Embedding if build.shard.whole else ParallelEmbedding
+            width = arch.embedding_size or arch.hidden_size
+            self._tokens = kind(build, "model.embed_tokens", arch.vocab_size, width)
+        if stage.is_first:
+            assert self._tokens is not None
+            self.embedding = make_embedding(arch, build, self._tokens)
+        self.layers = [layer_kind(arch)(arch, i, build) for i in self._layer_numbers]
+        if stage.is_last:
+            if arch.block != "post":
+                sums = "none" if arch.block == "sandwich" else "add"
+                self.norm = make_norm(arch, build, "model.norm", sums)
+            self.head = make_head(arch, build, self._tokens)
         self._singles: list[SingleLayer] = []
         self._native: native.Native | None = None
 
     def parts(self) -> Iterator[Part]:
         """Everything with weights, in the order in which it is packed: a tied head comes after the
         embedding."""
-        yield self.embedding
+        table = self._tokens if self.embedding is None else self.embedding
+        if table is not None:
+            yield table
         for layer in self.layers:
             yield from layer.parts()
         if self.norm is not None:
             yield self.norm
-        yield self.head
+        if self.head is not None:
+            yield self.head
 
     def weight_slots(self) -> WeightSlots:
         """Every checkpoint tensor that the model wants, with the memory that it goes to."""
         for part in self.parts():
             yield from part.weight_slots()
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether the tensor of this name, a checkpoint's or the decoder's, is of another pipeline
+        stage. Tensors beside the layers are known by the decoder's names only."""
+        stage = self._build.stage
+        if stage.is_whole:
+            return False
+        layer = LAYER.search(name)
+        if layer is not None:
+            number = int(layer[1])
+            return number < self.arch.num_layers and number not in self._layer_numbers
+        if name.startswith("model.embed_tokens.") and self._tokens is not None:
+            return False
+        if name.startswith(BEFORE_LAYERS):
+            return not stage.is_first
+        return name.startswith(AFTER_LAYERS) and not stage.is_last
 
     def packed(self) -> Iterator[Any]:
         """The matrices as the back end has them, once they are packed."""
@@ -193,9 +238,11 @@ class Decoder:
         for done, part in enumerate(parts):
             part.pack()
             yield done / len(parts)
-        if not self._build.shard.whole:
-            # both add a layer's results to the residual by themselves, before other ranks' come
+        if not self._build.shard.whole or not self._build.stage.is_whole:
+            # both add a layer's results to the residual by themselves, before other ranks' come, and
+            # know no residual that another stage has begun
             return
+        assert self.head is not None
         self._native = native.make(self.arch, self.layers, self.norm, self.head)
         self._singles = single.make(self.arch, self._build.ops, self.layers)
 
@@ -212,31 +259,58 @@ class Decoder:
         """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin
         and caches: one for each layer. `tick` is called after every layer; `logits_hook`, before
         the end."""
-        x = self.embedding(ids, batch)
+        hidden = self.embed(ids, batch)
         if (
             self._native is not None
             and logits_hook is None
             and len(ids) <= self._native.most_tokens
         ):
-            return self._native(x, cos_sin, caches, batch, wanted, tick)
-        residual = None
-        layers = self._singles if self._singles and len(ids) == 1 else self.layers
+            return self._native(hidden.x, cos_sin, caches, batch, wanted, tick)
+        hidden = self.run_layers(hidden, cos_sin, caches, batch, tick)
+        return self.logits(hidden, batch, wanted, logits_hook)
+
+    def embed(self, ids: Tensor, batch: Batch) -> HiddenStates:
+        """ids [T] int64 -> what the first layer is given."""
+        assert self.embedding is not None
+        return HiddenStates(self.embedding(ids, batch))
+
+    def run_layers(
+        self,
+        hidden: HiddenStates,
+        cos_sin: list[Tensor],
+        caches: list[Tensor],
+        batch: Batch,
+        tick: Callable[[], None],
+    ) -> HiddenStates:
+        """Through the layers that are here; arguments as for a whole forward pass. May overwrite
+        `hidden`."""
+        x, residual = hidden
+        layers = self._singles if self._singles and len(x) == 1 else self.layers
         for layer, factors, cache in zip(layers, cos_sin, caches, strict=True):
             x, residual = layer(x, residual, factors, cache, batch)
             tick()
-        if logits_hook is not None:
-            last, to_add = x, residual
-            logits_hook(lambda rows: self._logits(last, to_add, batch, rows))
-        return self._logits(x, residual, batch, wanted)
+        return HiddenStates(x, residual)
 
-    def _logits(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, wanted: Tensor | None
+    def logits(
+        self,
+        hidden: HiddenStates,
+        batch: Batch,
+        wanted: Tensor | None,
+        logits_hook: LogitsHook | None = None,
     ) -> Tensor:
+        """From what the last layer gave: arguments and result as of a whole forward pass."""
+        if logits_hook is not None:
+            logits_hook(lambda rows: self._logits(hidden, batch, rows))
+        return self._logits(hidden, batch, wanted)
+
+    def _logits(self, hidden: HiddenStates, batch: Batch, wanted: Tensor | None) -> Tensor:
+        x, residual = hidden
         if wanted is not None:
             x = x[wanted]
             residual = None if residual is None else residual[wanted]
         if self.norm is not None:
             x = self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+        assert self.head is not None
         return self.head(x, batch, wanted)
 
 
@@ -256,16 +330,19 @@ def make_embedding(
     return InputEmbedding(tokens, arch.embedding_scale, projection, positions)
 
 
-def make_logits(arch: Architecture, build: Build, tokens: Embedding, width: int) -> Head:
+def make_logits(arch: Architecture, build: Build, tokens: Embedding | None, width: int) -> Head:
     """The head's matrix alone, which reads `width` features."""
-    head: Head = TiedHead(tokens)
-    if not arch.tie_word_embeddings:
+    head: Head
+    if arch.tie_word_embeddings:
+        assert tokens is not None
+        head = TiedHead(tokens)
+    else:
         head = build.vocabulary_parallel("lm_head", arch.vocab_size, width, arch.head_bias)
     return head if build.shard.whole else ParallelHead(head, build, arch.vocab_size)
 
 
-def make_head(arch: Architecture, build: Build, tokens: Embedding) -> Head:
-    """What turns hidden states into logits; `tokens`: the table, which a tied head multiplies
+def make_head(arch: Architecture, build: Build, tokens: Embedding | None) -> Head:
+    """What turns hidden states into logits; `tokens`: the table that a tied head multiplies
     with."""
     width = arch.embedding_size or arch.hidden_size
     head = make_logits(arch, build, tokens, width)

@@ -27,6 +27,7 @@ from .linear_method import (
     LinearPart,
     LinearSpec,
 )
+from .ranks import WHOLE_MODEL, PipelineStage
 from .weight_slots import WHOLE, Shard, WeightSlot, WeightSlots
 
 MethodChoice = Callable[[Sequence[str]], LinearMethod]
@@ -43,7 +44,8 @@ class Build:
     up) by rows, so that results are parts of the whole's; row-parallel ones (of attention's output
     and the MLP's) by columns, so that results are to be added over the ranks.
     `kv_scales`: of each layer, where the KV cache holds 8-bit codes. `communicator`: to the other
-    ranks, if there are any."""
+    ranks that hold parts of the same layers, if there are any. `stage`: the layers that this
+    process has."""
 
     ops: Ops
     dtype: torch.dtype
@@ -52,6 +54,7 @@ class Build:
     shard: Shard = WHOLE
     kv_scales: Sequence[KVScales] = ()
     communicator: Communicator = SINGLE_RANK
+    stage: PipelineStage = WHOLE_MODEL
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory on the device, in the model's type unless `dtype` is given."""
