@@ -185,7 +185,19 @@ def give_up_turns(runner, turn: threading.Lock) -> None:
     runner._receiver.take = patient
 
 
-def usual_masks(rank: int) -> MakeMasks:
+class FollowerTakingTurns(Follower):
+    """Gives up its turn while it waits for rank 0."""
+
+    def __init__(self, ring: RingReader, turn: threading.Lock) -> None:
+        super().__init__(ring)
+        self._turn = turn
+
+    def masks(self) -> bytes:
+        with without(self._turn):
+            return super().masks()
+
+
+def usual_masks(rank: int, turn: threading.Lock) -> MakeMasks:
     return GrammarMasks
 
 
@@ -194,7 +206,7 @@ def run_group(
     count: int,
     size: int,
     drive: Callable[[Driver], Any],
-    masks: Callable[[int], MakeMasks] = usual_masks,
+    masks: Callable[[int, threading.Lock], MakeMasks] = usual_masks,
 ) -> list[Any]:
     """What `drive` returns of rank 0's Driver; of each other rank, the results of all steps. masks:
     what makes those of a rank."""
@@ -202,7 +214,7 @@ def run_group(
 
     def run(ranks: Ranks, turn: threading.Lock):
         def make(*arguments, **options):
-            own = {"ranks": ranks, "make_masks": masks(ranks.rank)}
+            own = {"ranks": ranks, "make_masks": masks(ranks.rank, turn)}
             runner = stages.start(*arguments, **options | own)
             if ranks.stage.is_first:
                 give_up_turns(runner, turn)
@@ -360,9 +372,9 @@ def test_rows_with_grammars_are_sampled_with_rank_0_s_masks(late, tiny, numbers)
     grammars = (grammar("a"), None, grammar("impossible"))
     memory = GroupMemory("worker-0", 3)
 
-    def masks(rank: int) -> MakeMasks:
+    def masks(rank: int, turn: threading.Lock) -> MakeMasks:
         if rank:
-            return rank_masks.maker(Follower(RingReader(memory.place(rank))))
+            return rank_masks.maker(FollowerTakingTurns(RingReader(memory.place(rank)), turn))
         leader = Leader(RingWriter(memory.place(0)))
         kind = lambda *arguments, **options: LeadingMasks(leader, *arguments, **options)  # noqa: E731
         return lambda count, model, vocab, eos: Room(count, vocab, late, kind=kind).masks
