@@ -155,6 +155,8 @@ def test_import_contracts() -> None:
         ("pagewire.frontend.service", ("torch", "transformers", "numpy", "tokenizers")),
         ("pagewire.scheduler.loop", ("torch", "transformers", "tokenizers")),
         ("pagewire.tokenizer.service", ("torch",)),
+        ("pagewire.worker.loop", ("torch", "transformers", "tokenizers")),
+        ("pagewire.worker.fake", ("torch", "transformers", "tokenizers")),
         ("pagewire.cli", ("torch", "transformers", "numpy", "zmq", "aiohttp")),
     ],
 )

@@ -235,6 +235,7 @@ def test_a_peer_that_takes_nothing_is_dropped_after_the_event():
 
 def test_a_process_that_hears_no_scheduler_says_so_once(run_dir, caplog):
     alone = Process(Role.WORKER, run_dir)
+    alone.membership.ready()
     for now in range(100, 130):
         alone.membership.tick(float(now))
     alone.close()

@@ -7,7 +7,7 @@ that a step which was sent before the scheduler heard of the run may find no roo
 out, and brings no token.
 """
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 from pagewire_protocol.messages import LogprobColumns
 
 from .grammar_masks import GrammarMasks
-from .slots import NO_LOGPROBS, Bools, Ints, Slots
 
+if TYPE_CHECKING:  # it imports torch, which the fake worker's image does not have
+    from .slots import Slots
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Tokens = NDArray[np.int32]
 
 MAX_RUN: Final = 15
@@ -40,7 +44,7 @@ def unchanged(slots: Ints, counts: Ints) -> ForcedRuns:
     return ForcedRuns(slots, counts, [[]] * len(slots), slots[:0], False)
 
 
-def take_runs(columns: Slots, masks: GrammarMasks, slots: Ints, counts: Ints) -> ForcedRuns:
+def take_runs(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) -> ForcedRuns:
     """The forced runs of a step that computes counts[i] tokens of slots[i] [N]: from now on they are
     among the tokens of their slots.
 
@@ -56,7 +60,7 @@ def take_runs(columns: Slots, masks: GrammarMasks, slots: Ints, counts: Ints) ->
         slots, counts, end, room = slots[kept], counts[kept], end[kept], room[kept]
         concerned = concerned[kept]
     plain = np.array([columns.constrained[slot] is None for slot in slots.tolist()], np.bool_)
-    wants_none = columns.logprobs[slots] == NO_LOGPROBS
+    wants_none = columns.logprobs[slots] < 0
     rows = np.flatnonzero(concerned & plain & wants_none & columns.samples(slots, end))
     runs: list[list[int]] = [[] for _ in slots]
     if len(rows):
