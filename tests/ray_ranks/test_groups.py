@@ -4,6 +4,7 @@ and, by request, on a cluster.
     PAGEWIRE_TEST_RAY_CLUSTER=1 make test ARGS="-s tests/ray_ranks"
 """
 
+import asyncio
 import json
 import os
 import random
@@ -60,6 +61,10 @@ def processes(stack: Any) -> dict[str, tuple[int, int]]:
             name = next(word for word in words if word.startswith("--name="))
             ranks[name.removeprefix("--name=")] = (int(entry.name), parent)
     return ranks
+
+
+REPLACED_S = 60.0
+"""By when a group of ranks is another one, on a busy machine."""
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("cluster", marks=on_cluster)])
@@ -150,9 +155,12 @@ async def test_streams_survive_the_loss_of_a_process(
     answers = await streams_through(stack, prompts, count, lambda: os.kill(pid, number))
     for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
         assert tokens == chain(prompt, count, VOCAB) and reason == "length"
-    after = processes(stack)
-    assert sorted(after) == NAMES
-    assert not {pid for pid, _ in after.values()} & {pid for pid, _ in before.values()}
+    # A stopped rank is noticed after seconds, and streams may have ended by then.
+    former = {pid for pid, _ in before.values()}
+    end = time.monotonic() + REPLACED_S
+    while sorted(after := processes(stack)) != NAMES or {pid for pid, _ in after.values()} & former:
+        assert time.monotonic() < end, (before, after)
+        await asyncio.sleep(0.1)
     assert gone([pid for both in before.values() for pid in both], 10.0)
 
 
