@@ -20,8 +20,7 @@ from .faults import Stage, get
 from .report import Report
 
 AT_REST_S = 60.0
-MOST_AT_REST = 0.02 / 7
-"""Of a core, each container: seven of them 2%."""
+MOST_AT_REST = 0.02
 LEFT_S = 1.0
 LEAVING = 5
 PATIENCE_S = 30.0
@@ -346,7 +345,7 @@ async def at_rest(stage: Stage, report: Report) -> None:
     share = sum(shares.values())
     report.check(
         f"{len(files)} containers at rest",
-        share <= MOST_AT_REST * len(files),
+        share <= MOST_AT_REST,
         f"{share:.2%} of a core: {', '.join(f'{kind} {one:.2%}' for kind, one in shares.items())}",
     )
 

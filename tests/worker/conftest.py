@@ -14,7 +14,7 @@ from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.load import loader
 from pagewire.worker.load.rank_agreement import Ranks
 from pagewire.worker.models.ranks import WHOLE_MODEL, PipelineStage
-from pagewire_kernels.batch import make_batch
+from pagewire_kernels.batch import Batch, make_batch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator
 from pagewire_protocol.messages import Admission, Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -81,6 +81,30 @@ def worker_config(**settings) -> WorkerConfig:
     )
 
 
+Work = list[tuple[list[int], int, int, list[int]]]
+"""(tokens, first, end, table) of each sequence of a step."""
+
+
+def ids_and_batch(work: Work) -> tuple[torch.Tensor, Batch]:
+    """What a decoder is given for `work`."""
+    batch = make_batch(
+        [end - first for _, first, end, _ in work],
+        [end for _, _, end, _ in work],
+        [table for *_, table in work],
+        BLOCK,
+    )
+    ids = torch.tensor([token for tokens, first, end, _ in work for token in tokens[first:end]])
+    return ids, batch
+
+
+def assert_close(ours: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Logits of the same tokens, computed in another order; the likeliest token is the same."""
+    assert ours.shape == wanted.shape
+    worst = (ours - wanted).abs().max().item()
+    assert worst < tolerance * max(1.0, wanted.abs().max().item()), f"logits differ by {worst:.2e}"
+    assert torch.equal(ours.argmax(-1), wanted.argmax(-1))
+
+
 class Harness:
     """Runs a loaded model on chosen chunks of sequences, over block tables in random order; gives
     the logits of every position."""
@@ -112,15 +136,9 @@ class Harness:
     def table(self, tokens: int) -> list[int]:
         return [self.free.pop() for _ in range(-(-tokens // BLOCK))]
 
-    def step(self, work: list[tuple[list[int], int, int, list[int]]]) -> torch.Tensor:
-        """work: (tokens, first, end, table) of each sequence -> [sum of end - first, V]."""
-        batch = make_batch(
-            [end - first for _, first, end, _ in work],
-            [end for _, _, end, _ in work],
-            [w[3] for w in work],
-            BLOCK,
-        )
-        ids = torch.tensor([token for tokens, first, end, _ in work for token in tokens[first:end]])
+    def step(self, work: Work) -> torch.Tensor:
+        """work -> [sum of end - first, V]."""
+        ids, batch = ids_and_batch(work)
         with torch.inference_mode():
             loaded = self._loaded
             return loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, None, lambda: None)

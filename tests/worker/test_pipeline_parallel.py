@@ -23,13 +23,12 @@ from pagewire.worker.rank_link import Follower, Leader
 from pagewire.worker.step import rank_masks
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.rank_masks import LeadingMasks, MakeMasks
-from pagewire_kernels.batch import make_batch
 from pagewire_protocol.messages import Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from rank_threads import run_stages, without
 from safetensors.torch import save_file
 from torch import Tensor
-from worker.conftest import BLOCK, Driver, Harness
+from worker.conftest import Driver, Harness, Work, assert_close, ids_and_batch
 from worker.model_variants import VARIANTS
 from worker.stand_in_matcher import Room, allowed, grammar
 
@@ -49,14 +48,8 @@ class StagedHarness(Harness):
         ]
         self.free = list(range(self.stages[0].sizing.num_blocks))
 
-    def step(self, work) -> Tensor:
-        batch = make_batch(
-            [end - first for _, first, end, _ in work],
-            [end for _, _, end, _ in work],
-            [w[3] for w in work],
-            BLOCK,
-        )
-        ids = torch.tensor([token for tokens, first, end, _ in work for token in tokens[first:end]])
+    def step(self, work: Work) -> Tensor:
+        ids, batch = ids_and_batch(work)
         first, *_, last = self.stages
         with torch.inference_mode():
             hidden = first.decoder.embed(ids, batch)
@@ -85,20 +78,13 @@ def handed_on(hidden: HiddenStates, loaded) -> HiddenStates:
     return link.recv(len(hidden.x))
 
 
-def close(ours: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
-    assert ours.shape == wanted.shape
-    worst = (ours - wanted).abs().max().item()
-    assert worst < tolerance * max(1.0, wanted.abs().max().item()), f"logits differ by {worst:.2e}"
-    assert torch.equal(ours.argmax(-1), wanted.argmax(-1))
-
-
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_gives_the_logits_of_one_process(variant, count, tiny, harness, numbers):
     path = tiny(variant).path
     tokens = numbers(LENGTH)
     ours = StagedHarness(path, count).logits(tokens, CHUNK)
-    close(ours, harness(path).logits(tokens, CHUNK))
+    assert_close(ours, harness(path).logits(tokens, CHUNK))
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "gemma2"])
@@ -109,7 +95,7 @@ def test_quantized_weights_are_those_of_one_process(quantization, variant, tiny,
     model = ModelConfig(quantization=quantization)
     tokens = numbers(LENGTH)
     wanted = harness(path, model).logits(tokens, CHUNK)
-    close(StagedHarness(path, 2, model).logits(tokens, CHUNK), wanted, 2e-4)
+    assert_close(StagedHarness(path, 2, model).logits(tokens, CHUNK), wanted, 2e-4)
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "neox", "opt-350m"])

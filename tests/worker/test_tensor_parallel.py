@@ -16,7 +16,7 @@ from pagewire_protocol.messages import pack, unpack
 from pagewire_protocol.sampling import Sampling
 from rank_threads import run_ranks
 from torch import Tensor
-from worker.conftest import Driver, Harness
+from worker.conftest import Driver, Harness, assert_close
 from worker.model_variants import VARIANTS
 
 LENGTH = 40
@@ -38,20 +38,13 @@ def logits_of(path: Path, tokens: list[int], ranks: int, **settings) -> Tensor:
     return same_bits(run_ranks(ranks, run))
 
 
-def close(ours: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
-    assert ours.shape == wanted.shape
-    worst = (ours - wanted).abs().max().item()
-    assert worst < tolerance * max(1.0, wanted.abs().max().item()), f"logits differ by {worst:.2e}"
-    assert torch.equal(ours.argmax(-1), wanted.argmax(-1))
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_gives_the_logits_of_one_process(variant, ranks, tiny, harness, numbers):
     """Four ranks share two KV heads, and 257 tokens are divided unevenly."""
     path = tiny(variant).path
     tokens = numbers(LENGTH)
-    close(logits_of(path, tokens, ranks), harness(path).logits(tokens, CHUNK))
+    assert_close(logits_of(path, tokens, ranks), harness(path).logits(tokens, CHUNK))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -62,7 +55,7 @@ def test_quantized_weights_are_those_of_one_process(quantization, ranks, tiny, h
     model = ModelConfig(quantization=quantization)
     tokens = numbers(LENGTH)
     wanted = harness(path, model).logits(tokens, CHUNK)
-    close(logits_of(path, tokens, ranks, model=model), wanted, 2e-4)
+    assert_close(logits_of(path, tokens, ranks, model=model), wanted, 2e-4)
 
 
 class InOneKernel:
@@ -97,7 +90,7 @@ def test_sums_residuals_and_norms_in_one_kernel(variant, calls, tiny, harness, n
 
     results = run_ranks(2, run)
     assert [count for _, count in results] == [calls, calls]
-    close(same_bits([logits for logits, _ in results]), harness(path).logits(tokens, LENGTH))
+    assert_close(same_bits([logits for logits, _ in results]), harness(path).logits(tokens, LENGTH))
 
 
 def test_16_bits_are_near(tiny, harness, numbers):

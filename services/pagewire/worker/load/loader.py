@@ -136,29 +136,24 @@ def load(
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-        check_undivided(arch.model_type, ranks.layers.size, ranks.stage.count)
-    check_ranks(arch, ranks.layers.size, ranks.stage.count)
+    _check(described, model, ranks)
     rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
-    if described.fallback_plan and model.quantization:
-        raise Unsupported(
-            f"--quantization {model.quantization} is not supported for models that run through transformers"
-        )
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
     chosen = quantizing.choose(described.checkpoint, arch, model.quantization, target)
     spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
     kv_scales = _kv_scales(described, config)
+    quantized = chosen.weight_bytes(arch)
     plan = None
     if gpu:
         steps = scheduler or SchedulerConfig()
-        quantized = chosen.weight_bytes(arch) // ranks.size
         with named_rank(ranks.host):
-            plan = plan_gpu(arch, dtype, model, config, gpu, steps, quantized, ranks.layers)
+            plan = plan_gpu(
+                arch, dtype, model, config, gpu, steps, quantized // ranks.size, ranks.layers
+            )
         plan = agreed_plan(plan, ranks.host)
-    if plan:
         sizing = plan.sizing
     else:
-        quantized = chosen.weight_bytes(arch)
         with named_rank(ranks.host):
             sizing = size_on_cpu(
                 rank_arch,
@@ -175,18 +170,43 @@ def load(
     _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
     placement = _Placement(device, dtype, chosen)
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        if described.fallback_plan is None:
-            decoder = _load_decoder(described, placement, kv_scales, model.seed, progress, ranks)
-        else:
-            decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
-        if gpu:
-            # Tensors are converted on the GPU: what that took is not to be missing from the cache.
-            torch.cuda.empty_cache()
+        decoder = _read(described, placement, kv_scales, model, progress, ranks)
         (group,) = spec.groups
         cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
     cos_sin = _factors(rank_arch, sizing.max_model_len, device)
     eos = described.eos_token_ids
     return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
+
+
+def _check(described: Description, model: ModelConfig, ranks: Ranks) -> None:
+    """Raises Unsupported for a model that cannot be divided so, or loaded as it is asked for."""
+    arch = described.arch
+    if described.fallback_plan:
+        check_undivided(arch.model_type, ranks.layers.size, ranks.stage.count)
+    check_ranks(arch, ranks.layers.size, ranks.stage.count)
+    if described.fallback_plan and model.quantization:
+        raise Unsupported(
+            f"--quantization {model.quantization} is not supported for models that run through transformers"
+        )
+
+
+def _read(
+    described: Description,
+    placement: _Placement,
+    kv_scales: tuple[KVScales, ...],
+    model: ModelConfig,
+    progress: weights.Progress,
+    ranks: Ranks,
+) -> Decoder | FallbackDecoder:
+    """The weights, where they belong."""
+    if described.fallback_plan is None:
+        decoder = _load_decoder(described, placement, kv_scales, model.seed, progress, ranks)
+    else:
+        decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
+    if placement.device == "cuda":
+        # Tensors are converted on the GPU: what that took is not to be missing from the cache.
+        torch.cuda.empty_cache()
+    return decoder
 
 
 def describe_checkpoint(path: Path, model: ModelConfig) -> Description:

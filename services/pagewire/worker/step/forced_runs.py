@@ -50,27 +50,37 @@ def take_runs(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) 
 
     A request that wants log-probabilities gets each of its tokens by itself, and so does one whose
     other constraints look at each token."""
-    end = columns.num_computed[slots] + counts
-    room = columns.num_blocks[slots] * columns.block_size - end
-    concerned = masks.concerns(slots)
-    lacks_room = concerned & (room < 0)
+    lacks_room = masks.concerns(slots) & (_room_behind(columns, slots, counts) < 0)
     left_out = slots[lacks_room]
     if len(left_out):
-        kept = ~lacks_room
-        slots, counts, end, room = slots[kept], counts[kept], end[kept], room[kept]
-        concerned = concerned[kept]
-    plain = np.array([columns.constrained[slot] is None for slot in slots.tolist()], np.bool_)
-    wants_none = columns.logprobs[slots] < 0
-    rows = np.flatnonzero(concerned & plain & wants_none & columns.samples(slots, end))
+        slots, counts = slots[~lacks_room], counts[~lacks_room]
     runs: list[list[int]] = [[] for _ in slots]
+    rows = np.flatnonzero(_may_run(columns, masks, slots, counts))
     if len(rows):
-        most = np.minimum(room, columns.room(slots)).clip(max=MAX_RUN)[rows]
+        room = np.minimum(_room_behind(columns, slots, counts), columns.room(slots))
+        most = room.clip(max=MAX_RUN)[rows]
         for row, tokens in zip(rows.tolist(), masks.take_runs(slots[rows], most), strict=True):
             runs[row] = tokens
             columns.append_run(int(slots[row]), tokens)
     lengths = np.array([len(tokens) for tokens in runs], np.int64)
     changed = bool(len(left_out)) or bool(lengths.any())
     return ForcedRuns(slots, counts + lengths, runs, left_out, changed)
+
+
+def _room_behind(columns: "Slots", slots: Ints, counts: Ints) -> Ints:
+    """[N]: tokens that the blocks of `slots` [N] have room for behind those of this step; below 0
+    where they have none for these."""
+    end = columns.num_computed[slots] + counts
+    return columns.num_blocks[slots] * columns.block_size - end
+
+
+def _may_run(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) -> Bools:
+    """[N]: which of `slots` [N] sample in this step under a grammar and nothing else that looks at
+    each token."""
+    plain = np.array([columns.constrained[slot] is None for slot in slots.tolist()], np.bool_)
+    wants_none = columns.logprobs[slots] < 0
+    samples = columns.samples(slots, columns.num_computed[slots] + counts)
+    return masks.concerns(slots) & plain & wants_none & samples
 
 
 def brought(runs: list[list[int]], ready: Bools, sampled: Tokens) -> tuple[Tokens, Tokens]:
