@@ -40,17 +40,23 @@ class Stream:
 class Matchers:
     """All requests of one service, by their keys. `masks` [rows, words]: row i is written for the
     request whose row that is. `max_forced`: where a grammar leaves a single token, that many in a row
-    at most are taken as if they had been sampled, and the mask is for what follows them."""
+    at most are taken as if they had been sampled, and the mask is for what follows them. `threads`:
+    that compute many masks; 0: as llguidance chooses."""
 
     def __init__(
-        self, vocabulary: Vocabulary, compiler: Compiler, masks: Words, max_forced: int = 0
+        self,
+        vocabulary: Vocabulary,
+        compiler: Compiler,
+        masks: Words,
+        max_forced: int = 0,
+        threads: int = 0,
     ) -> None:
         self._vocabulary = vocabulary
         self._compiler = compiler
         self._masks = masks
         self._max_forced = max_forced
         self._streams: dict[int, Stream] = {}
-        self._executor = LLExecutor()
+        self._executor = LLExecutor(threads or None)
         self._free_mask = self._all_but_endings()
 
     def _all_but_endings(self) -> Words:

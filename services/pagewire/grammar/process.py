@@ -129,7 +129,9 @@ class Process:
             words = mask_words(start.vocab_size)
             memory = mmap.mmap(self._memory, 4 * words * start.rows)
             masks = np.frombuffer(memory, np.uint32).reshape(start.rows, words)
-            self._matchers = Matchers(vocabulary, self._compiler, masks, start.max_forced)
+            self._matchers = Matchers(
+                vocabulary, self._compiler, masks, start.max_forced, start.threads
+            )
         self._send(Ready())
 
     def _compile(self, message: Check | Open) -> None:
