@@ -135,7 +135,7 @@ def rank_work(rank: int, ranks: int, one_gpu: bool, store: str, report: Report) 
     from pagewire_kernels import cuda_communicator
     from pagewire_kernels.symmetric_communicator import SymmetricCommunicator
     from pagewire_kernels.symmetric_memory import Layout
-    from torch.distributed import FileStore
+    from torch._C._distributed_c10d import FileStore
 
     device = torch.device("cuda", 0 if one_gpu else rank)
     layout = Layout(ranks, buffer_bytes=BUFFER_BYTES)

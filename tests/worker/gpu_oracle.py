@@ -3,9 +3,10 @@ is: for checks on a machine with a GPU.
 
 A chosen token, or the n-th most likely one, may be behind float32's by twice the largest error of
 transformers' bf16 logits at its position: each of the two logits that are compared may be off by
-one such error. Where tokens choose experts, another choice, of which no error at that position need tell,
-makes a difference of its own: the largest error of the whole part counts there. Errors of log-probabilities are bounded by those of transformers' bf16 for the same
-tokens at the same positions. Knows neither models nor how the stack was set up.
+one such error. Where tokens choose experts, another choice makes a difference that no error at that
+position need tell of: the largest error of the whole part counts there. Errors of log-probabilities
+are bounded by those of transformers' bf16 for the same tokens at the same positions.
+Knows neither models nor how the stack was set up.
 """
 
 import copy
@@ -43,11 +44,8 @@ class Oracle:
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
         self._device = device
-        self._exact: Any = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
-            .to(device)
-            .eval()
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
+        self._exact: Any = model.to(device).eval()
         self._rough: Any = copy.deepcopy(self._exact)
         self.routed = bool(getattr(self._exact.config, "num_experts", 0))
         for parameter in (

@@ -22,15 +22,13 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Start(Part, frozen=True):
     """The first one: what the process matches for. `rows`: rows of the memory for masks, each of
-    `mask_words` uint32; 0: it only checks. `max_forced`: most tokens of a forced run. `threads`: that
-    compute masks; 0: as llguidance chooses."""
+    `mask_words` uint32; 0: it only checks. `max_forced`: most tokens of a forced run."""
 
     model: ModelConfig
     vocab_size: int
     eos: tuple[int, ...]
     rows: int
     max_forced: int = 0
-    threads: int = 0
 
 
 class Check(Part, frozen=True):

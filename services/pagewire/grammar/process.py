@@ -129,9 +129,7 @@ class Process:
             words = mask_words(start.vocab_size)
             memory = mmap.mmap(self._memory, 4 * words * start.rows)
             masks = np.frombuffer(memory, np.uint32).reshape(start.rows, words)
-            self._matchers = Matchers(
-                vocabulary, self._compiler, masks, start.max_forced, start.threads
-            )
+            self._matchers = Matchers(vocabulary, self._compiler, masks, start.max_forced)
         self._send(Ready())
 
     def _compile(self, message: Check | Open) -> None:
@@ -145,8 +143,6 @@ class Process:
         assert self._compiler is not None
         with contextlib.suppress(GrammarError):  # kept, and raised again where it is asked for
             self._compiler.compiled(message.grammar)
-            if isinstance(message, Open):
-                self._compiler.spread(message.grammar)
         self._compiled.put(message)
         self._waker.send(b"x")
 

@@ -33,11 +33,11 @@ WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is computed."""
-CROWDED: Final = 32
-"""Streams of each matcher from which on another one is started."""
-MAX_MATCHERS: Final = 4
-CORES_A_MATCHER: Final = 4
-"""Processors that there must be for each matcher, so that the first serves small machines alone."""
+CROWDED: Final = 16
+"""Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a mask."""
+MAX_MATCHERS: Final = 8
+CORES_A_MATCHER: Final = 2
+"""Processors that there must be for each."""
 NO_KEY: Final = 0
 NO_TOKEN: Final = -1
 
@@ -61,7 +61,7 @@ class GrammarMasks:
         start_process: Callable[[Start], MatcherProcess] = MatcherProcess,
     ) -> None:
         self._start_process = start_process
-        self._start = Start(model, vocab_size, eos, count, threads=threads_of_each())
+        self._start = Start(model, vocab_size, eos, count)
         self._clock = clock
         self._sleep = sleep
         self._max_matchers = max_matchers()
@@ -265,12 +265,8 @@ class GrammarMasks:
         ready = self._ready_matchers() or self._matchers[:1]
         least = min(ready, key=lambda matcher: len(matcher.streams))
         least.add(stream)
-        crowded = len(self._streams) >= CROWDED * len(self._matchers)
-        if (
-            crowded
-            and len(self._matchers) < self._max_matchers
-            and len(ready) == len(self._matchers)
-        ):
+        crowded = len(self._streams) > CROWDED * len(self._matchers)
+        if crowded and len(self._matchers) < self._max_matchers:
             self._matchers.append(self._new_matcher())
             self._matchers[-1].restart()
 
@@ -289,7 +285,7 @@ class GrammarMasks:
         for matcher in self._matchers:
             matcher.receive()
         ready = self._ready_matchers()
-        if len(ready) > self._num_ready >= 1:
+        if len(ready) > max(1, self._num_ready):
             self._spread(ready)
         self._num_ready = len(ready)
 
@@ -317,8 +313,3 @@ class GrammarMasks:
 def max_matchers() -> int:
     """Of a worker, on this machine."""
     return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0)) // CORES_A_MATCHER))
-
-
-def threads_of_each() -> int:
-    """Of the matchers, so that all together have as many as there are processors."""
-    return len(os.sched_getaffinity(0)) // max_matchers()
