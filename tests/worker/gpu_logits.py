@@ -154,6 +154,10 @@ def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
             continue
         if isinstance(module, torch.nn.Linear):
             module.weight.data = rounding.full(module.weight.data).float()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and parameter.ndim == 3:  # [experts, outputs, inputs]
+            for expert in parameter.data:
+                expert.copy_(rounding.full(expert))
 
 
 def run(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[Said]:
