@@ -289,7 +289,8 @@ def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
 
 
 def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
-    """Ten seconds, which the page says, also where several frontends start and all refuse; not in a gateway that ends, whose successor comes only then."""
+    """Ten seconds, which the page says, also where several frontends start and all refuse; not in a
+    gateway that ends, whose successor comes only then."""
     sections = gateway_sections()
     assert "server waiting abns@waiting backup" in sections["backend frontends"]
     assert "bind abns@waiting" in sections["frontend waiting"]
@@ -298,7 +299,9 @@ def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
     (pause_ms,) = re.findall(r"timeout connect (\d+)ms", "\n".join(sections["backend waiting"]))
     assert int(retries) * int(pause_ms) == 10_000
     # HAProxy makes no pause between its tries where there is another server to try.
-    assert any(line.startswith("server-template frontend 1 ") for line in sections["backend waiting"])
+    assert any(
+        line.startswith("server-template frontend 1 ") for line in sections["backend waiting"]
+    )
     for backend in ("frontends", "waiting", "leaving"):
         lines = "\n".join(sections[f"backend {backend}"])
         assert re.search(r"^server-template frontend \d+ frontend:8000", lines, re.M), backend
