@@ -3,4 +3,6 @@
 set -eu
 service=$1
 shift
-exec pagewire "$service" --name "$service-$(uname -n)" "$@"
+# Unlike uname, it starts no process.
+read -r host </proc/sys/kernel/hostname
+exec pagewire "$service" --name "$service-$host" "$@"

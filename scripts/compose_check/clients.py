@@ -47,6 +47,10 @@ class Record:
         """What was met in that time."""
         return [trouble for trouble in self.troubles if began <= trouble.at < ended]
 
+    def answered_since(self, began: float) -> bool:
+        """Whether a first token has come after that."""
+        return any(at + wait > began for at, wait in self.firsts[-1:])
+
     def longest_gap(self, began: float, ended: float) -> float:
         """Seconds of the longest silence that reaches into that time."""
         return max(

@@ -218,6 +218,12 @@ async def everything_recreated(stage: Stage) -> None:
     await stage.deployment.compose(
         "up", "--detach", "--no-build", "--force-recreate", *stage.scales()
     )
+    # Each look at what is ready is two commands in a container, at the expense of what just starts.
+    began = time.monotonic()
+    while stage.clients.under_way and time.monotonic() - began < REPLACED_S:
+        if stage.clients.record.answered_since(began):
+            return
+        await asyncio.sleep(0.1)
 
 
 @dataclass

@@ -282,11 +282,15 @@ def test_what_the_gateway_must_do_for_streams_and_drains() -> None:
         "option redispatch 1",
     ):
         assert re.search(rf"^    {re.escape(line)}$", text, re.M), line
+    checked = next(line for line in text.splitlines() if "default-server" in line)
+    # A frontend that has not been checked yet counts as up: requests must not end at one that only starts.
+    assert "observe layer4 error-limit 1 on-error mark-down" in checked
     assert "retry-on" not in re.sub(r"#.*", "", text), "a request is never sent twice"
 
 
 def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
-    """Ten seconds, which the page says; not in a gateway that ends, whose successor comes only then."""
+    """Ten seconds, which the page says, also where several frontends start and all refuse; not in a
+    gateway that ends, whose successor comes only then."""
     sections = gateway_sections()
     assert "server waiting abns@waiting backup" in sections["backend frontends"]
     assert "bind abns@waiting" in sections["frontend waiting"]
@@ -294,6 +298,10 @@ def test_requests_wait_at_the_gateway_while_no_frontend_is_there() -> None:
     (retries,) = re.findall(r"retries (\d+)", "\n".join(sections["backend waiting"]))
     (pause_ms,) = re.findall(r"timeout connect (\d+)ms", "\n".join(sections["backend waiting"]))
     assert int(retries) * int(pause_ms) == 10_000
+    # HAProxy makes no pause between its tries where there is another server to try.
+    assert any(
+        line.startswith("server-template frontend 1 ") for line in sections["backend waiting"]
+    )
     for backend in ("frontends", "waiting", "leaving"):
         lines = "\n".join(sections[f"backend {backend}"])
         assert re.search(r"^server-template frontend \d+ frontend:8000", lines, re.M), backend

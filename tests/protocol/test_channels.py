@@ -349,3 +349,28 @@ def test_inboxes_of_the_dead_are_told_from_those_of_the_living(run_dir: Path) ->
     finally:
         living.close()
         scheduler.close()
+
+
+@pytest.mark.parametrize("ends_in_order", [True, False])
+def test_what_ends_waits_for_no_peer_that_has_ended_before(
+    run_dir: Path, ends_in_order: bool
+) -> None:
+    """Its last messages get their time only where their receiver may still be there."""
+    script = """
+import pathlib, sys, time
+from pagewire_protocol.channels import Outbox
+from pagewire_protocol.messages import Goodbye
+box = Outbox()
+box.send(sys.argv[1], Goodbye(1))
+began = time.monotonic()
+box.close(linger_ms=1500)
+import zmq
+zmq.Context.instance().term()
+print(time.monotonic() - began)
+"""
+    address = inbox_address(run_dir, Role.SCHEDULER, channels.NO_INCARNATION)
+    if not ends_in_order:  # a killed one leaves its file, and its successor may come
+        Path(address.removeprefix("ipc://")).touch()
+    words = [sys.executable, "-c", script, address]
+    waited_s = float(subprocess.run(words, capture_output=True, check=True, timeout=60).stdout)
+    assert (waited_s < 1.0) == ends_in_order

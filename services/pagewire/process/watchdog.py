@@ -19,7 +19,7 @@ from typing import Final
 from . import last_words, liveness, parent
 
 LOOK_S: Final = 0.5
-STOP_LOOK_S: Final = 0.1
+STOP_LOOK_S: Final = 0.03
 """Once the service was asked to end: its successor may start only when it has."""
 KILLED: Final = 128
 """What a shell adds to a signal's number for the status of a process that it ended."""
