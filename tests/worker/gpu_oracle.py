@@ -24,9 +24,9 @@ from torch import Tensor
 
 PIECE = 512
 """Positions whose logits exist at a time."""
-MEAN, MOST = 1.25, 2.0
-"""By how much our errors may exceed those of transformers' bf16, on average and at their
-largest."""
+MEAN, MOST, MOST_ROUTED = 1.25, 2.0, 3.0
+"""By how much our errors may exceed those of transformers' bf16, on average and at their largest;
+among experts, whose largest errors are those of a few tokens that chose others."""
 TOP = 5
 """Log-probabilities that are asked for."""
 
@@ -230,9 +230,10 @@ class Tally:
                 faults.append(
                     f"log-probabilities are off by {ours.mean():.4f} on average, more than {MEAN} times {theirs.mean():.4f}"
                 )
-            if not ours.max() <= MOST * theirs.max():
+            most = MOST_ROUTED if self.routed else MOST
+            if not ours.max() <= most * theirs.max():
                 faults.append(
-                    f"a log-probability is off by {ours.max():.3f}, more than {MOST} times {theirs.max():.3f}"
+                    f"a log-probability is off by {ours.max():.3f}, more than {most} times {theirs.max():.3f}"
                 )
         return ", ".join(words), faults
 
