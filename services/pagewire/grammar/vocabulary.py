@@ -17,6 +17,16 @@ NO_TEXT: Final = (
     "match a grammar"
 )
 
+_CHARACTER: Final = r'[^"\\\x00-\x1F\x7F]'
+SLICES: Final = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{most}}}" for most in (10, 14, 18, 30)),
+    f"{_CHARACTER}+",
+]
+"""Sets of tokens that llguidance allows at once where a grammar allows them all. Its own are those of
+10 and 30 characters and of any number; in strings that may have only some characters more, the two
+between save a quarter of the time (40 to 30 us a mask over `maxLength` of 20 to 60)."""
+
 
 class Vocabulary:
     """Of a model with `size` tokens, whose texts end at the tokens `eos`."""
@@ -39,7 +49,9 @@ class Vocabulary:
         """Of special tokens, by name."""
         self.eos = frozenset(eos)
         wrapped = TokenizerWrapper(_Tokens(tokenizer, raw, self.special, eos))
-        self.matching = LLTokenizer(wrapped, n_vocab=size, eos_token=list(eos) or None)
+        self.matching = LLTokenizer(
+            wrapped, n_vocab=size, eos_token=list(eos) or None, slices=SLICES
+        )
 
 
 class _Tokens:
