@@ -36,8 +36,8 @@ BODY: Final = {
     "temperature": 0,
     "return_token_ids": True,
 }
-NO_WATCHDOG: Final = ("--watchdog-timeout", "0")
-"""An emulated process may be slow enough to look as if it hung."""
+FLAGS: Final = ("--device", "cpu", "--host", "127.0.0.1", "--port", "0", "--watchdog-timeout", "0")
+"""Of `pagewire serve`. An emulated process may be slow enough to look as if it hung."""
 
 
 class Failed(Exception):
@@ -66,8 +66,7 @@ class Stack:
         (demo / demo_gguf().name).symlink_to(demo_gguf().resolve())
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [pagewire, "serve", "--device", "cpu", "--host", "127.0.0.1", "--port", "0"]
-                + ["--run-dir", place / "run", *NO_WATCHDOG],
+                [pagewire, "serve", *FLAGS, "--run-dir", place / "run"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PAGEWIRE_CACHE": str(place / "cache")},
@@ -165,9 +164,11 @@ def main() -> int:
     title, failed = "this machine", False
     try:
         wanted = ask("", options.limit)
+        if wanted is None:
+            raise Failed("there is nothing to compare with")
         for title in options.processor:
             found = ask(title, options.limit)
-            if found and wanted and found.tokens != wanted.tokens:
+            if found and found.tokens != wanted.tokens:
                 print(f"{title}: other tokens: {found.tokens}, not {wanted.tokens}")
                 failed = True
     except (Failed, subprocess.CalledProcessError) as error:
