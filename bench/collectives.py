@@ -2,6 +2,7 @@
 
     python bench/collectives.py [--ranks 2] [--json FILE]
     python bench/collectives.py --dry-run      the checks alone, in Triton's interpreter
+    python bench/collectives.py --one-gpu      the checks alone, by ranks that share a GPU
 
 It starts its ranks itself. Checked: every kernel against its oracle, the same bits on all ranks, and
 the same bits again from replays of a captured graph; last, that ranks which wait for one that stopped
@@ -45,13 +46,13 @@ def main() -> int:
         return dry_run(options.ranks or 2)
     import torch
 
-    ranks = options.ranks or torch.cuda.device_count()
-    if ranks < 2 or ranks > torch.cuda.device_count():
+    ranks = options.ranks or (2 if options.one_gpu else torch.cuda.device_count())
+    if ranks < 2 or (ranks > torch.cuda.device_count() and not options.one_gpu):
         print(
             f"{torch.cuda.device_count()} GPUs here, and {ranks} ranks asked for; at least 2 are needed"
         )
         return 2
-    reports = run_ranks(ranks)
+    reports = run_ranks(ranks, options.one_gpu)
     if options.json:
         Path(options.json).write_text(json.dumps(reports, indent=1))
     failures = judge(reports, ranks)
@@ -69,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="default: all GPUs")
     parser.add_argument("--json", help="file for all figures")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, checks alone")
+    parser.add_argument("--one-gpu", action="store_true", help="checks alone, of ranks on one GPU")
     return parser.parse_args()
 
 
@@ -91,13 +93,15 @@ def dry_run(ranks: int) -> int:
     return 1 if failures else 0
 
 
-def run_ranks(ranks: int) -> list[Report]:
-    """A process for each GPU; what each reports, by rank."""
+def run_ranks(ranks: int, one_gpu: bool) -> list[Report]:
+    """A process for each rank; what each reports, by rank."""
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=rank_main, args=(rank, ranks, f"{folder}/store", results))
+            context.Process(
+                target=rank_main, args=(rank, ranks, one_gpu, f"{folder}/store", results)
+            )
             for rank in range(ranks)
         ]
         for process in processes:
@@ -115,27 +119,28 @@ def run_ranks(ranks: int) -> list[Report]:
     return sorted(reports, key=lambda report: report["rank"])
 
 
-def rank_main(rank: int, ranks: int, store: str, results: Any) -> None:
+def rank_main(rank: int, ranks: int, one_gpu: bool, store: str, results: Any) -> None:
     """A rank's whole life; an error is part of its report."""
     report: Report = {"rank": rank, "checks": []}
     try:
-        rank_work(rank, ranks, store, report)
+        rank_work(rank, ranks, one_gpu, store, report)
     except BaseException:
         report["error"] = traceback.format_exc()
     results.put(report)
 
 
-def rank_work(rank: int, ranks: int, store: str, report: Report) -> None:
+def rank_work(rank: int, ranks: int, one_gpu: bool, store: str, report: Report) -> None:
     import torch
     from ops import collective_cases  # pyright: ignore[reportMissingImports]
     from pagewire_kernels import cuda_communicator
     from pagewire_kernels.symmetric_communicator import SymmetricCommunicator
     from pagewire_kernels.symmetric_memory import Layout
-    from torch.distributed import FileStore
+    from torch._C._distributed_c10d import FileStore
 
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", 0 if one_gpu else rank)
     layout = Layout(ranks, buffer_bytes=BUFFER_BYTES)
-    communicator = cuda_communicator.connect(FileStore(store, ranks), rank, ranks, device, layout)
+    connect = cuda_communicator.connect_on_one_gpu if one_gpu else cuda_communicator.connect
+    communicator = connect(FileStore(store, ranks), rank, ranks, device, layout)
     if not isinstance(communicator, SymmetricCommunicator):
         raise RuntimeError("no symmetric memory here: everything would go through NCCL")
     report["sums"] = list(communicator.sums.ways)
@@ -148,7 +153,8 @@ def rank_work(rank: int, ranks: int, store: str, report: Report) -> None:
             )
     torch.use_deterministic_algorithms(False)
     report["checks"].append(replayed(communicator, device))
-    report["times"] = times(communicator, device)
+    if not one_gpu:
+        report["times"] = times(communicator, device)
     report["checks"].append(
         collective_cases.run(memory, device, collective_cases.REAL, "many generations")
     )

@@ -76,6 +76,10 @@ class NormingCommunicator(Protocol):
 class CheckedCommunicator(Protocol):
     """Of a Communicator whose operations run on behind the caller's back, and may fail there."""
 
+    def serve(self) -> None:
+        """The ranks have been loaded: from now on none has to wait for another that compiles."""
+        ...
+
     def check(self) -> None:
         """Waits for nothing. Raises CommunicatorFailed if an operation that has ended failed."""
         ...

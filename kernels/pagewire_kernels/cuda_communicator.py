@@ -15,18 +15,19 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from . import symmetric_memory
 from .all_gather import takes_low_latency as gather_is_small
 from .all_reduce import takes_low_latency as sum_is_small
-from .communicator import Communicator, CommunicatorFailed
+from .communicator import TIMEOUT_S, Communicator, CommunicatorFailed, GlooCommunicator
 from .symmetric_communicator import (
     GATHERS,
     LIBRARY,
     LOW_LATENCY,
     ONE_SHOT,
     SUMS,
+    TWO_SHOT,
     Crossings,
     SymmetricCommunicator,
     crossings,
@@ -35,10 +36,9 @@ from .symmetric_memory import Layout, SymmetricMemory
 
 log = logging.getLogger("pagewire.kernels")
 
-WAIT_S: Final = 30.0
-"""How long a kernel waits for other ranks."""
-CONNECT_S: Final = 300.0
-"""How long ranks wait for each other to come, and NCCL in one operation."""
+WAIT_S: Final = 600.0
+"""How long a kernel, and NCCL, wait for other ranks while they load: compiling a kernel may take one
+of them longer than another. See also SymmetricCommunicator.serve."""
 SIZES: Final = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes at which the ways are timed; each is the choice for what is smaller, down to the one
 before."""
@@ -64,7 +64,7 @@ class NcclCommunicator:
                 store=store,
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=CONNECT_S),
+                timeout=timedelta(seconds=WAIT_S),
                 device_id=device,
             )
             x = torch.zeros(size, device=device)
@@ -88,6 +88,54 @@ class NcclCommunicator:
         gathered = x.new_empty(self.size, *x.shape)
         dist.all_gather_into_tensor(gathered, x.contiguous())
         return torch.cat(list(gathered), dim)
+
+
+class StagedCommunicator:
+    """A Communicator by gloo, through copies in the host's memory: for ranks that share a GPU, which
+    NCCL refuses. It cannot be captured."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        """Returns when all ranks are there. Raises CommunicatorFailed."""
+        self.rank = rank
+        self.size = size
+        self._host = GlooCommunicator(store, rank, size, TIMEOUT_S)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See Communicator."""
+        return self._host.all_reduce(x.cpu()).to(x.device)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """See Communicator."""
+        return self._host.all_gather(x.cpu(), dim).to(x.device)
+
+
+def connect_on_one_gpu(
+    store: Store,
+    rank: int,
+    size: int,
+    device: torch.device,
+    layout: Layout | None = None,
+    timeout_s: float = WAIT_S,
+) -> SymmetricCommunicator:
+    """See `connect`, for ranks that share `device`: to try kernels, graphs and ranks on a machine
+    with a single GPU. Nothing is timed, since the GPU gives its time to one process after another:
+    a collective operation takes milliseconds. Raises CommunicatorFailed."""
+    torch.cuda.set_device(device)
+    layout = layout or Layout(size)
+    library = StagedCommunicator(PrefixStore("library", store), rank, size)
+    try:
+        addresses, kept = _by_ipc(store, rank, layout, device)
+    except RuntimeError as error:
+        raise CommunicatorFailed(
+            f"rank {rank} of {size} cannot reach the memory of the others on {device}: {_reason(error)}"
+        ) from None
+    memory = symmetric_memory.make(rank, layout, addresses, device, timeout_s, kept)
+    torch.cuda.synchronize(device)
+    library.all_reduce(torch.zeros(1, device=device))  # regions hold zeros on all ranks
+    packed = layout.packed_bytes + 1
+    sums = Crossings([(0, LOW_LATENCY), (packed, ONE_SHOT), (4 * packed, TWO_SHOT)])
+    gathers = Crossings([(0, LOW_LATENCY), (packed, ONE_SHOT)])
+    return SymmetricCommunicator(memory, library, sums, gathers)
 
 
 def connect(

@@ -63,6 +63,10 @@ def crossings(measured: Mapping[int, Mapping[str, float]]) -> Crossings:
     return Crossings(ways)
 
 
+SERVING_TIMEOUT_S: Final = 30.0
+"""How long a kernel waits for other ranks once all of them serve."""
+
+
 class SymmetricCommunicator:
     """See Communicator. `sums`, `gathers`: chosen ways; a tensor that does not fit its way goes to
     the next larger one, and in the end to `library`."""
@@ -117,6 +121,10 @@ class SymmetricCommunicator:
         return (
             self.library.all_gather(x, dim) if way == LIBRARY else GATHERS[way](self.memory, x, dim)
         )
+
+    def serve(self) -> None:
+        """See CheckedCommunicator."""
+        self.memory.set_timeout(SERVING_TIMEOUT_S)
 
     def check(self) -> None:
         """Raises CommunicatorFailed if a kernel that has ended waited for too long. Waits for

@@ -59,6 +59,12 @@ def _help(text: str, **bounds: Any) -> Meta:
     return Meta(description=text, **bounds)
 
 
+def ranks_share_a_gpu() -> bool:
+    """Whether all ranks go to the first GPU, by PAGEWIRE_RANKS_SHARE_A_GPU: for tests on a machine
+    with a single one. It is no way to serve: ranks wait for each other's turn on the GPU."""
+    return os.environ.get("PAGEWIRE_RANKS_SHARE_A_GPU") == "1"
+
+
 def default_run_dir() -> str:
     return os.environ.get("PAGEWIRE_RUN_DIR") or f"/tmp/pagewire-{os.getuid()}"
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from pagewire.config import ModelConfig
-from pagewire.grammar import compiler
 from pagewire.grammar.compiler import Compiler
 from pagewire.grammar.errors import GrammarError
 from pagewire.grammar.matchers import Matchers
@@ -247,22 +246,6 @@ def test_walks_by_masks_are_valid_and_can_be_taken_up_anywhere(bench: Bench, row
     for output in outputs.values():
         value = json.loads(b"".join(bench.vocabulary.raw[token] for token in output[:-1]))
         assert 1 <= len(value) <= 3 and all(isinstance(part["a"], int) for part in value)
-
-
-def test_a_grammar_that_many_hold_is_compiled_again_and_means_the_same(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Copies of one matcher wait for each other; those of several do not."""
-    monkeypatch.setattr(compiler, "MAX_ORIGINALS", 3)
-    grammar = Grammar(GrammarKind.REGEX, "[a-c]{2,4}")
-    matchers = []
-    for _ in range(5 * compiler.COPIES):
-        bench.compiler.spread(grammar)
-        matchers.append(bench.compiler.matcher(grammar))
-    assert len(bench.compiler.compiled(grammar).originals) == 3
-    masks = {matcher.compute_bitmask() for matcher in matchers}
-    assert len(masks) == 1
-    assert bench.takes(grammar, "abc") and not bench.takes(grammar, "abd")
 
 
 def test_a_model_without_text_or_fixed_tokens_says_so() -> None:

@@ -1,7 +1,7 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b]
-        [--quantization int4|int8|fp8|bitsandbytes_8bit]
+    python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b,…]
+        [--quantization int4|int8|fp8|bitsandbytes_8bit] [--tensor-parallel-size 2 [--one-gpu]]
 
 Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
 the whole stack: prompts of very different lengths in one batch, cut in chunks, with decodes beside
@@ -11,12 +11,14 @@ same weights; the errors may be as large as those of transformers' own bf16 (gpu
 line for each set-up, one for the verdict; the exit status is 0 when all is well. With
 `--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
 values in full; with fp8, whose products round the inputs of many rows too, transformers in bf16
-rounds all inputs. With `--device cpu`, small sizes: does the check itself work?
+rounds all inputs. With `--tensor-parallel-size`, by several ranks on as many GPUs, or, with
+`--one-gpu`, on a single one. With `--device cpu`, small sizes: does the check itself work?
 """
 
 import argparse
 import functools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -38,6 +40,30 @@ CHANGED = {"hopper attention off": PROMPTS, "no cascade": ROWS}
 """Where a set-up without a kernel must show that the first one has it."""
 QUANTIZED = ("default", "chunks of 512")
 """Set-ups that make a difference to matrices."""
+RANKED = ("default", "eager", "no cascade", "chunks of 512")
+"""Those that make one to ranks."""
+SHARED_STEP = 2048
+"""Tokens of a step of ranks on one GPU: what these add up then fits symmetric memory."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What all set-ups have in common."""
+
+    device: str
+    quantization: str
+    ranks: int
+    one_gpu: bool
+
+    def settings(self) -> dict[str, Any]:
+        """Of LLM."""
+        step = {"max_num_batched_tokens": SHARED_STEP} if self.one_gpu else {}
+        return {
+            "device": self.device,
+            "quantization": self.quantization or None,
+            "tensor_parallel_size": self.ranks,
+            **step,
+        }
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class Scale:
 
 SCALES = {
     "cuda": Scale(
-        {"llama-3.1-8b": 4, "qwen3-0.6b": 6}, 8192, (1, 17, 500, 700, 3000, 8000, 6000), 2048, 72, 6144,
+        {"llama-3.1-8b": 4, "qwen3-0.6b": 6, "qwen3-30b-a3b": 2}, 8192, (1, 17, 500, 700, 3000, 8000, 6000), 2048, 72, 6144,
         {
             "default": ({}, True),
             "hopper attention off": ({"hopper_attention": False}, False),
@@ -66,7 +92,7 @@ SCALES = {
         },
     ),
     "cpu": Scale(
-        {"llama-3.1-8b": 1, "qwen3-0.6b": 1}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
+        {"llama-3.1-8b": 1, "qwen3-0.6b": 1, "qwen3-30b-a3b": 1}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
         {"default": ({}, True), "chunks of 64": ({"max_num_batched_tokens": 64}, False)},
     ),
 }  # fmt: skip
@@ -130,22 +156,17 @@ def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
             module.weight.data = rounding.full(module.weight.data).float()
 
 
-def run(
-    path: Path, scale: Scale, device: str, quantization: str, asked: Asked, name: str
-) -> list[Said]:
+def run(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[Said]:
     """What the stack says in one set-up."""
     settings, grouped = scale.setups[name]
     base: dict[str, Any] = {
-        "device": device,
         "dtype": "bfloat16",
         "num_kv_blocks": scale.blocks,
         "skip_tokenizer_init": True,
-        "quantization": quantization or None,
+        "max_num_seqs": 128,
+        "max_model_len": max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS,
     }
-    longest = max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS
-    with LLM(
-        str(path / "served"), max_num_seqs=128, max_model_len=longest, **base, **settings
-    ) as llm:
+    with LLM(str(path / "served"), **{**base, **stack.settings(), **settings}) as llm:
         alone = generate(llm, asked.alone, TOP)
         behind = generate(llm, asked.behind)
         if grouped:
@@ -173,9 +194,11 @@ def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = N
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
-def setups_of(scale: Scale, device: str) -> list[str]:
+def setups_of(scale: Scale, stack: Stack) -> list[str]:
     """Those that make a difference on this GPU."""
-    if device == "cuda":
+    if stack.device == "cuda" and (stack.quantization or stack.ranks > 1):
+        return list(QUANTIZED if stack.quantization else RANKED)
+    if stack.device == "cuda":
         from pagewire_kernels.attention_prefill import hopper_has
 
         if hopper_has(torch.cuda.get_device_capability(), torch.bfloat16, 128, 4, 16):
@@ -206,15 +229,15 @@ def same(said: dict[str, list[Said]]) -> list[str]:
     return faults
 
 
-def check(name: str, scale: Scale, device: str, quantization: str) -> list[str]:
+def check(name: str, scale: Scale, stack: Stack) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        save_model(name, scale, path, device, quantization)
-        one = functools.partial(run, path, scale, device, quantization, Asked(scale))
-        setups = list(QUANTIZED) if quantization and device == "cuda" else setups_of(scale, device)
-        said = in_turn(one, setups, 4 if device == "cuda" else 1)
+        save_model(name, scale, path, stack.device, stack.quantization)
+        one = functools.partial(run, path, scale, stack, Asked(scale))
+        at_once = 4 if stack.device == "cuda" and stack.ranks == 1 else 1
+        said = in_turn(one, setups_of(scale, stack), at_once)
         verdicts = judge(
-            Oracle(path / "oracle", device, float8_inputs=quantization == "fp8"),
+            Oracle(path / "oracle", stack.device, float8_inputs=stack.quantization == "fp8"),
             [told for several in said.values() for told in several],
         )
     for setup, (line, _) in verdicts.items():
@@ -232,21 +255,23 @@ def main() -> int:
     parser.add_argument("--device", choices=tuple(SCALES), default="cuda")
     parser.add_argument(
         "--models",
-        default=",".join(SCALES["cuda"].layers),
+        default="llama-3.1-8b,qwen3-0.6b",
         help="of bench/models, separated by commas",
     )
     parser.add_argument("--quantization", default="", choices=("", *ROUNDINGS))
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
         return 2
+    if options.one_gpu:
+        os.environ["PAGEWIRE_RANKS_SHARE_A_GPU"] = "1"
     models, scale = options.models.split(","), SCALES[options.device]
+    stack = Stack(
+        options.device, options.quantization, options.tensor_parallel_size, options.one_gpu
+    )
     return conclude(
-        "gpu_logits",
-        lambda: [
-            fault
-            for name in models
-            for fault in check(name, scale, options.device, options.quantization)
-        ],
+        "gpu_logits", lambda: [fault for name in models for fault in check(name, scale, stack)]
     )
 
 

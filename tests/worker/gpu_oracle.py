@@ -3,8 +3,10 @@ is: for checks on a machine with a GPU.
 
 A chosen token, or the n-th most likely one, may be behind float32's by twice the largest error of
 transformers' bf16 logits at its position: each of the two logits that are compared may be off by
-one such error. Errors of log-probabilities are bounded by those of transformers' bf16 for the same
-tokens at the same positions. Knows neither models nor how the stack was set up.
+one such error. Where tokens choose experts, another choice makes a difference that no error at that
+position need tell of: the largest error of the whole part counts there. Errors of log-probabilities
+are bounded by those of transformers' bf16 for the same tokens at the same positions.
+Knows neither models nor how the stack was set up.
 """
 
 import copy
@@ -42,12 +44,10 @@ class Oracle:
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
         self._device = device
-        self._exact: Any = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
-            .to(device)
-            .eval()
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
+        self._exact: Any = model.to(device).eval()
         self._rough: Any = copy.deepcopy(self._exact)
+        self.routed = bool(getattr(self._exact.config, "num_experts", 0))
         for parameter in (
             self._rough.parameters()
         ):  # not the buffers: transformers keeps the rotary frequencies in float32
@@ -150,6 +150,10 @@ class Tally:
     outside: int = 0
     ranked: int = 0
     behind: float = 0.0
+    routed: bool = False
+    """Tokens choose experts."""
+    _gaps: list[Tensor] = field(default_factory=list[Tensor])
+    _noise: float = 0.0
     _ours: list[Tensor] = field(default_factory=list[Tensor])
     _theirs: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -188,6 +192,10 @@ class Tally:
 
     def _check(self, gap: Tensor, noise: Tensor) -> None:
         self.ranked += len(gap)
+        if self.routed:
+            self._gaps.append(gap)
+            self._noise = max(self._noise, float(noise.max()))
+            return
         self.outside += int((~(gap <= 2 * noise)).sum())
         self.behind = max(self.behind, float((gap / noise).max()))
 
@@ -200,6 +208,10 @@ class Tally:
 
     def verdict(self) -> tuple[str, list[str]]:
         """Figures, and what is wrong."""
+        if self._gaps:
+            gaps = torch.cat(self._gaps)
+            self.outside = int((~(gaps <= 2 * self._noise)).sum())
+            self.behind = float(gaps.max()) / self._noise
         words = (
             [f"{self.second} of {self.chosen:,} tokens not float32's first"] if self.chosen else []
         )
@@ -233,7 +245,7 @@ def judge(oracle: Oracle, said: list[Said]) -> dict[str, tuple[str, list[str]]]:
         alike.setdefault(tuple(one.tokens), []).append(one)
     tallies: dict[str, dict[str, Tally]] = {}
     for one in said:
-        tallies.setdefault(one.setup, {}).setdefault(one.part, Tally())
+        tallies.setdefault(one.setup, {}).setdefault(one.part, Tally(routed=oracle.routed))
     for tokens, several in alike.items():
         for at, exact, rough in oracle.logits(list(tokens[:-1]), min(one.first for one in several)):
             for one in several:

@@ -1,6 +1,7 @@
 """A matcher process that is none: masks are a function of the grammar's source and the output, come
 late or never, and it dies when a test says so."""
 
+import os
 import zlib
 from collections.abc import Callable
 from random import Random
@@ -21,6 +22,8 @@ from pagewire.grammar.messages import (
 )
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire_protocol.grammar import Grammar, GrammarKind
+
+ALWAYS_READABLE = os.open(os.devnull, os.O_RDONLY)
 
 
 def grammar(source: str) -> Grammar:
@@ -97,8 +100,11 @@ class StandIn:
         bits[allowed(opened.grammar.source, output, self._vocab_size)] = 1
         self.masks[opened.row] = np.packbits(bits, bitorder="little").view(np.uint32)
 
-    def wait(self, seconds: float) -> bool:
-        return True
+    sends = False
+
+    def fileno(self) -> int:
+        """Of a file that can always be read."""
+        return ALWAYS_READABLE
 
     def close(self) -> None:
         self.dead = True
@@ -148,5 +154,7 @@ class Room:
         return self.processes[-1]
 
     def kill(self) -> None:
-        if self.processes:
-            self.processes[-1].dead = True
+        """One of those that live."""
+        living = [process for process in self.processes if not process.dead]
+        if living:
+            self._random.choice(living).dead = True

@@ -9,9 +9,10 @@ import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.fake import FakeRunner, chain
+from pagewire.worker.step import grammar_masks
 from pagewire.worker.step.forced_runs import MAX_RUN
-from pagewire.worker.step.grammar_masks import HANG_S, MAX_FAILED_STARTS
 from pagewire.worker.step.logit_constraints import Constraints
+from pagewire.worker.step.matcher import HANG_S, MAX_FAILED_STARTS
 from pagewire.worker.step.slots import Slots
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.grammar import Grammar
@@ -134,11 +135,19 @@ class Bench:
         self.step(retire, admit)
 
 
+@pytest.fixture(params=[1, 3], ids=["one matcher", "up to three"])
+def matchers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Another one for each two streams, as far as so many."""
+    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
+    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("late", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("deaths", [0.0, 0.1])
 @pytest.mark.parametrize("max_run", [0, 2, MAX_RUN])
 def test_a_mask_is_never_applied_to_another_row_or_position(
-    late: float, deaths: float, max_run: int
+    late: float, deaths: float, max_run: int, matchers: int
 ) -> None:
     constrained = free = 0
     for seed in range(3):
@@ -154,7 +163,22 @@ def test_a_mask_is_never_applied_to_another_row_or_position(
     assert free > 100 and constrained > 20
 
 
-def test_the_same_text_comes_whatever_happens_on_the_way() -> None:
+def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as another one is ready; those that were there as well."""
+    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
+    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 3)
+    bench = Bench(0)
+    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
+    bench.step(admit=requests)
+    for _ in range(3):
+        bench.step()
+    counts = [len(matcher.streams) for matcher in bench.room.masks._matchers]
+    assert len(bench.room.processes) == 3 and counts == [2, 2, 2]
+    bench.step(retire=list(requests))
+    assert not any(matcher.streams for matcher in bench.room.masks._matchers)
+
+
+def test_the_same_text_comes_whatever_happens_on_the_way(matchers: int) -> None:
     """Late masks, dead processes and a move to another slot change nothing."""
 
     def run(late: float, deaths: bool, max_run: int = 0) -> list[int]:

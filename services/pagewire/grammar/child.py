@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -80,9 +81,10 @@ class MatcherProcess:
     def send(self, message: ToMatcher) -> None:
         """As much as the socket takes now; the rest goes with the next call of any method."""
         self._unsent += framed(message)
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what the socket takes."""
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
                 try:
@@ -91,17 +93,18 @@ class MatcherProcess:
                     return  # `receive` says so
                 del self._unsent[:sent]
 
+    @property
+    def sends(self) -> bool:
+        """Something is left to be sent, once the socket takes it."""
+        return bool(self._unsent)
+
     def wait(self, seconds: float) -> bool:
         """Until something is there to be received, or so long; whether something is."""
-        writes = [self._socket] if self._unsent else []
-        readable, writable, _ = select.select([self._socket], writes, [], max(0.0, seconds))
-        if writable:
-            self._flush()
-        return bool(readable)
+        return wait_for_any([self], seconds)
 
     def receive(self) -> list[FromMatcher]:
         """What has arrived. Raises MatcherGone."""
-        self._flush()
+        self.flush()
         received: list[FromMatcher] = []
         while True:
             try:
@@ -128,3 +131,12 @@ class MatcherProcess:
         self._process.kill()
         self._process.wait()
         self._socket.close()
+
+
+def wait_for_any(processes: Sequence[MatcherProcess], seconds: float) -> bool:
+    """Until one of them has something to be received, or so long; whether one has."""
+    writes = [process for process in processes if process.sends]
+    readable, writable, _ = select.select(processes, writes, [], max(0.0, seconds))
+    for process in writable:
+        process.flush()
+    return bool(readable)

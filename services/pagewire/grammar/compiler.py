@@ -1,7 +1,6 @@
 """Grammars compiled once and kept: what is asked for again is a copy. Safe in any thread."""
 
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -18,11 +17,6 @@ from .vocabulary import Vocabulary
 
 KEPT: Final = 256
 """Compiled grammars."""
-COPIES: Final = 16
-"""Of one matcher, after which another one is compiled: copies share what they learn of the grammar,
-and wait for each other when threads compute their masks."""
-MAX_ORIGINALS: Final = min(16, 4 * (os.cpu_count() or 1))
-"""Matchers compiled for one grammar: several for each thread, which takes neighbours."""
 MAX_MESSAGE: Final = 400
 """Characters of what is said about a grammar."""
 NOTHING_MATCHES: Final = "no text matches it"
@@ -46,11 +40,10 @@ _MAY_BE_EMPTY: Final = (
 class Compiled:
     """One grammar. `ignored`: keywords that are not held."""
 
-    originals: list[LLMatcher]
-    """Matchers that have seen no token, to be copied."""
+    original: LLMatcher
+    """It has seen no token, and is copied. Copies share what they learn of the grammar, and would wait
+    for each other if several threads computed their masks."""
     ignored: tuple[str, ...]
-    copies: int = 0
-    """Made of all of them: a row of each, so that neighbours have the same original."""
 
 
 class Compiler:
@@ -79,23 +72,7 @@ class Compiler:
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """A new one, before its first token. Raises GrammarError."""
-        compiled = self.compiled(grammar)
-        with self._lock:
-            original = compiled.originals[compiled.copies // COPIES % len(compiled.originals)]
-            compiled.copies += 1
-        return original.deep_copy()
-
-    def spread(self, grammar: Grammar) -> None:
-        """Compile it once more where each matcher that is there has been copied often. Raises
-        GrammarError."""
-        compiled = self.compiled(grammar)
-        with self._lock:
-            wanted = min(MAX_ORIGINALS, 1 + compiled.copies // COPIES)
-            if len(compiled.originals) >= wanted:
-                return
-        original = self._matcher(grammar)
-        with self._lock:
-            compiled.originals.append(original)
+        return self.compiled(grammar).original.deep_copy()
 
     def _outcome(self, grammar: Grammar) -> Compiled | GrammarError:
         try:
@@ -127,7 +104,7 @@ class Compiler:
             mask &= ~(1 << token)
         if not mask and (grammar.kind not in _MAY_BE_EMPTY or not matcher.is_accepting()):
             raise GrammarError(NOTHING_MATCHES)
-        return Compiled([matcher], ignored_keywords(warnings))
+        return Compiled(matcher, ignored_keywords(warnings))
 
 
 def ignored_keywords(warnings: Iterable[str]) -> tuple[str, ...]:

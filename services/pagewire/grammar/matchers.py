@@ -4,18 +4,14 @@ A request's state is a function of its grammar and its output so far, so that it
 anywhere: by `open` with that output.
 """
 
-from typing import Final
-
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLMatcher
 from numpy.typing import NDArray
 from pagewire_protocol.grammar import Grammar
 
 from .compiler import Compiler, explained
 from .vocabulary import Vocabulary
 
-MANY: Final = 8
-"""Masks from which on several threads compute them."""
 Words = NDArray[np.uint32]
 
 
@@ -43,14 +39,17 @@ class Matchers:
     at most are taken as if they had been sampled, and the mask is for what follows them."""
 
     def __init__(
-        self, vocabulary: Vocabulary, compiler: Compiler, masks: Words, max_forced: int = 0
+        self,
+        vocabulary: Vocabulary,
+        compiler: Compiler,
+        masks: Words,
+        max_forced: int = 0,
     ) -> None:
         self._vocabulary = vocabulary
         self._compiler = compiler
         self._masks = masks
         self._max_forced = max_forced
         self._streams: dict[int, Stream] = {}
-        self._executor = LLExecutor()
         self._free_mask = self._all_but_endings()
 
     def _all_but_endings(self) -> Words:
@@ -111,8 +110,8 @@ class Matchers:
                 filled.append(key)
             else:
                 constrained.append(key)
-        self._compute(constrained)
         for key in constrained:
+            self._compute(self._streams[key])
             self._run_ahead(self._streams[key])
         failed: dict[int, str] = {}
         for key in constrained:
@@ -124,20 +123,10 @@ class Matchers:
                 filled.append(key)
         return filled, [self._streams[key].num_output for key in filled], failed
 
-    def _compute(self, keys: list[int]) -> None:
-        size = self._masks.shape[1] * 4
-        streams = [self._streams[key] for key in keys]
-        if len(streams) < MANY:
-            for stream in streams:
-                pointer = int(self._masks[stream.row].ctypes.data)
-                stream.matcher.unsafe_compute_mask_ptr(pointer, size)
-            return
-        self._executor.unsafe_compute_mask_ptr(
-            [(stream.matcher, stream.row) for stream in streams],
-            int(self._masks.ctypes.data),
-            size,
-            len(self._masks),
-        )
+    def _compute(self, stream: Stream) -> None:
+        """Its row of the masks."""
+        row = self._masks[stream.row]
+        stream.matcher.unsafe_compute_mask_ptr(int(row.ctypes.data), row.nbytes)
 
     def _run_ahead(self, stream: Stream) -> None:
         """Take the tokens that are the only ones allowed. Those that end a text are sampled."""
@@ -148,8 +137,7 @@ class Matchers:
                 return
             self._consume(stream, token)
             stream.forced.append(token)
-            pointer = int(self._masks[stream.row].ctypes.data)
-            stream.matcher.unsafe_compute_mask_ptr(pointer, self._masks.shape[1] * 4)
+            self._compute(stream)
 
     def forced(self, keys: list[int]) -> list[list[int]]:
         """The forced run of each of these requests, before the position of its mask."""

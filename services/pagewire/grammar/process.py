@@ -143,8 +143,6 @@ class Process:
         assert self._compiler is not None
         with contextlib.suppress(GrammarError):  # kept, and raised again where it is asked for
             self._compiler.compiled(message.grammar)
-            if isinstance(message, Open):
-                self._compiler.spread(message.grammar)
         self._compiled.put(message)
         self._waker.send(b"x")
 

@@ -28,6 +28,7 @@ from ..config import (
     SchedulerConfig,
     TokenizerConfig,
     WorkerConfig,
+    ranks_share_a_gpu,
     to_flags,
 )
 from ..frontend.auth import KEYS_VARIABLE
@@ -99,7 +100,8 @@ def check_workers(config: StackConfig) -> StackConfig:
     if visible and stages > 1:
         raise BadSetting("pipeline_parallel_size", stages, STAGES_ON_GPUS)
     ranks = config.worker.tensor_parallel_size
-    if visible and ranks > 1 and config.num_workers * ranks > len(visible):
+    needed = config.num_workers * ranks
+    if visible and ranks > 1 and needed > len(visible) and not ranks_share_a_gpu():
         several = f" for each of {config.num_workers} workers" if config.num_workers > 1 else ""
         raise BadSetting(
             "tensor_parallel_size",

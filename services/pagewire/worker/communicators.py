@@ -14,7 +14,7 @@ from pagewire_kernels.communicator import (
 )
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
-from ..config import STAGES_ON_GPUS
+from ..config import STAGES_ON_GPUS, ranks_share_a_gpu
 from ..process.group import Place
 from .load.rank_agreement import ALONE, Ranks, StageLinks
 from .models.ranks import PipelineStage
@@ -90,13 +90,16 @@ def _links(
 
 def _on_gpus(store: PrefixStore, place: Place) -> Communicator:
     """Raises NoCommunicator."""
+    from pagewire_kernels import cuda_communicator
+
+    if ranks_share_a_gpu():
+        device = torch.device("cuda", 0)
+        return cuda_communicator.connect_on_one_gpu(store, place.rank, place.size, device)
     count = torch.cuda.device_count()
     if count < place.size:
         raise NoCommunicator(
             f"--tensor-parallel-size {place.size} needs as many GPUs, and this process sees {count}"
         )
     torch.cuda.set_device(place.rank)
-    from pagewire_kernels import cuda_communicator
-
     device = torch.device("cuda", place.rank)
     return cuda_communicator.connect(store, place.rank, place.size, device)

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -40,22 +40,31 @@ TOLERANCE: Final = 0.02
 """Relative; what two orders of the same sum differ by in bf16 is a tenth of it."""
 
 Run = Callable[[Tensor], object]
+Gemms = Mapping[Shape, tuple[int, Sequence[Tensor]]]
+"""By shape, how many rows a GEMM had, and its weights in all layers."""
+
+
+def record(algorithms: GemmAlgorithms, forward: Callable[[], object]) -> Gemms:
+    """The GEMMs of the model that `algorithms` are for. `forward` runs it once, over more tokens
+    than rows; with several ranks, on all of them at once."""
+    if not gemm_cublaslt.version():
+        return {}
+    with algorithms.recording() as gemms:
+        forward()
+    return gemms
 
 
 def choose(
     algorithms: GemmAlgorithms,
-    forward: Callable[[], object],
+    gemms: Gemms,
     tokens: Sequence[int],
     rows: Sequence[int],
     progress: Callable[[float], None],
 ) -> None:
-    """Fill `algorithms`, which `forward` multiplies with, with the fastest ones. `forward` runs the
-    model once, over more tokens than rows; `tokens`: sizes of steps that will be run; `rows`: how
-    many tokens of a step are sampled."""
-    if not gemm_cublaslt.version():
+    """Fill `algorithms` with the fastest ones for `gemms`. `tokens`: sizes of steps that will be
+    run; `rows`: how many tokens of a step are sampled."""
+    if not gemms:
         return
-    with algorithms.recording() as gemms:
-        forward()
     path = _path()
     began = time.monotonic()
     timed = choices.read(path, _digits)

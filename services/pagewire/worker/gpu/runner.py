@@ -167,11 +167,12 @@ def start(
         parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
-            # What all ranks compute alike, as routers, must be computed by the same kernels: the
-            # first rank times them, and the others read what it has kept.
+            # All ranks run the model together. What they compute alike, as routers, must be computed
+            # by the same kernels: the first rank times them, and the others read what it has kept.
+            gemms = gemm_autotune.record(cuda.OPS.choices.gemm, parts.mixed.probe)
             if ranks.rank:
                 ranks.wait()
-            _choose_gemms(parts, progress)
+            _choose_gemms(parts, gemms, progress)
             if not ranks.rank:
                 ranks.wait()
         _capture(parts, progress)
@@ -179,6 +180,8 @@ def start(
     _log_outcome(loaded, cost)
     layers = ranks.layers
     checked = layers if isinstance(layers, CheckedCommunicator) else None
+    if checked is not None:
+        checked.serve()
     return GpuRunner(parts, cost, incarnation, _observers(config), checked)
 
 
@@ -231,14 +234,14 @@ def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
         choices.hopper_prefill = False
 
 
-def _choose_gemms(parts: GpuParts, progress: weights.Progress) -> None:
+def _choose_gemms(parts: GpuParts, gemms: gemm_autotune.Gemms, progress: weights.Progress) -> None:
     """For every number of rows that a GEMM of a captured step can have."""
     graphs, mixed = parts.graphs, parts.mixed
     rows = sorted({*graphs.sizes, *graphs.cascade_sizes, *mixed.row_counts()})
     tokens = sorted({*rows, *mixed.sizes(parts.loaded.on_gpu.step_tokens)})
     gemm_autotune.choose(
         cuda.OPS.choices.gemm,
-        mixed.probe,
+        gemms,
         tokens,
         rows,
         lambda fraction: progress("timing GEMMs", fraction),

@@ -1,16 +1,18 @@
-"""Which tokens the grammars of a worker's slots allow next: the worker's side of its matcher process
-(grammar/). Knows no tensors and no model.
+"""Which tokens the grammars of a worker's slots allow next: the worker's side of its matcher
+processes (grammar/). Knows no tensors and no model.
 
-Each admission is a stream with a key of its own. The matcher is told the stream's tokens as they are
+Each admission is a stream with a key of its own. A matcher is told the stream's tokens as they are
 sampled, and answers with the mask for the next one; a mask is used for that stream and that position
 and for nothing else. Where a grammar leaves a single token, the answer brings it, and further ones
-after it: a forced run, behind which the mask is. A row whose mask is not there when it would be sampled brings no token, and
-nobody else waits for it. When the process ends or hangs, a new one gets every stream as it is.
+after it: a forced run, behind which the mask is. A row whose mask is not there when it would be
+sampled brings no token, and nobody else waits for it.
+
+Masks for many rows take longer than a forward pass. So where there are processors enough, a matcher
+that has many streams gets another one beside it, and streams are spread over those that are ready.
 """
 
-import logging
+import os
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,51 +23,27 @@ from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Step
 
 from ...config import ModelConfig
-from ...grammar.child import MatcherGone, MatcherProcess
-from ...grammar.messages import Advance, Close, Failed, FromMatcher, Masks, Open, Start
+from ...grammar.child import MatcherProcess, wait_for_any
+from ...grammar.messages import Start, mask_words
+from .matcher import Matcher, Stream
 
-log = logging.getLogger("pagewire.worker")
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is computed."""
-HANG_S: Final = 10.0
-"""A process that is ready and owes an answer for so long is ended."""
-LOAD_S: Final = 300.0
-"""The same of one that loads its vocabulary, which may have to be downloaded."""
-RESTART_S: Final = (0.1, 5.0)
-"""How long after the end of a process the next one starts: at first, and at most. Doubled with each
-that ends before it has answered anything."""
-MAX_FAILED_STARTS: Final = 5
-"""Processes in a row that end before they are ready, after which no grammar is held."""
-MAX_DEATHS: Final = 3
-"""A stream at whose work alone so many processes ended gets no further masks."""
+CROWDED: Final = 16
+"""Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a mask."""
+MAX_MATCHERS: Final = 8
+CORES_A_MATCHER: Final = 2
+"""Processors that there must be for each."""
 NO_KEY: Final = 0
 NO_TOKEN: Final = -1
 
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 Keys = NDArray[np.uint64]
-
-
-class Stream:
-    """One admission: its grammar and all its output tokens."""
-
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "output", "slot")
-
-    def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
-        self.key = key
-        self.slot = slot
-        self.grammar = grammar
-        self.output = output
-        self.forced: list[int] = []
-        """The forced run that follows `output`: the matcher has taken it already."""
-        self.deaths = 0
-        """Processes in a row that ended while they worked for this stream alone."""
-        self.died_at = 0
-        """How many output tokens it had when the last one did."""
 
 
 class GrammarMasks:
@@ -86,7 +64,10 @@ class GrammarMasks:
         self._start = Start(model, vocab_size, eos, count)
         self._clock = clock
         self._sleep = sleep
-        self._process: MatcherProcess | None = None
+        self._max_matchers = max_matchers()
+        self._matchers = [self._new_matcher()]
+        self._num_ready = 0
+        """Matchers that were ready when streams were last spread."""
         self._streams: dict[int, Stream] = {}
         """By key."""
         self._key_of = np.full(count, NO_KEY, np.uint64)
@@ -98,13 +79,16 @@ class GrammarMasks:
         the mask is what the matcher has written."""
         self._failed = np.zeros(count, np.bool_)
         self._last_key = NO_KEY
-        self._suspects: deque[int] = deque()
-        """Streams at whose work a process has ended, by key: opened one after the other."""
-        self._owed: dict[int, float] = {}
-        """Keys that an answer is due for, and since when."""
-        self._next_start = 0.0
-        self._pause_s = RESTART_S[0]
-        self._failed_starts = 0
+
+    def _new_matcher(self) -> Matcher:
+        return Matcher(
+            self._start,
+            self._clock,
+            lambda start: self._start_process(start),
+            self._at_forced,
+            self._fail,
+            self._lose,
+        )
 
     # --- the slots' requests ---
 
@@ -117,10 +101,7 @@ class GrammarMasks:
         stream = Stream(self._last_key, slot, grammar, output.tolist())
         self._streams[stream.key] = stream
         self._key_of[slot] = stream.key
-        if self._process is None:
-            self._restart()
-        else:
-            self._open(stream)
+        self._match(stream)
 
     def retire(self, slot: int) -> None:
         """The slot's request is over."""
@@ -131,10 +112,9 @@ class GrammarMasks:
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
         self._failed[slot] = False
-        del self._streams[key]
-        self._answered(key)
-        if self._process is not None:
-            self._process.send(Close((key,)))
+        stream = self._streams.pop(key)
+        if stream.matcher is not None:
+            stream.matcher.remove(stream)
 
     def follow(self, step: Step) -> None:
         """The requests that `step` retires and admits."""
@@ -151,10 +131,9 @@ class GrammarMasks:
             self.retire(slot)
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        """End the processes."""
+        for matcher in self._matchers:
+            matcher.close()
 
     def concerns(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] have a grammar."""
@@ -176,21 +155,20 @@ class GrammarMasks:
         rows = [row for row, key in enumerate(keys.tolist()) if key in self._streams]
         if not rows:
             return
-        keys = keys[rows]
-        values = tokens[rows].astype(np.int32)
-        now = self._clock()
-        news = np.ones(len(keys), np.bool_)
-        for row, (key, token) in enumerate(zip(keys.tolist(), values.tolist(), strict=True)):
+        news: dict[Matcher, tuple[list[int], list[int]]] = {}
+        for key, token in zip(keys[rows].tolist(), tokens[rows].tolist(), strict=True):
             stream = self._streams[key]
             if stream.forced:
-                news[row] = False
                 self._say_forced(stream, token)
                 continue
             stream.output.append(token)
             self._mask_at[stream.slot] = -1
-            self._owed[key] = now
-        if self._process is not None and news.any():
-            self._process.send(Advance(keys[news].tobytes(), values[news].tobytes()))
+            if stream.matcher is not None:
+                new_keys, new_tokens = news.setdefault(stream.matcher, ([], []))
+                new_keys.append(key)
+                new_tokens.append(token)
+        for matcher, (new_keys, new_tokens) in news.items():
+            matcher.advance(new_keys, new_tokens)
 
     def _say_forced(self, stream: Stream, token: int) -> None:
         """`token` was sampled where there is a forced run, so that it is its first one; any other
@@ -199,11 +177,9 @@ class GrammarMasks:
         if token == stream.forced.pop(0):
             self._at_forced(stream)
         else:
-            stream.forced.clear()
-            self._mask_at[stream.slot] = -1
-            self._forced[stream.slot] = NO_TOKEN
-            if self._process is not None:
-                self._open(stream)
+            self._lose([stream])
+            if stream.matcher is not None:
+                stream.matcher.open(stream)
 
     def _at_forced(self, stream: Stream) -> None:
         """The next position of `stream` has a mask, by what is left of its forced run or behind
@@ -217,6 +193,7 @@ class GrammarMasks:
         """Before the first request: runs have `most` tokens at most. Returns how many they will
         have; 0: there will be none."""
         self._start = replace(self._start, max_forced=most)
+        self._matchers = [self._new_matcher()]
         return most
 
     def take_runs(self, slots: Ints, most: Ints) -> list[list[int]]:
@@ -268,153 +245,71 @@ class GrammarMasks:
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32 is
         set where token i may come."""
-        assert self._process is not None
-        masks = self._process.masks[slots]
+        masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
+        keys = self._key_of[slots].tolist()
+        matchers = [self._streams[key].matcher for key in keys]
+        for matcher in self._matchers:
+            own = [row for row, other in enumerate(matchers) if other is matcher]
+            if own and matcher.process is not None:
+                masks[own] = matcher.process.masks[slots[own]]
         for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
             word, bit = divmod(int(self._forced[slots[row]]), 32)
             masks[row] = 0
             masks[row, word] = 1 << bit
         return masks
 
-    # --- the process ---
+    # --- the matchers ---
+
+    def _match(self, stream: Stream) -> None:
+        """By the least busy matcher that is ready; by the first one where none is."""
+        ready = self._ready_matchers() or self._matchers[:1]
+        least = min(ready, key=lambda matcher: len(matcher.streams))
+        least.add(stream)
+        crowded = len(self._streams) > CROWDED * len(self._matchers)
+        if crowded and len(self._matchers) < self._max_matchers:
+            self._matchers.append(self._new_matcher())
+            self._matchers[-1].restart()
+
+    def _ready_matchers(self) -> list[Matcher]:
+        return [matcher for matcher in self._matchers if matcher.is_ready]
 
     def _wait(self, seconds: float) -> None:
-        if self._process is None:
-            self._sleep(min(seconds, max(0.0, self._next_start - self._clock())))
+        processes = [matcher.process for matcher in self._matchers if matcher.process is not None]
+        if processes:
+            wait_for_any(processes, seconds)
         else:
-            self._process.wait(seconds)
+            due = min(matcher.next_start for matcher in self._matchers)
+            self._sleep(min(seconds, max(0.0, due - self._clock())))
 
     def _receive(self) -> None:
-        if self._process is None:
-            self._restart()
-            return
-        try:
-            messages = self._process.receive()
-        except MatcherGone as gone:
-            self._lost(f"has ended: it {gone}")
-            return
-        for message in messages:
-            self._take(message)
-        self._look()
+        for matcher in self._matchers:
+            matcher.receive()
+        ready = self._ready_matchers()
+        if len(ready) > max(1, self._num_ready):
+            self._spread(ready)
+        self._num_ready = len(ready)
 
-    def _take(self, message: FromMatcher) -> None:
-        match message:
-            case Masks():
-                keys = np.frombuffer(message.keys, np.uint64).tolist()
-                positions = np.frombuffer(message.positions, np.int32).tolist()
-                runs = _forced_runs(message, len(keys))
-                for key, position, run in zip(keys, positions, runs, strict=True):
-                    stream = self._streams.get(key)
-                    if stream is not None and len(stream.output) + len(run) == position:
-                        stream.forced = run
-                        self._at_forced(stream)
-                        if position > stream.died_at:
-                            stream.deaths = 0
-                        self._answered(key)
-            case Failed():
-                stream = self._streams.get(message.key)
-                if stream is not None:
-                    log.warning("a grammar cannot be held any further: %s", message.message)
-                    self._failed[stream.slot] = True
-                    self._answered(message.key)
-            case _:
-                pass
+    def _spread(self, ready: list[Matcher]) -> None:
+        """Those that have more streams than others hand some on: a process makes a stream's state
+        again from its output."""
+        share = -(-sum(len(matcher.streams) for matcher in ready) // len(ready))
+        for matcher in ready:
+            for stream in list(matcher.streams.values())[share:]:
+                matcher.remove(stream)
+                self._lose([stream])
+                min(ready, key=lambda other: len(other.streams)).add(stream)
 
-    def _answered(self, key: int) -> None:
-        """No answer for `key` is due any more."""
-        self._owed.pop(key, None)
-        self._pause_s = RESTART_S[0]
-        if self._suspects and self._suspects[0] == key:
-            self._suspects.popleft()
-            self._open_suspect()
+    def _fail(self, stream: Stream) -> None:
+        self._failed[stream.slot] = True
 
-    def _look(self) -> None:
-        """End a process that hangs."""
-        if not self._owed or self._process is None:
-            return
-        limit = HANG_S if self._process.is_ready else LOAD_S
-        oldest = next(iter(self._owed.values()))
-        if self._clock() - max(oldest, self._process.ready_at) > limit:
-            self._process.close()
-            self._lost(f"has not answered for {limit:.0f} s")
-
-    def _lost(self, why: str) -> None:
-        log.warning(
-            "the matcher process %s; %d requests with grammars go on with a new one",
-            why,
-            len(self._streams),
-        )
-        if self._process is not None:
-            was_ready = self._process.is_ready
-            self._process.close()
-            self._process = None
-            self._failed_starts = 0 if was_ready else self._failed_starts + 1
-            if was_ready:
-                self._blame()
-            elif self._failed_starts >= MAX_FAILED_STARTS:
-                self._give_up()
-        self._mask_at[:] = -1
-        self._forced[:] = NO_TOKEN
-        for stream in self._streams.values():
+    def _lose(self, streams: list[Stream]) -> None:
+        """Their masks and forced runs are gone."""
+        for stream in streams:
             stream.forced = []
-        self._next_start = self._clock() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, RESTART_S[1])
-
-    def _blame(self) -> None:
-        """Whatever the process worked for may be what ended it. Which of several it was shows when
-        they are opened one by one."""
-        alone = len(self._owed) == 1 or bool(self._suspects)
-        blamed = [self._suspects[0]] if self._suspects else list(self._owed)
-        for key in blamed:
-            stream = self._streams.get(key)
-            if stream is None:
-                continue
-            stream.deaths += alone
-            stream.died_at = len(stream.output)
-            if stream.deaths >= MAX_DEATHS:
-                log.error("a grammar has ended %d matcher processes; it is given up", stream.deaths)
-                self._failed[stream.slot] = True
-                if self._suspects:
-                    self._suspects.popleft()
-            elif key not in self._suspects:
-                self._suspects.append(key)
-
-    def _give_up(self) -> None:
-        log.error(
-            "%d matcher processes could not start; requests with grammars fail", self._failed_starts
-        )
-        for stream in self._streams.values():
-            self._failed[stream.slot] = True
-
-    def _restart(self) -> None:
-        """A new process, with every stream as it is."""
-        if self._clock() < self._next_start:
-            return
-        self._process = self._start_process(self._start)
-        self._owed.clear()
-        self._suspects = deque(key for key in self._suspects if key in self._streams)
-        for stream in list(self._streams.values()):
-            if stream.key not in self._suspects and not self._failed[stream.slot]:
-                self._open(stream)
-        self._open_suspect()
-
-    def _open_suspect(self) -> None:
-        while self._suspects and self._suspects[0] not in self._streams:
-            self._suspects.popleft()
-        if self._suspects and self._process is not None:
-            self._open(self._streams[self._suspects[0]])
-
-    def _open(self, stream: Stream) -> None:
-        assert self._process is not None
-        output = np.array(stream.output, np.int32).tobytes()
-        self._owed.setdefault(stream.key, self._clock())
-        self._process.send(Open(stream.key, stream.slot, stream.grammar, output))
+            self._mask_at[stream.slot] = -1
+            self._forced[stream.slot] = NO_TOKEN
 
 
-def _forced_runs(message: Masks, rows: int) -> list[list[int]]:
-    """The forced run of each row."""
-    if not message.forced_counts:
-        return [[] for _ in range(rows)]
-    counts = np.frombuffer(message.forced_counts, np.int32)
-    tokens = np.frombuffer(message.forced_tokens, np.int32)
-    return [run.tolist() for run in np.split(tokens, np.cumsum(counts)[:-1])]
+def max_matchers() -> int:
+    """Of a worker, on this machine."""
+    return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0)) // CORES_A_MATCHER))

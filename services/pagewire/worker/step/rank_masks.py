@@ -14,6 +14,7 @@ from ...config import ModelConfig
 from ...grammar.messages import mask_words
 from ..rank_link import Follower, Leader, Link
 from .grammar_masks import Bools, GrammarMasks, Ints
+from .matcher import Stream
 
 MakeMasks = Callable[[int, ModelConfig, int, tuple[int, ...]], GrammarMasks]
 """As GrammarMasks."""
@@ -105,5 +106,5 @@ class FollowingMasks(GrammarMasks):
         """As rank 0."""
         return 0
 
-    def _restart(self) -> None:
-        """There is no process."""
+    def _match(self, stream: Stream) -> None:
+        """Rank 0 does."""
