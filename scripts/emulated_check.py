@@ -85,7 +85,8 @@ class Stack:
             if time.monotonic() - self._began > self._limit_s:
                 raise Failed(f"was not ready within {self._limit_s:.0f} s")
             time.sleep(0.2)
-        if self._process.returncode != 1 or any("Traceback" in line for line in self.lines()):
+        said = "\n".join(self.lines())
+        if self._process.returncode != 1 or "Traceback" in said or "giving up" in said:
             raise Failed(f"ended with {self._process.returncode}")
         return ""
 

@@ -114,6 +114,25 @@ def test_a_whole_stack_is_emulated_and_answers_the_same() -> None:
     assert there.endswith("'The capital of France is Paris.'")
 
 
+def test_a_processor_without_what_numpy_needs_is_refused_in_a_line(tmp_path: Path) -> None:
+    variables = {**os.environ, "VENV": sys.prefix}
+    subprocess.run([ROOT / "scripts" / "emulated", tmp_path, "qemu64"], check=True, env=variables)
+    for *command, line in (
+        ("serve", "--port", "0", "pagewire serve: worker-0 "),
+        ("doctor", "BROKEN  device         the process that imports torch "),
+    ):
+        result = subprocess.run(
+            [tmp_path / "bin" / "pagewire", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        wanted = f"{line}was killed by SIGILL: an instruction that this processor does not have"
+        assert wanted in result.stdout
+
+
 STAND_IN = """
 import http.server, json, os, signal, sys
 THERE = os.environ["PAGEWIRE_CACHE"].split("/cache")[0] + "/venv" in sys.executable
@@ -133,6 +152,7 @@ print(f"Pagewire serves it at http://127.0.0.1:{{server.server_port}}/v1", flush
 server.serve_forever()
 """
 REFUSE = 'sys.exit("pagewire: this processor is too old")'
+GIVE_UP = 'sys.exit("pagewire serve: worker-0 died 5 times, giving up")'
 CRASH = "os.kill(os.getpid(), signal.SIGILL)"
 
 
@@ -141,6 +161,7 @@ CRASH = "os.kill(os.getpid(), signal.SIGILL)"
     [
         ("pass", 1, "Haswell: other tokens: [1], not [0]"),
         (REFUSE, 0, "Haswell: refused: pagewire: this processor is too old"),
+        (GIVE_UP, 1, "Haswell: ended with 1"),
         (CRASH, 1, "Haswell: ended with -4"),
     ],
 )
