@@ -1,7 +1,7 @@
 """`pagewire serve` with the demo model on processors that this machine is not, emulated by qemu: does
 each start, and answer with the tokens that this machine answers with?
 
-    python scripts/emulated_check.py                      this machine, then Haswell (AVX2, no AVX-512) and Nehalem (no AVX)
+    python scripts/emulated_check.py                      this machine, then Haswell (AVX2, no AVX-512), Nehalem (no AVX), qemu64 (too old)
     python scripts/emulated_check.py Haswell Opteron_G5   others: `qemu-x86_64 -cpu help` lists them
 
 Every start is a first one, with an empty cache: it compiles and times its machine code. Prints a
@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 from pagewire.hub.huggingface import demo_gguf
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PROCESSORS: Final = ("Haswell", "Nehalem")
+PROCESSORS: Final = ("Haswell", "Nehalem", "qemu64")
 BODY: Final = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 8,
