@@ -504,7 +504,6 @@ async def load_once(
             "prompt": f"Person number {index} as JSON: ",
             "temperature": 1.0,
             "max_tokens": args.max_tokens,
-            "min_tokens": args.max_tokens,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .signals import (
-    arrived,
     end_generation,
     next_generation,
-    packed,
+    own_buffer,
+    own_slots,
     peer_pointer,
+    send_packed,
     signal,
     wait,
+    word_of,
 )
 from .symmetric_memory import SymmetricMemory
 
@@ -37,25 +39,18 @@ def _low_latency(x, out, peers, control, report, rank, rows, width, chunks, word
                  POLLS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     generation = next_generation(control)
-    slots = words_at + (generation % 2) * SIZE * limit * 8
+    slots = own_slots(words_at, generation, limit, SIZE)
     for tile in range(program, rows * chunks, PROGRAMS):
         column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
         at = (tile // chunks) * width + column
-        sent = packed(tl.load(x + at, mask=column < width, other=0), generation)
-        for step in tl.static_range(1, SIZE):
-            slot = slots + rank * limit * 8
-            to = peer_pointer(peers, (rank + step) % SIZE, slot, tl.int64)
-            tl.store(to + at, sent, mask=column < width)
+        send_packed(x, peers, rank, slots, at, column < width, limit, generation, SIZE)
     for tile in range(program, rows * chunks, PROGRAMS):
         column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
         row = tile // chunks
         at = row * width + column
         for peer in range(SIZE):
-            if peer == rank:
-                word = tl.load(x + at, mask=column < width, other=0)
-            else:
-                slot = peer_pointer(peers, rank, slots + peer * limit * 8, tl.int64)
-                word = arrived(slot + at, column < width, generation, peer, control, report, OPERATION, SIZE, POLLS)  # fmt: skip
+            word = word_of(x, peers, rank, peer, slots, at, column < width, limit, generation, control, report,
+                           OPERATION, SIZE, POLLS)  # fmt: skip
             tl.store(out + (row * SIZE + peer) * width + column, word, mask=column < width)
     end_generation(control, generation)
 
@@ -68,7 +63,7 @@ def _one_shot(x, out, peers, control, report, rank, rows, width, chunks, data_at
     program = tl.program_id(0)
     generation = next_generation(control)
     if program < rows * chunks:
-        buffer = data_at + (generation % 2) * limit
+        buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, WORD)
         for tile in range(program, rows * chunks, PROGRAMS):
             column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
@@ -100,14 +95,12 @@ def takes_buffers(memory: SymmetricMemory, x: Tensor) -> bool:
 def low_latency(memory: SymmetricMemory, x: Tensor, dim: int) -> Tensor:
     """All ranks' x, contiguous and not empty, behind each other along `dim`, in the order of the
     ranks. Must fit: `takes_low_latency`."""
-    layout = memory.layout
-    return _launch(memory, x, dim, _low_latency, layout.words_at, layout.packed_bytes // 4)
+    return _launch(memory, x, dim, _low_latency, memory.layout.packed_area)
 
 
 def one_shot(memory: SymmetricMemory, x: Tensor, dim: int) -> Tensor:
     """See low_latency. Must fit: `takes_buffers`."""
-    layout = memory.layout
-    return _launch(memory, x, dim, _one_shot, layout.data_at, layout.buffer_bytes)
+    return _launch(memory, x, dim, _one_shot, memory.layout.buffer_area)
 
 
 def _word_bytes(x: Tensor, dim: int) -> int:
@@ -117,24 +110,23 @@ def _word_bytes(x: Tensor, dim: int) -> int:
 
 
 def _launch(
-    memory: SymmetricMemory,
-    x: Tensor,
-    dim: int,
-    kernel: Any,
-    offset: int,
-    limit: int,
+    memory: SymmetricMemory, x: Tensor, dim: int, kernel: Any, area: tuple[int, int]
 ) -> Tensor:
     dim %= x.ndim
     shape = list(x.shape)
     shape[dim] *= memory.size
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     word_bytes = _word_bytes(x, dim)
-    words = x.view(-1).view(torch.uint8).view(WORDS[word_bytes])
+    words, gathered = (each.view(-1).view(torch.uint8).view(WORDS[word_bytes]) for each in (x, out))
     rows = x.shape[:dim].numel()
     width = words.numel() // rows
     block = min(WIDEST, triton.next_power_of_2(width))
-    kernel[(memory.layout.programs,)](
-        words, out.view(-1).view(torch.uint8).view(WORDS[word_bytes]), memory.peers, memory.control, memory.report, memory.rank,
-        rows, width, triton.cdiv(width, block), offset, limit, BLOCK=block, OPERATION=ALL_GATHER,
-        num_warps=max(1, min(8, block // 512)), **memory.constants())  # fmt: skip
+    memory.launch(
+        kernel,
+        (words, gathered),
+        (rows, width, triton.cdiv(width, block), *area),
+        BLOCK=block,
+        OPERATION=ALL_GATHER,
+        num_warps=max(1, min(8, block // 512)),
+    )
     return out

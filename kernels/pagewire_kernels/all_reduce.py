@@ -30,13 +30,15 @@ from torch import Tensor
 
 from .norm import normalized
 from .signals import (
-    arrived,
     end_generation,
     next_generation,
-    packed,
+    own_buffer,
+    own_slots,
     peer_pointer,
+    send_packed,
     signal,
     wait,
+    word_of,
 )
 from .symmetric_memory import SymmetricMemory
 
@@ -104,15 +106,11 @@ def _low_latency(x, residual, weight, bias, out, peers, control, report, rank, c
     i = tl.arange(0, BLOCK)
     j = tl.arange(0, BLOCK // A_WORD)
     words = x.to(tl.pointer_type(tl.int32))
-    slots = words_at + (generation % 2) * SIZE * limit * 8
+    slots = own_slots(words_at, generation, limit, SIZE)
     for row in range(program, rows, PROGRAMS):
         at = row * (H // A_WORD) + j
         inside = (j < H // A_WORD) & (at < count // A_WORD)
-        sent = packed(tl.load(words + at, mask=inside, other=0), generation)
-        for step in tl.static_range(1, SIZE):
-            slot = slots + rank * limit * 8
-            to = peer_pointer(peers, (rank + step) % SIZE, slot, tl.int64)
-            tl.store(to + at, sent, mask=inside)
+        send_packed(words, peers, rank, slots, at, inside, limit, generation, SIZE)
     w = i
     if NORM:
         w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
@@ -122,11 +120,8 @@ def _low_latency(x, residual, weight, bias, out, peers, control, report, rank, c
         low = tl.zeros((BLOCK // A_WORD,), tl.float32)
         high = low
         for peer in tl.static_range(0, SIZE):
-            if peer == rank:
-                word = tl.load(words + at, mask=inside, other=0)
-            else:
-                slot = peer_pointer(peers, rank, slots + peer * limit * 8, tl.int64)
-                word = arrived(slot + at, inside, generation, peer, control, report, OPERATION, SIZE, POLLS)  # fmt: skip
+            word = word_of(words, peers, rank, peer, slots, at, inside, limit, generation, control, report,
+                           OPERATION, SIZE, POLLS)  # fmt: skip
             if A_WORD == 2:
                 part, part_high = _halves(word, DTYPE)
             else:
@@ -161,7 +156,7 @@ def _one_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
     generation = next_generation(control)
     if program < rows:
         i = tl.arange(0, BLOCK)
-        buffer = data_at + (generation % 2) * limit
+        buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, DTYPE)
         for row in range(program, rows, PROGRAMS):
             inside = (i < H) & (row * H + i < count)
@@ -193,7 +188,7 @@ def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
     generation = next_generation(control)
     if program < share:
         i = tl.arange(0, BLOCK)
-        buffer = data_at + (generation % 2) * limit
+        buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, DTYPE)
         for line in range(program, share, PROGRAMS):
             for owner in range(SIZE):
@@ -252,20 +247,36 @@ def _check(x: Tensor, norm: AddNorm | None) -> None:
 
 def _geometry(x: Tensor, norm: AddNorm | None) -> dict[str, Any]:
     """How x is cut into rows, with what follows, as all kernels take it."""
-    width = CHUNK if norm is None else x.shape[-1]
+    return _rows_of(CHUNK if norm is None else x.shape[-1], norm)
+
+
+def _rows_of(width: int, norm: AddNorm | None) -> dict[str, Any]:
+    block = triton.next_power_of_2(width)
     return {
         "H": width,
-        "BLOCK": triton.next_power_of_2(width),
+        "BLOCK": block,
         "CENTRE": norm is not None and norm.centre,
         "BIAS": norm is not None and norm.bias is not None,
-        "num_warps": _warps(triton.next_power_of_2(width)),
+        "num_warps": _warps(block),
     }
 
 
-def _operands(norm: AddNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if norm is None:
-        return None, None, None
-    return norm.residual, norm.weight, norm.bias
+def _launch(
+    memory: SymmetricMemory,
+    kernel: Any,
+    x: Tensor,
+    out: Tensor,
+    norm: AddNorm | None,
+    rows: int,
+    area: tuple[int, int],
+    **options: Any,
+) -> Tensor:
+    """`out`, which `kernel` fills. rows: of x, or of each rank's share. area: where in a region the
+    kernel's data are, and how much fits."""
+    follows = (None, None, None) if norm is None else (norm.residual, norm.weight, norm.bias)
+    eps = 0.0 if norm is None else norm.eps
+    memory.launch(kernel, (x, *follows, out), (x.numel(), rows, eps, *area), **options)
+    return out
 
 
 def takes_low_latency(memory: SymmetricMemory, x: Tensor) -> bool:
@@ -287,44 +298,46 @@ def takes_norm(x: Tensor) -> bool:
 def low_latency(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
     """The sum of all ranks' x, of any shape; with `norm`, x is [T, H], and the result is normed. x
     is contiguous, and not empty, as for all kernels here. Must fit: `takes_low_latency`."""
-    _check(x, norm)
-    out = torch.empty_like(x)
-    geometry = _geometry(x, norm)
-    _low_latency[(memory.layout.programs,)](
-        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(),
-        triton.cdiv(x.numel(), geometry["H"]), 0.0 if norm is None else norm.eps, memory.layout.words_at,
-        memory.layout.packed_bytes // 4, A_WORD=4 // x.element_size(), NORM=norm is not None, OPERATION=ALL_REDUCE,
-        **geometry, **memory.constants())  # fmt: skip
-    return out
+    words = 4 // x.element_size()
+    return _whole(memory, _low_latency, x, norm, memory.layout.packed_area, A_WORD=words)
 
 
 def one_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
     """See low_latency. Must fit: `takes_buffers`."""
+    return _whole(memory, _one_shot, x, norm, memory.layout.buffer_area)
+
+
+def _whole(
+    memory: SymmetricMemory,
+    kernel: Any,
+    x: Tensor,
+    norm: AddNorm | None,
+    area: tuple[int, int],
+    **options: Any,
+) -> Tensor:
+    """A sum of which each rank computes all rows."""
     _check(x, norm)
-    out = torch.empty_like(x)
     geometry = _geometry(x, norm)
-    _one_shot[(memory.layout.programs,)](
-        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(),
-        triton.cdiv(x.numel(), geometry["H"]), 0.0 if norm is None else norm.eps, memory.layout.data_at,
-        memory.layout.buffer_bytes, NORM=norm is not None, OPERATION=ALL_REDUCE, **geometry, **memory.constants())  # fmt: skip
-    return out
+    rows = triton.cdiv(x.numel(), geometry["H"])
+    options |= {"NORM": norm is not None, "OPERATION": ALL_REDUCE, **geometry}
+    return _launch(memory, kernel, x, torch.empty_like(x), norm, rows, area, **options)
 
 
-def _launch_two_shot(
+def _shared(
     memory: SymmetricMemory,
     x: Tensor,
     out: Tensor,
     norm: AddNorm | None,
     normed_rows: int,
-    gather: bool,
     geometry: dict[str, Any],
+    *,
+    gather: bool,
 ) -> Tensor:
-    share = share_of(triton.cdiv(x.numel(), geometry["H"]), memory.size)
-    _two_shot[(memory.layout.programs,)](
-        x, *_operands(norm), out, memory.peers, memory.control, memory.report, memory.rank, x.numel(), share,
-        0.0 if norm is None else norm.eps, memory.layout.data_at, memory.layout.buffer_bytes, NORM=normed_rows, GATHER=gather,
-        OPERATION=ALL_REDUCE if gather else REDUCE_SCATTER, **geometry, **memory.constants())  # fmt: skip
-    return out
+    """A sum of which each rank computes its share of the rows."""
+    rows = share_of(triton.cdiv(x.numel(), geometry["H"]), memory.size)
+    operation = ALL_REDUCE if gather else REDUCE_SCATTER
+    options = {"NORM": normed_rows, "GATHER": gather, "OPERATION": operation, **geometry}
+    return _launch(memory, _two_shot, x, out, norm, rows, memory.layout.buffer_area, **options)
 
 
 def two_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
@@ -332,7 +345,7 @@ def two_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) ->
     _check(x, norm)
     normed_rows = NO_NORM if norm is None else WHOLE
     out = torch.empty_like(x)
-    return _launch_two_shot(memory, x, out, norm, normed_rows, True, _geometry(x, norm))
+    return _shared(memory, x, out, norm, normed_rows, _geometry(x, norm), gather=True)
 
 
 def scattered(memory: SymmetricMemory, x: Tensor, norm: AddNorm) -> Tensor:
@@ -340,8 +353,7 @@ def scattered(memory: SymmetricMemory, x: Tensor, norm: AddNorm) -> Tensor:
     are those from rank * share on (`share_of`), and what lies beyond the last row is left alone.
     The result is whole: x [T, H] -> [T, H]."""
     _check(x, norm)
-    out = torch.empty_like(x)
-    return _launch_two_shot(memory, x, out, norm, SHARE, True, _geometry(x, norm))
+    return _shared(memory, x, torch.empty_like(x), norm, SHARE, _geometry(x, norm), gather=True)
 
 
 def reduce_scatter(memory: SymmetricMemory, x: Tensor) -> Tensor:
@@ -350,8 +362,4 @@ def reduce_scatter(memory: SymmetricMemory, x: Tensor) -> Tensor:
     _check(x, None)
     rows, width = x.shape
     out = torch.empty(share_of(rows, memory.size), width, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
-    geometry = {"H": width, "BLOCK": block, "CENTRE": False, "BIAS": False}
-    return _launch_two_shot(
-        memory, x, out, None, NO_NORM, False, {**geometry, "num_warps": _warps(block)}
-    )
+    return _shared(memory, x, out, None, NO_NORM, _rows_of(width, None), gather=False)

@@ -5,6 +5,9 @@ which pipeline stages hand on hidden states.
 Sums are the same bits on every rank and in every run: ranks sample the tokens that they all go on
 with, each by itself. Every rank must call the same operations in the same order with tensors of the
 same shapes and types.
+
+Who makes a connection waits until all its ranks are there; they find each other in a `store` of
+torch's that nobody else has used.
 """
 
 from collections import deque
@@ -55,7 +58,7 @@ class Communicator(Protocol):
 
 @runtime_checkable
 class NormingCommunicator(Protocol):
-    """Of a Communicator that adds up, adds a residual and normalises in one kernel."""
+    """Of a Communicator that may add up, add a residual and normalise in one kernel."""
 
     def all_reduce_add_norm(
         self,
@@ -121,8 +124,7 @@ class GlooCommunicator:
     """A Communicator of processes or threads of one host, on CPU tensors, through torch's gloo."""
 
     def __init__(self, store: "Store", rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
-        """`store`: in which the ranks find each other; nobody else may have used it. Returns when
-        all are there. Raises CommunicatorFailed when they are not within `timeout_s` seconds."""
+        """Raises CommunicatorFailed when not all are there within `timeout_s` seconds."""
         self.rank = rank
         self.size = size
         self._timeout_s = timeout_s
@@ -166,9 +168,8 @@ class GlooPointToPoint:
         is_sender: bool,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """From `rank`, which this is, to `peer`, or the other way. `store`: in which the two find
-        each other; nobody else may have used it. Returns when both are there. Raises
-        CommunicatorFailed when they are not within `timeout_s` seconds."""
+        """From `rank`, which this is, to `peer`, or the other way. Raises CommunicatorFailed when not
+        both are there within `timeout_s` seconds."""
         self._who = f"rank {rank}, connected to rank {peer},"
         self._timeout_s = timeout_s
         number = 0 if is_sender else 1

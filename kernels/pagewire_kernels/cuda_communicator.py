@@ -53,7 +53,7 @@ class NcclCommunicator:
     ranks, but in an order of its own."""
 
     def __init__(self, store: Store, rank: int, size: int, device: torch.device) -> None:
-        """Returns when all ranks are there, and NCCL can be captured. Raises CommunicatorFailed."""
+        """Returns when NCCL can be captured, too. Raises CommunicatorFailed."""
         os.environ.update(NO_MULTICAST)
         self.rank = rank
         self.size = size
@@ -95,7 +95,7 @@ class StagedCommunicator:
     NCCL refuses. It cannot be captured."""
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        """Returns when all ranks are there. Raises CommunicatorFailed."""
+        """Raises CommunicatorFailed."""
         self.rank = rank
         self.size = size
         self._host = GlooCommunicator(store, rank, size, TIMEOUT_S)
@@ -147,8 +147,8 @@ def connect(
     timeout_s: float = WAIT_S,
 ) -> Communicator:
     """The ranks' fastest Communicator, a SymmetricCommunicator where every GPU can reach the memory
-    of all others; call it before anything is captured, on all ranks at once. `store`: in which the
-    ranks find each other; nobody else may have used it. Raises CommunicatorFailed."""
+    of all others; call it before anything is captured, on all ranks at once. Raises
+    CommunicatorFailed."""
     library = NcclCommunicator(store, rank, size, device)
     memory = _symmetric_memory(store, rank, layout or Layout(size), device, timeout_s)
     if memory is None:

@@ -30,6 +30,47 @@ def peer_pointer(peers, peer, offset, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def own_slots(words_at, generation, limit, SIZE: tl.constexpr):
+    """The offset of a generation's packed words: of each rank, at most `limit`."""
+    return words_at + (generation % 2) * SIZE * limit * 8
+
+
+@triton.jit
+def own_buffer(data_at, generation, limit):
+    """The offset of a generation's buffer of `limit` bytes."""
+    return data_at + (generation % 2) * limit
+
+
+@triton.jit
+def slot_pointer(peers, receiver, slots, sender, limit):
+    """To the packed words of rank `sender`, at most `limit`, in the region of rank `receiver`, whose
+    slots begin at the offset `slots`."""
+    return peer_pointer(peers, receiver, slots + sender * limit * 8, tl.int64)
+
+
+@triton.jit
+def send_packed(words, peers, rank, slots, at, inside, limit, generation, SIZE: tl.constexpr):
+    """Write the words at `words` + `at` into this rank's slots of all others."""
+    sent = packed(tl.load(words + at, mask=inside, other=0), generation)
+    for step in tl.static_range(1, SIZE):
+        to = slot_pointer(peers, (rank + step) % SIZE, slots, rank, limit)
+        tl.store(to + at, sent, mask=inside)
+
+
+@triton.jit
+def word_of(words, peers, rank, peer, slots, at, inside, limit, generation, control, report, OPERATION: tl.constexpr,
+            SIZE: tl.constexpr, POLLS: tl.constexpr):  # fmt: skip
+    """The words of rank `peer` at `at`: this rank's own are at `words`, those of others wherever they
+    were sent."""
+    if peer == rank:
+        word = tl.load(words + at, mask=inside, other=0)
+    else:
+        slot = slot_pointer(peers, rank, slots, peer, limit)
+        word = arrived(slot + at, inside, generation, peer, control, report, OPERATION, SIZE, POLLS)
+    return word
+
+
+@triton.jit
 def next_generation(control):
     """This launch's, the same in all programs of all ranks."""
     return tl.load(control + GENERATIONS + tl.program_id(0)) + 1

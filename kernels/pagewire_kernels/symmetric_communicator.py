@@ -97,9 +97,8 @@ class SymmetricCommunicator:
         *,
         centre: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(norm(total), total) of total = all_reduce(x) + residual, all [T, H], in one kernel where
-        there is one; `centre`: a layer norm. The total is written into `residual`, which must be
-        contiguous."""
+        """See NormingCommunicator; in one kernel where one takes rows so wide. The total is written
+        into `residual`."""
         x = x.contiguous()
         way = self._sum_way(x)
         if way != LIBRARY and all_reduce.takes_norm(x):
@@ -127,8 +126,7 @@ class SymmetricCommunicator:
         self.memory.set_timeout(SERVING_TIMEOUT_S)
 
     def check(self) -> None:
-        """Raises CommunicatorFailed if a kernel that has ended waited for too long. Waits for
-        nothing."""
+        """See CheckedCommunicator."""
         message = failure_message(self.memory)
         if message:
             raise CommunicatorFailed(message)

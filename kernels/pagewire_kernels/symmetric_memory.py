@@ -57,6 +57,16 @@ class Layout:
         return self.words_at + 2 * self.size * self.packed_bytes * 2
 
     @property
+    def packed_area(self) -> tuple[int, int]:
+        """(offset of the packed words, the most words of one rank)."""
+        return self.words_at, self.packed_bytes // 4
+
+    @property
+    def buffer_area(self) -> tuple[int, int]:
+        """(offset of the data buffers, bytes of one)."""
+        return self.data_at, self.buffer_bytes
+
+    @property
     def nbytes(self) -> int:
         """Of a region."""
         return self.data_at + 2 * self.buffer_bytes
@@ -95,14 +105,29 @@ class SymmetricMemory:
         device."""
         return int(self.report.item())
 
-    def constants(self) -> dict[str, Any]:
-        """What all kernels are compiled for."""
-        return {
-            "SIZE": self.size,
-            "PAD": next_power_of_2(self.size),
-            "PROGRAMS": self.layout.programs,
-            "POLLS": self.polls_a_look,
-        }
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        **options: Any,
+    ) -> None:
+        """Start a collective kernel. Its arguments are `tensors`, then peers, control, report and rank
+        of this memory, then `numbers`; compiled for `options` and for what this memory is."""
+        programs = self.layout.programs
+        kernel[(programs,)](
+            *tensors,
+            self.peers,
+            self.control,
+            self.report,
+            self.rank,
+            *numbers,
+            SIZE=self.size,
+            PAD=next_power_of_2(self.size),
+            PROGRAMS=programs,
+            POLLS=self.polls_a_look,
+            **options,
+        )
 
 
 def make(

@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +68,33 @@ SERVICES: dict[str, tuple[str, tuple[type[Any], ...], str]] = {
         (RunConfig, ModelConfig, SchedulerConfig, WorkerConfig),
         "the model on its device",
     ),
+}
+HUB_FILES = (
+    "model",
+    "tokenizer",
+    "revision",
+    "tokenizer_revision",
+    "download_dir",
+    "load_format",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+)
+"""Settings that say which files a model has, and where."""
+READ: dict[str, dict[type[Any], Collection[str]]] = {
+    # service: the settings that it reads, of a Struct that it does not read whole
+    "frontend": {ModelConfig: ("model", "tokenizer")},
+    "tokenizer": {ModelConfig: (*HUB_FILES, "generation_config", "chat_template")},
+    "scheduler": {ModelConfig: ()},
+    "worker": {
+        ModelConfig: (*HUB_FILES, "quantization", "chat_template", "max_model_len", "seed"),
+        SchedulerConfig: (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_step_ms",
+            "enable_cascade",
+            "steps_in_flight",
+        ),
+    },
 }
 
 
@@ -244,6 +271,25 @@ def take_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -
         namespace.model = positional
 
 
+def hide(parser: Parser, names: Collection[str]) -> None:
+    """Leave flags out of the help that a command takes, since one stack's settings may be given to
+    all commands, and does not use."""
+    for action in parser._actions:
+        if action.dest in names:
+            action.help = argparse.SUPPRESS
+            parser.notes[action.dest] = f"accepted without effect by `{parser.prog}`"
+
+
+def unread(read: Mapping[type[Any], Collection[str]]) -> list[str]:
+    """The settings of the Structs in `read` of which it does not say that they are read."""
+    return [
+        name
+        for struct, names in read.items()
+        for name in struct.__struct_fields__
+        if name not in names
+    ]
+
+
 def positive(text: str) -> int:
     """A flag's number of at least 1."""
     if not text.isdecimal() or not int(text):
@@ -252,10 +298,14 @@ def positive(text: str) -> int:
 
 
 def parse_structs(
-    command: str, description: str, structs: tuple[type[Any], ...], arguments: list[str]
+    command: str,
+    description: str,
+    structs: tuple[type[Any], ...],
+    arguments: list[str],
+    read: Mapping[type[Any], Collection[str]] | None = None,
 ) -> list[Any]:
-    """The Structs as given on the command line. Exits with status 2 and one line on a bad flag or
-    value."""
+    """The Structs as given on the command line. `read`: the settings that the command reads, as in
+    READ; None: all. Exits with status 2 and one line on a bad flag or value."""
     parser = new_parser(command, description)
     parser.add_argument(
         "--config",
@@ -264,6 +314,7 @@ def parse_structs(
         help="YAML file of the whole stack's settings, of which this service takes its own; flags and variables win",
     )
     add_flags(parser, *structs)
+    hide(parser, unread(read or {}))
     namespace = parser.parse_args(arguments)
     if "config" in namespace:
         imported("launch.flags").add_file(parser, structs, namespace)
@@ -293,7 +344,7 @@ def run_service(command: str, arguments: list[str]) -> int:
 
     die_with_parent()
     module, structs, description = SERVICES[command]
-    configs = parse_structs(command, description, structs, arguments)
+    configs = parse_structs(command, description, structs, arguments, READ[command])
     run = configs[0]
     logs.set_up(run.log_level, run.log_format, run.name or command)
     liveness.own.settle(run.watchdog_timeout)

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 
 READS = "\x1b[?2004h"
 """Sent when a text can be typed: from now on the terminal shall mark what is pasted, as PASTE does."""
+NO_MARKS = "\x1b[?2004l"
 PASTE = "\x1b[200~{}\x1b[201~"
 
 
@@ -95,8 +97,10 @@ class Terminal:
                 "PROMPT_TOOLKIT_NO_CPR": "1",
             },
         )
-        os.close(slave)
+        self.descriptor = slave
         self.shown = ""
+        self._modes = ""
+        """Whatever was shown, for the last of READS and NO_MARKS."""
 
     def wait(self, text: str, seconds: float = 30) -> None:
         """Until `text` is shown, after what was waited for before."""
@@ -105,11 +109,24 @@ class Terminal:
             assert time.monotonic() < end, f"no {text!r} in {self.shown!r}"
             if select.select([self._master], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # the other side is closed
-                    self.shown += os.read(self._master, 65536).decode(errors="replace")
+                    received = os.read(self._master, 65536).decode(errors="replace")
+                    self.shown += received
+                    self._modes += received
         self.shown = self.shown.partition(text)[2]
 
     def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
+        left = text.encode()
+        while left:
+            left = left[os.write(self._master, left) :]
+
+    def paste(self, text: str) -> None:
+        """As a terminal does: lines end as if Enter had been pressed, and have marks around them where
+        they are wanted now."""
+        is_marked = self._modes.rfind(READS) > self._modes.rfind(NO_MARKS)
+        text = text.replace("\n", "\r")
+        keys = PASTE.format(text) if is_marked else text
+        # the kernel takes a few KiB, the rest as it is read
+        threading.Thread(target=self.type, args=(keys,), daemon=True).start()
 
     def end(self) -> int:
         try:
@@ -117,6 +134,7 @@ class Terminal:
         finally:
             self.process.kill()
             os.close(self._master)
+            os.close(self.descriptor)
 
 
 def test_pasted_lines_are_one_question_and_commands_are_obeyed(
@@ -217,6 +235,55 @@ def test_ctrl_c_ends_an_answer_but_not_the_chat(server: Server, tmp_path: Path) 
     terminal.wait(READS)
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("lines", [3, 400])
+def test_what_is_pasted_while_an_answer_is_written_is_one_question(
+    lines: int, server: Server, tmp_path: Path
+) -> None:
+    """Not shown amid the answer, and of any length. What was typed before it is in front of it."""
+    pasted = "\n".join(f"line {number} {'.' * 40}" for number in range(lines))
+    server.endless = True
+    terminal = Terminal(server, tmp_path)
+    terminal.wait(READS)
+    terminal.type("go on\r")
+    terminal.wait("more")
+    terminal.type("see ")
+    terminal.paste(pasted + "\n")
+    for _ in range(3):
+        terminal.wait("more")
+        assert "line 0" not in terminal.shown and "200~" not in terminal.shown
+    server.endless = False
+    terminal.wait(READS)
+    terminal.wait(f"line {lines - 1} ")
+    terminal.type("\r")
+    terminal.wait("answer 2")
+    terminal.wait(READS)
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    assert server.texts() == ["go on", f"see {pasted}"]
+
+
+def test_keys_pressed_while_an_answer_is_written_are_the_next_questions(
+    server: Server, tmp_path: Path
+) -> None:
+    server.endless = True
+    terminal = Terminal(server, tmp_path)
+    before = termios.tcgetattr(terminal.descriptor)
+    terminal.wait(READS)
+    terminal.type("go on\r")
+    terminal.wait("more")
+    terminal.type("second\rthird\r")
+    terminal.wait("more")
+    server.endless = False
+    terminal.wait("answer 3")
+    terminal.wait(READS)
+    terminal.type("/exit\r")
+    terminal.wait(NO_MARKS)
+    assert terminal.process.wait(20) == 0
+    assert termios.tcgetattr(terminal.descriptor)[:4] == before[:4]
+    terminal.end()
+    assert server.texts() == ["go on", "second", "third"]
 
 
 def test_one_question_that_is_interrupted_exits_as_shells_expect(

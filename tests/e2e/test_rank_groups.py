@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +23,9 @@ from e2e.conftest import Stack
 from e2e.test_stack_fake import VOCAB, ask, stream
 from pagewire.offline.llm import LLM
 from pagewire.offline.sampling_params import SamplingParams
+from pagewire.process.errors import EXPECTED
+from pagewire.process.group import Place
+from pagewire.worker.communicators import NoCommunicator, connect_ranks
 from pagewire.worker.fake import chain
 from pagewire.worker.models import describe
 from pagewire.worker.models.decoder import Decoder
@@ -28,6 +33,7 @@ from pagewire.worker.models.layers import Build
 from pagewire_kernels.backend import backend
 from pagewire_protocol.sampling import Sampling
 from safetensors.torch import save_file
+from torch._C._distributed_c10d import HashStore
 from worker.conftest import Driver
 
 FAKE = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", str(VOCAB))
@@ -169,6 +175,53 @@ def test_a_model_that_cannot_be_divided_so_is_refused_in_one_line(tiny: Path) ->
         LLM(str(tiny), tensor_parallel_size=3, **ON_CPU)
     with pytest.raises(RuntimeError, match="3 layers cannot be divided among 4 stages"):
         LLM(str(tiny), pipeline_parallel_size=4, **ON_CPU)
+
+
+STAGES_REFUSED = (
+    "pipeline stages run on CPUs only in this version (--device cpu); --tensor-parallel-size divides "
+    "a model among GPUs"
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("serve", "--port", "0"), ("run-batch", "-i", "{dir}/in", "-o", "{dir}/out"), ("worker",)],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_stages_on_gpus_are_refused_before_anything_starts(
+    words: tuple[str, ...], device: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").write_text("")
+    run_dir = tmp_path / "run"
+    flags = ("--device", device, "--run-dir", str(run_dir), "--pipeline-parallel-size", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "pagewire", *(word.format(dir=tmp_path) for word in words), *flags],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (line,) = done.stderr.splitlines()
+    start = f"pagewire {words[0]}: --pipeline-parallel-size 2: {STAGES_REFUSED}"
+    assert line.startswith(start) and done.returncode
+    assert not run_dir.exists() and not (tmp_path / "out").exists()
+
+
+def test_stages_on_gpus_are_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ValueError) as refusal:
+        LLM(pipeline_parallel_size=2)
+    assert str(refusal.value) == f"pipeline_parallel_size=2: {STAGES_REFUSED}"
+
+
+def test_stages_that_find_themselves_on_gpus_end_in_one_line() -> None:
+    """Where no device file told of the GPU before."""
+    place = Place("worker-0", 0, 1, "life", 0, (), ())
+    with pytest.raises(NoCommunicator) as refusal:
+        connect_ranks(HashStore(), place, "cuda", 2)
+    assert isinstance(refusal.value, EXPECTED)
+    assert str(refusal.value) == f"--pipeline-parallel-size 2: {STAGES_REFUSED}"
 
 
 def test_a_worker_by_itself_starts_its_ranks() -> None:

@@ -22,7 +22,16 @@ from typing import Any
 
 import pytest
 from e2e.conftest import Stack, gone
-from e2e.test_rank_groups import FAKE, ranks_of, streams_through
+from e2e.test_rank_groups import (
+    COUNT,
+    FAKE,
+    ON_CPU,
+    PROMPTS,
+    alone,  # noqa: F401  a fixture, as the next one
+    ranks_of,
+    streams_through,
+    tiny,  # noqa: F401
+)
 from e2e.test_stack_fake import VOCAB, ask
 from pagewire.offline.llm import LLM
 from pagewire.offline.sampling_params import SamplingParams
@@ -185,6 +194,45 @@ def test_the_same_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(device="fake", distributed_executor_backend="ray", **settings) as llm:
         (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
     assert list(output.outputs[0].token_ids) == chain([1, 2, 3], 8, VOCAB)
+
+
+def test_pipeline_stages_are_ranks_as_others(
+    tiny: Path,  # noqa: F811
+    alone: list[list[int]],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An actor for each of the four ranks of two stages, and a real model's answers as of one
+    process."""
+    log = tmp_path / "calls"
+    for name, value in with_stand_in(STAND_IN_LOG=str(log)).items():
+        monkeypatch.setenv(name, value)
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+    divided = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    with LLM(str(tiny), distributed_executor_backend="ray", **divided, **ON_CPU) as llm:
+        outputs = llm.generate(prompt_token_ids=PROMPTS, sampling_params=params, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == alone
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [call["bundle"] for call in calls if "bundle" in call] == [0, 1, 2, 3]
+
+
+async def test_streams_survive_the_loss_of_a_stage() -> None:
+    stack = Stack(
+        *FAKE, "--fake-step-ms", "4", "-pp", "2", *RAY, environment=with_stand_in()
+    ).wait_ready()
+    try:
+        before = processes(stack)
+        assert sorted(before) == ["worker-0", "worker-0.1"]
+        prompts = [[number, 2, 3] for number in range(4)]
+        victim = before["worker-0.1"][0]
+        answers = await streams_through(
+            stack, prompts, 500, lambda: os.kill(victim, signal.SIGKILL)
+        )
+        for prompt, (tokens, reason) in zip(prompts, answers, strict=True):
+            assert tokens == chain(prompt, 500, VOCAB) and reason == "length"
+        assert gone([pid for both in before.values() for pid in both], 10.0)
+    finally:
+        assert stack.end() == 0
 
 
 def calls_of(tmp_path: Path, *flags: str, **variables: str) -> tuple[Stack, list[Any]]:

@@ -31,6 +31,8 @@ H200 = Gpu(1, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, "GPU-cc", own=GIB)
 L4 = Gpu(1, "NVIDIA L4", (8, 9), 22 * GIB, 21 * GIB, "GPU-dd", own=GIB)
 ON_CUDA = WorkerConfig(device="cuda", tensor_parallel_size=2)
 ON_CPU = WorkerConfig(device="cpu", tensor_parallel_size=2)
+STAGES_ON_CUDA = WorkerConfig(device="cuda", pipeline_parallel_size=2)
+STAGES_ON_CPU = WorkerConfig(device="cpu", tensor_parallel_size=2, pipeline_parallel_size=2)
 
 
 def probe(*gpus: Gpu, **options: object) -> GpuProbe:
@@ -167,6 +169,29 @@ def test_ranks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mark == "note" and text.startswith("16 processes with 1 thread(s) each on 8 core(s)")
 
 
+def test_all_ranks_of_all_stages_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 4)
+    assert doctor_ranks.check_places(STAGES_ON_CPU, probe(H100)) == (
+        "ok",
+        "4 processes, 2 stages of 2 rank(s), with 1 thread(s) each on 4 core(s), connected by gloo: "
+        "one request at a time is slower than one process with all cores",
+    )
+    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 3)
+    assert doctor_ranks.check_places(STAGES_ON_CPU, probe())[0] == "note"
+
+
+def test_stages_on_gpus_are_refused_as_at_a_start(tiny) -> None:
+    model = ModelConfig(str(tiny("llama").path))
+    with pytest.raises(BadSetting) as refusal:
+        doctor_ranks.check_places(STAGES_ON_CUDA, probe(H100, TWIN))
+    assert str(refusal.value) == (
+        "--pipeline-parallel-size 2: pipeline stages run on CPUs only in this version (--device cpu); "
+        "--tensor-parallel-size divides a model among GPUs"
+    )
+    assert subjects(model, STAGES_ON_CUDA, probe(H100, TWIN)) == ["ranks", "division"]
+    assert "2 processes, 2 stages of 1" in doctor_ranks.check_places(STAGES_ON_CUDA, probe())[1]
+
+
 def test_who_places_them(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = WorkerConfig(device="cpu", tensor_parallel_size=2, distributed_executor_backend="ray")
     monkeypatch.setattr(doctor_ranks.importlib.metadata, "version", lambda name: "2.60.0")
@@ -191,6 +216,11 @@ def test_one_rank_needs_no_further_checks(tiny, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "look_at_gpus", lambda: probe(H100, TWIN))
     names = [name for name, _ in doctor.list_checks(model, FrontendConfig(), ON_CUDA, False)]
     assert names[-6:] == ["model", "ranks", "peers", "shared memory", "division", "rank memory"]
+    stages = WorkerConfig(device="cpu", pipeline_parallel_size=2)
+    names = [name for name, _ in doctor.list_checks(model, FrontendConfig(), stages, False)]
+    assert names[-4:] == ["model", "ranks", "division", "rank memory"]
+    names = [name for name, _ in doctor_container.checks("worker", model, stages)]
+    assert names[2:6] == ["device", "ranks", "division", "rank memory"]
     names = [name for name, _ in doctor_container.checks("worker", model, ON_CUDA)]
     assert names[2:8] == ["device", "ranks", "peers", "shared memory", "division", "rank memory"]
     names = [name for name, _ in doctor_container.checks("tokenizer", model, ON_CUDA)]
@@ -208,6 +238,28 @@ def test_which_numbers_divide_a_model(tiny) -> None:
         Unsupported, match=f"{heads} attention heads cannot be divided among 7 ranks"
     ):
         doctor_ranks.check_division(path, model, replace_size(ON_CPU, 7))
+    mark, text = doctor_ranks.check_division(path, model, STAGES_ON_CPU)
+    assert mark == "ok" and text.endswith(" ranks, in each of 1 to 3 stages of its 3 layers")
+    deep = WorkerConfig(device="cpu", pipeline_parallel_size=4)
+    with pytest.raises(Unsupported, match="3 layers cannot be divided among 4 stages"):
+        doctor_ranks.check_division(path, model, deep)
+
+
+def test_the_trial_generation_has_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    class Stopped(Exception):
+        pass
+
+    def engine(model: str, **settings: object) -> None:
+        asked.update(settings)
+        raise Stopped
+
+    monkeypatch.setattr("pagewire.LLM", engine)
+    with pytest.raises(Stopped):
+        doctor.check_generation(ModelConfig("some/model", revision="v2"), STAGES_ON_CPU)
+    assert asked["tensor_parallel_size"] == asked["pipeline_parallel_size"] == 2
+    assert asked["revision"] == "v2" and asked["hopper_attention"] is True
 
 
 def test_what_each_rank_holds(tiny) -> None:
@@ -224,7 +276,8 @@ def test_what_each_rank_holds(tiny) -> None:
         )
         answer = forecast(Request(str(path), model, SchedulerConfig(), worker))
         assert not answer.reason and answer.tokens == 64 * 16
-        return answer.weights, answer.cache
+        (stage,) = answer.stages
+        return stage.weights, stage.cache
 
     whole, half = bytes_of(1), bytes_of(2)
     assert whole[0] / 2 < half[0] < 0.6 * whole[0] and half[1] == whole[1] // 2
@@ -236,6 +289,84 @@ def test_what_each_rank_holds(tiny) -> None:
     assert "1,024 tokens in all; contexts of up to" in text
 
 
+@pytest.mark.parametrize(
+    ("size", "quantization", "share"), [(1, "", 0.01), (2, "", 0.01), (1, "int8", 0.25)]
+)
+def test_what_each_stage_holds(size: int, quantization: str, share: float, tiny) -> None:
+    """As its start says it: two layers and the embedding, one layer and the head. Of quantized
+    weights it is an estimate."""
+    from pagewire.config import SchedulerConfig
+    from pagewire.worker.load import loader
+    from pagewire.worker.load.rank_agreement import Ranks
+    from pagewire.worker.load.rank_forecast import Request, forecast
+    from pagewire.worker.models.decoder import Decoder
+    from pagewire.worker.models.ranks import PipelineStage
+    from pagewire_kernels.communicator import SINGLE_RANK
+
+    path = tiny("llama").path
+    model = ModelConfig(str(path), quantization=quantization)
+    worker = WorkerConfig(
+        device="cpu",
+        dtype="bfloat16" if quantization else "float32",
+        cpu_kv_cache_gb=0.01,
+        tensor_parallel_size=size,
+        pipeline_parallel_size=2,
+    )
+    answer = forecast(Request(str(path), model, SchedulerConfig(), worker))
+    assert [stage.layers for stage in answer.stages] == [2, 1]
+    first, last = answer.stages
+    assert first.cache == 2 * last.cache and answer.tokens % worker.block_size == 0
+    if size == 1:
+        for index, stage in enumerate(answer.stages):
+            ranks = Ranks(SINGLE_RANK, SINGLE_RANK, PipelineStage(index, 2))
+            loaded = loader.load(path, model, worker, lambda stage, fraction: None, ranks=ranks)
+            decoder = loaded.decoder
+            assert isinstance(decoder, Decoder) and stage.weights == loaded.sizing.weight_bytes
+            tied_copy = 257 * 64 * 4 if index == 1 and not quantization else 0
+            assert stage.weights - tied_copy == pytest.approx(decoder.nbytes, rel=share)
+    mark, text = doctor_ranks.check_memory(path, model, worker, ())
+    assert mark == "ok" and text.startswith(
+        "each rank of stage 0 (2 layers, embedding) holds 0.00 GiB of weights and "
+    )
+    assert "; each rank of stage 1 (1 layer, head) holds " in text
+    assert f", {answer.tokens:,} tokens in all; contexts of up to" in text
+
+
+def test_stages_that_are_alike_are_told_together() -> None:
+    held = {"layers": 2, "weights": GIB, "cache": GIB // 2}
+    assert doctor_ranks._held([held] * 5) == (
+        "each rank of stage 0 (2 layers, embedding) holds 1.00 GiB of weights and 0.50 GiB of KV cache; "
+        "each rank of stages 1 to 3 (2 layers) holds 1.00 GiB of weights and 0.50 GiB of KV cache; "
+        "each rank of stage 4 (2 layers, head) holds 1.00 GiB of weights and 0.50 GiB of KV cache"
+    )
+
+
+def test_a_context_is_cut_to_what_all_stages_hold(tiny) -> None:
+    """--fit, and the refusal without it, which names a rank of all."""
+    from pagewire.config import SchedulerConfig
+    from pagewire.worker.load.rank_forecast import Forecast, Request, forecast
+
+    path = tiny("llama").path
+
+    def answer(fit: bool) -> Forecast:
+        worker = WorkerConfig(
+            device="cpu", num_kv_blocks=4, pipeline_parallel_size=3, tensor_parallel_size=2, fit=fit
+        )
+        return forecast(
+            Request(str(path), ModelConfig(str(path), max_model_len=128), SchedulerConfig(), worker)
+        )
+
+    assert answer(True).max_model_len == answer(True).tokens == 64
+    assert answer(False).reason.startswith("rank 0 of 6: a context of 128 tokens needs 8 KV blocks")
+
+
+def test_a_model_with_too_few_layers_is_refused_in_words(tiny) -> None:
+    path = tiny("llama").path
+    deep = WorkerConfig(device="cpu", pipeline_parallel_size=4)
+    mark, text = doctor_ranks.check_memory(path, ModelConfig(str(path)), deep, ())
+    assert mark == "BROKEN" and "3 layers cannot be divided among 4 stages" in text
+
+
 def test_a_rank_s_gpu_that_is_too_small_is_named(tiny) -> None:
     """The second one; planned on numbers alone, without a GPU."""
     from pagewire.config import SchedulerConfig
@@ -245,7 +376,7 @@ def test_a_rank_s_gpu_that_is_too_small_is_named(tiny) -> None:
     full = replace(TWIN, free=GIB // 8)
     request = Request(str(path), ModelConfig(str(path)), SchedulerConfig(), ON_CUDA, (H100, TWIN))
     answer = forecast(request)
-    assert not answer.reason and answer.cache > 50 * GIB
+    assert not answer.reason and answer.stages[0].cache > 50 * GIB
     request = Request(str(path), ModelConfig(str(path)), SchedulerConfig(), ON_CUDA, (H100, full))
     assert forecast(request).reason.startswith("rank 1 of 2: the model needs")
 

@@ -213,6 +213,31 @@ def test_a_forced_run_comes_in_one_step() -> None:
     assert steps[0] == 30 and steps[MAX_RUN] <= 15
 
 
+def test_rows_without_grammars_wait_no_longer_than_for_their_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masks that never come hold up a step until it is computed, and one of their rows alone until
+    the limit."""
+    monkeypatch.setattr(grammar_masks, "WAIT_S", 0.5)
+    monkeypatch.setattr(grammar_masks, "WAIT_ALONE_S", 1.0)
+    room = Room(SLOTS, VOCAB, late=1.0)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    looks = iter([False, False, True])
+
+    def waited(slots: list[int], computed: bool) -> float:
+        began = room.clock.now
+        columns = np.array(slots), np.zeros(len(slots), np.int64)
+        ready = room.masks.ready(*columns, (lambda: next(looks)) if computed else None)
+        assert ready.tolist() == [slot > 0 for slot in slots]
+        return room.clock.now - began
+
+    assert waited([0, 1], True) < grammar_masks.WAIT_S
+    assert next(looks, None) is None
+    assert waited([0, 1], False) >= grammar_masks.WAIT_S
+    looks = iter([True])
+    assert waited([0], True) >= grammar_masks.WAIT_ALONE_S
+
+
 def test_without_grammars_there_is_no_process() -> None:
     bench = Bench(0)
     bench.step(admit={0: Request(None, [1])})

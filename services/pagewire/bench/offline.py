@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli import add_model, new_parser, positive, read_all, take_model
+from ..cli import Parser, add_model, hide, new_parser, positive, read_all, take_model
 from ..config import (
     ModelConfig,
     RunConfig,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..offline.llm import LLM
 
 STRUCTS = (RunConfig, ModelConfig, TokenizerConfig, SchedulerConfig, WorkerConfig)
+HTTP_ONLY = ("shutdown_delay",)
 OWN = ("workloads", "runs", "budget_s", "scale", "json", "vocab", "repeats", "sizes", "plot")
 GROUPS = {"all": tuple(workloads.OFFLINE), "sweep": workloads.SWEEP}
 
@@ -46,13 +47,12 @@ def main(arguments: list[str]) -> int:
     return 1 if any(result.error for result in results.values()) else 0
 
 
-def settings_of(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[dict[str, Any], argparse.Namespace]:
+def settings_of(parser: Parser, arguments: list[str]) -> tuple[dict[str, Any], argparse.Namespace]:
     """(the keyword arguments of LLM, the measurement's own options). Exits with status 2 and one
     line on a bad flag or value."""
     add_model(parser)
     add_flags(parser, *STRUCTS, skip=("run_dir", "name"))
+    hide(parser, HTTP_ONLY)
     about = f"prompts are random token ids from {workloads.FIRST_ID} to this (default: {workloads.VOCAB}, or the model's)"
     parser.add_argument("--vocab", type=_vocabulary, default=workloads.VOCAB, help=about)
     options = parser.parse_args(arguments)

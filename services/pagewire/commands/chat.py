@@ -302,7 +302,8 @@ def _loop(conversation: Conversation, lines: Lines) -> int:
         if COMMAND.fullmatch(word) and "\n" not in text:
             print(_command(conversation, word, text.strip()[len(word) :].strip()))
         elif word:
-            ended = conversation.turn(text)
+            with lines.kept():
+                ended = conversation.turn(text)
             if not lines.interactive:
                 if ended == INTERRUPTED:
                     return INTERRUPTED

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..cli import add_model, new_parser, read_all, take_model
+from msgspec import structs
+
+from ..cli import add_model, hide, new_parser, read_all, take_model, unread
 from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from ..hub import huggingface
 from ..process.listening import listening_socket
@@ -274,18 +276,15 @@ def check_generation(model: ModelConfig, worker: WorkerConfig) -> Finding:
 
     began = time.monotonic()
     settings = {
-        "device": worker.device,
-        "dtype": worker.dtype,
+        **structs.asdict(model),
+        **structs.asdict(worker),
         "max_num_seqs": 4,
         "max_model_len": min(model.max_model_len or TRIAL_CONTEXT, TRIAL_CONTEXT),
         "num_kv_blocks": max(TRIAL_BLOCKS, -(-TRIAL_CONTEXT // worker.block_size)),
-        "block_size": worker.block_size,
+        "kv_cache_memory_bytes": 0,
         "enforce_eager": True,
-        "tokenizer": model.tokenizer,
-        "tensor_parallel_size": worker.tensor_parallel_size,
-        "distributed_executor_backend": worker.distributed_executor_backend,
     }
-    with LLM(model.model, **{key: value for key, value in settings.items() if value}) as llm:
+    with LLM(**{name: value for name, value in settings.items() if value != ""}) as llm:
         ready = time.monotonic() - began
         answer = llm.generate(
             "The capital of France is", SamplingParams(temperature=0, max_tokens=1), use_tqdm=False
@@ -305,6 +304,7 @@ def main(arguments: list[str]) -> int:
     )
     add_model(parser)
     add_flags(parser, ModelConfig, FrontendConfig, WorkerConfig, skip=("socket_fd",))
+    hide(parser, unread({FrontendConfig: ("host", "port")}))
     parser.add_argument(
         "--no-generation", action="store_true", help="leave out the one-token generation"
     )
@@ -336,7 +336,7 @@ def list_checks(
     yield "run directory", check_run_dir
     yield "port", lambda: check_port(frontend)
     yield "model", lambda: check_model(model)
-    if worker.tensor_parallel_size > 1:
+    if worker.world_size > 1:
         with contextlib.suppress(RuntimeError, subprocess.SubprocessError):
             yield from check_ranks(model, worker, probe())
     if generate:

@@ -20,7 +20,7 @@ from typing import Final
 from pagewire_protocol.channels import Inbox, Outbox, inbox_address, prepare_run_dir
 from pagewire_protocol.messages import Heartbeat, Peer, Role, Roster
 
-from ..cli import IMAGE_VARIABLE, parse_structs
+from ..cli import IMAGE_VARIABLE, READ, parse_structs
 from ..config import ModelConfig, WorkerConfig, default_run_dir
 from ..version import __version__
 
@@ -31,6 +31,26 @@ PACKAGES: Final = {
     "worker": ("pyzmq", "msgspec", "numpy", "torch", "transformers", "safetensors", "gguf"),
 }
 """What an image must have, by its service."""
+FOR_RANKS: Final = {
+    ModelConfig: READ["worker"][ModelConfig],
+    WorkerConfig: (
+        "device",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "distributed_executor_backend",
+        "dtype",
+        "kv_cache_dtype",
+        "block_size",
+        "num_kv_blocks",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+        "fit",
+        "cpu_kv_cache_gb",
+        "threads",
+        "enforce_eager",
+    ),
+}
+"""The settings that the forecast for a worker's ranks reads."""
 SETTINGS: Final = "/etc/pagewire/settings.yaml"
 """The stack's settings, as compose/default.yaml gives them to each service."""
 TIMEOUT_S: Final = 4.0
@@ -50,6 +70,7 @@ def main(arguments: list[str]) -> int:
         "Check this container's service and its stack. The exit code is 1 when something is broken.",
         (ModelConfig, WorkerConfig),
         arguments,
+        FOR_RANKS,
     )
     broken: list[str] = []
     for subject, check in checks(image, model, worker):
@@ -116,7 +137,7 @@ def check_ranks(
     model: ModelConfig, worker: WorkerConfig
 ) -> Iterator[tuple[str, Callable[[], Result]]]:
     """The same of a worker of several ranks, which are all in one container."""
-    if worker.tensor_parallel_size == 1:
+    if worker.world_size == 1:
         return
     from . import doctor, doctor_ranks
 

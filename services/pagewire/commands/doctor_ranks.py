@@ -5,12 +5,13 @@ The arithmetic of memory is done in a process of its own, which imports torch.
 """
 
 import importlib.metadata
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -23,7 +24,7 @@ from ..worker.load import early
 from ..worker.load.sources import locate
 from ..worker.models import FAMILIES, describe
 from ..worker.models.architecture import read_config
-from ..worker.models.ranks import check_ranks, check_undivided, possible_sizes
+from ..worker.models.ranks import MOST_STAGES, check_ranks, check_undivided, possible_sizes
 
 Result = tuple[Literal["ok", "note", "BROKEN"], str]
 """The mark (ok, note or BROKEN) and the text of a finding."""
@@ -40,16 +41,18 @@ def list_checks(
     model: ModelConfig, worker: WorkerConfig, probe: GpuProbe
 ) -> Iterator[tuple[str, Callable[[], Result]]]:
     """The checks with their subjects; none where there is one rank."""
-    if worker.tensor_parallel_size == 1:
+    if worker.world_size == 1:
         return
     gpus = ranks_gpus(worker, probe)
+    has_refused_stages = bool(gpus) and worker.pipeline_parallel_size > 1
     yield "ranks", lambda: check_places(worker, probe)
-    if gpus:
+    if gpus and not has_refused_stages:
         yield "peers", lambda: check_peers(probe.connections, gpus)
         yield "shared memory", check_shared_memory
     path = huggingface.cached(model)
     if path is not None and worker.device != "fake":
         yield "division", lambda: check_division(path, model, worker)
+    if path is not None and worker.device != "fake" and not has_refused_stages:
         yield "rank memory", lambda: check_memory(path, model, worker, gpus)
 
 
@@ -57,24 +60,20 @@ def ranks_gpus(worker: WorkerConfig, probe: GpuProbe) -> tuple[Gpu, ...]:
     """Of the ranks, in their order, as far as there are any; none on CPUs."""
     if worker.device not in ("auto", "cuda"):
         return ()
-    return probe.gpus[: worker.tensor_parallel_size]
+    return probe.gpus[: worker.world_size]
 
 
 def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
     """Whether there is a GPU for each rank, and who starts them. Raises config.BadSetting."""
     stack.check_backend(worker)
-    size = worker.tensor_parallel_size
+    gpus = ranks_gpus(worker, probe)
+    stack.check_stages(worker, bool(gpus))
+    size = worker.world_size
     by_ray = worker.distributed_executor_backend == "ray"
     placed = f"; placed by Ray {importlib.metadata.version('ray')}" if by_ray else ""
-    if worker.device not in ("auto", "cuda") or not probe.gpus:
-        cores = stack.cores()
-        each = worker.threads or max(1, cores // size)
-        text = (
-            f"{size} processes with {each} thread(s) each on {cores} core(s), connected by gloo: "
-            f"slower than one process with all cores{placed}"
-        )
-        return ("note" if size > cores else "ok"), text
-    gpus = ranks_gpus(worker, probe)
+    if not gpus:
+        mark, text = _on_cpus(worker)
+        return mark, text + placed
     titles = ", ".join(gpu.title() for gpu in gpus)
     if len(gpus) < size:
         return (
@@ -91,6 +90,19 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
     notes = [line, *busy] if line else busy
     text = "; ".join([f"{size} ranks on {titles}", *notes]) + placed
     return ("note" if notes else "ok"), text
+
+
+def _on_cpus(worker: WorkerConfig) -> Result:
+    size, stages = worker.world_size, worker.pipeline_parallel_size
+    cores = stack.cores()
+    each = worker.threads or max(1, cores // size)
+    processes = f"{size} processes"
+    slower = "slower than one process with all cores"
+    if stages > 1:
+        processes += f", {stages} stages of {worker.tensor_parallel_size} rank(s),"
+        slower = f"one request at a time is {slower}"
+    text = f"{processes} with {each} thread(s) each on {cores} core(s), connected by gloo: {slower}"
+    return ("note" if size > cores else "ok"), text
 
 
 def check_peers(connections: Sequence[Connection], gpus: Sequence[Gpu]) -> Result:
@@ -132,7 +144,7 @@ def check_shared_memory() -> Result:
 
 def check_division(path: Path, model: ModelConfig, worker: WorkerConfig) -> Result:
     """Whether the model at `path` can be divided so. Raises Unsupported with what could be."""
-    size = worker.tensor_parallel_size
+    size, stages = worker.tensor_parallel_size, worker.pipeline_parallel_size
     early.check(path, model)
     location = locate(path, model.load_format)
     if not location.path.is_dir():
@@ -140,18 +152,22 @@ def check_division(path: Path, model: ModelConfig, worker: WorkerConfig) -> Resu
     config = read_config(location.path)
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        check_undivided(kind, size)
+        check_undivided(kind, size, stages)
     arch = describe(config)
-    check_ranks(arch, size)
+    check_ranks(arch, size, stages)
     possible = ", ".join(map(str, possible_sizes(arch)))
-    return "ok", f"this {kind} model can be divided among {possible} ranks"
+    text = f"this {kind} model can be divided among {possible} ranks"
+    if stages > 1:
+        most = min(arch.num_layers, MOST_STAGES)
+        text = f"{text}, in each of 1 to {most} stages of its {arch.num_layers} layers"
+    return "ok", text
 
 
 def check_memory(
     path: Path, model: ModelConfig, worker: WorkerConfig, gpus: Sequence[Gpu]
 ) -> Result:
     """What each rank holds, in numbers."""
-    size = worker.tensor_parallel_size
+    size = worker.world_size
     if gpus and len(gpus) < size:
         return "note", f"not reckoned: there are {len(gpus)} GPUs for {size} ranks"
     request = {
@@ -174,8 +190,30 @@ def check_memory(
     forecast = msgspec.json.decode(done.stdout.splitlines()[-1])
     if forecast["reason"]:
         return "BROKEN", forecast["reason"]
-    weights, cache = forecast["weights"] / GIB, forecast["cache"] / GIB
     return "ok", (
-        f"each rank holds {weights:.2f} GiB of weights and {cache:.2f} GiB of KV cache, "
-        f"{forecast['tokens']:,} tokens in all; contexts of up to {forecast['max_model_len']:,}"
+        f"{_held(forecast['stages'])}, {forecast['tokens']:,} tokens in all; contexts of up to "
+        f"{forecast['max_model_len']:,}"
     )
+
+
+def _held(stages: Sequence[dict[str, Any]]) -> str:
+    """By each rank, in words; stages that follow each other and have the same are told together."""
+    if len(stages) == 1:
+        return f"each rank holds {_gib(stages[0])}"
+    last = len(stages) - 1
+    beside = {0: ", embedding", last: ", head"}
+    described = [
+        f"({stage['layers']} layer{'s' * (stage['layers'] > 1)}{beside.get(number, '')}) holds {_gib(stage)}"
+        for number, stage in enumerate(stages)
+    ]
+    phrases: list[str] = []
+    for phrase, alike in itertools.groupby(range(len(stages)), lambda number: described[number]):
+        numbers = list(alike)
+        several = f"s {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f" {numbers[0]}"
+        phrases.append(f"each rank of stage{several} {phrase}")
+    return "; ".join(phrases)
+
+
+def _gib(stage: dict[str, Any]) -> str:
+    weights, cache = stage["weights"] / GIB, stage["cache"] / GIB
+    return f"{weights:.2f} GiB of weights and {cache:.2f} GiB of KV cache"

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from ..cli import add_model, new_parser, read_all, take_model
+from ..cli import HUB_FILES, add_model, hide, new_parser, read_all, take_model, unread
 from ..config import ModelConfig, add_flags
 from ..hub import huggingface
 from ..process.errors import EXPECTED, error_line
@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> int:
     parser = new_parser("fetch", "Download a model and print where its files are.")
     add_model(parser)
     add_flags(parser, ModelConfig)
+    hide(parser, unread({ModelConfig: HUB_FILES}))
     options = parser.parse_args(arguments)
     take_model(parser, options)
     model: ModelConfig = read_all(parser.error, (ModelConfig,), options)[0]
@@ -37,5 +38,5 @@ def _print_places(model: ModelConfig) -> None:
         print(line, file=sys.stderr, flush=True)
 
     print(huggingface.resolve(model, say))
-    if huggingface.has_own_tokenizer(model):
+    if huggingface.has_own_tokenizer(model) and not model.skip_tokenizer_init:
         print(huggingface.resolve(huggingface.tokenizer_model(model), say))

@@ -44,6 +44,7 @@ DESCRIPTION = (
 )
 HTTP_ONLY = (
     "num_frontends",
+    "shutdown_delay",
     *(name for name in FrontendConfig.__struct_fields__ if name != "served_model_name"),
 )
 """Accepted for the sake of scripts that start a server with the same flags, and not shown."""

@@ -4,7 +4,9 @@ over sessions, and a sign that something is awaited. Knows no server."""
 import contextlib
 import os
 import sys
+import termios
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -13,6 +15,11 @@ FENCE: Final = '"""'
 """Before and after a text of several lines."""
 PROMPT: Final = "> "
 FURTHER: Final = ". "
+MARK_PASTES: Final = "\x1b[?2004h"
+MARK_NO_PASTES: Final = "\x1b[?2004l"
+"""To a terminal: put marks around what is pasted (xterm's bracketed paste mode)."""
+LOCAL_FLAGS: Final = 3
+"""Where termios.tcgetattr has them; input flags are at 0."""
 SIGN_AFTER_S: Final = 0.3
 """A faster answer needs no sign."""
 
@@ -40,6 +47,28 @@ class Lines:
             if not text.strip():
                 raise
         return text.rstrip().removesuffix(FENCE).strip("\n")
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within, what is typed or pasted is kept for the next `read`, and not shown: something else
+        is being written. Pastes are marked as they are while a text is read, so that several lines
+        stay one text; Ctrl-C interrupts."""
+        if self._session is None:  # Python's own line editing knows no marks
+            yield
+            return
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+        keeping = termios.tcgetattr(descriptor)
+        # Line by line, the terminal's driver would drop what is longer than 4 KiB.
+        keeping[LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
+        try:
+            # Neither way may what has been typed be thrown away, as TCSAFLUSH does.
+            termios.tcsetattr(descriptor, termios.TCSANOW, keeping)
+            print(MARK_PASTES, end="", flush=True)
+            yield
+        finally:
+            print(MARK_NO_PASTES, end="", flush=True)
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
     def _line(self, prompt: str) -> str:
         if self._session is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ..cli import Parser, add_model, new_parser, positive, read_all, take_model
+from ..cli import Parser, add_model, hide, new_parser, positive, read_all, take_model
 from ..config import (
     SWITCH,
     VARIABLE_PREFIX,
@@ -91,9 +91,7 @@ def new(
             metavar="N",
             help=about,
         )
-    for action in parser._actions:
-        if action.dest in hidden:
-            action.help = argparse.SUPPRESS
+    hide(parser, hidden)
     _add_aliases(parser)
     _add_foreign(parser)
     return parser

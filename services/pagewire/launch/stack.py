@@ -96,9 +96,7 @@ def check_workers(config: StackConfig) -> StackConfig:
     for, and when their ranks cannot be started as asked for."""
     check_backend(config.worker)
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
-    stages = config.worker.pipeline_parallel_size
-    if visible and stages > 1:
-        raise BadSetting("pipeline_parallel_size", stages, STAGES_ON_GPUS)
+    check_stages(config.worker, bool(visible))
     ranks = config.worker.tensor_parallel_size
     needed = config.num_workers * ranks
     if visible and ranks > 1 and needed > len(visible) and not ranks_share_a_gpu():
@@ -134,6 +132,12 @@ def check_backend(worker: WorkerConfig) -> None:
             backend,
             "Ray is not installed: pip install 'pagewire[ray]'",
         )
+
+
+def check_stages(worker: WorkerConfig, on_gpus: bool) -> None:
+    """Raises BadSetting for pipeline stages where the model runs on GPUs."""
+    if on_gpus and worker.pipeline_parallel_size > 1:
+        raise BadSetting("pipeline_parallel_size", worker.pipeline_parallel_size, STAGES_ON_GPUS)
 
 
 def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:

@@ -383,8 +383,11 @@ class GpuRunner:
         computes meanwhile."""
         if not self._masks.any or not self._masks.concerns(slots).any():
             return None
+        computed = torch.cuda.Event()
+        computed.record()
         self._learn(wait=True)
-        ready = self._masks.ready(slots, self._slots.num_output_tokens(slots))
+        positions = self._slots.num_output_tokens(slots)
+        ready = self._masks.ready(slots, positions, computed.query)
         if ready.all():
             return None
         self._hold_back(slots[~ready])

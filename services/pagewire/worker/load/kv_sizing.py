@@ -73,6 +73,15 @@ def weight_bytes(
     return (arch.parameters + extra) * itemsize
 
 
+def rank_share(
+    weights: int, arch: Architecture, rank_arch: Architecture, stage: PipelineStage
+) -> int:
+    """Of `weights`, the bytes of a whole model whose weights are not all of one size, about what a
+    rank of `stage` has, whose part is `rank_arch`: by the number of its parameters."""
+    of_rank = weight_bytes(rank_arch, 1, head_copy=False, stage=stage)
+    return weights * of_rank // weight_bytes(arch, 1, head_copy=False)
+
+
 def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
     """(the longest context, a line where it is shorter than people may expect), of a cache that
     holds `holds` tokens. asked 0: the model's own, or what is held; more than is held: what is held

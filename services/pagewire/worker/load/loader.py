@@ -27,13 +27,7 @@ from ..models.dense import DenseMethod
 from ..models.fallback import FallbackDecoder, Plan
 from ..models.layers import Build, MethodChoice
 from ..models.quantized_weights import QuantizedMethod
-from ..models.ranks import (
-    WHOLE_MODEL,
-    PipelineStage,
-    check_ranks,
-    check_undivided,
-    of_rank,
-)
+from ..models.ranks import check_ranks, check_undivided, of_rank
 from ..models.weight_slots import Shard
 from . import (
     cpu_crossings,
@@ -136,7 +130,8 @@ def load(
     arch = described.arch
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-    _check(described, model, ranks)
+    check_divided(described, ranks)
+    _check(described, model)
     rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
@@ -155,17 +150,7 @@ def load(
         sizing = plan.sizing
     else:
         with named_rank(ranks.host):
-            sizing = size_on_cpu(
-                rank_arch,
-                spec,
-                dtype,
-                model,
-                config,
-                quantized,
-                ranks.size,
-                ranks.stage,
-                arch.num_layers,
-            )
+            sizing = size_on_cpu(arch, spec, dtype, model, config, quantized, ranks)
         sizing = agreed(sizing, ranks.host)
     _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
     placement = _Placement(device, dtype, chosen)
@@ -178,12 +163,16 @@ def load(
     return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
 
 
-def _check(described: Description, model: ModelConfig, ranks: Ranks) -> None:
-    """Raises Unsupported for a model that cannot be divided so, or loaded as it is asked for."""
+def check_divided(described: Description, ranks: Ranks) -> None:
+    """Raises Unsupported for a model that cannot be divided so."""
     arch = described.arch
     if described.fallback_plan:
         check_undivided(arch.model_type, ranks.layers.size, ranks.stage.count)
     check_ranks(arch, ranks.layers.size, ranks.stage.count)
+
+
+def _check(described: Description, model: ModelConfig) -> None:
+    """Raises Unsupported for a model that cannot be loaded as it is asked for."""
     if described.fallback_plan and model.quantization:
         raise Unsupported(
             f"--quantization {model.quantization} is not supported for models that run through transformers"
@@ -384,31 +373,28 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
 
 
 def size_on_cpu(
-    rank_arch: Architecture,
+    arch: Architecture,
     spec: CacheSpec,
     dtype: torch.dtype,
     model: ModelConfig,
     config: WorkerConfig,
     quantized: int,
-    ranks: int,
-    stage: PipelineStage = WHOLE_MODEL,
-    num_layers: int = 0,
+    ranks: Ranks,
 ) -> Sizing:
-    """Of one of `ranks` processes, which share the machine's memory. quantized: bytes of all weights
-    where some stay quantized, else 0. num_layers: of the whole model, 0: those of `rank_arch`. A
+    """Of this one of `ranks`, which share the machine's memory. arch: of the whole model; spec: of
+    what this rank keeps. quantized: bytes of all weights where some stay quantized, else 0. A
     pipeline stage gets memory for KV blocks by its layers, so that all have as many."""
-    per_stage = max(1, ranks // stage.count)
-    layers = rank_arch.num_layers
+    stage = ranks.stage
+    rank_arch = of_rank(arch, ranks.layers.size, stage)
+    for_cache = int(config.cpu_kv_cache_gb * kv_sizing.GIB)
     return kv_sizing.size(
         rank_arch,
         spec,
-        weights=quantized // ranks
+        weights=kv_sizing.rank_share(quantized, arch, rank_arch, stage)
         or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
-        available=kv_sizing.available_memory() // ranks,
+        available=kv_sizing.available_memory() // ranks.size,
         kv_bytes=config.kv_cache_memory_bytes
-        or int(config.cpu_kv_cache_gb * kv_sizing.GIB)
-        * layers
-        // ((num_layers or layers) * per_stage),
+        or for_cache * rank_arch.num_layers // (arch.num_layers * ranks.layers.size),
         blocks=config.num_kv_blocks,
         block_size=config.block_size,
         max_model_len=model.max_model_len,

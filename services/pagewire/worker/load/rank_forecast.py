@@ -7,19 +7,21 @@ import sys
 from pathlib import Path
 
 import msgspec
-from pagewire_kernels.communicator import Communicator, SingleRank
+from pagewire_kernels.communicator import SingleRank
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device.gpus import Gpu
 from ..models.cache_spec import cache_spec
-from ..models.ranks import of_rank
+from ..models.ranks import PipelineStage, of_rank
 from . import kv_dtype, loader, quantizing
 from .gpu_plan import plan_gpu
 from .kv_sizing import DoesNotFit, Sizing
+from .rank_agreement import Ranks
 
 
 class Request(msgspec.Struct, frozen=True):
-    """path: of the model's files. gpus: those of the ranks, in their order; none on CPUs."""
+    """path: of the model's files. gpus: those of the ranks of the one pipeline stage that there may
+    be on GPUs, in their order; none on CPUs."""
 
     path: str
     model: ModelConfig
@@ -28,12 +30,20 @@ class Request(msgspec.Struct, frozen=True):
     gpus: tuple[Gpu, ...] = ()
 
 
-class Forecast(msgspec.Struct, frozen=True):
-    """What every rank has at least. weights, cache: bytes, of the rank with the most weights; tokens:
-    of the KV cache. reason: why it does not fit, empty where it does."""
+class StageForecast(msgspec.Struct, frozen=True):
+    """What each rank of a pipeline stage has. weights, cache: bytes, of the rank with the most
+    weights."""
 
-    weights: int = 0
-    cache: int = 0
+    layers: int
+    weights: int
+    cache: int
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """stages: in their order, one of them where the layers are not divided; tokens: of the KV cache,
+    and max_model_len: what all ranks have. reason: why it does not fit, empty where it does."""
+
+    stages: tuple[StageForecast, ...] = ()
     tokens: int = 0
     max_model_len: int = 0
     reason: str = ""
@@ -49,27 +59,45 @@ class _Rank(SingleRank):
 
 def forecast(request: Request) -> Forecast:
     """Raises Unsupported for a model that cannot be served so."""
-    size = request.worker.tensor_parallel_size
-    sizings: list[Sizing] = []
-    for rank in range(size):
+    described = loader.describe_checkpoint(Path(request.path), request.model)
+    stages: list[list[Sizing]] = [[] for _ in range(request.worker.pipeline_parallel_size)]
+    for rank in range(request.worker.world_size):
+        ranks = _ranks(request.worker, rank)
+        loader.check_divided(described, ranks)
         try:
-            sizings.append(_sizing(request, _Rank(rank, size)))
+            stages[ranks.stage.index].append(_sizing(request, described, ranks))
         except DoesNotFit as error:
-            return Forecast(reason=f"rank {rank} of {size}: {error}")
-    blocks = min(sizing.num_blocks for sizing in sizings)
-    largest = max(sizings, key=lambda sizing: sizing.weight_bytes)
+            return Forecast(reason=f"rank {rank} of {ranks.size}: {error}")
+    every = [sizing for sizings in stages for sizing in sizings]
+    blocks = min(sizing.num_blocks for sizing in every)
     return Forecast(
-        largest.weight_bytes,
-        blocks * largest.block_bytes,
-        blocks * largest.block_size,
-        min(sizing.max_model_len for sizing in sizings),
+        tuple(
+            _of_stage(PipelineStage(index, len(stages)), sizings, described, blocks)
+            for index, sizings in enumerate(stages)
+        ),
+        blocks * request.worker.block_size,
+        min(sizing.max_model_len for sizing in every),
     )
 
 
-def _sizing(request: Request, ranks: Communicator) -> Sizing:
+def _ranks(worker: WorkerConfig, rank: int) -> Ranks:
+    """As rank `rank` of a group has them, without connections."""
+    size = worker.tensor_parallel_size
+    stage = PipelineStage(rank // size, worker.pipeline_parallel_size)
+    return Ranks(_Rank(rank % size, size), _Rank(rank, worker.world_size), stage)
+
+
+def _of_stage(
+    stage: PipelineStage, sizings: list[Sizing], described: loader.Description, blocks: int
+) -> StageForecast:
+    largest = max(sizings, key=lambda sizing: sizing.weight_bytes)
+    layers = len(stage.layers(described.arch.num_layers))
+    return StageForecast(layers, largest.weight_bytes, blocks * largest.block_bytes)
+
+
+def _sizing(request: Request, described: loader.Description, ranks: Ranks) -> Sizing:
     worker = request.worker
     gpu = request.gpus[ranks.rank] if request.gpus else None
-    described = loader.describe_checkpoint(Path(request.path), request.model)
     arch = described.arch
     dtype = loader.choose_dtype(worker.dtype, described.settings, gpu)
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
@@ -78,11 +106,11 @@ def _sizing(request: Request, ranks: Communicator) -> Sizing:
     if gpu is not None:
         each = quantized // ranks.size
         return plan_gpu(
-            arch, dtype, request.model, worker, gpu, request.scheduler, each, ranks
+            arch, dtype, request.model, worker, gpu, request.scheduler, each, ranks.layers
         ).sizing
-    rank_arch = of_rank(arch, ranks.size)
+    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
     spec = cache_spec(rank_arch, kv_dtype.choose(worker.kv_cache_dtype, dtype))
-    return loader.size_on_cpu(rank_arch, spec, dtype, request.model, worker, quantized, ranks.size)
+    return loader.size_on_cpu(arch, spec, dtype, request.model, worker, quantized, ranks)
 
 
 def main() -> None:

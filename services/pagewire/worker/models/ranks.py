@@ -8,6 +8,8 @@ from typing import Final
 from .architecture import Architecture, Unsupported
 
 MOST_RANKS: Final = 64
+MOST_STAGES: Final = 16
+"""What the flags take."""
 
 
 @dataclass(frozen=True)

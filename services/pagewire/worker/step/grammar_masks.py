@@ -29,6 +29,8 @@ from .matcher import Matcher, Stream
 
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
+LOOK_S: Final = 0.0002
+"""Between two looks at whether a step is computed."""
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
 WAIT_RUNS_S: Final = 0.001
@@ -77,6 +79,8 @@ class GrammarMasks:
         self._forced = np.full(count, NO_TOKEN, np.int64)
         """By slot: the first token of the forced run at that position; NO_TOKEN: there is none, and
         the mask is what the matcher has written."""
+        self._matcher_at = np.zeros(count, np.int64)
+        """By slot: the index of its stream's matcher."""
         self._failed = np.zeros(count, np.bool_)
         self._last_key = NO_KEY
 
@@ -222,20 +226,29 @@ class GrammarMasks:
 
     # --- masks ---
 
-    def ready(self, slots: Ints, positions: Ints) -> Bools:
+    def ready(
+        self, slots: Ints, positions: Ints, computed: Callable[[], bool] | None = None
+    ) -> Bools:
         """[R]: which of `slots` [R] can be sampled at the output positions `positions` [R]: those
-        without a grammar, and those whose masks are there. Waits a little for the others."""
+        without a grammar, and those whose masks are there. Waits a little for the others; where
+        some rows need no mask, only until the step's logits are `computed`."""
         concerned = self.concerns(slots)
         if not concerned.any():
             return np.ones(len(slots), np.bool_)
-        end = self._clock() + (WAIT_ALONE_S if concerned.all() else WAIT_S)
+        alone = bool(concerned.all())
+        end = self._clock() + (WAIT_ALONE_S if alone else WAIT_S)
         while True:
             self._receive()
             there = ~concerned | (self._mask_at[slots] == positions) | self._failed[slots]
             left = end - self._clock()
             if there.all() or left <= 0:
                 return there
-            self._wait(left)
+            if computed is None or alone:
+                self._wait(left)
+            elif computed():
+                return there
+            else:
+                self._wait(min(left, LOOK_S))
 
     def failed(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] can have no token: their grammars are too costly, or no token
@@ -246,11 +259,10 @@ class GrammarMasks:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32 is
         set where token i may come."""
         masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
-        keys = self._key_of[slots].tolist()
-        matchers = [self._streams[key].matcher for key in keys]
-        for matcher in self._matchers:
-            own = [row for row, other in enumerate(matchers) if other is matcher]
-            if own and matcher.process is not None:
+        at = self._matcher_at[slots]
+        for i, matcher in enumerate(self._matchers):
+            own = np.flatnonzero(at == i)
+            if len(own) and matcher.process is not None:
                 masks[own] = matcher.process.masks[slots[own]]
         for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
             word, bit = divmod(int(self._forced[slots[row]]), 32)
@@ -262,9 +274,7 @@ class GrammarMasks:
 
     def _match(self, stream: Stream) -> None:
         """By the least busy matcher that is ready; by the first one where none is."""
-        ready = self._ready_matchers() or self._matchers[:1]
-        least = min(ready, key=lambda matcher: len(matcher.streams))
-        least.add(stream)
+        self._hand(stream, self._ready_matchers() or self._matchers[:1])
         crowded = len(self._streams) > CROWDED * len(self._matchers)
         if crowded and len(self._matchers) < self._max_matchers:
             self._matchers.append(self._new_matcher())
@@ -297,7 +307,13 @@ class GrammarMasks:
             for stream in list(matcher.streams.values())[share:]:
                 matcher.remove(stream)
                 self._lose([stream])
-                min(ready, key=lambda other: len(other.streams)).add(stream)
+                self._hand(stream, ready)
+
+    def _hand(self, stream: Stream, matchers: list[Matcher]) -> None:
+        """To the least busy of `matchers`."""
+        least = min(matchers, key=lambda matcher: len(matcher.streams))
+        self._matcher_at[stream.slot] = self._matchers.index(least)
+        least.add(stream)
 
     def _fail(self, stream: Stream) -> None:
         self._failed[stream.slot] = True

@@ -57,9 +57,11 @@ class LeadingMasks(GrammarMasks):
         """None: the other ranks would have to hear of them before each step."""
         return 0
 
-    def ready(self, slots: Ints, positions: Ints) -> Bools:
+    def ready(
+        self, slots: Ints, positions: Ints, computed: Callable[[], bool] | None = None
+    ) -> Bools:
         """See GrammarMasks; the other ranks are told."""
-        ready = super().ready(slots, positions)
+        ready = super().ready(slots, positions, computed)
         concerned = self.concerns(slots)
         if concerned.any():
             masked = slots[concerned & ready & ~self.failed(slots)].astype(np.int64)
@@ -87,7 +89,9 @@ class FollowingMasks(GrammarMasks):
         self._masks = np.zeros((count, mask_words(vocab_size)), np.uint32)
         """By slot."""
 
-    def ready(self, slots: Ints, positions: Ints) -> Bools:
+    def ready(
+        self, slots: Ints, positions: Ints, computed: Callable[[], bool] | None = None
+    ) -> Bools:
         """What rank 0 decided."""
         if not self.concerns(slots).any():
             return np.ones(len(slots), np.bool_)
