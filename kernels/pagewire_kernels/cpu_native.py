@@ -16,11 +16,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final
 
 from .cpu_target import NEEDED, NoNativeCode, machine, target
+
+if TYPE_CHECKING:
+    import numpy as np  # `doctor` comes by here, and names a processor on which NumPy cannot run
 
 FOR_ALL: Final = ("multiply", "make_dense", "decode")
 """Functions that most models need, and the ones that take longest to compile."""
@@ -154,7 +155,7 @@ def _keep(name: str, found: tuple[str, bytes]) -> None:
         passing.replace(_file(name))
 
 
-def run(function: int, task: np.ndarray, threads: int) -> None:
+def run(function: int, task: "np.ndarray", threads: int) -> None:
     """Every thread of the team calls the function at an address with the address of `task`."""
     openmp().GOMP_parallel(
         ctypes.c_void_p(function),

@@ -1,10 +1,10 @@
 """The CPU worker on x86-64 processors that this machine is not, emulated by qemu: without AVX-512,
-and without AVX at all. The model is small and its weights are random: qemu needs minutes for one
-step of the demo model.
+and without AVX at all. The runner alone computes with a small model of random weights; a whole stack
+does with the demo model, on one of them, since that takes a minute or two.
 
-Compiling takes minutes there too, so it is done here first, for the other processor: its directory
-then has the code of both, and the emulated process must find its own and no other's, which would be
-illegal instructions.
+For the runner, functions are compiled here first, for the other processor: its directory then has the
+code of both, and the emulated process must find its own and no other's, which would be illegal
+instructions.
 """
 
 import json
@@ -92,16 +92,89 @@ def test_the_worker_runs_and_gives_the_same_tokens(
     )
 
 
-def test_a_whole_environment_is_emulated_and_what_it_starts_too(tmp_path: Path) -> None:
-    """scripts/emulated: on it a stack can be tried as a user of such a processor has it."""
-    place = tmp_path / "environment"
-    variables = {**os.environ, "VENV": sys.prefix}
-    subprocess.run([ROOT / "scripts" / "emulated", place], check=True, env=variables)
-    assert "pagewire" in subprocess.check_output(
-        [place / "bin" / "pagewire", "--version"], text=True
+def emulated_check(*arguments: str, **environment: str) -> tuple[int, str]:
+    """(exit code, lines) of scripts/emulated_check.py, which uses scripts/emulated."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "emulated_check.py", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "VENV": sys.prefix, **environment},
     )
-    ask = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}], check=True)"
-    result = subprocess.check_output([place / "bin" / "python", "-c", ask], text=True)
-    name, features = result.split()
-    assert name == "haswell"
-    assert "+avx2" in features and "+avx512f" not in features
+    return result.returncode, result.stdout
+
+
+def test_a_whole_stack_is_emulated_and_answers_the_same() -> None:
+    """As a user of such a processor has it: every service, and the demo model."""
+    code, said = emulated_check("Haswell")
+    assert code == 0, said
+    here, there = said.splitlines()
+    assert here.startswith("this machine: torch.") and "8 tokens in" in here
+    assert there.startswith("Haswell: torch.float32 on ") and "(AVX2)" in there
+    assert there.endswith("'The capital of France is Paris.'")
+
+
+def test_a_processor_without_what_numpy_needs_is_refused_in_a_line(tmp_path: Path) -> None:
+    variables = {**os.environ, "VENV": sys.prefix}
+    subprocess.run([ROOT / "scripts" / "emulated", tmp_path, "qemu64"], check=True, env=variables)
+    for *command, line in (
+        ("serve", "--port", "0", "pagewire serve: worker-0 "),
+        ("doctor", "BROKEN  device         the process that imports torch "),
+    ):
+        result = subprocess.run(
+            [tmp_path / "bin" / "pagewire", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        wanted = f"{line}was killed by SIGILL: an instruction that this processor does not have"
+        assert wanted in result.stdout
+
+
+STAND_IN = """
+import http.server, json, os, signal, sys
+THERE = os.environ["PAGEWIRE_CACHE"].split("/cache")[0] + "/venv" in sys.executable
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        choice = {{"token_ids": [int(THERE)], "message": {{"content": "x"}}}}
+        self.wfile.write(json.dumps({{"choices": [choice]}}).encode())
+
+if THERE:
+    {there}
+print("llama with 1 M parameters as torch.float32 on a stand-in")
+server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+print(f"Pagewire serves it at http://127.0.0.1:{{server.server_port}}/v1", flush=True)
+server.serve_forever()
+"""
+REFUSE = 'sys.exit("pagewire: this processor is too old")'
+GIVE_UP = 'sys.exit("pagewire serve: worker-0 died 5 times, giving up")'
+CRASH = "os.kill(os.getpid(), signal.SIGILL)"
+
+
+@pytest.mark.parametrize(
+    ("there", "code", "said"),
+    [
+        ("pass", 1, "Haswell: other tokens: [1], not [0]"),
+        (REFUSE, 0, "Haswell: refused: pagewire: this processor is too old"),
+        (GIVE_UP, 1, "Haswell: ended with 1"),
+        (CRASH, 1, "Haswell: ended with -4"),
+    ],
+)
+def test_the_check_of_a_whole_stack_says_what_was_not_as_promised(
+    tmp_path: Path, there: str, code: int, said: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "lib").symlink_to(Path(sys.prefix, "lib"))
+    shutil.copy(Path(sys.prefix, "pyvenv.cfg"), tmp_path)
+    pagewire = tmp_path / "bin" / "pagewire"
+    pagewire.write_text(f"#!{python}\n" + STAND_IN.format(there=there))
+    pagewire.chmod(0o755)
+    found, lines = emulated_check("Haswell", VENV=str(tmp_path))
+    assert (found, lines.splitlines()[-1]) == (code, said)

@@ -14,6 +14,7 @@ from pagewire.process import liveness
 
 SHOW = "import sys, time; from pagewire.process.liveness import own; own.inherit(); "
 WORKS = SHOW + "own.introduce(7); own.serving(); print('up', flush=True); time.sleep(60)"
+LACKS_INSTRUCTIONS = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
 FAILS = "import sys; print('up', flush=True); sys.exit(3)"
 WATCHED = SHOW + (
     "own.settle(0.5); own.serving(); print('up', flush=True)\n"
@@ -43,6 +44,15 @@ def test_a_kind_of_which_nobody_can_start_ends_the_stack(start, at_once):
     running = start(Service("w-0", (FAILS,)), Service("w-1", (FAILS,)), Service("t-0", (IDLE,)))
     running.until(lambda: running.supervisor.failure is not None, "failure")
     assert f"died {supervisor.GIVE_UP_STARTS} times" in running.supervisor.failure
+
+
+def test_a_processor_that_is_too_old_ends_the_stack_at_once_and_is_named(start):
+    services = Service("w-0", (LACKS_INSTRUCTIONS,)), Service("t-0", (IDLE,))
+    running = start(*services, ready=False)
+    running.until(lambda: running.supervisor.failure is not None, "failure")
+    failure = running.supervisor.failure
+    assert failure.startswith("w-0 was killed by SIGILL: ") and "x86-64-v2" in failure
+    assert not any("starting it again" in line for _, line in running.lines)
 
 
 def test_a_service_that_worked_is_started_again_however_often_it_is_killed(start, at_once):

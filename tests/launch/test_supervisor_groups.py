@@ -20,10 +20,11 @@ STUBBORN = (
 class Running:
     """A supervisor in a thread, whose services are Python programs."""
 
-    def __init__(self, *services):
+    def __init__(self, *services, ready=True):
         self.lines = []
         self.supervisor = Supervisor(list(services), lambda *line: self.lines.append(line))
-        self.supervisor.mark_ready()
+        if ready:
+            self.supervisor.mark_ready()
         self.thread = threading.Thread(target=self.supervisor.run, daemon=True)
         self.thread.start()
 
@@ -56,8 +57,8 @@ def start(monkeypatch):
     )
     started = []
 
-    def run(*services):
-        started.append(Running(*services))
+    def run(*services, **options):
+        started.append(Running(*services, **options))
         return started[-1]
 
     yield run

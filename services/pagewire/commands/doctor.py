@@ -25,6 +25,7 @@ from ..cli import add_model, hide, new_parser, read_all, take_model, unread
 from ..config import DEMO_MODEL, FrontendConfig, ModelConfig, WorkerConfig, add_flags
 from ..hub import huggingface
 from ..process.listening import listening_socket
+from ..process.parent import how_it_ended
 from ..version import __version__
 from ..worker.device import kernel_cache
 from ..worker.device.gpus import GpuProbe, NoUsableGpu, better, name_of, read_probe, runs
@@ -89,6 +90,8 @@ def look_at_gpus() -> GpuProbe:
     output where torch cannot be imported."""
     command = [sys.executable, "-m", "pagewire.worker.device.gpus"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    if result.returncode < 0:
+        raise RuntimeError(f"the process that imports torch {how_it_ended(result.returncode)}")
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or ["torch cannot be imported"])[-1])
     return read_probe(result.stdout)

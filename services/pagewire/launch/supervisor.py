@@ -414,6 +414,8 @@ class Supervisor:
         if code > 0 and not self._ready:
             own_words = child.last_line.removeprefix("pagewire ")
             return own_words or f"{name} {how_it_ended(code)} without a word"
+        if code == -signal.SIGILL and not self._ready:
+            return f"{name} {how_it_ended(code)}"  # it would be the next time, too
         if self._is_hopeless(child.service.kind):
             starts = child.failures.starts
             last = f"; its last line: {child.last_line}" if child.last_line else ""

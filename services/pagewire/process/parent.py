@@ -16,6 +16,11 @@ HEALTH_VARIABLE = "PAGEWIRE_HEALTH_FILE"
 REASON_IN_OUTPUT = 3
 """Exit status of a child that failed and whose last line of output says why, for its parent to
 say."""
+TOO_OLD = (
+    ": an instruction that this processor does not have; on x86-64, NumPy and PyTorch take x86-64-v2 "
+    "(SSE4.2, POPCNT), which virtual machines of the CPU type qemu64 or kvm64 lack: `host` has it"
+)
+"""What SIGILL means, in words: the packages' code comes compiled for a least processor."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -55,5 +60,6 @@ def how_it_ended(returncode: int) -> str:
     if returncode >= 0:
         return f"ended with exit code {returncode}"
     with contextlib.suppress(ValueError):
-        return f"was killed by {signal.Signals(-returncode).name}"
+        hint = TOO_OLD if returncode == -signal.SIGILL else ""
+        return f"was killed by {signal.Signals(-returncode).name}{hint}"
     return f"was killed by signal {-returncode}"
