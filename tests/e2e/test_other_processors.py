@@ -104,6 +104,10 @@ def emulated_check(*arguments: str, **environment: str) -> tuple[int, str]:
     return result.returncode, result.stdout
 
 
+@pytest.mark.skipif(
+    os.environ.get("PAGEWIRE_TEST_EMULATED_STACK") != "1",
+    reason="takes minutes: PAGEWIRE_TEST_EMULATED_STACK=1 runs it",
+)
 def test_a_whole_stack_is_emulated_and_answers_the_same() -> None:
     """As a user of such a processor has it: every service, and the demo model."""
     code, said = emulated_check("Haswell")
