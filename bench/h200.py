@@ -2,6 +2,7 @@
 models over HTTP and offline.
 
     python bench/h200.py --tokenizer DIR --json FILE [--budget-s 540] [flags of pagewire serve]
+    python bench/h200.py --models all --parts offline       quantized weights and experts too
     python bench/h200.py --device fake --scale 0.02        a trial without a GPU
 
 Each part is a process of its own with a share of the time; a part that fails or hangs leaves a line
@@ -78,7 +79,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="directory with a tokenizer.json, for prompts of words over HTTP",
     )
     parser.add_argument(
-        "--models", default=",".join(map(str, MODELS)), help="directories with a config.json each"
+        "--models",
+        default=",".join(map(str, MODELS)),
+        help="directories with a config.json each, names in bench/models, or `all` of those",
     )
     parser.add_argument("--parts", default=",".join(SECONDS), help=f"of {', '.join(SECONDS)}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "fake"))
@@ -114,12 +117,21 @@ def plan_of(options: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
         )
     if "kernels" in parts and options.device == "cuda":
         yield "kernels", None
-    for model in map(Path, options.models.split(",")):
+    for model in models_of(options.models):
         for part in SECONDS:
             if part in parts and part not in ("kernels", "path"):
                 yield part, model
     if "path" in parts and options.tokenizer:
-        yield "path", Path(options.models.split(",")[0])
+        yield "path", models_of(options.models)[0]
+
+
+def models_of(listed: str) -> list[Path]:
+    """What --models names."""
+    if listed == "all":
+        return sorted(config.parent for config in HERE.glob("models/*/config.json"))
+    named = [HERE / "models" / name for name in listed.split(",")]
+    given = map(Path, listed.split(","))
+    return [own if own.is_dir() else path for own, path in zip(named, given, strict=True)]
 
 
 def run_part(

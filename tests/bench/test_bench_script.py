@@ -186,3 +186,14 @@ def test_shares_of_the_time_are_for_all_parts(script: ModuleType) -> None:
                 argparse.Namespace(parts="http,none", models="a", device="cuda", tokenizer="")
             )
         )
+
+
+def test_models_are_named_by_directory_or_as_the_bench_calls_them(script: ModuleType) -> None:
+    everything = script.models_of("all")
+    assert {"llama-3.1-8b-awq", "qwen3-30b-a3b", "mixtral-8x7b-awq"} <= {
+        path.name for path in everything
+    }
+    assert script.models_of("qwen3-0.6b,/models/own") == [
+        SCRIPT.parent / "models" / "qwen3-0.6b",
+        Path("/models/own"),
+    ]
