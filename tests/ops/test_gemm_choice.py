@@ -88,7 +88,8 @@ def choose(
     monkeypatch.setattr(gemm_autotune, "fastest", timing)
     layers, head = weights(SHAPE, SHAPE, SMALL), weights((1024, 64, torch.bfloat16))[0]
     step = forward(algorithms, layers, head)
-    gemm_autotune.choose(algorithms, step, [16, 24, 4096], [16, 24], lambda fraction: None)
+    gemms = gemm_autotune.record(algorithms, step)
+    gemm_autotune.choose(algorithms, gemms, [16, 24, 4096], [16, 24], lambda fraction: None)
     return timed
 
 
