@@ -178,6 +178,27 @@ def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(matcher.streams for matcher in bench.room.masks._matchers)
 
 
+def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that ended while it had no streams is started again when it is needed."""
+    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
+    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 2)
+    bench = Bench(0)
+    bench.step(admit={slot: Request("impossible", [slot]) for slot in (0, 1)})
+    bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in (2, 3, 4)})
+    bench.step()
+    first, second = bench.room.masks._matchers
+    assert {0, 1} <= {stream.slot for stream in first.streams.values()}
+    assert second.is_ready and second.streams
+    bench.step(retire=list(bench.slots))
+    bench.room.processes[1].dead = True
+    bench.step(admit={0: Request("a", [1])})
+    assert second.process is None
+    bench.room.clock.now += 10
+    bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in (1, 2, 3, 4)})
+    bench.step()
+    assert second.is_ready and second.streams
+
+
 def test_the_same_text_comes_whatever_happens_on_the_way(matchers: int) -> None:
     """Late masks, dead processes and a move to another slot change nothing."""
 

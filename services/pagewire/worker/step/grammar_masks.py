@@ -275,10 +275,12 @@ class GrammarMasks:
     def _match(self, stream: Stream) -> None:
         """By the least busy matcher that is ready; by the first one where none is."""
         self._hand(stream, self._ready_matchers() or self._matchers[:1])
-        crowded = len(self._streams) > CROWDED * len(self._matchers)
-        if crowded and len(self._matchers) < self._max_matchers:
+        wanted = min(self._max_matchers, -(-len(self._streams) // CROWDED))
+        while len(self._matchers) < wanted:
             self._matchers.append(self._new_matcher())
-            self._matchers[-1].restart()
+        for matcher in self._matchers[:wanted]:
+            if matcher.process is None:  # it may have ended while it had no streams
+                matcher.restart()
 
     def _ready_matchers(self) -> list[Matcher]:
         return [matcher for matcher in self._matchers if matcher.is_ready]
@@ -301,10 +303,11 @@ class GrammarMasks:
 
     def _spread(self, ready: list[Matcher]) -> None:
         """Those that have more streams than others hand some on: a process makes a stream's state
-        again from its output."""
+        again from its output. What may end a process stays where it is."""
         share = -(-sum(len(matcher.streams) for matcher in ready) // len(ready))
         for matcher in ready:
-            for stream in list(matcher.streams.values())[share:]:
+            surplus = max(0, len(matcher.streams) - share)
+            for stream in matcher.harmless()[:surplus]:
                 matcher.remove(stream)
                 self._lose([stream])
                 self._hand(stream, ready)

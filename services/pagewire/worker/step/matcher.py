@@ -106,6 +106,14 @@ class Matcher:
         if self.process is not None:
             self.process.send(Close((stream.key,)))
 
+    def harmless(self) -> list[Stream]:
+        """The streams that are neither given up nor suspected of having ended a process."""
+        return [
+            stream
+            for key, stream in self.streams.items()
+            if key not in self._failed and key not in self._suspects
+        ]
+
     def open(self, stream: Stream) -> None:
         """Tell the process of it once more, as it is."""
         if self.process is None:
