@@ -7,6 +7,7 @@ pool. Steps whose rows have blocks in common have graphs of their own, with the 
 buffers too; they come in larger batches, so their buckets are fewer.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -94,12 +95,24 @@ class DecodeGraphs:
             self._groups.load(shared, rows, uploads)
         return size
 
-    def capture_all(self, progress: Callable[[float], None]) -> None:
-        """Capture each bucket, from large to small; filtered ones follow when they are needed."""
-        wanted = [
+    def _wanted(self) -> list[tuple[int, bool]]:
+        """(size, cascade) of the graphs, from large to small; filtered ones follow when they are
+        needed."""
+        return [
             *((size, False) for size in reversed(self.sizes)),
             *((size, True) for size in reversed(self.cascade_sizes)),
         ]
+
+    def rehearsals(self) -> list[Callable[[], object]]:
+        """What `capture_all` launches."""
+        return [
+            functools.partial(self._decode, size, False, cascade)
+            for size, cascade in self._wanted()
+        ]
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        """Capture each bucket."""
+        wanted = self._wanted()
         for done, (size, cascade) in enumerate(wanted):
             self._capture(size, False, cascade)
             progress(done / len(wanted))

@@ -6,6 +6,7 @@ thousand tokens; below that a graph is replayed, padded to a bucket of tokens an
 belongs to a slot of its own, behind the real ones.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -294,6 +295,16 @@ class MixedSteps:
         if self._groups is not None and rows >= LEAST_CASCADE:
             batch.groups = self._groups.first(rows)
         return batch
+
+    def rehearsals(self, largest: int) -> list[Callable[[], object]]:
+        """Steps of up to `largest` tokens that launch what `capture_all` does, but for the largest
+        one, which need not be capturable."""
+        sizes = {size for size in (*WARM, self._sizes[-1]) if size <= largest}
+        return [
+            functools.partial(self.forward, self._padding(size, rows))
+            for rows in self.row_counts()
+            for size in sizes
+        ]
 
     def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
         """Compile what steps need, so that no request waits for a compiler, and capture the small

@@ -32,7 +32,7 @@ from ..step.apply import StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks, Keys
 from ..step.rank_masks import MakeMasks
 from ..step.slots import Bools, Ints, Slots
-from . import gemm_autotune, step_cost, verify_hopper
+from . import first_start, gemm_autotune, step_cost, verify_hopper
 from .decode_graphs import DecodeGraphs
 from .mixed_steps import MixedSteps
 from .resample import ExtraSampling, StepLogprobs
@@ -165,6 +165,8 @@ def start(
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
         parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks)
+        if loaded.capturable:
+            _compile_ahead(parts, ranks, config, progress)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
             # All ranks run the model together. What they compute alike, as routers, must be computed
@@ -220,6 +222,32 @@ def _allocate(
         ExtraSampling(loaded, slots, state, uploads, masks),
         masks,
         [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)],
+    )
+
+
+def _compile_ahead(
+    parts: GpuParts, ranks: Ranks, config: WorkerConfig, progress: weights.Progress
+) -> None:
+    """What the rest of the start launches."""
+    loaded = parts.loaded
+    arch, tokens = loaded.decoder.rank_arch, loaded.on_gpu.step_tokens
+
+    def launches() -> first_start.Launches:
+        compared: list[Callable[[], float]] = []
+        if config.hopper_attention:
+            compared = verify_hopper.comparisons(
+                cuda.OPS.choices, loaded.caches[0], arch.num_heads, parts.mixed.row_counts()
+            )
+        return first_start.Launches(
+            [*compared, *step_cost.attentions(parts.mixed, loaded), parts.extra.warm_up],
+            [*parts.mixed.rehearsals(tokens), *parts.graphs.rehearsals()],
+        )
+
+    first_start.compile_kernels(
+        launches,
+        (arch, loaded.dtype, config, loaded.sizing.max_model_len, tokens, parts.slots.count),
+        (ranks.rank, ranks.size),
+        lambda fraction: progress("compiling kernels", fraction),
     )
 
 

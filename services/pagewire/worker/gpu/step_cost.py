@@ -51,22 +51,33 @@ def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, most))
     token = max(0.0, (large - small) / (most - SMALL))
     layers = loaded.decoder.arch.num_layers
-    depth = min(
-        DEPTH, loaded.sizing.max_model_len, loaded.sizing.num_blocks * loaded.sizing.block_size
-    )
+    depth = _depth(loaded)
     chunk, read = min(CHUNK, depth), min(READ, depth)
     pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2
     rows = steps.padded(READERS)
-    chunked = (
-        timed(_attention(loaded, [chunk] + [0] * (rows - 1), [depth] + [0] * (rows - 1))) * layers
-    )
-    reading = timed(_attention(loaded, [1] * rows, [read] * rows)) * layers
+    chunked, reading = (timed(run) * layers for run in attentions(steps, loaded))
     return StepCost(
         fixed_ms=max(0.0, small - SMALL * token),
         token_ms=token,
         megapair_ms=chunked / pairs * 1e6,
         megaread_ms=reading / (rows * read) * 1e6,
     )
+
+
+def attentions(steps: MixedSteps, loaded: Loaded) -> tuple[Callable[[], Tensor], ...]:
+    """One layer's, of a chunk behind a long context, and of READERS rows of one new token."""
+    depth = _depth(loaded)
+    rows = steps.padded(READERS)
+    rest = [0] * (rows - 1)
+    return (
+        _attention(loaded, [min(CHUNK, depth), *rest], [depth, *rest]),
+        _attention(loaded, [1] * rows, [min(READ, depth)] * rows),
+    )
+
+
+def _depth(loaded: Loaded) -> int:
+    sizing = loaded.sizing
+    return min(DEPTH, sizing.max_model_len, sizing.num_blocks * sizing.block_size)
 
 
 def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callable[[], Tensor]:
