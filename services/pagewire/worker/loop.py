@@ -318,7 +318,14 @@ class _Server:
                 has_beaten = True
             if not has_beaten:
                 self._beat()
+                self._use_idle_time()
             self._send_results()
+
+    def _use_idle_time(self) -> None:
+        """The other ranks of a group would not know of it."""
+        if not self._steps and self._leader is None:
+            with self._ticker:
+                self._runner.idle()
 
     def _follow(self, epoch: int) -> None:
         """There is a new scheduler, which knows nothing of the steps under way."""

@@ -9,7 +9,7 @@ belongs to a slot of its own, behind the real ones.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from ..step.slots import Ints, Slots
 from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
 from .decode_graphs import LEAST_CASCADE, Decoded, Pool
+from .mixed_graphs import Key, MixedGraphs
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
@@ -91,6 +92,14 @@ class Inputs:
         return cls(token_columns, row_columns, picked)
 
 
+class CapturedStep(NamedTuple):
+    """A graph, and where a replay reads and writes."""
+
+    inputs: Inputs
+    graph: torch.cuda.CUDAGraph
+    decoded: Decoded
+
+
 class MixedSteps:
     """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`,
     which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups."""
@@ -113,9 +122,7 @@ class MixedSteps:
         self._device = state.last_token.device
         self._groups = GroupBuffers(slots.count, self._device) if cascade else None
         self._spare = slots.count
-        self._inputs: dict[tuple[int, int], Inputs] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        """By the numbers of tokens and of rows, as `_inputs`."""
+        self._graphs = MixedGraphs(self._capture)
         self._pool = pool
         self._sizes = [size for size in TOKENS if size <= captured_tokens(loaded.decoder.arch)]
 
@@ -136,11 +143,11 @@ class MixedSteps:
         rows = self.padded(len(step.slots))
         self._take_groups(shared, step.counts)
         size = next((size for size in self._sizes if size >= tokens), 0)
-        if hook is None and (size, rows) in self._graphs:
-            self._fill(self._inputs[size, rows], step, host_known_len)
-            graph, decoded = self._graphs[size, rows]
-            graph.replay()
-            return decoded
+        captured = self._graphs.find((size, rows)) if hook is None and size else None
+        if captured is not None:
+            self._fill(captured.inputs, step, host_known_len)
+            captured.graph.replay()
+            return captured.decoded
         padded_tokens = -(-tokens // EAGER_TOKENS) * EAGER_TOKENS
         inputs = self._padding(padded_tokens, rows)
         self._fill(inputs, step, host_known_len)
@@ -163,14 +170,15 @@ class MixedSteps:
         """A step of tokens that belong to no row, for its time. They are not padding, which would
         go through no expert of a mixture, and their ids differ, so that they choose unlike ones."""
         key = next(size for size in self._sizes if size >= tokens), self.padded(rows)
-        inputs = self._inputs[key] if key in self._graphs else self._padding(*key)
+        captured = self._graphs.own(key)
+        inputs = self._padding(*key) if captured is None else captured.inputs
         vocab_size = self._loaded.decoder.arch.vocab_size
         torch.arange(key[0], out=inputs.tokens[IDS]).remainder_(vocab_size)
         inputs.tokens[SLOT_MAPPING] = 0
-        if key in self._graphs:
-            self._graphs[key][0].replay()
-        else:
+        if captured is None:
             self.forward(inputs)
+        else:
+            captured.graph.replay()
 
     def probe(self) -> None:
         """A small step of padding, of more tokens than rows."""
@@ -307,8 +315,8 @@ class MixedSteps:
         ]
 
     def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
-        """Compile what steps need, so that no request waits for a compiler, and capture the small
-        ones. largest: most tokens of a step, which is run once as well: what does not fit into
+        """Compile what steps need, so that no request waits for a compiler, and capture a part of
+        the small ones, the rest by `capture_next`. largest: most tokens of a step, which is run once as well: what does not fit into
         memory is to be known before anyone waits."""
         rows = self.row_counts()
         warm = [
@@ -317,31 +325,31 @@ class MixedSteps:
             for size in sorted({*WARM, self._sizes[-1], largest})
             if size <= largest
         ]
-        graphs: list[tuple[int, int]] = []
+        graphs: list[list[Key]] = []
         if not self._eager:
             graphs = [
-                (size, count)
+                [(size, count) for size in self._captured(rows[i + 1 :], largest)]
                 for i, count in enumerate(rows)
-                for size in self._captured(rows[i + 1 :], largest)
             ]
+        total = len(warm) + MixedGraphs.count_at_start(graphs)
         for done, (size, count) in enumerate(warm):
             self.forward(self._padding(size, count))
             torch.cuda.synchronize()
-            progress(done / (len(warm) + len(graphs)))
-        for done, (size, count) in enumerate(graphs, len(warm)):
-            self._capture(size, count)
-            progress(done / (len(warm) + len(graphs)))
+            progress(done / total)
+        self._graphs.start(graphs, lambda done: progress((len(warm) + done) / total))
 
-    def _capture(self, size: int, rows: int) -> None:
+    def capture_next(self) -> bool:
+        """Capture a step that the start has put off; whether there was any."""
+        return self._graphs.capture_next()
+
+    @torch.inference_mode()
+    def _capture(self, size: int, rows: int) -> "CapturedStep":
         inputs = self._padding(size, rows)
-        self._inputs[size, rows] = inputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self.forward(inputs)
-        self._graphs[size, rows] = (
-            graph,
-            Decoded(borrowed(decoded.logits), borrowed(decoded.sampled_tokens)),
-        )
+        decoded = Decoded(borrowed(decoded.logits), borrowed(decoded.sampled_tokens))
+        return CapturedStep(inputs, graph, decoded)
 
     def _captured(self, fewer: list[int], largest: int) -> list[int]:
         """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows:

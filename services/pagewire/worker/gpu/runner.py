@@ -359,6 +359,10 @@ class GpuRunner:
         self._masks.clear()
         self._unlearned.clear()
 
+    def idle(self) -> None:
+        """See AsyncRunner."""
+        self._mixed.capture_next()
+
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
         with torch.inference_mode():
