@@ -23,6 +23,9 @@ from .symmetric_communicator import SERVING_TIMEOUT_S
 
 MOST_SENT: Final = 4
 """Tensors that a rank sends ahead of their being received: those of two steps."""
+MOST_BLOCKS: Final = 8
+"""Thread blocks of NCCL's kernels, which hold as much of a GPU while they wait for the other end, and
+reach most of NVLink's bandwidth."""
 
 
 class _UnderWay(NamedTuple):
@@ -61,7 +64,9 @@ class NcclPointToPoint:
         try:
             options = nccl.Options()
             options._timeout = timedelta(seconds=WAIT_S)
+            options.config.max_ctas = MOST_BLOCKS
             self._group = nccl(store, number, 2, options)
+            self._group.eager_connect_single_device(device)
             x = torch.zeros(1, device=device)
             if is_sender:
                 self.send(x)

@@ -2,7 +2,10 @@
 of steps Triton's interpreter's; against one process on the CPU, token by token."""
 
 import threading
+import time
+from dataclasses import replace as replace_arch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_on_cpu
@@ -13,10 +16,11 @@ from pagewire.process.group import GroupMemory, RingReader, RingWriter
 from pagewire.worker.gpu import runner as gpu_runner
 from pagewire.worker.gpu.runner import CheckedConnections, GpuRunner
 from pagewire.worker.gpu.stage_part import StagePart
-from pagewire.worker.gpu.stages import EarlierStage, FirstStage, LastStage, kind_of
+from pagewire.worker.gpu.stages import EarlierStage, FirstStage, LastStage, ResultSender, kind_of
 from pagewire.worker.load import loader
 from pagewire.worker.load.gpu_plan import GpuPlan
-from pagewire.worker.load.rank_agreement import ALONE, Ranks
+from pagewire.worker.load.rank_agreement import ALONE, Ranks, StageLinks
+from pagewire.worker.models.decoder import HiddenStates
 from pagewire.worker.models.ranks import PipelineStage
 from pagewire.worker.rank_link import Leader
 from pagewire.worker.step import rank_masks
@@ -287,3 +291,45 @@ class Wire:
 
     def recv(self, x: torch.Tensor) -> None:
         x.copy_(self.sent.pop(0))
+
+
+@pytest.mark.parametrize("block", ["sequential", "post"])
+def test_hidden_states_come_into_buffers_and_leave_as_copies(path, block):
+    """Padding behind them is nothing; a block that adds nothing up has no residual."""
+    loaded = loader.load(path, *_configs(), lambda stage, fraction: None)
+    decoder: Any = loaded.decoder
+    decoder.arch = replace_arch(decoder.arch, block=block)
+    before, after = Wire(), Wire()
+    ranks = Ranks(ALONE.layers, ALONE.host, PipelineStage(1, 3), StageLinks(before, after))
+    part = StagePart(loaded, ranks, 700)
+    count = 1 if block == "post" else 2
+    before.sent = [torch.full((3, 64), float(number)) for number in range(count)]
+    part.receive(3, 8)
+    assert [tuple(given.shape) for given in part._given] == [(1024, 64)] * count
+    for number, given in enumerate(part._given):
+        assert (given[:3] == number).all() and not given[3:8].any() and given[8:].all()
+    residual = torch.ones(8, 64) if count == 2 else None
+    x = torch.ones(8, 64)
+    part.hand_on(HiddenStates(x, residual), 5)
+    x.zero_()
+    assert [tuple(sent.shape) for sent in after.sent] == [(5, 64)] * count
+    assert all(sent.all() for sent in after.sent)
+
+
+def test_what_cannot_be_sent_to_the_first_stage_ends_the_worker(path):
+    class Broken(Wire):
+        def send(self, x: torch.Tensor) -> None:
+            raise CommunicatorFailed("rank 1 was left alone in sending")
+
+    stage = PipelineStage(1, 2)
+    ranks = Ranks(ALONE.layers, ALONE.host, stage, StageLinks(Wire(), results=Broken()))
+    sender = ResultSender(ranks)
+    sender.check()
+    step: Any = SimpleNamespace(event=gpu_on_cpu.Event(), result=lambda: "result")
+    step.event.record()
+    sender.put(step)
+    deadline = time.monotonic() + 30
+    with pytest.raises(CommunicatorFailed, match="left alone in sending"):
+        while time.monotonic() < deadline:
+            sender.check()
+            time.sleep(0.001)
