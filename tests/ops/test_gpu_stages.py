@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 from pagewire.process.group import GroupMemory, RingReader, RingWriter
 from pagewire.worker.gpu import runner as gpu_runner
-from pagewire.worker.gpu.runner import CheckedConnections, GpuRunner
+from pagewire.worker.gpu.runner import GpuRunner
 from pagewire.worker.gpu.stage_part import StagePart
 from pagewire.worker.gpu.stages import EarlierStage, FirstStage, LastStage, ResultSender, kind_of
 from pagewire.worker.load import loader
@@ -28,6 +28,7 @@ from pagewire.worker.step.rank_masks import LeadingMasks, MakeMasks
 from pagewire_kernels.communicator import CommunicatorFailed
 from pagewire_protocol.messages import Step, StepCost, pack, unpack
 from pagewire_protocol.sampling import Sampling
+from rank_threads import run_stages
 from stage_threads import FollowerTakingTurns, collect, run_group
 from worker.conftest import Driver
 from worker.stand_in_matcher import Room, allowed, grammar
@@ -247,6 +248,17 @@ def test_which_runner_a_rank_has():
     assert kinds == [FirstStage, EarlierStage, LastStage]
 
 
+def test_the_first_rank_of_each_stage_chooses_kernels_before_the_others_of_its_stage():
+    """One stage after the other: they share what they keep."""
+    chosen: list[int] = []
+
+    def run(ranks: Ranks, turn: threading.Lock) -> None:
+        gpu_runner.in_turn(ranks, lambda: chosen.append(ranks.rank))
+
+    run_stages(3, 2, run)
+    assert chosen[:3] == [0, 2, 4] and sorted(chosen[3:]) == [1, 3, 5]
+
+
 class Silent:
     """A connection whose other end hangs."""
 
@@ -262,7 +274,9 @@ def test_a_step_that_waits_for_a_rank_that_hangs_ends_with_a_message(path):
     loaded = loader.load(path, *_configs(), lambda stage, fraction: None)
     masks = gpu_runner.GrammarMasks(SLOTS, _configs()[0], VOCAB, (2,))
     silent = Silent()
-    several = CheckedConnections([silent])
+    links: Any = StageLinks(Wire(), silent)  # pyright: ignore[reportArgumentType]
+    several = Ranks(ALONE.layers, ALONE.host, PipelineStage(1, 3), links).checked()
+    assert several is not None and ALONE.checked() is None
     several.serve()
     assert silent.serves
     parts = gpu_on_cpu.parts(loaded, SLOTS, masks)

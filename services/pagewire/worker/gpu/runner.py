@@ -8,7 +8,7 @@ and on the device (last tokens too, which are not).
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -175,32 +175,18 @@ def start(
         parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks, ranks)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
-            # All ranks run the model together. What they compute alike, as routers, must be computed
-            # by the same kernels: the first rank times them, and the others read what it has kept.
             gemms = gemm_autotune.record(cuda.OPS.choices.gemm, parts.mixed.probe)
-            if ranks.rank:
-                ranks.wait()
-            _choose_gemms(parts, gemms, progress)
-            if not ranks.rank:
-                ranks.wait()
+            in_turn(ranks, lambda: _choose_gemms(parts, gemms, progress))
         _capture(parts, progress)
         cost = step_cost.measure(parts.mixed, loaded, loaded.on_gpu.step_tokens)
     _log_outcome(loaded, cost)
     if not ranks.stage.is_whole:
         # the first stage may have a step long before the last one is ready
         ranks.wait()
-    checked = _checked(ranks)
+    checked = ranks.checked()
     if checked is not None:
         checked.serve()
     return (kind or GpuRunner)(parts, cost, incarnation, _observers(config), checked)
-
-
-def _checked(ranks: Ranks) -> CheckedCommunicator | None:
-    """The connections to other ranks whose operations may fail unseen."""
-    links = ranks.links
-    connections = (ranks.layers, links.previous, links.following)
-    checked = [each for each in connections if isinstance(each, CheckedCommunicator)]
-    return CheckedConnections(checked) if len(checked) > 1 else next(iter(checked), None)
 
 
 def check_ring(steps_in_flight: int) -> None:
@@ -273,6 +259,19 @@ def _choose_gemms(parts: GpuParts, gemms: gemm_autotune.Gemms, progress: weights
     )
 
 
+def in_turn(ranks: Ranks, choose: Callable[[], None]) -> None:
+    """`choose` on all ranks. Those of a stage run the same layers together: what they compute alike,
+    as routers, must be computed by the same kernels. So the first rank of each stage times them, one
+    stage after the other, and the others read what it has kept."""
+    is_leader = not ranks.layers.rank
+    for stage in range(ranks.stage.count):
+        if is_leader and stage == ranks.stage.index:
+            choose()
+        ranks.wait()
+    if not is_leader:
+        choose()
+
+
 def _capture(parts: GpuParts, progress: weights.Progress) -> None:
     """The largest first: later graphs then fit into the memory of earlier ones."""
     parts.mixed.capture_all(
@@ -304,23 +303,6 @@ def _observers(config: WorkerConfig) -> list[StepObserver]:
 
         observers.append(KernelProfile())
     return observers
-
-
-class CheckedConnections:
-    """Several of CheckedCommunicator as one."""
-
-    def __init__(self, connections: Sequence[CheckedCommunicator]) -> None:
-        self._connections = connections
-
-    def serve(self) -> None:
-        """See CheckedCommunicator."""
-        for each in self._connections:
-            each.serve()
-
-    def check(self) -> None:
-        """See CheckedCommunicator."""
-        for each in self._connections:
-            each.check()
 
 
 class RunnerKind(Protocol):

@@ -90,4 +90,4 @@ class StagePart:
             assert hidden.residual is not None
             parts.append(hidden.residual)
         for part in parts:
-            link.send(part[:count].clone())
+            link.send(part[:count].to(self._loaded.dtype, copy=True))

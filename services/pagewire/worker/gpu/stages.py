@@ -14,7 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import replace
-from pagewire_kernels.communicator import CheckedCommunicator, PointToPoint
+from pagewire_kernels.communicator import (
+    CheckedCommunicator,
+    CheckedConnections,
+    PointToPoint,
+)
 from pagewire_protocol.columns import Incarnation
 from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, WorkerFacts
 
@@ -25,7 +29,6 @@ from ..step.slots import Ints
 from . import runner
 from .decode_graphs import Decoded
 from .runner import (
-    CheckedConnections,
     GpuParts,
     GpuRunner,
     GpuStep,
