@@ -1,7 +1,8 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
     python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b,…]
-        [--quantization int4|int8|fp8|bitsandbytes_8bit] [--tensor-parallel-size 2 [--one-gpu]]
+        [--quantization int4|int8|fp8|bitsandbytes_8bit]
+        [--tensor-parallel-size 2] [--pipeline-parallel-size 2] [--one-gpu]
 
 Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
 the whole stack: prompts of very different lengths in one batch, cut in chunks, with decodes beside
@@ -11,8 +12,8 @@ same weights; the errors may be as large as those of transformers' own bf16 (gpu
 line for each set-up, one for the verdict; the exit status is 0 when all is well. With
 `--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
 values in full; with fp8, whose products round the inputs of many rows too, transformers in bf16
-rounds all inputs. With `--tensor-parallel-size`, by several ranks on as many GPUs, or, with
-`--one-gpu`, on a single one. With `--device cpu`, small sizes: does the check itself work?
+rounds all inputs. With `--tensor-parallel-size` and `--pipeline-parallel-size`, by several ranks on as many
+GPUs, or, with `--one-gpu`, on a single one. With `--device cpu`, small sizes: does the check itself work?
 """
 
 import argparse
@@ -52,8 +53,14 @@ class Stack:
 
     device: str
     quantization: str
-    ranks: int
+    size: int
+    stages: int
     one_gpu: bool
+
+    @property
+    def ranks(self) -> int:
+        """Of all stages."""
+        return self.size * self.stages
 
     def settings(self) -> dict[str, Any]:
         """Of LLM."""
@@ -61,7 +68,8 @@ class Stack:
         return {
             "device": self.device,
             "quantization": self.quantization or None,
-            "tensor_parallel_size": self.ranks,
+            "tensor_parallel_size": self.size,
+            "pipeline_parallel_size": self.stages,
             **step,
         }
 
@@ -92,7 +100,7 @@ SCALES = {
         },
     ),
     "cpu": Scale(
-        {"llama-3.1-8b": 1, "qwen3-0.6b": 1, "qwen3-30b-a3b": 1}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
+        {"llama-3.1-8b": 2, "qwen3-0.6b": 2, "qwen3-30b-a3b": 2}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
         {"default": ({}, True), "chunks of 64": ({"max_num_batched_tokens": 64}, False)},
     ),
 }  # fmt: skip
@@ -267,6 +275,7 @@ def main() -> int:
     )
     parser.add_argument("--quantization", default="", choices=("", *ROUNDINGS))
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
@@ -275,7 +284,11 @@ def main() -> int:
         os.environ["PAGEWIRE_RANKS_SHARE_A_GPU"] = "1"
     models, scale = options.models.split(","), SCALES[options.device]
     stack = Stack(
-        options.device, options.quantization, options.tensor_parallel_size, options.one_gpu
+        options.device,
+        options.quantization,
+        options.tensor_parallel_size,
+        options.pipeline_parallel_size,
+        options.one_gpu,
     )
     return conclude(
         "gpu_logits", lambda: [fault for name in models for fault in check(name, scale, stack)]

@@ -196,9 +196,18 @@ def _load(
             kernel_cache.kept(node.run_dir),
             ticking(narrate.alive),
         ):  # a kernel may take minutes to compile
-            from .gpu.runner import start
+            from .gpu.stages import start
 
-            return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
+            return start(
+                path,
+                model,
+                scheduler,
+                config,
+                incarnation,
+                narrate,
+                ranks=ranks,
+                make_masks=make_masks,
+            )
     from .cpu.stages import start as start_on_cpu
 
     with ticking(narrate.alive):  # compiling may take as long here

@@ -25,8 +25,10 @@ from pagewire_protocol.messages import Shared
 from torch import Tensor
 
 from ..load.loader import Loaded
+from ..models.decoder import HiddenStates
 from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
+from .stage_part import StagePart
 from .staging import Uploads
 
 Pool = Any
@@ -54,20 +56,43 @@ def cascade_buckets(most: int) -> list[int]:
 @dataclass
 class Decoded:
     """What a step left on the device: logits [B, V]; sampled_tokens int32 [B], -1 where the logits
-    were not finite."""
+    were not finite. Of a pipeline stage before the last one, hidden states, and logits of no rows."""
 
     logits: Tensor
     sampled_tokens: Tensor
+    hidden: HiddenStates | None = None
+
+    @classmethod
+    def of_stage(cls, hidden: HiddenStates) -> "Decoded":
+        """What a stage before the last one leaves."""
+        return cls(hidden.x[:0], hidden.x[:0], hidden)
+
+    def lent(self) -> "Decoded":
+        """The same, of a captured graph, whose pool keeps the memory."""
+        if self.hidden is None:
+            return Decoded(borrowed(self.logits), borrowed(self.sampled_tokens))
+        x, residual = self.hidden
+        return Decoded.of_stage(
+            HiddenStates(borrowed(x), None if residual is None else borrowed(residual))
+        )
 
 
 class DecodeGraphs:
     """`run(rows, ...)` decodes the first `rows` entries of `slots`, which the caller fills (-1 is
-    padding)."""
+    padding). stage: of a model that is divided into pipeline stages, else None."""
 
     def __init__(
-        self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool, pool: Pool
+        self,
+        loaded: Loaded,
+        state: SlotState,
+        most: int,
+        eager: bool,
+        cascade: bool,
+        pool: Pool,
+        stage: StagePart | None = None,
     ) -> None:
         self._loaded = loaded
+        self._stage = stage
         self._state = state
         self._eager = eager
         device = state.last_token.device
@@ -77,7 +102,7 @@ class DecodeGraphs:
         self._groups = GroupBuffers(most, device)
         self._rows = DecodeRows.empty(most, state.table.shape[1], device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._sampled_tokens = torch.empty(most, dtype=torch.int32, device=device)
+        self._sampled_tokens = torch.zeros(most, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         self._pool = pool
 
@@ -117,13 +142,15 @@ class DecodeGraphs:
             self._capture(size, False, cascade)
             progress(done / len(wanted))
 
-    def run(self, size: int, filtered: bool, cascade: bool) -> Decoded:
-        """`size` is a bucket; `filtered`: some row restricts the vocabulary; `cascade`: common
-        blocks are read once a group."""
+    def run(self, size: int, rows: int, filtered: bool, cascade: bool) -> Decoded:
+        """`size` is a bucket, for `rows` rows; `filtered`: some row restricts the vocabulary;
+        `cascade`: common blocks are read once a group. Raises CommunicatorFailed."""
+        if not self._eager and (size, filtered, cascade) not in self._graphs:
+            self._capture(size, filtered, cascade)
+        if self._stage is not None:
+            self._stage.receive(rows, size)
         if self._eager:
             return self._decode(size, filtered, cascade)
-        if (size, filtered, cascade) not in self._graphs:
-            self._capture(size, filtered, cascade)
         graph, decoded = self._graphs[size, filtered, cascade]
         graph.replay()
         return decoded
@@ -140,10 +167,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self._decode(size, filtered, cascade)
-        self._graphs[size, filtered, cascade] = (
-            graph,
-            Decoded(borrowed(decoded.logits), decoded.sampled_tokens),
-        )
+        self._graphs[size, filtered, cascade] = (graph, decoded.lent())
         self.slots.copy_(saved)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
@@ -160,11 +184,19 @@ class DecodeGraphs:
             loaded.sizing.max_model_len,
         )
         batch.groups = self._groups.first(size) if cascade else None
-        logits = loaded.decoder(
-            rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
-        )
+        sampled_tokens = self._sampled_tokens[:size]
+        if self._stage is None:
+            logits = loaded.decoder(
+                rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
+            )
+        else:
+            hidden = self._stage.run(rows.tokens, batch)
+            if not self._stage.is_last:
+                # the tokens are those of the last stage, and come later
+                commit(slots, sampled_tokens, sampled_tokens, self._state, sampled_tokens)
+                return Decoded.of_stage(hidden)
+            logits = self._stage.logits(hidden, batch, None)
         sampling = ops.SamplingRows(rows.sampling_params, rows.seeds, rows.positions, filtered)
         sampled = ops.sample(logits, sampling)
-        sampled_tokens = self._sampled_tokens[:size]
         commit(slots, sampled.tokens, sampled.bad, self._state, sampled_tokens)
         return Decoded(logits, sampled_tokens)

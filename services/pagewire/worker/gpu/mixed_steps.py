@@ -25,10 +25,10 @@ from ..load.loader import Loaded
 from ..models.decoder import LogitsHook
 from ..step.apply import StepRows, spread
 from ..step.slots import Ints, Slots
-from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
 from .decode_graphs import LEAST_CASCADE, Decoded, Pool
 from .mixed_graphs import Key, MixedGraphs
+from .stage_part import StagePart
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
@@ -102,7 +102,8 @@ class CapturedStep(NamedTuple):
 
 class MixedSteps:
     """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`,
-    which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups."""
+    which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups.
+    stage: of a model that is divided into pipeline stages, else None."""
 
     def __init__(
         self,
@@ -113,8 +114,10 @@ class MixedSteps:
         eager: bool,
         cascade: bool,
         pool: Pool,
+        stage: StagePart | None = None,
     ) -> None:
         self._loaded = loaded
+        self._stage = stage
         self._slots = slots
         self._state = state
         self._uploads = uploads
@@ -137,7 +140,7 @@ class MixedSteps:
 
         host_known_len [slots]: how many tokens of each slot the host knows. shared: prefix groups
         among the leading rows of one token. hook looks at the logits of further tokens: the step is
-        then run eagerly.
+        then run eagerly. Raises CommunicatorFailed.
         """
         tokens = int(step.counts.sum())
         rows = self.padded(len(step.slots))
@@ -146,12 +149,18 @@ class MixedSteps:
         captured = self._graphs.find((size, rows)) if hook is None and size else None
         if captured is not None:
             self._fill(captured.inputs, step, host_known_len)
+            self._receive(tokens, captured.inputs.tokens.shape[1])
             captured.graph.replay()
             return captured.decoded
         padded_tokens = -(-tokens // EAGER_TOKENS) * EAGER_TOKENS
         inputs = self._padding(padded_tokens, rows)
         self._fill(inputs, step, host_known_len)
+        self._receive(tokens, padded_tokens)
         return self.forward(inputs, hook)
+
+    def _receive(self, tokens: int, padded: int) -> None:
+        if self._stage is not None:
+            self._stage.receive(tokens, padded)
 
     def _padding(self, tokens: int, rows: int) -> Inputs:
         return Inputs.padding(tokens, rows, self._spare, self._device)
@@ -261,18 +270,32 @@ class MixedSteps:
         loaded, state = self._loaded, self._state
         rows = inputs.picked.shape[1]
         row_slots = inputs.rows[ROW_SLOTS, :rows].long()
-        logits = loaded.decoder(
-            self._token_ids(inputs),
-            loaded.cos_sin,
-            loaded.caches,
-            self._batch(inputs, row_slots),
-            inputs.picked[PICKED_TOKENS],
-            lambda: None,
-            hook,
-        )
-        # From here on it is what `slot_state.commit` does for a decode step: the slots move on, and
-        # those that sampled keep their token for the next step.
-        state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
+        batch = self._batch(inputs, row_slots)
+        wanted = inputs.picked[PICKED_TOKENS]
+        if self._stage is None:
+            logits = loaded.decoder(
+                self._token_ids(inputs),
+                loaded.cos_sin,
+                loaded.caches,
+                batch,
+                wanted,
+                lambda: None,
+                hook,
+            )
+        else:
+            is_first = self._stage.is_first
+            hidden = self._stage.run(self._token_ids(inputs) if is_first else None, batch)
+            if not self._stage.is_last:
+                state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
+                return Decoded.of_stage(hidden)
+            logits = self._stage.logits(hidden, batch, wanted, hook)
+        return self._sample(inputs, row_slots, logits)
+
+    def _sample(self, inputs: Inputs, row_slots: Tensor, logits: Tensor) -> Decoded:
+        """What `slot_state.commit` does for a decode step, after sampling: the slots move on, and
+        those that sampled keep their token for the next step."""
+        state = self._state
+        state.num_computed[row_slots] = inputs.rows[SEQ_LENS, : len(row_slots)]
         slots = inputs.picked[PICKED_SLOTS]
         sampling = ops.SamplingRows(
             state.sampling_params[slots].T.contiguous(),
@@ -348,8 +371,7 @@ class MixedSteps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self.forward(inputs)
-        decoded = Decoded(borrowed(decoded.logits), borrowed(decoded.sampled_tokens))
-        return CapturedStep(inputs, graph, decoded)
+        return CapturedStep(inputs, graph, decoded.lent())
 
     def _captured(self, fewer: list[int], largest: int) -> list[int]:
         """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows:

@@ -50,11 +50,11 @@ def timed(run: Callable[[], object]) -> float:
 
 def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     """Steps without attention give the time of a step and of a token in it; attention is measured
-    in one layer and taken for all."""
+    in one layer and taken for all that are here."""
     most = max(2 * SMALL, min(LARGE, step_tokens))
     small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, most))
     token = max(0.0, (large - small) / (most - SMALL))
-    layers = loaded.decoder.arch.num_layers
+    layers = len(loaded.caches)
     depth = _depth(loaded)
     chunk, read = min(CHUNK, depth), min(READ, depth)
     pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2

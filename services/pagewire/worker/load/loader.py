@@ -143,9 +143,7 @@ def load(
     if gpu:
         steps = scheduler or SchedulerConfig()
         with named_rank(ranks.host):
-            plan = plan_gpu(
-                arch, dtype, model, config, gpu, steps, quantized // ranks.size, ranks.layers
-            )
+            plan = plan_rank(arch, dtype, model, config, gpu, steps, quantized, ranks)
         plan = agreed_plan(plan, ranks.host)
         sizing = plan.sizing
     else:
@@ -370,6 +368,26 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
         if line:
             log.warning("%s", line)
     return DTYPES[choice.dtype]
+
+
+def plan_rank(
+    arch: Architecture,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    config: WorkerConfig,
+    gpu: Gpu,
+    scheduler: SchedulerConfig,
+    quantized: int,
+    ranks: Ranks,
+) -> GpuPlan:
+    """Of this one of `ranks`, on `gpu`. arch: of the whole model; quantized: bytes of all its weights
+    where some stay quantized, else 0. Raises kv_sizing.DoesNotFit."""
+    stage = ranks.stage
+    own = quantized // ranks.size
+    if not stage.is_whole:
+        rank_arch = of_rank(arch, ranks.layers.size, stage)
+        own = kv_sizing.rank_share(quantized, arch, rank_arch, stage)
+    return plan_gpu(arch, dtype, model, config, gpu, scheduler, own, ranks.layers, stage)
 
 
 def size_on_cpu(

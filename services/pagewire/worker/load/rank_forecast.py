@@ -14,14 +14,12 @@ from ..device.gpus import Gpu
 from ..models.cache_spec import cache_spec
 from ..models.ranks import PipelineStage, of_rank
 from . import kv_dtype, loader, quantizing
-from .gpu_plan import plan_gpu
 from .kv_sizing import DoesNotFit, Sizing
 from .rank_agreement import Ranks
 
 
 class Request(msgspec.Struct, frozen=True):
-    """path: of the model's files. gpus: those of the ranks of the one pipeline stage that there may
-    be on GPUs, in their order; none on CPUs."""
+    """path: of the model's files. gpus: those of the ranks, in their order; none on CPUs."""
 
     path: str
     model: ModelConfig
@@ -104,9 +102,8 @@ def _sizing(request: Request, described: loader.Description, ranks: Ranks) -> Si
     chosen = quantizing.choose(described.checkpoint, arch, request.model.quantization, target)
     quantized = chosen.weight_bytes(arch)
     if gpu is not None:
-        each = quantized // ranks.size
-        return plan_gpu(
-            arch, dtype, request.model, worker, gpu, request.scheduler, each, ranks.layers
+        return loader.plan_rank(
+            arch, dtype, request.model, worker, gpu, request.scheduler, quantized, ranks
         ).sizing
     rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
     spec = cache_spec(rank_arch, kv_dtype.choose(worker.kv_cache_dtype, dtype))
