@@ -108,9 +108,10 @@ SCALES = {
 
 
 class Asked:
-    """The prompts: alone, behind one and two thirds of the longest ones, behind `common`."""
+    """The prompts: alone, behind one and two thirds of the longest ones, behind `common`: as many
+    for each of the pipeline `stages`, whose steps have a share of the rows."""
 
-    def __init__(self, scale: Scale) -> None:
+    def __init__(self, scale: Scale, stages: int) -> None:
         make = random.Random(3)
 
         def words(count: int) -> list[int]:
@@ -124,7 +125,7 @@ class Asked:
             for part in (1, 2)
         ]
         self.common = words(scale.common)
-        self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows)]
+        self.rows = [self.common + words(1 + i % 40) for i in range(scale.rows * stages)]
 
 
 def save_model(name: str, scale: Scale, path: Path, device: str, quantization: str) -> None:
@@ -172,13 +173,14 @@ def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
                 expert.copy_(rounding.full(expert))
 
 
-def base_settings(scale: Scale, asked: Asked) -> dict[str, Any]:
+def base_settings(scale: Scale, stack: Stack, asked: Asked) -> dict[str, Any]:
     """Of LLM, in all set-ups."""
     return {
+        **stack.settings(),
         "dtype": "bfloat16",
         "num_kv_blocks": scale.blocks,
         "skip_tokenizer_init": True,
-        "max_num_seqs": 128,
+        "max_num_seqs": 128 * stack.stages,
         "max_model_len": max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS,
     }
 
@@ -186,7 +188,7 @@ def base_settings(scale: Scale, asked: Asked) -> dict[str, Any]:
 def run(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[Said]:
     """What the stack says in one set-up."""
     settings, grouped = scale.setups[name]
-    settings = {**base_settings(scale, asked), **stack.settings(), **settings}
+    settings = {**base_settings(scale, stack, asked), **settings}
     with LLM(str(path / "served"), **settings) as llm:
         alone = generate(llm, asked.alone, TOP)
         behind = generate(llm, asked.behind)
@@ -284,7 +286,7 @@ def check(name: str, scale: Scale, stack: Stack) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         save_model(name, scale, path, stack.device, stack.quantization)
-        asked = Asked(scale)
+        asked = Asked(scale, stack.stages)
         one = functools.partial(run, path, scale, stack, asked)
         at_once = 4 if stack.device == "cuda" and stack.ranks == 1 else 1
         said = in_turn(one, setups_of(scale, stack), at_once)
