@@ -223,8 +223,7 @@ def repeated(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) ->
     told: list[list[Any]] = []
     for _ in range(2):
         settings = {
-            **base_settings(scale, asked),
-            **stack.settings(),
+            **base_settings(scale, stack, asked),
             "enable_prefix_caching": False,
         }
         with LLM(str(path / "served"), **settings) as llm:
