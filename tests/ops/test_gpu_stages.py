@@ -330,6 +330,19 @@ def test_hidden_states_come_into_buffers_and_leave_as_copies(path, block):
     assert all(sent.all() for sent in after.sent)
 
 
+def test_what_was_received_is_computed_with_again_and_again(path):
+    """As at start, where steps are run for their time: the residual must not grow."""
+    ranks = Ranks(ALONE.layers, ALONE.host, PipelineStage(1, 2))
+    loaded = loader.load(path, *_configs(), lambda stage, fraction: None, ranks=ranks)
+    part = StagePart(loaded, ranks, 8)
+    before = [given.clone() for given in part._given]
+    masks = gpu_runner.GrammarMasks(SLOTS, _configs()[0], VOCAB, (2,))
+    parts = gpu_on_cpu.parts(loaded, SLOTS, masks, part)
+    with torch.inference_mode():
+        parts.mixed.replay(16, 1)
+    assert all(torch.equal(one, other) for one, other in zip(before, part._given, strict=True))
+
+
 def test_what_cannot_be_sent_to_the_first_stage_ends_the_worker(path):
     class Broken(Wire):
         def send(self, x: torch.Tensor) -> None:

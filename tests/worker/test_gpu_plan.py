@@ -5,14 +5,17 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.device.gpus import GIB, Gpu
-from pagewire.worker.load import gpu_plan
+from pagewire.worker.load import gpu_memory, gpu_plan
 from pagewire.worker.load.kv_sizing import DoesNotFit
 from pagewire.worker.models import describe
+from pagewire.worker.models.ranks import PipelineStage
 
 MODELS = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
 BF16, HALF = torch.bfloat16, torch.float16
@@ -197,3 +200,12 @@ def test_memory_for_attention_by_torch_follows_the_context_that_can_be_held():
     reserved for."""
     plan = planned("T4", "phi-3.5-mini")
     assert 10_000 < tokens(plan) < 20_000 and plan.sizing.workspace < 2.2 * GIB
+
+
+@pytest.mark.parametrize(("index", "steps"), [(0, 3), (1, 5), (2, 2)])
+def test_hidden_states_between_stages_have_room(index: int, steps: int) -> None:
+    """8,192 tokens of 4,096 features, twice, in 16 bits: received with a copy, sent two ahead."""
+    arch: Any = SimpleNamespace(hidden_size=4096)
+    load = gpu_memory.Load(8192, 256, 4096, stage=PipelineStage(index, 3))
+    assert gpu_memory.handed_on_bytes(arch, 2, load) == steps * 2 * 8192 * 4096 * 2
+    assert gpu_memory.handed_on_bytes(arch, 2, gpu_memory.Load(8192, 256, 4096)) == 0

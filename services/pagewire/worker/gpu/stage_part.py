@@ -50,7 +50,7 @@ class StagePart:
             return
         for part in self._given:
             link.recv(part[:count])
-            # layers add to the residual in place: what they add to padding is not to pile up
+            # what a longer step has left there may be no number
             part[count:padded].zero_()
 
     def run(self, ids: Tensor | None, batch: Batch) -> HiddenStates:
@@ -61,7 +61,9 @@ class StagePart:
             assert ids is not None
             hidden = self._decoder.embed(ids, batch)
         else:
-            hidden = HiddenStates(*(part[: len(batch.positions)] for part in self._given))
+            # A copy, since layers add to the residual in place: steps that are timed at start would
+            # pile up what they add.
+            hidden = HiddenStates(*(part[: len(batch.positions)].clone() for part in self._given))
         hidden = self._decoder.run_layers(
             hidden, loaded.cos_sin, loaded.caches, batch, lambda: None
         )

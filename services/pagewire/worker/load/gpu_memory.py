@@ -124,9 +124,9 @@ def _mlp_width(arch: Architecture) -> int:
 
 def handed_on_bytes(arch: Architecture, itemsize: int, load: Load) -> int:
     """Hidden states, and what they are added to, between pipeline stages: those of one step that is
-    received, and of as many as are sent ahead with one that is made ready."""
+    received, with a copy, and of as many as are sent ahead with one that is made ready."""
     stage = load.stage
-    steps = (not stage.is_first) + (not stage.is_last) * (STEPS_SENT + 1)
+    steps = 2 * (not stage.is_first) + (not stage.is_last) * (STEPS_SENT + 1)
     return steps * 2 * load.tokens * arch.hidden_size * itemsize
 
 
