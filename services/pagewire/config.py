@@ -267,13 +267,14 @@ class SchedulerConfig(Struct, frozen=True):
         int, _help("requests that may wait before requests get 429", ge=1)
     ] = 16_384
 
-    def step_tokens(self, gpu: bool, memory: int = LARGE_GPU) -> int:
-        """Most tokens in one step. memory: all bytes of the GPU."""
+    def step_tokens(self, gpu: bool, memory: int = LARGE_GPU, stages: int = 1) -> int:
+        """Most tokens in one step. memory: all bytes of the GPU. stages: of the pipeline, which is
+        filled and emptied by whole steps."""
         if self.max_num_batched_tokens or not gpu:
             return self.max_num_batched_tokens or CPU_STEP_TOKENS
         if memory < LARGE_GPU:
             return max(SMALL_GPU_STEP_TOKENS, self.max_num_seqs or 0)
-        return GPU_STEP_TOKENS if self.max_step_ms else 2 * GPU_STEP_TOKENS
+        return GPU_STEP_TOKENS if self.max_step_ms or stages > 1 else 2 * GPU_STEP_TOKENS
 
     def num_seqs(self) -> int:
         """Most requests in one step, of a worker that does not say less."""

@@ -82,6 +82,7 @@ def test_no_time_is_no_chunk_and_endless_time_any():
 
 def test_the_most_tokens_of_a_step_are_the_flag_or_the_workers():
     assert [SchedulerConfig().step_tokens(gpu) for gpu in (False, True)] == [2048, 8192]
+    assert SchedulerConfig(max_step_ms=0).step_tokens(True, stages=2) == 8192
     assert [SchedulerConfig(max_step_ms=0).step_tokens(gpu) for gpu in (False, True)] == [
         2048,
         16_384,

@@ -82,7 +82,7 @@ def plan_gpu(
     # every rank of the last stage has all logits
     vocab_size = arch.vocab_size if stage.is_last else 0
     arch = replace(of_rank(arch, communicator.size, stage), vocab_size=vocab_size)
-    tokens = scheduler.step_tokens(True, gpu.total)
+    tokens = scheduler.step_tokens(True, gpu.total, stage.count)
     cache = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
 
     def size(rows: int) -> Sizing:
