@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import new_parser, positive
+from ..cli import Parser, new_parser, positive
 from . import baselines, machine, workloads
 from .clients import Clients
 from .interleave import Budget, Result, Row, run_interleaved
@@ -96,6 +96,29 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this command, and the rest of the line, which is the server's."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.url and rest:
+        parser.error(f"unknown with --url: {' '.join(rest)}")
+    for name in ("url", "against"):
+        if url := getattr(options, name):
+            try:
+                Target.of(url)
+            except ValueError as error:
+                parser.error(f"--{name} {error}")
+    if options.vocab and options.vocab <= workloads.FIRST_ID:
+        parser.error(
+            f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"
+        )
+    try:
+        options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
+    except ValueError as error:
+        parser.error(f"argument --loads: {error}")
+    return options, rest
+
+
+def _parser() -> Parser:
     parser = new_parser(
         "bench serve",
         "Streaming load. Without --url, every other flag goes to a `pagewire serve` started for it.",
@@ -127,24 +150,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add_common(parser)
     add_plot(parser)
-    options, rest = parser.parse_known_args(arguments)
-    if options.url and rest:
-        parser.error(f"unknown with --url: {' '.join(rest)}")
-    for name in ("url", "against"):
-        if url := getattr(options, name):
-            try:
-                Target.of(url)
-            except ValueError as error:
-                parser.error(f"--{name} {error}")
-    if options.vocab and options.vocab <= workloads.FIRST_ID:
-        parser.error(
-            f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"
-        )
-    try:
-        options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
-    except ValueError as error:
-        parser.error(f"argument --loads: {error}")
-    return options, rest
+    return parser
 
 
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:

@@ -167,35 +167,20 @@ def _load(
         from .fake import FakeRunner
 
         return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation, make_masks))
-    from ..hub.huggingface import resolve
-
-    path = resolve(model, lambda line: membership.loading(line[:256]))
-    stages = config.pipeline_parallel_size
-    imported("worker.load.early").check(path, model, config.tensor_parallel_size, stages)
-    if _may_stay_quantized(path, model, config):
-        from .device import kernel_cache
-
-        kernel_cache.keep_native()
-        cpu_native.compile_in_background()
-    membership.loading("importing torch")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    _keep_memory()
-    loader = imported("worker.load.loader")
-    gc.freeze()
+    path = _find_model(membership, model, config)
+    device = _import_torch(membership, config)
     narrate = _Narrator(membership)
     from .load.in_thread import ticking
 
-    device = loader.choose_device(config.device)
     with ticking(narrate.alive):
-        ranks = imported("worker.communicators").connect(place, node.run_dir, device, stages)
+        ranks = imported("worker.communicators").connect(
+            place, node.run_dir, device, config.pipeline_parallel_size
+        )
     if device == "cuda":
         from .device import kernel_cache
 
-        with (
-            kernel_cache.kept(node.run_dir),
-            ticking(narrate.alive),
-        ):  # a kernel may take minutes to compile
+        # A kernel may take minutes to compile.
+        with kernel_cache.kept(node.run_dir), ticking(narrate.alive):
             from .gpu.runner import start
 
             return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
@@ -213,6 +198,34 @@ def _load(
             ranks=ranks,
             make_masks=make_masks,
         )
+
+
+def _find_model(membership: Membership, model: ModelConfig, config: WorkerConfig) -> Path:
+    """Where its files are, downloaded if need be. Raises before torch is imported what can be said
+    without it, and begins to compile what needs no torch."""
+    from ..hub.huggingface import resolve
+
+    path = resolve(model, lambda line: membership.loading(line[:256]))
+    imported("worker.load.early").check(
+        path, model, config.tensor_parallel_size, config.pipeline_parallel_size
+    )
+    if _may_stay_quantized(path, model, config):
+        from .device import kernel_cache
+
+        kernel_cache.keep_native()
+        cpu_native.compile_in_background()
+    return path
+
+
+def _import_torch(membership: Membership, config: WorkerConfig) -> str:
+    """With what must be set before it is. Returns the device: cpu or cuda."""
+    membership.loading("importing torch")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    _keep_memory()
+    loader = imported("worker.load.loader")
+    gc.freeze()
+    return loader.choose_device(config.device)
 
 
 def _may_stay_quantized(path: Path, model: ModelConfig, config: WorkerConfig) -> bool:

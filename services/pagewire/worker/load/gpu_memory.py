@@ -163,47 +163,46 @@ def size(
 ) -> Sizing:
     """Divide the memory of `gpu`, of which `weights` bytes go to weights. itemsize: of weights and
     activations; cache: what the layers keep. Raises DoesNotFit."""
-    each = cache.block_bytes(request.block_size)
+    block_bytes = cache.block_bytes(request.block_size)
     space = workspace(arch, itemsize, load)
     fixed = weights + space.total
-    exact = request.blocks or request.kv_bytes // each
-    budget = (
-        gpu.free
-        if request.blocks or request.kv_bytes
-        else gpu.free - int(gpu.total * (1 - request.utilization))
-    )
-    count = exact or max(0, budget - fixed) // each
-    if not count or fixed + count * each > budget:
+    exact = request.blocks or request.kv_bytes // block_bytes
+    budget = _budget(gpu, request)
+    num_blocks = exact or max(0, budget - fixed) // block_bytes
+    if not num_blocks or fixed + num_blocks * block_bytes > budget:
         least = exact or max(1, -(-_least(arch, request) // request.block_size))
-        raise DoesNotFit(
-            _no_room(gpu, request, weights, space.total, least, each, budget, itemsize)
-        )
-    length, note = context(arch, count * request.block_size, request.max_model_len, request.fit)
-    if length > count * request.block_size:
-        raise DoesNotFit(_too_long(gpu, request, fixed, length, count, each))
+        line = _no_room(gpu, request, weights, space.total, least, block_bytes, budget, itemsize)
+        raise DoesNotFit(line)
+    length, note = context(
+        arch, num_blocks * request.block_size, request.max_model_len, request.fit
+    )
+    if length > num_blocks * request.block_size:
+        raise DoesNotFit(_too_long(gpu, request, fixed, length, num_blocks, block_bytes))
     if note and not exact and length < _least(arch, request):
-        raise DoesNotFit(
-            _too_short(
-                gpu,
-                request,
-                (weights, space.total, count * each),
-                length,
-                request.max_model_len or arch.max_position,
-            )
-        )
-    head = (_seen(gpu), _divided(gpu, request, weights, space, count * each, budget), space.line())
+        asked = request.max_model_len or arch.max_position
+        parts = (weights, space.total, num_blocks * block_bytes)
+        raise DoesNotFit(_too_short(gpu, request, parts, length, asked))
+    divided = _divided(gpu, request, weights, space, num_blocks * block_bytes, budget)
     return Sizing(
         weights,
-        each,
-        count,
+        block_bytes,
+        num_blocks,
         request.block_size,
         length,
         space.total,
         gpu,
-        head,
+        (_seen(gpu), divided, space.line()),
         note,
         cache.kv_type,
     )
+
+
+def _budget(gpu: Gpu, request: MemoryRequest) -> int:
+    """Bytes that weights, workspace and KV cache may take together: all that is free where the
+    size of the cache is asked for."""
+    if request.blocks or request.kv_bytes:
+        return gpu.free
+    return gpu.free - int(gpu.total * (1 - request.utilization))
 
 
 def _seen(gpu: Gpu) -> str:

@@ -101,12 +101,23 @@ class Description:
 
 
 @dataclass(frozen=True)
-class _Placement:
-    """Where and as what a model is loaded."""
+class Placement:
+    """As what a model is loaded, and by which of `ranks`. gpu: where its part goes; None: it stays
+    in the CPU's memory."""
 
-    device: str
+    gpu: Gpu | None
+    ranks: Ranks
     dtype: torch.dtype
     quantizing: Quantizing
+
+    @property
+    def device(self) -> str:
+        """Torch's name of it."""
+        return "cuda" if self.gpu else "cpu"
+
+    def part_of(self, arch: Architecture) -> Architecture:
+        """Of the model `arch`, what this rank has."""
+        return of_rank(arch, self.ranks.layers.size, self.ranks.stage)
 
 
 def load(
@@ -118,49 +129,100 @@ def load(
     ranks: Ranks = ALONE,
 ) -> Loaded:
     """The model at `path` (a directory or a .gguf file), or the part of it that one of several ranks
-    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or
-    memory_errors.GpuFailed with what is wrong and what to do."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(1, cores // ranks.size))
-    device = choose_device(config.device)
-    gpu = look_at_gpu(ranks.size) if device == "cuda" else None
-    if gpu:
-        check_gpus(gpu, ranks.host)
+    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit,
+    gpus.NoUsableGpu or memory_errors.GpuFailed with what is wrong and what to do."""
+    _use_cores(config.threads, ranks)
+    gpu = _gpu(config.device, ranks)
     described = describe_checkpoint(path, model)
-    arch = described.arch
-    if described.fallback_plan:
-        config = structs.replace(config, enforce_eager=True)
     check_divided(described, ranks)
     _check(described, model)
-    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
+    if described.fallback_plan:
+        config = structs.replace(config, enforce_eager=True)
+    placement = place(described, model, config, gpu, ranks)
+    rank_arch = placement.part_of(described.arch)
+    kv_scales = _kv_scales(described, config)
+    sizing, plan = _agreed_memory(
+        described, placement, model, config, scheduler or SchedulerConfig()
+    )
+    _log_size(described.arch, placement, sizing)
+    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, placement.dtype))
+    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
+        decoder = _read(described, placement, kv_scales, model, progress)
+        (group,) = spec.groups
+        cache = group.allocate(sizing.num_blocks, sizing.block_size, placement.device)
+    return Loaded(
+        decoder,
+        placement.dtype,
+        sizing,
+        _rotary_tables(rank_arch, sizing.max_model_len, placement.device),
+        spec,
+        cache,
+        described.eos_token_ids,
+        placement.device,
+        plan,
+    )
+
+
+def _use_cores(threads: int, ranks: Ranks) -> None:
+    """threads: 0 for a fair share of those that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // ranks.size))
+
+
+def _gpu(device: str, ranks: Ranks) -> Gpu | None:
+    """This rank's; None where `device` means the CPU. Raises gpus.NoUsableGpu."""
+    if choose_device(device) != "cuda":
+        return None
+    gpu = look_at_gpu(ranks.size)
+    check_gpus(gpu, ranks.host)
+    return gpu
+
+
+def place(
+    described: Description, model: ModelConfig, config: WorkerConfig, gpu: Gpu | None, ranks: Ranks
+) -> Placement:
+    """Choose the type of activations, and which weights stay quantized, or become so. Raises
+    Unsupported."""
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
-    chosen = quantizing.choose(described.checkpoint, arch, model.quantization, target)
-    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
-    kv_scales = _kv_scales(described, config)
-    quantized = chosen.weight_bytes(arch)
-    plan = None
-    if gpu:
-        steps = scheduler or SchedulerConfig()
-        with named_rank(ranks.host):
-            plan = plan_gpu(
-                arch, dtype, model, config, gpu, steps, quantized // ranks.size, ranks.layers
-            )
-        plan = agreed_plan(plan, ranks.host)
-        sizing = plan.sizing
-    else:
-        with named_rank(ranks.host):
-            sizing = size_on_cpu(arch, spec, dtype, model, config, quantized, ranks)
-        sizing = agreed(sizing, ranks.host)
-    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
-    placement = _Placement(device, dtype, chosen)
-    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        decoder = _read(described, placement, kv_scales, model, progress, ranks)
-        (group,) = spec.groups
-        cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
-    cos_sin = _factors(rank_arch, sizing.max_model_len, device)
-    eos = described.eos_token_ids
-    return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
+    chosen = quantizing.choose(described.checkpoint, described.arch, model.quantization, target)
+    return Placement(gpu, ranks, dtype, chosen)
+
+
+def plan_memory(
+    described: Description,
+    placement: Placement,
+    model: ModelConfig,
+    config: WorkerConfig,
+    scheduler: SchedulerConfig,
+) -> tuple[Sizing, GpuPlan | None]:
+    """How this rank's memory would be divided; on a GPU also for which steps. Raises
+    kv_sizing.DoesNotFit."""
+    gpu = placement.gpu
+    if gpu is None:
+        return _size_on_cpu(described.arch, placement, model, config), None
+    ranks = placement.ranks
+    arch = described.arch
+    quantized = placement.quantizing.weight_bytes(arch) // ranks.size
+    plan = plan_gpu(arch, placement.dtype, model, config, gpu, scheduler, quantized, ranks.layers)
+    return plan.sizing, plan
+
+
+def _agreed_memory(
+    described: Description,
+    placement: Placement,
+    model: ModelConfig,
+    config: WorkerConfig,
+    scheduler: SchedulerConfig,
+) -> tuple[Sizing, GpuPlan | None]:
+    """See `plan_memory`, with no more than any rank has."""
+    host = placement.ranks.host
+    with named_rank(host):
+        sizing, plan = plan_memory(described, placement, model, config, scheduler)
+    if plan is None:
+        return agreed(sizing, host), None
+    plan = agreed_plan(plan, host)
+    return plan.sizing, plan
 
 
 def check_divided(described: Description, ranks: Ranks) -> None:
@@ -181,15 +243,14 @@ def _check(described: Description, model: ModelConfig) -> None:
 
 def _read(
     described: Description,
-    placement: _Placement,
+    placement: Placement,
     kv_scales: tuple[KVScales, ...],
     model: ModelConfig,
     progress: weights.Progress,
-    ranks: Ranks,
 ) -> Decoder | FallbackDecoder:
     """The weights, where they belong."""
     if described.fallback_plan is None:
-        decoder = _load_decoder(described, placement, kv_scales, model.seed, progress, ranks)
+        decoder = _load_decoder(described, placement, kv_scales, model.seed, progress)
     else:
         decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
     if placement.device == "cuda":
@@ -208,18 +269,14 @@ def describe_checkpoint(path: Path, model: ModelConfig) -> Description:
     return Description(settings, plan.arch, Checkpoint(source), eos, plan)
 
 
-def _log_size(
-    arch: Architecture,
-    dtype: torch.dtype,
-    processor_title: str,
-    sizing: Sizing,
-    ranks: Ranks,
-) -> None:
+def _log_size(arch: Architecture, placement: Placement, sizing: Sizing) -> None:
     """The first rank speaks for all. Those of one pipeline stage are alike."""
+    ranks = placement.ranks
     if ranks.rank:
         return
+    on = "cuda" if placement.gpu else processor.look().title()
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
-    log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
+    log.info("%s with %s as %s on %s", arch.model_type, size, placement.dtype, on)
     if not ranks.stage.is_whole:
         log.info(
             "divided among %d pipeline stages of %d rank(s); one with %d layers has:",
@@ -235,20 +292,20 @@ def _log_size(
 
 def _load_decoder(
     described: Description,
-    placement: _Placement,
+    placement: Placement,
     kv_scales: tuple[KVScales, ...],
     seed: int,
     progress: weights.Progress,
-    ranks: Ranks,
 ) -> Decoder:
     """A model of a family that is implemented here."""
-    communicator = ranks.layers
+    stage = placement.ranks.stage
+    communicator = placement.ranks.layers
     device = placement.device
     chosen = placement.quantizing
     ops = backend(device)
     method = method_choice(ops, placement.dtype, device, chosen)
     shard = Shard(communicator.rank, communicator.size)
-    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator, ranks.stage)
+    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator, stage)
     decoder = Decoder(described.arch, build)
     checkpoint = described.checkpoint
     weights.load(
@@ -268,7 +325,7 @@ def _load_decoder(
 def _load_fallback(
     described: Description,
     plan: Plan,
-    placement: _Placement,
+    placement: Placement,
     model: ModelConfig,
     progress: weights.Progress,
 ) -> FallbackDecoder:
@@ -325,8 +382,8 @@ def plan_other(path: Path, source: Source | None, settings: Config, model: Model
     return plan
 
 
-def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
-    """The rotary table of each layer."""
+def _rotary_tables(arch: Architecture, positions: int, device: str) -> list[Tensor]:
+    """Of each layer."""
     with torch.inference_mode():
         everywhere = rotary.table(arch.rope, arch.head_dim, positions).to(device)
         local = (
@@ -372,24 +429,20 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
     return DTYPES[choice.dtype]
 
 
-def size_on_cpu(
-    arch: Architecture,
-    spec: CacheSpec,
-    dtype: torch.dtype,
-    model: ModelConfig,
-    config: WorkerConfig,
-    quantized: int,
-    ranks: Ranks,
+def _size_on_cpu(
+    arch: Architecture, placement: Placement, model: ModelConfig, config: WorkerConfig
 ) -> Sizing:
-    """Of this one of `ranks`, which share the machine's memory. arch: of the whole model; spec: of
-    what this rank keeps. quantized: bytes of all weights where some stay quantized, else 0. A
-    pipeline stage gets memory for KV blocks by its layers, so that all have as many."""
+    """Of one of the ranks, which share the machine's memory. arch: of the whole model. A pipeline
+    stage gets memory for KV blocks by its layers, so that all have as many."""
+    ranks = placement.ranks
     stage = ranks.stage
-    rank_arch = of_rank(arch, ranks.layers.size, stage)
+    dtype = placement.dtype
+    rank_arch = placement.part_of(arch)
     for_cache = int(config.cpu_kv_cache_gb * kv_sizing.GIB)
+    quantized = placement.quantizing.weight_bytes(arch)
     return kv_sizing.size(
         rank_arch,
-        spec,
+        cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype)),
         weights=kv_sizing.rank_share(quantized, arch, rank_arch, stage)
         or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
         available=kv_sizing.available_memory() // ranks.size,

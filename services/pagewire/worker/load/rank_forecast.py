@@ -11,10 +11,8 @@ from pagewire_kernels.communicator import SingleRank
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device.gpus import Gpu
-from ..models.cache_spec import cache_spec
-from ..models.ranks import PipelineStage, of_rank
-from . import kv_dtype, loader, quantizing
-from .gpu_plan import plan_gpu
+from ..models.ranks import PipelineStage
+from . import loader
 from .kv_sizing import DoesNotFit, Sizing
 from .rank_agreement import Ranks
 
@@ -96,21 +94,12 @@ def _of_stage(
 
 
 def _sizing(request: Request, described: loader.Description, ranks: Ranks) -> Sizing:
+    model = request.model
     worker = request.worker
     gpu = request.gpus[ranks.rank] if request.gpus else None
-    arch = described.arch
-    dtype = loader.choose_dtype(worker.dtype, described.settings, gpu)
-    target = quantizing.Target(dtype, gpu.capability if gpu else None)
-    chosen = quantizing.choose(described.checkpoint, arch, request.model.quantization, target)
-    quantized = chosen.weight_bytes(arch)
-    if gpu is not None:
-        each = quantized // ranks.size
-        return plan_gpu(
-            arch, dtype, request.model, worker, gpu, request.scheduler, each, ranks.layers
-        ).sizing
-    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
-    spec = cache_spec(rank_arch, kv_dtype.choose(worker.kv_cache_dtype, dtype))
-    return loader.size_on_cpu(arch, spec, dtype, request.model, worker, quantized, ranks)
+    placement = loader.place(described, model, worker, gpu, ranks)
+    sizing, _ = loader.plan_memory(described, placement, model, worker, request.scheduler)
+    return sizing
 
 
 def main() -> None:

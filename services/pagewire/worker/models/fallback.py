@@ -10,7 +10,7 @@ imported only here, and only for such a model.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +68,14 @@ class Plan:
         tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ) -> "FallbackDecoder":
         """`tensors`: those of the checkpoint, where transformers would take other files than those
-        that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or logits that are not those of
-        transformers' own attention."""
+        that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or
+        logits that are not those of transformers' own attention."""
         attention = Attention(ops, self.calls, self.arch.head_dim, dtype)
         with _quietly(), torch.inference_mode(False), torch.no_grad():
-            made = (
-                self._random(dtype, seed)
-                if load_format == "dummy"
-                else self._weights(load_format, dtype, tensors)
-            )
-            made = made.to(device).eval()
-        decoder = FallbackDecoder(self.arch, made, attention)
+            model = self._weights(load_format, dtype, seed, tensors).to(device).eval()
+        decoder = FallbackDecoder(self.arch, model, attention)
         with _quietly(), torch.inference_mode():
-            check(decoder, made, dtype, device)
+            check(decoder, model, dtype, device)
         return decoder
 
     def _random(self, dtype: torch.dtype, seed: int) -> Any:
@@ -95,8 +90,12 @@ class Plan:
         self,
         load_format: str,
         dtype: torch.dtype,
+        seed: int,
         tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None,
     ) -> Any:
+        """transformers' model with its weights. Raises Unsupported."""
+        if load_format == "dummy":
+            return self._random(dtype, seed)
         import transformers
 
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -120,23 +119,29 @@ class Plan:
             raise Unsupported(
                 f"the weights in {self.path} cannot be loaded: {_line(error)}"
             ) from None
-        made, report = result
+        model, report = result
+        self._check_report(report)
+        return model
+
+    def _check_report(self, report: Mapping[str, Any]) -> None:
+        """What transformers says of a checkpoint's tensors. Raises Unsupported where the model
+        lacks some."""
         missing = sorted(report["missing_keys"])
-        if missing or report["mismatched_keys"]:
-            lacking = (
-                f"lacks {len(missing)} tensors, among them {missing[0]}"
-                if missing
-                else f"differs: {_line(report['mismatched_keys'])}"
+        if missing:
+            raise Unsupported(
+                f"the checkpoint in {self.path} lacks {len(missing)} tensors, among them {missing[0]}"
             )
-            raise Unsupported(f"the checkpoint in {self.path} {lacking}")
-        if report["unexpected_keys"]:
-            names = sorted(report["unexpected_keys"])
+        if report["mismatched_keys"]:
+            raise Unsupported(
+                f"the checkpoint in {self.path} differs: {_line(report['mismatched_keys'])}"
+            )
+        unused = sorted(report["unexpected_keys"])
+        if unused:
             log.warning(
                 "%d tensors of the checkpoint are not used by this model, among them %s",
-                len(names),
-                names[0],
+                len(unused),
+                unused[0],
             )
-        return made
 
 
 class FallbackDecoder:
