@@ -143,7 +143,8 @@ def run_part(
     flags: list[str],
 ) -> dict[str, Any]:
     """What the part wrote to its file, and "error" if it did not end well."""
-    found, out = dict[str, Any](), folder / "part.json"
+    found = dict[str, Any]()
+    out = folder / "part.json"
     out.unlink(missing_ok=True)
     cache = folder / f"kernels-{model.name if model else 'alone'}"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
@@ -177,7 +178,8 @@ def command_of(
     flags: list[str],
     out: Path,
 ) -> list[str]:
-    common, bench = ["--json", str(out)], [sys.executable, "-m", "pagewire", "bench"]
+    common = ["--json", str(out)]
+    bench = [sys.executable, "-m", "pagewire", "bench"]
     if part == "kernels":
         return [*bench, "kernels", *common]
     assert model is not None

@@ -347,7 +347,8 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     values are written to their pages. `shared`: a cascade.Shared whose partial results join the
     merge. `kv_scales`: of caches of 8-bit codes.
     """
-    rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
+    rows = seq_lens.shape[0]
+    _, hkv, _, dim = k_cache.shape
     heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
     group = heads // hkv
     if out is None:
@@ -392,13 +393,15 @@ _Inputs = tuple[
 def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, window: int | None, softcap: float | None,
             c: DecodeConfig) -> None:  # fmt: skip
     q, caches, tables, seq_lens, query_start, alibi_slopes, out = inputs
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], caches.keys.shape
+    rows = seq_lens.shape[0]
+    _, hkv, page, dim = caches.keys.shape
     cos_sin, q_weight, k_weight, eps = (
         (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     )
     # halves of heads are factors of their own where the caches hold codes
     least = 1 if caches.form == "full" else 32
-    d_pad, gp = max(triton.next_power_of_2(dim), least), triton.next_power_of_2(group)
+    d_pad = max(triton.next_power_of_2(dim), least)
+    gp = triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
         q, caches.keys, caches.values, tables, seq_lens, query_start, partial.lengths, alibi_slopes, cos_sin, q_weight, k_weight,
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),

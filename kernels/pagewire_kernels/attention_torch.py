@@ -43,7 +43,8 @@ class Group:
 
     def visible(self) -> Tensor:
         """[B, n, L]."""
-        at, asking = self.at[:, None, :], self.asking[:, :, None]
+        at = self.at[:, None, :]
+        asking = self.asking[:, :, None]
         return at <= asking if self.window is None else (at <= asking) & (at > asking - self.window)
 
     def mask(self, dtype: torch.dtype) -> Tensor:

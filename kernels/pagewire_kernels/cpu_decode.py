@@ -103,14 +103,18 @@ class NativeDecoder:
     def __init__(
         self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes
     ) -> None:
-        self._layers, self._norm, self._head, self._sizes = layers, norm, head, sizes
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._sizes = sizes
         self._run = cpu_native.address("decode")
         self._table = np.stack([layer.fields() for layer in layers])
         self._memory: dict[str, Tensor] = {}
 
     def _room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that is kept from step to step and grows."""
-        size, found = int(np.prod(shape)), self._memory.get(name)
+        size = int(np.prod(shape))
+        found = self._memory.get(name)
         if found is None or found.numel() < size:
             found = self._memory[name] = torch.zeros(size, dtype=dtype)
         return found[:size].view(shape)
@@ -130,7 +134,8 @@ class NativeDecoder:
         """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
         (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
         bfloat16 or 8-bit codes: one for each layer."""
-        t, threads = cpu_task, torch.get_num_threads()
+        t = cpu_task
+        threads = torch.get_num_threads()
         rows = torch.arange(len(x)) if wanted is None else wanted
         rows_of = self._rows_of(batch)
         logits = torch.empty(len(rows), self._head.padded)
@@ -146,7 +151,8 @@ class NativeDecoder:
 
     def _point_to(self, cos_sin: list[Tensor], caches: list[Tensor]) -> None:
         """Write into the layers' fields what may have moved since the last step."""
-        t, table = cpu_task, self._table
+        t = cpu_task
+        table = self._table
         table[:, t.L_ROTARY] = [factors.data_ptr() for factors in cos_sin]
         table[:, t.L_CACHE] = [cache[0].data_ptr() for cache in caches]
         table[:, t.L_VALUES] = [cache[1].data_ptr() for cache in caches]
@@ -155,7 +161,8 @@ class NativeDecoder:
         """int64 [T_FIELDS]: sizes, the batch's columns, and the buffers that the layers hand their
         results on in; without rows and logits. Strides are bytes. The caller keeps all of it alive
         until the task has run."""
-        t, s = cpu_task, self._sizes
+        t = cpu_task
+        s = self._sizes
         tokens = len(x)
         width = s.heads * s.head_dim
         # of a thread: the inputs of all tokens with their sums by group, or the scores of one head

@@ -14,7 +14,8 @@ from llvmlite import ir
 from .cpu_format import ROWS, Format
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16 = ir.HalfType()
+F32 = ir.FloatType()
 FUSE: Final = ("contract", "nsz")
 MATMUL_ARGUMENTS: Final = 11
 DEQUANTIZE_ARGUMENTS: Final = 7
@@ -64,8 +65,10 @@ class Code:
     def loop(self, start: Any, stop: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
         """`body(i, values)` gives the next values, for i from start while i + step <= stop; returns
         (i, *values) at the end."""
-        before, head = self.b.block, self.b.append_basic_block("head")
-        inside, after = self.b.append_basic_block("body"), self.b.append_basic_block("after")
+        before = self.b.block
+        head = self.b.append_basic_block("head")
+        inside = self.b.append_basic_block("body")
+        after = self.b.append_basic_block("after")
         self.b.branch(head)
         self.b.position_at_end(head)
         phis = [self.b.phi(value.type) for value in (start, *carried)]
@@ -87,7 +90,9 @@ class Group:
     and minima."""
 
     def __init__(self, code: Code, form: Format, address: Any) -> None:
-        self.code, self.form, self.address = code, form, address
+        self.code = code
+        self.form = form
+        self.address = address
 
     def pair(self, j: int) -> tuple[Any, Any]:
         """Codes of inputs 2j and 2j + 1."""
@@ -171,7 +176,8 @@ def _emit_group_products(
 
     A tile of few sums gives each two chains of additions, since one would wait for itself.
     """
-    rows, panels = len(x_at), len(groups)
+    rows = len(x_at)
+    panels = len(groups)
     chains = 2 if rows * panels < 4 else 1
     products: list[list[Any]] = [[None] * chains for _ in range(rows * panels)]
     for j in range(form.group // 2):
@@ -197,7 +203,8 @@ def _emit_scaled(
 ) -> list[Any]:
     """`totals` with a group's products times its scales added, and its minima times the sum of its
     inputs. sums: addresses of the rows' sums by group."""
-    b, panels = code.b, len(groups)
+    b = code.b
+    panels = len(groups)
     scales = [part.scales() for part in groups]
     minima = [part.minima() for part in groups] if form.minima else []
     results: list[Any] = []
@@ -216,7 +223,8 @@ def _emit_scaled(
 
 def _emit_result(code: Code, o: Operands, total: Any, row: Any, panel: Any) -> None:
     """To its place in `out`, added to what is there if asked for."""
-    b, zero = code.b, ir.Constant(vector(F32), [0.0] * ROWS)
+    b = code.b
+    zero = ir.Constant(vector(F32), [0.0] * ROWS)
     place = b.add(b.add(o.out, b.mul(row, o.out_stride)), b.mul(panel, constant(4 * ROWS)))
     before = b.select(
         b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero
@@ -266,7 +274,8 @@ def emit_dequantize(
         def by_group(group: Any, _: list[Any]) -> list[Any]:
             index = b.add(b.mul(panel, groups), group)
             part = Group(code, form, b.add(weight, b.mul(index, constant(form.group_bytes))))
-            scale, minimum = part.scales(), part.minima() if form.minima else None
+            scale = part.scales()
+            minimum = part.minima() if form.minima else None
             for j in range(form.group // 2):
                 for i, codes in enumerate(part.pair(j)):
                     k = b.add(b.mul(group, constant(form.group)), constant(2 * j + i))

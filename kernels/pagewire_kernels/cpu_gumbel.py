@@ -142,12 +142,15 @@ def find_candidates(task):
     """For each slice of each row, the ids and words of the tokens that might have the largest
     score."""
     t = longs(task)
-    me, threads = thread_number(), thread_count()
-    width, slices = t[G_WIDTH], t[G_SLICES]
+    me = thread_number()
+    threads = thread_count()
+    width = t[G_WIDTH]
+    slices = t[G_SLICES]
     span = ((width + slices - 1) // slices + 3) // 4 * 4
     mine, end = share(t[G_ROWS] * slices, me, threads)
     for piece in range(mine, end):
-        row, part = piece // slices, piece % slices
+        row = piece // slices
+        part = piece % slices
         longs(t[G_COUNTS])[piece] = _search(
             t[G_LOGITS] + 4 * row * width,
             part * span,

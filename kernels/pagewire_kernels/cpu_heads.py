@@ -54,7 +54,8 @@ def normalise(x, at, weight, eps, columns, out, to):
 def rotate(x, at, size, factors, f):
     half = size // 2
     for i in range(half):
-        a, b = x[at + i], x[at + half + i]
+        a = x[at + i]
+        b = x[at + half + i]
         x[at + i] = a * factors[f + i] - b * factors[f + half + i]
         x[at + half + i] = b * factors[f + i] + a * factors[f + half + i]
 
@@ -96,11 +97,13 @@ def keep(x, at, size, cache, place, kind, scale):
     """float32 number `at` and those that follow, behind address x, to the cache's element `place`;
     codes are of numbers over `scale`."""
     if kind == task.CACHE_E4M3:
-        codes, wide = octets(cache), floats(x)
+        codes = octets(cache)
+        wide = floats(x)
         for i in range(size):
             codes[place + i] = code_of(wide[at + i] / scale)
     elif kind == task.CACHE_BFLOAT16:
-        brief, words = shorts(cache), ints(x)
+        brief = shorts(cache)
+        words = ints(x)
         for i in range(size):
             word = np.uint32(words[at + i])
             brief[place + i] = np.uint16(
@@ -108,7 +111,8 @@ def keep(x, at, size, cache, place, kind, scale):
                 >> np.uint32(16)
             )
     else:
-        full, given = floats(cache), floats(x)
+        full = floats(cache)
+        given = floats(x)
         for i in range(size):
             full[place + i] = given[at + i]
 
@@ -174,17 +178,21 @@ def add_block(shares, first, size, cache, place, count, kind, out, to):
 def turn_and_keep(t, layer, me, threads):
     """Heads are normalised and turned, keys and values go to the cache; each thread some of the
     heads of some tokens."""
-    heads, kv, size, block = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK]
-    qkv, stride, factors = (
-        floats(t[task.T_QKV]),
-        t[task.T_QKV_STRIDE] // 4,
-        floats(layer[task.L_ROTARY]),
-    )
+    heads = t[task.T_HEADS]
+    kv = t[task.T_KV_HEADS]
+    size = t[task.T_SIZE]
+    block = t[task.T_BLOCK]
+    qkv = floats(t[task.T_QKV])
+    stride = t[task.T_QKV_STRIDE] // 4
+    factors = floats(layer[task.L_ROTARY])
     eps = bits_of(t[task.T_HEAD + MATRIX_FIELDS])
-    positions, slots, each = longs(t[task.T_POSITIONS]), longs(t[task.T_SLOTS]), heads + 2 * kv
+    positions = longs(t[task.T_POSITIONS])
+    slots = longs(t[task.T_SLOTS])
+    each = heads + 2 * kv
     first, last = share(t[task.T_TOKENS] * each, me, threads)
     for piece in range(first, last):
-        r, head = piece // each, piece % each
+        r = piece // each
+        head = piece % each
         at = r * stride + head * size
         norm = (
             layer[task.L_QUERY_NORM]
@@ -210,7 +218,8 @@ def turn_and_keep(t, layer, me, threads):
 @inlined
 def place_of(t, layer, table, head, token):
     """Where in a cache the key of a sequence's token lies, for a query head."""
-    kv, block = t[task.T_KV_HEADS], t[task.T_BLOCK]
+    kv = t[task.T_KV_HEADS]
+    block = t[task.T_BLOCK]
     page = ints(t[task.T_TABLES])[table + token // block]
     return ((page * kv + head // (t[task.T_HEADS] // kv)) * block + token % block) * t[task.T_SIZE]
 
@@ -219,15 +228,16 @@ def place_of(t, layer, table, head, token):
 def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores)
     times values."""
-    size, block, kind = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_CACHE]
-    qkv, scale, most, total = (
-        floats(t[task.T_QKV]),
-        bits_of(layer[task.L_SCALE]),
-        np.float32(-np.inf),
-        np.float32(0),
-    )
+    size = t[task.T_SIZE]
+    block = t[task.T_BLOCK]
+    kind = t[task.T_CACHE]
+    qkv = floats(t[task.T_QKV])
+    scale = bits_of(layer[task.L_SCALE])
+    most = np.float32(-np.inf)
+    total = np.float32(0)
     for start in range(low // block * block, end, block):
-        a, z = max(start, low), min(start + block, end)
+        a = max(start, low)
+        z = min(start + block, end)
         place = place_of(t, layer, table, head, a)
         most = max(
             most,
@@ -239,7 +249,8 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     for i in range(size):
         out[to + i] = np.float32(0)
     for start in range(low // block * block, end, block):
-        a, z = max(start, low), min(start + block, end)
+        a = max(start, low)
+        z = min(start + block, end)
         place = place_of(t, layer, table, head, a)
         add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, kind, out, to)
     factor = bits_of(layer[task.L_VALUE_SCALE]) / total
@@ -251,20 +262,17 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
 def attend(t, layer, mine, me, threads):
     """Softmax of scores over what each token sees, times the values; each thread some heads of some
     tokens."""
-    heads, size, stride, out = (
-        t[task.T_HEADS],
-        t[task.T_SIZE],
-        t[task.T_QKV_STRIDE] // 4,
-        floats(t[task.T_ATTENDED]),
-    )
-    positions, row_of, window = (
-        longs(t[task.T_POSITIONS]),
-        longs(t[task.T_ROW_OF]),
-        layer[task.L_WINDOW],
-    )
+    heads = t[task.T_HEADS]
+    size = t[task.T_SIZE]
+    stride = t[task.T_QKV_STRIDE] // 4
+    out = floats(t[task.T_ATTENDED])
+    positions = longs(t[task.T_POSITIONS])
+    row_of = longs(t[task.T_ROW_OF])
+    window = layer[task.L_WINDOW]
     first, last = share(t[task.T_TOKENS] * heads, me, threads)
     for piece in range(first, last):
-        r, head = piece // heads, piece % heads
+        r = piece // heads
+        head = piece % heads
         end = positions[r] + 1
         low = max(end - window, 0) if window else 0
         table = row_of[r] * t[task.T_TABLE_STRIDE]

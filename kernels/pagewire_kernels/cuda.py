@@ -166,7 +166,9 @@ class CudaOps:
             return attention_torch.paged_attention(
                 q, k_cache, v_cache, batch, scale, window, softcap, alibi_slopes, kv_scales
             )
-        rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
+        rows = batch.seq_lens.shape[0]
+        tables = batch.block_tables
+        lengths = batch.seq_lens
         groups = batch.groups if window is None and alibi_slopes is None else None
         if batch.max_query_len == 1 and groups is not None:
             return cascade_attention(
@@ -186,7 +188,8 @@ class CudaOps:
                 kv_scales=kv_scales,
             )
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-        mixed, starts = rows > 1, batch.query_start
+        mixed = rows > 1
+        starts = batch.query_start
         if mixed and groups is not None:
             cascade_attention(
                 q,

@@ -66,7 +66,8 @@ def shared_bytes(
 ) -> int:
     """Of shared memory, on every target: the tiles of keys and values that are under way, the
     queries, and the weights of a tile."""
-    rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
+    rows = max(16, _power_of_2(group))
+    width = _power_of_2(head_dim)
     tiles = 2 * (config.stages - 1) * config.block_n
     queries = rows * width + rows * config.block_n
     return kv_itemsize * tiles * width + itemsize * queries + MARGIN

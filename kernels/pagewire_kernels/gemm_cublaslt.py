@@ -19,7 +19,9 @@ from torch import Tensor
 TYPES: Final = {torch.bfloat16: 14, torch.float16: 2}
 FLOAT32: Final = 0
 COMPUTE_FLOAT32: Final = 68
-TRANSPOSE_A, TRANSPOSE_B, WORKSPACE_LIMIT = 3, 4, 1
+TRANSPOSE_A = 3
+TRANSPOSE_B = 4
+WORKSPACE_LIMIT = 1
 WORKSPACE: Final = 32 << 20
 """Bytes, as torch gives cuBLAS on Hopper."""
 MOST: Final = 8
@@ -120,7 +122,8 @@ class Gemm:
             for height, width in ((k, n), (k, rows), (n, rows))
         ]
         self._weight, self._x, self._out = layouts
-        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._one = ctypes.c_float(1.0)
+        self._zero = ctypes.c_float(0.0)
 
     def candidates(self) -> list[bytes]:
         """What the heuristic considers, best first; nothing where it knows nothing."""
@@ -133,7 +136,8 @@ class Gemm:
             ctypes.byref(limit),
             ctypes.c_size_t(8),
         )
-        found, count = (_Found * MOST)(), ctypes.c_int()
+        found = (_Found * MOST)()
+        count = ctypes.c_int()
         layouts = self._weight, self._x, self._out, self._out
         with contextlib.suppress(RuntimeError):
             _call(
@@ -151,7 +155,8 @@ class Gemm:
 
     def accepts(self, algorithm: bytes) -> bool:
         layouts = self._weight, self._x, self._out, self._out
-        given, found = _Algorithm.from_buffer_copy(algorithm), _Found()
+        given = _Algorithm.from_buffer_copy(algorithm)
+        found = _Found()
         check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
         status = check(
             _handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found)
@@ -164,23 +169,21 @@ class Gemm:
         """run(x, weight, out) on the current stream, which raises RuntimeError when the algorithm
         cannot do it. All that does not change is made here, once: eager steps call it a hundred
         times each."""
-        multiply, handle, description, given = (
-            _multiply(),
-            _handle(),
-            self._description,
-            _Algorithm.from_buffer_copy(algorithm),
-        )
-        a, b, d, one, zero = (
-            self._weight,
-            self._x,
-            self._out,
-            ctypes.byref(self._one),
-            ctypes.byref(self._zero),
-        )
-        chosen, space = ctypes.byref(given), _workspace(device).data_ptr()
+        multiply = _multiply()
+        handle = _handle()
+        description = self._description
+        given = _Algorithm.from_buffer_copy(algorithm)
+        a = self._weight
+        b = self._x
+        d = self._out
+        one = ctypes.byref(self._one)
+        zero = ctypes.byref(self._zero)
+        chosen = ctypes.byref(given)
+        space = _workspace(device).data_ptr()
 
         def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
-            to, stream = out.data_ptr(), torch.cuda.current_stream(device).cuda_stream
+            to = out.data_ptr()
+            stream = torch.cuda.current_stream(device).cuda_stream
             if status := multiply(handle, description, one, weight.data_ptr(), a, x.data_ptr(), b, zero, to, d, to, d, chosen, space,
                     WORKSPACE, stream):  # fmt: skip
                 raise RuntimeError(f"cublasLtMatmul failed with cuBLAS status {status}")

@@ -289,7 +289,8 @@ def _launch(
     steps = k // c.block_k
     span = triton.cdiv(steps, c.splits)
     splits = triton.cdiv(steps, span)
-    tiles, row_tiles = matrix.padded // c.block_n, triton.cdiv(rows, c.block_m)
+    tiles = matrix.padded // c.block_n
+    row_tiles = triton.cdiv(rows, c.block_m)
     part = out
     if splits > 1:
         size = splits * row_tiles * c.block_m * matrix.padded
@@ -322,7 +323,8 @@ def _block_k(k: int) -> int:
 def pick_config(rows: int, matrix: PackedMatrix, dtype: torch.dtype) -> QuantizedConfig:
     """The launch shape; measured on an H100 (docs/performance.md). Splits give small matrices
     enough programs, some two for each multiprocessor."""
-    n, k = matrix.padded, matrix.shape[1]
+    n = matrix.padded
+    k = matrix.shape[1]
     block_k = _block_k(k)
     if dtype == torch.float32:
         return QuantizedConfig(16, 64, 64, _splits(256, n, 64, k), 4, 2)

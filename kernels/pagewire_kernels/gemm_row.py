@@ -172,11 +172,16 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
     n = rows // 2 if gated else rows
     if x.shape != (1, k):
         raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
-    values, row_scale, form, factor = weight, None, "", 1.0
+    values = weight
+    row_scale = None
+    form = ""
+    factor = 1.0
     if isinstance(weight, PackedMatrix):
         kind = torch.float8_e4m3fn if weight.form == FP8 else torch.uint8
         values = weight.words.view(kind)
-        row_scale, form, factor = weight.row_scale, weight.form, weight.factor
+        row_scale = weight.row_scale
+        form = weight.form
+        factor = weight.factor
     c = config or (pick_config_of_codes(n, k, gated) if form else pick_config(n, k, gated))
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     _row[(triton.cdiv(n, c.block_n),)](

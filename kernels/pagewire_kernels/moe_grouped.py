@@ -160,7 +160,8 @@ def _launch(
     exact: bool,
 ) -> None:
     """top_k 0: the second product."""
-    n, k = out.shape[1], weight.shape[2]
+    n = out.shape[1]
+    k = weight.shape[2]
     first = top_k > 0
 
     def run(c: GroupedConfig) -> None:
@@ -180,7 +181,8 @@ def combine(
 ) -> torch.Tensor:
     """The weighted sums of rows [T * k, H] in the order of `aligned` -> [T, H], over each token's
     experts in their order, in float32."""
-    tokens, width = top_k_ids.shape[0], rows.shape[1]
+    tokens = top_k_ids.shape[0]
+    width = rows.shape[1]
     out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     block = min(1024, triton.next_power_of_2(width))
     _combine[(tokens, triton.cdiv(width, block))](

@@ -193,7 +193,8 @@ def experts(
     tokens, k = top_k_ids.shape
     if tokens == 0:
         return torch.empty_like(x)
-    top_k_ids, top_k_weights = top_k_ids.int().contiguous(), top_k_weights.contiguous()
+    top_k_ids = top_k_ids.int().contiguous()
+    top_k_weights = top_k_weights.contiguous()
     rows_per_expert = tokens * k / len(gate_up)
     unsorted = tokens <= moe_shapes.MAX_ROWS and (
         tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED

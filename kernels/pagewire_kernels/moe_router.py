@@ -183,7 +183,8 @@ def _align(top_k_ids, order, positions, ends, tiles, pairs, slots, block_m, E: t
 
 def align(top_k_ids: torch.Tensor, num_experts: int, block_m: int) -> Aligned:
     """Sort the pairs of top_k_ids [T, k] (contiguous) by expert, for tiles of `block_m` of them."""
-    pairs, device = top_k_ids.numel(), top_k_ids.device
+    pairs = top_k_ids.numel()
+    device = top_k_ids.device
     slots = pairs // block_m + num_experts
     sizes = [pairs, pairs, num_experts, 3 * slots]
     spaced = [-(-size // ALIGNED) * ALIGNED for size in sizes]

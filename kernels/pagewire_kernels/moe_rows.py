@@ -120,7 +120,8 @@ def pair_up(
     """silu(gate x) * (up x) of each pair: x [T, H], gate_up [E, 2I, H], top_k_ids [T, k] ->
     [T * k, I]. norm [H]: x is normalised before (RMSNorm). Rows of no expert are left as they
     are."""
-    hidden, width = x.shape[1], gate_up.shape[1] // 2
+    hidden = x.shape[1]
+    width = gate_up.shape[1] // 2
     c = config or pick_up(hidden)
     inner = torch.empty(top_k_ids.numel(), width, dtype=x.dtype, device=x.device)
     _pair_up[(len(inner), triton.cdiv(width, c.block_n))](

@@ -86,7 +86,8 @@ def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor
 def apply_penalties_reference(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor,
                               presence: torch.Tensor, frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
     """The oracle of `apply_penalties`."""
-    output_counts, factor = counts[slots.long()], repetition[:, None]
+    output_counts = counts[slots.long()]
+    factor = repetition[:, None]
     seen = (output_counts > 0) | (prompted[slots.long()] != 0)
     x = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
     logits.copy_(x - presence[:, None] * (output_counts > 0) - frequency[:, None] * output_counts)

@@ -91,7 +91,8 @@ def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Ten
     in the second; both weights [D] or None. `kv_scales`: of caches of 8-bit codes.
     """
     _, hkv, page, dim = k_cache.shape
-    tokens, heads = qkv.shape[0], qkv.shape[1] // dim
+    tokens = qkv.shape[0]
+    heads = qkv.shape[1] // dim
     hq = heads - 2 * hkv
     q = torch.empty(tokens, hq, dim, dtype=qkv.dtype, device=qkv.device)
     per_program = 4 if tokens <= 64 else 16

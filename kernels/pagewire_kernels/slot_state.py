@@ -135,7 +135,8 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
 def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) -> DecodeRows:
     """The values that `decode_inputs` writes; block table entries past a row's length are
     meaningless."""
-    live, slot = slots >= 0, slots.clamp(min=0).long()
+    live = slots >= 0
+    slot = slots.clamp(min=0).long()
     position = torch.where(live, state.num_computed[slot], 0).long()
     tables = state.table[slot]
     block = tables.gather(1, (position // block_size)[:, None])[:, 0].long()

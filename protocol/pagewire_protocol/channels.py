@@ -235,7 +235,8 @@ class Inbox(Generic[M]):
         """Unbind and remove the socket's file; what has not been received is lost."""
         self._socket.close(linger=0)
         with self._lock:
-            wake, self._wake = self._wake, -1
+            wake = self._wake
+            self._wake = -1
         if wake >= 0:
             os.close(wake)
         Path(self._path).unlink(missing_ok=True)

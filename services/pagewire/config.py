@@ -398,7 +398,8 @@ def add_flags(
 
 
 def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -> None:
-    flag, kind = "--" + field.name.replace("_", "-"), _plain(annotation)
+    flag = "--" + field.name.replace("_", "-")
+    kind = _plain(annotation)
     origin = typing.get_origin(kind)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
@@ -495,7 +496,9 @@ class BadSetting(ValueError):
 
     def __init__(self, name: str, value: Any, reason: str) -> None:
         super().__init__(f"--{name.replace('_', '-')} {value}: {reason}")
-        self.name, self.value, self.reason = name, value, reason
+        self.name = name
+        self.value = value
+        self.reason = reason
 
 
 WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
@@ -591,7 +594,8 @@ def to_flags(config: Struct) -> list[str]:
     child processes."""
     flags: list[str] = []
     for field in msgspec.structs.fields(type(config)):
-        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        value = getattr(config, field.name)
+        flag = field.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):

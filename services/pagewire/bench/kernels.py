@@ -198,7 +198,8 @@ def measure(job: "Job", sweep: bool) -> Row:
     from .ops.case import graph_us
 
     case = job.make()
-    wrong, us = case.check(), graph_us(case.launch, case.sets)
+    wrong = case.check()
+    us = graph_us(case.launch, case.sets)
     row: Row = {"us": us, "rate": job.work / us / 1e6, "error": wrong}
     if job.peer:
         row["peer_us"] = graph_us(case.other, case.sets)
@@ -228,7 +229,8 @@ def full_table(rows: list[Row]) -> str:
         if "failed" in row:
             lines.append([row["name"], row["shape"], row["failed"], "", "", "", "", ""])
         else:
-            rate, wrong = f"{row['rate']:.2f} {row['unit']}", f"{row['error']:.1e}"
+            rate = f"{row['rate']:.2f} {row['unit']}"
+            wrong = f"{row['error']:.1e}"
             lines.append(
                 [
                     row["name"],

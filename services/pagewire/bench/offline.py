@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
         chosen = workloads.parse_list(options.workloads, GROUPS)
     except ValueError as error:
         parser.error(f"argument --workloads: {error}")
-    budget, began = Budget(options.budget_s), time.monotonic()
+    budget = Budget(options.budget_s)
+    began = time.monotonic()
     with start(settings) as llm:
         report = describe(llm, settings, time.monotonic() - began)
         results = measure(llm, chosen, options, budget, report)
@@ -162,7 +163,8 @@ def tables(report: dict[str, Any], results: dict[str, Result], known: bool = Tru
     model = baselines.identify(report["model"]) if known else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
-        figure, values = shown(name), [row[shown(name)] for row in result.rows]
+        figure = shown(name)
+        values = [row[shown(name)] for row in result.rows]
         if values:
             middle = result.median()[figure]
             rows.append(

@@ -137,7 +137,8 @@ def measure(
 
 def once(clients: Clients, load: workloads.Workload, run: int, flags: list[str]) -> Row:
     with started(flags) as url:
-        server, pids = Server(url, "", ask_model(url)), services(os.getpid())
+        server = Server(url, "", ask_model(url))
+        pids = services(os.getpid())
         server.play(clients, load.warmup(), -1, 0)
         before = {kind: cpu_seconds(pids[kind]) for kind in KINDS}
         row = server.play(clients, load, run, 0)
@@ -167,7 +168,8 @@ def tables(report: dict[str, Any], results: dict[str, Result]) -> str:
 
 def services(root: int) -> dict[str, list[int]]:
     """Process ids of the services of the stacks that the process `root` started, by kind."""
-    parents, kinds = dict[int, int](), dict[int, str]()
+    parents = dict[int, int]()
+    kinds = dict[int, str]()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError, IndexError, StopIteration):

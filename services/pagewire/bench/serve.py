@@ -155,7 +155,8 @@ def _parser() -> Parser:
 
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
     """What these clients and the services carry with no model behind them, on this machine."""
-    load, vocab = workloads.parse(CEILING).scaled(options.scale), options.vocab
+    load = workloads.parse(CEILING).scaled(options.scale)
+    vocab = options.vocab
     with started([*rest, "--device", "fake", "--log-level", "warning"]) as url:
         server = Server(url, options.api_key, ask_model(url, options.api_key))
         server.play(clients, load.warmup(), -1, vocab)

@@ -116,7 +116,8 @@ def _numbered(names: list[str]) -> list[str]:
         match = _NUMBERED.fullmatch(name)
         if match:
             suffix = name.rpartition(".")[2]
-            stem, total = match[1], int(match[3])
+            stem = match[1]
+            total = int(match[3])
             return [f"{stem}-{n:05d}-of-{total:05d}.{suffix}" for n in range(1, total + 1)]
     return []
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 VARIABLES = ("PAGEWIRE_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
-YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+YES = ("true", "1", "yes", "on")
+NO = ("false", "0", "no", "off")
 
 
 class Failed(ValueError):

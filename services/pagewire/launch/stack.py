@@ -121,7 +121,8 @@ def check_workers(config: StackConfig) -> StackConfig:
 
 def check_backend(worker: WorkerConfig) -> None:
     """Raises BadSetting when the ranks of a worker cannot be started as asked for."""
-    backend, ranks = worker.distributed_executor_backend, worker.world_size
+    backend = worker.distributed_executor_backend
+    ranks = worker.world_size
     if backend == "uni" and ranks > 1:
         raise BadSetting(
             "distributed_executor_backend", backend, f"one process cannot be {ranks} ranks: use mp"

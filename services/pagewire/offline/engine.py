@@ -52,7 +52,9 @@ class Engine:
             config, run=structs.replace(config.run, run_dir=str(self._run_dir))
         )
         node: Node[ToFrontend] = Node(self._run_dir, Role.FRONTEND, f"program-{self._pid}")
-        self._inbox, self._outbox, self._membership = node.inbox, node.outbox, node.membership
+        self._inbox = node.inbox
+        self._outbox = node.outbox
+        self._membership = node.membership
         self.counters = Counters()
         self.owner = RequestOwner(
             self._inbox.address, self._outbox.send, time.monotonic, self.counters

@@ -162,7 +162,8 @@ class LocalStack:
     def stop(self) -> None:
         """End the services and remove what they left. Safe from any thread; returns when all have
         ended. Does nothing the second time."""
-        services, self._services = self._services, None
+        services = self._services
+        self._services = None
         if services is not None:
             services.stop()
         if self._listener is not None:

@@ -260,7 +260,8 @@ class RequestOwner:
 
     def _accept(self, single: bool, rows: list[Row]) -> None:
         """The four rules, once a token: locals instead of attributes."""
-        live, now = self.live, self._clock()
+        live = self.live
+        now = self._clock()
         observe_gap = self._counters.gap
         add = _APPEND if single else _EXTEND
         accepted = 0
@@ -378,7 +379,8 @@ class RequestOwner:
         if not self._tokenizers or not self._has_worker:
             return False
         incarnation = min(self._tokenizers, key=lambda key: self._assigned.get(key, 0))
-        inbox, handle = self._tokenizers[incarnation], self._next_handle
+        inbox = self._tokenizers[incarnation]
+        handle = self._next_handle
         self._next_handle += 1
         if not self._send(inbox, request.next_attempt(handle, self._inbox, self._clock())):
             return False

@@ -105,10 +105,8 @@ def _gain(groups: list[Group]) -> int:
 
 def saved_reads(shared: Shared) -> int:
     """Tokens that a step need not read again, since they are read once for a whole group."""
-    starts, lengths = (
-        np.frombuffer(shared.starts, np.int32),
-        np.frombuffer(shared.lengths, np.int32),
-    )
+    starts = np.frombuffer(shared.starts, np.int32)
+    lengths = np.frombuffer(shared.lengths, np.int32)
     return int((np.maximum(np.diff(starts) - 1, 0).astype(np.int64) * lengths).sum())
 
 

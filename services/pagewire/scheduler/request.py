@@ -209,7 +209,8 @@ def token_outside_vocabulary(request: Request, vocab_size: int) -> Refusal | Non
     wrong = fault(request.sampling, vocab_size)
     if wrong is not None:
         return Refusal(400, *wrong)
-    low, high = int(request.tokens.min()), int(request.tokens.max())
+    low = int(request.tokens.min())
+    high = int(request.tokens.max())
     if low >= 0 and high < vocab_size:
         return None
     outside = low if low < 0 else high

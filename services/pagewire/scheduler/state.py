@@ -271,7 +271,8 @@ class Scheduler:
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
-        inboxes, self._newcomer_inboxes = self._newcomer_inboxes, set()
+        inboxes = self._newcomer_inboxes
+        self._newcomer_inboxes = set()
         frontends = set(self.peers.inboxes(Role.FRONTEND))
         if self.peers.changed:
             inboxes |= set(self.peers.inboxes())

@@ -304,7 +304,8 @@ class ChatTemplate:
             {**message, "content": PROBE.format(index)} if _has_text(message) else message
             for index, message in enumerate(messages)
         ]
-        as_text, as_parts = (False,) * len(probes), (True,) * len(probes)
+        as_text = (False,) * len(probes)
+        as_parts = (True,) * len(probes)
         lost_as_text = self._lost(probes, as_text, values)
         if lost_as_text == []:
             return as_text

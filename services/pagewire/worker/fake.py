@@ -89,7 +89,9 @@ class PromptScorer:
         own = self._tokens[first + 1 : first + count + 1]
         if not own:
             return None
-        ids, values, ranks = list[int](), list[float](), list[int]()
+        ids = list[int]()
+        values = list[float]()
+        ranks = list[int]()
         for token in self._tokens[self._position : first + 1]:
             self._state = extend(self._state, token)
         for token in own:
@@ -142,7 +144,8 @@ class FakeRunner:
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
         self._stages = config.pipeline_parallel_size
-        self._max_num_seqs, self._block_size = scheduler.num_seqs(), config.block_size
+        self._max_num_seqs = scheduler.num_seqs()
+        self._block_size = config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         held = self._num_blocks * self._block_size
         if model.max_model_len > held:
@@ -334,7 +337,8 @@ class FakeRunner:
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
-        prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
+        prompt = len(admission.prompt) // 4
+        asked = admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
             self._scorers[slot] = PromptScorer(tokens[:prompt].tolist(), asked, int(self._vocab))
 

@@ -56,7 +56,8 @@ FOLLOWER_BEAT_S = 0.25
 """How often a rank without work shows that it lives."""
 BUSY_BEAT_S = 0.002
 """How often it looks whether steps under way have ended."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
@@ -253,14 +254,17 @@ class _Narrator:
     another says that the process lives: sockets are not for two at once."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership, self._stage, self._next = membership, "", 0.0
+        self._membership = membership
+        self._stage = ""
+        self._next = 0.0
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, fraction: float) -> None:
         now = time.monotonic()
         with self._lock:
             if stage != self._stage or now >= self._next:
-                self._stage, self._next = stage, now + REPORT_EVERY_S
+                self._stage = stage
+                self._next = now + REPORT_EVERY_S
                 self._membership.loading(stage, fraction)
 
     def alive(self) -> None:

@@ -121,7 +121,8 @@ class CallRules:
 
     def answer(self, answer_format: AnswerFormat, names: list[str], parallel: bool) -> str:
         """Calls of these functions and nothing else: one or, where `parallel`, several."""
-        calls, section = answer_format.calls, answer_format.section
+        calls = answer_format.calls
+        section = answer_format.section
         call = self.rule(self._any_of(calls, names))
         if section is None:
             return self._row(calls, call, parallel)
@@ -135,7 +136,8 @@ class CallRules:
     ) -> list[Opening]:
         """How calls of these functions begin in free text; none of a format whose calls begin an answer
         without a marker."""
-        calls, section = answer_format.calls, answer_format.section
+        calls = answer_format.calls
+        section = answer_format.section
         openings: list[Opening] = []
         if section is not None:
             call = self.rule(self._any_of(calls, names))
@@ -151,7 +153,8 @@ class CallRules:
         return " | ".join(self._call(calls, name) for name in names)
 
     def _section(self, section: Section, calls: Calls, call: str, parallel: bool) -> str:
-        begin, end = self._terms(section.begin), self._terms(section.end)
+        begin = self._terms(section.begin)
+        end = self._terms(section.end)
         if _is_of_each(section):
             return f"{begin} {self._line} {call} {self._line} {end}"
         return f"{begin} {self._gap} {self._row(calls, call, parallel)} {self._gap} {end}"
@@ -272,7 +275,8 @@ class CallRules:
         body = self._json_object(calls, name)
         if calls.is_list or not calls.end:
             return body
-        begin, end = self._terms(calls.begin[0]), self._terms(calls.end)
+        begin = self._terms(calls.begin[0])
+        end = self._terms(calls.end)
         return f"{begin} {self._line} {body} {self._line} {end}"
 
     def _properties(self, name: str) -> Iterable[tuple[str, Schema, bool]]:

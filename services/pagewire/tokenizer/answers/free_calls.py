@@ -60,7 +60,8 @@ class FreeAnswer:
         reasoning = self._reasoning
         if reasoning is None:
             return rest
-        begin, end = self._terms(reasoning.begin), self._terms(reasoning.end)
+        begin = self._terms(reasoning.begin)
+        end = self._terms(reasoning.end)
         if _TOKEN.fullmatch(begin) and _TOKEN.fullmatch(end):
             within = _tokens(set(self._special.values()) - {_id(begin), _id(end)})
             inner = f"(text {within})*" if within else ""

@@ -85,7 +85,8 @@ class HarmonyRules:
         return f"call: {' | '.join(bodies)}"
 
     def _call_of(self, name: str) -> str:
-        calls, terms = self._calls, self._terms
+        calls = self._calls
+        terms = self._terms
         to = f" to=functions.{name}"
         headers = (
             f"{terms(f'{calls.channel}commentary{to} {calls.constrain}json')}",
@@ -95,7 +96,8 @@ class HarmonyRules:
         return f"({' | '.join(headers)}) {body}"
 
     def _any_call(self) -> str:
-        calls, terms = self._calls, self._terms
+        calls = self._calls
+        terms = self._terms
         to = r"/ to=[\w.:-]{1,128}/"
         kind = rf"({terms(f' {calls.constrain}')})? /[ a-z]{{0,16}}/"
         first = f"{terms(f'{calls.channel}commentary')} {to} {kind}"

@@ -81,7 +81,8 @@ class AnswerParser:
         return self._taken()
 
     def _taken(self) -> list[Part]:
-        parts, self._parts = self._parts, []
+        parts = self._parts
+        self._parts = []
         return parts
 
     # --- for the readers of call bodies ---
@@ -151,7 +152,8 @@ class AnswerParser:
             self.content(self.reader.take(len(self.reader.text)))
 
     def _read_answer(self) -> Wait[None]:
-        answer_format, reasoning = self._format, self._reasoning
+        answer_format = self._format
+        reasoning = self._reasoning
         body = self._body
         if reasoning and (yield from self._begins_with(reasoning.begin)):
             yield from self._think()
@@ -168,7 +170,8 @@ class AnswerParser:
     def _content_markers(self) -> tuple[str, ...]:
         """All that is no content, wherever it stands."""
         texts = list(self._body.begins) if self._body else []
-        answer_format, reasoning = self._format, self._reasoning
+        answer_format = self._format
+        reasoning = self._reasoning
         if answer_format:
             texts += answer_format.hidden
             if answer_format.section:

@@ -125,12 +125,11 @@ def look(detailed: bool = True) -> GpuProbe:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    version, number, cuda = (
-        str(torch.__version__),
-        driver.driver_version(),
-        torch.version.cuda or "",
-    )
-    device, visible = driver.has_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    version = str(torch.__version__)
+    number = driver.driver_version()
+    cuda = torch.version.cuda or ""
+    device = driver.has_device()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = not device or (visible is not None and visible.strip() in driver.HIDDEN)
     if torch.version.hip:
         reason = driver.why_no_rocm(
@@ -165,7 +164,8 @@ def connections(gpus: Sequence[Gpu]) -> tuple[Connection, ...]:
     pairs = list(itertools.combinations(gpus, 2))
     if not pairs:
         return ()
-    numbers, kinds = driver.nvidia_smi(*SMI_NUMBERS), driver.nvidia_smi("topo", "-m")
+    numbers = driver.nvidia_smi(*SMI_NUMBERS)
+    kinds = driver.nvidia_smi("topo", "-m")
     return tuple(
         Connection(
             first.index,
@@ -304,7 +304,8 @@ def idle_elsewhere(chosen: Gpu) -> str:
     count = torch.cuda.device_count()
     if count < 2:
         return ""
-    built, free = torch.cuda.get_arch_list(), parse_free(driver.nvidia_smi(*SMI_FREE))
+    built = torch.cuda.get_arch_list()
+    free = parse_free(driver.nvidia_smi(*SMI_FREE))
     others: list[Gpu] = []
     for index in set(range(count)) - {chosen.index}:
         facts = torch.cuda.get_device_properties(index)

@@ -134,7 +134,9 @@ class DecodeGraphs:
         self.slots.copy_(saved)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
-        loaded, rows, slots = self._loaded, self._rows.first(size), self.slots[:size]
+        loaded = self._loaded
+        rows = self._rows.first(size)
+        slots = self.slots[:size]
         decode_inputs(slots, self._state, loaded.sizing.block_size, rows)
         starts = self._starts[: size + 1]
         batch = Batch(

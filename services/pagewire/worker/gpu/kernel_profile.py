@@ -94,14 +94,17 @@ class KernelProfile:
         if not self._steps:
             _start()
             self._began = now
-        self._steps, self._last = self._steps + 1, now
+        self._steps += 1
+        self._last = now
 
     def end(self, tokens: int) -> None:
         """After its last; the step computes so many tokens."""
         self._ended.record()
 
     def _log_record(self) -> None:
-        kernels, steps, self._steps = _stop(), self._steps, 0
+        kernels = _stop()
+        steps = self._steps
+        self._steps = 0
         for line in summary(kernels, steps) if kernels else ():
             log.info("%s", line)
 

@@ -204,7 +204,8 @@ class MixedSteps:
 
     def _token_columns(self, shape: tuple[int, ...], step: StepRows, host_known_len: Ints) -> Ints:
         """Inputs.tokens: the rows' new tokens end to end, then padding."""
-        host, block_size = self._slots, self._slots.block_size
+        host = self._slots
+        block_size = self._slots.block_size
         row_of, positions = spread(step.first, step.counts)
         slots = step.slots[row_of]
         # The newest token of a decoding row was sampled by a step whose result the host has not
@@ -249,7 +250,8 @@ class MixedSteps:
     def forward(self, inputs: Inputs, hook: LogitsHook | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for
         sampling mean nothing."""
-        loaded, state = self._loaded, self._state
+        loaded = self._loaded
+        state = self._state
         rows = inputs.picked.shape[1]
         row_slots = inputs.rows[ROW_SLOTS, :rows].long()
         logits = loaded.decoder(

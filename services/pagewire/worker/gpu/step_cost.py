@@ -34,7 +34,8 @@ def timed(run: Callable[[], object]) -> float:
     that does not count."""
     times: list[float] = []
     for _ in range(REPEATS + 1):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
         began.record()
         for _ in range(LAUNCHES):
             run()
@@ -54,7 +55,8 @@ def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     depth = min(
         DEPTH, loaded.sizing.max_model_len, loaded.sizing.num_blocks * loaded.sizing.block_size
     )
-    chunk, read = min(CHUNK, depth), min(READ, depth)
+    chunk = min(CHUNK, depth)
+    read = min(READ, depth)
     pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2
     rows = steps.padded(READERS)
     chunked = (
@@ -72,8 +74,11 @@ def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
 def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callable[[], Tensor]:
     """The first layer's attention of rows with `counts` new tokens, spread over the blocks there
     are."""
-    arch, sizing, cache = loaded.decoder.arch, loaded.sizing, loaded.caches[0]
-    rows, width = len(counts), -(-max(lengths) // sizing.block_size)
+    arch = loaded.decoder.arch
+    sizing = loaded.sizing
+    cache = loaded.caches[0]
+    rows = len(counts)
+    width = -(-max(lengths) // sizing.block_size)
     ids = torch.zeros(sum(counts), dtype=torch.int64, device="cuda")
     starts = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
     tables = (torch.arange(rows * width, device="cuda") % sizing.num_blocks).int().view(rows, width)

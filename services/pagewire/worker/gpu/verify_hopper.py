@@ -57,7 +57,8 @@ def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:
     used = min(blocks, 256)
     keys[:used].normal_()
     values[:used].normal_()
-    apart, room = -(-rows // LIVE), used * page
+    apart = -(-rows // LIVE)
+    room = used * page
     live = [i // apart if i % apart == 0 and i < max(1, rows - 3) else -1 for i in range(rows)]
     counts = [min(COUNTS[i % len(COUNTS)], room) if i >= 0 else 0 for i in live]
     lengths = [

@@ -31,7 +31,8 @@ minutes to time it."""
 def choose(packed: Iterable[Any], dtype: torch.dtype) -> None:
     """Set the crossing of each quantized product among a decoder's packed matrices, for inputs of
     `dtype`; those of one shape share it."""
-    place, began = _file(), time.monotonic()
+    place = _file()
+    began = time.monotonic()
     known = choices.read(place, int)
     before = len(known)
     for product in (matrix for matrix in packed if isinstance(matrix, QuantizedLinear)):

@@ -87,7 +87,8 @@ class _Part:
         self.metadata: dict[str, Any] = {}
         self._vocabulary_at = 0
         for _ in range(pairs):
-            name, kind = self._string(), self._scalar(4)
+            name = self._string()
+            kind = self._scalar(4)
             if name == "tokenizer.ggml.tokens":
                 self._vocabulary_at = self._at
             self.metadata[name] = self._value(kind)
@@ -101,9 +102,11 @@ class _Part:
             return {}
         wanted = {text.encode(): text for text in texts}
         lengths = {len(text) for text in wanted}
-        unpack, view = struct.Struct("<Q").unpack_from, self._view
+        unpack = struct.Struct("<Q").unpack_from
+        view = self._view
         (count,) = unpack(view, self._vocabulary_at + 4)
-        at, ids = self._vocabulary_at + 12, dict[str, int]()
+        at = self._vocabulary_at + 12
+        ids = dict[str, int]()
         for token in range(count):
             (length,) = unpack(view, at)
             at += 8 + length
@@ -126,14 +129,17 @@ class _Part:
             return self._string()
         if kind != ARRAY:
             return self._scalar(kind)
-        item, count = self._scalar(4), self._scalar(10)
+        item = self._scalar(4)
+        count = self._scalar(10)
         if item != STRING:
             return (
                 [self._value(item) for _ in range(count)]
                 if count <= 64
                 else self._skip(count * struct.calcsize(SCALARS[item]))
             )
-        unpack, view, at = struct.Struct("<Q").unpack_from, self._view, self._at
+        unpack = struct.Struct("<Q").unpack_from
+        view = self._view
+        at = self._at
         for _ in range(count):
             at += 8 + unpack(view, at)[0]
         self._at = at
@@ -143,7 +149,8 @@ class _Part:
         self._at += length
 
     def _entry(self) -> tuple[str, Entry]:
-        name, dimensions = self._string(), self._scalar(4)
+        name = self._string()
+        dimensions = self._scalar(4)
         shape = tuple(self._scalar(10) for _ in range(dimensions))[::-1]
         return name, Entry(shape, self._scalar(4), self._scalar(10), self)
 
@@ -252,10 +259,8 @@ class Gguf:
             "factor": factor,
         }
         rope["original_max_position_embeddings"] = field("rope.scaling.original_context_length")
-        rope["beta_fast"], rope["beta_slow"] = (
-            field("rope.scaling.yarn_beta_fast"),
-            field("rope.scaling.yarn_beta_slow"),
-        )
+        rope["beta_fast"] = field("rope.scaling.yarn_beta_fast")
+        rope["beta_slow"] = field("rope.scaling.yarn_beta_slow")
         if "rope_freqs.weight" in self.entries:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
         return rope

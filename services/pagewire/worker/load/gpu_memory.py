@@ -93,7 +93,8 @@ def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
     """Activations of a step at their largest: in the MLP, or around attention, whichever is more.
     Hidden states: the residual, the layer's input and its normed form, one more for blocks that add
     two results."""
-    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    heads = arch.num_heads * arch.head_dim
+    kv = arch.num_kv_heads * arch.head_dim
     width = max(2 * heads + 2 * kv, _mlp_width(arch))
     return tokens * itemsize * (4 * arch.hidden_size + heads + width)
 
@@ -231,7 +232,9 @@ def _no_room(
 ) -> str:
     """Weights and workspace leave less than the KV blocks that were asked for, or none where at
     least `count` are needed."""
-    fixed, least, exact = weights + space, count * each, bool(request.blocks or request.kv_bytes)
+    fixed = weights + space
+    least = count * each
+    exact = bool(request.blocks or request.kv_bytes)
     parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'' if exact else 'at least '}{gib(least)}"
     asked = (
         "is free"
@@ -264,7 +267,8 @@ def _no_room(
 def _too_long(
     gpu: Gpu, request: MemoryRequest, fixed: int, length: int, count: int, each: int
 ) -> str:
-    needed, held = -(-length // request.block_size), count * request.block_size
+    needed = -(-length // request.block_size)
+    held = count * request.block_size
     help_ = [f"lower --max-model-len to {held} (--fit does so by itself)"]
     if request.blocks:
         help_.append(f"raise --num-kv-blocks to {needed}")

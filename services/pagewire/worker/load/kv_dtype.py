@@ -53,7 +53,8 @@ def scales(
         match = SCALE.search(name)
         if match is None:
             continue
-        layer, kind = int(match["layer"]), match["kind"] or match["projection"]
+        layer = int(match["layer"])
+        kind = match["kind"] or match["projection"]
         if layer >= layers:
             raise Unsupported(f"the checkpoint has {name}, but the model has {layers} layers")
         by_layer.setdefault(layer, {}).update(dict.fromkeys(kind, _value(name, tensor)))
@@ -88,7 +89,8 @@ def _check_scheme(scheme: Any) -> None:
     """kv_cache_scheme is compressed-tensors' description, or a word of AutoFP8's."""
     if not isinstance(scheme, Mapping):
         return
-    bits, kind = scheme.get("num_bits", 8), scheme.get("type", "float")
+    bits = scheme.get("num_bits", 8)
+    kind = scheme.get("type", "float")
     if bits != 8 or kind != "float":
         raise Unsupported(
             f"the checkpoint's kv_cache_scheme is {kind} of {bits} bits, whose scales are not those of fp8: leave --kv-cache-dtype out"

@@ -122,7 +122,8 @@ class Checkpoint:
 def choose(checkpoint: Checkpoint, arch: Architecture, asked: str, target: Target) -> Quantizing:
     """asked: --quantization, empty for what the weights themselves bring. Raises Unsupported for
     what cannot be had."""
-    source, form = checkpoint.source, checkpoint.form
+    source = checkpoint.source
+    form = checkpoint.form
     if isinstance(source, Gguf):
         if asked:
             raise Unsupported(

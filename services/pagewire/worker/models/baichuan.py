@@ -15,7 +15,8 @@ from .rope import NO_ROPE
 if TYPE_CHECKING:
     from torch import Tensor
 
-BAICHUAN2, BAICHUAN2_VOCABULARY = "baichuan2", 125_696
+BAICHUAN2 = "baichuan2"
+BAICHUAN2_VOCABULARY = 125_696
 NAMES = Names(
     layers="model.layers",
     top={},

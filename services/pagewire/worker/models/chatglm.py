@@ -43,7 +43,8 @@ def describe(config: Config) -> Architecture:
     for name, value in NEEDED.items():
         if bool(config.get(name, value)) != value:
             raise Unsupported(f"{name} {config[name]} of chatglm is not supported; {value} is")
-    bias, size = bool(config.get("add_bias_linear", False)), int(config["kv_channels"])
+    bias = bool(config.get("add_bias_linear", False))
+    size = int(config["kv_channels"])
     own = {
         "vocab_size": config["padded_vocab_size"],
         "num_hidden_layers": config["num_layers"],

@@ -80,7 +80,8 @@ def split(
 
 
 def _heads(name: str, tensor: "Tensor", arch: Architecture, by_group: bool) -> "list[Tensor]":
-    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    q = arch.num_heads * arch.head_dim
+    kv = arch.num_kv_heads * arch.head_dim
     if tensor.shape[0] != q + 2 * kv:
         raise Unsupported(
             f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {q + 2 * kv} rows"

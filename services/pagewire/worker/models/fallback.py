@@ -184,7 +184,8 @@ def plan(path: Path, settings: Config, trust: bool) -> Plan:
         _refuse(config)
         recorder = Recorder()
         model = _on_meta(config, recorder, trust)
-    calls, name = tuple(recorder.calls), type(model).__name__
+    calls = tuple(recorder.calls)
+    name = type(model).__name__
     layers = int(config.num_hidden_layers)
     if len(calls) != layers:
         raise Unsupported(
@@ -373,7 +374,8 @@ def _quietly() -> Iterator[None]:
     model."""
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
+    bars = theirs.is_progress_bar_enabled()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     try:

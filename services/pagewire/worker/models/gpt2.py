@@ -31,7 +31,8 @@ def describe(config: Config) -> Architecture:
     """GPT-2. Raises Unsupported for variants that are not built."""
     if config.get("add_cross_attention"):
         raise Unsupported("add_cross_attention of gpt2 is not supported")
-    hidden, layers = int(config["n_embd"]), int(config["n_layer"])
+    hidden = int(config["n_embd"])
+    layers = int(config["n_layer"])
     own = {
         "hidden_size": hidden,
         "intermediate_size": config.get("n_inner") or 4 * hidden,

@@ -41,10 +41,8 @@ def describe(config: Config) -> Architecture:
     for name, value in NEEDED.items():
         if config.get(name, value) != value:
             raise Unsupported(f"{name} {config[name]} of opt is not supported; {value} is")
-    bias, width = (
-        bool(config.get("enable_bias", True)),
-        config.get("word_embed_proj_dim") or config["hidden_size"],
-    )
+    bias = bool(config.get("enable_bias", True))
+    width = config.get("word_embed_proj_dim") or config["hidden_size"]
     own = {
         "intermediate_size": config["ffn_dim"],
         "num_key_value_heads": None,

@@ -53,7 +53,8 @@ def take_runs(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) 
     lacks_room = masks.concerns(slots) & (_room_behind(columns, slots, counts) < 0)
     left_out = slots[lacks_room]
     if len(left_out):
-        slots, counts = slots[~lacks_room], counts[~lacks_room]
+        slots = slots[~lacks_room]
+        counts = counts[~lacks_room]
     runs: list[list[int]] = [[] for _ in slots]
     rows = np.flatnonzero(_may_run(columns, masks, slots, counts))
     if len(rows):

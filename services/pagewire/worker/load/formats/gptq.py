@@ -65,8 +65,10 @@ class Gptq(CheckpointFormat):
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
         bits, group_size = self._settings(module)
-        qweight, scales = wanted(module, parts, "qweight"), wanted(module, parts, "scales")
-        qzeros, out_features = wanted(module, parts, "qzeros"), qweight.shape[1]
+        qweight = wanted(module, parts, "qweight")
+        scales = wanted(module, parts, "scales")
+        qzeros = wanted(module, parts, "qzeros")
+        out_features = qweight.shape[1]
         in_features = qweight.shape[0] * BITS_A_WORD // bits
         group = in_features if group_size == -1 else group_size
         groups = -(-in_features // group)

@@ -50,8 +50,10 @@ class SqueezeLlm(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor:
         """See CheckpointFormat."""
-        qweight, table = wanted(module, parts, "qweight"), wanted(module, parts, "lookup_table")
-        out_features, in_features = qweight.shape[1], qweight.shape[0] * BITS_A_WORD // self.bits
+        qweight = wanted(module, parts, "qweight")
+        table = wanted(module, parts, "lookup_table")
+        out_features = qweight.shape[1]
+        in_features = qweight.shape[0] * BITS_A_WORD // self.bits
         check_shape(module, "lookup_table", table, out_features, 1 << self.bits)
         codes = unpack_words(qweight.T.contiguous(), self.bits, in_features)
         weight = table.float().gather(1, codes.long())
@@ -64,7 +66,8 @@ class SqueezeLlm(CheckpointFormat):
         return weight
 
     def _add_sparse(self, module: str, parts: Parts, weight: Tensor) -> None:
-        starts, columns = wanted(module, parts, "rows").long(), wanted(module, parts, "cols").long()
+        starts = wanted(module, parts, "rows").long()
+        columns = wanted(module, parts, "cols").long()
         check_shape(module, "rows", starts, len(weight) + 1)
         check_shape(module, "cols", columns, len(parts["vals"]))
         if bool((starts.diff() < 0).any()) or int(starts[-1]) != len(columns):
