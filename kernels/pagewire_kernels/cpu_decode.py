@@ -129,20 +129,20 @@ class NativeDecoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
     ) -> Tensor:
-        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
-        (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
+        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `logits_indices` [R]
+        int64 (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
         bfloat16 or 8-bit codes: one for each layer."""
         t = cpu_task
         threads = torch.get_num_threads()
-        rows = torch.arange(len(x)) if wanted is None else wanted
+        rows = torch.arange(len(x)) if logits_indices is None else logits_indices
         rows_of = self._rows_of(batch)
         logits = torch.empty(len(rows), self._head.padded)
         self._point_to(cos_sin, caches)
         task = self._task(x, caches[0], batch, threads)
         task[t.T_ROW_OF] = rows_of.ctypes.data
-        task[t.T_WANTED] = rows.data_ptr()
+        task[t.T_LOGITS_INDICES] = rows.data_ptr()
         task[t.T_COUNT] = len(rows)
         task[t.T_LOGITS] = logits.data_ptr()
         task[t.T_LOGITS_STRIDE] = 4 * self._head.padded

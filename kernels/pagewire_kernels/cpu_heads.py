@@ -93,49 +93,51 @@ def code_of(x):
 
 
 @inlined
-def keep(x, at, size, cache, place, kind, scale):
-    """float32 number `at` and those that follow, behind address x, to the cache's element `place`;
+def keep(x, at, size, cache, element, cache_type, scale):
+    """float32 number `at` and those that follow, behind address x, to element `element` of the cache;
     codes are of numbers over `scale`."""
-    if kind == task.CACHE_E4M3:
+    if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         wide = floats(x)
         for i in range(size):
-            codes[place + i] = code_of(wide[at + i] / scale)
-    elif kind == task.CACHE_BFLOAT16:
+            codes[element + i] = code_of(wide[at + i] / scale)
+    elif cache_type == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         words = ints(x)
         for i in range(size):
             word = np.uint32(words[at + i])
-            brief[place + i] = np.uint16(
+            brief[element + i] = np.uint16(
                 (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1)))
                 >> np.uint32(16)
             )
     else:
         full = floats(cache)
-        given = floats(x)
+        numbers = floats(x)
         for i in range(size):
-            full[place + i] = given[at + i]
+            full[element + i] = numbers[at + i]
 
 
 @inlined
-def score_block(q, at, size, cache, place, count, kind, scores, to):
+def score_block(q, at, size, cache, element, count, cache_type, scores, to):
     """Products of q[at : at + size] with `count` keys that follow each other; the largest of
     them."""
     most = np.float32(-np.inf)
-    if kind == task.CACHE_E4M3:
+    if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * number_of(codes[place + j * size + i])
+                total += q[at + i] * number_of(codes[element + j * size + i])
             scores[to + j] = total
             most = max(most, total)
-    elif kind == task.CACHE_BFLOAT16:
+    elif cache_type == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
+                total += q[at + i] * as_float(
+                    np.int32(brief[element + j * size + i]) << np.int32(16)
+                )
             scores[to + j] = total
             most = max(most, total)
     else:
@@ -143,35 +145,35 @@ def score_block(q, at, size, cache, place, count, kind, scores, to):
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * full[place + j * size + i]
+                total += q[at + i] * full[element + j * size + i]
             scores[to + j] = total
             most = max(most, total)
     return most
 
 
 @inlined
-def add_block(shares, first, size, cache, place, count, kind, out, to):
+def add_block(shares, first, size, cache, element, count, cache_type, out, to):
     """out[to : to + size] += shares times `count` values that follow each other."""
-    if kind == task.CACHE_E4M3:
+    if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
-                out[to + i] += part * number_of(codes[place + j * size + i])
-    elif kind == task.CACHE_BFLOAT16:
+                out[to + i] += part * number_of(codes[element + j * size + i])
+    elif cache_type == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
                 out[to + i] += part * as_float(
-                    np.int32(brief[place + j * size + i]) << np.int32(16)
+                    np.int32(brief[element + j * size + i]) << np.int32(16)
                 )
     else:
         full = floats(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
-                out[to + i] += part * full[place + j * size + i]
+                out[to + i] += part * full[element + j * size + i]
 
 
 @inlined
@@ -211,8 +213,8 @@ def turn_and_keep(t, layer, me, threads):
                 if head < heads + kv
                 else (layer[task.L_VALUES], layer[task.L_VALUE_SCALE], head - heads - kv)
             )
-            place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
-            keep(t[task.T_QKV], at, size, cache, place, t[task.T_CACHE], bits_of(scale))
+            element = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
+            keep(t[task.T_QKV], at, size, cache, element, t[task.T_CACHE], bits_of(scale))
 
 
 @inlined
@@ -230,7 +232,7 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     times values."""
     size = t[task.T_SIZE]
     block = t[task.T_BLOCK]
-    kind = t[task.T_CACHE]
+    cache_type = t[task.T_CACHE]
     qkv = floats(t[task.T_QKV])
     scale = bits_of(layer[task.L_SCALE])
     most = np.float32(-np.inf)
@@ -238,10 +240,12 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     for start in range(low // block * block, end, block):
         a = max(start, low)
         z = min(start + block, end)
-        place = place_of(t, layer, table, head, a)
+        element = place_of(t, layer, table, head, a)
         most = max(
             most,
-            score_block(qkv, query, size, layer[task.L_CACHE], place, z - a, kind, scores, a - low),
+            score_block(
+                qkv, query, size, layer[task.L_CACHE], element, z - a, cache_type, scores, a - low
+            ),
         )
     for j in range(end - low):
         scores[j] = exponential((scores[j] - most) * scale)
@@ -251,8 +255,8 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     for start in range(low // block * block, end, block):
         a = max(start, low)
         z = min(start + block, end)
-        place = place_of(t, layer, table, head, a)
-        add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, kind, out, to)
+        element = place_of(t, layer, table, head, a)
+        add_block(scores, a - low, size, layer[task.L_VALUES], element, z - a, cache_type, out, to)
     factor = bits_of(layer[task.L_VALUE_SCALE]) / total
     for i in range(size):
         out[to + i] *= factor

@@ -150,11 +150,11 @@ def head(t, mine, me, threads):
     hidden = t[task.T_HIDDEN]
     count = t[task.T_COUNT]
     x = floats(t[task.T_X])
-    wanted = longs(t[task.T_WANTED])
+    logits_indices = longs(t[task.T_LOGITS_INDICES])
     rows = floats(mine)
     for i in range(count):
         for k in range(hidden):
-            rows[i * hidden + k] = x[wanted[i] * hidden + k]
+            rows[i * hidden + k] = x[logits_indices[i] * hidden + k]
     sums = normalised(t, mine, t[task.T_NORM], count, mine)
     first, last = share(t[task.T_HEAD + PANELS], me, threads)
     times_matrix(

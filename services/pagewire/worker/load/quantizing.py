@@ -138,15 +138,15 @@ def choose(checkpoint: Checkpoint, arch: Architecture, asked: str, target: Targe
 
 
 def _of_gguf(source: Gguf, arch: Architecture, target: Target) -> Quantizing:
-    kinds = source.kinds()
-    quantized = {kind: count for kind, count in kinds.items() if kind in gguf_quantized.TYPES}
+    counts = source.type_counts()
+    quantized = {name: count for name, count in counts.items() if name in gguf_quantized.TYPES}
     if not quantized or _made_full(target, "quantized weights"):
         return NONE
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
-    others = ", ".join(
-        f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind not in quantized
+    kept = ", ".join(f"{count} {name}" for name, count in sorted(quantized.items()))
+    full = ", ".join(
+        f"{count} {name}" for name, count in sorted(counts.items()) if name not in quantized
     )
-    log.info("%s matrices stay quantized%s", listed, f"; {others} are made full" if others else "")
+    log.info("%s matrices stay quantized%s", kept, f"; {full} are made full" if full else "")
     itemsize = target.dtype.itemsize
     if not target.on_gpu:
         return Quantizing(True, None, source.count_bytes(BYTES, itemsize))

@@ -252,22 +252,22 @@ class Decoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
-        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin
-        and caches: one for each layer. `tick` is called after every layer; `logits_hook`, before
-        the end."""
+        """ids [T] int64 -> logits [R, V] of the tokens `logits_indices` [R] int64 (None: of all).
+        cos_sin and caches: one for each layer. `tick` is called after every layer; `logits_hook`,
+        before the end."""
         hidden = self.embed(ids, batch)
         if (
             self._native is not None
             and logits_hook is None
             and len(ids) <= self._native.most_tokens
         ):
-            return self._native(hidden.x, cos_sin, caches, batch, wanted, tick)
+            return self._native(hidden.x, cos_sin, caches, batch, logits_indices, tick)
         hidden = self.run_layers(hidden, cos_sin, caches, batch, tick)
-        return self.logits(hidden, batch, wanted, logits_hook)
+        return self.logits(hidden, batch, logits_indices, logits_hook)
 
     def embed(self, ids: Tensor, batch: Batch) -> HiddenStates:
         """ids [T] int64 -> what the first layer is given."""
@@ -295,23 +295,23 @@ class Decoder:
         self,
         hidden: HiddenStates,
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """From what the last layer gave: arguments and result as of a whole forward pass."""
         if logits_hook is not None:
             logits_hook(lambda rows: self._logits(hidden, batch, rows))
-        return self._logits(hidden, batch, wanted)
+        return self._logits(hidden, batch, logits_indices)
 
-    def _logits(self, hidden: HiddenStates, batch: Batch, wanted: Tensor | None) -> Tensor:
+    def _logits(self, hidden: HiddenStates, batch: Batch, logits_indices: Tensor | None) -> Tensor:
         x, residual = hidden
-        if wanted is not None:
-            x = x[wanted]
-            residual = None if residual is None else residual[wanted]
+        if logits_indices is not None:
+            x = x[logits_indices]
+            residual = None if residual is None else residual[logits_indices]
         if self.norm is not None:
             x = self.norm(x) if residual is None else self.norm.add(x, residual)[0]
         assert self.head is not None
-        return self.head(x, batch, wanted)
+        return self.head(x, batch, logits_indices)
 
 
 def make_embedding(

@@ -161,12 +161,13 @@ class FallbackDecoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """See Decoder. With a `logits_hook`, the logits of all tokens exist at once."""
-        kept = {} if wanted is None or logits_hook is not None else {"logits_to_keep": wanted}
+        keeps_all = logits_indices is None or logits_hook is not None
+        kept = {} if keeps_all else {"logits_to_keep": logits_indices}
         with self._attention.running(cos_sin, caches, batch, tick):
             logits = self._model(
                 input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept
@@ -174,7 +175,7 @@ class FallbackDecoder:
         if logits_hook is None:
             return logits
         logits_hook(lambda rows: logits[rows])
-        return logits if wanted is None else logits[wanted]
+        return logits if logits_indices is None else logits[logits_indices]
 
 
 def plan(path: Path, settings: Config, trust: bool) -> Plan:
@@ -356,10 +357,10 @@ def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str)
         for a, b in CHUNKS
     ]
     model.set_attn_implementation("eager")
-    wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
     model.set_attn_implementation(decoder.attention_name)
-    error = (torch.cat(through_cache).float() - wanted).norm(dim=-1) / (
-        wanted - wanted.mean(-1, keepdim=True)
+    error = (torch.cat(through_cache).float() - expected).norm(dim=-1) / (
+        expected - expected.mean(-1, keepdim=True)
     ).norm(dim=-1)
     # The median: a mixture of experts may choose another expert for a token by rounding alone.
     if not error.median() <= TOLERANCE[dtype]:

@@ -60,11 +60,11 @@ class Native:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
     ) -> Tensor:
         """x [T, H] -> logits [R, V] float32."""
-        logits = self._decoder(x.float().contiguous(), cos_sin, caches, batch, wanted)
+        logits = self._decoder(x.float().contiguous(), cos_sin, caches, batch, logits_indices)
         tick()
         return logits
 
