@@ -44,7 +44,7 @@ class PackedQuantized(Protocol):
 class QuantizedExpertOps(Protocol):
     """Of a back end whose kernels read the quantized matrices of all experts at once."""
 
-    def pack_expert(self, part: Quantized) -> Any | None:
+    def pack_expert(self, matrix: Quantized) -> Any | None:
         """One matrix of one expert, None where there is no kernel for it."""
         ...
 

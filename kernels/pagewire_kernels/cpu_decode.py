@@ -114,10 +114,10 @@ class NativeDecoder:
     def _room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that is kept from step to step and grows."""
         size = int(np.prod(shape))
-        found = self._memory.get(name)
-        if found is None or found.numel() < size:
-            found = self._memory[name] = torch.zeros(size, dtype=dtype)
-        return found[:size].view(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name] = torch.zeros(size, dtype=dtype)
+        return memory[:size].view(shape)
 
     def _rows_of(self, batch: Batch) -> np.ndarray:
         """Of each token, its row of the block tables, int64."""

@@ -24,8 +24,8 @@ TILES: Final = ((8, 1), (4, 1), (2, 2), (1, 3))
 an addition, few enough for the registers of AVX2."""
 
 
-def vector(kind: ir.Type) -> ir.VectorType:
-    return ir.VectorType(kind, ROWS)
+def vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, ROWS)
 
 
 def constant(value: int) -> ir.Constant:
@@ -42,12 +42,12 @@ class Code:
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
 
-    def load(self, address: Any, offset: int, kind: ir.Type, align: int) -> Any:
-        found = self.b.load(
-            self.b.inttoptr(self.b.add(address, constant(offset)), kind.as_pointer())
+    def load(self, address: Any, offset: int, value_type: ir.Type, align: int) -> Any:
+        value = self.b.load(
+            self.b.inttoptr(self.b.add(address, constant(offset)), value_type.as_pointer())
         )
-        found.align = align
-        return found
+        value.align = align
+        return value
 
     def store(self, value: Any, address: Any, align: int) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
@@ -98,10 +98,10 @@ class Group:
         """Codes of inputs 2j and 2j + 1."""
         b = self.code.b
         if self.form.bits == 8:
-            found = [
+            halves = [
                 self.code.load(self.address, ROWS * (2 * j + i), vector(I8), 1) for i in (0, 1)
             ]
-            low, high = (b.sext(codes, vector(I32)) for codes in found)
+            low, high = (b.sext(codes, vector(I32)) for codes in halves)
         else:
             both = self.code.load(self.address, ROWS * j, vector(I8), 1)
             low, high = (
@@ -117,8 +117,8 @@ class Group:
         return self._floats(self.form.code_bytes + self.form.scale_bytes)
 
     def _floats(self, offset: int) -> Any:
-        found = self.code.load(self.address, offset, vector(F16 if self.form.half else F32), 2)
-        return self.code.b.fpext(found, vector(F32)) if self.form.half else found
+        number = self.code.load(self.address, offset, vector(F16 if self.form.half else F32), 2)
+        return self.code.b.fpext(number, vector(F32)) if self.form.half else number
 
 
 class Operands(NamedTuple):
@@ -310,16 +310,16 @@ def _store_row(code: Code, value: Any, row: Any, panel: Any, short: Any) -> None
             code.store(value, b.add(row, b.mul(panel, constant(4 * ROWS))), 4)
 
 
-def module(kind: str, form: Format) -> ir.Module:
+def module(operation: str, form: Format) -> ir.Module:
     """With one function, of int64 alone: `matmul`, whose arguments are Operands, or `dequantize`.
     It is named like the module."""
-    count = MATMUL_ARGUMENTS if kind == "matmul" else DEQUANTIZE_ARGUMENTS
-    made = ir.Module(f"{kind}_{form.name}")
-    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * count), made.name)
+    count = MATMUL_ARGUMENTS if operation == "matmul" else DEQUANTIZE_ARGUMENTS
+    result = ir.Module(f"{operation}_{form.name}")
+    function = ir.Function(result, ir.FunctionType(ir.VoidType(), [I64] * count), result.name)
     builder = ir.IRBuilder(function.append_basic_block())
-    if kind == "matmul":
+    if operation == "matmul":
         emit_matmul(Code(builder), form, Operands(*function.args))
     else:
         emit_dequantize(Code(builder), form, *function.args)
     builder.ret_void()
-    return made
+    return result

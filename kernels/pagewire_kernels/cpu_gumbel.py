@@ -112,7 +112,7 @@ def _noise(word):
 def _search(logits, first, last, scale, floor, seed, position, words, ids_out, words_out):
     """Writes the candidates among the ids first (a multiple of 4) to last and returns their
     number."""
-    best, margin, found = LOWEST, 0.0, 0
+    best, margin, num_candidates = LOWEST, 0.0, 0
     for start in range(first, last, G_BLOCK):
         count = min(G_BLOCK, last - start)
         _fill_words(words, start // 4, (count + 3) // 4, seed, position)
@@ -125,17 +125,17 @@ def _search(logits, first, last, scale, floor, seed, position, words, ids_out, w
                 continue
             score = np.float64(scaled) + _noise(words[i])
             if score > best + margin:
-                found = 0
+                num_candidates = 0
             if score > best:
                 best = score
                 margin = MARGIN + RELATIVE * abs(best)
             elif score < best - margin:
                 continue
-            if found < G_CANDIDATES:
-                ids_out[found] = start + i
-                words_out[found] = np.int64(words[i])
-            found += 1
-    return found
+            if num_candidates < G_CANDIDATES:
+                ids_out[num_candidates] = start + i
+                words_out[num_candidates] = np.int64(words[i])
+            num_candidates += 1
+    return num_candidates
 
 
 def find_candidates(task):

@@ -143,26 +143,26 @@ def _padded(values: Tensor, panels: int) -> Tensor:
 def rows_of(weight: Panels, ids: Tensor) -> Tensor:
     """The rows `ids` [T] int64, dequantized: [T, K] float32. An embedding."""
     form = weight.format
-    found = weight.data[ids // ROWS]
+    panels = weight.data[ids // ROWS]
     lane = (ids % ROWS)[:, None, None, None]
-    codes = found[:, :, : form.code_bytes].unflatten(2, (-1, ROWS))
+    codes = panels[:, :, : form.code_bytes].unflatten(2, (-1, ROWS))
     codes = codes.gather(3, lane.expand(*codes.shape[:3], 1))[..., 0]
     codes = (
         torch.stack((codes & 15, codes >> 4), -1).flatten(2)
         if form.bits == 4
         else codes.view(torch.int8)
     )
-    scale, minimum = (_scales(weight, found, which, lane) for which in (0, 1))
+    scale, minimum = (_scales(weight, panels, which, lane) for which in (0, 1))
     out = codes.float().mul_(scale)
     return (out.add_(minimum) if form.minima else out).flatten(1)
 
 
-def _scales(weight: Panels, found: Tensor, which: int, lane: Tensor) -> Tensor:
+def _scales(weight: Panels, panels: Tensor, which: int, lane: Tensor) -> Tensor:
     """[T, groups, 1] float32 of found [T, groups, bytes]: scales (0) or minima (1)."""
     form = weight.format
     first = form.code_bytes + (which if form.minima else 0) * form.scale_bytes
     values = (
-        found[:, :, first : first + form.scale_bytes]
+        panels[:, :, first : first + form.scale_bytes]
         .contiguous()
         .view(torch.float16 if form.half else torch.float32)
     )

@@ -73,9 +73,9 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def _made(name: str, *arguments: object) -> ctypes.c_void_p:
-    found = ctypes.c_void_p()
-    _call(name, ctypes.byref(found), *arguments)
-    return found
+    pointer = ctypes.c_void_p()
+    _call(name, ctypes.byref(pointer), *arguments)
+    return pointer
 
 
 @functools.cache
@@ -136,7 +136,7 @@ class Gemm:
             ctypes.byref(limit),
             ctypes.c_size_t(8),
         )
-        found = (_Found * MOST)()
+        candidates = (_Found * MOST)()
         count = ctypes.c_int()
         layouts = self._weight, self._x, self._out, self._out
         with contextlib.suppress(RuntimeError):
@@ -147,21 +147,25 @@ class Gemm:
                 *layouts,
                 preference,
                 MOST,
-                found,
+                candidates,
                 ctypes.byref(count),
             )
         _call("cublasLtMatmulPreferenceDestroy", preference)
-        return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
+        return [bytes(entry.algorithm) for entry in candidates[: count.value] if entry.state == 0]
 
     def accepts(self, algorithm: bytes) -> bool:
         layouts = self._weight, self._x, self._out, self._out
-        given = _Algorithm.from_buffer_copy(algorithm)
-        found = _Found()
+        native_algorithm = _Algorithm.from_buffer_copy(algorithm)
+        check = _Found()
         check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
         status = check(
-            _handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found)
+            _handle(),
+            self._description,
+            *layouts,
+            ctypes.byref(native_algorithm),
+            ctypes.byref(check),
         )
-        return status == 0 and found.workspace <= WORKSPACE
+        return status == 0 and check.workspace <= WORKSPACE
 
     def bound(
         self, algorithm: bytes, device: torch.device
@@ -172,13 +176,13 @@ class Gemm:
         multiply = _multiply()
         handle = _handle()
         description = self._description
-        given = _Algorithm.from_buffer_copy(algorithm)
+        native_algorithm = _Algorithm.from_buffer_copy(algorithm)
         a = self._weight
         b = self._x
         d = self._out
         one = ctypes.byref(self._one)
         zero = ctypes.byref(self._zero)
-        chosen = ctypes.byref(given)
+        chosen = ctypes.byref(native_algorithm)
         space = _workspace(device).data_ptr()
 
         def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -234,8 +238,8 @@ class GemmAlgorithms:
         at = bisect_left(table, (rows, b""))
         if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
             return None
-        product = Gemm(rows, shape)
-        return product.bound(table[at][1], device) if product.accepts(table[at][1]) else None
+        gemm = Gemm(rows, shape)
+        return gemm.bound(table[at][1], device) if gemm.accepts(table[at][1]) else None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:

@@ -24,28 +24,28 @@ from .workspace import overlap
 def _rows(x, row_start, valid, k, K: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr):
     """[BK, BM] with SWAP, else [BM, BK]."""
     if SWAP:
-        at = x + row_start[None, :] + k[:, None]
+        addresses = x + row_start[None, :] + k[:, None]
         mask = valid[None, :]
         if not EVEN:
             mask = mask & (k < K)[:, None]
     else:
-        at = x + row_start[:, None] + k[None, :]
+        addresses = x + row_start[:, None] + k[None, :]
         mask = valid[:, None]
         if not EVEN:
             mask = mask & (k < K)[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    return tl.load(addresses, mask=mask, other=0.0)
 
 
 @triton.jit
 def _columns(matrix, n, k, N, K: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr):
     """Weight rows n: [BN, BK] with SWAP, else [BK, BN]."""
     if SWAP:
-        at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+        addresses = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
         mask = (n < N)[:, None] & (k < K)[None, :]
     else:
-        at = matrix + n.to(tl.int64)[None, :] * K + k[:, None]
+        addresses = matrix + n.to(tl.int64)[None, :] * K + k[:, None]
         mask = (n < N)[None, :] & (k < K)[:, None]
-    return tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
+    return tl.load(addresses) if EVEN else tl.load(addresses, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -92,12 +92,12 @@ def _grouped(x, weight, out, order, tiles, slots, x_stride, N, K: tl.constexpr, 
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if SWAP:
-        at = out + row.to(tl.int64)[None, :] * N + n[:, None]
+        addresses = out + row.to(tl.int64)[None, :] * N + n[:, None]
         mask = valid[None, :] & (n < N)[:, None]
     else:
-        at = out + row.to(tl.int64)[:, None] * N + n[None, :]
+        addresses = out + row.to(tl.int64)[:, None] * N + n[None, :]
         mask = valid[:, None] & (n < N)[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(addresses, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

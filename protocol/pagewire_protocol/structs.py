@@ -228,15 +228,15 @@ class PromptLogprobs(Record, frozen=True):
 
 class StepCost(Record, frozen=True):
     """How long a worker's steps take, fitted to measured ones: the sum of `fixed_ms`, `token_ms`
-    for each new token, `megapair_ms` for each million pairs of a prefill chunk (a pair is a new
-    token and a token that it attends to, counted where a row has several new tokens), and
-    `megaread_ms` for each million tokens that rows of one new token attend to. Chunks are bound by
-    arithmetic, single tokens by memory."""
+    for each new token, `ms_per_m_prefill_pairs` for each million pairs of a prefill chunk (a pair
+    is a new token and a token that it attends to, counted where a row has several new tokens), and
+    `ms_per_m_kv_tokens` for each million tokens that rows of one new token attend to. Chunks are
+    bound by arithmetic, single tokens by memory."""
 
     fixed_ms: Annotated[float, Meta(ge=0, le=1e6)]
     token_ms: Annotated[float, Meta(ge=0, le=1e6)]
-    megapair_ms: Annotated[float, Meta(ge=0, le=1e6)]
-    megaread_ms: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    ms_per_m_prefill_pairs: Annotated[float, Meta(ge=0, le=1e6)]
+    ms_per_m_kv_tokens: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class WorkerFacts(Record, frozen=True):

@@ -405,12 +405,12 @@ def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     description = _description(annotation)
     default_text = " ".join(default) if isinstance(default, tuple) else default
-    shown = (
+    suffix = (
         ""
         if default_text in ("", None) or "default" in description
         else f" (default: {default_text})"
     )
-    options["help"] = f"{description}{shown}".replace("%", "%%")
+    options["help"] = f"{description}{suffix}".replace("%", "%%")
     if value_type is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:

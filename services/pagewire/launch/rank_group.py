@@ -19,7 +19,7 @@ from ..process.announce import Announcer
 from ..process.parent import HEALTH_VARIABLE
 from ..process.watchdog import Stop
 from . import stack
-from .supervisor import Death, Supervisor
+from .supervisor import ServiceDeath, Supervisor
 
 
 def run(run: RunConfig, model: Any, scheduler: SchedulerConfig, worker: WorkerConfig) -> int:
@@ -61,7 +61,7 @@ class _RankGroup:
         if self._stop.is_due(time.monotonic()):
             self._supervisor.stop()
 
-    def _announce(self, death: Death) -> None:
+    def _announce(self, death: ServiceDeath) -> None:
         self._announcer.announce(
             Role.WORKER,
             death.service.name,

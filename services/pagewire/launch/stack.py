@@ -33,7 +33,7 @@ from ..config import (
 )
 from ..frontend.auth import KEYS_VARIABLE
 from ..process.announce import Announcer
-from .supervisor import Death, Service
+from .supervisor import Service, ServiceDeath
 
 _numbers = itertools.count()
 
@@ -230,7 +230,7 @@ def rank_name(worker: str, rank: int) -> str:
     return f"{worker}.{rank}" if rank else worker
 
 
-def announce(announcer: Announcer, death: Death) -> None:
+def announce(announcer: Announcer, death: ServiceDeath) -> None:
     """Tell the stack that one of its services has ended."""
     announcer.announce(
         Role[death.service.kind.upper()],

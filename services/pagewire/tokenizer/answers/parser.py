@@ -232,24 +232,18 @@ class AnswerParser:
 
     def _call(self, body: BodyParser, marker: str) -> Wait[None]:
         """The calls that `marker` begins."""
-        before = self.calls
-        self.reader.record()
-        try:
-            yield from body.read(marker)
-        except NotACall:
-            self._give_back()
-        except Ended:
-            if self.calls == before:
-                self._give_back()
-            raise
-        self.reader.recorded()
+        yield from self._calls_or_content(body.read(marker))
 
     def _bare_calls(self, body: BodyParser) -> Wait[None]:
         """Calls at the beginning of the answer, without a marker."""
-        self.reader.record()
+        yield from self._calls_or_content(body.read_bare())
+
+    def _calls_or_content(self, reading: Wait[bool | None]) -> Wait[None]:
+        """What `reading` reads is content where it says so (False), or meets no call."""
         before = self.calls
+        self.reader.record()
         try:
-            if not (yield from body.read_bare()):
+            if (yield from reading) is False:
                 self._give_back()
         except NotACall:
             self._give_back()

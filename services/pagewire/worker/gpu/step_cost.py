@@ -66,8 +66,8 @@ def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     return StepCost(
         fixed_ms=max(0.0, small - SMALL * token),
         token_ms=token,
-        megapair_ms=chunked / pairs * 1e6,
-        megaread_ms=reading / (rows * read) * 1e6,
+        ms_per_m_prefill_pairs=chunked / pairs * 1e6,
+        ms_per_m_kv_tokens=reading / (rows * read) * 1e6,
     )
 
 

@@ -105,12 +105,12 @@ class _Part:
         unpack = struct.Struct("<Q").unpack_from
         view = self._view
         (count,) = unpack(view, self._vocabulary_at + 4)
-        at = self._vocabulary_at + 12
+        offset = self._vocabulary_at + 12
         ids = dict[str, int]()
         for token in range(count):
-            (length,) = unpack(view, at)
-            at += 8 + length
-            if length in lengths and (text := encoded.get(bytes(view[at - length : at]))):
+            (length,) = unpack(view, offset)
+            offset += 8 + length
+            if length in lengths and (text := encoded.get(bytes(view[offset - length : offset]))):
                 ids[text] = token
         return ids
 
@@ -139,10 +139,10 @@ class _Part:
             )
         unpack = struct.Struct("<Q").unpack_from
         view = self._view
-        at = self._at
+        offset = self._at
         for _ in range(count):
-            at += 8 + unpack(view, at)[0]
-        self._at = at
+            offset += 8 + unpack(view, offset)[0]
+        self._at = offset
         return None
 
     def _skip(self, length: int) -> None:

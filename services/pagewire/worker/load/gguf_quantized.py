@@ -150,10 +150,10 @@ class Blocks:
         return Blocks(self._layout, self._data[rows.numpy()])
 
 
-def take_apart(kind: str, rows: np.ndarray, block_bytes: int) -> Quantized:
-    """rows [N, bytes] uint8 of a matrix of type `kind` -> [N, K]. Equal to the `gguf` library's
+def take_apart(type_name: str, rows: np.ndarray, block_bytes: int) -> Quantized:
+    """rows [N, bytes] uint8 of a matrix of this type -> [N, K]. Equal to the `gguf` library's
     dequantization, bit for bit."""
-    layout = TYPES[kind]
+    layout = TYPES[type_name]
     count = len(rows)
 
     def tensor(values: np.ndarray) -> Tensor:

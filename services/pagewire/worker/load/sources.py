@@ -54,21 +54,25 @@ def locate(path: Path, load_format: str) -> Location:
 
 def safetensors_files(directory: Path) -> Weights:
     """The files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = SAFETENSORS.weights(directory)
-    if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
-        )
-    weights.check()
-    return weights
+    return _all_there(
+        SAFETENSORS.weights(directory),
+        f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy",
+    )
 
 
 def pytorch_files(directory: Path) -> Weights:
     """The .bin files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = PYTORCH.weights(directory)
+    return _all_there(
+        PYTORCH.weights(directory),
+        f"{directory} has no .safetensors and no pytorch_model.bin file; "
+        "convert the checkpoint to safetensors",
+    )
+
+
+def _all_there(weights: Weights | None, missing: str) -> Weights:
+    """`weights`, whose files are all there. Raises Unsupported, with `missing` where there are
+    none."""
     if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors and no pytorch_model.bin file; convert the checkpoint to safetensors"
-        )
+        raise Unsupported(missing)
     weights.check()
     return weights

@@ -11,7 +11,7 @@ parts of a forward pass, of which the first stage has the first one and the last
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from pagewire_kernels.batch import Batch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .layers import (
     InputEmbedding,
     LearnedPositions,
     LMHead,
+    MadeOfParts,
     Norm,
     ParallelEmbedding,
     ParallelHead,
@@ -34,7 +35,6 @@ from .layers import (
 )
 from .ranks import of_rank
 from .single import SingleLayer
-from .weight_slots import WeightSlots
 
 LogitsHook = Callable[[Callable[[Tensor], Tensor]], None]
 """Called at the end of a forward pass with a function from token numbers [R] int64 to their logits
@@ -156,7 +156,7 @@ def layer_kind(arch: Architecture) -> type[Layer]:
     return {"sequential": Layer, "sandwich": SandwichLayer, "post": PostNormLayer}[arch.block]
 
 
-class Decoder:
+class Decoder(MadeOfParts):
     """Weights are uninitialised until every one of `weight_slots` is filled; `pack` then makes the
     model ready to run."""
 
@@ -201,11 +201,6 @@ class Decoder:
         if self.head is not None:
             yield self.head
 
-    def weight_slots(self) -> WeightSlots:
-        """Every checkpoint tensor that the model wants, with the memory that it goes to."""
-        for part in self.parts():
-            yield from part.weight_slots()
-
     def is_elsewhere(self, name: str) -> bool:
         """Whether the tensor of this name, a checkpoint's or the decoder's, is of another pipeline
         stage. Tensors beside the layers are known by the decoder's names only."""
@@ -221,16 +216,6 @@ class Decoder:
         if name.startswith(BEFORE_LAYERS):
             return not stage.is_first
         return name.startswith(AFTER_LAYERS) and not stage.is_last
-
-    def packed(self) -> Iterator[Any]:
-        """The matrices as the back end has them, once they are packed."""
-        for part in self.parts():
-            yield from part.packed()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the device's memory that all weights take, whatever their formats."""
-        return sum(part.nbytes for part in self.parts())
 
     def pack(self) -> Iterator[float]:
         """Put each matrix into the form that it is multiplied in; yields the share done."""

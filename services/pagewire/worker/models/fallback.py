@@ -193,10 +193,12 @@ def plan(path: Path, settings: Config, trust: bool) -> Plan:
             f"{name} is not supported: {len(calls)} of its {layers} layers go through transformers' common attention; others (state-space, "
             "linear, convolutional, or attention of their own) cannot use the paged cache"
         )
-    for call, kind in zip(
+    for call, layer_type in zip(
         calls, getattr(config, "layer_types", None) or ("",) * layers, strict=True
     ):
-        hidden = "hides its windows" if kind == "sliding_attention" and call.window is None else ""
+        hidden = (
+            "hides its windows" if layer_type == "sliding_attention" and call.window is None else ""
+        )
         if call.refused or hidden:
             raise Unsupported(f"{name} is not supported: its attention {call.refused or hidden}")
     if len({(call.kv_heads, call.size) for call in calls}) != 1:
@@ -266,12 +268,14 @@ def _refuse(config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = next(iter(config.architectures or ()), "")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    own_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if config.is_encoder_decoder:
         raise Unsupported(
             f"{named or config.model_type} is an encoder with a decoder; only models of a decoder alone are supported"
         )
-    if not getattr(config, "auto_map", None) and (known is None or (named and named != known)):
+    if not getattr(config, "auto_map", None) and (
+        own_class is None or (named and named != own_class)
+    ):
         raise Unsupported(
             f"{named or config.model_type} is no causal language model; only those are supported"
         )
@@ -283,14 +287,14 @@ def _refuse(config: Any) -> None:
         raise Unsupported(
             f"quantized weights of {config.model_type}, which runs through transformers, are not supported; give unquantized safetensors"
         )
-    kinds = {
-        kind
-        for kind in getattr(config, "layer_types", None) or ()
-        if kind not in ("full_attention", "sliding_attention")
+    unsupported = {
+        layer_type
+        for layer_type in getattr(config, "layer_types", None) or ()
+        if layer_type not in ("full_attention", "sliding_attention")
     }
-    if kinds:
+    if unsupported:
         raise Unsupported(
-            f"{named or config.model_type} has layers of type {', '.join(sorted(kinds))}, which is not supported"
+            f"{named or config.model_type} has layers of type {', '.join(sorted(unsupported))}, which is not supported"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...models.architecture import Unsupported
 from . import affine
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted, whole_number
+from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
 from .packing import unpack_words
 
 BITS: Final = 4
@@ -55,8 +55,8 @@ class Awq(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
-        qweight = wanted(module, parts, "qweight")
-        scales = wanted(module, parts, "scales")
+        qweight = required(module, parts, "qweight")
+        scales = required(module, parts, "scales")
         qzeros = parts.get("qzeros")
         if self.version == "gemv":
             return self._gemv(module, qweight, qzeros, scales)
