@@ -5,13 +5,14 @@
     python bench/structured.py forced [--results FILE]
     python bench/structured.py load --url http://127.0.0.1:8000 [--streams 64] [--share 0.2]
 
-`compile` needs no server: 1,000 schemas of MaskBench with their valid and invalid instances, and the
-required tests of JSON Schema draft 2020-12; every token of each instance is asked for. `generate`
-asks a server at temperature 1, streamed and not, one answer or four, and checks each whole answer with
-jsonschema or re, and of one that was cut that it is the beginning of such a text. Answers are kept in a
-file as they come, and what is there is not asked again. `forced` says how many of their tokens had to
-be what they were. `load` gives the time per token of streams without grammars, first alone and then
-with a share of the traffic structured, and the throughput with all of it structured.
+`compile` needs no server: 1,000 schemas of MaskBench with their valid and invalid instances, and
+the required tests of JSON Schema draft 2020-12; every token of each instance is asked for.
+`generate` asks a server at temperature 1, streamed and not, one answer or four, and checks each
+whole answer with jsonschema or re, and of one that was cut that it is the beginning of such a text.
+Answers are kept in a file as they come, and what is there is not asked again. `forced` says how
+many of their tokens had to be what they were. `load` gives the time per token of streams without
+grammars, first alone and then with a share of the traffic structured, and the throughput with all
+of it structured.
 """
 
 import argparse
@@ -182,8 +183,8 @@ def choices(count: int) -> list[list[str]]:
 
 
 class Task(NamedTuple):
-    """One request, and how its answers are judged. `right` takes a whole answer, `begins` one that was
-    cut: whether it is the beginning of a right one."""
+    """One request, and how its answers are judged. `right` takes a whole answer, `begins` one that
+    was cut: whether it is the beginning of a right one."""
 
     name: str
     kind: str
@@ -197,8 +198,8 @@ class Task(NamedTuple):
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    """All requests of a run, the kinds mixed. They are a function of the arguments, so that a run can
-    be continued."""
+    """All requests of a run, the kinds mixed. They are a function of the arguments, so that a run
+    can be continued."""
     entries = maskbench(args.data)
     random.Random(args.seed).shuffle(entries)
     forms = [
@@ -218,8 +219,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def schema_form(schema: Any, index: int) -> tuple[dict[str, Any], Any, Any]:
-    """With the whitespace that is allowed by default, and, every third time, with at most one space or
-    with none."""
+    """With the whitespace that is allowed by default, and, every third time, with at most one space
+    or with none."""
     import jiter
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
@@ -312,7 +313,8 @@ async def generate(args: argparse.Namespace) -> None:
 
 
 def recorded(results: Path) -> dict[str, list[Answer]]:
-    """The answers in a file of results, by their task's name. A last line that is cut is left out."""
+    """The answers in a file of results, by their task's name. A last line that is cut is left
+    out."""
     answers: dict[str, list[Answer]] = {}
     for line in results.read_text().splitlines() if results.exists() else []:
         with contextlib.suppress(ValueError):

@@ -342,10 +342,10 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
     0 for padding. Without `query_start`, row i is token i. With it ([B + 1] int32) only rows of
-    exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`: ALiBi's,
-    float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and
-    values are written to their pages. `shared`: a cascade.Shared whose partial results join the
-    merge. `kv_scales`: of caches of 8-bit codes.
+    exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`:
+    ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new
+    keys and values are written to their pages. `shared`: a cascade.Shared whose partial results
+    join the merge. `kv_scales`: of caches of 8-bit codes.
     """
     rows = seq_lens.shape[0]
     _, hkv, _, dim = k_cache.shape

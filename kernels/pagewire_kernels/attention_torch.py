@@ -173,8 +173,8 @@ def _scored(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """The same with soft caps or ALiBi, which torch's attention does not know. Scores are float32: 16
-    bits cannot hold a long distance, and float16 no large product either, so queries are scaled
+    """The same with soft caps or ALiBi, which torch's attention does not know. Scores are float32:
+    16 bits cannot hold a long distance, and float16 no large product either, so queries are scaled
     before."""
     count, kv_heads, n, heads, size = queries.shape
     asking = (queries * (scale / (softcap or 1.0))).reshape(count, kv_heads, n * heads, size)

@@ -132,8 +132,8 @@ class NativeDecoder:
         logits_indices: Tensor | None,
     ) -> Tensor:
         """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `logits_indices` [R]
-        int64 (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
-        bfloat16 or 8-bit codes: one for each layer."""
+        int64 (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D],
+        float32, bfloat16 or 8-bit codes: one for each layer."""
         t = cpu_task
         threads = torch.get_num_threads()
         rows = torch.arange(len(x)) if logits_indices is None else logits_indices

@@ -94,8 +94,8 @@ def code_of(x):
 
 @inlined
 def keep(x, at, size, cache, element, cache_type, scale):
-    """float32 number `at` and those that follow, behind address x, to element `element` of the cache;
-    codes are of numbers over `scale`."""
+    """float32 number `at` and those that follow, behind address x, to element `element` of the
+    cache; codes are of numbers over `scale`."""
     if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         wide = floats(x)

@@ -157,8 +157,8 @@ def _find_candidates(
 
 
 def _padded(entries: Tensor, used: Tensor) -> Tensor:
-    """entries [R, N] of which those that are not used [R, N] repeat the row's first that is, so that
-    all of a row can be compared."""
+    """entries [R, N] of which those that are not used [R, N] repeat the row's first that is, so
+    that all of a row can be compared."""
     first = used.byte().argmax(-1, keepdim=True)
     return torch.where(used, entries, entries.gather(1, first))
 

@@ -109,8 +109,8 @@ class QuantizedMatrices:
         return whole
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read often,
-        it is kept dense."""
+        """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read
+        often, it is kept dense."""
         return self.dense(torch.float32)[ids]
 
 

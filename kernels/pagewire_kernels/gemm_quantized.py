@@ -363,8 +363,8 @@ def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> Quant
 
 
 def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
-    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile, or
-    two of a large one, share a multiprocessor: one decodes while another multiplies."""
+    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile,
+    or two of a large one, share a multiprocessor: one decodes while another multiplies."""
     row_tiles = triton.cdiv(rows, 128)
     if n >= 16384:
         return QuantizedConfig(128, 128, 64, 1, 8, 3, late=False)

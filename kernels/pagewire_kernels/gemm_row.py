@@ -3,8 +3,8 @@ SiLU * up or the residual after.
 
 A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
 nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
-program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8 bits
-with a scale a row, which multiplies the sums as well.
+program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8
+bits with a scale a row, which multiplies the sums as well.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false

@@ -1,10 +1,10 @@
 """Grouped products of a mixture of experts: rows in the order of their experts, each tile of them
 times the matrix of its expert.
 
-Which tiles there are is read on the device (moe_router.Aligned): the grid has room for the most that
-there may be, and programs without a tile end at once. Rows are gathered where they are loaded, and
-SiLU of the gate times up is taken before anything is stored. No split of the inner dimension, so a
-row's result does not depend on the rows beside it.
+Which tiles there are is read on the device (moe_router.Aligned): the grid has room for the most
+that there may be, and programs without a tile end at once. Rows are gathered where they are loaded,
+and SiLU of the gate times up is taken before anything is stored. No split of the inner dimension,
+so a row's result does not depend on the rows beside it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -58,8 +58,8 @@ def _multiplied(rows, columns, acc, SWAP: tl.constexpr):
 def _grouped(x, weight, out, order, tiles, slots, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
              BN: tl.constexpr, BK: tl.constexpr, GATHER: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
              STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Tiles of the same rows follow each other, and then those of the expert's next rows, which find
-    its matrix in the cache."""
+    """Tiles of the same rows follow each other, and then those of the expert's next rows, which
+    find its matrix in the cache."""
     slot = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if PDL:

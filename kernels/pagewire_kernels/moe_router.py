@@ -117,10 +117,10 @@ class Aligned:
     """The T * k pairs of a token and its expert, in the order of experts, those without an expert
     last; among equals the first token comes first. All int32.
 
-    order [T * k]: the pair (token * k + place among the token's experts) at each position. positions
-    [T * k]: the position of each pair. ends [E]: of each expert, one behind its last position. tiles
-    [3, slots]: expert (or NO_EXPERT), first position and one behind the expert's last position of
-    each tile of `block_m` positions.
+    order [T * k]: the pair (token * k + place among the token's experts) at each position.
+    positions [T * k]: the position of each pair. ends [E]: of each expert, one behind its last
+    position. tiles [3, slots]: expert (or NO_EXPERT), first position and one behind the expert's
+    last position of each tile of `block_m` positions.
     """
 
     order: torch.Tensor

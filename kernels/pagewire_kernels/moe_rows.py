@@ -37,8 +37,8 @@ def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
 def _pair_up(x, norm, gate_up, top_k_ids, inner, eps, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
              BK: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
-    """silu(gate x) * (up x) of a pair. The norm's factor is a number for the whole row, by which the
-    sums are multiplied at the end."""
+    """silu(gate x) * (up x) of a pair. The norm's factor is a number for the whole row, by which
+    the sums are multiplied at the end."""
     pair = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     if PDL:

@@ -99,8 +99,8 @@ class Quantized:
         return len(self.shape)
 
     def regrouped(self, group: int) -> "Quantized":
-        """The same weights in smaller groups, of which the present ones are multiples; each gets the
-        scale and the minimum of the one it is cut from."""
+        """The same weights in smaller groups, of which the present ones are multiples; each gets
+        the scale and the minimum of the one it is cut from."""
         times = self.group // group
 
         def repeated(values: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ def pad_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def quantize(weight: Tensor, bits: int, group: int = GROUP, whole_zeros: bool = False) -> Quantized:
-    """weight [N, K], K a multiple of `group`, rounded to the nearest code. 8 bits: symmetric, -127 to
-    127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1), or where
+    """weight [N, K], K a multiple of `group`, rounded to the nearest code. 8 bits: symmetric, -127
+    to 127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1), or where
     `whole_zeros` with a code that means zero (as AWQ). Scales are rounded to float16 first, so that
     codes are chosen for the scales they meet."""
     grouped = weight.float().unflatten(1, (-1, group))

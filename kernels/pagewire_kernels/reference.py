@@ -43,8 +43,8 @@ def add_layer_norm(
 
 
 def all_reduce(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of all ranks' parts: in the order of the ranks in float32 (float64 stays), rounded once
-    to their type."""
+    """The sum of all ranks' parts: in the order of the ranks in float32 (float64 stays), rounded
+    once to their type."""
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
     for part in parts[1:]:
         total = total + part
@@ -237,8 +237,8 @@ def paged_attention(
     kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
-    token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
-    scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
+    token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added
+    to the scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
     if quantized(k_cache):
         k_cache = dequantize(k_cache, kv_scales.k)
         v_cache = dequantize(v_cache, kv_scales.v)
@@ -260,8 +260,9 @@ def paged_attention(
 
 
 def apply_token_masks(logits: Tensor, rows: Tensor, words: Tensor) -> None:
-    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V / 32)]:
-    where bit i % 32 of word i // 32 is not set, the logit of token i becomes minus infinity."""
+    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V /
+    32)]: where bit i % 32 of word i // 32 is not set, the logit of token i becomes minus
+    infinity."""
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)
     bits = (words[:, :, None] >> shifts) & 1
     stays = bits.view(len(rows), -1)[:, : logits.shape[1]].bool()

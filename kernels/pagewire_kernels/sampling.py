@@ -1,11 +1,11 @@
 """The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the
 largest, which samples the softmax without a sort.
 
-The random map is `sampling_map.sample`'s, which the CPU has too. The noise of vocabulary id v is a pure
-function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
-counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request,
-another batch or another row of it draws the same. A row with a NaN among its logits is flagged,
-never sampled from silently. Knows nothing of requests or of what the ids mean.
+The random map is `sampling_map.sample`'s, which the CPU has too. The noise of vocabulary id v is a
+pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0)
+as counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed
+request, another batch or another row of it draws the same. A row with a NaN among its logits is
+flagged, never sampled from silently. Knows nothing of requests or of what the ids mean.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false

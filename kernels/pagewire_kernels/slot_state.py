@@ -173,7 +173,8 @@ def commit(
     slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, sampled_tokens: Tensor
 ) -> None:
     """After a decode step: each row's slot gets its sampled token [B] and one more computed token;
-    `sampled_tokens` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must differ."""
+    `sampled_tokens` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must
+    differ."""
     n = slots.shape[0]
     _commit[(triton.cdiv(n, 256),)](
         slots, sampled, bad, state.last_token, state.num_computed, sampled_tokens, n, BLOCK=256

@@ -264,8 +264,8 @@ class WorkerFacts(Record, frozen=True):
     Steps need not count on them: the worker takes no more than the row's blocks have room for, and
     where a step in flight finds no room for its own token, its row brings none."""
     pipeline_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """Stages through which a step passes, which compute as many steps at a time. A row whose token a
-    step in flight samples would have to wait for it."""
+    """Stages through which a step passes, which compute as many steps at a time. A row whose token
+    a step in flight samples would have to wait for it."""
 
 
 class TokenizerFacts(Record, frozen=True):
@@ -297,8 +297,8 @@ class Peer(Record, frozen=True):
     """What it is doing while not ready, to be shown to users."""
     fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
     group: Name = ""
-    """Processes that run one model together share a group: they are ready, and lost, together. Empty:
-    alone."""
+    """Processes that run one model together share a group: they are ready, and lost, together.
+    Empty: alone."""
     rank: Annotated[int, Meta(ge=0, le=1023)] = 0
     """Its number in the group. Rank 0 receives the steps and answers them."""
     group_size: Annotated[int, Meta(ge=1, le=1024)] = 1

@@ -365,8 +365,8 @@ def run_service(command: str, arguments: list[str]) -> int:
     def report(ending: watchdog.Ending) -> None:
         _announce_end(command, run, ending)
 
-    # A frontend does this by itself. The others go on as long as there are only frontends that finish
-    # what they have: where a whole stack is stopped, what runs can still end.
+    # A frontend does this by itself. The others go on as long as there are only frontends that
+    # finish what they have: where a whole stack is stopped, what runs can still end.
     is_frontend = command == "frontend"
     stop = watchdog.Stop(
         0.0 if is_frontend else run.shutdown_delay,

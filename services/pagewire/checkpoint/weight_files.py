@@ -47,8 +47,8 @@ class Weights:
 
     def pick(self, path: Path, tensors: Iterable[str], owners: dict[str, Path]) -> Iterator[str]:
         """Those of the `tensors` in file `path` that are the model's. `owners`: the file of each
-        tensor so far. Raises Unsupported for a tensor that two files have, where no index says which
-        of them counts."""
+        tensor so far. Raises Unsupported for a tensor that two files have, where no index says
+        which of them counts."""
         for tensor in tensors:
             if not self.has(tensor, path):
                 continue

@@ -1,8 +1,8 @@
 """`pagewire doctor`: checks this machine and prints in plain words what works, what does not, and
 what to do about it.
 
-Each check is a function that returns one finding. Torch is imported in a process of its own, so that
-a broken installation is a finding and not a crash.
+Each check is a function that returns one finding. Torch is imported in a process of its own, so
+that a broken installation is a finding and not a crash.
 """
 
 import contextlib

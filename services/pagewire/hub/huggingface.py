@@ -48,8 +48,8 @@ def quiet(_: str) -> None:
 
 
 def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
-    """The directory or .gguf file of `model`, downloaded if necessary. `progress` gets lines to show
-    to the user. Raises ModelNotFound."""
+    """The directory or .gguf file of `model`, downloaded if necessary. `progress` gets lines to
+    show to the user. Raises ModelNotFound."""
     progress = progress or quiet
     path = cached(model)
     if path is not None:

@@ -19,8 +19,8 @@ class Failed(ValueError):
 
 
 def wanted() -> bool:
-    """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes nor
-    no."""
+    """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes
+    nor no."""
     for name in VARIABLES:
         if value := os.environ.get(name):
             if value.lower() not in YES + NO:

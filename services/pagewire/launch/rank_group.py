@@ -1,6 +1,6 @@
 """`pagewire worker` over several ranks, by itself, as in a container: this process starts one for
-each rank, and starts them all again when one of them ends or hangs. In a whole stack the stack's own
-supervisor does that.
+each rank, and starts them all again when one of them ends or hangs. In a whole stack the stack's
+own supervisor does that.
 """
 
 import dataclasses

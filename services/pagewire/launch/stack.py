@@ -142,8 +142,8 @@ def check_stages(worker: WorkerConfig, on_gpus: bool) -> None:
 
 
 def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:
-    """A line for each setting of a worker that has no effect. `written`: a setting as its user wrote
-    it."""
+    """A line for each setting of a worker that has no effect. `written`: a setting as its user
+    wrote it."""
     if worker.distributed_executor_backend == "ray" and worker.world_size == 1:
         setting = written("distributed_executor_backend", "ray")
         return [f"{setting} has no effect: one rank is a process of this machine"]

@@ -2,8 +2,8 @@
 frontend.
 
 The program owns its requests by the same rules as the HTTP frontend (`pagewire.requests.owner`), in
-a synchronous loop: nothing moves between two calls of `pump`. `launch.background` keeps the services
-running.
+a synchronous loop: nothing moves between two calls of `pump`. `launch.background` keeps the
+services running.
 """
 
 import contextlib
@@ -99,8 +99,8 @@ class Engine:
             yield
 
     def check_open(self) -> None:
-        """Raises EngineError after `close`, and in a forked copy of the program: the copy would read
-        the answers of the original."""
+        """Raises EngineError after `close`, and in a forked copy of the program: the copy would
+        read the answers of the original."""
         if os.getpid() != self._pid:
             raise EngineError(
                 f"this LLM was made by process {self._pid}, of which this one ({os.getpid()}) is a forked copy: "

@@ -136,8 +136,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
         the model's chat template or, for this call, the one given: a template, a file with one, or
-        the name of a built-in one, whose ends of turns end the answers too. `tools` are shown to the model; a call that it makes is in
-        the text, as the model writes it."""
+        the name of a built-in one, whose ends of turns end the answers too. `tools` are shown to
+        the model; a call that it makes is in the text, as the model writes it."""
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in ("auto", "string"):
             raise ValueError(
@@ -207,8 +207,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """New parameters with the defaults of the model's generation_config.json, and Pagewire's for
-        what it does not say (all of them with `generation_config="vllm"`)."""
+        """New parameters with the defaults of the model's generation_config.json, and Pagewire's
+        for what it does not say (all of them with `generation_config="vllm"`)."""
         stated = structs.asdict(self._sampling_defaults)
         return SamplingParams(
             **{name: value for name, value in stated.items() if value is not None}

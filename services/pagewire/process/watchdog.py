@@ -1,5 +1,5 @@
-"""A service that nobody supervises, as in a container: it runs in a child process, and this one ends
-it when it hangs, so that whoever starts containers starts it again.
+"""A service that nobody supervises, as in a container: it runs in a child process, and this one
+ends it when it hangs, so that whoever starts containers starts it again.
 
 A process of its own, since a thread could not run while the hung one holds the interpreter. Only
 the standard library is imported before the service ends.

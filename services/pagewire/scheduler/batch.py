@@ -121,8 +121,8 @@ def _select_decodes(worker: WorkerState, growth: Growth) -> Decodes:
 
 
 def _micro_batch(worker: WorkerState, rows: I32) -> I32:
-    """Those of `rows` that the next step of a pipeline runs: a stage's share of them, none of which a
-    step in flight samples, so that no stage waits for another one's tokens."""
+    """Those of `rows` that the next step of a pipeline runs: a stage's share of them, none of which
+    a step in flight samples, so that no stage waits for another one's tokens."""
     stages = worker.facts.pipeline_parallel_size
     sampling = [step.sampled for step in worker.in_flight.steps if len(step.sampled)]
     if len(sampling) >= stages:
@@ -213,8 +213,8 @@ def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
 def _select_chunks(
     worker: WorkerState, prefill: list[Request], decodes: int, ms: float, waiting: Waiting
 ) -> Chunks:
-    """The chunks of `prefill` beside `decodes` rows that take `ms` milliseconds, in order, up to the
-    budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
+    """The chunks of `prefill` beside `decodes` rows that take `ms` milliseconds, in order, up to
+    the budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
     decodes take: prompts must come forward."""
     chunks = Chunks([], [], ms)
     if not prefill:

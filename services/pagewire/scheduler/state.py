@@ -132,8 +132,7 @@ class Scheduler:
             case Unreachable():
                 self._unreachable(event.inbox)
 
-    # --- requests
-    #   -----------------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def _submit(self, submit: Submit) -> None:
         inbox = submit.reply_to
@@ -150,8 +149,7 @@ class Scheduler:
                 self._distrusted[peer.incarnation] = peer.inbox, str(fault)[:4096]
             self._remove(result.incarnation, "cannot be trusted", died=True)
 
-    # --- peers
-    #   --------------------------------------------------------------------------------------------------------
+    # --- peers ---
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
@@ -222,8 +220,7 @@ class Scheduler:
             self._remove(incarnation, "is unreachable", died=True)
         self._drop_inbox(inbox)
 
-    # --- time
-    #   ---------------------------------------------------------------------------------------------------------
+    # --- time ---
 
     def _tick(self, now: float) -> None:
         if self._started == NOT_YET:

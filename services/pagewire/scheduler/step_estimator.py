@@ -142,8 +142,8 @@ class StepEstimator:
 
     def due(self, pending_tokens: float = 0.0) -> float:
         """When one more step is to be sent, in monotonic seconds; inf while only a result can
-        change that. pending_tokens: prefill tokens that no step has yet; where they fill the next step, or
-        nothing but throughput counts, no newcomer would be in it."""
+        change that. pending_tokens: prefill tokens that no step has yet; where they fill the next
+        step, or nothing but throughput counts, no newcomer would be in it."""
         sent = self._sent
         if len(sent) < self._stages:
             return -inf

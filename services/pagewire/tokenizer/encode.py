@@ -247,8 +247,9 @@ class Encoder:
         return ids.tolist()
 
     def _words(self, words: tuple[str, ...]) -> tuple[bytes, ...]:
-        """The token sequences of bad words, by vLLM's rule: each word as at the beginning of a text;
-        also as after a space, where that has another first token and the same number of tokens."""
+        """The token sequences of bad words, by vLLM's rule: each word as at the beginning of a
+        text; also as after a space, where that has another first token and the same number of
+        tokens."""
         if not words:
             return ()
         if self._tokenizer is None:

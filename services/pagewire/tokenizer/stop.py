@@ -31,8 +31,8 @@ class Matcher:
         return self._held
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now. After a match, `matched` names the stop string and the rest
-        is dropped."""
+        """The text that may be shown now. After a match, `matched` names the stop string and the
+        rest is dropped."""
         begin = 0
         if not self._held:
             first = self._first.search(text)

@@ -2,8 +2,8 @@
 it.
 
 A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or
-foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that it
-would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
+foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that
+it would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
 opinion of block tables. Only numpy is needed.
 """
 
@@ -72,8 +72,8 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
 
 
 class PromptScorer:
-    """Log-probabilities of one prompt, chunk by chunk: beside each token the `count` likeliest ones.
-    The token that the fake model says itself has probability 1 (log 0), any other -100."""
+    """Log-probabilities of one prompt, chunk by chunk: beside each token the `count` likeliest
+    ones. The token that the fake model says itself has probability 1 (log 0), any other -100."""
 
     def __init__(self, tokens: list[int], count: int, vocab_size: int) -> None:
         self._tokens = tokens
@@ -120,8 +120,8 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
 
 
 class MaskedRows(NamedTuple):
-    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each, which
-    have their masks, their flags, and whether some row does not bring one token."""
+    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each,
+    which have their masks, their flags, and whether some row does not bring one token."""
 
     runs: list[list[int]]
     ready: npt.NDArray[np.bool_]
@@ -308,7 +308,8 @@ class FakeRunner:
     def _draw_allowed(self, slots: npt.NDArray[np.int32], drawn: Columns, tokens: Columns) -> None:
         """The `tokens` of rows with grammars: of those allowed, the one with the number that the
         hash says, counted in rising order. Three of four are among the first: of a byte-level
-        vocabulary these are single characters, `"` among them, so that strings come to their end."""
+        vocabulary these are single characters, `"` among them, so that strings come to their
+        end."""
         concerned = self._masks.concerns(slots.astype(np.int64))
         for row in np.flatnonzero(concerned & ~self._masks.failed(slots)).tolist():
             words = self._masks.rows(slots[row : row + 1].astype(np.int64))

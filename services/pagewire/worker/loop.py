@@ -140,8 +140,8 @@ def _say_why(error: Exception) -> None:
 
 
 def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
-    """End a worker that has served. An orderly exit would wait for a device that may have failed for
-    good or hang: after a sticky CUDA error every call fails, and some do not return."""
+    """End a worker that has served. An orderly exit would wait for a device that may have failed
+    for good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -386,8 +386,8 @@ class _Server:
 
 
 class _FollowingServer(_Server):
-    """The loop of any other rank: it runs the steps that rank 0 hands on, in their order, and answers
-    nobody."""
+    """The loop of any other rank: it runs the steps that rank 0 hands on, in their order, and
+    answers nobody."""
 
     def __init__(
         self, runner: AsyncRunner, node: Node[ToWorker], follower: Follower, watched: bool

@@ -1,9 +1,9 @@
-"""How the calls of each syntax are read, once it is known that one begins. What a reader takes comes
-out as the name and the arguments of calls. Knows no particular format.
+"""How the calls of each syntax are read, once it is known that one begins. What a reader takes
+comes out as the name and the arguments of calls. Knows no particular format.
 
-A reader raises NotACall where the text is none before a name is known: it is content then. Behind the
-name there is no way back: arguments that break off are closed, and the rest up to the call's end
-is skipped.
+A reader raises NotACall where the text is none before a name is known: it is content then. Behind
+the name there is no way back: arguments that break off are closed, and the rest up to the call's
+end is skipped.
 """
 
 import ast

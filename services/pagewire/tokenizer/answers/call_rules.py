@@ -35,8 +35,8 @@ _GUIDANCE: Final = {
     "coerce_one_of": True,
     "lenient": True,
 }
-"""Schemas of tools are written for models, not for validators: what the matcher does not know of one
-is not held, where the tool is not strict."""
+"""Schemas of tools are written for models, not for validators: what the matcher does not know of
+one is not held, where the tool is not strict."""
 
 
 def literal(text: str) -> str:
@@ -104,12 +104,12 @@ def _variants(calls: Calls) -> list[tuple[str, Calls]]:
 
 
 class CallRules:
-    """Writes the rules of one request's calls. `terms` writes a fixed text: strings, and special tokens
-    by their ids."""
+    """Writes the rules of one request's calls. `terms` writes a fixed text: strings, and special
+    tokens by their ids."""
 
     def __init__(self, terms: Callable[[str], str], tools: Tools, *, is_free: bool = False) -> None:
-        """`is_free`: calls may be written in the ways of a free answer, with other whitespace between
-        them and with ids."""
+        """`is_free`: calls may be written in the ways of a free answer, with other whitespace
+        between them and with ids."""
         self._is_free = is_free
         self.rules: list[str] = []
         self._terms = terms
@@ -134,8 +134,8 @@ class CallRules:
     def openings(
         self, answer_format: AnswerFormat, names: list[str], parallel: bool
     ) -> list[Opening]:
-        """How calls of these functions begin in free text; none of a format whose calls begin an answer
-        without a marker."""
+        """How calls of these functions begin in free text; none of a format whose calls begin an
+        answer without a marker."""
         calls = answer_format.calls
         section = answer_format.section
         openings: list[Opening] = []

@@ -1,5 +1,6 @@
 """Grammars for what an answer must hold: calls of tools in the model's own format, JSON or calls,
-arguments of strict tools, an end of reasoning after so many tokens. In llguidance's Lark dialect; knows no streams.
+arguments of strict tools, an end of reasoning after so many tokens. In llguidance's Lark dialect;
+knows no streams.
 
 A call is written as the model has learnt it, its arguments by the schema of the tool; so what is
 forced is read back by the same parser as what a model writes by itself.

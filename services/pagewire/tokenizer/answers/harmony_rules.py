@@ -1,5 +1,6 @@
-"""Grammars for gpt-oss, whose answers are rows of messages, each with a header: what is forced, and how
-much reasoning may come before it. In llguidance's Lark dialect; knows no requests and no streams.
+"""Grammars for gpt-oss, whose answers are rows of messages, each with a header: what is forced, and
+how much reasoning may come before it. In llguidance's Lark dialect; knows no requests and no
+streams.
 """
 
 from collections.abc import Callable, Sequence

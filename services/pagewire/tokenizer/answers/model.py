@@ -1,8 +1,8 @@
 """How the answers of the model at hand are written, and the parsers of its streams.
 
-The format is the one that --tool-call-parser names; else the one whose markers are in the checkpoint's
-own description of answers (transformers' `response_template`); else the one whose markers the chat
-template writes, found by rendering it with tools and a call; else JSON.
+The format is the one that --tool-call-parser names; else the one whose markers are in the
+checkpoint's own description of answers (transformers' `response_template`); else the one whose
+markers the chat template writes, found by rendering it with tools and a call; else JSON.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ class ModelAnswers:
         reasoning_parser: str = "",
         response_template: str = "",
     ) -> None:
-        """`response_template`: JSON text; empty for none. Raises ValueError for a parser that is not
-        known."""
+        """`response_template`: JSON text; empty for none. Raises ValueError for a parser that is
+        not known."""
         self.template = template
         self.format = _format_of(template, tool_parser, response_template)
         source = response_template + template.source
@@ -97,8 +97,8 @@ class ModelAnswers:
         return self.reasoning is not None or self.is_harmony
 
     def opens_reasoning(self, chat: Chat, rendered: str) -> bool:
-        """Whether the answer that follows the prompt `rendered` begins within reasoning. The text that
-        begins the answer decides, never the rest of the prompt. Raises TemplateRefused."""
+        """Whether the answer that follows the prompt `rendered` begins within reasoning. The text
+        that begins the answer decides, never the rest of the prompt. Raises TemplateRefused."""
         if self.reasoning is None:
             return False
         begun = (

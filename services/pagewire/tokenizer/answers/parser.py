@@ -1,10 +1,10 @@
 """From the text of an answer to its parts: reasoning, content, calls of tools. One parser for all
 formats; knows no tokens and no sockets.
 
-The parser of a stream is a coroutine that waits for text (waiting.py). For any way of cutting a text
-into pieces, the parts add up to the same answer; markers are in none of them; the arguments of a
-call that was closed are JSON. Text that does not keep to the format is content, never lost; a call
-that breaks off keeps what was said.
+The parser of a stream is a coroutine that waits for text (waiting.py). For any way of cutting a
+text into pieces, the parts add up to the same answer; markers are in none of them; the arguments of
+a call that was closed are JSON. Text that does not keep to the format is content, never lost; a
+call that breaks off keeps what was said.
 """
 
 from collections.abc import Callable

@@ -212,9 +212,9 @@ class Runner(CpuSteps):
         sampled: sampler.Sampled | None,
         late: Ints,
     ) -> StepResult:
-        """The result of a step whose rows bring several tokens or none. Those of `late`, of the rows
-        that sample, have no token of their own: their masks are not there yet, and they compute
-        their last token again."""
+        """The result of a step whose rows bring several tokens or none. Those of `late`, of the
+        rows that sample, have no token of their own: their masks are not there yet, and they
+        compute their last token again."""
         slots = rows.slots[rows.sampling]
         ready = np.ones(len(slots), np.bool_)
         ready[late] = False

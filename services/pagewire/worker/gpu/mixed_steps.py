@@ -67,9 +67,9 @@ NO_CACHE_SLOT: Final = -1
 class Inputs:
     """What a step of T tokens and B rows reads, on the device.
 
-    tokens int64 [4, T]: ids (LAST_TOKEN: the slot's last token), positions, slot mapping
-    and slots. rows int32 [3, B + COLUMN_PADDING]: slots, sequence lengths, and first tokens with the
-    end behind them. picked int64 [3, B]: the tokens whose logits are sampled, their slots and
+    tokens int64 [4, T]: ids (LAST_TOKEN: the slot's last token), positions, slot mapping and slots.
+    rows int32 [3, B + COLUMN_PADDING]: slots, sequence lengths, and first tokens with the end
+    behind them. picked int64 [3, B]: the tokens whose logits are sampled, their slots and
     positions.
     """
 

@@ -156,8 +156,8 @@ class _Part:
 
 
 class Gguf:
-    """An open GGUF model, of which `path` is the file or one part. Raises Unsupported when a part is
-    missing or damaged."""
+    """An open GGUF model, of which `path` is the file or one part. Raises Unsupported when a part
+    is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         self._parts = [_Part(part) for part in gguf_files.parts(path)]

@@ -2,8 +2,8 @@
 the scales of 8-bit codes, one for the keys of each layer and one for its values.
 
 Programs spell the scales differently: compressed-tensors `….self_attn.k_scale`, before that
-`….k_proj.output_scale`; ModelOpt `….k_proj.k_scale`; AutoFP8 `….self_attn.kv_scale` for both (vLLM's
-`maybe_remap_kv_scale_name` lists them). A code times the scale is the number.
+`….k_proj.output_scale`; ModelOpt `….k_proj.k_scale`; AutoFP8 `….self_attn.kv_scale` for both
+(vLLM's `maybe_remap_kv_scale_name` lists them). A code times the scale is the number.
 """
 
 import logging

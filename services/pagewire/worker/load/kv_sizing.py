@@ -111,9 +111,9 @@ def size(
     max_model_len: int,
     fit: bool = False,
 ) -> Sizing:
-    """Split `available` bytes of a CPU's memory. cache: what the layers keep. weights: bytes that they take. kv_bytes: what KV
-    blocks may take; blocks: how many to have instead (0: as many as that holds). max_model_len,
-    fit: as for `context`. Raises DoesNotFit."""
+    """Split `available` bytes of a CPU's memory. cache: what the layers keep. weights: bytes that
+    they take. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as
+    that holds). max_model_len, fit: as for `context`. Raises DoesNotFit."""
     each = cache.block_bytes(block_size)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)

@@ -128,8 +128,8 @@ def load(
     scheduler: SchedulerConfig | None = None,
     ranks: Ranks = ALONE,
 ) -> Loaded:
-    """The model at `path` (a directory or a .gguf file), or the part of it that one of several ranks
-    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit,
+    """The model at `path` (a directory or a .gguf file), or the part of it that one of several
+    ranks has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit,
     gpus.NoUsableGpu or memory_errors.GpuFailed with what is wrong and what to do."""
     _use_cores(config.threads, ranks)
     gpu = _gpu(config.device, ranks)

@@ -92,8 +92,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """kept: matrices that come quantized, or are rounded, stay so. rounding: of full ones. bytes: of
-    all weights, as far as the files tell, 0 unknown. share: bytes of a weight that is rounded."""
+    """kept: matrices that come quantized, or are rounded, stay so. rounding: of full ones. bytes:
+    of all weights, as far as the files tell, 0 unknown. share: bytes of a weight that is
+    rounded."""
 
     kept: bool = False
     rounding: Rounding | None = None

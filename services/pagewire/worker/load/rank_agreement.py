@@ -1,6 +1,6 @@
-"""What the ranks of a group must have alike: blocks, rows and lengths are the least that any of them
-has room for. It is also where they wait for each other before anything large is allocated: what is
-free is measured before.
+"""What the ranks of a group must have alike: blocks, rows and lengths are the least that any of
+them has room for. It is also where they wait for each other before anything large is allocated:
+what is free is measured before.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class StageLinks:
 @dataclass(frozen=True)
 class Ranks:
     """How a worker reaches the other ranks of its group. layers: those that hold parts of the same
-    layers, for tensors on the model's device, within steps. host: all of them, for tensors on the CPU
-    while a model is loaded, which may take long. stage: which layers those are."""
+    layers, for tensors on the model's device, within steps. host: all of them, for tensors on the
+    CPU while a model is loaded, which may take long. stage: which layers those are."""
 
     layers: Communicator
     host: Communicator

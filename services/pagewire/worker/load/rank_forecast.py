@@ -38,8 +38,9 @@ class StageForecast(msgspec.Struct, frozen=True):
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """stages: in their order, one of them where the layers are not divided; tokens: of the KV cache,
-    and max_model_len: what all ranks have. reason: why it does not fit, empty where it does."""
+    """stages: in their order, one of them where the layers are not divided; tokens: of the KV
+    cache, and max_model_len: what all ranks have. reason: why it does not fit, empty where it
+    does."""
 
     stages: tuple[StageForecast, ...] = ()
     tokens: int = 0

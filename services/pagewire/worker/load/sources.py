@@ -1,5 +1,5 @@
-"""Where the weights of a model come from, by its files and --load-format. Knows names, not what is in
-the files: torch is not needed for that."""
+"""Where the weights of a model come from, by its files and --load-format. Knows names, not what is
+in the files: torch is not needed for that."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +10,8 @@ from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
 
 
 class Location(NamedTuple):
-    """`path`: a GGUF file, else the directory of the configuration. `load_format`: of the weights."""
+    """`path`: a GGUF file, else the directory of the configuration. `load_format`: of the
+    weights."""
 
     load_format: Literal["gguf", "safetensors", "pt", "dummy"]
     path: Path

@@ -224,8 +224,8 @@ class Decoder(MadeOfParts):
             part.pack()
             yield done / len(parts)
         if not self._build.shard.whole or not self._build.stage.is_whole:
-            # both add a layer's results to the residual by themselves, before other ranks' come, and
-            # know no residual that another stage has begun
+            # both add a layer's results to the residual by themselves, before other ranks' come,
+            # and know no residual that another stage has begun
             return
         assert self.head is not None
         self._native = native.make(self.arch, self.layers, self.norm, self.head)

@@ -65,7 +65,8 @@ def _enter(function: Callable[..., Any]) -> str:
 
 
 class Recorder:
-    """Stands in place of attention while a model runs without memory, and notes what is asked for."""
+    """Stands in place of attention while a model runs without memory, and notes what is asked
+    for."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []

@@ -2,9 +2,9 @@
 endings before the least number of tokens, and grammars.
 
 Each kind is a LogitConstraint, a logits processor for all slots at once; grammars come after them
-and have the last word. What a request brings goes to the device once, when it is admitted; a step then runs a few
-operations over the rows that a constraint touches. Plain torch on any device, and nothing here
-waits for the device.
+and have the last word. What a request brings goes to the device once, when it is admitted; a step
+then runs a few operations over the rows that a constraint touches. Plain torch on any device, and
+nothing here waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,7 +110,8 @@ class Constraints:
         return touched | self._grammars.touches(slots)
 
     def apply(self, logits: Tensor, slots: Ints) -> None:
-        """logits [R, V] float32 of the rows `slots` [R], in place. The grammars' masks must be ready.
+        """logits [R, V] float32 of the rows `slots` [R], in place. The grammars' masks must be
+        ready.
 
         Where exclusions would leave no token at all, the row is left without them: something must
         be sampled. A grammar is always held: where the others leave none of the tokens that it

@@ -85,8 +85,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> LogprobTensors:
 
 @dataclass
 class SampledLogprobs:
-    """rows [N] of a step that ask for log-probabilities: num_logprobs[i] most likely ones beside the
-    sampled token of rows[i]."""
+    """rows [N] of a step that ask for log-probabilities: num_logprobs[i] most likely ones beside
+    the sampled token of rows[i]."""
 
     rows: Ints
     num_logprobs: Ints
