@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
             model = options.against_model or ask_model(options.against, options.against_key)
             servers[AGAINST_SUFFIX] = Server(options.against, options.against_key, model)
         results = measure(servers, clients, loads, options, budget, report)
-    print(tables(report, results, known=options.scale == 1 and "fake" not in rest))
+    print(tables(report, results, with_baselines=options.scale == 1 and "fake" not in rest))
     if options.plot:
         from .plots import draw
 
@@ -228,8 +228,8 @@ def shown(load: str) -> tuple[str, ...]:
     return SHOWN_OPEN if workload.rate else SHOWN_ALONE if workload.streams == 1 else SHOWN_CLOSED
 
 
-def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
-    model = baselines.identify(report["model"]) if known else ""
+def tables(report: dict[str, Any], results: dict[str, Result], with_baselines: bool = True) -> str:
+    model = baselines.identify(report["model"]) if with_baselines else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
         if name.endswith(AGAINST_SUFFIX):

@@ -225,32 +225,34 @@ def _select_chunks(
     limit_ms = estimator.limit_ms(decodes, waiting)
     for request in prefill:
         scheduled = int(slots.num_scheduled[request.slot])
-        rest = int(slots.num_tokens[request.slot]) - scheduled
+        remaining = int(slots.num_tokens[request.slot]) - scheduled
         is_first = not chunks.requests
         fits = estimator.chunk(limit_ms, chunks.ms, scheduled)
         if is_first:
             fits = max(fits, LEAST_CHUNK)
         most = int(min(room, fits))
-        length = _whole_blocks(scheduled, rest, most, worker.kv_cache.block_size, is_first)
+        length = _whole_blocks(scheduled, remaining, most, worker.kv_cache.block_size, is_first)
         if length <= 0:
             break
         chunks.requests.append(request)
         chunks.lengths.append(length)
         chunks.ms += chunk_ms(estimator.cost, scheduled, length)
         room -= length
-        if length < rest:
+        if length < remaining:
             # The budgets are spent. A shorter chunk of the next request might still fit, but it
             # would only delay this one.
             break
     return chunks
 
 
-def _whole_blocks(scheduled: int, rest: int, most: int, block_size: int, is_first: bool) -> int:
-    """Tokens of a chunk that begins at `scheduled` and has at most `most`: all the `rest`, or up to
+def _whole_blocks(
+    scheduled: int, remaining: int, most: int, block_size: int, is_first: bool
+) -> int:
+    """Tokens of a chunk that begins at `scheduled` and has at most `most`: all the `remaining`, or up to
     the end of a block, so that blocks are full early and can be shared. A chunk that cannot even
     fill a block is worth its launch only where nothing else would be computed."""
-    if rest <= most:
-        return rest
+    if remaining <= most:
+        return remaining
     whole = (scheduled + most) // block_size * block_size - scheduled
     return whole if whole > 0 or not is_first else most
 

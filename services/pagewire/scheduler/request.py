@@ -168,8 +168,10 @@ class Request:
         on."""
         if self.chain_block_size != block_size:
             twin = self.twin
-            known = twin is not None and twin.chain_block_size == block_size
-            self.chain = twin.chain[: len(self.prompt) // block_size] if twin and known else []
+            if twin is not None and twin.chain_block_size == block_size:
+                self.chain = twin.chain[: len(self.prompt) // block_size]
+            else:
+                self.chain = []
             self.chain_block_size = block_size
             self.twin = None
         extend_chain(self.chain, self.root, tokens, block_size)

@@ -109,15 +109,15 @@ def check_gpus(gpu: Gpu, communicator: Communicator) -> None:
     if communicator.size == 1:
         return
     text = msgspec.json.encode(replace(gpu, others=()))
-    own = torch.zeros(1, GPU_BYTES, dtype=torch.uint8)
-    own[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    every = [bytes(row.tolist()).rstrip(b"\0") for row in communicator.all_gather(own, 0)]
+    mine = torch.zeros(1, GPU_BYTES, dtype=torch.uint8)
+    mine[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    every = [bytes(row.tolist()).rstrip(b"\0") for row in communicator.all_gather(mine, 0)]
     line = check_alike([msgspec.json.decode(row, type=Gpu) for row in every])
     if line and communicator.rank == 0:
         log.warning("%s", line)
 
 
 def _least(values: list[int], communicator: Communicator) -> list[int]:
-    own = torch.tensor([values], dtype=torch.int64)
-    least: list[int] = communicator.all_gather(own, 0).amin(0).tolist()
+    mine = torch.tensor([values], dtype=torch.int64)
+    least: list[int] = communicator.all_gather(mine, 0).amin(0).tolist()
     return least

@@ -33,7 +33,7 @@ def describe(config: Config) -> Architecture:
         raise Unsupported("add_cross_attention of gpt2 is not supported")
     hidden = int(config["n_embd"])
     layers = int(config["n_layer"])
-    own = {
+    overrides = {
         "hidden_size": hidden,
         "intermediate_size": config.get("n_inner") or 4 * hidden,
         "num_hidden_layers": layers,
@@ -47,7 +47,7 @@ def describe(config: Config) -> Architecture:
     )
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     return gpt_like(
-        config | own,
+        config | overrides,
         norm_eps=float(config["layer_norm_epsilon"]),
         bias=True,
         rope=NO_ROPE,
