@@ -419,7 +419,6 @@ def outcome_of(status: int) -> str:
 def forced(args: argparse.Namespace) -> None:
     """How many tokens of the answers of `generate` their grammars left no choice about: those that
     were the only one allowed, and those whose bytes the grammar says, in whatever tokens."""
-    from llguidance import LLMatcher
     from pagewire.config import ModelConfig
     from pagewire.grammar.compiler import Compiler
     from pagewire.grammar.vocabulary import load_vocabulary
@@ -432,26 +431,6 @@ def forced(args: argparse.Namespace) -> None:
     vocabulary = load_vocabulary(ModelConfig(model=model), size, [0, 2])
     compiler = Compiler(vocabulary)
 
-    def forced_in(matcher: LLMatcher, tokens: list[int]) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        run = covered = 0
-        for token in tokens:
-            if token in vocabulary.eos:
-                break
-            only = int.from_bytes(matcher.compute_bitmask(), "little").bit_count() == 1
-            said = max(covered, len(matcher.compute_ff_bytes()))
-            data = len(vocabulary.raw[token])
-            counts["tokens"] += 1
-            counts["the only one allowed"] += only
-            counts["of bytes that the grammar says"] += said >= data
-            counts["behind another such token"] += only and run > 0
-            run = run + 1 if only else 0
-            covered = max(0, said - data)
-            if not matcher.consume_token(token):
-                counts["not taken"] += 1
-                break
-        return counts
-
     answers = recorded(args.results)
     sums: dict[str, Counter[str]] = {}
     for task in tasks(args):
@@ -460,18 +439,41 @@ def forced(args: argparse.Namespace) -> None:
         outputs = SimpleNamespace(**task.fields.get("structured_outputs", {"json": task.grammar}))
         grammar = structured_grammar(outputs)
         assert grammar is not None
-        kind = task.kind
+        title = task.kind
         if hasattr(outputs, "whitespace_pattern"):
-            kind = "schema, at most a space"
+            title = "schema, at most a space"
         elif hasattr(outputs, "disable_any_whitespace"):
-            kind = "schema, no whitespace"
+            title = "schema, no whitespace"
         for answer in answers[task.name]:
-            found = forced_in(compiler.matcher(grammar), answer.tokens)
-            sums.setdefault(kind, Counter()).update(found)
-    for kind, counts in sorted(sums.items()):
+            counts = count_forced(compiler.matcher(grammar), vocabulary, answer.tokens)
+            sums.setdefault(title, Counter()).update(counts)
+    for title, counts in sorted(sums.items()):
         total = counts.pop("tokens")
         shares = "; ".join(f"{what} {n} ({n / total:.1%})" for what, n in sorted(counts.items()))
-        print(f"{kind}: {total} tokens; {shares}")
+        print(f"{title}: {total} tokens; {shares}")
+
+
+def count_forced(matcher: Any, vocabulary: Any, tokens: list[int]) -> Counter[str]:
+    """Of an answer's tokens, by what their grammar said of them. matcher: an LLMatcher."""
+    counts: Counter[str] = Counter()
+    run_length = 0
+    said_before = 0
+    for token in tokens:
+        if token in vocabulary.eos:
+            break
+        is_only = int.from_bytes(matcher.compute_bitmask(), "little").bit_count() == 1
+        said_bytes = max(said_before, len(matcher.compute_ff_bytes()))
+        token_bytes = len(vocabulary.raw[token])
+        counts["tokens"] += 1
+        counts["the only one allowed"] += is_only
+        counts["of bytes that the grammar says"] += said_bytes >= token_bytes
+        counts["behind another such token"] += is_only and run_length > 0
+        run_length = run_length + 1 if is_only else 0
+        said_before = max(0, said_bytes - token_bytes)
+        if not matcher.consume_token(token):
+            counts["not taken"] += 1
+            break
+    return counts
 
 
 # --- load ---
@@ -490,6 +492,23 @@ async def load_all(args: argparse.Namespace) -> None:
             )
 
 
+def load_body(index: int, max_tokens: int, held: bool) -> dict[str, Any]:
+    """The request of stream `index`; `held`: with a grammar."""
+    body: dict[str, Any] = {
+        "prompt": f"Person number {index} as JSON: ",
+        "temperature": 1.0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "seed": index,
+    }
+    if held:
+        # An array without an end, so that every stream has as many tokens.
+        body["structured_outputs"] = {"json": {"type": "array", "items": SCHEMA, "minItems": 1000}}
+    return body
+
+
 async def load_once(
     args: argparse.Namespace, share: float
 ) -> tuple[dict[str, list[float]], int, float]:
@@ -502,20 +521,7 @@ async def load_once(
     async def stream(session: aiohttp.ClientSession, index: int) -> None:
         nonlocal total
         held = int((index + 1) * share) > int(index * share)
-        body: dict[str, Any] = {
-            "prompt": f"Person number {index} as JSON: ",
-            "temperature": 1.0,
-            "max_tokens": args.max_tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "seed": index,
-        }
-        if held:
-            # An array without an end, so that every stream has as many tokens.
-            body["structured_outputs"] = {
-                "json": {"type": "array", "items": SCHEMA, "minItems": 1000}
-            }
+        body = load_body(index, args.max_tokens, held)
         first = last = 0.0
         used = 0
         async with session.post(f"{args.url}/v1/completions", json=body) as answer:
@@ -537,7 +543,7 @@ async def load_once(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["compile", "generate", "forced", "load"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--model", default="", help="whose tokenizer; default: the demo model's")
