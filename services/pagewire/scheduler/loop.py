@@ -141,7 +141,7 @@ class Loop:
 def _take_epoch(
     run_dir: Path, stopping: threading.Event, health: HealthFile | None
 ) -> tuple[Epoch, int] | None:
-    """As take_epoch. Where a launcher has started this process, or a person by hand, another
+    """As take_epoch. Where a launcher has started this process, or a user by hand, another
     scheduler is a mistake, and AlreadyRunning is raised; one with a name of its own, as in a
     container (`health`), waits as a spare until the other is gone, or until it is told to end:
     None."""
@@ -199,7 +199,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
         loop.show_health(health, HealthFile(run_dir, "scheduler"))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
-    loop.state.greet(living_inboxes(run_dir))
+    loop.state.send_roster_to(living_inboxes(run_dir))
     settle_gc()
     liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)

@@ -83,7 +83,7 @@ def rank_share(
 
 
 def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
-    """(the longest context, a line where it is shorter than people may expect), of a cache that
+    """(the longest context, a line where it is shorter than users may expect), of a cache that
     holds `holds` tokens. asked 0: the model's own, or what is held; more than is held: what is held
     if `fit`, else itself, which the caller refuses. Raises DoesNotFit."""
     if asked > arch.longest_position:
