@@ -155,14 +155,16 @@ def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.
     free."""
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D_PAD)
-    at = base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
+    pointers = (
+        base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
+    )
     if BOUNDED:
         n = start + (tl.arange(0, BLOCK_N // PAGE) * PAGE)[:, None] + r[None, :]
-        tile = tl.load(at, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0)
+        tile = tl.load(pointers, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0)
     elif D == D_PAD:
-        tile = tl.load(at)
+        tile = tl.load(pointers)
     else:
-        tile = tl.load(at, mask=(d < D)[None, None, :], other=0)
+        tile = tl.load(pointers, mask=(d < D)[None, None, :], other=0)
     return tl.reshape(tile, [BLOCK_N, D_PAD])
 
 
@@ -172,10 +174,10 @@ def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
     """load_tile with a lookup for each token."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D_PAD)
-    at = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
+    pointers = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
     if BOUNDED:
-        return tl.load(at, mask=(n < stop)[:, None] & (d < D)[None, :], other=0)
-    return tl.load(at, mask=(d < D)[None, :], other=0)
+        return tl.load(pointers, mask=(n < stop)[:, None] & (d < D)[None, :], other=0)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0)
 
 
 @triton.jit

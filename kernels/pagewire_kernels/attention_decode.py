@@ -205,9 +205,9 @@ def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: 
         factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
         a = a * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         b = b * factor * tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    at = cos_sin + position.to(tl.int64) * D + d % HALF
-    cos = tl.load(at, mask=d < D, other=1.0)[None, :]
-    sin = tl.load(at + HALF, mask=d < D, other=0.0)[None, :]
+    factors = cos_sin + position.to(tl.int64) * D + d % HALF
+    cos = tl.load(factors, mask=d < D, other=1.0)[None, :]
+    sin = tl.load(factors + HALF, mask=d < D, other=0.0)[None, :]
     return a * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * b * sin
 
 
@@ -220,9 +220,11 @@ def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k
     d = tl.arange(0, D_PAD)
     one = tl.arange(0, 1)
     inside = (one == 0)[:, None] & (d < D)[None, :]
-    at = qkv + ((HQ + head) * D + one)[:, None]
-    key = _roped(at, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(qkv.dtype.element_ty)
-    value = tl.load(at + HKV * D + d[None, :], mask=inside, other=0.0)
+    pointers = qkv + ((HQ + head) * D + one)[:, None]
+    key = _roped(pointers, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(
+        qkv.dtype.element_ty
+    )
+    value = tl.load(pointers + HKV * D + d[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // PAGE).to(tl.int64)
     place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
     tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)

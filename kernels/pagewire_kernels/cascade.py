@@ -84,8 +84,8 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     d = tl.arange(0, D_PAD)
     inside = (skipped + m // GP < count) & (m % GP < GROUP)
     row = tl.load(order + first + skipped + m // GP, mask=inside, other=0).to(tl.int64)
-    at = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
-    query = tl.load(q + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    offsets = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
+    query = tl.load(q + offsets, mask=inside[:, None] & (d < D)[None, :], other=0.0)
     chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     lo = tl.minimum(split * chunk, length)
     hi = tl.minimum(lo + chunk, length)

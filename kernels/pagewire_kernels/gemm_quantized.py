@@ -143,7 +143,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
-    at = words + offsets(tile, K, BN, BK, FORM)
+    pointers = words + offsets(tile, K, BN, BK, FORM)
     acc = tl.zeros([BN, BM], tl.float32)
     by_row = tl.zeros([BN], tl.float32)
     if GROUP == 0:
@@ -151,7 +151,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     if PDL:
         gdc_wait()
     for step in tl.range(split * span, tl.minimum(split * span + span, K // BK), num_stages=STAGES):
-        w = tl.load(at + step * words_a_step(BK, FORM))
+        w = tl.load(pointers + step * words_a_step(BK, FORM))
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
@@ -205,8 +205,8 @@ def _dequantize(words, scales, row_scale, out, N, NP, factor, K, BN: tl.constexp
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    at = n.to(tl.int64)[:, None] * K + (step * BK + tl.arange(0, BK))[None, :]
-    tl.store(out + at, c.to(out.dtype.element_ty), mask=(n < N)[:, None])
+    offsets_out = n.to(tl.int64)[:, None] * K + (step * BK + tl.arange(0, BK))[None, :]
+    tl.store(out + offsets_out, c.to(out.dtype.element_ty), mask=(n < N)[:, None])
 
 
 @dataclass(frozen=True)

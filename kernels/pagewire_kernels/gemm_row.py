@@ -43,10 +43,10 @@ Weight = torch.Tensor | PackedMatrix
 
 @triton.jit
 def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
-    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    pointers = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -61,12 +61,12 @@ def _values(w, FORM: tl.constexpr):
 @triton.jit
 def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr):
     """The inputs whose weights lie at k."""
-    at = k
+    columns = k
     if FORM != "":
-        at = input_at(k)
+        columns = input_at(k)
     if EVEN:
-        return tl.load(x + at).to(tl.float32)
-    return tl.load(x + at, mask=k < K, other=0.0).to(tl.float32)
+        return tl.load(x + columns).to(tl.float32)
+    return tl.load(x + columns, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit

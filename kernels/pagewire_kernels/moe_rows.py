@@ -20,10 +20,10 @@ from .workspace import overlap
 
 @triton.jit
 def _matrix_rows(matrix, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
-    at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+    pointers = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
     if EVEN:
-        return tl.load(at).to(tl.float32)
-    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        return tl.load(pointers).to(tl.float32)
+    return tl.load(pointers, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -95,11 +95,11 @@ def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.c
         inside = chosen & (k < K)
         h = tl.load(inner + pair * K + k, mask=inside, other=0.0).to(tl.float32) * share
         matrix = down + tl.maximum(expert, 0).to(tl.int64) * N * K
-        at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+        pointers = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
         mask = inside[None, :]
         if not EVEN:
             mask = mask & (n < N)[:, None]
-        w = tl.load(at, mask=mask, other=0.0)
+        w = tl.load(pointers, mask=mask, other=0.0)
         acc += w.to(tl.float32) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()

@@ -37,12 +37,12 @@ def _penalize(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     n = tl.load(counts + slot * width + i, mask=inside, other=0)
-    seen = (n > 0) | (tl.load(prompted + slot * width + i, mask=inside, other=0) != 0)
-    at = logits + row.to(tl.int64) * stride + i
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(seen, tl.where(x > 0, x / r, x * r), x)
+    appears = (n > 0) | (tl.load(prompted + slot * width + i, mask=inside, other=0) != 0)
+    pointers = logits + row.to(tl.int64) * stride + i
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(appears, tl.where(x > 0, x / r, x * r), x)
     x -= tl.where(n > 0, a, 0.0) + b * n.to(tl.float32)
-    tl.store(at, x.to(logits.dtype.element_ty), mask=inside)
+    tl.store(pointers, x.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit

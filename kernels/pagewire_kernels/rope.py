@@ -54,9 +54,9 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
     both = (head < HQ + 2 * HKV)[:, None] & inside[None, :]
     is_q = head < HQ
     is_v = head >= HQ + HKV
-    at = qkv + token.to(tl.int64) * qkv_stride + head[:, None] * D + i[None, :]
-    x1 = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    x2 = tl.load(at + D // 2, mask=both, other=0.0).to(tl.float32)
+    pointers = qkv + token.to(tl.int64) * qkv_stride + head[:, None] * D + i[None, :]
+    x1 = tl.load(pointers, mask=both, other=0.0).to(tl.float32)
+    x2 = tl.load(pointers + D // 2, mask=both, other=0.0).to(tl.float32)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * D + i, mask=inside, other=1.0)[None, :]
     sin = tl.load(cos_sin + position * D + D // 2 + i, mask=inside, other=0.0)[None, :]
