@@ -101,7 +101,7 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Placement:
+class LoadPlan:
     """As what a model is loaded, and by which of `ranks`. gpu: where its part goes; None: it stays
     in the CPU's memory."""
 
@@ -138,27 +138,27 @@ def load(
     _check(described, model)
     if described.fallback_plan:
         config = structs.replace(config, enforce_eager=True)
-    placement = place(described, model, config, gpu, ranks)
-    rank_arch = placement.part_of(described.arch)
+    load_plan = plan_load(described, model, config, gpu, ranks)
+    rank_arch = load_plan.part_of(described.arch)
     kv_scales = _kv_scales(described, config)
     sizing, plan = _agreed_memory(
-        described, placement, model, config, scheduler or SchedulerConfig()
+        described, load_plan, model, config, scheduler or SchedulerConfig()
     )
-    _log_size(described.arch, placement, sizing)
-    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, placement.dtype))
+    _log_size(described.arch, load_plan, sizing)
+    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, load_plan.dtype))
     with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        decoder = _read(described, placement, kv_scales, model, progress)
+        decoder = _read(described, load_plan, kv_scales, model, progress)
         (group,) = spec.groups
-        cache = group.allocate(sizing.num_blocks, sizing.block_size, placement.device)
+        cache = group.allocate(sizing.num_blocks, sizing.block_size, load_plan.device)
     return Loaded(
         decoder,
-        placement.dtype,
+        load_plan.dtype,
         sizing,
-        _rotary_tables(rank_arch, sizing.max_model_len, placement.device),
+        _rotary_tables(rank_arch, sizing.max_model_len, load_plan.device),
         spec,
         cache,
         described.eos_token_ids,
-        placement.device,
+        load_plan.device,
         plan,
     )
 
@@ -178,47 +178,47 @@ def _gpu(device: str, ranks: Ranks) -> Gpu | None:
     return gpu
 
 
-def place(
+def plan_load(
     described: Description, model: ModelConfig, config: WorkerConfig, gpu: Gpu | None, ranks: Ranks
-) -> Placement:
+) -> LoadPlan:
     """Choose the type of activations, and which weights stay quantized, or become so. Raises
     Unsupported."""
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
     chosen = quantizing.choose(described.checkpoint, described.arch, model.quantization, target)
-    return Placement(gpu, ranks, dtype, chosen)
+    return LoadPlan(gpu, ranks, dtype, chosen)
 
 
 def plan_memory(
     described: Description,
-    placement: Placement,
+    load_plan: LoadPlan,
     model: ModelConfig,
     config: WorkerConfig,
     scheduler: SchedulerConfig,
 ) -> tuple[Sizing, GpuPlan | None]:
     """How this rank's memory would be divided; on a GPU also for which steps. Raises
     kv_sizing.DoesNotFit."""
-    gpu = placement.gpu
+    gpu = load_plan.gpu
     if gpu is None:
-        return _size_on_cpu(described.arch, placement, model, config), None
-    ranks = placement.ranks
+        return _size_on_cpu(described.arch, load_plan, model, config), None
+    ranks = load_plan.ranks
     arch = described.arch
-    quantized = placement.quantizing.weight_bytes(arch) // ranks.size
-    plan = plan_gpu(arch, placement.dtype, model, config, gpu, scheduler, quantized, ranks.layers)
+    quantized = load_plan.quantizing.weight_bytes(arch) // ranks.size
+    plan = plan_gpu(arch, load_plan.dtype, model, config, gpu, scheduler, quantized, ranks.layers)
     return plan.sizing, plan
 
 
 def _agreed_memory(
     described: Description,
-    placement: Placement,
+    load_plan: LoadPlan,
     model: ModelConfig,
     config: WorkerConfig,
     scheduler: SchedulerConfig,
 ) -> tuple[Sizing, GpuPlan | None]:
     """See `plan_memory`, with no more than any rank has."""
-    host = placement.ranks.host
+    host = load_plan.ranks.host
     with named_rank(host):
-        sizing, plan = plan_memory(described, placement, model, config, scheduler)
+        sizing, plan = plan_memory(described, load_plan, model, config, scheduler)
     if plan is None:
         return agreed(sizing, host), None
     plan = agreed_plan(plan, host)
@@ -243,17 +243,17 @@ def _check(described: Description, model: ModelConfig) -> None:
 
 def _read(
     described: Description,
-    placement: Placement,
+    load_plan: LoadPlan,
     kv_scales: tuple[KVScales, ...],
     model: ModelConfig,
     progress: weights.Progress,
 ) -> Decoder | FallbackDecoder:
     """The weights, where they belong."""
     if described.fallback_plan is None:
-        decoder = _load_decoder(described, placement, kv_scales, model.seed, progress)
+        decoder = _load_decoder(described, load_plan, kv_scales, model.seed, progress)
     else:
-        decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
-    if placement.device == "cuda":
+        decoder = _load_fallback(described, described.fallback_plan, load_plan, model, progress)
+    if load_plan.device == "cuda":
         # Tensors are converted on the GPU: what that took is not to be missing from the cache.
         torch.cuda.empty_cache()
     return decoder
@@ -269,14 +269,14 @@ def describe_checkpoint(path: Path, model: ModelConfig) -> Description:
     return Description(settings, plan.arch, Checkpoint(source), eos, plan)
 
 
-def _log_size(arch: Architecture, placement: Placement, sizing: Sizing) -> None:
+def _log_size(arch: Architecture, load_plan: LoadPlan, sizing: Sizing) -> None:
     """The first rank speaks for all. Those of one pipeline stage are alike."""
-    ranks = placement.ranks
+    ranks = load_plan.ranks
     if ranks.rank:
         return
-    on = "cuda" if placement.gpu else processor.look().title()
+    on = "cuda" if load_plan.gpu else processor.look().title()
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
-    log.info("%s with %s as %s on %s", arch.model_type, size, placement.dtype, on)
+    log.info("%s with %s as %s on %s", arch.model_type, size, load_plan.dtype, on)
     if not ranks.stage.is_whole:
         log.info(
             "divided among %d pipeline stages of %d rank(s); one with %d layers has:",
@@ -292,20 +292,20 @@ def _log_size(arch: Architecture, placement: Placement, sizing: Sizing) -> None:
 
 def _load_decoder(
     described: Description,
-    placement: Placement,
+    load_plan: LoadPlan,
     kv_scales: tuple[KVScales, ...],
     seed: int,
     progress: weights.Progress,
 ) -> Decoder:
     """A model of a family that is implemented here."""
-    stage = placement.ranks.stage
-    communicator = placement.ranks.layers
-    device = placement.device
-    chosen = placement.quantizing
+    stage = load_plan.ranks.stage
+    communicator = load_plan.ranks.layers
+    device = load_plan.device
+    chosen = load_plan.quantizing
     ops = backend(device)
-    method = method_choice(ops, placement.dtype, device, chosen)
+    method = method_choice(ops, load_plan.dtype, device, chosen)
     shard = Shard(communicator.rank, communicator.size)
-    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator, stage)
+    build = Build(ops, load_plan.dtype, device, method, shard, kv_scales, communicator, stage)
     decoder = Decoder(described.arch, build)
     checkpoint = described.checkpoint
     weights.load(
@@ -318,14 +318,14 @@ def _load_decoder(
         checkpoint.form,
     )
     if chosen.kept and device == "cpu":
-        cpu_crossings.choose(decoder.packed(), placement.dtype)
+        cpu_crossings.choose(decoder.packed(), load_plan.dtype)
     return decoder
 
 
 def _load_fallback(
     described: Description,
     plan: Plan,
-    placement: Placement,
+    load_plan: LoadPlan,
     model: ModelConfig,
     progress: weights.Progress,
 ) -> FallbackDecoder:
@@ -333,9 +333,9 @@ def _load_fallback(
     load_model = functools.partial(
         plan.load,
         model.load_format,
-        backend(placement.device),
-        placement.dtype,
-        placement.device,
+        backend(load_plan.device),
+        load_plan.dtype,
+        load_plan.device,
         model.seed,
         weights.tensors_for_transformers(described.checkpoint.source),
     )
@@ -430,16 +430,16 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
 
 
 def _size_on_cpu(
-    arch: Architecture, placement: Placement, model: ModelConfig, config: WorkerConfig
+    arch: Architecture, load_plan: LoadPlan, model: ModelConfig, config: WorkerConfig
 ) -> Sizing:
     """Of one of the ranks, which share the machine's memory. arch: of the whole model. A pipeline
     stage gets memory for KV blocks by its layers, so that all have as many."""
-    ranks = placement.ranks
+    ranks = load_plan.ranks
     stage = ranks.stage
-    dtype = placement.dtype
-    rank_arch = placement.part_of(arch)
+    dtype = load_plan.dtype
+    rank_arch = load_plan.part_of(arch)
     for_cache = int(config.cpu_kv_cache_gb * kv_sizing.GIB)
-    quantized = placement.quantizing.weight_bytes(arch)
+    quantized = load_plan.quantizing.weight_bytes(arch)
     return kv_sizing.size(
         rank_arch,
         cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype)),

@@ -98,8 +98,8 @@ def _sizing(request: Request, described: loader.Description, ranks: Ranks) -> Si
     model = request.model
     worker = request.worker
     gpu = request.gpus[ranks.rank] if request.gpus else None
-    placement = loader.place(described, model, worker, gpu, ranks)
-    sizing, _ = loader.plan_memory(described, placement, model, worker, request.scheduler)
+    load_plan = loader.plan_load(described, model, worker, gpu, ranks)
+    sizing, _ = loader.plan_memory(described, load_plan, model, worker, request.scheduler)
     return sizing
 
 
