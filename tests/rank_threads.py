@@ -85,24 +85,30 @@ def run_ranks(
 
 
 def run_stages(
-    stages: int, size: int, run: Callable[[Ranks, Lock], Result], timeout_s: float = 60.0
+    stages: int,
+    size: int,
+    run: Callable[[Ranks, Lock], Result],
+    timeout_s: float = 60.0,
+    *,
+    sends_in_thread: bool = False,
 ) -> list[Result]:
     """As `run_ranks`, with pipeline stages of `size` ranks each. `run` is also given the lock of
-    turns, which it holds."""
+    turns, which it holds. sends_in_thread: the last stage's results leave by a thread, without a
+    turn."""
     store, turn = HashStore(), Lock()
 
     def one(rank: int) -> tuple[Ranks, Result]:
         place = Place("group", rank, stages * size, "", 0, (), ())
         ranks = connect_ranks(store, place, "cpu", stages, timeout_s)
         with turn:
-            return ranks, run(_taking_turns(ranks, turn), turn)
+            return ranks, run(_taking_turns(ranks, turn, sends_in_thread), turn)
 
     with ThreadPoolExecutor(stages * size) as pool:
         results = list(pool.map(one, range(stages * size)))
     return [result for _, result in results]
 
 
-def _taking_turns(ranks: Ranks, turn: Lock) -> Ranks:
+def _taking_turns(ranks: Ranks, turn: Lock, sends_in_thread: bool) -> Ranks:
     def link(one: PointToPoint | None) -> PointToPoint | None:
         return None if one is None else LinkTakingTurns(one, turn)
 
@@ -110,7 +116,9 @@ def _taking_turns(ranks: Ranks, turn: Lock) -> Ranks:
         link(ranks.links.previous),
         link(ranks.links.following),
         # a thread of its own receives, which has no turn
-        ranks.links.results if ranks.stage.is_first else link(ranks.links.results),
+        ranks.links.results
+        if ranks.stage.is_first or sends_in_thread
+        else link(ranks.links.results),
     )
     layers = TakingTurns(ranks.layers, turn)
     return Ranks(layers, TakingTurns(ranks.host, turn), ranks.stage, links)

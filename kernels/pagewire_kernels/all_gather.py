@@ -40,11 +40,11 @@ def _low_latency(x, out, peers, control, report, rank, rows, width, chunks, word
     program = tl.program_id(0)
     generation = next_generation(control)
     slots = own_slots(words_at, generation, limit, SIZE)
-    for tile in range(program, rows * chunks, PROGRAMS):
+    for tile in range(program, rows * chunks, tl.num_programs(0)):
         column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
         at = (tile // chunks) * width + column
         send_packed(x, peers, rank, slots, at, column < width, limit, generation, SIZE)
-    for tile in range(program, rows * chunks, PROGRAMS):
+    for tile in range(program, rows * chunks, tl.num_programs(0)):
         column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
         row = tile // chunks
         at = row * width + column
@@ -52,7 +52,7 @@ def _low_latency(x, out, peers, control, report, rank, rows, width, chunks, word
             word = word_of(x, peers, rank, peer, slots, at, column < width, limit, generation, control, report,
                            OPERATION, SIZE, POLLS)  # fmt: skip
             tl.store(out + (row * SIZE + peer) * width + column, word, mask=column < width)
-    end_generation(control, generation)
+    end_generation(control, generation, PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -65,13 +65,13 @@ def _one_shot(x, out, peers, control, report, rank, rows, width, chunks, data_at
     if program < rows * chunks:
         buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, WORD)
-        for tile in range(program, rows * chunks, PROGRAMS):
+        for tile in range(program, rows * chunks, tl.num_programs(0)):
             column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
             at = (tile // chunks) * width + column
             tl.store(own + at, tl.load(x + at, mask=column < width), mask=column < width)
         signal(peers, rank, generation, 0, SIZE, PAD, PROGRAMS)
         wait(peers, rank, generation, control, report, OPERATION, 0, SIZE, PAD, PROGRAMS, POLLS)
-        for tile in range(program, rows * chunks, PROGRAMS):
+        for tile in range(program, rows * chunks, tl.num_programs(0)):
             column = (tile % chunks) * BLOCK + tl.arange(0, BLOCK)
             row = tile // chunks
             at = row * width + column
@@ -79,7 +79,7 @@ def _one_shot(x, out, peers, control, report, rank, rows, width, chunks, data_at
                 peer = (rank + step) % SIZE
                 word = tl.load(peer_pointer(peers, peer, buffer, WORD) + at, mask=column < width)
                 tl.store(out + (row * SIZE + peer) * width + column, word, mask=column < width)
-    end_generation(control, generation)
+    end_generation(control, generation, PROGRAMS)
 
 
 def takes_low_latency(memory: SymmetricMemory, x: Tensor, dim: int) -> bool:
@@ -121,10 +121,12 @@ def _launch(
     rows = x.shape[:dim].numel()
     width = words.numel() // rows
     block = min(WIDEST, triton.next_power_of_2(width))
+    chunks = triton.cdiv(width, block)
     memory.launch(
         kernel,
+        rows * chunks,
         (words, gathered),
-        (rows, width, triton.cdiv(width, block), *area),
+        (rows, width, chunks, *area),
         BLOCK=block,
         OPERATION=ALL_GATHER,
         num_warps=max(1, min(8, block // 512)),

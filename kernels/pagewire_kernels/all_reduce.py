@@ -13,8 +13,8 @@ bit may differ.
   the norm are of the rank's share alone, as in sequence parallelism.
 
 A row belongs to one program, so a norm needs no second kernel and program p waits for programs p of
-other ranks only. Launches have few programs and let no kernel in before they end: programs that
-wait would otherwise keep those from running that they wait for.
+other ranks only. Launches have no more programs than a GPU has multiprocessors, and let no kernel in
+before they end: programs that wait would otherwise keep those from running that they wait for.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -107,14 +107,14 @@ def _low_latency(x, residual, weight, bias, out, peers, control, report, rank, c
     j = tl.arange(0, BLOCK // A_WORD)
     words = x.to(tl.pointer_type(tl.int32))
     slots = own_slots(words_at, generation, limit, SIZE)
-    for row in range(program, rows, PROGRAMS):
+    for row in range(program, rows, tl.num_programs(0)):
         at = row * (H // A_WORD) + j
         inside = (j < H // A_WORD) & (at < count // A_WORD)
         send_packed(words, peers, rank, slots, at, inside, limit, generation, SIZE)
     w = i
     if NORM:
         w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
-    for row in range(program, rows, PROGRAMS):
+    for row in range(program, rows, tl.num_programs(0)):
         at = row * (H // A_WORD) + j
         inside = (j < H // A_WORD) & (at < count // A_WORD)
         low = tl.zeros((BLOCK // A_WORD,), tl.float32)
@@ -142,7 +142,7 @@ def _low_latency(x, residual, weight, bias, out, peers, control, report, rank, c
         if NORM:
             value = _add_norm(value, residual + row * H, i, inside_row, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
         tl.store(out + row * H + i, value, mask=inside_row)
-    end_generation(control, generation)
+    end_generation(control, generation, PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -158,7 +158,7 @@ def _one_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
         i = tl.arange(0, BLOCK)
         buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, DTYPE)
-        for row in range(program, rows, PROGRAMS):
+        for row in range(program, rows, tl.num_programs(0)):
             inside = (i < H) & (row * H + i < count)
             value = tl.load(x + row * H + i, mask=inside, other=0.0)
             tl.store(own + row * H + i, value, mask=inside)
@@ -167,13 +167,13 @@ def _one_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
         if NORM:
             w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
         wait(peers, rank, generation, control, report, OPERATION, 0, SIZE, PAD, PROGRAMS, POLLS)
-        for row in range(program, rows, PROGRAMS):
+        for row in range(program, rows, tl.num_programs(0)):
             inside = (i < H) & (row * H + i < count)
             value = _sum_of_ranks(peers, buffer, row * H + i, inside, DTYPE, SIZE).to(DTYPE)
             if NORM:
                 value = _add_norm(value, residual + row * H, i, inside, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
             tl.store(out + row * H + i, value, mask=inside)
-    end_generation(control, generation)
+    end_generation(control, generation, PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -190,7 +190,7 @@ def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
         i = tl.arange(0, BLOCK)
         buffer = own_buffer(data_at, generation, limit)
         own = peer_pointer(peers, rank, buffer, DTYPE)
-        for line in range(program, share, PROGRAMS):
+        for line in range(program, share, tl.num_programs(0)):
             for owner in range(SIZE):
                 at = (owner * share + line) * H + i
                 inside = (i < H) & (at < count)
@@ -200,7 +200,7 @@ def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
         if NORM != 0:
             w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32)
         wait(peers, rank, generation, control, report, OPERATION, 0, SIZE, PAD, PROGRAMS, POLLS)
-        for line in range(program, share, PROGRAMS):
+        for line in range(program, share, tl.num_programs(0)):
             at = (rank * share + line) * H + i
             inside = (i < H) & (at < count)
             value = _sum_of_ranks(peers, buffer, at, inside, DTYPE, SIZE).to(DTYPE)
@@ -213,7 +213,7 @@ def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
         if GATHER:
             signal(peers, rank, generation, 1, SIZE, PAD, PROGRAMS)
             wait(peers, rank, generation, control, report, OPERATION, 1, SIZE, PAD, PROGRAMS, POLLS)
-            for line in range(program, share, PROGRAMS):
+            for line in range(program, share, tl.num_programs(0)):
                 for step in range(SIZE):
                     owner = (rank + step) % SIZE
                     at = (owner * share + line) * H + i
@@ -224,7 +224,7 @@ def _two_shot(x, residual, weight, bias, out, peers, control, report, rank, coun
                         row = residual + (owner * share + line) * H
                         value = _add_norm(value, row, i, inside, w, bias, eps, DTYPE, H, CENTRE, BIAS)  # fmt: skip
                     tl.store(out + at, value, mask=inside)
-    end_generation(control, generation)
+    end_generation(control, generation, PROGRAMS)
 
 
 def share_of(rows: int, size: int) -> int:
@@ -275,7 +275,7 @@ def _launch(
     kernel's data are, and how much fits."""
     follows = (None, None, None) if norm is None else (norm.residual, norm.weight, norm.bias)
     eps = 0.0 if norm is None else norm.eps
-    memory.launch(kernel, (x, *follows, out), (x.numel(), rows, eps, *area), **options)
+    memory.launch(kernel, rows, (x, *follows, out), (x.numel(), rows, eps, *area), **options)
     return out
 
 
@@ -290,21 +290,38 @@ def takes_buffers(memory: SymmetricMemory, x: Tensor) -> bool:
     return x.nbytes <= memory.layout.buffer_bytes
 
 
+def pieces(memory: SymmetricMemory, x: Tensor) -> list[slice]:
+    """Along the first dimension of x, as much at a time as the buffers take, each piece from a
+    multiple of 16 bytes on; none where that cannot be."""
+    if takes_buffers(memory, x):
+        return [slice(None)]
+    row_bytes = x[0].nbytes
+    rows = memory.layout.buffer_bytes // row_bytes
+    if not rows or row_bytes % 16:
+        return []
+    return [slice(at, at + rows) for at in range(0, len(x), rows)]
+
+
 def takes_norm(x: Tensor) -> bool:
     """Whether rows are narrow enough for a norm in the same kernel."""
     return x.shape[-1] <= WIDEST
 
 
-def low_latency(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+def low_latency(
+    memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None, out: Tensor | None = None
+) -> Tensor:
     """The sum of all ranks' x, of any shape; with `norm`, x is [T, H], and the result is normed. x
-    is contiguous, and not empty, as for all kernels here. Must fit: `takes_low_latency`."""
+    is contiguous, and not empty, as for all kernels here. `out`: for the result, like x. Must fit:
+    `takes_low_latency`."""
     words = 4 // x.element_size()
-    return _whole(memory, _low_latency, x, norm, memory.layout.packed_area, A_WORD=words)
+    return _whole(memory, _low_latency, x, norm, out, memory.layout.packed_area, A_WORD=words)
 
 
-def one_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+def one_shot(
+    memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None, out: Tensor | None = None
+) -> Tensor:
     """See low_latency. Must fit: `takes_buffers`."""
-    return _whole(memory, _one_shot, x, norm, memory.layout.buffer_area)
+    return _whole(memory, _one_shot, x, norm, out, memory.layout.buffer_area)
 
 
 def _whole(
@@ -312,6 +329,7 @@ def _whole(
     kernel: Any,
     x: Tensor,
     norm: AddNorm | None,
+    out: Tensor | None,
     area: tuple[int, int],
     **options: Any,
 ) -> Tensor:
@@ -320,7 +338,8 @@ def _whole(
     geometry = _geometry(x, norm)
     rows = triton.cdiv(x.numel(), geometry["H"])
     options |= {"NORM": norm is not None, "OPERATION": ALL_REDUCE, **geometry}
-    return _launch(memory, kernel, x, torch.empty_like(x), norm, rows, area, **options)
+    out = torch.empty_like(x) if out is None else out
+    return _launch(memory, kernel, x, out, norm, rows, area, **options)
 
 
 def _shared(
@@ -340,11 +359,13 @@ def _shared(
     return _launch(memory, _two_shot, x, out, norm, rows, memory.layout.buffer_area, **options)
 
 
-def two_shot(memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None) -> Tensor:
+def two_shot(
+    memory: SymmetricMemory, x: Tensor, norm: AddNorm | None = None, out: Tensor | None = None
+) -> Tensor:
     """See low_latency. Must fit: `takes_buffers`."""
     _check(x, norm)
     normed_rows = NO_NORM if norm is None else WHOLE
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     return _shared(memory, x, out, norm, normed_rows, _geometry(x, norm), gather=True)
 
 

@@ -11,6 +11,7 @@ torch's that nobody else has used.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -86,6 +87,23 @@ class CheckedCommunicator(Protocol):
     def check(self) -> None:
         """Waits for nothing. Raises CommunicatorFailed if an operation that has ended failed."""
         ...
+
+
+class CheckedConnections:
+    """Several of CheckedCommunicator as one."""
+
+    def __init__(self, connections: Sequence[CheckedCommunicator]) -> None:
+        self._connections = connections
+
+    def serve(self) -> None:
+        """See CheckedCommunicator."""
+        for each in self._connections:
+            each.serve()
+
+    def check(self) -> None:
+        """See CheckedCommunicator."""
+        for each in self._connections:
+            each.check()
 
 
 class PointToPoint(Protocol):

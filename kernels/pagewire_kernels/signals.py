@@ -77,9 +77,11 @@ def next_generation(control):
 
 
 @triton.jit
-def end_generation(control, generation):
-    """Every program of every launch ends with it, also one that had nothing to do."""
-    tl.store(control + GENERATIONS + tl.program_id(0), generation)
+def end_generation(control, generation, PROGRAMS: tl.constexpr):
+    """Every program of every launch ends with it, also one that had nothing to do. Those that this
+    launch has not started are counted along by those it has: the next one may start more."""
+    program = tl.program_id(0) + tl.arange(0, PROGRAMS) * tl.num_programs(0)
+    tl.store(control + GENERATIONS + program, generation, mask=program < PROGRAMS)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from . import all_gather, all_reduce, norm
@@ -69,7 +70,8 @@ SERVING_TIMEOUT_S: Final = 30.0
 
 class SymmetricCommunicator:
     """See Communicator. `sums`, `gathers`: chosen ways; a tensor that does not fit its way goes to
-    the next larger one, and in the end to `library`."""
+    the next larger one, and in the end to `library`. Rows that do not fit the buffers are added up
+    by several launches, where that was the fastest way for as much as fits."""
 
     def __init__(
         self, memory: SymmetricMemory, library: Communicator, sums: Crossings, gathers: Crossings
@@ -85,7 +87,12 @@ class SymmetricCommunicator:
         """See Communicator."""
         x = x.contiguous()
         way = self._sum_way(x)
-        return self.library.all_reduce(x) if way == LIBRARY else SUMS[way](self.memory, x)
+        if way == LIBRARY:
+            return self.library.all_reduce(x)
+        out = torch.empty_like(x)
+        for piece in all_reduce.pieces(self.memory, x):
+            SUMS[way](self.memory, x[piece], out=out[piece])
+        return out
 
     def all_reduce_add_norm(
         self,
@@ -102,7 +109,11 @@ class SymmetricCommunicator:
         x = x.contiguous()
         way = self._sum_way(x)
         if way != LIBRARY and all_reduce.takes_norm(x):
-            return SUMS[way](self.memory, x, AddNorm(residual, weight, eps, bias, centre)), residual
+            out = torch.empty_like(x)
+            for piece in all_reduce.pieces(self.memory, x):
+                norm_of_piece = AddNorm(residual[piece], weight, eps, bias, centre)
+                SUMS[way](self.memory, x[piece], norm_of_piece, out[piece])
+            return out, residual
         total = self.all_reduce(x)
         if centre:
             return norm.add_layer_norm(total, residual, weight, bias, eps)
@@ -137,9 +148,7 @@ class SymmetricCommunicator:
         way = self.sums.way(x.nbytes)
         if way == LOW_LATENCY and not all_reduce.takes_low_latency(self.memory, x):
             way = ONE_SHOT
-        if way in (ONE_SHOT, TWO_SHOT) and not all_reduce.takes_buffers(self.memory, x):
-            way = LIBRARY
-        return way
+        return way if all_reduce.pieces(self.memory, x) else LIBRARY
 
 
 def failure_message(memory: SymmetricMemory) -> str:

@@ -32,15 +32,18 @@ POLLS_A_LOOK: Final = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a region. `size`: ranks; `programs`: of every launch; `packed_bytes`: the most bytes of a
-    tensor that go as packed words; `buffer_bytes`: of each of the two data buffers."""
+    """Of a region. `size`: ranks; `programs`: the most of a launch, a power of two; `packed_bytes`:
+    the most bytes of a tensor that go as packed words; `buffer_bytes`: of each of the two data
+    buffers."""
 
     size: int
-    programs: int = 32
+    programs: int = 128
     packed_bytes: int = 1 << 18
     buffer_bytes: int = 1 << 24
 
     def __post_init__(self) -> None:
+        if self.programs != next_power_of_2(self.programs):
+            raise ValueError(f"programs is {self.programs}, and must be a power of two")
         for name, value in (("packed", self.packed_bytes), ("buffer", self.buffer_bytes)):
             if value % ALIGNMENT:
                 raise ValueError(f"{name}_bytes is {value}, and must be a multiple of {ALIGNMENT}")
@@ -108,14 +111,16 @@ class SymmetricMemory:
     def launch(
         self,
         kernel: Any,
+        pieces: int,
         tensors: Sequence[Tensor | None],
         numbers: Sequence[float],
         **options: Any,
     ) -> None:
-        """Start a collective kernel. Its arguments are `tensors`, then peers, control, report and rank
-        of this memory, then `numbers`; compiled for `options` and for what this memory is."""
+        """Start a collective kernel with a program for each of `pieces`, as far as there may be so
+        many. Its arguments are `tensors`, then peers, control, report and rank of this memory, then
+        `numbers`; compiled for `options` and for what this memory is."""
         programs = self.layout.programs
-        kernel[(programs,)](
+        kernel[(max(1, min(programs, pieces)),)](
             *tensors,
             self.peers,
             self.control,

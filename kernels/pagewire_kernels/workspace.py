@@ -5,13 +5,27 @@ Knows nothing of what is counted. Every kernel leaves the counters at zero, so t
 once, when they are made. The kernels that share a purpose must run on one stream at a time.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 
 COUNTERS: Final = 1 << 18
 _made: dict[tuple[torch.device, str], torch.Tensor] = {}
+_rehearsals: list[None] = []
+
+
+@contextlib.contextmanager
+def rehearsing() -> Iterator[None]:
+    """Within, a graph may be captured that is never replayed: it gets counters of its own where
+    there are none yet."""
+    _rehearsals.append(None)
+    try:
+        yield
+    finally:
+        _rehearsals.pop()
 
 
 def counters(device: torch.device, purpose: str, needed: int) -> torch.Tensor:
@@ -26,12 +40,19 @@ def counters(device: torch.device, purpose: str, needed: int) -> torch.Tensor:
         )
     key = (device, purpose)
     if key not in _made:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
+            if _rehearsals:
+                return torch.empty(COUNTERS, dtype=torch.int32, device=device)
             raise RuntimeError(
                 f"{purpose}: the first call was made while capturing a CUDA graph; run it once before"
             )
         _made[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _made[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on `device` goes into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -39,10 +39,6 @@ SHORT = {
     "tensor_parallel_size": "-tp",
     "pipeline_parallel_size": "-pp",
 }
-STAGES_ON_GPUS = (
-    "pipeline stages run on CPUs only in this version (--device cpu); --tensor-parallel-size divides "
-    "a model among GPUs"
-)
 REASONS = {
     "quantization": f"not supported; {', '.join(quantization.ASKABLE)} are, and without the flag whatever the weights bring",
 }
@@ -302,7 +298,7 @@ class WorkerConfig(Struct, frozen=True):
     pipeline_parallel_size: Annotated[
         int,
         _help(
-            "stages of contiguous layers that one copy of the model is divided into, each --tensor-parallel-size ranks; on CPUs only",
+            "stages of contiguous layers that one copy of the model is divided into, each --tensor-parallel-size ranks",
             ge=1,
             le=16,
         ),

@@ -177,24 +177,21 @@ def test_a_model_that_cannot_be_divided_so_is_refused_in_one_line(tiny: Path) ->
         LLM(str(tiny), pipeline_parallel_size=4, **ON_CPU)
 
 
-STAGES_REFUSED = (
-    "pipeline stages run on CPUs only in this version (--device cpu); --tensor-parallel-size divides "
-    "a model among GPUs"
-)
+TOO_FEW = "a GPU a rank is needed, 4 in all, and there are 2: 0, 1"
 
 
 @pytest.mark.parametrize(
     "words",
-    [("serve", "--port", "0"), ("run-batch", "-i", "{dir}/in", "-o", "{dir}/out"), ("worker",)],
+    [("serve", "--port", "0"), ("run-batch", "-i", "{dir}/in", "-o", "{dir}/out")],
     ids=lambda words: words[0],
 )
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_stages_on_gpus_are_refused_before_anything_starts(
+def test_more_ranks_than_gpus_are_refused_before_anything_starts(
     words: tuple[str, ...], device: str, tmp_path: Path
 ) -> None:
     (tmp_path / "in").write_text("")
     run_dir = tmp_path / "run"
-    flags = ("--device", device, "--run-dir", str(run_dir), "--pipeline-parallel-size", "2")
+    flags = ("--device", device, "--run-dir", str(run_dir), "-pp", "2", "-tp", "2")
     done = subprocess.run(
         [sys.executable, "-m", "pagewire", *(word.format(dir=tmp_path) for word in words), *flags],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"},
@@ -203,25 +200,25 @@ def test_stages_on_gpus_are_refused_before_anything_starts(
         timeout=60,
     )
     (line,) = done.stderr.splitlines()
-    start = f"pagewire {words[0]}: --pipeline-parallel-size 2: {STAGES_REFUSED}"
+    start = f"pagewire {words[0]}: --pipeline-parallel-size 2: {TOO_FEW}"
     assert line.startswith(start) and done.returncode
     assert not run_dir.exists() and not (tmp_path / "out").exists()
 
 
-def test_stages_on_gpus_are_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_are_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ValueError) as refusal:
-        LLM(pipeline_parallel_size=2)
-    assert str(refusal.value) == f"pipeline_parallel_size=2: {STAGES_REFUSED}"
+        LLM(pipeline_parallel_size=2, tensor_parallel_size=2)
+    assert str(refusal.value) == f"pipeline_parallel_size=2: {TOO_FEW}"
 
 
-def test_stages_that_find_themselves_on_gpus_end_in_one_line() -> None:
-    """Where no device file told of the GPU before."""
+def test_ranks_that_see_too_few_gpus_end_in_one_line() -> None:
+    """Where no device file told of the GPUs before."""
     place = Place("worker-0", 0, 1, "life", 0, (), ())
     with pytest.raises(NoCommunicator) as refusal:
-        connect_ranks(HashStore(), place, "cuda", 2)
+        connect_ranks(HashStore(), place, "cuda", 1)
     assert isinstance(refusal.value, EXPECTED)
-    assert str(refusal.value) == f"--pipeline-parallel-size 2: {STAGES_REFUSED}"
+    assert "as many GPUs, and this process sees 0: lower" in str(refusal.value)
 
 
 def test_a_worker_by_itself_starts_its_ranks() -> None:

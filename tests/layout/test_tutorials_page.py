@@ -15,8 +15,6 @@ ROWS = [
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)))
 COUNTS = {"I": 18, "E": 7, "L": 18, "C": 17, "A": 13}
 LATER = {
-    "C7",
-    "several GPUs",
     "LLaMA 1, 2, 3, Vicuna, Alpaca",
 }
 

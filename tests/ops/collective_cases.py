@@ -31,6 +31,8 @@ GATHERS: dict[str, Callable[..., Tensor]] = {
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of a normed element's difference, relative to the largest: a rounding of the type, twice."""
 EPS = 1e-5
+WIDE = 1024
+"""Of rows that do not all fit a buffer at a time."""
 
 
 @dataclass
@@ -266,6 +268,19 @@ class Elsewhere:
         return x
 
 
+def chosen_sums(rank: Rank, communicator: SymmetricCommunicator, parts: Sequence[Tensor]) -> None:
+    """With and without a norm, of bfloat16 [T, H] parts."""
+    own = parts[rank.number]
+    what = f"chosen {tuple(own.shape)}"
+    rank.equal(f"{what} sum", communicator.all_reduce(own), reference.all_reduce(parts))
+    residual = rank.draw(*own.shape, dtype=torch.bfloat16)
+    weight = rank.draw(own.shape[1], dtype=torch.bfloat16)
+    wanted, total = reference.all_reduce_add_norm(parts, residual, weight, EPS)
+    normed, added = communicator.all_reduce_add_norm(own, residual.clone(), weight, EPS)
+    rank.equal(f"{what} residual", added, total)
+    rank.close(f"{what} norm", normed, wanted)
+
+
 def chosen(rank: Rank) -> None:
     """By the communicator: each way where it is chosen, and the library for what fits nowhere."""
     memory = rank.memory
@@ -275,16 +290,11 @@ def chosen(rank: Rank) -> None:
     communicator = SymmetricCommunicator(memory, library, ways, gathers_ways)
     for rows in (1, 2, 9):
         parts = rank.parts(rows, 72, dtype=torch.bfloat16)
-        own = parts[rank.number]
-        rank.equal("chosen sum", communicator.all_reduce(own), reference.all_reduce(parts))
-        gathered = communicator.all_gather(own, -1)
+        chosen_sums(rank, communicator, parts)
+        gathered = communicator.all_gather(parts[rank.number], -1)
         rank.equal("chosen gather", gathered, reference.all_gather(parts, -1))
-        residual = rank.draw(rows, 72, dtype=torch.bfloat16)
-        weight = rank.draw(72, dtype=torch.bfloat16)
-        wanted, total = reference.all_reduce_add_norm(parts, residual, weight, EPS)
-        normed, added = communicator.all_reduce_add_norm(own, residual.clone(), weight, EPS)
-        rank.equal("chosen residual", added, total)
-        rank.close("chosen norm", normed, wanted)
+    beyond = memory.layout.buffer_bytes // (WIDE * 2) + 3
+    chosen_sums(rank, communicator, rank.parts(beyond, WIDE, dtype=torch.bfloat16))
     if library.seen:
         rank.failures.append(f"went elsewhere: {library.seen}")
     large = torch.zeros(memory.layout.buffer_bytes // 4 + 4, device=rank.device)

@@ -29,7 +29,7 @@ from pagewire_kernels.symmetric_memory import Layout, SymmetricMemory
 from triton.runtime import interpreter
 
 CPU = torch.device("cpu")
-PROGRAMS = 3
+PROGRAMS = 4
 """Fewer than rows, and no power of two."""
 PATIENCE_S = 60.0
 LIMIT_S = 0.3

@@ -5,6 +5,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -12,15 +13,11 @@ from msgspec.structs import replace
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.gpu import runner as gpu_runner
-from pagewire.worker.gpu.decode_graphs import DecodeGraphs
-from pagewire.worker.gpu.mixed_steps import MixedSteps
-from pagewire.worker.gpu.resample import ExtraSampling
-from pagewire.worker.gpu.runner import RING, GpuParts, GpuRunner
+from pagewire.worker.gpu.runner import RING, GpuRunner
 from pagewire.worker.load import loader
 from pagewire.worker.runners import AsyncFromSync
 from pagewire.worker.step.grammar_masks import GrammarMasks
-from pagewire.worker.step.slots import BadStep, Slots
-from pagewire_kernels.slot_state import SlotState
+from pagewire.worker.step.slots import BadStep
 from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
 from pagewire_protocol.messages import Admission, Step, StepCost, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
@@ -30,26 +27,6 @@ SLOTS, BLOCK, BLOCKS, COUNT = 6, 8, 90, 8
 CONFIG = WorkerConfig(
     device="cpu", dtype="float32", block_size=BLOCK, num_kv_blocks=BLOCKS, threads=1
 )
-
-
-class Uploads:
-    def up(self, values: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-        copy = torch.from_numpy(np.ascontiguousarray(values).copy())
-        return copy if out is None else out.copy_(copy)
-
-
-class Event:
-    def __init__(self, **options: Any) -> None:
-        self._recorded = False
-
-    def record(self) -> None:
-        self._recorded = True
-
-    def query(self) -> bool:
-        return self._recorded
-
-    def synchronize(self) -> None:
-        assert self._recorded
 
 
 class Observer:
@@ -89,24 +66,12 @@ def path(tmp_path_factory):
 @pytest.fixture
 def on_gpu(path, monkeypatch):
     """make(observers) -> a GpuRunner, eager, whose device is the CPU."""
-    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", Event)
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.Event)
 
     def make(*observers: Any, masks: GrammarMasks | None = None) -> GpuRunner:
         loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
-        slots = Slots(SLOTS, loaded.sizing.max_model_len, BLOCK)
-        state = SlotState.empty(SLOTS + 1, slots.tables.shape[1], "cpu")
-        uploads: Any = Uploads()
-        masks = masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
-        parts = GpuParts(
-            loaded,
-            slots,
-            state,
-            uploads,
-            DecodeGraphs(loaded, state, SLOTS, eager=True, cascade=False, pool=None),
-            MixedSteps(loaded, slots, state, uploads, eager=True, cascade=False, pool=None),
-            ExtraSampling(loaded, slots, state, uploads, masks),
-            masks,
-            [torch.empty(SLOTS, dtype=torch.int32) for _ in range(RING)],
+        parts = gpu_on_cpu.parts(
+            loaded, SLOTS, masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
         )
         return GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, list(observers))
 

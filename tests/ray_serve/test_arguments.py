@@ -43,11 +43,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"distributed_executor_backend": "ray", "tensor_parallel_size": 2},
         "distributed_executor_backend=ray: a replica has its GPUs from Ray already, and starts its ranks on them by itself (mp)",
     ),
-    (
-        {"device": "cuda", "pipeline_parallel_size": 2},
-        "pipeline_parallel_size=2: pipeline stages run on CPUs only in this version (--device cpu); "
-        "--tensor-parallel-size divides a model among GPUs",
-    ),
     ({"ingress": {"replicas": 2}}, "ingress: replicas is no option of a Ray Serve deployment"),
     ({"ingress": 2}, "ingress is a mapping, not a int"),
     ({"num_replicas": "["}, "[: while parsing a flow node"),
@@ -108,6 +103,7 @@ def test_a_replica_gets_a_gpu_for_each_worker() -> None:
     assert gpus(device="cuda", num_workers=4, gpu_memory_utilization=0.45) == 2
     assert gpus(device="cuda", tensor_parallel_size=2, num_workers=2) == 4
     assert gpus(device="cpu", pipeline_parallel_size=2) == 0
+    assert gpus(device="cuda", pipeline_parallel_size=2, tensor_parallel_size=2) == 4
     assert gpus(device="cpu") == gpus(device="fake") == 0
     assert gpus(device="cuda", ray_actor_options={"num_gpus": 3}) == 3
 

@@ -1,7 +1,12 @@
 """Steps for a worker of several pipeline stages: as many micro-batches in flight as there are stages,
 with rows of their own."""
 
+from math import inf
+
 import pytest
+from pagewire.config import SchedulerConfig
+from pagewire.scheduler.step_estimator import StepEstimator
+from pagewire_protocol.messages import StepCost
 from scheduler.scheduler_sim import QUICK, World, ints
 
 
@@ -82,3 +87,25 @@ def test_one_request_alone_has_one_step_in_flight():
     widths = drain(world)
     assert set(widths) == {0, 1}
     assert world.output(handle) == world.expected(handle)
+
+
+def test_one_more_step_than_stages_is_sent_ahead_where_prompts_fill_it():
+    """The first stage then has its next step whenever it is done with one."""
+    made = StepEstimator(StepCost(4.0, 0.012, 1.1, 32.0), SchedulerConfig(), stages=2)
+    for number in range(3):
+        assert made.due(1e6) == -inf
+        made.sent(number, 100.0, 10.0, True)
+    assert made.due(1e6) > 10
+    made.returned(0, 10.2)
+    assert made.due(1e6) == -inf
+
+
+def test_what_later_stages_compute_keeps_no_step_waiting():
+    made = StepEstimator(StepCost(4.0, 0.012, 1.1, 32.0), SchedulerConfig(), stages=3)
+    made.sent(1, 25.0, 10.0, True)
+    made.sent(2, 25.0, 10.0, True)
+    assert made.due() == -inf
+    made.sent(3, 10.0, 10.0, True)
+    made.returned(1, 10.08)
+    made.sent(4, 20.0, 10.08, True)
+    assert made.due() == pytest.approx(10.08 + (0.8 * 20 - 2.5) / 1000)

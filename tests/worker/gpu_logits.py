@@ -1,7 +1,8 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
     python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b,…]
-        [--quantization int4|int8|fp8|bitsandbytes_8bit] [--tensor-parallel-size 2 [--one-gpu]]
+        [--quantization int4|int8|fp8|bitsandbytes_8bit]
+        [--tensor-parallel-size 2] [--pipeline-parallel-size 2] [--one-gpu]
 
 Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
 the whole stack: prompts of very different lengths in one batch, cut in chunks, with decodes beside
@@ -11,8 +12,9 @@ same weights; the errors may be as large as those of transformers' own bf16 (gpu
 line for each set-up, one for the verdict; the exit status is 0 when all is well. With
 `--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
 values in full; with fp8, whose products round the inputs of many rows too, transformers in bf16
-rounds all inputs. With `--tensor-parallel-size`, by several ranks on as many GPUs, or, with
-`--one-gpu`, on a single one. With `--device cpu`, small sizes: does the check itself work?
+rounds all inputs. With `--tensor-parallel-size` and `--pipeline-parallel-size`, by several ranks
+on as many GPUs, or, with `--one-gpu`, on a single one; two runs must then give the same bits. With
+`--device cpu`, small sizes: does the check itself work?
 """
 
 import argparse
@@ -52,8 +54,14 @@ class Stack:
 
     device: str
     quantization: str
-    ranks: int
+    size: int
+    stages: int
     one_gpu: bool
+
+    @property
+    def ranks(self) -> int:
+        """Of all stages."""
+        return self.size * self.stages
 
     def settings(self) -> dict[str, Any]:
         """Of LLM."""
@@ -61,7 +69,8 @@ class Stack:
         return {
             "device": self.device,
             "quantization": self.quantization or None,
-            "tensor_parallel_size": self.ranks,
+            "tensor_parallel_size": self.size,
+            "pipeline_parallel_size": self.stages,
             **step,
         }
 
@@ -92,7 +101,7 @@ SCALES = {
         },
     ),
     "cpu": Scale(
-        {"llama-3.1-8b": 1, "qwen3-0.6b": 1, "qwen3-30b-a3b": 1}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
+        {"llama-3.1-8b": 2, "qwen3-0.6b": 2, "qwen3-30b-a3b": 2}, 512, (1, 17, 50, 150, 100), 64, 5, 128,
         {"default": ({}, True), "chunks of 64": ({"max_num_batched_tokens": 64}, False)},
     ),
 }  # fmt: skip
@@ -163,17 +172,22 @@ def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
                 expert.copy_(rounding.full(expert))
 
 
-def run(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[Said]:
-    """What the stack says in one set-up."""
-    settings, grouped = scale.setups[name]
-    base: dict[str, Any] = {
+def base_settings(scale: Scale, asked: Asked) -> dict[str, Any]:
+    """Of LLM, in all set-ups."""
+    return {
         "dtype": "bfloat16",
         "num_kv_blocks": scale.blocks,
         "skip_tokenizer_init": True,
         "max_num_seqs": 128,
         "max_model_len": max(map(len, asked.alone + asked.behind + asked.rows)) + STEPS,
     }
-    with LLM(str(path / "served"), **{**base, **stack.settings(), **settings}) as llm:
+
+
+def run(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[Said]:
+    """What the stack says in one set-up."""
+    settings, grouped = scale.setups[name]
+    settings = {**base_settings(scale, asked), **stack.settings(), **settings}
+    with LLM(str(path / "served"), **settings) as llm:
         alone = generate(llm, asked.alone, TOP)
         behind = generate(llm, asked.behind)
         if grouped:
@@ -199,6 +213,36 @@ def generate(llm: LLM, prompts: list[list[int]], prompt_logprobs: int | None = N
         prompt_logprobs=prompt_logprobs,
     )
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def repeated(path: Path, scale: Scale, stack: Stack, asked: Asked, name: str) -> list[str]:
+    """What two starts of several ranks say differently. Each prompt is alone, since what is beside
+    it, which no two runs have alike, changes how sums are rounded."""
+    told: list[list[Any]] = []
+    for _ in range(2):
+        settings = {
+            **base_settings(scale, asked),
+            **stack.settings(),
+            "enable_prefix_caching": False,
+        }
+        with LLM(str(path / "served"), **settings) as llm:
+            told.append([generate(llm, [prompt], TOP)[0] for prompt in asked.alone])
+    return [
+        f"{name}: two runs differ for a prompt of {len(first.prompt_token_ids)} tokens"
+        for first, second in zip(*told, strict=True)
+        if exactly(first) != exactly(second)
+    ]
+
+
+def exactly(output: Any) -> object:
+    """All tokens and log-probabilities of a request, to the last bit."""
+    return (
+        output.outputs[0].token_ids,
+        [
+            {token: one.logprob for token, one in place.items()}
+            for place in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        ],
+    )
 
 
 def setups_of(scale: Scale, stack: Stack) -> list[str]:
@@ -240,19 +284,21 @@ def check(name: str, scale: Scale, stack: Stack) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         save_model(name, scale, path, stack.device, stack.quantization)
-        one = functools.partial(run, path, scale, stack, Asked(scale))
+        asked = Asked(scale)
+        one = functools.partial(run, path, scale, stack, asked)
         at_once = 4 if stack.device == "cuda" and stack.ranks == 1 else 1
         said = in_turn(one, setups_of(scale, stack), at_once)
         verdicts = judge(
             Oracle(path / "oracle", stack.device, float8_inputs=stack.quantization == "fp8"),
             [told for several in said.values() for told in several],
         )
+        unlike = repeated(path, scale, stack, asked, name) if stack.ranks > 1 else []
+    if stack.ranks > 1 and not unlike:
+        print(f"{name}: two runs give the same bits", flush=True)
     for setup, (line, _) in verdicts.items():
         print(f"{name}, {setup}: {line}", flush=True)
-    return [
-        f"{name}, {fault}"
-        for fault in [*same(said), *(fault for _, faults in verdicts.values() for fault in faults)]
-    ]
+    faults = [*same(said), *(fault for _, faults in verdicts.values() for fault in faults)]
+    return [*(f"{name}, {fault}" for fault in faults), *unlike]
 
 
 def main() -> int:
@@ -267,6 +313,7 @@ def main() -> int:
     )
     parser.add_argument("--quantization", default="", choices=("", *ROUNDINGS))
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
     options = parser.parse_args()
     if not begin("gpu_logits", options.device):
@@ -275,7 +322,11 @@ def main() -> int:
         os.environ["PAGEWIRE_RANKS_SHARE_A_GPU"] = "1"
     models, scale = options.models.split(","), SCALES[options.device]
     stack = Stack(
-        options.device, options.quantization, options.tensor_parallel_size, options.one_gpu
+        options.device,
+        options.quantization,
+        options.tensor_parallel_size,
+        options.pipeline_parallel_size,
+        options.one_gpu,
     )
     return conclude(
         "gpu_logits", lambda: [fault for name in models for fault in check(name, scale, stack)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pagewire.commands import doctor, doctor_container, doctor_ranks
@@ -143,19 +144,32 @@ def test_how_gpus_reach_each_other() -> None:
     nvlink, none = Connection(0, 1, True, "NV18"), Connection(0, 1, False, "SYS")
     elsewhere = Connection(0, 2, False)
     check = doctor_ranks.check_peers
-    assert check((nvlink, elsewhere), (H100, TWIN)) == (
+    assert check((nvlink, elsewhere), (H100, TWIN), ON_CUDA) == (
         "ok",
         "the ranks' GPUs can use each other's memory over NV18",
     )
-    assert check((Connection(0, 1, True),), (H100, TWIN))[0] == "ok"
-    assert check((Connection(0, 1, True, "PHB"),), (H100, TWIN)) == (
+    assert check((Connection(0, 1, True),), (H100, TWIN), ON_CUDA)[0] == "ok"
+    assert check((Connection(0, 1, True, "PHB"),), (H100, TWIN), ON_CUDA) == (
         "note",
         "the ranks' GPUs can use each other's memory over PHB; PHB is PCIe, and every layer waits for it twice",
     )
-    assert check((none,), (H100, TWIN)) == (
+    assert check((none,), (H100, TWIN), ON_CUDA) == (
         "note",
         "GPU 0 and GPU 1 (SYS) cannot use each other's memory: all collective operations go through NCCL, "
         "which is slower for few rows",
+    )
+
+
+def test_stages_of_one_rank_need_less_of_a_connection() -> None:
+    check = doctor_ranks.check_peers
+    assert check((Connection(0, 1, True, "PHB"),), (H100, TWIN), STAGES_ON_CUDA) == (
+        "ok",
+        "the ranks' GPUs can use each other's memory over PHB; PHB is PCIe, and hidden states go over it",
+    )
+    assert check((Connection(0, 1, False, "SYS"),), (H100, TWIN), STAGES_ON_CUDA) == (
+        "note",
+        "GPU 0 and GPU 1 (SYS) cannot use each other's memory: NCCL hands on hidden states through the "
+        "host's memory",
     )
 
 
@@ -180,15 +194,18 @@ def test_all_ranks_of_all_stages_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor_ranks.check_places(STAGES_ON_CPU, probe())[0] == "note"
 
 
-def test_stages_on_gpus_are_refused_as_at_a_start(tiny) -> None:
+def test_stages_on_gpus_need_a_gpu_a_rank(tiny) -> None:
     model = ModelConfig(str(tiny("llama").path))
-    with pytest.raises(BadSetting) as refusal:
-        doctor_ranks.check_places(STAGES_ON_CUDA, probe(H100, TWIN))
-    assert str(refusal.value) == (
-        "--pipeline-parallel-size 2: pipeline stages run on CPUs only in this version (--device cpu); "
-        "--tensor-parallel-size divides a model among GPUs"
+    assert doctor_ranks.check_places(STAGES_ON_CUDA, probe(H100, TWIN)) == (
+        "ok",
+        "2 ranks, 2 stages of 1, on GPU 0 (NVIDIA H100 80GB HBM3, 80.0 GiB), "
+        "GPU 1 (NVIDIA H100 80GB HBM3, 80.0 GiB)",
     )
-    assert subjects(model, STAGES_ON_CUDA, probe(H100, TWIN)) == ["ranks", "division"]
+    mark, text = doctor_ranks.check_places(STAGES_ON_CUDA, probe(H100))
+    assert mark == "BROKEN" and text.startswith("a GPU a rank is needed, 2 in all, and there are 1")
+    assert subjects(model, STAGES_ON_CUDA, probe(H100, TWIN)) == [
+        "ranks", "peers", "shared memory", "division", "rank memory",
+    ]  # fmt: skip
     assert "2 processes, 2 stages of 1" in doctor_ranks.check_places(STAGES_ON_CUDA, probe())[1]
 
 
@@ -330,6 +347,32 @@ def test_what_each_stage_holds(size: int, quantization: str, share: float, tiny)
     )
     assert "; each rank of stage 1 (1 layer, head) holds " in text
     assert f", {answer.tokens:,} tokens in all; contexts of up to" in text
+
+
+@pytest.mark.parametrize("quantization", ["", "int8"])
+def test_what_each_stage_holds_of_gpus(quantization: str, tiny) -> None:
+    """The weights of its part, and what is left of its GPU's memory for blocks, of which all have as
+    many as the stage with the least room."""
+    from pagewire.config import SchedulerConfig
+    from pagewire.worker.load.rank_forecast import Request, forecast
+
+    path = tiny("llama").path
+    model = ModelConfig(str(path), quantization=quantization)
+
+    def of(stages: int, *gpus: Gpu) -> Any:
+        worker = WorkerConfig(device="cuda", dtype="bfloat16", pipeline_parallel_size=stages)
+        answer = forecast(Request(str(path), model, SchedulerConfig(), worker, gpus))
+        assert not answer.reason
+        return answer
+
+    whole, parts = of(1, H100), of(2, H100, TWIN)
+    first, last = parts.stages
+    assert (first.layers, last.layers) == (2, 1) and first.weights > last.weights
+    table = 257 * 64 * 2
+    both = first.weights + last.weights - table
+    about = 0.1 if quantization else 0.02  # of quantized weights it is an estimate
+    assert both == pytest.approx(whole.stages[0].weights, rel=about)
+    assert first.cache == 2 * last.cache and 1.3 < parts.tokens / whole.tokens < 1.6
 
 
 def test_stages_that_are_alike_are_told_together() -> None:

@@ -1,12 +1,8 @@
 """One model in pipeline stages: every family against one process, and what the last stage samples
 and the first one answers, over gloo. Ranks are threads here."""
 
-import queue
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,18 +11,16 @@ from pagewire.config import ModelConfig
 from pagewire.process.group import GroupMemory, RingReader, RingWriter
 from pagewire.worker.cpu import stages
 from pagewire.worker.load import weights
-from pagewire.worker.load.rank_agreement import Ranks
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.decoder import HiddenStates
 from pagewire.worker.models.ranks import PipelineStage, check_ranks, check_undivided
-from pagewire.worker.rank_link import Follower, Leader
+from pagewire.worker.rank_link import Leader
 from pagewire.worker.step import rank_masks
-from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.rank_masks import LeadingMasks, MakeMasks
 from pagewire_protocol.messages import Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
-from rank_threads import run_stages, without
 from safetensors.torch import save_file
+from stage_threads import FollowerTakingTurns, collect, run_group
 from torch import Tensor
 from worker.conftest import Driver, Harness, Work, assert_close, ids_and_batch
 from worker.model_variants import VARIANTS
@@ -111,118 +105,6 @@ def test_16_bits_are_the_same_bits(variant, tiny, harness, numbers):
 # --- steps, over gloo ---
 
 
-class Steps:
-    """What rank 0 hands to the others."""
-
-    def __init__(self, ranks: int) -> None:
-        self._queues = [queue.SimpleQueue() for _ in range(ranks)]
-
-    def put(self, step: Any) -> None:
-        for one in self._queues[1:]:
-            one.put(step)
-
-    def get(self, rank: int, turn: threading.Lock) -> Any:
-        with without(turn):
-            return self._queues[rank].get()
-
-
-class Leading:
-    """Rank 0's runner as a SyncRunner: it hands on each step and waits for its end."""
-
-    def __init__(self, runner, steps: Steps, turn: threading.Lock) -> None:
-        self.runner = runner
-        self.facts = runner.facts
-        self._steps = steps
-        self.turn = turn
-
-    def clear(self) -> None:
-        """As after a new scheduler."""
-        self.runner.clear()
-        self._steps.put("clear")
-
-    def launch(self, step: Step):
-        self._steps.put(step)
-        return self.runner.launch(step)
-
-    def finished(self, handle) -> StepResult:
-        return finished(handle, self.turn)
-
-    def execute(self, step: Step) -> StepResult:
-        return self.finished(self.launch(step))
-
-
-def finished(handle, turn: threading.Lock) -> StepResult:
-    while not handle.done():
-        with without(turn):
-            time.sleep(0.0005)
-    return handle.result()
-
-
-def give_up_turns(runner, turn: threading.Lock) -> None:
-    """While the first stage waits for the last one."""
-    take = runner._receiver.take
-
-    def patient(wait: bool) -> bytes | None:
-        if not wait:
-            return take(False)
-        with without(turn):
-            return take(True)
-
-    runner._receiver.take = patient
-
-
-class FollowerTakingTurns(Follower):
-    """Gives up its turn while it waits for rank 0."""
-
-    def __init__(self, ring: RingReader, turn: threading.Lock) -> None:
-        super().__init__(ring)
-        self._turn = turn
-
-    def masks(self) -> bytes:
-        with without(self._turn):
-            return super().masks()
-
-
-def usual_masks(rank: int, turn: threading.Lock) -> MakeMasks:
-    return GrammarMasks
-
-
-def run_group(
-    path: Path,
-    count: int,
-    size: int,
-    drive: Callable[[Driver], Any],
-    masks: Callable[[int, threading.Lock], MakeMasks] = usual_masks,
-) -> list[Any]:
-    """What `drive` returns of rank 0's Driver; of each other rank, the results of all steps. masks:
-    what makes those of a rank."""
-    steps = Steps(count * size)
-
-    def run(ranks: Ranks, turn: threading.Lock):
-        def make(*arguments, **options):
-            own = {"ranks": ranks, "make_masks": masks(ranks.rank, turn)}
-            runner = stages.start(*arguments, **options | own)
-            if ranks.stage.is_first:
-                give_up_turns(runner, turn)
-            return runner if ranks.rank else Leading(runner, steps, turn)
-
-        driver = Driver(path, make=make)
-        if not ranks.rank:
-            try:
-                return drive(driver)
-            finally:
-                steps.put(None)
-        results = []
-        while (step := steps.get(ranks.rank, turn)) is not None:
-            if step == "clear":
-                driver.runner.clear()
-            else:
-                results.append(finished(driver.runner.launch(step), turn))
-        return results
-
-    return run_stages(count, size, run)
-
-
 SAMPLINGS = (
     Sampling(1, 12, temperature=0.0),
     Sampling(3, 12, top_p=0.9),
@@ -296,11 +178,6 @@ def test_stages_compute_steps_of_different_rows_at_a_time(tiny, numbers):
 
     tokens, *_ = run_group(path, 2, 1, drive)
     assert tokens == [alone(path, prompt, 7) for prompt in prompts]
-
-
-def collect(driver: Driver, result: StepResult) -> None:
-    for slot, token in zip(unpack("i", result.slots), unpack("i", result.tokens), strict=True):
-        driver.out[slot].append(token)
 
 
 def test_a_step_waits_for_the_tokens_of_its_own_rows(tiny, numbers):

@@ -44,15 +44,13 @@ def list_checks(
     if worker.world_size == 1:
         return
     gpus = ranks_gpus(worker, probe)
-    has_refused_stages = bool(gpus) and worker.pipeline_parallel_size > 1
     yield "ranks", lambda: check_places(worker, probe)
-    if gpus and not has_refused_stages:
-        yield "peers", lambda: check_peers(probe.connections, gpus)
+    if gpus:
+        yield "peers", lambda: check_peers(probe.connections, gpus, worker)
         yield "shared memory", check_shared_memory
     path = huggingface.cached(model)
     if path is not None and worker.device != "fake":
         yield "division", lambda: check_division(path, model, worker)
-    if path is not None and worker.device != "fake" and not has_refused_stages:
         yield "rank memory", lambda: check_memory(path, model, worker, gpus)
 
 
@@ -67,7 +65,6 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
     """Whether there is a GPU for each rank, and who starts them. Raises config.BadSetting."""
     stack.check_backend(worker)
     gpus = ranks_gpus(worker, probe)
-    stack.check_stages(worker, bool(gpus))
     size = worker.world_size
     by_ray = worker.distributed_executor_backend == "ray"
     placed = f"; placed by Ray {importlib.metadata.version('ray')}" if by_ray else ""
@@ -88,7 +85,9 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
         return "BROKEN", str(error)
     busy = [f"{gpu.title()}: {users}" for gpu in gpus if (users := gpu.users())]
     notes = [line, *busy] if line else busy
-    text = "; ".join([f"{size} ranks on {titles}", *notes]) + placed
+    stages = worker.pipeline_parallel_size
+    divided = f", {stages} stages of {worker.tensor_parallel_size}," if stages > 1 else ""
+    text = "; ".join([f"{size} ranks{divided} on {titles}", *notes]) + placed
     return ("note" if notes else "ok"), text
 
 
@@ -106,23 +105,29 @@ def _on_cpus(worker: WorkerConfig) -> Result:
     return ("note" if size > cores else "ok"), text
 
 
-def check_peers(connections: Sequence[Connection], gpus: Sequence[Gpu]) -> Result:
+def check_peers(
+    connections: Sequence[Connection], gpus: Sequence[Gpu], worker: WorkerConfig
+) -> Result:
     """Whether the ranks reach each other's memory, and over what."""
+    has_sums = worker.tensor_parallel_size > 1
     indices = {gpu.index for gpu in gpus}
     between = [each for each in connections if {each.first, each.second} <= indices]
     apart = [each for each in between if not each.reachable]
     if apart:
         pairs = ", ".join(f"GPU {each.first} and GPU {each.second}{_kind(each)}" for each in apart)
-        return "note", (
-            f"{pairs} cannot use each other's memory: all collective operations go through NCCL, "
-            "which is slower for few rows"
+        through = (
+            "all collective operations go through NCCL, which is slower for few rows"
+            if has_sums
+            else "NCCL hands on hidden states through the host's memory"
         )
+        return "note", f"{pairs} cannot use each other's memory: {through}"
     kinds = sorted({each.kind for each in between} - {""})
     over = f" over {', '.join(kinds)}" if kinds else ""
     slow = [kind for kind in kinds if not kind.startswith(NVLINK)]
     text = f"the ranks' GPUs can use each other's memory{over}"
     if slow:
-        return "note", f"{text}; {', '.join(slow)} is PCIe, and every layer waits for it twice"
+        waits = "every layer waits for it twice" if has_sums else "hidden states go over it"
+        return "note" if has_sums else "ok", f"{text}; {', '.join(slow)} is PCIe, and {waits}"
     return "ok", text
 
 

@@ -26,7 +26,6 @@ def run(run: RunConfig, model: Any, scheduler: SchedulerConfig, worker: WorkerCo
     """Until a signal ends it. 0 after an orderly stop, 1 when the ranks cannot be started or kept
     running: stderr's last line says why. Raises config.BadSetting."""
     stack.check_backend(worker)
-    stack.check_stages(worker, worker.device in ("auto", "cuda") and bool(stack.gpus()))
     return _RankGroup(run, model, scheduler, worker).run()
 
 

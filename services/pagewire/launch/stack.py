@@ -20,7 +20,6 @@ from pagewire_protocol.channels import check_unused, prepare_run_dir
 from pagewire_protocol.structs import Role
 
 from ..config import (
-    STAGES_ON_GPUS,
     BadSetting,
     FrontendConfig,
     ModelConfig,
@@ -96,16 +95,7 @@ def check_workers(config: StackConfig) -> StackConfig:
     for, and when their ranks cannot be started as asked for."""
     check_backend(config.worker)
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
-    check_stages(config.worker, bool(visible))
-    ranks = config.worker.tensor_parallel_size
-    needed = config.num_workers * ranks
-    if visible and ranks > 1 and needed > len(visible) and not ranks_share_a_gpu():
-        several = f" for each of {config.num_workers} workers" if config.num_workers > 1 else ""
-        raise BadSetting(
-            "tensor_parallel_size",
-            ranks,
-            f"a GPU a rank is needed{several}, and there are {len(visible)}: {', '.join(visible)}",
-        )
+    _check_ranks(config, visible)
     share = config.worker.gpu_memory_utilization
     room_each = int(1 / share + 1e-6)
     room = len(visible) * room_each
@@ -135,10 +125,23 @@ def check_backend(worker: WorkerConfig) -> None:
         )
 
 
-def check_stages(worker: WorkerConfig, on_gpus: bool) -> None:
-    """Raises BadSetting for pipeline stages where the model runs on GPUs."""
-    if on_gpus and worker.pipeline_parallel_size > 1:
-        raise BadSetting("pipeline_parallel_size", worker.pipeline_parallel_size, STAGES_ON_GPUS)
+def _check_ranks(config: StackConfig, visible: list[str]) -> None:
+    """Raises BadSetting when there are more ranks than `visible` GPUs, where there are any."""
+    worker = config.worker
+    ranks = worker.world_size
+    needed = config.num_workers * ranks
+    if not visible or ranks == 1 or needed <= len(visible) or ranks_share_a_gpu():
+        return
+    name, several = "tensor_parallel_size", ""
+    if worker.pipeline_parallel_size > 1:
+        name, several = "pipeline_parallel_size", f", {ranks} in all"
+    if config.num_workers > 1:
+        several += f" for each of {config.num_workers} workers"
+    raise BadSetting(
+        name,
+        getattr(worker, name),
+        f"a GPU a rank is needed{several}, and there are {len(visible)}: {', '.join(visible)}",
+    )
 
 
 def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:

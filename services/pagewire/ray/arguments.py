@@ -15,7 +15,6 @@ import yaml
 from ray import serve
 
 from ..cli import Parser
-from ..config import BadSetting
 from ..launch import flags, stack
 from ..launch.stack import StackConfig
 
@@ -90,10 +89,6 @@ def plan_of(arguments: Mapping[str, Any]) -> Plan:
             f"{SOURCE}: distributed_executor_backend=ray: a replica has its GPUs from Ray already, "
             "and starts its ranks on them by itself (mp)"
         )
-    try:
-        stack.check_stages(config.worker, on_gpus=gpus_of(config) > 0)
-    except BadSetting as error:
-        raise ValueError(f"{SOURCE}: {error.name}={error.value}: {error.reason}") from None
     return Plan(
         stack_flags,
         config.frontend.max_body_mb << 20,

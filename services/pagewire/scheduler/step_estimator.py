@@ -4,6 +4,7 @@ knows neither requests nor blocks.
 """
 
 from collections import deque
+from itertools import islice
 from math import inf, sqrt
 from typing import Final, NamedTuple
 
@@ -153,9 +154,12 @@ class StepEstimator:
             pending_tokens >= self.step_tokens
             or pending_tokens * self.cost.token_ms * self.ratio >= self._limit_ms
         )
-        if len(sent) < LEAST_AHEAD and (full or self._limit_ms == inf):
+        later = self._stages - 1
+        if len(sent) < LEAST_AHEAD + later and (full or self._limit_ms == inf):
             return -inf
-        least_ms = SURE * sum([step.ms * (self.ratio if step.mixed else 1.0) for step in sent])
+        # What later stages compute keeps nobody waiting for the first one.
+        before = islice(sent, later, None)
+        least_ms = SURE * sum([step.ms * (self.ratio if step.mixed else 1.0) for step in before])
         return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:

@@ -14,7 +14,7 @@ from pagewire_kernels.communicator import (
 )
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
-from ..config import STAGES_ON_GPUS, ranks_share_a_gpu
+from ..config import ranks_share_a_gpu
 from ..process.group import Place
 from .load.rank_agreement import ALONE, Ranks, StageLinks
 from .models.ranks import PipelineStage
@@ -53,53 +53,89 @@ def connect_ranks(
 ) -> Ranks:
     """The same through `store`, which no group has used before."""
     host = GlooCommunicator(PrefixStore("host", store), place.rank, place.size, LOADING_TIMEOUT_S)
-    if device == "cuda":
-        if stages > 1:
-            raise NoCommunicator(f"--pipeline-parallel-size {stages}: {STAGES_ON_GPUS}")
-        return Ranks(_on_gpus(PrefixStore("layers", store), place), host)
     size = place.size // stages
     stage = PipelineStage(place.rank // size, stages)
+    gpu = _take_gpu(place) if device == "cuda" else None
     layers: Communicator = SINGLE_RANK
     if size > 1:
         own = PrefixStore(f"layers-{stage.index}", store)
-        layers = GlooCommunicator(own, place.rank % size, size, TIMEOUT_S)
-    return Ranks(layers, host, stage, _links(store, place.rank, size, stage, stage_timeout_s))
+        number = place.rank % size
+        layers = (
+            GlooCommunicator(own, number, size, TIMEOUT_S)
+            if gpu is None
+            else _on_gpu(own, number, size, gpu)
+        )
+    links = StageLinks()
+    if not stage.is_whole:
+        pairs = _Pairs(store, place.rank, gpu, stage_timeout_s)
+        links = pairs.links(stage, size)
+    return Ranks(layers, host, stage, links)
 
 
-def _links(
-    store: Store, rank: int, size: int, stage: PipelineStage, timeout_s: float
-) -> StageLinks:
-    """Of a rank of a stage of `size` ranks. All connect in the order of the stages."""
-    if stage.is_whole:
-        return StageLinks()
+class _Pairs:
+    """Connections of rank `rank` to single other ones. gpu: where its hidden states are, None on a
+    CPU."""
 
-    def link(sender: int, receiver: int) -> PointToPoint:
-        own = PrefixStore(f"{sender}-to-{receiver}", store)
-        is_sender = rank == sender
-        peer = receiver if is_sender else sender
-        return GlooPointToPoint(own, rank, peer, is_sender=is_sender, timeout_s=timeout_s)
+    def __init__(self, store: Store, rank: int, gpu: torch.device | None, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._gpu = gpu
+        self._timeout_s = timeout_s
 
-    first = rank % size
-    last = first + size * (stage.count - 1)
-    return StageLinks(
-        previous=None if stage.is_first else link(rank - size, rank),
-        following=None if stage.is_last else link(rank, rank + size),
-        results=link(last, first) if stage.is_first or stage.is_last else None,
-    )
+    def links(self, stage: PipelineStage, size: int) -> StageLinks:
+        """Of a rank of a stage of `size` ranks. All connect in the order of the stages."""
+        rank = self._rank
+        first = rank % size
+        last = first + size * (stage.count - 1)
+        return StageLinks(
+            previous=None if stage.is_first else self._hidden_states(rank - size, rank),
+            following=None if stage.is_last else self._hidden_states(rank, rank + size),
+            results=self._by_gloo(last, first, "results")
+            if stage.is_first or stage.is_last
+            else None,
+        )
+
+    def _hidden_states(self, sender: int, receiver: int) -> PointToPoint:
+        if self._gpu is None:
+            return self._by_gloo(sender, receiver, "hidden states")
+        from pagewire_kernels.cuda_point_to_point import NcclPointToPoint, StagedPointToPoint
+
+        store, peer, is_sender = self._ends(sender, receiver, "hidden states")
+        if ranks_share_a_gpu():
+            return StagedPointToPoint(store, self._rank, peer, is_sender=is_sender)
+        return NcclPointToPoint(store, self._rank, peer, self._gpu, is_sender=is_sender)
+
+    def _by_gloo(self, sender: int, receiver: int, of: str) -> PointToPoint:
+        store, peer, is_sender = self._ends(sender, receiver, of)
+        timeout_s = self._timeout_s if self._gpu is None else TIMEOUT_S
+        return GlooPointToPoint(store, self._rank, peer, is_sender=is_sender, timeout_s=timeout_s)
+
+    def _ends(self, sender: int, receiver: int, of: str) -> tuple[Store, int, bool]:
+        """(a store for the two, the other one, whether this one sends)."""
+        is_sender = self._rank == sender
+        store = PrefixStore(f"{of}-{sender}-to-{receiver}", self._store)
+        return store, receiver if is_sender else sender, is_sender
 
 
-def _on_gpus(store: PrefixStore, place: Place) -> Communicator:
-    """Raises NoCommunicator."""
-    from pagewire_kernels import cuda_communicator
-
+def _take_gpu(place: Place) -> torch.device:
+    """This rank's, which is torch's current device from now on. Raises NoCommunicator."""
     if ranks_share_a_gpu():
-        device = torch.device("cuda", 0)
-        return cuda_communicator.connect_on_one_gpu(store, place.rank, place.size, device)
+        return torch.device("cuda", 0)
     count = torch.cuda.device_count()
     if count < place.size:
         raise NoCommunicator(
-            f"--tensor-parallel-size {place.size} needs as many GPUs, and this process sees {count}"
+            f"{place.size} ranks need as many GPUs, and this process sees {count}: lower "
+            "--tensor-parallel-size or --pipeline-parallel-size"
         )
     torch.cuda.set_device(place.rank)
-    device = torch.device("cuda", place.rank)
-    return cuda_communicator.connect(store, place.rank, place.size, device)
+    return torch.device("cuda", place.rank)
+
+
+def _on_gpu(store: Store, rank: int, size: int, device: torch.device) -> Communicator:
+    """To the other ranks of a tensor-parallel group of `size`."""
+    from pagewire_kernels import cuda_communicator
+
+    connect = (
+        cuda_communicator.connect_on_one_gpu if ranks_share_a_gpu() else cuda_communicator.connect
+    )
+    return connect(store, rank, size, device)

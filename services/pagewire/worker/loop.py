@@ -182,9 +182,18 @@ def _load(
 
         # A kernel may take minutes to compile.
         with kernel_cache.kept(node.run_dir), ticking(narrate.alive):
-            from .gpu.runner import start
+            from .gpu.stages import start
 
-            return start(path, model, scheduler, config, incarnation, narrate, ranks, make_masks)
+            return start(
+                path,
+                model,
+                scheduler,
+                config,
+                incarnation,
+                narrate,
+                ranks=ranks,
+                make_masks=make_masks,
+            )
     from .cpu.stages import start as start_on_cpu
 
     with ticking(narrate.alive):  # compiling may take as long here
@@ -335,7 +344,14 @@ class _Server:
                 has_beaten = True
             if not has_beaten:
                 self._beat()
+                self._use_idle_time()
             self._send_results()
+
+    def _use_idle_time(self) -> None:
+        """The other ranks of a group would not know of it."""
+        if not self._steps and self._leader is None:
+            with self._ticker:
+                self._runner.idle()
 
     def _follow(self, epoch: int) -> None:
         """There is a new scheduler, which knows nothing of the steps under way."""

@@ -47,6 +47,10 @@ class AsyncRunner(Protocol):
         """Forget every request: there is a new scheduler."""
         ...
 
+    def idle(self) -> None:
+        """Nothing is to be done: a bit of what was put off, for less than a tenth of a second."""
+        ...
+
 
 class SyncRunner(Protocol):
     """A runner that computes while it is called."""
@@ -82,6 +86,9 @@ class CompletedStep:
 
 class OnCpu:
     """Base of AsyncRunners whose steps share a CPU with others, and may take minutes."""
+
+    def idle(self) -> None:
+        """Nothing is ever put off."""
 
 
 class AsyncFromSync(OnCpu):

@@ -7,6 +7,7 @@ pool. Steps whose rows have blocks in common have graphs of their own, with the 
 buffers too; they come in larger batches, so their buckets are fewer.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,8 +25,10 @@ from pagewire_protocol.messages import Shared
 from torch import Tensor
 
 from ..load.loader import Loaded
+from ..models.decoder import HiddenStates
 from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
+from .stage_part import StagePart
 from .staging import Uploads
 
 Pool = Any
@@ -53,20 +56,43 @@ def cascade_buckets(most: int) -> list[int]:
 @dataclass
 class Decoded:
     """What a step left on the device: logits [B, V]; sampled_tokens int32 [B], -1 where the logits
-    were not finite."""
+    were not finite. Of a pipeline stage before the last one, hidden states, and logits of no rows."""
 
     logits: Tensor
     sampled_tokens: Tensor
+    hidden: HiddenStates | None = None
+
+    @classmethod
+    def of_stage(cls, hidden: HiddenStates) -> "Decoded":
+        """What a stage before the last one leaves."""
+        return cls(hidden.x[:0], hidden.x[:0], hidden)
+
+    def lent(self) -> "Decoded":
+        """The same, of a captured graph, whose pool keeps the memory."""
+        if self.hidden is None:
+            return Decoded(borrowed(self.logits), borrowed(self.sampled_tokens))
+        x, residual = self.hidden
+        return Decoded.of_stage(
+            HiddenStates(borrowed(x), None if residual is None else borrowed(residual))
+        )
 
 
 class DecodeGraphs:
     """`run(rows, ...)` decodes the first `rows` entries of `slots`, which the caller fills (-1 is
-    padding)."""
+    padding). stage: of a model that is divided into pipeline stages, else None."""
 
     def __init__(
-        self, loaded: Loaded, state: SlotState, most: int, eager: bool, cascade: bool, pool: Pool
+        self,
+        loaded: Loaded,
+        state: SlotState,
+        most: int,
+        eager: bool,
+        cascade: bool,
+        pool: Pool,
+        stage: StagePart | None = None,
     ) -> None:
         self._loaded = loaded
+        self._stage = stage
         self._state = state
         self._eager = eager
         device = state.last_token.device
@@ -76,7 +102,7 @@ class DecodeGraphs:
         self._groups = GroupBuffers(most, device)
         self._rows = DecodeRows.empty(most, state.table.shape[1], device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._sampled_tokens = torch.empty(most, dtype=torch.int32, device=device)
+        self._sampled_tokens = torch.zeros(most, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, bool, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
         self._pool = pool
 
@@ -94,23 +120,37 @@ class DecodeGraphs:
             self._groups.load(shared, rows, uploads)
         return size
 
-    def capture_all(self, progress: Callable[[float], None]) -> None:
-        """Capture each bucket, from large to small; filtered ones follow when they are needed."""
-        wanted = [
+    def _wanted(self) -> list[tuple[int, bool]]:
+        """(size, cascade) of the graphs, from large to small; filtered ones follow when they are
+        needed."""
+        return [
             *((size, False) for size in reversed(self.sizes)),
             *((size, True) for size in reversed(self.cascade_sizes)),
         ]
+
+    def rehearsals(self) -> list[Callable[[], object]]:
+        """What `capture_all` launches."""
+        return [
+            functools.partial(self._decode, size, False, cascade)
+            for size, cascade in self._wanted()
+        ]
+
+    def capture_all(self, progress: Callable[[float], None]) -> None:
+        """Capture each bucket."""
+        wanted = self._wanted()
         for done, (size, cascade) in enumerate(wanted):
             self._capture(size, False, cascade)
             progress(done / len(wanted))
 
-    def run(self, size: int, filtered: bool, cascade: bool) -> Decoded:
-        """`size` is a bucket; `filtered`: some row restricts the vocabulary; `cascade`: common
-        blocks are read once a group."""
+    def run(self, size: int, rows: int, filtered: bool, cascade: bool) -> Decoded:
+        """`size` is a bucket, for `rows` rows; `filtered`: some row restricts the vocabulary;
+        `cascade`: common blocks are read once a group. Raises CommunicatorFailed."""
+        if not self._eager and (size, filtered, cascade) not in self._graphs:
+            self._capture(size, filtered, cascade)
+        if self._stage is not None:
+            self._stage.receive(rows, size)
         if self._eager:
             return self._decode(size, filtered, cascade)
-        if (size, filtered, cascade) not in self._graphs:
-            self._capture(size, filtered, cascade)
         graph, decoded = self._graphs[size, filtered, cascade]
         graph.replay()
         return decoded
@@ -127,10 +167,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self._decode(size, filtered, cascade)
-        self._graphs[size, filtered, cascade] = (
-            graph,
-            Decoded(borrowed(decoded.logits), decoded.sampled_tokens),
-        )
+        self._graphs[size, filtered, cascade] = (graph, decoded.lent())
         self.slots.copy_(saved)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
@@ -149,11 +186,19 @@ class DecodeGraphs:
             loaded.sizing.max_model_len,
         )
         batch.groups = self._groups.first(size) if cascade else None
-        logits = loaded.decoder(
-            rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
-        )
+        sampled_tokens = self._sampled_tokens[:size]
+        if self._stage is None:
+            logits = loaded.decoder(
+                rows.tokens, loaded.cos_sin, loaded.caches, batch, None, lambda: None
+            )
+        else:
+            hidden = self._stage.run(rows.tokens, batch)
+            if not self._stage.is_last:
+                # the tokens are those of the last stage, and come later
+                commit(slots, sampled_tokens, sampled_tokens, self._state, sampled_tokens)
+                return Decoded.of_stage(hidden)
+            logits = self._stage.logits(hidden, batch, None)
         sampling = ops.SamplingRows(rows.sampling_params, rows.seeds, rows.positions, filtered)
         sampled = ops.sample(logits, sampling)
-        sampled_tokens = self._sampled_tokens[:size]
         commit(slots, sampled.tokens, sampled.bad, self._state, sampled_tokens)
         return Decoded(logits, sampled_tokens)

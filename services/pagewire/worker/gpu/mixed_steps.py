@@ -6,9 +6,10 @@ thousand tokens; below that a graph is replayed, padded to a bucket of tokens an
 belongs to a slot of its own, behind the real ones.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,10 @@ from ..load.loader import Loaded
 from ..models.decoder import LogitsHook
 from ..step.apply import StepRows, spread
 from ..step.slots import Ints, Slots
-from .borrowed import borrowed
 from .cascade_buffers import GroupBuffers
 from .decode_graphs import LEAST_CASCADE, Decoded, Pool
+from .mixed_graphs import Key, MixedGraphs
+from .stage_part import StagePart
 from .staging import Uploads
 
 ROWS: Final = (16, 64)
@@ -90,9 +92,18 @@ class Inputs:
         return cls(token_columns, row_columns, picked)
 
 
+class CapturedStep(NamedTuple):
+    """A graph, and where a replay reads and writes."""
+
+    inputs: Inputs
+    graph: torch.cuda.CUDAGraph
+    decoded: Decoded
+
+
 class MixedSteps:
     """`run` computes a step. Slots are columns on the host (`slots`) and on the device (`state`,
-    which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups."""
+    which has one slot more). eager: nothing is captured. cascade: steps may bring prefix groups.
+    stage: of a model that is divided into pipeline stages, else None."""
 
     def __init__(
         self,
@@ -103,8 +114,10 @@ class MixedSteps:
         eager: bool,
         cascade: bool,
         pool: Pool,
+        stage: StagePart | None = None,
     ) -> None:
         self._loaded = loaded
+        self._stage = stage
         self._slots = slots
         self._state = state
         self._uploads = uploads
@@ -112,9 +125,7 @@ class MixedSteps:
         self._device = state.last_token.device
         self._groups = GroupBuffers(slots.count, self._device) if cascade else None
         self._spare = slots.count
-        self._inputs: dict[tuple[int, int], Inputs] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        """By the numbers of tokens and of rows, as `_inputs`."""
+        self._graphs = MixedGraphs(self._capture)
         self._pool = pool
         self._sizes = [size for size in TOKENS if size <= captured_tokens(loaded.decoder.arch)]
 
@@ -129,21 +140,27 @@ class MixedSteps:
 
         host_known_len [slots]: how many tokens of each slot the host knows. shared: prefix groups
         among the leading rows of one token. hook looks at the logits of further tokens: the step is
-        then run eagerly.
+        then run eagerly. Raises CommunicatorFailed.
         """
         tokens = int(step.counts.sum())
         rows = self.padded(len(step.slots))
         self._take_groups(shared, step.counts)
         size = next((size for size in self._sizes if size >= tokens), 0)
-        if hook is None and (size, rows) in self._graphs:
-            self._fill(self._inputs[size, rows], step, host_known_len)
-            graph, decoded = self._graphs[size, rows]
-            graph.replay()
-            return decoded
+        captured = self._graphs.find((size, rows)) if hook is None and size else None
+        if captured is not None:
+            self._fill(captured.inputs, step, host_known_len)
+            self._receive(tokens, captured.inputs.tokens.shape[1])
+            captured.graph.replay()
+            return captured.decoded
         padded_tokens = -(-tokens // EAGER_TOKENS) * EAGER_TOKENS
         inputs = self._padding(padded_tokens, rows)
         self._fill(inputs, step, host_known_len)
+        self._receive(tokens, padded_tokens)
         return self.forward(inputs, hook)
+
+    def _receive(self, tokens: int, padded: int) -> None:
+        if self._stage is not None:
+            self._stage.receive(tokens, padded)
 
     def _padding(self, tokens: int, rows: int) -> Inputs:
         return Inputs.padding(tokens, rows, self._spare, self._device)
@@ -162,14 +179,15 @@ class MixedSteps:
         """A step of tokens that belong to no row, for its time. They are not padding, which would
         go through no expert of a mixture, and their ids differ, so that they choose unlike ones."""
         key = next(size for size in self._sizes if size >= tokens), self.padded(rows)
-        inputs = self._inputs[key] if key in self._graphs else self._padding(*key)
+        captured = self._graphs.own(key)
+        inputs = self._padding(*key) if captured is None else captured.inputs
         vocab_size = self._loaded.decoder.arch.vocab_size
         torch.arange(key[0], out=inputs.tokens[IDS]).remainder_(vocab_size)
         inputs.tokens[SLOT_MAPPING] = 0
-        if key in self._graphs:
-            self._graphs[key][0].replay()
-        else:
+        if captured is None:
             self.forward(inputs)
+        else:
+            captured.graph.replay()
 
     def probe(self) -> None:
         """A small step of padding, of more tokens than rows."""
@@ -254,18 +272,32 @@ class MixedSteps:
         state = self._state
         rows = inputs.picked.shape[1]
         row_slots = inputs.rows[ROW_SLOTS, :rows].long()
-        logits = loaded.decoder(
-            self._token_ids(inputs),
-            loaded.cos_sin,
-            loaded.caches,
-            self._batch(inputs, row_slots),
-            inputs.picked[PICKED_TOKENS],
-            lambda: None,
-            hook,
-        )
-        # From here on it is what `slot_state.commit` does for a decode step: the slots move on, and
-        # those that sampled keep their token for the next step.
-        state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
+        batch = self._batch(inputs, row_slots)
+        wanted = inputs.picked[PICKED_TOKENS]
+        if self._stage is None:
+            logits = loaded.decoder(
+                self._token_ids(inputs),
+                loaded.cos_sin,
+                loaded.caches,
+                batch,
+                wanted,
+                lambda: None,
+                hook,
+            )
+        else:
+            is_first = self._stage.is_first
+            hidden = self._stage.run(self._token_ids(inputs) if is_first else None, batch)
+            if not self._stage.is_last:
+                state.num_computed[row_slots] = inputs.rows[SEQ_LENS, :rows]
+                return Decoded.of_stage(hidden)
+            logits = self._stage.logits(hidden, batch, wanted, hook)
+        return self._sample(inputs, row_slots, logits)
+
+    def _sample(self, inputs: Inputs, row_slots: Tensor, logits: Tensor) -> Decoded:
+        """What `slot_state.commit` does for a decode step, after sampling: the slots move on, and
+        those that sampled keep their token for the next step."""
+        state = self._state
+        state.num_computed[row_slots] = inputs.rows[SEQ_LENS, : len(row_slots)]
         slots = inputs.picked[PICKED_SLOTS]
         sampling = ops.SamplingRows(
             state.sampling_params[slots].T.contiguous(),
@@ -297,9 +329,19 @@ class MixedSteps:
             batch.groups = self._groups.first(rows)
         return batch
 
+    def rehearsals(self, largest: int) -> list[Callable[[], object]]:
+        """Steps of up to `largest` tokens that launch what `capture_all` does, but for the largest
+        one, which need not be capturable."""
+        sizes = {size for size in (*WARM, self._sizes[-1]) if size <= largest}
+        return [
+            functools.partial(self.forward, self._padding(size, rows))
+            for rows in self.row_counts()
+            for size in sizes
+        ]
+
     def capture_all(self, largest: int, progress: Callable[[float], None]) -> None:
-        """Compile what steps need, so that no request waits for a compiler, and capture the small
-        ones. largest: most tokens of a step, which is run once as well: what does not fit into
+        """Compile what steps need, so that no request waits for a compiler, and capture a part of
+        the small ones, the rest by `capture_next`. largest: most tokens of a step, which is run once as well: what does not fit into
         memory is to be known before anyone waits."""
         rows = self.row_counts()
         warm = [
@@ -308,31 +350,30 @@ class MixedSteps:
             for size in sorted({*WARM, self._sizes[-1], largest})
             if size <= largest
         ]
-        graphs: list[tuple[int, int]] = []
+        graphs: list[list[Key]] = []
         if not self._eager:
             graphs = [
-                (size, count)
+                [(size, count) for size in self._captured(rows[i + 1 :], largest)]
                 for i, count in enumerate(rows)
-                for size in self._captured(rows[i + 1 :], largest)
             ]
+        total = len(warm) + MixedGraphs.count_at_start(graphs)
         for done, (size, count) in enumerate(warm):
             self.forward(self._padding(size, count))
             torch.cuda.synchronize()
-            progress(done / (len(warm) + len(graphs)))
-        for done, (size, count) in enumerate(graphs, len(warm)):
-            self._capture(size, count)
-            progress(done / (len(warm) + len(graphs)))
+            progress(done / total)
+        self._graphs.start(graphs, lambda done: progress((len(warm) + done) / total))
 
-    def _capture(self, size: int, rows: int) -> None:
+    def capture_next(self) -> bool:
+        """Capture a step that the start has put off; whether there was any."""
+        return self._graphs.capture_next()
+
+    @torch.inference_mode()
+    def _capture(self, size: int, rows: int) -> "CapturedStep":
         inputs = self._padding(size, rows)
-        self._inputs[size, rows] = inputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             decoded = self.forward(inputs)
-        self._graphs[size, rows] = (
-            graph,
-            Decoded(borrowed(decoded.logits), borrowed(decoded.sampled_tokens)),
-        )
+        return CapturedStep(inputs, graph, decoded.lent())
 
     def _captured(self, fewer: list[int], largest: int) -> list[int]:
         """Token counts, falling, of the graphs for a row count that is used beyond `fewer` rows:

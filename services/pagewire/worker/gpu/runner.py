@@ -32,10 +32,11 @@ from ..step.apply import StepApplier, StepRows, facts_of, spread
 from ..step.grammar_masks import GrammarMasks, Keys
 from ..step.rank_masks import MakeMasks
 from ..step.slots import Bools, Ints, Slots
-from . import gemm_autotune, step_cost, verify_hopper
-from .decode_graphs import DecodeGraphs
+from . import first_start, gemm_autotune, step_cost, verify_hopper
+from .decode_graphs import Decoded, DecodeGraphs
 from .mixed_steps import MixedSteps
 from .resample import ExtraSampling, StepLogprobs
+from .stage_part import StagePart
 from .staging import Uploads, Waiter
 from .step_meter import StepMeter
 
@@ -79,11 +80,10 @@ class GpuStep:
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed, and CommunicatorFailed when another rank
         has."""
-        if not self.event.query():
-            return False
+        has_happened = self.event.query()
         if self.communicator is not None:
             self.communicator.check()
-        return True
+        return has_happened
 
     def result(self) -> StepResult:
         """See runners.StepHandle."""
@@ -118,6 +118,10 @@ class LaunchedRun(NamedTuple):
     logprobs: StepLogprobs | None = None
     ready: Bools | None = None
 
+    def brings(self, slots: Ints) -> Ints:
+        """Those of `slots` [S], the rows that sample, that have a token."""
+        return slots if self.ready is None else slots[self.ready]
+
 
 class GrammarRows(NamedTuple):
     """The rows [G] of a step in flight that have grammars: the streams that they belong to and the
@@ -143,7 +147,10 @@ class GpuParts:
     extra: ExtraSampling
     masks: GrammarMasks
     ring: list[Tensor]
-    """RING buffers int32 [slots] of pinned memory, for sampled tokens."""
+    """Buffers int32 [slots] of pinned memory, for sampled tokens: RING, and one for each further
+    pipeline stage."""
+    stage: StagePart | None = None
+    """Of a model that is divided into pipeline stages."""
 
 
 def start(
@@ -155,34 +162,33 @@ def start(
     progress: weights.Progress = lambda stage, fraction: None,
     ranks: Ranks = ALONE,
     make_masks: MakeMasks = GrammarMasks,
+    kind: "RunnerKind | None" = None,
 ) -> "GpuRunner":
-    """A runner that is ready to serve: the model is loaded, kernels are compiled, verified, chosen
-    and captured, and steps have been timed. Raises what loading raises, and ValueError for more
-    steps in flight than there are buffers for."""
+    """A runner that is ready to serve, a GpuRunner or of another `kind`: the model is loaded, kernels
+    are compiled, verified, chosen and captured, and steps have been timed. Raises what loading
+    raises, and ValueError for more steps in flight than there are buffers for."""
     check_ring(scheduler.steps_in_flight)
     loaded = loader.load(path, model, config, progress, scheduler, ranks)
     eager = config.enforce_eager or not loaded.capturable
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
-        parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks)
+        parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks, ranks)
+        if loaded.capturable:
+            _compile_ahead(parts, ranks, config, progress)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
-            # All ranks run the model together. What they compute alike, as routers, must be computed
-            # by the same kernels: the first rank times them, and the others read what it has kept.
             gemms = gemm_autotune.record(cuda.OPS.choices.gemm, parts.mixed.probe)
-            if ranks.rank:
-                ranks.wait()
-            _choose_gemms(parts, gemms, progress)
-            if not ranks.rank:
-                ranks.wait()
+            in_turn(ranks, lambda: _choose_gemms(parts, gemms, progress))
         _capture(parts, progress)
         cost = step_cost.measure(parts.mixed, loaded, loaded.on_gpu.step_tokens)
     _log_outcome(loaded, cost)
-    layers = ranks.layers
-    checked = layers if isinstance(layers, CheckedCommunicator) else None
+    if not ranks.stage.is_whole:
+        # the first stage may have a step long before the last one is ready
+        ranks.wait()
+    checked = ranks.checked()
     if checked is not None:
         checked.serve()
-    return GpuRunner(parts, cost, incarnation, _observers(config), checked)
+    return (kind or GpuRunner)(parts, cost, incarnation, _observers(config), checked)
 
 
 def check_ring(steps_in_flight: int) -> None:
@@ -202,6 +208,7 @@ def _allocate(
     eager: bool,
     cascade: bool,
     make_masks: MakeMasks,
+    ranks: Ranks,
 ) -> GpuParts:
     slots = Slots(loaded.on_gpu.rows, loaded.sizing.max_model_len, block_size)
     # One slot more on the device, which takes what padding writes.
@@ -210,16 +217,56 @@ def _allocate(
     pool = torch.cuda.graph_pool_handle()
     vocab_size = loaded.decoder.arch.vocab_size
     masks = make_masks(slots.count, model, vocab_size, tuple(loaded.eos_token_ids))
+    stage = None
+    if not ranks.stage.is_whole:
+        most_tokens = max(loaded.on_gpu.step_tokens, 2 * slots.count)
+        stage = StagePart(loaded, ranks, most_tokens)
+    buffers = RING + ranks.stage.count - 1
     return GpuParts(
         loaded,
         slots,
         state,
         uploads,
-        DecodeGraphs(loaded, state, slots.count, eager, cascade, pool),
-        MixedSteps(loaded, slots, state, uploads, eager, cascade, pool),
+        DecodeGraphs(loaded, state, slots.count, eager, cascade, pool, stage),
+        MixedSteps(loaded, slots, state, uploads, eager, cascade, pool, stage),
         ExtraSampling(loaded, slots, state, uploads, masks),
         masks,
-        [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(RING)],
+        [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(buffers)],
+        stage,
+    )
+
+
+def _compile_ahead(
+    parts: GpuParts, ranks: Ranks, config: WorkerConfig, progress: weights.Progress
+) -> None:
+    """What the rest of the start launches."""
+    loaded = parts.loaded
+    arch, tokens = loaded.decoder.rank_arch, loaded.on_gpu.step_tokens
+
+    def launches() -> first_start.Launches:
+        compared: list[Callable[[], float]] = []
+        if config.hopper_attention:
+            compared = verify_hopper.comparisons(
+                cuda.OPS.choices, loaded.caches[0], arch.num_heads, parts.mixed.row_counts()
+            )
+        return first_start.Launches(
+            [*compared, *step_cost.attentions(parts.mixed, loaded), parts.extra.warm_up],
+            [*parts.mixed.rehearsals(tokens), *parts.graphs.rehearsals()],
+        )
+
+    first_start.compile_kernels(
+        launches,
+        (
+            arch,
+            ranks.stage,
+            loaded.dtype,
+            config,
+            loaded.sizing.max_model_len,
+            tokens,
+            parts.slots.count,
+        ),
+        (ranks.rank, ranks.size),
+        lambda fraction: progress("compiling kernels", fraction),
     )
 
 
@@ -248,6 +295,19 @@ def _choose_gemms(parts: GpuParts, gemms: gemm_autotune.Gemms, progress: weights
     )
 
 
+def in_turn(ranks: Ranks, choose: Callable[[], None]) -> None:
+    """`choose` on all ranks. Those of a stage run the same layers together: what they compute alike,
+    as routers, must be computed by the same kernels. So the first rank of each stage times them, one
+    stage after the other, and the others read what it has kept."""
+    is_leader = not ranks.layers.rank
+    for stage in range(ranks.stage.count):
+        if is_leader and stage == ranks.stage.index:
+            choose()
+        ranks.wait()
+    if not is_leader:
+        choose()
+
+
 def _capture(parts: GpuParts, progress: weights.Progress) -> None:
     """The largest first: later graphs then fit into the memory of earlier ones."""
     parts.mixed.capture_all(
@@ -255,7 +315,8 @@ def _capture(parts: GpuParts, progress: weights.Progress) -> None:
         lambda fraction: progress("capturing steps with prompts", fraction),
     )
     parts.graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
-    parts.extra.warm_up()
+    if parts.stage is None or parts.stage.is_last:
+        parts.extra.warm_up()
 
 
 def _log_outcome(loaded: loader.Loaded, cost: StepCost) -> None:
@@ -278,6 +339,19 @@ def _observers(config: WorkerConfig) -> list[StepObserver]:
 
         observers.append(KernelProfile())
     return observers
+
+
+class RunnerKind(Protocol):
+    """A GpuRunner's class; see there."""
+
+    def __call__(
+        self,
+        parts: GpuParts,
+        cost: StepCost,
+        incarnation: Incarnation,
+        observers: list[StepObserver],
+        communicator: CheckedCommunicator | None = None,
+    ) -> "GpuRunner": ...
 
 
 class GpuRunner:
@@ -331,6 +405,10 @@ class GpuRunner:
         self._masks.clear()
         self._unlearned.clear()
 
+    def idle(self) -> None:
+        """See AsyncRunner."""
+        self._mixed.capture_next()
+
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
         with torch.inference_mode():
@@ -345,8 +423,7 @@ class GpuRunner:
             run = self._run(rows, step.shared)
             sampled_slots = slots[rows.sampling]
             # The host counts the tokens it will only see later.
-            brings = sampled_slots if run.ready is None else sampled_slots[run.ready]
-            self._slots.num_tokens[brings] += 1
+            self._slots.num_tokens[run.brings(sampled_slots)] += 1
             for observer in self._observers:
                 observer.end(int(counts.sum()))
             handle = self._handle(step, sampled_slots.astype(np.int32), run)
@@ -410,7 +487,7 @@ class GpuRunner:
         run: LaunchedRun,
     ) -> GpuStep:
         """Queue the tokens' way to the host, and the event that says that they have arrived."""
-        host = self._ring[step.n % RING]
+        host = self._ring[step.n % len(self._ring)]
         if run.sampled_tokens is not None:
             host[: len(slots)].copy_(run.sampled_tokens[: len(slots)], non_blocking=True)
         event = torch.cuda.Event(blocking=True)
@@ -459,6 +536,9 @@ class GpuRunner:
         state.num_computed[index] = ints[1]
         state.sampling_params[index] = up(slots.sampling_params[new])
         state.seeds[index] = up(slots.seed[new])
+        self._admit_extra(new)
+
+    def _admit_extra(self, new: Ints) -> None:
         self._extra.admit(new)
 
     def _run(self, rows: StepRows, shared: Shared | None) -> LaunchedRun:
@@ -469,6 +549,13 @@ class GpuRunner:
         return self._run_mixed(rows, shared)
 
     def _decode(self, slots: Ints, shared: Shared | None) -> LaunchedRun:
+        decoded = self._replay(slots, shared, bool(self._slots.filtered[slots].any()))
+        ready = self._ready(slots)
+        logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens, ready=ready)
+        return LaunchedRun(decoded.sampled_tokens, logprobs, ready)
+
+    def _replay(self, slots: Ints, shared: Shared | None, filtered: bool) -> Decoded:
+        """A step of one token for each of `slots`, as far as graphs have it."""
         if self._applier.version != self._uploaded_version:
             padded = np.full(len(self._graphs.slots), -1, np.int32)
             padded[: len(slots)] = slots
@@ -476,12 +563,7 @@ class GpuRunner:
             self._uploaded_version = self._applier.version
             self._cascade_size = self._graphs.group(shared, len(slots), self._uploads)
         size = self._cascade_size or self._graphs.bucket(len(slots))
-        decoded = self._graphs.run(
-            size, bool(self._slots.filtered[slots].any()), self._cascade_size > 0
-        )
-        ready = self._ready(slots)
-        logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens, ready=ready)
-        return LaunchedRun(decoded.sampled_tokens, logprobs, ready)
+        return self._graphs.run(size, len(slots), filtered, self._cascade_size > 0)
 
     def _run_mixed(self, rows: StepRows, shared: Shared | None) -> LaunchedRun:
         logprobs = StepLogprobs()

@@ -27,48 +27,63 @@ READ: Final = 1024
 """Rows of one new token, and the tokens each attends to."""
 REPEATS: Final = 5
 LAUNCHES: Final = 4
+"""Of a run that takes no LONG_MS, in each measurement."""
+LONG_MS: Final = 10.0
 
 
 def timed(run: Callable[[], object]) -> float:
     """Milliseconds of one of `run`'s launches on the GPU, the median of some measurements after one
     that does not count."""
     times: list[float] = []
+    launches = 1
     for _ in range(REPEATS + 1):
         began = torch.cuda.Event(enable_timing=True)
         ended = torch.cuda.Event(enable_timing=True)
         began.record()
-        for _ in range(LAUNCHES):
+        for _ in range(launches):
             run()
         ended.record()
         ended.synchronize()
-        times.append(began.elapsed_time(ended) / LAUNCHES)
+        times.append(began.elapsed_time(ended) / launches)
+        launches = LAUNCHES if times[0] < LONG_MS else 1
     return statistics.median(times[1:])
 
 
 def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     """Steps without attention give the time of a step and of a token in it; attention is measured
-    in one layer and taken for all."""
+    in one layer and taken for all that are here."""
     most = max(2 * SMALL, min(LARGE, step_tokens))
     small, large = (timed(lambda size=size: steps.replay(size, 1)) for size in (SMALL, most))
     token = max(0.0, (large - small) / (most - SMALL))
-    layers = loaded.decoder.arch.num_layers
-    depth = min(
-        DEPTH, loaded.sizing.max_model_len, loaded.sizing.num_blocks * loaded.sizing.block_size
-    )
+    layers = len(loaded.caches)
+    depth = _depth(loaded)
     chunk = min(CHUNK, depth)
     read = min(READ, depth)
     pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2
     rows = steps.padded(READERS)
-    chunked = (
-        timed(_attention(loaded, [chunk] + [0] * (rows - 1), [depth] + [0] * (rows - 1))) * layers
-    )
-    reading = timed(_attention(loaded, [1] * rows, [read] * rows)) * layers
+    chunked, reading = (timed(run) * layers for run in attentions(steps, loaded))
     return StepCost(
         fixed_ms=max(0.0, small - SMALL * token),
         token_ms=token,
         ms_per_m_prefill_pairs=chunked / pairs * 1e6,
         ms_per_m_kv_tokens=reading / (rows * read) * 1e6,
     )
+
+
+def attentions(steps: MixedSteps, loaded: Loaded) -> tuple[Callable[[], Tensor], ...]:
+    """One layer's, of a chunk behind a long context, and of READERS rows of one new token."""
+    depth = _depth(loaded)
+    rows = steps.padded(READERS)
+    rest = [0] * (rows - 1)
+    return (
+        _attention(loaded, [min(CHUNK, depth), *rest], [depth, *rest]),
+        _attention(loaded, [1] * rows, [min(READ, depth)] * rows),
+    )
+
+
+def _depth(loaded: Loaded) -> int:
+    sizing = loaded.sizing
+    return min(DEPTH, sizing.max_model_len, sizing.num_blocks * sizing.block_size)
 
 
 def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callable[[], Tensor]:

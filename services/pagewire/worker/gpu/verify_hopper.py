@@ -6,8 +6,9 @@ does not compile, the general kernel serves alone, and the log says so: slower a
 ones.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -30,14 +31,11 @@ def check_prefill(choices: KernelChoices, cache: Tensor, heads: int, rows: Seque
     """Switch the kernel off in `choices` where it is wrong or fails. cache [2, blocks, Hkv,
     block_size, D] of a layer, which is written over; heads: query heads; rows: the batches' padded
     row counts."""
-    keys, values = cache
-    probe = torch.empty(
-        LEAST_TOKENS, heads, cache.shape[-1], dtype=cache.dtype, device=cache.device
-    )
-    if not choices.hopper_prefill or not attention_prefill.takes_hopper(probe, keys, values):
+    runs = comparisons(choices, cache, heads, rows)
+    if not runs:
         return
     try:
-        worst = max(disagreement(keys, values, heads, count) for count in rows)
+        worst = max(run() for run in runs)
         if worst <= TOLERANCE:
             return
         why = f"its results differ from the general kernel's by {worst:.3g} of their size"
@@ -60,6 +58,20 @@ def _batch(rows: int, room: int) -> tuple[list[int], list[int]]:
         counts[row] = min(COUNTS[i % len(COUNTS)], room)
         lengths[row] = min(counts[row] + BEFORE[i % len(BEFORE)], room)
     return counts, lengths
+
+
+def comparisons(
+    choices: KernelChoices, cache: Tensor, heads: int, rows: Sequence[int]
+) -> list[Callable[[], float]]:
+    """A `disagreement` for each of `rows`; none where the kernel is switched off or takes no such
+    heads. Arguments are those of check_prefill."""
+    keys, values = cache
+    probe = torch.empty(
+        LEAST_TOKENS, heads, cache.shape[-1], dtype=cache.dtype, device=cache.device
+    )
+    if not choices.hopper_prefill or not attention_prefill.takes_hopper(probe, keys, values):
+        return []
+    return [functools.partial(disagreement, keys, values, heads, count) for count in rows]
 
 
 def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:

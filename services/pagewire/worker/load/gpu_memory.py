@@ -10,6 +10,7 @@ from typing import Final
 from ..device.gpus import Gpu
 from ..models.architecture import Architecture
 from ..models.cache_spec import CacheSpec
+from ..models.ranks import WHOLE_MODEL, PipelineStage
 from .kv_sizing import GIB, MIB, DoesNotFit, Sizing, context
 
 CAPTURED_TOKENS: Final = 4096
@@ -21,6 +22,8 @@ UNFUSED: Final = 2.5
 decoder's."""
 SLACK: Final = 1.25
 """Of activations: steps differ in size, and freed blocks do not always fit the next one."""
+STEPS_SENT: Final = 2
+"""Whose hidden states may be on their way to the next pipeline stage."""
 LIBRARIES: Final = 320 * MIB
 """Machine code that is loaded at its first use, cuBLAS's workspaces, counters of our kernels."""
 GRAPH: Final = 2 * MIB
@@ -38,7 +41,7 @@ class Load:
     """The most that runs at a time: tokens of a step, rows (requests) of a step, positions of a
     request. fused: by our own decoder, which keeps fewer intermediate results than a model computed
     operation by operation. attention: bytes that attention works in where torch computes it; 0
-    where kernels do."""
+    where kernels do. stage: which layers there are."""
 
     tokens: int
     rows: int
@@ -46,6 +49,7 @@ class Load:
     graphs: bool = True
     fused: bool = True
     attention: int = 0
+    stage: PipelineStage = WHOLE_MODEL
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,14 @@ def _mlp_width(arch: Architecture) -> int:
     return max(dense if arch.moe.dense_layers else 0, routed + 3 * arch.moe.shared_size)
 
 
+def handed_on_bytes(arch: Architecture, itemsize: int, load: Load) -> int:
+    """Hidden states, and what they are added to, between pipeline stages: those of one step that is
+    received, and of as many as are sent ahead with one that is made ready."""
+    stage = load.stage
+    steps = (not stage.is_first) + (not stage.is_last) * (STEPS_SENT + 1)
+    return steps * 2 * load.tokens * arch.hidden_size * itemsize
+
+
 def partial_bytes(arch: Architecture, rows: int) -> int:
     """Partial results of attention, in float32: of contexts that are split among programs, and of
     groups with common blocks."""
@@ -150,7 +162,8 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
             + GRAPH * (64 + load.rows // 4)
         )
     tables = 2 * load.positions * arch.head_dim * 4 + 4 * load.rows * (load.positions // 16 + 1) * 4
-    return Workspace(int(activations * SLACK), graphs, logits * (5 + 6), tables)
+    activations = int(activations * SLACK) + handed_on_bytes(arch, itemsize, load)
+    return Workspace(activations, graphs, logits * (5 + 6), tables)
 
 
 def size(

@@ -22,7 +22,7 @@ from ..models.cache_spec import CacheSpec, cache_spec
 from ..models.decoder import Decoder
 from ..models.fallback import OtherArchitecture
 from ..models.layers import Build
-from ..models.ranks import of_rank
+from ..models.ranks import WHOLE_MODEL, PipelineStage, of_rank
 from ..models.weight_slots import Shard
 from . import gpu_memory, kv_dtype, kv_sizing
 from .gpu_memory import Load, MemoryRequest
@@ -66,9 +66,11 @@ def plan_gpu(
     scheduler: SchedulerConfig,
     quantized: int = 0,
     communicator: Communicator = SINGLE_RANK,
+    stage: PipelineStage = WHOLE_MODEL,
 ) -> GpuPlan:
-    """quantized: bytes of this rank's weights where some stay quantized, 0 where all are full.
-    Raises kv_sizing.DoesNotFit. What is chosen by the GPU's kind is told in the log."""
+    """Of a rank, which has `stage` of the model with the others of `communicator`. quantized: bytes
+    of its weights where some stay quantized, 0 where all are full. Raises kv_sizing.DoesNotFit. What
+    is chosen by the GPU's kind is told in the log."""
     by_torch = attends_by_torch(gpu.capability)
     if by_torch:
         major, minor = gpu.capability
@@ -76,14 +78,15 @@ def plan_gpu(
             f"{gpu.title()} has compute capability {major}.{minor}; below 8.0 Triton has no tensor cores, so attention and products run "
             f"through torch, without CUDA graphs (--enforce-eager)"
         )
-    weights = quantized or weight_bytes(arch, dtype, communicator)
-    # every rank has all logits
-    arch = replace(of_rank(arch, communicator.size), vocab_size=arch.vocab_size)
+    weights = quantized or weight_bytes(arch, dtype, communicator, stage)
+    # every rank of the last stage has all logits
+    vocab_size = arch.vocab_size if stage.is_last else 0
+    arch = replace(of_rank(arch, communicator.size, stage), vocab_size=vocab_size)
     tokens = scheduler.step_tokens(True, gpu.total)
     cache = cache_spec(arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
 
     def size(rows: int) -> Sizing:
-        load = Load(tokens, rows, model.max_model_len or arch.max_position)
+        load = Load(tokens, rows, model.max_model_len or arch.max_position, stage=stage)
         load = load_of(arch, dtype.itemsize, cache, gpu, weights, config, load)
         request = memory_request(model, config)
         return gpu_memory.size(arch, dtype.itemsize, cache, weights, gpu, request, load)
@@ -146,14 +149,17 @@ def load_of(
 
 
 def weight_bytes(
-    arch: Architecture, dtype: torch.dtype, communicator: Communicator = SINGLE_RANK
+    arch: Architecture,
+    dtype: torch.dtype,
+    communicator: Communicator = SINGLE_RANK,
+    stage: PipelineStage = WHOLE_MODEL,
 ) -> int:
     """Of all weights that this rank will have on its GPU, asked of a model without memory."""
     if isinstance(arch, OtherArchitecture):
         return arch.parameters * dtype.itemsize
     shard = Shard(communicator.rank, communicator.size)
-    model = Decoder(arch, Build(backend("cuda"), dtype, "meta", shard=shard))
+    model = Decoder(arch, Build(backend("cuda"), dtype, "meta", shard=shard, stage=stage))
     return max(
         model.nbytes,
-        kv_sizing.weight_bytes(model.rank_arch, dtype.itemsize, head_copy=False),
+        kv_sizing.weight_bytes(model.rank_arch, dtype.itemsize, head_copy=False, stage=stage),
     )

@@ -202,9 +202,15 @@ def plan_memory(
     if gpu is None:
         return _size_on_cpu(described.arch, load_plan, model, config), None
     ranks = load_plan.ranks
+    stage = ranks.stage
     arch = described.arch
-    quantized = load_plan.quantizing.weight_bytes(arch) // ranks.size
-    plan = plan_gpu(arch, load_plan.dtype, model, config, gpu, scheduler, quantized, ranks.layers)
+    quantized = load_plan.quantizing.weight_bytes(arch)
+    share = quantized // ranks.size
+    if not stage.is_whole:
+        share = kv_sizing.rank_share(quantized, arch, load_plan.part_of(arch), stage)
+    plan = plan_gpu(
+        arch, load_plan.dtype, model, config, gpu, scheduler, share, ranks.layers, stage
+    )
     return plan.sizing, plan
 
 

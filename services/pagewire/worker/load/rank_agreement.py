@@ -11,7 +11,13 @@ from typing import Final
 
 import msgspec
 import torch
-from pagewire_kernels.communicator import SINGLE_RANK, Communicator, PointToPoint
+from pagewire_kernels.communicator import (
+    SINGLE_RANK,
+    CheckedCommunicator,
+    CheckedConnections,
+    Communicator,
+    PointToPoint,
+)
 
 from ..device.gpu_kinds import check_alike
 from ..device.gpus import Gpu
@@ -56,6 +62,12 @@ class Ranks:
     def size(self) -> int:
         """How many there are."""
         return self.host.size
+
+    def checked(self) -> CheckedCommunicator | None:
+        """The connections whose operations may fail unseen, as one; None: there are none."""
+        connections = (self.layers, self.links.previous, self.links.following)
+        found = [each for each in connections if isinstance(each, CheckedCommunicator)]
+        return CheckedConnections(found) if found else None
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -18,8 +18,7 @@ from .rank_agreement import Ranks
 
 
 class Request(msgspec.Struct, frozen=True):
-    """path: of the model's files. gpus: those of the ranks of the one pipeline stage that there may
-    be on GPUs, in their order; none on CPUs."""
+    """path: of the model's files. gpus: those of the ranks, in their order; none on CPUs."""
 
     path: str
     model: ModelConfig
