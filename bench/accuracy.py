@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from pagewire.bench.stats import table
 from pagewire.tokenizer.load import load as load_tokenizer
-from pagewire.worker.load import cpu_crossings, cpu_quantization, weights
+from pagewire.worker.load import cpu_crossings, loader, quantizing, weights
 from pagewire.worker.load.gguf_file import Gguf
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.decoder import Decoder
@@ -36,18 +36,25 @@ STEPS = (512, 16)
 class Model:
     def __init__(self, file: Gguf, dtype: torch.dtype, quantized: bool) -> None:
         config = file.config()
-        self.arch, self.dtype = describe(config), dtype
-        kept = quantized and cpu_quantization.choose(file, "", dtype).kept
-        if kept != quantized:
-            raise RuntimeError("there is no machine code for quantized weights here")
-        self.decoder = Decoder(self.arch, Build(backend("cpu"), dtype, "cpu", kept))
-        weights.load(self.decoder, file, config, 0, lambda stage, done: None)
-        if kept:
+        self.arch = describe(config)
+        self.dtype = dtype
+        chosen = quantizing.NONE
+        if quantized:
+            checkpoint = quantizing.Checkpoint(file)
+            chosen = quantizing.choose(checkpoint, self.arch, "", quantizing.Target(dtype))
+            if not chosen.kept:
+                raise RuntimeError("there is no machine code for quantized weights here")
+        ops = backend("cpu")
+        method = loader.method_choice(ops, dtype, "cpu", chosen)
+        self.decoder = Decoder(self.arch, Build(ops, dtype, "cpu", method))
+        weights.load(self.decoder, file, config, 0, lambda stage, done: None, chosen.kept)
+        if chosen.kept:
             cpu_crossings.choose(self.decoder.packed(), dtype)
 
     def log_probabilities(self, ids: list[int], step: int) -> Tensor:
         """[T, V] float32."""
-        arch, blocks = self.arch, -(-len(ids) // BLOCK)
+        arch = self.arch
+        blocks = -(-len(ids) // BLOCK)
         caches = [
             torch.zeros(2, blocks, arch.num_kv_heads, BLOCK, arch.head_dim, dtype=self.dtype)
             for _ in range(arch.num_layers)
@@ -68,7 +75,8 @@ class Model:
 def compare(found: Tensor, exact: Tensor, ids: list[int]) -> list[str]:
     """How far off log-probabilities are, of the whole vocabulary and of the text's next token; how
     often the most likely is another."""
-    off, following = (found - exact).abs(), torch.tensor(ids[1:])[:, None]
+    off = (found - exact).abs()
+    following = torch.tensor(ids[1:])[:, None]
     said = off[:-1].gather(1, following)
     divergence = (exact.exp() * (exact - found)).sum(-1).mean()
     other = (found.argmax(-1) != exact.argmax(-1)).sum()

@@ -4,10 +4,10 @@
     python bench/collectives.py --dry-run      the checks alone, in Triton's interpreter
     python bench/collectives.py --one-gpu      the checks alone, by ranks that share a GPU
 
-It starts its ranks itself. Checked: every kernel against its oracle, the same bits on all ranks, and
-the same bits again from replays of a captured graph; last, that ranks which wait for one that stopped
-end with its name. Timed: as much as a decode or prefill step adds up, in captured graphs, the slowest
-rank. The table comes last; the exit status is 0 when every check passed.
+It starts its ranks itself. Checked: every kernel against its oracle, the same bits on all ranks,
+and the same bits again from replays of a captured graph; last, that ranks which wait for one that
+stopped end with its name. Timed: as much as a decode or prefill step adds up, in captured graphs,
+the slowest rank. The table comes last; the exit status is 0 when every check passed.
 """
 
 import argparse

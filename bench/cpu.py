@@ -183,7 +183,8 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
 
 def rows(options: argparse.Namespace, flags: list[str], peers: dict[str, Any]) -> dict[str, float]:
     """Medians, and how many times a peer's rate ours is."""
-    make, rates = random.Random(0), dict[str, list[float]]()
+    make = random.Random(0)
+    rates = dict[str, list[float]]()
     with started(flags) as url:
         target = Target.of(url)
         ours(target, make, 2, 16, 8)

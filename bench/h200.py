@@ -143,7 +143,8 @@ def run_part(
     flags: list[str],
 ) -> dict[str, Any]:
     """What the part wrote to its file, and "error" if it did not end well."""
-    found, out = dict[str, Any](), folder / "part.json"
+    found = dict[str, Any]()
+    out = folder / "part.json"
     out.unlink(missing_ok=True)
     cache = folder / f"kernels-{model.name if model else 'alone'}"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
@@ -177,44 +178,19 @@ def command_of(
     flags: list[str],
     out: Path,
 ) -> list[str]:
-    common, bench = ["--json", str(out)], [sys.executable, "-m", "pagewire", "bench"]
+    common = ["--json", str(out)]
+    bench = [sys.executable, "-m", "pagewire", "bench"]
     if part == "kernels":
         return [*bench, "kernels", *common]
     assert model is not None
-    common += [
-        "--runs",
-        str(options.runs),
-        "--scale",
-        str(options.scale),
-        "--budget-s",
-        f"{seconds:.0f}",
-    ]
+    common += ["--runs", str(options.runs), "--scale", str(options.scale)]
+    common += ["--budget-s", f"{seconds:.0f}"]
     if part == "offline":
-        return [
-            *bench,
-            "offline",
-            "--model",
-            str(model),
-            "--skip-tokenizer-init",
-            "--workloads",
-            f"all,{EQUAL}",
-            *common,
-            *flags,
-        ]
+        command = [*bench, "offline", "--model", str(model), "--skip-tokenizer-init"]
+        return [*command, "--workloads", f"all,{EQUAL}", *common, *flags]
     if part == "path":
-        given = http_flags(model, folder, options, flags)
-        return [
-            *bench,
-            "path",
-            "--replicas",
-            "1x1,2x2,4x2",
-            "--step-ms",
-            "0,2",
-            *common,
-            "--runs",
-            "1",
-            *given,
-        ]
+        command = [*bench, "path", "--replicas", "1x1,2x2,4x2", "--step-ms", "0,2"]
+        return [*command, *common, "--runs", "1", *http_flags(model, folder, options, flags)]
     plot = ["--plot", f"{options.plot_dir}/{model.name}.png"] if options.plot_dir else []
     words = [] if options.tokenizer else ["--vocab", "30000"]
     return [*bench, "serve", *common, *plot, *words, *http_flags(model, folder, options, flags)]

@@ -6,8 +6,8 @@ takes until tokens come again and until the group serves again.
     python bench/rank_loss.py … --device fake         a trial without a GPU
 
 The same greedy requests run twice, the second time with the loss. Weights are random. Every stream
-must end whole; on GPUs tokens may differ from the first time where the batch does, which is counted.
-The exit status is 0 when no stream was lost.
+must end whole; on GPUs tokens may differ from the first time where the batch does, which is
+counted. The exit status is 0 when no stream was lost.
 """
 
 import argparse

@@ -5,13 +5,14 @@
     python bench/structured.py forced [--results FILE]
     python bench/structured.py load --url http://127.0.0.1:8000 [--streams 64] [--share 0.2]
 
-`compile` needs no server: 1,000 schemas of MaskBench with their valid and invalid instances, and the
-required tests of JSON Schema draft 2020-12; every token of each instance is asked for. `generate`
-asks a server at temperature 1, streamed and not, one answer or four, and checks each whole answer with
-jsonschema or re, and of one that was cut that it is the beginning of such a text. Answers are kept in a
-file as they come, and what is there is not asked again. `forced` says how many of their tokens had to
-be what they were. `load` gives the time per token of streams without grammars, first alone and then
-with a share of the traffic structured, and the throughput with all of it structured.
+`compile` needs no server: 1,000 schemas of MaskBench with their valid and invalid instances, and
+the required tests of JSON Schema draft 2020-12; every token of each instance is asked for.
+`generate` asks a server at temperature 1, streamed and not, one answer or four, and checks each
+whole answer with jsonschema or re, and of one that was cut that it is the beginning of such a text.
+Answers are kept in a file as they come, and what is there is not asked again. `forced` says how
+many of their tokens had to be what they were. `load` gives the time per token of streams without
+grammars, first alone and then with a share of the traffic structured, and the throughput with all
+of it structured.
 """
 
 import argparse
@@ -182,8 +183,8 @@ def choices(count: int) -> list[list[str]]:
 
 
 class Task(NamedTuple):
-    """One request, and how its answers are judged. `right` takes a whole answer, `begins` one that was
-    cut: whether it is the beginning of a right one."""
+    """One request, and how its answers are judged. `right` takes a whole answer, `begins` one that
+    was cut: whether it is the beginning of a right one."""
 
     name: str
     kind: str
@@ -197,8 +198,8 @@ class Task(NamedTuple):
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    """All requests of a run, the kinds mixed. They are a function of the arguments, so that a run can
-    be continued."""
+    """All requests of a run, the kinds mixed. They are a function of the arguments, so that a run
+    can be continued."""
     entries = maskbench(args.data)
     random.Random(args.seed).shuffle(entries)
     forms = [
@@ -218,8 +219,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def schema_form(schema: Any, index: int) -> tuple[dict[str, Any], Any, Any]:
-    """With the whitespace that is allowed by default, and, every third time, with at most one space or
-    with none."""
+    """With the whitespace that is allowed by default, and, every third time, with at most one space
+    or with none."""
     import jiter
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
@@ -312,7 +313,8 @@ async def generate(args: argparse.Namespace) -> None:
 
 
 def recorded(results: Path) -> dict[str, list[Answer]]:
-    """The answers in a file of results, by their task's name. A last line that is cut is left out."""
+    """The answers in a file of results, by their task's name. A last line that is cut is left
+    out."""
     answers: dict[str, list[Answer]] = {}
     for line in results.read_text().splitlines() if results.exists() else []:
         with contextlib.suppress(ValueError):
@@ -417,7 +419,6 @@ def outcome_of(status: int) -> str:
 def forced(args: argparse.Namespace) -> None:
     """How many tokens of the answers of `generate` their grammars left no choice about: those that
     were the only one allowed, and those whose bytes the grammar says, in whatever tokens."""
-    from llguidance import LLMatcher
     from pagewire.config import ModelConfig
     from pagewire.grammar.compiler import Compiler
     from pagewire.grammar.vocabulary import load_vocabulary
@@ -430,26 +431,6 @@ def forced(args: argparse.Namespace) -> None:
     vocabulary = load_vocabulary(ModelConfig(model=model), size, [0, 2])
     compiler = Compiler(vocabulary)
 
-    def forced_in(matcher: LLMatcher, tokens: list[int]) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        run = covered = 0
-        for token in tokens:
-            if token in vocabulary.eos:
-                break
-            only = int.from_bytes(matcher.compute_bitmask(), "little").bit_count() == 1
-            said = max(covered, len(matcher.compute_ff_bytes()))
-            data = len(vocabulary.raw[token])
-            counts["tokens"] += 1
-            counts["the only one allowed"] += only
-            counts["of bytes that the grammar says"] += said >= data
-            counts["behind another such token"] += only and run > 0
-            run = run + 1 if only else 0
-            covered = max(0, said - data)
-            if not matcher.consume_token(token):
-                counts["not taken"] += 1
-                break
-        return counts
-
     answers = recorded(args.results)
     sums: dict[str, Counter[str]] = {}
     for task in tasks(args):
@@ -458,18 +439,41 @@ def forced(args: argparse.Namespace) -> None:
         outputs = SimpleNamespace(**task.fields.get("structured_outputs", {"json": task.grammar}))
         grammar = structured_grammar(outputs)
         assert grammar is not None
-        kind = task.kind
+        title = task.kind
         if hasattr(outputs, "whitespace_pattern"):
-            kind = "schema, at most a space"
+            title = "schema, at most a space"
         elif hasattr(outputs, "disable_any_whitespace"):
-            kind = "schema, no whitespace"
+            title = "schema, no whitespace"
         for answer in answers[task.name]:
-            found = forced_in(compiler.matcher(grammar), answer.tokens)
-            sums.setdefault(kind, Counter()).update(found)
-    for kind, counts in sorted(sums.items()):
+            counts = count_forced(compiler.matcher(grammar), vocabulary, answer.tokens)
+            sums.setdefault(title, Counter()).update(counts)
+    for title, counts in sorted(sums.items()):
         total = counts.pop("tokens")
         shares = "; ".join(f"{what} {n} ({n / total:.1%})" for what, n in sorted(counts.items()))
-        print(f"{kind}: {total} tokens; {shares}")
+        print(f"{title}: {total} tokens; {shares}")
+
+
+def count_forced(matcher: Any, vocabulary: Any, tokens: list[int]) -> Counter[str]:
+    """Of an answer's tokens, by what their grammar said of them. matcher: an LLMatcher."""
+    counts: Counter[str] = Counter()
+    run_length = 0
+    said_before = 0
+    for token in tokens:
+        if token in vocabulary.eos:
+            break
+        is_only = int.from_bytes(matcher.compute_bitmask(), "little").bit_count() == 1
+        said_bytes = max(said_before, len(matcher.compute_ff_bytes()))
+        token_bytes = len(vocabulary.raw[token])
+        counts["tokens"] += 1
+        counts["the only one allowed"] += is_only
+        counts["of bytes that the grammar says"] += said_bytes >= token_bytes
+        counts["behind another such token"] += is_only and run_length > 0
+        run_length = run_length + 1 if is_only else 0
+        said_before = max(0, said_bytes - token_bytes)
+        if not matcher.consume_token(token):
+            counts["not taken"] += 1
+            break
+    return counts
 
 
 # --- load ---
@@ -488,6 +492,23 @@ async def load_all(args: argparse.Namespace) -> None:
             )
 
 
+def load_body(index: int, max_tokens: int, held: bool) -> dict[str, Any]:
+    """The request of stream `index`; `held`: with a grammar."""
+    body: dict[str, Any] = {
+        "prompt": f"Person number {index} as JSON: ",
+        "temperature": 1.0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "seed": index,
+    }
+    if held:
+        # An array without an end, so that every stream has as many tokens.
+        body["structured_outputs"] = {"json": {"type": "array", "items": SCHEMA, "minItems": 1000}}
+    return body
+
+
 async def load_once(
     args: argparse.Namespace, share: float
 ) -> tuple[dict[str, list[float]], int, float]:
@@ -500,20 +521,7 @@ async def load_once(
     async def stream(session: aiohttp.ClientSession, index: int) -> None:
         nonlocal total
         held = int((index + 1) * share) > int(index * share)
-        body: dict[str, Any] = {
-            "prompt": f"Person number {index} as JSON: ",
-            "temperature": 1.0,
-            "max_tokens": args.max_tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "seed": index,
-        }
-        if held:
-            # An array without an end, so that every stream has as many tokens.
-            body["structured_outputs"] = {
-                "json": {"type": "array", "items": SCHEMA, "minItems": 1000}
-            }
+        body = load_body(index, args.max_tokens, held)
         first = last = 0.0
         used = 0
         async with session.post(f"{args.url}/v1/completions", json=body) as answer:
@@ -535,7 +543,7 @@ async def load_once(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["compile", "generate", "forced", "load"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--model", default="", help="whose tokenizer; default: the demo model's")

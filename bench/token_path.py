@@ -111,6 +111,24 @@ def open_owners(rows: int, frontends: list[str]) -> tuple[dict[str, RequestOwner
     return owners, sinks
 
 
+def encoded_steps(handles: list[int], token_ids: list[int], steps: int) -> list[bytes]:
+    """Messages of one token for each stream, drawn from `token_ids`."""
+    rows = len(handles)
+    draws = random.Random(1)
+    encode = msgspec.msgpack.Encoder().encode
+    columns = (
+        array("I", handles).tobytes(),
+        array("I", [1] * rows).tobytes(),
+        array("Q", [EXECUTION] * rows).tobytes(),
+    )
+    frames: list[bytes] = []
+    for step in range(steps):
+        positions = array("i", [step] * rows).tobytes()
+        tokens = array("i", draws.choices(token_ids, k=rows)).tobytes()
+        frames.append(encode(Tokens(*columns, positions, tokens)))
+    return frames
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=256)
@@ -124,26 +142,10 @@ def main() -> None:
     ascii_ids = [ids[chr(code)] for code in range(33, 127)]
     requests, handles = open_streams(tokenizer, rows, frontends)
     owners, sinks = open_owners(rows, frontends)
-
+    frames = encoded_steps(handles, ascii_ids, options.steps)
     encode = msgspec.msgpack.Encoder().encode
     to_tokenizer = msgspec.msgpack.Decoder(ToTokenizer)
     to_frontend = msgspec.msgpack.Decoder(ToFrontend)
-    draws = random.Random(1)
-    columns = (
-        array("I", handles).tobytes(),
-        array("I", [1] * rows).tobytes(),
-        array("Q", [EXECUTION] * rows).tobytes(),
-    )
-    frames = [
-        encode(
-            Tokens(
-                *columns,
-                array("i", [step] * rows).tobytes(),
-                array("i", draws.choices(ascii_ids, k=rows)).tobytes(),
-            )
-        )
-        for step in range(options.steps)
-    ]
     gc.collect()
     gc.freeze()
     in_tokenizer: list[float] = []

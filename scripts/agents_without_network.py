@@ -1,13 +1,13 @@
-"""Codex and Claude Code against a stack of one's own, in a network namespace without a way out: does
-each complete a loop of a tool?
+"""Codex and Claude Code against a stack of one's own, in a network namespace without a way out:
+does each complete a loop of a tool?
 
     npm install --prefix DIRECTORY @openai/codex @anthropic-ai/claude-code
     python scripts/agents_without_network.py DIRECTORY [--device cpu] [--agent codex]
 
 The demo model neither calls tools by itself nor ends its texts soon, so a proxy between agent and
-server forces the first turn: one tool, whose arguments can only be a harmless command; and lets the later
-turns say one of two sentences. A loop is complete when a later request brings what
-the command printed, and the agent ends in order. Not part of the tests: the two programs are 200 MB.
+server forces the first turn: one tool, whose arguments can only be a harmless command; and lets the
+later turns say one of two sentences. A loop is complete when a later request brings what the
+command printed, and the agent ends in order. Not part of the tests: the two programs are 200 MB.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""`pagewire serve` with the demo model on processors that this machine is not, emulated by qemu: does
-each start, and answer with the tokens that this machine answers with?
+"""`pagewire serve` with the demo model on processors that this machine is not, emulated by qemu:
+does each start, and answer with the tokens that this machine answers with?
 
     python scripts/emulated_check.py                      this machine, then Haswell (AVX2, no AVX-512), Nehalem (no AVX), qemu64 (too old)
     python scripts/emulated_check.py Haswell Opteron_G5   others: `qemu-x86_64 -cpu help` lists them
 
 Every start is a first one, with an empty cache: it compiles and times its machine code. Prints a
-line for each processor, and exits with 1 where one gave other tokens or none. One that is refused in
-a line, as a user would read it, is listed as that.
+line for each processor, and exits with 1 where one gave other tokens or none. One that is refused
+in a line, as a user would read it, is listed as that.
 
-Needs qemu-x86_64 (Debian: qemu-user) and Pagewire installed in .venv (VENV names another one). Beside
-other work a start may take many times as long as on a machine with nothing else to do.
+Needs qemu-x86_64 (Debian: qemu-user) and Pagewire installed in .venv (VENV names another one).
+Beside other work a start may take many times as long as on a machine with nothing else to do.
 """
 
 import argparse

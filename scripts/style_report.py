@@ -1,5 +1,5 @@
-"""Prints a table of what can be counted about Python sources: sizes, density, names, prose. A report
-to compare trees with, no gate.
+"""Prints a table of what can be counted about Python sources: sizes, density, names, prose. A
+report to compare trees with, no gate.
 
     python scripts/style_report.py                # this tree: its source roots and their packages
     python scripts/style_report.py DIRECTORY ...  # any directories, and the packages in them

@@ -39,7 +39,8 @@ def _gated(
 
 
 def _launch(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    rows = gate_up.shape[0]
+    width = gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024 if rows < 64 else 2048
     if rows:

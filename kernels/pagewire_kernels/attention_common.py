@@ -36,35 +36,35 @@ def load_pages(
     return tl.load(table + n // PAGE, mask=n < stop, other=0)
 
 
-def _shift(out: str, number: str, sign: str, kind: str) -> str:
+def _shift(out: str, number: str, sign: str, dtype: str) -> str:
     """Machine instructions that make two 16-bit floats of two codes. number, sign: instructions
     that leave a code's lowest 7 bits, and its sign, where the type has them."""
     mask, power, product = {
         "bf16": ("0x07f007f0", "0x7b807b80", "fma.rn.bf16x2 {}, n, c, z;"),  # times 2**120
         "f16": ("0x3f803f80", "0x5c005c00", "mul.rn.f16x2 {}, n, c;"),  # times 2**8
-    }[kind]
+    }[dtype]
     return (
         f"{number} and.b32 n, n, {mask}; {sign} and.b32 s, s, 0x80008000; or.b32 n, n, s; "
         f"mov.b32 c, {power}; {product.format(out)}"
     )
 
 
-def _bytes_asm(kind: str) -> tl.constexpr:
+def _bytes_asm(dtype: str) -> tl.constexpr:
     """Of four bytes to four numbers in their order."""
-    right = {"bf16": 4, "f16": 1}[kind]
+    right = {"bf16": 4, "f16": 1}[dtype]
     halves = [
         f"prmt.b32 w, $2, 0, {chosen}; "
-        + _shift(out, f"shr.b32 n, w, {right};", "mov.b32 s, w;", kind)
+        + _shift(out, f"shr.b32 n, w, {right};", "mov.b32 s, w;", dtype)
         for out, chosen in (("$0", "0x1404"), ("$1", "0x3424"))
     ]
     return _block(halves)
 
 
-def _pairs_asm(kind: str) -> tl.constexpr:
+def _pairs_asm(dtype: str) -> tl.constexpr:
     """Of two words of two bytes each: the numbers of the lower bytes, then of the higher ones."""
-    left, right = {"bf16": (4, 4), "f16": (7, 1)}[kind]
-    lower = _shift("$0", f"shl.b32 n, $2, {left};", "shl.b32 s, $2, 8;", kind)
-    higher = _shift("$1", f"shr.b32 n, $2, {right};", "mov.b32 s, $2;", kind)
+    left, right = {"bf16": (4, 4), "f16": (7, 1)}[dtype]
+    lower = _shift("$0", f"shl.b32 n, $2, {left};", "shl.b32 s, $2, 8;", dtype)
+    higher = _shift("$1", f"shr.b32 n, $2, {right};", "mov.b32 s, $2;", dtype)
     return _block([lower, higher])
 
 
@@ -155,14 +155,16 @@ def _page_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.
     free."""
     r = tl.arange(0, PAGE)
     d = tl.arange(0, D_PAD)
-    at = base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
+    pointers = (
+        base + (page * block_stride)[:, None, None] + (r * D)[None, :, None] + d[None, None, :]
+    )
     if BOUNDED:
         n = start + (tl.arange(0, BLOCK_N // PAGE) * PAGE)[:, None] + r[None, :]
-        tile = tl.load(at, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0)
+        tile = tl.load(pointers, mask=(n < stop)[:, :, None] & (d < D)[None, None, :], other=0)
     elif D == D_PAD:
-        tile = tl.load(at)
+        tile = tl.load(pointers)
     else:
-        tile = tl.load(at, mask=(d < D)[None, None, :], other=0)
+        tile = tl.load(pointers, mask=(d < D)[None, None, :], other=0)
     return tl.reshape(tile, [BLOCK_N, D_PAD])
 
 
@@ -172,10 +174,10 @@ def _row_tile(base, page, start, stop, block_stride, PAGE: tl.constexpr, D: tl.c
     """load_tile with a lookup for each token."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D_PAD)
-    at = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
+    pointers = base + (page * block_stride + (n % PAGE) * D)[:, None] + d[None, :]
     if BOUNDED:
-        return tl.load(at, mask=(n < stop)[:, None] & (d < D)[None, :], other=0)
-    return tl.load(at, mask=(d < D)[None, :], other=0)
+        return tl.load(pointers, mask=(n < stop)[:, None] & (d < D)[None, :], other=0)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0)
 
 
 @triton.jit

@@ -205,9 +205,9 @@ def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: 
         factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
         a = a * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         b = b * factor * tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    at = cos_sin + position.to(tl.int64) * D + d % HALF
-    cos = tl.load(at, mask=d < D, other=1.0)[None, :]
-    sin = tl.load(at + HALF, mask=d < D, other=0.0)[None, :]
+    factors = cos_sin + position.to(tl.int64) * D + d % HALF
+    cos = tl.load(factors, mask=d < D, other=1.0)[None, :]
+    sin = tl.load(factors + HALF, mask=d < D, other=0.0)[None, :]
     return a * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * b * sin
 
 
@@ -220,9 +220,11 @@ def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k
     d = tl.arange(0, D_PAD)
     one = tl.arange(0, 1)
     inside = (one == 0)[:, None] & (d < D)[None, :]
-    at = qkv + ((HQ + head) * D + one)[:, None]
-    key = _roped(at, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(qkv.dtype.element_ty)
-    value = tl.load(at + HKV * D + d[None, :], mask=inside, other=0.0)
+    pointers = qkv + ((HQ + head) * D + one)[:, None]
+    key = _roped(pointers, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(
+        qkv.dtype.element_ty
+    )
+    value = tl.load(pointers + HKV * D + d[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // PAGE).to(tl.int64)
     place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
     tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)
@@ -342,12 +344,13 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
     0 for padding. Without `query_start`, row i is token i. With it ([B + 1] int32) only rows of
-    exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`: ALiBi's,
-    float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new keys and
-    values are written to their pages. `shared`: a cascade.Shared whose partial results join the
-    merge. `kv_scales`: of caches of 8-bit codes.
+    exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`:
+    ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new
+    keys and values are written to their pages. `shared`: a cascade.Shared whose partial results
+    join the merge. `kv_scales`: of caches of 8-bit codes.
     """
-    rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
+    rows = seq_lens.shape[0]
+    _, hkv, _, dim = k_cache.shape
     heads = q.shape[1] if rope is None else q.shape[1] // dim - 2 * hkv
     group = heads // hkv
     if out is None:
@@ -392,13 +395,15 @@ _Inputs = tuple[
 def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, window: int | None, softcap: float | None,
             c: DecodeConfig) -> None:  # fmt: skip
     q, caches, tables, seq_lens, query_start, alibi_slopes, out = inputs
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], caches.keys.shape
+    rows = seq_lens.shape[0]
+    _, hkv, page, dim = caches.keys.shape
     cos_sin, q_weight, k_weight, eps = (
         (rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps) if rope else (None, None, None, 0.0)
     )
     # halves of heads are factors of their own where the caches hold codes
     least = 1 if caches.form == "full" else 32
-    d_pad, gp = max(triton.next_power_of_2(dim), least), triton.next_power_of_2(group)
+    d_pad = max(triton.next_power_of_2(dim), least)
+    gp = triton.next_power_of_2(group)
     _decode[(rows * hkv, c.splits)](
         q, caches.keys, caches.values, tables, seq_lens, query_start, partial.lengths, alibi_slopes, cos_sin, q_weight, k_weight,
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),

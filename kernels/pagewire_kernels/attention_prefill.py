@@ -319,7 +319,8 @@ def prefill_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
 def _launch(q: torch.Tensor, caches: KernelCaches, tables: torch.Tensor, seq_lens: torch.Tensor,
             query_start: torch.Tensor, alibi_slopes: torch.Tensor | None, out: torch.Tensor, window: int | None,
             softcap: float | None, skip_one: bool, c: PrefillConfig) -> None:  # fmt: skip
-    rows, (_, hkv, page, dim) = seq_lens.shape[0], caches.keys.shape
+    rows = seq_lens.shape[0]
+    _, hkv, page, dim = caches.keys.shape
     group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     block_m = max(c.block_m, gp)

@@ -275,7 +275,8 @@ def _prefill(q_desc, k_desc, v_desc, tables, seq_lens, query_start, out, scale, 
     )
     if (skipped >= count) | (SKIP_ONE & (count == 1)):
         return
-    token, left = begin + skipped, count - skipped
+    token = begin + skipped
+    left = count - skipped
     first = length - left
     tiles = gl.maximum(
         gl.cdiv(gl.minimum(first + BQ, length), N), 1
@@ -287,8 +288,11 @@ def _prefill(q_desc, k_desc, v_desc, tables, seq_lens, query_start, out, scale, 
     q_tiles = q_parts._reinterpret(TYPE, [2, ROWS, D], SPREAD)
     k_tiles = k_pages._reinterpret(TYPE, [STAGES, N, D], SPREAD)
     v_tiles = v_pages._reinterpret(TYPE, [STAGES, N, D], SPREAD)
-    q_full, k_full, v_full = _barriers(2, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
-    k_empty, v_empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    q_full = _barriers(2, 1)
+    k_full = _barriers(STAGES, 1)
+    v_full = _barriers(STAGES, 1)
+    k_empty = _barriers(STAGES, 2)
+    v_empty = _barriers(STAGES, 2)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [(_consume, (out, q_tiles, k_tiles, v_tiles, v_pages, q_full, k_full, k_empty, v_full, v_empty, tiles, token, left, first, length,
@@ -307,7 +311,8 @@ def hopper_prefill(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
                    query_start: torch.Tensor, scale: float, *, skip_one: bool, out: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """As prefill_attention, where `hopper_has` the shape; caches are contiguous, q and its strides
     multiples of 16 bytes."""
-    rows, (blocks, hkv, page, dim) = seq_lens.shape[0], k_cache.shape
+    rows = seq_lens.shape[0]
+    blocks, hkv, page, dim = k_cache.shape
     group = q.shape[1] // hkv
     gp = triton.next_power_of_2(group)
     shape = [blocks * hkv * page, dim]

@@ -43,7 +43,8 @@ class Group:
 
     def visible(self) -> Tensor:
         """[B, n, L]."""
-        at, asking = self.at[:, None, :], self.asking[:, :, None]
+        at = self.at[:, None, :]
+        asking = self.asking[:, :, None]
         return at <= asking if self.window is None else (at <= asking) & (at > asking - self.window)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -109,11 +110,11 @@ def _groups(batch: Batch, heads: int, cache: Tensor, window: int | None) -> list
         batch.plan = Steps(columns[: rows + 1], columns[rows + 1 :], {})
     steps: Steps = batch.plan
     if window not in steps.groups:
-        found = plan(
+        planned = plan(
             steps.query_start.numpy(), steps.lengths.numpy(), Shape(heads, kv_heads, size), window
         )
         steps.groups[window] = [
-            _group(pieces, batch.block_tables, kv_heads, block_size, window) for pieces in found
+            _group(pieces, batch.block_tables, kv_heads, block_size, window) for pieces in planned
         ]
     return steps.groups[window]
 
@@ -137,8 +138,8 @@ def _gather(cache: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
     _, kv_heads, block_size, size = cache.shape
     heads = torch.arange(kv_heads, device=cache.device)[:, None] * block_size
     index = group.index + heads
-    found = raw(cache).view(-1, size).index_select(0, index.flatten()).view(*index.shape, size)
-    return found.view(cache.dtype).to(dtype) if quantized(cache) else found
+    rows = raw(cache).view(-1, size).index_select(0, index.flatten()).view(*index.shape, size)
+    return rows.view(cache.dtype).to(dtype) if quantized(cache) else rows
 
 
 def _by_kv_head(q: Tensor, group: Group, kv_heads: int) -> Tensor:
@@ -172,8 +173,8 @@ def _scored(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """The same with soft caps or ALiBi, which torch's attention does not know. Scores are float32: 16
-    bits cannot hold a long distance, and float16 no large product either, so queries are scaled
+    """The same with soft caps or ALiBi, which torch's attention does not know. Scores are float32:
+    16 bits cannot hold a long distance, and float16 no large product either, so queries are scaled
     before."""
     count, kv_heads, n, heads, size = queries.shape
     asking = (queries * (scale / (softcap or 1.0))).reshape(count, kv_heads, n * heads, size)

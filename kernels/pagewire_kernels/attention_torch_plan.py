@@ -66,7 +66,8 @@ def plan(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) -> 
     columns = _pieces(query_start, lengths, shape, window)
     if not columns.shape[1]:
         return []
-    counts, spans = columns[2], columns[3] + columns[2] - columns[4]
+    counts = columns[2]
+    spans = columns[3] + columns[2] - columns[4]
     kinds = np.stack((np.ceil(np.log2(counts)), np.ceil(np.log2(np.maximum(spans, SHORT)))))
     found: list[Pieces] = []
     for kind in np.unique(kinds, axis=1).T:
@@ -100,10 +101,8 @@ def _pieces(query_start: Ints, lengths: Ints, shape: Shape, window: int | None) 
     single = np.flatnonzero(counts == 1)
     found = [(row, query_start[row], 1, lengths[row] - 1) for row in single]
     for row in np.flatnonzero(counts > 1):
-        before, span = (
-            lengths[row] - counts[row],
-            lengths[row] if window is None else min(lengths[row], window + QUERIES),
-        )
+        before = lengths[row] - counts[row]
+        span = lengths[row] if window is None else min(lengths[row], window + QUERIES)
         step = int(max(1, min(QUERIES, SCORES // (shape.heads * (span + STEP)))))
         for first in range(0, int(counts[row]), step):
             found.append(

@@ -44,7 +44,7 @@ class PackedQuantized(Protocol):
 class QuantizedExpertOps(Protocol):
     """Of a back end whose kernels read the quantized matrices of all experts at once."""
 
-    def pack_expert(self, part: Quantized) -> Any | None:
+    def pack_expert(self, matrix: Quantized) -> Any | None:
         """One matrix of one expert, None where there is no kernel for it."""
         ...
 
@@ -101,7 +101,8 @@ class FusedOps(Protocol):
         weight: Any,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """linear(rms_norm(x), weight, bias) of one row: x [1, K], norm [K], weight [N, K] -> [1, N]."""
+        """linear(rms_norm(x), weight, bias) of one row: x [1, K], norm [K], weight [N, K] -> [1,
+        N]."""
         ...
 
     def norm_gated(self, x: Tensor, norm: Tensor, eps: float, weight: Any) -> Tensor:
@@ -233,7 +234,8 @@ class Ops(Protocol):
         alibi_slopes: Tensor | None = None,
         kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32 [Hq]."""
+        """softcap c holds scores within +-c (c * tanh(score / c)); alibi_slopes (ALiBi) float32
+        [Hq]."""
         ...
 
 

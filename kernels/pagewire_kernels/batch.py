@@ -45,7 +45,9 @@ def make_batch(
 ) -> Batch:
     """A Batch from plain lists: sequence i computes its last `counts[i]` of `seq_lens[i]` tokens.
     For tests and tools; the worker builds its batches from columns."""
-    positions, slots, starts = [], [], [0]
+    positions = []
+    slots = []
+    starts = [0]
     for count, length, table in zip(counts, seq_lens, tables, strict=True):
         span = range(length - count, length)
         positions += span
@@ -57,7 +59,8 @@ def make_batch(
     def tensor(values: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    i32, i64 = torch.int32, torch.int64
+    i32 = torch.int32
+    i64 = torch.int64
     return Batch(
         tensor(positions, i64),
         tensor(slots, i64),

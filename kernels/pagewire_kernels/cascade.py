@@ -84,8 +84,8 @@ def _prefix(q, k_cache, v_cache, tables, order, starts, lengths, part, lse, scal
     d = tl.arange(0, D_PAD)
     inside = (skipped + m // GP < count) & (m % GP < GROUP)
     row = tl.load(order + first + skipped + m // GP, mask=inside, other=0).to(tl.int64)
-    at = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
-    query = tl.load(q + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    offsets = row[:, None] * q_stride + ((head * GROUP + m % GP) * D)[:, None] + d[None, :]
+    query = tl.load(q + offsets, mask=inside[:, None] & (d < D)[None, :], other=0.0)
     chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     lo = tl.minimum(split * chunk, length)
     hi = tl.minimum(lo + chunk, length)
@@ -150,8 +150,10 @@ def cascade_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     is not supported: use decode_attention. With `query_start`, the rows in groups are of one token
     and come first, so that row i is token i. `config` is the launch shape of the part that reads
     common blocks."""
-    rows, (_, hkv, _, dim) = seq_lens.shape[0], k_cache.shape
-    group, count = q.shape[1] // hkv, groups.lengths.shape[0]
+    rows = seq_lens.shape[0]
+    _, hkv, _, dim = k_cache.shape
+    group = q.shape[1] // hkv
+    count = groups.lengths.shape[0]
     kv_itemsize = k_cache.element_size()
     splits = pick_config(dim, group, rows * hkv, kv_itemsize).splits
     shared = _shared(q, rows, count, hkv, dim, splits, groups.shared)

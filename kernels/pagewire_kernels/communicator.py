@@ -111,8 +111,8 @@ class PointToPoint(Protocol):
     are contiguous and on this process's device; the receiver knows their shapes and types."""
 
     def send(self, x: Tensor) -> None:
-        """Hand x to the receiver; it must not change from now on. Waits only while MOST_SENT tensors
-        before it have not been received. Raises CommunicatorFailed."""
+        """Hand x to the receiver; it must not change from now on. Waits only while MOST_SENT
+        tensors before it have not been received. Raises CommunicatorFailed."""
         ...
 
     def recv(self, x: Tensor) -> None:
@@ -186,15 +186,16 @@ class GlooPointToPoint:
         is_sender: bool,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """From `rank`, which this is, to `peer`, or the other way. Raises CommunicatorFailed when not
-        both are there within `timeout_s` seconds."""
+        """From `rank`, which this is, to `peer`, or the other way. Raises CommunicatorFailed when
+        not both are there within `timeout_s` seconds."""
         self._who = f"rank {rank}, connected to rank {peer},"
         self._timeout_s = timeout_s
         number = 0 if is_sender else 1
         self._other = 1 - number
         self._group = _gloo_group(store, number, 2, timeout_s, self._who)
         self._sent: deque[Any] = deque()
-        """Of each tensor that may not have been received: torch's handle, which keeps its memory."""
+        """Of each tensor that may not have been received: torch's handle, which keeps its
+        memory."""
 
     def send(self, x: Tensor) -> None:
         """See PointToPoint."""

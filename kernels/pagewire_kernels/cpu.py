@@ -152,7 +152,8 @@ def route(
     ids = ids.int()
     if slot_mapping is not None:
         padding = (slot_mapping < 0)[:, None]
-        ids, weights = ids.masked_fill(padding, NO_EXPERT), weights.masked_fill(padding, 0.0)
+        ids = ids.masked_fill(padding, NO_EXPERT)
+        weights = weights.masked_fill(padding, 0.0)
     return ids, weights
 
 
@@ -172,9 +173,11 @@ def experts(
     """Expert by expert over the tokens that chose it, so that each matrix is read once; sums in
     float32."""
     expert, order = top_k_ids.flatten().sort(stable=True)
-    tokens, shares = order // top_k_ids.shape[1], top_k_weights.flatten()[order, None]
+    tokens = order // top_k_ids.shape[1]
+    shares = top_k_weights.flatten()[order, None]
     used, counts = expert.unique_consecutive(return_counts=True)
-    out, first = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), 0
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    first = 0
     for index, count in zip(used.tolist(), counts.tolist(), strict=True):
         rows = tokens[first : first + count]
         if index != NO_EXPERT:
@@ -202,7 +205,8 @@ def rope_and_cache(
 ) -> Tensor:
     plan = batch.plan or make_plan(batch, k_cache, qkv.dtype)
     cos, sin, minus_sin = plan.rotary(cos_sin, qkv.dtype)
-    size, half = k_cache.shape[3], k_cache.shape[3] // 2
+    size = k_cache.shape[3]
+    half = k_cache.shape[3] // 2
     heads = qkv.shape[1] // size - 2 * plan.kv_heads
     parts = qkv.view(len(qkv), -1, size)
     mixed = parts[:, : heads + plan.kv_heads]
@@ -214,11 +218,14 @@ def rope_and_cache(
     turned = mixed * cos
     turned[..., :half].addcmul_(mixed[..., half:], minus_sin)
     turned[..., half:].addcmul_(mixed[..., :half], sin)
-    k, v = turned[:, heads:], parts[:, heads + plan.kv_heads :]
+    k = turned[:, heads:]
+    v = parts[:, heads + plan.kv_heads :]
     if plan.kept is not None:
-        k, v = k[plan.kept], v[plan.kept]
+        k = k[plan.kept]
+        v = v[plan.kept]
     if quantized(k_cache):
-        k, v = raw(quantize(k, kv_scales.k)), raw(quantize(v, kv_scales.v))
+        k = raw(quantize(k, kv_scales.k))
+        v = raw(quantize(v, kv_scales.v))
     raw(k_cache).view(-1, size).index_copy_(0, plan.cache_rows, k.reshape(-1, size))
     raw(v_cache).view(-1, size).index_copy_(0, plan.cache_rows, v.reshape(-1, size))
     return turned[:, :heads]
@@ -273,8 +280,10 @@ def _attend(
 ) -> Tensor:
     """q [size * queries, Hq, D] -> [size * queries, Hq*D]. The query heads of a KV head are rows of
     one product: keys are read once."""
-    kv_heads, size = k_cache.shape[1], q.shape[2]
-    dtype, pairs = q.dtype, group.size * kv_heads
+    kv_heads = k_cache.shape[1]
+    size = q.shape[2]
+    dtype = q.dtype
+    pairs = group.size * kv_heads
     heads = q.view(group.size, group.queries, kv_heads, -1, size)
     queries = heads.permute(0, 2, 1, 3, 4) if group.queries > 1 else heads
     queries = queries.reshape(pairs, -1, size)

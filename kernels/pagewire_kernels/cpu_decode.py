@@ -103,17 +103,21 @@ class NativeDecoder:
     def __init__(
         self, layers: Sequence[DecodeLayer], norm: Tensor, head: QuantizedLinear, sizes: Sizes
     ) -> None:
-        self._layers, self._norm, self._head, self._sizes = layers, norm, head, sizes
+        self._layers = layers
+        self._norm = norm
+        self._head = head
+        self._sizes = sizes
         self._run = cpu_native.address("decode")
         self._table = np.stack([layer.fields() for layer in layers])
         self._memory: dict[str, Tensor] = {}
 
     def _room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that is kept from step to step and grows."""
-        size, found = int(np.prod(shape)), self._memory.get(name)
-        if found is None or found.numel() < size:
-            found = self._memory[name] = torch.zeros(size, dtype=dtype)
-        return found[:size].view(shape)
+        size = int(np.prod(shape))
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name] = torch.zeros(size, dtype=dtype)
+        return memory[:size].view(shape)
 
     def _rows_of(self, batch: Batch) -> np.ndarray:
         """Of each token, its row of the block tables, int64."""
@@ -125,19 +129,20 @@ class NativeDecoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
     ) -> Tensor:
-        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `wanted` [R] int64
-        (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D], float32,
-        bfloat16 or 8-bit codes: one for each layer."""
-        t, threads = cpu_task, torch.get_num_threads()
-        rows = torch.arange(len(x)) if wanted is None else wanted
+        """x [T, H] float32, overwritten -> logits [R, V] float32 of the tokens `logits_indices` [R]
+        int64 (None: of all). cos_sin [positions, D] and caches [2, blocks, Hkv, block_size, D],
+        float32, bfloat16 or 8-bit codes: one for each layer."""
+        t = cpu_task
+        threads = torch.get_num_threads()
+        rows = torch.arange(len(x)) if logits_indices is None else logits_indices
         rows_of = self._rows_of(batch)
         logits = torch.empty(len(rows), self._head.padded)
         self._point_to(cos_sin, caches)
         task = self._task(x, caches[0], batch, threads)
         task[t.T_ROW_OF] = rows_of.ctypes.data
-        task[t.T_WANTED] = rows.data_ptr()
+        task[t.T_LOGITS_INDICES] = rows.data_ptr()
         task[t.T_COUNT] = len(rows)
         task[t.T_LOGITS] = logits.data_ptr()
         task[t.T_LOGITS_STRIDE] = 4 * self._head.padded
@@ -146,7 +151,8 @@ class NativeDecoder:
 
     def _point_to(self, cos_sin: list[Tensor], caches: list[Tensor]) -> None:
         """Write into the layers' fields what may have moved since the last step."""
-        t, table = cpu_task, self._table
+        t = cpu_task
+        table = self._table
         table[:, t.L_ROTARY] = [factors.data_ptr() for factors in cos_sin]
         table[:, t.L_CACHE] = [cache[0].data_ptr() for cache in caches]
         table[:, t.L_VALUES] = [cache[1].data_ptr() for cache in caches]
@@ -155,7 +161,8 @@ class NativeDecoder:
         """int64 [T_FIELDS]: sizes, the batch's columns, and the buffers that the layers hand their
         results on in; without rows and logits. Strides are bytes. The caller keeps all of it alive
         until the task has run."""
-        t, s = cpu_task, self._sizes
+        t = cpu_task
+        s = self._sizes
         tokens = len(x)
         width = s.heads * s.head_dim
         # of a thread: the inputs of all tokens with their sums by group, or the scores of one head

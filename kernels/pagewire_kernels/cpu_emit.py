@@ -14,7 +14,8 @@ from llvmlite import ir
 from .cpu_format import ROWS, Format
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16 = ir.HalfType()
+F32 = ir.FloatType()
 FUSE: Final = ("contract", "nsz")
 MATMUL_ARGUMENTS: Final = 11
 DEQUANTIZE_ARGUMENTS: Final = 7
@@ -23,8 +24,8 @@ TILES: Final = ((8, 1), (4, 1), (2, 2), (1, 3))
 an addition, few enough for the registers of AVX2."""
 
 
-def vector(kind: ir.Type) -> ir.VectorType:
-    return ir.VectorType(kind, ROWS)
+def vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, ROWS)
 
 
 def constant(value: int) -> ir.Constant:
@@ -41,12 +42,12 @@ class Code:
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
 
-    def load(self, address: Any, offset: int, kind: ir.Type, align: int) -> Any:
-        found = self.b.load(
-            self.b.inttoptr(self.b.add(address, constant(offset)), kind.as_pointer())
+    def load(self, address: Any, offset: int, value_type: ir.Type, align: int) -> Any:
+        value = self.b.load(
+            self.b.inttoptr(self.b.add(address, constant(offset)), value_type.as_pointer())
         )
-        found.align = align
-        return found
+        value.align = align
+        return value
 
     def store(self, value: Any, address: Any, align: int) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
@@ -64,8 +65,10 @@ class Code:
     def loop(self, start: Any, stop: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
         """`body(i, values)` gives the next values, for i from start while i + step <= stop; returns
         (i, *values) at the end."""
-        before, head = self.b.block, self.b.append_basic_block("head")
-        inside, after = self.b.append_basic_block("body"), self.b.append_basic_block("after")
+        before = self.b.block
+        head = self.b.append_basic_block("head")
+        inside = self.b.append_basic_block("body")
+        after = self.b.append_basic_block("after")
         self.b.branch(head)
         self.b.position_at_end(head)
         phis = [self.b.phi(value.type) for value in (start, *carried)]
@@ -87,16 +90,18 @@ class Group:
     and minima."""
 
     def __init__(self, code: Code, form: Format, address: Any) -> None:
-        self.code, self.form, self.address = code, form, address
+        self.code = code
+        self.form = form
+        self.address = address
 
     def pair(self, j: int) -> tuple[Any, Any]:
         """Codes of inputs 2j and 2j + 1."""
         b = self.code.b
         if self.form.bits == 8:
-            found = [
+            halves = [
                 self.code.load(self.address, ROWS * (2 * j + i), vector(I8), 1) for i in (0, 1)
             ]
-            low, high = (b.sext(codes, vector(I32)) for codes in found)
+            low, high = (b.sext(codes, vector(I32)) for codes in halves)
         else:
             both = self.code.load(self.address, ROWS * j, vector(I8), 1)
             low, high = (
@@ -112,8 +117,8 @@ class Group:
         return self._floats(self.form.code_bytes + self.form.scale_bytes)
 
     def _floats(self, offset: int) -> Any:
-        found = self.code.load(self.address, offset, vector(F16 if self.form.half else F32), 2)
-        return self.code.b.fpext(found, vector(F32)) if self.form.half else found
+        number = self.code.load(self.address, offset, vector(F16 if self.form.half else F32), 2)
+        return self.code.b.fpext(number, vector(F32)) if self.form.half else number
 
 
 class Operands(NamedTuple):
@@ -171,7 +176,8 @@ def _emit_group_products(
 
     A tile of few sums gives each two chains of additions, since one would wait for itself.
     """
-    rows, panels = len(x_at), len(groups)
+    rows = len(x_at)
+    panels = len(groups)
     chains = 2 if rows * panels < 4 else 1
     products: list[list[Any]] = [[None] * chains for _ in range(rows * panels)]
     for j in range(form.group // 2):
@@ -197,7 +203,8 @@ def _emit_scaled(
 ) -> list[Any]:
     """`totals` with a group's products times its scales added, and its minima times the sum of its
     inputs. sums: addresses of the rows' sums by group."""
-    b, panels = code.b, len(groups)
+    b = code.b
+    panels = len(groups)
     scales = [part.scales() for part in groups]
     minima = [part.minima() for part in groups] if form.minima else []
     results: list[Any] = []
@@ -216,7 +223,8 @@ def _emit_scaled(
 
 def _emit_result(code: Code, o: Operands, total: Any, row: Any, panel: Any) -> None:
     """To its place in `out`, added to what is there if asked for."""
-    b, zero = code.b, ir.Constant(vector(F32), [0.0] * ROWS)
+    b = code.b
+    zero = ir.Constant(vector(F32), [0.0] * ROWS)
     place = b.add(b.add(o.out, b.mul(row, o.out_stride)), b.mul(panel, constant(4 * ROWS)))
     before = b.select(
         b.icmp_signed("!=", o.add, constant(0)), code.load(place, 0, vector(F32), 4), zero
@@ -266,7 +274,8 @@ def emit_dequantize(
         def by_group(group: Any, _: list[Any]) -> list[Any]:
             index = b.add(b.mul(panel, groups), group)
             part = Group(code, form, b.add(weight, b.mul(index, constant(form.group_bytes))))
-            scale, minimum = part.scales(), part.minima() if form.minima else None
+            scale = part.scales()
+            minimum = part.minima() if form.minima else None
             for j in range(form.group // 2):
                 for i, codes in enumerate(part.pair(j)):
                     k = b.add(b.mul(group, constant(form.group)), constant(2 * j + i))
@@ -301,16 +310,16 @@ def _store_row(code: Code, value: Any, row: Any, panel: Any, short: Any) -> None
             code.store(value, b.add(row, b.mul(panel, constant(4 * ROWS))), 4)
 
 
-def module(kind: str, form: Format) -> ir.Module:
+def module(operation: str, form: Format) -> ir.Module:
     """With one function, of int64 alone: `matmul`, whose arguments are Operands, or `dequantize`.
     It is named like the module."""
-    count = MATMUL_ARGUMENTS if kind == "matmul" else DEQUANTIZE_ARGUMENTS
-    made = ir.Module(f"{kind}_{form.name}")
-    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * count), made.name)
+    count = MATMUL_ARGUMENTS if operation == "matmul" else DEQUANTIZE_ARGUMENTS
+    result = ir.Module(f"{operation}_{form.name}")
+    function = ir.Function(result, ir.FunctionType(ir.VoidType(), [I64] * count), result.name)
     builder = ir.IRBuilder(function.append_basic_block())
-    if kind == "matmul":
+    if operation == "matmul":
         emit_matmul(Code(builder), form, Operands(*function.args))
     else:
         emit_dequantize(Code(builder), form, *function.args)
     builder.ret_void()
-    return made
+    return result

@@ -112,7 +112,7 @@ def _noise(word):
 def _search(logits, first, last, scale, floor, seed, position, words, ids_out, words_out):
     """Writes the candidates among the ids first (a multiple of 4) to last and returns their
     number."""
-    best, margin, found = LOWEST, 0.0, 0
+    best, margin, num_candidates = LOWEST, 0.0, 0
     for start in range(first, last, G_BLOCK):
         count = min(G_BLOCK, last - start)
         _fill_words(words, start // 4, (count + 3) // 4, seed, position)
@@ -125,29 +125,32 @@ def _search(logits, first, last, scale, floor, seed, position, words, ids_out, w
                 continue
             score = np.float64(scaled) + _noise(words[i])
             if score > best + margin:
-                found = 0
+                num_candidates = 0
             if score > best:
                 best = score
                 margin = MARGIN + RELATIVE * abs(best)
             elif score < best - margin:
                 continue
-            if found < G_CANDIDATES:
-                ids_out[found] = start + i
-                words_out[found] = np.int64(words[i])
-            found += 1
-    return found
+            if num_candidates < G_CANDIDATES:
+                ids_out[num_candidates] = start + i
+                words_out[num_candidates] = np.int64(words[i])
+            num_candidates += 1
+    return num_candidates
 
 
 def find_candidates(task):
     """For each slice of each row, the ids and words of the tokens that might have the largest
     score."""
     t = longs(task)
-    me, threads = thread_number(), thread_count()
-    width, slices = t[G_WIDTH], t[G_SLICES]
+    me = thread_number()
+    threads = thread_count()
+    width = t[G_WIDTH]
+    slices = t[G_SLICES]
     span = ((width + slices - 1) // slices + 3) // 4 * 4
     mine, end = share(t[G_ROWS] * slices, me, threads)
     for piece in range(mine, end):
-        row, part = piece // slices, piece % slices
+        row = piece // slices
+        part = piece % slices
         longs(t[G_COUNTS])[piece] = _search(
             t[G_LOGITS] + 4 * row * width,
             part * span,

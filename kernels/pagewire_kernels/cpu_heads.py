@@ -54,7 +54,8 @@ def normalise(x, at, weight, eps, columns, out, to):
 def rotate(x, at, size, factors, f):
     half = size // 2
     for i in range(half):
-        a, b = x[at + i], x[at + half + i]
+        a = x[at + i]
+        b = x[at + half + i]
         x[at + i] = a * factors[f + i] - b * factors[f + half + i]
         x[at + half + i] = b * factors[f + i] + a * factors[f + half + i]
 
@@ -92,46 +93,51 @@ def code_of(x):
 
 
 @inlined
-def keep(x, at, size, cache, place, kind, scale):
-    """float32 number `at` and those that follow, behind address x, to the cache's element `place`;
-    codes are of numbers over `scale`."""
-    if kind == task.CACHE_E4M3:
-        codes, wide = octets(cache), floats(x)
+def keep(x, at, size, cache, element, cache_type, scale):
+    """float32 number `at` and those that follow, behind address x, to element `element` of the
+    cache; codes are of numbers over `scale`."""
+    if cache_type == task.CACHE_E4M3:
+        codes = octets(cache)
+        wide = floats(x)
         for i in range(size):
-            codes[place + i] = code_of(wide[at + i] / scale)
-    elif kind == task.CACHE_BFLOAT16:
-        brief, words = shorts(cache), ints(x)
+            codes[element + i] = code_of(wide[at + i] / scale)
+    elif cache_type == task.CACHE_BFLOAT16:
+        brief = shorts(cache)
+        words = ints(x)
         for i in range(size):
             word = np.uint32(words[at + i])
-            brief[place + i] = np.uint16(
+            brief[element + i] = np.uint16(
                 (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1)))
                 >> np.uint32(16)
             )
     else:
-        full, given = floats(cache), floats(x)
+        full = floats(cache)
+        numbers = floats(x)
         for i in range(size):
-            full[place + i] = given[at + i]
+            full[element + i] = numbers[at + i]
 
 
 @inlined
-def score_block(q, at, size, cache, place, count, kind, scores, to):
+def score_block(q, at, size, cache, element, count, cache_type, scores, to):
     """Products of q[at : at + size] with `count` keys that follow each other; the largest of
     them."""
     most = np.float32(-np.inf)
-    if kind == task.CACHE_E4M3:
+    if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * number_of(codes[place + j * size + i])
+                total += q[at + i] * number_of(codes[element + j * size + i])
             scores[to + j] = total
             most = max(most, total)
-    elif kind == task.CACHE_BFLOAT16:
+    elif cache_type == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * as_float(np.int32(brief[place + j * size + i]) << np.int32(16))
+                total += q[at + i] * as_float(
+                    np.int32(brief[element + j * size + i]) << np.int32(16)
+                )
             scores[to + j] = total
             most = max(most, total)
     else:
@@ -139,52 +145,56 @@ def score_block(q, at, size, cache, place, count, kind, scores, to):
         for j in range(count):
             total = np.float32(0)
             for i in range(size):
-                total += q[at + i] * full[place + j * size + i]
+                total += q[at + i] * full[element + j * size + i]
             scores[to + j] = total
             most = max(most, total)
     return most
 
 
 @inlined
-def add_block(shares, first, size, cache, place, count, kind, out, to):
+def add_block(shares, first, size, cache, element, count, cache_type, out, to):
     """out[to : to + size] += shares times `count` values that follow each other."""
-    if kind == task.CACHE_E4M3:
+    if cache_type == task.CACHE_E4M3:
         codes = octets(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
-                out[to + i] += part * number_of(codes[place + j * size + i])
-    elif kind == task.CACHE_BFLOAT16:
+                out[to + i] += part * number_of(codes[element + j * size + i])
+    elif cache_type == task.CACHE_BFLOAT16:
         brief = shorts(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
                 out[to + i] += part * as_float(
-                    np.int32(brief[place + j * size + i]) << np.int32(16)
+                    np.int32(brief[element + j * size + i]) << np.int32(16)
                 )
     else:
         full = floats(cache)
         for j in range(count):
             part = shares[first + j]
             for i in range(size):
-                out[to + i] += part * full[place + j * size + i]
+                out[to + i] += part * full[element + j * size + i]
 
 
 @inlined
 def turn_and_keep(t, layer, me, threads):
     """Heads are normalised and turned, keys and values go to the cache; each thread some of the
     heads of some tokens."""
-    heads, kv, size, block = t[task.T_HEADS], t[task.T_KV_HEADS], t[task.T_SIZE], t[task.T_BLOCK]
-    qkv, stride, factors = (
-        floats(t[task.T_QKV]),
-        t[task.T_QKV_STRIDE] // 4,
-        floats(layer[task.L_ROTARY]),
-    )
+    heads = t[task.T_HEADS]
+    kv = t[task.T_KV_HEADS]
+    size = t[task.T_SIZE]
+    block = t[task.T_BLOCK]
+    qkv = floats(t[task.T_QKV])
+    stride = t[task.T_QKV_STRIDE] // 4
+    factors = floats(layer[task.L_ROTARY])
     eps = bits_of(t[task.T_HEAD + MATRIX_FIELDS])
-    positions, slots, each = longs(t[task.T_POSITIONS]), longs(t[task.T_SLOTS]), heads + 2 * kv
+    positions = longs(t[task.T_POSITIONS])
+    slots = longs(t[task.T_SLOTS])
+    each = heads + 2 * kv
     first, last = share(t[task.T_TOKENS] * each, me, threads)
     for piece in range(first, last):
-        r, head = piece // each, piece % each
+        r = piece // each
+        head = piece % each
         at = r * stride + head * size
         norm = (
             layer[task.L_QUERY_NORM]
@@ -203,14 +213,15 @@ def turn_and_keep(t, layer, me, threads):
                 if head < heads + kv
                 else (layer[task.L_VALUES], layer[task.L_VALUE_SCALE], head - heads - kv)
             )
-            place = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
-            keep(t[task.T_QKV], at, size, cache, place, t[task.T_CACHE], bits_of(scale))
+            element = ((slots[r] // block * kv + h) * block + slots[r] % block) * size
+            keep(t[task.T_QKV], at, size, cache, element, t[task.T_CACHE], bits_of(scale))
 
 
 @inlined
 def place_of(t, layer, table, head, token):
     """Where in a cache the key of a sequence's token lies, for a query head."""
-    kv, block = t[task.T_KV_HEADS], t[task.T_BLOCK]
+    kv = t[task.T_KV_HEADS]
+    block = t[task.T_BLOCK]
     page = ints(t[task.T_TABLES])[table + token // block]
     return ((page * kv + head // (t[task.T_HEADS] // kv)) * block + token % block) * t[task.T_SIZE]
 
@@ -219,19 +230,22 @@ def place_of(t, layer, table, head, token):
 def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     """One head of one token, over tokens low to end of its sequence: out[to:] = softmax(scores)
     times values."""
-    size, block, kind = t[task.T_SIZE], t[task.T_BLOCK], t[task.T_CACHE]
-    qkv, scale, most, total = (
-        floats(t[task.T_QKV]),
-        bits_of(layer[task.L_SCALE]),
-        np.float32(-np.inf),
-        np.float32(0),
-    )
+    size = t[task.T_SIZE]
+    block = t[task.T_BLOCK]
+    cache_type = t[task.T_CACHE]
+    qkv = floats(t[task.T_QKV])
+    scale = bits_of(layer[task.L_SCALE])
+    most = np.float32(-np.inf)
+    total = np.float32(0)
     for start in range(low // block * block, end, block):
-        a, z = max(start, low), min(start + block, end)
-        place = place_of(t, layer, table, head, a)
+        a = max(start, low)
+        z = min(start + block, end)
+        element = place_of(t, layer, table, head, a)
         most = max(
             most,
-            score_block(qkv, query, size, layer[task.L_CACHE], place, z - a, kind, scores, a - low),
+            score_block(
+                qkv, query, size, layer[task.L_CACHE], element, z - a, cache_type, scores, a - low
+            ),
         )
     for j in range(end - low):
         scores[j] = exponential((scores[j] - most) * scale)
@@ -239,9 +253,10 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
     for i in range(size):
         out[to + i] = np.float32(0)
     for start in range(low // block * block, end, block):
-        a, z = max(start, low), min(start + block, end)
-        place = place_of(t, layer, table, head, a)
-        add_block(scores, a - low, size, layer[task.L_VALUES], place, z - a, kind, out, to)
+        a = max(start, low)
+        z = min(start + block, end)
+        element = place_of(t, layer, table, head, a)
+        add_block(scores, a - low, size, layer[task.L_VALUES], element, z - a, cache_type, out, to)
     factor = bits_of(layer[task.L_VALUE_SCALE]) / total
     for i in range(size):
         out[to + i] *= factor
@@ -251,20 +266,17 @@ def attend_head(t, layer, query, head, table, low, end, scores, out, to):
 def attend(t, layer, mine, me, threads):
     """Softmax of scores over what each token sees, times the values; each thread some heads of some
     tokens."""
-    heads, size, stride, out = (
-        t[task.T_HEADS],
-        t[task.T_SIZE],
-        t[task.T_QKV_STRIDE] // 4,
-        floats(t[task.T_ATTENDED]),
-    )
-    positions, row_of, window = (
-        longs(t[task.T_POSITIONS]),
-        longs(t[task.T_ROW_OF]),
-        layer[task.L_WINDOW],
-    )
+    heads = t[task.T_HEADS]
+    size = t[task.T_SIZE]
+    stride = t[task.T_QKV_STRIDE] // 4
+    out = floats(t[task.T_ATTENDED])
+    positions = longs(t[task.T_POSITIONS])
+    row_of = longs(t[task.T_ROW_OF])
+    window = layer[task.L_WINDOW]
     first, last = share(t[task.T_TOKENS] * heads, me, threads)
     for piece in range(first, last):
-        r, head = piece // heads, piece % heads
+        r = piece // heads
+        head = piece % heads
         end = positions[r] + 1
         low = max(end - window, 0) if window else 0
         table = row_of[r] * t[task.T_TABLE_STRIDE]

@@ -26,7 +26,8 @@ class _Inner(Compiler):
 
     def compile_extra(self, func: Any) -> Any:
         self.state.flags.no_compile = True
-        made, entry = super().compile_extra(func), [].append
+        made = super().compile_extra(func)
+        entry = [].append
         self.state.targetctx.insert_user_function(entry, made.fndesc, [made.library])
         return made._replace(entry_point=entry)
 

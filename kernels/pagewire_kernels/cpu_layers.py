@@ -33,12 +33,10 @@ def normalised(t, x, norm, count, mine):
     """The calling thread's own copy of `count` rows of x, normalised, and behind it their sums by
     groups; the address of those."""
     hidden = t[task.T_HIDDEN]
-    source, weight, private, eps = (
-        floats(x),
-        floats(norm),
-        floats(mine),
-        bits_of(t[task.T_HEAD + MATRIX_FIELDS]),
-    )
+    source = floats(x)
+    weight = floats(norm)
+    private = floats(mine)
+    eps = bits_of(t[task.T_HEAD + MATRIX_FIELDS])
     after = count * hidden
     for r in range(count):
         normalise(source, r * hidden, weight, eps, hidden, private, r * hidden)
@@ -50,7 +48,8 @@ def normalised(t, x, norm, count, mine):
 def summed(x, columns, stride, count, mine):
     """The sums by groups of `count` rows of x that lie `stride` bytes apart, in the calling
     thread's own memory."""
-    source, private = floats(x), floats(mine)
+    source = floats(x)
+    private = floats(mine)
     for r in range(count):
         sum_groups(source, r * (stride // 4), columns, private, r * (columns // 32))
     return mine
@@ -60,13 +59,15 @@ def summed(x, columns, stride, count, mine):
 def project(t, layer, mine, me, threads):
     """Queries, keys and values of all tokens, normalised input times their matrices, plus biases;
     each thread some panels of the three."""
-    tokens, hidden = t[task.T_TOKENS], t[task.T_HIDDEN]
+    tokens = t[task.T_TOKENS]
+    hidden = t[task.T_HIDDEN]
     sums = normalised(t, t[task.T_X], layer[task.L_NORM], tokens, mine)
     total = layer[task.L_QUERY + PANELS] + layer[task.L_KEY + PANELS] + layer[task.L_VALUE + PANELS]
     first, last = share(total, me, threads)
     before = 0
     for at in (task.L_QUERY, task.L_KEY, task.L_VALUE):
-        a, z = max(first - before, 0), min(last - before, layer[at + PANELS])
+        a = max(first - before, 0)
+        z = min(last - before, layer[at + PANELS])
         times_matrix(
             layer,
             at,
@@ -82,11 +83,9 @@ def project(t, layer, mine, me, threads):
         )
         before += layer[at + PANELS]
     if layer[task.L_BIAS]:
-        out, bias, stride = (
-            floats(t[task.T_QKV]),
-            floats(layer[task.L_BIAS]),
-            t[task.T_QKV_STRIDE] // 4,
-        )
+        out = floats(t[task.T_QKV])
+        bias = floats(layer[task.L_BIAS])
+        stride = t[task.T_QKV_STRIDE] // 4
         for r in range(tokens):
             for i in range(16 * first, 16 * last):
                 out[r * stride + i] += bias[i]
@@ -95,7 +94,9 @@ def project(t, layer, mine, me, threads):
 @inlined
 def activate(t, first, last):
     """gate = act(gate) * up, in columns first to last."""
-    gate, up, stride = floats(t[task.T_GATE]), floats(t[task.T_UP]), t[task.T_INNER_STRIDE] // 4
+    gate = floats(t[task.T_GATE])
+    up = floats(t[task.T_UP])
+    stride = t[task.T_INNER_STRIDE] // 4
     for r in range(t[task.T_TOKENS]):
         if t[task.T_GELU]:
             for i in range(r * stride + first, r * stride + last):
@@ -120,7 +121,8 @@ def back_to_hidden(t, layer, at, x, columns, stride, mine, me, threads):
 
 @inlined
 def mlp(t, layer, mine, me, threads):
-    tokens, hidden = t[task.T_TOKENS], t[task.T_HIDDEN]
+    tokens = t[task.T_TOKENS]
+    hidden = t[task.T_HIDDEN]
     sums = normalised(t, t[task.T_X], layer[task.L_NORM2], tokens, mine)
     first, last = share(layer[task.L_GATE + PANELS], me, threads)
     for at, out in ((task.L_GATE, t[task.T_GATE]), (task.L_UP, t[task.T_UP])):
@@ -145,11 +147,14 @@ def mlp(t, layer, mine, me, threads):
 @inlined
 def head(t, mine, me, threads):
     """Logits of the tokens that are wanted."""
-    hidden, count = t[task.T_HIDDEN], t[task.T_COUNT]
-    x, wanted, rows = floats(t[task.T_X]), longs(t[task.T_WANTED]), floats(mine)
+    hidden = t[task.T_HIDDEN]
+    count = t[task.T_COUNT]
+    x = floats(t[task.T_X])
+    logits_indices = longs(t[task.T_LOGITS_INDICES])
+    rows = floats(mine)
     for i in range(count):
         for k in range(hidden):
-            rows[i * hidden + k] = x[wanted[i] * hidden + k]
+            rows[i * hidden + k] = x[logits_indices[i] * hidden + k]
     sums = normalised(t, mine, t[task.T_NORM], count, mine)
     first, last = share(t[task.T_HEAD + PANELS], me, threads)
     times_matrix(
@@ -171,7 +176,8 @@ def decode(address):
     """All layers and the head for few tokens, of any sequences: each is a row of its own, which
     sees its sequence up to itself."""
     t = longs(address)
-    me, threads = thread_number(), thread_count()
+    me = thread_number()
+    threads = thread_count()
     mine = t[task.T_SCRATCH] + me * t[task.T_SCRATCH_BYTES]
     for i in range(t[task.T_LAYERS]):
         layer = longs(t[task.T_TABLE] + 8 * task.L_FIELDS * i)

@@ -33,7 +33,8 @@ class QuantizedLinear:
                 f"matrices of {[tuple(part.shape) for part in parts]} do not fit panels of {ROWS} rows and groups of {GROUP}"
             )
         self.panels = [pack(part, cpu_target.converts_half()) for part in parts]
-        self.rows, self.columns = sum(panels.rows for panels in self.panels), parts[0].shape[1]
+        self.rows = sum(panels.rows for panels in self.panels)
+        self.columns = parts[0].shape[1]
         self.padded = ROWS * sum(len(panels.data) for panels in self.panels)
         self.crossing, self.wide = CROSSING, wide
         self.fields = np.concatenate([matrix_fields(panels) for panels in self.panels])
@@ -98,7 +99,8 @@ class QuantizedLinear:
         room = _scratch.get(dtype)
         if room is None or room.numel() < size:
             room = _scratch[dtype] = torch.empty(size, dtype=dtype)
-        place, first = room[:size].view(self.columns, self.padded), 0
+        place = room[:size].view(self.columns, self.padded)
+        first = 0
         for panels in self.panels:
             out = place.data_ptr() + first * dtype.itemsize
             head = (out, self.padded * dtype.itemsize, int(dtype == torch.bfloat16))

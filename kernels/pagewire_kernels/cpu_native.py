@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 FOR_ALL: Final = ("multiply", "make_dense", "decode")
 """Functions that most models need, and the ones that take longest to compile."""
-_place: list[Path] = []
+_directory: list[Path] = []
 _helpers: list[subprocess.Popen[bytes]] = []
 
 
-def keep_in(place: Path) -> None:
+def keep_in(directory: Path) -> None:
     """The directory where compiled functions are kept. Without one they are compiled for this
     process alone."""
-    _place[:] = [place]
+    _directory[:] = [directory]
 
 
 def digest() -> str:
@@ -70,8 +70,9 @@ def check() -> None:
 def compile_in_background() -> None:
     """Have another process compile what most models need and is not on disk."""
     missing = [name for name in FOR_ALL if not _kept(name)]
-    if missing and _place and importlib.util.find_spec("numba"):
-        command = [sys.executable, "-m", "pagewire_kernels.cpu_native", str(_place[0]), *missing]
+    if missing and _directory and importlib.util.find_spec("numba"):
+        program = [sys.executable, "-m", "pagewire_kernels.cpu_native"]
+        command = [*program, str(_directory[0]), *missing]
         with contextlib.suppress(OSError):
             _helpers.append(
                 subprocess.Popen(
@@ -93,16 +94,16 @@ def address(name: str) -> int:
 def object_of(name: str) -> tuple[str, bytes]:
     """(symbol, object file) of a function: found on disk, where another process is about to put it,
     or compiled and put there."""
-    found = _kept(name)
-    if not found and name in FOR_ALL and _helpers:
+    compiled_function = _kept(name)
+    if not compiled_function and name in FOR_ALL and _helpers:
         _helpers.pop().wait()
-        found = _kept(name)
-    if not found:
+        compiled_function = _kept(name)
+    if not compiled_function:
         from .cpu_compile import compiled
 
-        found = compiled(name)
-        _keep(name, found)
-    return found
+        compiled_function = compiled(name)
+        _keep(name, compiled_function)
+    return compiled_function
 
 
 def _load(code: bytes, symbol: str) -> int:
@@ -127,31 +128,31 @@ def _file(name: str) -> Path:
     import llvmlite
 
     made_by = (*target(), llvmlite.__version__)
-    return _place[0] / f"{name}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}.o"
+    return _directory[0] / f"{name}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}.o"
 
 
 def _kept(name: str) -> tuple[str, bytes] | None:
     """What the file holds: a line with its checksum, one with the symbol, and the object file."""
-    if not _place:
+    if not _directory:
         return None
     with contextlib.suppress(OSError, ValueError):
-        checksum, rest = _file(name).read_bytes().split(b"\n", 1)
-        if hashlib.sha256(rest).hexdigest().encode() == checksum:
-            symbol, code = rest.split(b"\n", 1)
+        checksum, content = _file(name).read_bytes().split(b"\n", 1)
+        if hashlib.sha256(content).hexdigest().encode() == checksum:
+            symbol, code = content.split(b"\n", 1)
             return symbol.decode(), code
     return None
 
 
-def _keep(name: str, found: tuple[str, bytes]) -> None:
+def _keep(name: str, compiled_function: tuple[str, bytes]) -> None:
     """In one move, since another worker may read it."""
-    if not _place:
+    if not _directory:
         return
-    symbol, code = found
-    rest = symbol.encode() + b"\n" + code
+    symbol, code = compiled_function
+    content = symbol.encode() + b"\n" + code
     with contextlib.suppress(OSError):
-        _place[0].mkdir(parents=True, exist_ok=True)
+        _directory[0].mkdir(parents=True, exist_ok=True)
         passing = _file(name).with_suffix(f".{os.getpid()}")
-        passing.write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+        passing.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         passing.replace(_file(name))
 
 

@@ -73,9 +73,11 @@ def _is_half(values: Tensor) -> bool:
 
 def pack(weight: Quantized, half: bool = True) -> Panels:
     """weight in panels. Raises ValueError where there is no kernel for it."""
-    form, (rows, columns) = choose_format(weight, half), weight.shape
+    form = choose_format(weight, half)
+    rows, columns = weight.shape
     weight = weight.regrouped(form.group)
-    panels, groups = -(-rows // ROWS), columns // form.group
+    panels = -(-rows // ROWS)
+    groups = columns // form.group
     data = np.zeros((panels, groups, form.group_bytes), np.uint8)
     threads = torch.get_num_threads()
     shares = [slice(panels * i // threads, panels * (i + 1) // threads) for i in range(threads)]
@@ -116,7 +118,8 @@ def _pack_some(weight: Quantized, form: Format, out: np.ndarray, first: int) -> 
     codes = weight.by_place(first, last, ROWS).view(np.uint8)
     if last > weight.shape[0]:
         codes[:, -1, :, weight.shape[0] - last :] = 0
-    parts, blocks = len(codes) // form.group, codes.shape[2]
+    parts = len(codes) // form.group
+    blocks = codes.shape[2]
     if form.bits == 4:
         codes = codes[::2] | codes[1::2] << 4
     source = codes.reshape(parts, -1, len(out), blocks, ROWS).view(_SIXTEEN)[..., 0]
@@ -140,25 +143,26 @@ def _padded(values: Tensor, panels: int) -> Tensor:
 def rows_of(weight: Panels, ids: Tensor) -> Tensor:
     """The rows `ids` [T] int64, dequantized: [T, K] float32. An embedding."""
     form = weight.format
-    found, lane = weight.data[ids // ROWS], (ids % ROWS)[:, None, None, None]
-    codes = found[:, :, : form.code_bytes].unflatten(2, (-1, ROWS))
+    panels = weight.data[ids // ROWS]
+    lane = (ids % ROWS)[:, None, None, None]
+    codes = panels[:, :, : form.code_bytes].unflatten(2, (-1, ROWS))
     codes = codes.gather(3, lane.expand(*codes.shape[:3], 1))[..., 0]
     codes = (
         torch.stack((codes & 15, codes >> 4), -1).flatten(2)
         if form.bits == 4
         else codes.view(torch.int8)
     )
-    scale, minimum = (_scales(weight, found, which, lane) for which in (0, 1))
+    scale, minimum = (_scales(weight, panels, which, lane) for which in (0, 1))
     out = codes.float().mul_(scale)
     return (out.add_(minimum) if form.minima else out).flatten(1)
 
 
-def _scales(weight: Panels, found: Tensor, which: int, lane: Tensor) -> Tensor:
+def _scales(weight: Panels, panels: Tensor, which: int, lane: Tensor) -> Tensor:
     """[T, groups, 1] float32 of found [T, groups, bytes]: scales (0) or minima (1)."""
     form = weight.format
     first = form.code_bytes + (which if form.minima else 0) * form.scale_bytes
     values = (
-        found[:, :, first : first + form.scale_bytes]
+        panels[:, :, first : first + form.scale_bytes]
         .contiguous()
         .view(torch.float16 if form.half else torch.float32)
     )

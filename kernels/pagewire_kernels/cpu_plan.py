@@ -125,7 +125,8 @@ class Plan:
     def _decode(self, rows: np.ndarray, window: int | None) -> Group:
         lengths = self.lengths[rows].astype(np.int64)
         low = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0)
-        first, end = low // self.block_size, -(-lengths // self.block_size)
+        first = low // self.block_size
+        end = -(-lengths // self.block_size)
         columns = first[:, None] + np.arange((end - first).max())
         blocks = self.tables[
             rows[:, None], np.where(columns < end[:, None], columns, first[:, None])
@@ -134,7 +135,8 @@ class Plan:
             len(rows), -1
         )
         visible = (at >= low[:, None]) & (at < lengths[:, None])
-        index, wide = self._index(blocks), at.size * self.kv_heads * self.head_dim <= WIDE_LIMIT
+        index = self._index(blocks)
+        wide = at.size * self.kv_heads * self.head_dim <= WIDE_LIMIT
         mask = (
             None
             if visible.all()
@@ -163,16 +165,19 @@ class Plan:
         )
         rows = np.array([row for row, _ in members])
         blocks = self.tables[rows, low // self.block_size : -(-end // self.block_size)]
-        i, j = np.arange(start, end)[:, None], np.arange(low, end)[None]
+        i = np.arange(start, end)[:, None]
+        j = np.arange(low, end)[None]
         visible = (j <= i) if window is None else (j <= i) & (j > i - window)
         tokens = self._tokens(np.array([first for _, first in members]), count)
-        index, mask = self._index(blocks), self._mask(visible[None], False)
+        index = self._index(blocks)
+        mask = self._mask(visible[None], False)
         return Group(tokens, len(rows), count, end - low, index, mask, False, j, i.T)
 
     def _tokens(self, firsts: np.ndarray, count: int) -> Tensor | slice | None:
         """Runs of `count` tokens each."""
         if (np.diff(firsts) == count).all():
-            first, last = int(firsts[0]), int(firsts[-1]) + count
+            first = int(firsts[0])
+            last = int(firsts[-1]) + count
             return None if last - first == len(self.positions) else slice(first, last)
         return torch.from_numpy((firsts[:, None] + np.arange(count)).reshape(-1).astype(np.int64))
 

@@ -132,7 +132,8 @@ def _find_candidates(
     words = torch.zeros_like(ids)
     counts = torch.zeros(count, slices, dtype=torch.int64)
     scratch = torch.empty(threads, cpu_task.G_BLOCK, dtype=torch.int32)
-    seeds, positions = rows.seeds.contiguous(), rows.positions.contiguous()
+    seeds = rows.seeds.contiguous()
+    positions = rows.positions.contiguous()
     task = np.zeros(cpu_task.G_FIELDS, np.int64)
     for field, value in (
         (cpu_task.G_LOGITS, logits.data_ptr()),
@@ -156,8 +157,8 @@ def _find_candidates(
 
 
 def _padded(entries: Tensor, used: Tensor) -> Tensor:
-    """entries [R, N] of which those that are not used [R, N] repeat the row's first that is, so that
-    all of a row can be compared."""
+    """entries [R, N] of which those that are not used [R, N] repeat the row's first that is, so
+    that all of a row can be compared."""
     first = used.byte().argmax(-1, keepdim=True)
     return torch.where(used, entries, entries.gather(1, first))
 

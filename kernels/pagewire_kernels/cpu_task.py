@@ -41,7 +41,7 @@ T_CACHE: Final = 23
 """What the caches hold: CACHE_FLOAT32 and so on."""
 T_GELU: Final = 24
 T_NORM: Final = 25
-T_WANTED: Final = 26
+T_LOGITS_INDICES: Final = 26
 T_COUNT: Final = 27
 T_LOGITS: Final = 28
 T_LOGITS_STRIDE: Final = 29

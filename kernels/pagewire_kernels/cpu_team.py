@@ -67,14 +67,17 @@ def times_matrix(m, at, first, last, x, x_stride, sums, rows, out, out_stride, a
 def multiply(task):
     """out [rows, 16 * panels of all matrices] = x times each of them, side by side."""
     t = longs(task)
-    me, threads, total = thread_number(), thread_count(), 0
+    me = thread_number()
+    threads = thread_count()
+    total = 0
     for i in range(t[M_COUNT]):
         total += t[M_FIELDS + i * MATRIX_FIELDS + PANELS]
     mine, end = share(total, me, threads)
     before = 0
     for i in range(t[M_COUNT]):
         at = M_FIELDS + i * MATRIX_FIELDS
-        first, last = max(mine - before, 0), min(end - before, t[at + PANELS])
+        first = max(mine - before, 0)
+        last = min(end - before, t[at + PANELS])
         out = t[M_OUT] + 64 * before
         times_matrix(
             t, at, first, last, t[M_X], t[M_X_STRIDE], t[M_SUMS], t[M_ROWS], out, t[M_OUT_STRIDE], 0

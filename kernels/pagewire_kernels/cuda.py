@@ -154,19 +154,21 @@ class CudaOps:
         alibi_slopes: Tensor | None = None,
         kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets token
-        i see j with i - w < j <= i; `alibi_slopes` are ALiBi's, float32 [Hq].
+        """Causal attention of q [T, Hq, D] over each row's pages -> [T, Hq * D]; a window w lets
+        token i see j with i - w < j <= i; `alibi_slopes` are ALiBi's, float32 [Hq].
 
-        With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one new
-        token go to the decode kernel, which splits long contexts, and the others to the prefill kernel.
-        Common blocks are read once a group where the batch has groups and the layer neither window nor
-        alibi_slopes. GPUs on which that is slow leave all of it to torch.
+        With max_query_len 1, token i is row i (padding rows have length 0). Otherwise rows with one
+        new token go to the decode kernel, which splits long contexts, and the others to the prefill
+        kernel. Common blocks are read once a group where the batch has groups and the layer neither
+        window nor alibi_slopes. GPUs on which that is slow leave all of it to torch.
         """
         if attention_torch.serves(q.device):
             return attention_torch.paged_attention(
                 q, k_cache, v_cache, batch, scale, window, softcap, alibi_slopes, kv_scales
             )
-        rows, tables, lengths = batch.seq_lens.shape[0], batch.block_tables, batch.seq_lens
+        rows = batch.seq_lens.shape[0]
+        tables = batch.block_tables
+        lengths = batch.seq_lens
         groups = batch.groups if window is None and alibi_slopes is None else None
         if batch.max_query_len == 1 and groups is not None:
             return cascade_attention(
@@ -186,7 +188,8 @@ class CudaOps:
                 kv_scales=kv_scales,
             )
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-        mixed, starts = rows > 1, batch.query_start
+        mixed = rows > 1
+        starts = batch.query_start
         if mixed and groups is not None:
             cascade_attention(
                 q,
@@ -201,8 +204,8 @@ class CudaOps:
                 out=out,
                 kv_scales=kv_scales,
             )
-        # launched even where no row has one token: two ways to compile the prefill kernel would cost
-        # more
+        # launched even where no row has one token: two ways to compile the prefill kernel would
+        # cost more
         elif mixed:
             decode_attention(
                 q,
@@ -250,9 +253,9 @@ class CudaOps:
         softcap: float | None = None,
         kv_scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]. Decoding
-        few rows without groups takes one launch; among many, what each program does before it reads
-        keys costs as much as the launch that is saved."""
+        """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D].
+        Decoding few rows without groups takes one launch; among many, what each program does before
+        it reads keys costs as much as the launch that is saved."""
         few = (
             not attention_torch.serves(qkv.device)
             and batch.seq_lens.shape[0] * k_cache.shape[1] <= FUSED_PROGRAMS

@@ -41,7 +41,7 @@ class QuantizedMatrices:
     def __init__(self, parts: Sequence[PackedMatrix], algorithms: GemmAlgorithms) -> None:
         self._parts = parts
         self._algorithms = algorithms
-        self._rows = sum(part.shape[0] for part in parts)
+        self._rows = sum(matrix.shape[0] for matrix in parts)
         self._columns = parts[0].shape[1]
 
     @property
@@ -57,7 +57,7 @@ class QuantizedMatrices:
     @property
     def nbytes(self) -> int:
         """Bytes of the GPU's memory."""
-        return sum(part.nbytes for part in self._parts)
+        return sum(matrix.nbytes for matrix in self._parts)
 
     @property
     def row_weight(self) -> PackedMatrix | None:
@@ -72,7 +72,7 @@ class QuantizedMatrices:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type."""
-        if all(gemm_scaled.takes(part, len(x), x.dtype, x.device) for part in self._parts):
+        if all(gemm_scaled.takes(matrix, len(x), x.dtype, x.device) for matrix in self._parts):
             return self.in_float8(x, bias)
         if len(x) > MOST_FUSED_ROWS and self._rows * self._columns <= LARGEST_DENSE:
             return gemm.linear(x, self.dense(x.dtype), bias, self._algorithms)
@@ -80,10 +80,10 @@ class QuantizedMatrices:
             return quantized_linear(x, self._parts[0], bias)
         out = torch.empty(len(x), self._rows, dtype=x.dtype, device=x.device)
         first = 0
-        for part in self._parts:
-            rows = slice(first, first + part.shape[0])
-            quantized_linear(x, part, None if bias is None else bias[rows], out=out[:, rows])
-            first += part.shape[0]
+        for matrix in self._parts:
+            rows = slice(first, first + matrix.shape[0])
+            quantized_linear(x, matrix, None if bias is None else bias[rows], out=out[:, rows])
+            first += matrix.shape[0]
         return out
 
     def in_float8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,10 +91,10 @@ class QuantizedMatrices:
         x8, scales = gemm_scaled.quantize_rows(x)
         biases = [None] * len(self._parts)
         if bias is not None:
-            biases = bias.split([part.shape[0] for part in self._parts])
+            biases = bias.split([matrix.shape[0] for matrix in self._parts])
         outs = [
-            gemm_scaled.scaled_linear(x8, scales, part, x.dtype, part_bias)
-            for part, part_bias in zip(self._parts, biases, strict=True)
+            gemm_scaled.scaled_linear(x8, scales, matrix, x.dtype, part_bias)
+            for matrix, part_bias in zip(self._parts, biases, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
@@ -103,14 +103,14 @@ class QuantizedMatrices:
         memory = _room(self._parts[0].words.device, self._rows * self._columns, dtype)
         whole = memory.view(self._rows, self._columns)
         first = 0
-        for part in self._parts:
-            dequantize(part, dtype, whole[first : first + part.shape[0]])
-            first += part.shape[0]
+        for matrix in self._parts:
+            dequantize(matrix, dtype, whole[first : first + matrix.shape[0]])
+            first += matrix.shape[0]
         return whole
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read often,
-        it is kept dense."""
+        """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read
+        often, it is kept dense."""
         return self.dense(torch.float32)[ids]
 
 
@@ -134,11 +134,11 @@ class CudaQuantized:
         """See backend.QuantizedOps."""
         return self
 
-    def pack_expert(self, part: Quantized) -> PackedMatrix | None:
+    def pack_expert(self, matrix: Quantized) -> PackedMatrix | None:
         """See backend.QuantizedExpertOps."""
-        if not fits(part.shape[1], part.group):
+        if not fits(matrix.shape[1], matrix.group):
             return None
-        return pack_matrix([_regrouped(part)])
+        return pack_matrix([_regrouped(matrix)])
 
     def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
         """See backend.QuantizedExpertOps."""
@@ -147,11 +147,11 @@ class CudaQuantized:
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the
         input's type whatever is allowed."""
-        if not all(fits(part.shape[1], part.group) for part in parts):
+        if not all(fits(matrix.shape[1], matrix.group) for matrix in parts):
             return None
-        ready = [_regrouped(part) for part in parts]
+        ready = [_regrouped(matrix) for matrix in parts]
         alike = groupby(
-            ready, key=lambda part: (part.values.dtype, part.group, part.quantize_inputs)
+            ready, key=lambda matrix: (matrix.values.dtype, matrix.group, matrix.quantize_inputs)
         )
         packed = [pack_matrix(list(same)) for _, same in alike]
         matrices = QuantizedMatrices(packed, self._algorithms)
@@ -161,20 +161,20 @@ class CudaQuantized:
         return matrices
 
 
-def _regrouped(part: Quantized) -> Quantized:
+def _regrouped(matrix: Quantized) -> Quantized:
     """In groups of one of GROUPS, or one a row where codes of 8 bits have no minimum."""
-    by_row = part.group == part.shape[1] and part.bits > FOUR_BITS and part.minimum is None
-    return part if by_row else part.regrouped(fitting_group(part.group))
+    by_row = matrix.group == matrix.shape[1] and matrix.bits > FOUR_BITS and matrix.minimum is None
+    return matrix if by_row else matrix.regrouped(fitting_group(matrix.group))
 
 
-def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
-    """`parts` of one type and group, on one device, below each other."""
-    kind = parts[0].values.dtype
-    raw = torch.cat([part.codes.view(torch.uint8) for part in parts])
-    scale = torch.cat([part.scale for part in parts]).float()
+def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:
+    """`matrices` of one type and group, on one device, below each other."""
+    code_dtype = matrices[0].values.dtype
+    raw = torch.cat([matrix.codes.view(torch.uint8) for matrix in matrices])
+    scale = torch.cat([matrix.scale for matrix in matrices]).float()
     rows, columns = raw.shape
-    group = parts[0].group
-    form = {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}[kind]
+    group = matrices[0].group
+    form = {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}[code_dtype]
     missing = (0, 0, 0, -rows % PADDING)
 
     def padded(values: Tensor) -> Tensor:
@@ -182,12 +182,14 @@ def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
 
     if form == INT8:
         raw = raw ^ 0x80
-    if group == columns and form != INT4 and all(part.minimum is None for part in parts):
+    if group == columns and form != INT4 and all(matrix.minimum is None for matrix in matrices):
         words = pack_words(padded(raw), form)
         shape = torch.Size((rows, columns))
         by_row = padded(scale)[:, 0].contiguous()
-        return PackedMatrix(words, None, by_row, shape, form, 0, False, 1, parts[0].quantize_inputs)
-    minimum = _minima(parts, scale)
+        return PackedMatrix(
+            words, None, by_row, shape, form, 0, False, 1, matrices[0].quantize_inputs
+        )
+    minimum = _minima(matrices, scale)
     zero = torch.zeros_like(scale)
     if minimum is not None:
         constant = (scale == 0) & (minimum != 0)
@@ -208,11 +210,12 @@ def pack_matrix(parts: Sequence[Quantized]) -> PackedMatrix:
     return PackedMatrix(words, scales, None, shape, form, group, not exact, factor)
 
 
-def _minima(parts: Sequence[Quantized], scale: Tensor) -> Tensor | None:
-    if all(part.minimum is None for part in parts):
+def _minima(matrices: Sequence[Quantized], scale: Tensor) -> Tensor | None:
+    if all(matrix.minimum is None for matrix in matrices):
         return None
     minima = [
-        torch.zeros_like(part.scale) if part.minimum is None else part.minimum for part in parts
+        torch.zeros_like(matrix.scale) if matrix.minimum is None else matrix.minimum
+        for matrix in matrices
     ]
     return torch.cat(minima).float()
 

@@ -39,8 +39,8 @@ _TABLE_OF_BYTES: Final = (
     (1024, DecodeConfig(64, 2, 4, 1024, 4)),
     (4096, DecodeConfig(64, 2, 3, 2048, 2)),
 )
-"""The same of caches of 8-bit codes, where a tile of as many tokens has half the bytes. Not measured
-yet: tests/worker/gpu_kv_fp8.py times others beside these."""
+"""The same of caches of 8-bit codes, where a tile of as many tokens has half the bytes. Not
+measured yet: tests/worker/gpu_kv_fp8.py times others beside these."""
 _BEYOND_OF_BYTES: Final = DecodeConfig(64, 2, 3, 2048, 1)
 MARGIN: Final = 512
 """Bytes, for reductions across warps."""
@@ -66,7 +66,8 @@ def shared_bytes(
 ) -> int:
     """Of shared memory, on every target: the tiles of keys and values that are under way, the
     queries, and the weights of a tile."""
-    rows, width = max(16, _power_of_2(group)), _power_of_2(head_dim)
+    rows = max(16, _power_of_2(group))
+    width = _power_of_2(head_dim)
     tiles = 2 * (config.stages - 1) * config.block_n
     queries = rows * width + rows * config.block_n
     return kv_itemsize * tiles * width + itemsize * queries + MARGIN

@@ -21,7 +21,8 @@ def _embedding(ids, table, out, vocabulary, H: tl.constexpr, BLOCK: tl.constexpr
 def embedding(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """ids [T] int, table [V, H] -> [T, H]. An id outside the table, as padding rows have, gives
     zeros."""
-    rows, (vocabulary, width) = ids.shape[0], table.shape
+    rows = ids.shape[0]
+    vocabulary, width = table.shape
     out = torch.empty(rows, width, dtype=table.dtype, device=table.device)
     block = min(2048, triton.next_power_of_2(width))
     if rows:

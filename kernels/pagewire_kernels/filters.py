@@ -129,21 +129,18 @@ def _thresholds(
     if (temperature < 1e-5) | (((k <= 0) | (k >= width)) & (p >= 1.0) & (least <= 0.0)):
         tl.store(out + row, float("-inf"))
         return
-    at = logits + row.to(tl.int64) * stride
+    row_logits = logits + row.to(tl.int64) * stride
     scale = 1.0 / temperature
-    peak, low, finite = _row_range(at, width, BLOCK)
+    peak, low, finite = _row_range(row_logits, width, BLOCK)
     floor = tl.full([], float("-inf"), tl.float32)
     if (k > 0) & (k < finite):
-        floor = _search(at, width, k, low, peak, 0.0, 1e-7, ULP, False, BLOCK)
+        floor = _search(row_logits, width, k, low, peak, 0.0, 1e-7, ULP, False, BLOCK)
     if least > 0.0:
         floor = tl.maximum(floor, peak + temperature * tl.log(least))
     if p < 1.0:
         low = tl.maximum(tl.maximum(low, floor), peak - 40.0 * temperature)
-        mass, _, _, _ = _weigh(at, width, low, low, low, low, peak, scale, True, BLOCK)
-        floor = tl.maximum(
-            floor,
-            _search(
-                at, width, p * mass, low, peak, scale, TOLERANCE * temperature, ULP, True, BLOCK
-            ),
-        )
+        mass, _, _, _ = _weigh(row_logits, width, low, low, low, low, peak, scale, True, BLOCK)
+        gap = TOLERANCE * temperature
+        nucleus = _search(row_logits, width, p * mass, low, peak, scale, gap, ULP, True, BLOCK)
+        floor = tl.maximum(floor, nucleus)
     tl.store(out + row, floor)

@@ -19,7 +19,9 @@ from torch import Tensor
 TYPES: Final = {torch.bfloat16: 14, torch.float16: 2}
 FLOAT32: Final = 0
 COMPUTE_FLOAT32: Final = 68
-TRANSPOSE_A, TRANSPOSE_B, WORKSPACE_LIMIT = 3, 4, 1
+TRANSPOSE_A = 3
+TRANSPOSE_B = 4
+WORKSPACE_LIMIT = 1
 WORKSPACE: Final = 32 << 20
 """Bytes, as torch gives cuBLAS on Hopper."""
 MOST: Final = 8
@@ -71,9 +73,9 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def _made(name: str, *arguments: object) -> ctypes.c_void_p:
-    found = ctypes.c_void_p()
-    _call(name, ctypes.byref(found), *arguments)
-    return found
+    pointer = ctypes.c_void_p()
+    _call(name, ctypes.byref(pointer), *arguments)
+    return pointer
 
 
 @functools.cache
@@ -120,7 +122,8 @@ class Gemm:
             for height, width in ((k, n), (k, rows), (n, rows))
         ]
         self._weight, self._x, self._out = layouts
-        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._one = ctypes.c_float(1.0)
+        self._zero = ctypes.c_float(0.0)
 
     def candidates(self) -> list[bytes]:
         """What the heuristic considers, best first; nothing where it knows nothing."""
@@ -133,7 +136,8 @@ class Gemm:
             ctypes.byref(limit),
             ctypes.c_size_t(8),
         )
-        found, count = (_Found * MOST)(), ctypes.c_int()
+        candidates = (_Found * MOST)()
+        count = ctypes.c_int()
         layouts = self._weight, self._x, self._out, self._out
         with contextlib.suppress(RuntimeError):
             _call(
@@ -143,20 +147,25 @@ class Gemm:
                 *layouts,
                 preference,
                 MOST,
-                found,
+                candidates,
                 ctypes.byref(count),
             )
         _call("cublasLtMatmulPreferenceDestroy", preference)
-        return [bytes(entry.algorithm) for entry in found[: count.value] if entry.state == 0]
+        return [bytes(entry.algorithm) for entry in candidates[: count.value] if entry.state == 0]
 
     def accepts(self, algorithm: bytes) -> bool:
         layouts = self._weight, self._x, self._out, self._out
-        given, found = _Algorithm.from_buffer_copy(algorithm), _Found()
+        native_algorithm = _Algorithm.from_buffer_copy(algorithm)
+        check = _Found()
         check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
         status = check(
-            _handle(), self._description, *layouts, ctypes.byref(given), ctypes.byref(found)
+            _handle(),
+            self._description,
+            *layouts,
+            ctypes.byref(native_algorithm),
+            ctypes.byref(check),
         )
-        return status == 0 and found.workspace <= WORKSPACE
+        return status == 0 and check.workspace <= WORKSPACE
 
     def bound(
         self, algorithm: bytes, device: torch.device
@@ -164,23 +173,21 @@ class Gemm:
         """run(x, weight, out) on the current stream, which raises RuntimeError when the algorithm
         cannot do it. All that does not change is made here, once: eager steps call it a hundred
         times each."""
-        multiply, handle, description, given = (
-            _multiply(),
-            _handle(),
-            self._description,
-            _Algorithm.from_buffer_copy(algorithm),
-        )
-        a, b, d, one, zero = (
-            self._weight,
-            self._x,
-            self._out,
-            ctypes.byref(self._one),
-            ctypes.byref(self._zero),
-        )
-        chosen, space = ctypes.byref(given), _workspace(device).data_ptr()
+        multiply = _multiply()
+        handle = _handle()
+        description = self._description
+        native_algorithm = _Algorithm.from_buffer_copy(algorithm)
+        a = self._weight
+        b = self._x
+        d = self._out
+        one = ctypes.byref(self._one)
+        zero = ctypes.byref(self._zero)
+        chosen = ctypes.byref(native_algorithm)
+        space = _workspace(device).data_ptr()
 
         def run(x: Tensor, weight: Tensor, out: Tensor) -> None:
-            to, stream = out.data_ptr(), torch.cuda.current_stream(device).cuda_stream
+            to = out.data_ptr()
+            stream = torch.cuda.current_stream(device).cuda_stream
             if status := multiply(handle, description, one, weight.data_ptr(), a, x.data_ptr(), b, zero, to, d, to, d, chosen, space,
                     WORKSPACE, stream):  # fmt: skip
                 raise RuntimeError(f"cublasLtMatmul failed with cuBLAS status {status}")
@@ -231,8 +238,8 @@ class GemmAlgorithms:
         at = bisect_left(table, (rows, b""))
         if at == len(table) or table[at][0] > FAR * rows or not table[at][1]:
             return None
-        product = Gemm(rows, shape)
-        return product.bound(table[at][1], device) if product.accepts(table[at][1]) else None
+        gemm = Gemm(rows, shape)
+        return gemm.bound(table[at][1], device) if gemm.accepts(table[at][1]) else None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[dict[Shape, tuple[int, list[Tensor]]]]:

@@ -143,7 +143,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tile * BN + tl.arange(0, BN)
-    at = words + offsets(tile, K, BN, BK, FORM)
+    pointers = words + offsets(tile, K, BN, BK, FORM)
     acc = tl.zeros([BN, BM], tl.float32)
     by_row = tl.zeros([BN], tl.float32)
     if GROUP == 0:
@@ -151,7 +151,7 @@ def _quantized(x, words, scales, row_scale, bias, out, part, arrived, x_stride, 
     if PDL:
         gdc_wait()
     for step in tl.range(split * span, tl.minimum(split * span + span, K // BK), num_stages=STAGES):
-        w = tl.load(at + step * words_a_step(BK, FORM))
+        w = tl.load(pointers + step * words_a_step(BK, FORM))
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + m[None, :] * x_stride + k[:, None], mask=(m < M)[None, :], other=0.0).to(
             DT
@@ -205,8 +205,8 @@ def _dequantize(words, scales, row_scale, out, N, NP, factor, K, BN: tl.constexp
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    at = n.to(tl.int64)[:, None] * K + (step * BK + tl.arange(0, BK))[None, :]
-    tl.store(out + at, c.to(out.dtype.element_ty), mask=(n < N)[:, None])
+    offsets_out = n.to(tl.int64)[:, None] * K + (step * BK + tl.arange(0, BK))[None, :]
+    tl.store(out + offsets_out, c.to(out.dtype.element_ty), mask=(n < N)[:, None])
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ def _launch(
     steps = k // c.block_k
     span = triton.cdiv(steps, c.splits)
     splits = triton.cdiv(steps, span)
-    tiles, row_tiles = matrix.padded // c.block_n, triton.cdiv(rows, c.block_m)
+    tiles = matrix.padded // c.block_n
+    row_tiles = triton.cdiv(rows, c.block_m)
     part = out
     if splits > 1:
         size = splits * row_tiles * c.block_m * matrix.padded
@@ -322,7 +323,8 @@ def _block_k(k: int) -> int:
 def pick_config(rows: int, matrix: PackedMatrix, dtype: torch.dtype) -> QuantizedConfig:
     """The launch shape; measured on an H100 (docs/performance.md). Splits give small matrices
     enough programs, some two for each multiprocessor."""
-    n, k = matrix.padded, matrix.shape[1]
+    n = matrix.padded
+    k = matrix.shape[1]
     block_k = _block_k(k)
     if dtype == torch.float32:
         return QuantizedConfig(16, 64, 64, _splits(256, n, 64, k), 4, 2)
@@ -361,8 +363,8 @@ def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> Quant
 
 
 def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
-    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile, or
-    two of a large one, share a multiprocessor: one decodes while another multiplies."""
+    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile,
+    or two of a large one, share a multiprocessor: one decodes while another multiplies."""
     row_tiles = triton.cdiv(rows, 128)
     if n >= 16384:
         return QuantizedConfig(128, 128, 64, 1, 8, 3, late=False)

@@ -3,8 +3,8 @@ SiLU * up or the residual after.
 
 A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
 nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
-program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8 bits
-with a scale a row, which multiplies the sums as well.
+program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8
+bits with a scale a row, which multiplies the sums as well.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -43,10 +43,10 @@ Weight = torch.Tensor | PackedMatrix
 
 @triton.jit
 def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
-    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    pointers = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -61,12 +61,12 @@ def _values(w, FORM: tl.constexpr):
 @triton.jit
 def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr):
     """The inputs whose weights lie at k."""
-    at = k
+    columns = k
     if FORM != "":
-        at = input_at(k)
+        columns = input_at(k)
     if EVEN:
-        return tl.load(x + at).to(tl.float32)
-    return tl.load(x + at, mask=k < K, other=0.0).to(tl.float32)
+        return tl.load(x + columns).to(tl.float32)
+    return tl.load(x + columns, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -172,11 +172,16 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
     n = rows // 2 if gated else rows
     if x.shape != (1, k):
         raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
-    values, row_scale, form, factor = weight, None, "", 1.0
+    values = weight
+    row_scale = None
+    form = ""
+    factor = 1.0
     if isinstance(weight, PackedMatrix):
         kind = torch.float8_e4m3fn if weight.form == FP8 else torch.uint8
         values = weight.words.view(kind)
-        row_scale, form, factor = weight.row_scale, weight.form, weight.factor
+        row_scale = weight.row_scale
+        form = weight.form
+        factor = weight.factor
     c = config or (pick_config_of_codes(n, k, gated) if form else pick_config(n, k, gated))
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     _row[(triton.cdiv(n, c.block_n),)](

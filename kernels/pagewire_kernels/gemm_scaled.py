@@ -101,7 +101,8 @@ def scaled_linear(
     weight = matrix.words.view(torch.float8_e4m3fn)
     row_scale = matrix.row_scale
     if n % MULTIPLE == 0:
-        weight, row_scale = weight[:n], row_scale[:n]
+        weight = weight[:n]
+        row_scale = row_scale[:n]
     if x8.device.type == "cpu":
         whole = x8.float() * scales @ (weight.float() * row_scale[:, None]).T
     else:

@@ -30,7 +30,8 @@ def experts(
     """x [T, H] -> [T, H]; gate_up [E, 2I, H], down [E, H, I], top_k_ids [T, k] of any integer type,
     NO_EXPERT for none, top_k_weights [T, k] float32."""
     tokens, k = top_k_ids.shape
-    top_k_ids, top_k_weights = top_k_ids.contiguous(), top_k_weights.contiguous()
+    top_k_ids = top_k_ids.contiguous()
+    top_k_weights = top_k_weights.contiguous()
     rows_per_expert = tokens * k / len(gate_up)
     if tokens == 0:
         return torch.empty_like(x)

@@ -1,10 +1,10 @@
 """Grouped products of a mixture of experts: rows in the order of their experts, each tile of them
 times the matrix of its expert.
 
-Which tiles there are is read on the device (moe_router.Aligned): the grid has room for the most that
-there may be, and programs without a tile end at once. Rows are gathered where they are loaded, and
-SiLU of the gate times up is taken before anything is stored. No split of the inner dimension, so a
-row's result does not depend on the rows beside it.
+Which tiles there are is read on the device (moe_router.Aligned): the grid has room for the most
+that there may be, and programs without a tile end at once. Rows are gathered where they are loaded,
+and SiLU of the gate times up is taken before anything is stored. No split of the inner dimension,
+so a row's result does not depend on the rows beside it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -24,28 +24,28 @@ from .workspace import overlap
 def _rows(x, row_start, valid, k, K: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr):
     """[BK, BM] with SWAP, else [BM, BK]."""
     if SWAP:
-        at = x + row_start[None, :] + k[:, None]
+        addresses = x + row_start[None, :] + k[:, None]
         mask = valid[None, :]
         if not EVEN:
             mask = mask & (k < K)[:, None]
     else:
-        at = x + row_start[:, None] + k[None, :]
+        addresses = x + row_start[:, None] + k[None, :]
         mask = valid[:, None]
         if not EVEN:
             mask = mask & (k < K)[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    return tl.load(addresses, mask=mask, other=0.0)
 
 
 @triton.jit
 def _columns(matrix, n, k, N, K: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr):
     """Weight rows n: [BN, BK] with SWAP, else [BK, BN]."""
     if SWAP:
-        at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+        addresses = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
         mask = (n < N)[:, None] & (k < K)[None, :]
     else:
-        at = matrix + n.to(tl.int64)[None, :] * K + k[:, None]
+        addresses = matrix + n.to(tl.int64)[None, :] * K + k[:, None]
         mask = (n < N)[None, :] & (k < K)[:, None]
-    return tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
+    return tl.load(addresses) if EVEN else tl.load(addresses, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _multiplied(rows, columns, acc, SWAP: tl.constexpr):
 def _grouped(x, weight, out, order, tiles, slots, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr,
              BN: tl.constexpr, BK: tl.constexpr, GATHER: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
              STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Tiles of the same rows follow each other, and then those of the expert's next rows, which find
-    its matrix in the cache."""
+    """Tiles of the same rows follow each other, and then those of the expert's next rows, which
+    find its matrix in the cache."""
     slot = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if PDL:
@@ -92,12 +92,12 @@ def _grouped(x, weight, out, order, tiles, slots, x_stride, N, K: tl.constexpr, 
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if SWAP:
-        at = out + row.to(tl.int64)[None, :] * N + n[:, None]
+        addresses = out + row.to(tl.int64)[None, :] * N + n[:, None]
         mask = valid[None, :] & (n < N)[:, None]
     else:
-        at = out + row.to(tl.int64)[:, None] * N + n[None, :]
+        addresses = out + row.to(tl.int64)[:, None] * N + n[None, :]
         mask = valid[:, None] & (n < N)[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(addresses, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -160,7 +160,8 @@ def _launch(
     exact: bool,
 ) -> None:
     """top_k 0: the second product."""
-    n, k = out.shape[1], weight.shape[2]
+    n = out.shape[1]
+    k = weight.shape[2]
     first = top_k > 0
 
     def run(c: GroupedConfig) -> None:
@@ -180,7 +181,8 @@ def combine(
 ) -> torch.Tensor:
     """The weighted sums of rows [T * k, H] in the order of `aligned` -> [T, H], over each token's
     experts in their order, in float32."""
-    tokens, width = top_k_ids.shape[0], rows.shape[1]
+    tokens = top_k_ids.shape[0]
+    width = rows.shape[1]
     out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     block = min(1024, triton.next_power_of_2(width))
     _combine[(tokens, triton.cdiv(width, block))](

@@ -142,21 +142,21 @@ def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, 
     row_start = source.to(tl.int64) * x_stride
     first = expert * HALVES
     each = NP.to(tl.int64)
-    at = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
+    pointers = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
     scale_at = scales
     if GROUP > 0:
         scale_at = scales + first * each * (K // GROUP)
     acc = tl.zeros([BN, BM], tl.float32)
     acc_up = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, K // BK, num_stages=STAGES):
-        w = tl.load(at + step * words_a_step(BK, FORM))
+        w = tl.load(pointers + step * words_a_step(BK, FORM))
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0).to(DT)
         acc = add_product(
             acc, w, rows, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
         )
         if HALVES == 2:
-            w = tl.load(at + each * WORDS + step * words_a_step(BK, FORM))
+            w = tl.load(pointers + each * WORDS + step * words_a_step(BK, FORM))
             up_scales = scale_at
             if GROUP > 0:
                 up_scales = scale_at + each * (K // GROUP)
@@ -193,7 +193,8 @@ def experts(
     tokens, k = top_k_ids.shape
     if tokens == 0:
         return torch.empty_like(x)
-    top_k_ids, top_k_weights = top_k_ids.int().contiguous(), top_k_weights.contiguous()
+    top_k_ids = top_k_ids.int().contiguous()
+    top_k_weights = top_k_weights.contiguous()
     rows_per_expert = tokens * k / len(gate_up)
     unsorted = tokens <= moe_shapes.MAX_ROWS and (
         tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED

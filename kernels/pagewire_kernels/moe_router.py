@@ -117,10 +117,10 @@ class Aligned:
     """The T * k pairs of a token and its expert, in the order of experts, those without an expert
     last; among equals the first token comes first. All int32.
 
-    order [T * k]: the pair (token * k + place among the token's experts) at each position. positions
-    [T * k]: the position of each pair. ends [E]: of each expert, one behind its last position. tiles
-    [3, slots]: expert (or NO_EXPERT), first position and one behind the expert's last position of
-    each tile of `block_m` positions.
+    order [T * k]: the pair (token * k + place among the token's experts) at each position.
+    positions [T * k]: the position of each pair. ends [E]: of each expert, one behind its last
+    position. tiles [3, slots]: expert (or NO_EXPERT), first position and one behind the expert's
+    last position of each tile of `block_m` positions.
     """
 
     order: torch.Tensor
@@ -183,7 +183,8 @@ def _align(top_k_ids, order, positions, ends, tiles, pairs, slots, block_m, E: t
 
 def align(top_k_ids: torch.Tensor, num_experts: int, block_m: int) -> Aligned:
     """Sort the pairs of top_k_ids [T, k] (contiguous) by expert, for tiles of `block_m` of them."""
-    pairs, device = top_k_ids.numel(), top_k_ids.device
+    pairs = top_k_ids.numel()
+    device = top_k_ids.device
     slots = pairs // block_m + num_experts
     sizes = [pairs, pairs, num_experts, 3 * slots]
     spaced = [-(-size // ALIGNED) * ALIGNED for size in sizes]

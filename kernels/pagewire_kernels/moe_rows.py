@@ -20,10 +20,10 @@ from .workspace import overlap
 
 @triton.jit
 def _matrix_rows(matrix, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
-    at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+    pointers = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
     if EVEN:
-        return tl.load(at).to(tl.float32)
-    return tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        return tl.load(pointers).to(tl.float32)
+    return tl.load(pointers, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
 def _pair_up(x, norm, gate_up, top_k_ids, inner, eps, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
              BK: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
-    """silu(gate x) * (up x) of a pair. The norm's factor is a number for the whole row, by which the
-    sums are multiplied at the end."""
+    """silu(gate x) * (up x) of a pair. The norm's factor is a number for the whole row, by which
+    the sums are multiplied at the end."""
     pair = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     if PDL:
@@ -95,11 +95,11 @@ def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.c
         inside = chosen & (k < K)
         h = tl.load(inner + pair * K + k, mask=inside, other=0.0).to(tl.float32) * share
         matrix = down + tl.maximum(expert, 0).to(tl.int64) * N * K
-        at = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
+        pointers = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
         mask = inside[None, :]
         if not EVEN:
             mask = mask & (n < N)[:, None]
-        w = tl.load(at, mask=mask, other=0.0)
+        w = tl.load(pointers, mask=mask, other=0.0)
         acc += w.to(tl.float32) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
@@ -120,7 +120,8 @@ def pair_up(
     """silu(gate x) * (up x) of each pair: x [T, H], gate_up [E, 2I, H], top_k_ids [T, k] ->
     [T * k, I]. norm [H]: x is normalised before (RMSNorm). Rows of no expert are left as they
     are."""
-    hidden, width = x.shape[1], gate_up.shape[1] // 2
+    hidden = x.shape[1]
+    width = gate_up.shape[1] // 2
     c = config or pick_up(hidden)
     inner = torch.empty(top_k_ids.numel(), width, dtype=x.dtype, device=x.device)
     _pair_up[(len(inner), triton.cdiv(width, c.block_n))](

@@ -1,8 +1,8 @@
-"""Launch shapes of a mixture of experts, by the number of rows and the kind of card. Everything that
-is tuned by measurement is in the tables here (docs/performance.md has the measurements).
+"""Launch shapes of a mixture of experts, by the number of rows and the kind of card. Everything
+that is tuned by measurement is in the tables here (docs/performance.md has the measurements).
 
-Grouped products are chosen by how many rows an expert has on average, so that models with many small
-experts and with a few large ones share a table.
+Grouped products are chosen by how many rows an expert has on average, so that models with many
+small experts and with a few large ones share a table.
 """
 
 import functools

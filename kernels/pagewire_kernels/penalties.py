@@ -37,12 +37,12 @@ def _penalize(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     n = tl.load(counts + slot * width + i, mask=inside, other=0)
-    seen = (n > 0) | (tl.load(prompted + slot * width + i, mask=inside, other=0) != 0)
-    at = logits + row.to(tl.int64) * stride + i
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(seen, tl.where(x > 0, x / r, x * r), x)
+    appears = (n > 0) | (tl.load(prompted + slot * width + i, mask=inside, other=0) != 0)
+    pointers = logits + row.to(tl.int64) * stride + i
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(appears, tl.where(x > 0, x / r, x * r), x)
     x -= tl.where(n > 0, a, 0.0) + b * n.to(tl.float32)
-    tl.store(at, x.to(logits.dtype.element_ty), mask=inside)
+    tl.store(pointers, x.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,7 +86,8 @@ def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor
 def apply_penalties_reference(logits: torch.Tensor, counts: torch.Tensor, prompted: torch.Tensor, slots: torch.Tensor,
                               presence: torch.Tensor, frequency: torch.Tensor, repetition: torch.Tensor) -> None:  # fmt: skip
     """The oracle of `apply_penalties`."""
-    output_counts, factor = counts[slots.long()], repetition[:, None]
+    output_counts = counts[slots.long()]
+    factor = repetition[:, None]
     seen = (output_counts > 0) | (prompted[slots.long()] != 0)
     x = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
     logits.copy_(x - presence[:, None] * (output_counts > 0) - frequency[:, None] * output_counts)

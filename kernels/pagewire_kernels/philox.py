@@ -26,7 +26,8 @@ def philox(counter: tuple[Words, ...], key: tuple[Words, ...]) -> tuple[Words, .
     with values under 2^32."""
     a, b, c, d = (word.copy() for word in counter)
     k0, k1 = (word.copy() for word in key)
-    first, second = np.empty_like(a), np.empty_like(a)
+    first = np.empty_like(a)
+    second = np.empty_like(a)
     for _ in range(ROUNDS):
         np.multiply(a, np.uint64(MULTIPLIERS[0]), out=first)
         np.multiply(c, np.uint64(MULTIPLIERS[1]), out=second)
@@ -52,7 +53,8 @@ def sampling_words(
     """The random words of sampling: int64 [N, 4], values under 2^32. Row n has those of the
     vocabulary ids 4 * groups[n] to 4 * groups[n] + 3 for logits with seeds[n] and positions[n]. All
     three are int64 [N], not negative; groups are under 2^32."""
-    seed, position = seeds.astype(np.uint64), positions.astype(np.uint64)
+    seed = seeds.astype(np.uint64)
+    position = positions.astype(np.uint64)
     counter = (groups.astype(np.uint64), position & LOW, position >> HALF, np.zeros_like(seed))
     words = philox(counter, (seed & LOW, seed >> HALF))
     return np.stack(words, 1).astype(np.int64)

@@ -99,8 +99,8 @@ class Quantized:
         return len(self.shape)
 
     def regrouped(self, group: int) -> "Quantized":
-        """The same weights in smaller groups, of which the present ones are multiples; each gets the
-        scale and the minimum of the one it is cut from."""
+        """The same weights in smaller groups, of which the present ones are multiples; each gets
+        the scale and the minimum of the one it is cut from."""
         times = self.group // group
 
         def repeated(values: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ class Quantized:
         group = math.gcd(self.group, start, length)
         if group < self.group:
             return self.regrouped(group).narrow(dim, start, length)
-        first, count = start // self.group, length // self.group
+        first = start // self.group
+        count = length // self.group
         minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
         codes = self.codes.narrow(1, start, length)
         scale = self.scale.narrow(1, first, count)
@@ -155,8 +156,8 @@ def pad_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def quantize(weight: Tensor, bits: int, group: int = GROUP, whole_zeros: bool = False) -> Quantized:
-    """weight [N, K], K a multiple of `group`, rounded to the nearest code. 8 bits: symmetric, -127 to
-    127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1), or where
+    """weight [N, K], K a multiple of `group`, rounded to the nearest code. 8 bits: symmetric, -127
+    to 127 (as Q8_0). 4 bits: from the group's least value to its largest (as Q4_1), or where
     `whole_zeros` with a code that means zero (as AWQ). Scales are rounded to float16 first, so that
     codes are chosen for the scales they meet."""
     grouped = weight.float().unflatten(1, (-1, group))
@@ -164,10 +165,13 @@ def quantize(weight: Tensor, bits: int, group: int = GROUP, whole_zeros: bool = 
         scale = (grouped.abs().amax(-1) / 127).half().float()
         codes = _codes(grouped, scale, -127, 127).to(torch.int8)
         return Quantized(codes.flatten(1), scale)
-    low, high = grouped.amin(-1), grouped.amax(-1)
+    low = grouped.amin(-1)
+    high = grouped.amax(-1)
     if whole_zeros:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    scale, minimum = ((high - low) / 15).half().float(), low.half().float()
+        low = low.clamp(max=0)
+        high = high.clamp(min=0)
+    scale = ((high - low) / 15).half().float()
+    minimum = low.half().float()
     if whole_zeros:
         minimum = torch.nan_to_num(low / scale).round() * scale
     codes = _codes(grouped - minimum[:, :, None], scale, 0, 15).to(torch.uint8)

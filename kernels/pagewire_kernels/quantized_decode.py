@@ -51,18 +51,18 @@ def _int4(magic: str) -> str:
     return _asm_of(8, 4, lines, ["t0", "t1", "t2", "t3"])
 
 
-def _fp8(shift: int, mantissa: str, factor: str, kind: str) -> str:
+def _fp8(shift: int, mantissa: str, factor: str, dtype: str) -> str:
     """Four float8_e4m3fn: sign and the other bits moved to their places, times what the exponents'
     biases differ by."""
     lines = ["and.b32 t0, $w, 0x7f007f00;", f"shr.u32 t0, t0, {8 - shift};"]
     lines += [f"shl.b32 t1, $w, {shift};", f"and.b32 t1, t1, {mantissa};", "shl.b32 t2, $w, 8;"]
     lines += ["lop3.b32 t0, $w, 0x80008000, t0, 0xea;", "lop3.b32 t1, t2, 0x80008000, t1, 0xea;"]
     lines += [f"mov.b32 t3, {factor};", "mov.b32 t4, 0x80008000;"]
-    lines += [f"fma.rn.{kind} t1, t1, t3, t4;", f"fma.rn.{kind} t0, t0, t3, t4;"]
+    lines += [f"fma.rn.{dtype} t1, t1, t3, t4;", f"fma.rn.{dtype} t0, t0, t3, t4;"]
     return _asm_of(4, 5, lines, ["t1", "t0"])
 
 
-def _int8(magic: str, sixteen: str, least: str, one: str, minus: str, kind: str) -> str:
+def _int8(magic: str, sixteen: str, least: str, one: str, minus: str, dtype: str) -> str:
     """Four codes of 0 to 255: both halves of each by their power of two, then put together."""
     lines = [f"mov.b32 t4, {sixteen};", f"mov.b32 t5, {least};"]
     lines += [f"mov.b32 t6, {one};", f"mov.b32 t7, {minus};"]
@@ -70,8 +70,8 @@ def _int8(magic: str, sixteen: str, least: str, one: str, minus: str, kind: str)
         lines += [f"shr.u32 t0, $w, {shift};", f"shr.u32 t1, $w, {shift + 4};"]
         lines += [f"lop3.b32 t2, t0, 0x000f000f, {magic}, 0xea;"]
         lines += [f"lop3.b32 t3, t1, 0x000f000f, {magic}, 0xea;"]
-        lines += [f"fma.rn.{kind} t3, t3, t4, t5;", f"fma.rn.{kind} t2, t2, t6, t7;"]
-        lines += [f"fma.rn.{kind} t{8 + i}, t2, t6, t3;"]
+        lines += [f"fma.rn.{dtype} t3, t3, t4, t5;", f"fma.rn.{dtype} t2, t2, t6, t7;"]
+        lines += [f"fma.rn.{dtype} t{8 + i}, t2, t6, t3;"]
     return _asm_of(4, 10, lines, ["t8", "t9"])
 
 
@@ -221,8 +221,8 @@ def input_at(place):
 
 
 def pack_words(codes: Tensor, form: str) -> Tensor:
-    """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded (int8:
-    + 128) -> words as in gemm_quantized.PackedMatrix."""
+    """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded
+    (int8: + 128) -> words as in gemm_quantized.PackedMatrix."""
     n, k = codes.shape
     if form != INT4:
         by_span = codes.view(n, k // SPAN, SPAN)

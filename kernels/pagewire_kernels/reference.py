@@ -43,8 +43,8 @@ def add_layer_norm(
 
 
 def all_reduce(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of all ranks' parts: in the order of the ranks in float32 (float64 stays), rounded once
-    to their type."""
+    """The sum of all ranks' parts: in the order of the ranks in float32 (float64 stays), rounded
+    once to their type."""
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
     for part in parts[1:]:
         total = total + part
@@ -182,10 +182,13 @@ def rope_and_cache(
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, size).split((heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    q, k = rope(q, cos_sin, batch.positions), rope(k, cos_sin, batch.positions)
+        q = rms_norm(q, q_weight, eps)
+        k = rms_norm(k, k_weight, eps)
+    q = rope(q, cos_sin, batch.positions)
+    k = rope(k, cos_sin, batch.positions)
     if quantized(k_cache):
-        k, v = quantize(k, kv_scales.k), quantize(v, kv_scales.v)
+        k = quantize(k, kv_scales.k)
+        v = quantize(v, kv_scales.v)
     for token, slot in enumerate(batch.slot_mapping.tolist()):
         if slot >= 0:
             k_cache[slot // block_size, :, slot % block_size] = k[token]
@@ -204,9 +207,12 @@ def attend(
 ) -> Tensor:
     """One sequence: q [n, Hq, D] are the last n of S positions, k and v [S, Hkv, D]; -> [n, Hq, D].
     Softmax in float32 or wider."""
-    n, length, group = len(q), len(k), q.shape[1] // k.shape[1]
+    n = len(q)
+    length = len(k)
+    group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = k.repeat_interleave(group, 1).to(wide), v.repeat_interleave(group, 1).to(wide)
+    k = k.repeat_interleave(group, 1).to(wide)
+    v = v.repeat_interleave(group, 1).to(wide)
     scores = torch.einsum("nhd,shd->hns", q.to(wide), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -231,16 +237,18 @@ def paged_attention(
     kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq*D]. A window w lets
-    token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added to the
-    scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
+    token i see j with i - w < j <= i. alibi_slopes float32 [Hq] (ALiBi): slope * (j - i) is added
+    to the scaled, capped score. `kv_scales`: of caches of 8-bit codes."""
     if quantized(k_cache):
         k_cache = dequantize(k_cache, kv_scales.k)
         v_cache = dequantize(v_cache, kv_scales.v)
     block_size = k_cache.shape[2]
     out = torch.zeros_like(q)
-    starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+    starts = batch.query_start.tolist()
+    lengths = batch.seq_lens.tolist()
     for row, length in enumerate(lengths):
-        first, last = starts[row], starts[row + 1]
+        first = starts[row]
+        last = starts[row + 1]
         if first == last:
             continue
         blocks = batch.block_tables[row, : -(-length // block_size)].long()
@@ -252,8 +260,9 @@ def paged_attention(
 
 
 def apply_token_masks(logits: Tensor, rows: Tensor, words: Tensor) -> None:
-    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V / 32)]:
-    where bit i % 32 of word i // 32 is not set, the logit of token i becomes minus infinity."""
+    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V /
+    32)]: where bit i % 32 of word i // 32 is not set, the logit of token i becomes minus
+    infinity."""
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)
     bits = (words[:, :, None] >> shifts) & 1
     stays = bits.view(len(rows), -1)[:, : logits.shape[1]].bool()

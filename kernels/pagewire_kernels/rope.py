@@ -54,9 +54,9 @@ def _rope_and_cache(qkv, cos_sin, q_weight, k_weight, q_out, k_cache, v_cache, p
     both = (head < HQ + 2 * HKV)[:, None] & inside[None, :]
     is_q = head < HQ
     is_v = head >= HQ + HKV
-    at = qkv + token.to(tl.int64) * qkv_stride + head[:, None] * D + i[None, :]
-    x1 = tl.load(at, mask=both, other=0.0).to(tl.float32)
-    x2 = tl.load(at + D // 2, mask=both, other=0.0).to(tl.float32)
+    pointers = qkv + token.to(tl.int64) * qkv_stride + head[:, None] * D + i[None, :]
+    x1 = tl.load(pointers, mask=both, other=0.0).to(tl.float32)
+    x2 = tl.load(pointers + D // 2, mask=both, other=0.0).to(tl.float32)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * D + i, mask=inside, other=1.0)[None, :]
     sin = tl.load(cos_sin + position * D + D // 2 + i, mask=inside, other=0.0)[None, :]
@@ -91,7 +91,8 @@ def rope_and_cache(qkv: torch.Tensor, cos_sin: torch.Tensor, q_weight: torch.Ten
     in the second; both weights [D] or None. `kv_scales`: of caches of 8-bit codes.
     """
     _, hkv, page, dim = k_cache.shape
-    tokens, heads = qkv.shape[0], qkv.shape[1] // dim
+    tokens = qkv.shape[0]
+    heads = qkv.shape[1] // dim
     hq = heads - 2 * hkv
     q = torch.empty(tokens, hq, dim, dtype=qkv.dtype, device=qkv.device)
     per_program = 4 if tokens <= 64 else 16

@@ -1,5 +1,5 @@
-"""How a mixture of experts chooses the experts of a token: the rule alone, for every back end. Knows
-neither weights nor devices."""
+"""How a mixture of experts chooses the experts of a token: the rule alone, for every back end.
+Knows neither weights nor devices."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -16,12 +16,12 @@ class Routing:
     that do not go together.
 
     Scores are the softmax over all experts, or the sigmoid of each logit by itself. Experts are
-    chosen by their score, plus a correction bias where the model has one; among equals the lowest id
-    comes first. Weights are scores without that bias, divided by their sum with `renormalize`
+    chosen by their score, plus a correction bias where the model has one; among equals the lowest
+    id comes first. Weights are scores without that bias, divided by their sum with `renormalize`
     (softmax over the chosen logits alone gives the same), times `routed_scaling_factor`.
 
-    With num_expert_group > 1 the experts are in so many groups of equal size, and the choice is made
-    among those of the best `topk_group` groups. A group is as good as its best expert; with a
+    With num_expert_group > 1 the experts are in so many groups of equal size, and the choice is
+    made among those of the best `topk_group` groups. A group is as good as its best expert; with a
     correction bias, as its best two together (DeepSeek-V2 and -V3).
     """
 

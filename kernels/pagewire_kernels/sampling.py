@@ -1,11 +1,11 @@
 """The next token of each row from its logits: greedy, or by adding Gumbel noise and taking the
 largest, which samples the softmax without a sort.
 
-The random map is `sampling_map.sample`'s, which the CPU has too. The noise of vocabulary id v is a pure
-function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0) as
-counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed request,
-another batch or another row of it draws the same. A row with a NaN among its logits is flagged,
-never sampled from silently. Knows nothing of requests or of what the ids mean.
+The random map is `sampling_map.sample`'s, which the CPU has too. The noise of vocabulary id v is a
+pure function of (seed, position, v): Philox4x32-10 with the seed as key and (v // 4, position, 0)
+as counter, word v % 4, as u = (word + 0.5) / 2**32 and noise -log(-log(1 - u)). So a resumed
+request, another batch or another row of it draws the same. A row with a NaN among its logits is
+flagged, never sampled from silently. Knows nothing of requests or of what the ids mean.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -86,12 +86,12 @@ def _finish(numbers, ids, logits, tokens, logprobs, bads, row, slices, S_PAD: tl
     """Combine the slices of a row: numbers float32 [slices, 4] are best, peak, total and NaN count,
     ids int32 [slices]."""
     s = tl.arange(0, S_PAD)
-    at = numbers + (row * slices + s) * 4
+    pointers = numbers + (row * slices + s) * 4
     inside = s < slices
-    best = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    peak = tl.load(at + 1, mask=inside, other=-1e30, cache_modifier=".cg")
-    total = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
-    bad = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
+    best = tl.load(pointers, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.load(pointers + 1, mask=inside, other=-1e30, cache_modifier=".cg")
+    total = tl.load(pointers + 2, mask=inside, other=0.0, cache_modifier=".cg")
+    bad = tl.load(pointers + 3, mask=inside, other=0.0, cache_modifier=".cg")
     where = tl.load(ids + row * slices + s, mask=inside, other=2147483647, cache_modifier=".cg")
     token = tl.min(tl.where(best == tl.max(best, 0), where, 2147483647), 0)
     top = tl.max(peak, 0)
@@ -106,7 +106,7 @@ def _sample(logits, thresholds, temperatures, seeds, positions, numbers, ids, ar
             slices, S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    at = logits + row * stride
+    row_logits = logits + row * stride
     span = tl.cdiv(tl.cdiv(width, slices), BLOCK) * BLOCK
     lo = part * span
     hi = tl.minimum(lo + span, width)
@@ -115,7 +115,7 @@ def _sample(logits, thresholds, temperatures, seeds, positions, numbers, ids, ar
         threshold = tl.load(thresholds + row)
     temperature = tl.load(temperatures + row)
     best, where, peak, total, bad = _slice(
-        at,
+        row_logits,
         lo,
         hi,
         threshold,
@@ -137,7 +137,7 @@ def _sample(logits, thresholds, temperatures, seeds, positions, numbers, ids, ar
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1) == slices - 1:
         tl.store(arrived + row, 0)
-        _finish(numbers, ids, at, tokens, logprobs, bads, row, slices, S_PAD)
+        _finish(numbers, ids, row_logits, tokens, logprobs, bads, row, slices, S_PAD)
 
 
 @functools.cache

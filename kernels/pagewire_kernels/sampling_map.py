@@ -117,8 +117,10 @@ def thresholds(logits: Tensor, rows: SamplingRows) -> Tensor:
     """
     floors: list[float] = []
     for i, x in enumerate(logits.double()):
-        temperature, k = float(rows.temperature[i]), int(rows.top_k[i])
-        top_p, min_p = float(rows.top_p[i]), float(rows.min_p[i])
+        temperature = float(rows.temperature[i])
+        k = int(rows.top_k[i])
+        top_p = float(rows.top_p[i])
+        min_p = float(rows.min_p[i])
         floor = float("-inf")
         if temperature >= GREEDY_BELOW:
             order = x.sort(descending=True).values

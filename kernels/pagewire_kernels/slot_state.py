@@ -135,7 +135,8 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
 def decode_inputs_reference(slots: Tensor, state: SlotState, block_size: int) -> DecodeRows:
     """The values that `decode_inputs` writes; block table entries past a row's length are
     meaningless."""
-    live, slot = slots >= 0, slots.clamp(min=0).long()
+    live = slots >= 0
+    slot = slots.clamp(min=0).long()
     position = torch.where(live, state.num_computed[slot], 0).long()
     tables = state.table[slot]
     block = tables.gather(1, (position // block_size)[:, None])[:, 0].long()
@@ -172,7 +173,8 @@ def commit(
     slots: Tensor, sampled: Tensor, bad: Tensor, state: SlotState, sampled_tokens: Tensor
 ) -> None:
     """After a decode step: each row's slot gets its sampled token [B] and one more computed token;
-    `sampled_tokens` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must differ."""
+    `sampled_tokens` [B] int32 gets the token, or -1 where the row is `bad` [B] bool. Slots must
+    differ."""
     n = slots.shape[0]
     _commit[(triton.cdiv(n, 256),)](
         slots, sampled, bad, state.last_token, state.num_computed, sampled_tokens, n, BLOCK=256

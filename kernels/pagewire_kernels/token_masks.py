@@ -26,8 +26,8 @@ def _exclude(logits, rows, words, width, stride, num_words, BLOCK: tl.constexpr)
 
 
 def apply_token_masks(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> None:
-    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V / 32)]:
-    bit i % 32 of word i // 32 is set where token i stays."""
+    """In place. logits [R, V] float32; rows int [G], indices into these; words int32 [G, ceil(V /
+    32)]: bit i % 32 of word i // 32 is set where token i stays."""
     width = logits.shape[1]
     _exclude[(rows.shape[0], triton.cdiv(width, 4096))](
         logits, rows, words, width, logits.stride(0), words.shape[1], BLOCK=4096, num_warps=4

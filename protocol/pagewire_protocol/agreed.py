@@ -13,8 +13,8 @@ MAX_PREFIX_GROUPS: Final = 8
 and each adds tiles to a kernel's grid of fixed size, which cost time even where they stay empty."""
 
 LAUNCHER_AGENT: Final = "pagewire-launcher"
-"""The User-Agent of `pagewire serve` itself, which asks for the health of a starting stack ten times a
-second: no traffic, and no failures."""
+"""The User-Agent of `pagewire serve` itself, which asks for the health of a starting stack ten
+times a second: no traffic, and no failures."""
 
 NOT_FINITE: Final = 1
 """In `StepResult.flags`: the row's logits were not finite."""

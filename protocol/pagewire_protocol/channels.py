@@ -235,7 +235,8 @@ class Inbox(Generic[M]):
         """Unbind and remove the socket's file; what has not been received is lost."""
         self._socket.close(linger=0)
         with self._lock:
-            wake, self._wake = self._wake, -1
+            wake = self._wake
+            self._wake = -1
         if wake >= 0:
             os.close(wake)
         Path(self._path).unlink(missing_ok=True)
@@ -290,8 +291,8 @@ class Outbox:
 
     def close(self, linger_ms: int = 0) -> None:
         """Close all sockets; what is queued gets `linger_ms` milliseconds to leave. Peers that have
-        ended in order, whose inboxes are gone, are not waited for: where a whole stack ends, each of
-        its processes would wait for those that were faster."""
+        ended in order, whose inboxes are gone, are not waited for: where a whole stack ends, each
+        of its processes would wait for those that were faster."""
         for address, connection in self._sockets.items():
             listens = Path(address.removeprefix("ipc://")).exists()
             connection.close(linger=linger_ms if listens else 0)

@@ -11,8 +11,8 @@ TIMEOUT_STATUS: Final = 504
 
 
 def timeout_ms(deadline: float, now: float) -> int:
-    """What is left at `now` until `deadline`, both in seconds, as whole milliseconds for the wire: 0
-    without a deadline, and at least 1 with one."""
+    """What is left at `now` until `deadline`, both in seconds, as whole milliseconds for the wire:
+    0 without a deadline, and at least 1 with one."""
     if deadline == NO_DEADLINE:
         return 0
     return min(MOST_MS, max(1, round(1000 * (deadline - now))))

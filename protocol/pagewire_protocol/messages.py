@@ -84,8 +84,7 @@ class Message(
     """Base of all messages; the tag is the class's name."""
 
 
-# --- to the scheduler
-#   -------------------------------------------------------------------------------------------------
+# --- to the scheduler ---
 
 
 class Hello(Message, tag=True, frozen=True):
@@ -179,10 +178,10 @@ class StepResult(Message, tag=True, frozen=True):
     request wants no token (`max_tokens` is 0).
 
     Row i brings `counts[i]` tokens, which follow each other in `tokens`: 0 to the worker's
-    `max_tokens_per_row` and `max_forced_tokens` together. Empty `counts`: one token a row. A row without a token has not moved: the
-    next step that runs its slot computes the slot's last token again. `flags` is 1 where the logits
-    were not finite, 2 where the request's grammar cannot be held any further: the row's tokens are
-    then meaningless.
+    `max_tokens_per_row` and `max_forced_tokens` together. Empty `counts`: one token a row. A row
+    without a token has not moved: the next step that runs its slot computes the slot's last token
+    again. `flags` is 1 where the logits were not finite, 2 where the request's grammar cannot be
+    held any further: the row's tokens are then meaningless.
     """
 
     epoch: EpochField
@@ -199,8 +198,7 @@ class StepResult(Message, tag=True, frozen=True):
 ToScheduler = Hello | Heartbeat | Goodbye | Death | Submit | Cancel | Park | StepResult
 
 
-# --- to the tokenizer
-#   -------------------------------------------------------------------------------------------------
+# --- to the tokenizer ---
 
 
 class Generate(Message, tag=True, frozen=True):
@@ -285,8 +283,7 @@ class CancelQuery(Message, tag=True, frozen=True):
     reply_to: Inbox
 
 
-# --- to the frontend
-#   --------------------------------------------------------------------------------------------------
+# --- to the frontend ---
 
 
 class Deltas(Message, tag=True, frozen=True):
@@ -333,8 +330,7 @@ class Tokenized(Message, tag=True, frozen=True):
     """With offsets: the bytes that the first token stands for."""
 
 
-# --- to the worker
-#   ----------------------------------------------------------------------------------------------------
+# --- to the worker ---
 
 
 class Step(Message, tag=True, frozen=True):
@@ -368,8 +364,7 @@ class Shutdown(Message, tag=True, frozen=True):
     reason: ShortText
 
 
-# --- to everyone
-#   ------------------------------------------------------------------------------------------------------
+# --- to everyone ---
 
 
 class Roster(Message, tag=True, frozen=True):

@@ -61,7 +61,8 @@ def _faults(sampling: Sampling, vocab_size: int) -> Iterator[Fault]:
 
 
 def _bias(sampling: Sampling) -> Iterator[Fault]:
-    count, values = len(sampling.bias_ids) // 4, np.frombuffer(sampling.bias_values, np.float32)
+    count = len(sampling.bias_ids) // 4
+    values = np.frombuffer(sampling.bias_values, np.float32)
     if count != len(values):
         yield Fault(f"logit_bias has {count} token ids and {len(values)} values", "logit_bias")
     if not (np.abs(values) <= MAX_BIAS_VALUE).all():

@@ -228,15 +228,15 @@ class PromptLogprobs(Record, frozen=True):
 
 class StepCost(Record, frozen=True):
     """How long a worker's steps take, fitted to measured ones: the sum of `fixed_ms`, `token_ms`
-    for each new token, `megapair_ms` for each million pairs of a prefill chunk (a pair is a new
-    token and a token that it attends to, counted where a row has several new tokens), and
-    `megaread_ms` for each million tokens that rows of one new token attend to. Chunks are bound by
-    arithmetic, single tokens by memory."""
+    for each new token, `ms_per_m_prefill_pairs` for each million pairs of a prefill chunk (a pair
+    is a new token and a token that it attends to, counted where a row has several new tokens), and
+    `ms_per_m_kv_tokens` for each million tokens that rows of one new token attend to. Chunks are
+    bound by arithmetic, single tokens by memory."""
 
     fixed_ms: Annotated[float, Meta(ge=0, le=1e6)]
     token_ms: Annotated[float, Meta(ge=0, le=1e6)]
-    megapair_ms: Annotated[float, Meta(ge=0, le=1e6)]
-    megaread_ms: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    ms_per_m_prefill_pairs: Annotated[float, Meta(ge=0, le=1e6)]
+    ms_per_m_kv_tokens: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class WorkerFacts(Record, frozen=True):
@@ -264,8 +264,8 @@ class WorkerFacts(Record, frozen=True):
     Steps need not count on them: the worker takes no more than the row's blocks have room for, and
     where a step in flight finds no room for its own token, its row brings none."""
     pipeline_parallel_size: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """Stages through which a step passes, which compute as many steps at a time. A row whose token a
-    step in flight samples would have to wait for it."""
+    """Stages through which a step passes, which compute as many steps at a time. A row whose token
+    a step in flight samples would have to wait for it."""
 
 
 class TokenizerFacts(Record, frozen=True):
@@ -297,8 +297,8 @@ class Peer(Record, frozen=True):
     """What it is doing while not ready, to be shown to users."""
     fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
     group: Name = ""
-    """Processes that run one model together share a group: they are ready, and lost, together. Empty:
-    alone."""
+    """Processes that run one model together share a group: they are ready, and lost, together.
+    Empty: alone."""
     rank: Annotated[int, Meta(ge=0, le=1023)] = 0
     """Its number in the group. Rank 0 receives the steps and answers them."""
     group_size: Annotated[int, Meta(ge=1, le=1024)] = 1

@@ -8,9 +8,9 @@ taken down again, while clients check every token.
                                           the commands of the pages with both
 
 Prints a table and exits with 1 where something was not as promised. Without an engine it says so in
-one line, and runs the containers' commands as processes. What it starts has project names and ports of its own and is removed; the
-images, tagged `check`, stay for the next time. What a machine does not allow (a port that is taken, an
-image that cannot be had) is listed as not run.
+one line, and runs the containers' commands as processes. What it starts has project names and ports
+of its own and is removed; the images, tagged `check`, stay for the next time. What a machine does
+not allow (a port that is taken, an image that cannot be had) is listed as not run.
 """
 
 import argparse

@@ -231,9 +231,9 @@ async def _anew(deployment: Deployment, *scales: str) -> None:
 
 
 async def hung_services(stage: Stage, report: Report) -> None:
-    """A service of each kind that is stopped for good is ended by its watchdog within HUNG_S, whatever
-    else the machine does. A stream is silent no longer than that and the successor's start, to which
-    the engine's part belongs."""
+    """A service of each kind that is stopped for good is ended by its watchdog within HUNG_S,
+    whatever else the machine does. A stream is silent no longer than that and the successor's
+    start, to which the engine's part belongs."""
     for kind in KINDS:
         async with Clients(stage.deployment.url, 4) as clients:
             await asyncio.sleep(1.5)
@@ -325,7 +325,8 @@ async def few_files(stage: Stage, report: Report) -> None:
 
 
 async def at_rest(stage: Stage, report: Report) -> None:
-    """What all containers use of a core while nobody asks anything, their health checks included."""
+    """What all containers use of a core while nobody asks anything, their health checks
+    included."""
     files: dict[Path, str] = {}
     for kind in (*KINDS, "gateway"):
         for container in await stage.deployment.containers(kind):

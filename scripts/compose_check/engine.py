@@ -254,8 +254,8 @@ async def end_all(container: str) -> None:
 
 
 async def signal_service(container: str, name: str) -> float:
-    """Send a signal to the service itself, below its container's init and its watchdog. Returns when,
-    in seconds since the epoch."""
+    """Send a signal to the service itself, below its container's init and its watchdog. Returns
+    when, in seconds since the epoch."""
     pids: list[str] = []
     for _ in range(20):
         with contextlib.suppress(CommandFailed):

@@ -97,8 +97,8 @@ def kill(kind: str) -> Act:
 
 
 async def _replaced(container: str, strike_it: Callable[[str], Awaitable[object]]) -> None:
-    """Do it, and wait until the engine has started the container again: until then the stack looks as
-    well as before."""
+    """Do it, and wait until the engine has started the container again: until then the stack looks
+    as well as before."""
     before = (await engine.inspect(container))["State"]["StartedAt"]
     await strike_it(container)
     began = time.monotonic()

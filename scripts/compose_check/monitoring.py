@@ -1,9 +1,9 @@
 """The monitoring profile: Prometheus finds its targets, takes the alerts, answers each query of the
 board, and sees no counter fall while services come and go.
 
-Where the two images cannot be had, Debian's Prometheus stands in for the one, in the same network and
-with the same files, and for Grafana a container that does nothing, whose mounted files alone are looked
-at. The report says so.
+Where the two images cannot be had, Debian's Prometheus stands in for the one, in the same network
+and with the same files, and for Grafana a container that does nothing, whose mounted files alone
+are looked at. The report says so.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""The commands of README.md and docs/deployment.md, run as they stand there: every block of shell lines
-in which docker is called is taken from the page itself, and each of its lines is run in a copy of the
-tree, as after `git clone`."""
+"""The commands of README.md and docs/deployment.md, run as they stand there: every block of shell
+lines in which docker is called is taken from the page itself, and each of its lines is run in a
+copy of the tree, as after `git clone`."""
 
 import asyncio
 import contextlib

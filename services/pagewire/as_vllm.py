@@ -12,8 +12,10 @@ from typing import Any
 
 from .version import __version__
 
-LLM, PARAMS = "offline.llm", "offline.sampling_params"
-OUTPUTS, PROMPTS = "offline.outputs", "offline.prompts"
+LLM = "offline.llm"
+PARAMS = "offline.sampling_params"
+OUTPUTS = "offline.outputs"
+PROMPTS = "offline.prompts"
 _OUTPUTS = {
     "RequestOutput": OUTPUTS,
     "CompletionOutput": OUTPUTS,

@@ -204,32 +204,38 @@ class Parser(argparse.ArgumentParser):
 
     def _show(self, word: str) -> NoReturn:
         """Print the help of the flags that `word` names, and exit."""
-        wanted = f"--{word.lower()}"
-        exact = self._option_string_actions.get(wanted)
+        flag = f"--{word.lower()}"
+        exact = self._option_string_actions.get(flag)
         if exact is not None and exact.help is argparse.SUPPRESS:
             note = self.notes.get(exact.dest, f"another name of --{exact.dest.replace('_', '-')}")
-            print(f"{wanted}: {note}")
+            print(f"{flag}: {note}")
             self.exit(0)
-        groups = [g for g in self._action_groups if (g.title or "").lower() == word.lower()]
-        actions = [exact] if exact else [action for g in groups for action in g._group_actions]
+        title, actions = (None, [exact]) if exact else self._flags_of(word.lower())
         if not actions:
-            actions = [
-                action
-                for action in self._actions
-                if any(word.lower() in flag for flag in action.option_strings)
-                and action.help is not argparse.SUPPRESS
-            ]
-        if not actions:
-            titles = ", ".join(g.title or "" for g in self._action_groups[2:])
-            close = difflib.get_close_matches(wanted, self._option_string_actions, 1, 0.6)
-            hint = f"did you mean {close[0]}?" if close else f"the groups are {titles}"
-            self.exit(2, f"{self.prog}: no flag has {word!r} in its name; {hint}\n")
+            self.exit(2, f"{self.prog}: no flag has {word!r} in its name; {self._hint_for(flag)}\n")
         formatter = self._get_formatter()
-        formatter.start_section(groups[0].title if groups and not exact else None)
+        formatter.start_section(title)
         formatter.add_arguments(actions)
         formatter.end_section()
         self._print_message(formatter.format_help(), sys.stdout)
         self.exit(0)
+
+    def _flags_of(self, word: str) -> tuple[str | None, list[argparse.Action]]:
+        """The group with the title `word` and its flags; else no title, and the flags that are
+        shown and have `word` in their names. Lower case."""
+        for group in self._action_groups:
+            if (group.title or "").lower() == word and group._group_actions:
+                return group.title, group._group_actions
+        shown = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+        return None, [a for a in shown if any(word in flag for flag in a.option_strings)]
+
+    def _hint_for(self, flag: str) -> str:
+        """The flag most like `flag`, which does not exist; else the titles of all groups."""
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.6)
+        if close:
+            return f"did you mean {close[0]}?"
+        # The first two are argparse's own.
+        return f"the groups are {', '.join(group.title or '' for group in self._action_groups[2:])}"
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, with the closest flag for one that does not exist."""
@@ -359,8 +365,8 @@ def run_service(command: str, arguments: list[str]) -> int:
     def report(ending: watchdog.Ending) -> None:
         _announce_end(command, run, ending)
 
-    # A frontend does this by itself. The others go on as long as there are only frontends that finish
-    # what they have: where a whole stack is stopped, what runs can still end.
+    # A frontend does this by itself. The others go on as long as there are only frontends that
+    # finish what they have: where a whole stack is stopped, what runs can still end.
     is_frontend = command == "frontend"
     stop = watchdog.Stop(
         0.0 if is_frontend else run.shutdown_delay,

@@ -395,22 +395,23 @@ def add_flags(
 
 
 def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -> None:
-    flag, kind = "--" + field.name.replace("_", "-"), _plain(annotation)
-    origin = typing.get_origin(kind)
+    flag = "--" + field.name.replace("_", "-")
+    value_type = _plain(annotation)
+    origin = typing.get_origin(value_type)
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     description = _description(annotation)
     default_text = " ".join(default) if isinstance(default, tuple) else default
-    shown = (
+    suffix = (
         ""
         if default_text in ("", None) or "default" in description
         else f" (default: {default_text})"
     )
-    options["help"] = f"{description}{shown}".replace("%", "%%")
-    if kind is bool:
+    options["help"] = f"{description}{suffix}".replace("%", "%%")
+    if value_type is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif origin is Literal:
-        options["choices"] = typing.get_args(kind)
+        options["choices"] = typing.get_args(value_type)
     elif origin is tuple:
         options.update(
             type=as_list,
@@ -419,7 +420,7 @@ def _add_flag(parser: argparse._ActionsContainer, field: Any, annotation: Any) -
             metavar=field.name.upper(),
         )
     else:
-        options.update(type=_converter(field.name, kind), metavar=kind.__name__.upper())
+        options.update(type=_converter(field.name, value_type), metavar=value_type.__name__.upper())
     names = [flag, SHORT[field.name]] if field.name in SHORT else [flag]
     parser.add_argument(*names, **options)
 
@@ -475,10 +476,10 @@ def as_number(text: str) -> int:
     )
 
 
-def _converter(name: str, kind: type) -> Callable[[str], Any]:
+def _converter(name: str, value_type: type) -> Callable[[str], Any]:
     if name == "quantization":
         return lambda text: "" if text.lower() == "none" else text
-    return _whole_number(name) if kind is int else kind
+    return _whole_number(name) if value_type is int else value_type
 
 
 def _whole_number(name: str) -> Callable[[str], int]:
@@ -492,18 +493,20 @@ class BadSetting(ValueError):
 
     def __init__(self, name: str, value: Any, reason: str) -> None:
         super().__init__(f"--{name.replace('_', '-')} {value}: {reason}")
-        self.name, self.value, self.reason = name, value, reason
+        self.name = name
+        self.value = value
+        self.reason = reason
 
 
 WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 ALLOWED = ("<=", "<")
 
 
-def _reason(text: str, kind: Any) -> str:
+def _reason(text: str, value_type: Any) -> str:
     """msgspec's complaint in a person's words."""
     words = text.split()
-    if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(typing.get_args(kind))} is needed"
+    if typing.get_origin(value_type) is Literal:
+        return f"one of {', '.join(typing.get_args(value_type))} is needed"
     if len(words) == 4 and words[2] in WORDS:
         verb = "allowed" if words[2] in ALLOWED else "needed"
         return f"{WORDS[words[2]]} {words[3]} is {verb}"
@@ -553,17 +556,17 @@ def read_environment(
             setattr(namespace, field.name, value)
 
 
-def _from_text(name: str, kind: Any, text: str) -> Any:
+def _from_text(name: str, value_type: Any, text: str) -> Any:
     """Raises ValueError or ArgumentTypeError."""
-    if kind is bool:
+    if value_type is bool:
         if text.lower() not in SWITCH:
             raise ValueError("true or false is needed")
         return SWITCH[text.lower()]
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(value_type) is tuple:
         return tuple(as_list(text))
-    if typing.get_origin(kind) is Literal:
+    if typing.get_origin(value_type) is Literal:
         return text
-    return _converter(name, kind)(text)
+    return _converter(name, value_type)(text)
 
 
 def read(struct: type[S], namespace: argparse.Namespace) -> S:
@@ -579,8 +582,10 @@ def read(struct: type[S], namespace: argparse.Namespace) -> S:
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `$.")
         name = place.rstrip("`").partition("[")[0]
-        kind = _plain(typing.get_type_hints(struct, include_extras=True)[name])
-        raise BadSetting(name, given[name], REASONS.get(name) or _reason(text, kind)) from None
+        value_type = _plain(typing.get_type_hints(struct, include_extras=True)[name])
+        raise BadSetting(
+            name, given[name], REASONS.get(name) or _reason(text, value_type)
+        ) from None
 
 
 def to_flags(config: Struct) -> list[str]:
@@ -588,7 +593,8 @@ def to_flags(config: Struct) -> list[str]:
     child processes."""
     flags: list[str] = []
     for field in msgspec.structs.fields(type(config)):
-        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        value = getattr(config, field.name)
+        flag = field.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):

@@ -144,6 +144,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "min_tokens above max_tokens": (PROMPT, {"min_tokens": 17}),
     "beams": (PROMPT, BEAMS),
     "beams of a text": ("Once upon a time", BEAMS),
+    # What a beam's text begins with may hang on the prompt's last tokens, however many there are.
+    "beams of a long text": ("Once upon a time there was a river. " * 6, BEAMS),
+    "beams after half a character": (list(range(200, 240)), BEAMS),
     "beams with an end": (PROMPT, {**BEAMS, "stop_token_ids": [GREEDY]}),
     "beams with log-probabilities": (PROMPT, {**BEAMS, "logprobs": 5}),
     "beams with prompt_logprobs": (PROMPT, {**BEAMS, "prompt_logprobs": 0}),

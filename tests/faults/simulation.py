@@ -165,7 +165,7 @@ class SchedulerProcess(Process):
         super().__init__(world, Role.SCHEDULER, name, life)
         world.epoch += 1
         self.state = Scheduler(world.epoch, CONFIG, self.send, lambda inbox: None)  # type: ignore
-        self.state.greet([address for address in world.bound if address != self.address])
+        self.state.send_roster_to([address for address in world.bound if address != self.address])
         world.bound[SCHEDULER] = self
         self.is_ready = True
 

@@ -2,6 +2,8 @@
 belong to one machine."""
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -107,6 +109,33 @@ def test_the_gate_catches(text: str) -> None:
 )
 def test_the_gate_lets_pass(text: str) -> None:
     assert not offences(ast.parse(text))
+
+
+def imports_of_ours(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything that a file takes from the three packages."""
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pagewire")
+        for alias in node.names
+    }
+
+
+def exists(module: str, name: str) -> bool:
+    return hasattr(importlib.import_module(module), name) or (
+        importlib.util.find_spec(f"{module}.{name}") is not None
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if name_of(path).startswith(("bench", "scripts"))],
+    ids=name_of,
+)
+def test_programs_beside_the_package_import_what_exists(path: Path) -> None:
+    """Nothing else imports them, so that a name that is gone would be missed when they are run."""
+    missing = [pair for pair in sorted(imports_of_ours(path)) if not exists(*pair)]
+    assert not missing, f"{name_of(path)}: {missing}"
 
 
 def test_the_three_roots_are_no_packages() -> None:

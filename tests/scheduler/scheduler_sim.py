@@ -658,6 +658,16 @@ class World:
             assert not state.decode_set and (state.slots.stop_token_uses <= 1).all()
 
 
+def world(workers=1, facts=None, **config):
+    """One with `workers` workers that have these facts, and a tokenizer."""
+    made = World(**config)
+    for _ in range(workers):
+        made.add_worker(**(facts or {}))
+    made.add_tokenizer()
+    made.tick()
+    return made
+
+
 def audit_worker(books, worker):
     """Holders are counted once each, one writer a block, and what the index claims is what was
     written."""

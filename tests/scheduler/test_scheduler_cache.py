@@ -5,18 +5,9 @@ import numpy as np
 import pytest
 from pagewire.scheduler.blocks import BlockError, BlockPool, extend_chain, root_hash
 from pagewire_protocol.messages import Finish
-from scheduler.scheduler_sim import World
+from scheduler.scheduler_sim import world
 
 PROMPT = list(range(50, 63))
-
-
-def world(workers=1, facts=None, **config):
-    made = World(**config)
-    for _ in range(workers):
-        made.add_worker(**(facts or {}))
-    made.add_tokenizer()
-    made.tick()
-    return made
 
 
 def one(w, prompt, **options):

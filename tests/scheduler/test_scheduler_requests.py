@@ -16,18 +16,9 @@ from pagewire_protocol.messages import (
     pack,
 )
 from pagewire_protocol.sampling import Sampling
-from scheduler.scheduler_sim import World, expected_output
+from scheduler.scheduler_sim import World, expected_output, world
 
 PROMPT = list(range(50, 63))
-
-
-def world(workers=1, facts=None, **config):
-    made = World(**config)
-    for _ in range(workers):
-        made.add_worker(**(facts or {}))
-    made.add_tokenizer()
-    made.tick()
-    return made
 
 
 def refused(w, status, text, *args, **options):

@@ -6,18 +6,9 @@ import pytest
 from pagewire.scheduler.outgoing import Outgoing, select
 from pagewire.scheduler.slots import Slots
 from pagewire_protocol.messages import Finish, LogprobColumns, pack, unpack
-from scheduler.scheduler_sim import VOCAB, World
+from scheduler.scheduler_sim import VOCAB, world
 
 PROMPT = list(range(50, 63))
-
-
-def world(workers=1, facts=None, **config):
-    made = World(**config)
-    for _ in range(workers):
-        made.add_worker(**(facts or {}))
-    made.add_tokenizer()
-    made.tick()
-    return made
 
 
 INF, NAN = float("inf"), float("nan")

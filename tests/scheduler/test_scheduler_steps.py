@@ -5,16 +5,7 @@ import numpy as np
 import pytest
 from pagewire.scheduler.state import Tick
 from pagewire_protocol.messages import Finish, Step, Tokens
-from scheduler.scheduler_sim import QUICK, World, expected_output, ints, next_token
-
-
-def world(workers=1, facts=None, **config):
-    made = World(**config)
-    for _ in range(workers):
-        made.add_worker(**(facts or {}))
-    made.add_tokenizer()
-    made.tick()
-    return made
+from scheduler.scheduler_sim import QUICK, World, expected_output, ints, next_token, world
 
 
 def check_done(w, handle, finish=Finish.LENGTH):

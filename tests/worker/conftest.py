@@ -143,6 +143,20 @@ class Harness:
             loaded = self._loaded
             return loaded.decoder(ids, loaded.cos_sin, loaded.caches, batch, None, lambda: None)
 
+    def mixed_step(
+        self, spans: list[tuple[int, int]], numbers: Callable[[int, int], list[int]]
+    ) -> tuple[Work, torch.Tensor]:
+        """One step that computes positions first to end - 1 of a sequence for each (first, end),
+        after what is before them: (work, its logits)."""
+        work = [
+            (numbers(end, seed), first, end, self.table(end))
+            for seed, (first, end) in enumerate(spans)
+        ]
+        for tokens, first, _, table in work:
+            if first:
+                self.step([(tokens, 0, first, table)])
+        return work, self.step(work)
+
     def logits(self, tokens: list[int], chunk: int) -> torch.Tensor:
         table = self.table(len(tokens))
         firsts = range(0, len(tokens), chunk)

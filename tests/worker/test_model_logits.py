@@ -28,14 +28,9 @@ def test_mixed_batch(variant, tiny, harness, numbers):
     """Decodes, chunks and a fresh prompt in one step, with block tables in random order."""
     reference, ours = tiny(variant), harness(tiny(variant).path)
     spans = [(40, 41), (0, 33), (16, 48), (70, 71), (7, 8), (0, 33)]
-    work = [
-        (numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)
-    ]
-    for tokens, first, _, table in work:
-        if first:
-            ours.step([(tokens, 0, first, table)])
-    wanted = torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work])
-    close(ours.step(work), wanted)
+    work, logits = ours.mixed_step(spans, numbers)
+    expected = torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work])
+    close(logits, expected)
 
 
 def test_long_prompt_in_query_pieces(tiny, harness, numbers):

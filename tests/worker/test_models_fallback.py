@@ -126,16 +126,8 @@ def test_chunks_and_mixed_batch(name, other, harness, numbers):
     for chunk in (LENGTH, 16, 1):
         close(ours.logits(tokens, chunk), wanted)
     spans = [(40, 41), (0, 20), (16, 30)]
-    work = [
-        (numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)
-    ]
-    for tokens, first, _, table in work:
-        if first:
-            ours.step([(tokens, 0, first, table)])
-    close(
-        ours.step(work),
-        torch.cat([logits(model, tokens)[first:end] for tokens, first, end, _ in work]),
-    )
+    work, mixed = ours.mixed_step(spans, numbers)
+    close(mixed, torch.cat([logits(model, tokens)[first:end] for tokens, first, end, _ in work]))
 
 
 @pytest.mark.parametrize("name", ["olmo2", "gpt_bigcode"])

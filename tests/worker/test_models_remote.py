@@ -47,16 +47,9 @@ def test_mixed_batch(name, remote, harness, numbers):
     reference = remote(name)
     ours = harness(reference.path)
     spans = [(40, 41), (0, 33), (16, 48)]
-    work = [
-        (numbers(end, seed), first, end, ours.table(end)) for seed, (first, end) in enumerate(spans)
-    ]
-    for tokens, first, _, table in work:
-        if first:
-            ours.step([(tokens, 0, first, table)])
-    close(
-        ours.step(work),
-        torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work]),
-    )
+    work, ours_logits = ours.mixed_step(spans, numbers)
+    expected = torch.cat([reference.logits(tokens)[first:end] for tokens, first, end, _ in work])
+    close(ours_logits, expected)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -195,7 +195,7 @@ def test_a_gpu_keeps_what_is_rounded_and_plans_its_bytes(asked, share) -> None:
 def test_without_native_code_weights_are_made_full(monkeypatch, caplog) -> None:
     monkeypatch.setattr(quantizing, "_cpu_obstacle", lambda dtype: "Numba cannot be imported")
     arch = describe(LLAMA)
-    file = Mock(Gguf, kinds=lambda: {"Q4_0": 3})
+    file = Mock(Gguf, type_counts=lambda: {"Q4_0": 3})
     cpu = quantizing.Target(torch.float32)
     chosen = quantizing.choose(quantizing.Checkpoint(file), arch, "", cpu)
     assert chosen == quantizing.NONE

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..cli import new_parser, positive
+from ..cli import Parser, new_parser, positive
 from . import machine
 from .options import say
 from .stats import table, write_json
@@ -41,6 +41,31 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
+    """The command's exit status: 1 where a kernel's results are wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not has_gpu():
+        raise OSError(
+            "the kernels run on a GPU only, and torch sees none here; `pagewire doctor` says more"
+        )
+    from .ops.jobs import jobs
+
+    all_jobs = jobs()
+    only = options.only.split(",") if options.only else []
+    chosen = [job for job in all_jobs if not only or job.name in only]
+    if not chosen:
+        names = ", ".join(sorted({job.name for job in all_jobs}))
+        parser.error(f"argument --only: {options.only}: one of {names} is needed")
+    if options.part:
+        compile_part(chosen, options)
+        return 0
+    compile_all(options)
+    rows = measure_all(chosen, options)
+    print(full_table(rows), short_table(rows), sep="\n\n")
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+def _parser() -> Parser:
     parser = new_parser(
         "bench kernels", "Check every GPU kernel against a float32 oracle and time it. Needs a GPU."
     )
@@ -67,26 +92,7 @@ def main(arguments: list[str]) -> int:
         metavar="FILE",
         help="also write the figures to this file, after each kernel",
     )
-    options = parser.parse_args(arguments)
-    if not has_gpu():
-        raise OSError(
-            "the kernels run on a GPU only, and torch sees none here; `pagewire doctor` says more"
-        )
-    from .ops.jobs import jobs
-
-    wanted = options.only.split(",") if options.only else []
-    chosen = [job for job in jobs() if not wanted or job.name in wanted]
-    if not chosen:
-        parser.error(
-            f"argument --only: {options.only}: one of {', '.join(sorted({job.name for job in jobs()}))} is needed"
-        )
-    if options.part:
-        compile_part(chosen, options)
-        return 0
-    compile_all(options)
-    rows = measure_all(chosen, options)
-    print(full_table(rows), short_table(rows), sep="\n\n")
-    return 1 if any("failed" in row for row in rows) else 0
+    return parser
 
 
 def has_gpu() -> bool:
@@ -192,7 +198,8 @@ def measure(job: "Job", sweep: bool) -> Row:
     from .ops.case import graph_us
 
     case = job.make()
-    wrong, us = case.check(), graph_us(case.launch, case.sets)
+    wrong = case.check()
+    us = graph_us(case.launch, case.sets)
     row: Row = {"us": us, "rate": job.work / us / 1e6, "error": wrong}
     if job.peer:
         row["peer_us"] = graph_us(case.other, case.sets)
@@ -222,7 +229,8 @@ def full_table(rows: list[Row]) -> str:
         if "failed" in row:
             lines.append([row["name"], row["shape"], row["failed"], "", "", "", "", ""])
         else:
-            rate, wrong = f"{row['rate']:.2f} {row['unit']}", f"{row['error']:.1e}"
+            rate = f"{row['rate']:.2f} {row['unit']}"
+            wrong = f"{row['error']:.1e}"
             lines.append(
                 [
                     row["name"],

@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
         chosen = [workloads.parse(f"1x{size.strip()}") for size in options.sizes.split(",")]
     except ValueError:
         parser.error(f"argument --sizes: {options.sizes}: lengths like 128/64,1024/128 are needed")
-    budget, began = Budget(options.budget_s), time.monotonic()
+    budget = Budget(options.budget_s)
+    began = time.monotonic()
     with start(settings) as llm:
         report = describe(llm, settings, time.monotonic() - began) | {"kind": "latency"}
         results = measure(llm, chosen, options, budget, report)
@@ -59,7 +60,8 @@ def measure(
     budget: Budget,
     report: dict[str, Any],
 ) -> dict[str, Result]:
-    vocab, samples = vocabulary(llm, options.vocab), dict[str, list[Sample]]()
+    vocab = vocabulary(llm, options.vocab)
+    samples = dict[str, list[Sample]]()
     loads = {load.name.removeprefix("1x"): load.scaled(options.scale) for load in chosen}
     report |= {"loads": {}, "grid": GRID}
 

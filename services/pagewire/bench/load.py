@@ -38,14 +38,16 @@ class _Stream(asyncio.Protocol):
 
     def __init__(self, request: bytes, ended: "asyncio.Future[None]") -> None:
         self.sample = Sample(began=time.monotonic())
-        self._request, self._ended = request, ended
+        self._request = request
+        self._ended = ended
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast(asyncio.Transport, transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        now, sample = time.monotonic(), self.sample
+        now = time.monotonic()
+        sample = self.sample
         text = self._tail[-len(EVENT) + 1 :] + data
         events = text.count(EVENT)
         if events:
@@ -80,7 +82,8 @@ class Target:
         wrong = ValueError(f"{url}: an address like http://localhost:8000 is needed")
         try:
             parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-            host, port = parts.hostname, parts.port or 80
+            host = parts.hostname
+            port = parts.port or 80
         except ValueError:
             raise wrong from None
         if parts.scheme != "http" or not host:
@@ -128,7 +131,8 @@ async def send_all(
     target: Target, bodies: Iterable[dict[str, Any]], concurrency: int
 ) -> list[Sample]:
     """All requests, at most `concurrency` at a time."""
-    waiting, samples = iter(bodies), list[Sample]()
+    waiting = iter(bodies)
+    samples = list[Sample]()
 
     async def lane() -> None:
         for body in waiting:

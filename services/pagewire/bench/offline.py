@@ -39,11 +39,13 @@ def main(arguments: list[str]) -> int:
         chosen = workloads.parse_list(options.workloads, GROUPS)
     except ValueError as error:
         parser.error(f"argument --workloads: {error}")
-    budget, began = Budget(options.budget_s), time.monotonic()
+    budget = Budget(options.budget_s)
+    began = time.monotonic()
     with start(settings) as llm:
         report = describe(llm, settings, time.monotonic() - began)
         results = measure(llm, chosen, options, budget, report)
-    print(tables(report, results, known=options.scale == 1 and settings.get("device") != "fake"))
+    comparable = options.scale == 1 and settings.get("device") != "fake"
+    print(tables(report, results, with_baselines=comparable))
     return 1 if any(result.error for result in results.values()) else 0
 
 
@@ -158,11 +160,12 @@ def shown(workload: str) -> str:
     return "in tok/s" if workload == "long" else "out tok/s"
 
 
-def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
-    model = baselines.identify(report["model"]) if known else ""
+def tables(report: dict[str, Any], results: dict[str, Result], with_baselines: bool = True) -> str:
+    model = baselines.identify(report["model"]) if with_baselines else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
-        figure, values = shown(name), [row[shown(name)] for row in result.rows]
+        figure = shown(name)
+        values = [row[shown(name)] for row in result.rows]
         if values:
             middle = result.median()[figure]
             rows.append(

@@ -24,7 +24,7 @@ from .serve import Server
 from .servers import ask_model, started
 from .stats import table, write_json
 
-KINDS = ("frontend", "tokenizer", "scheduler", "worker")
+SERVICES = ("frontend", "tokenizer", "scheduler", "worker")
 TICKS = os.sysconf("SC_CLK_TCK")
 ASKING: dict[str, dict[str, object]] = {
     "plain": {},
@@ -32,7 +32,13 @@ ASKING: dict[str, dict[str, object]] = {
     "stop": {"stop": ["the end of all things", "\n\n\n### 12345", "Zyx wvu tsr"]},
 }
 """Fields of requests that ask for more than text."""
-SHOWN = ("out tok/s", "TTFT p50", "gap p99", "chunks/token", *(f"{kind} us" for kind in KINDS[:3]))
+SHOWN = (
+    "out tok/s",
+    "TTFT p50",
+    "gap p99",
+    "chunks/token",
+    *(f"{service} us" for service in SERVICES[:3]),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -137,13 +143,14 @@ def measure(
 
 def once(clients: Clients, load: workloads.Workload, run: int, flags: list[str]) -> Row:
     with started(flags) as url:
-        server, pids = Server(url, "", ask_model(url)), services(os.getpid())
+        server = Server(url, "", ask_model(url))
+        pids = services(os.getpid())
         server.play(clients, load.warmup(), -1, 0)
-        before = {kind: cpu_seconds(pids[kind]) for kind in KINDS}
+        before = {service: cpu_seconds(pids[service]) for service in SERVICES}
         row = server.play(clients, load, run, 0)
-        used = {kind: cpu_seconds(pids[kind]) - before[kind] for kind in KINDS}
+        used = {service: cpu_seconds(pids[service]) - before[service] for service in SERVICES}
     tokens = load.requests * load.output[0]
-    return row | {f"{kind} us": 1e6 * used[kind] / tokens for kind in KINDS}
+    return row | {f"{service} us": 1e6 * used[service] / tokens for service in SERVICES}
 
 
 def tables(report: dict[str, Any], results: dict[str, Result]) -> str:
@@ -167,18 +174,19 @@ def tables(report: dict[str, Any], results: dict[str, Result]) -> str:
 
 def services(root: int) -> dict[str, list[int]]:
     """Process ids of the services of the stacks that the process `root` started, by kind."""
-    parents, kinds = dict[int, int](), dict[int, str]()
+    parents = dict[int, int]()
+    service_of = dict[int, str]()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError, IndexError, StopIteration):
                 pid = int(entry.name)
                 parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 words = (entry / "cmdline").read_text().split("\0")
-                kinds[pid] = words[words.index("pagewire") + 1] if "pagewire" in words else ""
-    mine: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for pid, kind in kinds.items():
-        if kind in mine and parents.get(parents[pid]) == root:
-            mine[kind].append(pid)
+                service_of[pid] = words[words.index("pagewire") + 1] if "pagewire" in words else ""
+    mine: dict[str, list[int]] = {service: [] for service in SERVICES}
+    for pid, service in service_of.items():
+        if service in mine and parents.get(parents[pid]) == root:
+            mine[service].append(pid)
     return mine
 
 

@@ -20,8 +20,12 @@ def draw(report: dict[str, Any], path: str) -> None:
     """A PNG of a report's loads. Raises OSError when it cannot be written."""
     loads: dict[str, Any] = {name: load for name, load in report["loads"].items() if load["runs"]}
     lines = curves(loads)
-    kinds = [kind for kind in KINDS if any(any(_drawable(load, kind)) for load in loads.values())]
-    panels = max(1, len(kinds) + bool(lines))
+    quantities = [
+        quantity
+        for quantity in KINDS
+        if any(any(_drawable(load, quantity)) for load in loads.values())
+    ]
+    panels = max(1, len(quantities) + bool(lines))
     columns = min(2, panels)
     figure = Figure(figsize=(6 * columns, 4.2 * -(-panels // columns)), layout="constrained")
     figure.suptitle(
@@ -31,8 +35,8 @@ def draw(report: dict[str, Any], path: str) -> None:
     axes = iter([figure.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)])
     if lines:
         _throughput(next(axes), lines)
-    for kind in kinds:
-        _distribution(next(axes), kind, loads, report["grid"])
+    for quantity in quantities:
+        _distribution(next(axes), quantity, loads, report["grid"])
     figure.savefig(path, dpi=120)
 
 
@@ -52,10 +56,10 @@ def curves(loads: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     return long or {shape: points for shape, points in points_by_shape.items() if points}
 
 
-def _drawable(load: dict[str, Any], kind: str) -> list[float]:
+def _drawable(load: dict[str, Any], quantity: str) -> list[float]:
     return [
         value
-        for value in load["distribution"].get(kind, [])
+        for value in load["distribution"].get(quantity, [])
         if value is not None and value == value
     ]
 
@@ -76,19 +80,19 @@ def _throughput(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
     axes.legend(title="tokens per request, in/out", fontsize=8)
 
 
-def _distribution(axes: Axes, kind: str, loads: dict[str, Any], grid: list[float]) -> None:
+def _distribution(axes: Axes, quantity: str, loads: dict[str, Any], grid: list[float]) -> None:
     for name, load in loads.items():
-        values = _drawable(load, kind)
+        values = _drawable(load, quantity)
         if values and len(values) == len(grid):
             axes.plot(values, [100 * share for share in grid], label=name)
-    what = "pauses" if kind == "gap" else "requests"
+    what = "pauses" if quantity == "gap" else "requests"
     axes.set(
-        xlabel=KINDS[kind],
+        xlabel=KINDS[quantity],
         ylabel=f"{what} that took at most so long (%)",
         ylim=(0, 100),
         xlim=(0, None),
     )
-    if kind == "gap":
+    if quantity == "gap":
         axes.set(xscale="log", xlim=(0.1, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli import new_parser, positive
+from ..cli import Parser, new_parser, positive
 from . import baselines, machine, workloads
 from .clients import Clients
 from .interleave import Budget, Result, Row, run_interleaved
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
             model = options.against_model or ask_model(options.against, options.against_key)
             servers[AGAINST_SUFFIX] = Server(options.against, options.against_key, model)
         results = measure(servers, clients, loads, options, budget, report)
-    print(tables(report, results, known=options.scale == 1 and "fake" not in rest))
+    print(tables(report, results, with_baselines=options.scale == 1 and "fake" not in rest))
     if options.plot:
         from .plots import draw
 
@@ -96,6 +96,29 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this command, and the rest of the line, which is the server's."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.url and rest:
+        parser.error(f"unknown with --url: {' '.join(rest)}")
+    for name in ("url", "against"):
+        if url := getattr(options, name):
+            try:
+                Target.of(url)
+            except ValueError as error:
+                parser.error(f"--{name} {error}")
+    if options.vocab and options.vocab <= workloads.FIRST_ID:
+        parser.error(
+            f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"
+        )
+    try:
+        options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
+    except ValueError as error:
+        parser.error(f"argument --loads: {error}")
+    return options, rest
+
+
+def _parser() -> Parser:
     parser = new_parser(
         "bench serve",
         "Streaming load. Without --url, every other flag goes to a `pagewire serve` started for it.",
@@ -127,29 +150,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add_common(parser)
     add_plot(parser)
-    options, rest = parser.parse_known_args(arguments)
-    if options.url and rest:
-        parser.error(f"unknown with --url: {' '.join(rest)}")
-    for name in ("url", "against"):
-        if url := getattr(options, name):
-            try:
-                Target.of(url)
-            except ValueError as error:
-                parser.error(f"--{name} {error}")
-    if options.vocab and options.vocab <= workloads.FIRST_ID:
-        parser.error(
-            f"argument --vocab: {options.vocab}: 0 or more than {workloads.FIRST_ID} is needed"
-        )
-    try:
-        options.loads = workloads.parse_list(options.loads, GROUPS, workloads.ALONE)
-    except ValueError as error:
-        parser.error(f"argument --loads: {error}")
-    return options, rest
+    return parser
 
 
 def ceiling(clients: Clients, options: argparse.Namespace, rest: list[str]) -> Row:
     """What these clients and the services carry with no model behind them, on this machine."""
-    load, vocab = workloads.parse(CEILING).scaled(options.scale), options.vocab
+    load = workloads.parse(CEILING).scaled(options.scale)
+    vocab = options.vocab
     with started([*rest, "--device", "fake", "--log-level", "warning"]) as url:
         server = Server(url, options.api_key, ask_model(url, options.api_key))
         server.play(clients, load.warmup(), -1, vocab)
@@ -221,8 +228,8 @@ def shown(load: str) -> tuple[str, ...]:
     return SHOWN_OPEN if workload.rate else SHOWN_ALONE if workload.streams == 1 else SHOWN_CLOSED
 
 
-def tables(report: dict[str, Any], results: dict[str, Result], known: bool = True) -> str:
-    model = baselines.identify(report["model"]) if known else ""
+def tables(report: dict[str, Any], results: dict[str, Result], with_baselines: bool = True) -> str:
+    model = baselines.identify(report["model"]) if with_baselines else ""
     rows: list[list[Any]] = []
     for name, result in results.items():
         if name.endswith(AGAINST_SUFFIX):

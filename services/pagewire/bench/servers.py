@@ -22,20 +22,9 @@ def started(
 ) -> Iterator[str]:
     """A stack on a free port, ready; yields its URL and ends it afterwards. Raises OSError when it
     does not come up in time."""
-    command = [
-        sys.executable,
-        "-m",
-        "pagewire",
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        # The load says how tokens are sampled, the same for every model.
-        "--generation-config",
-        "vllm",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "pagewire", "serve", "--host", "127.0.0.1", "--port", "0"]
+    # The load says how tokens are sampled, the same for every model.
+    command += ["--generation-config", "vllm", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
     )
@@ -45,24 +34,25 @@ def started(
         assert process.stdout is not None
         line = next((line for line in process.stdout if " at http" in line), None)
         if line is None:
-            process.wait()
-            raise OSError(
-                "the server did not start"
-                if process.returncode >= 0
-                else f"the server was not ready in {within_s:.0f} s"
-            )
+            was_killed = process.wait() < 0
+            late = f"the server was not ready in {within_s:.0f} s"
+            raise OSError(late if was_killed else "the server did not start")
         timer.cancel()
         yield line.rpartition(" at ")[2].strip().removesuffix("/v1")
     finally:
         timer.cancel()
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def ready_seconds(

@@ -179,7 +179,8 @@ def bodies(
 ) -> Iterator[dict[str, object]]:
     """The fields of each completion request. vocab 0: prompts of words; else of token ids below
     it."""
-    make, shared = random.Random(seed), random.Random(common_seed)
+    make = random.Random(seed)
+    shared = random.Random(common_seed)
     prefix = words(shared, workload.common) if not vocab else ids(shared, workload.common, vocab)
     for length, output in workload.sizes(make):
         if isinstance(prefix, str):

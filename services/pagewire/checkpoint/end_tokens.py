@@ -84,8 +84,8 @@ def of_gguf(
     template: str = "",
 ) -> tuple[int, ...]:
     """The ids that a GGUF file names, those of the tokens in its vocabulary that are known to end a
-    turn, and what a `tokenizer` from elsewhere names, in rising order. `find`: the ids of texts that
-    the vocabulary has. `template`: as in `of_directory`. Raises Unsupported."""
+    turn, and what a `tokenizer` from elsewhere names, in rising order. `find`: the ids of texts
+    that the vocabulary has. `template`: as in `of_directory`. Raises Unsupported."""
     named = (metadata.get(key) for key in GGUF_KEYS)
     ids = {int(token) for token in named if token is not None}
     ids.update(ending(find(END_OF_TURN)).values())
@@ -95,7 +95,8 @@ def of_gguf(
 
 
 def ending(tokens: dict[str, int]) -> dict[str, int]:
-    """Those of `tokens`, members of END_OF_TURN in a vocabulary with their ids, that end an answer there."""
+    """Those of `tokens`, members of END_OF_TURN in a vocabulary with their ids, that end an answer
+    there."""
     if all(text in tokens for text in HARMONY):
         return {text: token for text, token in tokens.items() if text != "<|end|>"}
     return tokens
@@ -121,9 +122,10 @@ def _unnamed(config: Config, generation: Config) -> set[int]:
 
 def of_tokenizer(directory: Path, template: str = "") -> set[int]:
     """What the tokenizer's files name: `eos_token`, and tokens that the chat template ends turns
-    with; where no template comes with the model, another one will be used, and all added tokens that
-    are known to end a turn count. Those of `template`, which is used instead of the model's own,
-    count as well. A GGUF file in the place of a directory says nothing here. Raises Unsupported."""
+    with; where no template comes with the model, another one will be used, and all added tokens
+    that are known to end a turn count. Those of `template`, which is used instead of the model's
+    own, count as well. A GGUF file in the place of a directory says nothing here. Raises
+    Unsupported."""
     if not directory.is_dir():
         return set()
     settings = read_object(directory / "tokenizer_config.json")

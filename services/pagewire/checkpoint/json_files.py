@@ -29,8 +29,8 @@ def tokenizer_settings(directory: Path) -> Config:
 
 
 def chat_template(directory: Path, settings: Config) -> str:
-    """The newest place first: a file of its own, a JSON file, the tokenizer's `settings`; of several
-    templates the one named default. Empty where there is none. Raises Unsupported."""
+    """The newest place first: a file of its own, a JSON file, the tokenizer's `settings`; of
+    several templates the one named default. Empty where there is none. Raises Unsupported."""
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text()
     template = read_object(directory / "chat_template.json").get("chat_template") or settings.get(

@@ -1,5 +1,5 @@
-"""Whether a model can be served at all, by the `model_type` of its config.json or the architecture of
-a GGUF file. Said before anything else is complained about, and before torch is imported.
+"""Whether a model can be served at all, by the `model_type` of its config.json or the architecture
+of a GGUF file. Said before anything else is complained about, and before torch is imported.
 
 Only what is certain is refused here: what transformers makes of the other models is known when it
 has run them (worker/models/fallback.py).
@@ -107,8 +107,8 @@ def check_config(config: Config, trust_remote_code: bool) -> None:
 
 
 def _folder() -> Path | None:
-    """Where transformers keeps its tables of models. Looking does not import it, which takes seconds
-    and brings torch."""
+    """Where transformers keeps its tables of models. Looking does not import it, which takes
+    seconds and brings torch."""
     spec = importlib.util.find_spec("transformers")
     locations = spec.submodule_search_locations if spec else None
     return Path(next(iter(locations))) / "models" / "auto" if locations else None

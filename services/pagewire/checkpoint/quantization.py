@@ -1,5 +1,5 @@
-"""What a checkpoint's configuration says of the quantization of its weights, and whether that agrees
-with --quantization. Knows names, no tensors: it runs before torch is imported.
+"""What a checkpoint's configuration says of the quantization of its weights, and whether that
+agrees with --quantization. Knows names, no tensors: it runs before torch is imported.
 """
 
 from pathlib import Path

@@ -46,8 +46,8 @@ def sampling_defaults(option: str, model: Path) -> SamplingDefaults:
             continue
         values[name] = getattr(checked, name)
     if values:
-        shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        log.info("requests without values of their own get %s, from %s", shown, FILE)
+        listed = ", ".join(f"{name}={value}" for name, value in values.items())
+        log.info("requests without values of their own get %s, from %s", listed, FILE)
     return SamplingDefaults(**values)
 
 

@@ -47,8 +47,8 @@ class Weights:
 
     def pick(self, path: Path, tensors: Iterable[str], owners: dict[str, Path]) -> Iterator[str]:
         """Those of the `tensors` in file `path` that are the model's. `owners`: the file of each
-        tensor so far. Raises Unsupported for a tensor that two files have, where no index says which
-        of them counts."""
+        tensor so far. Raises Unsupported for a tensor that two files have, where no index says
+        which of them counts."""
         for tensor in tensors:
             if not self.has(tensor, path):
                 continue
@@ -116,7 +116,8 @@ def _numbered(names: list[str]) -> list[str]:
         match = _NUMBERED.fullmatch(name)
         if match:
             suffix = name.rpartition(".")[2]
-            stem, total = match[1], int(match[3])
+            stem = match[1]
+            total = int(match[3])
             return [f"{stem}-{n:05d}-of-{total:05d}.{suffix}" for n in range(1, total + 1)]
     return []
 

@@ -206,8 +206,8 @@ def _texts(source: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _finished(source: Path, target: Path) -> dict[int, int]:
-    """The lines that the output answers, by their numbers, with the statuses of the answers. Removes
-    a last answer that was cut off."""
+    """The lines that the output answers, by their numbers, with the statuses of the answers.
+    Removes a last answer that was cut off."""
     if not target.exists():
         return {}
     answers: dict[str, EarlierAnswer] = {}

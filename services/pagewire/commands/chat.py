@@ -26,8 +26,8 @@ ANSWER_S = 600
 MAX_TOKENS: Final = 1024
 """Of an answer, where the command line says nothing: a small model may go on for ever."""
 TEMPERATURE: Final = 0.7
-"""Where neither the command line nor the model says one: 1, which servers take, is too hot for small
-models."""
+"""Where neither the command line nor the model says one: 1, which servers take, is too hot for
+small models."""
 INTERRUPTED: Final = 130
 """The exit status after Ctrl-C, as shells have it."""
 COMMAND = re.compile(r"/[a-z]+")
@@ -222,7 +222,8 @@ def main(arguments: list[str]) -> int:
 def run(
     command: str, about: str, conversation_type: type[Conversation], arguments: list[str]
 ) -> int:
-    """The command line of both commands, which differ in `conversation_type`. Returns the exit status."""
+    """The command line of both commands, which differ in `conversation_type`. Returns the exit
+    status."""
     options = parse(command, about, arguments)
     parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     try:

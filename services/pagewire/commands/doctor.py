@@ -1,8 +1,8 @@
 """`pagewire doctor`: checks this machine and prints in plain words what works, what does not, and
 what to do about it.
 
-Each check is a function that returns one finding. Torch is imported in a process of its own, so that
-a broken installation is a finding and not a crash.
+Each check is a function that returns one finding. Torch is imported in a process of its own, so
+that a broken installation is a finding and not a crash.
 """
 
 import contextlib
@@ -189,7 +189,8 @@ def check_memory() -> Finding:
         for line in _lines("/proc/meminfo")
         if line.split()[1:2]
     }
-    free, total = facts.get("MemAvailable", 0.0), facts.get("MemTotal", 0.0)
+    free = facts.get("MemAvailable", 0.0)
+    total = facts.get("MemTotal", 0.0)
     limit = next(
         (int(line) / 2**30 for line in _lines("/sys/fs/cgroup/memory.max") if line.isdecimal()),
         None,

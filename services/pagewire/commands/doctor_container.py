@@ -77,7 +77,8 @@ def main(arguments: list[str]) -> int:
         try:
             mark, text = check()
         except Exception as error:  # whatever is broken must not hide the checks that follow
-            mark, text = "BROKEN", f"{error}" or type(error).__name__
+            mark = "BROKEN"
+            text = f"{error}" or type(error).__name__
         print(f"{mark:<7} {subject:<14} {text}", flush=True)
         if mark == "BROKEN":
             broken.append(subject)
@@ -147,7 +148,8 @@ def check_ranks(
 
 def check_memory() -> Result:
     """What this container may use, and does."""
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    limit = _cgroup("memory.max")
+    used = _cgroup("memory.current")
     if limit is None or used is None:
         return "ok", "no limit for this container"
     text = f"{used / 2**30:.2f} of {limit / 2**30:.2f} GiB used"

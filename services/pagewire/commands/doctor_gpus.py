@@ -1,5 +1,5 @@
-"""What `pagewire doctor` prints about each GPU: whether it can be used, and what would run on it and
-how. Works on what torch reported; starts nothing.
+"""What `pagewire doctor` prints about each GPU: whether it can be used, and what would run on it
+and how. Works on what torch reported; starts nothing.
 """
 
 from pagewire_kernels.capability import attends_by_torch
@@ -10,8 +10,8 @@ from ..worker.load.precision import BFLOAT16_FROM
 
 WORKSPACE = 5 * GIB // 2
 WORKSPACE_SHARE = 0.05
-"""What the steps of a model need besides its weights, with a small KV cache, roughly: bytes, or that
-share of a large GPU, whichever is more."""
+"""What the steps of a model need besides its weights, with a small KV cache, roughly: bytes, or
+that share of a large GPU, whichever is more."""
 SHARE = 0.9
 """The default of --gpu-memory-utilization."""
 

@@ -92,7 +92,8 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
 
 
 def _on_cpus(worker: WorkerConfig) -> Result:
-    size, stages = worker.world_size, worker.pipeline_parallel_size
+    size = worker.world_size
+    stages = worker.pipeline_parallel_size
     cores = stack.cores()
     each = worker.threads or max(1, cores // size)
     processes = f"{size} processes"
@@ -149,7 +150,8 @@ def check_shared_memory() -> Result:
 
 def check_division(path: Path, model: ModelConfig, worker: WorkerConfig) -> Result:
     """Whether the model at `path` can be divided so. Raises Unsupported with what could be."""
-    size, stages = worker.tensor_parallel_size, worker.pipeline_parallel_size
+    size = worker.tensor_parallel_size
+    stages = worker.pipeline_parallel_size
     early.check(path, model)
     location = locate(path, model.load_format)
     if not location.path.is_dir():
@@ -220,5 +222,6 @@ def _held(stages: Sequence[dict[str, Any]]) -> str:
 
 
 def _gib(stage: dict[str, Any]) -> str:
-    weights, cache = stage["weights"] / GIB, stage["cache"] / GIB
+    weights = stage["weights"] / GIB
+    cache = stage["cache"] / GIB
     return f"{weights:.2f} GiB of weights and {cache:.2f} GiB of KV cache"

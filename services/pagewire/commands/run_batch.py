@@ -130,7 +130,8 @@ async def _with_services(config: stack.StackConfig, journal: Journal, shows_prog
     config = structs.replace(
         config, run=structs.replace(config.run, run_dir=str(run_dir), log_level="warning")
     )
-    frontend, services = config.frontend, None
+    frontend = config.frontend
+    services = None
     assert frontend is not None
     try:
         service = Service(

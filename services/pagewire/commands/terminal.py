@@ -50,9 +50,9 @@ class Lines:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Within, what is typed or pasted is kept for the next `read`, and not shown: something else
-        is being written. Pastes are marked as they are while a text is read, so that several lines
-        stay one text; Ctrl-C interrupts."""
+        """Within, what is typed or pasted is kept for the next `read`, and not shown: something
+        else is being written. Pastes are marked as they are while a text is read, so that several
+        lines stay one text; Ctrl-C interrupts."""
         if self._session is None:  # Python's own line editing knows no marks
             yield
             return
@@ -87,8 +87,8 @@ def history_file(command: str) -> Path:
 
 
 def _session(command: str) -> Any:
-    """A prompt_toolkit session, which takes a pasted text for one and not for many lines. None where
-    that package is missing: Python's own line editing remains."""
+    """A prompt_toolkit session, which takes a pasted text for one and not for many lines. None
+    where that package is missing: Python's own line editing remains."""
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory

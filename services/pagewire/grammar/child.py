@@ -1,5 +1,5 @@
-"""A service's end of its matcher process: starts it, sends, receives, ends it. Knows neither requests
-nor llguidance.
+"""A service's end of its matcher process: starts it, sends, receives, ends it. Knows neither
+requests nor llguidance.
 """
 
 import contextlib

@@ -21,9 +21,9 @@ MAX_MESSAGE: Final = 400
 """Characters of what is said about a grammar."""
 NOTHING_MATCHES: Final = "no text matches it"
 LIMITS: Final = LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
-"""A grammar that takes more than these allow is refused, here or while it is matched. With llguidance's
-own fuel for the lexer, ten times this one, 5 KB of rules take 8 s before they are refused; of a
-thousand schemas of MaskBench the smaller one refuses none."""
+"""A grammar that takes more than these allow is refused, here or while it is matched. With
+llguidance's own fuel for the lexer, ten times this one, 5 KB of rules take 8 s before they are
+refused; of a thousand schemas of MaskBench the smaller one refuses none."""
 MAX_KEYWORD: Final = 80
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*\])")
 _NOT_PRINTABLE: Final = re.compile("[^ -~]")
@@ -41,8 +41,8 @@ class Compiled:
     """One grammar. `ignored`: keywords that are not held."""
 
     original: LLMatcher
-    """It has seen no token, and is copied. Copies share what they learn of the grammar, and would wait
-    for each other if several threads computed their masks."""
+    """It has seen no token, and is copied. Copies share what they learn of the grammar, and would
+    wait for each other if several threads computed their masks."""
     ignored: tuple[str, ...]
 
 

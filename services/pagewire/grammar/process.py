@@ -1,8 +1,8 @@
 """The process that compiles grammars and computes masks, for the service that started it. It ends
 with that service, or when the socket does.
 
-Native code that reads what clients send runs here alone: when it crashes or hangs, the service makes
-a new process and opens its requests again.
+Native code that reads what clients send runs here alone: when it crashes or hangs, the service
+makes a new process and opens its requests again.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Each kind of grammar in the form that llguidance compiles. Knows no tokens and no requests.
 
-Every function raises GrammarError for a source that it cannot read; what is wrong with the schema or
-the expression itself shows when it is compiled.
+Every function raises GrammarError for a source that it cannot read; what is wrong with the schema
+or the expression itself shows when it is compiled.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Structural tags as a Lark grammar: free text, in which some texts begin parts that must match.
 
-Two forms are read. vLLM's older one has `structures` (begin, schema, end) and `triggers`; xgrammar's
-has a `format`, a tree of which these types are known: const_string, json_schema,
-regex, any_text, sequence, or, tag, triggered_tags, tags_with_separator.
+Two forms are read. vLLM's older one has `structures` (begin, schema, end) and `triggers`;
+xgrammar's has a `format`, a tree of which these types are known: const_string, json_schema, regex,
+any_text, sequence, or, tag, triggered_tags, tags_with_separator.
 """
 
 from collections.abc import Callable

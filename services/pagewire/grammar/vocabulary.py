@@ -1,4 +1,5 @@
-"""A model's tokens as llguidance knows them: the bytes of each, which are special, which end a text."""
+"""A model's tokens as llguidance knows them: the bytes of each, which are special, which end a
+text."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -23,9 +24,9 @@ SLICES: Final = [
     *(f"{_CHARACTER}{{1,{most}}}" for most in (10, 14, 18, 30)),
     f"{_CHARACTER}+",
 ]
-"""Sets of tokens that llguidance allows at once where a grammar allows them all. Its own are those of
-10 and 30 characters and of any number; in strings that may have only some characters more, the two
-between save a quarter of the time (40 to 30 us a mask over `maxLength` of 20 to 60)."""
+"""Sets of tokens that llguidance allows at once where a grammar allows them all. Its own are those
+of 10 and 30 characters and of any number; in strings that may have only some characters more, the
+two between save a quarter of the time (40 to 30 us a mask over `maxLength` of 20 to 60)."""
 
 
 class Vocabulary:

@@ -34,7 +34,8 @@ HUB_PROBE_S = 2.0
 WANTED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 """What every model needs beside its weights."""
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "*/*.bin"]
-LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs", 1024
+LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_BYTES = 1024
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -47,8 +48,8 @@ def quiet(_: str) -> None:
 
 
 def resolve(model: ModelConfig, progress: Progress | None = None) -> Path:
-    """The directory or .gguf file of `model`, downloaded if necessary. `progress` gets lines to show
-    to the user. Raises ModelNotFound."""
+    """The directory or .gguf file of `model`, downloaded if necessary. `progress` gets lines to
+    show to the user. Raises ModelNotFound."""
     progress = progress or quiet
     path = cached(model)
     if path is not None:

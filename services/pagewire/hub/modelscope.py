@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 VARIABLES = ("PAGEWIRE_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
-YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+YES = ("true", "1", "yes", "on")
+NO = ("false", "0", "no", "off")
 
 
 class Failed(ValueError):
@@ -18,8 +19,8 @@ class Failed(ValueError):
 
 
 def wanted() -> bool:
-    """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes nor
-    no."""
+    """Whether the environment asks for ModelScope. Raises Failed for a value that is neither yes
+    nor no."""
     for name in VARIABLES:
         if value := os.environ.get(name):
             if value.lower() not in YES + NO:

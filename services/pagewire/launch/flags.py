@@ -271,7 +271,8 @@ def from_mapping(
 
 
 def _as_flags(parser: argparse.ArgumentParser, source: str, key: str, value: Any) -> list[str]:
-    actions, flag = parser._option_string_actions, "--" + key.replace("_", "-")
+    actions = parser._option_string_actions
+    flag = "--" + key.replace("_", "-")
     if flag not in actions or key in ("config", "help"):
         others = actions.keys() - {"--config", "--help"}
         close = difflib.get_close_matches(flag, others, 1, 0.75)

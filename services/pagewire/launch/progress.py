@@ -68,7 +68,8 @@ class Health:
         if not certificate:
             return http.client.HTTPConnection(*self._address, timeout=5)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
         context.load_cert_chain(certificate, key or None)
         return http.client.HTTPSConnection(*self._address, timeout=5, context=context)
 

@@ -1,6 +1,6 @@
 """`pagewire worker` over several ranks, by itself, as in a container: this process starts one for
-each rank, and starts them all again when one of them ends or hangs. In a whole stack the stack's own
-supervisor does that.
+each rank, and starts them all again when one of them ends or hangs. In a whole stack the stack's
+own supervisor does that.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from ..process.announce import Announcer
 from ..process.parent import HEALTH_VARIABLE
 from ..process.watchdog import Stop
 from . import stack
-from .supervisor import Death, Supervisor
+from .supervisor import ServiceDeath, Supervisor
 
 
 def run(run: RunConfig, model: Any, scheduler: SchedulerConfig, worker: WorkerConfig) -> int:
@@ -60,7 +60,7 @@ class _RankGroup:
         if self._stop.is_due(time.monotonic()):
             self._supervisor.stop()
 
-    def _announce(self, death: Death) -> None:
+    def _announce(self, death: ServiceDeath) -> None:
         self._announcer.announce(
             Role.WORKER,
             death.service.name,

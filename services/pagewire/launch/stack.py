@@ -32,7 +32,7 @@ from ..config import (
 )
 from ..frontend.auth import KEYS_VARIABLE
 from ..process.announce import Announcer
-from .supervisor import Death, Service
+from .supervisor import Service, ServiceDeath
 
 _numbers = itertools.count()
 
@@ -111,7 +111,8 @@ def check_workers(config: StackConfig) -> StackConfig:
 
 def check_backend(worker: WorkerConfig) -> None:
     """Raises BadSetting when the ranks of a worker cannot be started as asked for."""
-    backend, ranks = worker.distributed_executor_backend, worker.world_size
+    backend = worker.distributed_executor_backend
+    ranks = worker.world_size
     if backend == "uni" and ranks > 1:
         raise BadSetting(
             "distributed_executor_backend", backend, f"one process cannot be {ranks} ranks: use mp"
@@ -144,8 +145,8 @@ def _check_ranks(config: StackConfig, visible: list[str]) -> None:
 
 
 def notes(worker: WorkerConfig, written: Callable[[str, Any], str]) -> list[str]:
-    """A line for each setting of a worker that has no effect. `written`: a setting as its user wrote
-    it."""
+    """A line for each setting of a worker that has no effect. `written`: a setting as its user
+    wrote it."""
     if worker.distributed_executor_backend == "ray" and worker.world_size == 1:
         setting = written("distributed_executor_backend", "ray")
         return [f"{setting} has no effect: one rank is a process of this machine"]
@@ -232,7 +233,7 @@ def rank_name(worker: str, rank: int) -> str:
     return f"{worker}.{rank}" if rank else worker
 
 
-def announce(announcer: Announcer, death: Death) -> None:
+def announce(announcer: Announcer, death: ServiceDeath) -> None:
     """Tell the stack that one of its services has ended."""
     announcer.announce(
         Role[death.service.kind.upper()],

@@ -61,7 +61,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Death:
+class ServiceDeath:
     """The end of a service that nobody asked for."""
 
     service: Service
@@ -169,7 +169,7 @@ class Supervisor:
         self,
         services: list[Service],
         on_line: Callable[[str, str], None],
-        on_death: Callable[[Death], None] = lambda death: None,
+        on_death: Callable[[ServiceDeath], None] = lambda death: None,
     ) -> None:
         """`on_line` gets each line that a service writes, with its name; `on_death` each end that
         nobody asked for, before the service is started again. Raises OSError on another system than
@@ -399,7 +399,7 @@ class Supervisor:
         child.start_at = now + pause_s
         in_a_row = max(1, child.failures.in_a_row)
         cause = _cause_of_death(child, code)
-        self._announce(Death(child.service, incarnation, cause, in_a_row, pause_s))
+        self._announce(ServiceDeath(child.service, incarnation, cause, in_a_row, pause_s))
         others = self._end_group_of(child, now)
         again = f"its group {child.service.group}" if others else "it"
         when = f" in {pause_s:g} s" if pause_s else ""

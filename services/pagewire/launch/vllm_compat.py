@@ -274,8 +274,9 @@ def judge_all(
     written: Callable[[str, Any], str],
     environment: Mapping[str, str],
 ) -> list[str]:
-    """A line for each of vLLM's settings and variables that is accepted without effect. `own_names`: the
-    names that mean something here. `written`: a setting as its user wrote it. Raises Refused."""
+    """A line for each of vLLM's settings and variables that is accepted without effect.
+    `own_names`: the names that mean something here. `written`: a setting as its user wrote it.
+    Raises Refused."""
     lines = ignored_variables(environment)
     for name, value in settings.items():
         if name in FOREIGN and name not in own_names and (line := judge(name, value)):

@@ -2,8 +2,8 @@
 frontend.
 
 The program owns its requests by the same rules as the HTTP frontend (`pagewire.requests.owner`), in
-a synchronous loop: nothing moves between two calls of `pump`. `launch.background` keeps the services
-running.
+a synchronous loop: nothing moves between two calls of `pump`. `launch.background` keeps the
+services running.
 """
 
 import contextlib
@@ -52,7 +52,9 @@ class Engine:
             config, run=structs.replace(config.run, run_dir=str(self._run_dir))
         )
         node: Node[ToFrontend] = Node(self._run_dir, Role.FRONTEND, f"program-{self._pid}")
-        self._inbox, self._outbox, self._membership = node.inbox, node.outbox, node.membership
+        self._inbox = node.inbox
+        self._outbox = node.outbox
+        self._membership = node.membership
         self.counters = Counters()
         self.owner = RequestOwner(
             self._inbox.address, self._outbox.send, time.monotonic, self.counters
@@ -97,8 +99,8 @@ class Engine:
             yield
 
     def check_open(self) -> None:
-        """Raises EngineError after `close`, and in a forked copy of the program: the copy would read
-        the answers of the original."""
+        """Raises EngineError after `close`, and in a forked copy of the program: the copy would
+        read the answers of the original."""
         if os.getpid() != self._pid:
             raise EngineError(
                 f"this LLM was made by process {self._pid}, of which this one ({os.getpid()}) is a forked copy: "

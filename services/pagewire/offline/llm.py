@@ -136,18 +136,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or each of a list of them, with
         the model's chat template or, for this call, the one given: a template, a file with one, or
-        the name of a built-in one, whose ends of turns end the answers too. `tools` are shown to the model; a call that it makes is in
-        the text, as the model writes it."""
+        the name of a built-in one, whose ends of turns end the answers too. `tools` are shown to
+        the model; a call that it makes is in the text, as the model writes it."""
         _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in ("auto", "string"):
             raise ValueError(
-                f"chat_template_content_format={chat_template_content_format!r} is not supported; 'auto' and 'string' are"
+                f"chat_template_content_format={chat_template_content_format!r} is not supported; "
+                "'auto' and 'string' are"
             )
-        if chat_template is None and not self._roster.has_chat_template:
-            raise ValueError(
-                f"{self._config.model.model} has no chat template; give one as LLM(..., chat_template=FILE)"
-            )
-        template = self._call_template(chat_template) if chat_template is not None else None
+        template = self._template_of_call(chat_template)
         entries = as_chats(
             messages,
             add_generation_prompt,
@@ -158,9 +155,9 @@ class LLM:
         )
         params = self._params(sampling_params, len(entries))
         if template:
-            known = self._context.model.eos_token_ids
-            ends = [token for token in template.end_token_ids if token not in known]
-            params = [one.stopping_at(ends) for one in params]
+            model_ends = self._context.model.eos_token_ids
+            ends = [token for token in template.end_token_ids if token not in model_ends]
+            params = [each.stopping_at(ends) for each in params]
         return self.batch(entries, params).run(use_tqdm)
 
     def beam_search(
@@ -210,8 +207,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """New parameters with the defaults of the model's generation_config.json, and Pagewire's for
-        what it does not say (all of them with `generation_config="vllm"`)."""
+        """New parameters with the defaults of the model's generation_config.json, and Pagewire's
+        for what it does not say (all of them with `generation_config="vllm"`)."""
         stated = structs.asdict(self._sampling_defaults)
         return SamplingParams(
             **{name: value for name, value in stated.items() if value is not None}
@@ -250,7 +247,15 @@ class LLM:
                 "text prompts need a tokenizer; with skip_tokenizer_init=True give {'prompt_token_ids': [...]}"
             )
 
-    def _call_template(self, chat_template: str) -> "CallTemplate":
+    def _template_of_call(self, chat_template: str | None) -> "CallTemplate | None":
+        """None: the model's own. Raises ValueError where it has none."""
+        if chat_template is None:
+            if not self._roster.has_chat_template:
+                raise ValueError(
+                    f"{self._config.model.model} has no chat template; "
+                    "give one as LLM(..., chat_template=FILE)"
+                )
+            return None
         self._need_text()
         with _named_packages():
             from .local_tokenizer import call_template

@@ -111,7 +111,9 @@ def _from_mapping(prompt: Mapping[Any, Any], index: int) -> Entry:
         raise ValueError(
             f"prompt {index}: {', '.join(sorted(map(str, extra)))} is not supported in this version"
         )
-    ids, text, salt = prompt.get("prompt_token_ids"), prompt.get("prompt"), prompt.get("cache_salt")
+    ids = prompt.get("prompt_token_ids")
+    text = prompt.get("prompt")
+    salt = prompt.get("cache_salt")
     if isinstance(ids, Mapping) or isinstance(text, Mapping):
         raise ValueError(
             f"prompt {index}: a string or a list of at least one token id is needed, got {prompt!r:.80}"

@@ -39,8 +39,8 @@ UNWATCHED = {"max_step_ms": 0.0, "log_level": "warning"}
 def configure(
     settings: dict[str, Any], warn: Callable[[str], None] = lambda _: None
 ) -> StackConfig:
-    """None means the default; `warn` gets a line for each setting of vLLM's that is accepted without
-    effect. Raises TypeError for an unknown name, ValueError for a value."""
+    """None means the default; `warn` gets a line for each setting of vLLM's that is accepted
+    without effect. Raises TypeError for an unknown name, ValueError for a value."""
     settings = {
         ALIASES.get(key, key): value for key, value in settings.items() if value is not None
     }

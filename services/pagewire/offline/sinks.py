@@ -47,8 +47,10 @@ class RequestGroup:
     def prompt_logprobs(self, entry: PromptLogprobs) -> None:
         """A run of prompt tokens. The same positions may come again."""
         rows = self.output.prompt_logprobs = self.output.prompt_logprobs or [None]
-        ranks, counts = unpack("i", entry.ranks).tolist(), unpack("i", entry.counts).tolist()
-        ids, values = unpack("i", entry.ids).tolist(), unpack("f", entry.values).tolist()
+        ranks = unpack("i", entry.ranks).tolist()
+        counts = unpack("i", entry.counts).tolist()
+        ids = unpack("i", entry.ids).tolist()
+        values = unpack("f", entry.values).tolist()
         rows += [None] * (entry.first + len(counts) - len(rows))
         begin = 0
         for position, (count, rank) in enumerate(zip(counts, ranks, strict=True), entry.first):

@@ -25,9 +25,9 @@ class Announcer:
         failures: int = 1,
         restart_in_s: float = 0.0,
     ) -> None:
-        """The service `name` has ended; the rest as in the message Death. Nobody hears of the end of
-        a scheduler, whose successor introduces itself. What a killed process leaves in the run directory
-        is removed."""
+        """The service `name` has ended; the rest as in the message Death. Nobody hears of the end
+        of a scheduler, whose successor introduces itself. What a killed process leaves in the run
+        directory is removed."""
         if role is Role.SCHEDULER:
             return
         inbox = inbox_address(self._run_dir, role, Incarnation(incarnation))

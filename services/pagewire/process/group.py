@@ -124,8 +124,8 @@ class RingWriter:
         self._patience_s = patience_s
 
     def write(self, record: bytes) -> None:
-        """Hand `record` to all other ranks. Raises RankSilent where one has read nothing for so long
-        that there is no room."""
+        """Hand `record` to all other ranks. Raises RankSilent where one has read nothing for so
+        long that there is no room."""
         rest = memoryview(_LENGTH.pack(len(record)) + record)
         while rest:
             count = min(len(rest), self._free(), RING_BYTES - self._at)

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def imported(module: str) -> Any:
-    """The module `pagewire.MODULE`. Imports make no garbage, so the collector is off meanwhile: with
-    torch it takes a third of the time."""
+    """The module `pagewire.MODULE`. Imports make no garbage, so the collector is off meanwhile:
+    with torch it takes a third of the time."""
     gc.disable()
     try:
         return importlib.import_module(f"pagewire.{module}")

@@ -162,8 +162,8 @@ def is_stopped(pid: int) -> bool:
 
 
 class ProcessorWait:
-    """How long the main thread of a process could have run and had no processor. The file of the kernel
-    stays open: its reader looks several times a second for as long as the process lives."""
+    """How long the main thread of a process could have run and had no processor. The file of the
+    kernel stays open: its reader looks several times a second for as long as the process lives."""
 
     def __init__(self, pid: int) -> None:
         self._fd = -1

@@ -16,8 +16,8 @@ DATE: Final = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class JsonFormatter(logging.Formatter):
-    """time (ISO 8601 with zone), level, process, logger, message; exception where there is one; then
-    the record's fields."""
+    """time (ISO 8601 with zone), level, process, logger, message; exception where there is one;
+    then the record's fields."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

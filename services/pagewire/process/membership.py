@@ -73,7 +73,9 @@ class Membership:
         )
         self._worker: WorkerFacts | None = None
         self._tokenizer: TokenizerFacts | None = None
-        self._stage, self._fraction, self._ready = "starting", 0.0, False
+        self._stage = "starting"
+        self._fraction = 0.0
+        self._ready = False
         self._next_beat = 0.0
         self._health = HealthFile(run_dir, name) if Started.shows_health else None
         self._run_dir = run_dir
@@ -102,7 +104,9 @@ class Membership:
         """This process is ready, and can do what these facts say."""
         self._worker = worker
         self._tokenizer = tokenizer
-        self._ready, self._stage, self._fraction = True, "", 1.0
+        self._ready = True
+        self._stage = ""
+        self._fraction = 1.0
         liveness.own.serving()
         self.hello()
 

@@ -1,6 +1,6 @@
-"""What a service manager such as systemd wants to hear (sd_notify(3)): a datagram to the socket that
-NOTIFY_SOCKET names. Without that variable nothing is sent. Only the standard library is imported
-here."""
+"""What a service manager such as systemd wants to hear (sd_notify(3)): a datagram to the socket
+that NOTIFY_SOCKET names. Without that variable nothing is sent. Only the standard library is
+imported here."""
 
 import contextlib
 import os

@@ -1,5 +1,5 @@
-"""A service that nobody supervises, as in a container: it runs in a child process, and this one ends
-it when it hangs, so that whoever starts containers starts it again.
+"""A service that nobody supervises, as in a container: it runs in a child process, and this one
+ends it when it hangs, so that whoever starts containers starts it again.
 
 A process of its own, since a thread could not run while the hung one holds the interpreter. Only
 the standard library is imported before the service ends.
@@ -82,28 +82,34 @@ def run_watched(
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if not pid:
+    if not pid:  # the child
         parent.end_with(own_pid)
         liveness.own.show(page)
         last_words.leave_in(words)
         return run()
+
     signal.signal(signal.SIGINT, lambda number, _: _pass_on(pid, number))
     signal.signal(signal.SIGTERM, lambda number, _: stop.ask() and _pass_on(pid, number))
     watched = liveness.Watched(page, pid, time.monotonic())
     hung = _wait(pid, watched, stop)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if hung:
-        cause = f"made no progress for {watched.silent_s:.1f} s"
-        print(f"pagewire {name}: {cause.replace('made ', '')}: hung, and ended", file=sys.stderr)
+        no_progress = f"no progress for {watched.silent_s:.1f} s"
+        print(f"pagewire {name}: {no_progress}: hung, and ended", file=sys.stderr)
         status = 1
-    elif not status:
-        cause = "was stopped"
+        cause = f"made {no_progress}"
     else:
-        cause = last_words.read(words) or parent.how_it_ended(status)
-        if not watched.was_ready:
-            cause = f"could not start: {cause}"
+        cause = _cause(status, last_words.read(words), watched.was_ready)
     report(Ending(pid, watched.incarnation, cause, in_order=not status))
     return status if status >= 0 else KILLED - status
+
+
+def _cause(status: int, own_words: str, was_ready: bool) -> str:
+    """Why a child that did not hang has ended, with this exit status."""
+    if not status:
+        return "was stopped"
+    cause = own_words or parent.how_it_ended(status)
+    return cause if was_ready else f"could not start: {cause}"
 
 
 def _wait(pid: int, watched: liveness.Watched, stop: Stop) -> bool:

@@ -143,8 +143,8 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _stack_options(config: StackConfig, options: dict[str, Any]) -> dict[str, Any]:
     running = config.scheduler.num_seqs() * config.num_workers
-    # Up to twice what a stack computes at a time, so that its scheduler has a choice. The rest waits
-    # in the ingress, from where a replica that has just started gets its share.
+    # Up to twice what a stack computes at a time, so that its scheduler has a choice. The rest
+    # waits in the ingress, from where a replica that has just started gets its share.
     options = {
         "max_ongoing_requests": 2 * running,
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,

@@ -56,9 +56,9 @@ class LocalStack:
         log: Callable[[str], None],
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`log` gets each line that a service prints, after the service's name. `on_failure` is called
-        in another thread, with the reason, when the services of a stack that has started are gone for
-        good."""
+        """`log` gets each line that a service prints, after the service's name. `on_failure` is
+        called in another thread, with the reason, when the services of a stack that has started are
+        gone for good."""
         self._config = config
         self._log = log
         self._on_failure = on_failure
@@ -162,7 +162,8 @@ class LocalStack:
     def stop(self) -> None:
         """End the services and remove what they left. Safe from any thread; returns when all have
         ended. Does nothing the second time."""
-        services, self._services = self._services, None
+        services = self._services
+        self._services = None
         if services is not None:
             services.stop()
         if self._listener is not None:

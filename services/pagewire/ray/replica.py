@@ -28,8 +28,8 @@ class Stack:
     """A deployment's class: Ray makes one in each replica's process."""
 
     async def __init__(self, stack_flags: list[str]) -> None:
-        """`stack_flags`: those of `pagewire serve`. Returns when the stack serves. Raises StackFailed,
-        hub.ModelNotFound, or ValueError for a flag."""
+        """`stack_flags`: those of `pagewire serve`. Returns when the stack serves. Raises
+        StackFailed, hub.ModelNotFound, or ValueError for a flag."""
         self._stack = LocalStack(parse(new_parser(), stack_flags), log.info, end_process)
         try:
             await self._stack.start()
@@ -38,8 +38,8 @@ class Stack:
             raise
 
     async def answer(self, request: ForwardedRequest) -> AsyncGenerator[Head | bytes, None]:
-        """As LocalStack.answer. A cancelled call closes the connection, which cancels the request in
-        the stack."""
+        """As LocalStack.answer. A cancelled call closes the connection, which cancels the request
+        in the stack."""
         async with contextlib.aclosing(self._stack.answer(request)) as pieces:
             async for piece in pieces:
                 yield piece

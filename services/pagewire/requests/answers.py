@@ -1,8 +1,8 @@
-"""What an answer is made of: content, reasoning and tool calls, as the owner of a request gets them.
-Knows no HTTP, no JSON and no model.
+"""What an answer is made of: content, reasoning and tool calls, as the owner of a request gets
+them. Knows no HTTP, no JSON and no model.
 
-The tokenizer takes the text of a chat apart, since it sees the tokens (tokenizer/answers); the parts
-come in columns of `Deltas`. Of any other request all text is content, and comes as bare text.
+The tokenizer takes the text of a chat apart, since it sees the tokens (tokenizer/answers); the
+parts come in columns of `Deltas`. Of any other request all text is content, and comes as bare text.
 """
 
 from msgspec import Struct

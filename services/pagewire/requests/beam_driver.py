@@ -152,7 +152,8 @@ class BeamRun:
         """The prompt's ids are known, and with them how long the continuation may be."""
         self.prompt_ids = unpack("i", started.prompt_ids or b"").tolist()
         self.cached_tokens = started.cached_tokens
-        sampling, prompt_tokens = self.job.sampling, len(self.prompt_ids)
+        sampling = self.job.sampling
+        prompt_tokens = len(self.prompt_ids)
         room = self.model.max_model_len - prompt_tokens
         max_tokens = sampling.max_tokens
         if self.job.max_tokens_is_rest:
@@ -194,7 +195,8 @@ class BeamRun:
                 ]
             )
             return
-        count, best = self.options.count, self._search.best(self.options.count)
+        count = self.options.count
+        best = self._search.best(self.options.count)
         if len(best) < count and not self.options.fewer_allowed:
             self.fail(
                 invalid(f"There are only {len(best)} continuations, fewer than n={count}.", "n")

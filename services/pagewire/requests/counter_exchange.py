@@ -2,10 +2,10 @@
 and whoever is asked adds them up.
 
 Several processes share one address, so a scraper reaches any of them; what it reads must not depend
-on which. Nor may it fall when one of them ends, however it ends: Prometheus takes a count that falls
-for one that has begun anew, and adds all of it again. So the counts of frontends that are gone stay
-in the sum: their files, which `fold` joins in one file now and then. Knows files and Counters,
-nothing of how they are shown.
+on which. Nor may it fall when one of them ends, however it ends: Prometheus takes a count that
+falls for one that has begun anew, and adds all of it again. So the counts of frontends that are
+gone stay in the sum: their files, which `fold` joins in one file now and then. Knows files and
+Counters, nothing of how they are shown.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ PREFIX: Final = "counters-"
 GONE: Final = "counters-gone"
 """Holds the sum over frontends that are gone, and which these are."""
 UNITS: Final = 2**20
-"""Of a second, in sums of times. Those of several frontends are added in another order once one of them
-is gone, and a float that then differs in its last bit may be lower than the one shown before, which
-Prometheus takes for a count that begins anew."""
+"""Of a second, in sums of times. Those of several frontends are added in another order once one of
+them is gone, and a float that then differs in its last bit may be lower than the one shown before,
+which Prometheus takes for a count that begins anew."""
 REMEMBERED: Final = 1024
-"""How many names of folded files are kept. A reader that read these files before they were folded, and
-the sum after, knows by their names that the sum has them."""
+"""How many names of folded files are kept. A reader that read these files before they were folded,
+and the sum after, knows by their names that the sum has them."""
 RUNNING: Final = "running "
 """Begins the names of those counts of API keys that are no counts: what runs ends with its
 frontend."""

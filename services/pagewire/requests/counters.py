@@ -98,7 +98,8 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative counts by bound, as Prometheus wants them."""
-        total, rows = 0, list[tuple[str, float]]()
+        total = 0
+        rows = list[tuple[str, float]]()
         for bound, count in zip(
             [*map(str, map(float, self.bounds)), "+Inf"], self.counts, strict=True
         ):

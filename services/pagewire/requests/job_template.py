@@ -76,7 +76,8 @@ def job_template(
     missing counts as None.
 
     max_tokens: None where the answer may take what the context leaves. logprobs, prompt_logprobs:
-    numbers of candidates, -1 for none. grammar: what the answer must match. Raises RequestError naming the parameter that is at fault.
+    numbers of candidates, -1 for none. grammar: what the answer must match. Raises RequestError
+    naming the parameter that is at fault.
     """
     if grammar is not None and choices.beams:
         raise invalid(

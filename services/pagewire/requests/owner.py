@@ -1,11 +1,11 @@
-"""The owner's side of every request: handle -> OwnedRequest, what counts as its next token, and when
-to try again. No I/O, no clock of its own.
+"""The owner's side of every request: handle -> OwnedRequest, what counts as its next token, and
+when to try again. No I/O, no clock of its own.
 
 A row of output is accepted only if, in this order: its handle is live; its attempt is the current
 one; its execution is the first one seen for this attempt; its position is the number of tokens
 accepted so far. A lower position is a repetition and dropped; a higher one is a gap. A gap, a LOST
-end, a new scheduler, a vanished tokenizer and a scheduler that had given up this process all lead to
-the same step: the request goes out again, with its output so far.
+end, a new scheduler, a vanished tokenizer and a scheduler that had given up this process all lead
+to the same step: the request goes out again, with its output so far.
 
 Accepted output goes to a Sink. This module does not know HTTP.
 """
@@ -260,7 +260,8 @@ class RequestOwner:
 
     def _accept(self, single: bool, rows: list[Row]) -> None:
         """The four rules, once a token: locals instead of attributes."""
-        live, now = self.live, self._clock()
+        live = self.live
+        now = self._clock()
         observe_gap = self._counters.gap
         add = _APPEND if single else _EXTEND
         accepted = 0
@@ -354,8 +355,9 @@ class RequestOwner:
             else:
                 self._interrupted(request)
         elif refused and end.status == _UNAVAILABLE and (self.is_complete or self.can_hold):
-            # A first attempt has met a service that is just starting, or that has not heard yet that
-            # others are there; however long ago it was sent, if the service was stopped meanwhile.
+            # A first attempt has met a service that is just starting, or that has not heard yet
+            # that others are there; however long ago it was sent, if the service was stopped
+            # meanwhile.
             self._interrupted(request, by_itself=False, wait_s=TURNED_AWAY_S)
         else:
             self._forget(request)
@@ -378,7 +380,8 @@ class RequestOwner:
         if not self._tokenizers or not self._has_worker:
             return False
         incarnation = min(self._tokenizers, key=lambda key: self._assigned.get(key, 0))
-        inbox, handle = self._tokenizers[incarnation], self._next_handle
+        inbox = self._tokenizers[incarnation]
+        handle = self._next_handle
         self._next_handle += 1
         if not self._send(inbox, request.next_attempt(handle, self._inbox, self._clock())):
             return False

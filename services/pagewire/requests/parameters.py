@@ -166,7 +166,8 @@ def checked_items(parameter: Parameter, values: Iterable[Any] | None) -> Any:
 
 def check_count(parameter: Parameter, values: Sized) -> None:
     """Counted before anything is copied. Raises RequestError."""
-    count, name = len(values), parameter.name
+    count = len(values)
+    name = parameter.name
     what = "strings" if parameter.type is str else "token ids"
     if parameter.max_items is not None and count > parameter.max_items:
         raise invalid(f"`{name}` may hold at most {parameter.max_items} {what}, got {count}.", name)
@@ -194,7 +195,8 @@ def _check_bounds(parameter: Parameter, value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, number):
         kind = "a whole number" if parameter.type is int else "a number"
         raise invalid(f"`{name}` must be {kind}, got {shown(value)}.", name)
-    low, high = parameter.low, parameter.high
+    low = parameter.low
+    high = parameter.high
     if low <= value <= high and not (parameter.above_low and value == low):
         return
     bounds = f"above {low:g} and at most {high:g}"

@@ -217,7 +217,8 @@ def rows_of(deltas: Deltas) -> tuple[bool, list[Row]]:
     """The rows of a message, and whether each brings exactly one token (given bare then).
 
     Raises ValueError or TypeError when the columns do not fit each other."""
-    handles, tokens = unpack("I", deltas.handles).tolist(), unpack("i", deltas.tokens)
+    handles = unpack("I", deltas.handles).tolist()
+    tokens = unpack("i", deltas.tokens)
     single = len(tokens) == len(handles) and deltas.counts == _ONE_EACH[: 4 * len(handles)]
     rows = zip(
         handles,

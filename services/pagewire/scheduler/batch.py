@@ -121,8 +121,8 @@ def _select_decodes(worker: WorkerState, growth: Growth) -> Decodes:
 
 
 def _micro_batch(worker: WorkerState, rows: I32) -> I32:
-    """Those of `rows` that the next step of a pipeline runs: a stage's share of them, none of which a
-    step in flight samples, so that no stage waits for another one's tokens."""
+    """Those of `rows` that the next step of a pipeline runs: a stage's share of them, none of which
+    a step in flight samples, so that no stage waits for another one's tokens."""
     stages = worker.facts.pipeline_parallel_size
     sampling = [step.sampled for step in worker.in_flight.steps if len(step.sampled)]
     if len(sampling) >= stages:
@@ -213,8 +213,8 @@ def _grow(worker: WorkerState, needed: dict[Slot, int], growth: Growth) -> None:
 def _select_chunks(
     worker: WorkerState, prefill: list[Request], decodes: int, ms: float, waiting: Waiting
 ) -> Chunks:
-    """The chunks of `prefill` beside `decodes` rows that take `ms` milliseconds, in order, up to the
-    budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
+    """The chunks of `prefill` beside `decodes` rows that take `ms` milliseconds, in order, up to
+    the budgets of tokens and time. The first request moves on by LEAST_CHUNK tokens whatever the
     decodes take: prompts must come forward."""
     chunks = Chunks([], [], ms)
     if not prefill:
@@ -225,32 +225,34 @@ def _select_chunks(
     limit_ms = estimator.limit_ms(decodes, waiting)
     for request in prefill:
         scheduled = int(slots.num_scheduled[request.slot])
-        rest = int(slots.num_tokens[request.slot]) - scheduled
+        remaining = int(slots.num_tokens[request.slot]) - scheduled
         is_first = not chunks.requests
         fits = estimator.chunk(limit_ms, chunks.ms, scheduled)
         if is_first:
             fits = max(fits, LEAST_CHUNK)
         most = int(min(room, fits))
-        length = _whole_blocks(scheduled, rest, most, worker.kv_cache.block_size, is_first)
+        length = _whole_blocks(scheduled, remaining, most, worker.kv_cache.block_size, is_first)
         if length <= 0:
             break
         chunks.requests.append(request)
         chunks.lengths.append(length)
         chunks.ms += chunk_ms(estimator.cost, scheduled, length)
         room -= length
-        if length < rest:
+        if length < remaining:
             # The budgets are spent. A shorter chunk of the next request might still fit, but it
             # would only delay this one.
             break
     return chunks
 
 
-def _whole_blocks(scheduled: int, rest: int, most: int, block_size: int, is_first: bool) -> int:
-    """Tokens of a chunk that begins at `scheduled` and has at most `most`: all the `rest`, or up to
+def _whole_blocks(
+    scheduled: int, remaining: int, most: int, block_size: int, is_first: bool
+) -> int:
+    """Tokens of a chunk that begins at `scheduled` and has at most `most`: all the `remaining`, or up to
     the end of a block, so that blocks are full early and can be shared. A chunk that cannot even
     fill a block is worth its launch only where nothing else would be computed."""
-    if rest <= most:
-        return rest
+    if remaining <= most:
+        return remaining
     whole = (scheduled + most) // block_size * block_size - scheduled
     return whole if whole > 0 or not is_first else most
 

@@ -37,7 +37,8 @@ def extend_chain(
 ) -> None:
     """Append to `chain` the hashes of the full blocks of `tokens` [known, int32] that it lacks.
     Entry i covers all tokens up to the end of block i, since each hash takes its parent's in."""
-    first, width = len(chain), 4 * block_size
+    first = len(chain)
+    width = 4 * block_size
     data = tokens[first * block_size :].tobytes()
     parent = chain[-1] if chain else root
     for start in range(0, len(data) - width + 1, width):
@@ -130,7 +131,9 @@ class BlockPool:
         first stays the shared one."""
         if self._state[block] != WRITABLE:
             raise BlockError(f"block {block} is sealed in state {self._state[block]}, not writable")
-        self._state[block], self._refs[block], self._hash[block] = SEALED, 1, key
+        self._state[block] = SEALED
+        self._refs[block] = 1
+        self._hash[block] = key
         self._index.setdefault(key, block)
 
     def disown(self, blocks: Iterable[BlockId]) -> None:
@@ -163,7 +166,8 @@ class BlockPool:
                 self._to_free(block)
 
     def _to_free(self, block: BlockId) -> None:
-        self._state[block], self._hash[block] = FREE, None
+        self._state[block] = FREE
+        self._hash[block] = None
         self._free.append(block)
 
     def freeable(self, blocks: Iterable[BlockId]) -> int:

@@ -41,7 +41,8 @@ class DecodeSet:
         self._step = max_tokens_per_row
         self._prefixes = prefixes
         self._member = np.zeros(slots.count, np.bool_)
-        self._rows, self._rows_version = NO_ROWS, NO_VERSION
+        self._rows = NO_ROWS
+        self._rows_version = NO_VERSION
         self._groups: Shared | None = None
         self._groups_version = NO_VERSION
         self._saved_reads = 0

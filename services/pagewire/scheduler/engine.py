@@ -1,7 +1,8 @@
 """The life of every request: taken in, placed, stepped, ended exactly once.
 
 Owns the queue, the workers' states and the table of live attempts. Knows reply routes by number and
-workers by incarnation; who is alive, what time it is and where messages go is decided in `state.py`.
+workers by incarnation; who is alive, what time it is and where messages go is decided in
+`state.py`.
 """
 
 import logging
@@ -85,8 +86,7 @@ class Engine:
         self._same_prompt: OrderedDict[tuple[bytes, bytes], Request] = OrderedDict()
         """The latest request, by prompt and root."""
 
-    # --- requests
-    #   -----------------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def submit(
         self,
@@ -257,8 +257,7 @@ class Engine:
         for request in self.queue.waiting():
             self.end(request, Finish.REFUSED, refusal=NO_WORKER)
 
-    # --- workers
-    #   ------------------------------------------------------------------------------------------------------
+    # --- workers ---
 
     def add_worker(self, incarnation: Incarnation, inbox: str, facts: WorkerFacts) -> None:
         """A worker is ready. One that was given up and comes back is told to empty the slots that
@@ -291,8 +290,8 @@ class Engine:
             self._requeue_preempted(busiest)
 
     def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
-        """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it may
-        be one of those that it computed which ended it."""
+        """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it
+        may be one of those that it computed which ended it."""
         worker = self.workers.get(incarnation)
         if worker is None:
             return
@@ -330,8 +329,7 @@ class Engine:
         finish = Finish.REFUSED if why.status < 500 else Finish.FAILED
         self.end(request, finish, refusal=why)
 
-    # --- steps
-    #   --------------------------------------------------------------------------------------------------------
+    # --- steps ---
 
     def advance(self, send: Callable[[str, Step], None], now: float) -> None:
         """Place what can be placed and fill every worker's steps in flight. `now`: monotonic
@@ -393,8 +391,8 @@ class Engine:
             blocks += len(request.blocks)
 
     def _put(self, request: Request, worker: WorkerState, cached: list[BlockId]) -> None:
-        """A preempted request keeps its execution id: its owner accepts rows of no other, and only one
-        chain of its tokens was ever sent."""
+        """A preempted request keeps its execution id: its owner accepts rows of no other, and only
+        one chain of its tokens was ever sent."""
         if request.execution:
             worker.place(request, cached)
             return

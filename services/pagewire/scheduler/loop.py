@@ -141,7 +141,7 @@ class Loop:
 def _take_epoch(
     run_dir: Path, stopping: threading.Event, health: HealthFile | None
 ) -> tuple[Epoch, int] | None:
-    """As take_epoch. Where a launcher has started this process, or a person by hand, another
+    """As take_epoch. Where a launcher has started this process, or a user by hand, another
     scheduler is a mistake, and AlreadyRunning is raised; one with a name of its own, as in a
     container (`health`), waits as a spare until the other is gone, or until it is told to end:
     None."""
@@ -167,6 +167,12 @@ def _take_epoch(
     return None
 
 
+def _keep_counters(state: Scheduler, kept: KeptCounters) -> None:
+    """Go on with those of the scheduler before this one, and leave them to the next."""
+    state.peers.deaths = kept.load(state.engine.counters)
+    state.keep_counters = lambda: kept.save(state.engine.counters, state.peers.deaths)
+
+
 def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     """Schedule until SIGTERM or SIGINT. Returns the exit code; 1 when the run directory belongs to
     someone else or is in use."""
@@ -188,16 +194,12 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
     epoch, lock = taken
     inbox: Inbox[ToScheduler] = Inbox(run_dir, Role.SCHEDULER, NO_INCARNATION)
     loop = Loop(epoch, config, inbox, Outbox())
-    kept = KeptCounters(run_dir)
-    loop.state.peers.deaths = kept.load(loop.state.engine.counters)
-    loop.state.keep_counters = lambda: kept.save(
-        loop.state.engine.counters, loop.state.peers.deaths
-    )
+    _keep_counters(loop.state, KeptCounters(run_dir))
     if health is not None:
         loop.show_health(health, HealthFile(run_dir, "scheduler"))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, loop.stop)
-    loop.state.greet(living_inboxes(run_dir))
+    loop.state.send_roster_to(living_inboxes(run_dir))
     settle_gc()
     liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)

@@ -43,18 +43,18 @@ class OutgoingTokens:
 
     def message(self) -> Tokens:
         """All of it."""
-        parts = self.rows
-        if len(parts) == 1:
-            rows = parts[0]
+        runs = self.rows
+        if len(runs) == 1:
+            rows = runs[0]
         else:
             rows = Rows(
-                b"".join(part.handles for part in parts),
-                b"".join(part.attempts for part in parts),
-                b"".join(part.executions for part in parts),
-                b"".join(part.positions for part in parts),
-                b"".join(part.tokens for part in parts),
-                _joined_counts(parts),
-                _joined_logprobs(parts),
+                b"".join(run.handles for run in runs),
+                b"".join(run.attempts for run in runs),
+                b"".join(run.executions for run in runs),
+                b"".join(run.positions for run in runs),
+                b"".join(run.tokens for run in runs),
+                _joined_counts(runs),
+                _joined_logprobs(runs),
             )
         return Tokens(
             rows.handles,
@@ -116,7 +116,7 @@ class Outgoing:
         for route in ints(np.unique(routes)):
             mine = routes == route
             my_tokens = mine if counts is None else np.repeat(mine, counts)
-            part = _packed(
+            run = _packed(
                 slots,
                 rows[mine],
                 positions[mine],
@@ -124,7 +124,7 @@ class Outgoing:
                 None if counts is None else counts[mine],
                 select(logprobs, my_tokens),
             )
-            self.to(ReplyRoute(route)).rows.append(part)
+            self.to(ReplyRoute(route)).rows.append(run)
 
     def add_prompt_logprobs(self, slots: Slots, slot: Slot, entry: PromptLogprobs) -> None:
         """`entry` is of the prompt in `slot`."""
@@ -177,31 +177,31 @@ def select(logprobs: LogprobColumns | None, keep: Bools) -> LogprobColumns | Non
     )
 
 
-def _joined_counts(parts: list[Rows]) -> bytes:
+def _joined_counts(runs: list[Rows]) -> bytes:
     """The counts of all parts; empty where each row of each has one token."""
-    if not any(part.counts for part in parts):
+    if not any(run.counts for run in runs):
         return b""
     ones = np.ones(1, np.int32).tobytes()
-    return b"".join(part.counts or ones * (len(part.handles) // 4) for part in parts)
+    return b"".join(run.counts or ones * (len(run.handles) // 4) for run in runs)
 
 
-def _joined_logprobs(parts: list[Rows]) -> LogprobColumns | None:
+def _joined_logprobs(runs: list[Rows]) -> LogprobColumns | None:
     """The log-probabilities of all parts, with `rows` counted over the tokens of all of them."""
     columns: list[LogprobColumns] = []
     rows: list[bytes] = []
     tokens_before = 0
-    for part in parts:
-        if part.logprobs is not None:
-            columns.append(part.logprobs)
-            moved = np.frombuffer(part.logprobs.rows, np.int32) + np.int32(tokens_before)
+    for run in runs:
+        if run.logprobs is not None:
+            columns.append(run.logprobs)
+            moved = np.frombuffer(run.logprobs.rows, np.int32) + np.int32(tokens_before)
             rows.append(moved.tobytes())
-        tokens_before += len(part.tokens) // 4
+        tokens_before += len(run.tokens) // 4
     if not columns:
         return None
     return LogprobColumns(
         rows=b"".join(rows),
-        counts=b"".join(part.counts for part in columns),
-        ranks=b"".join(part.ranks for part in columns),
-        ids=b"".join(part.ids for part in columns),
-        values=b"".join(part.values for part in columns),
+        counts=b"".join(run.counts for run in columns),
+        ranks=b"".join(run.ranks for run in columns),
+        ids=b"".join(run.ids for run in columns),
+        values=b"".join(run.values for run in columns),
     )

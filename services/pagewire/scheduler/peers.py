@@ -32,7 +32,8 @@ LOADING_SILENCE_S: Final = 60.0
 """`SILENCE_S` for a peer that is loading: an import or a large file may hold its interpreter for
 long."""
 EXPECTED_BIT: Final = 1 << 62
-"""Of the incarnation that stands for a service between two lives; those of processes are smaller."""
+"""Of the incarnation that stands for a service between two lives; those of processes are
+smaller."""
 NO_INBOX: Final = ""
 REMEMBERED_DEATHS: Final = 1024
 """Processes of which it is remembered that they have ended."""

@@ -42,9 +42,9 @@ class Group:
 def _often(values: I32) -> I32:
     """The values that occur at least LEAST_ROWS times, the most frequent first, at most
     MOST_LEADS."""
-    found, counts = np.unique(values, return_counts=True)
+    firsts, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:MOST_LEADS]
-    return found[order][counts[order] >= LEAST_ROWS]
+    return firsts[order][counts[order] >= LEAST_ROWS]
 
 
 class PrefixFinder:
@@ -70,14 +70,14 @@ class PrefixFinder:
         """The groups of a step that runs the slots `rows` with one token each; `lengths` are their
         tokens including it [rows]."""
         leads = self._tables[rows, 0]
-        found: list[Group] = []
+        groups: list[Group] = []
         for lead in _often(leads):
             members = np.flatnonzero(leads == lead)
             slots = rows[members]
             usable = np.minimum(self._counts[slots], (lengths[members] - 1) // self._block_size)
-            found += self._best(members, slots, usable, 0, MOST_SPLITS)
-        found = sorted(found, key=lambda group: -group.gain)[:MAX_PREFIX_GROUPS]
-        return _wire(found, self._block_size) if found else None
+            groups += self._best(members, slots, usable, 0, MOST_SPLITS)
+        groups = sorted(groups, key=lambda group: -group.gain)[:MAX_PREFIX_GROUPS]
+        return _wire(groups, self._block_size) if groups else None
 
     def _best(self, members: I64, slots: I32, usable: I64, first: int, splits: int) -> list[Group]:
         """One group of all `members`, which share their first `first` blocks, or more of parts of
@@ -105,10 +105,8 @@ def _gain(groups: list[Group]) -> int:
 
 def saved_reads(shared: Shared) -> int:
     """Tokens that a step need not read again, since they are read once for a whole group."""
-    starts, lengths = (
-        np.frombuffer(shared.starts, np.int32),
-        np.frombuffer(shared.lengths, np.int32),
-    )
+    starts = np.frombuffer(shared.starts, np.int32)
+    lengths = np.frombuffer(shared.lengths, np.int32)
     return int((np.maximum(np.diff(starts) - 1, 0).astype(np.int64) * lengths).sum())
 
 

@@ -168,8 +168,10 @@ class Request:
         on."""
         if self.chain_block_size != block_size:
             twin = self.twin
-            known = twin is not None and twin.chain_block_size == block_size
-            self.chain = twin.chain[: len(self.prompt) // block_size] if twin and known else []
+            if twin is not None and twin.chain_block_size == block_size:
+                self.chain = twin.chain[: len(self.prompt) // block_size]
+            else:
+                self.chain = []
             self.chain_block_size = block_size
             self.twin = None
         extend_chain(self.chain, self.root, tokens, block_size)
@@ -209,7 +211,8 @@ def token_outside_vocabulary(request: Request, vocab_size: int) -> Refusal | Non
     wrong = fault(request.sampling, vocab_size)
     if wrong is not None:
         return Refusal(400, *wrong)
-    low, high = int(request.tokens.min()), int(request.tokens.max())
+    low = int(request.tokens.min())
+    high = int(request.tokens.max())
     if low >= 0 and high < vocab_size:
         return None
     outside = low if low < 0 else high

@@ -18,7 +18,7 @@ from pagewire_protocol.messages import Finish, LogprobColumns, StepResult
 from .in_flight import InFlightStep
 from .outgoing import Outgoing, select
 from .request import Refusal, Request
-from .slots import I32, Bools, ints, slots_of
+from .slots import I32, Bools, Slots, ints, slots_of
 from .worker_state import WorkerState
 
 U8 = NDArray[np.uint8]
@@ -275,23 +275,7 @@ def _record(
     slots = worker.slots
     rows = sampled.slots
     positions = slots.num_received[rows] - slots.prompt_len[rows]
-    taken = np.zeros(len(rows), np.int32)
-    finishes: list[tuple[Request, Finish, int | None]] = []
-    first = 0
-    for i, (slot, count) in enumerate(zip(slots_of(rows), ints(counts), strict=True)):
-        request = slots.request_in(slot)
-        tokens = ints(sampled.tokens[first : first + count])
-        first += count
-        received = int(slots.num_received[slot])
-        for token in tokens:
-            slots.tokens[slot, received] = token
-            received += 1
-            taken[i] += 1
-            finish = request.finish_at(token, received - len(request.prompt), slots.eos)
-            if finish is not None:
-                finishes.append((request, *finish))
-                break
-        slots.num_received[slot] = received
+    taken, finishes = _take(slots, sampled, counts)
 
     run = _count_computed(worker, step)
     # A row without a token computes its last one again; one with several had the others computed
@@ -306,6 +290,31 @@ def _record(
     for request, finish, stop in finishes:
         ended(request, finish, stop)
     worker.correct_lengths(slots_of(rows))
+
+
+def _take(
+    slots: Slots, sampled: SampledRows, counts: I32
+) -> tuple[I32, list[tuple[Request, Finish, int | None]]]:
+    """Note each row's tokens, up to the one that ends its request. Returns how many that were
+    [rows], and the ends: request, reason, the stop token if that was it."""
+    taken = np.zeros(len(counts), np.int32)
+    finishes: list[tuple[Request, Finish, int | None]] = []
+    first = 0
+    for i, (slot, count) in enumerate(zip(slots_of(sampled.slots), ints(counts), strict=True)):
+        request = slots.request_in(slot)
+        tokens = ints(sampled.tokens[first : first + count])
+        first += count
+        received = int(slots.num_received[slot])
+        for token in tokens:
+            slots.tokens[slot, received] = token
+            received += 1
+            taken[i] += 1
+            finish = request.finish_at(token, received - len(request.prompt), slots.eos)
+            if finish is not None:
+                finishes.append((request, *finish))
+                break
+        slots.num_received[slot] = received
+    return taken, finishes
 
 
 def _first_tokens_of_rows(counts: I32, taken: I32) -> Bools:

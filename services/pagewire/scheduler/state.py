@@ -97,7 +97,7 @@ class Scheduler:
         self._throughput = None if config.disable_log_stats else ThroughputLog(self.stats)
         self._started = self._worker_seen = NOT_YET
 
-    def greet(self, inboxes: Iterable[str]) -> None:
+    def send_roster_to(self, inboxes: Iterable[str]) -> None:
         """Send the processes at these inboxes a roster with the next Tick, which makes them say
         Hello: they knew a former scheduler, and need not wait for their next heartbeats."""
         self._newcomer_inboxes.update(inboxes)
@@ -120,7 +120,7 @@ class Scheduler:
             case Heartbeat():
                 is_known = self.peers.heartbeat(event, self.now)
                 if not is_known and not self.peers.has_ended(event.incarnation):
-                    self._greet(event.incarnation, event.inbox)
+                    self._answer_stranger(event.incarnation, event.inbox)
             case Hello():
                 self._hello(event)
             case Goodbye():
@@ -132,8 +132,7 @@ class Scheduler:
             case Unreachable():
                 self._unreachable(event.inbox)
 
-    # --- requests
-    #   -----------------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def _submit(self, submit: Submit) -> None:
         inbox = submit.reply_to
@@ -150,15 +149,14 @@ class Scheduler:
                 self._distrusted[peer.incarnation] = peer.inbox, str(fault)[:4096]
             self._remove(result.incarnation, "cannot be trusted", died=True)
 
-    # --- peers
-    #   --------------------------------------------------------------------------------------------------------
+    # --- peers ---
 
     def _hello(self, hello: Hello) -> None:
         peer = hello.peer
         if peer.role is Role.SCHEDULER or not peer.inbox or self.peers.has_ended(peer.incarnation):
             return
         if peer.incarnation in self._distrusted:
-            self._greet(peer.incarnation, peer.inbox)
+            self._answer_stranger(peer.incarnation, peer.inbox)
             return
         for former in self.peers.hello(hello, self.now):
             self._gone(former, "was replaced", died=True)
@@ -170,7 +168,7 @@ class Scheduler:
         elif peer.role is Role.WORKER:
             self._start_worker(peer)
 
-    def _greet(self, incarnation: Incarnation, inbox: str) -> None:
+    def _answer_stranger(self, incarnation: Incarnation, inbox: str) -> None:
         """A process that is no peer gets a roster, which makes it say Hello; a distrusted worker is
         told again to end."""
         if incarnation in self._distrusted:
@@ -222,8 +220,7 @@ class Scheduler:
             self._remove(incarnation, "is unreachable", died=True)
         self._drop_inbox(inbox)
 
-    # --- time
-    #   ---------------------------------------------------------------------------------------------------------
+    # --- time ---
 
     def _tick(self, now: float) -> None:
         if self._started == NOT_YET:
@@ -271,7 +268,8 @@ class Scheduler:
         self.engine.check()
 
     def _send_rosters(self, due: bool) -> None:
-        inboxes, self._newcomer_inboxes = self._newcomer_inboxes, set()
+        inboxes = self._newcomer_inboxes
+        self._newcomer_inboxes = set()
         frontends = set(self.peers.inboxes(Role.FRONTEND))
         if self.peers.changed:
             inboxes |= set(self.peers.inboxes())

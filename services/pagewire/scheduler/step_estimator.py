@@ -46,15 +46,18 @@ RECENT: Final = 16
 
 def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:
     """Time of a step of `rows` decodes that attend to `reads` tokens together, in milliseconds."""
-    return cost.fixed_ms + rows * cost.token_ms + reads * cost.megaread_ms / 1e6
+    return cost.fixed_ms + rows * cost.token_ms + reads * cost.ms_per_m_kv_tokens / 1e6
 
 
 def chunk_ms(cost: StepCost, context: int, tokens: int) -> float:
     """What a chunk of `tokens` new tokens after `context` computed ones adds to a step, in
     milliseconds."""
     if tokens == 1:
-        return cost.token_ms + (context + 1) * cost.megaread_ms / 1e6
-    return tokens * cost.token_ms + tokens * (context + (tokens + 1) / 2) * cost.megapair_ms / 1e6
+        return cost.token_ms + (context + 1) * cost.ms_per_m_kv_tokens / 1e6
+    return (
+        tokens * cost.token_ms
+        + tokens * (context + (tokens + 1) / 2) * cost.ms_per_m_prefill_pairs / 1e6
+    )
 
 
 def longest_chunk(cost: StepCost, ms: float, context: int) -> float:
@@ -65,7 +68,7 @@ def longest_chunk(cost: StepCost, ms: float, context: int) -> float:
     divides by no zero when pair is 0."""
     if ms <= 0 or ms == inf:
         return max(0.0, ms)
-    pair = cost.megapair_ms / 1e6
+    pair = cost.ms_per_m_prefill_pairs / 1e6
     slope = cost.token_ms + pair * (context + 0.5)
     divisor = slope + sqrt(slope * slope + 2 * pair * ms)
     return 2 * ms / divisor if divisor else inf
@@ -140,8 +143,8 @@ class StepEstimator:
 
     def due(self, pending_tokens: float = 0.0) -> float:
         """When one more step is to be sent, in monotonic seconds; inf while only a result can
-        change that. pending_tokens: prefill tokens that no step has yet; where they fill the next step, or
-        nothing but throughput counts, no newcomer would be in it."""
+        change that. pending_tokens: prefill tokens that no step has yet; where they fill the next
+        step, or nothing but throughput counts, no newcomer would be in it."""
         sent = self._sent
         if len(sent) < self._stages:
             return -inf

@@ -22,7 +22,8 @@ class ThroughputLog:
         if self._last and now - self._last_time < PERIOD_S:
             return
         stats = self._stats()
-        previous, seconds = self._last, now - self._last_time
+        previous = self._last
+        seconds = now - self._last_time
         self._last, self._last_time = stats, now
         if previous and (self._busy(stats, previous) or previous.get("reported")):
             self._report(stats, previous, seconds)

@@ -30,8 +30,8 @@ NAMED: Final = (
 )
 LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 FILLER: Final = "\uf8ffunused-{}\uf8ff"
-"""Name of an id that no token has, where ids follow from places in a list. Private-use characters, so
-that no text contains it."""
+"""Name of an id that no token has, where ids follow from places in a list. Private-use characters,
+so that no text contains it."""
 
 
 class ListedToken(NamedTuple):
@@ -127,7 +127,8 @@ def _new_ids(
     missing: Sequence[ListedToken],
     vocab_size: int,
 ) -> dict[str, int]:
-    """The ids of the tokens that the vocabulary lacks: what a file says, else the next free ones."""
+    """The ids of the tokens that the vocabulary lacks: what a file says, else the next free
+    ones."""
     taken = [*tokenizer.get_vocab(with_added_tokens=True).values()]
     taken += [entry.id for entry in tokens if entry.id is not None]
     following = max(taken, default=-1) + 1

@@ -117,7 +117,8 @@ class WindowDecoder:
         self._last_token = -1
 
     def step(self, token: int) -> str:
-        last_token, self._last_token = self._last_token, token
+        last_token = self._last_token
+        self._last_token = token
         self._ids.append(token)
         shown = self._decode(self._ids[: self._shown])
         whole = self._decode(self._ids)

@@ -47,7 +47,9 @@ class Refused(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.message, self.param, self.status = message, param, status
+        self.message = message
+        self.param = param
+        self.status = status
 
 
 class Cancelled(Exception):
@@ -125,7 +127,8 @@ class Encoder:
     ) -> None:
         """`decoding`: of the same tokenizer; made when it is needed where there is none. `answers`:
         how the model's are taken apart, where that is asked for."""
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer = tokenizer
+        self._template = template
         self._answers = answers
         self._decoding = decoding
         self._size = 0
@@ -233,7 +236,8 @@ class Encoder:
             raise Refused(
                 f"the token ids are {len(column)} bytes long, which is no multiple of 4", "tokens"
             )
-        ids, size = np.frombuffer(column, np.int32), self._size
+        ids = np.frombuffer(column, np.int32)
+        size = self._size
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
             raise Refused(
@@ -243,8 +247,9 @@ class Encoder:
         return ids.tolist()
 
     def _words(self, words: tuple[str, ...]) -> tuple[bytes, ...]:
-        """The token sequences of bad words, by vLLM's rule: each word as at the beginning of a text;
-        also as after a space, where that has another first token and the same number of tokens."""
+        """The token sequences of bad words, by vLLM's rule: each word as at the beginning of a
+        text; also as after a space, where that has another first token and the same number of
+        tokens."""
         if not words:
             return ()
         if self._tokenizer is None:

@@ -39,21 +39,6 @@ GPT2_LIKE: Final = (
     "Qwen2Tokenizer",
 )
 GPT2_FILES: Final = ("vocab.json", "merges.txt")
-GLM4: Final = (
-    *(
-        "<|endoftext|>",
-        "[MASK]",
-        "[gMASK]",
-        "[sMASK]",
-        "<sop>",
-        "<eop>",
-        "<|system|>",
-        "<|user|>",
-        "<|assistant|>",
-        "<|observation|>",
-    ),
-    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
-)
 CHATGLM: Final = (
     "[MASK]",
     "[gMASK]",
@@ -67,6 +52,11 @@ CHATGLM: Final = (
 )
 """In the order of their ids, which follow the pieces. ChatGLM itself calls two of them sop and eop,
 as if they were words."""
+GLM4: Final = (
+    "<|endoftext|>",
+    *CHATGLM,
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+)
 CHATGLM_PREFIX: Final = ("[gMASK]", "<sop>")
 BAICHUAN_MARKS: Final = {"user": 195, "assistant": 196}
 """The ids that begin a role's message, where generation_config.json names no others."""

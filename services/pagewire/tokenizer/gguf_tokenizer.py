@@ -154,8 +154,8 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    """Tokens that end a turn are special whatever the file calls them: converters have made ordinary
-    tokens of them."""
+    """Tokens that end a turn are special whatever the file calls them: converters have made
+    ordinary tokens of them."""
     tokens = metadata[PREFIX + "tokens"]
     piece_types = metadata.get(PREFIX + "token_type") or [NORMAL] * len(tokens)
     pieces = [

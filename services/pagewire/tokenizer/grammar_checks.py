@@ -24,8 +24,8 @@ log = logging.getLogger("pagewire.tokenizer")
 KEPT: Final = 1024
 """Outcomes that are remembered."""
 CHECK_S: Final = 5.0
-"""How long a process that is ready may take for one grammar. The limits of pagewire_protocol.grammar
-and llguidance's own keep nearly all of them under a second."""
+"""How long a process that is ready may take for one grammar. The limits of
+pagewire_protocol.grammar and llguidance's own keep nearly all of them under a second."""
 LOAD_S: Final = 300.0
 """How long it may load its vocabulary, which may have to be downloaded."""
 MAX_DEATHS: Final = 2
@@ -36,8 +36,8 @@ MISSING: Final = (
 
 
 class Outcome(NamedTuple):
-    """Of one grammar. `wrong`: what is wrong with it, empty for nothing. `ignored`: which keywords of
-    its schema are not held."""
+    """Of one grammar. `wrong`: what is wrong with it, empty for nothing. `ignored`: which keywords
+    of its schema are not held."""
 
     wrong: str
     ignored: str = ""

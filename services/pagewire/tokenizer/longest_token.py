@@ -44,7 +44,8 @@ def _shortening(normalizer: Any) -> int:
                 factor *= _shortening(part)
             return factor
         case "Replace":
-            pattern, content = normalizer["pattern"].get("String"), normalizer["content"]
+            pattern = normalizer["pattern"].get("String")
+            content = normalizer["content"]
             return -(-len(pattern) // len(content)) if pattern and content else 0
         case "NFC" | "NFKC":
             return COMPOSED

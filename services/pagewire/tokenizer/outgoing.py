@@ -74,7 +74,8 @@ class OutgoingDeltas:
 
     def take(self) -> Deltas:
         """One message with all but the log-probabilities of prompts; leaves that part empty."""
-        started, ended = tuple(self.started), tuple(self.ended)
+        started = tuple(self.started)
+        ended = tuple(self.ended)
         deltas = self._with_rows() if self.rows else _without_rows(started, ended)
         self.rows = []
         self.tokens = []

@@ -1,5 +1,5 @@
-"""Answers to queries that belong to no request: the ids of a prompt, the text of ids. No sockets, no
-state; safe in any thread."""
+"""Answers to queries that belong to no request: the ids of a prompt, the text of ids. No sockets,
+no state; safe in any thread."""
 
 import logging
 from typing import Final

@@ -14,7 +14,10 @@ from typing import Final
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+VARINT = 0
+FIXED64 = 1
+BYTES = 2
+FIXED32 = 5
 KINDS: Final = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 
 Value = int | bytes
@@ -63,7 +66,8 @@ def _model(data: bytes) -> Model:
             specs[field] = dict(_fields(_bytes(value)))
     if not pieces or len(specs) < 2:
         raise ValueError("it ends before its settings" if pieces else "it has no pieces")
-    trained, normalized = specs[2], specs[3]
+    trained = specs[2]
+    normalized = specs[3]
     texts, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
     return Model(
         texts,
@@ -133,7 +137,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     while True:
         byte = data[position]
         value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
+        position += 1
+        shift += 7
         if byte < 128:
             return value, position
         if shift > 63:

@@ -23,8 +23,8 @@ class UnsupportedModel(ValueError):
 
 
 def build(model: Model, added: Added = (), prefix_first_only: bool = False) -> Tokenizer:
-    """The tokenizer. `added`: tokens outside the model, with their ids. The space that the model may
-    put before a text comes before each part between added tokens, or, with `prefix_first_only`,
+    """The tokenizer. `added`: tokens outside the model, with their ids. The space that the model
+    may put before a text comes before each part between added tokens, or, with `prefix_first_only`,
     only at the very start. Raises UnsupportedModel."""
     if model.model_type == BPE:
         tokenizer = Tokenizer(_bpe(model, added))

@@ -398,7 +398,8 @@ class Service:
             ):
                 log.warning("a frontend reads nothing any more; its requests are cancelled")
                 requests.drop_frontend(inbox)
-        messages, requests.to_scheduler = requests.to_scheduler, []
+        messages = requests.to_scheduler
+        requests.to_scheduler = []
         for message in messages:
             if not self.outbox.send(self.members.scheduler, message):
                 log.error(

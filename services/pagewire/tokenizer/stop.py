@@ -18,7 +18,8 @@ class Matcher:
         """`include`: the stop string itself is part of the text."""
         self.matched: str | None = None
         """The stop string that was hit."""
-        self._stops, self._include = stops, include
+        self._stops = stops
+        self._include = include
         self._first = re.compile("[" + "".join({re.escape(stop[0]) for stop in stops}) + "]")
         self._tables = [_failures(stop) for stop in stops]
         self._states = [0] * len(stops)
@@ -30,8 +31,8 @@ class Matcher:
         return self._held
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now. After a match, `matched` names the stop string and the rest
-        is dropped."""
+        """The text that may be shown now. After a match, `matched` names the stop string and the
+        rest is dropped."""
         begin = 0
         if not self._held:
             first = self._first.search(text)
@@ -50,7 +51,8 @@ class Matcher:
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return held
 
     def _scan(self, text: str, begin: int) -> int:

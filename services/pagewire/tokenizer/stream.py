@@ -129,7 +129,8 @@ class Stream:
     def step(self, token: int) -> str:
         """The text to show after one more token; advances the position. `stop_string` is set
         afterwards if that token completed one."""
-        position, decoder = self.position, self._decoder
+        position = self.position
+        decoder = self._decoder
         self.position = position + 1
         lead = 0
         if position >= self._hidden_from:
@@ -176,7 +177,8 @@ class Stream:
 
     def take_parts(self) -> "Sequence[Part]":
         """The parts that came since they were last taken."""
-        parts, self.parts = self.parts, ()
+        parts = self.parts
+        self.parts = ()
         return parts
 
     def ended(self, end: End) -> End:

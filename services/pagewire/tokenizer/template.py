@@ -5,9 +5,9 @@ Tools and calls go to the template as it wants them; for one that knows none the
 the messages (tool_prompts.py). Rendering is a function of the conversation: equal beginnings stay
 equal, and so the prefix cache finds them.
 
-Text that was accepted is in the prompt, or the request is refused: a template is first rendered with
-a mark in the place of each message's text, and what it leaves out is found out by that. So it shows
-as well whether a template takes a message's content as text or as a list of typed parts.
+Text that was accepted is in the prompt, or the request is refused: a template is first rendered
+with a mark in the place of each message's text, and what it leaves out is found out by that. So it
+shows as well whether a template takes a message's content as text or as a list of typed parts.
 
 Rendered as transformers renders them (the same names, filters and whitespace rules), inside jinja's
 immutable sandbox and under limits: the size of the output, the reach of `range` and of repetition,
@@ -45,8 +45,8 @@ MARK: Final = "\uf8ffpagewire:continue\uf8ff "
 """Where the final message ends in the rendered text. Private-use characters, so that no message
 contains it; the space at its end shows whether the template strips messages."""
 PROBE: Final = "\uf8fe{}\uf8fe"
-"""Stands for the text of a message where it is tried out whether the template shows it: nothing that
-a template does to a text changes these characters, and a list that is printed as such has them
+"""Stands for the text of a message where it is tried out whether the template shows it: nothing
+that a template does to a text changes these characters, and a list that is printed as such has them
 escaped."""
 _PROBES: Final = re.compile("\uf8fe([0-9]+)\uf8fe")
 MAX_SHAPES: Final = 1024
@@ -304,7 +304,8 @@ class ChatTemplate:
             {**message, "content": PROBE.format(index)} if _has_text(message) else message
             for index, message in enumerate(messages)
         ]
-        as_text, as_parts = (False,) * len(probes), (True,) * len(probes)
+        as_text = (False,) * len(probes)
+        as_parts = (True,) * len(probes)
         lost_as_text = self._lost(probes, as_text, values)
         if lost_as_text == []:
             return as_text

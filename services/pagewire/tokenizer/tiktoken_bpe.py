@@ -72,8 +72,8 @@ def read_ranks(path: Path) -> Ranks:
 def build(
     ranks: Ranks, pattern: str, special: Iterable[tuple[str, int]], composed: bool
 ) -> Tokenizer:
-    """The tokenizer. `pattern` cuts a text into pieces, `special` are tokens with their ids; `composed`: texts are
-    brought to NFC first."""
+    """The tokenizer. `pattern` cuts a text into pieces, `special` are tokens with their ids;
+    `composed`: texts are brought to NFC first."""
     vocab = {_printable(token): rank for token, rank in ranks.items()}
     vocab.update(special)
     merges = [(_printable(left), _printable(right)) for left, right in merges_of(ranks)]

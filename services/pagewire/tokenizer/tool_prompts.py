@@ -1,5 +1,5 @@
-"""Tools, calls and their results in the messages that a chat template gets: in the form that it wants,
-or written into the texts of messages, for templates that know no tools. Knows no jinja."""
+"""Tools, calls and their results in the messages that a chat template gets: in the form that it
+wants, or written into the texts of messages, for templates that know no tools. Knows no jinja."""
 
 import hashlib
 import json

@@ -2,8 +2,8 @@
 it.
 
 A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or
-foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that it
-would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
+foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that
+it would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
 opinion of block tables. Only numpy is needed.
 """
 
@@ -72,8 +72,8 @@ def chain(tokens: list[int], count: int, vocab_size: int) -> list[int]:
 
 
 class PromptScorer:
-    """Log-probabilities of one prompt, chunk by chunk: beside each token the `count` likeliest ones.
-    The token that the fake model says itself has probability 1 (log 0), any other -100."""
+    """Log-probabilities of one prompt, chunk by chunk: beside each token the `count` likeliest
+    ones. The token that the fake model says itself has probability 1 (log 0), any other -100."""
 
     def __init__(self, tokens: list[int], count: int, vocab_size: int) -> None:
         self._tokens = tokens
@@ -89,7 +89,9 @@ class PromptScorer:
         own = self._tokens[first + 1 : first + count + 1]
         if not own:
             return None
-        ids, values, ranks = list[int](), list[float](), list[int]()
+        ids = list[int]()
+        values = list[float]()
+        ranks = list[int]()
         for token in self._tokens[self._position : first + 1]:
             self._state = extend(self._state, token)
         for token in own:
@@ -118,8 +120,8 @@ def hash_all(tokens: npt.NDArray[np.int32]) -> int:
 
 
 class MaskedRows(NamedTuple):
-    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each, which
-    have their masks, their flags, and whether some row does not bring one token."""
+    """Of the rows of a step that sample, where some slot has a grammar: the forced run of each,
+    which have their masks, their flags, and whether some row does not bring one token."""
 
     runs: list[list[int]]
     ready: npt.NDArray[np.bool_]
@@ -142,7 +144,8 @@ class FakeRunner:
         self._vocab = np.uint64(config.fake_vocab_size)
         self._step_s = config.fake_step_ms / 1000
         self._stages = config.pipeline_parallel_size
-        self._max_num_seqs, self._block_size = scheduler.num_seqs(), config.block_size
+        self._max_num_seqs = scheduler.num_seqs()
+        self._block_size = config.block_size
         self._num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         held = self._num_blocks * self._block_size
         if model.max_model_len > held:
@@ -305,7 +308,8 @@ class FakeRunner:
     def _draw_allowed(self, slots: npt.NDArray[np.int32], drawn: Columns, tokens: Columns) -> None:
         """The `tokens` of rows with grammars: of those allowed, the one with the number that the
         hash says, counted in rising order. Three of four are among the first: of a byte-level
-        vocabulary these are single characters, `"` among them, so that strings come to their end."""
+        vocabulary these are single characters, `"` among them, so that strings come to their
+        end."""
         concerned = self._masks.concerns(slots.astype(np.int64))
         for row in np.flatnonzero(concerned & ~self._masks.failed(slots)).tolist():
             words = self._masks.rows(slots[row : row + 1].astype(np.int64))
@@ -334,7 +338,8 @@ class FakeRunner:
         self._computed[slot] = admission.computed
         self._logprobs[slot] = admission.sampling.logprobs
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
-        prompt, asked = len(admission.prompt) // 4, admission.sampling.prompt_logprobs
+        prompt = len(admission.prompt) // 4
+        asked = admission.sampling.prompt_logprobs
         if asked >= 0 and prompt > 1:
             self._scorers[slot] = PromptScorer(tokens[:prompt].tolist(), asked, int(self._vocab))
 

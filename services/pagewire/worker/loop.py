@@ -56,7 +56,8 @@ FOLLOWER_BEAT_S = 0.25
 """How often a rank without work shows that it lives."""
 BUSY_BEAT_S = 0.002
 """How often it looks whether steps under way have ended."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 """Options of mallopt(3)."""
 SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
@@ -139,8 +140,8 @@ def _say_why(error: Exception) -> None:
 
 
 def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
-    """End a worker that has served. An orderly exit would wait for a device that may have failed for
-    good or hang: after a sticky CUDA error every call fails, and some do not return."""
+    """End a worker that has served. An orderly exit would wait for a device that may have failed
+    for good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -167,35 +168,20 @@ def _load(
         from .fake import FakeRunner
 
         return AsyncFromSync(FakeRunner(model, scheduler, config, incarnation, make_masks))
-    from ..hub.huggingface import resolve
-
-    path = resolve(model, lambda line: membership.loading(line[:256]))
-    stages = config.pipeline_parallel_size
-    imported("worker.load.early").check(path, model, config.tensor_parallel_size, stages)
-    if _may_stay_quantized(path, model, config):
-        from .device import kernel_cache
-
-        kernel_cache.keep_native()
-        cpu_native.compile_in_background()
-    membership.loading("importing torch")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    _keep_memory()
-    loader = imported("worker.load.loader")
-    gc.freeze()
+    path = _find_model(membership, model, config)
+    device = _import_torch(membership, config)
     narrate = _Narrator(membership)
     from .load.in_thread import ticking
 
-    device = loader.choose_device(config.device)
     with ticking(narrate.alive):
-        ranks = imported("worker.communicators").connect(place, node.run_dir, device, stages)
+        ranks = imported("worker.communicators").connect(
+            place, node.run_dir, device, config.pipeline_parallel_size
+        )
     if device == "cuda":
         from .device import kernel_cache
 
-        with (
-            kernel_cache.kept(node.run_dir),
-            ticking(narrate.alive),
-        ):  # a kernel may take minutes to compile
+        # A kernel may take minutes to compile.
+        with kernel_cache.kept(node.run_dir), ticking(narrate.alive):
             from .gpu.stages import start
 
             return start(
@@ -224,6 +210,34 @@ def _load(
         )
 
 
+def _find_model(membership: Membership, model: ModelConfig, config: WorkerConfig) -> Path:
+    """Where its files are, downloaded if need be. Raises before torch is imported what can be said
+    without it, and begins to compile what needs no torch."""
+    from ..hub.huggingface import resolve
+
+    path = resolve(model, lambda line: membership.loading(line[:256]))
+    imported("worker.load.early").check(
+        path, model, config.tensor_parallel_size, config.pipeline_parallel_size
+    )
+    if _may_stay_quantized(path, model, config):
+        from .device import kernel_cache
+
+        kernel_cache.keep_native()
+        cpu_native.compile_in_background()
+    return path
+
+
+def _import_torch(membership: Membership, config: WorkerConfig) -> str:
+    """With what must be set before it is. Returns the device: cpu or cuda."""
+    membership.loading("importing torch")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    _keep_memory()
+    loader = imported("worker.load.loader")
+    gc.freeze()
+    return loader.choose_device(config.device)
+
+
 def _may_stay_quantized(path: Path, model: ModelConfig, config: WorkerConfig) -> bool:
     """As far as can be told without torch."""
     on_cpu = config.device == "cpu" or (config.device == "auto" and not driver.has_device())
@@ -249,14 +263,17 @@ class _Narrator:
     another says that the process lives: sockets are not for two at once."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership, self._stage, self._next = membership, "", 0.0
+        self._membership = membership
+        self._stage = ""
+        self._next = 0.0
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, fraction: float) -> None:
         now = time.monotonic()
         with self._lock:
             if stage != self._stage or now >= self._next:
-                self._stage, self._next = stage, now + REPORT_EVERY_S
+                self._stage = stage
+                self._next = now + REPORT_EVERY_S
                 self._membership.loading(stage, fraction)
 
     def alive(self) -> None:
@@ -385,8 +402,8 @@ class _Server:
 
 
 class _FollowingServer(_Server):
-    """The loop of any other rank: it runs the steps that rank 0 hands on, in their order, and answers
-    nobody."""
+    """The loop of any other rank: it runs the steps that rank 0 hands on, in their order, and
+    answers nobody."""
 
     def __init__(
         self, runner: AsyncRunner, node: Node[ToWorker], follower: Follower, watched: bool

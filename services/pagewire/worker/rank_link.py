@@ -62,8 +62,8 @@ class Follower:
         return None if data is None else Record(RecordKind(data[0]), data[1:])
 
     def masks(self) -> bytes:
-        """Within a step: what rank 0 decided about its rows. Raises RankSilent when it says nothing,
-        and ValueError when it says something else."""
+        """Within a step: what rank 0 decided about its rows. Raises RankSilent when it says
+        nothing, and ValueError when it says something else."""
         data = self._ring.expect(MASKS_S)
         if data[0] != RecordKind.MASKS:
             raise ValueError(f"rank 0 sent a {RecordKind(data[0]).name} in the middle of a step")

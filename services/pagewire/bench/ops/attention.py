@@ -1,6 +1,7 @@
 """Attention over paged keys and values: decode, prefill, groups with common blocks, and both kinds
 of row in one batch."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,10 @@ KV_BYTES = HKV * 4
 
 class Decode(Case):
     def __init__(self, rows: int, length: int, heads: int, dim: int, window: int | None) -> None:
-        self._rows, self._length, self._dim, self._window = rows, length, dim, window
+        self._rows = rows
+        self._length = length
+        self._dim = dim
+        self._window = window
         self._k, self._v = pool(dim)
         self._tables = tables(rows, length)
         self._lens = int32([length] * rows)
@@ -32,7 +36,8 @@ class Decode(Case):
     def launch(
         self, i: int, config: Any = None, lens: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        lens, scale = self._lens if lens is None else lens, self._dim**-0.5
+        lens = self._lens if lens is None else lens
+        scale = self._dim**-0.5
         return decode_attention(
             self._q,
             self._k,
@@ -98,10 +103,8 @@ def decode(
 ) -> Job:
     shape = f"{rows}x{length} {heads}q d{dim}" + (f" w{window}" if window else "")
     seen = length if window is None else min(window, length)
-    make, shapes = (
-        (lambda: Decode(rows, length, heads, dim, window)),
-        decode_shapes(rows, length, dim),
-    )
+    make = functools.partial(Decode, rows, length, heads, dim, window)
+    shapes = decode_shapes(rows, length, dim)
     return Job("decode", shape, make, rows * seen * dim * KV_BYTES, target=target, configs=shapes)
 
 
@@ -112,20 +115,22 @@ class Prefill(Case):
     """Whether the kernel for Hopper GPUs may be taken."""
 
     def __init__(self, rows: int, count: int, length: int, heads: int, dim: int) -> None:
-        self._rows, self._new, self._length, self._dim = rows, count, length, dim
+        self._rows = rows
+        self._new = count
+        self._length = length
+        self._dim = dim
         self._k, self._v = pool(dim)
         self._tables = tables(rows, length)[:4]
-        self._lens, self._starts = (
-            int32([length] * rows),
-            int32(list(range(0, rows * count + 1, count))),
-        )
+        self._lens = int32([length] * rows)
+        self._starts = int32(list(range(0, rows * count + 1, count)))
         self._q = rand(rows * count, heads, dim)
         self.sets = len(self._tables)
 
     def launch(
         self, i: int, config: Any = None, lens: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        lens, scale = self._lens if lens is None else lens, self._dim**-0.5
+        lens = self._lens if lens is None else lens
+        scale = self._dim**-0.5
         return prefill_attention(
             self._q,
             self._k,
@@ -145,7 +150,8 @@ class Prefill(Case):
         )
         out = self.launch(0, config, lens, nan(len(self._q), self._q.shape[1] * self._dim))
         at = torch.randint(0, self._new, (48,), device=inputs.DEVICE)
-        at[0], at[1] = 0, self._new - 1
+        at[0] = 0
+        at[1] = self._new - 1
         worst = 0.0
         for i in {0, self._rows - 1}:
             ref = oracle(
@@ -194,15 +200,14 @@ class Ragged(Case):
 
     EMPTY = (0,) * 33
     """More rows than a warp has threads."""
-    COUNTS, LENGTHS = (300, 1, 0, 700, 37, 128, 5, *EMPTY), (1000, 50, 9, 700, 37, 4000, 0, *EMPTY)
+    COUNTS = (300, 1, 0, 700, 37, 128, 5, *EMPTY)
+    LENGTHS = (1000, 50, 9, 700, 37, 4000, 0, *EMPTY)
     DECODES, PADDING = 1, 6
 
     def __init__(self, heads: int, page: int, dtype: torch.dtype) -> None:
         pages = [-(-length // page) for length in self.LENGTHS]
-        shape, order = (
-            (sum(pages) + 1, HKV, page, 128),
-            iter((torch.randperm(sum(pages)) + 1).tolist()),
-        )
+        shape = (sum(pages) + 1, HKV, page, 128)
+        order = iter((torch.randperm(sum(pages)) + 1).tolist())
         self._k, self._v = (
             torch.full(shape, float("nan"), device=inputs.DEVICE, dtype=dtype) for _ in range(2)
         )
@@ -210,10 +215,8 @@ class Ragged(Case):
         for table, length in zip(tables, self.LENGTHS, strict=True):
             for i, block in enumerate(table):
                 used = min(page, length - i * page)
-                self._k[block, :, :used], self._v[block, :, :used] = (
-                    rand(HKV, used, 128),
-                    rand(HKV, used, 128),
-                )
+                self._k[block, :, :used] = rand(HKV, used, 128)
+                self._v[block, :, :used] = rand(HKV, used, 128)
         self._batch = make_batch(
             list(self.COUNTS),
             list(self.LENGTHS),
@@ -224,7 +227,8 @@ class Ragged(Case):
         self._q = rand(sum(self.COUNTS), heads, 128).to(dtype)
 
     def launch(self, i: int, config: Any = None, out: Tensor | None = None) -> Tensor:
-        b, scale = self._batch, 128**-0.5
+        b = self._batch
+        scale = 128**-0.5
         return prefill_attention(
             self._q,
             self._k,
@@ -273,10 +277,12 @@ class Cascade(Case):
 
     def __init__(self, rows: int, common: int, own: int, parts: int) -> None:
         self._k, self._v = pool(128)
-        self._table, size = tables(rows, common + own)[0].clone(), rows // parts
+        self._table = tables(rows, common + own)[0].clone()
+        size = rows // parts
         for row in range(rows):
             self._table[row, : common // PAGE] = self._table[row // size * size, : common // PAGE]
-        self._lens, self._q = int32([common + own] * rows), rand(rows, 32, 128)
+        self._lens = int32([common + own] * rows)
+        self._q = rand(rows, 32, 128)
         starts = int32(list(range(0, rows + 1, size)))
         self._groups = Groups(
             int32(list(range(rows))), starts, int32([common] * parts), int32([common] * rows)

@@ -56,7 +56,8 @@ def graph_us(launch: Callable[[int], Any], sets: int, goal_us: float = GOAL_US) 
             launch(i % sets)
     times: list[float] = []
     for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()

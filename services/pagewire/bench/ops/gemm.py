@@ -54,7 +54,8 @@ SOME_ROWS = (
 
 class Gemm(Case):
     def __init__(self, n: int, k: int, rows: int) -> None:
-        self._weights, self._x = weights(n, k), rand(rows, k)
+        self._weights = weights(n, k)
+        self._x = rand(rows, k)
         self.sets = len(self._weights)
 
     def launch(self, i: int, config: Any = None) -> Tensor:
@@ -107,7 +108,9 @@ def tuned_gemm_job(label: str, n: int, k: int, rows: int) -> Job:
 
 class AddNorm(Case):
     def __init__(self, rows: int, width: int) -> None:
-        self._x, self._residual, self._weight = rand(rows, width), rand(rows, width), rand(width)
+        self._x = rand(rows, width)
+        self._residual = rand(rows, width)
+        self._weight = rand(width)
 
     def launch(self, i: int, config: Any = None) -> Any:
         return norm.add_rms_norm(self._x, self._residual, self._weight, 1e-5)
@@ -135,17 +138,14 @@ class RopeAndCache(Case):
     heads, 8 KV heads, size 128."""
 
     def __init__(self, rows: int) -> None:
-        self._qkv, self._cos_sin = (
-            rand(rows, 48 * 128),
-            torch.randn(4096, 128, device=inputs.DEVICE),
-        )
-        self._weight, self._k, self._v = (
-            rand(128),
-            nan(rows + 1, HKV, PAGE, 128),
-            rand(rows + 1, HKV, PAGE, 128),
-        )
+        self._qkv = rand(rows, 48 * 128)
+        self._cos_sin = torch.randn(4096, 128, device=inputs.DEVICE)
+        self._weight = rand(128)
+        self._k = nan(rows + 1, HKV, PAGE, 128)
+        self._v = rand(rows + 1, HKV, PAGE, 128)
         places = torch.randperm(rows * PAGE, device=inputs.DEVICE)[:rows]
-        starts, lens = int32([0, rows]), int32([rows])
+        starts = int32([0, rows])
+        lens = int32([rows])
         self._batch = Batch(
             torch.arange(rows, device=inputs.DEVICE),
             places,
@@ -163,7 +163,8 @@ class RopeAndCache(Case):
         )
 
     def check(self, config: Any = None) -> float:
-        q, places = self.launch(0), self._batch.slot_mapping
+        q = self.launch(0)
+        places = self._batch.slot_mapping
         x = self._qkv.view(-1, 48, 128).float()
         y = (
             x[:, :40]
@@ -219,11 +220,14 @@ class Layer(Case):
             (hidden, inner),
         )
         self._weights = [[rand(*shape) * 0.02 for shape in shapes] for _ in range(self.sets)]
-        table, lens = tables(rows, context)[0], int32([context] * rows)
+        table = tables(rows, context)[0]
+        lens = int32([context] * rows)
         slots = table[:, -1].long() * PAGE + PAGE - 1
         starts = int32(list(range(rows + 1)))
         self._batch = Batch(lens.long() - 1, slots, starts, lens, table, 1, context)
-        self._x, self._residual, self._norm = rand(rows, hidden), rand(rows, hidden), rand(hidden)
+        self._x = rand(rows, hidden)
+        self._residual = rand(rows, hidden)
+        self._norm = rand(hidden)
         self._cos_sin = torch.randn(context, 128, device=inputs.DEVICE)
 
     def launch(self, i: int, config: Any = None) -> Tensor:

@@ -4,7 +4,8 @@ a float32 oracle of attention."""
 import torch
 from torch import Tensor
 
-DEVICE, DTYPE = "cuda", torch.bfloat16
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
 PAGE, HKV = 16, 8
 PAGES = 36_864
 """Keys and values of 1.2 GB each at head size 128."""

@@ -33,7 +33,8 @@ class Sample(Case):
         return sample(self._logits, self._args)
 
     def check(self, config: Any = None) -> float:
-        logits, sampled = self._logits, self.launch(0)
+        logits = self._logits
+        sampled = self.launch(0)
         logp = torch.log_softmax(logits.float(), -1)
         worst = (
             (sampled.logprobs - logp.gather(1, sampled.tokens[:, None])[:, 0]).abs().max().item()

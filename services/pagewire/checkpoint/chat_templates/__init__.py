@@ -56,7 +56,8 @@ def read_option(option: str) -> str:
 def choose(path: Path, config: Config, generation: Config) -> str:
     """The name of the template for the model in directory `path`, by config.json and
     generation_config.json; empty for none."""
-    model_type, name = config.get("model_type"), _name(path, config)
+    model_type = config.get("model_type")
+    name = _name(path, config)
     if model_type == "qwen":
         chat = generation.get("chat_format", "chatml" if "chat" in name else "") == "chatml"
         return "chatml" if chat else ""

@@ -27,9 +27,9 @@ class NoProxy(ConnectionError):
 
 
 def run_rank(path: str, devices: str | None) -> None:
-    """Start the rank whose proxy listens at `path`; returns when it has ended. It ends at the latest
-    when this thread does, or the proxy. devices: for CUDA_VISIBLE_DEVICES; None: as the proxy has
-    it. Raises NoProxy and, for a program that cannot be started, OSError."""
+    """Start the rank whose proxy listens at `path`; returns when it has ended. It ends at the
+    latest when this thread does, or the proxy. devices: for CUDA_VISIBLE_DEVICES; None: as the
+    proxy has it. Raises NoProxy and, for a program that cannot be started, OSError."""
     with _connect(path) as proxy:
         process, descriptors = handover.receive(proxy)
         child = _start(process, descriptors, devices)

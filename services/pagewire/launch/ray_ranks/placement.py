@@ -1,7 +1,7 @@
 """Has Ray place and start the ranks of a group as actors. `python -m
 pagewire.launch.ray_ranks.placement` is a driver of the cluster for one life of a group, in Ray's
-sense: what it has reserved and started ends with it. It is a process of its own, so that signals for
-the proxy of rank 0, its parent, do not reach the cluster that it may have started.
+sense: what it has reserved and started ends with it. It is a process of its own, so that signals
+for the proxy of rank 0, its parent, do not reach the cluster that it may have started.
 
 All ranks are on this host, since they share memory: the placement group is one node's, this one.
 """
@@ -69,7 +69,8 @@ def bundles(ranks: int, needs: Needs, node: str) -> list[dict[str, float]]:
 
 
 def own_node(nodes: list[dict[str, Any]], node_id: str) -> tuple[str, dict[str, float]]:
-    """(its own resource, all its resources) of the node `node_id`. nodes: as ray.nodes() has them."""
+    """(its own resource, all its resources) of the node `node_id`. nodes: as ray.nodes() has
+    them."""
     resources = next(node["Resources"] for node in nodes if node["NodeID"] == node_id)
     return next(name for name in resources if name.startswith(NODE) and name != HEAD), resources
 
@@ -87,7 +88,8 @@ def check_node(resources: dict[str, float], ranks: int, needs: Needs) -> None:
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One life of a group. device: the worker's flag. paths: where the proxy of each rank listens."""
+    """One life of a group. device: the worker's flag. paths: where the proxy of each rank
+    listens."""
 
     group: str
     life: str
@@ -108,8 +110,8 @@ class RankActor:
 
 
 def main() -> int:
-    """The first line of the input is a Request. Until the input ends, and with it the proxy. 1, with
-    a line that says why, when the ranks cannot be placed or one of the actors fails."""
+    """The first line of the input is a Request. Until the input ends, and with it the proxy. 1,
+    with a line that says why, when the ranks cannot be placed or one of the actors fails."""
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
     is_placed = threading.Event()
     ending = threading.Thread(target=_await_end, args=(is_placed,), daemon=True)
@@ -135,8 +137,8 @@ def _await_end(is_placed: threading.Event) -> None:
 
 
 def place(request: Request) -> list[Any]:
-    """Reserve what all ranks need, and start an actor for each, which is told where the proxy of its
-    rank listens. Returns the reference to each actor's `run`. Raises NotPlaced."""
+    """Reserve what all ranks need, and start an actor for each, which is told where the proxy of
+    its rank listens. Returns the reference to each actor's `run`. Raises NotPlaced."""
     ranks = len(request.paths)
     needs = needs_of(request.device)
     _join_cluster(ranks)
@@ -158,7 +160,8 @@ def place(request: Request) -> list[Any]:
 
 
 def _watch(runs: list[Any], ending: threading.Thread) -> None:
-    """In a thread: end this process when an actor fails, and so the group, unless it ends anyway."""
+    """In a thread: end this process when an actor fails, and so the group, unless it ends
+    anyway."""
     try:
         while runs:
             ended, runs = ray.wait(runs, num_returns=1)

@@ -1,9 +1,9 @@
-"""How the calls of each syntax are read, once it is known that one begins. What a reader takes comes
-out as the name and the arguments of calls. Knows no particular format.
+"""How the calls of each syntax are read, once it is known that one begins. What a reader takes
+comes out as the name and the arguments of calls. Knows no particular format.
 
-A reader raises NotACall where the text is none before a name is known: it is content then. Behind the
-name there is no way back: arguments that break off are closed, and the rest up to the call's end
-is skipped.
+A reader raises NotACall where the text is none before a name is known: it is content then. Behind
+the name there is no way back: arguments that break off are closed, and the rest up to the call's
+end is skipped.
 """
 
 import ast
@@ -291,7 +291,8 @@ class _JsonCall:
         self._has_arguments = True
 
     def _entry(self) -> Wait[None]:
-        reader, calls = self._reader, self._calls
+        reader = self._reader
+        calls = self._calls
         key = yield from _string(reader)
         if (yield from reader.space()) != ":":
             if reader.has_ended and not reader.text:
@@ -418,7 +419,8 @@ class ParameterBody(BodyReader):
 
     def read(self, marker: str) -> Wait[None]:
         """One call."""
-        calls, reader = self._calls, self.reader
+        calls = self._calls
+        reader = self.reader
         name, marker = yield from reader.up_to(markers(*calls.name_end, calls.end))
         name = self.begin(name)
         self._has_arguments = False
@@ -432,7 +434,8 @@ class ParameterBody(BodyReader):
 
     def _entry(self, name: str) -> Wait[str]:
         """One argument; the marker that ended it."""
-        calls, reader = self._calls, self.reader
+        calls = self._calls
+        reader = self.reader
         key, marker = yield from reader.up_to(markers(calls.key_end, calls.end))
         if marker == calls.end:
             return marker
@@ -648,7 +651,8 @@ class BraceBody(BodyReader):
 
     def read(self, marker: str) -> Wait[None]:
         """One call."""
-        calls, reader = self._calls, self.reader
+        calls = self._calls
+        reader = self.reader
         name, marker = yield from reader.up_to(markers("{", calls.end))
         self.begin(name.strip().removeprefix("call:"))
         if marker == calls.end:
@@ -669,7 +673,8 @@ class BraceBody(BodyReader):
 
     def _values(self, scanner: JsonScanner) -> Wait[None]:
         """Up to the end of the object, as JSON, through the scanner."""
-        reader, quote = self.reader, self._calls.quote
+        reader = self.reader
+        quote = self._calls.quote
 
         def put(text: str) -> None:
             certain, _ = scanner.feed(text)
@@ -691,7 +696,8 @@ class BraceBody(BodyReader):
 
     def _word(self) -> Wait[str]:
         """The text up to the next bracket, comma, colon, space or quote."""
-        reader, quote = self.reader, self._calls.quote
+        reader = self.reader
+        quote = self._calls.quote
         while True:
             match = _WORD_END.search(reader.text)
             end = match.start() if match else len(reader.text)

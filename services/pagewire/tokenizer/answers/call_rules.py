@@ -35,8 +35,8 @@ _GUIDANCE: Final = {
     "coerce_one_of": True,
     "lenient": True,
 }
-"""Schemas of tools are written for models, not for validators: what the matcher does not know of one
-is not held, where the tool is not strict."""
+"""Schemas of tools are written for models, not for validators: what the matcher does not know of
+one is not held, where the tool is not strict."""
 
 
 def literal(text: str) -> str:
@@ -104,12 +104,12 @@ def _variants(calls: Calls) -> list[tuple[str, Calls]]:
 
 
 class CallRules:
-    """Writes the rules of one request's calls. `terms` writes a fixed text: strings, and special tokens
-    by their ids."""
+    """Writes the rules of one request's calls. `terms` writes a fixed text: strings, and special
+    tokens by their ids."""
 
     def __init__(self, terms: Callable[[str], str], tools: Tools, *, is_free: bool = False) -> None:
-        """`is_free`: calls may be written in the ways of a free answer, with other whitespace between
-        them and with ids."""
+        """`is_free`: calls may be written in the ways of a free answer, with other whitespace
+        between them and with ids."""
         self._is_free = is_free
         self.rules: list[str] = []
         self._terms = terms
@@ -121,7 +121,8 @@ class CallRules:
 
     def answer(self, answer_format: AnswerFormat, names: list[str], parallel: bool) -> str:
         """Calls of these functions and nothing else: one or, where `parallel`, several."""
-        calls, section = answer_format.calls, answer_format.section
+        calls = answer_format.calls
+        section = answer_format.section
         call = self.rule(self._any_of(calls, names))
         if section is None:
             return self._row(calls, call, parallel)
@@ -133,9 +134,10 @@ class CallRules:
     def openings(
         self, answer_format: AnswerFormat, names: list[str], parallel: bool
     ) -> list[Opening]:
-        """How calls of these functions begin in free text; none of a format whose calls begin an answer
-        without a marker."""
-        calls, section = answer_format.calls, answer_format.section
+        """How calls of these functions begin in free text; none of a format whose calls begin an
+        answer without a marker."""
+        calls = answer_format.calls
+        section = answer_format.section
         openings: list[Opening] = []
         if section is not None:
             call = self.rule(self._any_of(calls, names))
@@ -151,7 +153,8 @@ class CallRules:
         return " | ".join(self._call(calls, name) for name in names)
 
     def _section(self, section: Section, calls: Calls, call: str, parallel: bool) -> str:
-        begin, end = self._terms(section.begin), self._terms(section.end)
+        begin = self._terms(section.begin)
+        end = self._terms(section.end)
         if _is_of_each(section):
             return f"{begin} {self._line} {call} {self._line} {end}"
         return f"{begin} {self._gap} {self._row(calls, call, parallel)} {self._gap} {end}"
@@ -272,7 +275,8 @@ class CallRules:
         body = self._json_object(calls, name)
         if calls.is_list or not calls.end:
             return body
-        begin, end = self._terms(calls.begin[0]), self._terms(calls.end)
+        begin = self._terms(calls.begin[0])
+        end = self._terms(calls.end)
         return f"{begin} {self._line} {body} {self._line} {end}"
 
     def _properties(self, name: str) -> Iterable[tuple[str, Schema, bool]]:

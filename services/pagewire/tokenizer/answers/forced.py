@@ -1,5 +1,6 @@
 """Grammars for what an answer must hold: calls of tools in the model's own format, JSON or calls,
-arguments of strict tools, an end of reasoning after so many tokens. In llguidance's Lark dialect; knows no streams.
+arguments of strict tools, an end of reasoning after so many tokens. In llguidance's Lark dialect;
+knows no streams.
 
 A call is written as the model has learnt it, its arguments by the schema of the tool; so what is
 forced is read back by the same parser as what a model writes by itself.
@@ -48,58 +49,63 @@ class ForcedAnswers:
         self,
         options: AnswerOptions,
         tools: Tools,
-        wanted: Grammar | None,
+        content_grammar: Grammar | None,
         opens_reasoning: bool,
     ) -> Grammar | None:
-        """What holds the answer to its options. `wanted`: what the request says of its content; it
-        begins behind the reasoning that the prompt has opened. Raises UnsupportedAnswer."""
+        """What holds the answer to its options. `content_grammar`: what the request says of its
+        content; it begins behind the reasoning that the prompt has opened. Raises
+        UnsupportedAnswer."""
         if isinstance(self._format.calls, HarmonyCalls) and self._has_tokens(self._format.calls):
-            return self._of_messages(self._format.calls, options, tools, wanted)
+            return self._of_messages(self._format.calls, options, tools, content_grammar)
         reasoning = self._reasoning
-        lark = self._calls(options, tools, wanted, None if opens_reasoning else reasoning)
+        lark = self._calls(options, tools, content_grammar, None if opens_reasoning else reasoning)
         budget = options.thinking_budget
         if budget >= 0 and opens_reasoning and reasoning is not None:
-            return self._budgeted(budget, lark, wanted)
+            return self._budgeted(budget, lark, content_grammar)
         after = reasoning.end if opens_reasoning and reasoning is not None else ""
         if lark is not None:
             return _grammar(lark, after=after, param="tools")
-        return _behind(after, wanted)
+        return _behind(after, content_grammar)
 
     def _has_tokens(self, calls: HarmonyCalls) -> bool:
         """The model's vocabulary has the tokens between messages."""
         return all(text in self._special for text in (calls.start, calls.channel, calls.message))
 
     def _of_messages(
-        self, calls: HarmonyCalls, options: AnswerOptions, tools: Tools, wanted: Grammar | None
+        self,
+        calls: HarmonyCalls,
+        options: AnswerOptions,
+        tools: Tools,
+        content_grammar: Grammar | None,
     ) -> Grammar | None:
         budget = options.thinking_budget
         writer = HarmonyRules(calls, CallRules(self._terms, tools), self._terms, budget)
         param = "tools" if budget < 0 else "thinking_token_budget"
         names = _names(options, tools)
         parallel = options.parallel_tool_calls
-        content = _json_rule(wanted)
+        content = _json_rule(content_grammar)
         if options.tool_choice in FORCING and names:
             return _grammar(writer.forced(names, parallel), param=param)
         if content is not None:
             return _grammar(
                 writer.forced(names, parallel, content),
-                param=wanted.param if wanted is not None and not names else param,
+                param=content_grammar.param if content_grammar is not None and not names else param,
             )
-        if wanted is not None:
+        if content_grammar is not None:
             if budget >= 0:
                 raise _not_beside_a_budget()
-            return _behind(f"{calls.channel}final{calls.message}", wanted)
+            return _behind(f"{calls.channel}final{calls.message}", content_grammar)
         if _any_strict(tools, options):
             return _grammar(writer.free(names), param=param)
         return _grammar(writer.free(None), param=param) if budget >= 0 else None
 
-    def _budgeted(self, budget: int, lark: str | None, wanted: Grammar | None) -> Grammar:
+    def _budgeted(self, budget: int, lark: str | None, content_grammar: Grammar | None) -> Grammar:
         """Reasoning of at most `budget` tokens, its end, then the answer."""
         reasoning = self._reasoning
         assert reasoning is not None
         if lark is None:
-            body = _json_rule(wanted)
-            if wanted is not None and body is None:
+            body = _json_rule(content_grammar)
+            if content_grammar is not None and body is None:
                 raise _not_beside_a_budget()
             lark = f"answer: {body or ANY_TEXT}"
         end = self._terms(reasoning.end)
@@ -111,7 +117,7 @@ class ForcedAnswers:
         self,
         options: AnswerOptions,
         tools: Tools,
-        wanted: Grammar | None,
+        content_grammar: Grammar | None,
         own_reasoning: Reasoning | None,
     ) -> str | None:
         """The rule `answer` and what it needs; None where calls are free, or not possible.
@@ -122,8 +128,8 @@ class ForcedAnswers:
         parallel = options.parallel_tool_calls
         if options.tool_choice in FORCING:
             return self._rules(names, tools, parallel, None)
-        if wanted is not None:
-            content = _json_rule(wanted)
+        if content_grammar is not None:
+            content = _json_rule(content_grammar)
             return self._rules(names, tools, parallel, content) if content is not None else None
         if not _any_strict(tools, options):
             return None
@@ -178,11 +184,11 @@ def _not_beside_a_budget() -> UnsupportedAnswer:
     )
 
 
-def _behind(after: str, wanted: Grammar | None) -> Grammar | None:
+def _behind(after: str, content_grammar: Grammar | None) -> Grammar | None:
     """The form of the content, which begins behind the text `after`."""
-    if wanted is None or not after:
-        return wanted
-    return replace(wanted, after=after)
+    if content_grammar is None or not after:
+        return content_grammar
+    return replace(content_grammar, after=after)
 
 
 def _grammar(lark: str, *, param: str, after: str = "") -> Grammar:
@@ -197,12 +203,12 @@ def _grammar(lark: str, *, param: str, after: str = "") -> Grammar:
     return Grammar(GrammarKind.LARK, lark, after=after, param=param)
 
 
-def _json_rule(wanted: Grammar | None) -> str | None:
+def _json_rule(content_grammar: Grammar | None) -> str | None:
     """The term of a grammar for JSON; None for one of another kind."""
-    if wanted is None:
+    if content_grammar is None:
         return None
-    if wanted.kind is GrammarKind.JSON_OBJECT:
+    if content_grammar.kind is GrammarKind.JSON_OBJECT:
         return json_term({"type": "object"}, strict=True)
-    if wanted.kind is GrammarKind.JSON_SCHEMA:
-        return json_term(json.loads(wanted.source), strict=not wanted.lenient)
+    if content_grammar.kind is GrammarKind.JSON_SCHEMA:
+        return json_term(json.loads(content_grammar.source), strict=not content_grammar.lenient)
     return None

@@ -1,5 +1,6 @@
-"""Grammars for answers that are free but for their calls: once a call has begun, it is one of a known
-tool, with arguments by its schema. In llguidance's Lark dialect; knows no requests and no streams.
+"""Grammars for answers that are free but for their calls: once a call has begun, it is one of a
+known tool, with arguments by its schema. In llguidance's Lark dialect; knows no requests and no
+streams.
 
 A special token begins a call wherever it comes. A marker that is text does where it is complete: a
 lazy rule takes the text up to it. Reasoning that the answer itself opens is passed over, since a
@@ -60,7 +61,8 @@ class FreeAnswer:
         reasoning = self._reasoning
         if reasoning is None:
             return rest
-        begin, end = self._terms(reasoning.begin), self._terms(reasoning.end)
+        begin = self._terms(reasoning.begin)
+        end = self._terms(reasoning.end)
         if _TOKEN.fullmatch(begin) and _TOKEN.fullmatch(end):
             within = _tokens(set(self._special.values()) - {_id(begin), _id(end)})
             inner = f"(text {within})*" if within else ""
@@ -99,7 +101,8 @@ class FreeAnswer:
         return " | ".join(options)
 
     def _other_tokens(self) -> str:
-        """Free text with a special token behind it that begins nothing; empty where there is none."""
+        """Free text with a special token behind it that begins nothing; empty where there is
+        none."""
         taken = {_id(begin.token) for begin in self._begins if begin.token}
         if self._reasoning is not None:
             taken |= {self._special.get(text, -1) for text in _marks(self._reasoning)}

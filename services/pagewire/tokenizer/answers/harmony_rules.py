@@ -1,5 +1,6 @@
-"""Grammars for gpt-oss, whose answers are rows of messages, each with a header: what is forced, and how
-much reasoning may come before it. In llguidance's Lark dialect; knows no requests and no streams.
+"""Grammars for gpt-oss, whose answers are rows of messages, each with a header: what is forced, and
+how much reasoning may come before it. In llguidance's Lark dialect; knows no requests and no
+streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,7 +86,8 @@ class HarmonyRules:
         return f"call: {' | '.join(bodies)}"
 
     def _call_of(self, name: str) -> str:
-        calls, terms = self._calls, self._terms
+        calls = self._calls
+        terms = self._terms
         to = f" to=functions.{name}"
         headers = (
             f"{terms(f'{calls.channel}commentary{to} {calls.constrain}json')}",
@@ -95,7 +97,8 @@ class HarmonyRules:
         return f"({' | '.join(headers)}) {body}"
 
     def _any_call(self) -> str:
-        calls, terms = self._calls, self._terms
+        calls = self._calls
+        terms = self._terms
         to = r"/ to=[\w.:-]{1,128}/"
         kind = rf"({terms(f' {calls.constrain}')})? /[ a-z]{{0,16}}/"
         first = f"{terms(f'{calls.channel}commentary')} {to} {kind}"

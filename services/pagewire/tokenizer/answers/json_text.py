@@ -137,7 +137,8 @@ class JsonScanner:
             self.closers.pop()
             self._ended()
             return True
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         if character == '"':
             pieces += (held, '"')
             self._state = "string"

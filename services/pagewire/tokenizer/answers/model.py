@@ -1,11 +1,12 @@
 """How the answers of the model at hand are written, and the parsers of its streams.
 
-The format is the one that --tool-call-parser names; else the one whose markers are in the checkpoint's
-own description of answers (transformers' `response_template`); else the one whose markers the chat
-template writes, found by rendering it with tools and a call; else JSON.
+The format is the one that --tool-call-parser names; else the one whose markers are in the
+checkpoint's own description of answers (transformers' `response_template`); else the one whose
+markers the chat template writes, found by rendering it with tools and a call; else JSON.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -47,8 +48,8 @@ class ModelAnswers:
         reasoning_parser: str = "",
         response_template: str = "",
     ) -> None:
-        """`response_template`: JSON text; empty for none. Raises ValueError for a parser that is not
-        known."""
+        """`response_template`: JSON text; empty for none. Raises ValueError for a parser that is
+        not known."""
         self.template = template
         self.format = _format_of(template, tool_parser, response_template)
         source = response_template + template.source
@@ -97,8 +98,8 @@ class ModelAnswers:
         return self.reasoning is not None or self.is_harmony
 
     def opens_reasoning(self, chat: Chat, rendered: str) -> bool:
-        """Whether the answer that follows the prompt `rendered` begins within reasoning. The text that
-        begins the answer decides, never the rest of the prompt. Raises TemplateRefused."""
+        """Whether the answer that follows the prompt `rendered` begins within reasoning. The text
+        that begins the answer decides, never the rest of the prompt. Raises TemplateRefused."""
         if self.reasoning is None:
             return False
         begun = (
@@ -143,8 +144,7 @@ def _format_of(template: ChatTemplate, name: str, response_template: str) -> Ans
     if name and name != "auto":
         answer_format = named_format(name)
         if answer_format is None:
-            known = ", ".join(sorted({name for item in FORMATS for name in item.parser_names}))
-            raise ValueError(f"--tool-call-parser {name} is not known; there are auto, {known}")
+            raise _unknown_parser("--tool-call-parser", name, FORMATS)
         return answer_format
     described = _with_signs(response_template)
     if described is not None:
@@ -157,6 +157,11 @@ def _format_of(template: ChatTemplate, name: str, response_template: str) -> Ans
     if not (support.tools or support.calls) and "<|channel|>" not in text:
         return GENERIC
     return _with_signs(text) or GENERIC
+
+
+def _unknown_parser(flag: str, name: str, items: Iterable[AnswerFormat | Reasoning]) -> ValueError:
+    names = sorted({name for item in items for name in item.parser_names})
+    return ValueError(f"{flag} {name} is not known; there are auto, {', '.join(names)}")
 
 
 def _with_signs(text: str) -> AnswerFormat | None:
@@ -172,8 +177,7 @@ def _reasoning_of(source: str, answer_format: AnswerFormat, name: str) -> Reason
     if name and name != "auto":
         reasoning = named_reasoning(name)
         if reasoning is None:
-            known = ", ".join(sorted({name for item in REASONING for name in item.parser_names}))
-            raise ValueError(f"--reasoning-parser {name} is not known; there are auto, {known}")
+            raise _unknown_parser("--reasoning-parser", name, REASONING)
         return reasoning
     if answer_format.name == "kimi_k2" and "</think>" in source:
         return named_reasoning("kimi_k2")

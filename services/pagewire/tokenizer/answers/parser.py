@@ -1,10 +1,10 @@
 """From the text of an answer to its parts: reasoning, content, calls of tools. One parser for all
 formats; knows no tokens and no sockets.
 
-The parser of a stream is a coroutine that waits for text (waiting.py). For any way of cutting a text
-into pieces, the parts add up to the same answer; markers are in none of them; the arguments of a
-call that was closed are JSON. Text that does not keep to the format is content, never lost; a call
-that breaks off keeps what was said.
+The parser of a stream is a coroutine that waits for text (waiting.py). For any way of cutting a
+text into pieces, the parts add up to the same answer; markers are in none of them; the arguments of
+a call that was closed are JSON. Text that does not keep to the format is content, never lost; a
+call that breaks off keeps what was said.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,8 @@ class AnswerParser:
         return self._taken()
 
     def _taken(self) -> list[Part]:
-        parts, self._parts = self._parts, []
+        parts = self._parts
+        self._parts = []
         return parts
 
     # --- for the readers of call bodies ---
@@ -151,7 +152,8 @@ class AnswerParser:
             self.content(self.reader.take(len(self.reader.text)))
 
     def _read_answer(self) -> Wait[None]:
-        answer_format, reasoning = self._format, self._reasoning
+        answer_format = self._format
+        reasoning = self._reasoning
         body = self._body
         if reasoning and (yield from self._begins_with(reasoning.begin)):
             yield from self._think()
@@ -168,7 +170,8 @@ class AnswerParser:
     def _content_markers(self) -> tuple[str, ...]:
         """All that is no content, wherever it stands."""
         texts = list(self._body.begins) if self._body else []
-        answer_format, reasoning = self._format, self._reasoning
+        answer_format = self._format
+        reasoning = self._reasoning
         if answer_format:
             texts += answer_format.hidden
             if answer_format.section:
@@ -229,24 +232,18 @@ class AnswerParser:
 
     def _call(self, body: BodyParser, marker: str) -> Wait[None]:
         """The calls that `marker` begins."""
-        before = self.calls
-        self.reader.record()
-        try:
-            yield from body.read(marker)
-        except NotACall:
-            self._give_back()
-        except Ended:
-            if self.calls == before:
-                self._give_back()
-            raise
-        self.reader.recorded()
+        yield from self._calls_or_content(body.read(marker))
 
     def _bare_calls(self, body: BodyParser) -> Wait[None]:
         """Calls at the beginning of the answer, without a marker."""
-        self.reader.record()
+        yield from self._calls_or_content(body.read_bare())
+
+    def _calls_or_content(self, reading: Wait[bool | None]) -> Wait[None]:
+        """What `reading` reads is content where it says so (False), or meets no call."""
         before = self.calls
+        self.reader.record()
         try:
-            if not (yield from body.read_bare()):
+            if (yield from reading) is False:
                 self._give_back()
         except NotACall:
             self._give_back()

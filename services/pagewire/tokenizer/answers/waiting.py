@@ -65,7 +65,8 @@ class Reader:
 
     def recorded(self) -> str:
         """What was taken since `record`, which ends here."""
-        pieces, self._record = self._record or [], None
+        pieces = self._record or []
+        self._record = None
         return "".join(pieces)
 
     def take(self, count: int) -> str:

@@ -76,7 +76,8 @@ class CpuSteps:
             scheduler.num_seqs(), self._loaded.sizing.max_model_len, config.block_size
         )
         self._applier = StepApplier(self._slots)
-        vocab_size, eos = self._loaded.decoder.arch.vocab_size, self._loaded.eos_token_ids
+        vocab_size = self._loaded.decoder.arch.vocab_size
+        eos = self._loaded.eos_token_ids
         self._masks = make_masks(self._slots.count, model, vocab_size, tuple(eos))
         self._max_run = 0
         """Most tokens of a forced run."""
@@ -151,7 +152,8 @@ class Runner(CpuSteps):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        arch, eos = self._loaded.decoder.arch, self._loaded.eos_token_ids
+        arch = self._loaded.decoder.arch
+        eos = self._loaded.eos_token_ids
         self._constraints = Constraints(
             self._slots, self._masks, arch.vocab_size, eos, self._device, self._tensor
         )
@@ -210,9 +212,9 @@ class Runner(CpuSteps):
         sampled: sampler.Sampled | None,
         late: Ints,
     ) -> StepResult:
-        """The result of a step whose rows bring several tokens or none. Those of `late`, of the rows
-        that sample, have no token of their own: their masks are not there yet, and they compute
-        their last token again."""
+        """The result of a step whose rows bring several tokens or none. Those of `late`, of the
+        rows that sample, have no token of their own: their masks are not there yet, and they
+        compute their last token again."""
         slots = rows.slots[rows.sampling]
         ready = np.ones(len(slots), np.bool_)
         ready[late] = False
@@ -338,7 +340,8 @@ class Runner(CpuSteps):
 
     def _history(self, slot: int) -> tuple[Tensor, Tensor]:
         """The prompt's and the output's ids."""
-        prompt_len, num_tokens = self._slots.num_prompt_tokens[slot], self._slots.num_tokens[slot]
+        prompt_len = self._slots.num_prompt_tokens[slot]
+        num_tokens = self._slots.num_tokens[slot]
         tokens = self._slots.tokens[slot, :num_tokens].astype(np.int64)
         return self._tensor(tokens[:prompt_len]), self._tensor(tokens[prompt_len:])
 

@@ -81,9 +81,9 @@ class Gpu:
         """Who else uses how much of it; empty when it is nothing to speak of."""
         if not self.others and self.foreign < GIB // 4:
             return ""
-        known = sorted(self.others, key=lambda process: -process.used)
-        named = ", ".join(f"{p.name} (pid {p.pid}) {p.used / GIB:.1f} GiB" for p in known)
-        amount = max(self.foreign, sum(process.used for process in known))
+        largest_first = sorted(self.others, key=lambda process: -process.used)
+        named = ", ".join(f"{p.name} (pid {p.pid}) {p.used / GIB:.1f} GiB" for p in largest_first)
+        amount = max(self.foreign, sum(process.used for process in largest_first))
         return f"{amount / GIB:.1f} GiB are used by other processes" + (
             f": {named}" if named else " that are not visible here"
         )
@@ -125,12 +125,11 @@ def look(detailed: bool = True) -> GpuProbe:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    version, number, cuda = (
-        str(torch.__version__),
-        driver.driver_version(),
-        torch.version.cuda or "",
-    )
-    device, visible = driver.has_device(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    version = str(torch.__version__)
+    number = driver.driver_version()
+    cuda = torch.version.cuda or ""
+    device = driver.has_device()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = not device or (visible is not None and visible.strip() in driver.HIDDEN)
     if torch.version.hip:
         reason = driver.why_no_rocm(
@@ -146,15 +145,15 @@ def look(detailed: bool = True) -> GpuProbe:
             reason=driver.why_none(cuda, number, device, first, visible),
             hidden=hidden,
         )
-    found = tuple(survey(i) for i in range(count)) if detailed else ()
+    gpus = tuple(survey(i) for i in range(count)) if detailed else ()
     return GpuProbe(
         version,
         cuda,
         number,
         count,
         tuple(torch.cuda.get_arch_list()),
-        found,
-        connections=connections(found),
+        gpus,
+        connections=connections(gpus),
     )
 
 
@@ -165,7 +164,8 @@ def connections(gpus: Sequence[Gpu]) -> tuple[Connection, ...]:
     pairs = list(itertools.combinations(gpus, 2))
     if not pairs:
         return ()
-    numbers, kinds = driver.nvidia_smi(*SMI_NUMBERS), driver.nvidia_smi("topo", "-m")
+    numbers = driver.nvidia_smi(*SMI_NUMBERS)
+    kinds = driver.nvidia_smi("topo", "-m")
     return tuple(
         Connection(
             first.index,
@@ -183,10 +183,14 @@ def kind_of_connection(numbers: str, matrix: str, first: str, second: str) -> st
     matrix: what `nvidia-smi topo -m` prints, a table with a line and a column for each GPU."""
     pairs = [line.split(", ") for line in numbers.splitlines() if line.count(", ") == 1]
     names = {uuid.strip(): f"GPU{number.strip()}" for number, uuid in pairs}
-    rows = [re.sub(r"\x1b\[\d*m", "", line).split("\t") for line in matrix.splitlines()]
+    # The table is coloured where it is printed to a terminal.
+    plain = re.sub(r"\x1b\[\d*m", "", matrix)
+    rows = [line.split("\t") for line in plain.splitlines()]
     header = next((row for row in rows if "GPU0" in row[1:]), [])
     row = next((row for row in rows if row[0] == names.get(first)), [])
-    column = header.index(names[second]) if names.get(second) in header else len(row)
+    if names.get(second) not in header:
+        return ""
+    column = header.index(names[second])
     return row[column].strip() if column < len(row) else ""
 
 
@@ -213,18 +217,18 @@ def uuid_of(facts: Any) -> str:
     )
 
 
-def with_processes(gpu: Gpu, found: Sequence[Process]) -> Gpu:
+def with_processes(gpu: Gpu, running: Sequence[Process]) -> Gpu:
     """`gpu` with what NVML knows: our own share among it replaces the estimate."""
-    own = next((process.used for process in found if process.pid == os.getpid()), 0)
-    others = tuple(process for process in found if process.pid != os.getpid())
+    own = next((process.used for process in running if process.pid == os.getpid()), 0)
+    others = tuple(process for process in running if process.pid != os.getpid())
     return replace(gpu, own=own or gpu.own, others=others)
 
 
 def processes(uuid: str) -> list[Process]:
     """All processes with memory on the GPU, this one included; none where neither NVML's bindings
     nor nvidia-smi say."""
-    found = _from_nvml(uuid)
-    return _from_smi(uuid) if found is None else found
+    listed = _from_nvml(uuid)
+    return _from_smi(uuid) if listed is None else listed
 
 
 def _from_nvml(uuid: str) -> list[Process] | None:
@@ -251,13 +255,13 @@ def _from_smi(uuid: str) -> list[Process]:
 def parse_smi(text: str, uuid: str) -> list[Process]:
     """Lines like `GPU-1f2e, 4242, /usr/bin/python3, 36900` (MiB). A name may hold commas; an amount
     may be [N/A]."""
-    found: list[Process] = []
+    running: list[Process] = []
     for line in text.splitlines():
         match = re.fullmatch(r"\s*([^,]+), (\d+), (.*), ([^,]+)", line)
         if match and (not uuid or match[1] == uuid):
             used = int(match[4]) << 20 if match[4].strip().isdecimal() else 0
-            found.append(Process(int(match[2]), Path(match[3]).name or match[3], used))
-    return found
+            running.append(Process(int(match[2]), Path(match[3]).name or match[3], used))
+    return running
 
 
 def process_name(pid: int) -> str:
@@ -304,7 +308,8 @@ def idle_elsewhere(chosen: Gpu) -> str:
     count = torch.cuda.device_count()
     if count < 2:
         return ""
-    built, free = torch.cuda.get_arch_list(), parse_free(driver.nvidia_smi(*SMI_FREE))
+    built = torch.cuda.get_arch_list()
+    free = parse_free(driver.nvidia_smi(*SMI_FREE))
     others: list[Gpu] = []
     for index in set(range(count)) - {chosen.index}:
         facts = torch.cuda.get_device_properties(index)

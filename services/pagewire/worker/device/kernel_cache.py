@@ -28,25 +28,25 @@ def prepare(run_dir: Path) -> Path:
     """Make the directory and point Triton at it. Where it cannot be written, one below `run_dir`
     serves, for as long as that exists."""
     try:
-        place = usual()
-        try_writing(place)
+        directory = usual()
+        try_writing(directory)
     except (OSError, RuntimeError) as error:
-        place = run_dir / "triton"
+        directory = run_dir / "triton"
         log.warning(
             "compiled kernels cannot be kept (%s): they go to %s; set %s to a directory that stays",
             error,
-            place,
+            directory,
             VARIABLE,
         )
-        try_writing(place)
-    os.environ[VARIABLE] = str(place)
-    return place
+        try_writing(directory)
+    os.environ[VARIABLE] = str(directory)
+    return directory
 
 
-def try_writing(place: Path) -> None:
+def try_writing(directory: Path) -> None:
     """Makes the directory. Raises OSError where nothing can be kept in it."""
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=place):
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
         pass
 
 
@@ -54,24 +54,24 @@ def keep_native() -> None:
     """The CPU's go to the user's cache, or where that cannot be written to a directory of this
     user's for as long as the machine runs."""
     try:
-        place = cache_dir() / "native" / cpu_native.digest()
-        try_writing(place)
+        directory = cache_dir() / "native" / cpu_native.digest()
+        try_writing(directory)
     except (OSError, RuntimeError):
-        place = Path(f"/tmp/pagewire-{os.getuid()}") / "native" / cpu_native.digest()
-        try_writing(place)
-    cpu_native.keep_in(place)
+        directory = Path(f"/tmp/pagewire-{os.getuid()}") / "native" / cpu_native.digest()
+        try_writing(directory)
+    cpu_native.keep_in(directory)
 
 
-def compiled(place: Path) -> int:
+def compiled(directory: Path) -> int:
     """How many kernels are there: each has its binary in a directory of its own."""
-    return sum(1 for _ in place.glob("*/*.cubin"))
+    return sum(1 for _ in directory.glob("*/*.cubin"))
 
 
 @contextlib.contextmanager
 def kept(run_dir: Path) -> Iterator[None]:
     """What is compiled inside is found again by the next start; says how much that was."""
-    place = prepare(run_dir)
-    before = compiled(place)
+    directory = prepare(run_dir)
+    before = compiled(directory)
     yield
-    now = compiled(place)
-    log.info("%d kernels compiled, %d found in %s", now - before, before, place)
+    now = compiled(directory)
+    log.info("%d kernels compiled, %d found in %s", now - before, before, directory)

@@ -26,7 +26,8 @@ def kernel_of(error: BaseException) -> str:
     was launching."""
     if notes := getattr(error, "__notes__", ()):
         return str(notes[0])
-    trace, name = error.__traceback__, ""
+    trace = error.__traceback__
+    name = ""
     while trace is not None:
         launched = trace.tb_frame.f_locals.get("self")
         if not name and type(launched).__name__ == "JITFunction":
@@ -37,7 +38,8 @@ def kernel_of(error: BaseException) -> str:
 
 def explain(error: BaseException, gpu: Gpu | None, doing: str) -> str:
     """`error` is one of Triton's."""
-    kernel, card = kernel_of(error), gpu.title() if gpu else "the GPU"
+    kernel = kernel_of(error)
+    card = gpu.title() if gpu else "the GPU"
     if type(error).__name__ == "OutOfResources":
         return _too_large(error, kernel, card)
     message = " ".join(str(error).split())[:MAX_MESSAGE]

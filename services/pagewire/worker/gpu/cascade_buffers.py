@@ -28,10 +28,8 @@ class GroupBuffers:
 
     def first(self, rows: int) -> Groups:
         """The groups as the kernel takes them, for a step of `rows` rows."""
-        starts, lengths = (
-            self._groups[0, : MAX_PREFIX_GROUPS + 1],
-            self._groups[1, :MAX_PREFIX_GROUPS],
-        )
+        starts = self._groups[0, : MAX_PREFIX_GROUPS + 1]
+        lengths = self._groups[1, :MAX_PREFIX_GROUPS]
         return Groups(self._rows[0, :rows], starts, lengths, self._rows[1, :rows])
 
     def clear(self) -> None:
@@ -59,7 +57,8 @@ class GroupBuffers:
         )
         groups = np.zeros(self._groups.shape, np.int32)
         groups[0] = starts[count]
-        groups[0, :count], groups[1, :count] = starts[:count], lengths[:count]
+        groups[0, :count] = starts[:count]
+        groups[1, :count] = lengths[:count]
         uploads.up(members, out=self._rows)
         uploads.up(groups, out=self._groups)
 

@@ -111,8 +111,8 @@ class DecodeGraphs:
         return next(size for size in self.sizes if size >= rows)
 
     def group(self, shared: Shared | None, rows: int, uploads: Uploads) -> int:
-        """Load the prefix groups of the next steps, of `rows` rows. Returns the bucket to `run` them
-        in with cascade; 0 when that is not worthwhile."""
+        """Load the prefix groups of the next steps, of `rows` rows. Returns the bucket to `run`
+        them in with cascade; 0 when that is not worthwhile."""
         if shared is None or rows < LEAST_CASCADE:
             return 0
         size = next((size for size in self.cascade_sizes if size >= rows), 0)
@@ -156,8 +156,8 @@ class DecodeGraphs:
         return decoded
 
     def _capture(self, size: int, filtered: bool, cascade: bool) -> None:
-        """`slots` is all padding during that: neither the warm-up nor the capture may move a request
-        on."""
+        """`slots` is all padding during that: neither the warm-up nor the capture may move a
+        request on."""
         if self._eager:
             return
         saved = self.slots.clone()
@@ -171,7 +171,9 @@ class DecodeGraphs:
         self.slots.copy_(saved)
 
     def _decode(self, size: int, filtered: bool, cascade: bool) -> Decoded:
-        loaded, rows, slots = self._loaded, self._rows.first(size), self.slots[:size]
+        loaded = self._loaded
+        rows = self._rows.first(size)
+        slots = self.slots[:size]
         decode_inputs(slots, self._state, loaded.sizing.block_size, rows)
         starts = self._starts[: size + 1]
         batch = Batch(

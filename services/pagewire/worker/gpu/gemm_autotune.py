@@ -69,21 +69,21 @@ def choose(
     began = time.monotonic()
     timed = choices.read(path, _digits)
     num_kept = len(timed)
-    most = max((count for count, _ in gemms.values()), default=0)
-    for done, (shape, (count, weights)) in enumerate(gemms.items()):
-        n, k, dtype = shape
-        if n < LEAST_COLUMNS or dtype not in gemm_cublaslt.TYPES:
+    most_rows = max(num_rows for num_rows, _ in gemms.values())
+    for index, (shape, (num_rows, weights)) in enumerate(gemms.items()):
+        if not _is_worth_timing(shape):
             continue
         # A GEMM of fewer rows than the step has tokens, such as the head's, is of sampled rows
-        # only. Where our own kernel serves so few rows, there is nothing to choose.
-        sizes = [
-            size for size in (tokens if count == most else rows) if pick_config(size, n, k) is None
-        ]
+        # only.
+        sizes = _sizes_to_choose_for(shape, tokens if num_rows == most_rows else rows)
+        chosen: dict[int, bytes] = {}
         for i, size in enumerate(sizes):
-            if _key(size, shape) not in timed:
-                timed[_key(size, shape)] = _fastest_that_fits(size, shape, weights).hex()
-            progress((done + i / len(sizes)) / len(gemms))
-        algorithms.choose(shape, {size: bytes.fromhex(timed[_key(size, shape)]) for size in sizes})
+            key = _key(size, shape)
+            if key not in timed:
+                timed[key] = _fastest_that_fits(size, shape, weights).hex()
+            chosen[size] = bytes.fromhex(timed[key])
+            progress((index + i / len(sizes)) / len(gemms))
+        algorithms.choose(shape, chosen)
     if len(timed) > num_kept:
         choices.write(path, timed)
     log.info(
@@ -93,6 +93,17 @@ def choose(
         num_kept,
         path,
     )
+
+
+def _is_worth_timing(shape: Shape) -> bool:
+    n, _, dtype = shape
+    return n >= LEAST_COLUMNS and dtype in gemm_cublaslt.TYPES
+
+
+def _sizes_to_choose_for(shape: Shape, sizes: Sequence[int]) -> list[int]:
+    """Where our own kernel serves so few rows, there is nothing to choose."""
+    n, k, _ = shape
+    return [size for size in sizes if pick_config(size, n, k) is None]
 
 
 def _key(rows: int, shape: Shape) -> str:
@@ -131,9 +142,9 @@ def fastest(rows: int, shape: Shape, weights: Sequence[Tensor]) -> bytes:
     sample = slice(None, None, max(1, rows // 64))
     runs[b""](weights[0])
     exact = out[sample].float()
-    product = Gemm(rows, shape)
-    for algorithm in product.candidates():
-        multiply = product.bound(algorithm, x.device)
+    gemm = Gemm(rows, shape)
+    for algorithm in gemm.candidates():
+        multiply = gemm.bound(algorithm, x.device)
         with contextlib.suppress(RuntimeError):  # what the library names it cannot always do
             multiply(x, weights[0], out.fill_(float("nan")))
             if float((out[sample].float() - exact).norm()) <= TOLERANCE * float(exact.norm()):

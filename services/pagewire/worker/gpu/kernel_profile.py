@@ -6,6 +6,7 @@ Recording costs the GPU about a microsecond between kernels, so shares are what 
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -49,31 +50,39 @@ Kernel = tuple[str, int, int]
 
 def kind_of(name: str) -> str:
     """A kernel's kind (KINDS), by its name."""
-    kind = next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
-    return kind or ("GEMMs" if any(part in name for part in CUBLAS) else "other")
+    for beginning, title in KINDS.items():
+        if name.startswith(beginning):
+            return title
+    return "GEMMs" if any(piece in name for piece in CUBLAS) else "other"
 
 
 def summary(kernels: Iterable[Kernel], steps: int) -> Iterator[str]:
     """The lines to be logged: all of it, by kind, and the kernels that took longest."""
     ordered = sorted(kernels, key=lambda kernel: kernel[1])
-    busy, end = 0, 0
-    by_kind = dict[str, int]()
-    by_name = dict[str, tuple[int, int]]()
+    busy = 0
+    last_end = 0
+    by_kind = Counter[str]()
+    by_name = Counter[str]()
+    launches = Counter[str]()
     for name, began, ended in ordered:
         # Kernels may overlap: time counts once.
-        busy += max(0, ended - max(began, end))
-        end = max(end, ended)
-        took, count = by_name.get(name, (0, 0))
-        by_name[name] = (took + ended - began, count + 1)
-        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0) + ended - began
-    span = end - ordered[0][1]
-    parts = ", ".join(
-        f"{kind} {took / 1e6:,.0f}"
-        for kind, took in sorted(by_kind.items(), key=lambda item: -item[1])
+        busy += max(0, ended - max(began, last_end))
+        last_end = max(last_end, ended)
+        by_kind[kind_of(name)] += ended - began
+        by_name[name] += ended - began
+        launches[name] += 1
+    span = last_end - ordered[0][1]
+    times = ", ".join(f"{kind} {took / 1e6:,.0f}" for kind, took in by_kind.most_common())
+    yield (
+        f"{steps} steps, {len(ordered):,} kernels in {span / 1e6:,.0f} ms, "
+        f"busy for {busy / span:.1%}; ms: {times}"
     )
-    yield f"{steps} steps, {len(ordered):,} kernels in {span / 1e6:,.0f} ms, busy for {busy / span:.1%}; ms: {parts}"
-    for name, (took, count) in sorted(by_name.items(), key=lambda item: -item[1][0])[:SHOWN]:
-        yield f"{took / 1e6:10,.1f} ms {took / busy:6.1%} {count:8,} x {took / count / 1e3:8.1f} us  {name[:80]}"
+    for name, took in by_name.most_common(SHOWN):
+        count = launches[name]
+        yield (
+            f"{took / 1e6:10,.1f} ms {took / busy:6.1%} {count:8,} x "
+            f"{took / count / 1e3:8.1f} us  {name[:80]}"
+        )
 
 
 class KernelProfile:
@@ -94,14 +103,17 @@ class KernelProfile:
         if not self._steps:
             _start()
             self._began = now
-        self._steps, self._last = self._steps + 1, now
+        self._steps += 1
+        self._last = now
 
     def end(self, tokens: int) -> None:
         """After its last; the step computes so many tokens."""
         self._ended.record()
 
     def _log_record(self) -> None:
-        kernels, steps, self._steps = _stop(), self._steps, 0
+        kernels = _stop()
+        steps = self._steps
+        self._steps = 0
         for line in summary(kernels, steps) if kernels else ():
             log.info("%s", line)
 

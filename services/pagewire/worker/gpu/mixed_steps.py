@@ -69,9 +69,9 @@ NO_CACHE_SLOT: Final = -1
 class Inputs:
     """What a step of T tokens and B rows reads, on the device.
 
-    tokens int64 [4, T]: ids (LAST_TOKEN: the slot's last token), positions, slot mapping
-    and slots. rows int32 [3, B + COLUMN_PADDING]: slots, sequence lengths, and first tokens with the
-    end behind them. picked int64 [3, B]: the tokens whose logits are sampled, their slots and
+    tokens int64 [4, T]: ids (LAST_TOKEN: the slot's last token), positions, slot mapping and slots.
+    rows int32 [3, B + COLUMN_PADDING]: slots, sequence lengths, and first tokens with the end
+    behind them. picked int64 [3, B]: the tokens whose logits are sampled, their slots and
     positions.
     """
 
@@ -222,7 +222,8 @@ class MixedSteps:
 
     def _token_columns(self, shape: tuple[int, ...], step: StepRows, host_known_len: Ints) -> Ints:
         """Inputs.tokens: the rows' new tokens end to end, then padding."""
-        host, block_size = self._slots, self._slots.block_size
+        host = self._slots
+        block_size = self._slots.block_size
         row_of, positions = spread(step.first, step.counts)
         slots = step.slots[row_of]
         # The newest token of a decoding row was sampled by a step whose result the host has not
@@ -267,7 +268,8 @@ class MixedSteps:
     def forward(self, inputs: Inputs, hook: LogitsHook | None = None) -> Decoded:
         """The kernels of one step, launched one by one. Rows of the result that were not picked for
         sampling mean nothing."""
-        loaded, state = self._loaded, self._state
+        loaded = self._loaded
+        state = self._state
         rows = inputs.picked.shape[1]
         row_slots = inputs.rows[ROW_SLOTS, :rows].long()
         batch = self._batch(inputs, row_slots)

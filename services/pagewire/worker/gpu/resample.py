@@ -215,9 +215,11 @@ class ExtraSampling:
         self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor
     ) -> None:
         """The rows `rows` of the step, some of them perhaps twice."""
-        columns, up = self._slots, self._up
+        columns = self._slots
+        up = self._up
         row_slots = slots[rows]
-        row_index, slot_index = up(rows), up(row_slots)
+        row_index = up(rows)
+        slot_index = up(row_slots)
         x = logits[row_index].float()
         self._constraints.apply(x, row_slots)
         if self._output_counts is not None and self._in_prompt is not None:

@@ -37,7 +37,8 @@ def timed(run: Callable[[], object]) -> float:
     times: list[float] = []
     launches = 1
     for _ in range(REPEATS + 1):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
         began.record()
         for _ in range(launches):
             run()
@@ -56,15 +57,16 @@ def measure(steps: MixedSteps, loaded: Loaded, step_tokens: int) -> StepCost:
     token = max(0.0, (large - small) / (most - SMALL))
     layers = len(loaded.caches)
     depth = _depth(loaded)
-    chunk, read = min(CHUNK, depth), min(READ, depth)
+    chunk = min(CHUNK, depth)
+    read = min(READ, depth)
     pairs = chunk * (depth - chunk) + chunk * (chunk + 1) / 2
     rows = steps.padded(READERS)
     chunked, reading = (timed(run) * layers for run in attentions(steps, loaded))
     return StepCost(
         fixed_ms=max(0.0, small - SMALL * token),
         token_ms=token,
-        megapair_ms=chunked / pairs * 1e6,
-        megaread_ms=reading / (rows * read) * 1e6,
+        ms_per_m_prefill_pairs=chunked / pairs * 1e6,
+        ms_per_m_kv_tokens=reading / (rows * read) * 1e6,
     )
 
 
@@ -87,8 +89,11 @@ def _depth(loaded: Loaded) -> int:
 def _attention(loaded: Loaded, counts: list[int], lengths: list[int]) -> Callable[[], Tensor]:
     """The first layer's attention of rows with `counts` new tokens, spread over the blocks there
     are."""
-    arch, sizing, cache = loaded.decoder.arch, loaded.sizing, loaded.caches[0]
-    rows, width = len(counts), -(-max(lengths) // sizing.block_size)
+    arch = loaded.decoder.arch
+    sizing = loaded.sizing
+    cache = loaded.caches[0]
+    rows = len(counts)
+    width = -(-max(lengths) // sizing.block_size)
     ids = torch.zeros(sum(counts), dtype=torch.int64, device="cuda")
     starts = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
     tables = (torch.arange(rows * width, device="cuda") % sizing.num_blocks).int().view(rows, width)

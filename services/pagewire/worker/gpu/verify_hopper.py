@@ -48,6 +48,18 @@ def check_prefill(choices: KernelChoices, cache: Tensor, heads: int, rows: Seque
     )
 
 
+def _batch(rows: int, room: int) -> tuple[list[int], list[int]]:
+    """(new tokens, all tokens) of each of `rows` rows, none longer than `room`; zeros are padding,
+    as the last three rows of several are."""
+    counts = [0] * rows
+    lengths = [0] * rows
+    apart = -(-rows // LIVE)
+    for i, row in enumerate(range(0, max(1, rows - 3), apart)):
+        counts[row] = min(COUNTS[i % len(COUNTS)], room)
+        lengths[row] = min(counts[row] + BEFORE[i % len(BEFORE)], room)
+    return counts, lengths
+
+
 def comparisons(
     choices: KernelChoices, cache: Tensor, heads: int, rows: Sequence[int]
 ) -> list[Callable[[], float]]:
@@ -69,13 +81,7 @@ def disagreement(keys: Tensor, values: Tensor, heads: int, rows: int) -> float:
     used = min(blocks, 256)
     keys[:used].normal_()
     values[:used].normal_()
-    apart, room = -(-rows // LIVE), used * page
-    live = [i // apart if i % apart == 0 and i < max(1, rows - 3) else -1 for i in range(rows)]
-    counts = [min(COUNTS[i % len(COUNTS)], room) if i >= 0 else 0 for i in live]
-    lengths = [
-        min(count + BEFORE[i % len(BEFORE)], room) if i >= 0 else 0
-        for i, count in zip(live, counts, strict=True)
-    ]
+    counts, lengths = _batch(rows, used * page)
     device = keys.device
     starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
     tables = torch.randint(used, (rows, -(-max(lengths) // page)), dtype=torch.int32, device=device)

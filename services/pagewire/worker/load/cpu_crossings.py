@@ -31,34 +31,35 @@ minutes to time it."""
 def choose(packed: Iterable[Any], dtype: torch.dtype) -> None:
     """Set the crossing of each quantized product among a decoder's packed matrices, for inputs of
     `dtype`; those of one shape share it."""
-    place, began = _file(), time.monotonic()
-    known = choices.read(place, int)
-    before = len(known)
-    for product in (matrix for matrix in packed if isinstance(matrix, QuantizedLinear)):
-        kind = torch.float32 if product.wide else dtype
-        key = f"{product.key} {str(kind).removeprefix('torch.')}"
-        if key not in known:
-            known[key] = crossing(product, kind)
-        product.crossing = known[key]
-    if len(known) > before:
-        choices.write(place, known)
+    path = _file()
+    began = time.monotonic()
+    crossings = choices.read(path, int)
+    before = len(crossings)
+    for linear in (matrix for matrix in packed if isinstance(matrix, QuantizedLinear)):
+        input_dtype = torch.float32 if linear.wide else dtype
+        key = f"{linear.key} {str(input_dtype).removeprefix('torch.')}"
+        if key not in crossings:
+            crossings[key] = crossing(linear, input_dtype)
+        linear.crossing = crossings[key]
+    if len(crossings) > before:
+        choices.write(path, crossings)
         log.info(
             "%d products timed in %.1f s, kept in %s",
-            len(known) - before,
+            len(crossings) - before,
             time.monotonic() - began,
-            place,
+            path,
         )
 
 
-def crossing(product: QuantizedLinear, dtype: torch.dtype) -> int:
+def crossing(linear: QuantizedLinear, dtype: torch.dtype) -> int:
     """The most rows for which the machine code is faster."""
     best = SIZES[0] // 2
     for rows in SIZES:
-        x = torch.randn(rows, product.columns).to(dtype)
-        native = _seconds(product.native, x)
+        x = torch.randn(rows, linear.columns).to(dtype)
+        native = _seconds(linear.native, x)
         if native > SLOW_S and rows == SIZES[0]:
-            return product.crossing
-        if native >= _seconds(product.dense, x):
+            return linear.crossing
+        if native >= _seconds(linear.dense, x):
             return (best + rows) // 2
         best = rows
     return best

@@ -13,8 +13,8 @@ from .sources import locate
 
 def check(path: Path, model: ModelConfig, ranks: int = 1, stages: int = 1) -> None:
     """Raises Unsupported when the model at `path`, a directory or a GGUF file, cannot be served as
-    its configuration is, cannot be divided among so many pipeline `stages` of `ranks` each, or lacks
-    files."""
+    its configuration is, cannot be divided among so many pipeline `stages` of `ranks` each, or
+    lacks files."""
     model_types.check(path, model.trust_remote_code)
     location = locate(path, model.load_format)
     if location.path.is_dir():

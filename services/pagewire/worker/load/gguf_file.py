@@ -48,7 +48,7 @@ LAYER_NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-KINDS: Final = {
+TYPE_SIZES: Final = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
 }  # fmt: skip
@@ -66,7 +66,7 @@ class Entry:
     """A tensor in a file: shape as in torch, ggml type number, offset within the data of `part`."""
 
     shape: tuple[int, ...]
-    kind: int
+    ggml_type: int
     offset: int
     part: "_Part"
 
@@ -87,10 +87,11 @@ class _Part:
         self.metadata: dict[str, Any] = {}
         self._vocabulary_at = 0
         for _ in range(pairs):
-            name, kind = self._string(), self._scalar(4)
+            name = self._string()
+            value_type = self._scalar(4)
             if name == "tokenizer.ggml.tokens":
                 self._vocabulary_at = self._at
-            self.metadata[name] = self._value(kind)
+            self.metadata[name] = self._value(value_type)
         self.entries = dict(self._entry() for _ in range(tensors))
         alignment = int(self.metadata.get("general.alignment", 32))
         self.data = -(-self._at // alignment) * alignment
@@ -99,21 +100,23 @@ class _Part:
         """Those of `texts` that the vocabulary has, with their ids."""
         if not self._vocabulary_at:
             return {}
-        wanted = {text.encode(): text for text in texts}
-        lengths = {len(text) for text in wanted}
-        unpack, view = struct.Struct("<Q").unpack_from, self._view
+        encoded = {text.encode(): text for text in texts}
+        lengths = {len(text) for text in encoded}
+        unpack = struct.Struct("<Q").unpack_from
+        view = self._view
         (count,) = unpack(view, self._vocabulary_at + 4)
-        at, ids = self._vocabulary_at + 12, dict[str, int]()
+        offset = self._vocabulary_at + 12
+        ids = dict[str, int]()
         for token in range(count):
-            (length,) = unpack(view, at)
-            at += 8 + length
-            if length in lengths and (text := wanted.get(bytes(view[at - length : at]))):
+            (length,) = unpack(view, offset)
+            offset += 8 + length
+            if length in lengths and (text := encoded.get(bytes(view[offset - length : offset]))):
                 ids[text] = token
         return ids
 
-    def _scalar(self, kind: int) -> Any:
-        (value,) = struct.unpack_from(SCALARS[kind], self._view, self._at)
-        self._at += struct.calcsize(SCALARS[kind])
+    def _scalar(self, value_type: int) -> Any:
+        (value,) = struct.unpack_from(SCALARS[value_type], self._view, self._at)
+        self._at += struct.calcsize(SCALARS[value_type])
         return value
 
     def _string(self) -> str:
@@ -121,36 +124,40 @@ class _Part:
         self._at += length
         return str(self._view[self._at - length : self._at], "utf-8", "replace")
 
-    def _value(self, kind: int) -> Any:
-        if kind == STRING:
+    def _value(self, value_type: int) -> Any:
+        if value_type == STRING:
             return self._string()
-        if kind != ARRAY:
-            return self._scalar(kind)
-        item, count = self._scalar(4), self._scalar(10)
+        if value_type != ARRAY:
+            return self._scalar(value_type)
+        item = self._scalar(4)
+        count = self._scalar(10)
         if item != STRING:
             return (
                 [self._value(item) for _ in range(count)]
                 if count <= 64
                 else self._skip(count * struct.calcsize(SCALARS[item]))
             )
-        unpack, view, at = struct.Struct("<Q").unpack_from, self._view, self._at
+        unpack = struct.Struct("<Q").unpack_from
+        view = self._view
+        offset = self._at
         for _ in range(count):
-            at += 8 + unpack(view, at)[0]
-        self._at = at
+            offset += 8 + unpack(view, offset)[0]
+        self._at = offset
         return None
 
     def _skip(self, length: int) -> None:
         self._at += length
 
     def _entry(self) -> tuple[str, Entry]:
-        name, dimensions = self._string(), self._scalar(4)
+        name = self._string()
+        dimensions = self._scalar(4)
         shape = tuple(self._scalar(10) for _ in range(dimensions))[::-1]
         return name, Entry(shape, self._scalar(4), self._scalar(10), self)
 
 
 class Gguf:
-    """An open GGUF model, of which `path` is the file or one part. Raises Unsupported when a part is
-    missing or damaged."""
+    """An open GGUF model, of which `path` is the file or one part. Raises Unsupported when a part
+    is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         self._parts = [_Part(part) for part in gguf_files.parts(path)]
@@ -169,8 +176,10 @@ class Gguf:
         cannot be dequantized."""
         entry = self.entries[name]
         with self._read_errors(name):
-            kind, _, raw = self._raw(name)
-            return np.require(_full(kind, entry.kind, raw), np.float32, "W").reshape(entry.shape)
+            type_name, _, raw = self._raw(name)
+            return np.require(_full(type_name, entry.ggml_type, raw), np.float32, "W").reshape(
+                entry.shape
+            )
 
     @contextlib.contextmanager
     def _read_errors(self, name: str) -> Iterator[None]:
@@ -178,13 +187,13 @@ class Gguf:
             yield
         except (NotImplementedError, ValueError, KeyError) as error:
             raise Unsupported(
-                f"tensor {name} of {self.entries[name].part.path} (ggml type {self.entries[name].kind}) cannot be read: {error}"
+                f"tensor {name} of {self.entries[name].part.path} (ggml type {self.entries[name].ggml_type}) cannot be read: {error}"
             ) from None
 
     def _raw(self, name: str) -> tuple[str, int, np.ndarray]:
         """(the type's name, bytes of a block, [..., bytes of a row] uint8)."""
         entry = self.entries[name]
-        kind, block, size = _kind(entry.kind)
+        type_name, block, size = _type_of(entry.ggml_type)
         row = entry.shape[-1] // block * size
         first = entry.part.data + entry.offset
         last = first + row * int(np.prod(entry.shape[:-1]))
@@ -193,15 +202,15 @@ class Gguf:
             raise ValueError(
                 f"it ends at byte {last:,} of a file of {len(source):,}: the download is incomplete; fetch it again"
             )
-        return kind, size, source[first:last].reshape(*entry.shape[:-1], row)
+        return type_name, size, source[first:last].reshape(*entry.shape[:-1], row)
 
-    def kinds(self) -> dict[str, int]:
+    def type_counts(self) -> dict[str, int]:
         """How many weights have which of ggml's types."""
         counts: dict[str, int] = {}
-        for number in (entry.kind for entry in self.entries.values() if len(entry.shape) == 2):
+        for number in (entry.ggml_type for entry in self.entries.values() if len(entry.shape) == 2):
             with contextlib.suppress(ValueError):
-                kind, _, _ = _kind(number)
-                counts[kind] = counts.get(kind, 0) + 1
+                type_name, _, _ = _type_of(number)
+                counts[type_name] = counts.get(type_name, 0) + 1
         return counts
 
     def count_bytes(self, kept: Mapping[str, float], itemsize: int) -> int:
@@ -210,7 +219,7 @@ class Gguf:
         total = 0.0
         for entry in self.entries.values():
             with contextlib.suppress(ValueError):
-                name, _, _ = _kind(entry.kind)
+                name, _, _ = _type_of(entry.ggml_type)
                 total += float(np.prod(entry.shape)) * (
                     kept.get(name, itemsize) if len(entry.shape) == 2 else itemsize
                 )
@@ -218,15 +227,15 @@ class Gguf:
 
     def config(self) -> Config:
         """The metadata under the names of a config.json."""
-        kind = self.metadata.get("general.architecture")
-        model_types.check_gguf(kind)
+        architecture = self.metadata.get("general.architecture")
+        model_types.check_gguf(architecture)
 
         def field(name: str, default: Any = None) -> Any:
-            return self.metadata.get(f"{kind}.{name}", default)
+            return self.metadata.get(f"{architecture}.{name}", default)
 
         heads = field("attention.head_count")
         config = {
-            "model_type": kind,
+            "model_type": architecture,
             "vocab_size": self.entries["token_embd.weight"].shape[0],
             "hidden_size": field("embedding_length"),
             "intermediate_size": field("feed_forward_length"),
@@ -252,10 +261,8 @@ class Gguf:
             "factor": factor,
         }
         rope["original_max_position_embeddings"] = field("rope.scaling.original_context_length")
-        rope["beta_fast"], rope["beta_slow"] = (
-            field("rope.scaling.yarn_beta_fast"),
-            field("rope.scaling.yarn_beta_slow"),
-        )
+        rope["beta_fast"] = field("rope.scaling.yarn_beta_fast")
+        rope["beta_slow"] = field("rope.scaling.yarn_beta_slow")
         if "rope_freqs.weight" in self.entries:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
         return rope
@@ -282,9 +289,9 @@ class Gguf:
         value = self._quantized(name) if quantized else None
         if value is None:
             value = torch.from_numpy(self.tensor(name))
-        kind = name.split(".")[-2]
-        if config["model_type"] == "llama" and kind in ("attn_q", "attn_k"):
-            heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
+        matrix = name.split(".")[-2]
+        if config["model_type"] == "llama" and matrix in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if matrix == "attn_q" else "num_key_value_heads"]
             rows = torch.from_numpy(unpermute(np.arange(value.shape[0]), heads))
             return value.take(rows) if isinstance(value, Quantized) else value[rows]
         return value
@@ -294,25 +301,27 @@ class Gguf:
         if len(self.entries[name].shape) != 2:
             return None
         with self._read_errors(name):
-            kind, size, raw = self._raw(name)
+            type_name, size, raw = self._raw(name)
             return (
-                gguf_quantized.take_apart(kind, raw, size) if kind in gguf_quantized.TYPES else None
+                gguf_quantized.take_apart(type_name, raw, size)
+                if type_name in gguf_quantized.TYPES
+                else None
             )
 
 
-def _kind(number: int) -> tuple[str, int, int]:
+def _type_of(number: int) -> tuple[str, int, int]:
     """(name, values of a block, its bytes) of ggml's type `number`. Raises ValueError."""
-    if number not in KINDS:
+    if number not in TYPE_SIZES:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        kind = GGMLQuantizationType(number)
-        return kind.name, *GGML_QUANT_SIZES[kind]
-    return KINDS[number]
+        ggml_type = GGMLQuantizationType(number)
+        return ggml_type.name, *GGML_QUANT_SIZES[ggml_type]
+    return TYPE_SIZES[number]
 
 
-def _full(kind: str, number: int, raw: np.ndarray) -> np.ndarray:
+def _full(type_name: str, number: int, raw: np.ndarray) -> np.ndarray:
     """Dequantized."""
-    if kind == "F32":
+    if type_name == "F32":
         return raw.view(np.float32)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize

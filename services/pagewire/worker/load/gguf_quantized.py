@@ -57,7 +57,8 @@ def _q5_k(data: Fields) -> np.ndarray:
 
 
 def _q6_k(data: Fields) -> np.ndarray:
-    low, rest = data[:128].reshape(2, 64, *data.shape[1:]), data.shape[1:]
+    low = data[:128].reshape(2, 64, *data.shape[1:])
+    rest = data.shape[1:]
     codes = np.concatenate((low & 15, low >> 4), 1).reshape(256, *rest)
     high = _bits(data[128:192].reshape(2, 32, *rest), 2, 3).swapaxes(0, 1)
     codes |= high.reshape(256, *rest) << 4
@@ -80,7 +81,9 @@ def _scale_from_8(data: Bytes) -> Scales:
 def _k_scales(data: Bytes) -> Scales:
     """Of a type with superblocks: two float16, times 6-bit numbers packed in 12 bytes."""
     packed = data[:, 4:16]
-    low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    low = packed[:, :4]
+    middle = packed[:, 4:8]
+    high = packed[:, 8:]
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
     minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], -1)
     return _half(data, 0) * scales, -(_half(data, 2) * minima)
@@ -128,10 +131,8 @@ class Blocks:
 
     def __init__(self, layout: Layout, data: np.ndarray) -> None:
         self._layout, self._data = layout, data
-        self.dtype, self.shape = (
-            layout.dtype,
-            torch.Size((len(data), data.shape[1] * layout.values)),
-        )
+        self.dtype = layout.dtype
+        self.shape = torch.Size((len(data), data.shape[1] * layout.values))
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
         """See pagewire_kernels.quantized.Stored."""
@@ -149,10 +150,11 @@ class Blocks:
         return Blocks(self._layout, self._data[rows.numpy()])
 
 
-def take_apart(kind: str, rows: np.ndarray, block_bytes: int) -> Quantized:
-    """rows [N, bytes] uint8 of a matrix of type `kind` -> [N, K]. Equal to the `gguf` library's
+def take_apart(type_name: str, rows: np.ndarray, block_bytes: int) -> Quantized:
+    """rows [N, bytes] uint8 of a matrix of this type -> [N, K]. Equal to the `gguf` library's
     dequantization, bit for bit."""
-    layout, count = TYPES[kind], len(rows)
+    layout = TYPES[type_name]
+    count = len(rows)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values.reshape(count, -1)))

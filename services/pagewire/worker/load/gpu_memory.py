@@ -97,7 +97,8 @@ def step_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
     """Activations of a step at their largest: in the MLP, or around attention, whichever is more.
     Hidden states: the residual, the layer's input and its normed form, one more for blocks that add
     two results."""
-    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    heads = arch.num_heads * arch.head_dim
+    kv = arch.num_kv_heads * arch.head_dim
     width = max(2 * heads + 2 * kv, _mlp_width(arch))
     return tokens * itemsize * (4 * arch.hidden_size + heads + width)
 
@@ -176,47 +177,46 @@ def size(
 ) -> Sizing:
     """Divide the memory of `gpu`, of which `weights` bytes go to weights. itemsize: of weights and
     activations; cache: what the layers keep. Raises DoesNotFit."""
-    each = cache.block_bytes(request.block_size)
+    block_bytes = cache.block_bytes(request.block_size)
     space = workspace(arch, itemsize, load)
     fixed = weights + space.total
-    exact = request.blocks or request.kv_bytes // each
-    budget = (
-        gpu.free
-        if request.blocks or request.kv_bytes
-        else gpu.free - int(gpu.total * (1 - request.utilization))
-    )
-    count = exact or max(0, budget - fixed) // each
-    if not count or fixed + count * each > budget:
+    exact = request.blocks or request.kv_bytes // block_bytes
+    budget = _budget(gpu, request)
+    num_blocks = exact or max(0, budget - fixed) // block_bytes
+    if not num_blocks or fixed + num_blocks * block_bytes > budget:
         least = exact or max(1, -(-_least(arch, request) // request.block_size))
-        raise DoesNotFit(
-            _no_room(gpu, request, weights, space.total, least, each, budget, itemsize)
-        )
-    length, note = context(arch, count * request.block_size, request.max_model_len, request.fit)
-    if length > count * request.block_size:
-        raise DoesNotFit(_too_long(gpu, request, fixed, length, count, each))
+        line = _no_room(gpu, request, weights, space.total, least, block_bytes, budget, itemsize)
+        raise DoesNotFit(line)
+    length, note = context(
+        arch, num_blocks * request.block_size, request.max_model_len, request.fit
+    )
+    if length > num_blocks * request.block_size:
+        raise DoesNotFit(_too_long(gpu, request, fixed, length, num_blocks, block_bytes))
     if note and not exact and length < _least(arch, request):
-        raise DoesNotFit(
-            _too_short(
-                gpu,
-                request,
-                (weights, space.total, count * each),
-                length,
-                request.max_model_len or arch.max_position,
-            )
-        )
-    head = (_seen(gpu), _divided(gpu, request, weights, space, count * each, budget), space.line())
+        longest = request.max_model_len or arch.max_position
+        parts = (weights, space.total, num_blocks * block_bytes)
+        raise DoesNotFit(_too_short(gpu, request, parts, length, longest))
+    divided = _divided(gpu, request, weights, space, num_blocks * block_bytes, budget)
     return Sizing(
         weights,
-        each,
-        count,
+        block_bytes,
+        num_blocks,
         request.block_size,
         length,
         space.total,
         gpu,
-        head,
+        (_seen(gpu), divided, space.line()),
         note,
         cache.kv_type,
     )
+
+
+def _budget(gpu: Gpu, request: MemoryRequest) -> int:
+    """Bytes that weights, workspace and KV cache may take together: all that is free where the
+    size of the cache is asked for."""
+    if request.blocks or request.kv_bytes:
+        return gpu.free
+    return gpu.free - int(gpu.total * (1 - request.utilization))
 
 
 def _seen(gpu: Gpu) -> str:
@@ -227,10 +227,10 @@ def _seen(gpu: Gpu) -> str:
 def _divided(
     gpu: Gpu, request: MemoryRequest, weights: int, space: Workspace, cache: int, budget: int
 ) -> str:
-    asked = f"{request.utilization:.0%} of the GPU less {gib(gpu.total - gpu.free)} in use"
-    given = f"{gib(budget)} ({'free' if request.blocks or request.kv_bytes else asked})"
+    share = f"{request.utilization:.0%} of the GPU less {gib(gpu.total - gpu.free)} in use"
+    usable = f"{gib(budget)} ({'free' if request.blocks or request.kv_bytes else share})"
     left = gpu.free - weights - space.total - cache
-    return f"of {given}: weights {gib(weights)}, workspace {gib(space.total)}, KV cache {gib(cache)}; {gib(left)} stay free"
+    return f"of {usable}: weights {gib(weights)}, workspace {gib(space.total)}, KV cache {gib(cache)}; {gib(left)} stay free"
 
 
 def _no_room(
@@ -238,27 +238,29 @@ def _no_room(
     request: MemoryRequest,
     weights: int,
     space: int,
-    count: int,
-    each: int,
+    num_blocks: int,
+    block_bytes: int,
     budget: int,
     itemsize: int,
 ) -> str:
     """Weights and workspace leave less than the KV blocks that were asked for, or none where at
-    least `count` are needed."""
-    fixed, least, exact = weights + space, count * each, bool(request.blocks or request.kv_bytes)
+    least `num_blocks` are needed."""
+    fixed = weights + space
+    least = num_blocks * block_bytes
+    exact = bool(request.blocks or request.kv_bytes)
     parts = f"weights {gib(weights)}, workspace {gib(space)}, KV cache {'' if exact else 'at least '}{gib(least)}"
-    asked = (
+    limit = (
         "is free"
         if exact
         else f"may be used ({request.utilization:.0%} of it less {gib(gpu.total - gpu.free)} in use)"
     )
     help_: list[str] = []
-    fitting = max(0, budget - fixed) // each
+    fitting = max(0, budget - fixed) // block_bytes
     if exact and fitting:
         flag = (
             f"--num-kv-blocks to {fitting}"
             if request.blocks
-            else f"--kv-cache-memory-bytes to {fitting * each}"
+            else f"--kv-cache-memory-bytes to {fitting * block_bytes}"
         )
         help_.append(f"lower {flag}")
     if not exact:
@@ -270,26 +272,27 @@ def _no_room(
         help_.append(f"a smaller model ({gib(room)} are there for weights)")
     help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
     return (
-        f"the model needs {gib(fixed + least)} ({parts}) but of {gpu.title()} {gib(max(0, budget))} {asked}. "
+        f"the model needs {gib(fixed + least)} ({parts}) but of {gpu.title()} {gib(max(0, budget))} {limit}. "
         + _with_remedies(gpu, help_)
     )
 
 
 def _too_long(
-    gpu: Gpu, request: MemoryRequest, fixed: int, length: int, count: int, each: int
+    gpu: Gpu, request: MemoryRequest, fixed: int, length: int, num_blocks: int, block_bytes: int
 ) -> str:
-    needed, held = -(-length // request.block_size), count * request.block_size
-    help_ = [f"lower --max-model-len to {held} (--fit does so by itself)"]
+    needed = -(-length // request.block_size)
+    fitting = num_blocks * request.block_size
+    help_ = [f"lower --max-model-len to {fitting} (--fit does so by itself)"]
     if request.blocks:
         help_.append(f"raise --num-kv-blocks to {needed}")
     elif request.kv_bytes:
-        help_.append(f"raise --kv-cache-memory-bytes to {needed * each}")
+        help_.append(f"raise --kv-cache-memory-bytes to {needed * block_bytes}")
     else:
-        help_ += _more_memory(gpu, request, fixed + needed * each)
+        help_ += _more_memory(gpu, request, fixed + needed * block_bytes)
     help_.append("a smaller model leaves more for it")
     return (
-        f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * each)}), there is room for {count:,} "
-        f"({gib(count * each)}, {held:,} tokens). " + _with_remedies(gpu, help_)
+        f"a context of {length:,} tokens needs {needed:,} KV blocks ({gib(needed * block_bytes)}), there is room for {num_blocks:,} "
+        f"({gib(num_blocks * block_bytes)}, {fitting:,} tokens). " + _with_remedies(gpu, help_)
     )
 
 
@@ -302,19 +305,21 @@ def _least(arch: Architecture, request: MemoryRequest) -> int:
 
 
 def _too_short(
-    gpu: Gpu, request: MemoryRequest, parts: tuple[int, int, int], held: int, wanted: int
+    gpu: Gpu, request: MemoryRequest, parts: tuple[int, int, int], fitting: int, longest: int
 ) -> str:
     """parts: weights, workspace and what is left for KV blocks, in bytes."""
     weights, space, cache = parts
-    least = min(LEAST_CONTEXT, wanted)
+    least = min(LEAST_CONTEXT, longest)
     help_ = _more_memory(
-        gpu, request, weights + space + cache * least // held + cache // held * request.block_size
+        gpu,
+        request,
+        weights + space + cache * least // fitting + cache // fitting * request.block_size,
     )
-    help_.append(f"--max-model-len {held} serves so short a context")
+    help_.append(f"--max-model-len {fitting} serves so short a context")
     help_.append("lower --max-num-batched-tokens or --max-num-seqs for a smaller workspace")
     help_.append("a smaller model leaves more for it")
     return (
-        f"a context of {held:,} tokens is all that fits, of {wanted:,}, and less than {least:,} is served only when asked for: of "
+        f"a context of {fitting:,} tokens is all that fits, of {longest:,}, and less than {least:,} is served only when asked for: of "
         f"{gpu.title()} {gib(weights + space + cache)} may be used, weights take {gib(weights)} and the workspace {gib(space)}, which "
         f"leaves {gib(cache)} for the KV cache. " + _with_remedies(gpu, help_)
     )

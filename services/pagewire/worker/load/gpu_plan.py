@@ -113,7 +113,8 @@ def most_rows(
 
 def memory_request(model: ModelConfig, config: WorkerConfig) -> MemoryRequest:
     """What the flags of a model and a worker ask of the GPU's memory."""
-    share, blocks = config.gpu_memory_utilization, config.num_kv_blocks
+    share = config.gpu_memory_utilization
+    blocks = config.num_kv_blocks
     return MemoryRequest(
         share,
         config.block_size,

@@ -33,9 +33,9 @@ def run_in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
 
 
 class Ticker:
-    """One thread that calls `tick` each second while this one is inside `with ticker`, for work that comes often
-    and sometimes takes long: a step on a CPU. It may come between any two calls of that work, never
-    outside of it."""
+    """One thread that calls `tick` each second while this one is inside `with ticker`, for work
+    that comes often and sometimes takes long: a step on a CPU. It may come between any two calls of
+    that work, never outside of it."""
 
     def __init__(self, tick: Callable[[], None], tick_s: float = TICK_S) -> None:
         self._tick = tick

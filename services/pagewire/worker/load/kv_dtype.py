@@ -2,8 +2,8 @@
 the scales of 8-bit codes, one for the keys of each layer and one for its values.
 
 Programs spell the scales differently: compressed-tensors `….self_attn.k_scale`, before that
-`….k_proj.output_scale`; ModelOpt `….k_proj.k_scale`; AutoFP8 `….self_attn.kv_scale` for both (vLLM's
-`maybe_remap_kv_scale_name` lists them). A code times the scale is the number.
+`….k_proj.output_scale`; ModelOpt `….k_proj.k_scale`; AutoFP8 `….self_attn.kv_scale` for both
+(vLLM's `maybe_remap_kv_scale_name` lists them). A code times the scale is the number.
 """
 
 import logging
@@ -26,9 +26,9 @@ UNUSED: Final = re.compile(r"\.(?:q_scale|prob_scale)$")
 """Of attention that computes in 8 bits."""
 
 
-def choose(asked: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of keys and values; asked: --kv-cache-dtype; dtype: of the model's activations."""
-    return dtype if asked == "auto" else FP8
+def choose(cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of keys and values. cache_dtype: --kv-cache-dtype; dtype: of the activations."""
+    return dtype if cache_dtype == "auto" else FP8
 
 
 def is_scale(name: str) -> bool:
@@ -37,32 +37,37 @@ def is_scale(name: str) -> bool:
 
 
 def scales(
-    tensors: Iterable[tuple[str, Tensor]], layers: int, quantization: Mapping[str, Any], asked: str
+    tensors: Iterable[tuple[str, Tensor]],
+    layers: int,
+    quantization: Mapping[str, Any],
+    cache_dtype: str,
 ) -> tuple[KVScales, ...]:
     """Of each layer, from the tensors of a checkpoint for which `is_scale` holds; empty where the
     cache is not of 8 bits. quantization: the checkpoint's configuration of it. Says what is used.
     Raises Unsupported for scales of another scheme."""
-    found = dict(tensors)
-    if asked == "auto":
-        if any(SCALE.search(name) for name in found):
+    candidates = dict(tensors)
+    if cache_dtype == "auto":
+        if any(SCALE.search(name) for name in candidates):
             log.info("the checkpoint has scales of an fp8 KV cache: --kv-cache-dtype fp8 uses them")
         return ()
     _check_scheme(quantization.get("kv_cache_scheme"))
     by_layer: dict[int, dict[str, float]] = {}
-    for name, tensor in found.items():
+    for name, tensor in candidates.items():
         match = SCALE.search(name)
         if match is None:
             continue
-        layer, kind = int(match["layer"]), match["kind"] or match["projection"]
+        layer = int(match["layer"])
+        which = match["kind"] or match["projection"]
         if layer >= layers:
             raise Unsupported(f"the checkpoint has {name}, but the model has {layers} layers")
-        by_layer.setdefault(layer, {}).update(dict.fromkeys(kind, _value(name, tensor)))
+        by_layer.setdefault(layer, {}).update(dict.fromkeys(which, _value(name, tensor)))
     for layer, values in by_layer.items():
         if len(values) == 1:
-            (kind,) = values
-            other = "v" if kind == "k" else "k"
+            (present,) = values
+            missing = "v" if present == "k" else "k"
             raise Unsupported(
-                f"the checkpoint has {kind}_scale of layer {layer} and no {other}_scale: both are needed for --kv-cache-dtype {asked}"
+                f"the checkpoint has {present}_scale of layer {layer} and no {missing}_scale: "
+                f"both are needed for --kv-cache-dtype {cache_dtype}"
             )
     _say(len(by_layer), layers)
     return tuple(
@@ -88,10 +93,11 @@ def _check_scheme(scheme: Any) -> None:
     """kv_cache_scheme is compressed-tensors' description, or a word of AutoFP8's."""
     if not isinstance(scheme, Mapping):
         return
-    bits, kind = scheme.get("num_bits", 8), scheme.get("type", "float")
-    if bits != 8 or kind != "float":
+    bits = scheme.get("num_bits", 8)
+    code_type = scheme.get("type", "float")
+    if bits != 8 or code_type != "float":
         raise Unsupported(
-            f"the checkpoint's kv_cache_scheme is {kind} of {bits} bits, whose scales are not those of fp8: leave --kv-cache-dtype out"
+            f"the checkpoint's kv_cache_scheme is {code_type} of {bits} bits, whose scales are not those of fp8: leave --kv-cache-dtype out"
         )
 
 

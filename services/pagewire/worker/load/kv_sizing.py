@@ -83,19 +83,19 @@ def rank_share(
 
 
 def context(arch: Architecture, holds: int, asked: int, fit: bool) -> tuple[int, str]:
-    """(the longest context, a line where it is shorter than people may expect), of a cache that
+    """(the longest context, a line where it is shorter than users may expect), of a cache that
     holds `holds` tokens. asked 0: the model's own, or what is held; more than is held: what is held
     if `fit`, else itself, which the caller refuses. Raises DoesNotFit."""
     if asked > arch.longest_position:
         raise DoesNotFit(
             f"--max-model-len {asked:,} is more than the {arch.longest_position:,} positions this model was made for"
         )
-    wanted = asked or arch.max_position
-    if holds >= wanted or not holds:
-        return max(wanted if holds else asked, 1), ""
+    longest = asked or arch.max_position
+    if holds >= longest or not holds:
+        return max(longest if holds else asked, 1), ""
     if asked and not fit:
         return asked, ""
-    of = f"the {asked:,} of --max-model-len" if asked else f"the model's {wanted:,}"
+    of = f"the {asked:,} of --max-model-len" if asked else f"the model's {longest:,}"
     return holds, f"the context is cut to the {holds:,} tokens that memory holds, from {of}"
 
 
@@ -111,20 +111,20 @@ def size(
     max_model_len: int,
     fit: bool = False,
 ) -> Sizing:
-    """Split `available` bytes of a CPU's memory. cache: what the layers keep. weights: bytes that they take. kv_bytes: what KV
-    blocks may take; blocks: how many to have instead (0: as many as that holds). max_model_len,
-    fit: as for `context`. Raises DoesNotFit."""
+    """Split `available` bytes of a CPU's memory. cache: what the layers keep. weights: bytes that
+    they take. kv_bytes: what KV blocks may take; blocks: how many to have instead (0: as many as
+    that holds). max_model_len, fit: as for `context`. Raises DoesNotFit."""
     each = cache.block_bytes(block_size)
     count = blocks or kv_bytes // each
     _check_memory(weights, count * each, available)
-    wanted, note = context(arch, count * block_size, max_model_len, fit)
-    if count * block_size < wanted:
-        needed = cache.blocks_for(wanted, block_size)
+    length, note = context(arch, count * block_size, max_model_len, fit)
+    if count * block_size < length:
+        needed = cache.blocks_for(length, block_size)
         raise DoesNotFit(
-            f"a context of {wanted:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
+            f"a context of {length:,} tokens needs {needed:,} KV blocks ({needed * each / GIB:.2f} GiB), there is room for {count:,} "
             f"({count * each / GIB:.2f} GiB); raise --cpu-kv-cache-gb or --num-kv-blocks, or lower --max-model-len{_to(count * block_size)}"
         )
-    return Sizing(weights, each, count, block_size, wanted, note=note, kv_type=cache.kv_type)
+    return Sizing(weights, each, count, block_size, length, note=note, kv_type=cache.kv_type)
 
 
 def _to(fitting: int) -> str:

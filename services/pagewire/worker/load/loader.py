@@ -101,12 +101,23 @@ class Description:
 
 
 @dataclass(frozen=True)
-class _Placement:
-    """Where and as what a model is loaded."""
+class LoadPlan:
+    """As what a model is loaded, and by which of `ranks`. gpu: where its part goes; None: it stays
+    in the CPU's memory."""
 
-    device: str
+    gpu: Gpu | None
+    ranks: Ranks
     dtype: torch.dtype
     quantizing: Quantizing
+
+    @property
+    def device(self) -> str:
+        """Torch's name of it."""
+        return "cuda" if self.gpu else "cpu"
+
+    def part_of(self, arch: Architecture) -> Architecture:
+        """Of the model `arch`, what this rank has."""
+        return of_rank(arch, self.ranks.layers.size, self.ranks.stage)
 
 
 def load(
@@ -117,48 +128,107 @@ def load(
     scheduler: SchedulerConfig | None = None,
     ranks: Ranks = ALONE,
 ) -> Loaded:
-    """The model at `path` (a directory or a .gguf file), or the part of it that one of several ranks
-    has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit, gpus.NoUsableGpu or
-    memory_errors.GpuFailed with what is wrong and what to do."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(1, cores // ranks.size))
-    device = choose_device(config.device)
-    gpu = look_at_gpu(ranks.size) if device == "cuda" else None
-    if gpu:
-        check_gpus(gpu, ranks.host)
+    """The model at `path` (a directory or a .gguf file), or the part of it that one of several
+    ranks has. `scheduler` says how large steps get. Raises Unsupported, kv_sizing.DoesNotFit,
+    gpus.NoUsableGpu or memory_errors.GpuFailed with what is wrong and what to do."""
+    _use_cores(config.threads, ranks)
+    gpu = _gpu(config.device, ranks)
     described = describe_checkpoint(path, model)
-    arch = described.arch
-    if described.fallback_plan:
-        config = structs.replace(config, enforce_eager=True)
     check_divided(described, ranks)
     _check(described, model)
-    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
+    if described.fallback_plan:
+        config = structs.replace(config, enforce_eager=True)
+    load_plan = plan_load(described, model, config, gpu, ranks)
+    rank_arch = load_plan.part_of(described.arch)
+    kv_scales = _kv_scales(described, config)
+    sizing, plan = _agreed_memory(
+        described, load_plan, model, config, scheduler or SchedulerConfig()
+    )
+    _log_size(described.arch, load_plan, sizing)
+    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, load_plan.dtype))
+    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
+        decoder = _read(described, load_plan, kv_scales, model, progress)
+        (group,) = spec.groups
+        cache = group.allocate(sizing.num_blocks, sizing.block_size, load_plan.device)
+    return Loaded(
+        decoder,
+        load_plan.dtype,
+        sizing,
+        _rotary_tables(rank_arch, sizing.max_model_len, load_plan.device),
+        spec,
+        cache,
+        described.eos_token_ids,
+        load_plan.device,
+        plan,
+    )
+
+
+def _use_cores(threads: int, ranks: Ranks) -> None:
+    """threads: 0 for a fair share of those that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // ranks.size))
+
+
+def _gpu(device: str, ranks: Ranks) -> Gpu | None:
+    """This rank's; None where `device` means the CPU. Raises gpus.NoUsableGpu."""
+    if choose_device(device) != "cuda":
+        return None
+    gpu = look_at_gpu(ranks.size)
+    check_gpus(gpu, ranks.host)
+    return gpu
+
+
+def plan_load(
+    described: Description, model: ModelConfig, config: WorkerConfig, gpu: Gpu | None, ranks: Ranks
+) -> LoadPlan:
+    """Choose the type of activations, and which weights stay quantized, or become so. Raises
+    Unsupported."""
     dtype = choose_dtype(config.dtype, described.settings, gpu)
     target = quantizing.Target(dtype, gpu.capability if gpu else None)
-    chosen = quantizing.choose(described.checkpoint, arch, model.quantization, target)
-    spec = cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype))
-    kv_scales = _kv_scales(described, config)
-    quantized = chosen.weight_bytes(arch)
-    plan = None
-    if gpu:
-        steps = scheduler or SchedulerConfig()
-        with named_rank(ranks.host):
-            plan = plan_rank(arch, dtype, model, config, gpu, steps, quantized, ranks)
-        plan = agreed_plan(plan, ranks.host)
-        sizing = plan.sizing
-    else:
-        with named_rank(ranks.host):
-            sizing = size_on_cpu(arch, spec, dtype, model, config, quantized, ranks)
-        sizing = agreed(sizing, ranks.host)
-    _log_size(arch, dtype, device if gpu else processor.look().title(), sizing, ranks)
-    placement = _Placement(device, dtype, chosen)
-    with torch.inference_mode(), memory_errors.explained("loading the model", sizing):
-        decoder = _read(described, placement, kv_scales, model, progress, ranks)
-        (group,) = spec.groups
-        cache = group.allocate(sizing.num_blocks, sizing.block_size, device)
-    cos_sin = _factors(rank_arch, sizing.max_model_len, device)
-    eos = described.eos_token_ids
-    return Loaded(decoder, dtype, sizing, cos_sin, spec, cache, eos, device, plan)
+    chosen = quantizing.choose(described.checkpoint, described.arch, model.quantization, target)
+    return LoadPlan(gpu, ranks, dtype, chosen)
+
+
+def plan_memory(
+    described: Description,
+    load_plan: LoadPlan,
+    model: ModelConfig,
+    config: WorkerConfig,
+    scheduler: SchedulerConfig,
+) -> tuple[Sizing, GpuPlan | None]:
+    """How this rank's memory would be divided; on a GPU also for which steps. Raises
+    kv_sizing.DoesNotFit."""
+    gpu = load_plan.gpu
+    if gpu is None:
+        return _size_on_cpu(described.arch, load_plan, model, config), None
+    ranks = load_plan.ranks
+    stage = ranks.stage
+    arch = described.arch
+    quantized = load_plan.quantizing.weight_bytes(arch)
+    share = quantized // ranks.size
+    if not stage.is_whole:
+        share = kv_sizing.rank_share(quantized, arch, load_plan.part_of(arch), stage)
+    plan = plan_gpu(
+        arch, load_plan.dtype, model, config, gpu, scheduler, share, ranks.layers, stage
+    )
+    return plan.sizing, plan
+
+
+def _agreed_memory(
+    described: Description,
+    load_plan: LoadPlan,
+    model: ModelConfig,
+    config: WorkerConfig,
+    scheduler: SchedulerConfig,
+) -> tuple[Sizing, GpuPlan | None]:
+    """See `plan_memory`, with no more than any rank has."""
+    host = load_plan.ranks.host
+    with named_rank(host):
+        sizing, plan = plan_memory(described, load_plan, model, config, scheduler)
+    if plan is None:
+        return agreed(sizing, host), None
+    plan = agreed_plan(plan, host)
+    return plan.sizing, plan
 
 
 def check_divided(described: Description, ranks: Ranks) -> None:
@@ -179,18 +249,17 @@ def _check(described: Description, model: ModelConfig) -> None:
 
 def _read(
     described: Description,
-    placement: _Placement,
+    load_plan: LoadPlan,
     kv_scales: tuple[KVScales, ...],
     model: ModelConfig,
     progress: weights.Progress,
-    ranks: Ranks,
 ) -> Decoder | FallbackDecoder:
     """The weights, where they belong."""
     if described.fallback_plan is None:
-        decoder = _load_decoder(described, placement, kv_scales, model.seed, progress, ranks)
+        decoder = _load_decoder(described, load_plan, kv_scales, model.seed, progress)
     else:
-        decoder = _load_fallback(described, described.fallback_plan, placement, model, progress)
-    if placement.device == "cuda":
+        decoder = _load_fallback(described, described.fallback_plan, load_plan, model, progress)
+    if load_plan.device == "cuda":
         # Tensors are converted on the GPU: what that took is not to be missing from the cache.
         torch.cuda.empty_cache()
     return decoder
@@ -206,18 +275,14 @@ def describe_checkpoint(path: Path, model: ModelConfig) -> Description:
     return Description(settings, plan.arch, Checkpoint(source), eos, plan)
 
 
-def _log_size(
-    arch: Architecture,
-    dtype: torch.dtype,
-    processor_title: str,
-    sizing: Sizing,
-    ranks: Ranks,
-) -> None:
+def _log_size(arch: Architecture, load_plan: LoadPlan, sizing: Sizing) -> None:
     """The first rank speaks for all. Those of one pipeline stage are alike."""
+    ranks = load_plan.ranks
     if ranks.rank:
         return
+    on = "cuda" if load_plan.gpu else processor.look().title()
     size = f"{arch.parameters / 1e6:,.0f} M parameters"
-    log.info("%s with %s as %s on %s", arch.model_type, size, dtype, processor_title)
+    log.info("%s with %s as %s on %s", arch.model_type, size, load_plan.dtype, on)
     if not ranks.stage.is_whole:
         log.info(
             "divided among %d pipeline stages of %d rank(s); one with %d layers has:",
@@ -233,20 +298,20 @@ def _log_size(
 
 def _load_decoder(
     described: Description,
-    placement: _Placement,
+    load_plan: LoadPlan,
     kv_scales: tuple[KVScales, ...],
     seed: int,
     progress: weights.Progress,
-    ranks: Ranks,
 ) -> Decoder:
     """A model of a family that is implemented here."""
-    communicator = ranks.layers
-    device = placement.device
-    chosen = placement.quantizing
+    stage = load_plan.ranks.stage
+    communicator = load_plan.ranks.layers
+    device = load_plan.device
+    chosen = load_plan.quantizing
     ops = backend(device)
-    method = method_choice(ops, placement.dtype, device, chosen)
+    method = method_choice(ops, load_plan.dtype, device, chosen)
     shard = Shard(communicator.rank, communicator.size)
-    build = Build(ops, placement.dtype, device, method, shard, kv_scales, communicator, ranks.stage)
+    build = Build(ops, load_plan.dtype, device, method, shard, kv_scales, communicator, stage)
     decoder = Decoder(described.arch, build)
     checkpoint = described.checkpoint
     weights.load(
@@ -259,14 +324,14 @@ def _load_decoder(
         checkpoint.form,
     )
     if chosen.kept and device == "cpu":
-        cpu_crossings.choose(decoder.packed(), placement.dtype)
+        cpu_crossings.choose(decoder.packed(), load_plan.dtype)
     return decoder
 
 
 def _load_fallback(
     described: Description,
     plan: Plan,
-    placement: _Placement,
+    load_plan: LoadPlan,
     model: ModelConfig,
     progress: weights.Progress,
 ) -> FallbackDecoder:
@@ -274,9 +339,9 @@ def _load_fallback(
     load_model = functools.partial(
         plan.load,
         model.load_format,
-        backend(placement.device),
-        placement.dtype,
-        placement.device,
+        backend(load_plan.device),
+        load_plan.dtype,
+        load_plan.device,
         model.seed,
         weights.tensors_for_transformers(described.checkpoint.source),
     )
@@ -323,8 +388,8 @@ def plan_other(path: Path, source: Source | None, settings: Config, model: Model
     return plan
 
 
-def _factors(arch: Architecture, positions: int, device: str) -> list[Tensor]:
-    """The rotary table of each layer."""
+def _rotary_tables(arch: Architecture, positions: int, device: str) -> list[Tensor]:
+    """Of each layer."""
     with torch.inference_mode():
         everywhere = rotary.table(arch.rope, arch.head_dim, positions).to(device)
         local = (
@@ -370,44 +435,20 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
     return DTYPES[choice.dtype]
 
 
-def plan_rank(
-    arch: Architecture,
-    dtype: torch.dtype,
-    model: ModelConfig,
-    config: WorkerConfig,
-    gpu: Gpu,
-    scheduler: SchedulerConfig,
-    quantized: int,
-    ranks: Ranks,
-) -> GpuPlan:
-    """Of this one of `ranks`, on `gpu`. arch: of the whole model; quantized: bytes of all its weights
-    where some stay quantized, else 0. Raises kv_sizing.DoesNotFit."""
-    stage = ranks.stage
-    own = quantized // ranks.size
-    if not stage.is_whole:
-        rank_arch = of_rank(arch, ranks.layers.size, stage)
-        own = kv_sizing.rank_share(quantized, arch, rank_arch, stage)
-    return plan_gpu(arch, dtype, model, config, gpu, scheduler, own, ranks.layers, stage)
-
-
-def size_on_cpu(
-    arch: Architecture,
-    spec: CacheSpec,
-    dtype: torch.dtype,
-    model: ModelConfig,
-    config: WorkerConfig,
-    quantized: int,
-    ranks: Ranks,
+def _size_on_cpu(
+    arch: Architecture, load_plan: LoadPlan, model: ModelConfig, config: WorkerConfig
 ) -> Sizing:
-    """Of this one of `ranks`, which share the machine's memory. arch: of the whole model; spec: of
-    what this rank keeps. quantized: bytes of all weights where some stay quantized, else 0. A
-    pipeline stage gets memory for KV blocks by its layers, so that all have as many."""
+    """Of one of the ranks, which share the machine's memory. arch: of the whole model. A pipeline
+    stage gets memory for KV blocks by its layers, so that all have as many."""
+    ranks = load_plan.ranks
     stage = ranks.stage
-    rank_arch = of_rank(arch, ranks.layers.size, stage)
+    dtype = load_plan.dtype
+    rank_arch = load_plan.part_of(arch)
     for_cache = int(config.cpu_kv_cache_gb * kv_sizing.GIB)
+    quantized = load_plan.quantizing.weight_bytes(arch)
     return kv_sizing.size(
         rank_arch,
-        spec,
+        cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype)),
         weights=kv_sizing.rank_share(quantized, arch, rank_arch, stage)
         or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
         available=kv_sizing.available_memory() // ranks.size,

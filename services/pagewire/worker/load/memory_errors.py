@@ -1,4 +1,4 @@
-"""What a person is told when a GPU fails while a model is loaded: one line with the numbers and
+"""What users are told when a GPU fails while a model is loaded: one line with the numbers and
 what to change, instead of a traceback."""
 
 import contextlib
@@ -47,7 +47,7 @@ def explained(doing: str, sizing: Sizing) -> Iterator[None]:
 def explain(
     error: BaseException, doing: str, sizing: Sizing, now: Gpu | None
 ) -> DoesNotFit | GpuFailed | None:
-    """`error` in a person's words; None when it is about no GPU. now: the GPU as it is after the
+    """`error` in plain words; None when it is about no GPU. now: the GPU as it is after the
     error, None when that cannot be told."""
     if kernel_errors.is_triton(error):
         return GpuFailed(kernel_errors.explain(error, now or sizing.gpu, doing))

@@ -32,32 +32,32 @@ def choose(asked: str, saved: str, device: Gpu | Processor) -> Choice:
     the checkpoint's is no type to compute in."""
     if asked != "auto":
         return Choice(_refuse(TYPES[asked], device))
-    kind = TYPES.get(saved.removeprefix("torch."))
-    if kind is None:
+    dtype = TYPES.get(saved.removeprefix("torch."))
+    if dtype is None:
         raise Unsupported(
             f"weights of type {saved!r} are not supported; choose --dtype bfloat16 or float32"
         )
-    return _for_cpu(kind, device) if isinstance(device, Processor) else _for_gpu(kind, device)
+    return _for_cpu(dtype, device) if isinstance(device, Processor) else _for_gpu(dtype, device)
 
 
-def _for_cpu(kind: str, cpu: Processor) -> Choice:
+def _for_cpu(dtype: str, cpu: Processor) -> Choice:
     """float16 has no fast products on a CPU, and bfloat16 on some only."""
-    if kind == "float32" or (kind == "bfloat16" and cpu.bfloat16):
-        return Choice(kind)
+    if dtype == "float32" or (dtype == "bfloat16" and cpu.bfloat16):
+        return Choice(dtype)
     if not cpu.bfloat16:
         return Choice(
             "float32",
-            f"the checkpoint is {kind}, for which this processor, {cpu.title()}, has no products: using float32",
+            f"the checkpoint is {dtype}, for which this processor, {cpu.title()}, has no products: using float32",
         )
     note = "the checkpoint is float16, which is slow on a CPU: using bfloat16; --dtype float16 or float32 keeps its precision"
     return Choice("bfloat16", note)
 
 
-def _for_gpu(kind: str, gpu: Gpu) -> Choice:
-    if kind == "float16" or (kind == "bfloat16" and gpu.capability >= BFLOAT16_FROM):
-        return Choice(kind)
+def _for_gpu(dtype: str, gpu: Gpu) -> Choice:
+    if dtype == "float16" or (dtype == "bfloat16" and gpu.capability >= BFLOAT16_FROM):
+        return Choice(dtype)
     half = "bfloat16" if gpu.capability >= BFLOAT16_FROM else "float16"
-    if kind == "float32":
+    if dtype == "float32":
         return Choice(
             half,
             f"the checkpoint is float32: using {half}, in half the memory; --dtype float32 keeps its precision",
@@ -80,10 +80,10 @@ def overflow(dtype: str, model_type: str) -> str:
     )
 
 
-def _refuse(kind: str, device: Gpu | Processor) -> str:
+def _refuse(dtype: str, device: Gpu | Processor) -> str:
     """What is said of GPUs are the words that users of vLLM find in its guides."""
-    if kind != "bfloat16":
-        return kind
+    if dtype != "bfloat16":
+        return dtype
     if isinstance(device, Processor):
         if not device.bfloat16:
             raise ValueError(
@@ -96,4 +96,4 @@ def _refuse(kind: str, device: Gpu | Processor) -> str:
             f"Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your {device.name} GPU has compute capability "
             f"{major}.{minor}. You can use float16 instead by explicitly setting the `dtype` flag in CLI, for example: --dtype=half."
         )
-    return kind
+    return dtype

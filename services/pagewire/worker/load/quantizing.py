@@ -92,8 +92,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """kept: matrices that come quantized, or are rounded, stay so. rounding: of full ones. bytes: of
-    all weights, as far as the files tell, 0 unknown. share: bytes of a weight that is rounded."""
+    """kept: matrices that come quantized, or are rounded, stay so. rounding: of full ones. bytes:
+    of all weights, as far as the files tell, 0 unknown. share: bytes of a weight that is
+    rounded."""
 
     kept: bool = False
     rounding: Rounding | None = None
@@ -119,33 +120,36 @@ class Checkpoint:
     form: CheckpointFormat | None = None
 
 
-def choose(checkpoint: Checkpoint, arch: Architecture, asked: str, target: Target) -> Quantizing:
-    """asked: --quantization, empty for what the weights themselves bring. Raises Unsupported for
+def choose(
+    checkpoint: Checkpoint, arch: Architecture, quantization: str, target: Target
+) -> Quantizing:
+    """quantization: the flag, empty for what the weights themselves bring. Raises Unsupported for
     what cannot be had."""
-    source, form = checkpoint.source, checkpoint.form
+    source = checkpoint.source
+    form = checkpoint.form
     if isinstance(source, Gguf):
-        if asked:
+        if quantization:
             raise Unsupported(
-                f"--quantization {asked} rounds full weights; a GGUF file's are served as they are: leave the flag out"
+                f"--quantization {quantization} rounds full weights; a GGUF file's are served as they are: leave the flag out"
             )
         return _of_gguf(source, arch, target)
     if form is not None and source is not None:
         return _of_checkpoint(source, form, arch, target)
     if form is not None:
         return _random(form, arch, target)
-    return _rounded(ROUNDINGS[asked], arch, target) if asked else NONE
+    return _rounded(ROUNDINGS[quantization], arch, target) if quantization else NONE
 
 
 def _of_gguf(source: Gguf, arch: Architecture, target: Target) -> Quantizing:
-    kinds = source.kinds()
-    quantized = {kind: count for kind, count in kinds.items() if kind in gguf_quantized.TYPES}
+    counts = source.type_counts()
+    quantized = {name: count for name, count in counts.items() if name in gguf_quantized.TYPES}
     if not quantized or _made_full(target, "quantized weights"):
         return NONE
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(quantized.items()))
-    others = ", ".join(
-        f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind not in quantized
+    kept = ", ".join(f"{count} {name}" for name, count in sorted(quantized.items()))
+    full = ", ".join(
+        f"{count} {name}" for name, count in sorted(counts.items()) if name not in quantized
     )
-    log.info("%s matrices stay quantized%s", listed, f"; {others} are made full" if others else "")
+    log.info("%s matrices stay quantized%s", kept, f"; {full} are made full" if full else "")
     itemsize = target.dtype.itemsize
     if not target.on_gpu:
         return Quantizing(True, None, source.count_bytes(BYTES, itemsize))
@@ -233,24 +237,24 @@ def _group(extent: Extent, scales: tuple[int, ...]) -> int:
 
 
 def _rounded(rounding: Rounding, arch: Architecture, target: Target) -> Quantizing:
-    asked = rounding.name
+    name = rounding.name
     stays = rounding.stays_on_gpu if target.on_gpu else rounding.stays
     obstacle = target.obstacle() if stays else ""
     if obstacle and rounding.stays:
-        raise Unsupported(f"--quantization {asked} is not possible here: {obstacle}")
+        raise Unsupported(f"--quantization {name} is not possible here: {obstacle}")
     if stays and not obstacle:
         log.info(
             "weights are rounded to %s (%s) while they are loaded, as asked for",
-            asked,
+            name,
             rounding.title,
         )
         if target.on_gpu:
             return _kept_on_gpu(rounding, arch, target)
-        return Quantizing(True, rounding, share=IN_FLIGHT.get(asked, 2))
+        return Quantizing(True, rounding, share=IN_FLIGHT.get(name, 2))
     log.warning(
         "weights are rounded to %s (%s) while they are loaded, as asked for, and then held in full, since there are no products with "
         "such weights on this device yet: no memory is saved",
-        asked,
+        name,
         rounding.title,
     )
     return Quantizing(False, rounding)

@@ -1,6 +1,6 @@
-"""What the ranks of a group must have alike: blocks, rows and lengths are the least that any of them
-has room for. It is also where they wait for each other before anything large is allocated: what is
-free is measured before.
+"""What the ranks of a group must have alike: blocks, rows and lengths are the least that any of
+them has room for. It is also where they wait for each other before anything large is allocated:
+what is free is measured before.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class StageLinks:
 @dataclass(frozen=True)
 class Ranks:
     """How a worker reaches the other ranks of its group. layers: those that hold parts of the same
-    layers, for tensors on the model's device, within steps. host: all of them, for tensors on the CPU
-    while a model is loaded, which may take long. stage: which layers those are."""
+    layers, for tensors on the model's device, within steps. host: all of them, for tensors on the
+    CPU while a model is loaded, which may take long. stage: which layers those are."""
 
     layers: Communicator
     host: Communicator
@@ -121,15 +121,15 @@ def check_gpus(gpu: Gpu, communicator: Communicator) -> None:
     if communicator.size == 1:
         return
     text = msgspec.json.encode(replace(gpu, others=()))
-    own = torch.zeros(1, GPU_BYTES, dtype=torch.uint8)
-    own[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    every = [bytes(row.tolist()).rstrip(b"\0") for row in communicator.all_gather(own, 0)]
+    mine = torch.zeros(1, GPU_BYTES, dtype=torch.uint8)
+    mine[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    every = [bytes(row.tolist()).rstrip(b"\0") for row in communicator.all_gather(mine, 0)]
     line = check_alike([msgspec.json.decode(row, type=Gpu) for row in every])
     if line and communicator.rank == 0:
         log.warning("%s", line)
 
 
 def _least(values: list[int], communicator: Communicator) -> list[int]:
-    own = torch.tensor([values], dtype=torch.int64)
-    least: list[int] = communicator.all_gather(own, 0).amin(0).tolist()
+    mine = torch.tensor([values], dtype=torch.int64)
+    least: list[int] = communicator.all_gather(mine, 0).amin(0).tolist()
     return least

@@ -11,9 +11,8 @@ from pagewire_kernels.communicator import SingleRank
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..device.gpus import Gpu
-from ..models.cache_spec import cache_spec
-from ..models.ranks import PipelineStage, of_rank
-from . import kv_dtype, loader, quantizing
+from ..models.ranks import PipelineStage
+from . import loader
 from .kv_sizing import DoesNotFit, Sizing
 from .rank_agreement import Ranks
 
@@ -38,8 +37,9 @@ class StageForecast(msgspec.Struct, frozen=True):
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """stages: in their order, one of them where the layers are not divided; tokens: of the KV cache,
-    and max_model_len: what all ranks have. reason: why it does not fit, empty where it does."""
+    """stages: in their order, one of them where the layers are not divided; tokens: of the KV
+    cache, and max_model_len: what all ranks have. reason: why it does not fit, empty where it
+    does."""
 
     stages: tuple[StageForecast, ...] = ()
     tokens: int = 0
@@ -94,20 +94,12 @@ def _of_stage(
 
 
 def _sizing(request: Request, described: loader.Description, ranks: Ranks) -> Sizing:
+    model = request.model
     worker = request.worker
     gpu = request.gpus[ranks.rank] if request.gpus else None
-    arch = described.arch
-    dtype = loader.choose_dtype(worker.dtype, described.settings, gpu)
-    target = quantizing.Target(dtype, gpu.capability if gpu else None)
-    chosen = quantizing.choose(described.checkpoint, arch, request.model.quantization, target)
-    quantized = chosen.weight_bytes(arch)
-    if gpu is not None:
-        return loader.plan_rank(
-            arch, dtype, request.model, worker, gpu, request.scheduler, quantized, ranks
-        ).sizing
-    rank_arch = of_rank(arch, ranks.layers.size, ranks.stage)
-    spec = cache_spec(rank_arch, kv_dtype.choose(worker.kv_cache_dtype, dtype))
-    return loader.size_on_cpu(arch, spec, dtype, request.model, worker, quantized, ranks)
+    load_plan = loader.plan_load(described, model, worker, gpu, ranks)
+    sizing, _ = loader.plan_memory(described, load_plan, model, worker, request.scheduler)
+    return sizing
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Where the weights of a model come from, by its files and --load-format. Knows names, not what is in
-the files: torch is not needed for that."""
+"""Where the weights of a model come from, by its files and --load-format. Knows names, not what is
+in the files: torch is not needed for that."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +10,8 @@ from ...checkpoint.weight_files import PYTORCH, SAFETENSORS, Weights
 
 
 class Location(NamedTuple):
-    """`path`: a GGUF file, else the directory of the configuration. `load_format`: of the weights."""
+    """`path`: a GGUF file, else the directory of the configuration. `load_format`: of the
+    weights."""
 
     load_format: Literal["gguf", "safetensors", "pt", "dummy"]
     path: Path
@@ -54,21 +55,25 @@ def locate(path: Path, load_format: str) -> Location:
 
 def safetensors_files(directory: Path) -> Weights:
     """The files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = SAFETENSORS.weights(directory)
-    if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy"
-        )
-    weights.check()
-    return weights
+    return _all_there(
+        SAFETENSORS.weights(directory),
+        f"{directory} has no .safetensors file; convert the checkpoint, or use --load-format dummy",
+    )
 
 
 def pytorch_files(directory: Path) -> Weights:
     """The .bin files of the model in `directory`, all of which are there. Raises Unsupported."""
-    weights = PYTORCH.weights(directory)
+    return _all_there(
+        PYTORCH.weights(directory),
+        f"{directory} has no .safetensors and no pytorch_model.bin file; "
+        "convert the checkpoint to safetensors",
+    )
+
+
+def _all_there(weights: Weights | None, missing: str) -> Weights:
+    """`weights`, whose files are all there. Raises Unsupported, with `missing` where there are
+    none."""
     if weights is None:
-        raise Unsupported(
-            f"{directory} has no .safetensors and no pytorch_model.bin file; convert the checkpoint to safetensors"
-        )
+        raise Unsupported(missing)
     weights.check()
     return weights

@@ -125,7 +125,9 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """The weights' count, norms and biases left out; a tied head counts once."""
-        hidden, width, moe = self.hidden_size, self.embedding_size or self.hidden_size, self.moe
+        hidden = self.hidden_size
+        width = self.embedding_size or self.hidden_size
+        moe = self.moe
         attention = 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
         total = self.num_layers * attention + self.vocab_size * width * (
             1 if self.tie_word_embeddings else 2
@@ -133,10 +135,8 @@ class Architecture:
         total += self.max_position * hidden * self.learned_positions + 2 * width * hidden * (
             self.embedding_size > 0
         )
-        dense, matrices = (
-            self.num_layers if moe is None else len(moe.dense_layers),
-            3 if self.gated else 2,
-        )
+        dense = self.num_layers if moe is None else len(moe.dense_layers)
+        matrices = 3 if self.gated else 2
         if moe is not None:
             inner = moe.num_experts * moe.intermediate_size + moe.shared_size
             total += (self.num_layers - dense) * hidden * (3 * inner + moe.num_experts)
@@ -168,7 +168,8 @@ def common(config: Config, **differences: Any) -> Architecture:
     """What families share, from a configuration with Llama's names for its fields; `differences`
     are fields of Architecture, and replace what would be read. Raises Unsupported, by name, for
     what is not built, and KeyError for a field that is missing."""
-    heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+    heads = int(config["num_attention_heads"])
+    layers = int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     fields: dict[str, Any] = {
         "model_type": config["model_type"],
@@ -233,7 +234,8 @@ def activation_of(config: Config) -> Activation:
 def layer_windows(config: Config) -> tuple[int | None, ...]:
     """Sliding windows where only some layers have them: those that `layer_types` names, else those
     from `max_window_layers` on."""
-    layers, window = int(config["num_hidden_layers"]), config.get("sliding_window")
+    layers = int(config["num_hidden_layers"])
+    window = config.get("sliding_window")
     if not config.get("use_sliding_window") or window is None:
         return (None,) * layers
     kinds = config.get("layer_types")

@@ -15,7 +15,8 @@ from .rope import NO_ROPE
 if TYPE_CHECKING:
     from torch import Tensor
 
-BAICHUAN2, BAICHUAN2_VOCABULARY = "baichuan2", 125_696
+BAICHUAN2 = "baichuan2"
+BAICHUAN2_VOCABULARY = 125_696
 NAMES = Names(
     layers="model.layers",
     top={},
@@ -38,10 +39,12 @@ def tensors(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:
 def describe(config: Config) -> Architecture:
     """Baichuan 1 or 2, told apart by what the configuration names."""
     second = "z_loss_weight" in config or config["vocab_size"] == BAICHUAN2_VOCABULARY
-    own = {"model_type": BAICHUAN2 if second else config["model_type"]}
+    overrides = {"model_type": BAICHUAN2 if second else config["model_type"]}
     if "max_position_embeddings" in config:
-        return common(config | own)
-    own["max_position_embeddings"] = config["model_max_length"]
+        return common(config | overrides)
+    overrides["max_position_embeddings"] = config["model_max_length"]
     return common(
-        config | own, rope=NO_ROPE, alibi_slopes=alibi_slopes(int(config["num_attention_heads"]))
+        config | overrides,
+        rope=NO_ROPE,
+        alibi_slopes=alibi_slopes(int(config["num_attention_heads"])),
     )

@@ -96,7 +96,8 @@ class Attention:
 
     def after_projection(self, qkv: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]: what lies between the two matrices."""
-        keys, values = cache[0], cache[1]
+        keys = cache[0]
+        values = cache[1]
         weights = (self.q_weight, self.k_weight, self._eps)
         if self._fused is not None:
             return self._fused.rope_attention(
@@ -154,7 +155,8 @@ class Mixture:
 
     def __init__(self, arch: Architecture, build: Build, name: str) -> None:
         """`name` without a suffix."""
-        moe, hidden = arch.moe, arch.hidden_size
+        moe = arch.moe
+        hidden = arch.hidden_size
         assert moe is not None
         self._ops = build.ops
         self._routing = moe.routing

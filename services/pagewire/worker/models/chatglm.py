@@ -43,8 +43,9 @@ def describe(config: Config) -> Architecture:
     for name, value in NEEDED.items():
         if bool(config.get(name, value)) != value:
             raise Unsupported(f"{name} {config[name]} of chatglm is not supported; {value} is")
-    bias, size = bool(config.get("add_bias_linear", False)), int(config["kv_channels"])
-    own = {
+    bias = bool(config.get("add_bias_linear", False))
+    size = int(config["kv_channels"])
+    overrides = {
         "vocab_size": config["padded_vocab_size"],
         "num_hidden_layers": config["num_layers"],
         "intermediate_size": config["ffn_hidden_size"],
@@ -57,7 +58,7 @@ def describe(config: Config) -> Architecture:
     )
     qkv_bias = bias or bool(config.get("add_qkv_bias", False))
     return common(
-        config | own,
+        config | overrides,
         norm_eps=float(config["layernorm_epsilon"]),
         rope=rope,
         qkv_bias=qkv_bias,

@@ -80,18 +80,22 @@ def split(
 
 
 def _heads(name: str, tensor: "Tensor", arch: Architecture, by_group: bool) -> "list[Tensor]":
-    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    if tensor.shape[0] != q + 2 * kv:
+    q = arch.num_heads * arch.head_dim
+    kv = arch.num_kv_heads * arch.head_dim
+    total = q + 2 * kv
+    if tensor.shape[0] != total:
         raise Unsupported(
-            f"tensor {name} has shape {list(tensor.shape)} where the configuration asks for {q + 2 * kv} rows"
+            f"tensor {name} has shape {list(tensor.shape)} "
+            f"where the configuration asks for {total} rows"
         )
     if not by_group:
-        return [tensor.narrow(0, start, rows) for start, rows in ((0, q), (q, kv), (q + kv, kv))]
+        return [tensor.narrow(0, 0, q), tensor.narrow(0, q, kv), tensor.narrow(0, q + kv, kv)]
     import torch
 
+    # One key head and one value head follow the query heads that share them.
     group = arch.num_heads // arch.num_kv_heads
-    rows = torch.arange(q + 2 * kv).view(arch.num_kv_heads, group + 2, arch.head_dim)
-    return [tensor[part.flatten()] for part in rows.split((group, 1, 1), 1)]
+    rows = torch.arange(total).view(arch.num_kv_heads, group + 2, arch.head_dim)
+    return [tensor[heads.flatten()] for heads in rows.split((group, 1, 1), 1)]
 
 
 def plus_one(name: str, tensor: "Tensor", arch: Architecture) -> Iterator[Named]:

@@ -11,7 +11,7 @@ parts of a forward pass, of which the first stage has the first one and the last
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from pagewire_kernels.batch import Batch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .layers import (
     InputEmbedding,
     LearnedPositions,
     LMHead,
+    MadeOfParts,
     Norm,
     ParallelEmbedding,
     ParallelHead,
@@ -34,7 +35,6 @@ from .layers import (
 )
 from .ranks import of_rank
 from .single import SingleLayer
-from .weight_slots import WeightSlots
 
 LogitsHook = Callable[[Callable[[Tensor], Tensor]], None]
 """Called at the end of a forward pass with a function from token numbers [R] int64 to their logits
@@ -156,7 +156,7 @@ def layer_kind(arch: Architecture) -> type[Layer]:
     return {"sequential": Layer, "sandwich": SandwichLayer, "post": PostNormLayer}[arch.block]
 
 
-class Decoder:
+class Decoder(MadeOfParts):
     """Weights are uninitialised until every one of `weight_slots` is filled; `pack` then makes the
     model ready to run."""
 
@@ -201,11 +201,6 @@ class Decoder:
         if self.head is not None:
             yield self.head
 
-    def weight_slots(self) -> WeightSlots:
-        """Every checkpoint tensor that the model wants, with the memory that it goes to."""
-        for part in self.parts():
-            yield from part.weight_slots()
-
     def is_elsewhere(self, name: str) -> bool:
         """Whether the tensor of this name, a checkpoint's or the decoder's, is of another pipeline
         stage. Tensors beside the layers are known by the decoder's names only."""
@@ -222,16 +217,6 @@ class Decoder:
             return not stage.is_first
         return name.startswith(AFTER_LAYERS) and not stage.is_last
 
-    def packed(self) -> Iterator[Any]:
-        """The matrices as the back end has them, once they are packed."""
-        for part in self.parts():
-            yield from part.packed()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the device's memory that all weights take, whatever their formats."""
-        return sum(part.nbytes for part in self.parts())
-
     def pack(self) -> Iterator[float]:
         """Put each matrix into the form that it is multiplied in; yields the share done."""
         parts = list(self.parts())
@@ -239,8 +224,8 @@ class Decoder:
             part.pack()
             yield done / len(parts)
         if not self._build.shard.whole or not self._build.stage.is_whole:
-            # both add a layer's results to the residual by themselves, before other ranks' come, and
-            # know no residual that another stage has begun
+            # both add a layer's results to the residual by themselves, before other ranks' come,
+            # and know no residual that another stage has begun
             return
         assert self.head is not None
         self._native = native.make(self.arch, self.layers, self.norm, self.head)
@@ -252,22 +237,22 @@ class Decoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
-        """ids [T] int64 -> logits [R, V] of the tokens `wanted` [R] int64 (None: of all). cos_sin
-        and caches: one for each layer. `tick` is called after every layer; `logits_hook`, before
-        the end."""
+        """ids [T] int64 -> logits [R, V] of the tokens `logits_indices` [R] int64 (None: of all).
+        cos_sin and caches: one for each layer. `tick` is called after every layer; `logits_hook`,
+        before the end."""
         hidden = self.embed(ids, batch)
         if (
             self._native is not None
             and logits_hook is None
             and len(ids) <= self._native.most_tokens
         ):
-            return self._native(hidden.x, cos_sin, caches, batch, wanted, tick)
+            return self._native(hidden.x, cos_sin, caches, batch, logits_indices, tick)
         hidden = self.run_layers(hidden, cos_sin, caches, batch, tick)
-        return self.logits(hidden, batch, wanted, logits_hook)
+        return self.logits(hidden, batch, logits_indices, logits_hook)
 
     def embed(self, ids: Tensor, batch: Batch) -> HiddenStates:
         """ids [T] int64 -> what the first layer is given."""
@@ -295,23 +280,23 @@ class Decoder:
         self,
         hidden: HiddenStates,
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """From what the last layer gave: arguments and result as of a whole forward pass."""
         if logits_hook is not None:
             logits_hook(lambda rows: self._logits(hidden, batch, rows))
-        return self._logits(hidden, batch, wanted)
+        return self._logits(hidden, batch, logits_indices)
 
-    def _logits(self, hidden: HiddenStates, batch: Batch, wanted: Tensor | None) -> Tensor:
+    def _logits(self, hidden: HiddenStates, batch: Batch, logits_indices: Tensor | None) -> Tensor:
         x, residual = hidden
-        if wanted is not None:
-            x = x[wanted]
-            residual = None if residual is None else residual[wanted]
+        if logits_indices is not None:
+            x = x[logits_indices]
+            residual = None if residual is None else residual[logits_indices]
         if self.norm is not None:
             x = self.norm(x) if residual is None else self.norm.add(x, residual)[0]
         assert self.head is not None
-        return self.head(x, batch, wanted)
+        return self.head(x, batch, logits_indices)
 
 
 def make_embedding(

@@ -150,7 +150,8 @@ class DenseExperts(ExpertsWeight):
         self._ops = method.ops
         self._spec = spec
         self._rounding = method.rounding
-        inner, hidden = spec.held_inner, spec.hidden_size
+        inner = spec.held_inner
+        hidden = spec.hidden_size
         gate_up = method.empty(spec.num_experts, 2 * inner, hidden)
         down = method.empty(spec.num_experts, hidden, inner)
         self._nbytes = gate_up.nbytes + down.nbytes

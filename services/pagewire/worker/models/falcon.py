@@ -39,11 +39,9 @@ def describe(config: Config) -> Architecture:
     own["max_position_embeddings"] = config.get("max_position_embeddings", 2048)
     own["hidden_act"] = config.get("activation", "gelu")
     config = config | own
-    hidden, heads, several = (
-        int(config["hidden_size"]),
-        int(config["num_attention_heads"]),
-        config.get("new_decoder_architecture", False),
-    )
+    hidden = int(config["hidden_size"])
+    heads = int(config["num_attention_heads"])
+    several = config.get("new_decoder_architecture", False)
     one_head = config.get("multi_query", True) and not several
     config["intermediate_size"] = config.get("ffn_hidden_size") or 4 * hidden
     config["num_key_value_heads"] = 1 if one_head else config.get("num_kv_heads") or heads

@@ -10,7 +10,7 @@ imported only here, and only for such a model.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +68,14 @@ class Plan:
         tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ) -> "FallbackDecoder":
         """`tensors`: those of the checkpoint, where transformers would take other files than those
-        that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or logits that are not those of
-        transformers' own attention."""
+        that count; None: it finds them itself. Raises Unsupported: broken or missing weights, or
+        logits that are not those of transformers' own attention."""
         attention = Attention(ops, self.calls, self.arch.head_dim, dtype)
         with _quietly(), torch.inference_mode(False), torch.no_grad():
-            made = (
-                self._random(dtype, seed)
-                if load_format == "dummy"
-                else self._weights(load_format, dtype, tensors)
-            )
-            made = made.to(device).eval()
-        decoder = FallbackDecoder(self.arch, made, attention)
+            model = self._weights(load_format, dtype, seed, tensors).to(device).eval()
+        decoder = FallbackDecoder(self.arch, model, attention)
         with _quietly(), torch.inference_mode():
-            check(decoder, made, dtype, device)
+            check(decoder, model, dtype, device)
         return decoder
 
     def _random(self, dtype: torch.dtype, seed: int) -> Any:
@@ -95,8 +90,12 @@ class Plan:
         self,
         load_format: str,
         dtype: torch.dtype,
+        seed: int,
         tensors: Callable[[], Iterable[tuple[str, Tensor]]] | None,
     ) -> Any:
+        """transformers' model with its weights. Raises Unsupported."""
+        if load_format == "dummy":
+            return self._random(dtype, seed)
         import transformers
 
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -120,23 +119,29 @@ class Plan:
             raise Unsupported(
                 f"the weights in {self.path} cannot be loaded: {_line(error)}"
             ) from None
-        made, report = result
+        model, report = result
+        self._check_report(report)
+        return model
+
+    def _check_report(self, report: Mapping[str, Any]) -> None:
+        """What transformers says of a checkpoint's tensors. Raises Unsupported where the model
+        lacks some."""
         missing = sorted(report["missing_keys"])
-        if missing or report["mismatched_keys"]:
-            lacking = (
-                f"lacks {len(missing)} tensors, among them {missing[0]}"
-                if missing
-                else f"differs: {_line(report['mismatched_keys'])}"
+        if missing:
+            raise Unsupported(
+                f"the checkpoint in {self.path} lacks {len(missing)} tensors, among them {missing[0]}"
             )
-            raise Unsupported(f"the checkpoint in {self.path} {lacking}")
-        if report["unexpected_keys"]:
-            names = sorted(report["unexpected_keys"])
+        if report["mismatched_keys"]:
+            raise Unsupported(
+                f"the checkpoint in {self.path} differs: {_line(report['mismatched_keys'])}"
+            )
+        unused = sorted(report["unexpected_keys"])
+        if unused:
             log.warning(
                 "%d tensors of the checkpoint are not used by this model, among them %s",
-                len(names),
-                names[0],
+                len(unused),
+                unused[0],
             )
-        return made
 
 
 class FallbackDecoder:
@@ -156,12 +161,13 @@ class FallbackDecoder:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
         logits_hook: LogitsHook | None = None,
     ) -> Tensor:
         """See Decoder. With a `logits_hook`, the logits of all tokens exist at once."""
-        kept = {} if wanted is None or logits_hook is not None else {"logits_to_keep": wanted}
+        keeps_all = logits_indices is None or logits_hook is not None
+        kept = {} if keeps_all else {"logits_to_keep": logits_indices}
         with self._attention.running(cos_sin, caches, batch, tick):
             logits = self._model(
                 input_ids=ids[None], position_ids=batch.positions[None], use_cache=False, **kept
@@ -169,7 +175,7 @@ class FallbackDecoder:
         if logits_hook is None:
             return logits
         logits_hook(lambda rows: logits[rows])
-        return logits if wanted is None else logits[wanted]
+        return logits if logits_indices is None else logits[logits_indices]
 
 
 def plan(path: Path, settings: Config, trust: bool) -> Plan:
@@ -179,17 +185,20 @@ def plan(path: Path, settings: Config, trust: bool) -> Plan:
         _refuse(config)
         recorder = Recorder()
         model = _on_meta(config, recorder, trust)
-    calls, name = tuple(recorder.calls), type(model).__name__
+    calls = tuple(recorder.calls)
+    name = type(model).__name__
     layers = int(config.num_hidden_layers)
     if len(calls) != layers:
         raise Unsupported(
             f"{name} is not supported: {len(calls)} of its {layers} layers go through transformers' common attention; others (state-space, "
             "linear, convolutional, or attention of their own) cannot use the paged cache"
         )
-    for call, kind in zip(
+    for call, layer_type in zip(
         calls, getattr(config, "layer_types", None) or ("",) * layers, strict=True
     ):
-        hidden = "hides its windows" if kind == "sliding_attention" and call.window is None else ""
+        hidden = (
+            "hides its windows" if layer_type == "sliding_attention" and call.window is None else ""
+        )
         if call.refused or hidden:
             raise Unsupported(f"{name} is not supported: its attention {call.refused or hidden}")
     if len({(call.kv_heads, call.size) for call in calls}) != 1:
@@ -259,12 +268,14 @@ def _refuse(config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = next(iter(config.architectures or ()), "")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    own_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if config.is_encoder_decoder:
         raise Unsupported(
             f"{named or config.model_type} is an encoder with a decoder; only models of a decoder alone are supported"
         )
-    if not getattr(config, "auto_map", None) and (known is None or (named and named != known)):
+    if not getattr(config, "auto_map", None) and (
+        own_class is None or (named and named != own_class)
+    ):
         raise Unsupported(
             f"{named or config.model_type} is no causal language model; only those are supported"
         )
@@ -276,14 +287,14 @@ def _refuse(config: Any) -> None:
         raise Unsupported(
             f"quantized weights of {config.model_type}, which runs through transformers, are not supported; give unquantized safetensors"
         )
-    kinds = {
-        kind
-        for kind in getattr(config, "layer_types", None) or ()
-        if kind not in ("full_attention", "sliding_attention")
+    unsupported = {
+        layer_type
+        for layer_type in getattr(config, "layer_types", None) or ()
+        if layer_type not in ("full_attention", "sliding_attention")
     }
-    if kinds:
+    if unsupported:
         raise Unsupported(
-            f"{named or config.model_type} has layers of type {', '.join(sorted(kinds))}, which is not supported"
+            f"{named or config.model_type} has layers of type {', '.join(sorted(unsupported))}, which is not supported"
         )
 
 
@@ -350,10 +361,10 @@ def check(decoder: FallbackDecoder, model: Any, dtype: torch.dtype, device: str)
         for a, b in CHUNKS
     ]
     model.set_attn_implementation("eager")
-    wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
     model.set_attn_implementation(decoder.attention_name)
-    error = (torch.cat(through_cache).float() - wanted).norm(dim=-1) / (
-        wanted - wanted.mean(-1, keepdim=True)
+    error = (torch.cat(through_cache).float() - expected).norm(dim=-1) / (
+        expected - expected.mean(-1, keepdim=True)
     ).norm(dim=-1)
     # The median: a mixture of experts may choose another expert for a token by rounding alone.
     if not error.median() <= TOLERANCE[dtype]:
@@ -368,7 +379,8 @@ def _quietly() -> Iterator[None]:
     model."""
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
+    bars = theirs.is_progress_bar_enabled()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     try:

@@ -65,7 +65,8 @@ def _enter(function: Callable[..., Any]) -> str:
 
 
 class Recorder:
-    """Stands in place of attention while a model runs without memory, and notes what is asked for."""
+    """Stands in place of attention while a model runs without memory, and notes what is asked
+    for."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -80,7 +81,8 @@ class Recorder:
         attention_mask: Tensor | None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        size, scale = query.shape[3], more.get("scaling")
+        size = query.shape[3]
+        scale = more.get("scaling")
         self.calls.append(
             Call(
                 heads=query.shape[1],
@@ -111,7 +113,9 @@ class Attention:
     def __init__(self, ops: Ops, calls: tuple[Call, ...], size: int, dtype: torch.dtype) -> None:
         """`size`: of all heads in the cache; smaller ones are padded with zeros, which changes no
         product. `dtype`: that attention is computed in."""
-        self._ops, self._calls, self._size = ops, calls, size
+        self._ops = ops
+        self._calls = calls
+        self._size = size
         self._dtype = dtype
         self._layer = 0
         self._pass: tuple[list[Tensor], list[Tensor], Batch, Callable[[], None]] | None = None
@@ -123,7 +127,8 @@ class Attention:
     ) -> Iterator[None]:
         """Within: a forward pass of `batch` over these tables and caches, one each for every layer;
         `tick` is called after every layer."""
-        self._pass, self._layer = (cos_sin, caches, batch, tick), 0
+        self._pass = (cos_sin, caches, batch, tick)
+        self._layer = 0
         try:
             yield
         finally:
@@ -141,7 +146,8 @@ class Attention:
         """query [1, Hq, T, D], rotated already -> [1, T, Hq, value size]."""
         assert self._pass is not None
         (cos_sin, caches, batch, tick), layer = self._pass, self._layer
-        call, cache = self._calls[layer], caches[layer]
+        call = self._calls[layer]
+        cache = caches[layer]
         self._layer += 1
         qkv = torch.cat([self._flat(part, self._dtype) for part in (query, key, value)], 1)
         q = self._ops.rope_and_cache(

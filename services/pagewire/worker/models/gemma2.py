@@ -12,7 +12,8 @@ __all__ = ["describe", "tensors"]
 
 def windows(config: Config, pattern: int) -> tuple[int | None, ...]:
     """By `layer_types`, or in all layers but every `pattern`-th."""
-    layers, window = int(config["num_hidden_layers"]), config["sliding_window"]
+    layers = int(config["num_hidden_layers"])
+    window = config["sliding_window"]
     kinds = config.get("layer_types")
     local = (
         [kind == "sliding_attention" for kind in kinds]

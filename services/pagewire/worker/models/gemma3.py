@@ -44,7 +44,8 @@ def describe(config: Config) -> Architecture:
         raise Unsupported(
             "use_bidirectional_attention of gemma3 is not supported: it embeds, it does not generate"
         )
-    size, newer = int(config["head_dim"]), config.get("rope_parameters") or {}
+    size = int(config["head_dim"])
+    newer = config.get("rope_parameters") or {}
     local = newer.get("sliding_attention") or {
         "rope_theta": config.get("rope_local_base_freq", 10_000.0)
     }

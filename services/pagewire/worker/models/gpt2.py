@@ -31,8 +31,9 @@ def describe(config: Config) -> Architecture:
     """GPT-2. Raises Unsupported for variants that are not built."""
     if config.get("add_cross_attention"):
         raise Unsupported("add_cross_attention of gpt2 is not supported")
-    hidden, layers = int(config["n_embd"]), int(config["n_layer"])
-    own = {
+    hidden = int(config["n_embd"])
+    layers = int(config["n_layer"])
+    overrides = {
         "hidden_size": hidden,
         "intermediate_size": config.get("n_inner") or 4 * hidden,
         "num_hidden_layers": layers,
@@ -46,7 +47,7 @@ def describe(config: Config) -> Architecture:
     )
     by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
     return gpt_like(
-        config | own,
+        config | overrides,
         norm_eps=float(config["layer_norm_epsilon"]),
         bias=True,
         rope=NO_ROPE,

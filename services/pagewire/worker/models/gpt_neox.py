@@ -26,7 +26,12 @@ tensors = renamed(NAMES, by_group=True)
 
 def describe(config: Config) -> Architecture:
     """GPT-NeoX or Pythia."""
-    own = {"num_key_value_heads": None, "partial_rotary_factor": config.get("rotary_pct", 0.25)}
+    overrides = {
+        "num_key_value_heads": None,
+        "partial_rotary_factor": config.get("rotary_pct", 0.25),
+    }
     bias = bool(config.get("attention_bias", True))
     block = "parallel" if config.get("use_parallel_residual", True) else "sequential"
-    return gpt_like(config | own, float(config["layer_norm_eps"]), bias, mlp_bias=True, block=block)
+    return gpt_like(
+        config | overrides, float(config["layer_norm_eps"]), bias, mlp_bias=True, block=block
+    )

@@ -25,7 +25,8 @@ tensors = renamed(NAMES)
 
 def describe(config: Config) -> Architecture:
     """GPT-J."""
-    hidden, heads = int(config["n_embd"]), int(config["n_head"])
+    hidden = int(config["n_embd"])
+    heads = int(config["n_head"])
     own = {
         "hidden_size": hidden,
         "intermediate_size": config.get("n_inner") or 4 * hidden,

@@ -6,7 +6,7 @@ up) are one matrix of several parts of the checkpoint. Every call of a layer is 
 Batch, from which it can tell what row of its input belongs to which request.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -160,32 +160,36 @@ class NoMatrix:
         )
 
 
-class Composite:
-    """Base of parts that are made of others."""
+class MadeOfParts:
+    """Base of what is made of parts."""
 
-    def parts(self) -> Sequence[Part]:
-        """Those that it is made of."""
+    def parts(self) -> Iterable[Part]:
+        """Those that it is made of, in the order in which they are packed."""
         raise NotImplementedError
 
     def weight_slots(self) -> WeightSlots:
-        """Of all parts."""
+        """The checkpoint's tensors that all parts want."""
         for part in self.parts():
             yield from part.weight_slots()
 
-    def pack(self) -> None:
-        """All parts."""
-        for part in self.parts():
-            part.pack()
-
     def packed(self) -> Iterator[Any]:
-        """Of all parts."""
+        """The matrices of all parts as the back end has them, once they are packed."""
         for part in self.parts():
             yield from part.packed()
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of the device's memory that all weights take, whatever their formats."""
         return sum(part.nbytes for part in self.parts())
+
+
+class Composite(MadeOfParts):
+    """Base of parts that are made of others."""
+
+    def pack(self) -> None:
+        """All parts."""
+        for part in self.parts():
+            part.pack()
 
 
 class Norm(Part, Protocol):
@@ -253,28 +257,15 @@ class Linear:
         return self.weight.apply(x, self.bias)
 
 
-class Experts:
+class Experts(Composite):
     """The matrices of all experts of a mixture."""
 
     def __init__(self, build: Build, spec: ExpertsSpec) -> None:
         self.weight: ExpertsWeight = build.method_of([spec.name]).allocate_experts(spec)
 
-    def weight_slots(self) -> WeightSlots:
-        """Three matrices of each expert."""
-        yield from self.weight.weight_slots()
-
-    def pack(self) -> None:
-        """Bring all matrices into the form that is multiplied with."""
-        self.weight.pack()
-
-    def packed(self) -> Iterator[Any]:
-        """The matrices of all experts."""
-        yield from self.weight.packed()
-
-    @property
-    def nbytes(self) -> int:
-        """Of all experts."""
-        return self.weight.nbytes
+    def parts(self) -> Iterable[Part]:
+        """The weight, of three matrices of each expert."""
+        return (self.weight,)
 
     def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""
@@ -361,29 +352,16 @@ class LayerNorm(NoMatrix):
         return communicator.all_reduce_add_norm(x, residual, *weights, centre=True)
 
 
-class _AroundNorm:
+class _AroundNorm(Composite):
     """Base of norms that add up what the ranks bring before another norm does its work."""
 
     def __init__(self, norm: Norm, communicator: Communicator) -> None:
         self._norm = norm
         self._communicator = communicator
 
-    def weight_slots(self) -> WeightSlots:
-        """Of the norm."""
-        yield from self._norm.weight_slots()
-
-    def pack(self) -> None:
-        """See Part."""
-        self._norm.pack()
-
-    def packed(self) -> Iterator[Any]:
-        """Of the norm."""
-        yield from self._norm.packed()
-
-    @property
-    def nbytes(self) -> int:
-        """Of the norm."""
-        return self._norm.nbytes
+    def parts(self) -> Iterable[Part]:
+        """The norm."""
+        return (self._norm,)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._norm(x)

@@ -1,5 +1,5 @@
-"""How the weights of linear layers are held and multiplied: one seam for dense weights and for every
-quantized format.
+"""How the weights of linear layers are held and multiplied: one seam for dense weights and for
+every quantized format.
 
 A `LinearMethod` is chosen for each layer, by its name, when the model is built (`Build.method`). It
 allocates a weight for the layer; the weight says which tensors of the checkpoint it wants (with a

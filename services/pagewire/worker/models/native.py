@@ -51,7 +51,8 @@ class Native:
     """Called like Decoder, with embeddings instead of ids."""
 
     def __init__(self, decoder: Any, most_tokens: int) -> None:
-        self._decoder, self.most_tokens = decoder, most_tokens
+        self._decoder = decoder
+        self.most_tokens = most_tokens
 
     def __call__(
         self,
@@ -59,11 +60,11 @@ class Native:
         cos_sin: list[Tensor],
         caches: list[Tensor],
         batch: Batch,
-        wanted: Tensor | None,
+        logits_indices: Tensor | None,
         tick: Callable[[], None],
     ) -> Tensor:
         """x [T, H] -> logits [R, V] float32."""
-        logits = self._decoder(x.float().contiguous(), cos_sin, caches, batch, wanted)
+        logits = self._decoder(x.float().contiguous(), cos_sin, caches, batch, logits_indices)
         tick()
         return logits
 
@@ -103,7 +104,9 @@ def make(
 
 def _layer_arguments(layer: SequentialLayer) -> tuple[Any, ...] | None:
     """What DecodeLayer is made of: four matrices first."""
-    attention, mlp, norms = layer.attention, layer.mlp, layer.norms
+    attention = layer.attention
+    mlp = layer.mlp
+    norms = layer.norms
     if not isinstance(mlp, Mlp):
         return None
     first, second = norms

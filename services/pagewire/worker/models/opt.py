@@ -41,17 +41,15 @@ def describe(config: Config) -> Architecture:
     for name, value in NEEDED.items():
         if config.get(name, value) != value:
             raise Unsupported(f"{name} {config[name]} of opt is not supported; {value} is")
-    bias, width = (
-        bool(config.get("enable_bias", True)),
-        config.get("word_embed_proj_dim") or config["hidden_size"],
-    )
-    own = {
+    bias = bool(config.get("enable_bias", True))
+    width = config.get("word_embed_proj_dim") or config["hidden_size"]
+    overrides = {
         "intermediate_size": config["ffn_dim"],
         "num_key_value_heads": None,
         "hidden_act": config.get("activation_function", "relu"),
     }
     return gpt_like(
-        config | own,
+        config | overrides,
         norm_eps=1e-5,
         bias=bias,
         block="sequential" if config.get("do_layer_norm_before", True) else "post",

@@ -20,9 +20,9 @@ def describe(config: Config) -> Architecture:
     """Phi 1, 1.5 or 2. Raises Unsupported for variants that are not built."""
     if config.get("qk_layernorm"):
         raise Unsupported("qk_layernorm of phi is not supported")
-    own = {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
+    overrides = {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
     return gpt_like(
-        config | own,
+        config | overrides,
         float(config["layer_norm_eps"]),
         bias=True,
         head_bias=True,

@@ -237,9 +237,11 @@ class StackedExperts(ExpertsWeight):
         """See Weight."""
         if self._packed is not None:
             return
-        gate_up, down = self._stacked(self._gate_up), self._stacked(self._down)
+        gate_up = self._stacked(self._gate_up)
+        down = self._stacked(self._down)
         if gate_up is None or down is None:
-            gate_up, down = self._full(self._gate_up), self._full(self._down)
+            gate_up = self._full(self._gate_up)
+            down = self._full(self._down)
         self._packed = (gate_up, down)
         for slots in self._slots():
             for slot in slots:

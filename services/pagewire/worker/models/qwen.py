@@ -32,7 +32,7 @@ def describe(config: Config) -> Architecture:
             "attention without scaling (scale_attn_weights false) of qwen is not supported"
         )
     bias = not config.get("no_bias", True)
-    own = {
+    overrides = {
         "head_dim": config["kv_channels"],
         "num_key_value_heads": None,
         "intermediate_size": config["intermediate_size"] // 2,
@@ -40,7 +40,7 @@ def describe(config: Config) -> Architecture:
         "partial_rotary_factor": config.get("rotary_pct", 1.0),
     }
     return common(
-        config | own,
+        config | overrides,
         norm_eps=float(config["layer_norm_epsilon"]),
         qkv_bias=True,
         output_bias=bias,

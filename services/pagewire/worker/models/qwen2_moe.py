@@ -9,7 +9,8 @@ from .architecture import Architecture, Config, Moe, common, layer_windows
 def mixture(config: Config, shared_size: int = 0) -> Moe:
     """The mixture of experts of Qwen2 and Qwen3; shared_size: inner size of the shared expert, 0:
     none."""
-    step, plain = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
+    step = int(config.get("decoder_sparse_step", 1))
+    plain = config.get("mlp_only_layers") or []
     routing = Routing(
         int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
         int(config["num_experts_per_tok"]),
@@ -27,8 +28,6 @@ def mixture(config: Config, shared_size: int = 0) -> Moe:
 
 def describe(config: Config) -> Architecture:
     """Qwen1.5-MoE or Qwen2-MoE."""
-    moe, bias = (
-        mixture(config, int(config["shared_expert_intermediate_size"])),
-        bool(config.get("qkv_bias", True)),
-    )
+    moe = mixture(config, int(config["shared_expert_intermediate_size"]))
+    bias = bool(config.get("qkv_bias", True))
     return common(config, moe=moe, qkv_bias=bias, windows=layer_windows(config))

@@ -6,10 +6,8 @@ from .qwen2_moe import mixture
 
 def describe(config: Config) -> Architecture:
     """Qwen3-MoE."""
-    bias, window = (
-        bool(config.get("attention_bias", False)),
-        config.get("sliding_window") if config.get("use_sliding_window") else None,
-    )
+    bias = bool(config.get("attention_bias", False))
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
     windows = (window,) * int(config["num_hidden_layers"])
     return common(
         config, moe=mixture(config), qk_norm=True, qkv_bias=bias, output_bias=bias, windows=windows

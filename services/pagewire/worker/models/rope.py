@@ -128,7 +128,8 @@ def _magnitude(kind: str, scaling: dict[str, Any], original: int, stretch: float
     factor = float(scaling.get("factor") or stretch)
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    first, second = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    first = scaling.get("mscale")
+    second = scaling.get("mscale_all_dim")
     return _yarn(factor, first) / _yarn(factor, second) if first and second else _yarn(factor, 1.0)
 
 

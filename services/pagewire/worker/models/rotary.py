@@ -18,8 +18,10 @@ from .rope import Rope
 def order(rope: Rope, head_dim: int) -> list[int] | None:
     """Which dimension of the checkpoint's heads comes at each place of ours; None where they are
     the same."""
-    turning, rest = range(rope.size), list(range(rope.size, head_dim))
-    half, kept = rope.size // 2, len(rest) // 2
+    turning = range(rope.size)
+    rest = list(range(rope.size, head_dim))
+    half = rope.size // 2
+    kept = len(rest) // 2
     first, second = (
         (turning[::2], turning[1::2]) if rope.interleaved else (turning[:half], turning[half:])
     )
@@ -45,7 +47,8 @@ def table(rope: Rope, head_dim: int, positions: int) -> Tensor:
 
 def frequencies(rope: Rope, positions: int) -> Tensor:
     """[size / 2] float32, radians per position."""
-    theta, size = rope.theta, rope.size
+    theta = rope.theta
+    size = rope.size
     if rope.kind == "dynamic" and positions > rope.original_max_position:
         stretch = rope.factor * positions / rope.original_max_position - (rope.factor - 1)
         theta *= stretch ** (size / (size - 2))
@@ -85,10 +88,13 @@ def _yarn(base: Tensor, rope: Rope) -> Tensor:
             / (2 * math.log(rope.theta))
         )
 
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    low = dimension(rope.beta_fast)
+    high = dimension(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.size - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, rope.size - 1)
     ramp = (
         (torch.arange(rope.size // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     ).clamp(0, 1)

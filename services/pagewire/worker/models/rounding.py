@@ -1,5 +1,6 @@
-"""What full weights can be rounded to while they are loaded (--quantization): the same values that the
-library of each format gives, whether the device then keeps them quantized or holds them in full.
+"""What full weights can be rounded to while they are loaded (--quantization): the same values that
+the library of each format gives, whether the device then keeps them quantized or holds them in
+full.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,9 @@ def make(arch: Architecture, ops: Ops, layers: Sequence[SequentialLayer]) -> "li
 
 
 def _single(fused: FusedOps, layer: SequentialLayer) -> "SingleLayer | None":
-    attention, mlp, norms = layer.attention, layer.mlp, layer.norms
+    attention = layer.attention
+    mlp = layer.mlp
+    norms = layer.norms
     if not isinstance(mlp, Mlp) or len(norms) != 2:
         return None
     matrices = (attention.qkv, attention.output, mlp.up, mlp.down)

@@ -1,5 +1,5 @@
-"""Where the tensors of a checkpoint go: each part of a model names the tensors that it is made of as
-weight slots, and loading fills the slots by name.
+"""Where the tensors of a checkpoint go: each part of a model names the tensors that it is made of
+as weight slots, and loading fills the slots by name.
 
 Names are the decoder's own (see checkpoint.py). A slot may take a part of the checkpoint's tensor
 only, as a rank of a tensor-parallel group does, and it puts the rows of heads into the order that
@@ -21,8 +21,8 @@ VOCABULARY_UNIT: Final = 64
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Indices start to start + length of dimension `dim`, which has `total` in the checkpoint: 0 for
-    the rows of a matrix (output features), 1 for its columns (input features)."""
+    """Indices start to start + length of dimension `dim`, which has `total` in the checkpoint: 0
+    for the rows of a matrix (output features), 1 for its columns (input features)."""
 
     dim: int
     start: int

@@ -30,8 +30,8 @@ def facts_of(
 
 
 class StepRows(NamedTuple):
-    """What a step computes: row i is slots[i], whose positions first[i] to end[i] are new, counts[i]
-    of them. sampling [S]: the rows that then sample a token."""
+    """What a step computes: row i is slots[i], whose positions first[i] to end[i] are new,
+    counts[i] of them. sampling [S]: the rows that then sample a token."""
 
     slots: Ints
     counts: Ints
@@ -58,8 +58,8 @@ class StepApplier:
         self.version += 1
 
     def apply(self, step: Step) -> tuple[Ints, Ints]:
-        """Retire, admit, grow; (slots [N], counts [N]): what is to run, and how many tokens of each.
-        `take` comes next. Raises BadStep."""
+        """Retire, admit, grow; (slots [N], counts [N]): what is to run, and how many tokens of
+        each. `take` comes next. Raises BadStep."""
         self._slots.retire(_column(step.retire))
         for admission in step.admit:
             self._slots.admit(admission)

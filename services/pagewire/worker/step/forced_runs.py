@@ -1,10 +1,10 @@
 """Forced runs: tokens that a grammar leaves no choice about are computed as one chunk with the last
-token before them, instead of one in each step. For runners that know the values of all tokens when a
-step begins.
+token before them, instead of one in each step. For runners that know the values of all tokens when
+a step begins.
 
-The scheduler has not asked for them. A run is no longer than the blocks of its slot have room for, so
-that a step which was sent before the scheduler heard of the run may find no room: its row is then left
-out, and brings no token.
+The scheduler has not asked for them. A run is no longer than the blocks of its slot have room for,
+so that a step which was sent before the scheduler heard of the run may find no room: its row is
+then left out, and brings no token.
 """
 
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -29,8 +29,8 @@ MAX_RUN: Final = 15
 
 class ForcedRuns(NamedTuple):
     """What a step computes: counts[i] tokens of slots[i] [N], of which the last ones, runs[i], are
-    new. `left_out` [L]: slots that the step names, and that have no room for their token. `changed`:
-    something differs from what the step says."""
+    new. `left_out` [L]: slots that the step names, and that have no room for their token.
+    `changed`: something differs from what the step says."""
 
     slots: Ints
     counts: Ints
@@ -45,15 +45,16 @@ def unchanged(slots: Ints, counts: Ints) -> ForcedRuns:
 
 
 def take_runs(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) -> ForcedRuns:
-    """The forced runs of a step that computes counts[i] tokens of slots[i] [N]: from now on they are
-    among the tokens of their slots.
+    """The forced runs of a step that computes counts[i] tokens of slots[i] [N]: from now on they
+    are among the tokens of their slots.
 
     A request that wants log-probabilities gets each of its tokens by itself, and so does one whose
     other constraints look at each token."""
     lacks_room = masks.concerns(slots) & (_room_behind(columns, slots, counts) < 0)
     left_out = slots[lacks_room]
     if len(left_out):
-        slots, counts = slots[~lacks_room], counts[~lacks_room]
+        slots = slots[~lacks_room]
+        counts = counts[~lacks_room]
     runs: list[list[int]] = [[] for _ in slots]
     rows = np.flatnonzero(_may_run(columns, masks, slots, counts))
     if len(rows):
@@ -84,8 +85,8 @@ def _may_run(columns: "Slots", masks: GrammarMasks, slots: Ints, counts: Ints) -
 
 
 def brought(runs: list[list[int]], ready: Bools, sampled: Tokens) -> tuple[Tokens, Tokens]:
-    """(tokens, counts [S]) of a result: row i brings runs[i] and then, where ready[i], the next one of
-    `sampled`."""
+    """(tokens, counts [S]) of a result: row i brings runs[i] and then, where ready[i], the next one
+    of `sampled`."""
     following = iter(sampled.tolist())
     rows = [
         [*run, next(following)] if is_ready else run
@@ -96,8 +97,8 @@ def brought(runs: list[list[int]], ready: Bools, sampled: Tokens) -> tuple[Token
 
 
 def moved(logprobs: LogprobColumns | None, counts: Tokens, ready: Bools) -> LogprobColumns | None:
-    """The log-probabilities of the sampled tokens, now that row i brings counts[i] tokens [S], of which
-    the sampled one is the last where ready[i]."""
+    """The log-probabilities of the sampled tokens, now that row i brings counts[i] tokens [S], of
+    which the sampled one is the last where ready[i]."""
     if logprobs is None:
         return None
     index = (np.cumsum(counts) - 1)[ready]

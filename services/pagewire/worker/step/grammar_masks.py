@@ -2,10 +2,10 @@
 processes (grammar/). Knows no tensors and no model.
 
 Each admission is a stream with a key of its own. A matcher is told the stream's tokens as they are
-sampled, and answers with the mask for the next one; a mask is used for that stream and that position
-and for nothing else. Where a grammar leaves a single token, the answer brings it, and further ones
-after it: a forced run, behind which the mask is. A row whose mask is not there when it would be
-sampled brings no token, and nobody else waits for it.
+sampled, and answers with the mask for the next one; a mask is used for that stream and that
+position and for nothing else. Where a grammar leaves a single token, the answer brings it, and
+further ones after it: a forced run, behind which the mask is. A row whose mask is not there when it
+would be sampled brings no token, and nobody else waits for it.
 
 Masks for many rows take longer than a forward pass. So where there are processors enough, a matcher
 that has many streams gets another one beside it, and streams are spread over those that are ready.
@@ -34,9 +34,11 @@ LOOK_S: Final = 0.0002
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
 WAIT_RUNS_S: Final = 0.001
-"""How long a step in which every row has a grammar waits for its forced runs before it is computed."""
+"""How long a step in which every row has a grammar waits for its forced runs before it is
+computed."""
 CROWDED: Final = 16
-"""Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a mask."""
+"""Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
+mask."""
 MAX_MATCHERS: Final = 8
 CORES_A_MATCHER: Final = 2
 """Processors that there must be for each."""
@@ -49,8 +51,8 @@ Keys = NDArray[np.uint64]
 
 
 class GrammarMasks:
-    """Of `count` slots of a model with `vocab_size` tokens that ends at `eos`. Without a request that
-    has a grammar there is no process, and nothing costs anything."""
+    """Of `count` slots of a model with `vocab_size` tokens that ends at `eos`. Without a request
+    that has a grammar there is no process, and nothing costs anything."""
 
     def __init__(
         self,
@@ -201,8 +203,8 @@ class GrammarMasks:
         return most
 
     def take_runs(self, slots: Ints, most: Ints) -> list[list[int]]:
-        """Of each of `slots` [R], the forced run that follows its output, as far as it is known, and
-        at most most[i] tokens of it. From now on these are output."""
+        """Of each of `slots` [R], the forced run that follows its output, as far as it is known,
+        and at most most[i] tokens of it. From now on these are output."""
         self._receive()
         if self.concerns(slots).all():
             end = self._clock() + WAIT_RUNS_S
@@ -256,8 +258,8 @@ class GrammarMasks:
         return self._failed[slots]
 
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
-        """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32 is
-        set where token i may come."""
+        """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32
+        is set where token i may come."""
         masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
         at = self._matcher_at[slots]
         for i, matcher in enumerate(self._matchers):

@@ -2,9 +2,9 @@
 endings before the least number of tokens, and grammars.
 
 Each kind is a LogitConstraint, a logits processor for all slots at once; grammars come after them
-and have the last word. What a request brings goes to the device once, when it is admitted; a step then runs a few
-operations over the rows that a constraint touches. Plain torch on any device, and nothing here
-waits for the device.
+and have the last word. What a request brings goes to the device once, when it is admitted; a step
+then runs a few operations over the rows that a constraint touches. Plain torch on any device, and
+nothing here waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ class Constraints:
         self._vocab_size = vocab_size
         # In vLLM's order: allowed ids, bad words, endings. Biases shift what they do not exclude,
         # so they may come first.
-        self._parts: Sequence[LogitConstraint] = (
+        self._constraints: Sequence[LogitConstraint] = (
             BiasConstraint(slots.count, vocab_size, device, to_device),
             BadWordsConstraint(slots, device, to_device),
             MinTokensConstraint(slots, vocab_size, eos, device, to_device),
@@ -95,9 +95,9 @@ class Constraints:
         """The slots `new` [N] hold new requests."""
         for slot in new.tolist():
             sampling = self._slots.constrained[slot]
-            for part in self._parts:
-                part.admit(slot, sampling)
-            excluded = sum(part.max_excluded(slot) for part in self._parts)
+            for constraint in self._constraints:
+                constraint.admit(slot, sampling)
+            excluded = sum(constraint.max_excluded(slot) for constraint in self._constraints)
             self._may_exclude_all[slot] = sampling is not None and bool(
                 sampling.allowed_ids or excluded >= self._vocab_size
             )
@@ -105,12 +105,13 @@ class Constraints:
     def touches(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] any constraint concerns with their next token."""
         touched = np.zeros(len(slots), bool)
-        for part in self._parts:
-            touched |= part.touches(slots)
+        for constraint in self._constraints:
+            touched |= constraint.touches(slots)
         return touched | self._grammars.touches(slots)
 
     def apply(self, logits: Tensor, slots: Ints) -> None:
-        """logits [R, V] float32 of the rows `slots` [R], in place. The grammars' masks must be ready.
+        """logits [R, V] float32 of the rows `slots` [R], in place. The grammars' masks must be
+        ready.
 
         Where exclusions would leave no token at all, the row is left without them: something must
         be sampled. A grammar is always held: where the others leave none of the tokens that it
@@ -122,8 +123,8 @@ class Constraints:
 
     def _exclude(self, logits: Tensor, slots: Ints) -> None:
         excluded: list[Exclusions] = []
-        for part in self._parts:
-            exclusions = part.apply(logits, slots)
+        for constraint in self._constraints:
+            exclusions = constraint.apply(logits, slots)
             if exclusions is not None:
                 excluded.append(exclusions)
         if not excluded:
@@ -141,8 +142,8 @@ class Constraints:
 
     def observe(self, slots: Ints, tokens: Tensor) -> None:
         """tokens [R] int32, on the device, were sampled for `slots` [R]."""
-        for part in self._parts:
-            part.observe(slots, tokens)
+        for constraint in self._constraints:
+            constraint.observe(slots, tokens)
 
 
 class _Held(NamedTuple):

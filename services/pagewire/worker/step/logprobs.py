@@ -49,13 +49,13 @@ class LogprobTensors:
         )
 
     def columns(
-        self, tokens: npt.NDArray[np.int32], wanted: Ints
+        self, tokens: npt.NDArray[np.int32], num_logprobs: Ints
     ) -> tuple[bytes, bytes, bytes, bytes]:
         """counts, ranks, ids and values for the wire, from host memory: each token with its
-        wanted[i] most likely ones."""
+        num_logprobs[i] most likely ones."""
         ids = np.concatenate((tokens[:, None], self.ids.numpy()), 1)
         values = np.concatenate((self.own.numpy()[:, None], self.values.numpy()), 1)
-        counts = (np.minimum(wanted, self.ids.shape[1]) + 1).astype(np.int32)
+        counts = (np.minimum(num_logprobs, self.ids.shape[1]) + 1).astype(np.int32)
         kept = np.arange(ids.shape[1]) < counts[:, None]
         return (
             counts.tobytes(),
@@ -85,18 +85,18 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> LogprobTensors:
 
 @dataclass
 class SampledLogprobs:
-    """rows [N] of a step whose log-probabilities are wanted: wanted[i] most likely ones beside the
-    sampled token of rows[i]."""
+    """rows [N] of a step that ask for log-probabilities: num_logprobs[i] most likely ones beside
+    the sampled token of rows[i]."""
 
     rows: Ints
-    wanted: Ints
+    num_logprobs: Ints
     logprobs: LogprobTensors
 
     def columns(self, tokens: npt.NDArray[np.int32]) -> LogprobColumns:
         """tokens: those of all rows of the step; below 0 where the logits were not finite."""
         own = np.maximum(tokens[self.rows], 0)
         return LogprobColumns(
-            self.rows.astype(np.int32).tobytes(), *self.logprobs.columns(own, self.wanted)
+            self.rows.astype(np.int32).tobytes(), *self.logprobs.columns(own, self.num_logprobs)
         )
 
 
@@ -109,7 +109,7 @@ class PromptSpan(NamedTuple):
     step_index: int
     first: int
     tokens: npt.NDArray[np.int32]
-    wanted: int
+    num_logprobs: int
 
 
 def prompt_spans(slots: Slots, run: Ints, first: Ints, end: Ints) -> list[PromptSpan]:
@@ -125,8 +125,8 @@ def prompt_spans(slots: Slots, run: Ints, first: Ints, end: Ints) -> list[Prompt
         begin = int(first[row]) + 1
         stop = min(int(end[row]) + 1, int(prompt_len[row]))
         tokens = slots.tokens[slot, begin:stop].copy()
-        wanted = int(slots.prompt_logprobs[slot])
-        spans.append(PromptSpan(slot, int(starts[row]), begin, tokens, wanted))
+        num_logprobs = int(slots.prompt_logprobs[slot])
+        spans.append(PromptSpan(slot, int(starts[row]), begin, tokens, num_logprobs))
     return spans
 
 
@@ -146,8 +146,10 @@ class SpanLogprobs:
                 for name in ("own", "ranks", "ids", "values")
             )
         )
-        wanted = np.full(len(span.tokens), span.wanted, np.int64)
-        return PromptLogprobs(Slot(span.slot), span.first, *whole.columns(span.tokens, wanted))
+        num_logprobs = np.full(len(span.tokens), span.num_logprobs, np.int64)
+        return PromptLogprobs(
+            Slot(span.slot), span.first, *whole.columns(span.tokens, num_logprobs)
+        )
 
 
 def prompt_logprobs(
@@ -167,7 +169,7 @@ def prompt_logprobs(
             indices = np.arange(len(tokens)) + span.step_index + start
             padding = -len(tokens) % ROW_MULTIPLE
             both = to_device(np.pad(np.stack((indices, tokens)), ((0, 0), (0, padding)), "edge"))
-            logprobs = token_logprobs(logits_of(both[0]), both[1], span.wanted)
+            logprobs = token_logprobs(logits_of(both[0]), both[1], span.num_logprobs)
             pieces.append(logprobs.first(len(tokens)).to_host())
         results.append(SpanLogprobs(span, pieces))
     return results

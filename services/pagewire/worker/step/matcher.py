@@ -48,8 +48,8 @@ class Stream:
 
 
 class Matcher:
-    """`on_mask(stream)`: the row of the stream's slot holds the mask behind its output and its forced
-    run. `on_failed(stream)`: there will be none any more. `on_lost(streams)`: their masks
+    """`on_mask(stream)`: the row of the stream's slot holds the mask behind its output and its
+    forced run. `on_failed(stream)`: there will be none any more. `on_lost(streams)`: their masks
     and forced runs are gone."""
 
     def __init__(

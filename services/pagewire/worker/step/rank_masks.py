@@ -1,6 +1,6 @@
-"""Grammar masks of a model over several ranks: rank 0 has the matcher process and decides which rows
-of a step can be sampled; the others are told, with the masks. All of them sample every row, so a row
-that is late on one must be late on all.
+"""Grammar masks of a model over several ranks: rank 0 has the matcher process and decides which
+rows of a step can be sampled; the others are told, with the masks. All of them sample every row, so
+a row that is late on one must be late on all.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ MakeMasks = Callable[[int, ModelConfig, int, tuple[int, ...]], GrammarMasks]
 
 
 class Decision(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Of the rows of one step: ready bool [R]; failed bool [slots]; slots int64 [M], those whose masks
-    come along; masks uint32 [M, words]."""
+    """Of the rows of one step: ready bool [R]; failed bool [slots]; slots int64 [M], those whose
+    masks come along; masks uint32 [M, words]."""
 
     ready: bytes
     failed: bytes

@@ -1,5 +1,5 @@
-"""The formats that are known, one a file, in the order in which their signs are looked for: the more
-particular before the more common."""
+"""The formats that are known, one a file, in the order in which their signs are looked for: the
+more particular before the more common."""
 
 from typing import Final
 

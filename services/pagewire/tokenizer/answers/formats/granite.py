@@ -1,4 +1,5 @@
-"""Granite 3: a list of JSON calls behind `<|tool_call|>`, of the older ones behind `<tool_call>`."""
+"""Granite 3: a list of JSON calls behind `<|tool_call|>`, of the older ones behind
+`<tool_call>`."""
 
 from ..format import AnswerFormat, JsonCalls
 

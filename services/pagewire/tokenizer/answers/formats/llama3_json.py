@@ -1,5 +1,5 @@
-"""Llama 3.1 to 3.3: an answer that is the JSON of a call, perhaps behind `<|python_tag|>`; several are
-separated by semicolons."""
+"""Llama 3.1 to 3.3: an answer that is the JSON of a call, perhaps behind `<|python_tag|>`; several
+are separated by semicolons."""
 
 from ..format import AnswerFormat, JsonCalls
 

@@ -1,4 +1,5 @@
-"""Qwen 3 Coder, Step 3, MiMo: a function in XML-like tags, with each argument in a tag of its own."""
+"""Qwen 3 Coder, Step 3, MiMo: a function in XML-like tags, with each argument in a tag of its
+own."""
 
 from ..format import AnswerFormat, ParameterCalls, Section
 

@@ -10,7 +10,8 @@ SIGN = 128
 
 
 def affine(codes: Tensor, zeros: Tensor, scales: Tensor, bits: int) -> Quantized:
-    """codes uint8 [N, K], unsigned, of `bits` bits (1 to 8); zeros (integers) and scales [N, K / g].
+    """codes uint8 [N, K], unsigned, of `bits` bits (1 to 8); zeros (integers) and scales [N, K /
+    g].
 
     The minimum is -zero * scale. In float32 both products and their sum are exact for scales of 16
     bits, so a weight is (code - zero) * scale without a rounding."""
@@ -31,8 +32,8 @@ def dequantized(codes: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor) 
 
 
 def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor | Quantized:
-    """A full matrix [N, K] in codes of 4 or 8 bits with a scale and a zero for each group, -1: one a
-    row; full where groups do not divide K, or for other bits."""
+    """A full matrix [N, K] in codes of 4 or 8 bits with a scale and a zero for each group, -1: one
+    a row; full where groups do not divide K, or for other bits."""
     group = weight.shape[1] if group_size == -1 else group_size
     if weight.shape[1] % group or bits not in (FOUR_BITS, 2 * FOUR_BITS):
         return weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...models.architecture import Unsupported
 from . import affine
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted, whole_number
+from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
 from .packing import unpack_words
 
 BITS: Final = 4
@@ -55,11 +55,13 @@ class Awq(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
-        qweight, scales = wanted(module, parts, "qweight"), wanted(module, parts, "scales")
+        qweight = required(module, parts, "qweight")
+        scales = required(module, parts, "scales")
         qzeros = parts.get("qzeros")
         if self.version == "gemv":
             return self._gemv(module, qweight, qzeros, scales)
-        in_features, out_features = qweight.shape[0], qweight.shape[1] * IN_A_WORD
+        in_features = qweight.shape[0]
+        out_features = qweight.shape[1] * IN_A_WORD
         groups = num_groups(module, in_features, self.group_size)
         check_shape(module, "scales", scales, groups, out_features)
         zeros = torch.full_like(scales, SYMMETRIC_ZERO)
@@ -72,7 +74,8 @@ class Awq(CheckpointFormat):
     def _gemv(
         self, module: str, qweight: Tensor, qzeros: Tensor | None, scales: Tensor
     ) -> Quantized:
-        out_features, in_features = qweight.shape[0], qweight.shape[1] * IN_A_WORD
+        out_features = qweight.shape[0]
+        in_features = qweight.shape[1] * IN_A_WORD
         groups = num_groups(module, in_features, self.group_size)
         if scales.shape[0] != out_features or scales.shape[1] < groups:
             check_shape(module, "scales", scales, out_features, groups)

@@ -123,7 +123,7 @@ class Assembler:
         return name, ""
 
 
-def wanted(module: str, parts: Parts, ending: str) -> Tensor:
+def required(module: str, parts: Parts, ending: str) -> Tensor:
     """The part with this ending. Raises Unsupported where there is none."""
     if ending not in parts:
         raise Unsupported(f"{module} is quantized, but the checkpoint has no {module}.{ending}")

@@ -18,7 +18,7 @@ from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from ...models.architecture import Unsupported
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted
+from .base import CheckpointFormat, Extent, Parts, check_shape, required
 
 STATE: Final = "weight.quant_state.bitsandbytes__"
 TYPES: Final = ("nf4", "fp4")
@@ -62,7 +62,7 @@ class Bitsandbytes(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
-        weight = wanted(module, parts, "weight")
+        weight = required(module, parts, "weight")
         if "SCB" in parts:
             return _int8(module, weight, parts["SCB"])
         state = _state(module, parts)
@@ -72,7 +72,7 @@ class Bitsandbytes(CheckpointFormat):
         check_shape(module, "weight.absmax", absmax, -(-rows * columns // blocksize))
         packed = weight.reshape(-1)
         check_shape(module, "weight", packed, -(-rows * columns // 2))
-        table = wanted(module, parts, "weight.quant_map").float()
+        table = required(module, parts, "weight.quant_map").float()
         check_shape(module, "weight.quant_map", table, TABLE)
         codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[: rows * columns]
         values = table[codes.int()]
@@ -106,10 +106,10 @@ def _state(module: str, parts: Parts) -> dict[str, Any]:
 
 
 def _absmax(module: str, parts: Parts, state: Mapping[str, Any]) -> Tensor:
-    absmax = wanted(module, parts, "weight.absmax")
+    absmax = required(module, parts, "weight.absmax")
     if "weight.nested_absmax" not in parts:
         return absmax.float()
-    table = wanted(module, parts, "weight.nested_quant_map").float()
+    table = required(module, parts, "weight.nested_quant_map").float()
     nested = parts["weight.nested_absmax"].float()
     blocksize = int(state["nested_blocksize"])
     check_shape(module, "weight.nested_absmax", nested, -(-len(absmax) // blocksize))

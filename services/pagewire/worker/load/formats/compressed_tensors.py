@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...models.architecture import Unsupported
 from . import affine, fp8
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted, whole_number
+from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
 from .packing import BITS_A_WORD, unpack_words, words_for
 
 LAYOUTS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -117,7 +117,8 @@ class CompressedTensors(CheckpointFormat):
         """See CheckpointFormat."""
         if "weight_packed" in parts:
             return self._packed(module, parts)
-        weight, scale = wanted(module, parts, "weight"), wanted(module, parts, "weight_scale")
+        weight = required(module, parts, "weight")
+        scale = required(module, parts, "weight_scale")
         if weight.dtype.is_floating_point:
             quantize_inputs = self._scheme(module).quantize_inputs
             return fp8.quantized(module, weight, scale, quantize_inputs=quantize_inputs)
@@ -130,8 +131,9 @@ class CompressedTensors(CheckpointFormat):
         return Quantized(weight, scale.float(), minimum if bool(minimum.any()) else None)
 
     def _packed(self, module: str, parts: Parts) -> Tensor | Quantized:
-        packed, scale = parts["weight_packed"], wanted(module, parts, "weight_scale")
-        rows, columns = (int(size) for size in wanted(module, parts, "weight_shape"))
+        packed = parts["weight_packed"]
+        scale = required(module, parts, "weight_scale")
+        rows, columns = (int(size) for size in required(module, parts, "weight_shape"))
         bits = self._scheme(module).bits
         check_shape(module, "weight_packed", packed, rows, words_for(columns, bits))
         offset = 1 << (bits - 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...models.architecture import Unsupported
 from ...models.rounding import fp8_rows
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted
+from .base import CheckpointFormat, Extent, Parts, check_shape, required
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Fp8(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
-        weight = wanted(module, parts, "weight")
+        weight = required(module, parts, "weight")
         inverse = parts.get("weight_scale_inv")
-        scale = wanted(module, parts, "weight_scale") if inverse is None else inverse
+        scale = required(module, parts, "weight_scale") if inverse is None else inverse
         return quantized(module, weight, scale, self.block)
 
     def rounded(self, weight: Tensor) -> Tensor | Quantized:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...models.architecture import Unsupported
 from . import affine
 from .awq import groups_of
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted, whole_number
+from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
 from .packing import BITS_A_WORD, unpack_words, words_for
 
 SUPPORTED_BITS: Final = (2, 3, 4, 8)
@@ -65,8 +65,10 @@ class Gptq(CheckpointFormat):
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
         bits, group_size = self._settings(module)
-        qweight, scales = wanted(module, parts, "qweight"), wanted(module, parts, "scales")
-        qzeros, out_features = wanted(module, parts, "qzeros"), qweight.shape[1]
+        qweight = required(module, parts, "qweight")
+        scales = required(module, parts, "scales")
+        qzeros = required(module, parts, "qzeros")
+        out_features = qweight.shape[1]
         in_features = qweight.shape[0] * BITS_A_WORD // bits
         group = in_features if group_size == -1 else group_size
         groups = -(-in_features // group)

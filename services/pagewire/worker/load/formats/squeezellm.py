@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...models.architecture import Unsupported
-from .base import CheckpointFormat, Extent, Parts, check_shape, wanted, whole_number
+from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
 from .packing import BITS_A_WORD, unpack_words
 
 
@@ -50,21 +50,24 @@ class SqueezeLlm(CheckpointFormat):
 
     def matrix(self, module: str, parts: Parts) -> Tensor:
         """See CheckpointFormat."""
-        qweight, table = wanted(module, parts, "qweight"), wanted(module, parts, "lookup_table")
-        out_features, in_features = qweight.shape[1], qweight.shape[0] * BITS_A_WORD // self.bits
+        qweight = required(module, parts, "qweight")
+        table = required(module, parts, "lookup_table")
+        out_features = qweight.shape[1]
+        in_features = qweight.shape[0] * BITS_A_WORD // self.bits
         check_shape(module, "lookup_table", table, out_features, 1 << self.bits)
         codes = unpack_words(qweight.T.contiguous(), self.bits, in_features)
         weight = table.float().gather(1, codes.long())
         if "vals" in parts:
             self._add_sparse(module, parts, weight)
         if "full_rows" in parts:
-            outputs = wanted(module, parts, "full_row_indices").long()
+            outputs = required(module, parts, "full_row_indices").long()
             check_shape(module, "full_rows", parts["full_rows"], in_features, len(outputs))
             weight.index_add_(0, outputs, parts["full_rows"].float().T.contiguous())
         return weight
 
     def _add_sparse(self, module: str, parts: Parts, weight: Tensor) -> None:
-        starts, columns = wanted(module, parts, "rows").long(), wanted(module, parts, "cols").long()
+        starts = required(module, parts, "rows").long()
+        columns = required(module, parts, "cols").long()
         check_shape(module, "rows", starts, len(weight) + 1)
         check_shape(module, "cols", columns, len(parts["vals"]))
         if bool((starts.diff() < 0).any()) or int(starts[-1]) != len(columns):
