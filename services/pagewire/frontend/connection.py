@@ -35,7 +35,7 @@ _HTTP2: Final = "Pause on PRI/Upgrade"
 
 def prepare_listener(listener: socket.socket) -> None:
     """Set on the listening socket what each connection that it accepts inherits: the same on each
-    would be several system calls for every client."""
+    would be system calls for every client."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if listener.family != socket.AF_UNIX:
         # What a client does not read stays here, where it is seen, and not in the system.
