@@ -38,7 +38,7 @@ class Admission:
     def check(self, requests: int = 1, tokens: int = 0) -> None:
         """Raises RequestError OVERLOADED where so many more, with so many tokens together, find no
         room."""
-        if not self._stat("num_requests_waiting"):
+        if not self._stats.get("num_requests_waiting"):
             return
         waiting = max(0.0, self._others + self._owner.waiting)
         waiting_tokens = max(0.0, self._other_tokens + self._owner.waiting_tokens)

@@ -13,6 +13,7 @@ from ..requests.errors import RequestError
 from .anthropic import CountRequest, MessagesRequest
 from .anthropic_answers import PREFIX as ANTHROPIC
 from .anthropic_answers import error_body
+from .auth import NO_TENANT
 from .errors import JSON, ApiError, as_api_error
 from .generate import STREAMING, TENANT, chat_completions, completions, messages, responses
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -148,7 +149,15 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     began = state.clock()
     status = CLIENT_GONE
     try:
-        response = await _guarded(state, request, handler)
+        response = _turned_away(state, request)
+        if response is None:
+            response = await handler(request)
+        status = response.status
+        return response
+    except (asyncio.CancelledError, ConnectionError):
+        raise
+    except Exception as error:
+        response = _failed(request, error)
         status = response.status
         return response
     finally:
@@ -158,50 +167,46 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             log_request(request, status, began, state.clock())
 
 
-async def _guarded(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        if request.version < HttpVersion10:
-            raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
-        return await _answer(state, request, handler)
-    except (ApiError, RequestError) as error:
+def _failed(request: web.Request, error: Exception) -> web.Response:
+    """The answer to a request whose handler has raised `error`."""
+    if isinstance(error, (ApiError, RequestError)):
         return _error(request, as_api_error(error))
-    except web.HTTPException as error:
+    if isinstance(error, web.HTTPException):
         return _error(request, _of_http(request, error))
-    except (asyncio.CancelledError, ConnectionError):
-        raise
-    except Exception:
-        log.exception("request %s failed", request.path)
-        if STREAMING in request and request.transport:
-            # The head of an answer has been sent: only a broken connection tells the client now.
-            request.transport.abort()
-        return _error(
-            request, ApiError(500, "The server failed on this request; its log says why.")
-        )
+    log.error("request %s failed", request.path, exc_info=error)
+    if STREAMING in request and request.transport:
+        # The head of an answer has been sent: only a broken connection tells the client now.
+        request.transport.abort()
+    return _error(request, ApiError(500, "The server failed on this request; its log says why."))
 
 
-async def _answer(state: State, request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The handler's answer, if the request may pass. A preflight (OPTIONS) carries no key: a browser
-    sends it before it may send one."""
+def _turned_away(state: State, request: web.Request) -> web.Response | None:
+    """The answer to a request that no handler is to see; None where it may pass. A preflight
+    (OPTIONS) carries no key: a browser sends it before it may send one. Raises ApiError."""
+    if request.version < HttpVersion10:
+        raise ApiError(400, "The request has no HTTP version; send HTTP/1.1.")
     if request.method == "OPTIONS":
         if "Origin" in request.headers and "Access-Control-Request-Method" in request.headers:
             status, text, headers = state.cors.preflight(request.headers)
             return web.Response(text=text, status=status, headers=headers)
-        return await handler(request)
-    if handler_of(request) not in _OPEN:
-        tenant = state.auth.tenant(_keys(request))
-        if tenant is None and handler_of(request) is docs:
-            return docs_without_key()
-        if tenant is None and request.path.startswith(ANTHROPIC):
-            raise ApiError(401, "The API key is missing or wrong.")
-        if tenant is None:
-            return web.Response(
-                body=_UNAUTHORIZED,
-                status=401,
-                headers={"WWW-Authenticate": "Bearer"},
-                content_type=JSON,
-            )
+        return None
+    handler = handler_of(request)
+    if handler in _OPEN:
+        return None
+    tenant = state.auth.tenant(_keys(request)) if state.auth.required else NO_TENANT
+    if tenant is not None:
         request[TENANT] = tenant
-    return await handler(request)
+        return None
+    if handler is docs:
+        return docs_without_key()
+    if request.path.startswith(ANTHROPIC):
+        raise ApiError(401, "The API key is missing or wrong.")
+    return web.Response(
+        body=_UNAUTHORIZED,
+        status=401,
+        headers={"WWW-Authenticate": "Bearer"},
+        content_type=JSON,
+    )
 
 
 def _keys(request: web.Request) -> list[str]:

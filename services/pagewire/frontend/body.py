@@ -42,9 +42,11 @@ class HeldBody:
         """So many bytes have come. Raises RequestError OVERLOADED where all bodies together are
         too much."""
         self._size += size
-        more = max(0, self._size - UNCOUNTED) - self._counted
+        if self._size <= UNCOUNTED:
+            return
+        more = self._size - UNCOUNTED - self._counted
         bodies = self._bodies
-        if more and bodies.held + more > bodies.limit:
+        if bodies.held + more > bodies.limit:
             raise RequestError(
                 ErrorKind.OVERLOADED,
                 f"{bodies.held >> 20} MiB of large request bodies are being read; send this one later.",
@@ -63,11 +65,13 @@ async def read_body(request: web.Request, limit: int, held: HeldBody) -> list[by
         raise ApiError(
             415, f"Content-Encoding {encoding[:64]!r} is not supported; send the body uncompressed."
         )
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
+    _check_size(request.content_length or 0, limit)
     try:
         if request.content.is_eof():  # all of it came with the head, as short ones do
-            return await _pieces(request, limit, held)
+            whole = request.content.read_nowait()
+            _check_size(len(whole), limit)
+            held.add(len(whole))
+            return [whole]
         async with asyncio.timeout(BODY_S):
             return await _pieces(request, limit, held)
     except TimeoutError:
@@ -83,18 +87,18 @@ async def _pieces(request: web.Request, limit: int, held: HeldBody) -> list[byte
     size = 0
     while piece := await request.content.readany():
         size += len(piece)
-        if size > limit:
-            raise _too_large(limit)
+        _check_size(size, limit)
         held.add(len(piece))
         pieces.append(piece)
     return pieces
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.",
-    )
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise ApiError(
+            413,
+            f"The request body is larger than {limit} bytes ({limit >> 20} MiB); --max-body-mb sets the limit.",
+        )
 
 
 def _check_type(content_type: str) -> None:

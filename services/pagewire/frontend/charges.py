@@ -39,6 +39,8 @@ def charge(prompts: list[Prompt], template: JobTemplate, model: ModelFacts) -> N
             f"at most {MAX_COPIED >> 20} are allowed.",
             "prompt",
         )
+    if template.sampling.prompt_logprobs < 0:
+        return
     longest = model.max_model_len or MAX_INT32
     tokens = sum(min(_tokens(prompt), longest) for prompt in prompts)
     scored = (template.sampling.prompt_logprobs + 1) * tokens

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import resource
 import socket
+from types import CoroutineType
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -32,6 +33,15 @@ _HTTP2: Final = "Pause on PRI/Upgrade"
 """What aiohttp's parser says when a client begins with HTTP/2's preface."""
 
 
+def prepare_listener(listener: socket.socket) -> None:
+    """Set on the listening socket what each connection that it accepts inherits: the same on each
+    would be system calls for every client."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if listener.family != socket.AF_UNIX:
+        # What a client does not read stays here, where it is seen, and not in the system.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+
+
 class Connection(web.RequestHandler):
     """The protocol of one connection to the server `manager`."""
 
@@ -48,6 +58,7 @@ class Connection(web.RequestHandler):
             manager,
             loop=loop,
             keepalive_timeout=KEEP_ALIVE_S,
+            tcp_keepalive=False,  # inherited: see prepare_listener
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,
             max_line_size=MAX_LINE,
@@ -63,10 +74,6 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As aiohttp's, unless there are as many connections as there may be."""
         super().connection_made(transport)
-        client: socket.socket | None = transport.get_extra_info("socket")
-        if client is not None and client.family != socket.AF_UNIX:
-            # What a client does not read stays here, where it is seen, and not in the system.
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         self._head_since = self._loop.time()
         if not self._connections.add(self):
             cast(asyncio.Transport, transport).abort()
@@ -140,14 +147,14 @@ class Connection(web.RequestHandler):
         self._counters.responded(UNKNOWN, UNKNOWN, error.status)
         return _closing(error)
 
-    async def finish_response(
+    def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
+    ) -> "CoroutineType[Any, Any, tuple[web.StreamResponse, bool]]":
         """As aiohttp's, whose own refusals, which no handler has seen, become JSON."""
         if isinstance(resp, web.HTTPException):
             self._counters.responded(UNKNOWN, UNKNOWN, resp.status)
             resp = _closing(ApiError(resp.status, f"{resp.text or resp.reason}."))
-        return await super().finish_response(request, resp, start_time)
+        return super().finish_response(request, resp, start_time)
 
 
 class Connections:

@@ -66,9 +66,10 @@ class SseReply(Reply):
             self.outlet.push(DONE)
         elif self.opened.done():
             self.outlet.push(b"data: " + as_api_error(self.error).body() + b"\n\n", DONE)
-        for choice in self.choices:
-            if isinstance(choice, SseChoice):
-                choice.mute()
+        if self.error is not None:
+            for choice in self.choices:
+                if isinstance(choice, SseChoice):
+                    choice.mute()
         super().close()
 
 

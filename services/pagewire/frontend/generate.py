@@ -68,10 +68,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 async def _answer(request: web.Request, body_type: BodyType) -> web.StreamResponse:
     state = request.app[STATE]
+    tenant = request[TENANT]
     state.admission.check()
-    lease = state.key_limits.admit(request.get(TENANT, ""), state.clock())
+    lease = state.key_limits.admit(tenant, state.clock())
     try:
-        plan: Plan = await read_plan(request, body_type)
+        plan: Plan = await read_plan(request, state, body_type)
         log_ignored(plan.ignored, state.ignored)
         state.check_accepting()
         per_prompt = plan.choices.executions
@@ -82,49 +83,44 @@ async def _answer(request: web.Request, body_type: BodyType) -> web.StreamRespon
             # A request may let others pass, and overtakes none that its key may not.
             own = max(0, plan.priority)
             plan = replace(plan, priority=min(MAX_INT32, lease.priority + own))
-        return await _counted(request, state, plan)
+        if tenant:
+            plan = replace(plan, cache_salt=state.auth.salt(tenant, plan.cache_salt))
+        if state.force_usage and plan.rendering.stream:
+            plan = replace(plan, rendering=replace(plan.rendering, include_usage=True))
+        return await _generate(request, state, plan)
     finally:
-        reply = request.get(REPLY)
-        lease.close(*(reply.used_tokens() if reply else (0, 0)))
+        if lease.is_counted:
+            reply = request.get(REPLY)
+            lease.close(*(reply.used_tokens() if reply else (0, 0)))
 
 
-async def read_plan(request: web.Request, body_type: BodyType) -> Any:
+async def read_plan(request: web.Request, state: State, body_type: BodyType) -> Any:
     """What the request's body asks for. Raises ApiError or RequestError."""
-    state = request.app[STATE]
     with HeldBody(state.large_bodies) as held:
         body = await read_body(request, state.max_body, held)
         return await state.body_readers.read(body_type, body, state.served())
 
 
-async def _counted(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
-    if state.force_usage and plan.rendering.stream:
-        plan = replace(plan, rendering=replace(plan.rendering, include_usage=True))
-    state.generating += 1
-    try:
-        return await _generate(request, state, plan)
-    finally:
-        state.generating -= 1
-
-
 async def _generate(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     request_id = adopt_request_id(request, plan.request_id)
     state.counters.params_n.observe(plan.choices.n)
-    log.debug(
-        "request %s: %s, %d choice(s) of %d prompt(s)",
-        request_id,
-        request.path,
-        len(plan.prompts) * plan.choices.per_prompt,
-        len(plan.prompts),
-    )
-    plan, echoes = await resolve(state, plan)
-    plan = _salted(plan, state, request.get(TENANT, ""))
-    reply = new_reply(state, plan, request_id, echoes)
-    request[REPLY] = reply
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug(
+            "request %s: %s, %d choice(s) of %d prompt(s)",
+            request_id,
+            request.path,
+            len(plan.prompts) * plan.choices.per_prompt,
+            len(plan.prompts),
+        )
     loop = asyncio.get_running_loop()
-    timer = _limit_time(state, reply, loop)
-    running = Running(state, reply)
+    timer: asyncio.TimerHandle | None = None
+    running = Running(state)
     try:
-        await running.start(plan)
+        plan, echoes = await resolve(state, plan)
+        reply = new_reply(state, plan, request_id, echoes)
+        request[REPLY] = reply
+        timer = _limit_time(state, reply, loop)
+        await running.start(plan, reply)
         await _opened(state, reply, loop)
         if isinstance(reply, SseReply) and not (reply.error and not reply.outlet.pieces):
             return await _stream(request, reply)
@@ -134,7 +130,7 @@ async def _generate(request: web.Request, state: State, plan: Plan) -> web.Strea
         body = await reply.body()
         return web.Response(body=body, content_type=JSON, headers=_headers(reply))
     finally:
-        running.cancel()
+        running.end()
         if timer:
             timer.cancel()
 
@@ -176,31 +172,25 @@ def _limit_time(
     return loop.call_later(seconds, reply.fail, timed_out(message))
 
 
-def _salted(plan: Plan, state: State, tenant: str) -> Plan:
-    if not tenant:
-        return plan
-    return replace(plan, cache_salt=state.auth.salt(tenant, plan.cache_salt))
-
-
 class Running:
-    """What runs for one reply."""
+    """What runs for one HTTP request, from here to `end`."""
 
-    def __init__(self, state: State, reply: Reply) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._reply = reply
         self._requests: list[OwnedRequest] = []
         self._cancel_beams: Callable[[], None] | None = None
+        state.generating += 1
 
-    async def start(self, plan: Plan) -> None:
-        """Submit the jobs, whose output goes to the reply, a few at a time: each carries its
+    async def start(self, plan: Plan, reply: Reply) -> None:
+        """Submit the jobs, whose output goes to `reply`, a few at a time: each carries its
         prompt. Raises RequestError when no tokenizer can take them."""
         if plan.choices.beams:
             jobs = [job for prompt in plan.prompts for job in plan.jobs(prompt)]
-            self._cancel_beams = start_beams(self._state, plan.choices.beams, jobs, self._reply)
+            self._cancel_beams = start_beams(self._state, plan.choices.beams, jobs, reply)
             return
-        self._reply.requests = self._requests
+        reply.requests = self._requests
         timeout_s = self._state.request_timeout_s
-        choices = iter(self._reply.choices)
+        choices = iter(reply.choices)
         turn = Turn()
         for prompt in plan.prompts:
             for job in plan.jobs(prompt):
@@ -209,8 +199,9 @@ class Running:
                 if turn.is_over():
                     await turn.next()
 
-    def cancel(self) -> None:
-        """Does nothing for what has ended."""
+    def end(self) -> None:
+        """The answer is complete, or given up: cancel what still runs. Once."""
+        self._state.generating -= 1
         if self._cancel_beams:
             self._cancel_beams()
         for request in self._requests:

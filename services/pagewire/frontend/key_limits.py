@@ -70,6 +70,11 @@ class Lease:
         self._charged = charged
 
     @property
+    def is_counted(self) -> bool:
+        """What it uses is counted, until it is closed."""
+        return self._use is not None
+
+    @property
     def priority(self) -> int:
         """What the key's requests begin with."""
         return self._use.key.priority if self._use else 0
@@ -104,6 +109,8 @@ class KeyLimits:
         self._counters = counters
         self._uses: dict[str, KeyUse] = {}
         """By tenant."""
+        self._unlimited = Lease(self, None, 0)
+        """Of all requests whose keys have no limits."""
 
     def replace(self, keys: Iterable[ApiKey], now: float) -> None:
         """From now on these keys. One whose limits are as they were keeps what it has used."""
@@ -122,7 +129,7 @@ class KeyLimits:
         key has used up its minute, or runs as many as it may."""
         use = self._uses.get(tenant)
         if use is None:
-            return Lease(self, None, 0)
+            return self._unlimited
         use.fill(now)
         key = use.key
         if key.parallel and use.running + use.others_running >= key.parallel:

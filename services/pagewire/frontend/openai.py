@@ -21,8 +21,9 @@ def is_request_id(text: str) -> bool:
     return text.isascii() and text.isprintable() and 0 < len(text) <= MAX_REQUEST_ID
 
 
-# A factory, since a schema cannot show a `Raw` as a field's default.
-_NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
+_JSON_NULL: Final = Raw(b"null")
+# A factory, since a schema cannot show a `Raw` as a field's default; of one object for all requests.
+_NULL: Final[Any] = field(default_factory=lambda: _JSON_NULL)
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):

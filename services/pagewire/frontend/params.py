@@ -7,7 +7,6 @@ Sizes are charged here, before a job is copied once for each choice.
 import secrets
 
 from msgspec import Struct
-from msgspec.structs import replace
 from pagewire_protocol.prompt_checks import kept_prompt_tokens, truncated_ids
 from pagewire_protocol.sampling import ToolChoice
 from pagewire_protocol.structs import Prompt
@@ -142,8 +141,8 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         return_prompt_ids=bool(request.return_token_ids),
         score_each=bool(request.stream),
         grammar=grammar_of(request),
+        answer=options,
     )
-    template = replace(template, text=replace(template.text, answer=options))
     last = chat.messages[-1]
     role = "assistant" if chat.add_generation_prompt else last.role
     rendering = _rendering(
@@ -154,9 +153,6 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
         chat=True,
         role=role,
         prefix=last.content if request.echo and last.role == role else "",
-    )
-    rendering = replace(
-        rendering,
         has_parts=options is not None,
         include_reasoning=request.include_reasoning is not False,
     )
@@ -198,6 +194,8 @@ def _rendering(
     echo: bool = False,
     role: str = "assistant",
     prefix: str = "",
+    has_parts: bool = False,
+    include_reasoning: bool = True,
 ) -> Rendering:
     stream, options = bool(request.stream), request.stream_options
     if options and not stream:
@@ -223,6 +221,8 @@ def _rendering(
         ids_as_text=bool(request.return_tokens_as_token_ids),
         echo=echo,
         role=role,
+        has_parts=has_parts,
+        include_reasoning=include_reasoning,
         prefix=prefix,
     )
 

@@ -4,9 +4,7 @@ A parameter that is no field of the request is refused by name, unless its value
 (neutral.py).
 """
 
-import contextlib
 import re
-from collections.abc import Generator
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -34,6 +32,8 @@ _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {
     )
 }
 _read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises; a ValidationError is a DecodeError."""
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(.*?)`")
 _AT: Final = re.compile(r" - at `\$?\.?(.*)`$", re.DOTALL)
@@ -44,13 +44,15 @@ def parse(request_type: type[R], body: bytes) -> R:
     wrong."""
     if not body.strip():
         raise invalid("The request body is empty; a JSON object is needed.")
-    with _explaining(body):
+    decode = _decoders[request_type].decode
+    try:
         try:
-            return _decoders[request_type].decode(body)
+            return decode(body)
         except msgspec.ValidationError:
             # Only a body that does not fit is looked through a second time.
-            less = without_neutral(request_type.__struct_fields__, body)
-            return _decoders[request_type].decode(less)
+            return decode(without_neutral(request_type.__struct_fields__, body))
+    except _UNREADABLE as error:
+        raise _explained(error, body) from None
 
 
 def parse_open(request_type: type[R], body: bytes, ignored: Ignored) -> R:
@@ -58,30 +60,31 @@ def parse_open(request_type: type[R], body: bytes, ignored: Ignored) -> R:
     RequestError."""
     if not body.strip():
         raise invalid("The request body is empty; a JSON object is needed.")
-    with _explaining(body):
-        parsed = _decoders[request_type].decode(body)
-        for name, value in _read_fields.decode(body).items():
-            if name not in request_type.__struct_fields__ and bytes(value) != b"null":
-                ignored.add(name)
-        return parsed
-
-
-@contextlib.contextmanager
-def _explaining(body: bytes) -> Generator[None]:
-    """Errors of decoding as RequestErrors."""
     try:
-        yield
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
-    except msgspec.DecodeError as error:
-        raise invalid(f"The request body of {len(body)} bytes is no valid JSON: {error}.") from None
-    except UnicodeDecodeError:
-        raise invalid(f"The request body of {len(body)} bytes is not UTF-8.") from None
-    except RecursionError:
-        raise invalid("The request body is nested too deeply.") from None
+        parsed = _decoders[request_type].decode(body)
+        fields = _read_fields.decode(body)
+    except _UNREADABLE as error:
+        raise _explained(error, body) from None
+    for name, value in fields.items():
+        if name not in request_type.__struct_fields__ and bytes(value) != b"null":
+            ignored.add(name)
+    return parsed
 
 
-def _explained(text: str) -> RequestError:
+def _explained(error: Exception, body: bytes) -> RequestError:
+    """What to tell the client of an error of decoding."""
+    match error:
+        case msgspec.ValidationError():
+            return _misfit(str(error))
+        case UnicodeDecodeError():
+            return invalid(f"The request body of {len(body)} bytes is not UTF-8.")
+        case RecursionError():
+            return invalid("The request body is nested too deeply.")
+        case _:
+            return invalid(f"The request body of {len(body)} bytes is no valid JSON: {error}.")
+
+
+def _misfit(text: str) -> RequestError:
     at = _AT.search(text)
     where = at.group(1) if at else ""
     reason = text[: at.start()] if at else text

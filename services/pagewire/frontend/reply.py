@@ -90,15 +90,18 @@ class Reply:
     def usage(self) -> Usage:
         """Prompts count once, however many choices they have; generated tokens count whether their
         choice is shown or not."""
-        first_choices = self.choices[:: self.rendering.per_prompt]
-        return Usage(
-            sum(choice.usage.prompt_tokens for choice in first_choices),
-            sum(choice.usage.completion_tokens for choice in self.choices),
-            sum(choice.usage.cached_tokens for choice in first_choices),
-            sum(choice.usage.reasoning_tokens or 0 for choice in self.choices)
-            if self.rendering.has_parts
-            else None,
-        )
+        total = Usage()
+        reasoning_tokens = 0
+        for index, choice in enumerate(self.choices):
+            usage = choice.usage
+            total.completion_tokens += usage.completion_tokens
+            reasoning_tokens += usage.reasoning_tokens or 0
+            if index % self.rendering.per_prompt == 0:
+                total.prompt_tokens += usage.prompt_tokens
+                total.cached_tokens += usage.cached_tokens
+        if self.rendering.has_parts:
+            total.reasoning_tokens = reasoning_tokens
+        return total
 
     def used_tokens(self) -> tuple[int, int]:
         """Prompt tokens, and generated ones, so far: also of what ended early."""

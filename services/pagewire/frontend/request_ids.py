@@ -1,7 +1,7 @@
 """X-Request-Id: the client's where it is usable, else one of ours; the same in the answer's header
 and in its body's id."""
 
-import uuid
+import os
 from typing import Final
 
 from aiohttp import web
@@ -16,7 +16,7 @@ def request_id(request: web.Request) -> str:
     """The request's id, the same each time."""
     if _ID not in request:
         from_client = request.headers.get(HEADER, "")
-        request[_ID] = from_client if is_request_id(from_client) else uuid.uuid4().hex
+        request[_ID] = from_client if is_request_id(from_client) else os.urandom(16).hex()
     return request[_ID]
 
 

@@ -31,7 +31,7 @@ from .api_keys import KeysFile
 from .app import make_app
 from .auth import Auth, configured_keys
 from .body import LargeBodies
-from .connection import HEAD_S, Connection, Connections
+from .connection import HEAD_S, Connection, Connections, prepare_listener
 from .cors import cors_of
 from .key_limits import KeyLimits
 from .sse import Flusher
@@ -176,6 +176,7 @@ class Service:
         connect = partial(
             Connection, runner.server, self._loop, self.state.counters, self.connections
         )
+        prepare_listener(listener)
         self._server = await self._loop.create_server(
             connect,
             sock=listener,

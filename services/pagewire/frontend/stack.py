@@ -28,7 +28,8 @@ class Stack:
         self._model = ModelFacts()
         self.stats: dict[str, float] = {}
         """The last figures of a scheduler's, which not every roster has; empty before the first."""
-        self._was_complete = False
+        self._is_complete = self._was_complete = False
+        """The newest roster, or any so far, has all that generation needs."""
         self.seen = 0.0
         """When the last roster came, on the caller's clock."""
 
@@ -37,10 +38,10 @@ class Stack:
         if self.roster is None or roster.epoch >= self.roster.epoch:
             self.roster, self.seen = roster, now
             self.stats = roster.stats or self.stats
-            is_complete = not self.loading(now)
-            if is_complete or not self._was_complete:
+            self._is_complete = not self.loading(now)
+            if self._is_complete or not self._was_complete:
                 self._model = model_facts(roster)
-            self._was_complete |= is_complete
+            self._was_complete |= self._is_complete
 
     def model(self) -> ModelFacts:
         """What requests must fit, as long as a worker or a tokenizer is missing by the last roster
@@ -71,7 +72,7 @@ class Stack:
 
     def can_generate(self, now: float) -> bool:
         """Whether a request that comes now can be served."""
-        return not self.draining and not self.loading(now)
+        return not self.draining and self._is_complete and now - self.seen <= SILENCE_S
 
     def ready(self, now: float) -> bool:
         """Whether generation can begin, here and in the next seconds."""

@@ -42,7 +42,7 @@ async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: {"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens",
     "token_strs"}."""
     state = request.app[STATE]
-    plan: TokenizePlan = await read_plan(request, "tokenize")
+    plan: TokenizePlan = await read_plan(request, state, "tokenize")
     make = partial(
         Tokenize,
         prompt=plan.prompt,
@@ -110,7 +110,7 @@ async def _rendered(request: web.Request, body_type: BodyType) -> list[dict[str,
 async def _columns(request: web.Request, body_type: BodyType) -> list[bytes]:
     """The token ids of each prompt, as columns. Raises RequestError."""
     state = request.app[STATE]
-    plan: Plan = await read_plan(request, body_type)
+    plan: Plan = await read_plan(request, state, body_type)
     if plan.template.text.truncate_prompt:
         raise invalid(
             "`truncate_prompt_tokens` is not supported here; send the request for an answer.",
@@ -130,9 +130,10 @@ async def _columns(request: web.Request, body_type: BodyType) -> list[bytes]:
 @_limited
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: {"tokens"} -> {"prompt"}."""
-    plan: DetokenizePlan = await read_plan(request, "detokenize")
+    state = request.app[STATE]
+    plan: DetokenizePlan = await read_plan(request, state, "detokenize")
     make = partial(Detokenize, ids=plan.ids, skip_special_tokens=False)
-    answer = await query(request.app[STATE], make)
+    answer = await query(state, make)
     return web.Response(body=encode({"prompt": answer.text}), content_type=JSON)
 
 

@@ -45,19 +45,19 @@ class Choices(Struct, frozen=True):
 def choices_of(source: object) -> Choices:
     """Read from the attributes of `source` that are named as the parameters; one that is missing
     counts as None. Raises RequestError."""
-    n: int = checked(PARAMETERS["n"], _value(source, "n"))
-    best_of: int = checked(PARAMETERS["best_of"], _value(source, "best_of")) or n
+    n: int = checked(PARAMETERS["n"], getattr(source, "n", None))
+    best_of: int = checked(PARAMETERS["best_of"], getattr(source, "best_of", None)) or n
     if best_of < n:
         raise invalid(
             f"best_of must be greater than or equal to n, got n={n} and best_of={best_of}.",
             "best_of",
         )
-    if _value(source, "use_beam_search"):
+    if getattr(source, "use_beam_search", None):
         return Choices(n, n, _beams(source, n, best_of))
     _check_no_beam_options(source)
-    if is_greedy(source) and n > 1:
+    if n > 1 and is_greedy(source):
         raise invalid(f"n must be 1 when using greedy sampling, got {n}.", "n")
-    if is_greedy(source) and best_of > 1:
+    if best_of > 1 and is_greedy(source):
         # No space after the full stop: people search for vLLM's words as they are.
         raise invalid(f"best_of must be 1 when using greedy sampling.Got {best_of}.", "best_of")
     return Choices(n, best_of)
@@ -65,7 +65,7 @@ def choices_of(source: object) -> Choices:
 
 def is_greedy(source: object) -> bool:
     """Whether a request says so itself: no temperature means the default one."""
-    temperature = _value(source, "temperature")
+    temperature = getattr(source, "temperature", None)
     return temperature is not None and temperature < GREEDY_BELOW
 
 
@@ -90,17 +90,13 @@ def samplings_of(
     ]
 
 
-def _value(source: object, name: str) -> Any:
-    return getattr(source, name, None)
-
-
 def _check_no_beam_options(source: object) -> None:
-    if _value(source, "early_stopping") not in (None, False):
+    if getattr(source, "early_stopping", None) not in (None, False):
         raise invalid(
             "early_stopping is not effective and must be False when not using beam search.",
             "early_stopping",
         )
-    if _value(source, "length_penalty") not in (None, 1.0):
+    if getattr(source, "length_penalty", None) not in (None, 1.0):
         raise invalid(
             "length_penalty is not effective and must be the default value of 1.0 "
             "when not using beam search.",
@@ -115,11 +111,11 @@ def _beams(source: object, n: int, width: int) -> BeamOptions:
         raise invalid(
             f"best_of must be at most {MAX_WIDTH} when using beam search. Got {width}.", "best_of"
         )
-    if _value(source, "temperature") is not None and not is_greedy(source):
+    if getattr(source, "temperature", None) is not None and not is_greedy(source):
         raise invalid("temperature must be 0 when using beam search.", "temperature")
-    if _value(source, "top_p") not in (None, 1.0):
+    if getattr(source, "top_p", None) not in (None, 1.0):
         raise invalid("top_p must be 1 when using beam search.", "top_p")
-    if _value(source, "top_k") not in (None, -1, 0):
+    if getattr(source, "top_k", None) not in (None, -1, 0):
         raise invalid("top_k must be -1 when using beam search.", "top_k")
     for parameter in PARAMETERS.values():
         if parameter.ignored_by_beams and not _is_neutral(source, parameter.name):
@@ -129,8 +125,8 @@ def _beams(source: object, n: int, width: int) -> BeamOptions:
     return BeamOptions(
         width,
         n,
-        float(checked(PARAMETERS["length_penalty"], _value(source, "length_penalty"))),
-        early_stopping_of(_value(source, "early_stopping")),
+        float(checked(PARAMETERS["length_penalty"], getattr(source, "length_penalty", None))),
+        early_stopping_of(getattr(source, "early_stopping", None)),
     )
 
 
@@ -138,7 +134,7 @@ _EMPTY: Final[tuple[Any, ...]] = ([], {}, (), "")
 
 
 def _is_neutral(source: object, name: str) -> bool:
-    value = _value(source, name)
+    value = getattr(source, name, None)
     return value is None or value == PARAMETERS[name].default or value in _EMPTY
 
 

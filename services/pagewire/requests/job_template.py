@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 from pagewire_protocol.grammar import Grammar
-from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
+from pagewire_protocol.sampling import AnswerOptions, Sampling, SamplingDefaults, TextOptions
 from pagewire_protocol.structs import Prompt
 
 from .choices import Choices, samplings_of
@@ -71,20 +71,26 @@ def job_template(
     return_prompt_ids: bool,
     score_each: bool = False,
     grammar: Grammar | None = None,
+    answer: AnswerOptions | None = None,
 ) -> JobTemplate:
     """The template for the attributes of `source` that are named as the parameters; one that is
     missing counts as None.
 
     max_tokens: None where the answer may take what the context leaves. logprobs, prompt_logprobs:
-    numbers of candidates, -1 for none. grammar: what the answer must match. Raises RequestError
-    naming the parameter that is at fault.
+    numbers of candidates, -1 for none. grammar: what the answer must match. answer: of a chat
+    whose answers have parts. Raises RequestError naming the parameter that is at fault.
     """
     if grammar is not None and choices.beams:
         raise invalid(
             f"`{grammar.param}` is not supported together with beam search.", grammar.param
         )
     defaults = model.sampling_defaults
-    text = text_options_of(source, return_prompt_ids=return_prompt_ids, has_text=model.has_text)
+    text = text_options_of(
+        source,
+        return_prompt_ids=return_prompt_ids,
+        has_text=model.has_text,
+        answer=answer,
+    )
     most = max_tokens
     if most is None:
         most = defaults.max_tokens or model.max_model_len or MAX_INT32

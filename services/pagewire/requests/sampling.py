@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pagewire_protocol.columns import pack
-from pagewire_protocol.sampling import Sampling, SamplingDefaults, TextOptions
+from pagewire_protocol.sampling import AnswerOptions, Sampling, SamplingDefaults, TextOptions
 
 from .choices import choices_of
 from .errors import invalid
@@ -70,9 +70,15 @@ def sampling_of(
     )
 
 
-def text_options_of(source: object, *, return_prompt_ids: bool, has_text: bool) -> TextOptions:
+def text_options_of(
+    source: object,
+    *,
+    return_prompt_ids: bool,
+    has_text: bool,
+    answer: AnswerOptions | None = None,
+) -> TextOptions:
     """The protocol's TextOptions, from the same attributes. `has_text`: the stack has a tokenizer.
-    Raises RequestError."""
+    `answer`: of a chat whose answers have parts. Raises RequestError."""
     fields = _wire_fields(_TEXT_ROWS, source)
     if fields["stop"] and not fields["detokenize"]:
         raise invalid(
@@ -82,6 +88,7 @@ def text_options_of(source: object, *, return_prompt_ids: bool, has_text: bool) 
     return TextOptions(
         return_prompt_ids=return_prompt_ids,
         truncate_prompt=checked_truncation(getattr(source, "truncate_prompt_tokens", None)),
+        answer=answer,
         **fields,
     )
 
@@ -112,9 +119,10 @@ def _wire_fields(
     """Of the rows, by their names on the wire. Most requests give few parameters, so what is not
     given takes no check."""
     fields: dict[str, Any] = {}
+    has_defaults = defaults != _NO_DEFAULTS
     for row in rows:
         value: Any = getattr(source, row.name, None)
-        if value is None and defaults is not _NO_DEFAULTS:
+        if value is None and has_defaults:
             value = getattr(defaults, row.name, None)
         fields[row.wire] = _DEFAULTS[row.wire] if value is None else _wire_value(row, value)
     return fields
