@@ -249,12 +249,12 @@ def _plan(state: State, line: Line) -> Plan:
 async def _generate(state: State, line: Line, plan: Plan) -> Outcome:
     plan, echoes = await resolve(state, plan)
     reply = new_reply(state, plan, line.request_id, echoes)
-    running = Running(state, reply)
+    running = Running(state)
     try:
-        await running.start(plan)
+        await running.start(plan, reply)
         await reply.done
     finally:
-        running.cancel()
+        running.end()
     if reply.error is not None:
         raise reply.error
     usage = reply.usage()
