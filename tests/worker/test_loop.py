@@ -263,6 +263,7 @@ class Flight:
 class Broken:
     def __init__(self, inner): self.facts, self.clear = inner.facts, inner.clear
     def notify(self, wake): pass
+    def idle(self): pass
     def launch(self, step): return Flight()
 load = loop._load
 loop._load = lambda *given: Broken(load(*given))
@@ -315,6 +316,8 @@ def test_a_distrusted_worker_ends_when_it_is_told_to(start):
 class AlwaysMore:
     """The inbox of a worker under load: there is always another message."""
 
+    frame = b""
+
     def __init__(self, messages):
         self.messages = messages
 
@@ -324,9 +327,29 @@ class AlwaysMore:
         return True
 
     def drain(self):
-        for n in range(1, self.messages + 1):
-            yield Step(1, n)
+        yield from self.messages
         raise Stopped
+
+
+def test_a_step_that_comes_after_newer_ones_is_void():
+    """A worker that was frozen, given up and taken back finds steps of two connections in its inbox.
+    An old one between the new ones moved its slots on behind the scheduler's back: each stream lost
+    a token."""
+    numbers = [(1, 1), (1, 2), (1, 5), (1, 3), (1, 4), (1, 6), (2, 1), (2, 1), (2, 2)]
+    launched = []
+
+    def launch(step):
+        launched.append((step.epoch, step.n))
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=lambda now: None)
+    outbox = SimpleNamespace(send=lambda address, message: True)
+    inbox = AlwaysMore([Step(epoch, n) for epoch, n in numbers])
+    node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
+    runner = SimpleNamespace(notify=lambda wake: None, clear=lambda: None, launch=launch)
+    with pytest.raises(Stopped):
+        _Server(runner, node).serve()
+    assert launched == [(1, 1), (1, 2), (1, 5), (1, 6), (2, 1), (2, 2)]
 
 
 def test_the_heart_beats_between_messages():
@@ -335,7 +358,9 @@ def test_the_heart_beats_between_messages():
     ticks = []
     membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=ticks.append)
     outbox = SimpleNamespace(send=lambda address, message: True)
-    node = SimpleNamespace(inbox=AlwaysMore(1000), outbox=outbox, membership=membership)
+    node = SimpleNamespace(
+        inbox=AlwaysMore([Step(1, n) for n in range(1, 1001)]), outbox=outbox, membership=membership
+    )
     done = SimpleNamespace(done=lambda: True, result=lambda: None)
     runner = SimpleNamespace(notify=lambda wake: None, clear=lambda: None, launch=lambda step: done)
     with pytest.raises(Stopped):

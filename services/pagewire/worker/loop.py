@@ -305,6 +305,8 @@ class _Server:
         self._node = node
         self._membership = node.membership
         self._epoch = 0
+        self._newest_step = 0
+        """The number of the newest step of this epoch."""
         self._steps: deque[StepHandle] = deque()
         self._beat_lock = threading.Lock()
         limits = CPU_STUCK_S if isinstance(runner, OnCpu) else GPU_STUCK_S
@@ -328,10 +330,7 @@ class _Server:
                     case Shutdown() if message.epoch == self._epoch:
                         raise Distrusted(f"ended by the scheduler: {message.reason}")
                     case Step() if message.epoch == self._epoch:
-                        if self._leader is not None:
-                            self._leader.step(inbox.frame)
-                        self._launch(message)
-                        self._send_results()
+                        self._take(message, inbox.frame)
                     case Step() | Shutdown():
                         log.warning(
                             "a %s of epoch %d came after epoch %d: ignored",
@@ -353,9 +352,22 @@ class _Server:
             with self._ticker:
                 self._runner.idle()
 
+    def _take(self, step: Step, frame: bytes) -> None:
+        """A step that a newer one has overtaken is void: a scheduler that gave this worker up and
+        takes it back has a new connection to it, and what was left in the old one comes between."""
+        if step.n <= self._newest_step:
+            log.warning("step %d came after step %d: ignored", step.n, self._newest_step)
+            return
+        self._newest_step = step.n
+        if self._leader is not None:
+            self._leader.step(frame)
+        self._launch(step)
+        self._send_results()
+
     def _follow(self, epoch: int) -> None:
         """There is a new scheduler, which knows nothing of the steps under way."""
         self._epoch = epoch
+        self._newest_step = 0
         if self._leader is not None:
             self._leader.clear()
         self._clear()
