@@ -17,7 +17,7 @@ from pagewire_protocol.sampling import Sampling
 from rank_threads import run_ranks
 from torch import Tensor
 from worker.conftest import Driver, Harness, assert_close
-from worker.model_variants import VARIANTS
+from worker.model_variants import EXPERTS, VARIANTS
 
 LENGTH = 40
 CHUNK = 23
@@ -45,6 +45,18 @@ def test_every_family_gives_the_logits_of_one_process(variant, ranks, tiny, harn
     path = tiny(variant).path
     tokens = numbers(LENGTH)
     assert_close(logits_of(path, tokens, ranks), harness(path).logits(tokens, CHUNK))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("Llama", {}), ("Qwen3Moe", {**EXPERTS, "head_dim": 32})],
+)
+def test_eight_ranks(family, settings, tiny, harness, numbers, monkeypatch):
+    """A head each, and two KV heads for all."""
+    monkeypatch.setitem(VARIANTS, family, (family, {**settings, "num_attention_heads": 8}))
+    path = tiny(family).path
+    tokens = numbers(LENGTH)
+    assert_close(logits_of(path, tokens, 8), harness(path).logits(tokens, CHUNK))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
