@@ -1,6 +1,12 @@
 """Which graph a step replays before all are captured."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
 from pagewire.worker.gpu.mixed_graphs import MISSES, Key, MixedGraphs
+from pagewire.worker.gpu.runner import GpuRunner
 
 SIZES = [[(size, 64) for size in range(160, 64, -16)], [(size, 16) for size in range(160, 0, -16)]]
 
@@ -69,3 +75,23 @@ def test_eager_steps_have_none() -> None:
     assert graphs.find((16, 16)) is None
     assert graphs.own((16, 16)) is None
     assert not graphs.capture_next()
+
+
+def test_a_size_that_cannot_be_captured_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker serves on, with the next larger graph."""
+    captures = Captures()
+
+    def fails(tokens: int, rows: int) -> Key:
+        captures.keys.append((tokens, rows))
+        raise torch.OutOfMemoryError("all of it is used by another process")
+
+    monkeypatch.setattr(captures.graphs, "_capture", fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    runner: Any = SimpleNamespace(_mixed=captures.graphs)
+    GpuRunner.idle(runner)
+    GpuRunner.idle(runner)
+    assert captures.later == [(144, 64), (128, 64)]
+    assert "used by another process" in caplog.text
+    assert captures.graphs.find((144, 64)) == (160, 64)

@@ -173,7 +173,7 @@ def start(
     cascade = scheduler.enable_cascade and not loaded.on_gpu.attends_by_torch
     with torch.inference_mode(), memory_errors.explained("capturing graphs", loaded.sizing):
         parts = _allocate(loaded, model, config.block_size, eager, cascade, make_masks, ranks)
-        if loaded.capturable:
+        if not eager:
             _compile_ahead(parts, ranks, config, progress)
         _settle_hopper(parts, config.hopper_attention)
         if not eager:
@@ -407,7 +407,12 @@ class GpuRunner:
 
     def idle(self) -> None:
         """See AsyncRunner."""
-        self._mixed.capture_next()
+        try:
+            self._mixed.capture_next()
+        except torch.OutOfMemoryError as error:
+            # another process took what this one had planned with; the next larger graph serves
+            torch.cuda.empty_cache()
+            log.warning("no memory for one more graph of steps with prompts: %s", error)
 
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
