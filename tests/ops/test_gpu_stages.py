@@ -12,7 +12,6 @@ import gpu_on_cpu
 import pytest
 import torch
 from msgspec.structs import replace
-from pagewire.process.group import GroupMemory, RingReader, RingWriter
 from pagewire.worker.gpu import runner as gpu_runner
 from pagewire.worker.gpu.runner import GpuRunner
 from pagewire.worker.gpu.stage_part import StagePart
@@ -22,16 +21,14 @@ from pagewire.worker.load.gpu_plan import GpuPlan
 from pagewire.worker.load.rank_agreement import ALONE, Ranks, StageLinks
 from pagewire.worker.models.decoder import HiddenStates
 from pagewire.worker.models.ranks import PipelineStage
-from pagewire.worker.rank_link import Leader
-from pagewire.worker.step import rank_masks
-from pagewire.worker.step.rank_masks import LeadingMasks, MakeMasks
+from pagewire.worker.step.rank_masks import MakeMasks
 from pagewire_kernels.communicator import CommunicatorFailed
 from pagewire_protocol.messages import Step, StepCost, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from rank_threads import run_stages
-from stage_threads import FollowerTakingTurns, collect, run_group
+from stage_grammars import check_grammar_rows
+from stage_threads import collect, run_group
 from worker.conftest import Driver
-from worker.stand_in_matcher import Room, allowed, grammar
 
 VOCAB, SLOTS = 300, 8
 SAMPLINGS = (
@@ -195,45 +192,8 @@ def test_a_late_token_is_not_for_the_next_request_of_its_slot(new_scheduler, pat
 def test_rows_with_grammars_are_sampled_with_rank_0_s_masks(late, path):
     """Also where masks are late: all stages know that such a row has not moved."""
     prompts = [numbers(5 + seed, seed) for seed in range(3)]
-    grammars = (grammar("a"), None, grammar("impossible"))
-    memory = GroupMemory("worker-0", 3)
-
-    def masks(rank: int, turn: threading.Lock) -> MakeMasks:
-        if rank:
-            return rank_masks.maker(FollowerTakingTurns(RingReader(memory.place(rank)), turn))
-        leader = Leader(RingWriter(memory.place(0)))
-        kind = lambda *arguments, **options: LeadingMasks(leader, *arguments, **options)  # noqa: E731
-        return lambda count, model, vocab, eos: Room(count, vocab, late, kind=kind).masks
-
-    def drive(driver: Driver) -> tuple[dict[int, list[int]], int]:
-        admit = tuple(
-            replace(driver.admission(s, prompts[s], GREEDY, room=60), grammar=grammars[s])
-            for s in range(3)
-        )
-        counts = [len(prompt) for prompt in prompts]
-        empty = 0
-        for _ in range(30):
-            rows = {"run_slots": pack("i", range(3)), "run_counts": pack("i", counts)}
-            result = driver.runner.execute(Step(1, len(driver.results), admit=admit, **rows))
-            driver.results.append(result)
-            brought = unpack("i", result.counts) if result.counts else [1] * 3
-            tokens = iter(unpack("i", result.tokens).tolist())
-            for slot, flag, count in zip(
-                unpack("i", result.slots), result.flags, brought, strict=True
-            ):
-                assert count or grammars[slot] is not None
-                assert not flag or slot == 2
-                driver.out[slot] += [next(tokens) for _ in range(count)]
-                empty += not count
-            admit, counts = (), [1] * 3
-        return driver.out, empty
-
-    (out, empty), *_ = run_group(path, 3, 1, drive, masks, start)
-    memory.close()
-    assert out[1] == alone(path, prompts[1], 30)
-    assert len(out[0]) > 8 and bool(empty) == bool(late)
-    for position, token in enumerate(out[0]):
-        assert token in allowed("a", out[0][:position], VOCAB)
+    tokens = check_grammar_rows(path, prompts, late, VOCAB, 30, start)
+    assert tokens == alone(path, prompts[1], 30)
 
 
 # --- parts ---

@@ -1,30 +1,25 @@
 """One model in pipeline stages: every family against one process, and what the last stage samples
 and the first one answers, over gloo. Ranks are threads here."""
 
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from msgspec.structs import replace
 from pagewire.config import ModelConfig
-from pagewire.process.group import GroupMemory, RingReader, RingWriter
 from pagewire.worker.cpu import stages
 from pagewire.worker.load import weights
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.decoder import HiddenStates
 from pagewire.worker.models.ranks import PipelineStage, check_ranks, check_undivided
-from pagewire.worker.rank_link import Leader
-from pagewire.worker.step import rank_masks
-from pagewire.worker.step.rank_masks import LeadingMasks, MakeMasks
 from pagewire_protocol.messages import Step, StepResult, pack, unpack
 from pagewire_protocol.sampling import Sampling
 from safetensors.torch import save_file
-from stage_threads import FollowerTakingTurns, collect, run_group
+from stage_grammars import check_grammar_rows
+from stage_threads import collect, run_group
 from torch import Tensor
 from worker.conftest import Driver, Harness, Work, assert_close, ids_and_batch
 from worker.model_variants import VARIANTS
-from worker.stand_in_matcher import Room, allowed, grammar
 
 LENGTH = 40
 CHUNK = 23
@@ -232,45 +227,8 @@ def test_rows_with_grammars_are_sampled_with_rank_0_s_masks(late, tiny, numbers)
     """Also where masks are late: all stages know that such a row has not moved."""
     path = tiny("qwen3").path
     prompts = [numbers(5 + seed, seed) for seed in range(3)]
-    grammars = (grammar("a"), None, grammar("impossible"))
-    memory = GroupMemory("worker-0", 3)
-
-    def masks(rank: int, turn: threading.Lock) -> MakeMasks:
-        if rank:
-            return rank_masks.maker(FollowerTakingTurns(RingReader(memory.place(rank)), turn))
-        leader = Leader(RingWriter(memory.place(0)))
-        kind = lambda *arguments, **options: LeadingMasks(leader, *arguments, **options)  # noqa: E731
-        return lambda count, model, vocab, eos: Room(count, vocab, late, kind=kind).masks
-
-    def drive(driver: Driver) -> tuple[dict[int, list[int]], int]:
-        admit = tuple(
-            replace(driver.admission(s, prompts[s], GREEDY, room=60), grammar=grammars[s])
-            for s in range(3)
-        )
-        counts = [len(prompt) for prompt in prompts]
-        empty = 0
-        for _ in range(40):
-            rows = {"run_slots": pack("i", range(3)), "run_counts": pack("i", counts)}
-            result = driver.runner.execute(Step(1, len(driver.results), admit=admit, **rows))
-            driver.results.append(result)
-            brought = unpack("i", result.counts) if result.counts else [1] * 3
-            tokens = iter(unpack("i", result.tokens).tolist())
-            for slot, flag, count in zip(
-                unpack("i", result.slots), result.flags, brought, strict=True
-            ):
-                assert count or grammars[slot] is not None
-                assert not flag or slot == 2
-                driver.out[slot] += [next(tokens) for _ in range(count)]
-                empty += not count
-            admit, counts = (), [1] * 3
-        return driver.out, empty
-
-    (out, empty), *_ = run_group(path, 3, 1, drive, masks)
-    memory.close()
-    assert out[1] == alone(path, prompts[1], 40)
-    assert len(out[0]) > 10 and bool(empty) == bool(late)
-    for position, token in enumerate(out[0]):
-        assert token in allowed("a", out[0][:position], 257)
+    tokens = check_grammar_rows(path, prompts, late, 257, 40)
+    assert tokens == alone(path, prompts[1], 40)
 
 
 # --- what a rank has ---
