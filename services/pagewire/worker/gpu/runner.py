@@ -162,7 +162,7 @@ def start(
     progress: weights.Progress = lambda stage, fraction: None,
     ranks: Ranks = ALONE,
     make_masks: MakeMasks = GrammarMasks,
-    kind: "RunnerKind | None" = None,
+    kind: "type[GpuRunner] | None" = None,
 ) -> "GpuRunner":
     """A runner that is ready to serve, a GpuRunner or of another `kind`: the model is loaded, kernels
     are compiled, verified, chosen and captured, and steps have been timed. Raises what loading
@@ -339,19 +339,6 @@ def _observers(config: WorkerConfig) -> list[StepObserver]:
 
         observers.append(KernelProfile())
     return observers
-
-
-class RunnerKind(Protocol):
-    """A GpuRunner's class; see there."""
-
-    def __call__(
-        self,
-        parts: GpuParts,
-        cost: StepCost,
-        incarnation: Incarnation,
-        observers: list[StepObserver],
-        communicator: CheckedCommunicator | None = None,
-    ) -> "GpuRunner": ...
 
 
 class GpuRunner:

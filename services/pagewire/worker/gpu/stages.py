@@ -33,7 +33,6 @@ from .runner import (
     GpuRunner,
     GpuStep,
     LaunchedRun,
-    RunnerKind,
     StepObserver,
 )
 from .stage_part import StagePart
@@ -45,7 +44,7 @@ def start(*arguments: Any, ranks: Ranks = ALONE, **options: Any) -> GpuRunner:
     return runner.start(*arguments, ranks=ranks, kind=kind_of(ranks), **options)
 
 
-def kind_of(ranks: Ranks) -> RunnerKind:
+def kind_of(ranks: Ranks) -> type[GpuRunner]:
     """What runs the layers of such a rank."""
     stage = ranks.stage
     if stage.is_whole:
@@ -59,15 +58,8 @@ class EarlierStage(GpuRunner):
     """An AsyncRunner (worker/runners.py): a stage before the last one. As it is, one between two
     others, whose results are empty. Arguments are those of GpuRunner."""
 
-    def __init__(
-        self,
-        parts: GpuParts,
-        cost: StepCost,
-        incarnation: Incarnation,
-        observers: list[StepObserver],
-        communicator: CheckedCommunicator | None = None,
-    ) -> None:
-        super().__init__(parts, cost, incarnation, observers, communicator)
+    def __init__(self, parts: GpuParts, *others: Any) -> None:
+        super().__init__(parts, *others)
         self._stage = _part_of(parts)
 
     def _decode(self, slots: Ints, shared: Shared | None) -> LaunchedRun:
@@ -115,18 +107,11 @@ class FirstStep(GpuStep):
 class FirstStage(EarlierStage):
     """The stage that is given tokens and answers. Arguments are those of GpuRunner."""
 
-    def __init__(
-        self,
-        parts: GpuParts,
-        cost: StepCost,
-        incarnation: Incarnation,
-        observers: list[StepObserver],
-        communicator: CheckedCommunicator | None = None,
-    ) -> None:
-        super().__init__(parts, cost, incarnation, observers, communicator)
+    def __init__(self, parts: GpuParts, *others: Any) -> None:
+        super().__init__(parts, *others)
         results = self._stage.ranks.links.results
         self._under_way = StepsUnderWay(
-            self._slots, self._masks, results, incarnation, self._upload_tokens
+            self._slots, self._masks, results, self._incarnation, self._upload_tokens
         )
         self._has_rows = False
         """The step that is launched."""
