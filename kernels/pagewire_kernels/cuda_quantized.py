@@ -4,13 +4,14 @@ they were dequantized.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from . import gemm, gemm_row, gemm_scaled, moe_quantized
+from . import activation, float8_rows, gemm, gemm_row, gemm_scaled, moe_quantized, norm
 from .gemm_cublaslt import GemmAlgorithms
 from .gemm_quantized import (
     MOST_FUSED_ROWS,
@@ -19,10 +20,11 @@ from .gemm_quantized import (
     pack_scales,
     quantized_linear,
 )
-from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .gpu_quantized_size import BLOCK, FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
 from .moe_quantized import PackedExperts
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
+from .quantized_rows import QuantizedRows
 
 MOST_SCALE: Final = 16.0
 """Scales are brought below by a power of two, so that a scale times a code stays in float16's range
@@ -72,8 +74,9 @@ class QuantizedMatrices:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type."""
-        if all(gemm_scaled.takes(matrix, len(x), x.dtype, x.device) for matrix in self._parts):
-            return self.in_float8(x, bias)
+        group = self.input_group(len(x), x.dtype)
+        if group is not None:
+            return self.in_float8(float8_rows.quantize_rows(x, group), bias)
         if len(x) > MOST_FUSED_ROWS and self._rows * self._columns <= LARGEST_DENSE:
             return gemm.linear(x, self.dense(x.dtype), bias, self._algorithms)
         if len(self._parts) == 1:
@@ -86,14 +89,19 @@ class QuantizedMatrices:
             first += matrix.shape[0]
         return out
 
-    def in_float8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product with rows of x rounded to float8 (gemm_scaled.py)."""
-        x8, scales = gemm_scaled.quantize_rows(x)
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See backend.QuantizingOps.group_of."""
+        device = self._parts[0].words.device
+        groups = {gemm_scaled.group_of(matrix, rows, dtype, device) for matrix in self._parts}
+        return groups.pop() if len(groups) == 1 else None
+
+    def in_float8(self, x: QuantizedRows, bias: Tensor | None = None) -> Tensor:
+        """The product with rows rounded to float8 (gemm_scaled.py), as `input_group` says."""
         biases = [None] * len(self._parts)
         if bias is not None:
             biases = bias.split([matrix.shape[0] for matrix in self._parts])
         outs = [
-            gemm_scaled.scaled_linear(x8, scales, matrix, x.dtype, part_bias)
+            gemm_scaled.scaled_linear(x, matrix, part_bias)
             for matrix, part_bias in zip(self._parts, biases, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -123,8 +131,31 @@ def _room(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:
     return room[:needed].view(dtype)
 
 
+class CudaQuantizing:
+    """See backend.QuantizingOps."""
+
+    rms_norm = staticmethod(norm.rms_norm_quantized)
+    add_rms_norm = staticmethod(norm.add_rms_norm_quantized)
+    silu_mul = staticmethod(activation.silu_mul_quantized)
+    gelu_mul = staticmethod(activation.gelu_mul_quantized)
+
+    def group_of(
+        self, weight: Tensor | QuantizedMatrices, rows: int, dtype: torch.dtype
+    ) -> int | None:
+        """See backend.QuantizingOps."""
+        return None if isinstance(weight, Tensor) else weight.input_group(rows, dtype)
+
+    def linear(
+        self, x: QuantizedRows, weight: QuantizedMatrices, bias: Tensor | None = None
+    ) -> Tensor:
+        """See backend.QuantizingOps."""
+        return weight.in_float8(x, bias)
+
+
 class CudaQuantized:
     """See backend.QuantizedOps."""
+
+    quantizing = CudaQuantizing()
 
     def __init__(self, algorithms: GemmAlgorithms) -> None:
         self._algorithms = algorithms
@@ -153,7 +184,7 @@ class CudaQuantized:
         alike = groupby(
             ready, key=lambda matrix: (matrix.values.dtype, matrix.group, matrix.quantize_inputs)
         )
-        packed = [pack_matrix(list(same)) for _, same in alike]
+        packed = [_with_blocks(list(same)) for _, same in alike]
         matrices = QuantizedMatrices(packed, self._algorithms)
         elements = matrices.shape.numel()
         if elements <= LARGEST_DENSE:
@@ -165,6 +196,18 @@ def _regrouped(matrix: Quantized) -> Quantized:
     """In groups of one of GROUPS, or one a row where codes of 8 bits have no minimum."""
     by_row = matrix.group == matrix.shape[1] and matrix.bits > FOUR_BITS and matrix.minimum is None
     return matrix if by_row else matrix.regrouped(fitting_group(matrix.group))
+
+
+def _with_blocks(matrices: Sequence[Quantized]) -> PackedMatrix:
+    """pack_matrix, with the scales of blocks where products in float8 are to read them."""
+    packed = pack_matrix(matrices)
+    first = matrices[0]
+    if packed.form != FP8 or packed.group != BLOCK or not first.quantize_inputs:
+        return packed
+    if not gemm_scaled.has_block_products(packed.words.device):
+        return packed
+    block_scale = gemm_scaled.block_scales(torch.cat([matrix.scale for matrix in matrices]).float())
+    return replace(packed, quantize_inputs=block_scale is not None, block_scale=block_scale)
 
 
 def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:

@@ -218,7 +218,9 @@ class PackedMatrix:
     (e4m3). scales: int32 [K / group, NP], the bits of a scale and above them those of a
     zero point, both float16; rest: some zero points are no whole numbers. row_scale: float32 [NP],
     where there are no groups (group 0). factor: times all; scales were divided by it to fit into
-    float16. quantize_inputs: see quantized.Quantized.
+    float16. quantize_inputs: see quantized.Quantized. block_scale: float32 [NP / 128, K / 128],
+    where groups have the same scales in 128 rows each, and products in float8 may use that
+    (gemm_scaled.py).
     """
 
     words: Tensor
@@ -230,11 +232,12 @@ class PackedMatrix:
     rest: bool
     factor: float
     quantize_inputs: bool = False
+    block_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (self.words, self.scales, self.row_scale)
+        tensors = (self.words, self.scales, self.row_scale, self.block_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def scales_late(self, block_k: int) -> bool:
