@@ -58,6 +58,11 @@ def _norm(x, residual, weight, bias, out, codes, scales, eps, x_stride, scale_st
         store_rounded(result.to(tl.float32), codes, scales, row, 0, H, scale_stride, BLOCK, GROUP)
 
 
+def warps(block: int) -> int:
+    """For rows of up to `block` inputs."""
+    return max(1, min(16, block // 512))
+
+
 def _launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -94,7 +99,7 @@ def _launch(
             FULL=out is not None,
             ROUND=rounded is not None,
             GROUP=0 if rounded is None else rounded.group,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=warps(block),
             **overlap(x.device),
         )
 
