@@ -64,7 +64,7 @@ def store_rounded(value, codes, scales, row, first, K, scale_stride, BLOCK: tl.c
     tl.store(codes + row * K + place, code, mask=place < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _quantize_rows(x, codes, scales, x_stride, K, scale_stride, BLOCK: tl.constexpr, GROUP: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
     if PDL:

@@ -32,7 +32,7 @@ def normalized(value, w, i, inside, bias, eps, H: tl.constexpr, CENTRE: tl.const
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _norm(x, residual, weight, bias, out, codes, scales, eps, x_stride, scale_stride, H: tl.constexpr, BLOCK: tl.constexpr,
           ADD: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, FULL: tl.constexpr, ROUND: tl.constexpr,
           GROUP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip

@@ -34,7 +34,7 @@ TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "factors": "*fp32", "out": "*bf16",
     "part": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16", "factor": "fp32", "eps": "fp32",
 }  # fmt: skip
-UNALIGNED = {"M", "factor", "eps", "span", "slots"}
+UNALIGNED = {"M", "factor", "eps", "span", "slots", "scale_stride"}
 
 
 def matrix(form: str, group: int, rest: bool) -> PackedMatrix:

@@ -19,12 +19,12 @@ from torch import Tensor
 from . import native, single
 from .architecture import Architecture
 from .blocks import Attention, Mixture, Mlp, SumInput, make_norm
+from .input_norm import InputNorm
 from .layers import (
     Build,
     Embedding,
     Head,
     InputEmbedding,
-    InputNorm,
     LearnedPositions,
     LMHead,
     MadeOfParts,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from pagewire_kernels.backend import Ops, QuantizingOps
+from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator, NormingCommunicator
 from pagewire_kernels.kv_cache import KVScales
@@ -24,7 +24,6 @@ from .linear_method import (
     EmbeddingWeight,
     ExpertsSpec,
     ExpertsWeight,
-    InputReader,
     LinearMethod,
     LinearPart,
     LinearSpec,
@@ -255,7 +254,7 @@ class Linear:
         return self.weight.nbytes + (0 if self._loaded_bias is None else self._loaded_bias.nbytes)
 
     def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
-        """See InputReader."""
+        """See linear_method.InputReader."""
         return self.weight.input_group(rows, dtype)
 
     def __call__(self, x: Activations, batch: Batch, rows: Tensor | None = None) -> Tensor:
@@ -276,7 +275,7 @@ class Experts(Composite):
         return (self.weight,)
 
     def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
-        """See InputReader; experts read rows in full."""
+        """See linear_method.InputReader; experts read rows in full."""
         return None
 
     def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
@@ -411,40 +410,6 @@ class FusedAddNormOfSum(_AroundNorm):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See Norm."""
         return self._add_sum(self._norming, x, residual)
-
-
-class InputNorm:
-    """A norm in front of attention or MLP, with the addition before it. Where `readers`, all that
-    read its result, would round that to float8 alike, it comes rounded from the same kernel, and in
-    full besides where some would not. Holds no weights: it borrows the norm's."""
-
-    def __init__(self, ops: Ops, norm: Norm, readers: Sequence[InputReader]) -> None:
-        self._norm = norm
-        self._readers = readers
-        self._quantizing: tuple[QuantizingOps, RmsNorm] | None = None
-        quantized = ops.quantized
-        # ranks that add and norm in one kernel round in another one
-        if quantized is not None and quantized.quantizing is not None and isinstance(norm, RmsNorm):
-            self._quantizing = (quantized.quantizing, norm)
-
-    def _rounding(self, x: Tensor) -> tuple[int, bool] | None:
-        """(group, whether the result is wanted in full too), None: only that is."""
-        groups = {reader.input_group(len(x), x.dtype) for reader in self._readers}
-        keep = None in groups
-        groups.discard(None)
-        group = groups.pop() if len(groups) == 1 else None
-        return None if group is None else (group, keep)
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Activations, Tensor]:
-        """(norm(x + residual), x + residual), both [T, H]; either input may be overwritten. A
-        residual of None: there is nothing to be added to yet."""
-        rounding = None if self._quantizing is None else self._rounding(x)
-        if self._quantizing is None or rounding is None:
-            return (self._norm(x), x) if residual is None else self._norm.add(x, residual)
-        ops, norm = self._quantizing
-        if residual is None:
-            return ops.rms_norm(x, norm.weight, norm.eps, *rounding), x
-        return ops.add_rms_norm(x, residual, norm.weight, norm.eps, *rounding)
 
 
 class Embedding:
