@@ -20,11 +20,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import moe_shapes
-from .gemm_quantized import PackedMatrix, add_product, asm_of
+from .gemm_quantized import PackedMatrix, add_product, asm_of, table_of, unit_of
 from .moe_grouped import combine
+from .lookup_tables import ROW_TABLES
 from .moe_router import Aligned, align
-from .quantized_decode import INT4, TILE, offsets, words_a_step
+from .quantized_decode import EIGHT_BITS, TILE, offsets, words_a_step
 from .shapes import Candidate, Choice
+from .table_lookup import tables_of
 from .workspace import overlap
 
 
@@ -34,7 +36,7 @@ class PackedExperts:
 
     words: as of gemm_quantized.PackedMatrix, [E, halves, ...]. scales: int32 [E, halves, K / group,
     NP], or row_scale: float32 [E, halves, NP]. factors: float32 [E, halves]. form, group, rest: as
-    of PackedMatrix.
+    of PackedMatrix. table: float32 [16], one for all, or [E, halves, NP, 16].
     """
 
     words: Tensor
@@ -46,6 +48,7 @@ class PackedExperts:
     form: str
     group: int
     rest: bool
+    table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.words)
@@ -56,9 +59,16 @@ class PackedExperts:
         return self.words.shape[1]
 
     @property
+    def rounds_table(self) -> bool:
+        """Whether values of a table are rounded, so that sums of a group are scaled, however many
+        rows there are."""
+        return self.table is not None and self.group == TILE
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        tensors = (self.words, self.scales, self.row_scale, self.factors)
+        """Bytes of all its tensors, but those of a table that others share."""
+        table = self.table if self.form == ROW_TABLES else None
+        tensors = (self.words, self.scales, self.row_scale, self.factors, table)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -89,6 +99,9 @@ def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
         first.form,
         first.group,
         any(matrix.rest for matrix in matrices),
+        stacked([matrix.table for matrix in matrices])
+        if first.form == ROW_TABLES
+        else first.table,
     )
 
 
@@ -111,12 +124,12 @@ MOST_LATE: Final = 32
 
 
 @triton.jit
-def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, slots, x_stride, N, NP, K: tl.constexpr,
+def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, order, tiles, slots, x_stride, N, NP, K: tl.constexpr,
                        HALVES: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                        GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr,
                        PAIRS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """TOP_K 0: the second product, whose rows of x are in order. PAIRS: not sorted, and `tiles` has
-    the expert of each pair."""
+    the expert of each pair. unit: times all sums, beside the factors."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
     WORDS: tl.constexpr = K // 8 if FORM == "int4" else K // 4
     tile = tl.program_id(0)
@@ -143,6 +156,15 @@ def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, 
     first = expert * HALVES
     each = NP.to(tl.int64)
     pointers = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
+    tables = table
+    up_tables = table
+    if FORM == "row tables":
+        own = table + first * each * 16
+        tables = tables_of(own, tile, BN, FORM, DT, ASM)
+        up_tables = tables_of(own + (HALVES - 1) * each * 16, tile, BN, FORM, DT, ASM)
+    elif FORM != "int4" and FORM != "int8" and FORM != "fp8":
+        tables = tables_of(table, tile, BN, FORM, DT, ASM)
+        up_tables = tables
     scale_at = scales
     if GROUP > 0:
         scale_at = scales + first * each * (K // GROUP)
@@ -153,7 +175,7 @@ def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, 
         k = step * BK + tl.arange(0, BK)
         rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0).to(DT)
         acc = add_product(
-            acc, w, rows, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+            acc, w, rows, tables, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
         )
         if HALVES == 2:
             w = tl.load(pointers + each * WORDS + step * words_a_step(BK, FORM))
@@ -161,15 +183,16 @@ def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, 
             if GROUP > 0:
                 up_scales = scale_at + each * (K // GROUP)
             acc_up = add_product(
-                acc_up, w, rows, up_scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+                acc_up, w, rows, up_tables, up_scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT,
+                ASM
             )
     if PDL:
         gdc_launch_dependents()
-    acc *= tl.load(factors + first)
+    acc *= tl.load(factors + first) * unit
     if GROUP == 0:
         acc *= tl.load(row_scale + first * each + n)[:, None]
     if HALVES == 2:
-        acc_up *= tl.load(factors + first + 1)
+        acc_up *= tl.load(factors + first + 1) * unit
         if GROUP == 0:
             acc_up *= tl.load(row_scale + (first + 1) * each + n)[:, None]
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
@@ -199,7 +222,7 @@ def experts(
     unsorted = tokens <= moe_shapes.MAX_ROWS and (
         tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED
     )
-    block_m = config.block_m if config else _block_m(rows_per_expert)
+    block_m = config.block_m if config else _block_m(rows_per_expert, gate_up)
     aligned = _as_they_are(top_k_ids) if unsorted else align(top_k_ids, len(gate_up), block_m)
     inner = torch.empty(tokens * k, gate_up.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, gate_up, inner, aligned, k, config or pick_config(rows_per_expert, gate_up))
@@ -229,25 +252,30 @@ def _launch(
 
     def run(c: ExpertsConfig) -> None:
         late = c.late and whole_zeros and weight.group % c.block_k == 0
+        asm = asm_of(weight.form, x.dtype, x.device)
+        table = table_of(weight.table, weight.form, asm, x.dtype)
         _grouped_quantized[(weight.padded // c.block_n, aligned.slots)](
-            x, weight.words, weight.scales, weight.row_scale, weight.factors, out, aligned.order, aligned.tiles, aligned.slots,
-            x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
-            GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm_of(weight.form, x.dtype, x.device),
+            x, weight.words, table, weight.scales, weight.row_scale, weight.factors, unit_of(weight.form, asm), out,
+            aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
+            GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm,
             PAIRS=aligned.block_m == 0, STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
 
     choose(best, weight.form, x.element_size(), weight.halves).launch(x.device, run)
 
 
-def _block_m(rows_per_expert: float) -> int:
-    return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), 128)
+def _block_m(rows_per_expert: float, weight: PackedExperts) -> int:
+    largest = 64 if weight.rounds_table else 128
+    return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), largest)
 
 
 def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
     """The launch shape with so many rows an expert on average; measured on an H100
     (docs/performance.md)."""
-    block_k = 128 if weight.shape[1] % 128 == 0 else 64
-    block_m = _block_m(rows_per_expert)
+    block_k = 128 if weight.shape[1] % 128 == 0 and not weight.rounds_table else 64
+    block_m = _block_m(rows_per_expert, weight)
     stages = next((stages for most, _, stages in FEW_ROWS if rows_per_expert <= most), 3)
+    if weight.rounds_table:
+        return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
     if block_m <= MOST_LATE:
         return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
     if weight.halves == 2 or block_m < 128:
@@ -257,7 +285,7 @@ def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
 
 def shared_bytes(config: ExpertsConfig, form: str, itemsize: int, halves: int) -> int:
     """Of shared memory: codes, rows of x and scales of the steps under way."""
-    codes = config.block_n * config.block_k // (2 if form == INT4 else 1)
+    codes = config.block_n * config.block_k // (1 if form in EIGHT_BITS else 2)
     rows = config.block_m * config.block_k * itemsize
     return config.stages * (halves * (codes + 8 * config.block_n) + rows)
 
