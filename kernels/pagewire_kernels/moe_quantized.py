@@ -131,7 +131,7 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
     """TOP_K 0: the second product, whose rows of x are in order. PAIRS: not sorted, and `tiles` has
     the expert of each pair. unit: times all sums, beside the factors."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    WORDS: tl.constexpr = K // 8 if FORM == "int4" else K // 4
+    WORDS: tl.constexpr = K // 4 if FORM == "int8" or FORM == "fp8" else K // 8
     tile = tl.program_id(0)
     slot = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)

@@ -1,0 +1,293 @@
+"""Codes of 4 bits looked up in tables, as bitsandbytes', SqueezeLLM's and two of GGUF's types are: in
+Triton's interpreter against the dequantized weights; and the instructions that a GPU runs instead,
+computed here."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ops.moe_cases import MoeCase, moe_case
+from ops.triton_cases import error
+from pagewire.worker.models.rounding import by_table, nf4
+from pagewire_kernels import cuda_quantized, gpu_quantized_size, moe_quantized
+from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.gemm_quantized import QuantizedConfig, quantized_linear
+from pagewire_kernels.lookup_tables import GAINS, IQ4, ROW_TABLES, TABLES, named
+from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.table_lookup import LOOKUPS, PLANES, planes, tables_of
+from torch import Tensor
+
+CPU = torch.device("cpu")
+TYPES = (torch.bfloat16, torch.float16)
+
+
+def weight(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns) * 0.02
+
+
+def codes(rows: int, columns: int) -> Tensor:
+    return torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+
+
+def iq4(rows: int, columns: int) -> Quantized:
+    """Scales with more digits than float16, as IQ4_XS's, and of both signs."""
+    scale = torch.randn(rows, columns // 32) * 1e-4
+    return Quantized(codes(rows, columns), scale, table=named("iq4", CPU))
+
+
+def row_tables(rows: int, columns: int) -> Quantized:
+    return Quantized(codes(rows, columns), torch.ones(rows, 1), table=weight(rows, 16))
+
+
+def wide_blocks(rows: int, columns: int) -> Quantized:
+    return Quantized(
+        codes(rows, columns), torch.rand(rows, columns // 128) * 0.1, table=named("nf4", CPU)
+    )
+
+
+MAKE: dict[str, Callable[[int, int], Quantized]] = {
+    "nf4": lambda n, k: nf4(weight(n, k)),
+    "nf4, blocks of 128": wide_blocks,
+    "fp4": lambda n, k: by_table(weight(n, k), "fp4"),
+    "iq4": iq4,
+    ROW_TABLES: row_tables,
+}
+
+
+def pack(*parts: Quantized) -> QuantizedMatrices:
+    matrices = CudaQuantized(GemmAlgorithms()).pack(parts, False)
+    assert matrices is not None
+    return matrices
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 256), (70, 192), (48, 128)])
+@pytest.mark.parametrize("form", MAKE)
+def test_dequantized_weights_are_those_of_the_library_rounded_once(
+    form: str, rows: int, columns: int
+) -> None:
+    """Bit for bit what would be held in full."""
+    if columns % 128 and "128" in form:
+        columns = 256
+    torch.manual_seed(1)
+    part = MAKE[form](rows, columns)
+    for dtype in (*TYPES, torch.float32):
+        assert torch.equal(pack(part).dense(dtype), part.dequantize().to(dtype))
+    ids = torch.tensor([3, 0, 3])
+    assert torch.equal(pack(part).embed(ids), part.dequantize()[ids])
+
+
+@pytest.mark.parametrize("form", MAKE)
+def test_products_are_those_of_the_dequantized_weights(form: str, monkeypatch) -> None:
+    torch.manual_seed(2)
+    parts = [MAKE[form](70, 256), MAKE[form](20, 256)]
+    matrices = pack(*parts)
+    assert len(matrices.parts) == 1
+    assert matrices.row_weight is None
+    full = torch.cat([part.dequantize() for part in parts])
+    bias = torch.randn(len(full))
+    for tokens in (1, 3, 40, 130):
+        x = torch.randn(tokens, 256)
+        exact = x.double() @ full.double().T + bias.double()
+        assert error(matrices(x, bias), exact) <= 2e-6
+        monkeypatch.setattr(cuda_quantized, "MOST_FUSED_ROWS", 0)
+        assert error(matrices(x, bias), exact) <= 2e-6
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize("late", [False, True])
+def test_splits_and_steps_of_several_groups(form: str, late: bool) -> None:
+    torch.manual_seed(3)
+    part = MAKE[form](128, 512)
+    (matrix,) = pack(part).parts
+    x = torch.randn(20, 512)
+    config = QuantizedConfig(16, 64, 128, 3, 4, 2, late=late and matrix.group == 64)
+    out = quantized_linear(x, matrix, config=config)
+    assert error(out, x.double() @ part.dequantize().double().T) < 2e-6
+
+
+def test_forms_side_by_side() -> None:
+    """Each form is a matrix of its own, in order."""
+    torch.manual_seed(4)
+    parts = [MAKE[form](64, 128) for form in ("nf4", "fp4", "iq4", ROW_TABLES)]
+    matrices = pack(*parts)
+    assert [matrix.form for matrix in matrices.parts] == ["nf4", "fp4", "iq4", ROW_TABLES]
+    x = torch.randn(3, 128)
+    full = torch.cat([part.dequantize() for part in parts])
+    assert error(matrices(x), x.double() @ full.double().T) < 2e-6
+
+
+def test_tables_that_no_kernel_knows_are_not_packed() -> None:
+    ops = CudaQuantized(GemmAlgorithms())
+    other = Quantized(codes(64, 128), torch.ones(64, 2), table=torch.randn(16))
+    assert ops.pack([other], False) is None
+    assert ops.pack_expert(other) is None
+    # groups of 32 of a table that is rounded
+    small = Quantized(codes(64, 128), torch.ones(64, 4), table=named("nf4", CPU))
+    assert ops.pack([small], False) is None
+    assert ops.pack([MAKE["nf4"](64, 64), MAKE[ROW_TABLES](64, 64)], False) is not None
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize("rows", [64, 200])
+def test_bytes_are_known_before(form: str, rows: int) -> None:
+    torch.manual_seed(5)
+    part = MAKE[form](rows, 256)
+    packed = pack(part)
+    planned = gpu_quantized_size.packed_bytes(
+        rows, 256, part.group, part.bits, False, packed.parts[0].form
+    )
+    assert packed.nbytes == planned
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_ranks(form: str, dim: int) -> None:
+    torch.manual_seed(6)
+    whole = MAKE[form](128, 384)
+    full = whole.dequantize()
+    length = whole.shape[dim] // 2
+    for start in (0, length):
+        part = whole.narrow(dim, start, length)
+        assert torch.equal(part.dequantize(), full.narrow(dim, start, length))
+        assert torch.equal(pack(part).dense(torch.float32), full.narrow(dim, start, length))
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize("tokens", [1, 20, 150])
+def test_experts(form: str, tokens: int) -> None:
+    torch.manual_seed(7)
+    experts, hidden, inner = 4, 128, 128
+    mixture = moe_case(tokens, experts, 2, hidden, inner)
+    ops = CudaQuantized(GemmAlgorithms())
+    packed = []
+    full = []
+    for halves, n, k in ((2, inner, hidden), (1, hidden, inner)):
+        parts = [[MAKE[form](n, k) for _ in range(halves)] for _ in range(experts)]
+        stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+        assert stacked is not None
+        packed.append(stacked)
+        full.append(torch.stack([torch.cat([p.dequantize() for p in each]) for each in parts]))
+    ids, shares = mixture.top_k_ids, mixture.top_k_weights
+    exact = MoeCase(mixture.x, full[0], full[1], ids, shares).exact()
+    out = moe_quantized.experts(mixture.x, packed[0], packed[1], ids, shares)
+    assert error(out, exact) < 1e-5
+
+
+# --- what a GPU runs ---
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+    """PTX's byte permute in its default mode."""
+    data = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+    chosen = []
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = data[nibble & 7]
+        chosen.append((0xFF if byte & 0x80 else 0) if nibble & 8 else byte)
+    return int.from_bytes(bytes(chosen), "little")
+
+
+def run(ptx: str, inputs: list[int]) -> list[int]:
+    """The eight outputs of `ptx`, of 16 bits, for inputs $8 and on."""
+    values = {f"${8 + i}": value for i, value in enumerate(inputs)}
+
+    def read(name: str) -> int:
+        return values[name] if name in values else int(name, 0)
+
+    for line in ptx.splitlines():
+        operation, _, rest = line.strip().rstrip(";").partition(" ")
+        names = re.findall(r"[$\w]+", rest)
+        match operation:
+            case "and.b32":
+                values[names[0]] = read(names[1]) & read(names[2])
+            case "shr.u32":
+                values[names[0]] = read(names[1]) >> read(names[2])
+            case "lop3.b32":
+                assert names[4] == "0xea"
+                values[names[0]] = read(names[1]) & read(names[2]) | read(names[3])
+            case "prmt.b32":
+                values[names[0]] = prmt(read(names[1]), read(names[2]), read(names[3]))
+            case "mov.b32":
+                values[names[0]] = read(names[2]) & 0xFFFF
+                values[names[1]] = read(names[2]) >> 16
+            case _:
+                assert operation in ("{", "}", ".reg")
+    return [values[f"${i}"] for i in range(8)]
+
+
+def unsigned(registers: Tensor) -> list[int]:
+    return [int(value) & 0xFFFFFFFF for value in registers]
+
+
+def word_of(each: list[int]) -> int:
+    """A word of eight codes: half of inputs, half of rows, pair, as pack_words has them."""
+    packed = 0
+    for i, code in enumerate(each):
+        halves, rows, pair = i // 4, i // 2 % 2, i % 2
+        packed |= code << 4 * (4 * rows + 2 * halves + pair)
+    return packed
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("form", TABLES)
+def test_instructions_look_up_every_code_at_every_place(form: str, dtype: torch.dtype) -> None:
+    registers = planes(form, dtype, CPU)
+    assert registers.shape == (PLANES, 32)
+    values = (named(form, CPU) * GAINS[form]).to(dtype).view(torch.int16)
+    for first in range(16):
+        each = [(first + 5 * i) % 16 for i in range(8)]
+        outputs = run(LOOKUPS[form, dtype], [word_of(each), *unsigned(registers[:, 7])])
+        assert outputs == [int(values[code]) & 0xFFFF for code in each]
+
+
+@triton.jit
+def _first_registers(table, out, BN: tl.constexpr, DT: tl.constexpr):
+    """Of both rows of each thread: out [2, 2 * BN] has the first and the last one's planes."""
+    both = tables_of(table, 1, BN, "row tables", DT, "any")
+    at = out + tl.arange(0, 2 * BN)[:, None]
+    for i in tl.static_range(8):
+        tl.store(at + i * 2 * BN, both[0][i])
+        tl.store(at + (8 + i) * 2 * BN, both[1][i])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_instructions_look_up_in_the_tables_of_both_rows(dtype: torch.dtype) -> None:
+    tables = torch.randn(128, 16)
+    registers = torch.empty(16, 128, dtype=torch.int32)
+    kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    _first_registers[(1,)](tables, registers, 64, kind)
+    values = tables.to(dtype).view(torch.int16)
+    for thread in (0, 3, 4, 31, 32, 77, 127):
+        row = 64 + thread // 32 * 16 + thread % 32 // 4
+        each = [(thread + 3 * i) % 16 for i in range(8)]
+        inputs = [word_of(each), *unsigned(registers[:, thread])]
+        outputs = run(LOOKUPS[ROW_TABLES, dtype], inputs)
+        rows = [row + 8 * (i // 2 % 2) for i in range(8)]
+        wanted = [int(values[r, code]) & 0xFFFF for r, code in zip(rows, each, strict=True)]
+        assert outputs == wanted
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("form", TABLES)
+def test_rounded_tables_cost_less_than_rounded_weights(form: str, dtype: torch.dtype) -> None:
+    """A product's weights are a table's values in 16 bits times a scale in float32."""
+    torch.manual_seed(8)
+    part = MAKE[form](512, 512)
+    assert part.table is not None
+    full = part.dequantize()
+    rounded = (part.table * GAINS[form]).to(dtype).float() / GAINS[form]
+    ours = Quantized(part.codes, part.scale, table=rounded).dequantize()
+    most = 0.65 if form == "nf4" else 1e-3
+    assert error(ours, full.double()) < most * error(full.to(dtype), full.double())
+
+
+def test_the_table_of_iq4_is_exact_in_16_bits() -> None:
+    """Its scales are of groups smaller than a step, so that single weights are scaled."""
+    values = torch.tensor(IQ4, dtype=torch.float32)
+    for dtype in TYPES:
+        assert torch.equal(values.to(dtype).float(), values)
