@@ -391,7 +391,8 @@ def pick_config(rows: int, matrix: PackedMatrix, dtype: torch.dtype) -> Quantize
         if late and matrix.table is not None:
             return _many_rows_late(rows, n, k)
         return _many_rows(rows, n, k, block_k)
-    if late:
+    if late or matrix.form == ROW_TABLES:
+        # which are read once a program: so there are few of them
         return _few_rows_late(rows, n, k, block_k, matrix.table is not None)
     return _few_rows(rows, n, k, block_k, four_bits)
 

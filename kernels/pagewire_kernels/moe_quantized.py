@@ -264,7 +264,7 @@ def _launch(
 
 
 def _block_m(rows_per_expert: float, weight: PackedExperts) -> int:
-    largest = 64 if weight.rounds_table else 128
+    largest = 128 if weight.table is None else 64
     return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), largest)
 
 

@@ -246,7 +246,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(launches) == 28
+    assert len(launches) == 55
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch

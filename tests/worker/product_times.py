@@ -1,0 +1,95 @@
+"""How long products with quantized matrices take on a GPU, beside those of the same sizes in
+bfloat16: the four of an 8B layer, summed, in replayed graphs over more weights than caches hold.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final
+
+import torch
+from pagewire_kernels import gemm
+from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.gemm_quantized import PackedMatrix
+from pagewire_kernels.quantized import Quantized
+from torch import Tensor
+
+SHAPES: Final = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+ROWS: Final = (1, 16, 64, 128, 256, 512, 1024)
+LEAST_BYTES: Final = 400_000_000
+"""Of all copies of a matrix: several times the second-level cache."""
+REPLAYS: Final = 30
+
+Product = Callable[[Tensor], Tensor]
+
+
+def lines(forms: Mapping[str, Callable[[Tensor], Quantized]]) -> Iterator[str]:
+    """A line for bfloat16 and one for each form: microseconds by rows, and the share of
+    bfloat16's."""
+    plain = _sums(_dense)
+    yield "bf16: " + ", ".join(f"{rows} rows {us:.1f} us" for rows, us in plain.items())
+    for title, rounded in forms.items():
+        sums = _sums(lambda n, k, rounded=rounded: [_quantized(n, k, rounded)])
+        each = (f"{rows} rows {us:.1f} us ({us / plain[rows]:.2f})" for rows, us in sums.items())
+        yield f"{title}: " + ", ".join(each)
+
+
+def _sums(make: Callable[[int, int], list[list[Product]]]) -> dict[int, float]:
+    """make: for a shape, ways to the product, each over several copies of the matrix; the fastest
+    counts. Microseconds of all SHAPES together, by rows."""
+    sums = dict.fromkeys(ROWS, 0.0)
+    for n, k in SHAPES:
+        ways = make(n, k)
+        for rows in ROWS:
+            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+            sums[rows] += min(_microseconds(copies, x) for copies in ways)
+    return sums
+
+
+def _dense(n: int, k: int) -> list[list[Product]]:
+    """cuBLAS, and whatever gemm.linear chooses."""
+    count = -(-LEAST_BYTES // (2 * n * k))
+    weights = [
+        torch.randn(n, k, device="cuda", dtype=torch.bfloat16).mul_(0.02) for _ in range(count)
+    ]
+    algorithms = GemmAlgorithms()
+    return [
+        [lambda x, w=weight: torch.nn.functional.linear(x, w) for weight in weights],
+        [lambda x, w=weight: gemm.linear(x, w, None, algorithms) for weight in weights],
+    ]
+
+
+def _quantized(n: int, k: int, rounded: Callable[[Tensor], Quantized]) -> list[Product]:
+    matrices = CudaQuantized(GemmAlgorithms()).pack(
+        [rounded(torch.randn(n, k, device="cuda") * 0.02)], False
+    )
+    assert matrices is not None
+    count = -(-LEAST_BYTES // matrices.nbytes)
+    return [_copied(matrices.parts[0]) for _ in range(count)]
+
+
+def _copied(matrix: PackedMatrix) -> QuantizedMatrices:
+    scales = None if matrix.scales is None else matrix.scales.clone()
+    other = replace(matrix, words=matrix.words.clone(), scales=scales)
+    return QuantizedMatrices([other], GemmAlgorithms())
+
+
+def _microseconds(copies: list[Product], x: Tensor) -> float:
+    """Of one product: the median of replays of a graph that runs all copies."""
+    for product in copies[:2]:
+        product(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in copies:
+            product(x)
+    times: list[float] = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(copies))
+    return statistics.median(times)
