@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .lookup_tables import GAINS, ROW_TABLES
+from .lookup_tables import ROW_TABLES
 from .quantized_decode import (
     DECODERS,
     EIGHT_BITS,
@@ -36,7 +36,7 @@ from .quantized_decode import (
     words_a_step,
 )
 from .shapes import Candidate, Choice
-from .table_lookup import planes, tables_of
+from .table_lookup import table_of, tables_of, unit_of
 from .workspace import counters, overlap
 
 MOST_FUSED_ROWS: Final = 512
@@ -156,9 +156,9 @@ def add_product(acc, w, rows, tables, scales, n, step, NP, BN: tl.constexpr, BK:
 
 
 @triton.jit
-def _quantized(x, words, table, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K, BM: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr,
-        SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _quantized(x, words, table, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr,
+        LATE: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step, or of each group of it, are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
@@ -295,19 +295,6 @@ def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:
 def asm_of(form: str, dtype: torch.dtype, device: torch.device) -> str:
     """The PTX that decodes. Empty: in Triton's own words, for its interpreter and for float32."""
     return DECODERS.get((form, dtype), "") if device.type == "cuda" else ""
-
-
-def table_of(table: Tensor | None, form: str, asm: str, dtype: torch.dtype) -> Tensor | None:
-    """What a product's kernel reads: the table, or where it `asm` decodes a named one its
-    registers."""
-    if table is None or not asm or form == ROW_TABLES:
-        return table
-    return planes(form, dtype, table.device)
-
-
-def unit_of(form: str, asm: str) -> float:
-    """By what sums of products are multiplied, for the gain of a table's values."""
-    return 1 / GAINS[form] if asm and form in GAINS else 1.0
 
 
 def quantized_linear(

@@ -20,13 +20,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import moe_shapes
-from .gemm_quantized import PackedMatrix, add_product, asm_of, table_of, unit_of
-from .moe_grouped import combine
+from .gemm_quantized import PackedMatrix, add_product, asm_of
 from .lookup_tables import ROW_TABLES
+from .moe_grouped import combine
 from .moe_router import Aligned, align
 from .quantized_decode import EIGHT_BITS, TILE, offsets, words_a_step
 from .shapes import Candidate, Choice
-from .table_lookup import tables_of
+from .table_lookup import table_of, tables_of, unit_of
 from .workspace import overlap
 
 
@@ -99,9 +99,7 @@ def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
         first.form,
         first.group,
         any(matrix.rest for matrix in matrices),
-        stacked([matrix.table for matrix in matrices])
-        if first.form == ROW_TABLES
-        else first.table,
+        stacked([matrix.table for matrix in matrices]) if first.form == ROW_TABLES else first.table,
     )
 
 
@@ -183,8 +181,22 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
             if GROUP > 0:
                 up_scales = scale_at + each * (K // GROUP)
             acc_up = add_product(
-                acc_up, w, rows, up_tables, up_scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT,
-                ASM
+                acc_up,
+                w,
+                rows,
+                up_tables,
+                up_scales,
+                n,
+                step,
+                NP,
+                BN,
+                BK,
+                GROUP,
+                FORM,
+                REST,
+                LATE,
+                DT,
+                ASM,
             )
     if PDL:
         gdc_launch_dependents()
@@ -256,8 +268,8 @@ def _launch(
         table = table_of(weight.table, weight.form, asm, x.dtype)
         _grouped_quantized[(weight.padded // c.block_n, aligned.slots)](
             x, weight.words, table, weight.scales, weight.row_scale, weight.factors, unit_of(weight.form, asm), out,
-            aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
-            GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm,
+            aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k,
+            BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm,
             PAIRS=aligned.block_m == 0, STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
 
     choose(best, weight.form, x.element_size(), weight.halves).launch(x.device, run)

@@ -171,9 +171,7 @@ def decode(
                 c = byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif FOUR:
         # ..., 16 inputs, (pair, half of rows, half of inputs)
-        c = tl.reshape(
-            _eight(words, tables, FORM, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2]
-        )
+        c = tl.reshape(_eight(words, tables, FORM, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
         c = tl.permute(c, [0, 5, 1, 3, 6, 2, 4])
     else:
         c = _four(words, ASM, DT)

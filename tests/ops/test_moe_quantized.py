@@ -155,7 +155,11 @@ def awq(weight: Tensor) -> Quantized:
     return quantize(weight, 4, 64, whole_zeros=True)
 
 
-@pytest.mark.parametrize("rounding", [Rounding("awq", "", awq, False, False), ROUNDINGS["fp8"]])
+@pytest.mark.parametrize(
+    "rounding",
+    [Rounding("awq", "", awq, False, False), ROUNDINGS["fp8"], ROUNDINGS["bitsandbytes"]],
+    ids=lambda rounding: rounding.name,
+)
 def test_a_model_with_quantized_experts(rounding: Rounding) -> None:
     """Layer by layer what the dequantized weights compute."""
     torch.manual_seed(6)

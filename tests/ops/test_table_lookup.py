@@ -5,13 +5,15 @@ computed here."""
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from ops.moe_cases import MoeCase, moe_case
 from ops.triton_cases import error
-from pagewire.worker.models.rounding import by_table, nf4
+from pagewire.worker.load.gguf_quantized import take_apart
+from pagewire.worker.models.rounding import in_blocks
 from pagewire_kernels import cuda_quantized, gpu_quantized_size, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
@@ -50,9 +52,9 @@ def wide_blocks(rows: int, columns: int) -> Quantized:
 
 
 MAKE: dict[str, Callable[[int, int], Quantized]] = {
-    "nf4": lambda n, k: nf4(weight(n, k)),
+    "nf4": lambda n, k: in_blocks(weight(n, k), "nf4"),
     "nf4, blocks of 128": wide_blocks,
-    "fp4": lambda n, k: by_table(weight(n, k), "fp4"),
+    "fp4": lambda n, k: in_blocks(weight(n, k), "fp4"),
     "iq4": iq4,
     ROW_TABLES: row_tables,
 }
@@ -119,6 +121,15 @@ def test_forms_side_by_side() -> None:
     x = torch.randn(3, 128)
     full = torch.cat([part.dequantize() for part in parts])
     assert error(matrices(x), x.double() @ full.double().T) < 2e-6
+
+
+@pytest.mark.parametrize(("kind", "size", "blocks"), [("IQ4_NL", 18, 8), ("IQ4_XS", 136, 1)])
+def test_blocks_of_gguf(kind: str, size: int, blocks: int) -> None:
+    """What a file's blocks are dequantized to, rounded once."""
+    rows = np.random.default_rng(3).integers(0, 256, (64, blocks, size), dtype=np.uint8)
+    rows[:, :, :2] = np.array([0.0123], np.float16).view(np.uint8)
+    matrix = take_apart(kind, rows.reshape(64, -1), size)
+    assert torch.equal(pack(matrix).dense(torch.bfloat16), matrix.dequantize().bfloat16())
 
 
 def test_tables_that_no_kernel_knows_are_not_packed() -> None:

@@ -28,7 +28,7 @@ if "cpu" in sys.argv:
 
 import torch
 from ops.moe_cases import MoeCase, choices
-from pagewire.worker.models.rounding import E4M3_MOST, by_table, fp8_rows, int8_rows
+from pagewire.worker.models.rounding import E4M3_MOST, fp8_rows, in_blocks, int8_rows
 from pagewire_kernels import gemm_scaled, moe, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
@@ -61,8 +61,8 @@ def cases(rows: int, columns: int, device: str) -> Iterator[tuple[str, list[Quan
     yield "float8, a scale a row", [fp8_rows(full())]
     yield "float8, blocks of 128", [_blocks(full())]
     yield "4 and 8 bits side by side", [quantize(full(), 4), quantize(full(96), 8)]
-    yield "nf4, blocks of 64", [by_table(full(), "nf4"), by_table(full(48), "nf4")]
-    yield "fp4, blocks of 64", [by_table(full(), "fp4")]
+    yield "nf4, blocks of 64", [in_blocks(full(), "nf4"), in_blocks(full(48), "nf4")]
+    yield "fp4, blocks of 64", [in_blocks(full(), "fp4")]
     yield "iq4, blocks of 32", [iq4(full())]
     yield "a table a row", [row_tables(full()), row_tables(full(48))]
 
@@ -139,7 +139,7 @@ def rounded(form: str, weight: Tensor) -> Quantized:
         case "float8":
             return fp8_rows(weight)
         case "nf4":
-            return by_table(weight, "nf4")
+            return in_blocks(weight, "nf4")
         case "iq4":
             return iq4(weight)
         case "a table a row":
@@ -241,7 +241,7 @@ def main() -> int:
     if options.times and options.device == "cuda" and not status:
         made = {
             "4 bits, groups of 128": lambda weight: quantize(weight, 4, 128, whole_zeros=True),
-            "nf4, blocks of 64": lambda weight: by_table(weight, "nf4"),
+            "nf4, blocks of 64": lambda weight: in_blocks(weight, "nf4"),
             "iq4, blocks of 32": iq4,
             "a table a row": row_tables,
         }

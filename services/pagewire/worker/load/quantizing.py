@@ -209,7 +209,8 @@ def _kept_on_gpu(rounding: Rounding, arch: Architecture, target: Target) -> Quan
     share = gpu_quantized_size.IN_FLIGHT.get(rounding.name, gpu_quantized_size.LARGEST)
     rounded = max(0, arch.parameters - full)
     itemsize = target.dtype.itemsize
-    log.info("that saves %s MiB", f"{rounded * (itemsize - share) / MIB:,.0f}")
+    saved = rounded * (itemsize - share) / MIB
+    log.info("they stay quantized, which saves about %s MiB", f"{saved:,.0f}")
     weights = int(full * itemsize + rounded * share) + _scratch(arch)
     return Quantizing(True, rounding, weights)
 

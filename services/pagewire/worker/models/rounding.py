@@ -47,10 +47,18 @@ def _in_groups(bits: int) -> Callable[[Tensor], Tensor | Quantized]:
 
 def by_table(weight: Tensor, form: str) -> Tensor | Quantized:
     """bitsandbytes' quantize_4bit of type `form` (nf4 or fp4) without nested statistics: blocks of 64
-    of the flattened matrix, each scaled by its largest magnitude, to the nearest of 16 values.
-    Dequantized where blocks are no parts of rows."""
-    flat = weight.float().flatten()
+    of the flattened matrix. Dequantized where blocks are no parts of rows."""
+    if weight.shape[1] % TABLE_BLOCK == 0:
+        return in_blocks(weight, form)
+    flat = weight.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % TABLE_BLOCK)).view(-1, TABLE_BLOCK)
+    return in_blocks(blocks, form).dequantize().flatten()[: len(flat)].view(weight.shape)
+
+
+def in_blocks(weight: Tensor, form: str) -> Quantized:
+    """weight [N, K], K a multiple of 64, each 64 inputs of a row scaled by their largest magnitude,
+    to the nearest of the 16 values of the table of that name."""
+    blocks = weight.float().reshape(-1, TABLE_BLOCK)
     absmax = blocks.abs().amax(1, keepdim=True)
     table = named(form, weight.device)
     in_order, code_of = table.sort(stable=True)
@@ -60,11 +68,8 @@ def by_table(weight: Tensor, form: str) -> Tensor | Quantized:
         code_of[torch.bucketize(torch.nan_to_num(part / most), borders)].to(torch.uint8)
         for part, most in zip(blocks.split(rows), absmax.split(rows), strict=True)
     ]
-    rounded = Quantized(torch.cat(pieces), absmax, table=table)
-    if weight.shape[1] % TABLE_BLOCK:
-        return rounded.dequantize().flatten()[: len(flat)].view(weight.shape)
-    codes = rounded.codes.view(weight.shape)
-    return Quantized(codes, absmax.view(weight.shape[0], -1), table=table)
+    scale = absmax.view(weight.shape[0], -1)
+    return Quantized(torch.cat(pieces).view(weight.shape), scale, table=table)
 
 
 def nf4(weight: Tensor) -> Tensor | Quantized:
