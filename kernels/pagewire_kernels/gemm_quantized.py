@@ -158,7 +158,8 @@ def add_product(acc, w, rows, tables, scales, n, step, NP, BN: tl.constexpr, BK:
 @triton.jit
 def _quantized(x, words, table, scales, row_scale, bias, out, part, arrived, x_stride, out_stride, M, N, NP, factor, span, K,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr,
-        LATE: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+        LATE: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step, or of each group of it, are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty

@@ -16,7 +16,7 @@ from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 SHAPES: Final = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-ROWS: Final = (1, 16, 64, 128, 256, 512, 1024)
+ROWS: Final[tuple[int, ...]] = (1, 16, 64, 128, 256, 512, 1024)
 LEAST_BYTES: Final = 400_000_000
 """Of all copies of a matrix: several times the second-level cache."""
 REPLAYS: Final = 30
