@@ -24,6 +24,7 @@ from .lookup_tables import ROW_TABLES, form_of, named
 from .moe_quantized import PackedExperts
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
+from .table_lookup import planes
 
 MOST_SCALE: Final = 16.0
 """Scales are brought below by a power of two, so that a scale times a code stays in float16's range
@@ -247,6 +248,8 @@ def _pack_tables(
     factor = _factor(scale)
     bits = (scale / factor).view(torch.int32).t().contiguous()
     table = named(form, codes.device)
+    for dtype in (torch.bfloat16, torch.float16):
+        planes(form, dtype, codes.device)  # before any graph is captured
     return PackedMatrix(words, bits, None, shape, form, group, False, factor, table=table)
 
 

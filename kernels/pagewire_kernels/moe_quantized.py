@@ -129,6 +129,7 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
     """TOP_K 0: the second product, whose rows of x are in order. PAIRS: not sorted, and `tiles` has
     the expert of each pair. unit: times all sums, beside the factors."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
+    PART: tl.constexpr = GROUP if LATE and GROUP < BK else BK
     WORDS: tl.constexpr = K // 4 if FORM == "int8" or FORM == "fp8" else K // 8
     tile = tl.program_id(0)
     slot = tl.program_id(1)
@@ -153,7 +154,7 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
     row_start = source.to(tl.int64) * x_stride
     first = expert * HALVES
     each = NP.to(tl.int64)
-    pointers = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
+    pointers = words + first * each * WORDS + offsets(tile, K, BN, PART, FORM)
     tables = table
     up_tables = table
     if FORM == "row tables":
@@ -169,28 +170,23 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
     acc = tl.zeros([BN, BM], tl.float32)
     acc_up = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, K // BK, num_stages=STAGES):
-        w = tl.load(pointers + step * words_a_step(BK, FORM))
-        k = step * BK + tl.arange(0, BK)
-        rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0).to(DT)
-        acc = add_product(
-            acc, w, rows, tables, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
-        )
-        if HALVES == 2:
-            w = tl.load(pointers + each * WORDS + step * words_a_step(BK, FORM))
-            up_scales = scale_at
-            if GROUP > 0:
-                up_scales = scale_at + each * (K // GROUP)
-            acc_up = add_product(
-                acc_up,
+        for piece in tl.static_range(BK // PART):
+            at = step * (BK // PART) + piece
+            w = tl.load(pointers + at * words_a_step(PART, FORM))
+            k = at * PART + tl.arange(0, PART)
+            rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0)
+            rows = rows.to(DT)
+            acc = add_product(
+                acc,
                 w,
                 rows,
-                up_tables,
-                up_scales,
+                tables,
+                scale_at,
                 n,
-                step,
+                at,
                 NP,
                 BN,
-                BK,
+                PART,
                 GROUP,
                 FORM,
                 REST,
@@ -198,6 +194,14 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
                 DT,
                 ASM,
             )
+            if HALVES == 2:
+                w = tl.load(pointers + each * WORDS + at * words_a_step(PART, FORM))
+                up_scales = scale_at
+                if GROUP > 0:
+                    up_scales = scale_at + each * (K // GROUP)
+                acc_up = add_product(
+                    acc_up, w, rows, up_tables, up_scales, n, at, NP, BN, PART, GROUP, FORM, REST, LATE, DT, ASM
+                )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     acc *= tl.load(factors + first) * unit
@@ -263,7 +267,7 @@ def _launch(
     whole_zeros = bool(weight.group) and not weight.rest
 
     def run(c: ExpertsConfig) -> None:
-        late = c.late and whole_zeros and weight.group % c.block_k == 0
+        late = c.late and (weight.rounds_table or (whole_zeros and weight.group % c.block_k == 0))
         asm = asm_of(weight.form, x.dtype, x.device)
         table = table_of(weight.table, weight.form, asm, x.dtype)
         _grouped_quantized[(weight.padded // c.block_n, aligned.slots)](
@@ -283,13 +287,13 @@ def _block_m(rows_per_expert: float, weight: PackedExperts) -> int:
 def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
     """The launch shape with so many rows an expert on average; measured on an H100
     (docs/performance.md)."""
-    block_k = 128 if weight.shape[1] % 128 == 0 and not weight.rounds_table else 64
+    block_k = 128 if weight.shape[1] % 128 == 0 else 64
     block_m = _block_m(rows_per_expert, weight)
     stages = next((stages for most, _, stages in FEW_ROWS if rows_per_expert <= most), 3)
-    if weight.rounds_table:
-        return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
     if block_m <= MOST_LATE:
         return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
+    if weight.rounds_table:
+        return ExpertsConfig(block_m, TILE, TILE, 4, stages, late=True)
     if weight.halves == 2 or block_m < 128:
         return ExpertsConfig(block_m, TILE, 64, 4, stages, late=False)
     return ExpertsConfig(block_m, 128, 64, 8, stages, late=False)
