@@ -20,7 +20,7 @@ from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_quantized import QuantizedConfig, quantized_linear
 from pagewire_kernels.lookup_tables import GAINS, IQ4, ROW_TABLES, TABLES, named
 from pagewire_kernels.quantized import Quantized
-from pagewire_kernels.table_lookup import LOOKUPS, PLANES, planes, tables_of
+from pagewire_kernels.table_lookup import LOOKUPS, PLANES, planes, table_of, tables_of, unit_of
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -295,6 +295,19 @@ def test_rounded_tables_cost_less_than_rounded_weights(form: str, dtype: torch.d
     ours = Quantized(part.codes, part.scale, table=rounded).dequantize()
     most = 0.65 if form == "nf4" else 1e-3
     assert error(ours, full.double()) < most * error(full.to(dtype), full.double())
+
+
+def test_products_on_a_gpu_read_registers_and_undo_the_gain() -> None:
+    """Without instructions, values are those of the table."""
+    table = named("nf4", CPU)
+    assert unit_of("nf4", "") == 1
+    assert table_of(table, "nf4", "", torch.float32) is table
+    for form in (*TABLES, "int4"):
+        assert unit_of(form, "asm") == 1 / GAINS.get(form, 1)
+    registers = table_of(table, "nf4", "asm", torch.float16)
+    assert registers is planes("nf4", torch.float16, CPU)
+    rows = torch.randn(64, 16)
+    assert table_of(rows, ROW_TABLES, "asm", torch.bfloat16) is rows
 
 
 def test_the_table_of_iq4_is_exact_in_16_bits() -> None:

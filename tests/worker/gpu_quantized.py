@@ -1,14 +1,15 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--times]
+    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--times] [--shapes]
 
 Products with quantized matrices of every form, and mixtures of experts, through the kernels and through dequantizing,
 against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
 bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run
 twice and must give the same bits. One line for each form, one for the verdict; the exit status is 0
 when all is well. With `--device cpu` in Triton's interpreter, small
-sizes: does the check itself work? With `--times`, and all well, products of an 8B layer are timed
-beside bfloat16's (product_times.py).
+sizes: does the check itself work? Dequantized tables must be bit for bit what full weights are.
+With `--times`, and all well, products of an 8B layer are timed beside bfloat16's, with `--shapes`
+those of tables in other launch shapes (product_times.py).
 """
 
 import argparse
@@ -208,6 +209,12 @@ def outcome(device: str, number: int) -> tuple[str, list[str]]:
     weight = torch.cat([part.dequantize() for part in parts])
     outcomes = [fault(matrices, weight, count, dtype) for dtype in types for count in tokens]
     wrong = [f"{title}: {text}" for _, text in outcomes if text]
+    if all(part.table is not None for part in parts):
+        wrong += [
+            f"{title}: dequantized to {dtype}, it is not what full weights are"
+            for dtype in (torch.bfloat16, torch.float16)
+            if not torch.equal(matrices.dense(dtype), weight.to(dtype))
+        ]
     worst = max(share for share, _ in outcomes)
     return f"{title}: errors up to {worst:.3f} of what is allowed; {len(wrong)} wrong", wrong
 
@@ -234,18 +241,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Products with quantized matrices on a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--times", action="store_true", help="time products too, on a GPU")
+    parser.add_argument("--shapes", action="store_true", help="time other launch shapes too")
     options = parser.parse_args()
     if not begin("gpu_quantized", options.device):
         return 2
     status = conclude("gpu_quantized", lambda: check(options.device))
-    if options.times and options.device == "cuda" and not status:
-        made = {
-            "4 bits, groups of 128": lambda weight: quantize(weight, 4, 128, whole_zeros=True),
+    if options.device == "cuda" and not status:
+        tables = {
             "nf4, blocks of 64": lambda weight: in_blocks(weight, "nf4"),
             "iq4, blocks of 32": iq4,
             "a table a row": row_tables,
         }
-        for line in product_times.lines(made):
+        numbers = {"4 bits, groups of 128": lambda w: quantize(w, 4, 128, whole_zeros=True)}
+        for line in product_times.lines(numbers | tables) if options.times else ():
+            print(line, flush=True)
+        for line in product_times.shapes(tables) if options.shapes else ():
             print(line, flush=True)
     return status
 

@@ -178,8 +178,14 @@ def test_random_weights_of_a_configuration(settings: dict[str, Any], share: floa
 @pytest.mark.parametrize("kind", ["IQ4_NL", "IQ4_XS"])
 def test_types_of_gguf_with_tables(kind: str, caplog) -> None:
     caplog.set_level("INFO", "pagewire.worker")
-    file = Mock(Gguf, type_counts=lambda: {kind: 3}, count_bytes=lambda kept, itemsize: 1000)
+    file = Mock(
+        Gguf,
+        type_counts=lambda: {kind: 3},
+        count_bytes=lambda kept, itemsize: int(1000 * kept[kind]),
+    )
     arch = describe(LLAMA)
-    assert quantizing.choose(Checkpoint(file), arch, "", GPU).kept
+    chosen = quantizing.choose(Checkpoint(file), arch, "", GPU)
+    table = 2 * arch.vocab_size * arch.hidden_size
+    assert chosen.weight_bytes(arch) == 625 + table + quantizing._scratch(arch)
     assert f"3 {kind} matrices stay quantized" in caplog.text
     assert quantizing.choose(Checkpoint(file), arch, "", CPU) == quantizing.NONE
