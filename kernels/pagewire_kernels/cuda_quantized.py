@@ -10,18 +10,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import gemm, gemm_row, gemm_scaled, moe_quantized
+from . import gemm, gemm_row, gemm_scaled
 from .gemm_cublaslt import GemmAlgorithms
-from .gemm_quantized import (
-    MOST_FUSED_ROWS,
-    PackedMatrix,
-    dequantize,
-    pack_scales,
-    quantized_linear,
-)
+from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
 from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
 from .lookup_tables import ROW_TABLES, form_of, named
-from .moe_quantized import PackedExperts
+from .packed_matrix import PackedExperts, PackedMatrix, pack_scales, stack
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
 from .table_lookup import planes
@@ -142,7 +136,7 @@ class CudaQuantized:
 
     def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
         """See backend.QuantizedExpertOps."""
-        return moe_quantized.stack(experts)
+        return stack(experts)
 
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the

@@ -15,8 +15,6 @@ nothing moves between threads: of 64 rows and 64 inputs in 4 bits, of a row and 
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
-import functools
-from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -25,39 +23,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .lookup_tables import ROW_TABLES
-from .quantized_decode import (
-    DECODERS,
-    EIGHT_BITS,
-    TILE,
-    by_thread,
-    decode,
-    offsets,
-    words_a_step,
-)
-from .shapes import Candidate, Choice
+from .packed_matrix import PackedMatrix
+from .quantized_decode import DECODERS, TILE, by_thread, decode, offsets, words_a_step
+from .quantized_shapes import QuantizedConfig, block_k_of, choose, pick_config
 from .table_lookup import table_of, tables_of, unit_of
 from .workspace import counters, overlap
 
 MOST_FUSED_ROWS: Final = 512
 """Rows of x above which the matrix is dequantized first; measured on an H100
 (docs/performance.md)."""
-
-
-@dataclass(frozen=True)
-class QuantizedConfig:
-    """Launch shape. block_m: rows of x a program; block_n: weight rows, a multiple of TILE;
-    block_k: inner elements a step; splits: programs sharing a result. late: scales are applied to
-    sums where they can be, instead of to weights. registers: the most a thread may have."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    splits: int
-    warps: int
-    stages: int
-    late: bool = True
-    registers: int | None = None
 
 
 @triton.jit
@@ -243,56 +217,6 @@ def _dequantize(words, table, scales, row_scale, out, N, NP, factor, K, BN: tl.c
     tl.store(out + offsets_out, c.to(out.dtype.element_ty), mask=(n < N)[:, None])
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A weight [N, K] as these kernels read it. N is filled up to NP, a multiple of TILE, with
-    zeros.
-
-    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP, K / 4]. form: int4, int8, fp8
-    (e4m3) or one of lookup_tables. scales: int32 [K / group, NP], the bits of a scale and above
-    them those of a zero point, both float16, or with a table those of a float32; rest: some zero
-    points are no whole numbers. row_scale: float32 [NP], where there are no groups (group 0).
-    factor: times all; scales were divided by it to fit into float16. quantize_inputs: see
-    quantized.Quantized. table: float32 [16], one for all, or [NP, 16].
-    """
-
-    words: Tensor
-    scales: Tensor | None
-    row_scale: Tensor | None
-    shape: torch.Size
-    form: str
-    group: int
-    rest: bool
-    factor: float
-    quantize_inputs: bool = False
-    table: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors, but those of a table that others share."""
-        table = self.table if self.form == ROW_TABLES else None
-        tensors = (self.words, self.scales, self.row_scale, table)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def scales_late(self, block_k: int) -> bool:
-        """Whether `block_k` inputs share a scale and a zero point that is a whole number, so that
-        their sum may be scaled; or, of a table that is rounded, groups do."""
-        if self.table is not None:
-            return self.group % TILE == 0 and self.group > 0
-        return bool(self.group) and self.group % block_k == 0 and not self.rest
-
-    @property
-    def padded(self) -> int:
-        """NP."""
-        return self.words.shape[0] * (1 if self.form in EIGHT_BITS else TILE)
-
-
-def pack_scales(scale: Tensor, zero: Tensor) -> Tensor:
-    """scale and zero [N, groups] float16 -> int32 [groups, N]."""
-    low = scale.view(torch.int16).int() & 0xFFFF
-    return (low | zero.view(torch.int16).int() << 16).t().contiguous()
-
-
 def asm_of(form: str, dtype: torch.dtype, device: torch.device) -> str:
     """The PTX that decodes. Empty: in Triton's own words, for its interpreter and for float32."""
     return DECODERS.get((form, dtype), "") if device.type == "cuda" else ""
@@ -353,106 +277,9 @@ def dequantize(matrix: PackedMatrix, dtype: torch.dtype, out: Tensor | None = No
         out = torch.empty(n, k, dtype=dtype, device=device)
     # values of tables are looked up in float32, and rounded as full weights are
     asm = "" if matrix.table is not None else asm_of(matrix.form, dtype, device)
-    block_k = _block_k(k)
+    block_k = block_k_of(k)
     _dequantize[(matrix.padded // TILE, k // block_k)](
         matrix.words, matrix.table, matrix.scales, matrix.row_scale, out, n, matrix.padded, matrix.factor, k, BN=TILE,
         BK=block_k, GROUP=matrix.group, FORM=matrix.form, REST=matrix.rest, ASM=asm, num_warps=4,
         **overlap(device))  # fmt: skip
     return out
-
-
-def _block_k(k: int) -> int:
-    return 128 if k % 128 == 0 else 64
-
-
-def pick_config(rows: int, matrix: PackedMatrix, dtype: torch.dtype) -> QuantizedConfig:
-    """The launch shape; measured on an H100 (docs/performance.md). Splits give small matrices
-    enough programs, some two for each multiprocessor."""
-    n = matrix.padded
-    k = matrix.shape[1]
-    block_k = _block_k(k)
-    if dtype == torch.float32:
-        return QuantizedConfig(16, 64, 64, _splits(256, n, 64, k), 4, 2)
-    four_bits = matrix.form not in EIGHT_BITS
-    late = four_bits and matrix.scales_late(block_k)
-    if rows > 64:
-        if late and matrix.table is not None:
-            return _many_rows_late(rows, n, k)
-        return _many_rows(rows, n, k, block_k)
-    if late or matrix.form == ROW_TABLES:
-        # which are read once a program: so there are few of them
-        return _few_rows_late(rows, n, k, block_k, matrix.table is not None)
-    return _few_rows(rows, n, k, block_k, four_bits)
-
-
-def _few_rows_late(rows: int, n: int, k: int, block_k: int, tables: bool) -> QuantizedConfig:
-    """4 bits with whole zero points, or tables, whose registers leave larger tiles none: sums are
-    scaled while rows are few."""
-    if rows <= 32:
-        block_n = 128 if n > 4096 or k > 8192 else 64
-        stages = 4 if rows <= 16 else 3
-        return QuantizedConfig(
-            16 if rows <= 16 else 32, block_n, block_k, _splits(256, n, block_n, k), 4, stages
-        )
-    block_n = 64 if tables else 128
-    programs = 256 if k > 8192 or tables else 160
-    return QuantizedConfig(64, block_n, block_k, _splits(programs, n, block_n, k), 4, 3)
-
-
-def _few_rows(rows: int, n: int, k: int, block_k: int, four_bits: bool) -> QuantizedConfig:
-    """8 bits, and 4 bits whose weights are scaled one by one."""
-    large = n >= 16384
-    if rows <= 16 and not four_bits and k % 256 == 0:
-        return QuantizedConfig(16, 64, 256, _splits(256, n, 64, k), 4, 3)
-    if rows <= 32:
-        programs = 800 if four_bits else 256
-        stages = 3 if large or four_bits or rows > 16 else 4
-        return QuantizedConfig(
-            16 if rows <= 16 else 32, 64, block_k, _splits(programs, n, 64, k), 4, stages
-        )
-    block_n = 128 if large else 64
-    return QuantizedConfig(64, block_n, block_k, _splits(400, n, block_n, k), 4, 3)
-
-
-def _many_rows(rows: int, n: int, k: int, block_k: int) -> QuantizedConfig:
-    """Some hundreds. Sums stay in one set of registers, so that several programs of a small tile,
-    or two of a large one, share a multiprocessor: one decodes while another multiplies."""
-    row_tiles = triton.cdiv(rows, 128)
-    if n >= 16384:
-        return QuantizedConfig(128, 128, 64, 1, 8, 3, late=False)
-    if row_tiles == 1:
-        return QuantizedConfig(128, 64, block_k, _splits(256, n, 64, k), 4, 3, late=False)
-    if k > 8192 and row_tiles > 2:
-        return QuantizedConfig(128, 128, 64, _splits(256 // row_tiles, n, 128, k), 8, 3, late=False)
-    return QuantizedConfig(128, 64, 64, _splits(384 // row_tiles, n, 64, k), 4, 4, late=False)
-
-
-def _many_rows_late(rows: int, n: int, k: int) -> QuantizedConfig:
-    """Some hundreds, with tables that are rounded: sums are scaled at any number of rows, in a
-    second set of registers."""
-    row_tiles = triton.cdiv(rows, 128)
-    return QuantizedConfig(128, 64, 64, _splits(256 // row_tiles, n, 64, k), 4, 3)
-
-
-def _splits(programs: int, n: int, block_n: int, k: int) -> int:
-    """A power of two that gives no more than so many programs, each of which has four steps at
-    least."""
-    most = max(1, min(programs * block_n // n, k // 512))
-    return 1 << (most.bit_length() - 1)
-
-
-def shared_bytes(config: QuantizedConfig, form: str, itemsize: int) -> int:
-    """Of shared memory: codes, rows of x and scales of the steps under way."""
-    codes = config.block_n * config.block_k // (1 if form in EIGHT_BITS else 2)
-    return config.stages * (codes + config.block_m * config.block_k * itemsize + 8 * config.block_n)
-
-
-@functools.cache
-def choose(best: QuantizedConfig, form: str, itemsize: int) -> Choice[QuantizedConfig]:
-    """`best`, then with fewer steps under way, and last with the least tile."""
-    shapes = [replace(best, stages=stages) for stages in range(best.stages, 1, -1)]
-    shapes.append(replace(best, block_m=16, block_n=64, block_k=64, warps=4, stages=2))
-    candidates = tuple(
-        Candidate(shape, shared_bytes(shape, form, itemsize)) for shape in dict.fromkeys(shapes)
-    )
-    return Choice(f"quantized product ({form}, {itemsize} bytes an element of x)", candidates)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .gemm_quantized import PackedMatrix
+from .packed_matrix import PackedMatrix
 from .quantized_decode import EIGHT_BITS, FP8, input_at
 from .workspace import overlap
 

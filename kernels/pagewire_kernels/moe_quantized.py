@@ -9,7 +9,6 @@ A few tokens are not sorted: each pair of token and expert is a tile of one row.
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,10 +19,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import moe_shapes
-from .gemm_quantized import PackedMatrix, add_product, asm_of
-from .lookup_tables import ROW_TABLES
+from .gemm_quantized import add_product, asm_of
 from .moe_grouped import combine
 from .moe_router import Aligned, align
+from .packed_matrix import PackedExperts
 from .quantized_decode import EIGHT_BITS, TILE, offsets, words_a_step
 from .shapes import Candidate, Choice
 from .table_lookup import table_of, tables_of, unit_of
@@ -31,81 +30,8 @@ from .workspace import overlap
 
 
 @dataclass(frozen=True)
-class PackedExperts:
-    """The matrices of all experts: of each `halves` of [N, K], each filled up to NP rows.
-
-    words: as of gemm_quantized.PackedMatrix, [E, halves, ...]. scales: int32 [E, halves, K / group,
-    NP], or row_scale: float32 [E, halves, NP]. factors: float32 [E, halves]. form, group, rest: as
-    of PackedMatrix. table: float32 [16], one for all, or [E, halves, NP, 16].
-    """
-
-    words: Tensor
-    scales: Tensor | None
-    row_scale: Tensor | None
-    factors: Tensor
-    shape: torch.Size
-    padded: int
-    form: str
-    group: int
-    rest: bool
-    table: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @property
-    def halves(self) -> int:
-        """Matrices of each expert: gate and up, or one."""
-        return self.words.shape[1]
-
-    @property
-    def rounds_table(self) -> bool:
-        """Whether values of a table are rounded, so that sums of a group are scaled, however many
-        rows there are."""
-        return self.table is not None and self.group == TILE
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors, but those of a table that others share."""
-        table = self.table if self.form == ROW_TABLES else None
-        tensors = (self.words, self.scales, self.row_scale, self.factors, table)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
-    """The matrices of each expert together; None where they are not of one form."""
-    matrices = [matrix for halves in experts for matrix in halves]
-    first = matrices[0]
-    kinds = {(m.form, m.group, m.shape, m.scales is None) for m in matrices}
-    if len(kinds) > 1:
-        return None
-
-    def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        whole = [tensor for tensor in tensors if tensor is not None]
-        if not whole:
-            return None
-        return torch.stack(whole).unflatten(0, (len(experts), len(experts[0])))
-
-    words = stacked([matrix.words for matrix in matrices])
-    assert words is not None
-    factors = torch.tensor([matrix.factor for matrix in matrices], device=words.device)
-    return PackedExperts(
-        words,
-        stacked([matrix.scales for matrix in matrices]),
-        stacked([matrix.row_scale for matrix in matrices]),
-        factors.float().view(words.shape[:2]),
-        first.shape,
-        first.padded,
-        first.form,
-        first.group,
-        any(matrix.rest for matrix in matrices),
-        stacked([matrix.table for matrix in matrices]) if first.form == ROW_TABLES else first.table,
-    )
-
-
-@dataclass(frozen=True)
 class ExpertsConfig:
-    """Launch shape of a product, as gemm_quantized.QuantizedConfig. late: see there."""
+    """Launch shape of a product, as quantized_shapes.QuantizedConfig. late: see there."""
 
     block_m: int
     block_n: int

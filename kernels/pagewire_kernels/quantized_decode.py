@@ -232,7 +232,7 @@ def input_at(place):
 
 def pack_words(codes: Tensor, form: str) -> Tensor:
     """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded
-    (int8: + 128) -> words as in gemm_quantized.PackedMatrix."""
+    (int8: + 128) -> words as in packed_matrix.PackedMatrix."""
     n, k = codes.shape
     if form in EIGHT_BITS:
         by_span = codes.view(n, k // SPAN, SPAN)

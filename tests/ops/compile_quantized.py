@@ -12,10 +12,9 @@ import sys
 from typing import Any
 
 import torch
-from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, shapes
-from pagewire_kernels.gemm_quantized import PackedMatrix
+from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, quantized_shapes, shapes
 from pagewire_kernels.lookup_tables import ROW_TABLES
-from pagewire_kernels.moe_quantized import PackedExperts
+from pagewire_kernels.packed_matrix import PackedExperts, PackedMatrix
 from pagewire_kernels.quantized_decode import DECODERS, EIGHT_BITS, FP8, INT4, INT8
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
@@ -84,9 +83,9 @@ def compiled(
 
 def product(capability: int, form: str, group: int, rest: bool, rows: int) -> dict[str, Any]:
     weight = matrix(form, group, rest)
-    best = gemm_quantized.pick_config(rows, weight, torch.bfloat16)
+    best = quantized_shapes.pick_config(rows, weight, torch.bfloat16)
     with shapes.pretend(LIMITS[capability]):
-        chosen = gemm_quantized.choose(best, form, 2).first(torch.device("cpu"))
+        chosen = quantized_shapes.choose(best, form, 2).first(torch.device("cpu"))
     constants = {
         "bias": None, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group, "FORM": form,
         "REST": rest, "LATE": chosen.late and weight.scales_late(chosen.block_k), "SPLITS": chosen.splits, "BIAS": False,

@@ -18,7 +18,8 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
-from pagewire_kernels.moe_quantized import ExpertsConfig, PackedExperts
+from pagewire_kernels.moe_quantized import ExpertsConfig
+from pagewire_kernels.packed_matrix import PackedExperts
 from pagewire_kernels.quantized import Quantized, quantize
 from torch import Tensor
 

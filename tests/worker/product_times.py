@@ -13,9 +13,10 @@ import torch
 from pagewire_kernels import gemm
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
-from pagewire_kernels.gemm_quantized import PackedMatrix, QuantizedConfig, pick_config
 from pagewire_kernels.gemm_quantized import quantized_linear as multiply
+from pagewire_kernels.packed_matrix import PackedMatrix
 from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized_shapes import QuantizedConfig, pick_config
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
