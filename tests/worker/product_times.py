@@ -58,10 +58,10 @@ def shapes(forms: Mapping[str, Rounded], most: int = 3) -> Iterator[str]:
 
 def _candidates(rows: int, n: int, k: int) -> Iterator[QuantizedConfig]:
     """Some 100 to 1,100 programs, each of which has four steps at least."""
-    block_m = next(size for size in (16, 32, 64, 128) if rows <= size or size == 128)
-    row_tiles = -(-rows // block_m)
-    for block_n, block_k, splits in itertools.product((64, 128), (64, 128), (1, 2, 4, 8)):
-        programs = row_tiles * n // block_n * splits
+    row_tiles = (64, 128) if rows > 64 else (next(size for size in (16, 32, 64) if rows <= size),)
+    tiles = itertools.product(row_tiles, (64, 128), (64, 128), (1, 2, 4, 8))
+    for block_m, block_n, block_k, splits in tiles:
+        programs = -(-rows // block_m) * n // block_n * splits
         if k // block_k // splits < 4 or not (100 <= programs <= 1100 or splits == 1):
             continue
         for warps in (4, 8) if block_n == 128 and block_m >= 64 else (4,):
