@@ -64,7 +64,8 @@ def _scaled(
     TABLE: tl.constexpr,
 ):
     """c [BN, BK], the values of decode, less OFFSET and their group's zero point, times its scale.
-    The scale has more digits than bfloat16: what that type leaves of it is multiplied by itself."""
+    The scale has more digits than bfloat16, and with a table than float16: what that type leaves of
+    it is multiplied by itself."""
     DT: tl.constexpr = c.dtype
     GROUPS: tl.constexpr = BK // GROUP if GROUP < BK else 1
     first = step * BK // GROUP
@@ -88,7 +89,7 @@ def _scaled(
         return tl.fma(c, tl.broadcast_to(high, c.shape), rest)
     if not TABLE:
         c = c - (zero + OFFSET).to(DT)
-    if tl.bfloat16 == DT:
+    if tl.bfloat16 == DT or (TABLE and tl.float16 == DT):
         return tl.fma(c, tl.broadcast_to(high, c.shape), c * low)
     return c * high
 
