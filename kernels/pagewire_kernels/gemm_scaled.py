@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .gemm_quantized import PackedMatrix
+from .packed_matrix import PackedMatrix
 from .quantized_decode import FP8, input_at
 from .workspace import overlap
 
