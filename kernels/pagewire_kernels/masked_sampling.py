@@ -4,7 +4,7 @@ while logits are read, and the tokens go where the step has put those that it sa
 One launch, or three where some row has top-k, top-p or min-p: those look at what the mask leaves.
 The random map is that of `sampling.sample` on logits in float32 of which the excluded ones are
 minus infinity, bit for bit. Everything that changes from step to step is read from the device, in
-one piece (`MaskedRows.views`), so that a step uploads once.
+one piece (`MaskedSamplingRows.views`), so that a step uploads once.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -29,7 +29,7 @@ ALIGNED: Final = 16
 
 
 @dataclass
-class MaskedRows:
+class MaskedSamplingRows:
     """G rows of a step. rows, slots: int32 [G], which rows of the logits they are and whose; words:
     int32 [G, ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i may come; at least one
     is. sampling: of these rows."""
@@ -45,7 +45,7 @@ class MaskedRows:
         return _head_bytes(most) + 4 * words * count
 
     @classmethod
-    def views(cls, memory: Tensor, most: int, words: int) -> "MaskedRows":
+    def views(cls, memory: Tensor, most: int, words: int) -> "MaskedSamplingRows":
         """The parts of `memory`, uint8 of num_bytes(most, words, most) on any device, for `most`
         rows. Masks come last: of fewer rows, the beginning is all that is needed."""
         at = 0
@@ -58,10 +58,10 @@ class MaskedRows:
         masks = memory[at : at + 4 * words * most].view(torch.int32).view(most, words)
         return cls(ints[0], ints[1], masks, SamplingRows(values, longs[0], longs[1], False))
 
-    def first(self, count: int, filtered: bool) -> "MaskedRows":
+    def first(self, count: int, filtered: bool) -> "MaskedSamplingRows":
         """A view of the first `count` rows; filtered: some of them restrict the vocabulary."""
         sampling = self.sampling
-        return MaskedRows(
+        return MaskedSamplingRows(
             self.rows[:count],
             self.slots[:count],
             self.words[:count],
@@ -145,7 +145,7 @@ def _sample_masked(logits, rows, slots, words, thresholds, temperatures, seeds, 
 
 
 def sample_masked(
-    logits: Tensor, held: MaskedRows, last_token: Tensor, sampled_tokens: Tensor
+    logits: Tensor, held: MaskedSamplingRows, last_token: Tensor, sampled_tokens: Tensor
 ) -> None:
     """One token for each of `held`, from its row of logits [R, V] (float32, float16 or bfloat16;
     rows may be strided). sampled_tokens int32 [R]: the rows' tokens, -1 where an allowed logit is

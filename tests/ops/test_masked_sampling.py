@@ -1,9 +1,11 @@
 """Sampling under masks in one launch, against the sampling kernel on logits that were masked
 before: the same tokens, bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
-from pagewire_kernels.masked_sampling import MaskedRows, sample_masked
+from pagewire_kernels.masked_sampling import MaskedSamplingRows, sample_masked
 from pagewire_kernels.reference import apply_token_masks
 from pagewire_kernels.sampling import sample
 from pagewire_kernels.sampling_map import PARAMETERS, SamplingRows
@@ -18,12 +20,12 @@ FILTERED = {
 }
 
 
-def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedRows:
+def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedSamplingRows:
     """Rows of every kind; the second one's mask leaves one token."""
     make = torch.Generator().manual_seed(seed)
     words = -(-width // 32)
-    memory = torch.full((MaskedRows.num_bytes(MOST, words, MOST),), 255, dtype=torch.uint8)
-    held = MaskedRows.views(memory, MOST, words)
+    memory = torch.full((MaskedSamplingRows.num_bytes(MOST, words, MOST),), 255, dtype=torch.uint8)
+    held = MaskedSamplingRows.views(memory, MOST, words)
     held.rows[:count] = torch.randperm(STEP_ROWS, generator=make)[:count].int()
     held.slots[:count] = torch.randperm(SLOTS, generator=make)[:count].int()
     shape = (count, words)
@@ -31,7 +33,7 @@ def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedRows:
     if count > 1:
         held.words[1] = 0
         held.words[1, (width - 2) // 32] = 1 << ((width - 2) % 32)
-    given = FILTERED if filtered else PLAIN
+    given: Any = FILTERED if filtered else PLAIN
     named = SamplingRows.named(held.sampling.seeds, held.sampling.positions, **given)
     held.sampling.values.copy_(named.values)
     held.sampling.seeds[:count] = torch.randint(0, 2**62, (count,), generator=make)
@@ -39,7 +41,7 @@ def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedRows:
     return held.first(count, filtered)
 
 
-def masked(logits: torch.Tensor, held: MaskedRows) -> torch.Tensor:
+def masked(logits: torch.Tensor, held: MaskedSamplingRows) -> torch.Tensor:
     rows = logits[held.rows.long()].float()
     apply_token_masks(rows, torch.arange(len(rows)), held.words)
     return rows
@@ -75,7 +77,7 @@ def test_the_same_row_draws_the_same_in_every_batch() -> None:
     sample_masked(logits, held, last_token, together)
     for i in range(8):
         sampling = held.sampling.at(torch.tensor([i]))
-        one = MaskedRows(
+        one = MaskedSamplingRows(
             held.rows[i : i + 1], held.slots[i : i + 1], held.words[i : i + 1], sampling
         )
         alone = torch.zeros(STEP_ROWS, dtype=torch.int32)
@@ -103,8 +105,8 @@ def test_only_a_nan_that_the_mask_allows_spoils_a_row() -> None:
 
 def test_one_piece_holds_all_parts_apart() -> None:
     for most, words in ((1, 1), (3, 5), (256, 1536)):
-        size = MaskedRows.num_bytes(most, words, most)
-        held = MaskedRows.views(torch.zeros(size, dtype=torch.uint8), most, words)
+        size = MaskedSamplingRows.num_bytes(most, words, most)
+        held = MaskedSamplingRows.views(torch.zeros(size, dtype=torch.uint8), most, words)
         sampling = held.sampling
         parts = [held.rows, held.slots, held.words, *sampling.values]
         parts += [sampling.seeds, sampling.positions]
@@ -113,4 +115,4 @@ def test_one_piece_holds_all_parts_apart() -> None:
             part[:] = i
         for i, part in enumerate(parts, 1):
             assert (part == i).all() and part.data_ptr() % part.element_size() == 0
-        assert size - MaskedRows.num_bytes(most, words, most - 1) == 4 * words
+        assert size - MaskedSamplingRows.num_bytes(most, words, most - 1) == 4 * words

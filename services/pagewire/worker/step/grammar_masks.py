@@ -260,17 +260,31 @@ class GrammarMasks:
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32
         is set where token i may come."""
-        masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
-        at = self._matcher_at[slots]
-        for i, matcher in enumerate(self._matchers):
-            own = np.flatnonzero(at == i)
-            if len(own) and matcher.process is not None:
-                masks[own] = matcher.process.masks[slots[own]]
-        for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
-            word, bit = divmod(int(self._forced[slots[row]]), 32)
-            masks[row] = 0
-            masks[row, word] = 1 << bit
+        copied = np.empty((len(slots), mask_words(self._start.vocab_size)), np.uint32)
+        order = self.copy_rows(slots, copied)
+        masks = np.empty_like(copied)
+        masks[order] = copied
         return masks
+
+    def copy_rows(self, slots: Ints, out: NDArray[np.uint32]) -> Ints:
+        """Write what `rows` returns to `out` [R, words], in an order in which each is copied once:
+        out[i] is of slots[order[i]]. Returns the order [R]."""
+        at = self._matcher_at[slots]
+        order = np.argsort(at, kind="stable")
+        ends = np.cumsum(np.bincount(at, minlength=len(self._matchers))).tolist()
+        start = 0
+        for matcher, end in zip(self._matchers, ends, strict=True):
+            if start < end and matcher.process is not None:
+                # slots are in bounds; to raise where they are not, numpy would copy twice
+                own = slots[order[start:end]]
+                matcher.process.masks.take(own, 0, out=out[start:end], mode="clip")
+            start = end
+        forced = self._forced[slots[order]]
+        for row in np.flatnonzero(forced != NO_TOKEN).tolist():
+            word, bit = divmod(int(forced[row]), 32)
+            out[row] = 0
+            out[row, word] = 1 << bit
+        return order
 
     # --- the matchers ---
 

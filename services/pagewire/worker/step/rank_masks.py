@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...grammar.messages import mask_words
@@ -65,7 +66,8 @@ class LeadingMasks(GrammarMasks):
         concerned = self.concerns(slots)
         if concerned.any():
             masked = slots[concerned & ready & ~self.failed(slots)].astype(np.int64)
-            masks = self.rows(masked) if len(masked) else np.zeros(0, np.uint32)
+            masks = np.empty((len(masked), mask_words(self._start.vocab_size)), np.uint32)
+            masked = masked[self.copy_rows(masked, masks)]
             decision = Decision(
                 ready.tobytes(), self._failed.tobytes(), masked.tobytes(), masks.tobytes()
             )
@@ -102,9 +104,10 @@ class FollowingMasks(GrammarMasks):
         self._masks[masked] = masks.reshape(len(masked), self._masks.shape[1])
         return np.frombuffer(decision.ready, np.bool_)
 
-    def rows(self, slots: Ints) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    def copy_rows(self, slots: Ints, out: NDArray[np.uint32]) -> Ints:
         """See GrammarMasks."""
-        return self._masks[slots]
+        self._masks.take(slots, 0, out=out, mode="clip")
+        return np.arange(len(slots))
 
     def allow_runs(self, most: int) -> int:
         """As rank 0."""
