@@ -40,10 +40,13 @@ def demo() -> tuple[Any, int, Any]:
     return ModelConfig(model=str(demo_gguf())), size, schema_grammar(schema, "json")
 
 
-def any_token(words: Any, random: Any) -> int:
-    """One of those that a mask allows."""
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
-    return int(random.choice(np.flatnonzero(bits)))
+def any_tokens(words: Any, random: Any) -> Any:
+    """One of those that each mask [R, words] allows, [R]."""
+    noise = random.random(words.shape[1], np.float32)
+    word = np.where(words != 0, noise, -1).argmax(1)
+    bits = np.unpackbits(words[np.arange(len(words)), word].view(np.uint8), bitorder="little")
+    bits = bits.reshape(len(words), 32)
+    return 32 * word + np.where(bits, random.random(bits.shape, np.float32), -1).argmax(1)
 
 
 # --- matcher ---
@@ -66,7 +69,7 @@ def matcher(args: argparse.Namespace) -> None:
     random = np.random.default_rng(0)
     taken: list[float] = []
     for _ in range(WARM_UP + args.steps):
-        tokens = [any_token(masks[key], random) for key in keys]
+        tokens = any_tokens(masks, random).tolist()
         began = time.perf_counter()
         matchers.fill(matchers.advance(keys, tokens))
         taken.append(1000 * (time.perf_counter() - began))
@@ -116,9 +119,8 @@ class Device:
     def sample_masked(self, logits: Any, held: Any, last_token: Any, sampled_tokens: Any) -> None:
         """See pagewire_kernels.masked_sampling."""
         began = time.thread_time()
-        tokens = sampled_tokens.numpy()
-        for row, words in zip(held.rows.tolist(), held.words.numpy(), strict=True):
-            tokens[row] = any_token(words, self._random)
+        words = held.words.numpy().view(np.uint32)
+        sampled_tokens.numpy()[held.rows.numpy()] = any_tokens(words, self._random)
         self.spent += time.thread_time() - began
 
     def group(self, *_: Any) -> int:
@@ -137,7 +139,7 @@ class Device:
 def gpu_runner(device: Device, rows: int, model: Any, vocab_size: int) -> tuple[Any, Any]:
     """A GpuRunner over `device`, and its masks."""
     import torch
-    from gpu_on_cpu import Uploads
+    from gpu_on_cpu import Uploads  # pyright: ignore[reportMissingImports]
     from pagewire.worker.gpu import runner
     from pagewire.worker.gpu.resample import ExtraSampling, Kernels
     from pagewire.worker.step.grammar_masks import GrammarMasks

@@ -14,7 +14,7 @@ that has many streams gets another one beside it, and streams are spread over th
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from msgspec.structs import replace
@@ -25,7 +25,7 @@ from pagewire_protocol.messages import Step
 from ...config import ModelConfig
 from ...grammar.child import MatcherProcess, wait_for_any
 from ...grammar.messages import Start, mask_words
-from .matcher import Matcher, Stream
+from .matcher import Ints, Keys, Matcher, Stream, key_for, slots_of
 
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
@@ -45,9 +45,7 @@ CORES_A_MATCHER: Final = 2
 NO_KEY: Final = 0
 NO_TOKEN: Final = -1
 
-Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
-Keys = NDArray[np.uint64]
 
 
 class GrammarMasks:
@@ -73,9 +71,11 @@ class GrammarMasks:
         self._num_ready = 0
         """Matchers that were ready when streams were last spread."""
         self._streams: dict[int, Stream] = {}
-        """By key."""
+        """By slot."""
         self._key_of = np.full(count, NO_KEY, np.uint64)
         """By slot: the key of its stream."""
+        self._num_output = np.zeros(count, np.int64)
+        """By slot: output tokens of its stream."""
         self._mask_at = np.full(count, -1, np.int64)
         """By slot: the output position that the slot's mask is for; -1: it has none."""
         self._forced = np.full(count, NO_TOKEN, np.int64)
@@ -84,14 +84,14 @@ class GrammarMasks:
         self._matcher_at = np.zeros(count, np.int64)
         """By slot: the index of its stream's matcher."""
         self._failed = np.zeros(count, np.bool_)
-        self._last_key = NO_KEY
+        self._admissions = 0
 
     def _new_matcher(self) -> Matcher:
         return Matcher(
             self._start,
             self._clock,
             lambda start: self._start_process(start),
-            self._at_forced,
+            self._on_masks,
             self._fail,
             self._lose,
         )
@@ -103,22 +103,22 @@ class GrammarMasks:
         self.retire(slot)
         if grammar is None:
             return
-        self._last_key += 1
-        stream = Stream(self._last_key, slot, grammar, output.tolist())
-        self._streams[stream.key] = stream
+        self._admissions += 1
+        stream = Stream(key_for(slot, self._admissions), slot, grammar, output.tolist())
+        self._streams[slot] = stream
         self._key_of[slot] = stream.key
+        self._num_output[slot] = len(output)
         self._match(stream)
 
     def retire(self, slot: int) -> None:
         """The slot's request is over."""
-        key = int(self._key_of[slot])
-        if key == NO_KEY:
+        stream = self._streams.pop(slot, None)
+        if stream is None:
             return
         self._key_of[slot] = NO_KEY
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
         self._failed[slot] = False
-        stream = self._streams.pop(key)
         if stream.matcher is not None:
             stream.matcher.remove(stream)
 
@@ -133,7 +133,7 @@ class GrammarMasks:
 
     def clear(self) -> None:
         """No slot holds a request."""
-        for slot in np.flatnonzero(self._key_of != NO_KEY).tolist():
+        for slot in list(self._streams):
             self.retire(slot)
 
     def close(self) -> None:
@@ -158,28 +158,28 @@ class GrammarMasks:
     def append(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
         """`tokens` [R] were sampled for the streams `keys` [R]; those that are over are passed
         over."""
-        rows = [row for row, key in enumerate(keys.tolist()) if key in self._streams]
-        if not rows:
-            return
-        news: dict[Matcher, tuple[list[int], list[int]]] = {}
-        for key, token in zip(keys[rows].tolist(), tokens[rows].tolist(), strict=True):
-            stream = self._streams[key]
-            if stream.forced:
-                self._say_forced(stream, token)
-                continue
-            stream.output.append(token)
-            self._mask_at[stream.slot] = -1
-            if stream.matcher is not None:
-                new_keys, new_tokens = news.setdefault(stream.matcher, ([], []))
-                new_keys.append(key)
-                new_tokens.append(token)
-        for matcher, (new_keys, new_tokens) in news.items():
-            matcher.advance(new_keys, new_tokens)
+        slots = slots_of(keys)
+        wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
+        forced = wanted & (self._forced[slots] != NO_TOKEN)
+        for row in np.flatnonzero(forced).tolist():
+            self._say_forced(self._streams[int(slots[row])], int(tokens[row]))
+        rows = np.flatnonzero(wanted & ~forced)
+        keys, slots, tokens = keys[rows], slots[rows], tokens[rows]
+        self._mask_at[slots] = -1
+        self._num_output[slots] += 1
+        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+            self._streams[slot].output.append(token)
+        at = np.where(self._failed[slots], -1, self._matcher_at[slots])
+        for i, matcher in enumerate(self._matchers):
+            own = np.flatnonzero(at == i)
+            if len(own):
+                matcher.advance(keys[own], tokens[own])
 
     def _say_forced(self, stream: Stream, token: int) -> None:
         """`token` was sampled where there is a forced run, so that it is its first one; any other
         comes of logits that were not finite."""
         stream.output.append(token)
+        self._num_output[stream.slot] += 1
         if token == stream.forced.pop(0):
             self._at_forced(stream)
         else:
@@ -190,7 +190,7 @@ class GrammarMasks:
     def _at_forced(self, stream: Stream) -> None:
         """The next position of `stream` has a mask, by what is left of its forced run or behind
         it."""
-        self._mask_at[stream.slot] = len(stream.output)
+        self._mask_at[stream.slot] = self._num_output[stream.slot] = len(stream.output)
         self._forced[stream.slot] = stream.forced[0] if stream.forced else NO_TOKEN
 
     # --- forced runs ---
@@ -210,13 +210,12 @@ class GrammarMasks:
             end = self._clock() + WAIT_RUNS_S
             while self._awaits_any(slots) and (left := end - self._clock()) > 0:
                 self._wait(left)
-                self._receive()
         runs: list[list[int]] = []
         for slot, limit in zip(slots.tolist(), most.tolist(), strict=True):
             if self._forced[slot] == NO_TOKEN or limit <= 0:
                 runs.append([])
                 continue
-            stream = self._streams[int(self._key_of[slot])]
+            stream = self._streams[slot]
             runs.append(stream.forced[:limit])
             stream.output += runs[-1]
             del stream.forced[:limit]
@@ -227,6 +226,28 @@ class GrammarMasks:
         return bool(((self._mask_at[slots] < 0) & ~self._failed[slots]).any())
 
     # --- masks ---
+
+    def _on_masks(
+        self, matcher: Matcher, keys: Keys, positions: Ints, runs: list[list[int]] | None
+    ) -> Keys:
+        """`matcher` has written masks of the streams `keys` [R]. Those that have another matcher by
+        now, or other tokens, have no use for them."""
+        slots = slots_of(keys)
+        known = self._num_output[slots]
+        if runs is not None:
+            known = known + [len(run) for run in runs]
+        at = self._matchers.index(matcher)
+        current = (
+            (self._key_of[slots] == keys) & (self._matcher_at[slots] == at) & (known == positions)
+        )
+        if runs is None:
+            self._mask_at[slots[current]] = positions[current]
+            return keys[current]
+        for row in np.flatnonzero(current).tolist():
+            stream = self._streams[int(slots[row])]
+            stream.forced = runs[row]
+            self._at_forced(stream)
+        return keys[current]
 
     def ready(
         self, slots: Ints, positions: Ints, computed: Callable[[], bool] | None = None
@@ -239,8 +260,8 @@ class GrammarMasks:
             return np.ones(len(slots), np.bool_)
         alone = bool(concerned.all())
         end = self._clock() + (WAIT_ALONE_S if alone else WAIT_S)
+        self._receive()
         while True:
-            self._receive()
             there = ~concerned | (self._mask_at[slots] == positions) | self._failed[slots]
             left = end - self._clock()
             if there.all() or left <= 0:
@@ -302,12 +323,15 @@ class GrammarMasks:
         return [matcher for matcher in self._matchers if matcher.is_ready]
 
     def _wait(self, seconds: float) -> None:
-        processes = [matcher.process for matcher in self._matchers if matcher.process is not None]
-        if processes:
-            wait_for_any(processes, seconds)
-        else:
-            due = min(matcher.next_start for matcher in self._matchers)
-            self._sleep(min(seconds, max(0.0, due - self._clock())))
+        """So long, or until something arrives, which is then taken."""
+        matcher_of = {m.process: m for m in self._matchers if m.process is not None}
+        if matcher_of:
+            for process in wait_for_any(list(matcher_of), seconds):
+                matcher_of[process].receive()
+            return
+        due = min(matcher.next_start for matcher in self._matchers)
+        self._sleep(min(seconds, max(0.0, due - self._clock())))
+        self._receive()
 
     def _receive(self) -> None:
         for matcher in self._matchers:
