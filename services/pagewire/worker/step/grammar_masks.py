@@ -167,13 +167,14 @@ class GrammarMasks:
         keys, slots, tokens = keys[rows], slots[rows], tokens[rows]
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
-        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-            self._streams[slot].output.append(token)
         at = np.where(self._failed[slots], -1, self._matcher_at[slots])
         for i, matcher in enumerate(self._matchers):
             own = np.flatnonzero(at == i)
             if len(own):
                 matcher.advance(keys[own], tokens[own])
+        # While the matchers compute.
+        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+            self._streams[slot].output.append(token)
 
     def _say_forced(self, stream: Stream, token: int) -> None:
         """`token` was sampled where there is a forced run, so that it is its first one; any other

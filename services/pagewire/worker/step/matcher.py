@@ -148,7 +148,7 @@ class Matcher:
         self.process.send(Open(stream.key, stream.slot, stream.grammar, output))
 
     def advance(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
-        """The streams' next tokens [R], which are in their outputs already."""
+        """The streams' next tokens [R], which are put into their outputs before anything else."""
         self._owed[slots_of(keys)] = self._clock()
         if self.process is not None:
             self.process.send(Advance(keys.tobytes(), tokens.tobytes()))
