@@ -119,7 +119,7 @@ class Device:
     def sample_masked(self, logits: Any, held: Any, last_token: Any, sampled_tokens: Any) -> None:
         """See pagewire_kernels.masked_sampling."""
         began = time.thread_time()
-        words = held.words.numpy().view(np.uint32)
+        words = held.words[held.masks.long()].numpy().view(np.uint32)
         sampled_tokens.numpy()[held.rows.numpy()] = any_tokens(words, self._random)
         self.spent += time.thread_time() - began
 

@@ -30,24 +30,26 @@ ALIGNED: Final = 16
 
 @dataclass
 class MaskedSamplingRows:
-    """G rows of a step. rows, slots: int32 [G], which rows of the logits they are and whose; words:
-    int32 [G, ceil(V / 32)]: bit i % 32 of word i // 32 is set where token i may come; at least one
-    is. sampling: of these rows."""
+    """G rows of a step. rows, slots, masks: int32 [G]: which rows of the logits they are, whose, and
+    which rows of `words` are theirs. words: int32 [M, ceil(V / 32)]: bit i % 32 of word i // 32 is
+    set where token i may come; of those that are theirs at least one is. sampling: of the G
+    rows."""
 
     rows: Tensor
     slots: Tensor
+    masks: Tensor
     words: Tensor
     sampling: SamplingRows
 
     @classmethod
     def num_bytes(cls, most: int, words: int, count: int) -> int:
-        """Bytes before the end of the `count`th row's mask, in memory for `most` rows."""
+        """Bytes before the end of the `count`th mask, in memory for `most` rows and masks."""
         return _head_bytes(most) + 4 * words * count
 
     @classmethod
     def views(cls, memory: Tensor, most: int, words: int) -> "MaskedSamplingRows":
         """The parts of `memory`, uint8 of num_bytes(most, words, most) on any device, for `most`
-        rows. Masks come last: of fewer rows, the beginning is all that is needed."""
+        rows and masks. Masks come last: of fewer, the beginning is all that is needed."""
         at = 0
         parts: list[Tensor] = []
         for dtype, rows in _HEAD:
@@ -56,7 +58,8 @@ class MaskedSamplingRows:
             at += _aligned(size)
         longs, values, ints = parts
         masks = memory[at : at + 4 * words * most].view(torch.int32).view(most, words)
-        return cls(ints[0], ints[1], masks, SamplingRows(values, longs[0], longs[1], False))
+        sampling = SamplingRows(values, longs[0], longs[1], False)
+        return cls(ints[0], ints[1], ints[2], masks, sampling)
 
     def first(self, count: int, filtered: bool) -> "MaskedSamplingRows":
         """A view of the first `count` rows; filtered: some of them restrict the vocabulary."""
@@ -64,7 +67,8 @@ class MaskedSamplingRows:
         return MaskedSamplingRows(
             self.rows[:count],
             self.slots[:count],
-            self.words[:count],
+            self.masks[:count],
+            self.words,
             SamplingRows(
                 sampling.values[:, :count],
                 sampling.seeds[:count],
@@ -74,8 +78,8 @@ class MaskedSamplingRows:
         )
 
 
-_HEAD: Final = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 2))
-"""What comes before the masks: seeds and positions, sampling parameters, rows and slots."""
+_HEAD: Final = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
+"""What comes before the masks: seeds and positions, sampling parameters, indices."""
 
 
 def _aligned(size: int) -> int:
@@ -87,20 +91,21 @@ def _head_bytes(most: int) -> int:
 
 
 @triton.jit
-def _gather(logits, rows, words, out, width, stride, num_words, BLOCK: tl.constexpr):
+def _gather(logits, rows, masks, words, out, width, stride, num_words, BLOCK: tl.constexpr):
     """Logits that masks leave, in float32; minus infinity for the others."""
     held = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + held).to(tl.int64)
+    own = words + tl.load(masks + held).to(tl.int64) * num_words
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
-    word = tl.load(words + held * num_words + i // 32, mask=inside, other=0)
+    word = tl.load(own + i // 32, mask=inside, other=0)
     x = tl.load(logits + row * stride + i, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(((word >> (i % 32)) & 1) != 0, x, float("-inf"))
     tl.store(out + held * width + i, x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slices"])
-def _sample_masked(logits, rows, slots, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
+def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
                    last_token, sampled_tokens, width, stride, num_words, slices,
                    S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     held = tl.program_id(0).to(tl.int64)
@@ -114,7 +119,7 @@ def _sample_masked(logits, rows, slots, words, thresholds, temperatures, seeds, 
         threshold = tl.load(thresholds + held)
     best, where, _, _, bad = _slice(
         logits + row * stride,
-        words + held * num_words,
+        words + tl.load(masks + held).to(tl.int64) * num_words,
         lo,
         hi,
         threshold,
@@ -150,7 +155,7 @@ def sample_masked(
     """One token for each of `held`, from its row of logits [R, V] (float32, float16 or bfloat16;
     rows may be strided). sampled_tokens int32 [R]: the rows' tokens, -1 where an allowed logit is
     NaN; last_token int32 [S]: their slots' too, always a token. Rows and slots differ."""
-    count, width = held.words.shape[0], logits.shape[1]
+    count, width = held.rows.shape[0], logits.shape[1]
     num_words = held.words.shape[1]
     slices = slices_of(count, width, BLOCK)
     device = logits.device
@@ -161,10 +166,18 @@ def sample_masked(
     if sampling.filtered:
         left = torch.empty(count, width, dtype=torch.float32, device=device)
         _gather[(count, triton.cdiv(width, 4096))](
-            logits, held.rows, held.words, left, width, logits.stride(0), num_words, BLOCK=4096
+            logits,
+            held.rows,
+            held.masks,
+            held.words,
+            left,
+            width,
+            logits.stride(0),
+            num_words,
+            BLOCK=4096,
         )
         least = thresholds(left, sampling)
-    _sample_masked[(count, slices)](logits, held.rows, held.slots, held.words, least, sampling.temperature,
+    _sample_masked[(count, slices)](logits, held.rows, held.slots, held.masks, held.words, least, sampling.temperature,
         sampling.seeds, sampling.positions, numbers, ids, counters(device, "masked sampling", count), last_token,
         sampled_tokens, width, logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices),
         BLOCK=BLOCK, FILTERED=sampling.filtered, FAST=device.type == "cuda", num_warps=4)  # fmt: skip

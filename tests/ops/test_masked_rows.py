@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pagewire.worker.gpu.resample import KERNELS, Kernels
+from pagewire.worker.step import grammar_masks
 from pagewire_protocol.messages import Admission, Step, pack
 from pagewire_protocol.sampling import Sampling
 from worker.sampling_reference import bias, words
@@ -88,10 +89,15 @@ class Grammars:
         return by_slot.tolist(), last.tolist(), told
 
 
-@pytest.mark.parametrize("late", [0.0, 0.4])
-def test_one_launch_gives_what_eager_sampling_gives(late: float) -> None:
+@pytest.mark.parametrize(("late", "deaths"), [(0.0, False), (0.4, False), (0.2, True)])
+def test_one_launch_gives_what_eager_sampling_gives(
+    late: float, deaths: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Penalties, biases, bad words, least numbers of tokens, filters, seeds, log-probabilities;
-    slots that pass from one request to the next; masks that are late."""
+    slots that pass from one request to the next; masks that are late; several matchers, some of
+    which end."""
+    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
+    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 3)
     calls: Counter[str] = Counter()
 
     def counted(logits: Any, *others: Any) -> None:
@@ -111,6 +117,10 @@ def test_one_launch_gives_what_eager_sampling_gives(late: float) -> None:
             slot = random.randrange(SLOTS)
             one.replace(slot)
             other.replace(slot)
+        if deaths and random.random() < 0.2:
+            for rows in (one, other):
+                rows.room.kill()
+                rows.room.clock.now += 6
         logits = (torch.randn(SLOTS, VOCAB) * 2).bfloat16()
         tokens, last, logprobs = one.step(logits)
         assert (tokens, last, logprobs) == other.step(logits)

@@ -28,11 +28,13 @@ def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedSampli
     held = MaskedSamplingRows.views(memory, MOST, words)
     held.rows[:count] = torch.randperm(STEP_ROWS, generator=make)[:count].int()
     held.slots[:count] = torch.randperm(SLOTS, generator=make)[:count].int()
-    shape = (count, words)
-    held.words[:count] = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=make)
+    held.masks[:count] = torch.randperm(MOST, generator=make)[:count].int()
+    shape = (MOST, words)
+    held.words[:] = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=make)
     if count > 1:
-        held.words[1] = 0
-        held.words[1, (width - 2) // 32] = 1 << ((width - 2) % 32)
+        second = int(held.masks[1])
+        held.words[second] = 0
+        held.words[second, (width - 2) // 32] = 1 << ((width - 2) % 32)
     given: Any = FILTERED if filtered else PLAIN
     named = SamplingRows.named(held.sampling.seeds, held.sampling.positions, **given)
     held.sampling.values.copy_(named.values)
@@ -43,7 +45,7 @@ def held_rows(count: int, width: int, seed: int, filtered: bool) -> MaskedSampli
 
 def masked(logits: torch.Tensor, held: MaskedSamplingRows) -> torch.Tensor:
     rows = logits[held.rows.long()].float()
-    apply_token_masks(rows, torch.arange(len(rows)), held.words)
+    apply_token_masks(rows, torch.arange(len(rows)), held.words[held.masks.long()])
     return rows
 
 
@@ -64,7 +66,7 @@ def test_tokens_are_those_of_sampling_masked_logits(count, width, dtype, filtere
     assert int((sampled_tokens == -7).sum()) == STEP_ROWS - count
     assert int((last_token == -7).sum()) == SLOTS - count
     assert torch.equal(logits, before)
-    for word, token in zip(held.words, wanted.tokens.tolist(), strict=True):
+    for word, token in zip(held.words[held.masks.long()], wanted.tokens.tolist(), strict=True):
         assert (int(word[token // 32]) >> (token % 32)) & 1
 
 
@@ -77,9 +79,8 @@ def test_the_same_row_draws_the_same_in_every_batch() -> None:
     sample_masked(logits, held, last_token, together)
     for i in range(8):
         sampling = held.sampling.at(torch.tensor([i]))
-        one = MaskedSamplingRows(
-            held.rows[i : i + 1], held.slots[i : i + 1], held.words[i : i + 1], sampling
-        )
+        rows, slots, masks = (part[i : i + 1] for part in (held.rows, held.slots, held.masks))
+        one = MaskedSamplingRows(rows, slots, masks, held.words, sampling)
         alone = torch.zeros(STEP_ROWS, dtype=torch.int32)
         sample_masked(logits, one, last_token, alone)
         row = int(held.rows[i])
@@ -108,7 +109,7 @@ def test_one_piece_holds_all_parts_apart() -> None:
         size = MaskedSamplingRows.num_bytes(most, words, most)
         held = MaskedSamplingRows.views(torch.zeros(size, dtype=torch.uint8), most, words)
         sampling = held.sampling
-        parts = [held.rows, held.slots, held.words, *sampling.values]
+        parts = [held.rows, held.slots, held.masks, held.words, *sampling.values]
         parts += [sampling.seeds, sampling.positions]
         assert len(sampling.values) == len(PARAMETERS)
         for i, part in enumerate(parts, 1):

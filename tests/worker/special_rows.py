@@ -39,7 +39,7 @@ def draw_masked(
     """The same of rows under masks."""
     rows = held.rows.long()
     x = logits[rows].float()
-    apply_token_masks(x, torch.arange(len(rows)), held.words)
+    apply_token_masks(x, torch.arange(len(rows)), held.words[held.masks.long()])
     sampled = draw(x, held.sampling)
     tokens = sampled.tokens.int()
     last_token[held.slots.long()] = tokens

@@ -1,6 +1,7 @@
 """Rows whose tokens nothing constrains but a grammar, sampled once more from a step's logits: one
 copy to the device, of masks and sampling parameters together, and one launch (three where some row
-has top-k, top-p or min-p).
+has top-k, top-p or min-p). Masks are put into pinned memory as they come, while others are waited
+for.
 
 No CUDA graph: a graph reads logits at one place, and each captured step has its own, so that there
 would be one for each pair of sizes. Two launches cost less than finding the right one. Knows no
@@ -44,14 +45,15 @@ class MaskedSampling:
         self._num_bytes = [
             MaskedSamplingRows.num_bytes(most, words, count) for count in range(most + 1)
         ]
-        """By a number of rows: how much of the memory they take."""
+        """By a number of masks: how much of the memory comes before their end."""
         self._staging = uploads.staging(self._num_bytes[most])
         self._memory = empty(self._num_bytes[most], dtype=uint8, device=state.last_token.device)
         self._there = MaskedSamplingRows.views(self._memory, most, words)
         here = MaskedSamplingRows.views(self._staging.host, most, words)
         self._rows = here.rows.numpy()
         self._slot_ids = here.slots.numpy()
-        self._words = here.words.numpy().view(np.uint32)
+        self._mask_rows = here.masks.numpy()
+        masks.mirror(here.words.numpy().view(np.uint32))
         self._values = here.sampling.values.numpy()
         self._seeds = here.sampling.seeds.numpy()
         self._positions = here.sampling.positions.numpy()
@@ -65,15 +67,15 @@ class MaskedSampling:
         masks are there. sampled_tokens int32 [R] and the slots' last tokens are overwritten."""
         count = len(slots)
         columns = self._slots
+        masks = self._masks.mirror_rows(slots)
         self._staging.wait()
-        order = self._masks.copy_rows(slots, self._words[:count])
-        slots = slots[order]
-        self._rows[:count] = rows[order]
+        self._rows[:count] = rows
+        self._mask_rows[:count] = masks
         self._slot_ids[:count] = slots
         self._values[:, :count] = columns.sampling_params[slots].T
         self._seeds[:count] = columns.seed[slots]
         self._positions[:count] = columns.num_tokens[slots] - 1
-        self._staging.send(self._num_bytes[count], self._memory)
+        self._staging.send(self._num_bytes[int(masks.max()) + 1], self._memory)
         held = self._there.first(count, bool(columns.filtered[slots].any()))
         self._sample(logits, held, self._last_token, sampled_tokens)
 

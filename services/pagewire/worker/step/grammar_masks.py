@@ -11,6 +11,7 @@ Masks for many rows take longer than a forward pass. So where there are processo
 that has many streams gets another one beside it, and streams are spread over those that are ready.
 """
 
+import heapq
 import os
 import time
 from collections.abc import Callable
@@ -84,6 +85,11 @@ class GrammarMasks:
         self._matcher_at = np.zeros(count, np.int64)
         """By slot: the index of its stream's matcher."""
         self._failed = np.zeros(count, np.bool_)
+        self._mirror: NDArray[np.uint32] | None = None
+        self._mirror_row = np.zeros(count, np.int64)
+        """By slot."""
+        self._free_rows = list(range(count))
+        """Of the mirror; a heap."""
         self._admissions = 0
 
     def _new_matcher(self) -> Matcher:
@@ -108,6 +114,7 @@ class GrammarMasks:
         self._streams[slot] = stream
         self._key_of[slot] = stream.key
         self._num_output[slot] = len(output)
+        self._mirror_row[slot] = heapq.heappop(self._free_rows)
         self._match(stream)
 
     def retire(self, slot: int) -> None:
@@ -115,6 +122,7 @@ class GrammarMasks:
         stream = self._streams.pop(slot, None)
         if stream is None:
             return
+        heapq.heappush(self._free_rows, int(self._mirror_row[slot]))
         self._key_of[slot] = NO_KEY
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
@@ -241,11 +249,14 @@ class GrammarMasks:
         current = (
             (self._key_of[slots] == keys) & (self._matcher_at[slots] == at) & (known == positions)
         )
+        slots = slots[current]
+        if self._mirror is not None and matcher.process is not None:
+            self._write_mirror(slots, matcher.process.masks[slots])
         if runs is None:
-            self._mask_at[slots[current]] = positions[current]
+            self._mask_at[slots] = positions[current]
             return keys[current]
-        for row in np.flatnonzero(current).tolist():
-            stream = self._streams[int(slots[row])]
+        for slot, row in zip(slots.tolist(), np.flatnonzero(current).tolist(), strict=True):
+            stream = self._streams[slot]
             stream.forced = runs[row]
             self._at_forced(stream)
         return keys[current]
@@ -282,31 +293,32 @@ class GrammarMasks:
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32
         is set where token i may come."""
-        copied = np.empty((len(slots), mask_words(self._start.vocab_size)), np.uint32)
-        order = self.copy_rows(slots, copied)
-        masks = np.empty_like(copied)
-        masks[order] = copied
+        masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
+        at = self._matcher_at[slots]
+        for i, matcher in enumerate(self._matchers):
+            own = np.flatnonzero(at == i)
+            if len(own) and matcher.process is not None:
+                masks[own] = matcher.process.masks[slots[own]]
+        for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
+            word, bit = divmod(int(self._forced[slots[row]]), 32)
+            masks[row] = 0
+            masks[row, word] = 1 << bit
         return masks
 
-    def copy_rows(self, slots: Ints, out: NDArray[np.uint32]) -> Ints:
-        """Write what `rows` returns to `out` [R, words], in an order in which each is copied once:
-        out[i] is of slots[order[i]]. Returns the order [R]."""
-        at = self._matcher_at[slots]
-        order = np.argsort(at, kind="stable")
-        ends = np.cumsum(np.bincount(at, minlength=len(self._matchers))).tolist()
-        start = 0
-        for matcher, end in zip(self._matchers, ends, strict=True):
-            if start < end and matcher.process is not None:
-                # slots are in bounds; to raise where they are not, numpy would copy twice
-                own = slots[order[start:end]]
-                matcher.process.masks.take(own, 0, out=out[start:end], mode="clip")
-            start = end
-        forced = self._forced[slots[order]]
-        for row in np.flatnonzero(forced != NO_TOKEN).tolist():
-            word, bit = divmod(int(forced[row]), 32)
-            out[row] = 0
-            out[row, word] = 1 << bit
-        return order
+    def mirror(self, words: NDArray[np.uint32]) -> None:
+        """Before the first request, and where there are no forced runs: each mask is written to
+        `words` [slots, words] too, as soon as it comes. A row is written no more from when its mask
+        is ready until a token has been said, or the request is over."""
+        self._mirror = words
+
+    def mirror_rows(self, slots: Ints) -> Ints:
+        """[R]: where in there the masks of `slots` [R] are: in the lowest rows that were free when
+        they were admitted."""
+        return self._mirror_row[slots]
+
+    def _write_mirror(self, slots: Ints, masks: NDArray[np.uint32]) -> None:
+        if self._mirror is not None:
+            self._mirror[self._mirror_row[slots]] = masks
 
     # --- the matchers ---
 

@@ -66,8 +66,7 @@ class LeadingMasks(GrammarMasks):
         concerned = self.concerns(slots)
         if concerned.any():
             masked = slots[concerned & ready & ~self.failed(slots)].astype(np.int64)
-            masks = np.empty((len(masked), mask_words(self._start.vocab_size)), np.uint32)
-            masked = masked[self.copy_rows(masked, masks)]
+            masks = self.rows(masked) if len(masked) else np.zeros(0, np.uint32)
             decision = Decision(
                 ready.tobytes(), self._failed.tobytes(), masked.tobytes(), masks.tobytes()
             )
@@ -101,13 +100,14 @@ class FollowingMasks(GrammarMasks):
         self._failed[:] = np.frombuffer(decision.failed, np.bool_)
         masked = np.frombuffer(decision.slots, np.int64)
         masks = np.frombuffer(decision.masks, np.uint32)
-        self._masks[masked] = masks.reshape(len(masked), self._masks.shape[1])
+        masks = masks.reshape(len(masked), self._masks.shape[1])
+        self._masks[masked] = masks
+        self._write_mirror(masked, masks)
         return np.frombuffer(decision.ready, np.bool_)
 
-    def copy_rows(self, slots: Ints, out: NDArray[np.uint32]) -> Ints:
+    def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """See GrammarMasks."""
-        self._masks.take(slots, 0, out=out, mode="clip")
-        return np.arange(len(slots))
+        return self._masks[slots]
 
     def allow_runs(self, most: int) -> int:
         """As rank 0."""
