@@ -40,7 +40,7 @@ computed."""
 CROWDED: Final = 16
 """Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
 mask."""
-MAX_MATCHERS: Final = 8
+MAX_MATCHERS: Final = 16
 CORES_A_MATCHER: Final = 2
 """Processors that there must be for each."""
 NO_KEY: Final = 0
