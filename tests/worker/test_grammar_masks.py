@@ -259,6 +259,27 @@ def test_rows_without_grammars_wait_no_longer_than_for_their_logits(
     assert waited([0], True) >= grammar_masks.WAIT_ALONE_S
 
 
+def test_a_step_of_rows_with_grammars_waits_for_the_last_ones_as_long_as_it_is_worth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To compute a fourth of the rows again takes a fourth of a step."""
+    monkeypatch.setattr(grammar_masks, "WAIT_ALONE_S", 10.0)
+    room = Room(SLOTS, VOCAB, late=0.5)
+    answers = itertools.chain([0.9, 0.9, 0.9], itertools.repeat(0.1))
+    room._random.random = lambda: next(answers)
+    for slot in range(4):
+        room.masks.admit(slot, grammar("a"), np.zeros(0, np.int32))
+    began = room.clock.now
+    rows = np.arange(4), np.zeros(4, np.int64)
+    ready = room.masks.ready(*rows, lambda: room.clock.now > began + 0.4)
+    assert ready.tolist() == [True, True, True, False]
+    assert 0.49 < room.clock.now - began < 0.53
+    # without a device nobody knows when the step is computed
+    began = room.clock.now
+    room.masks.ready(*rows)
+    assert room.clock.now - began >= 10.0
+
+
 def test_without_grammars_there_is_no_process() -> None:
     bench = Bench(0)
     bench.step(admit={0: Request(None, [1])})

@@ -266,24 +266,39 @@ class GrammarMasks:
     ) -> Bools:
         """[R]: which of `slots` [R] can be sampled at the output positions `positions` [R]: those
         without a grammar, and those whose masks are there. Waits a little for the others; where
-        some rows need no mask, only until the step's logits are `computed`."""
+        some rows need no mask, only until the step's logits are `computed`, and where all do, no
+        longer from then on than it is worth."""
         concerned = self.concerns(slots)
         if not concerned.any():
             return np.ones(len(slots), np.bool_)
         alone = bool(concerned.all())
-        end = self._clock() + (WAIT_ALONE_S if alone else WAIT_S)
+        began = self._clock()
+        end = began + (WAIT_ALONE_S if alone else WAIT_S)
+        computed_at = 0.0
         self._receive()
         while True:
             there = ~concerned | (self._mask_at[slots] == positions) | self._failed[slots]
-            left = end - self._clock()
+            now = self._clock()
+            left = end - now
             if there.all() or left <= 0:
                 return there
-            if computed is None or alone:
+            if computed is None:
                 self._wait(left)
-            elif computed():
-                return there
-            else:
-                self._wait(min(left, LOOK_S))
+                continue
+            if computed_at or computed():
+                if not alone:
+                    return there
+                computed_at = computed_at or now
+                end = min(end, computed_at + self._worth_s(there, computed_at - began))
+            self._wait(max(0.0, min(left, LOOK_S)))
+
+    def _worth_s(self, there: Bools, computing_s: float) -> float:
+        """How long a step that took `computing_s` waits for the masks of rows that are not `there`
+        yet: as long as it would take to compute so many of its rows again. For all of them, as long
+        as one may."""
+        if not there.any():
+            return WAIT_ALONE_S
+        return float(np.mean(~there)) * max(computing_s, LOOK_S)
 
     def failed(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] can have no token: their grammars are too costly, or no token
