@@ -184,10 +184,10 @@ def admissions(rows: int, share: float, grammar: Any) -> tuple[Any, ...]:
 
 
 def worker(args: argparse.Namespace) -> None:
-    from pagewire.worker.step import grammar_masks
+    from pagewire.worker.step import grammar_masks, matcher_pool
 
     model, size, grammar = demo()
-    grammar_masks.max_matchers = lambda: args.matchers
+    matcher_pool.max_matchers = lambda: args.matchers
     for limit in ("WAIT_S", "WAIT_ALONE_S"):  # nothing is late here
         setattr(grammar_masks, limit, 60.0)
     for share in SHARES:

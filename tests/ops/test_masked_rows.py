@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pagewire.worker.gpu.resample import KERNELS, Kernels
-from pagewire.worker.step import grammar_masks
+from pagewire.worker.step import matcher_pool
 from pagewire_protocol.messages import Admission, Step, pack
 from pagewire_protocol.sampling import Sampling
 from worker.sampling_reference import bias, words
@@ -96,8 +96,8 @@ def test_one_launch_gives_what_eager_sampling_gives(
     """Penalties, biases, bad words, least numbers of tokens, filters, seeds, log-probabilities;
     slots that pass from one request to the next; masks that are late; several matchers, some of
     which end."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 3)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
     calls: Counter[str] = Counter()
 
     def counted(logits: Any, *others: Any) -> None:

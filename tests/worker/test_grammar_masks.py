@@ -9,7 +9,7 @@ import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.worker.fake import FakeRunner, chain
-from pagewire.worker.step import grammar_masks
+from pagewire.worker.step import grammar_masks, matcher_pool
 from pagewire.worker.step.forced_runs import MAX_RUN
 from pagewire.worker.step.logit_constraints import Constraints
 from pagewire.worker.step.matcher import HANG_S, MAX_FAILED_STARTS
@@ -138,8 +138,8 @@ class Bench:
 @pytest.fixture(params=[1, 3], ids=["one matcher", "up to three"])
 def matchers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Another one for each two streams, as far as so many."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: request.param)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: request.param)
     return request.param
 
 
@@ -165,28 +165,28 @@ def test_a_mask_is_never_applied_to_another_row_or_position(
 
 def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as another one is ready; those that were there as well."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 3)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
     bench = Bench(0)
     requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
     bench.step(admit=requests)
     for _ in range(3):
         bench.step()
-    counts = [len(matcher.streams) for matcher in bench.room.masks._matchers]
+    counts = [len(matcher.streams) for matcher in bench.room.masks._pool.matchers]
     assert len(bench.room.processes) == 3 and counts == [2, 2, 2]
     bench.step(retire=list(requests))
-    assert not any(matcher.streams for matcher in bench.room.masks._matchers)
+    assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
 
 
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that ended while it had no streams is started again when it is needed."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 2)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
     bench = Bench(0)
     bench.step(admit={slot: Request("impossible", [slot]) for slot in (0, 1)})
     bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in (2, 3, 4)})
     bench.step()
-    first, second = bench.room.masks._matchers
+    first, second = bench.room.masks._pool.matchers
     assert {0, 1} <= {stream.slot for stream in first.streams.values()}
     assert second.is_ready and second.streams
     bench.step(retire=list(bench.slots))
@@ -305,7 +305,7 @@ def test_what_ends_processes_is_found_and_given_up_and_the_others_go_on() -> Non
         process.receive = receive
         return process
 
-    room.masks._start_process = start
+    room.masks._pool.start_process = start
     bench.step(admit={0: good, 1: killer})
     for _ in range(40):
         bench.step()
@@ -358,7 +358,7 @@ def test_processes_that_cannot_start_fail_their_requests() -> None:
         process.dead = True
         return process
 
-    room.masks._start_process = start
+    room.masks._pool.start_process = start
     bench.step(admit={0: Request("g", [1])})
     for _ in range(2 * MAX_FAILED_STARTS):
         room.clock.now += 6

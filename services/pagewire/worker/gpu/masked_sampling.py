@@ -40,7 +40,7 @@ class MaskedSampling:
         most = slots.count
         self._slots = slots
         self._last_token = state.last_token
-        self._masks = masks
+        self._mirror = masks.mirror
         self._sample = sample
         self._num_bytes = [
             MaskedSamplingRows.num_bytes(most, words, count) for count in range(most + 1)
@@ -53,7 +53,7 @@ class MaskedSampling:
         self._rows = here.rows.numpy()
         self._slot_ids = here.slots.numpy()
         self._mask_rows = here.masks.numpy()
-        masks.mirror(here.words.numpy().view(np.uint32))
+        masks.mirror.words = here.words.numpy().view(np.uint32)
         self._values = here.sampling.values.numpy()
         self._seeds = here.sampling.seeds.numpy()
         self._positions = here.sampling.positions.numpy()
@@ -67,7 +67,7 @@ class MaskedSampling:
         masks are there. sampled_tokens int32 [R] and the slots' last tokens are overwritten."""
         count = len(slots)
         columns = self._slots
-        masks = self._masks.mirror_rows(slots)
+        masks = self._mirror.row_of[slots]
         self._staging.wait()
         self._rows[:count] = rows
         self._mask_rows[:count] = masks

@@ -6,13 +6,8 @@ sampled, and answers with the mask for the next one; a mask is used for that str
 position and for nothing else. Where a grammar leaves a single token, the answer brings it, and
 further ones after it: a forced run, behind which the mask is. A row whose mask is not there when it
 would be sampled brings no token, and nobody else waits for it.
-
-Masks for many rows take longer than a forward pass. So where there are processors enough, a matcher
-that has many streams gets another one beside it, and streams are spread over those that are ready.
 """
 
-import heapq
-import os
 import time
 from collections.abc import Callable
 from typing import Final
@@ -24,9 +19,12 @@ from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Step
 
 from ...config import ModelConfig
-from ...grammar.child import MatcherProcess, wait_for_any
+from ...grammar.child import MatcherProcess
 from ...grammar.messages import Start, mask_words
-from .matcher import Ints, Keys, Matcher, Stream, key_for, slots_of
+from .mask_mirror import MaskMirror
+from .matched_stream import Ints, Keys, Stream, key_for, slots_of
+from .matcher import Matcher
+from .matcher_pool import MatcherPool
 
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
@@ -37,12 +35,6 @@ WAIT_ALONE_S: Final = 0.05
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is
 computed."""
-CROWDED: Final = 16
-"""Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
-mask."""
-MAX_MATCHERS: Final = 16
-CORES_A_MATCHER: Final = 2
-"""Processors that there must be for each."""
 NO_KEY: Final = 0
 NO_TOKEN: Final = -1
 
@@ -63,14 +55,11 @@ class GrammarMasks:
         sleep: Callable[[float], None] = time.sleep,
         start_process: Callable[[Start], MatcherProcess] = MatcherProcess,
     ) -> None:
-        self._start_process = start_process
         self._start = Start(model, vocab_size, eos, count)
         self._clock = clock
-        self._sleep = sleep
-        self._max_matchers = max_matchers()
-        self._matchers = [self._new_matcher()]
-        self._num_ready = 0
-        """Matchers that were ready when streams were last spread."""
+        self._pool = MatcherPool(
+            self._start, clock, sleep, start_process, self._on_masks, self._fail, self._lose
+        )
         self._streams: dict[int, Stream] = {}
         """By slot."""
         self._key_of = np.full(count, NO_KEY, np.uint64)
@@ -82,25 +71,9 @@ class GrammarMasks:
         self._forced = np.full(count, NO_TOKEN, np.int64)
         """By slot: the first token of the forced run at that position; NO_TOKEN: there is none, and
         the mask is what the matcher has written."""
-        self._matcher_at = np.zeros(count, np.int64)
-        """By slot: the index of its stream's matcher."""
         self._failed = np.zeros(count, np.bool_)
-        self._mirror: NDArray[np.uint32] | None = None
-        self._mirror_row = np.zeros(count, np.int64)
-        """By slot."""
-        self._free_rows = list(range(count))
-        """Of the mirror; a heap."""
+        self.mirror = MaskMirror(count)
         self._admissions = 0
-
-    def _new_matcher(self) -> Matcher:
-        return Matcher(
-            self._start,
-            self._clock,
-            lambda start: self._start_process(start),
-            self._on_masks,
-            self._fail,
-            self._lose,
-        )
 
     # --- the slots' requests ---
 
@@ -114,7 +87,7 @@ class GrammarMasks:
         self._streams[slot] = stream
         self._key_of[slot] = stream.key
         self._num_output[slot] = len(output)
-        self._mirror_row[slot] = heapq.heappop(self._free_rows)
+        self.mirror.take(slot)
         self._match(stream)
 
     def retire(self, slot: int) -> None:
@@ -122,7 +95,7 @@ class GrammarMasks:
         stream = self._streams.pop(slot, None)
         if stream is None:
             return
-        heapq.heappush(self._free_rows, int(self._mirror_row[slot]))
+        self.mirror.give_back(slot)
         self._key_of[slot] = NO_KEY
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
@@ -146,8 +119,7 @@ class GrammarMasks:
 
     def close(self) -> None:
         """End the processes."""
-        for matcher in self._matchers:
-            matcher.close()
+        self._pool.close()
 
     def concerns(self, slots: Ints) -> Bools:
         """[R]: which of `slots` [R] have a grammar."""
@@ -175,11 +147,8 @@ class GrammarMasks:
         keys, slots, tokens = keys[rows], slots[rows], tokens[rows]
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
-        at = np.where(self._failed[slots], -1, self._matcher_at[slots])
-        for i, matcher in enumerate(self._matchers):
-            own = np.flatnonzero(at == i)
-            if len(own):
-                matcher.advance(keys[own], tokens[own])
+        told = ~self._failed[slots]
+        self._pool.advance(slots[told], keys[told], tokens[told])
         # While the matchers compute.
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self._streams[slot].output.append(token)
@@ -208,17 +177,17 @@ class GrammarMasks:
         """Before the first request: runs have `most` tokens at most. Returns how many they will
         have; 0: there will be none."""
         self._start = replace(self._start, max_forced=most)
-        self._matchers = [self._new_matcher()]
+        self._pool.restart_with(self._start)
         return most
 
     def take_runs(self, slots: Ints, most: Ints) -> list[list[int]]:
         """Of each of `slots` [R], the forced run that follows its output, as far as it is known,
         and at most most[i] tokens of it. From now on these are output."""
-        self._receive()
+        self._pool.receive()
         if self.concerns(slots).all():
             end = self._clock() + WAIT_RUNS_S
             while self._awaits_any(slots) and (left := end - self._clock()) > 0:
-                self._wait(left)
+                self._pool.wait(left)
         runs: list[list[int]] = []
         for slot, limit in zip(slots.tolist(), most.tolist(), strict=True):
             if self._forced[slot] == NO_TOKEN or limit <= 0:
@@ -245,13 +214,11 @@ class GrammarMasks:
         known = self._num_output[slots]
         if runs is not None:
             known = known + [len(run) for run in runs]
-        at = self._matchers.index(matcher)
-        current = (
-            (self._key_of[slots] == keys) & (self._matcher_at[slots] == at) & (known == positions)
-        )
+        own = self._pool.have(matcher, slots)
+        current = own & (self._key_of[slots] == keys) & (known == positions)
         slots = slots[current]
-        if self._mirror is not None and matcher.process is not None:
-            self._write_mirror(slots, matcher.process.masks[slots])
+        if self.mirror.words is not None and matcher.process is not None:
+            self.mirror.write(slots, matcher.process.masks[slots])
         if runs is None:
             self._mask_at[slots] = positions[current]
             return keys[current]
@@ -275,7 +242,7 @@ class GrammarMasks:
         began = self._clock()
         end = began + (WAIT_ALONE_S if alone else WAIT_S)
         computed_at = 0.0
-        self._receive()
+        self._pool.receive()
         while True:
             there = ~concerned | (self._mask_at[slots] == positions) | self._failed[slots]
             now = self._clock()
@@ -283,14 +250,14 @@ class GrammarMasks:
             if there.all() or left <= 0:
                 return there
             if computed is None:
-                self._wait(left)
+                self._pool.wait(left)
                 continue
             if computed_at or computed():
                 if not alone:
                     return there
                 computed_at = computed_at or now
                 end = min(end, computed_at + self._worth_s(there, computed_at - began))
-            self._wait(max(0.0, min(left, LOOK_S)))
+            self._pool.wait(max(0.0, min(left, LOOK_S)))
 
     def _worth_s(self, there: Bools, computing_s: float) -> float:
         """How long a step that took `computing_s` waits for the masks of rows that are not `there`
@@ -309,82 +276,17 @@ class GrammarMasks:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32
         is set where token i may come."""
         masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
-        at = self._matcher_at[slots]
-        for i, matcher in enumerate(self._matchers):
-            own = np.flatnonzero(at == i)
-            if len(own) and matcher.process is not None:
-                masks[own] = matcher.process.masks[slots[own]]
+        self._pool.rows(slots, masks)
         for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
             word, bit = divmod(int(self._forced[slots[row]]), 32)
             masks[row] = 0
             masks[row, word] = 1 << bit
         return masks
 
-    def mirror(self, words: NDArray[np.uint32]) -> None:
-        """Before the first request, and where there are no forced runs: each mask is written to
-        `words` [slots, words] too, as soon as it comes. A row is written no more from when its mask
-        is ready until a token has been said, or the request is over."""
-        self._mirror = words
-
-    def mirror_rows(self, slots: Ints) -> Ints:
-        """[R]: where in there the masks of `slots` [R] are: in the lowest rows that were free when
-        they were admitted."""
-        return self._mirror_row[slots]
-
-    def _write_mirror(self, slots: Ints, masks: NDArray[np.uint32]) -> None:
-        if self._mirror is not None:
-            self._mirror[self._mirror_row[slots]] = masks
-
-    # --- the matchers ---
+    # --- what becomes of streams ---
 
     def _match(self, stream: Stream) -> None:
-        """By the least busy matcher that is ready; by the first one where none is."""
-        self._hand(stream, self._ready_matchers() or self._matchers[:1])
-        wanted = min(self._max_matchers, -(-len(self._streams) // CROWDED))
-        while len(self._matchers) < wanted:
-            self._matchers.append(self._new_matcher())
-        for matcher in self._matchers[:wanted]:
-            if matcher.process is None:  # it may have ended while it had no streams
-                matcher.restart()
-
-    def _ready_matchers(self) -> list[Matcher]:
-        return [matcher for matcher in self._matchers if matcher.is_ready]
-
-    def _wait(self, seconds: float) -> None:
-        """So long, or until something arrives, which is then taken."""
-        matcher_of = {m.process: m for m in self._matchers if m.process is not None}
-        if matcher_of:
-            for process in wait_for_any(list(matcher_of), seconds):
-                matcher_of[process].receive()
-            return
-        due = min(matcher.next_start for matcher in self._matchers)
-        self._sleep(min(seconds, max(0.0, due - self._clock())))
-        self._receive()
-
-    def _receive(self) -> None:
-        for matcher in self._matchers:
-            matcher.receive()
-        ready = self._ready_matchers()
-        if len(ready) > max(1, self._num_ready):
-            self._spread(ready)
-        self._num_ready = len(ready)
-
-    def _spread(self, ready: list[Matcher]) -> None:
-        """Those that have more streams than others hand some on: a process makes a stream's state
-        again from its output. What may end a process stays where it is."""
-        share = -(-sum(len(matcher.streams) for matcher in ready) // len(ready))
-        for matcher in ready:
-            surplus = max(0, len(matcher.streams) - share)
-            for stream in matcher.harmless()[:surplus]:
-                matcher.remove(stream)
-                self._lose([stream])
-                self._hand(stream, ready)
-
-    def _hand(self, stream: Stream, matchers: list[Matcher]) -> None:
-        """To the least busy of `matchers`."""
-        least = min(matchers, key=lambda matcher: len(matcher.streams))
-        self._matcher_at[stream.slot] = self._matchers.index(least)
-        least.add(stream)
+        self._pool.match(stream, len(self._streams))
 
     def _fail(self, stream: Stream) -> None:
         self._failed[stream.slot] = True
@@ -395,8 +297,3 @@ class GrammarMasks:
             stream.forced = []
             self._mask_at[stream.slot] = -1
             self._forced[stream.slot] = NO_TOKEN
-
-
-def max_matchers() -> int:
-    """Of a worker, on this machine."""
-    return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0)) // CORES_A_MATCHER))

@@ -6,14 +6,14 @@ rows of its masks.
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pagewire_protocol.grammar import Grammar
 
 from ...grammar.child import MatcherGone, MatcherProcess
 from ...grammar.messages import Advance, Close, Failed, FromMatcher, Masks, Open, Start
+from .matched_stream import Ints, Keys, Stream, slots_of
 
 log = logging.getLogger("pagewire.worker")
 HANG_S: Final = 10.0
@@ -29,40 +29,7 @@ MAX_FAILED_STARTS: Final = 5
 """Processes in a row that end before they are ready, after which no grammar is held."""
 MAX_DEATHS: Final = 3
 """A stream at whose work alone so many processes ended gets no further masks."""
-SLOT_BITS: Final = 16
 NOTHING_OWED: Final = np.inf
-
-Ints = NDArray[np.signedinteger[Any]]
-Keys = NDArray[np.uint64]
-
-
-def key_for(slot: int, count: int) -> int:
-    """Of the `count`th stream, which is in `slot`; above 0 where `count` is."""
-    return count << SLOT_BITS | slot
-
-
-def slots_of(keys: Keys) -> Ints:
-    """[R]: the slots of the streams `keys` [R]."""
-    return (keys & np.uint64((1 << SLOT_BITS) - 1)).astype(np.int64)
-
-
-class Stream:
-    """One admission: its grammar and all its output tokens."""
-
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "matcher", "output", "slot")
-
-    def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
-        self.key = key
-        self.slot = slot
-        self.grammar = grammar
-        self.output = output
-        self.forced: list[int] = []
-        """The forced run that follows `output`: the matcher has taken it already."""
-        self.deaths = 0
-        """Processes in a row that ended while they worked for this stream alone."""
-        self.died_at = 0
-        """How many output tokens it had when the last one did."""
-        self.matcher: Matcher | None = None
 
 
 class Matcher:
@@ -76,7 +43,7 @@ class Matcher:
         start: Start,
         clock: Callable[[], float],
         start_process: Callable[[Start], MatcherProcess],
-        on_masks: Callable[["Matcher", Keys, Ints, list[list[int]] | None], Keys],
+        on_masks: "OnMasks",
         on_failed: Callable[[Stream], None],
         on_lost: Callable[[list[Stream]], None],
     ) -> None:
@@ -302,3 +269,7 @@ def _forced_runs(message: Masks) -> list[list[int]] | None:
     counts = np.frombuffer(message.forced_counts, np.int32)
     tokens = np.frombuffer(message.forced_tokens, np.int32)
     return [run.tolist() for run in np.split(tokens, np.cumsum(counts)[:-1])]
+
+
+OnMasks = Callable[[Matcher, Keys, Ints, list[list[int]] | None], Keys]
+"""See Matcher."""

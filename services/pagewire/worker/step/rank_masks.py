@@ -15,7 +15,7 @@ from ...config import ModelConfig
 from ...grammar.messages import mask_words
 from ..rank_link import Follower, Leader, Link
 from .grammar_masks import Bools, GrammarMasks, Ints
-from .matcher import Stream
+from .matched_stream import Stream
 
 MakeMasks = Callable[[int, ModelConfig, int, tuple[int, ...]], GrammarMasks]
 """As GrammarMasks."""
@@ -102,7 +102,7 @@ class FollowingMasks(GrammarMasks):
         masks = np.frombuffer(decision.masks, np.uint32)
         masks = masks.reshape(len(masked), self._masks.shape[1])
         self._masks[masked] = masks
-        self._write_mirror(masked, masks)
+        self.mirror.write(masked, masks)
         return np.frombuffer(decision.ready, np.bool_)
 
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
