@@ -100,8 +100,7 @@ class GrammarMasks:
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
         self._failed[slot] = False
-        if stream.matcher is not None:
-            stream.matcher.remove(stream)
+        self._pool.remove(stream)
 
     def follow(self, step: Step) -> None:
         """The requests that `step` retires and admits."""
@@ -162,8 +161,7 @@ class GrammarMasks:
             self._at_forced(stream)
         else:
             self._lose([stream])
-            if stream.matcher is not None:
-                stream.matcher.open(stream)
+            self._pool.open_again(stream)
 
     def _at_forced(self, stream: Stream) -> None:
         """The next position of `stream` has a mask, by what is left of its forced run or behind

@@ -1,13 +1,10 @@
 """One admission that has a grammar: a stream of tokens that a matcher process follows."""
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from pagewire_protocol.grammar import Grammar
-
-if TYPE_CHECKING:
-    from .matcher import Matcher
 
 SLOT_BITS: Final = 16
 """Of a key: the lowest ones say the slot."""
@@ -29,7 +26,7 @@ def slots_of(keys: Keys) -> Ints:
 class Stream:
     """One admission: its grammar and all its output tokens."""
 
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "matcher", "output", "slot")
+    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "output", "slot")
 
     def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
         self.key = key
@@ -42,4 +39,3 @@ class Stream:
         """Processes in a row that ended while they worked for this stream alone."""
         self.died_at = 0
         """How many output tokens it had when the last one did."""
-        self.matcher: Matcher | None = None

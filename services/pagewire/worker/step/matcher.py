@@ -80,7 +80,6 @@ class Matcher:
     def add(self, stream: Stream) -> None:
         """Match `stream` from its output on."""
         self.streams[stream.key] = stream
-        stream.matcher = self
         if stream.deaths:
             self._blamed.add(stream.key)
         if self.process is None:
@@ -91,7 +90,6 @@ class Matcher:
     def remove(self, stream: Stream) -> None:
         """It is over, or goes to another matcher."""
         del self.streams[stream.key]
-        stream.matcher = None
         self._failed.discard(stream.key)
         self._blamed.discard(stream.key)
         self._answered(np.array([stream.key], np.uint64))

@@ -23,6 +23,8 @@ MAX_MATCHERS: Final = 16
 CORES_A_MATCHER: Final = 2
 """Processors that there must be for each."""
 
+NO_MATCHER: Final = -1
+
 
 class MatcherPool:
     """Of streams with `start.rows` slots. on_masks, on_failed, on_lost: see Matcher."""
@@ -48,7 +50,7 @@ class MatcherPool:
         self.matchers = [self._new_matcher()]
         self._num_ready = 0
         """Matchers that were ready when streams were last spread."""
-        self._at = np.zeros(start.rows, np.int64)
+        self._at = np.full(start.rows, NO_MATCHER, np.int64)
         """By slot: the index of its stream's matcher."""
 
     def _new_matcher(self) -> Matcher:
@@ -81,6 +83,19 @@ class MatcherPool:
         for matcher in self.matchers[:wanted]:
             if matcher.process is None:  # it may have ended while it had no streams
                 matcher.restart()
+
+    def remove(self, stream: Stream) -> None:
+        """It is over."""
+        at = self._at[stream.slot]
+        if at != NO_MATCHER:
+            self.matchers[at].remove(stream)
+            self._at[stream.slot] = NO_MATCHER
+
+    def open_again(self, stream: Stream) -> None:
+        """Match it from its output on once more."""
+        at = self._at[stream.slot]
+        if at != NO_MATCHER:
+            self.matchers[at].open(stream)
 
     def advance(self, slots: Ints, keys: Keys, tokens: NDArray[np.int32]) -> None:
         """The next tokens [R] of the streams `keys` [R], which are in `slots` [R]."""
