@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.grammar.messages import FromMatcher, Start, ToMatcher
 from pagewire.worker.fake import FakeRunner, chain
 from pagewire.worker.step import grammar_masks, matcher_pool
 from pagewire.worker.step.forced_runs import MAX_RUN
@@ -18,7 +19,7 @@ from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Admission, Step, pack, unpack
 from pagewire_protocol.sampling import Sampling
-from worker.stand_in_matcher import Room, allowed, grammar
+from worker.stand_in_matcher import Room, StandIn, allowed, grammar
 
 SLOTS, VOCAB = 6, 97
 
@@ -176,6 +177,51 @@ def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(bench.room.processes) == 3 and counts == [2, 2, 2]
     bench.step(retire=list(requests))
     assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
+
+
+class Piped(StandIn):
+    """Answers at once; what it has said stays in its socket while it `is_held`."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        self.is_held = True
+        self._said: list[FromMatcher] = []
+
+    def send(self, message: ToMatcher) -> None:
+        super().send(message)
+        self._said += super().receive()
+
+    def receive(self) -> list[FromMatcher]:
+        if self.is_held:
+            return []
+        said, self._said = self._said, []
+        return said
+
+
+def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was under way. The mask is in that matcher's memory, which nobody reads any more."""
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
+    room = Room(SLOTS, VOCAB)
+    processes: list[Piped] = []
+    room.masks._pool.start_process = lambda start: processes.append(Piped(start)) or processes[-1]
+    for slot in range(4):
+        room.masks.admit(slot, grammar("abcd"[slot]), np.zeros(0, np.int32))
+    rows = np.arange(4), np.zeros(4, np.int64)
+    assert not room.masks.ready(*rows).any()
+    assert [sorted(s.slot for s in m.streams.values()) for m in room.masks._pool.matchers] == [
+        [1, 2],
+        [0, 3],
+    ]
+    processes[0].is_held = False
+    assert room.masks.ready(*rows).tolist() == [False, True, True, False]
+    processes[1].is_held = False
+    assert room.masks.ready(*rows).all()
+    for slot, mask in enumerate(room.masks.rows(rows[0])):
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        assert np.flatnonzero(bits).tolist() == allowed("abcd"[slot], [], VOCAB)
 
 
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
