@@ -28,10 +28,12 @@ from .matcher_pool import MatcherPool
 
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
-LOOK_S: Final = 0.0002
-"""Between two looks at whether a step is computed."""
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
+LOOK_S: Final = 0.0002
+"""Between two looks at whether a step is computed."""
+LOOKS: Final = 8
+"""Where nobody but rows with grammars waits, looks in as long as they have waited."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is
 computed."""
@@ -255,7 +257,8 @@ class GrammarMasks:
                     return there
                 computed_at = computed_at or now
                 end = min(end, computed_at + self._worth_s(there, computed_at - began))
-            self._pool.wait(max(0.0, min(left, LOOK_S)))
+            look = max(LOOK_S, (now - began) / LOOKS) if alone else LOOK_S
+            self._pool.wait(max(0.0, min(left, look)))
 
     def _worth_s(self, there: Bools, computing_s: float) -> float:
         """How long a step that took `computing_s` waits for the masks of rows that are not `there`
