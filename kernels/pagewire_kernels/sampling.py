@@ -175,7 +175,7 @@ def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 def slices_of(count: int, width: int, block: int) -> int:
     """Programs that share one of `count` rows of `width` logits, of which each looks at multiples
     of `block`."""
-    return max(1, min(triton.cdiv(width, block), triton.cdiv(2048, count)))
+    return max(1, min(-(-width // block), -(-2048 // count)))
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
