@@ -337,7 +337,7 @@ class CpuQuantized:
         them."""
         from .cpu_linear import QuantizedLinear
 
-        if any(part.is_float for part in parts):
+        if any(part.is_float or part.table is not None for part in parts):
             return None
         try:
             return QuantizedLinear(parts, float32_output)

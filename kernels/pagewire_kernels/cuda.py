@@ -22,7 +22,7 @@ from .cuda_quantized import CudaQuantized, QuantizedMatrices
 from .embedding import embedding
 from .kernel_choices import KernelChoices
 from .kv_cache import UNSCALED, KVScales
-from .moe_quantized import PackedExperts
+from .packed_matrix import PackedExperts
 from .rope import rope_and_cache
 from .sampling import Sampled, SamplingRows, sample, top_logprobs
 

@@ -11,20 +11,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import activation, float8_rows, gemm, gemm_row, gemm_scaled, moe_quantized, norm
+from . import activation, float8_rows, gemm, gemm_row, gemm_scaled, norm
 from .gemm_cublaslt import GemmAlgorithms
-from .gemm_quantized import (
-    MOST_FUSED_ROWS,
-    PackedMatrix,
-    dequantize,
-    pack_scales,
-    quantized_linear,
-)
+from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
 from .gpu_quantized_size import BLOCK, FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
-from .moe_quantized import PackedExperts
+from .lookup_tables import ROW_TABLES, form_of, named
+from .packed_matrix import PackedExperts, PackedMatrix, pack_scales, stack
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
 from .quantized_rows import QuantizedRows
+from .table_lookup import planes
 
 MOST_SCALE: Final = 16.0
 """Scales are brought below by a power of two, so that a scale times a code stays in float16's range
@@ -167,22 +163,21 @@ class CudaQuantized:
 
     def pack_expert(self, matrix: Quantized) -> PackedMatrix | None:
         """See backend.QuantizedExpertOps."""
-        if not fits(matrix.shape[1], matrix.group):
-            return None
-        return pack_matrix([_regrouped(matrix)])
+        return pack_matrix([_regrouped(matrix)]) if _fits(matrix) else None
 
     def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
         """See backend.QuantizedExpertOps."""
-        return moe_quantized.stack(experts)
+        return stack(experts)
 
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the
         input's type whatever is allowed."""
-        if not all(fits(matrix.shape[1], matrix.group) for matrix in parts):
+        if not all(_fits(matrix) for matrix in parts):
             return None
         ready = [_regrouped(matrix) for matrix in parts]
         alike = groupby(
-            ready, key=lambda matrix: (matrix.values.dtype, matrix.group, matrix.quantize_inputs)
+            ready,
+            key=lambda matrix: (_form(matrix), matrix.group, matrix.quantize_inputs),
         )
         packed = [_with_blocks(list(same)) for _, same in alike]
         matrices = QuantizedMatrices(packed, self._algorithms)
@@ -192,10 +187,30 @@ class CudaQuantized:
         return matrices
 
 
+def _form(matrix: Quantized) -> str:
+    """Of a PackedMatrix; empty for a table that no kernel knows."""
+    if matrix.table is not None:
+        return form_of(matrix.table)
+    return {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}[matrix.values.dtype]
+
+
+def _table_name(matrix: Quantized) -> str:
+    """As gpu_quantized_size has it."""
+    return "" if matrix.table is None else _form(matrix)
+
+
+def _fits(matrix: Quantized) -> bool:
+    return bool(_form(matrix)) and fits(matrix.shape[1], matrix.group, _table_name(matrix))
+
+
 def _regrouped(matrix: Quantized) -> Quantized:
-    """In groups of one of GROUPS, or one a row where codes of 8 bits have no minimum."""
-    by_row = matrix.group == matrix.shape[1] and matrix.bits > FOUR_BITS and matrix.minimum is None
-    return matrix if by_row else matrix.regrouped(fitting_group(matrix.group))
+    """In groups for which there are kernels, or one a row where rows have tables, or codes of 8 bits
+    no minimum."""
+    table = _table_name(matrix)
+    whole = matrix.bits > FOUR_BITS and matrix.minimum is None
+    if table == ROW_TABLES or (whole and matrix.group == matrix.shape[1]):
+        return matrix
+    return matrix.regrouped(fitting_group(matrix.group, table))
 
 
 def _with_blocks(matrices: Sequence[Quantized]) -> PackedMatrix:
@@ -211,18 +226,20 @@ def _with_blocks(matrices: Sequence[Quantized]) -> PackedMatrix:
 
 
 def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:
-    """`matrices` of one type and group, on one device, below each other."""
-    code_dtype = matrices[0].values.dtype
+    """`matrices` of one form and group, on one device, below each other."""
     raw = torch.cat([matrix.codes.view(torch.uint8) for matrix in matrices])
     scale = torch.cat([matrix.scale for matrix in matrices]).float()
     rows, columns = raw.shape
     group = matrices[0].group
-    form = {torch.uint8: INT4, torch.int8: INT8, torch.float8_e4m3fn: FP8}[code_dtype]
+    form = _form(matrices[0])
     missing = (0, 0, 0, -rows % PADDING)
 
     def padded(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, missing)
 
+    if matrices[0].table is not None:
+        tables = [matrix.table for matrix in matrices if matrix.table is not None]
+        return _pack_tables(padded(raw), padded(scale), tables, torch.Size((rows, columns)))
     if form == INT8:
         raw = raw ^ 0x80
     if group == columns and form != INT4 and all(matrix.minimum is None for matrix in matrices):
@@ -251,6 +268,26 @@ def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:
     shape = torch.Size((rows, columns))
     words = pack_words(padded(raw), form)
     return PackedMatrix(words, scales, None, shape, form, group, not exact, factor)
+
+
+def _pack_tables(
+    codes: Tensor, scale: Tensor, tables: Sequence[Tensor], shape: torch.Size
+) -> PackedMatrix:
+    """codes [NP, K] and scale [NP, K / group] float32 of a matrix with a table, or one a row."""
+    form = form_of(tables[0])
+    words = pack_words(codes, form)
+    if form == ROW_TABLES:
+        table = torch.cat(list(tables)).float()
+        table = torch.nn.functional.pad(table, (0, 0, 0, len(codes) - shape[0]))
+        by_row = scale[:, 0].contiguous()
+        return PackedMatrix(words, None, by_row, shape, form, 0, False, 1.0, table=table)
+    group = shape[1] // scale.shape[1]
+    factor = _factor(scale)
+    bits = (scale / factor).view(torch.int32).t().contiguous()
+    table = named(form, codes.device)
+    for dtype in (torch.bfloat16, torch.float16):
+        planes(form, dtype, codes.device)  # before any graph is captured
+    return PackedMatrix(words, bits, None, shape, form, group, False, factor, table=table)
 
 
 def _minima(matrices: Sequence[Quantized], scale: Tensor) -> Tensor | None:

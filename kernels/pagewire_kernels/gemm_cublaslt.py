@@ -156,16 +156,16 @@ class Gemm:
     def accepts(self, algorithm: bytes) -> bool:
         layouts = self._weight, self._x, self._out, self._out
         native_algorithm = _Algorithm.from_buffer_copy(algorithm)
-        check = _Found()
+        found = _Found()
         check = getattr(_library(), "cublasLtMatmulAlgoCheck")  # noqa: B009 - a function of the library, not of Python's
         status = check(
             _handle(),
             self._description,
             *layouts,
             ctypes.byref(native_algorithm),
-            ctypes.byref(check),
+            ctypes.byref(found),
         )
-        return status == 0 and check.workspace <= WORKSPACE
+        return status == 0 and found.workspace <= WORKSPACE
 
     def bound(
         self, algorithm: bytes, device: torch.device

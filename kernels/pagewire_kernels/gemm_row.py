@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .gemm_quantized import PackedMatrix
-from .quantized_decode import FP8, INT4, input_at
+from .packed_matrix import PackedMatrix
+from .quantized_decode import EIGHT_BITS, FP8, input_at
 from .workspace import overlap
 
 
@@ -153,7 +153,7 @@ def pick_config_of_codes(n: int, k: int, gated: bool) -> RowConfig:
 
 def takes(matrix: PackedMatrix) -> bool:
     """Whether a quantized matrix can be the weight of these products."""
-    if matrix.form == INT4 or matrix.row_scale is None:
+    if matrix.form not in EIGHT_BITS or matrix.row_scale is None:
         return False
     return matrix.form != FP8 or _reads_float8(matrix.words.device)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from .gemm_quantized import PackedMatrix
 from .gpu_quantized_size import BLOCK
+from .packed_matrix import PackedMatrix
 from .quantized_decode import FP8
 from .quantized_rows import ROW, QuantizedRows
 

@@ -9,7 +9,6 @@ A few tokens are not sorted: each pair of token and expert is a tile of one row.
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,81 +19,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import moe_shapes
-from .gemm_quantized import PackedMatrix, add_product, asm_of
+from .gemm_quantized import add_product, asm_of
 from .moe_grouped import combine
 from .moe_router import Aligned, align
-from .quantized_decode import INT4, TILE, offsets, words_a_step
+from .packed_matrix import PackedExperts
+from .quantized_decode import EIGHT_BITS, TILE, offsets, words_a_step
 from .shapes import Candidate, Choice
+from .table_lookup import table_of, tables_of, unit_of
 from .workspace import overlap
 
 
 @dataclass(frozen=True)
-class PackedExperts:
-    """The matrices of all experts: of each `halves` of [N, K], each filled up to NP rows.
-
-    words: as of gemm_quantized.PackedMatrix, [E, halves, ...]. scales: int32 [E, halves, K / group,
-    NP], or row_scale: float32 [E, halves, NP]. factors: float32 [E, halves]. form, group, rest: as
-    of PackedMatrix.
-    """
-
-    words: Tensor
-    scales: Tensor | None
-    row_scale: Tensor | None
-    factors: Tensor
-    shape: torch.Size
-    padded: int
-    form: str
-    group: int
-    rest: bool
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @property
-    def halves(self) -> int:
-        """Matrices of each expert: gate and up, or one."""
-        return self.words.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        tensors = (self.words, self.scales, self.row_scale, self.factors)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
-    """The matrices of each expert together; None where they are not of one form."""
-    matrices = [matrix for halves in experts for matrix in halves]
-    first = matrices[0]
-    kinds = {(m.form, m.group, m.shape, m.scales is None) for m in matrices}
-    if len(kinds) > 1:
-        return None
-
-    def stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        whole = [tensor for tensor in tensors if tensor is not None]
-        if not whole:
-            return None
-        return torch.stack(whole).unflatten(0, (len(experts), len(experts[0])))
-
-    words = stacked([matrix.words for matrix in matrices])
-    assert words is not None
-    factors = torch.tensor([matrix.factor for matrix in matrices], device=words.device)
-    return PackedExperts(
-        words,
-        stacked([matrix.scales for matrix in matrices]),
-        stacked([matrix.row_scale for matrix in matrices]),
-        factors.float().view(words.shape[:2]),
-        first.shape,
-        first.padded,
-        first.form,
-        first.group,
-        any(matrix.rest for matrix in matrices),
-    )
-
-
-@dataclass(frozen=True)
 class ExpertsConfig:
-    """Launch shape of a product, as gemm_quantized.QuantizedConfig. late: see there."""
+    """Launch shape of a product, as quantized_shapes.QuantizedConfig. late: see there."""
 
     block_m: int
     block_n: int
@@ -111,14 +48,15 @@ MOST_LATE: Final = 32
 
 
 @triton.jit
-def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, slots, x_stride, N, NP, K: tl.constexpr,
+def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, order, tiles, slots, x_stride, N, NP, K: tl.constexpr,
                        HALVES: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                        GROUP: tl.constexpr, FORM: tl.constexpr, REST: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr,
                        PAIRS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """TOP_K 0: the second product, whose rows of x are in order. PAIRS: not sorted, and `tiles` has
-    the expert of each pair."""
+    the expert of each pair. unit: times all sums, beside the factors."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    WORDS: tl.constexpr = K // 8 if FORM == "int4" else K // 4
+    PART: tl.constexpr = GROUP if LATE and GROUP < BK else BK
+    WORDS: tl.constexpr = K // 4 if FORM == "int8" or FORM == "fp8" else K // 8
     tile = tl.program_id(0)
     slot = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -142,34 +80,61 @@ def _grouped_quantized(x, words, scales, row_scale, factors, out, order, tiles, 
     row_start = source.to(tl.int64) * x_stride
     first = expert * HALVES
     each = NP.to(tl.int64)
-    pointers = words + first * each * WORDS + offsets(tile, K, BN, BK, FORM)
+    pointers = words + first * each * WORDS + offsets(tile, K, BN, PART, FORM)
+    tables = table
+    up_tables = table
+    if FORM == "row tables":
+        own = table + first * each * 16
+        tables = tables_of(own, tile, BN, FORM, DT, ASM)
+        up_tables = tables_of(own + (HALVES - 1) * each * 16, tile, BN, FORM, DT, ASM)
+    elif FORM != "int4" and FORM != "int8" and FORM != "fp8":
+        tables = tables_of(table, tile, BN, FORM, DT, ASM)
+        up_tables = tables
     scale_at = scales
     if GROUP > 0:
         scale_at = scales + first * each * (K // GROUP)
     acc = tl.zeros([BN, BM], tl.float32)
     acc_up = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, K // BK, num_stages=STAGES):
-        w = tl.load(pointers + step * words_a_step(BK, FORM))
-        k = step * BK + tl.arange(0, BK)
-        rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0).to(DT)
-        acc = add_product(
-            acc, w, rows, scale_at, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
-        )
-        if HALVES == 2:
-            w = tl.load(pointers + each * WORDS + step * words_a_step(BK, FORM))
-            up_scales = scale_at
-            if GROUP > 0:
-                up_scales = scale_at + each * (K // GROUP)
-            acc_up = add_product(
-                acc_up, w, rows, up_scales, n, step, NP, BN, BK, GROUP, FORM, REST, LATE, DT, ASM
+        for piece in tl.static_range(BK // PART):
+            at = step * (BK // PART) + piece
+            w = tl.load(pointers + at * words_a_step(PART, FORM))
+            k = at * PART + tl.arange(0, PART)
+            rows = tl.load(x + row_start[None, :] + k[:, None], mask=valid[None, :], other=0.0)
+            rows = rows.to(DT)
+            acc = add_product(
+                acc,
+                w,
+                rows,
+                tables,
+                scale_at,
+                n,
+                at,
+                NP,
+                BN,
+                PART,
+                GROUP,
+                FORM,
+                REST,
+                LATE,
+                DT,
+                ASM,
             )
+            if HALVES == 2:
+                w = tl.load(pointers + each * WORDS + at * words_a_step(PART, FORM))
+                up_scales = scale_at
+                if GROUP > 0:
+                    up_scales = scale_at + each * (K // GROUP)
+                acc_up = add_product(
+                    acc_up, w, rows, up_tables, up_scales, n, at, NP, BN, PART, GROUP, FORM, REST, LATE, DT, ASM
+                )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-    acc *= tl.load(factors + first)
+    acc *= tl.load(factors + first) * unit
     if GROUP == 0:
         acc *= tl.load(row_scale + first * each + n)[:, None]
     if HALVES == 2:
-        acc_up *= tl.load(factors + first + 1)
+        acc_up *= tl.load(factors + first + 1) * unit
         if GROUP == 0:
             acc_up *= tl.load(row_scale + (first + 1) * each + n)[:, None]
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
@@ -199,7 +164,7 @@ def experts(
     unsorted = tokens <= moe_shapes.MAX_ROWS and (
         tokens == 1 or rows_per_expert <= moe_shapes.MAX_SHARED
     )
-    block_m = config.block_m if config else _block_m(rows_per_expert)
+    block_m = config.block_m if config else _block_m(rows_per_expert, gate_up)
     aligned = _as_they_are(top_k_ids) if unsorted else align(top_k_ids, len(gate_up), block_m)
     inner = torch.empty(tokens * k, gate_up.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, gate_up, inner, aligned, k, config or pick_config(rows_per_expert, gate_up))
@@ -228,28 +193,33 @@ def _launch(
     whole_zeros = bool(weight.group) and not weight.rest
 
     def run(c: ExpertsConfig) -> None:
-        late = c.late and whole_zeros and weight.group % c.block_k == 0
+        late = c.late and (weight.rounds_table or (whole_zeros and weight.group % c.block_k == 0))
+        asm = asm_of(weight.form, x.dtype, x.device)
+        table = table_of(weight.table, weight.form, asm, x.dtype)
         _grouped_quantized[(weight.padded // c.block_n, aligned.slots)](
-            x, weight.words, weight.scales, weight.row_scale, weight.factors, out, aligned.order, aligned.tiles, aligned.slots,
-            x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k, BM=c.block_m, BN=c.block_n, BK=c.block_k,
-            GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm_of(weight.form, x.dtype, x.device),
+            x, weight.words, table, weight.scales, weight.row_scale, weight.factors, unit_of(weight.form, asm), out,
+            aligned.order, aligned.tiles, aligned.slots, x.stride(0), n, weight.padded, K=k, HALVES=weight.halves, TOP_K=top_k,
+            BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP=weight.group, FORM=weight.form, REST=weight.rest, LATE=late, ASM=asm,
             PAIRS=aligned.block_m == 0, STAGES=c.stages, num_warps=c.warps, **overlap(x.device))  # fmt: skip
 
     choose(best, weight.form, x.element_size(), weight.halves).launch(x.device, run)
 
 
-def _block_m(rows_per_expert: float) -> int:
-    return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), 128)
+def _block_m(rows_per_expert: float, weight: PackedExperts) -> int:
+    largest = 128 if weight.table is None else 64
+    return next((block for most, block, _ in FEW_ROWS if rows_per_expert <= most), largest)
 
 
 def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
     """The launch shape with so many rows an expert on average; measured on an H100
     (docs/performance.md)."""
     block_k = 128 if weight.shape[1] % 128 == 0 else 64
-    block_m = _block_m(rows_per_expert)
+    block_m = _block_m(rows_per_expert, weight)
     stages = next((stages for most, _, stages in FEW_ROWS if rows_per_expert <= most), 3)
     if block_m <= MOST_LATE:
         return ExpertsConfig(block_m, TILE, block_k, 4, stages, late=True)
+    if weight.rounds_table:
+        return ExpertsConfig(block_m, TILE, TILE, 4, stages, late=True)
     if weight.halves == 2 or block_m < 128:
         return ExpertsConfig(block_m, TILE, 64, 4, stages, late=False)
     return ExpertsConfig(block_m, 128, 64, 8, stages, late=False)
@@ -257,7 +227,7 @@ def pick_config(rows_per_expert: float, weight: PackedExperts) -> ExpertsConfig:
 
 def shared_bytes(config: ExpertsConfig, form: str, itemsize: int, halves: int) -> int:
     """Of shared memory: codes, rows of x and scales of the steps under way."""
-    codes = config.block_n * config.block_k // (2 if form == INT4 else 1)
+    codes = config.block_n * config.block_k // (1 if form in EIGHT_BITS else 2)
     rows = config.block_m * config.block_k * itemsize
     return config.stages * (halves * (codes + 8 * config.block_n) + rows)
 

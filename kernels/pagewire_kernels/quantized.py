@@ -4,7 +4,9 @@ consecutive inputs. Knows no file format and no layout of a back end.
     w[n, k] = scale[n, k // group] * codes[n, k] + minimum[n, k // group]
 
 Every type of GGUF without a lookup table is exactly of this form in float32 (ggml's block_q4_0 to
-block_q6_K).
+block_q6_K). With a table of 16 values codes are places in it:
+
+    w[n, k] = scale[n, k // group] * table[codes[n, k]], or table[n, codes[n, k]]
 """
 
 import math
@@ -43,12 +45,14 @@ class Stored(Protocol):
 class Quantized:
     """values [N, K]: codes, uint8 of 0 to 15 (4 bits), int8 or float8_e4m3fn; scale [N, K / group]
     float32; minimum like scale, None where it is zero. quantize_inputs: made for products whose
-    other operand is rounded to the type of the codes as well, each row with a scale of its own."""
+    other operand is rounded to the type of the codes as well, each row with a scale of its own.
+    table: float32 [16], one for all, or [N, 16], one a row; only of 4 bits without a minimum."""
 
     values: Tensor | Stored
     scale: Tensor
     minimum: Tensor | None = None
     quantize_inputs: bool = False
+    table: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:
@@ -77,8 +81,13 @@ class Quantized:
         if target.type == "cpu" and self.scale.device.type == "cpu":
             return self
         minimum = None if self.minimum is None else self.minimum.to(target)
+        table = None if self.table is None else self.table.to(target)
         return replace(
-            self, values=self.codes.to(target), scale=self.scale.to(target), minimum=minimum
+            self,
+            values=self.codes.to(target),
+            scale=self.scale.to(target),
+            minimum=minimum,
+            table=table,
         )
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
@@ -118,7 +127,9 @@ class Quantized:
         else:
             values = self.values[index]
         minimum = None if self.minimum is None else self.minimum[index]
-        return replace(self, values=values, scale=self.scale[index], minimum=minimum)
+        by_row = self.table is not None and self.table.dim() == 2
+        table = self.table[index] if self.table is not None and by_row else self.table
+        return replace(self, values=values, scale=self.scale[index], minimum=minimum, table=table)
 
     def narrow(self, dim: int, start: int, length: int) -> "Quantized":
         """Rows (dim 0) or columns (dim 1) from `start` on, as Tensor.narrow. Where columns cut a
@@ -137,12 +148,18 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""
-        grouped = (
-            self.codes.float().view(self.shape[0], -1, self.group).mul_(self.scale[:, :, None])
-        )
+        grouped = self._unscaled().view(self.shape[0], -1, self.group).mul_(self.scale[:, :, None])
         if self.minimum is not None:
             grouped.add_(self.minimum[:, :, None])
         return grouped.view(self.shape)
+
+    def _unscaled(self) -> Tensor:
+        """What codes stand for, [N, K] float32, in memory of its own."""
+        if self.table is None:
+            return self.codes.float()
+        if self.table.dim() == 1:
+            return self.table[self.codes.int()]
+        return self.table.gather(1, self.codes.long())
 
 
 def pad_rows(values: np.ndarray, count: int) -> np.ndarray:

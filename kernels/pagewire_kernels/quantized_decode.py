@@ -7,6 +7,8 @@ thread has two neighbours in two rows, eight rows apart, and again eight inputs 
 fragments of `mma.m16n8k16` and `wgmma.m64k16`). Codes of 4 bits lie by thread, 64 rows together.
 Those of 8 bits lie by row, so that products of 8 bits can read the same memory; only the order of
 each 64 inputs is such that what a thread needs of a row is together (`PERMUTED`).
+
+Codes of 4 bits are numbers, or places in a table (table_lookup.py).
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -19,12 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .table_lookup import LOOKUPS, looked_up
+
 TILE: Final = 64
 """Weight rows whose codes lie together."""
 INT4: Final = "int4"
 INT8: Final = "int8"
 FP8: Final = "fp8"
 """float8_e4m3fn."""
+EIGHT_BITS: Final = (INT8, FP8)
+"""Forms of codes of 8 bits; all others have 4."""
 SPAN: Final = 64
 """Inputs whose codes of 8 bits are in an order of their own."""
 PERMUTED: Final = tuple(
@@ -86,35 +92,29 @@ DECODERS: Final[dict[tuple[str, torch.dtype], str]] = {
     ("int8", torch.float16): _int8(
         "0x64006400", "0x4c004c00", "0xf408f408", "0x3c003c00", "0xe400e400", "f16x2"
     ),
-}
+} | LOOKUPS
 """PTX that turns a word into values of a type. Bits of powers of two: 2^7 and 2^10, into whose
 mantissas a code fits; 16; -(16 * 2^7 + 128) and -(16 * 2^10 + 128); 1; -2^7 and -2^10; 2^120 and
 2^8, by which e4m3's bias differs."""
 
 
 @triton.jit
-def _eight(words, ASM: tl.constexpr, DT: tl.constexpr):
+def _eight(words, tables, FORM: tl.constexpr, ASM: tl.constexpr, DT: tl.constexpr):
     """words int32 [...] -> [..., pair 2, half of rows 2, half of inputs 2]: eight values each."""
-    if tl.bfloat16 == DT:
+    if FORM == "int4":
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             ASM,
             "=h,=h,=h,=h,=h,=h,=h,=h,r",
             [words],
-            dtype=(tl.bfloat16,) * 8,
+            dtype=(tl.int16,) * 8,
             is_pure=True,
             pack=1,
         )
     else:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            ASM,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=(tl.float16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
+        a, b, c, d, e, f, g, h = looked_up(words, tables, FORM, ASM)
     first = tl.join(tl.join(a, b), tl.join(c, d))
-    return tl.join(first, tl.join(tl.join(e, f), tl.join(g, h)))
+    bits = tl.join(first, tl.join(tl.join(e, f), tl.join(g, h)))
+    return bits.to(DT, bitcast=True)
 
 
 @triton.jit
@@ -134,38 +134,48 @@ def _four(words, ASM: tl.constexpr, DT: tl.constexpr):
 @triton.jit
 def decode(
     words,
+    tables,
+    n,
     ROWS: tl.constexpr,
     BK: tl.constexpr,
     FORM: tl.constexpr,
     DT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """words int32 [2 * ROWS, words a thread] -> [ROWS, BK]: 4 bits: code + 128 in bfloat16, + 1024
-    in float16; 8 bits: the values."""
+    """words int32 [2 * ROWS, words a thread] of rows n [ROWS] -> [ROWS, BK]: int4: code + 128 in
+    bfloat16, + 1024 in float16; others: the values. tables: of tables_of."""
+    FOUR: tl.constexpr = FORM != "int8" and FORM != "fp8"
     if ASM == "":
         WORDS: tl.constexpr = words.shape[1]
-        EACH: tl.constexpr = 8 if FORM == "int4" else 4
+        EACH: tl.constexpr = 8 if FOUR else 4
         w = tl.broadcast_to(tl.reshape(words, [2 * ROWS, WORDS, 1]), [2 * ROWS, WORDS, EACH])
         i = tl.arange(0, EACH)
-        if FORM == "int4":
-            shift = 4 * (i // 2 + i % 2 * 4)
-            c = ((w >> shift[None, None, :]) & 15).to(tl.float32)
+        if FOUR:
+            # (half of inputs, half of rows, pair)
+            place = i // 2 + i % 2 * 4 if FORM == "int4" else i // 2 % 2 * 4 + i // 4 * 2 + i % 2
+            c = (w >> (4 * place)[None, None, :]) & 15
             # (16 rows, row of 8, 4 columns), 16 inputs, (half of inputs, half of rows, pair)
             c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
             c = tl.permute(c, [0, 5, 1, 3, 4, 2, 6])
+            if FORM == "int4":
+                c = c.to(tl.float32)
+            elif FORM == "row tables":
+                c = tl.load(tables + n[:, None] * 16 + tl.reshape(c, [ROWS, BK]))
+            else:
+                c = tl.load(tables + c)
         else:
             byte = (w >> (8 * i)[None, None, :]) & 255
             if FORM == "int8":  # noqa: SIM108
                 c = byte.to(tl.float32) - 128.0
             else:
                 c = byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif FORM == "int4":
+    elif FOUR:
         # ..., 16 inputs, (pair, half of rows, half of inputs)
-        c = tl.reshape(_eight(words, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
+        c = tl.reshape(_eight(words, tables, FORM, ASM, DT), [ROWS // 16, 8, 4, BK // 16, 2, 2, 2])
         c = tl.permute(c, [0, 5, 1, 3, 6, 2, 4])
     else:
         c = _four(words, ASM, DT)
-    if FORM != "int4":
+    if not FOUR:
         # (16 rows, row of 8, 4 columns), (64 inputs, half of rows, 16 inputs), (pair, half of inputs)
         c = tl.reshape(c, [ROWS // 16, 8, 4, BK // 64, 2, 4, 2, 2])
         c = tl.permute(c, [0, 4, 1, 3, 5, 7, 2, 6])
@@ -175,7 +185,7 @@ def decode(
 @triton.jit
 def by_thread(words, FORM: tl.constexpr):
     """Words as `offsets` lays them out -> [threads, words]."""
-    if FORM == "int4":
+    if FORM != "int8" and FORM != "fp8":
         CHUNKS: tl.constexpr = words.shape[0]
         THREADS: tl.constexpr = words.shape[1]
         return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
@@ -191,7 +201,7 @@ def by_thread(words, FORM: tl.constexpr):
 def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
     """Where the words of a step lie, from the tile's first step on: in 4 bits [chunks, 2 * BN
     threads, 4], in 8 bits [BN, BK / 4]."""
-    if FORM == "int4":
+    if FORM != "int8" and FORM != "fp8":
         CHUNKS: tl.constexpr = BK // 64
         thread = tl.arange(0, 2 * BN)
         strip = tile * (BN // 64) + thread // 128
@@ -206,7 +216,7 @@ def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
 @triton.jit
 def words_a_step(BK: tl.constexpr, FORM: tl.constexpr):
     """By how much `offsets` grow from one step to the next."""
-    return BK * 8 if FORM == "int4" else BK // 4
+    return BK // 4 if FORM == "int8" or FORM == "fp8" else BK * 8
 
 
 @triton.jit
@@ -222,9 +232,9 @@ def input_at(place):
 
 def pack_words(codes: Tensor, form: str) -> Tensor:
     """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded
-    (int8: + 128) -> words as in gemm_quantized.PackedMatrix."""
+    (int8: + 128) -> words as in packed_matrix.PackedMatrix."""
     n, k = codes.shape
-    if form != INT4:
+    if form in EIGHT_BITS:
         by_span = codes.view(n, k // SPAN, SPAN)
         return by_span[:, :, list(PERMUTED)].reshape(n, k).view(torch.int32)
     # rows: 64, a warp's 16, half of them, 8; inputs: 64, 16, half of them, a thread's column, pair
@@ -233,5 +243,6 @@ def pack_words(codes: Tensor, form: str) -> Tensor:
     each = parts.reshape(n // 64, k // 64, 4, 128, 8).transpose(2, 3)
     words = torch.zeros(each.shape[:-1], dtype=torch.int32, device=codes.device)
     for i in range(8):
-        words |= each[..., i].int() << 4 * (i // 2 + i % 2 * 4)
+        place = i // 2 + i % 2 * 4 if form == INT4 else i // 2 % 2 * 4 + i // 4 * 2 + i % 2
+        words |= each[..., i].int() << 4 * place
     return words

@@ -54,10 +54,12 @@ def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _slice(
-    logits, lo, hi, threshold, temperature, seed, position, BLOCK: tl.constexpr, FAST: tl.constexpr
-):
+    logits, words, lo, hi, threshold, temperature, seed, position,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
     """Best score and its id, running log-sum-exp (peak, total) and NaN flag of the ids lo..hi, each
-    [BLOCK]."""
+    [BLOCK]. MASKED: tokens whose bits in `words` are not set count as minus infinity; else `words`
+    is any pointer."""
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     peak = tl.full([BLOCK], -1e30, tl.float32)
@@ -67,6 +69,9 @@ def _slice(
     for start in tl.range(lo, hi, BLOCK, num_stages=3):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(logits + i, mask=i < hi, other=float("-inf")).to(tl.float32)
+        if MASKED:
+            word = tl.load(words + i // 32, mask=i < hi, other=0)
+            x = tl.where(((word >> (i % 32)) & 1) != 0, x, float("-inf"))
         bad = bad | (x != x).to(tl.int32)
         x = tl.where(x != x, float("-inf"), x)
         score = x * scale
@@ -116,12 +121,14 @@ def _sample(logits, thresholds, temperatures, seeds, positions, numbers, ids, ar
     temperature = tl.load(temperatures + row)
     best, where, peak, total, bad = _slice(
         row_logits,
+        row_logits,
         lo,
         hi,
         threshold,
         temperature,
         tl.load(seeds + row),
         tl.load(positions + row),
+        False,
         BLOCK,
         FAST,
     )
@@ -165,12 +172,18 @@ def thresholds(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return out
 
 
+def slices_of(count: int, width: int, block: int) -> int:
+    """Programs that share one of `count` rows of `width` logits, of which each looks at multiples
+    of `block`."""
+    return max(1, min(-(-width // block), -(-2048 // count)))
+
+
 def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     """One token a row of logits [B, V] (float32, float16 or bfloat16; rows may be strided)."""
     count, width = logits.shape
     device = logits.device
     block = 1024
-    slices = max(1, min(triton.cdiv(width, block), triton.cdiv(2048, count)))
+    slices = slices_of(count, width, block)
     tokens = torch.empty(count, dtype=torch.int64, device=device)
     logprobs = torch.empty(count, dtype=torch.float32, device=device)
     bad = torch.empty(count, dtype=torch.bool, device=device)

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 import triton
-from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, norm, shapes
-from pagewire_kernels.gemm_quantized import PackedMatrix
-from pagewire_kernels.moe_quantized import PackedExperts
-from pagewire_kernels.quantized_decode import DECODERS, FP8, INT4, INT8
+from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, norm, quantized_shapes, shapes
+from pagewire_kernels.lookup_tables import ROW_TABLES
+from pagewire_kernels.packed_matrix import PackedExperts, PackedMatrix
+from pagewire_kernels.quantized_decode import DECODERS, EIGHT_BITS, FP8, INT4, INT8
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 LIMITS = {80: shapes.KIB_163, 86: shapes.KIB_99, 90: shapes.KIB_227, 120: shapes.KIB_99}
-FORMS = ((INT4, 128, False), (INT4, 32, True), (INT8, 0, False), (FP8, 0, False))
+NUMBERS = (INT4, INT8, FP8)
+FORMS = ((INT4, 128, False), (INT4, 32, True), (INT8, 0, False), (FP8, 0, False),
+         ("nf4", 64, False), ("iq4", 32, False), (ROW_TABLES, 0, False))  # fmt: skip
 ROWS = (1, 256)
 N, K = 4096, 4096
 NORMS = (1024, 5120)
@@ -33,15 +35,24 @@ NORM_TYPES = {
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "factors": "*fp32", "out": "*bf16",
     "part": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16", "factor": "fp32", "eps": "fp32",
+    "unit": "fp32",
 }  # fmt: skip
-UNALIGNED = {"M", "factor", "eps", "span", "slots", "scale_stride"}
+UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots", "scale_stride"}
 
 
 def matrix(form: str, group: int, rest: bool) -> PackedMatrix:
     """Without memory."""
-    shape = (N // 64, K // 64, 128, 4) if form == INT4 else (N, K // 4)
+    shape = (N, K // 4) if form in EIGHT_BITS else (N // 64, K // 64, 128, 4)
     words = torch.empty(shape, dtype=torch.int32, device="meta")
-    return PackedMatrix(words, None, None, torch.Size((N, K)), form, group, rest, 1.0)
+    table = None if form in NUMBERS else torch.empty(16, device="meta")
+    return PackedMatrix(words, None, None, torch.Size((N, K)), form, group, rest, 1.0, table=table)
+
+
+def without(form: str, group: int) -> dict[str, Any]:
+    """Operands that such a matrix has not, and what the type of its table is."""
+    TYPES["table"] = "*fp32" if form == ROW_TABLES else "*i32"
+    absent: dict[str, Any] = {"table": None} if form in NUMBERS else {}
+    return {**absent, **({"row_scale": None} if group else {"scales": None})}
 
 
 def compiled(
@@ -110,13 +121,13 @@ def add_norm(width: int, full: bool, group: int | None) -> dict[str, Any]:
 
 def product(capability: int, form: str, group: int, rest: bool, rows: int) -> dict[str, Any]:
     weight = matrix(form, group, rest)
-    best = gemm_quantized.pick_config(rows, weight, torch.bfloat16)
+    best = quantized_shapes.pick_config(rows, weight, torch.bfloat16)
     with shapes.pretend(LIMITS[capability]):
-        chosen = gemm_quantized.choose(best, form, 2).first(torch.device("cpu"))
+        chosen = quantized_shapes.choose(best, form, 2).first(torch.device("cpu"))
     constants = {
         "bias": None, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group, "FORM": form,
         "REST": rest, "LATE": chosen.late and weight.scales_late(chosen.block_k), "SPLITS": chosen.splits, "BIAS": False,
-        "ASM": DECODERS[form, torch.bfloat16], "STAGES": chosen.stages, "PDL": capability >= 90,
+        "ASM": DECODERS[form, torch.bfloat16], "STAGES": chosen.stages, "PDL": capability >= 90, **without(form, group),
     }  # fmt: skip
     kernel: Any = gemm_quantized._quantized
     launch = compiled(kernel, capability, constants, chosen.warps, chosen.stages)
@@ -132,7 +143,7 @@ def experts(capability: int, form: str, group: int, rest: bool, rows: float) -> 
     constants = {
         "K": K, "HALVES": 2, "TOP_K": 8, "BM": chosen.block_m, "BN": chosen.block_n, "BK": chosen.block_k, "GROUP": group,
         "FORM": form, "REST": rest, "LATE": late, "ASM": DECODERS[form, torch.bfloat16], "PAIRS": rows < 1,
-        "STAGES": chosen.stages, "PDL": capability >= 90,
+        "STAGES": chosen.stages, "PDL": capability >= 90, **without(form, group),
     }  # fmt: skip
     kernel: Any = moe_quantized._grouped_quantized
     launch = compiled(kernel, capability, constants, chosen.warps, chosen.stages)
@@ -143,7 +154,17 @@ def _experts(form: str, group: int, rest: bool) -> PackedExperts:
     """Without memory."""
     one = matrix(form, group, rest)
     words = one.words.expand(2, 2, *one.words.shape)
-    return PackedExperts(words, None, None, words, one.shape, N, form, group, rest)
+    return PackedExperts(words, None, None, words, one.shape, N, form, group, rest, one.table)
+
+
+def dequantized(form: str, group: int) -> dict[str, Any]:
+    """A matrix with a table, in float32."""
+    constants = {
+        "BN": 64, "BK": 128, "GROUP": group, "FORM": form, "REST": False, "ASM": "", "PDL": True, **without(form, group),
+    }  # fmt: skip
+    TYPES["table"] = "*fp32"
+    kernel: Any = gemm_quantized._dequantize
+    return {"launch": f"{form}, dequantized", **compiled(kernel, 90, constants, 4, 3)}
 
 
 def row(form: str) -> dict[str, Any]:
@@ -164,7 +185,9 @@ def main() -> None:
         for form, group, rest in FORMS:
             for rows in ROWS if capability == 90 else ROWS[-1:] if form != INT8 else ():
                 print(json.dumps(product(capability, form, group, rest, rows)), flush=True)
-            if form in (INT4, FP8) and capability in (80, 90):
+            if form not in NUMBERS and capability == 90:
+                print(json.dumps(dequantized(form, group)), flush=True)
+            if form != INT8 and capability in (80, 90):
                 for rows in (0.5, 100) if capability == 90 else (10,):
                     print(json.dumps(experts(capability, form, group, rest, rows)), flush=True)
         if capability == 90:

@@ -15,7 +15,14 @@ from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.quantized_weights import QuantizedMethod
 from pagewire.worker.models.rounding import ROUNDINGS
-from pagewire_kernels import cuda_quantized, gemm_quantized, gemm_scaled, gpu_quantized_size
+from pagewire_kernels import (
+    cuda_quantized,
+    gemm_quantized,
+    gemm_scaled,
+    gpu_quantized_size,
+    packed_matrix,
+    quantized_shapes,
+)
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
@@ -222,7 +229,7 @@ def test_splits_are_added_in_order(splits: int, rows: int) -> None:
     part = quantize(weight(64, 512), 4, 128, whole_zeros=True)
     (matrix,) = pack([part]).parts
     x = torch.randn(rows, 512)
-    config = gemm_quantized.QuantizedConfig(16, 64, 128, splits, 4, 2)
+    config = quantized_shapes.QuantizedConfig(16, 64, 128, splits, 4, 2)
     out = torch.full((rows, 64), float("nan"))
     gemm_quantized.quantized_linear(x, matrix, config=config, out=out)
     assert error(out, x.double() @ part.dequantize().double().T) < 2e-6
@@ -253,10 +260,10 @@ def test_launch_shapes_cover_the_matrix(form: str, n: int, k: int, rows: int) ->
     shape = (n // 64, k // 64, 128, 4) if form == "int4" else (n, k // 4)
     words = torch.empty(shape, dtype=torch.int32, device="meta")
     group = 64 if form == "int4" else 0
-    matrix = gemm_quantized.PackedMatrix(
+    matrix = packed_matrix.PackedMatrix(
         words, None, None, torch.Size((n, k)), form, group, False, 1.0
     )
-    config = gemm_quantized.pick_config(rows, matrix, torch.bfloat16)
+    config = quantized_shapes.pick_config(rows, matrix, torch.bfloat16)
     assert n % config.block_n == 0
     assert k % config.block_k == 0
     assert config.splits <= k // config.block_k
@@ -303,7 +310,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     norms = [launch for launch in launches if launch["launch"].startswith("norm")]
-    assert len(launches) - len(norms) == 28
+    assert len(launches) - len(norms) == 55
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch

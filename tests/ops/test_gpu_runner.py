@@ -283,6 +283,26 @@ def test_rows_with_grammars_get_the_cpu_runners_tokens_and_the_others_what_they_
         assert generate_by_grammars(runner, ahead) == (wanted, wanted_logprobs)
 
 
+def test_results_may_leave_before_masks_are_waited_for(on_gpu) -> None:
+    """When the tokens of the step before are known."""
+    room = Room(SLOTS, 300)
+    runner = on_gpu(masks=room.masks)
+    seen: list[str] = []
+    handles: list[Any] = []
+
+    def meanwhile() -> None:
+        assert all(handle.done() for handle in handles)
+        seen.append("meanwhile")
+
+    runner.notify(lambda: None, meanwhile)
+    ready, launch = room.masks.ready, runner.launch
+    room.masks.ready = lambda *given: seen.append("masks") or ready(*given)
+    runner.launch = lambda step: handles.append(launch(step)) or handles[-1]
+    generate_by_grammars(runner, 2)
+    assert len(seen) >= 2 * COUNT and seen[::2] == ["meanwhile"] * (len(seen) // 2)
+    assert set(seen[1::2]) == {"masks"}
+
+
 def _cpu_runner(path, masks: GrammarMasks | None) -> AsyncFromSync:
     """Without `masks`, grammars are passed over."""
     runner = Runner(path, ModelConfig(), SchedulerConfig(max_num_seqs=SLOTS), CONFIG, incarnation=7)

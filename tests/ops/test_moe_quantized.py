@@ -18,7 +18,8 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
-from pagewire_kernels.moe_quantized import ExpertsConfig, PackedExperts
+from pagewire_kernels.moe_quantized import ExpertsConfig
+from pagewire_kernels.packed_matrix import PackedExperts
 from pagewire_kernels.quantized import Quantized, quantize
 from torch import Tensor
 
@@ -155,7 +156,11 @@ def awq(weight: Tensor) -> Quantized:
     return quantize(weight, 4, 64, whole_zeros=True)
 
 
-@pytest.mark.parametrize("rounding", [Rounding("awq", "", awq, False, False), ROUNDINGS["fp8"]])
+@pytest.mark.parametrize(
+    "rounding",
+    [Rounding("awq", "", awq, False, False), ROUNDINGS["fp8"], ROUNDINGS["bitsandbytes"]],
+    ids=lambda rounding: rounding.name,
+)
 def test_a_model_with_quantized_experts(rounding: Rounding) -> None:
     """Layer by layer what the dequantized weights compute."""
     torch.manual_seed(6)

@@ -83,6 +83,9 @@ def test_shapes_without_a_kernel():
     assert cpu.OPS.quantized.pack([narrow], False) is None
     uneven = [random_weight(FORMATS[0], 17, 64), random_weight(FORMATS[0], 16, 64)]
     assert cpu.OPS.quantized.pack(uneven, False) is None
+    codes = torch.zeros(16, 64, dtype=torch.uint8)
+    tables = Quantized(codes, torch.ones(16, 2), table=torch.ones(16))
+    assert cpu.OPS.quantized.pack([tables], False) is None
 
 
 @pytest.mark.parametrize(("bits", "steps"), [(8, 254), (4, 15)])

@@ -1,15 +1,17 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--only float8] [--times]
+    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--only float8] [--float8] [--times] [--shapes]
 
 Products with quantized matrices of every form, and mixtures of experts, through the kernels and through dequantizing,
 against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
 bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run
 twice and must give the same bits. Norms and activation functions that give float8 must give the bits
-of their results rounded by themselves. One line for each form, one for the verdict; the exit status is 0
-when all is well. --only: forms whose name has this text. --times: products in float8 at the sizes of
-an 8B layer as well, checked and timed beside bf16 (gpu_float8.py). With `--device cpu` in Triton's
-interpreter, small sizes: does the check itself work?
+of their results rounded by themselves, and dequantized tables those of full weights. One line for each
+form, one for the verdict; the exit status is 0 when all is well. --only: forms whose name has this text.
+--float8: products in float8 at the sizes of an 8B layer, checked and timed (gpu_float8.py). With
+`--device cpu` in Triton's interpreter, small sizes: does the check itself work?
+With `--times`, and all well, products of an 8B layer are timed beside bfloat16's, with `--shapes`
+those of tables in other launch shapes (product_times.py).
 """
 
 import argparse
@@ -29,13 +31,15 @@ if "cpu" in sys.argv:
 
 import torch
 from ops.moe_cases import MoeCase, choices
-from pagewire.worker.models.rounding import fp8_rows, int8_rows
+from pagewire.worker.models.rounding import fp8_rows, in_blocks, int8_rows
 from pagewire_kernels import moe, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.lookup_tables import named
 from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.routing import NO_EXPERT
 from torch import Tensor
+from worker import product_times
 from worker.gpu_float8 import as_rounded, check_and_time, check_bits, fp8_blocks
 from worker.gpu_oracle import begin, conclude
 
@@ -62,6 +66,25 @@ def cases(rows: int, columns: int, device: str) -> Iterator[tuple[str, list[Quan
     yield "float8, groups of 128", [_groups(full())]
     yield "float8, blocks of 128 x 128", [fp8_blocks(full())]
     yield "4 and 8 bits side by side", [quantize(full(), 4), quantize(full(96), 8)]
+    yield "nf4, blocks of 64", [in_blocks(full(), "nf4"), in_blocks(full(48), "nf4")]
+    yield "fp4, blocks of 64", [in_blocks(full(), "fp4")]
+    yield "iq4, blocks of 32", [iq4(full())]
+    yield "a table a row", [row_tables(full()), row_tables(full(48))]
+
+
+def iq4(weight: Tensor) -> Quantized:
+    """In the table of IQ4_NL, with scales of more digits than float16 has."""
+    scale = weight.float().unflatten(1, (-1, 32)).abs().amax(-1) / 127
+    codes = (weight.float().unflatten(1, (-1, 32)) / scale[:, :, None] / 16 + 8).clamp(0, 15)
+    table = named("iq4", weight.device)
+    return Quantized(codes.to(torch.uint8).flatten(1), scale, table=table)
+
+
+def row_tables(weight: Tensor) -> Quantized:
+    """A table of 16 values of each row, as SqueezeLLM's."""
+    tables = weight[:, :16].half().float().sort(dim=1).values
+    codes = torch.searchsorted(tables, weight.float()).clamp_(max=15).to(torch.uint8)
+    return Quantized(codes, torch.ones_like(tables[:, :1]), table=tables)
 
 
 def _with_minima(weight: Tensor) -> Quantized:
@@ -102,7 +125,9 @@ def fault(
     return share, ""
 
 
-EXPERTS = ("4 bits", "4 bits with minima", "8 bits", "8 bits, a scale a row", "float8")
+EXPERTS = (
+    "4 bits", "4 bits with minima", "8 bits", "8 bits, a scale a row", "float8", "nf4", "iq4", "a table a row",
+)  # fmt: skip
 
 
 def rounded(form: str, weight: Tensor) -> Quantized:
@@ -116,6 +141,12 @@ def rounded(form: str, weight: Tensor) -> Quantized:
             return quantize(weight, 8)
         case "float8":
             return fp8_rows(weight)
+        case "nf4":
+            return in_blocks(weight, "nf4")
+        case "iq4":
+            return iq4(weight)
+        case "a table a row":
+            return row_tables(weight)
         case _:
             return int8_rows(weight)
 
@@ -180,11 +211,17 @@ def outcome(device: str, number: int) -> tuple[str, list[str]]:
     weight = torch.cat([part.dequantize() for part in parts])
     outcomes = [fault(matrices, weight, count, dtype) for dtype in types for count in tokens]
     wrong = [f"{title}: {text}" for _, text in outcomes if text]
+    if all(part.table is not None for part in parts):
+        wrong += [
+            f"{title}: dequantized to {dtype}, it is not what full weights are"
+            for dtype in (torch.bfloat16, torch.float16)
+            if not torch.equal(matrices.dense(dtype), weight.to(dtype))
+        ]
     worst = max(share for share, _ in outcomes)
     return f"{title}: errors up to {worst:.3f} of what is allowed; {len(wrong)} wrong", wrong
 
 
-def check(device: str, only: str, times: bool) -> list[str]:
+def check(device: str, only: str, float8: bool) -> list[str]:
     """What is wrong, a line each."""
     titles = [title for title, _ in cases(64, 256, "cpu")]
     numbers = [number for number, title in enumerate(titles) if only in title]
@@ -202,18 +239,32 @@ def check(device: str, only: str, times: bool) -> list[str]:
     for line, _ in outcomes:
         print(line, flush=True)
     wrong = [text for _, texts in outcomes for text in texts] + check_bits(device)
-    return wrong + check_and_time() if times else wrong
+    return wrong + check_and_time() if float8 else wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Products with quantized matrices on a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default="", help="forms whose name has this text")
-    parser.add_argument("--times", action="store_true", help="time products in float8, too")
+    parser.add_argument("--float8", action="store_true", help="float8 at sizes of 8B, timed")
+    parser.add_argument("--times", action="store_true", help="time products too, on a GPU")
+    parser.add_argument("--shapes", action="store_true", help="time other launch shapes too")
     options = parser.parse_args()
     if not begin("gpu_quantized", options.device):
         return 2
-    return conclude("gpu_quantized", lambda: check(options.device, options.only, options.times))
+    status = conclude("gpu_quantized", lambda: check(options.device, options.only, options.float8))
+    if options.device == "cuda" and not status:
+        tables = {
+            "nf4, blocks of 64": lambda weight: in_blocks(weight, "nf4"),
+            "iq4, blocks of 32": iq4,
+            "a table a row": row_tables,
+        }
+        numbers = {"4 bits, groups of 128": lambda w: quantize(w, 4, 128, whole_zeros=True)}
+        for line in product_times.lines(numbers | tables) if options.times else ():
+            print(line, flush=True)
+        for line in product_times.shapes(tables) if options.shapes else ():
+            print(line, flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_on_cpu import Uploads
 from pagewire.config import ModelConfig
 from pagewire.worker.gpu.resample import ExtraSampling, Kernels, StepLogprobs
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.slots import Slots
+from pagewire_kernels.masked_sampling import MaskedSamplingRows
 from pagewire_kernels.penalties import apply_penalties_reference, count_tokens_reference
 from pagewire_kernels.reference import apply_token_masks
 from pagewire_kernels.sampling import Sampled, SamplingRows
@@ -28,20 +30,38 @@ def draw(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     return Sampled(logits.argmax(-1), logits.amax(-1), logits.isnan().any(-1))
 
 
-PLAIN = Kernels(draw, apply_penalties_reference, count_tokens_reference, apply_token_masks)
+def draw_masked(
+    logits: torch.Tensor,
+    held: MaskedSamplingRows,
+    last_token: torch.Tensor,
+    sampled_tokens: torch.Tensor,
+) -> None:
+    """The same of rows under masks."""
+    rows = held.rows.long()
+    x = logits[rows].float()
+    apply_token_masks(x, torch.arange(len(rows)), held.words[held.masks.long()])
+    sampled = draw(x, held.sampling)
+    tokens = sampled.tokens.int()
+    last_token[held.slots.long()] = tokens
+    sampled_tokens[rows] = torch.where(sampled.bad, -1, tokens)
+
+
+PLAIN = Kernels(
+    draw, apply_penalties_reference, count_tokens_reference, apply_token_masks, draw_masked
+)
 
 
 class Device:
-    def __init__(self, kernels: Kernels = PLAIN) -> None:
+    def __init__(self, kernels: Kernels = PLAIN, masks: GrammarMasks | None = None) -> None:
         self.slots = Slots(SLOTS, 200, 8)
         self.state = SlotState.empty(SLOTS, 32, "cpu")
         loaded: Any = SimpleNamespace(
-            decoder=SimpleNamespace(arch=SimpleNamespace(vocab_size=VOCAB)), eos_token_ids=EOS
+            decoder=SimpleNamespace(arch=SimpleNamespace(vocab_size=VOCAB)),
+            eos_token_ids=EOS,
+            dtype=torch.float32,
         )
-        uploads: Any = SimpleNamespace(
-            up=lambda values, out=None: torch.from_numpy(np.ascontiguousarray(values).copy())
-        )
-        masks = GrammarMasks(SLOTS, ModelConfig(), VOCAB, EOS)
+        uploads: Any = Uploads()
+        masks = masks or GrammarMasks(SLOTS, ModelConfig(), VOCAB, EOS)
         self.special = ExtraSampling(loaded, self.slots, self.state, uploads, masks, kernels)
 
     def admit(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.grammar.messages import FromMatcher, Start, ToMatcher
 from pagewire.worker.fake import FakeRunner, chain
-from pagewire.worker.step import grammar_masks
+from pagewire.worker.step import grammar_masks, matcher_pool
 from pagewire.worker.step.forced_runs import MAX_RUN
 from pagewire.worker.step.logit_constraints import Constraints
 from pagewire.worker.step.matcher import HANG_S, MAX_FAILED_STARTS
@@ -18,7 +19,7 @@ from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.grammar import Grammar
 from pagewire_protocol.messages import Admission, Step, pack, unpack
 from pagewire_protocol.sampling import Sampling
-from worker.stand_in_matcher import Room, allowed, grammar
+from worker.stand_in_matcher import Room, StandIn, allowed, grammar
 
 SLOTS, VOCAB = 6, 97
 
@@ -138,8 +139,8 @@ class Bench:
 @pytest.fixture(params=[1, 3], ids=["one matcher", "up to three"])
 def matchers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Another one for each two streams, as far as so many."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: request.param)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: request.param)
     return request.param
 
 
@@ -165,28 +166,73 @@ def test_a_mask_is_never_applied_to_another_row_or_position(
 
 def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as another one is ready; those that were there as well."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 3)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
     bench = Bench(0)
     requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
     bench.step(admit=requests)
     for _ in range(3):
         bench.step()
-    counts = [len(matcher.streams) for matcher in bench.room.masks._matchers]
+    counts = [len(matcher.streams) for matcher in bench.room.masks._pool.matchers]
     assert len(bench.room.processes) == 3 and counts == [2, 2, 2]
     bench.step(retire=list(requests))
-    assert not any(matcher.streams for matcher in bench.room.masks._matchers)
+    assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
+
+
+class Piped(StandIn):
+    """Answers at once; what it has said stays in its socket while it `is_held`."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        self.is_held = True
+        self._said: list[FromMatcher] = []
+
+    def send(self, message: ToMatcher) -> None:
+        super().send(message)
+        self._said += super().receive()
+
+    def receive(self) -> list[FromMatcher]:
+        if self.is_held:
+            return []
+        said, self._said = self._said, []
+        return said
+
+
+def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was under way. The mask is in that matcher's memory, which nobody reads any more."""
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
+    room = Room(SLOTS, VOCAB)
+    processes: list[Piped] = []
+    room.masks._pool.start_process = lambda start: processes.append(Piped(start)) or processes[-1]
+    for slot in range(4):
+        room.masks.admit(slot, grammar("abcd"[slot]), np.zeros(0, np.int32))
+    rows = np.arange(4), np.zeros(4, np.int64)
+    assert not room.masks.ready(*rows).any()
+    assert [sorted(s.slot for s in m.streams.values()) for m in room.masks._pool.matchers] == [
+        [1, 2],
+        [0, 3],
+    ]
+    processes[0].is_held = False
+    assert room.masks.ready(*rows).tolist() == [False, True, True, False]
+    processes[1].is_held = False
+    assert room.masks.ready(*rows).all()
+    for slot, mask in enumerate(room.masks.rows(rows[0])):
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        assert np.flatnonzero(bits).tolist() == allowed("abcd"[slot], [], VOCAB)
 
 
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that ended while it had no streams is started again when it is needed."""
-    monkeypatch.setattr(grammar_masks, "CROWDED", 2)
-    monkeypatch.setattr(grammar_masks, "max_matchers", lambda: 2)
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
     bench = Bench(0)
     bench.step(admit={slot: Request("impossible", [slot]) for slot in (0, 1)})
     bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in (2, 3, 4)})
     bench.step()
-    first, second = bench.room.masks._matchers
+    first, second = bench.room.masks._pool.matchers
     assert {0, 1} <= {stream.slot for stream in first.streams.values()}
     assert second.is_ready and second.streams
     bench.step(retire=list(bench.slots))
@@ -259,6 +305,27 @@ def test_rows_without_grammars_wait_no_longer_than_for_their_logits(
     assert waited([0], True) >= grammar_masks.WAIT_ALONE_S
 
 
+def test_a_step_of_rows_with_grammars_waits_for_the_last_ones_as_long_as_it_is_worth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To compute a fourth of the rows again takes a fourth of a step."""
+    monkeypatch.setattr(grammar_masks, "WAIT_ALONE_S", 10.0)
+    room = Room(SLOTS, VOCAB, late=0.5)
+    answers = itertools.chain([0.9, 0.9, 0.9], itertools.repeat(0.1))
+    room._random.random = lambda: next(answers)
+    for slot in range(4):
+        room.masks.admit(slot, grammar("a"), np.zeros(0, np.int32))
+    began = room.clock.now
+    rows = np.arange(4), np.zeros(4, np.int64)
+    ready = room.masks.ready(*rows, lambda: room.clock.now > began + 0.4)
+    assert ready.tolist() == [True, True, True, False]
+    assert 0.49 < room.clock.now - began < 0.53
+    # without a device nobody knows when the step is computed
+    began = room.clock.now
+    room.masks.ready(*rows)
+    assert room.clock.now - began >= 10.0
+
+
 def test_without_grammars_there_is_no_process() -> None:
     bench = Bench(0)
     bench.step(admit={0: Request(None, [1])})
@@ -284,7 +351,7 @@ def test_what_ends_processes_is_found_and_given_up_and_the_others_go_on() -> Non
         process.receive = receive
         return process
 
-    room.masks._start_process = start
+    room.masks._pool.start_process = start
     bench.step(admit={0: good, 1: killer})
     for _ in range(40):
         bench.step()
@@ -337,7 +404,7 @@ def test_processes_that_cannot_start_fail_their_requests() -> None:
         process.dead = True
         return process
 
-    room.masks._start_process = start
+    room.masks._pool.start_process = start
     bench.step(admit={0: Request("g", [1])})
     for _ in range(2 * MAX_FAILED_STARTS):
         room.clock.now += 6

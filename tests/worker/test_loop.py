@@ -262,7 +262,7 @@ class Flight:
     def done(self): {done}
 class Broken:
     def __init__(self, inner): self.facts, self.clear = inner.facts, inner.clear
-    def notify(self, wake): pass
+    def notify(self, wake, meanwhile): pass
     def idle(self): pass
     def launch(self, step): return Flight()
 load = loop._load
@@ -346,7 +346,7 @@ def test_a_step_that_comes_after_newer_ones_is_void():
     outbox = SimpleNamespace(send=lambda address, message: True)
     inbox = AlwaysMore([Step(epoch, n) for epoch, n in numbers])
     node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
-    runner = SimpleNamespace(notify=lambda wake: None, clear=lambda: None, launch=launch)
+    runner = SimpleNamespace(notify=lambda *calls: None, clear=lambda: None, launch=launch)
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
     assert launched == [(1, 1), (1, 2), (1, 5), (1, 6), (2, 1), (2, 2)]
@@ -362,7 +362,34 @@ def test_the_heart_beats_between_messages():
         inbox=AlwaysMore([Step(1, n) for n in range(1, 1001)]), outbox=outbox, membership=membership
     )
     done = SimpleNamespace(done=lambda: True, result=lambda: None)
-    runner = SimpleNamespace(notify=lambda wake: None, clear=lambda: None, launch=lambda step: done)
+    runner = SimpleNamespace(
+        notify=lambda *calls: None, clear=lambda: None, launch=lambda step: done
+    )
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
     assert membership.progress == 1000 and len(ticks) >= 1000
+
+
+def test_results_leave_while_the_next_step_is_launched():
+    """It may wait for masks, and its tokens come later than all others."""
+    sent: list[int] = []
+    meanwhile = []
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=lambda now: None)
+    outbox = SimpleNamespace(send=lambda address, result: sent.append(result) or True)
+    inbox = AlwaysMore([Step(1, n) for n in range(1, 5)])
+    node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
+    ended = 0
+
+    def launch(step):
+        nonlocal ended
+        ended = step.n - 1
+        meanwhile[0]()
+        assert sent == list(range(1, step.n))
+        return SimpleNamespace(done=lambda: step.n <= ended, result=lambda: step.n)
+
+    runner = SimpleNamespace(
+        notify=lambda wake, call: meanwhile.append(call), clear=lambda: None, launch=launch
+    )
+    with pytest.raises(Stopped):
+        _Server(runner, node).serve()
+    assert sent == [1, 2, 3]

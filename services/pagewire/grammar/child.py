@@ -100,7 +100,7 @@ class MatcherProcess:
 
     def wait(self, seconds: float) -> bool:
         """Until something is there to be received, or so long; whether something is."""
-        return wait_for_any([self], seconds)
+        return bool(wait_for_any([self], seconds))
 
     def receive(self) -> list[FromMatcher]:
         """What has arrived. Raises MatcherGone."""
@@ -119,6 +119,8 @@ class MatcherProcess:
                     self.ready_at = time.monotonic()
                 else:
                     received.append(message)
+            if not self._reader.may_have_more:
+                return received
 
     def _how_it_ended(self) -> str:
         try:
@@ -133,10 +135,10 @@ class MatcherProcess:
         self._socket.close()
 
 
-def wait_for_any(processes: Sequence[MatcherProcess], seconds: float) -> bool:
-    """Until one of them has something to be received, or so long; whether one has."""
+def wait_for_any(processes: Sequence[MatcherProcess], seconds: float) -> list[MatcherProcess]:
+    """Until one of them has something to be received, or so long; those that have."""
     writes = [process for process in processes if process.sends]
     readable, writable, _ = select.select(processes, writes, [], max(0.0, seconds))
     for process in writable:
         process.flush()
-    return bool(readable)
+    return readable

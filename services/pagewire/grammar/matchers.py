@@ -48,6 +48,8 @@ class Matchers:
         self._vocabulary = vocabulary
         self._compiler = compiler
         self._masks = masks
+        self._address = int(masks.ctypes.data)
+        self._row_bytes = masks[:1].nbytes
         self._max_forced = max_forced
         self._streams: dict[int, Stream] = {}
         self._free_mask = self._all_but_endings()
@@ -101,32 +103,33 @@ class Matchers:
     def fill(self, keys: list[int]) -> tuple[list[int], list[int], dict[int, str]]:
         """Write the masks of these open requests. Returns the keys that have one, the output
         positions that they are for, and by key why others have none."""
-        filled: list[int] = []
-        constrained: list[int] = []
-        for key in keys:
-            stream = self._streams[key]
+        streams = [self._streams[key] for key in keys]
+        for stream in streams:
             if stream.after:
                 self._masks[stream.row] = self._free_mask
-                filled.append(key)
-            else:
-                constrained.append(key)
-        for key in constrained:
-            self._compute(self._streams[key])
-            self._run_ahead(self._streams[key])
+                continue
+            self._compute(stream)
+            if self._max_forced:
+                self._run_ahead(stream)
+        rows = self._masks[[stream.row for stream in streams]]
+        some_token = rows.max(axis=1).tolist() if keys else []
+        filled: list[int] = []
+        positions: list[int] = []
         failed: dict[int, str] = {}
-        for key in constrained:
-            why = self._why_none(self._streams[key])
+        for key, stream, is_some in zip(keys, streams, some_token, strict=True):
+            why = "" if stream.after else _why_none(stream.matcher, bool(is_some))
             if why:
                 failed[key] = why
                 self.close(key)
             else:
                 filled.append(key)
-        return filled, [self._streams[key].num_output for key in filled], failed
+                positions.append(stream.num_output)
+        return filled, positions, failed
 
     def _compute(self, stream: Stream) -> None:
         """Its row of the masks."""
-        row = self._masks[stream.row]
-        stream.matcher.unsafe_compute_mask_ptr(int(row.ctypes.data), row.nbytes)
+        address = self._address + stream.row * self._row_bytes
+        stream.matcher.unsafe_compute_mask_ptr(address, self._row_bytes)
 
     def _run_ahead(self, stream: Stream) -> None:
         """Take the tokens that are the only ones allowed. Those that end a text are sampled."""
@@ -143,12 +146,12 @@ class Matchers:
         """The forced run of each of these requests, before the position of its mask."""
         return [self._streams[key].forced for key in keys]
 
-    def _why_none(self, stream: Stream) -> str:
-        if stream.matcher.is_error():
-            return explained(stream.matcher.get_error())
-        if not self._masks[stream.row].any():
-            return "no token of the model continues the text"
-        return ""
+
+def _why_none(matcher: LLMatcher, some_token: bool) -> str:
+    """Why there is no mask, where `some_token` says whether it allows any; empty: there is one."""
+    if matcher.is_error():
+        return explained(matcher.get_error())
+    return "" if some_token else "no token of the model continues the text"
 
 
 def only_token(mask: Words) -> int | None:

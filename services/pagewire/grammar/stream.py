@@ -11,6 +11,8 @@ class FrameReader:
     """What has arrived at `source`."""
 
     def __init__(self, source: socket.socket) -> None:
+        self.may_have_more = False
+        """The last reading took as much as one can."""
         self._source = source
         self._data = bytearray()
 
@@ -23,6 +25,7 @@ class FrameReader:
             return None
         if not data:
             return None
+        self.may_have_more = len(data) == CHUNK
         self._data += data
         frames: list[bytes] = []
         start = 0

@@ -317,7 +317,7 @@ class _Server:
         """Until Stopped. Steps run in the order they came; those of an older scheduler than the
         newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
         inbox = self._node.inbox
-        self._runner.notify(inbox.wake)
+        self._runner.notify(inbox.wake, self._send_results_meanwhile)
         while True:
             self._membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(self._steps)
             has_beaten = False
@@ -397,6 +397,11 @@ class _Server:
                 self._watch.ended(time.monotonic())
             self._membership.progress += 1
 
+    def _send_results_meanwhile(self) -> None:
+        """While a step is launched: the heart may beat in another thread."""
+        with self._beat_lock:
+            self._send_results()
+
     def _beat(self) -> None:
         """Raises Stuck."""
         now = time.monotonic()
@@ -426,7 +431,7 @@ class _FollowingServer(_Server):
 
     def serve(self) -> None:
         """Until Stopped. Raises Stuck, Distrusted, RankSilent, and what the runner raises."""
-        self._runner.notify(lambda: None)
+        self._runner.notify(lambda: None, lambda: None)
         while True:
             record = self._follower.read(FOLLOWER_BEAT_S if not self._steps else BUSY_BEAT_S)
             self._membership.busy = record is not None or bool(self._steps)

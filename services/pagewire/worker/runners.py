@@ -34,8 +34,9 @@ class AsyncRunner(Protocol):
         """What it can hold."""
         ...
 
-    def notify(self, wake: Callable[[], None]) -> None:
-        """`wake` is called, perhaps from another thread, whenever a step in flight is done."""
+    def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+        """`wake` is called, perhaps from another thread, whenever a step in flight is done;
+        `meanwhile` by `launch`, where it has to wait: steps before that one may be done."""
         ...
 
     def launch(self, step: Step) -> StepHandle:
@@ -99,7 +100,7 @@ class AsyncFromSync(OnCpu):
         self.facts = runner.facts
         self.clear = runner.clear
 
-    def notify(self, wake: Callable[[], None]) -> None:
+    def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
         """Nothing is ever in flight between two calls."""
 
     def launch(self, step: Step) -> StepHandle:

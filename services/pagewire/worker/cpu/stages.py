@@ -106,7 +106,7 @@ class FirstStage(EarlierStage, OnCpu):
             self._slots, self._masks, ranks.links.results, self._incarnation
         )
 
-    def notify(self, wake: Callable[[], None]) -> None:
+    def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
         """See AsyncRunner."""
         self._under_way.receiver.wake = wake
 

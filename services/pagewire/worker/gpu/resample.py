@@ -1,7 +1,8 @@
 """Rows that ask for more than the captured step does: penalties, constraints, log-probabilities.
 They are sampled once more, eagerly, from the step's logits, and the result replaces what the graph
-wrote. Batches without such rows pay one look at a column. Knows no CUDA: plain torch and three
-injected kernels, so that it runs on any device.
+wrote; those that have a grammar and nothing else, by MaskedSampling. Batches without such rows pay
+one look at a column. Knows no CUDA: plain torch and injected kernels, so that it runs on any
+device.
 
 Output tokens are counted on the device, since the host learns them too late for the next step.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import replace
-from pagewire_kernels import penalties, sampling, token_masks
+from pagewire_kernels import masked_sampling, penalties, sampling, token_masks
 from pagewire_kernels.sampling_map import Sampled, SamplingRows
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
@@ -32,6 +33,7 @@ from ..step.logprobs import (
     token_logprobs,
 )
 from ..step.slots import Bools, Ints, Slots
+from .masked_sampling import MaskedSampling, SampleMasked
 from .staging import Uploads
 
 
@@ -76,6 +78,7 @@ class Kernels(NamedTuple):
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     count_tokens: Callable[[Tensor, Tensor, Tensor], None]
     apply_token_masks: Callable[[Tensor, Tensor, Tensor], None]
+    sample_masked: SampleMasked
 
 
 KERNELS: Final = Kernels(
@@ -83,6 +86,7 @@ KERNELS: Final = Kernels(
     penalties.apply_penalties,
     penalties.count_tokens,
     token_masks.apply_token_masks,
+    masked_sampling.sample_masked,
 )
 
 
@@ -99,6 +103,7 @@ class ExtraSampling:
         kernels: Kernels = KERNELS,
     ) -> None:
         self._vocab_size = loaded.decoder.arch.vocab_size
+        self._dtype = loaded.dtype
         self._slots = slots
         self._state = state
         self._up = uploads.up
@@ -112,6 +117,10 @@ class ExtraSampling:
             str(self._device),
             self._up,
             kernels.apply_token_masks,
+        )
+        self._masks = masks
+        self._masked = MaskedSampling(
+            slots, state, uploads, masks, self._vocab_size, kernels.sample_masked
         )
         self.host_known_len = np.zeros(slots.count, np.int64)
         """How many tokens of each slot the host knows: those it was admitted with."""
@@ -137,6 +146,7 @@ class ExtraSampling:
         self._kernels.count_tokens(row.int(), slot.int(), slot.int())
         words = torch.zeros(1, mask_words(self._vocab_size), dtype=torch.int32, device=self._device)
         self._kernels.apply_token_masks(row, slot, words)
+        self._masked.warm_up(row.to(self._dtype))
 
     def admit(self, new: Ints) -> None:
         """The slots `new` [N] hold new requests."""
@@ -191,8 +201,15 @@ class ExtraSampling:
         extra = columns.needs_extra[slots] if ready is None else columns.needs_extra[slots] & ready
         if not extra.any():
             return logprobs
-        penalized = columns.penalized(slots) & extra
-        rows = np.flatnonzero(penalized | (self._constraints.touches(slots) & extra))
+        masked = self._masked.covers(slots) & extra
+        if masked.any():
+            # One that has failed brings no token: what the step has sampled will do.
+            rows = np.flatnonzero(masked & ~self._masks.failed(slots))
+            if len(rows):
+                self._masked.run(logits, slots[rows], rows, sampled_tokens)
+        others = extra & ~masked
+        penalized = columns.penalized(slots) & others
+        rows = np.flatnonzero(penalized | (self._constraints.touches(slots) & others))
         if len(rows):
             self._sample_again(logits, slots, _padded(rows, columns.count), sampled_tokens)
         if penalized.any() and self._output_counts is not None:

@@ -369,6 +369,7 @@ class GpuRunner:
         self._observers = observers
         self._ring = parts.ring
         self._waiter: Waiter | None = None
+        self._meanwhile: Callable[[], None] = lambda: None
         self._applier = StepApplier(self._slots)
         self._uploaded_version = -1
         """The version of the applier's rows that the graphs' slot buffer holds."""
@@ -382,9 +383,10 @@ class GpuRunner:
             facts, cost=self._cost, max_num_batched_tokens=self._loaded.on_gpu.step_tokens
         )
 
-    def notify(self, wake: Callable[[], None]) -> None:
+    def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
         """See AsyncRunner; `wake` is called from another thread."""
         self._waiter = Waiter(wake)
+        self._meanwhile = meanwhile
 
     def clear(self) -> None:
         """See AsyncRunner."""
@@ -455,6 +457,7 @@ class GpuRunner:
         computed = torch.cuda.Event()
         computed.record()
         self._learn(wait=True)
+        self._meanwhile()
         positions = self._slots.num_output_tokens(slots)
         ready = self._masks.ready(slots, positions, computed.query)
         if ready.all():

@@ -121,7 +121,7 @@ class FirstStage(EarlierStage):
         stages = self._stage.ranks.stage.count
         return replace(super().facts(), pipeline_parallel_size=stages)
 
-    def notify(self, wake: Callable[[], None]) -> None:
+    def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
         """See AsyncRunner; `wake` is called from another thread."""
         self._under_way.receiver.wake = wake
 

@@ -29,6 +29,10 @@ class Uploads:
         self._bytes = self._arena.numpy()
         self._at = 0
 
+    def staging(self, size: int) -> "Staging":
+        """Memory of its own, outside the arena."""
+        return Staging(size)
+
     def up(self, values: npt.NDArray[Any], out: Tensor | None = None) -> Tensor:
         """values, contiguous or not, copied to the device: into `out` when given (same shape and
         dtype)."""
@@ -49,6 +53,23 @@ class Uploads:
         if out is None:
             return host.to(self._device, non_blocking=True)
         return out.copy_(host, non_blocking=True)
+
+
+class Staging:
+    """Pinned memory for what each step brings to the device in one piece, at the same place."""
+
+    def __init__(self, size: int) -> None:
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._copied = torch.cuda.Event()
+
+    def wait(self) -> None:
+        """Until what was sent last is on its way no longer, and `host` may be written again."""
+        self._copied.synchronize()
+
+    def send(self, size: int, out: Tensor) -> None:
+        """The first `size` bytes, to the beginning of `out` on the device; asynchronously."""
+        out[:size].copy_(self.host[:size], non_blocking=True)
+        self._copied.record()
 
 
 class Waiter:

@@ -1,8 +1,8 @@
 """Blocks of GGUF's types taken apart into codes, scales and minima, without loss. Knows no files.
 
 Codes stay in their blocks until they are packed: a model's are too many to be held twice, or to be
-moved more often than once. Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K). Types with
-lookup tables, and those of less than 4 bits, are not among them.
+moved more often than once. Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl
+and block_iq4_xs). Other types with lookup tables, and those of less than 4 bits, are not among them.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
+from pagewire_kernels.lookup_tables import IQ4
 from pagewire_kernels.quantized import Quantized, pad_rows
 from torch import Tensor
 
@@ -93,13 +94,30 @@ def _q6_k_scales(data: Bytes) -> Scales:
     return _half(data, 208) * np.ascontiguousarray(data[:, 192:208]).view(np.int8), None
 
 
+def _iq4_xs(data: Fields) -> np.ndarray:
+    """Eight groups of 16 bytes, of each the low halves, then the high ones."""
+    parts = data[8:].reshape(8, 1, 16, *data.shape[1:])
+    return np.concatenate((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
+
+
+def _iq4_xs_scales(data: Bytes) -> Scales:
+    """A float16 times numbers of 6 bits less 32: 4 bits in bytes, 2 more in a word before them."""
+    high = np.ascontiguousarray(data[:, 2:4]).view(np.uint16)
+    high = high >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack((data[:, 4:8] & 15, data[:, 4:8] >> 4), -1).reshape(-1, 8)
+    scales = (low | high.astype(np.uint8) << 4).astype(np.int8) - np.int8(32)
+    return _half(data, 0) * scales, None
+
+
 class Layout(NamedTuple):
-    """values: of a block. codes: uint8 of 4 bits or int8, [values, ...]."""
+    """values: of a block. codes: uint8 of 4 bits or int8, [values, ...]. table: what codes stand
+    for, None: themselves."""
 
     values: int
     dtype: torch.dtype
     codes: Callable[[Fields], np.ndarray]
     scales: Callable[[Bytes], Scales]
+    table: tuple[int, ...] | None = None
 
 
 TYPES: Final[dict[str, Layout]] = {
@@ -121,6 +139,8 @@ TYPES: Final[dict[str, Layout]] = {
     "Q4_K": Layout(256, torch.uint8, lambda data: _k_nibbles(data[16:]), _k_scales),
     "Q5_K": Layout(256, torch.int8, _q5_k, _k_scales),
     "Q6_K": Layout(256, torch.int8, _q6_k, _q6_k_scales),
+    "IQ4_NL": Layout(32, torch.uint8, lambda data: _nibbles(data[2:]), _one_scale, IQ4),
+    "IQ4_XS": Layout(256, torch.uint8, _iq4_xs, _iq4_xs_scales, IQ4),
 }
 """By ggml's names."""
 
@@ -161,4 +181,7 @@ def take_apart(type_name: str, rows: np.ndarray, block_bytes: int) -> Quantized:
 
     scale, minimum = layout.scales(rows.reshape(-1, block_bytes))
     blocks = Blocks(layout, rows.reshape(count, -1, block_bytes))
-    return Quantized(blocks, tensor(scale), None if minimum is None else tensor(minimum))
+    table = None if layout.table is None else torch.tensor(layout.table, dtype=torch.float32)
+    return Quantized(
+        blocks, tensor(scale), None if minimum is None else tensor(minimum), table=table
+    )

@@ -142,7 +142,8 @@ def partial_bytes(arch: Architecture, rows: int) -> int:
 def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
     """What steps of at most `load` need. Logits are scored and restricted in float32, after the
     layers have given their memory back; what penalties (a count and a flag) and biases (a float,
-    kept twice while they grow) remember of each slot is there all the time."""
+    kept twice while they grow) remember of each slot, and masks (a bit), are there all the
+    time."""
     logits = load.rows * arch.vocab_size
     scored = (
         logits * (itemsize + 4 + 4 + 1)
@@ -163,7 +164,7 @@ def workspace(arch: Architecture, itemsize: int, load: Load) -> Workspace:
         )
     tables = 2 * load.positions * arch.head_dim * 4 + 4 * load.rows * (load.positions // 16 + 1) * 4
     activations = int(activations * SLACK) + handed_on_bytes(arch, itemsize, load)
-    return Workspace(activations, graphs, logits * (5 + 6), tables)
+    return Workspace(activations, graphs, logits * (5 + 6) + logits // 8, tables)
 
 
 def size(

@@ -1,8 +1,8 @@
 """What becomes of a model's matrices: kept quantized as the checkpoint has them, rounded while they
 are loaded, or full. Chooses before anything is loaded, and says what was chosen.
 
-A CPU keeps what is codes with scales and minima, a GPU with tensor cores 8-bit floats too, but no
-tables of embeddings. Everything else is made full while it is loaded.
+A CPU keeps what is codes with scales and minima, a GPU with tensor cores 8-bit floats and codes with
+lookup tables too, but no tables of embeddings. Everything else is made full while it is loaded.
 """
 
 import logging
@@ -74,10 +74,10 @@ class Target:
     def keeps(self, extent: Extent) -> bool:
         """Whether a matrix of the checkpoint stays quantized."""
         if not self.on_gpu:
-            return bool(extent.bits)
+            return bool(extent.bits) and not extent.table
         if not (extent.bits or extent.is_float):
             return False
-        return gpu_quantized_size.fits(extent.columns, extent.group)
+        return gpu_quantized_size.fits(extent.columns, extent.group, extent.table)
 
     def bytes(self, extent: Extent) -> int:
         """Of such a matrix, in memory."""
@@ -86,7 +86,7 @@ class Target:
             return int(weights * (extent.code_bytes + WITH_MINIMA))
         size = (extent.rows, extent.columns, extent.group)
         bits = extent.bits or 8
-        taken = gpu_quantized_size.packed_bytes(*size, bits, not extent.is_float)
+        taken = gpu_quantized_size.packed_bytes(*size, bits, not extent.is_float, extent.table)
         return taken + (gpu_quantized_size.block_scale_bytes(*size) if extent.is_float else 0)
 
 
@@ -142,7 +142,10 @@ def choose(
 
 def _of_gguf(source: Gguf, arch: Architecture, target: Target) -> Quantizing:
     counts = source.type_counts()
-    quantized = {name: count for name, count in counts.items() if name in gguf_quantized.TYPES}
+    types = gguf_quantized.TYPES
+    if not target.on_gpu:
+        types = {name: layout for name, layout in types.items() if layout.table is None}
+    quantized = {name: count for name, count in counts.items() if name in types}
     if not quantized or _made_full(target, "quantized weights"):
         return NONE
     kept = ", ".join(f"{count} {name}" for name, count in sorted(quantized.items()))
@@ -192,9 +195,9 @@ def _of_checkpoint(
 
 def _random(form: CheckpointFormat, arch: Architecture, target: Target) -> Quantizing:
     """Random weights are rounded to the format that the configuration names."""
-    if not target.on_gpu or target.obstacle():
+    if not target.on_gpu or target.obstacle() or not form.rounds:
         return NONE
-    rounding = Rounding(form.name, form.title(), form.rounded, stays=False, head=False)
+    rounding = Rounding(form.rounding_name, form.title(), form.rounded, stays=False, head=False)
     log.info("random weights are rounded to %s", form.title())
     return _kept_on_gpu(rounding, arch, target)
 
@@ -205,7 +208,10 @@ def _kept_on_gpu(rounding: Rounding, arch: Architecture, target: Target) -> Quan
     full = table if rounding.head or arch.tie_word_embeddings else 2 * table
     share = gpu_quantized_size.IN_FLIGHT.get(rounding.name, gpu_quantized_size.LARGEST)
     rounded = max(0, arch.parameters - full)
-    weights = int(full * target.dtype.itemsize + rounded * share) + _scratch(arch)
+    itemsize = target.dtype.itemsize
+    saved = rounded * (itemsize - share) / MIB
+    log.info("they stay quantized, which saves about %s MiB", f"{saved:,.0f}")
+    weights = int(full * itemsize + rounded * share) + _scratch(arch)
     return Quantizing(True, rounding, weights)
 
 
@@ -238,7 +244,7 @@ def _group(extent: Extent, scales: tuple[int, ...]) -> int:
 
 def _rounded(rounding: Rounding, arch: Architecture, target: Target) -> Quantizing:
     name = rounding.name
-    stays = rounding.stays_on_gpu if target.on_gpu else rounding.stays
+    stays = target.on_gpu or rounding.stays
     obstacle = target.obstacle() if stays else ""
     if obstacle and rounding.stays:
         raise Unsupported(f"--quantization {name} is not possible here: {obstacle}")

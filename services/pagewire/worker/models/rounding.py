@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from pagewire_kernels.lookup_tables import named
 from pagewire_kernels.quantized import GROUP, Quantized, quantize
 from torch import Tensor
 
-NF4: Final = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""Quantiles of a normal distribution: the NF4 of QLoRA, with bitsandbytes' digits."""
-NF4_BLOCK: Final = 64
-"""Weights of the flattened matrix that share a scale."""
+TABLE_BLOCK: Final = 64
+"""Weights of the flattened matrix that share a scale, of bitsandbytes' 4 bits."""
 INT8_MOST: Final = 127
 E4M3_MOST: Final = 448.0
 AT_A_TIME: Final = 1 << 22
@@ -29,15 +23,14 @@ AT_A_TIME: Final = 1 << 22
 @dataclass(frozen=True)
 class Rounding:
     """One format. `values`: of a matrix [N, K], Quantized where it is codes with scales and minima.
-    stays, stays_on_gpu: what the result can be kept quantized on. head: the head and, on a CPU, the
-    embeddings are rounded too."""
+    stays: the result can be kept quantized on a CPU, as all can on a GPU. head: the head and, on a
+    CPU, the embeddings are rounded too."""
 
     name: str
     title: str
     values: Callable[[Tensor], Tensor | Quantized]
     stays: bool
     head: bool
-    stays_on_gpu: bool = True
 
     def full(self, weight: Tensor) -> Tensor:
         """The rounded values, dequantized."""
@@ -52,20 +45,36 @@ def _in_groups(bits: int) -> Callable[[Tensor], Tensor | Quantized]:
     return values
 
 
-def nf4(weight: Tensor) -> Tensor:
-    """bitsandbytes' quantize_4bit of type nf4 without nested statistics, dequantized: blocks of 64
-    of the flattened matrix, each scaled by its largest magnitude, to the nearest of 16 values."""
-    flat = weight.float().flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+def by_table(weight: Tensor, form: str) -> Tensor | Quantized:
+    """bitsandbytes' quantize_4bit of type `form` (nf4 or fp4) without nested statistics: blocks of 64
+    of the flattened matrix. Dequantized where blocks are no parts of rows."""
+    if weight.shape[1] % TABLE_BLOCK == 0:
+        return in_blocks(weight, form)
+    flat = weight.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % TABLE_BLOCK)).view(-1, TABLE_BLOCK)
+    return in_blocks(blocks, form).dequantize().flatten()[: len(flat)].view(weight.shape)
+
+
+def in_blocks(weight: Tensor, form: str) -> Quantized:
+    """weight [N, K], K a multiple of 64, each 64 inputs of a row scaled by their largest magnitude,
+    to the nearest of the 16 values of the table of that name."""
+    blocks = weight.float().reshape(-1, TABLE_BLOCK)
     absmax = blocks.abs().amax(1, keepdim=True)
-    table = torch.tensor(NF4, device=weight.device)
-    borders = (table[1:] + table[:-1]) / 2
-    rows = max(1, AT_A_TIME // NF4_BLOCK)
+    table = named(form, weight.device)
+    in_order, code_of = table.sort(stable=True)
+    borders = (in_order[1:] + in_order[:-1]) / 2
+    rows = max(1, AT_A_TIME // TABLE_BLOCK)
     pieces = [
-        table[torch.bucketize(torch.nan_to_num(part / most), borders)] * most
+        code_of[torch.bucketize(torch.nan_to_num(part / most), borders)].to(torch.uint8)
         for part, most in zip(blocks.split(rows), absmax.split(rows), strict=True)
     ]
-    return torch.cat(pieces).flatten()[: len(flat)].view(weight.shape)
+    scale = absmax.view(weight.shape[0], -1)
+    return Quantized(torch.cat(pieces).view(weight.shape), scale, table=table)
+
+
+def nf4(weight: Tensor) -> Tensor | Quantized:
+    """by_table of NF4."""
+    return by_table(weight, "nf4")
 
 
 def int8_rows(weight: Tensor) -> Quantized:
@@ -89,7 +98,7 @@ ROUNDINGS: Final = {
     for rounding in (
         Rounding("int8", "8 bits in groups of 32 inputs", _in_groups(8), True, True),
         Rounding("int4", "4 bits in groups of 32 inputs", _in_groups(4), True, True),
-        Rounding("bitsandbytes", "NF4 in blocks of 64", nf4, False, False, stays_on_gpu=False),
+        Rounding("bitsandbytes", "NF4 in blocks of 64", nf4, False, False),
         Rounding("bitsandbytes_8bit", "8 bits with a scale a row", int8_rows, True, False),
         Rounding("fp8", "float8_e4m3 with a scale a row", fp8_rows, False, False),
     )

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
-from pagewire_protocol.grammar import Grammar
+from numpy.typing import NDArray
 
 from ...grammar.child import MatcherGone, MatcherProcess
 from ...grammar.messages import Advance, Close, Failed, FromMatcher, Masks, Open, Start
+from .matched_stream import Ints, Keys, Stream, slots_of
 
 log = logging.getLogger("pagewire.worker")
 HANG_S: Final = 10.0
 """A process that is ready and owes an answer for so long is ended."""
+LOOK_EVERY_S: Final = 0.5
+"""How often it is looked whether one hangs."""
 LOAD_S: Final = 300.0
 """The same of one that loads its vocabulary, which may have to be downloaded."""
 RESTART_S: Final = (0.1, 5.0)
@@ -26,45 +29,28 @@ MAX_FAILED_STARTS: Final = 5
 """Processes in a row that end before they are ready, after which no grammar is held."""
 MAX_DEATHS: Final = 3
 """A stream at whose work alone so many processes ended gets no further masks."""
-
-
-class Stream:
-    """One admission: its grammar and all its output tokens."""
-
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "matcher", "output", "slot")
-
-    def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
-        self.key = key
-        self.slot = slot
-        self.grammar = grammar
-        self.output = output
-        self.forced: list[int] = []
-        """The forced run that follows `output`: the matcher has taken it already."""
-        self.deaths = 0
-        """Processes in a row that ended while they worked for this stream alone."""
-        self.died_at = 0
-        """How many output tokens it had when the last one did."""
-        self.matcher: Matcher | None = None
+NOTHING_OWED: Final = np.inf
 
 
 class Matcher:
-    """`on_mask(stream)`: the row of the stream's slot holds the mask behind its output and its
-    forced run. `on_failed(stream)`: there will be none any more. `on_lost(streams)`: their masks
-    and forced runs are gone."""
+    """`on_masks(self, keys, positions, runs)`: masks have come for these streams [R], output positions
+    [R] and forced runs before them (None: there are none); returns the keys of those that they are
+    still for. `on_failed(stream)`: there will be none any more. `on_lost(streams)`: their masks and
+    forced runs are gone."""
 
     def __init__(
         self,
         start: Start,
         clock: Callable[[], float],
         start_process: Callable[[Start], MatcherProcess],
-        on_mask: Callable[[Stream], None],
+        on_masks: "OnMasks",
         on_failed: Callable[[Stream], None],
         on_lost: Callable[[list[Stream]], None],
     ) -> None:
         self._start_process = start_process
         self._start = start
         self._clock = clock
-        self._on_mask = on_mask
+        self._on_masks = on_masks
         self._on_failed = on_failed
         self._on_lost = on_lost
         self._failed: set[int] = set()
@@ -75,8 +61,11 @@ class Matcher:
         """By key."""
         self._suspects: deque[int] = deque()
         """Streams at whose work a process has ended, by key: opened one after the other."""
-        self._owed: dict[int, float] = {}
-        """Keys that an answer is due for, and since when."""
+        self._blamed: set[int] = set()
+        """Keys of streams at whose work alone processes have ended, and that got no further yet."""
+        self._owed = np.full(start.rows, NOTHING_OWED)
+        """By slot: since when an answer is due for its stream, NOTHING_OWED where none is."""
+        self._next_look = 0.0
         self.next_start = 0.0
         self._pause_s = RESTART_S[0]
         self._failed_starts = 0
@@ -91,7 +80,8 @@ class Matcher:
     def add(self, stream: Stream) -> None:
         """Match `stream` from its output on."""
         self.streams[stream.key] = stream
-        stream.matcher = self
+        if stream.deaths:
+            self._blamed.add(stream.key)
         if self.process is None:
             self.restart()
         else:
@@ -100,9 +90,9 @@ class Matcher:
     def remove(self, stream: Stream) -> None:
         """It is over, or goes to another matcher."""
         del self.streams[stream.key]
-        stream.matcher = None
         self._failed.discard(stream.key)
-        self._answered(stream.key)
+        self._blamed.discard(stream.key)
+        self._answered(np.array([stream.key], np.uint64))
         if self.process is not None:
             self.process.send(Close((stream.key,)))
 
@@ -119,16 +109,14 @@ class Matcher:
         if self.process is None:
             return
         output = np.array(stream.output, np.int32).tobytes()
-        self._owed.setdefault(stream.key, self._clock())
+        self._owed[stream.slot] = min(self._owed[stream.slot], self._clock())
         self.process.send(Open(stream.key, stream.slot, stream.grammar, output))
 
-    def advance(self, keys: list[int], tokens: list[int]) -> None:
-        """The streams' next tokens, which are in their outputs already."""
-        now = self._clock()
-        self._owed.update(dict.fromkeys(keys, now))
+    def advance(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
+        """The streams' next tokens [R], which are put into their outputs before anything else."""
+        self._owed[slots_of(keys)] = self._clock()
         if self.process is not None:
-            columns = np.array(keys, np.uint64), np.array(tokens, np.int32)
-            self.process.send(Advance(*(column.tobytes() for column in columns)))
+            self.process.send(Advance(keys.tobytes(), tokens.tobytes()))
 
     # --- the process ---
 
@@ -158,7 +146,7 @@ class Matcher:
         if self._clock() < self.next_start:
             return
         self.process = self._start_process(self._start)
-        self._owed.clear()
+        self._owed[:] = NOTHING_OWED
         self._suspects = deque(key for key in self._suspects if key in self.streams)
         for stream in list(self.streams.values()):
             if stream.key not in self._suspects and stream.key not in self._failed:
@@ -168,41 +156,48 @@ class Matcher:
     def _take(self, message: FromMatcher) -> None:
         match message:
             case Masks():
-                keys = np.frombuffer(message.keys, np.uint64).tolist()
-                positions = np.frombuffer(message.positions, np.int32).tolist()
-                runs = _forced_runs(message, len(keys))
-                for key, position, run in zip(keys, positions, runs, strict=True):
-                    stream = self.streams.get(key)
-                    if stream is not None and len(stream.output) + len(run) == position:
-                        stream.forced = run
-                        self._on_mask(stream)
-                        if position > stream.died_at:
-                            stream.deaths = 0
-                        self._answered(key)
+                keys = np.frombuffer(message.keys, np.uint64)
+                positions = np.frombuffer(message.positions, np.int32)
+                current = self._on_masks(self, keys, positions, _forced_runs(message))
+                if self._blamed:
+                    self._forgive(keys, positions, current)
+                self._answered(current)
             case Failed():
                 stream = self.streams.get(message.key)
                 if stream is not None:
                     log.warning("a grammar cannot be held any further: %s", message.message)
                     self._fail(stream)
-                    self._answered(message.key)
+                    self._answered(np.array([message.key], np.uint64))
             case _:
                 pass
 
-    def _answered(self, key: int) -> None:
-        """No answer for `key` is due any more."""
-        self._owed.pop(key, None)
+    def _forgive(self, keys: Keys, positions: Ints, current: Keys) -> None:
+        """Streams that got further than where a process ended did not end it."""
+        got = dict(zip(keys.tolist(), positions.tolist(), strict=True))
+        for key in self._blamed.intersection(current.tolist()):
+            stream = self.streams[key]
+            if got[key] > stream.died_at:
+                stream.deaths = 0
+                self._blamed.discard(key)
+
+    def _answered(self, keys: Keys) -> None:
+        """No answer for `keys` [R] is due any more."""
+        if not len(keys):
+            return
+        self._owed[slots_of(keys)] = NOTHING_OWED
         self._pause_s = RESTART_S[0]
-        if self._suspects and self._suspects[0] == key:
+        if self._suspects and self._suspects[0] in keys.tolist():
             self._suspects.popleft()
             self._open_suspect()
 
     def _look(self) -> None:
         """End a process that hangs."""
-        if not self._owed or self.process is None:
+        now = self._clock()
+        if now < self._next_look or self.process is None:
             return
+        self._next_look = now + LOOK_EVERY_S
         limit = HANG_S if self.process.is_ready else LOAD_S
-        oldest = next(iter(self._owed.values()))
-        if self._clock() - max(oldest, self.process.ready_at) > limit:
+        if now - max(float(self._owed.min()), self.process.ready_at) > limit:
             self.process.close()
             self._lost(f"has not answered for {limit:.0f} s")
 
@@ -228,13 +223,16 @@ class Matcher:
     def _blame(self) -> None:
         """Whatever the process worked for may be what ended it. Which of several it was shows when
         they are opened one by one."""
-        alone = len(self._owed) == 1 or bool(self._suspects)
-        blamed = [self._suspects[0]] if self._suspects else list(self._owed)
+        owed = [key for key, s in self.streams.items() if self._owed[s.slot] < NOTHING_OWED]
+        alone = len(owed) == 1 or bool(self._suspects)
+        blamed = [self._suspects[0]] if self._suspects else owed
         for key in blamed:
             stream = self.streams.get(key)
             if stream is None:
                 continue
             stream.deaths += alone
+            if alone:
+                self._blamed.add(key)
             stream.died_at = len(stream.output)
             if stream.deaths >= MAX_DEATHS:
                 log.error("a grammar has ended %d matcher processes; it is given up", stream.deaths)
@@ -262,10 +260,14 @@ class Matcher:
             self.open(self.streams[self._suspects[0]])
 
 
-def _forced_runs(message: Masks, rows: int) -> list[list[int]]:
-    """The forced run of each row."""
+def _forced_runs(message: Masks) -> list[list[int]] | None:
+    """The forced run of each row; None where there are none."""
     if not message.forced_counts:
-        return [[] for _ in range(rows)]
+        return None
     counts = np.frombuffer(message.forced_counts, np.int32)
     tokens = np.frombuffer(message.forced_tokens, np.int32)
     return [run.tolist() for run in np.split(tokens, np.cumsum(counts)[:-1])]
+
+
+OnMasks = Callable[[Matcher, Keys, Ints, list[list[int]] | None], Keys]
+"""See Matcher."""

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...grammar.messages import mask_words
 from ..rank_link import Follower, Leader, Link
 from .grammar_masks import Bools, GrammarMasks, Ints
-from .matcher import Stream
+from .matched_stream import Stream
 
 MakeMasks = Callable[[int, ModelConfig, int, tuple[int, ...]], GrammarMasks]
 """As GrammarMasks."""
@@ -99,10 +100,12 @@ class FollowingMasks(GrammarMasks):
         self._failed[:] = np.frombuffer(decision.failed, np.bool_)
         masked = np.frombuffer(decision.slots, np.int64)
         masks = np.frombuffer(decision.masks, np.uint32)
-        self._masks[masked] = masks.reshape(len(masked), self._masks.shape[1])
+        masks = masks.reshape(len(masked), self._masks.shape[1])
+        self._masks[masked] = masks
+        self.mirror.write(masked, masks)
         return np.frombuffer(decision.ready, np.bool_)
 
-    def rows(self, slots: Ints) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """See GrammarMasks."""
         return self._masks[slots]
 

@@ -66,6 +66,8 @@ class Slots:
         self.needs_extra = np.zeros(count, bool)
         """Sampling takes more than temperature and filters: penalties, constraints or
         log-probabilities."""
+        self.grammar_only = np.zeros(count, bool)
+        """A grammar is all that constrains the tokens; log-probabilities may be asked for."""
         self.filtered = np.zeros(count, bool)
         """Tokens are drawn, from what filters like top-p leave of the vocabulary."""
         self.draws = np.zeros(count, bool)
@@ -137,6 +139,7 @@ class Slots:
         self.needs_extra[slot] = (
             constrained or penalized or has_grammar or sampling.logprobs > NO_LOGPROBS
         )
+        self.grammar_only[slot] = has_grammar and not constrained and not penalized
         self.plain_greedy[slot] = sampling.greedy and not self.needs_extra[slot]
 
     def penalized(self, slots: Ints) -> Bools:

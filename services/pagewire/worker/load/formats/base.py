@@ -28,14 +28,16 @@ FOUR_BITS = 4
 @dataclass(frozen=True)
 class Extent:
     """Size of a quantized matrix W [rows, columns]. bits: of its codes, where it is codes with
-    scales and minima; 0: it is neither those nor (is_float) floating-point numbers of 8 bits, and
-    made full. group: inputs that share a scale."""
+    scales and minima, or (table) with the table of that name (lookup_tables); 0: it is none of those
+    nor (is_float) floating-point numbers of 8 bits, and made full. group: inputs that share a
+    scale."""
 
     rows: int
     columns: int
     bits: int
     is_float: bool = False
     group: int = 0
+    table: str = ""
 
     @property
     def code_bytes(self) -> float:
@@ -53,6 +55,13 @@ class CheckpointFormat(ABC):
     markers: ClassVar[tuple[str, ...]]
     unused: ClassVar[tuple[str, ...]] = ()
     """Endings of tensors that products with 16-bit activations have no use for."""
+    rounds: ClassVar[bool] = True
+    """Whether `rounded` rounds."""
+
+    @property
+    def rounding_name(self) -> str:
+        """What `rounded` does, as --quantization calls it."""
+        return self.name
 
     @abstractmethod
     def title(self) -> str:
@@ -61,7 +70,8 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """W [out features, in features] of the matrix named `module`, with all values exact in
-        float32: Quantized where it is codes with scales and minima, else dequantized. Raises
+        float32: Quantized where it is codes with scales and minima, or with a table, else
+        dequantized. Raises
         Unsupported, with names and shapes, for parts that do not fit each other."""
 
     def rounded(self, weight: Tensor) -> Tensor | Quantized:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import torch
+from pagewire_kernels.lookup_tables import form_of
 from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from ...models.architecture import Unsupported
-from .base import CheckpointFormat, Extent, Parts, check_shape, required
+from ...models.rounding import TABLE_BLOCK, by_table, int8_rows
+from .base import FOUR_BITS, CheckpointFormat, Extent, Parts, check_shape, required
 
 STATE: Final = "weight.quant_state.bitsandbytes__"
 TYPES: Final = ("nf4", "fp4")
@@ -75,15 +77,33 @@ class Bitsandbytes(CheckpointFormat):
         table = required(module, parts, "weight.quant_map").float()
         check_shape(module, "weight.quant_map", table, TABLE)
         codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[: rows * columns]
+        if columns % TABLE_BLOCK == 0 and blocksize % TABLE_BLOCK == 0 and form_of(table):
+            scale = absmax.repeat_interleave(blocksize // TABLE_BLOCK)
+            groups = rows * columns // TABLE_BLOCK
+            scale = scale[:groups].view(rows, -1)
+            return Quantized(codes.view(rows, columns), scale, table=table)
+        # blocks go over the ends of rows
         values = table[codes.int()]
         blocks = absmax.repeat_interleave(blocksize)[: rows * columns]
         return values.mul_(blocks).view(rows, columns)
 
+    @property
+    def rounding_name(self) -> str:
+        """See CheckpointFormat."""
+        return self.name if self.bits == FOUR_BITS else f"{self.name}_8bit"
+
+    def rounded(self, weight: Tensor) -> Tensor | Quantized:
+        """See CheckpointFormat."""
+        return by_table(weight, self.kind) if self.bits == FOUR_BITS else int8_rows(weight)
+
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
         """See CheckpointFormat."""
         rows, columns = shapes["weight"]
-        # A matrix of 4 bits is saved as one column of bytes.
-        return Extent(rows, columns, 8) if "SCB" in shapes else Extent(2 * rows, columns, 0)
+        if "SCB" in shapes:
+            return Extent(rows, columns, 8)
+        # A matrix of 4 bits is saved as one column of bytes, which does not tell how long its rows
+        # are: those of nearly all models are whole blocks.
+        return Extent(2 * rows * columns // TABLE_BLOCK, TABLE_BLOCK, FOUR_BITS, table=self.kind)
 
 
 def _int8(module: str, weight: Tensor, scb: Tensor) -> Quantized:

@@ -8,14 +8,27 @@ rows over the outputs), and full_rows [K, X] with full_row_indices int32 [X] of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
+from pagewire_kernels.lookup_tables import ENTRIES, ROW_TABLES
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from ...models.architecture import Unsupported
-from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_number
+from .base import (
+    FOUR_BITS,
+    CheckpointFormat,
+    Extent,
+    Parts,
+    check_shape,
+    required,
+    whole_number,
+)
 from .packing import BITS_A_WORD, unpack_words
+
+SPARSE: Final = frozenset(("vals", "full_rows"))
+"""Endings of parts that are added in full."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class SqueezeLlm(CheckpointFormat):
     )
     markers: ClassVar[tuple[str, ...]] = ("lookup_table",)
     unused: ClassVar[tuple[str, ...]] = (".startrows",)
+    rounds: ClassVar[bool] = False
     bits: int
 
     @classmethod
@@ -48,7 +62,7 @@ class SqueezeLlm(CheckpointFormat):
         """See CheckpointFormat."""
         return f"squeezellm ({self.bits} bits, a table a row)"
 
-    def matrix(self, module: str, parts: Parts) -> Tensor:
+    def matrix(self, module: str, parts: Parts) -> Tensor | Quantized:
         """See CheckpointFormat."""
         qweight = required(module, parts, "qweight")
         table = required(module, parts, "lookup_table")
@@ -56,6 +70,9 @@ class SqueezeLlm(CheckpointFormat):
         in_features = qweight.shape[0] * BITS_A_WORD // self.bits
         check_shape(module, "lookup_table", table, out_features, 1 << self.bits)
         codes = unpack_words(qweight.T.contiguous(), self.bits, in_features)
+        if not SPARSE.intersection(parts):
+            tables = torch.nn.functional.pad(table.float(), (0, ENTRIES - table.shape[1]))
+            return Quantized(codes, torch.ones_like(tables[:, :1]), table=tables)
         weight = table.float().gather(1, codes.long())
         if "vals" in parts:
             self._add_sparse(module, parts, weight)
@@ -84,4 +101,7 @@ class SqueezeLlm(CheckpointFormat):
     def extent(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> Extent:
         """See CheckpointFormat."""
         words, rows = shapes["qweight"]
-        return Extent(rows, words * BITS_A_WORD // self.bits, 0)
+        columns = words * BITS_A_WORD // self.bits
+        if SPARSE.intersection(shapes):
+            return Extent(rows, columns, 0)
+        return Extent(rows, columns, FOUR_BITS, table=ROW_TABLES)

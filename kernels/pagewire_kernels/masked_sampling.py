@@ -1,0 +1,183 @@
+"""The next token of rows that masks restrict, from the logits of a whole step: masks are applied
+while logits are read, and the tokens go where the step has put those that it sampled without them.
+
+One launch, or three where some row has top-k, top-p or min-p: those look at what the mask leaves.
+The random map is that of `sampling.sample` on logits in float32 of which the excluded ones are
+minus infinity, bit for bit. Everything that changes from step to step is read from the device, in
+one piece (`MaskedSamplingRows.views`), so that a step uploads once.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sampling import _slice, slices_of, thresholds
+from .sampling_map import PARAMETERS, SamplingRows
+from .workspace import counters
+
+BLOCK: Final = 1024
+"""Logits that a program looks at together."""
+ALIGNED: Final = 16
+"""Bytes: where the parts of the one piece begin."""
+
+
+@dataclass
+class MaskedSamplingRows:
+    """G rows of a step. rows, slots, masks: int32 [G]: which rows of the logits they are, whose, and
+    which rows of `words` are theirs. words: int32 [M, ceil(V / 32)]: bit i % 32 of word i // 32 is
+    set where token i may come; of those that are theirs at least one is. sampling: of the G
+    rows."""
+
+    rows: Tensor
+    slots: Tensor
+    masks: Tensor
+    words: Tensor
+    sampling: SamplingRows
+
+    @classmethod
+    def num_bytes(cls, most: int, words: int, count: int) -> int:
+        """Bytes before the end of the `count`th mask, in memory for `most` rows and masks."""
+        return _head_bytes(most) + 4 * words * count
+
+    @classmethod
+    def views(cls, memory: Tensor, most: int, words: int) -> "MaskedSamplingRows":
+        """The parts of `memory`, uint8 of num_bytes(most, words, most) on any device, for `most`
+        rows and masks. Masks come last: of fewer, the beginning is all that is needed."""
+        at = 0
+        parts: list[Tensor] = []
+        for dtype, rows in _HEAD:
+            size = rows * most * dtype.itemsize
+            parts.append(memory[at : at + size].view(dtype).view(rows, most))
+            at += _aligned(size)
+        longs, values, ints = parts
+        masks = memory[at : at + 4 * words * most].view(torch.int32).view(most, words)
+        sampling = SamplingRows(values, longs[0], longs[1], False)
+        return cls(ints[0], ints[1], ints[2], masks, sampling)
+
+    def first(self, count: int, filtered: bool) -> "MaskedSamplingRows":
+        """A view of the first `count` rows; filtered: some of them restrict the vocabulary."""
+        sampling = self.sampling
+        return MaskedSamplingRows(
+            self.rows[:count],
+            self.slots[:count],
+            self.masks[:count],
+            self.words,
+            SamplingRows(
+                sampling.values[:, :count],
+                sampling.seeds[:count],
+                sampling.positions[:count],
+                filtered,
+            ),
+        )
+
+
+_HEAD: Final = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
+"""What comes before the masks: seeds and positions, sampling parameters, indices."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _head_bytes(most: int) -> int:
+    return sum(_aligned(rows * most * dtype.itemsize) for dtype, rows in _HEAD)
+
+
+@triton.jit
+def _gather(logits, rows, masks, words, out, width, stride, num_words, BLOCK: tl.constexpr):
+    """Logits that masks leave, in float32; minus infinity for the others."""
+    held = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + held).to(tl.int64)
+    own = words + tl.load(masks + held).to(tl.int64) * num_words
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < width
+    word = tl.load(own + i // 32, mask=inside, other=0)
+    x = tl.load(logits + row * stride + i, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(((word >> (i % 32)) & 1) != 0, x, float("-inf"))
+    tl.store(out + held * width + i, x, mask=inside)
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
+                   last_token, sampled_tokens, width, stride, num_words, slices,
+                   S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    held = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = tl.load(rows + held).to(tl.int64)
+    span = tl.cdiv(tl.cdiv(width, slices), BLOCK) * BLOCK
+    lo = part * span
+    hi = tl.minimum(lo + span, width)
+    threshold = tl.full([], float("-inf"), tl.float32)
+    if FILTERED:
+        threshold = tl.load(thresholds + held)
+    best, where, _, _, bad = _slice(
+        logits + row * stride,
+        words + tl.load(masks + held).to(tl.int64) * num_words,
+        lo,
+        hi,
+        threshold,
+        tl.load(temperatures + held),
+        tl.load(seeds + held),
+        tl.load(positions + held),
+        True,
+        BLOCK,
+        FAST,
+    )
+    winner = tl.max(best, 0)
+    out = held * slices + part
+    tl.store(numbers + out * 2, winner)
+    tl.store(numbers + out * 2 + 1, tl.sum(bad, 0).to(tl.float32))
+    tl.store(ids + out, tl.min(tl.where(best == winner, where, 2147483647), 0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + held, 1) == slices - 1:
+        tl.store(arrived + held, 0)
+        s = tl.arange(0, S_PAD)
+        found = held * slices + s
+        inside = s < slices
+        score = tl.load(numbers + found * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        flag = tl.load(numbers + found * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        tokens = tl.load(ids + found, mask=inside, other=2147483647, cache_modifier=".cg")
+        token = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
+        tl.store(last_token + tl.load(slots + held).to(tl.int64), token)
+        tl.store(sampled_tokens + row, tl.where(tl.sum(flag, 0) > 0, -1, token))
+
+
+def sample_masked(
+    logits: Tensor, held: MaskedSamplingRows, last_token: Tensor, sampled_tokens: Tensor
+) -> None:
+    """One token for each of `held`, from its row of logits [R, V] (float32, float16 or bfloat16;
+    rows may be strided). sampled_tokens int32 [R]: the rows' tokens, -1 where an allowed logit is
+    NaN; last_token int32 [S]: their slots' too, always a token. Rows and slots differ."""
+    count, width = held.rows.shape[0], logits.shape[1]
+    num_words = held.words.shape[1]
+    slices = slices_of(count, width, BLOCK)
+    device = logits.device
+    numbers = torch.empty(count * slices * 2, dtype=torch.float32, device=device)
+    ids = torch.empty(count * slices, dtype=torch.int32, device=device)
+    sampling = held.sampling
+    least = None
+    if sampling.filtered:
+        left = torch.empty(count, width, dtype=torch.float32, device=device)
+        _gather[(count, triton.cdiv(width, 4096))](
+            logits,
+            held.rows,
+            held.masks,
+            held.words,
+            left,
+            width,
+            logits.stride(0),
+            num_words,
+            BLOCK=4096,
+        )
+        least = thresholds(left, sampling)
+    _sample_masked[(count, slices)](logits, held.rows, held.slots, held.masks, held.words, least, sampling.temperature,
+        sampling.seeds, sampling.positions, numbers, ids, counters(device, "masked sampling", count), last_token,
+        sampled_tokens, width, logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices),
+        BLOCK=BLOCK, FILTERED=sampling.filtered, FAST=device.type == "cuda", num_warps=4)  # fmt: skip
