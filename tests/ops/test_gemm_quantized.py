@@ -26,7 +26,7 @@ from pagewire_kernels import (
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
-from pagewire_kernels.float8_rows import quantize_rows
+from pagewire_kernels.float8_rows import empty_rows, quantize_rows
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.quantized_rows import ROW
@@ -164,14 +164,23 @@ def test_products_of_blocks_in_float8(rows: list[int], monkeypatch) -> None:
         assert pack([part]).nbytes == planned + more
 
 
-def test_scales_of_blocks_have_the_strides_that_torch_asks_for(monkeypatch) -> None:
-    """Of both operands: rows' scales lie by group, and rows are filled up to a multiple of 4."""
+@pytest.mark.parametrize("rows", [48, 100, 256])
+def test_torch_takes_blocks_as_they_are_laid_out(rows: int, monkeypatch) -> None:
+    """By shapes and strides alone, on its meta device: rows' scales lie by group, rows are filled up
+    to a multiple of 4, and the weight's to whole blocks."""
     monkeypatch.setattr(gemm_scaled, "has_block_products", lambda device: True)
-    for rows in (100, 256):
-        (matrix,) = pack([in_blocks(rows, 1024)]).parts
-        assert matrix.block_scale is not None
-        assert matrix.block_scale.t().shape == (8, -(-rows // 128))
-        assert matrix.block_scale.t().stride() == (1, 8)
+    (matrix,) = pack([in_blocks(rows, 1024)]).parts
+    assert matrix.block_scale is not None
+    there = replace(
+        matrix, words=matrix.words.to("meta"), block_scale=matrix.block_scale.to("meta")
+    )
+    x = empty_rows(70, 1024, 128, torch.bfloat16, torch.device("meta"))
+    out = gemm_scaled.scaled_linear(x, there)
+    assert out.shape == (70, rows)
+    assert out.dtype == torch.bfloat16
+
+
+def test_scales_of_rows_lie_by_group() -> None:
     x = quantize_rows(torch.randn(70, 1024), 128)
     assert len(x) == 70
     assert x.codes.shape == (72, 1024)
@@ -205,22 +214,50 @@ def test_which_products_are_taken_in_float8(monkeypatch) -> None:
     assert side_by_side.input_group(65, torch.bfloat16) is None
 
 
-def test_blocks_that_torch_refuses_are_multiplied_in_16_bits(monkeypatch, caplog) -> None:
-    """Found once, at loading, with a line."""
+def refuses(*operands: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("only for another GPU\nwith details")
 
-    def refuses(*operands: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("only for another GPU\nwith details")
 
+def by_blocks(
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, block_scale: torch.Tensor
+) -> torch.Tensor:
+    """As torch's product."""
+    by_row = block_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    x = codes.float() * scales.repeat_interleave(128, 1)
+    return (x @ (weight.float() * by_row).T).bfloat16()
+
+
+def misreads_rows(codes: torch.Tensor, scales: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+    return by_blocks(codes, scales.reshape(scales.T.shape).T, *weight)
+
+
+def misreads_blocks(*operands: torch.Tensor) -> torch.Tensor:
+    *others, block_scale = operands
+    return by_blocks(*others, block_scale.T.reshape(block_scale.shape))
+
+
+@pytest.mark.parametrize(
+    ("product", "told"),
+    [
+        (by_blocks, ""),
+        (refuses, "(only for another GPU)"),
+        (misreads_rows, "is off by"),
+        (misreads_blocks, "is off by"),
+    ],
+)
+def test_products_of_blocks_are_tried_once(product, told: str, monkeypatch, caplog) -> None:
+    """At loading, with a line where torch cannot be used."""
     monkeypatch.setattr(gemm_scaled, "_has_products", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gemm_scaled, "_by_blocks", refuses)
+    monkeypatch.setattr(gemm_scaled, "_by_blocks", product)
     gemm_scaled.has_block_products.cache_clear()
     for _ in range(2):
-        assert pack([in_blocks(128, 512)]).input_group(65, torch.bfloat16) is None
+        group = pack([in_blocks(128, 512)]).input_group(65, torch.bfloat16)
+        assert group == (None if told else 128)
     gemm_scaled.has_block_products.cache_clear()
-    (record,) = caplog.records
-    assert "128 x 128" in record.getMessage() and "only for another GPU" in record.getMessage()
-    assert "details" not in record.getMessage()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(told)
+    assert all("128 x 128" in line and told in line for line in lines)
 
 
 @pytest.mark.parametrize(("splits", "rows"), [(1, 20), (3, 1), (4, 20)])
