@@ -191,6 +191,9 @@ def _errors(forms: Forms, x: Tensor) -> Iterator[tuple[str, float]]:
 def check_and_time() -> list[str]:
     """What is wrong; prints errors and a table of times."""
     wrong: list[str] = []
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability() == (9, 0) and not gemm_scaled.has_block_products(device):
+        wrong.append("torch has no products of blocks on this GPU, which should have them")
     sums: dict[tuple[int, str], float] = {}
     for title, (n, k) in SIZES.items():
         torch.manual_seed(5)
