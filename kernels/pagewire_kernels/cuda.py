@@ -70,7 +70,7 @@ class CudaOps:
 
     def __init__(self, choices: KernelChoices) -> None:
         self.choices = choices
-        self.quantized = CudaQuantized(choices.gemm)
+        self.quantized = CudaQuantized(choices)
 
     @property
     def fused(self) -> "CudaOps":

@@ -11,10 +11,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from . import activation, float8_rows, gemm, gemm_row, gemm_scaled, norm
-from .gemm_cublaslt import GemmAlgorithms
+from . import (
+    activation,
+    float8_rows,
+    gemm,
+    gemm_quantized_hopper,
+    gemm_row,
+    gemm_scaled,
+    norm,
+)
 from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
 from .gpu_quantized_size import BLOCK, FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .kernel_choices import KernelChoices
 from .lookup_tables import ROW_TABLES, form_of, named
 from .packed_matrix import PackedExperts, PackedMatrix, pack_scales, stack
 from .quantized import Quantized
@@ -36,9 +44,9 @@ class QuantizedMatrices:
     """Matrices that read the same input, side by side: W [N, K]. Neighbours of the same form are
     one matrix, others follow each other."""
 
-    def __init__(self, parts: Sequence[PackedMatrix], algorithms: GemmAlgorithms) -> None:
+    def __init__(self, parts: Sequence[PackedMatrix], choices: KernelChoices) -> None:
         self._parts = parts
-        self._algorithms = algorithms
+        self._choices = choices
         self._rows = sum(matrix.shape[0] for matrix in parts)
         self._columns = parts[0].shape[1]
 
@@ -73,17 +81,25 @@ class QuantizedMatrices:
         group = self.input_group(len(x), x.dtype)
         if group is not None:
             return self.in_float8(float8_rows.quantize_rows(x, group), bias)
-        if len(x) > MOST_FUSED_ROWS and self._rows * self._columns <= LARGEST_DENSE:
-            return gemm.linear(x, self.dense(x.dtype), bias, self._algorithms)
-        if len(self._parts) == 1:
-            return quantized_linear(x, self._parts[0], bias)
+        on_hopper = [self._goes_to_hopper(x, matrix) for matrix in self._parts]
+        if (
+            len(x) > MOST_FUSED_ROWS
+            and not all(on_hopper)
+            and self._rows * self._columns <= LARGEST_DENSE
+        ):
+            return gemm.linear(x, self.dense(x.dtype), bias, self._choices.gemm)
         out = torch.empty(len(x), self._rows, dtype=x.dtype, device=x.device)
         first = 0
-        for matrix in self._parts:
+        for matrix, hopper in zip(self._parts, on_hopper, strict=True):
             rows = slice(first, first + matrix.shape[0])
-            quantized_linear(x, matrix, None if bias is None else bias[rows], out=out[:, rows])
+            part_bias = None if bias is None else bias[rows]
+            multiply = gemm_quantized_hopper.hopper_linear if hopper else quantized_linear
+            multiply(x, matrix, part_bias, out=out[:, rows])
             first += matrix.shape[0]
         return out
+
+    def _goes_to_hopper(self, x: Tensor, matrix: PackedMatrix) -> bool:
+        return self._choices.hopper_quantized and gemm_quantized_hopper.takes(x, matrix)
 
     def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
         """See backend.QuantizingOps.group_of."""
@@ -153,8 +169,8 @@ class CudaQuantized:
 
     quantizing = CudaQuantizing()
 
-    def __init__(self, algorithms: GemmAlgorithms) -> None:
-        self._algorithms = algorithms
+    def __init__(self, choices: KernelChoices) -> None:
+        self._choices = choices
 
     @property
     def experts(self) -> "CudaQuantized":
@@ -180,7 +196,8 @@ class CudaQuantized:
             key=lambda matrix: (_form(matrix), matrix.group, matrix.quantize_inputs),
         )
         packed = [_with_blocks(list(same)) for _, same in alike]
-        matrices = QuantizedMatrices(packed, self._algorithms)
+        matrices = QuantizedMatrices(packed, self._choices)
+        self._choices.int4_groups.update((m.group, m.rest) for m in packed if m.form == INT4)
         elements = matrices.shape.numel()
         if elements <= LARGEST_DENSE:
             _room(packed[0].words.device, elements, torch.float16)

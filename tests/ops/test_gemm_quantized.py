@@ -27,7 +27,7 @@ from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.float8_rows import empty_rows, quantize_rows
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.quantized_rows import ROW
 
@@ -88,7 +88,7 @@ CASES = {
 
 
 def pack(parts: list[Quantized]) -> QuantizedMatrices:
-    matrices = CudaQuantized(GemmAlgorithms()).pack(parts, False)
+    matrices = CudaQuantized(KernelChoices()).pack(parts, False)
     assert matrices is not None
     return matrices
 
@@ -273,7 +273,7 @@ def test_splits_are_added_in_order(splits: int, rows: int) -> None:
 
 
 def test_what_cannot_be_packed() -> None:
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     assert ops.pack([quantize(weight(64, 96), 4)], False) is None
     assert not gpu_quantized_size.fits(128, 24)
 

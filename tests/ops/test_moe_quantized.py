@@ -17,7 +17,7 @@ from pagewire_kernels import moe_quantized
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.moe_quantized import ExpertsConfig
 from pagewire_kernels.packed_matrix import PackedExperts
 from pagewire_kernels.quantized import Quantized, quantize
@@ -41,7 +41,7 @@ MOE = {
 
 def packed(weights: Tensor, halves: int, form: str) -> tuple[PackedExperts, Tensor]:
     """Of weights [E, halves * N, K], and what they are dequantized."""
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     parts = [[FORMS[form](half) for half in expert.chunk(halves)] for expert in weights]
     stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
     assert stacked is not None
@@ -103,7 +103,7 @@ def test_no_tokens() -> None:
 
 
 def test_experts_of_different_forms_cannot_be_stacked() -> None:
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     weight = torch.randn(64, 128)
     matrices = [ops.pack_expert(part) for part in (quantize(weight, 4), quantize(weight, 8))]
     assert ops.stack_experts([[matrix] for matrix in matrices]) is None
@@ -128,7 +128,7 @@ def test_experts_that_are_not_alike_are_made_full(quantized: int) -> None:
     """The first `quantized` of four come as codes, the others in full."""
     torch.manual_seed(4)
     spec = ExpertsSpec("mlp.experts", 4, HIDDEN, INNER)
-    weight = StackedExperts(method(None), CudaQuantized(GemmAlgorithms()), spec)
+    weight = StackedExperts(method(None), CudaQuantized(KernelChoices()), spec)
     values: dict[str, Any] = {}
     for slot in weight.weight_slots():
         full = torch.randn(slot.shape) * 0.1

@@ -11,7 +11,7 @@ from ops.triton_cases import error
 from pagewire.worker.models.rounding import in_blocks
 from pagewire_kernels import gemm_quantized, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.lookup_tables import GAINS, ROW_TABLES, TABLES, named
 from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.quantized_decode import DECODERS
@@ -128,7 +128,7 @@ def test_products_by_instructions(form: str, tokens: int, as_on_a_gpu) -> None:
     """Of two tiles and several steps, with splits, against the dequantized weights in float16."""
     torch.manual_seed(4)
     part = MAKE[form](128, 512)
-    matrices = CudaQuantized(GemmAlgorithms()).pack([part], False)
+    matrices = CudaQuantized(KernelChoices()).pack([part], False)
     assert matrices is not None
     if part.table is not None:
         assert torch.equal(matrices.dense(torch.float16), part.dequantize().half())
@@ -143,7 +143,7 @@ def test_products_by_instructions(form: str, tokens: int, as_on_a_gpu) -> None:
 @pytest.mark.parametrize("form", MAKE)
 def test_experts_by_instructions(form: str, as_on_a_gpu) -> None:
     torch.manual_seed(5)
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     packed = []
     full = []
     for halves in (2, 1):

@@ -12,8 +12,8 @@ from pagewire.worker.load.gguf_quantized import take_apart
 from pagewire.worker.models.rounding import in_blocks
 from pagewire_kernels import cuda_quantized, gpu_quantized_size, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_quantized import quantized_linear
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.lookup_tables import GAINS, IQ4, ROW_TABLES, TABLES, named
 from pagewire_kernels.quantized import Quantized
 from pagewire_kernels.quantized_shapes import QuantizedConfig
@@ -57,7 +57,7 @@ MAKE: dict[str, Callable[[int, int], Quantized]] = {
 
 
 def pack(*parts: Quantized) -> QuantizedMatrices:
-    matrices = CudaQuantized(GemmAlgorithms()).pack(parts, False)
+    matrices = CudaQuantized(KernelChoices()).pack(parts, False)
     assert matrices is not None
     return matrices
 
@@ -129,7 +129,7 @@ def test_blocks_of_gguf(kind: str, size: int, blocks: int) -> None:
 
 
 def test_tables_that_no_kernel_knows_are_not_packed() -> None:
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     other = Quantized(codes(64, 128), torch.ones(64, 2), table=torch.randn(16))
     assert ops.pack([other], False) is None
     assert ops.pack_expert(other) is None
@@ -170,7 +170,7 @@ def test_experts(form: str, tokens: int) -> None:
     torch.manual_seed(7)
     experts, hidden, inner = 4, 128, 128
     mixture = moe_case(tokens, experts, 2, hidden, inner)
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     packed = []
     full = []
     for halves, n, k in ((2, inner, hidden), (1, hidden, inner)):

@@ -7,8 +7,8 @@ from ops.triton_cases import error
 from pagewire.worker.models.rounding import ROUNDINGS
 from pagewire_kernels import reference
 from pagewire_kernels.cuda_quantized import CudaQuantized
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_row import RowConfig, linear_add, norm_gated, norm_linear
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.quantized import Quantized, quantize
 
 CONFIGS = [
@@ -47,7 +47,7 @@ def test_rows(n: int, k: int, config: RowConfig | None) -> None:
 def test_rows_of_codes_with_a_scale_a_row(n: int, k: int, rounding: str) -> None:
     rounded = ROUNDINGS[rounding].values(torch.randn(2 * n, k))
     assert isinstance(rounded, Quantized)
-    matrices = CudaQuantized(GemmAlgorithms()).pack([rounded], False)
+    matrices = CudaQuantized(KernelChoices()).pack([rounded], False)
     assert matrices is not None
     matrix = matrices.row_weight
     assert matrix is not None
@@ -66,7 +66,7 @@ def test_rows_of_codes_with_a_scale_a_row(n: int, k: int, rounding: str) -> None
 
 
 def test_codes_that_are_not_read_by_row() -> None:
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     for rounded in (quantize(torch.randn(64, 128), 4), quantize(torch.randn(64, 128), 8)):
         matrices = ops.pack([rounded], False)
         assert matrices is not None

@@ -16,6 +16,7 @@ from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.float8_rows import quantize_rows
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_quantized import MOST_FUSED_ROWS, quantized_linear
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.quantized import Quantized
 from pagewire_kernels.quantized_rows import ROW, QuantizedRows
 from torch import Tensor
@@ -107,7 +108,7 @@ class Forms:
 
     @classmethod
     def make(cls, rows: int, columns: int) -> "Forms":
-        ops = CudaQuantized(GemmAlgorithms())
+        ops = CudaQuantized(KernelChoices())
 
         def packed(matrix: Quantized) -> QuantizedMatrices:
             matrices = ops.pack([matrix], False)

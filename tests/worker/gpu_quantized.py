@@ -34,7 +34,7 @@ from ops.moe_cases import MoeCase, choices
 from pagewire.worker.models.rounding import fp8_rows, in_blocks, int8_rows
 from pagewire_kernels import moe, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
-from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.lookup_tables import named
 from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.routing import NO_EXPERT
@@ -157,7 +157,7 @@ def experts_outcome(device: str, form: str) -> tuple[str, list[str]]:
     small = device == "cpu"
     experts, k, hidden, inner = (4, 2, 128, 128) if small else (32, 4, 2048, 768)
     torch.manual_seed(12)
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     full, packed = [], []
     for halves, n, columns in ((2, inner, hidden), (1, hidden, inner)):
         parts = [
@@ -204,7 +204,7 @@ def outcome(device: str, number: int) -> tuple[str, list[str]]:
     rows, columns = (96, 256) if small else (6144, 2048)
     tokens = (1, 3, 17) if small else (1, 4, 16, 33, 64, 100, 128, 200, 500, 700)
     types = (torch.float32,) if small else (torch.bfloat16, torch.float16)
-    ops = CudaQuantized(GemmAlgorithms())
+    ops = CudaQuantized(KernelChoices())
     title, parts = next(islice(cases(rows, columns, device), number, None))
     matrices = ops.pack(parts, False)
     assert matrices is not None

@@ -14,6 +14,7 @@ from pagewire_kernels import gemm
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_quantized import quantized_linear as multiply
+from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.packed_matrix import PackedMatrix
 from pagewire_kernels.quantized import Quantized
 from pagewire_kernels.quantized_shapes import QuantizedConfig, pick_config
@@ -111,7 +112,7 @@ def _quantized(n: int, k: int, rounded: Rounded) -> list[Product]:
 
 def _packed(n: int, k: int, rounded: Rounded) -> list[PackedMatrix]:
     """Copies of a matrix of random weights."""
-    matrices = CudaQuantized(GemmAlgorithms()).pack(
+    matrices = CudaQuantized(KernelChoices()).pack(
         [rounded(torch.randn(n, k, device="cuda") * 0.02)], False
     )
     assert matrices is not None

@@ -249,8 +249,16 @@ def _compile_ahead(
             compared = verify_hopper.comparisons(
                 cuda.OPS.choices, loaded.caches[0], arch.num_heads, parts.mixed.row_counts()
             )
+        quantized = verify_hopper.quantized_comparisons(
+            cuda.OPS.choices, loaded.dtype, torch.device("cuda")
+        )
         return first_start.Launches(
-            [*compared, *step_cost.attentions(parts.mixed, loaded), parts.extra.warm_up],
+            [
+                *compared,
+                *quantized,
+                *step_cost.attentions(parts.mixed, loaded),
+                parts.extra.warm_up,
+            ],
             [*parts.mixed.rehearsals(tokens), *parts.graphs.rehearsals()],
         )
 
@@ -279,6 +287,7 @@ def _settle_hopper(parts: GpuParts, wanted: bool) -> None:
         verify_hopper.check_prefill(choices, cache, heads, parts.mixed.row_counts())
     else:
         choices.hopper_prefill = False
+    verify_hopper.check_quantized(choices, parts.loaded.dtype, torch.device("cuda"))
 
 
 def _choose_gemms(parts: GpuParts, gemms: gemm_autotune.Gemms, progress: weights.Progress) -> None:

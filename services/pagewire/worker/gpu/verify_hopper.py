@@ -1,8 +1,9 @@
-"""The Hopper kernel is held against the general one before it serves anybody, in the very shapes it
-will be captured with.
+"""Kernels for Hopper are held against the general ones before they serve anybody: attention in the
+very shapes it will be captured with, products with matrices of 4 bits in each way in which they are
+shared out.
 
-It is written in a language that changes between releases of Triton. Where the two disagree, or it
-does not compile, the general kernel serves alone, and the log says so: slower answers, not wrong
+They are written in a language that changes between releases of Triton. Where two kernels disagree,
+or one does not compile, the general one serves alone, and the log says so: slower answers, not wrong
 ones.
 """
 
@@ -12,9 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-from pagewire_kernels import attention_prefill
+from pagewire_kernels import attention_prefill, gemm_quantized_hopper
 from pagewire_kernels.attention_prefill import LEAST_TOKENS, choose, prefill_attention
+from pagewire_kernels.cuda_quantized import pack_matrix
+from pagewire_kernels.gemm_quantized import dequantize
 from pagewire_kernels.kernel_choices import KernelChoices
+from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 log = logging.getLogger("pagewire.worker")
@@ -23,6 +27,16 @@ BEFORE: Final = (0, 40, 333, 5, 900, 128, 17)
 """New tokens of the rows, in turns, and tokens computed before them."""
 LIVE: Final = 64
 """Rows with tokens, spread over the batch: enough, whatever its size."""
+QUANTIZED_SHAPES: Final = (
+    (70, 1024, 4096),
+    (100, 1024, 512),
+    (384, 28672, 512),
+    (200, 1024, 4096),
+    (300, 1024, 512),
+    (768, 6144, 512),
+)
+"""Rows of x, and of a matrix, and its columns: tiles of 128 rows of x that are cut into splits, not
+cut, and cut into ranges of steps, and the same with 256, on a GPU of 132 multiprocessors."""
 TOLERANCE: Final = 0.02
 """Relative, several times what the rounding to bf16 of one kernel's weights makes."""
 
@@ -31,21 +45,74 @@ def check_prefill(choices: KernelChoices, cache: Tensor, heads: int, rows: Seque
     """Switch the kernel off in `choices` where it is wrong or fails. cache [2, blocks, Hkv,
     block_size, D] of a layer, which is written over; heads: query heads; rows: the batches' padded
     row counts."""
-    runs = comparisons(choices, cache, heads, rows)
-    if not runs:
+    why = _what_is_wrong(comparisons(choices, cache, heads, rows))
+    if not why:
         return
-    try:
-        worst = max(run() for run in runs)
-        if worst <= TOLERANCE:
-            return
-        why = f"its results differ from the general kernel's by {worst:.3g} of their size"
-    except Exception as error:  # whatever an experimental compiler raises
-        why = f"it failed: {str(error)[:200]}"
     choices.hopper_prefill = False
     log.warning(
         "the attention kernel for Hopper GPUs is not used: %s; prompts of thousands of tokens take up to a quarter longer",
         why,
     )
+
+
+def check_quantized(choices: KernelChoices, dtype: torch.dtype, device: torch.device) -> None:
+    """Switch the products of 4 bits off in `choices` where they are wrong or fail, with inputs of
+    `dtype`."""
+    why = _what_is_wrong(quantized_comparisons(choices, dtype, device))
+    if not why:
+        return
+    choices.hopper_quantized = False
+    log.warning(
+        "the product of 4 bits for Hopper GPUs is not used: %s; steps of more than %d tokens take longer",
+        why,
+        gemm_quantized_hopper.LEAST_ROWS - 1,
+    )
+
+
+def _what_is_wrong(runs: Sequence[Callable[[], float]]) -> str:
+    """Of a kernel, by what `runs` say of its results; empty where all is well."""
+    try:
+        worst = max((run() for run in runs), default=0.0)
+    except Exception as error:  # whatever an experimental compiler raises
+        return f"it failed: {str(error)[:200]}"
+    if worst <= TOLERANCE:
+        return ""
+    return f"its results differ from the general kernel's by {worst:.3g} of their size"
+
+
+def quantized_comparisons(
+    choices: KernelChoices, dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], float]]:
+    """A `quantized_disagreement` for each way of sharing out and each form of the matrices that were
+    packed; none where the kernel is switched off or takes no such products."""
+    probe = torch.empty(gemm_quantized_hopper.LEAST_ROWS, 64, dtype=dtype, device=device)
+    if not choices.hopper_quantized or not gemm_quantized_hopper.takes_inputs(probe):
+        return []
+    return [
+        functools.partial(quantized_disagreement, form, shape, dtype, device)
+        for form in sorted(choices.int4_groups)
+        for shape in QUANTIZED_SHAPES
+    ]
+
+
+def quantized_disagreement(
+    form: tuple[int, bool], shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> float:
+    """The relative norm of the difference between the kernel's product of random numbers and the
+    one with the dequantized matrix; infinity for NaN. form: see KernelChoices.int4_groups; shape:
+    rows of x, and of the matrix, and columns."""
+    group, rest = form
+    rows, n, k = shape
+    scale = torch.rand(n, k // group, device=device) * 0.01 + 0.01
+    minimum = scale * (-7.3 if rest else -7.0)
+    codes = torch.randint(16, (n, k), dtype=torch.uint8, device=device)
+    matrix = pack_matrix([Quantized(codes, scale.half().float(), minimum.half().float())])
+    x = torch.randn(rows, k, dtype=dtype, device=device)
+    out = torch.full((rows, n), float("nan"), dtype=dtype, device=device)
+    gemm_quantized_hopper.hopper_linear(x, matrix, None, out)
+    exact = (x @ dequantize(matrix, dtype).T).float()
+    error = float((out.float() - exact).norm() / exact.norm())
+    return error if error == error else float("inf")
 
 
 def _batch(rows: int, room: int) -> tuple[list[int], list[int]]:
