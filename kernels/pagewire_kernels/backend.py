@@ -16,6 +16,7 @@ from torch import Tensor
 from .batch import Batch
 from .kv_cache import UNSCALED, KVScales
 from .quantized import Quantized
+from .quantized_rows import QuantizedRows
 from .routing import Routing
 
 MODULES = {"cpu": "pagewire_kernels.cpu", "cuda": "pagewire_kernels.cuda"}
@@ -54,8 +55,44 @@ class QuantizedExpertOps(Protocol):
         ...
 
 
+class QuantizingOps(Protocol):
+    """Of a back end with products of float8 rows, and with kernels that round to such rows what
+    they compute, instead of a launch behind them. Results are those of `Ops` with `Ops.linear`
+    behind them, bit for bit. group: inputs that share a scale, quantized_rows.ROW: a row's."""
+
+    def group_of(self, weight: Any, rows: int, dtype: torch.dtype) -> int | None:
+        """The group with which `Ops.linear` would round so many rows of this type for a packed
+        weight; None: it would not."""
+        ...
+
+    def linear(self, x: QuantizedRows, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """`Ops.linear` of rows that are rounded as `group_of` says."""
+        ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, group: int, keep: bool
+    ) -> QuantizedRows:
+        """keep: with the result in x's type, too."""
+        ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: int, keep: bool
+    ) -> tuple[QuantizedRows, Tensor]:
+        """See rms_norm."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor, group: int) -> QuantizedRows: ...
+
+    def gelu_mul(self, gate_up: Tensor, group: int) -> QuantizedRows: ...
+
+
 class QuantizedOps(Protocol):
     """Of a back end that multiplies with quantized matrices."""
+
+    @property
+    def quantizing(self) -> QuantizingOps | None:
+        """None: activations are not rounded."""
+        ...
 
     @property
     def experts(self) -> QuantizedExpertOps | None:

@@ -330,6 +330,7 @@ class CpuQuantized:
     """See backend.QuantizedOps: machine code of our own (cpu_linear.py)."""
 
     experts = None
+    quantizing = None
 
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> "QuantizedLinear | None":
         """Matrices that read the same input, side by side; None where there is no kernel for

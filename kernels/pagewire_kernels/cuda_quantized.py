@@ -4,20 +4,30 @@ they were dequantized.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from . import gemm, gemm_quantized_hopper, gemm_row, gemm_scaled
+from . import (
+    activation,
+    float8_rows,
+    gemm,
+    gemm_quantized_hopper,
+    gemm_row,
+    gemm_scaled,
+    norm,
+)
 from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
-from .gpu_quantized_size import FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
+from .gpu_quantized_size import BLOCK, FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
 from .kernel_choices import KernelChoices
 from .lookup_tables import ROW_TABLES, form_of, named
 from .packed_matrix import PackedExperts, PackedMatrix, pack_scales, stack
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
+from .quantized_rows import QuantizedRows
 from .table_lookup import planes
 
 MOST_SCALE: Final = 16.0
@@ -68,8 +78,9 @@ class QuantizedMatrices:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type."""
-        if all(gemm_scaled.takes(matrix, len(x), x.dtype, x.device) for matrix in self._parts):
-            return self.in_float8(x, bias)
+        group = self.input_group(len(x), x.dtype)
+        if group is not None:
+            return self.in_float8(float8_rows.quantize_rows(x, group), bias)
         on_hopper = [self._goes_to_hopper(x, matrix) for matrix in self._parts]
         if (
             len(x) > MOST_FUSED_ROWS
@@ -90,14 +101,19 @@ class QuantizedMatrices:
     def _goes_to_hopper(self, x: Tensor, matrix: PackedMatrix) -> bool:
         return self._choices.hopper_quantized and gemm_quantized_hopper.takes(x, matrix)
 
-    def in_float8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product with rows of x rounded to float8 (gemm_scaled.py)."""
-        x8, scales = gemm_scaled.quantize_rows(x)
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See backend.QuantizingOps.group_of."""
+        device = self._parts[0].words.device
+        groups = {gemm_scaled.group_of(matrix, rows, dtype, device) for matrix in self._parts}
+        return groups.pop() if len(groups) == 1 else None
+
+    def in_float8(self, x: QuantizedRows, bias: Tensor | None = None) -> Tensor:
+        """The product with rows rounded to float8 (gemm_scaled.py), as `input_group` says."""
         biases = [None] * len(self._parts)
         if bias is not None:
             biases = bias.split([matrix.shape[0] for matrix in self._parts])
         outs = [
-            gemm_scaled.scaled_linear(x8, scales, matrix, x.dtype, part_bias)
+            gemm_scaled.scaled_linear(x, matrix, part_bias)
             for matrix, part_bias in zip(self._parts, biases, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -127,8 +143,31 @@ def _room(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:
     return room[:needed].view(dtype)
 
 
+class CudaQuantizing:
+    """See backend.QuantizingOps."""
+
+    rms_norm = staticmethod(norm.rms_norm_quantized)
+    add_rms_norm = staticmethod(norm.add_rms_norm_quantized)
+    silu_mul = staticmethod(activation.silu_mul_quantized)
+    gelu_mul = staticmethod(activation.gelu_mul_quantized)
+
+    def group_of(
+        self, weight: Tensor | QuantizedMatrices, rows: int, dtype: torch.dtype
+    ) -> int | None:
+        """See backend.QuantizingOps."""
+        return None if isinstance(weight, Tensor) else weight.input_group(rows, dtype)
+
+    def linear(
+        self, x: QuantizedRows, weight: QuantizedMatrices, bias: Tensor | None = None
+    ) -> Tensor:
+        """See backend.QuantizingOps."""
+        return weight.in_float8(x, bias)
+
+
 class CudaQuantized:
     """See backend.QuantizedOps."""
+
+    quantizing = CudaQuantizing()
 
     def __init__(self, choices: KernelChoices) -> None:
         self._choices = choices
@@ -156,7 +195,7 @@ class CudaQuantized:
             ready,
             key=lambda matrix: (_form(matrix), matrix.group, matrix.quantize_inputs),
         )
-        packed = [pack_matrix(list(same)) for _, same in alike]
+        packed = [_with_blocks(list(same)) for _, same in alike]
         matrices = QuantizedMatrices(packed, self._choices)
         self._choices.int4_groups.update((m.group, m.rest) for m in packed if m.form == INT4)
         elements = matrices.shape.numel()
@@ -189,6 +228,18 @@ def _regrouped(matrix: Quantized) -> Quantized:
     if table == ROW_TABLES or (whole and matrix.group == matrix.shape[1]):
         return matrix
     return matrix.regrouped(fitting_group(matrix.group, table))
+
+
+def _with_blocks(matrices: Sequence[Quantized]) -> PackedMatrix:
+    """pack_matrix, with the scales of blocks where products in float8 are to read them."""
+    packed = pack_matrix(matrices)
+    first = matrices[0]
+    if packed.form != FP8 or packed.group != BLOCK or not first.quantize_inputs:
+        return packed
+    if not gemm_scaled.has_block_products(packed.words.device):
+        return packed
+    block_scale = gemm_scaled.block_scales(torch.cat([matrix.scale for matrix in matrices]).float())
+    return replace(packed, quantize_inputs=block_scale is not None, block_scale=block_scale)
 
 
 def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:

@@ -19,6 +19,8 @@ SCALES: Final = 4
 TABLE_BYTES: Final = 4 * ENTRIES
 """Of a row's table."""
 FOUR_BITS: Final = 4
+BLOCK: Final = 128
+"""Rows and columns of a block that has a scale."""
 LARGEST_DENSE: Final = 1 << 28
 """Elements of a matrix that is dequantized at a time; a larger one, a head, is read by the kernels
 whatever the number of rows."""
@@ -72,6 +74,11 @@ def packed_bytes(
     if group == columns and bits > FOUR_BITS and not minima:
         return codes + SCALES * padded
     return codes + SCALES * padded * (columns // (fitting_group(group, table) or group))
+
+
+def block_scale_bytes(rows: int, columns: int, group: int) -> int:
+    """What the scales of 128 x 128 blocks take beside, at most: for products in float8."""
+    return SCALES * -(-rows // BLOCK) * (columns // BLOCK) if group == BLOCK else 0
 
 
 def scratch_bytes(elements: int) -> int:

@@ -20,7 +20,9 @@ class PackedMatrix:
     them those of a zero point, both float16, or with a table those of a float32; rest: some zero
     points are no whole numbers. row_scale: float32 [NP], where there are no groups (group 0).
     factor: times all; scales were divided by it to fit into float16. quantize_inputs: see
-    quantized.Quantized. table: float32 [16], one for all, or [NP, 16].
+    quantized.Quantized. table: float32 [16], one for all, or [NP, 16]. block_scale: float32
+    [NP / 128, K / 128], where groups have the same scales in 128 rows each, and products in float8
+    may use that (gemm_scaled.py).
     """
 
     words: Tensor
@@ -33,12 +35,13 @@ class PackedMatrix:
     factor: float
     quantize_inputs: bool = False
     table: Tensor | None = None
+    block_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors, but those of a table that others share."""
         table = self.table if self.form == ROW_TABLES else None
-        tensors = (self.words, self.scales, self.row_scale, table)
+        tensors = (self.words, self.scales, self.row_scale, table, self.block_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def scales_late(self, block_k: int) -> bool:

@@ -4,6 +4,7 @@
 
 waits: the numbers of products that may still be under way at each wait for tensor cores (Hopper's).
 Codes are decoded into registers that such a product reads while it runs, so that only 0 is right.
+sums: of norms, how a row is spread over threads where it is summed up, and so in which order.
 """
 
 import json
@@ -12,7 +13,8 @@ import sys
 from typing import Any
 
 import torch
-from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, quantized_shapes, shapes
+import triton
+from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, norm, quantized_shapes, shapes
 from pagewire_kernels.lookup_tables import ROW_TABLES
 from pagewire_kernels.packed_matrix import PackedExperts, PackedMatrix
 from pagewire_kernels.quantized_decode import DECODERS, EIGHT_BITS, FP8, INT4, INT8
@@ -26,12 +28,16 @@ FORMS = ((INT4, 128, False), (INT4, 32, True), (INT8, 0, False), (FP8, 0, False)
          ("nf4", 64, False), ("iq4", 32, False), (ROW_TABLES, 0, False))  # fmt: skip
 ROWS = (1, 256)
 N, K = 4096, 4096
+NORMS = (1024, 5120)
+NORM_TYPES = {
+    "residual": "*bf16", "weight": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32",
+}  # fmt: skip
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "factors": "*fp32", "out": "*bf16",
     "part": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16", "factor": "fp32", "eps": "fp32",
     "unit": "fp32",
 }  # fmt: skip
-UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots"}
+UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots", "scale_stride"}
 
 
 def matrix(form: str, group: int, rest: bool) -> PackedMatrix:
@@ -50,12 +56,19 @@ def without(form: str, group: int) -> dict[str, Any]:
 
 
 def compiled(
-    kernel: Any, capability: int, constants: dict[str, Any], warps: int, stages: int
+    kernel: Any,
+    capability: int,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    types: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a launch came to: its shared memory, and the waits."""
+    """What a launch came to: its shared memory, the waits and the sums. types: of arguments, where
+    other than TYPES."""
     names = kernel.arg_names
+    known = TYPES | (types or {})
     signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names
+        name: "constexpr" if name in constants else known.get(name, "i32") for name in names
     }
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
@@ -73,12 +86,37 @@ def compiled(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
+    ttgir = result.asm["ttgir"]
     return {
         "capability": capability,
         "shared": result.metadata.shared,
         "limit": LIMITS[capability],
-        "waits": sorted({int(n) for n in re.findall(r"pendings = (\d+)", result.asm["ttgir"])}),
+        "waits": sorted({int(n) for n in re.findall(r"pendings = (\d+)", ttgir)}),
+        "sums": _sums(ttgir),
     }
+
+
+def _sums(ttgir: str) -> list[str]:
+    """The layouts of what is reduced, in order."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
+    reduced = re.findall(r"\"tt\.reduce\".*?\) : \(tensor<[^,]*, (#\w+)>\) ->", ttgir, re.DOTALL)
+    return [layouts[name] for name in reduced]
+
+
+def add_norm(width: int, full: bool, group: int | None) -> dict[str, Any]:
+    """An addition and RMSNorm: the result, and its codes in groups; None: no codes."""
+    block = triton.next_power_of_2(width)
+    constants = {
+        "bias": None, "H": width, "BLOCK": block, "ADD": True, "CENTRE": False, "BIAS": False, "FULL": full,
+        "ROUND": group is not None, "GROUP": group or 0, "PDL": True,
+    }  # fmt: skip
+    if not full:
+        constants["out"] = None
+    if group is None:
+        constants |= {"codes": None, "scales": None}
+    kernel: Any = norm._norm
+    launch = compiled(kernel, 90, constants, norm.warps(block), 3, NORM_TYPES)
+    return {"launch": f"norm of {width}, full {full}, group {group}", **launch}
 
 
 def product(capability: int, form: str, group: int, rest: bool, rows: int) -> dict[str, Any]:
@@ -155,6 +193,9 @@ def main() -> None:
         if capability == 90:
             for form in (FP8, INT8):
                 print(json.dumps(row(form)), flush=True)
+            for width in NORMS:
+                for full, group in ((True, None), (False, 0), (True, 0), (False, 128)):
+                    print(json.dumps(add_norm(width, full, group)), flush=True)
 
 
 if __name__ == "__main__":

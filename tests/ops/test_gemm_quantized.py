@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ from pagewire_kernels import (
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
+from pagewire_kernels.float8_rows import empty_rows, quantize_rows
 from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.quantized import Quantized, quantize
-from pagewire_kernels.quantized_decode import PERMUTED
+from pagewire_kernels.quantized_rows import ROW
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -118,21 +120,6 @@ def test_products_are_those_of_the_dequantized_weights(case: str, monkeypatch) -
     assert error(matrices.embed(ids), full[ids].double()) <= allowed
 
 
-@pytest.mark.parametrize("columns", [64, 192, 4096])
-def test_rows_are_rounded_to_float8_with_a_scale_each(columns: int) -> None:
-    """In the order of the weights' inputs, so that products know nothing of it."""
-    torch.manual_seed(8)
-    wide = torch.randn(5, 2 * columns)
-    x = wide[:, :columns] * torch.tensor([1e-6, 1.0, 3e4, 0.0, 1.0])[:, None]
-    x8, scales = gemm_scaled.quantize_rows(x)
-    most = x.abs().amax(1, keepdim=True)
-    wanted = torch.where(most > 0, most / 448, 1.0)
-    assert torch.equal(scales, wanted)
-    rounded = (x / wanted).to(torch.float8_e4m3fn)
-    in_order = rounded.view(torch.uint8).view(5, -1, 64)[:, :, list(PERMUTED)].reshape(5, columns)
-    assert torch.equal(x8.view(torch.uint8), in_order)
-
-
 @pytest.mark.parametrize("rows", [[64], [70, 10]])
 def test_products_in_float8(rows: list[int]) -> None:
     torch.manual_seed(9)
@@ -144,27 +131,133 @@ def test_products_in_float8(rows: list[int]) -> None:
     weights = torch.cat([part.dequantize() for part in parts]).double()
     bias = torch.randn(len(weights))
     exact = rounded @ weights.T + bias
-    assert error(matrices.in_float8(x, bias), exact) < 2e-6
+    assert error(matrices.in_float8(quantize_rows(x), bias), exact) < 2e-6
     assert len(matrices.parts) == 1
     assert matrices.parts[0].quantize_inputs
+
+
+def in_blocks(rows: int, columns: int) -> Quantized:
+    """With a scale for each 128 x 128 weights, the last of which may be cut."""
+    scale = half(-(-rows // 128), columns // 128).repeat_interleave(128, 0)[:rows]
+    return Quantized(float8(rows, columns), scale, quantize_inputs=True)
+
+
+@pytest.mark.parametrize("rows", [[128], [128, 72], [150]])
+def test_products_of_blocks_in_float8(rows: list[int], monkeypatch) -> None:
+    torch.manual_seed(10)
+    monkeypatch.setattr(gemm_scaled, "has_block_products", lambda device: True)
+    parts = [in_blocks(count, 512) for count in rows]
+    matrices = pack(parts)
+    assert matrices.input_group(65, torch.bfloat16) == 128
+    x = torch.randn(70, 512) * torch.logspace(-3, 3, 512)
+    groups = x.view(70, 4, 128)
+    scale = groups.abs().amax(2, keepdim=True) / 448
+    rounded = ((groups / scale).to(torch.float8_e4m3fn).double() * scale).view(70, 512)
+    weights = torch.cat([part.dequantize() for part in parts]).double()
+    bias = torch.randn(len(weights))
+    out = matrices.in_float8(quantize_rows(x, 128), bias)
+    assert out.shape == (70, sum(rows))
+    assert error(out, rounded @ weights.T + bias) < 2e-6
+    for part in parts:
+        planned = gpu_quantized_size.packed_bytes(*part.shape, 128, 8, False)
+        more = gpu_quantized_size.block_scale_bytes(*part.shape, 128)
+        assert pack([part]).nbytes == planned + more
+
+
+@pytest.mark.parametrize("rows", [48, 100, 256])
+def test_torch_takes_blocks_as_they_are_laid_out(rows: int, monkeypatch) -> None:
+    """By shapes and strides alone, on its meta device: rows' scales lie by group, rows are filled up
+    to a multiple of 4, and the weight's to whole blocks."""
+    monkeypatch.setattr(gemm_scaled, "has_block_products", lambda device: True)
+    (matrix,) = pack([in_blocks(rows, 1024)]).parts
+    assert matrix.block_scale is not None
+    there = replace(
+        matrix, words=matrix.words.to("meta"), block_scale=matrix.block_scale.to("meta")
+    )
+    x = empty_rows(70, 1024, 128, torch.bfloat16, torch.device("meta"))
+    out = gemm_scaled.scaled_linear(x, there)
+    assert out.shape == (70, rows)
+    assert out.dtype == torch.bfloat16
+
+
+def test_scales_of_rows_lie_by_group() -> None:
+    x = quantize_rows(torch.randn(70, 1024), 128)
+    assert len(x) == 70
+    assert x.codes.shape == (72, 1024)
+    assert x.scales.shape == (72, 8)
+    assert x.scales.stride() == (1, 72)
 
 
 def test_which_products_are_taken_in_float8(monkeypatch) -> None:
     """Those of matrices that were made for it, from some rows on, where the GPU has them."""
     monkeypatch.setattr(gemm_scaled, "_has_products", lambda device: device.type == "cpu")
-    device = torch.device("cpu")
+    monkeypatch.setattr(gemm_scaled, "has_block_products", lambda device: device.type == "cpu")
 
-    def takes(part: Quantized, rows: int = 65, dtype: torch.dtype = torch.bfloat16) -> bool:
-        (matrix,) = pack([part]).parts
-        return gemm_scaled.takes(matrix, rows, dtype, device)
+    def group(part: Quantized, rows: int = 65, dtype: torch.dtype = torch.bfloat16) -> int | None:
+        return pack([part]).input_group(rows, dtype)
 
     made_for_it = Quantized(float8(64, 128), half(64, 1), quantize_inputs=True)
-    assert takes(made_for_it)
-    assert not takes(made_for_it, rows=64)
-    assert not takes(made_for_it, dtype=torch.float32)
-    assert not takes(Quantized(float8(64, 128), half(64, 1)))
-    assert not takes(Quantized(codes8(64, 128), half(64, 1), quantize_inputs=True))
-    assert not takes(made_for_it.regrouped(64))
+    assert group(made_for_it) == ROW
+    assert group(made_for_it, rows=64) is None
+    assert group(made_for_it, dtype=torch.float32) is None
+    assert group(Quantized(float8(64, 128), half(64, 1))) is None
+    assert group(Quantized(codes8(64, 128), half(64, 1), quantize_inputs=True)) is None
+    assert group(made_for_it.regrouped(64)) is None
+    blocks = in_blocks(256, 512)
+    assert group(blocks) == 128
+    assert group(blocks, rows=64) is None
+    assert group(blocks, dtype=torch.float32) is None
+    assert group(replace(blocks, quantize_inputs=False)) is None
+    assert group(in_blocks(256, 384)) is None, "torch's versions differ in how scales are filled up"
+    assert group(replace(blocks, scale=half(256, 4))) is None, "rows of a block differ"
+    side_by_side = pack([made_for_it, Quantized(float8(64, 128), half(64, 1))])
+    assert side_by_side.input_group(65, torch.bfloat16) is None
+
+
+def refuses(*operands: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("only for another GPU\nwith details")
+
+
+def by_blocks(
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, block_scale: torch.Tensor
+) -> torch.Tensor:
+    """As torch's product."""
+    by_row = block_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    x = codes.float() * scales.repeat_interleave(128, 1)
+    return (x @ (weight.float() * by_row).T).bfloat16()
+
+
+def misreads_rows(codes: torch.Tensor, scales: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+    return by_blocks(codes, scales.reshape(scales.T.shape).T, *weight)
+
+
+def misreads_blocks(*operands: torch.Tensor) -> torch.Tensor:
+    *others, block_scale = operands
+    return by_blocks(*others, block_scale.T.reshape(block_scale.shape))
+
+
+@pytest.mark.parametrize(
+    ("product", "told"),
+    [
+        (by_blocks, ""),
+        (refuses, "(only for another GPU)"),
+        (misreads_rows, "is off by"),
+        (misreads_blocks, "is off by"),
+    ],
+)
+def test_products_of_blocks_are_tried_once(product, told: str, monkeypatch, caplog) -> None:
+    """At loading, with a line where torch cannot be used."""
+    monkeypatch.setattr(gemm_scaled, "_has_products", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm_scaled, "_by_blocks", product)
+    gemm_scaled.has_block_products.cache_clear()
+    for _ in range(2):
+        group = pack([in_blocks(128, 512)]).input_group(65, torch.bfloat16)
+        assert group == (None if told else 128)
+    gemm_scaled.has_block_products.cache_clear()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(told)
+    assert all("128 x 128" in line and told in line for line in lines)
 
 
 @pytest.mark.parametrize(("splits", "rows"), [(1, 20), (3, 1), (4, 20)])
@@ -253,8 +346,13 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(launches) == 55
+    norms = [launch for launch in launches if launch["launch"].startswith("norm")]
+    assert len(launches) - len(norms) == 55
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch
     assert any(launch["waits"] for launch in launches if launch["capability"] == 90)
+    # what a norm gives besides must not change the order of its sums, nor so its bits
+    for width in range(0, len(norms), 4):
+        plain, *others = norms[width : width + 4]
+        assert [other["sums"][0] for other in others] == plain["sums"] * 3

@@ -1,13 +1,15 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--times] [--shapes]
+    python tests/worker/gpu_quantized.py [--device cuda|cpu] [--only float8] [--float8] [--times] [--shapes]
 
 Products with quantized matrices of every form, and mixtures of experts, through the kernels and through dequantizing,
 against float64: the error may be 1.05 times that of torch's product over the dequantized weights in
 bfloat16. Where rows are rounded to float8, the exact product is that of the rounded rows. Each is run
-twice and must give the same bits. One line for each form, one for the verdict; the exit status is 0
-when all is well. With `--device cpu` in Triton's interpreter, small
-sizes: does the check itself work? Dequantized tables must be bit for bit what full weights are.
+twice and must give the same bits. Norms and activation functions that give float8 must give the bits
+of their results rounded by themselves, and dequantized tables those of full weights. One line for each
+form, one for the verdict; the exit status is 0 when all is well. --only: forms whose name has this text.
+--float8: products in float8 at the sizes of an 8B layer, checked and timed (gpu_float8.py). With
+`--device cpu` in Triton's interpreter, small sizes: does the check itself work?
 With `--times`, and all well, products of an 8B layer are timed beside bfloat16's, with `--shapes`
 those of tables in other launch shapes (product_times.py).
 """
@@ -29,8 +31,8 @@ if "cpu" in sys.argv:
 
 import torch
 from ops.moe_cases import MoeCase, choices
-from pagewire.worker.models.rounding import E4M3_MOST, fp8_rows, in_blocks, int8_rows
-from pagewire_kernels import gemm_scaled, moe, moe_quantized
+from pagewire.worker.models.rounding import fp8_rows, in_blocks, int8_rows
+from pagewire_kernels import moe, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.lookup_tables import named
@@ -38,6 +40,7 @@ from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.routing import NO_EXPERT
 from torch import Tensor
 from worker import product_times
+from worker.gpu_float8 import as_rounded, check_and_time, check_bits, fp8_blocks
 from worker.gpu_oracle import begin, conclude
 
 MOST = 1.05
@@ -60,7 +63,8 @@ def cases(rows: int, columns: int, device: str) -> Iterator[tuple[str, list[Quan
     yield "8 bits with minima, groups of 16", [_with_minima(full())]
     yield "8 bits, a scale a row", [int8_rows(full())]
     yield "float8, a scale a row", [fp8_rows(full())]
-    yield "float8, blocks of 128", [_blocks(full())]
+    yield "float8, groups of 128", [_groups(full())]
+    yield "float8, blocks of 128 x 128", [fp8_blocks(full())]
     yield "4 and 8 bits side by side", [quantize(full(), 4), quantize(full(96), 8)]
     yield "nf4, blocks of 64", [in_blocks(full(), "nf4"), in_blocks(full(48), "nf4")]
     yield "fp4, blocks of 64", [in_blocks(full(), "fp4")]
@@ -88,7 +92,7 @@ def _with_minima(weight: Tensor) -> Quantized:
     return Quantized(rounded.values, rounded.scale, rounded.scale.half().float() * 3.5)
 
 
-def _blocks(weight: Tensor) -> Quantized:
+def _groups(weight: Tensor) -> Quantized:
     rounded = fp8_rows(weight)
     groups = weight.shape[1] // 128
     return Quantized(rounded.values, rounded.scale.half().float().expand(-1, groups).contiguous())
@@ -96,10 +100,8 @@ def _blocks(weight: Tensor) -> Quantized:
 
 def met(matrices: QuantizedMatrices, x: Tensor) -> Tensor:
     """x [T, K] as the product meets it, float64: rounded to float8 where that is so."""
-    if not all(gemm_scaled.takes(part, len(x), x.dtype, x.device) for part in matrices.parts):
-        return x.double()
-    scale = x.float().abs().amax(1, keepdim=True) / E4M3_MOST
-    return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+    group = matrices.input_group(len(x), x.dtype)
+    return x.double() if group is None else as_rounded(x, group)
 
 
 def fault(
@@ -219,33 +221,38 @@ def outcome(device: str, number: int) -> tuple[str, list[str]]:
     return f"{title}: errors up to {worst:.3f} of what is allowed; {len(wrong)} wrong", wrong
 
 
-def check(device: str) -> list[str]:
+def check(device: str, only: str, float8: bool) -> list[str]:
     """What is wrong, a line each."""
-    count = sum(1 for _ in cases(64, 256, "cpu"))
+    titles = [title for title, _ in cases(64, 256, "cpu")]
+    numbers = [number for number, title in enumerate(titles) if only in title]
+    experts = [form for form in EXPERTS if only in form]
     one = functools.partial(outcome, device)
     of_experts = functools.partial(experts_outcome, device)
     if device == "cpu":
-        outcomes = [*map(one, range(count)), *map(of_experts, EXPERTS)]
+        outcomes = [*map(one, numbers), *map(of_experts, experts)]
     else:
         # kernels are compiled in as many processes as there are cases
-        processes = count + len(EXPERTS)
+        processes = max(1, len(numbers) + len(experts))
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            mixtures = pool.map(of_experts, EXPERTS)
-            outcomes = [*pool.map(one, range(count)), *mixtures]
+            mixtures = pool.map(of_experts, experts)
+            outcomes = [*pool.map(one, numbers), *mixtures]
     for line, _ in outcomes:
         print(line, flush=True)
-    return [text for _, wrong in outcomes for text in wrong]
+    wrong = [text for _, texts in outcomes for text in texts] + check_bits(device)
+    return wrong + check_and_time() if float8 else wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Products with quantized matrices on a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default="", help="forms whose name has this text")
+    parser.add_argument("--float8", action="store_true", help="float8 at sizes of 8B, timed")
     parser.add_argument("--times", action="store_true", help="time products too, on a GPU")
     parser.add_argument("--shapes", action="store_true", help="time other launch shapes too")
     options = parser.parse_args()
     if not begin("gpu_quantized", options.device):
         return 2
-    status = conclude("gpu_quantized", lambda: check(options.device))
+    status = conclude("gpu_quantized", lambda: check(options.device, options.only, options.float8))
     if options.device == "cuda" and not status:
         tables = {
             "nf4, blocks of 64": lambda weight: in_blocks(weight, "nf4"),

@@ -121,6 +121,25 @@ def test_fp8(scales: str, shape: tuple[int, int]) -> None:
     assert torch.equal(matrix, wanted.float())
 
 
+@pytest.mark.parametrize(
+    ("settings", "rounded"),
+    [
+        ({}, True),
+        ({"activation_scheme": "static"}, True),
+        ({"weight_block_size": [128, 128]}, True),
+        ({"weight_block_size": [128, 128], "activation_scheme": "dynamic"}, True),
+        ({"weight_block_size": [128, 128], "activation_scheme": "static"}, False),
+    ],
+)
+def test_fp8_says_whether_activations_are_rounded(settings: dict, rounded: bool) -> None:
+    """Each row finds a scale for itself; the groups of a row do where the checkpoint has it so."""
+    scales = "block" if "weight_block_size" in settings else "row"
+    parts, _ = packers.fp8(np.random.default_rng(1), 256, 384, scales)
+    matrix = read("fp8", **settings).matrix("m", parts)
+    assert isinstance(matrix, Quantized)
+    assert matrix.quantize_inputs == rounded
+
+
 def test_fp8_is_what_transformers_makes_of_it() -> None:
     from transformers.integrations import finegrained_fp8
 

@@ -84,10 +84,10 @@ class Target:
         if not self.on_gpu:
             weights = extent.rows * extent.columns
             return int(weights * (extent.code_bytes + WITH_MINIMA))
+        size = (extent.rows, extent.columns, extent.group)
         bits = extent.bits or 8
-        return gpu_quantized_size.packed_bytes(
-            extent.rows, extent.columns, extent.group, bits, not extent.is_float, extent.table
-        )
+        taken = gpu_quantized_size.packed_bytes(*size, bits, not extent.is_float, extent.table)
+        return taken + (gpu_quantized_size.block_scale_bytes(*size) if extent.is_float else 0)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """What the layers of a decoder are made of: attention, MLP, mixture of experts. Everything that
 differs between models is chosen when a part is made; a call takes no decisions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.communicator import NormingCommunicator
 from pagewire_kernels.kv_cache import UNSCALED
+from pagewire_kernels.quantized_rows import Activations, QuantizedRows, full_rows
 from torch import Tensor
 
 from . import rotary
@@ -23,6 +24,7 @@ from .layers import (
     Part,
     RmsNorm,
 )
+from .linear_method import InputReader
 
 SumInput = Literal["call", "add", "none"]
 """Which input of a norm is the sum of what attention or MLP gave on each rank: that of `__call__`,
@@ -88,7 +90,12 @@ class Attention:
         """Those with weights."""
         return [self.qkv, self.output, *self._norms]
 
-    def __call__(self, x: Tensor, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
+    @property
+    def readers(self) -> Sequence[InputReader]:
+        """What reads its input."""
+        return [self.qkv]
+
+    def __call__(self, x: Activations, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H], of several ranks to be added up; cache [2, blocks, Hkv, block_size,
         D]."""
         qkv = self.qkv(x, batch)
@@ -139,14 +146,31 @@ class Mlp:
         gated = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}
         plain = {"gelu": ops.gelu, "gelu_tanh": ops.gelu_tanh, "relu": ops.relu}
         self._activation = (gated if arch.gated else plain)[arch.activation]
+        self._rounded_activation: Callable[[Tensor, int], QuantizedRows] | None = None
+        if arch.gated and ops.quantized is not None and ops.quantized.quantizing is not None:
+            quantizing = ops.quantized.quantizing
+            rounded = {"silu": quantizing.silu_mul, "gelu_tanh": quantizing.gelu_mul}
+            self._rounded_activation = rounded[arch.activation]
 
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
         return [self.up, self.down]
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    @property
+    def readers(self) -> Sequence[InputReader]:
+        """What reads its input."""
+        return [self.up]
+
+    def _activated(self, up: Tensor) -> Activations:
+        """Rounded to float8 in the same kernel where `down` would do so."""
+        group = self.down.input_group(len(up), up.dtype)
+        if group is None or self._rounded_activation is None:
+            return self._activation(up)
+        return self._rounded_activation(up, group)
+
+    def __call__(self, x: Activations, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H], of several ranks to be added up."""
-        return self.down(self._activation(self.up(x, batch)), batch)
+        return self.down(self._activated(self.up(x, batch)), batch)
 
 
 class Mixture:
@@ -183,12 +207,20 @@ class Mixture:
             parts += [*self._shared.parts(), self._gate]
         return parts
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    @property
+    def readers(self) -> Sequence[InputReader]:
+        """What reads its input."""
+        readers: list[InputReader] = [self._router, self._experts]
+        if self._shared is not None and self._gate is not None:
+            readers += [*self._shared.readers, self._gate]
+        return readers
+
+    def __call__(self, x: Activations, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H], of several ranks to be added up."""
         bias = None if self._correction is None else self._correction.bias
         logits = self._router(x, batch)
         top_k_ids, top_k_weights = self._ops.route(logits, self._routing, bias, batch.slot_mapping)
-        out = self._experts(x, top_k_ids, top_k_weights, batch)
+        out = self._experts(full_rows(x), top_k_ids, top_k_weights, batch)
         if self._shared is None or self._gate is None:
             return out
         return out.addcmul_(torch.sigmoid(self._gate(x, batch)), self._shared(x, batch))

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import native, single
 from .architecture import Architecture
 from .blocks import Attention, Mixture, Mlp, SumInput, make_norm
+from .input_norm import InputNorm
 from .layers import (
     Build,
     Embedding,
@@ -33,6 +34,7 @@ from .layers import (
     Part,
     TiedHead,
 )
+from .linear_method import InputReader
 from .ranks import of_rank
 from .single import SingleLayer
 
@@ -73,6 +75,14 @@ class Layer:
             make_norm(arch, build, f"{name}.{norm}", sums)
             for norm, sums in zip(self.norm_names, self.sums, strict=True)
         ]
+        self.input_norms = [
+            InputNorm(build.ops, norm, readers)
+            for norm, readers in zip(self.norms, self.readers(), strict=True)
+        ]
+
+    def readers(self) -> Sequence[Sequence[InputReader]]:
+        """For each norm, all that reads its result; none where it must be a tensor."""
+        return self.attention.readers, self.mlp.readers
 
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
@@ -83,10 +93,10 @@ class Layer:
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H]; cache [2, blocks, Hkv, block_size, D]. A residual of None: there is nothing to
         be added to yet."""
-        first, second = self.norms
-        x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        x, residual = second.add(self.attention(x, cos_sin, cache, batch), residual)
-        return self.mlp(x, batch), residual
+        before_attention, before_mlp = self.input_norms
+        normed, residual = before_attention(x, residual)
+        normed, residual = before_mlp(self.attention(normed, cos_sin, cache, batch), residual)
+        return self.mlp(normed, batch), residual
 
 
 class ParallelLayer(Layer):
@@ -94,13 +104,16 @@ class ParallelLayer(Layer):
 
     sums = ("add", "none")
 
+    def readers(self) -> Sequence[Sequence[InputReader]]:
+        """See Layer."""
+        return self.attention.readers, ()
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        first, second = self.norms
-        x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        mlp = self.mlp(second(residual).to(x.dtype), batch)
-        return mlp.add_(self.attention(x, cos_sin, cache, batch)), residual
+        normed, residual = self.input_norms[0](x, residual)
+        mlp = self.mlp(self.norms[1](residual).to(normed.dtype), batch)
+        return mlp.add_(self.attention(normed, cos_sin, cache, batch)), residual
 
 
 class SharedNormLayer(Layer):
@@ -109,12 +122,16 @@ class SharedNormLayer(Layer):
     norm_names = ("input_layernorm",)
     sums = ("add",)
 
+    def readers(self) -> Sequence[Sequence[InputReader]]:
+        """See Layer."""
+        return ([*self.attention.readers, *self.mlp.readers],)
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        norm = self.norms[0]
-        x, residual = (norm(x), x) if residual is None else norm.add(x, residual)
-        return self.mlp(x, batch).add_(self.attention(x, cos_sin, cache, batch)), residual
+        normed, residual = self.input_norms[0](x, residual)
+        mlp = self.mlp(normed, batch)
+        return mlp.add_(self.attention(normed, cos_sin, cache, batch)), residual
 
 
 class SandwichLayer(Layer):
@@ -128,17 +145,28 @@ class SandwichLayer(Layer):
     )
     sums = ("none", "call", "none", "call")
 
+    def readers(self) -> Sequence[Sequence[InputReader]]:
+        """See Layer."""
+        return self.attention.readers, (), self.mlp.readers, ()
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
-        first, attended, second, fed = self.norms
-        x, residual = (first(x), x) if residual is None else first.add(x, residual)
-        x, residual = second.add(attended(self.attention(x, cos_sin, cache, batch)), residual)
-        return fed(self.mlp(x, batch)), residual
+        before_attention, _, before_mlp, _ = self.input_norms
+        _, attended, _, fed = self.norms
+        normed, residual = before_attention(x, residual)
+        normed, residual = before_mlp(
+            attended(self.attention(normed, cos_sin, cache, batch)), residual
+        )
+        return fed(self.mlp(normed, batch)), residual
 
 
 class PostNormLayer(Layer):
     """The block that normalises sums instead of inputs."""
+
+    def readers(self) -> Sequence[Sequence[InputReader]]:
+        """See Layer; results are residuals too."""
+        return (), ()
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, cache: Tensor, batch: Batch

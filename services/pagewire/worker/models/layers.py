@@ -15,6 +15,7 @@ from pagewire_kernels.backend import Ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.communicator import SINGLE_RANK, Communicator, NormingCommunicator
 from pagewire_kernels.kv_cache import KVScales
+from pagewire_kernels.quantized_rows import Activations, QuantizedRows
 from pagewire_protocol.agreed import SPARE_POSITIONS
 from torch import Tensor
 
@@ -252,8 +253,14 @@ class Linear:
         """Of weight and bias."""
         return self.weight.nbytes + (0 if self._loaded_bias is None else self._loaded_bias.nbytes)
 
-    def __call__(self, x: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See linear_method.InputReader."""
+        return self.weight.input_group(rows, dtype)
+
+    def __call__(self, x: Activations, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N]; x are the batch's tokens, or those that `rows` [T] int64 names."""
+        if isinstance(x, QuantizedRows):
+            return self.weight.apply_quantized(x, self.bias)
         return self.weight.apply(x, self.bias)
 
 
@@ -266,6 +273,10 @@ class Experts(Composite):
     def parts(self) -> Iterable[Part]:
         """The weight, of three matrices of each expert."""
         return (self.weight,)
+
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See linear_method.InputReader; experts read rows in full."""
+        return None
 
     def __call__(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from pagewire_kernels.quantized_rows import QuantizedRows, full_rows
 from torch import Tensor
 
 from .weight_slots import TensorSlice, WeightSlots
@@ -131,6 +133,24 @@ class LinearWeight(Weight):
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, held columns] W^T + bias -> [T, held rows]. Called in every step: no choices here,
         nothing that waits for the device."""
+
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """How so many rows of x of type `dtype` may come rounded to float8, as
+        backend.QuantizingOps.group_of says; None: they come in full."""
+        return None
+
+    def apply_quantized(self, x: QuantizedRows, bias: Tensor | None) -> Tensor:
+        """`apply` of rows that something has rounded, for this weight as `input_group` says or for
+        another that reads them too."""
+        return self.apply(full_rows(x), bias)
+
+
+class InputReader(Protocol):
+    """What reads the result of a norm."""
+
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See LinearWeight."""
+        ...
 
 
 class ExpertsWeight(Weight):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pagewire_kernels.backend import Ops, QuantizedExpertOps, QuantizedOps
 from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized_rows import QuantizedRows, full_rows
 from torch import Tensor
 
 from .dense import DenseEmbedding, DenseMethod, applied, by_slot, matrix_slot
@@ -151,6 +152,18 @@ class QuantizedLinear(LinearWeight):
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See LinearWeight."""
         return self._method.ops.linear(x, self.kernel_weight, bias)
+
+    def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
+        """See LinearWeight."""
+        quantizing = self._method.quantized.quantizing
+        return None if quantizing is None else quantizing.group_of(self.kernel_weight, rows, dtype)
+
+    def apply_quantized(self, x: QuantizedRows, bias: Tensor | None) -> Tensor:
+        """See LinearWeight."""
+        quantizing = self._method.quantized.quantizing
+        if quantizing is None or self.input_group(len(x), x.dtype) != x.group:
+            return self.apply(full_rows(x), bias)
+        return quantizing.linear(x, self.kernel_weight, bias)
 
 
 class QuantizedExperts(ExpertsWeight):

@@ -1,7 +1,8 @@
 """Weights of type float8_e4m3fn with scales: one for the matrix, one for each row, or one for each
 block, as DeepSeek and Qwen save them (`weight_scale_inv`, by which one multiplies despite its name;
 transformers' integrations/finegrained_fp8.py). w = weight * scale. Activations were rounded
-when it was made (`activation_scheme`), and may be again; static scales for them are not used.
+when it was made (`activation_scheme`), and may be again, with blocks where the scheme is dynamic;
+static scales for them are not used.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from .base import CheckpointFormat, Extent, Parts, check_shape, required
 
 @dataclass(frozen=True)
 class Fp8(CheckpointFormat):
-    """block: rows and columns of a block, None where scales are for whole matrices or rows."""
+    """block: rows and columns of a block, None where scales are for whole matrices or rows.
+    dynamic: activations' scales are found as they are rounded."""
 
     name: ClassVar[str] = "fp8"
     endings: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_scale_inv")
@@ -29,20 +31,22 @@ class Fp8(CheckpointFormat):
         ".activation_scale",
     )
     block: tuple[int, int] | None
+    dynamic: bool = True
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Fp8":
         """Raises Unsupported for a block that is none."""
+        dynamic = config.get("activation_scheme", "dynamic") == "dynamic"
         block = config.get("weight_block_size")
         if block is None:
-            return cls(None)
+            return cls(None, dynamic)
         if (
             not isinstance(block, list)
             or len(block) != 2
             or not all(type(size) is int and size > 0 for size in block)
         ):
             raise Unsupported(f"weight_block_size of the quantization is {block!r}, not two sizes")
-        return cls((block[0], block[1]))
+        return cls((block[0], block[1]), dynamic)
 
     def title(self) -> str:
         """See CheckpointFormat."""
@@ -56,7 +60,8 @@ class Fp8(CheckpointFormat):
         weight = required(module, parts, "weight")
         inverse = parts.get("weight_scale_inv")
         scale = required(module, parts, "weight_scale") if inverse is None else inverse
-        return quantized(module, weight, scale, self.block)
+        quantize_inputs = self.dynamic or self.block is None
+        return quantized(module, weight, scale, self.block, quantize_inputs)
 
     def rounded(self, weight: Tensor) -> Tensor | Quantized:
         """See CheckpointFormat."""
