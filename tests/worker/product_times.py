@@ -107,7 +107,7 @@ def _dense(n: int, k: int) -> list[list[Product]]:
 
 
 def _quantized(n: int, k: int, rounded: Rounded) -> list[Product]:
-    return [QuantizedMatrices([one], GemmAlgorithms()) for one in _packed(n, k, rounded)]
+    return [QuantizedMatrices([one], KernelChoices()) for one in _packed(n, k, rounded)]
 
 
 def _packed(n: int, k: int, rounded: Rounded) -> list[PackedMatrix]:
