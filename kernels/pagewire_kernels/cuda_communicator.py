@@ -21,6 +21,7 @@ from . import symmetric_memory
 from .all_gather import takes_low_latency as gather_is_small
 from .all_reduce import takes_low_latency as sum_is_small
 from .communicator import TIMEOUT_S, Communicator, CommunicatorFailed, GlooCommunicator
+from .graph_capture import capture
 from .symmetric_communicator import (
     GATHERS,
     LIBRARY,
@@ -298,7 +299,7 @@ def time_captured(run: Callable[[], Any], repeats: int) -> float:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for _ in range(repeats):
             run()
     graph.replay()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pagewire_kernels.graph_capture import capture
 
 GOAL_US = 4000.0
 REPLAYS, WARM_UP = 12, 2
@@ -51,7 +52,7 @@ def graph_us(launch: Callable[[int], Any], sets: int, goal_us: float = GOAL_US) 
     goal_us."""
     count = _count(launch, sets, goal_us)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for i in range(count):
             launch(i % sets)
     times: list[float] = []

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.graph_capture import capture
 from pagewire_kernels.slot_state import (
     DecodeRows,
     SlotState,
@@ -165,7 +166,7 @@ class DecodeGraphs:
         self._decode(size, filtered, cascade)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capture(graph, self._pool):
             decoded = self._decode(size, filtered, cascade)
         self._graphs[size, filtered, cascade] = (graph, decoded.lent())
         self.slots.copy_(saved)

@@ -17,6 +17,7 @@ import pagewire_kernels
 import torch
 import triton
 from pagewire_kernels import compile_ahead
+from pagewire_kernels.graph_capture import capture
 
 from ..device import choices, kernel_cache
 
@@ -97,7 +98,7 @@ def _capture(steps: Sequence[Run]) -> None:
         return
     _start_blas()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for run in steps:
             run()
     graph.reset()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
+from pagewire_kernels.graph_capture import capture
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.messages import Shared
 from torch import Tensor
@@ -371,7 +372,7 @@ class MixedSteps:
     def _capture(self, size: int, rows: int) -> "CapturedStep":
         inputs = self._padding(size, rows)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capture(graph, self._pool):
             decoded = self.forward(inputs)
         return CapturedStep(inputs, graph, decoded.lent())
 
