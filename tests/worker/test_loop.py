@@ -393,3 +393,55 @@ def test_results_leave_while_the_next_step_is_launched():
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
     assert sent == [1, 2, 3]
+
+
+class Quiet:
+    """An inbox with what came, by turns: a message, a mere wake, or nothing for as long as was
+    waited."""
+
+    frame = b""
+
+    def __init__(self, turns):
+        self.turns = list(turns)
+        self.waits = []
+        self.message = None
+
+    def wake(self): ...
+
+    def wait(self, timeout_s):
+        if not self.turns:
+            raise Stopped
+        self.waits.append(timeout_s)
+        self.message = self.turns.pop(0)
+        return self.message is not None
+
+    def drain(self):
+        if isinstance(self.message, Step):
+            yield self.message
+
+
+def test_what_was_put_off_is_done_when_nothing_has_come_for_a_while():
+    """Not between two steps, nor while one is under way: a capture holds up what comes next, and
+    another thread may wait for the GPU just then."""
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=lambda now: None)
+    outbox = SimpleNamespace(send=lambda address, message: True)
+    wake = object()
+    inbox = Quiet([None, None, Step(1, 1), wake, None, wake, wake, None, None, None])
+    node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
+    put_off = [False, True, True]
+    idle_at = []
+
+    def idle():
+        idle_at.append(len(inbox.waits))
+        return put_off.pop() if put_off else False
+
+    # The step ends with the second wake.
+    step_handle = SimpleNamespace(done=lambda: len(inbox.waits) >= 6, result=lambda: None)
+    runner = SimpleNamespace(
+        notify=lambda *calls: None, clear=lambda: None, launch=lambda step: step_handle, idle=idle
+    )
+    with pytest.raises(Stopped):
+        _Server(runner, node).serve()
+    assert idle_at == [1, 2, 8, 9, 10]
+    briefly = [wait < 0.1 for wait in inbox.waits]
+    assert briefly == [False, True, True, False, False, False, False, False, False, False]

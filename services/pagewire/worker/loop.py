@@ -56,6 +56,8 @@ FOLLOWER_BEAT_S = 0.25
 """How often a rank without work shows that it lives."""
 BUSY_BEAT_S = 0.002
 """How often it looks whether steps under way have ended."""
+BETWEEN_IDLE_WORK_S = 0.01
+"""How long a message is waited for between two pieces of what was put off."""
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 """Options of mallopt(3)."""
@@ -318,8 +320,10 @@ class _Server:
         newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
         inbox = self._node.inbox
         self._runner.notify(inbox.wake, self._send_results_meanwhile)
+        has_used_idle_time = False
         while True:
-            self._membership.busy = inbox.wait(HEARTBEAT_S / 2) or bool(self._steps)
+            has_come = inbox.wait(BETWEEN_IDLE_WORK_S if has_used_idle_time else HEARTBEAT_S / 2)
+            self._membership.busy = has_come or bool(self._steps)
             has_beaten = False
             for message in inbox.drain():
                 if message.epoch > self._epoch:
@@ -343,14 +347,17 @@ class _Server:
                 has_beaten = True
             if not has_beaten:
                 self._beat()
-                self._use_idle_time()
+            # A moment without steps between two is no idle time.
+            has_used_idle_time = not has_come and self._use_idle_time()
             self._send_results()
 
-    def _use_idle_time(self) -> None:
-        """The other ranks of a group would not know of it."""
-        if not self._steps and self._leader is None:
-            with self._ticker:
-                self._runner.idle()
+    def _use_idle_time(self) -> bool:
+        """Whether there was something that could be done. The other ranks of a group would not know
+        of it."""
+        if self._steps or self._leader is not None:
+            return False
+        with self._ticker:
+            return self._runner.idle()
 
     def _take(self, step: Step, frame: bytes) -> None:
         """A step that a newer one has overtaken is void: a scheduler that gave this worker up and

@@ -48,8 +48,9 @@ class AsyncRunner(Protocol):
         """Forget every request: there is a new scheduler."""
         ...
 
-    def idle(self) -> None:
-        """Nothing is to be done: a bit of what was put off, for less than a tenth of a second."""
+    def idle(self) -> bool:
+        """Nothing has come for a while: a bit of what was put off, for less than a tenth of a second.
+        Whether there was any."""
         ...
 
 
@@ -88,8 +89,9 @@ class CompletedStep:
 class OnCpu:
     """Base of AsyncRunners whose steps share a CPU with others, and may take minutes."""
 
-    def idle(self) -> None:
+    def idle(self) -> bool:
         """Nothing is ever put off."""
+        return False
 
 
 class AsyncFromSync(OnCpu):

@@ -403,14 +403,15 @@ class GpuRunner:
         self._masks.clear()
         self._unlearned.clear()
 
-    def idle(self) -> None:
+    def idle(self) -> bool:
         """See AsyncRunner."""
         try:
-            self._mixed.capture_next()
+            return self._mixed.capture_next()
         except torch.OutOfMemoryError as error:
             # another process took what this one had planned with; the next larger graph serves
             torch.cuda.empty_cache()
             log.warning("no memory for one more graph of steps with prompts: %s", error)
+            return False
 
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
