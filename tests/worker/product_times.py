@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 SHAPES: Final = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-ROWS: Final = (1, 16, 64, 128, 256, 512, 1024)
+ROWS: Final = (1, 16, 64, 128, 192, 256, 384, 512, 1024, 4096)
 LEAST_BYTES: Final = 400_000_000
 """Of all copies of a matrix: several times the second-level cache."""
 REPLAYS: Final = 30
