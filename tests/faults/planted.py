@@ -114,6 +114,10 @@ BUGS: Final = (
         "a worker takes steps that newer ones have overtaken",
         (Change(_Server, "_take", "if step.n <= self._newest_step:", "if False:"),),
     ),
+    Bug(
+        "a worker that is taken back keeps what its slots hold",
+        (Change(_Server, "_take", "if step.clear:", "if False:"),),
+    ),
 )
 
 

@@ -278,7 +278,7 @@ class WorkerProcess(Member):
                 case _:
                     pass
 
-    def _clear(self) -> None:
+    def _forget_requests(self) -> None:
         if self.is_ready:
             self.slots.clear()
             self.steps.clear()
@@ -303,7 +303,8 @@ class WorkerProcess(Member):
 
     def _result(self, step: Step) -> StepResult:
         for slot in unpack("i", step.retire):
-            self.slots.pop(slot, None)
+            if self.slots.pop(slot, None) is None:
+                raise Violation(f"slot {slot} is retired, and holds no request")
         for admission in step.admit:
             if admission.slot in self.slots:
                 raise Violation(f"slot {admission.slot} is admitted to twice")
