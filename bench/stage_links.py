@@ -2,7 +2,7 @@
 
     python bench/stage_links.py [--json FILE]
     python bench/stage_links.py --one-gpu      the checks alone, by ranks that share a GPU
-    python bench/stage_links.py --dry-run      the checks alone, on the CPU
+    python bench/stage_links.py --dry-run      order and times alone, by gloo on the CPU
 
 It starts its ranks itself. Checked: that tensors of all sizes arrive in their order, that a sender
 goes on to compute while nobody receives, and that a rank which waits for one that stopped says its
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", help="file for all figures")
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU, checks alone")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU, by gloo")
     parser.add_argument("--one-gpu", action="store_true", help="checks alone, of ranks on one GPU")
     return parser.parse_args()
 
@@ -111,15 +112,19 @@ def rank_work(rank: int, device: str, one_gpu: bool, folder: str, report: Report
     sends = rank == 0
     in_order(link, sends, device, report)
     ranks.wait()
-    if device == "cpu" or one_gpu:
+    if one_gpu:
         return
-    goes_on(link, sends, device, report)
-    ranks.wait()
-    report["times"] = [] if sends else [received(link, rows, device) for rows in ROWS]
+    if device == "cuda":
+        goes_on(link, sends, device, report)
+        ranks.wait()
     if sends:
         for rows in ROWS:
             send_all(link, rows, device)
+    else:
+        report["times"] = [received(link, rows, device) for rows in ROWS]
     ranks.wait()
+    if device == "cpu":  # gloo notices that a rank is silent after minutes
+        return
     if not sends:
         left_alone(link, device, report)
     ranks.wait()  # so long the sender is there, and silent
@@ -177,7 +182,8 @@ def send_all(link: Any, rows: int, device: str) -> None:
     x = torch.ones(rows, WIDTH, dtype=torch.bfloat16, device=device)
     for _ in range(REPEATS + 3):
         link.send(x)
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def received(link: Any, rows: int, device: str) -> dict[str, float]:
@@ -187,14 +193,30 @@ def received(link: Any, rows: int, device: str) -> dict[str, float]:
     x = torch.empty(rows, WIDTH, dtype=torch.bfloat16, device=device)
     for _ in range(3):
         link.recv(x)
+    seconds = seconds_on_cpu if device == "cpu" else seconds_on_gpu
+    us = seconds(lambda: link.recv(x)) * 1e6 / REPEATS
+    return {"rows": rows, "us": us, "gb_s": x.nbytes / us / 1e3}
+
+
+def seconds_on_gpu(receive: Callable[[], None]) -> float:
+    """Of REPEATS calls, by the stream's clock."""
+    import torch
+
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(REPEATS):
-        link.recv(x)
+        receive()
     end.record()
     end.synchronize()
-    us = start.elapsed_time(end) * 1e3 / REPEATS
-    return {"rows": rows, "us": us, "gb_s": x.nbytes / us / 1e3}
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds_on_cpu(receive: Callable[[], None]) -> float:
+    """Of REPEATS calls."""
+    began = time.monotonic()
+    for _ in range(REPEATS):
+        receive()
+    return time.monotonic() - began
 
 
 def left_alone(link: Any, device: str, report: Report) -> None:

@@ -343,6 +343,7 @@ class Step(Message, tag=True, frozen=True):
     Rows of one token that go on decoding come first. `shared` names some of those, and saves work
     without changing results; its groups last while steps repeat: tables only grow at their ends
     meanwhile. An `epoch` above the worker's own clears all its slots first; one below is ignored.
+    So is an `n` that is no higher than an earlier one of the epoch.
     """
 
     epoch: EpochField
@@ -355,6 +356,9 @@ class Step(Message, tag=True, frozen=True):
     run_counts: RowsI32 = b""
     repeat: bool = False
     shared: Shared | None = None
+    clear: bool = False
+    """All slots are cleared first: the worker was given up, and it is not known which of the steps
+    before it has taken."""
 
 
 class Shutdown(Message, tag=True, frozen=True):

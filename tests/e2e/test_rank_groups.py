@@ -106,16 +106,20 @@ async def test_streams_survive_the_loss_of_a_rank(
     assert not set(after.values()) & set(before.values()), "a rank outlived its group"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without transformers, whose import would take longer than all of this."""
-    path = tmp_path_factory.mktemp("llama")
-    slots = Decoder(describe(LLAMA), Build(backend("cpu"), torch.float32, "meta")).weight_slots()
+def save_model(path: Path, config: dict[str, Any]) -> Path:
+    """A model of random weights, without transformers, whose import would take longer than all of
+    this."""
+    slots = Decoder(describe(config), Build(backend("cpu"), torch.float32, "meta")).weight_slots()
     make = torch.Generator().manual_seed(5)
     tensors = {slot.name: torch.randn(slot.shape, generator=make) * 0.2 for slot in slots}
     save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(LLAMA))
+    (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), LLAMA)
 
 
 PROMPTS = [[5, 9, 11], [7, 23, 40, 2, 8], [1], [99, 100, 101, 102]]

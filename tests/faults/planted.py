@@ -14,6 +14,7 @@ from pagewire.scheduler.engine import Engine
 from pagewire.scheduler.state import Scheduler
 from pagewire.tokenizer import rows
 from pagewire.tokenizer.requests import Requests
+from pagewire.worker.loop import _Server
 
 
 class Change(NamedTuple):
@@ -108,6 +109,14 @@ BUGS: Final = (
                 "self.peers.remove(Incarnation(event.incarnation))",
             ),
         ),
+    ),
+    Bug(
+        "a worker takes steps that newer ones have overtaken",
+        (Change(_Server, "_take", "if step.n <= self._newest_step:", "if False:"),),
+    ),
+    Bug(
+        "a worker that is taken back keeps what its slots hold",
+        (Change(_Server, "_take", "if step.clear:", "if False:"),),
     ),
 )
 

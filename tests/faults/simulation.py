@@ -4,7 +4,9 @@ memberships, simulated workers and network, and faults drawn from a seed.
 A process may be killed (announced by whoever starts processes, or not), stopped until it is killed,
 paused for longer than the others wait for it, or started again. Messages arrive in order from each
 sender and late; what a killed process sent last may be lost; and, which ZeroMQ does not do but the
-acceptance rules are made for, some of them come twice, or are lost in the middle of a stream.
+acceptance rules are made for, some of them come twice, or are lost in the middle of a stream. Who
+gives a process up drops its connection to it and makes another one when it comes back: what the old
+one had brought and was not read arrives between what the new one brings, or after it.
 
 A worker's token is a hash of all tokens before it and of its execution, so two executions never say
 the same. An owner's output is right when each of its tokens was said by some worker after exactly
@@ -35,6 +37,7 @@ from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import Encoder
 from pagewire.tokenizer.requests import Requests
 from pagewire.worker.fake import draw, extend
+from pagewire.worker.loop import _Server
 from pagewire_protocol.channels import inbox_address
 from pagewire_protocol.columns import unpack
 from pagewire_protocol.messages import Death as DeathMessage
@@ -55,6 +58,8 @@ from pagewire_protocol.messages import (
 from pagewire_protocol.sampling import Sampling, TextOptions
 from pagewire_protocol.structs import TokenizerFacts
 
+from .connections import Connection, Inbox
+
 VOCAB: Final = 50
 EOS: Final = 3
 MODEL_LEN: Final = 64
@@ -69,6 +74,8 @@ WAKE_S: Final = {Role.SCHEDULER: 0.001}
 """How long a process takes to look at what has arrived: so does what arrives meanwhile."""
 STEP_S: Final = (*(0.002,) * 7, 0.6)
 """One in eight stacks is so slow that a stream outlives a process that is given up."""
+LATE_S: Final = 0.005
+"""Between two messages of a connection that was dropped, about; for a worker, a step's time."""
 PATIENCE_S: Final = 150.0
 """After which a request that has not ended never will. The longest wait that the services allow
 themselves is 60 s."""
@@ -87,7 +94,7 @@ class Process:
         self.world, self.role, self.name, self.life = world, role, name, life
         self.incarnation: Any = next(world.incarnations)
         self.address = inbox_address(RUN_DIR, role, self.incarnation)
-        self.inbox: deque[Message] = deque()
+        self.inbox = Inbox()
         self.lives = True
         self.paused_until = 0.0
         self.lost_from = float("inf")
@@ -101,6 +108,10 @@ class Process:
         """As an Outbox does."""
         self.world.post(self, address, message)
         return True
+
+    def forget(self, address: str) -> None:
+        """As an Outbox does."""
+        self.world.drop_connection(self, address)
 
     def pause_until(self, when: float) -> None:
         """It does nothing until then."""
@@ -119,8 +130,7 @@ class Process:
             self.world.at(self.paused_until, self._run)
             return
         self._wakes = False
-        messages, self.inbox = self.inbox, deque()
-        self.work(messages)
+        self.work(self.inbox.take())
 
     def _turn(self) -> None:
         if self.lives:
@@ -164,7 +174,7 @@ class SchedulerProcess(Process):
     def __init__(self, world: "World", name: str, life: int, load_s: float) -> None:
         super().__init__(world, Role.SCHEDULER, name, life)
         world.epoch += 1
-        self.state = Scheduler(world.epoch, CONFIG, self.send, lambda inbox: None)  # type: ignore
+        self.state = Scheduler(world.epoch, CONFIG, self.send, self.forget)  # type: ignore
         self.state.send_roster_to([address for address in world.bound if address != self.address])
         world.bound[SCHEDULER] = self
         self.is_ready = True
@@ -224,7 +234,8 @@ class TokenizerProcess(Member):
         if self.requests is not None and self.members.was_forgotten:
             self.requests.lose_all("given up")
         if self.requests is not None and self.members.roster is roster:
-            self.requests.on_roster(roster, new_epoch)
+            for inbox in self.requests.on_roster(roster, new_epoch):
+                self.forget(inbox)
 
 
 class Slot:
@@ -238,7 +249,11 @@ class Slot:
 
 
 class WorkerProcess(Member):
-    epoch = 0
+    """Which steps it takes is decided by the real loop's methods, which use these attributes."""
+
+    _epoch = 0
+    _newest_step = 0
+    _leader = None
 
     def get_ready(self) -> None:
         self.slots: dict[int, Slot] = {}
@@ -251,22 +266,30 @@ class WorkerProcess(Member):
         self.members.tick(self.world.now)
         for message in messages:
             epoch = message.epoch  # type: ignore[union-attr]
-            if epoch > self.epoch:
-                self.epoch = epoch
-                if self.is_ready:
-                    self.slots.clear()
-                    self.steps.clear()
+            if epoch > self._epoch:
+                _Server._follow(self, epoch)  # type: ignore[arg-type]
             match message:
                 case Roster():
                     self.members.on_roster(message)
-                case Shutdown() if epoch == self.epoch:
+                case Shutdown() if epoch == self._epoch:
                     raise Violation(f"a worker is distrusted: {message.reason}")
-                case Step() if epoch == self.epoch:
-                    self.steps.append(message)
-                    if len(self.steps) == 1:
-                        self.world.later(self.world.step_s, self._execute)
+                case Step() if epoch == self._epoch:
+                    _Server._take(self, message, b"")  # type: ignore[arg-type]
                 case _:
                     pass
+
+    def _forget_requests(self) -> None:
+        if self.is_ready:
+            self.slots.clear()
+            self.steps.clear()
+
+    def _launch(self, step: Step) -> None:
+        self.steps.append(step)
+        if len(self.steps) == 1:
+            self.world.later(self.world.step_s, self._execute)
+
+    def _send_results(self) -> None:
+        """They go when their time has come."""
 
     def _execute(self) -> None:
         if not self.lives or not self.steps:
@@ -280,7 +303,8 @@ class WorkerProcess(Member):
 
     def _result(self, step: Step) -> StepResult:
         for slot in unpack("i", step.retire):
-            self.slots.pop(slot, None)
+            if self.slots.pop(slot, None) is None:
+                raise Violation(f"slot {slot} is retired, and holds no request")
         for admission in step.admit:
             if admission.slot in self.slots:
                 raise Violation(f"slot {admission.slot} is admitted to twice")
@@ -317,6 +341,8 @@ class FrontendProcess(Member):
             self.address, self.send, lambda: self.world.now, Counters(), life > 0
         )
 
+        self._tokenizer_inboxes: set[str] = set()
+
     def get_ready(self) -> None:
         self.members.ready()
 
@@ -327,9 +353,16 @@ class FrontendProcess(Member):
             if isinstance(message, Deltas):
                 self.owner.on_deltas(message)
             elif isinstance(message, Roster):
-                self.members.on_roster(message)
-                self.owner.on_roster(message)
+                self._on_roster(message)
         self.owner.tick()
+
+    def _on_roster(self, roster: Roster) -> None:
+        self.members.on_roster(roster)
+        self.owner.on_roster(roster)
+        inboxes = {peer.inbox for peer in roster.peers if peer.role is Role.TOKENIZER}
+        for inbox in self._tokenizer_inboxes - inboxes:
+            self.forget(inbox)
+        self._tokenizer_inboxes = inboxes
 
 
 class Client:
@@ -408,8 +441,7 @@ class World:
         """Requests that have not ended, of all that will ever come."""
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = count()
-        self._channels: dict[tuple[Process, str], deque[tuple[float, Message]]] = {}
-        self._last_arrival: dict[tuple[Process, str], float] = {}
+        self._connections: dict[tuple[Process, str], Connection] = {}
         self._lives: dict[str, int] = {}
 
     # --- time and messages ---
@@ -431,9 +463,8 @@ class World:
             self.now = max(self.now, end)
 
     def post(self, sender: Process, address: str, message: Message) -> None:
-        """To arrive after what the same sender has sent to this address."""
-        key = (sender, address)
-        channel = self._channels.setdefault(key, deque())
+        """To arrive after what the same connection has been given before."""
+        connection = self._connections.setdefault((sender, address), Connection(sender, address))
         make = self.make
         chance = make.random()
         delay = 0.0001 + 0.0003 * chance
@@ -445,26 +476,51 @@ class World:
                     self.later(delay + 0.4 * make.random(), self._arrive, address, message)
             elif _is_in_the_middle(message):
                 return
-        arrival = max(self._last_arrival.get(key, 0.0), self.now + delay)
-        self._last_arrival[key] = arrival
-        channel.append((self.now, message))
-        self.at(arrival, self._pump, key)
+        connection.last_arrival = max(connection.last_arrival, self.now + delay)
+        connection.messages.append((self.now, message))
+        self.at(connection.last_arrival, self._pump, connection)
 
-    def _pump(self, key: tuple[Process, str]) -> None:
-        sender, address = key
-        channel = self._channels[key]
-        if address == SCHEDULER and address not in self.bound and sender.lives:
-            self.later(0.05, self._pump, key)
+    def _pump(self, connection: Connection) -> None:
+        sender, address = connection.sender, connection.address
+        if not connection.messages:  # it was dropped meanwhile
             return
-        sent_at, message = channel.popleft()
+        if address == SCHEDULER and address not in self.bound and sender.lives:
+            self.later(0.05, self._pump, connection)
+            return
+        sent_at, message = connection.messages.popleft()
         if sent_at <= sender.lost_from:
-            self._arrive(address, message)
+            self._arrive(address, message, connection)
 
-    def _arrive(self, address: str, message: Message) -> None:
+    def _arrive(self, address: str, message: Message, connection: Connection | None = None) -> None:
         process = self.bound.get(address)
         if process is not None:
-            process.inbox.append(message)
+            process.inbox.put(connection, message)
             process.wake()
+
+    def drop_connection(self, sender: Process, address: str) -> None:
+        """What it has brought comes late, whatever the sender's next connection brings; of what is
+        on its way, the last messages may be lost."""
+        connection = self._connections.pop((sender, address), None)
+        process = self.bound.get(address)
+        if connection is None or process is None:
+            return
+        under_way = [message for _, message in connection.messages]
+        connection.messages.clear()
+        kept = self.make.randrange(len(under_way) + 1)
+        late = deque([*process.inbox.take_from(connection), *under_way[:kept]])
+        self._bring_late(process, late)
+
+    def _bring_late(self, process: Process, late: deque[Message]) -> None:
+        """One of them, once the process reads again; the next ones a little later."""
+        if not late or not process.lives:
+            return
+        if process.paused_until > self.now:
+            self.at(process.paused_until, self._bring_late, process, late)
+            return
+        process.inbox.put(None, late.popleft())
+        process.wake()
+        pause_s = self.step_s if process.role is Role.WORKER else LATE_S
+        self.later(2 * pause_s * self.make.random(), self._bring_late, process, late)
 
     # --- services ---
 

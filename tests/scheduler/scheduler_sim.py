@@ -120,6 +120,9 @@ class Shadow:
         """By step: (what is in the slot, first position, count) of each slot."""
 
     def sent(self, step):
+        if step.clear:  # earlier steps are executed before it, or never
+            self.slots.clear()
+            self.runs.clear()
         given = [
             b for a in step.admit for b in ints(a.blocks)[a.computed // self.block_size :]
         ] + ints(step.grow_blocks)
@@ -232,6 +235,8 @@ class SimWorker:
         step = self.inbox.popleft()
         self.steps.append(step)
         assert step.n == (self.steps[-2].n + 1 if len(self.steps) > 1 else step.n)
+        if step.clear:
+            self.slots.clear()
         for slot in ints(step.retire):
             self.slots.pop(slot, None)
         for admission in step.admit:

@@ -163,6 +163,28 @@ def seconds(w, count):
         w.tick(1.0)
 
 
+def test_a_worker_that_was_given_up_clears_its_slots_when_it_is_back():
+    """Which of its last steps it will take is not known: a slot that one of them retires may be in
+    use for it, or free though one of them admits to it."""
+    w = world()
+    (worker,) = w.workers.values()
+    handle = w.submit([1, 2, 3], max_tokens=40)
+    w.step()
+    w.cancel(handle)
+    w.tick()
+    for _ in range(12):
+        w.tick(1.0)
+    assert not w.scheduler.engine.workers
+    last = max(step.n for step in [*worker.steps, *worker.inbox])
+    worker.inbox.clear()
+    w.send(Hello(worker.peer, worker.facts))
+    w.submit([4, 5, 6], max_tokens=8)
+    w.tick()
+    first, *others = worker.inbox
+    assert first.n == last + 1 and first.clear and not first.retire and first.admit
+    assert others and not any(step.clear for step in others)
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_requests_are_spread_again_when_a_worker_is_back(caching):
     w = world(enable_prefix_caching=caching)

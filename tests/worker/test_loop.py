@@ -352,6 +352,31 @@ def test_a_step_that_comes_after_newer_ones_is_void():
     assert launched == [(1, 1), (1, 2), (1, 5), (1, 6), (2, 1), (2, 2)]
 
 
+def test_a_step_may_clear_all_slots_first():
+    """Of a worker that was given up and taken back, steps that retired or admitted may have been
+    void: the requests of before are forgotten, also by the other ranks, and so are their results."""
+    calls = []
+    never = SimpleNamespace(done=lambda: False)
+
+    def launch(step):
+        calls.append(step.n)
+        return never
+
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=lambda now: None)
+    inbox = AlwaysMore([Step(1, 1), Step(1, 2), Step(1, 3, clear=True), Step(1, 4)])
+    inbox.frame = b""
+    node = SimpleNamespace(inbox=inbox, outbox=None, membership=membership)
+    runner = SimpleNamespace(
+        notify=lambda *calls: None, clear=lambda: calls.append("clear"), launch=launch
+    )
+    leader = SimpleNamespace(step=lambda frame: None, clear=lambda: calls.append("all ranks"))
+    server = _Server(runner, node, watched=False, leader=leader)
+    with pytest.raises(Stopped):
+        server.serve()
+    assert calls == ["all ranks", "clear", 1, 2, "all ranks", "clear", 3, 4]
+    assert len(server._steps) == 2
+
+
 def test_the_heart_beats_between_messages():
     """However many are waiting: looked at in one go, a thousand steps take longer than the patience
     of whoever listens for the heart."""

@@ -330,7 +330,9 @@ def _message(
         run_counts=run_counts,
         repeat=repeat,
         shared=None if repeat else groups,
+        clear=worker.must_clear,
     )
+    worker.must_clear = False
     worker.to_retire = []
     worker.to_admit = []
     return message

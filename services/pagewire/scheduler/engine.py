@@ -53,7 +53,7 @@ SPREAD_AT_ONCE = 8
 LEAST_SURPLUS = 2
 """Requests that one worker must have above the mean of two for any of them to be moved."""
 REMEMBERED_LOSSES = 64
-"""Workers that were given up of which it is remembered what they may still hold."""
+"""Workers that were given up of which it is remembered how many steps they were sent."""
 
 
 class Engine:
@@ -260,13 +260,13 @@ class Engine:
     # --- workers ---
 
     def add_worker(self, incarnation: Incarnation, inbox: str, facts: WorkerFacts) -> None:
-        """A worker is ready. One that was given up and comes back is told to empty the slots that
-        it may still hold."""
+        """A worker is ready. One that was given up and comes back is told to clear its slots: which
+        of its steps it has taken is not known."""
         worker = WorkerState(incarnation, inbox, facts, self.config, self.counters)
         former = self._lost.pop(incarnation, None)
         if former is not None:
             worker.in_flight.continue_after(former.in_flight.num_sent)
-            worker.to_retire = former.to_retire
+            worker.must_clear = True
         if any(other.load for other in self.workers.values()):
             self._newcomers[incarnation] = SPREAD_ROUNDS
         self.workers[incarnation] = worker

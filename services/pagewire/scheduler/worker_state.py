@@ -94,6 +94,8 @@ class WorkerState:
         """Requests whose Admission goes out with the next step."""
         self.to_retire: list[Slot] = []
         """Slots that the next step retires."""
+        self.must_clear = False
+        """The next step has the worker forget what it holds."""
         self.requeued: list[Request] = []
         """Preempted requests that wait again, to be fetched by the engine."""
         self.suspects: list[Request] = []

@@ -361,11 +361,14 @@ class _Server:
 
     def _take(self, step: Step, frame: bytes) -> None:
         """A step that a newer one has overtaken is void: a scheduler that gave this worker up and
-        takes it back has a new connection to it, and what was left in the old one comes between."""
+        takes it back has a new connection to it, and what was left in the old one comes between.
+        Since such steps may have been void, the first one after them forgets what they left."""
         if step.n <= self._newest_step:
             log.warning("step %d came after step %d: ignored", step.n, self._newest_step)
             return
         self._newest_step = step.n
+        if step.clear:
+            self._forget_requests()
         if self._leader is not None:
             self._leader.step(frame)
         self._launch(step)
@@ -375,6 +378,10 @@ class _Server:
         """There is a new scheduler, which knows nothing of the steps under way."""
         self._epoch = epoch
         self._newest_step = 0
+        self._forget_requests()
+
+    def _forget_requests(self) -> None:
+        """On all ranks."""
         if self._leader is not None:
             self._leader.clear()
         self._clear()
