@@ -15,9 +15,9 @@ from . import (
     activation,
     float8_rows,
     gemm,
-    gemm_quantized_hopper,
     gemm_row,
     gemm_scaled,
+    hopper_plan,
     norm,
 )
 from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
@@ -93,13 +93,13 @@ class QuantizedMatrices:
         for matrix, hopper in zip(self._parts, on_hopper, strict=True):
             rows = slice(first, first + matrix.shape[0])
             part_bias = None if bias is None else bias[rows]
-            multiply = gemm_quantized_hopper.hopper_linear if hopper else quantized_linear
+            multiply = _hopper_linear if hopper else quantized_linear
             multiply(x, matrix, part_bias, out=out[:, rows])
             first += matrix.shape[0]
         return out
 
     def _goes_to_hopper(self, x: Tensor, matrix: PackedMatrix) -> bool:
-        return self._choices.hopper_quantized and gemm_quantized_hopper.takes(x, matrix)
+        return self._choices.hopper_quantized and hopper_plan.takes(x, matrix)
 
     def input_group(self, rows: int, dtype: torch.dtype) -> int | None:
         """See backend.QuantizingOps.group_of."""
@@ -132,6 +132,13 @@ class QuantizedMatrices:
         """Rows `ids` [T] int64, [T, K] float32. Dequantizes everything: where a table is read
         often, it is kept dense."""
         return self.dense(torch.float32)[ids]
+
+
+def _hopper_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, out: Tensor) -> None:
+    """Imported by its first use: other releases of Triton may not have what it imports."""
+    from .gemm_quantized_hopper import hopper_linear
+
+    hopper_linear(x, matrix, bias, out)
 
 
 def _room(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,8 @@ adds the sums of those that have the others, which began with them and are done.
 few tiles, each is cut into splits instead; each split writes its sums, waits for the others, and
 adds up its share of the rows. All orders are fixed.
 
-Written in Gluon, whose interface changes between releases of Triton: `takes` names the one this is
-for.
+Written in Gluon, whose interface changes between releases of Triton: `hopper_plan.takes` names the
+one this is for, and others never import this file.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -41,7 +41,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_plan import GROUP_ROWS, STEP_COLUMNS, WIDE_TILE, HopperPlan, plan
 from .packed_matrix import PackedMatrix
-from .quantized_decode import INT4
 from .workspace import counters
 
 BN = gl.constexpr(GROUP_ROWS)
@@ -477,41 +476,8 @@ def _product(x_desc, words, scales, bias, out, part, arrived, tiles_m, tiles_n, 
 # --- the host's side ---
 
 
-LEAST_ROWS: Final = 65
-"""Of x, for which this kernel is faster than the one of gemm_quantized.py; measured on an H200 (docs/performance.md)."""
-MOST_ROWS: Final = 4096
-"""Above, decoding once costs less, whatever the matrix is copied to."""
-MINOR: Final = ("3.6",)
-"""Releases of Triton whose Gluon this is written in."""
 FLAGS: Final = 1 << 13
 """Multiprocessors times groups of warps, at most."""
-
-
-def takes(x: Tensor, matrix: PackedMatrix) -> bool:
-    """Whether this kernel has such a product, and is the fastest for it."""
-    return matrix.form == INT4 and takes_inputs(x)
-
-
-def takes_inputs(x: Tensor) -> bool:
-    """Whether x [M, K] may be an input. Its rows must begin at multiples of 16 bytes, as the copy
-    engine wants them."""
-    rows, columns = x.shape
-    return (
-        LEAST_ROWS <= rows <= MOST_ROWS
-        and x.device.type == "cuda"
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and columns % STEP_COLUMNS == 0
-        and x.stride(1) == 1
-        and x.stride(0) % 8 == 0
-        and x.data_ptr() % 16 == 0
-        and _is_built_for(x.device)
-    )
-
-
-@functools.cache
-def _is_built_for(device: torch.device) -> bool:
-    known = any(triton.__version__.startswith(f"{minor}.") for minor in MINOR)
-    return known and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -533,7 +499,8 @@ def hopper_linear(
     out: Tensor,
     chosen: HopperPlan | None = None,
 ) -> None:
-    """x [M, K] times the transpose of matrix [N, K], plus bias [N], to out [M, N]; see `takes`."""
+    """x [M, K] times the transpose of matrix [N, K], plus bias [N], to out [M, N]; see
+    `hopper_plan.takes`."""
     rows, columns = x.shape
     padded = matrix.padded
     c = chosen or plan(rows, padded, columns, _multiprocessors(x.device))

@@ -1,10 +1,24 @@
-"""How products of many rows with matrices of 4 bits are shared out among the multiprocessors of a
-Hopper GPU (gemm_quantized_hopper.py). The numbers were measured on an H200
-(docs/performance.md)."""
+"""Which products with matrices of 4 bits go to the kernel for Hopper GPUs
+(gemm_quantized_hopper.py), and how they are shared out among multiprocessors. The numbers were
+measured on an H200 (docs/performance.md)."""
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+import triton
+from torch import Tensor
+
+from .packed_matrix import PackedMatrix
+from .quantized_decode import INT4
+
+LEAST_ROWS: Final = 65
+"""Of x, for which this kernel is faster than the one of gemm_quantized.py."""
+MOST_ROWS: Final = 4096
+"""Above, decoding once costs less, whatever the matrix is copied to."""
+MINOR: Final = ("3.6",)
+"""Releases of Triton whose Gluon this is written in."""
 GROUP_ROWS: Final = 64
 """Weight rows of a group of warps."""
 STEP_COLUMNS: Final = 64
@@ -21,6 +35,33 @@ CUTTING: Final = 0.35
 """What it costs to cut the last tiles, in the time of a tile."""
 NARROW: Final = 1.28
 """Time of a tile of 128 rows of x and 256 weight rows, in that of one of 256 and 128."""
+
+
+def takes(x: Tensor, matrix: PackedMatrix) -> bool:
+    """Whether this kernel has such a product, and is the fastest for it."""
+    return matrix.form == INT4 and takes_inputs(x)
+
+
+def takes_inputs(x: Tensor) -> bool:
+    """Whether x [M, K] may be an input. Its rows must begin at multiples of 16 bytes, as the copy
+    engine wants them."""
+    rows, columns = x.shape
+    return (
+        LEAST_ROWS <= rows <= MOST_ROWS
+        and x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and columns % STEP_COLUMNS == 0
+        and x.stride(1) == 1
+        and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
+        and _is_built_for(x.device)
+    )
+
+
+@functools.cache
+def _is_built_for(device: torch.device) -> bool:
+    known = any(triton.__version__.startswith(f"{minor}.") for minor in MINOR)
+    return known and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @dataclass(frozen=True)

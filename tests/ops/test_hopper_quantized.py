@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 import torch
 from pagewire.worker.gpu import verify_hopper
-from pagewire_kernels import cuda_quantized, gemm_quantized_hopper
+from pagewire_kernels import cuda_quantized, gemm_quantized_hopper, hopper_plan
 from pagewire_kernels.cuda_quantized import CudaQuantized
-from pagewire_kernels.gemm_quantized_hopper import LEAST_ROWS, MOST_ROWS, takes_inputs
-from pagewire_kernels.hopper_plan import GROUP_ROWS, HopperPlan, plan
+from pagewire_kernels.hopper_plan import (
+    GROUP_ROWS,
+    LEAST_ROWS,
+    MOST_ROWS,
+    HopperPlan,
+    plan,
+    takes_inputs,
+)
 from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.quantized import quantize
 
@@ -99,7 +105,7 @@ def looks_like(x: torch.Tensor, **other: Any) -> Any:
 
 
 def test_what_the_kernel_lacks_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_quantized_hopper, "_is_built_for", lambda device: True)
+    monkeypatch.setattr(hopper_plan, "_is_built_for", lambda device: True)
     x = torch.empty(MOST_ROWS + 1, 128, dtype=torch.bfloat16)
     assert takes_inputs(looks_like(x[:LEAST_ROWS])) and takes_inputs(looks_like(x[:MOST_ROWS]))
     assert not takes_inputs(x[:256])
@@ -118,11 +124,11 @@ def test_what_the_kernel_lacks_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -
 def test_the_kernel_is_for_one_release_and_one_kind_of_gpu(
     monkeypatch: pytest.MonkeyPatch, release: str, capability: tuple[int, int], known: bool
 ) -> None:
-    monkeypatch.setattr(gemm_quantized_hopper.triton, "__version__", release)
+    monkeypatch.setattr(hopper_plan.triton, "__version__", release)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gemm_quantized_hopper._is_built_for.cache_clear()
-    assert gemm_quantized_hopper._is_built_for(torch.device("cuda")) is known
-    gemm_quantized_hopper._is_built_for.cache_clear()
+    hopper_plan._is_built_for.cache_clear()
+    assert hopper_plan._is_built_for(torch.device("cuda")) is known
+    hopper_plan._is_built_for.cache_clear()
 
 
 def plainly(
@@ -143,7 +149,7 @@ def test_matrices_of_4_bits_go_there_and_others_do_not(
         taken.append(matrix.shape[0])
         plainly(x, matrix, bias, out)
 
-    monkeypatch.setattr(gemm_quantized_hopper, "takes_inputs", lambda x: True)
+    monkeypatch.setattr(hopper_plan, "takes_inputs", lambda x: True)
     monkeypatch.setattr(gemm_quantized_hopper, "hopper_linear", noted)
     choices = KernelChoices(hopper_quantized=enabled)
     parts = [quantize(torch.randn(rows, 128), bits) for rows, bits in ((64, 4), (32, 8), (48, 4))]
@@ -162,7 +168,7 @@ def comparisons(monkeypatch: pytest.MonkeyPatch, wrong: float | None) -> KernelC
             raise RuntimeError("no such instruction")
         plainly(*arguments, wrong=wrong)
 
-    monkeypatch.setattr(gemm_quantized_hopper, "takes_inputs", lambda x: True)
+    monkeypatch.setattr(hopper_plan, "takes_inputs", lambda x: True)
     monkeypatch.setattr(gemm_quantized_hopper, "hopper_linear", product)
     monkeypatch.setattr(verify_hopper, "QUANTIZED_SHAPES", ((70, 64, 128),))
     choices = KernelChoices(int4_groups={(128, False), (32, True)})
@@ -225,3 +231,15 @@ def test_the_kernel_compiles(launches: list[dict[str, Any]], case: int) -> None:
     assert "wgmma" not in found["assembler"]
     # Groups of 16 take registers of their own for each word.
     assert found["spilled"] <= (32 if CASES[case][3] >= 32 else 128)
+
+
+def test_a_release_of_triton_without_this_gluon_does_without_the_kernel() -> None:
+    program = (
+        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
+        "import pagewire_kernels.cuda, pagewire.worker.gpu.runner\n"
+        "assert 'pagewire_kernels.gemm_quantized_hopper' not in sys.modules\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-from pagewire_kernels import attention_prefill, gemm_quantized_hopper
+from pagewire_kernels import attention_prefill, hopper_plan
 from pagewire_kernels.attention_prefill import LEAST_TOKENS, choose, prefill_attention
 from pagewire_kernels.cuda_quantized import pack_matrix
 from pagewire_kernels.gemm_quantized import dequantize
@@ -65,7 +65,7 @@ def check_quantized(choices: KernelChoices, dtype: torch.dtype, device: torch.de
     log.warning(
         "the product of 4 bits for Hopper GPUs is not used: %s; steps of more than %d tokens take longer",
         why,
-        gemm_quantized_hopper.LEAST_ROWS - 1,
+        hopper_plan.LEAST_ROWS - 1,
     )
 
 
@@ -85,8 +85,8 @@ def quantized_comparisons(
 ) -> list[Callable[[], float]]:
     """A `quantized_disagreement` for each way of sharing out and each form of the matrices that were
     packed; none where the kernel is switched off or takes no such products."""
-    probe = torch.empty(gemm_quantized_hopper.LEAST_ROWS, 64, dtype=dtype, device=device)
-    if not choices.hopper_quantized or not gemm_quantized_hopper.takes_inputs(probe):
+    probe = torch.empty(hopper_plan.LEAST_ROWS, 64, dtype=dtype, device=device)
+    if not choices.hopper_quantized or not hopper_plan.takes_inputs(probe):
         return []
     return [
         functools.partial(quantized_disagreement, form, shape, dtype, device)
@@ -101,6 +101,8 @@ def quantized_disagreement(
     """The relative norm of the difference between the kernel's product of random numbers and the
     one with the dequantized matrix; infinity for NaN. form: see KernelChoices.int4_groups; shape:
     rows of x, and of the matrix, and columns."""
+    from pagewire_kernels.gemm_quantized_hopper import hopper_linear
+
     group, rest = form
     rows, n, k = shape
     scale = torch.rand(n, k // group, device=device) * 0.01 + 0.01
@@ -109,7 +111,7 @@ def quantized_disagreement(
     matrix = pack_matrix([Quantized(codes, scale.half().float(), minimum.half().float())])
     x = torch.randn(rows, k, dtype=dtype, device=device)
     out = torch.full((rows, n), float("nan"), dtype=dtype, device=device)
-    gemm_quantized_hopper.hopper_linear(x, matrix, None, out)
+    hopper_linear(x, matrix, None, out)
     exact = (x @ dequantize(matrix, dtype).T).float()
     error = float((out.float() - exact).norm() / exact.norm())
     return error if error == error else float("inf")
