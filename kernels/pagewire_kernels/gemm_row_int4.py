@@ -1,0 +1,419 @@
+"""The products of gemm_row.py with codes of 4 bits.
+
+A program has one strip of 64 weight rows, or two, and a part of the inner dimension. A thread reads
+16 bytes of a strip at once, straight into registers and a step ahead of their use; each word of 8
+codes is its operand of one `mma.m16n8k16` (quantized_decode.py), whose other side is the row of x
+and seven columns of zeros. So a word costs seven instructions of decoding and one product, and
+nothing but x is read twice.
+
+Codes are multiplied as they are decoded, with an offset. It is taken from the sums together with
+the zero point, (sum of code * x) - (offset + zero) * (sum of x), and sums are then scaled: both are
+float32, and zero points need not be whole numbers. The sum of x is a product too, with ones.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .packed_matrix import PackedMatrix
+from .quantized_decode import TILE, offsets
+from .row_epilogue import finish
+from .workspace import counters, overlap
+
+
+@dataclass(frozen=True)
+class Int4RowConfig:
+    """Launch shape. strips: of 64 weight rows a program, 1 or 2 (with gate and up always one of
+    each); chunks: of 64 inputs a step, a power of two; splits: programs that share a result. early:
+    the next kernel's programs are let in at once."""
+
+    strips: int
+    chunks: int
+    splits: int
+    warps: int = 4
+    early: bool = False
+
+
+def _products(dtype: str, magic: str, one: str, words: int) -> str:
+    """PTX: the sums of 16 * `words` inputs for a thread's two rows (column 0 of their tile), and
+    with `one` the sum of x. Operands: outputs; words; pairs of x, two a word; with `one` also the
+    thread's place in its warp as the tensor has it: if it is another, sums are no numbers."""
+    results = 1 if one else 2
+    first = results + (0 if one else words)
+    product = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+    lines = [".reg .b32 t<4>;", ".reg .f32 d<4>;", *(f"mov.f32 d{i}, 0f00000000;" for i in range(4))]
+    if one:
+        lines += [f"mov.b32 t{i}, {one};" for i in range(4)]
+    for word in range(words):
+        if not one:
+            w = f"${results + word}"
+            lines += [f"mov.b32 t0, {w};", *(f"shr.u32 t{i}, {w}, {4 * i};" for i in (1, 2, 3))]
+            lines += [f"lop3.b32 t{i}, t{i}, 0x000f000f, {magic}, 0xea;" for i in range(4)]
+        pair = f"{{${first + 2 * word}, ${first + 2 * word + 1}}}"
+        lines.append(f"{product} {{d0, d1, d2, d3}}, {{t0, t1, t2, t3}}, {pair}, {{d0, d1, d2, d3}};")
+    if one:
+        lines += [".reg .pred p;", "mov.u32 t0, %laneid;", f"setp.ne.u32 p, t0, ${first + 2 * words};"]
+        lines.append("selp.f32 $0, 0f7fffffff, d0, p;")
+    else:
+        lines += ["mov.f32 $0, d0;", "mov.f32 $1, d2;"]
+    return "\n".join(["{", *lines, "}"])
+
+
+def _times(dtype: str) -> str:
+    """PTX: a pair of x times a pair of the norm's weights, x times a power of two before."""
+    lines = [".reg .b32 t<2>;", "mov.b32 t1, 0x80008000;", f"fma.rn.{dtype} t0, $1, $3, t1;"]
+    return "\n".join(["{", *lines, f"fma.rn.{dtype} $0, t0, $2, t1;", "}"])
+
+
+_TYPES: Final = {
+    torch.bfloat16: ("bf16", "0x43004300", "0x3f803f80"),
+    torch.float16: ("f16", "0x64006400", "0x3c003c00"),
+}
+"""Names in PTX; bits of the power of two into whose mantissa a code fits, and of one, twice."""
+
+
+def assembly(dtype: torch.dtype, group: int) -> tuple[str, str, str]:
+    """PTX for a type of x and a group: sums of products, sums of x, x times the norm's weights."""
+    name, magic, one = _TYPES[dtype]
+    words = 2 if group == 32 else 4
+    return (
+        _products(name, magic, "", words),
+        _products(name, magic, one, words),
+        _times(name + "x2"),
+    )
+
+
+@triton.jit
+def _quarters(tensor):
+    """[..., 4] -> four of [...]."""
+    halves = tl.reshape(tensor, [tensor.shape[0], tensor.shape[1], 2, 2])
+    even, odd = tl.split(halves)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _pair_at(x, norm, unit, at, inside, NORM: tl.constexpr, TIMES: tl.constexpr):
+    """Two neighbouring inputs, int32: x or the normed x, zero where not inside."""
+    pair = tl.load(x + at, mask=inside, other=0)
+    if NORM:
+        gain = tl.load(norm + at, mask=inside, other=0)
+        pair = tl.inline_asm_elementwise(
+            TIMES, "=r,r,r,r", [pair, gain, unit], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return pair
+
+
+@triton.jit
+def _scale_and_zero(scales, at):
+    pair = tl.load(scales + at)
+    scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _scaled(a, b, inputs, scales, first, NP, OFFSET: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
+    """Sums of parts [parts, 128] of two rows each, and of their inputs: scaled, and added up. first:
+    of the group of the first part and the upper rows; PER parts share a group, and STRIDE groups lie
+    between one part and the next."""
+    PARTS: tl.constexpr = a.shape[0] // PER
+    if PER > 1:
+        a = tl.sum(tl.reshape(a, [PARTS, PER, 128]), 1)
+        b = tl.sum(tl.reshape(b, [PARTS, PER, 128]), 1)
+        inputs = tl.sum(tl.reshape(inputs, [PARTS, PER, 128]), 1)
+    at = first[None, :] + tl.arange(0, PARTS)[:, None] * (STRIDE * NP)
+    scale, zero = _scale_and_zero(scales, at)
+    upper = tl.sum((a - (zero + OFFSET) * inputs) * scale, 0)
+    scale, zero = _scale_and_zero(scales, at + 8)
+    return upper, tl.sum((b - (zero + OFFSET) * inputs) * scale, 0)
+
+
+@triton.jit
+def _sum_of_pairs(a, b, c, d, lane, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASM, "=f,r,r,r,r,r", [a, b, c, d, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sum_of_eight(a, b, c, d, e, f, g, h, lane, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASM, "=f,r,r,r,r,r,r,r,r,r", [a, b, c, d, e, f, g, h, lane], dtype=tl.float32,
+        is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def _multiplied(w, strip, x, lane, scales, chunk, NP, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
+                SUM: tl.constexpr):  # fmt: skip
+    """Sums of a step for a thread's two rows, [128] each: its words w [chunks, 128, 4] times x, eight
+    tensors of pairs [chunks, 128]."""
+    e, f, g, h = _quarters(w)
+    thread = tl.arange(0, 128)
+    n = strip * 64 + thread // 32 * 16 + thread % 32 // 4
+    first = n + (chunk * 64 // GROUP) * NP
+    if GROUP == 32:
+        a, b = tl.inline_asm_elementwise(
+            ASM, "=f,=f,r,r,r,r,r,r", [e, f, x[0], x[1], x[2], x[3]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )  # fmt: skip
+        inputs = _sum_of_pairs(x[0], x[1], x[2], x[3], lane, SUM)
+        upper, lower = _scaled(a, b, inputs, scales, first, NP, OFFSET, 1, 2)
+        a, b = tl.inline_asm_elementwise(
+            ASM, "=f,=f,r,r,r,r,r,r", [g, h, x[4], x[5], x[6], x[7]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )  # fmt: skip
+        inputs = _sum_of_pairs(x[4], x[5], x[6], x[7], lane, SUM)
+        more, others = _scaled(a, b, inputs, scales, first + NP, NP, OFFSET, 1, 2)
+        return upper + more, lower + others
+    else:
+        a, b = tl.inline_asm_elementwise(
+            ASM, "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r",
+            [e, f, g, h, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )  # fmt: skip
+        inputs = _sum_of_eight(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], lane, SUM)
+        return _scaled(a, b, inputs, scales, first, NP, OFFSET, GROUP // 64, 1)
+
+
+@triton.jit
+def _multiplied_in_float32(w, strip, x, norm, scales, chunk, end, NP, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+                           NORM: tl.constexpr):  # fmt: skip
+    """_multiplied in Triton's own words, of x itself."""
+    at = chunk + tl.arange(0, CHUNKS)[:, None, None, None]
+    thread = tl.arange(0, 128)[None, :, None, None]
+    word = tl.arange(0, 4)[None, None, :, None]
+    # half of inputs, half of rows, pair
+    i = tl.arange(0, 8)[None, None, None, :]
+    k = at * 64 + word * 16 + i // 4 * 8 + thread % 4 * 2 + i % 2
+    n = strip * 64 + thread // 32 * 16 + i // 2 % 2 * 8 + thread % 32 // 4
+    code = (w[:, :, :, None] >> (4 * (i // 2 + i % 2 * 4))) & 15
+    inside = at < end
+    h = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        h *= tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+    scale, zero = _scale_and_zero(scales, tl.where(inside, k // GROUP, 0) * NP + n)
+    products = tl.reshape((code.to(tl.float32) - zero) * scale * h, [CHUNKS, 128, 4, 2, 2, 2])
+    by_row = tl.sum(tl.sum(tl.sum(products, 5), 3), 2)
+    return tl.split(tl.sum(by_row, 0))
+
+
+@triton.jit
+def _rows_of(upper, lower):
+    """[128] each, of the four threads of a row -> [64]."""
+    upper = tl.sum(tl.reshape(upper, [4, 8, 4]), 2)
+    lower = tl.sum(tl.reshape(lower, [4, 8, 4]), 2)
+    return tl.reshape(tl.permute(tl.join(upper, lower), [0, 2, 1]), [64])
+
+
+@triton.jit
+def _words(pointers, chunk, end, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+    """Of a step: [CHUNKS, 128, 4]; none lie behind the end."""
+    at = pointers + chunk * 512
+    if EVEN:
+        return tl.load(at, mask=chunk < end, other=0)
+    inside = (chunk + tl.arange(0, CHUNKS) < end)[:, None, None]
+    return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def _pairs(x, norm, unit, chunk, end, CHUNKS: tl.constexpr, NORM: tl.constexpr, TIMES: tl.constexpr):
+    """The pairs of x that a thread hands to a step's products: those of the first column of four
+    words, by halves; threads of other columns have zeros."""
+    at = chunk + tl.arange(0, CHUNKS)[:, None]
+    thread = tl.arange(0, 128)[None, :]
+    inside = (at < end) & (thread % 32 < 4)
+    k = at * 32 + thread % 4
+    return (
+        _pair_at(x, norm, unit, k, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 4, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 8, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 12, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 16, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 20, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 24, inside, NORM, TIMES),
+        _pair_at(x, norm, unit, k + 28, inside, NORM, TIMES),
+    )
+
+
+@triton.jit
+def _norm_factor(x, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        squares += h * h
+    return tl.rsqrt(tl.sum(squares, 0) / K + eps)
+
+
+@triton.jit
+def _unit_of(factor, DT: tl.constexpr):
+    """The power of two below a factor, as a float32 and as a pair of DT."""
+    unit = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    half = unit.to(DT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return unit, half | half << 16
+
+
+@triton.jit
+def _merged(result, part, to, NP, split, SPLITS: tl.constexpr, last):
+    """Before the last program has counted: stores a split's sums. For it: all of them, in order."""
+    if last:
+        result = tl.zeros([64], tl.float32)
+        for other in tl.static_range(SPLITS):
+            result += tl.load(part + other * NP + to, cache_modifier=".cg")
+    else:
+        tl.store(part + split * NP + to, result)
+    return result
+
+
+@triton.jit
+def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP, eps, factor, span, K: tl.constexpr,
+        CHUNKS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PAIR: tl.constexpr,
+        BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr,
+        SUM: tl.constexpr, TIMES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Chunks split * span to (split + 1) * span of 64 inputs. GATED: the second strip is that of up;
+    else PAIR: the next one. The first words are asked for before the wait for x."""
+    DT: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DT else 1024.0
+    TWO: tl.constexpr = GATED or PAIR
+    strip = tl.program_id(0) * (2 if PAIR else 1)
+    second = strip + (N // 64 if GATED else 1)
+    split = tl.program_id(1)
+    start = split * span
+    end = tl.minimum(start + span, K // 64)
+    lane = tl.arange(0, 128)[None, :] % 32 + tl.zeros([CHUNKS, 1], tl.int32)
+    pointers = words + offsets(strip, K, 64, CHUNKS * 64, "int4")
+    pointers2 = words + offsets(second, K, 64, CHUNKS * 64, "int4")
+    w = _words(pointers, start, end, CHUNKS, EVEN)
+    w2 = w
+    if TWO:
+        w2 = _words(pointers2, start, end, CHUNKS, EVEN)
+    if PDL:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    scale = 1.0
+    unit_pair = 0
+    if NORM:
+        scale = _norm_factor(x, eps, K, 2048 if K > 1024 else 1024)
+        if ASM != "":
+            unit, unit_pair = _unit_of(scale, DT)
+            scale = scale / unit
+    upper = tl.zeros([128], tl.float32)
+    lower = tl.zeros([128], tl.float32)
+    upper2 = tl.zeros([128], tl.float32)
+    lower2 = tl.zeros([128], tl.float32)
+    for chunk in tl.range(start, end, CHUNKS, num_stages=1):
+        following = _words(pointers, chunk + CHUNKS, end, CHUNKS, EVEN)
+        following2 = following
+        if TWO:
+            following2 = _words(pointers2, chunk + CHUNKS, end, CHUNKS, EVEN)
+        if ASM == "":
+            a, b = _multiplied_in_float32(
+                w, strip, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
+            )
+            c, d = a, b
+            if TWO:
+                c, d = _multiplied_in_float32(
+                    w2, second, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
+                )
+        else:
+            x_pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)
+            norm_pairs = x_pairs
+            if NORM:
+                norm_pairs = norm.to(tl.pointer_type(tl.int32), bitcast=True)
+            h = _pairs(x_pairs, norm_pairs, unit_pair, chunk, end, CHUNKS, NORM, TIMES)
+            a, b = _multiplied(w, strip, h, lane, scales, chunk, NP, GROUP, OFFSET, ASM, SUM)
+            c, d = a, b
+            if TWO:
+                c, d = _multiplied(w2, second, h, lane, scales, chunk, NP, GROUP, OFFSET, ASM, SUM)
+        upper += a
+        lower += b
+        upper2 += c
+        lower2 += d
+        w = following
+        w2 = following2
+    if PDL and not EARLY:
+        gdc_launch_dependents()
+    result = _rows_of(upper, lower) * factor
+    result2 = result
+    if TWO:
+        result2 = _rows_of(upper2, lower2) * factor
+    n = strip * 64 + tl.arange(0, 64)
+    n2 = second * 64 + tl.arange(0, 64)
+    last = True
+    if SPLITS > 1:
+        _merged(result, part, n, NP, split, SPLITS, False)
+        if TWO:
+            _merged(result2, part, n2, NP, split, SPLITS, False)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1
+        if last:
+            tl.store(arrived + tl.program_id(0), 0)
+            result = _merged(result, part, n, NP, split, SPLITS, True)
+            if TWO:
+                result2 = _merged(result2, part, n2, NP, split, SPLITS, True)
+    if last:
+        finish(result, result2, scale, bias, residual, out, n, N, NORM, GATED, BIAS, ADD)
+        if PAIR:
+            finish(result2, result2, scale, bias, residual, out, n2, N, NORM, False, BIAS, ADD)
+
+
+def pick_config(n: int, k: int, gated: bool) -> Int4RowConfig:
+    """The launch shape for n results of inner size k. Not measured yet: some four programs of four
+    warps for each multiprocessor of a large GPU, each of which has four steps or fewer."""
+    pairs = triton.cdiv(n, TILE) if gated else triton.cdiv(n, 2 * TILE)
+    splits = 1
+    while splits * 2 * pairs <= PROGRAMS and splits * 2 * LEAST_INPUTS <= k:
+        splits *= 2
+    return Int4RowConfig(2, 4, splits)
+
+
+PROGRAMS: Final = 600
+LEAST_INPUTS: Final = 256
+"""Of a split."""
+
+
+def takes(matrix: PackedMatrix) -> bool:
+    """Whether a matrix of 4 bits can be the weight of these products."""
+    return matrix.group in GROUPS
+
+
+GROUPS: Final = (32, 64, 128)
+
+
+def launch(
+    x: Tensor, matrix: PackedMatrix, gated: bool, norm: Tensor | None, eps: float, bias: Tensor | None, residual: Tensor | None,
+    out: Tensor, config: Int4RowConfig | None
+) -> None:  # fmt: skip
+    """See gemm_row._launch. gated: halves of the matrix are multiples of 64 rows."""
+    k = matrix.shape[1]
+    n = out.shape[1]
+    c = config or pick_config(n, k, gated)
+    strips = triton.cdiv(n, TILE)
+    pair = not gated and c.strips == 2 and strips % 2 == 0
+    chunks = max(c.chunks, matrix.group // 64)
+    steps = triton.cdiv(k // 64, chunks)
+    span = triton.cdiv(steps, c.splits) * chunks
+    splits = triton.cdiv(k // 64, span)
+    tiles = strips // 2 if pair else strips
+    asm = ("", "", "")
+    if x.device.type == "cuda" and x.dtype in _TYPES:
+        asm = assembly(x.dtype, matrix.group)
+    part = out
+    if splits > 1:
+        part = torch.empty(splits * matrix.padded, dtype=torch.float32, device=x.device)
+    _row_int4[(tiles, splits)](
+        x, norm, matrix.words, matrix.scales, bias, residual, out, part, counters(x.device, "row of int4", tiles), n,
+        matrix.padded, eps, matrix.factor, span, K=k, CHUNKS=chunks, GROUP=matrix.group, NORM=norm is not None, GATED=gated,
+        PAIR=pair, BIAS=bias is not None, ADD=residual is not None, EVEN=k // 64 % chunks == 0, SPLITS=splits, ASM=asm[0],
+        SUM=asm[1], TIMES=asm[2], EARLY=c.early, num_warps=c.warps, **overlap(x.device))  # fmt: skip
