@@ -49,7 +49,11 @@ def _products(dtype: str, magic: str, one: str, words: int) -> str:
     results = 1 if one else 2
     first = results + (0 if one else words)
     product = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
-    lines = [".reg .b32 t<4>;", ".reg .f32 d<4>;", *(f"mov.f32 d{i}, 0f00000000;" for i in range(4))]
+    lines = [
+        ".reg .b32 t<4>;",
+        ".reg .f32 d<4>;",
+        *(f"mov.f32 d{i}, 0f00000000;" for i in range(4)),
+    ]
     if one:
         lines += [f"mov.b32 t{i}, {one};" for i in range(4)]
     for word in range(words):
@@ -58,9 +62,15 @@ def _products(dtype: str, magic: str, one: str, words: int) -> str:
             lines += [f"mov.b32 t0, {w};", *(f"shr.u32 t{i}, {w}, {4 * i};" for i in (1, 2, 3))]
             lines += [f"lop3.b32 t{i}, t{i}, 0x000f000f, {magic}, 0xea;" for i in range(4)]
         pair = f"{{${first + 2 * word}, ${first + 2 * word + 1}}}"
-        lines.append(f"{product} {{d0, d1, d2, d3}}, {{t0, t1, t2, t3}}, {pair}, {{d0, d1, d2, d3}};")
+        lines.append(
+            f"{product} {{d0, d1, d2, d3}}, {{t0, t1, t2, t3}}, {pair}, {{d0, d1, d2, d3}};"
+        )
     if one:
-        lines += [".reg .pred p;", "mov.u32 t0, %laneid;", f"setp.ne.u32 p, t0, ${first + 2 * words};"]
+        lines += [
+            ".reg .pred p;",
+            "mov.u32 t0, %laneid;",
+            f"setp.ne.u32 p, t0, ${first + 2 * words};",
+        ]
         lines.append("selp.f32 $0, 0f7fffffff, d0, p;")
     else:
         lines += ["mov.f32 $0, d0;", "mov.f32 $1, d2;"]
@@ -68,7 +78,10 @@ def _products(dtype: str, magic: str, one: str, words: int) -> str:
 
 
 def _times(dtype: str) -> str:
-    """PTX: a pair of x times a pair of the norm's weights, x times a power of two before."""
+    """PTX: a pair of x times a pair of the norm's weights. In float16, whose range would end, times
+    a power of two near the norm's factor before."""
+    if dtype == "bf16x2":
+        return "{\n.reg .b32 t0;\nmov.b32 t0, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, t0;\n}"
     lines = [".reg .b32 t<2>;", "mov.b32 t1, 0x80008000;", f"fma.rn.{dtype} t0, $1, $3, t1;"]
     return "\n".join(["{", *lines, f"fma.rn.{dtype} $0, t0, $2, t1;", "}"])
 
@@ -114,27 +127,31 @@ def _pair_at(x, norm, unit, at, inside, NORM: tl.constexpr, TIMES: tl.constexpr)
 
 
 @triton.jit
-def _scale_and_zero(scales, at):
-    pair = tl.load(scales + at)
+def _scale_and_zero(scales, at, inside):
+    pair = tl.load(scales + at, mask=inside, other=0)
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _scaled(a, b, inputs, scales, first, NP, OFFSET: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
-    """Sums of parts [parts, 128] of two rows each, and of their inputs: scaled, and added up. first:
-    of the group of the first part and the upper rows; PER parts share a group, and STRIDE groups lie
-    between one part and the next."""
-    PARTS: tl.constexpr = a.shape[0] // PER
+def _scaled(a, b, inputs, scales, n, first, groups, NP, OFFSET: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr,
+            EVEN: tl.constexpr):  # fmt: skip
+    """Sums of parts [128, parts] of two rows each, n [128] and n + 8, and of their inputs: scaled, and
+    added up. first: the group of the first part, of `groups` in all; PER parts share a group, and
+    STRIDE groups lie between one part and the next. EVEN: none lies behind the last."""
+    PARTS: tl.constexpr = a.shape[1] // PER
     if PER > 1:
-        a = tl.sum(tl.reshape(a, [PARTS, PER, 128]), 1)
-        b = tl.sum(tl.reshape(b, [PARTS, PER, 128]), 1)
-        inputs = tl.sum(tl.reshape(inputs, [PARTS, PER, 128]), 1)
-    at = first[None, :] + tl.arange(0, PARTS)[:, None] * (STRIDE * NP)
-    scale, zero = _scale_and_zero(scales, at)
-    upper = tl.sum((a - (zero + OFFSET) * inputs) * scale, 0)
-    scale, zero = _scale_and_zero(scales, at + 8)
-    return upper, tl.sum((b - (zero + OFFSET) * inputs) * scale, 0)
+        a = tl.sum(tl.reshape(a, [128, PARTS, PER]), 2)
+        b = tl.sum(tl.reshape(b, [128, PARTS, PER]), 2)
+        inputs = tl.sum(tl.reshape(inputs, [128, PARTS, PER]), 2)
+    group = first + tl.arange(0, PARTS)[None, :] * STRIDE
+    inside = group < (first + PARTS * STRIDE if EVEN else groups)
+    at = n[:, None] + group * NP
+    inside = tl.broadcast_to(inside, at.shape)
+    scale, zero = _scale_and_zero(scales, at, inside)
+    upper = tl.sum((a - (zero + OFFSET) * inputs) * scale, 1)
+    scale, zero = _scale_and_zero(scales, at + 8, inside)
+    return upper, tl.sum((b - (zero + OFFSET) * inputs) * scale, 1)
 
 
 @triton.jit
@@ -153,27 +170,29 @@ def _sum_of_eight(a, b, c, d, e, f, g, h, lane, ASM: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(w, strip, x, lane, scales, chunk, NP, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
-                SUM: tl.constexpr):  # fmt: skip
-    """Sums of a step for a thread's two rows, [128] each: its words w [chunks, 128, 4] times x, eight
-    tensors of pairs [chunks, 128]."""
+def _multiplied(w, strip, x, lane, scales, chunk, NP, K: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+                EVEN: tl.constexpr, ASM: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """Sums of a step for a thread's two rows, [128] each: its words w [128, chunks, 4] times x, eight
+    tensors of pairs [128, chunks]."""
     e, f, g, h = _quarters(w)
     thread = tl.arange(0, 128)
     n = strip * 64 + thread // 32 * 16 + thread % 32 // 4
-    first = n + (chunk * 64 // GROUP) * NP
+    first = chunk * 64 // GROUP
     if GROUP == 32:
         a, b = tl.inline_asm_elementwise(
             ASM, "=f,=f,r,r,r,r,r,r", [e, f, x[0], x[1], x[2], x[3]],
             dtype=(tl.float32, tl.float32), is_pure=True, pack=1
         )  # fmt: skip
         inputs = _sum_of_pairs(x[0], x[1], x[2], x[3], lane, SUM)
-        upper, lower = _scaled(a, b, inputs, scales, first, NP, OFFSET, 1, 2)
+        upper, lower = _scaled(a, b, inputs, scales, n, first, K // GROUP, NP, OFFSET, 1, 2, EVEN)
         a, b = tl.inline_asm_elementwise(
             ASM, "=f,=f,r,r,r,r,r,r", [g, h, x[4], x[5], x[6], x[7]],
             dtype=(tl.float32, tl.float32), is_pure=True, pack=1
         )  # fmt: skip
         inputs = _sum_of_pairs(x[4], x[5], x[6], x[7], lane, SUM)
-        more, others = _scaled(a, b, inputs, scales, first + NP, NP, OFFSET, 1, 2)
+        more, others = _scaled(
+            a, b, inputs, scales, n, first + 1, K // GROUP, NP, OFFSET, 1, 2, EVEN
+        )
         return upper + more, lower + others
     else:
         a, b = tl.inline_asm_elementwise(
@@ -182,15 +201,15 @@ def _multiplied(w, strip, x, lane, scales, chunk, NP, GROUP: tl.constexpr, OFFSE
             dtype=(tl.float32, tl.float32), is_pure=True, pack=1
         )  # fmt: skip
         inputs = _sum_of_eight(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], lane, SUM)
-        return _scaled(a, b, inputs, scales, first, NP, OFFSET, GROUP // 64, 1)
+        return _scaled(a, b, inputs, scales, n, first, K // GROUP, NP, OFFSET, GROUP // 64, 1, EVEN)
 
 
 @triton.jit
 def _multiplied_in_float32(w, strip, x, norm, scales, chunk, end, NP, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
                            NORM: tl.constexpr):  # fmt: skip
     """_multiplied in Triton's own words, of x itself."""
-    at = chunk + tl.arange(0, CHUNKS)[:, None, None, None]
-    thread = tl.arange(0, 128)[None, :, None, None]
+    at = chunk + tl.arange(0, CHUNKS)[None, :, None, None]
+    thread = tl.arange(0, 128)[:, None, None, None]
     word = tl.arange(0, 4)[None, None, :, None]
     # half of inputs, half of rows, pair
     i = tl.arange(0, 8)[None, None, None, :]
@@ -201,10 +220,10 @@ def _multiplied_in_float32(w, strip, x, norm, scales, chunk, end, NP, CHUNKS: tl
     h = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         h *= tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
-    scale, zero = _scale_and_zero(scales, tl.where(inside, k // GROUP, 0) * NP + n)
-    products = tl.reshape((code.to(tl.float32) - zero) * scale * h, [CHUNKS, 128, 4, 2, 2, 2])
+    scale, zero = _scale_and_zero(scales, k // GROUP * NP + n, tl.broadcast_to(inside, code.shape))
+    products = tl.reshape((code.to(tl.float32) - zero) * scale * h, [128, CHUNKS, 4, 2, 2, 2])
     by_row = tl.sum(tl.sum(tl.sum(products, 5), 3), 2)
-    return tl.split(tl.sum(by_row, 0))
+    return tl.split(tl.sum(by_row, 1))
 
 
 @triton.jit
@@ -217,22 +236,25 @@ def _rows_of(upper, lower):
 
 @triton.jit
 def _words(pointers, chunk, end, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
-    """Of a step: [CHUNKS, 128, 4]; none lie behind the end."""
+    """Of a step: [128, CHUNKS, 4]; none lie behind the end."""
     at = pointers + chunk * 512
     if EVEN:
         return tl.load(at, mask=chunk < end, other=0)
-    inside = (chunk + tl.arange(0, CHUNKS) < end)[:, None, None]
+    inside = (chunk + tl.arange(0, CHUNKS) < end)[None, :, None]
     return tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
-def _pairs(x, norm, unit, chunk, end, CHUNKS: tl.constexpr, NORM: tl.constexpr, TIMES: tl.constexpr):
+def _pairs(
+    x, norm, unit, chunk, end, CHUNKS: tl.constexpr, NORM: tl.constexpr, TIMES: tl.constexpr
+):
     """The pairs of x that a thread hands to a step's products: those of the first column of four
     words, by halves; threads of other columns have zeros."""
-    at = chunk + tl.arange(0, CHUNKS)[:, None]
-    thread = tl.arange(0, 128)[None, :]
+    at = chunk + tl.arange(0, CHUNKS)[None, :]
+    thread = tl.arange(0, 128)[:, None]
     inside = (at < end) & (thread % 32 < 4)
-    k = at * 32 + thread % 4
+    # by a bit mask, in which the compiler sees no neighbours: it would give threads four pairs each
+    k = at * 32 + (thread & 3)
     return (
         _pair_at(x, norm, unit, k, inside, NORM, TIMES),
         _pair_at(x, norm, unit, k + 4, inside, NORM, TIMES),
@@ -290,9 +312,10 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
     split = tl.program_id(1)
     start = split * span
     end = tl.minimum(start + span, K // 64)
-    lane = tl.arange(0, 128)[None, :] % 32 + tl.zeros([CHUNKS, 1], tl.int32)
-    pointers = words + offsets(strip, K, 64, CHUNKS * 64, "int4")
-    pointers2 = words + offsets(second, K, 64, CHUNKS * 64, "int4")
+    lane = tl.arange(0, 128)[:, None] % 32 + tl.zeros([1, CHUNKS], tl.int32)
+    # threads before chunks: so that Triton spreads threads over a warp, and leaves chunks to each
+    pointers = words + tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
+    pointers2 = words + tl.permute(offsets(second, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
     w = _words(pointers, start, end, CHUNKS, EVEN)
     w2 = w
     if TWO:
@@ -305,7 +328,7 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
     unit_pair = 0
     if NORM:
         scale = _norm_factor(x, eps, K, 2048 if K > 1024 else 1024)
-        if ASM != "":
+        if ASM != "" and tl.float16 == DT:
             unit, unit_pair = _unit_of(scale, DT)
             scale = scale / unit
     upper = tl.zeros([128], tl.float32)
@@ -332,10 +355,14 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
             if NORM:
                 norm_pairs = norm.to(tl.pointer_type(tl.int32), bitcast=True)
             h = _pairs(x_pairs, norm_pairs, unit_pair, chunk, end, CHUNKS, NORM, TIMES)
-            a, b = _multiplied(w, strip, h, lane, scales, chunk, NP, GROUP, OFFSET, ASM, SUM)
+            a, b = _multiplied(
+                w, strip, h, lane, scales, chunk, NP, K, GROUP, OFFSET, EVEN, ASM, SUM
+            )
             c, d = a, b
             if TWO:
-                c, d = _multiplied(w2, second, h, lane, scales, chunk, NP, GROUP, OFFSET, ASM, SUM)
+                c, d = _multiplied(
+                    w2, second, h, lane, scales, chunk, NP, K, GROUP, OFFSET, EVEN, ASM, SUM
+                )
         upper += a
         lower += b
         upper2 += c
@@ -391,6 +418,11 @@ def takes(matrix: PackedMatrix) -> bool:
 GROUPS: Final = (32, 64, 128)
 
 
+def has_instructions(device: torch.device) -> bool:
+    """Whether PTX runs there; Triton's own words do what it says."""
+    return device.type == "cuda"
+
+
 def launch(
     x: Tensor, matrix: PackedMatrix, gated: bool, norm: Tensor | None, eps: float, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, config: Int4RowConfig | None
@@ -407,7 +439,7 @@ def launch(
     splits = triton.cdiv(k // 64, span)
     tiles = strips // 2 if pair else strips
     asm = ("", "", "")
-    if x.device.type == "cuda" and x.dtype in _TYPES:
+    if has_instructions(x.device) and x.dtype in _TYPES:
         asm = assembly(x.dtype, matrix.group)
     part = out
     if splits > 1:
