@@ -406,7 +406,7 @@ def pick_config(n: int, k: int, gated: bool) -> Int4RowConfig:
 
 
 PROGRAMS: Final = 600
-LEAST_INPUTS: Final = 256
+LEAST_INPUTS: Final = 512
 """Of a split."""
 
 
