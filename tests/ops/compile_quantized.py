@@ -22,6 +22,7 @@ from pagewire_kernels import (
     moe_quantized,
     norm,
     quantized_shapes,
+    row_int4_products,
     shapes,
 )
 from pagewire_kernels.lookup_tables import ROW_TABLES
@@ -200,14 +201,14 @@ def row(form: str) -> dict[str, Any]:
 def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
     """One row and codes of 4 bits: gate and up with a norm, or a sum with a residual."""
     chosen = gemm_row_int4.pick_config(N, K, gated)
-    asm, of_inputs, times = gemm_row_int4.assembly(dtype, group)
+    asm, of_inputs, times = row_int4_products.assembly(dtype, group)
     constants = {
         "bias": None, "residual" if gated else "norm": None, "K": K, "CHUNKS": chosen.chunks, "GROUP": group, "NORM": gated,
         "GATED": gated, "PAIR": not gated, "BIAS": False, "ADD": not gated, "EVEN": True, "SPLITS": chosen.splits, "ASM": asm,
         "SUM": of_inputs, "TIMES": times, "EARLY": chosen.early, "PDL": True,
     }  # fmt: skip
     kind = "*bf16" if dtype == torch.bfloat16 else "*fp16"
-    types = dict.fromkeys(("x", "norm", "residual", "out"), kind)
+    types: dict[str, str] = dict.fromkeys(("x", "norm", "residual", "out"), kind)
     kernel: Any = gemm_row_int4._row_int4
     launch = compiled(kernel, 90, constants, chosen.warps, 3, types)
     return {"launch": f"one row, int4 groups of {group}, {dtype}: {chosen}", **launch}

@@ -38,8 +38,8 @@ def words_of(halves: np.ndarray, dtype: str) -> Words:
     """halves_of backwards, each value rounded."""
     kind = torch.bfloat16 if dtype == "bf16" else torch.float16
     bits = torch.from_numpy(np.ascontiguousarray(halves)).to(kind).view(torch.int16)
-    low, high = bits.numpy().view(np.uint16).astype(np.uint32)
-    return low | high << np.uint32(16)
+    both = bits.numpy().view(np.uint16).astype(np.uint32)
+    return np.asarray(both[0] | both[1] << np.uint32(16))
 
 
 def mma(dtype: str, operands: Sequence[Words]) -> list[Words]:
