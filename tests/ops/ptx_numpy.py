@@ -75,7 +75,8 @@ def run(ptx: str, outputs: int, inputs: Sequence[Words]) -> list[Words]:
         if name == "laneid":
             first = np.arange(len(inputs[0]), dtype=np.uint32) % np.uint32(32)
             return np.broadcast_to(first.reshape(-1, *[1] * (inputs[0].ndim - 1)), inputs[0].shape)
-        return np.uint32(int(name[2:], 16) if name.startswith("0f") else int(name, 0))
+        number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+        return np.array(number, np.uint32)
 
     for line in ptx.splitlines():
         operation, _, rest = line.strip().rstrip(";").partition(" ")
