@@ -4,7 +4,7 @@ SiLU * up or the residual after.
 A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
 nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
 program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8
-bits with a scale a row, which multiplies the sums as well.
+bits with a scale a row, which multiplies the sums as well, or of 4 bits (gemm_row_int4.py).
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -19,8 +19,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import gemm_row_int4
+from .activation import silu_mul
+from .gemm_row_int4 import Int4RowConfig
 from .packed_matrix import PackedMatrix
-from .quantized_decode import EIGHT_BITS, FP8, input_at
+from .quantized_decode import EIGHT_BITS, FP8, INT4, TILE, input_at
+from .row_epilogue import finish
 from .workspace import overlap
 
 
@@ -39,6 +43,8 @@ class RowConfig:
 LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
 Weight = torch.Tensor | PackedMatrix
 """[N, K]: in full, or one that `takes` takes."""
+Config = RowConfig | Int4RowConfig
+"""The latter for codes of 4 bits."""
 
 
 @triton.jit
@@ -114,17 +120,10 @@ def _row(x, norm, weight, row_scale, bias, residual, out, N, eps, factor, K: tl.
         result *= tl.load(row_scale + n, mask=n < N, other=0.0) * factor
         if GATED:
             result_up *= tl.load(row_scale + N + n, mask=n < N, other=0.0) * factor
+    scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        result = result * scale
-        result_up = result_up * scale
-    if BIAS:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATED:
-        result = result / (1.0 + tl.exp(-result)) * result_up
-    if ADD:
-        result += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
+    finish(result, result_up, scale, bias, residual, out, n, N, NORM, GATED, BIAS, ADD)
 
 
 def pick_config(n: int, k: int, gated: bool) -> RowConfig:
@@ -153,6 +152,8 @@ def pick_config_of_codes(n: int, k: int, gated: bool) -> RowConfig:
 
 def takes(matrix: PackedMatrix) -> bool:
     """Whether a quantized matrix can be the weight of these products."""
+    if matrix.form == INT4:
+        return gemm_row_int4.takes(matrix)
     if matrix.form not in EIGHT_BITS or matrix.row_scale is None:
         return False
     return matrix.form != FP8 or _reads_float8(matrix.words.device)
@@ -167,11 +168,17 @@ def _reads_float8(device: torch.device) -> bool:
 
 
 def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
-            residual: torch.Tensor | None, config: RowConfig | None) -> torch.Tensor:  # fmt: skip
+            residual: torch.Tensor | None, config: Config | None) -> torch.Tensor:  # fmt: skip
     rows, k = weight.shape
     n = rows // 2 if gated else rows
     if x.shape != (1, k):
         raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    if isinstance(weight, PackedMatrix) and weight.form == INT4:
+        assert not isinstance(config, RowConfig)
+        gemm_row_int4.launch(x, weight, gated, norm, eps, bias, residual, out, config)
+        return out
+    assert not isinstance(config, Int4RowConfig)
     values = weight
     row_scale = None
     form = ""
@@ -183,7 +190,6 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
         form = weight.form
         factor = weight.factor
     c = config or (pick_config_of_codes(n, k, gated) if form else pick_config(n, k, gated))
-    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     _row[(triton.cdiv(n, c.block_n),)](
         x, norm, values, row_scale, bias, residual, out, n, eps, factor, K=k, BN=c.block_n, BK=c.block_k, FORM=form,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None,
@@ -194,7 +200,7 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
 
 def norm_linear(
     x: torch.Tensor, norm: torch.Tensor, eps: float, weight: Weight, bias: torch.Tensor | None = None,
-    config: RowConfig | None = None
+    config: Config | None = None
 ) -> torch.Tensor:  # fmt: skip
     """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
     return _launch(x, weight, False, norm, eps, bias, None, config)
@@ -205,9 +211,13 @@ def norm_gated(
     norm: torch.Tensor,
     eps: float,
     weight: Weight,
-    config: RowConfig | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
+    four_bits = isinstance(weight, PackedMatrix) and weight.form == INT4
+    if four_bits and weight.shape[0] % (2 * TILE):
+        # up begins inside a strip of rows
+        return silu_mul(_launch(x, weight, False, norm, eps, None, None, config))
     return _launch(x, weight, True, norm, eps, None, None, config)
 
 
@@ -216,7 +226,7 @@ def linear_add(
     weight: Weight,
     bias: torch.Tensor | None,
     residual: torch.Tensor,
-    config: RowConfig | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
     return _launch(x, weight, False, None, 0.0, bias, residual, config)

@@ -5,6 +5,7 @@
 waits: the numbers of products that may still be under way at each wait for tensor cores (Hopper's).
 Codes are decoded into registers that such a product reads while it runs, so that only 0 is right.
 sums: of norms, how a row is spread over threads where it is summed up, and so in which order.
+products: of codes of 4 bits and one row, how operands of `mma` are spread over threads.
 """
 
 import json
@@ -14,7 +15,16 @@ from typing import Any
 
 import torch
 import triton
-from pagewire_kernels import gemm_quantized, gemm_row, moe_quantized, norm, quantized_shapes, shapes
+from pagewire_kernels import (
+    gemm_quantized,
+    gemm_row,
+    gemm_row_int4,
+    moe_quantized,
+    norm,
+    quantized_shapes,
+    row_int4_products,
+    shapes,
+)
 from pagewire_kernels.lookup_tables import ROW_TABLES
 from pagewire_kernels.packed_matrix import PackedExperts, PackedMatrix
 from pagewire_kernels.quantized_decode import DECODERS, EIGHT_BITS, FP8, INT4, INT8
@@ -93,7 +103,15 @@ def compiled(
         "limit": LIMITS[capability],
         "waits": sorted({int(n) for n in re.findall(r"pendings = (\d+)", ttgir)}),
         "sums": _sums(ttgir),
+        "products": _products(ttgir),
     }
+
+
+def _products(ttgir: str) -> list[str]:
+    """The layouts of what is multiplied by `mma` in inline assembly."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
+    lines = re.findall(r"elementwise_inline_asm .*?mma\.sync.*", ttgir)
+    return [layouts[re.findall(r"tensor<[^,]*, (#\w+)>", line)[0]] for line in lines]
 
 
 def _sums(ttgir: str) -> list[str]:
@@ -180,6 +198,22 @@ def row(form: str) -> dict[str, Any]:
     return {"launch": f"one row, {form}: {chosen}", **launch}
 
 
+def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
+    """One row and codes of 4 bits: gate and up with a norm, or a sum with a residual."""
+    chosen = gemm_row_int4.pick_config(N, K, gated)
+    asm, of_inputs, times = row_int4_products.assembly(dtype, group)
+    constants = {
+        "bias": None, "residual" if gated else "norm": None, "K": K, "CHUNKS": chosen.chunks, "GROUP": group, "NORM": gated,
+        "GATED": gated, "PAIR": not gated, "BIAS": False, "ADD": not gated, "EVEN": True, "SPLITS": chosen.splits, "ASM": asm,
+        "SUM": of_inputs, "TIMES": times, "EARLY": chosen.early, "PDL": True,
+    }  # fmt: skip
+    kind = "*bf16" if dtype == torch.bfloat16 else "*fp16"
+    types: dict[str, str] = dict.fromkeys(("x", "norm", "residual", "out"), kind)
+    kernel: Any = gemm_row_int4._row_int4
+    launch = compiled(kernel, 90, constants, chosen.warps, 3, types)
+    return {"launch": f"one row, int4 groups of {group}, {dtype}: {chosen}", **launch}
+
+
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         for form, group, rest in FORMS:
@@ -193,6 +227,9 @@ def main() -> None:
         if capability == 90:
             for form in (FP8, INT8):
                 print(json.dumps(row(form)), flush=True)
+            for dtype, group in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 32)):
+                for gated in (True, False):
+                    print(json.dumps(row_int4(dtype, group, gated)), flush=True)
             for width in NORMS:
                 for full, group in ((True, None), (False, 0), (True, 0), (False, 128)):
                     print(json.dumps(add_norm(width, full, group)), flush=True)

@@ -67,7 +67,10 @@ def test_rows_of_codes_with_a_scale_a_row(n: int, k: int, rounding: str) -> None
 
 def test_codes_that_are_not_read_by_row() -> None:
     ops = CudaQuantized(KernelChoices())
-    for rounded in (quantize(torch.randn(64, 128), 4), quantize(torch.randn(64, 128), 8)):
+    for rounded in (
+        quantize(torch.randn(64, 128), 4).regrouped(16),
+        quantize(torch.randn(64, 128), 8),
+    ):
         matrices = ops.pack([rounded], False)
         assert matrices is not None
         assert matrices.row_weight is None

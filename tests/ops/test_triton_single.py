@@ -25,7 +25,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("rounding", ["", "fp8"])
+@pytest.mark.parametrize("rounding", ["", "fp8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["model_type"])
 def test_one_row(family: dict[str, Any], rounding: str) -> None:
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ def shapes(forms: Mapping[str, Rounded], most: int = 3) -> Iterator[str]:
     """For each form, size and number of rows the time with the chosen launch shape, and the `most`
     fastest that were tried."""
     for (title, rounded), (n, k) in itertools.product(forms.items(), SHAPES):
-        copies = _packed(n, k, rounded)
+        copies = packed(n, k, rounded)
         for rows in ROWS[:5]:
             x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
             chosen = pick_config(rows, copies[0], x.dtype)
@@ -73,7 +73,7 @@ def _candidates(rows: int, n: int, k: int) -> Iterator[QuantizedConfig]:
 def _shape_time(copies: list[PackedMatrix], x: Tensor, config: QuantizedConfig) -> float:
     """Of one that is too large for this card: infinity."""
     try:
-        return _microseconds(
+        return microseconds(
             [lambda x, m=matrix: multiply(x, m, config=config) for matrix in copies], x
         )
     except OutOfResources:
@@ -88,7 +88,7 @@ def _sums(make: Callable[[int, int], list[list[Product]]]) -> dict[int, float]:
         ways = make(n, k)
         for rows in ROWS:
             x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-            fastest = min(_microseconds(copies, x) for copies in ways)
+            fastest = min(microseconds(copies, x) for copies in ways)
             sums[rows] = sums.get(rows, 0.0) + fastest
     return sums
 
@@ -107,10 +107,10 @@ def _dense(n: int, k: int) -> list[list[Product]]:
 
 
 def _quantized(n: int, k: int, rounded: Rounded) -> list[Product]:
-    return [QuantizedMatrices([one], KernelChoices()) for one in _packed(n, k, rounded)]
+    return [QuantizedMatrices([one], KernelChoices()) for one in packed(n, k, rounded)]
 
 
-def _packed(n: int, k: int, rounded: Rounded) -> list[PackedMatrix]:
+def packed(n: int, k: int, rounded: Rounded) -> list[PackedMatrix]:
     """Copies of a matrix of random weights."""
     matrices = CudaQuantized(KernelChoices()).pack(
         [rounded(torch.randn(n, k, device="cuda") * 0.02)], False
@@ -125,7 +125,7 @@ def _copied(matrix: PackedMatrix) -> PackedMatrix:
     return replace(matrix, words=matrix.words.clone(), scales=scales)
 
 
-def _microseconds(copies: list[Product], x: Tensor) -> float:
+def microseconds(copies: list[Product], x: Tensor) -> float:
     """Of one product: the median of replays of a graph that runs all copies."""
     for product in copies[:2]:
         product(x)
