@@ -2,9 +2,11 @@
 
 A program has one strip of 64 weight rows, or two, and a part of the inner dimension. A thread reads
 16 bytes of a strip at once, straight into registers and a step ahead of their use; each word of 8
-codes is its operand of one `mma.m16n8k16` (quantized_decode.py), whose other side is the row of x
-and seven columns of zeros. So a word costs seven instructions of decoding and one product, and
-nothing but x is read twice.
+codes is its operand of one `mma.m16n8k16` (quantized_decode.py). The 32 lanes of a warp hold one pair
+each of the 64 inputs of a chunk, as memory has them, which is one read; lane 4 * c + t has its pair in
+column c of the other operand. So of the eight columns two count for each word, one for each half of
+its inputs, and the others are zeros there: a mask a half. The sum of a row is that of its columns.
+A word costs seven instructions of decoding, two masks and one product.
 
 Codes are multiplied as they are decoded, with an offset. It is taken from the sums together with
 the zero point, (sum of code * x) - (offset + zero) * (sum of x), and sums are then scaled: both are
@@ -29,21 +31,26 @@ from .row_epilogue import finish
 from .row_int4_products import (
     TYPES,
     assembly,
+    in_columns,
     multiplied,
     multiplied_in_float32,
     norm_factor,
-    pairs,
+    pairs_of,
     rows_of,
+    scales_of,
+    sum_of_inputs,
+    sum_of_squares,
+    times_norm,
     unit_of,
 )
 from .workspace import counters, overlap
 
 GROUPS: Final = (32, 64, 128)
 """Inputs that may share a scale."""
-PROGRAMS: Final = 600
-"""Of a launch that is cut into splits, at most."""
-LEAST_INPUTS: Final = 512
-"""Of a split."""
+PROGRAMS: Final = {1: 400, 2: 264}
+"""How many run at a time on 132 multiprocessors, by their strips, as far as registers go."""
+CHUNKS: Final = 8
+"""Of a step: few steps of many bytes were fastest."""
 
 
 @dataclass(frozen=True)
@@ -82,48 +89,67 @@ def _merged(result, part, to, NP, split, SPLITS: tl.constexpr, last):
 
 
 @triton.jit
-def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP, eps, factor, span, K: tl.constexpr,
-        CHUNKS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PAIR: tl.constexpr,
-        BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, ASM: tl.constexpr,
-        SUM: tl.constexpr, TIMES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrived, N, NP, eps, factor, span,
+        K: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+        PAIR: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+        ASM: tl.constexpr, SUM: tl.constexpr, TIMES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Chunks split * span to (split + 1) * span of 64 inputs. GATED: the second strip is that of up;
-    else PAIR: the next one. The first words are asked for before the wait for x."""
+    else PAIR: the next one. The first words are asked for before the wait for x, and what a step
+    reads while the one before it is computed. In bfloat16 the squares of x are summed on the way, and
+    squares has those of each program."""
     DT: tl.constexpr = x.dtype.element_ty
     OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DT else 1024.0
     TWO: tl.constexpr = GATED or PAIR
+    # float16 has no range for x without its factor, which must be known before
+    ON_THE_WAY: tl.constexpr = NORM and ASM != "" and tl.bfloat16 == DT
     strip = tl.program_id(0) * (2 if PAIR else 1)
     second = strip + (N // 64 if GATED else 1)
     split = tl.program_id(1)
     start = split * span
     end = tl.minimum(start + span, K // 64)
     lane = tl.arange(0, 128)[:, None] % 32 + tl.zeros([1, CHUNKS], tl.int32)
+    columns = in_columns(lane)
     # threads before chunks: so that Triton spreads threads over a warp, and leaves chunks to each
     pointers = words + tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
     pointers2 = words + tl.permute(offsets(second, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
     w = _words(pointers, start, end, CHUNKS, EVEN)
-    w2 = w
+    s, t = scales_of(scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
+    w2, s2, t2 = w, s, t
     if TWO:
         w2 = _words(pointers2, start, end, CHUNKS, EVEN)
+        s2, t2 = scales_of(scales, second, start, end, NP, K, CHUNKS, GROUP, EVEN)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
     scale = 1.0
     unit_pair = 0
-    if NORM:
+    if NORM and not ON_THE_WAY:
         scale = norm_factor(x, eps, K, 2048 if K > 1024 else 1024)
-        if ASM != "" and tl.float16 == DT:
+        if ASM != "":
             unit, unit_pair = unit_of(scale, DT)
             scale = scale / unit
     upper = tl.zeros([128], tl.float32)
     lower = tl.zeros([128], tl.float32)
     upper2 = tl.zeros([128], tl.float32)
     lower2 = tl.zeros([128], tl.float32)
+    total = tl.zeros([128], tl.float32)
+    x_pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    norm_pairs = x_pairs
+    if NORM:
+        norm_pairs = norm.to(tl.pointer_type(tl.int32), bitcast=True)
+    h = lane
+    g = lane
+    if ASM != "":
+        h = pairs_of(x_pairs, start, end, CHUNKS)
+        if NORM:
+            g = pairs_of(norm_pairs, start, end, CHUNKS)
     for chunk in tl.range(start, end, CHUNKS, num_stages=1):
-        following = _words(pointers, chunk + CHUNKS, end, CHUNKS, EVEN)
-        following2 = following
+        following = chunk + CHUNKS
+        next_w = _words(pointers, following, end, CHUNKS, EVEN)
+        next_w2 = next_w
         if TWO:
-            following2 = _words(pointers2, chunk + CHUNKS, end, CHUNKS, EVEN)
+            next_w2 = _words(pointers2, following, end, CHUNKS, EVEN)
         if ASM == "":
             a, b = multiplied_in_float32(
                 w, strip, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
@@ -134,31 +160,41 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
                     w2, second, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
                 )
         else:
-            x_pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)
-            norm_pairs = x_pairs
+            next_s, next_t = scales_of(scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN)
+            next_s2, next_t2 = next_s, next_t
+            if TWO:
+                next_s2, next_t2 = scales_of(
+                    scales, second, following, end, NP, K, CHUNKS, GROUP, EVEN
+                )
+            next_h = pairs_of(x_pairs, following, end, CHUNKS)
+            next_g = g
+            pair = h
             if NORM:
-                norm_pairs = norm.to(tl.pointer_type(tl.int32), bitcast=True)
-            h = pairs(x_pairs, norm_pairs, unit_pair, chunk, end, CHUNKS, NORM, TIMES)
-            a, b = multiplied(
-                w, strip, h, lane, scales, chunk, NP, K, GROUP, OFFSET, EVEN, ASM, SUM
-            )
+                next_g = pairs_of(norm_pairs, following, end, CHUNKS)
+                if ON_THE_WAY:
+                    total += sum_of_squares(h)
+                pair = times_norm(h, g, unit_pair, TIMES)
+            inputs = sum_of_inputs(pair, lane, SUM)
+            a, b = multiplied(w, pair, columns, inputs, s, t, GROUP, OFFSET, ASM)
             c, d = a, b
             if TWO:
-                c, d = multiplied(
-                    w2, second, h, lane, scales, chunk, NP, K, GROUP, OFFSET, EVEN, ASM, SUM
-                )
+                c, d = multiplied(w2, pair, columns, inputs, s2, t2, GROUP, OFFSET, ASM)
+            s, t, s2, t2, h, g = next_s, next_t, next_s2, next_t2, next_h, next_g
         upper += a
         lower += b
         upper2 += c
         lower2 += d
-        w = following
-        w2 = following2
+        w, w2 = next_w, next_w2
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = rows_of(upper, lower) * factor
     result2 = result
     if TWO:
         result2 = rows_of(upper2, lower2) * factor
+    square = 0.0
+    if ON_THE_WAY:
+        # each of the four warps has them all
+        square = tl.sum(total, 0) * 0.25
     n = strip * 64 + tl.arange(0, 64)
     n2 = second * 64 + tl.arange(0, 64)
     last = True
@@ -166,6 +202,8 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
         _merged(result, part, n, NP, split, SPLITS, False)
         if TWO:
             _merged(result2, part, n2, NP, split, SPLITS, False)
+        if ON_THE_WAY:
+            tl.store(squares + tl.program_id(0) * SPLITS + split, square)
         tl.debug_barrier()
         last = tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1
         if last:
@@ -173,20 +211,33 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, arrived, N, NP,
             result = _merged(result, part, n, NP, split, SPLITS, True)
             if TWO:
                 result2 = _merged(result2, part, n2, NP, split, SPLITS, True)
+            if ON_THE_WAY:
+                square = 0.0
+                for other in tl.static_range(SPLITS):
+                    at = squares + tl.program_id(0) * SPLITS + other
+                    square += tl.load(at, cache_modifier=".cg")
     if last:
+        if ON_THE_WAY:
+            scale = tl.rsqrt(square / K + eps)
         finish(result, result2, scale, bias, residual, out, n, N, NORM, GATED, BIAS, ADD)
         if PAIR:
             finish(result2, result2, scale, bias, residual, out, n2, N, NORM, False, BIAS, ADD)
 
 
 def pick_config(n: int, k: int, gated: bool) -> Int4RowConfig:
-    """The launch shape for n results of inner size k. Not measured yet: some four programs of four
-    warps for each multiprocessor of a large GPU, each of which has four steps or fewer."""
-    programs = triton.cdiv(n, TILE) if gated else triton.cdiv(n, 2 * TILE)
-    splits = 1
-    while splits * 2 * programs <= PROGRAMS and splits * 2 * LEAST_INPUTS <= k:
-        splits *= 2
-    return Int4RowConfig(2, 4, splits)
+    """The launch shape for n results of inner size k: as many programs as run at a time, or what comes
+    nearest to that. Measured on an H200 (docs/performance.md)."""
+    chunks = min(CHUNKS, triton.next_power_of_2(k // 64))
+    steps = triton.cdiv(k // 64, chunks)
+    shapes: list[tuple[float, int, int]] = []
+    for strips in (2,) if gated else (1, 2):
+        tiles = triton.cdiv(n, TILE if gated else strips * TILE)
+        splits = 1
+        while 2 * splits <= steps and 2 * splits * tiles <= PROGRAMS[strips]:
+            splits *= 2
+        shapes.append((min(1.0, splits * tiles / PROGRAMS[strips]), strips, splits))
+    _, strips, splits = max(shapes)
+    return Int4RowConfig(strips, chunks, splits, early=True)
 
 
 def takes(matrix: PackedMatrix) -> bool:
@@ -216,12 +267,14 @@ def launch(
     tiles = strips // 2 if pair else strips
     asm = ("", "", "")
     if has_instructions(x.device) and x.dtype in TYPES:
-        asm = assembly(x.dtype, matrix.group)
-    part = out
+        asm = assembly(x.dtype)
+    part, squares = out, out
     if splits > 1:
-        part = torch.empty(splits * matrix.padded, dtype=torch.float32, device=x.device)
+        size = splits * matrix.padded
+        part = torch.empty(size + splits * tiles, dtype=torch.float32, device=x.device)
+        squares = part[size:]
     _row_int4[(tiles, splits)](
-        x, norm, matrix.words, matrix.scales, bias, residual, out, part, counters(x.device, "row of int4", tiles), n,
+        x, norm, matrix.words, matrix.scales, bias, residual, out, part, squares, counters(x.device, "row of int4", tiles), n,
         matrix.padded, eps, matrix.factor, span, K=k, CHUNKS=chunks, GROUP=matrix.group, NORM=norm is not None, GATED=gated,
         PAIR=pair, BIAS=bias is not None, ADD=residual is not None, EVEN=k // 64 % chunks == 0, SPLITS=splits, ASM=asm[0],
         SUM=asm[1], TIMES=asm[2], EARLY=c.early, num_warps=c.warps, **overlap(x.device))  # fmt: skip

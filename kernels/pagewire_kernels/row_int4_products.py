@@ -11,38 +11,46 @@ import triton
 import triton.language as tl
 
 
-def _products(dtype: str, magic: str, one: str, words: int) -> str:
-    """PTX: the sums of 16 * `words` inputs for a thread's two rows (column 0 of their tile), and
-    with `one` the sum of x. Operands: outputs; words; pairs of x, two a word; with `one` also the
-    thread's place in its warp as the tensor has it: if it is another, sums are no numbers."""
-    results = 1 if one else 2
-    first = results + (0 if one else words)
+def _products(dtype: str, magic: str) -> str:
+    """PTX: the sums of 64 inputs for a thread's two rows, as far as they lie in its two columns.
+    Operands: outputs; four words; the pair of x that the thread holds; for each of the eight columns
+    all bits or none, whether the thread's pair is in it."""
     product = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
     lines = [
         ".reg .b32 t<4>;",
+        ".reg .b32 x<2>;",
         ".reg .f32 d<4>;",
         *(f"mov.f32 d{i}, 0f00000000;" for i in range(4)),
     ]
-    if one:
-        lines += [f"mov.b32 t{i}, {one};" for i in range(4)]
-    for word in range(words):
-        if not one:
-            w = f"${results + word}"
-            lines += [f"mov.b32 t0, {w};", *(f"shr.u32 t{i}, {w}, {4 * i};" for i in (1, 2, 3))]
-            lines += [f"lop3.b32 t{i}, t{i}, 0x000f000f, {magic}, 0xea;" for i in range(4)]
-        pair = f"{{${first + 2 * word}, ${first + 2 * word + 1}}}"
+    for word in range(4):
+        w = f"${2 + word}"
+        lines += [f"mov.b32 t0, {w};", *(f"shr.u32 t{i}, {w}, {4 * i};" for i in (1, 2, 3))]
+        lines += [f"lop3.b32 t{i}, t{i}, 0x000f000f, {magic}, 0xea;" for i in range(4)]
+        lines += [f"and.b32 x{i}, $6, ${7 + 2 * word + i};" for i in range(2)]
         lines.append(
-            f"{product} {{d0, d1, d2, d3}}, {{t0, t1, t2, t3}}, {pair}, {{d0, d1, d2, d3}};"
+            f"{product} {{d0, d1, d2, d3}}, {{t0, t1, t2, t3}}, {{x0, x1}}, {{d0, d1, d2, d3}};"
         )
-    if one:
-        lines += [
-            ".reg .pred p;",
-            "mov.u32 t0, %laneid;",
-            f"setp.ne.u32 p, t0, ${first + 2 * words};",
-        ]
-        lines.append("selp.f32 $0, 0f7fffffff, d0, p;")
-    else:
-        lines += ["mov.f32 $0, d0;", "mov.f32 $1, d2;"]
+    lines += ["add.f32 $0, d0, d1;", "add.f32 $1, d2, d3;"]
+    return "\n".join(["{", *lines, "}"])
+
+
+def _sums(dtype: str, one: str) -> str:
+    """PTX: the sum of x in a thread's two columns. Operands: the output; the pair that the thread
+    holds; its place in its warp as the tensor has it: if it is another, sums are no numbers."""
+    product = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+    lines = [
+        ".reg .b32 t<2>;",
+        ".reg .f32 d<4>;",
+        ".reg .pred p;",
+        *(f"mov.f32 d{i}, 0f00000000;" for i in range(4)),
+        f"mov.b32 t0, {one};",
+        "mov.b32 t1, 0;",
+        f"{product} {{d0, d1, d2, d3}}, {{t0, t0, t0, t0}}, {{$1, t1}}, {{d0, d1, d2, d3}};",
+        "add.f32 d0, d0, d1;",
+        "mov.u32 t0, %laneid;",
+        "setp.ne.u32 p, t0, $2;",
+        "selp.f32 $0, 0f7fffffff, d0, p;",
+    ]
     return "\n".join(["{", *lines, "}"])
 
 
@@ -62,15 +70,10 @@ TYPES: Final = {
 """Names in PTX; bits of the power of two into whose mantissa a code fits, and of one, twice."""
 
 
-def assembly(dtype: torch.dtype, group: int) -> tuple[str, str, str]:
-    """PTX for a type of x and a group: sums of products, sums of x, x times the norm's weights."""
+def assembly(dtype: torch.dtype) -> tuple[str, str, str]:
+    """PTX for a type of x: sums of products, sums of x, x times the norm's weights."""
     name, magic, one = TYPES[dtype]
-    words = 2 if group == 32 else 4
-    return (
-        _products(name, magic, "", words),
-        _products(name, magic, one, words),
-        _times(name + "x2"),
-    )
+    return _products(name, magic), _sums(name, one), _times(name + "x2")
 
 
 @triton.jit
@@ -84,93 +87,74 @@ def _quarters(tensor):
 
 
 @triton.jit
-def _pair_at(x, norm, unit, at, inside, NORM: tl.constexpr, TIMES: tl.constexpr):
-    """Two neighbouring inputs, int32: x or the normed x, zero where not inside."""
-    pair = tl.load(x + at, mask=inside, other=0)
-    if NORM:
-        gain = tl.load(norm + at, mask=inside, other=0)
-        pair = tl.inline_asm_elementwise(
-            TIMES, "=r,r,r,r", [pair, gain, unit], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return pair
-
-
-@triton.jit
-def _scale_and_zero(scales, at, inside):
-    pair = tl.load(scales + at, mask=inside, other=0)
+def _scale_and_zero(pair):
+    """Of words that hold both in float16."""
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _scaled(a, b, inputs, scales, n, first, groups, NP, OFFSET: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr,
-            EVEN: tl.constexpr):  # fmt: skip
-    """Sums of parts [128, parts] of two rows each, n [128] and n + 8, and of their inputs: scaled, and
-    added up. first: the group of the first part, of `groups` in all; PER parts share a group, and
-    STRIDE groups lie between one part and the next. EVEN: none lies behind the last."""
-    PARTS: tl.constexpr = a.shape[1] // PER
-    if PER > 1:
-        a = tl.sum(tl.reshape(a, [128, PARTS, PER]), 2)
-        b = tl.sum(tl.reshape(b, [128, PARTS, PER]), 2)
-        inputs = tl.sum(tl.reshape(inputs, [128, PARTS, PER]), 2)
-    group = first + tl.arange(0, PARTS)[None, :] * STRIDE
-    inside = group < (first + PARTS * STRIDE if EVEN else groups)
+def scales_of(scales, strip, chunk, end, NP, K: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
+              EVEN: tl.constexpr):  # fmt: skip
+    """Words of scale and zero point of a step's groups [128, groups], for a thread's upper and lower
+    row; none lie behind the end."""
+    thread = tl.arange(0, 128)
+    n = strip * 64 + thread // 32 * 16 + thread % 32 // 4
+    if GROUP > 64:
+        group = chunk // (GROUP // 64) + tl.arange(0, CHUNKS * 64 // GROUP)[None, :]
+    else:
+        group = (chunk + tl.arange(0, CHUNKS)[None, :]) * (64 // GROUP)
+        if GROUP == 32:
+            # a thread's two columns lie in one half of a chunk
+            group += (thread % 4 // 2)[:, None]
     at = n[:, None] + group * NP
-    inside = tl.broadcast_to(inside, at.shape)
-    scale, zero = _scale_and_zero(scales, at, inside)
-    upper = tl.sum((a - (zero + OFFSET) * inputs) * scale, 1)
-    scale, zero = _scale_and_zero(scales, at + 8, inside)
-    return upper, tl.sum((b - (zero + OFFSET) * inputs) * scale, 1)
-
-
-@triton.jit
-def _sum_of_pairs(a, b, c, d, lane, ASM: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        ASM, "=f,r,r,r,r,r", [a, b, c, d, lane], dtype=tl.float32, is_pure=True, pack=1
+    inside = tl.broadcast_to(chunk < end if EVEN else group < K // GROUP, at.shape)
+    return tl.load(scales + at, mask=inside, other=0), tl.load(
+        scales + at + 8, mask=inside, other=0
     )
 
 
 @triton.jit
-def _sum_of_eight(a, b, c, d, e, f, g, h, lane, ASM: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        ASM, "=f,r,r,r,r,r,r,r,r,r", [a, b, c, d, e, f, g, h, lane], dtype=tl.float32,
-        is_pure=True, pack=1
-    )  # fmt: skip
+def _scaled(sums, pair, inputs, OFFSET: tl.constexpr):
+    """Sums [128, groups] of codes times x -> [128]."""
+    scale, zero = _scale_and_zero(pair)
+    return tl.sum((sums - (zero + OFFSET) * inputs) * scale, 1)
 
 
 @triton.jit
-def multiplied(w, strip, x, lane, scales, chunk, NP, K: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-                EVEN: tl.constexpr, ASM: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """Sums of a step for a thread's two rows, [128] each: its words w [128, chunks, 4] times x, eight
-    tensors of pairs [128, chunks]."""
+def _by_group(sums, PER: tl.constexpr):
+    """[128, chunks] -> [128, groups] of PER chunks each."""
+    if PER == 1:
+        return sums
+    return tl.sum(tl.reshape(sums, [128, sums.shape[1] // PER, PER]), 2)
+
+
+@triton.jit
+def multiplied(w, pair, columns, inputs, upper, lower, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+               ASM: tl.constexpr):  # fmt: skip
+    """A step's share of a thread's two rows, [128] each: its words w [128, chunks, 4] times x. pair,
+    inputs [128, chunks]: the thread's pair of x, and the sum of x in its columns. columns: see
+    in_columns. upper, lower: see scales_of."""
     e, f, g, h = _quarters(w)
-    thread = tl.arange(0, 128)
-    n = strip * 64 + thread // 32 * 16 + thread % 32 // 4
-    first = chunk * 64 // GROUP
-    if GROUP == 32:
-        a, b = tl.inline_asm_elementwise(
-            ASM, "=f,=f,r,r,r,r,r,r", [e, f, x[0], x[1], x[2], x[3]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-        )  # fmt: skip
-        inputs = _sum_of_pairs(x[0], x[1], x[2], x[3], lane, SUM)
-        upper, lower = _scaled(a, b, inputs, scales, n, first, K // GROUP, NP, OFFSET, 1, 2, EVEN)
-        a, b = tl.inline_asm_elementwise(
-            ASM, "=f,=f,r,r,r,r,r,r", [g, h, x[4], x[5], x[6], x[7]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-        )  # fmt: skip
-        inputs = _sum_of_pairs(x[4], x[5], x[6], x[7], lane, SUM)
-        more, others = _scaled(
-            a, b, inputs, scales, n, first + 1, K // GROUP, NP, OFFSET, 1, 2, EVEN
-        )
-        return upper + more, lower + others
-    else:
-        a, b = tl.inline_asm_elementwise(
-            ASM, "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r",
-            [e, f, g, h, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-        )  # fmt: skip
-        inputs = _sum_of_eight(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], lane, SUM)
-        return _scaled(a, b, inputs, scales, n, first, K // GROUP, NP, OFFSET, GROUP // 64, 1, EVEN)
+    a, b = tl.inline_asm_elementwise(
+        ASM, "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r", [e, f, g, h, pair, columns[0], columns[1], columns[2],
+        columns[3], columns[4], columns[5], columns[6], columns[7]], dtype=(tl.float32, tl.float32),
+        is_pure=True, pack=1
+    )  # fmt: skip
+    PER: tl.constexpr = GROUP // 64 if GROUP > 64 else 1
+    inputs = _by_group(inputs, PER)
+    return (
+        _scaled(_by_group(a, PER), upper, inputs, OFFSET),
+        _scaled(_by_group(b, PER), lower, inputs, OFFSET),
+    )
+
+
+@triton.jit
+def sum_of_inputs(pair, lane, ASM: tl.constexpr):
+    """Of a step, in each thread's columns: [128, chunks]."""
+    return tl.inline_asm_elementwise(
+        ASM, "=f,r,r", [pair, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -189,7 +173,9 @@ def multiplied_in_float32(w, strip, x, norm, scales, chunk, end, NP, CHUNKS: tl.
     h = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         h *= tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
-    scale, zero = _scale_and_zero(scales, k // GROUP * NP + n, tl.broadcast_to(inside, code.shape))
+    words = k // GROUP * NP + n
+    words = tl.load(scales + words, mask=tl.broadcast_to(inside, words.shape), other=0)
+    scale, zero = _scale_and_zero(words)
     products = tl.reshape((code.to(tl.float32) - zero) * scale * h, [128, CHUNKS, 4, 2, 2, 2])
     by_row = tl.sum(tl.sum(tl.sum(products, 5), 3), 2)
     return tl.split(tl.sum(by_row, 1))
@@ -204,24 +190,44 @@ def rows_of(upper, lower):
 
 
 @triton.jit
-def pairs(x, norm, unit, chunk, end, CHUNKS: tl.constexpr, NORM: tl.constexpr, TIMES: tl.constexpr):
-    """The pairs of x that a thread hands to a step's products: those of the first column of four
-    words, by halves; threads of other columns have zeros."""
-    at = chunk + tl.arange(0, CHUNKS)[None, :]
-    thread = tl.arange(0, 128)[:, None]
-    inside = (at < end) & (thread % 32 < 4)
-    # by a bit mask, in which the compiler sees no neighbours: it would give threads four pairs each
-    k = at * 32 + (thread & 3)
+def _in_column(lane, COLUMN: tl.constexpr):
+    """All bits where lane // 4 is COLUMN, none elsewhere; not by a comparison, from which the
+    compiler would make selections, and again for each."""
+    return ((lane // 4 ^ COLUMN) - 1) >> 31
+
+
+@triton.jit
+def in_columns(lane):
+    """Which of the eight columns of `mma` has the pair of a lane, as bits."""
     return (
-        _pair_at(x, norm, unit, k, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 4, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 8, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 12, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 16, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 20, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 24, inside, NORM, TIMES),
-        _pair_at(x, norm, unit, k + 28, inside, NORM, TIMES),
+        _in_column(lane, 0), _in_column(lane, 1), _in_column(lane, 2), _in_column(lane, 3),
+        _in_column(lane, 4), _in_column(lane, 5), _in_column(lane, 6), _in_column(lane, 7)
+    )  # fmt: skip
+
+
+@triton.jit
+def pairs_of(x, chunk, end, CHUNKS: tl.constexpr):
+    """Two neighbouring inputs in 16 bits, int32 [128, CHUNKS]: the lanes of a warp have the 64 of a
+    chunk, in their order; zero behind the end."""
+    at = chunk + tl.arange(0, CHUNKS)[None, :]
+    # by a bit mask, in which the compiler sees no neighbours: it would give threads four pairs each
+    k = at * 32 + (tl.arange(0, 128)[:, None] & 31)
+    return tl.load(x + k, mask=tl.broadcast_to(at < end, k.shape), other=0)
+
+
+@triton.jit
+def times_norm(pair, gain, unit, TIMES: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        TIMES, "=r,r,r,r", [pair, gain, unit], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def sum_of_squares(pair):
+    """Of pairs of bfloat16 [128, chunks]: [128]."""
+    low = (pair << 16).to(tl.float32, bitcast=True)
+    high = (pair & -65536).to(tl.float32, bitcast=True)
+    return tl.sum(low * low + high * high, 1)
 
 
 @triton.jit

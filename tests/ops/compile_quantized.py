@@ -44,8 +44,8 @@ NORM_TYPES = {
 }  # fmt: skip
 TYPES = {
     "x": "*bf16", "words": "*i32", "scales": "*i32", "row_scale": "*fp32", "factors": "*fp32", "out": "*bf16",
-    "part": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16", "factor": "fp32", "eps": "fp32",
-    "unit": "fp32",
+    "part": "*fp32", "squares": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16",
+    "factor": "fp32", "eps": "fp32", "unit": "fp32",
 }  # fmt: skip
 UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots", "scale_stride"}
 
@@ -201,7 +201,7 @@ def row(form: str) -> dict[str, Any]:
 def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
     """One row and codes of 4 bits: gate and up with a norm, or a sum with a residual."""
     chosen = gemm_row_int4.pick_config(N, K, gated)
-    asm, of_inputs, times = row_int4_products.assembly(dtype, group)
+    asm, of_inputs, times = row_int4_products.assembly(dtype)
     constants = {
         "bias": None, "residual" if gated else "norm": None, "K": K, "CHUNKS": chosen.chunks, "GROUP": group, "NORM": gated,
         "GATED": gated, "PAIR": not gated, "BIAS": False, "ADD": not gated, "EVEN": True, "SPLITS": chosen.splits, "ASM": asm,

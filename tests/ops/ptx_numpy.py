@@ -96,6 +96,9 @@ def run(ptx: str, outputs: int, inputs: Sequence[Words]) -> list[Words]:
                 values[names[1]] = read(names[2]) >> np.uint32(16)
             case "mov.b32" | "mov.f32" | "mov.u32":
                 values[names[0]] = read(names[1])
+            case "add.f32":
+                a, b = (np.asarray(read(name)).view(np.float32) for name in names[1:])
+                values[names[0]] = (a + b).view(np.uint32)
             case "setp.ne.u32":
                 values[names[0]] = read(names[1]) != read(names[2])
             case "selp.f32":

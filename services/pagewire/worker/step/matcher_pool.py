@@ -16,7 +16,7 @@ from ...grammar.messages import Start
 from .matched_stream import Ints, Keys, Stream
 from .matcher import Matcher, OnMasks
 
-CROWDED: Final = 16
+CROWDED: Final = 8
 """Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
 mask."""
 MAX_MATCHERS: Final = 16
