@@ -127,8 +127,12 @@ class Engine:
             self.queue.push(request)
 
     def _find_twin(self, request: Request, prompt: bytes) -> None:
+        """The latest request with the same prompt, or where that one still has a twin, that: so no
+        request keeps a row of earlier ones."""
         key = prompt, request.root
-        request.twin = self._same_prompt.get(key)
+        latest = self._same_prompt.get(key)
+        if latest is not None:
+            request.twin = latest.twin or latest
         self._same_prompt[key] = request
         self._same_prompt.move_to_end(key)
         if len(self._same_prompt) > SAME_PROMPTS:
