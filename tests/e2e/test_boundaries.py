@@ -1,7 +1,6 @@
 """What a running stack can be reached by, and what it reaches: its own sockets and nothing else."""
 
 import json
-import os
 import select
 import socket
 import urllib.error
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from faults.reports import descriptors_of
 
 LISTENS = "0A"
 """The state of a TCP socket in /proc/net/tcp."""
@@ -21,7 +21,7 @@ ACCEPTS = 1 << 16
 
 def sockets_of(pids: list[int]) -> set[str]:
     """Inodes."""
-    links = (os.readlink(path) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir())
+    links = (link for pid in pids for link in descriptors_of(pid))
     return {link[8:-1] for link in links if link.startswith("socket:[")}
 
 

@@ -1,6 +1,7 @@
 """What the scripts in this folder share: their flags, the figures of processes, and how a run ends."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -48,10 +49,18 @@ class Held:
         return f"{self.descriptors} descriptors ({self.sockets} sockets), {self.threads} threads"
 
 
+def descriptors_of(pid: int) -> list[str]:
+    """What they are links to. Raises OSError for a process that is gone."""
+    links: list[str] = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has been closed since
+            links.append(os.readlink(path))
+    return links
+
+
 def held_by(pid: int) -> Held:
     """Raises OSError for a process that is gone."""
-    folder = Path(f"/proc/{pid}/fd")
-    links = [os.readlink(path) for path in folder.iterdir()]
+    links = descriptors_of(pid)
     kinds = Counter(link.partition(":")[0] for link in links)
     threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
     return Held(len(links), kinds["socket"], threads)

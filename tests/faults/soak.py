@@ -35,10 +35,12 @@ FLAGS: Final = (
 
 def held(stack: Stack) -> dict[str, Held | int]:
     """What the stack holds, by the name of the service or of the thing."""
+    processes = {name_of(pid): held_by(pid) for pid in stack.children()}
+    # afterwards: a frontend that has answered may still hold the connection
     figures = gauges(stack)
     sockets = list(stack.run_dir().glob("*.sock"))
     return {
-        **{name_of(pid): held_by(pid) for pid in stack.children()},
+        **processes,
         "supervisor": held_by(stack.process.pid),
         "free blocks of KV": int(figures["kv_blocks_free"]),
         "running": int(figures["num_requests_running"]),
