@@ -224,19 +224,22 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
             finish(result2, result2, scale, bias, residual, out, n2, N, NORM, False, BIAS, ADD)
 
 
-def pick_config(n: int, k: int, gated: bool) -> Int4RowConfig:
-    """The launch shape for n results of inner size k: as many programs as run at a time, or what comes
-    nearest to that. Measured on an H200 (docs/performance.md)."""
-    chunks = min(CHUNKS, triton.next_power_of_2(k // 64))
-    steps = triton.cdiv(k // 64, chunks)
-    shapes: list[tuple[float, int, int]] = []
+def pick_config(n: int, k: int, gated: bool, group: int) -> Int4RowConfig:
+    """The launch shape for n results of inner size k, whose weights have scales for `group` inputs:
+    as many programs as run at a time, or what comes nearest to that. Measured on an H200 in groups
+    of 128 (docs/performance.md)."""
+    shapes: list[tuple[float, int, int, int]] = []
     for strips in (2,) if gated else (1, 2):
+        # with scales for each chunk, registers for two strips and a norm end at fewer
+        most = CHUNKS // 2 if strips == 2 and group < 128 else CHUNKS
+        chunks = min(most, triton.next_power_of_2(k // 64))
+        steps = triton.cdiv(k // 64, chunks)
         tiles = triton.cdiv(n, TILE if gated else strips * TILE)
         splits = 1
         while 2 * splits <= steps and 2 * splits * tiles <= PROGRAMS[strips]:
             splits *= 2
-        shapes.append((min(1.0, splits * tiles / PROGRAMS[strips]), strips, splits))
-    _, strips, splits = max(shapes)
+        shapes.append((min(1.0, splits * tiles / PROGRAMS[strips]), strips, chunks, splits))
+    _, strips, chunks, splits = max(shapes)
     return Int4RowConfig(strips, chunks, splits, early=True)
 
 
@@ -257,7 +260,7 @@ def launch(
     """See gemm_row._launch. gated: halves of the matrix are multiples of 64 rows."""
     k = matrix.shape[1]
     n = out.shape[1]
-    c = config or pick_config(n, k, gated)
+    c = config or pick_config(n, k, gated, matrix.group)
     strips = triton.cdiv(n, TILE)
     pair = not gated and c.strips == 2 and strips % 2 == 0
     chunks = max(c.chunks, matrix.group // 64)

@@ -6,21 +6,20 @@ launch it; a line of JSON for each case [rows, N, K, group, rest, dtype].
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-import triton
+from ops.assembler import assembled, spilled_bytes
 from pagewire_kernels import gemm_quantized_hopper
 from pagewire_kernels.packed_matrix import PackedMatrix
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 MULTIPROCESSORS = 132
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 class Driver:
@@ -50,16 +49,6 @@ class Compiled:
         return launch
 
 
-def assembled(ptx: str) -> str:
-    """What the assembler says of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(PTXAS), "-v", "-arch=sm_90a", str(source), "-o", str(Path(folder) / "out")]
-        finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    return finished.stdout + finished.stderr
-
-
 def main() -> None:
     driver.set_active(Driver())  # type: ignore[arg-type]
     compiled = Compiled(gemm_quantized_hopper._product)
@@ -74,7 +63,6 @@ def main() -> None:
         gemm_quantized_hopper.hopper_linear(x, matrix, None, out)
         ptx = compiled.last.asm["ptx"]
         messages = assembled(ptx)
-        spilled = re.findall(r"(\d+) bytes spill stores", messages)
         waits = {int(count) for count in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)}
         print(
             json.dumps(
@@ -82,7 +70,7 @@ def main() -> None:
                     "shared": compiled.last.metadata.shared,
                     "waits": sorted(waits),
                     "assembler": messages,
-                    "spilled": sum(map(int, spilled)),
+                    "spilled": spilled_bytes(messages),
                 }
             )
         )

@@ -11,10 +11,14 @@ products: of codes of 4 bits and one row, how operands of `mma` are spread over 
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
+from ops.assembler import assembled, spilled_bytes
 from pagewire_kernels import (
     gemm_quantized,
     gemm_row,
@@ -47,6 +51,9 @@ TYPES = {
     "part": "*fp32", "squares": "*fp32", "arrived": "*i32", "order": "*i32", "tiles": "*i32", "norm": "*bf16",
     "factor": "fp32", "eps": "fp32", "unit": "fp32",
 }  # fmt: skip
+ROWS_OF_INT4 = (
+    (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 32),
+)  # fmt: skip
 UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots", "scale_stride"}
 
 
@@ -72,9 +79,10 @@ def compiled(
     warps: int,
     stages: int,
     types: dict[str, str] | None = None,
+    assemble: bool = False,
 ) -> dict[str, Any]:
     """What a launch came to: its shared memory, the waits and the sums. types: of arguments, where
-    other than TYPES."""
+    other than TYPES. assemble: by the assembler too, for Hopper; else spilled is 0."""
     names = kernel.arg_names
     known = TYPES | (types or {})
     signature = {
@@ -104,6 +112,7 @@ def compiled(
         "waits": sorted({int(n) for n in re.findall(r"pendings = (\d+)", ttgir)}),
         "sums": _sums(ttgir),
         "products": _products(ttgir),
+        "spilled": spilled_bytes(assembled(result.asm["ptx"])) if assemble else 0,
     }
 
 
@@ -200,17 +209,17 @@ def row(form: str) -> dict[str, Any]:
 
 def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
     """One row and codes of 4 bits: gate and up with a norm, or a sum with a residual."""
-    chosen = gemm_row_int4.pick_config(N, K, gated)
+    chosen = gemm_row_int4.pick_config(N, K, gated, group)
     asm, of_inputs, times = row_int4_products.assembly(dtype)
     constants = {
         "bias": None, "residual" if gated else "norm": None, "K": K, "CHUNKS": chosen.chunks, "GROUP": group, "NORM": gated,
-        "GATED": gated, "PAIR": not gated, "BIAS": False, "ADD": not gated, "EVEN": True, "SPLITS": chosen.splits, "ASM": asm,
-        "SUM": of_inputs, "TIMES": times, "EARLY": chosen.early, "PDL": True,
+        "GATED": gated, "PAIR": not gated and chosen.strips == 2, "BIAS": False, "ADD": not gated, "EVEN": True,
+        "SPLITS": chosen.splits, "ASM": asm, "SUM": of_inputs, "TIMES": times, "EARLY": chosen.early, "PDL": True,
     }  # fmt: skip
     kind = "*bf16" if dtype == torch.bfloat16 else "*fp16"
     types: dict[str, str] = dict.fromkeys(("x", "norm", "residual", "out"), kind)
     kernel: Any = gemm_row_int4._row_int4
-    launch = compiled(kernel, 90, constants, chosen.warps, 3, types)
+    launch = compiled(kernel, 90, constants, chosen.warps, 3, types, assemble=True)
     return {"launch": f"one row, int4 groups of {group}, {dtype}: {chosen}", **launch}
 
 
@@ -227,7 +236,7 @@ def main() -> None:
         if capability == 90:
             for form in (FP8, INT8):
                 print(json.dumps(row(form)), flush=True)
-            for dtype, group in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 32)):
+            for dtype, group in ROWS_OF_INT4:
                 for gated in (True, False):
                     print(json.dumps(row_int4(dtype, group, gated)), flush=True)
             for width in NORMS:

@@ -347,7 +347,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     norms = [launch for launch in launches if launch["launch"].startswith("norm")]
-    assert len(launches) - len(norms) == 61
+    assert len(launches) - len(norms) == 63
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch
@@ -356,6 +356,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     for launch in rows:
         # 32 neighbours of the first axis are a warp: mma's operands
         assert len(launch["products"]) >= 3, launch
+        assert not launch["spilled"], launch
         assert all(
             "threadsPerWarp = [32, 1], warpsPerCTA = [4, 1]" in p for p in launch["products"]
         )
