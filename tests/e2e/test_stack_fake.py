@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from pagewire.worker.fake import chain, next_token
 
 VOCAB = 1000
+HEARD_S = 60.0
 
 
 def ask(stack: Any, prompt: list[int], count: int, **extra: Any) -> Any:
@@ -146,7 +148,17 @@ async def test_a_hundred_streams_get_their_own_tokens(fake_stack: Any) -> None:
 
 
 def gauges(stack: Any) -> dict[str, float]:
-    """The scheduler's numbers from /metrics, by name without prefix and labels."""
+    """The scheduler's numbers from /metrics, by name without prefix and labels: as they are now or
+    later, not those that the frontend heard before."""
+    now = time.time()
+    end = time.monotonic() + HEARD_S
+    while (figures := _heard(stack)).get("stats_timestamp_seconds", 0.0) < now:
+        assert time.monotonic() < end, f"no frontend heard of the scheduler for {HEARD_S} s"
+        time.sleep(0.02)
+    return figures
+
+
+def _heard(stack: Any) -> dict[str, float]:
     with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     pairs = (

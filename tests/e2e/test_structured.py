@@ -8,7 +8,6 @@ import re
 import signal
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from e2e.test_stack_fake import gauges
 from pagewire import LLM, SamplingParams, StructuredOutputsParams
 from pagewire.hub.huggingface import demo_gguf
 from pagewire.worker.fake import chain
@@ -255,15 +255,6 @@ def test_an_answer_that_is_cut_says_so_and_is_the_beginning_of_the_whole(stack) 
         assert "".join(tokens).startswith(whole.message.content)
 
 
-def steps_of(stack: Any) -> int:
-    """How many steps the worker was sent since the start."""
-    with urllib.request.urlopen(stack.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    found = re.search(r"^vllm:iteration_tokens_total_count\S* ([\d.e+]+)$", text, re.MULTILINE)
-    assert found
-    return int(float(found[1]))
-
-
 def test_what_a_grammar_forces_takes_fewer_steps_and_is_the_same(stack) -> None:
     """Token by token is how requests that want log-probabilities go."""
     words = ["a1b2c3d4e5f6g7h8i9", "0z1y2x3w4v5u"]
@@ -273,9 +264,9 @@ def test_what_a_grammar_forces_takes_fewer_steps_and_is_the_same(stack) -> None:
     with stack.client() as client:
 
         def counted(**options: Any) -> tuple[Any, int]:
-            before = steps_of(stack)
+            before = gauges(stack)["steps_total"]
             answer = ask(client, fields, seed=4, **options)
-            return answer.choices, steps_of(stack) - before
+            return answer.choices, int(gauges(stack)["steps_total"] - before)
 
         counted()  # the matcher's process is there from here on
         (one,), _ = counted(logprobs=True)

@@ -53,6 +53,7 @@ _SCHEDULER_GAUGES: Final = {
     "workers": "Workers that are ready.",
     "services_failing": "Services that failed several times in a row and are tried again with pauses.",
     "steps_in_flight": "Steps sent to workers that have no result yet.",
+    "stats_timestamp_seconds": "When the scheduler counted all this, in seconds since 1970.",
     "step_seconds": "Time of a step lately, of the slowest worker.",
     "step_time_ratio": "What steps with prefill took of their estimate lately, of the slowest worker.",
 }

@@ -7,6 +7,7 @@ together is answered together.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -285,7 +286,8 @@ class Scheduler:
         of 1.
 
         step_seconds is the time of a step lately, step_time_ratio what steps with prefill take of
-        their estimate; both of the slowest worker."""
+        their estimate; both of the slowest worker. stats_timestamp_seconds is the time of day, for
+        frontends show what they heard last, however long ago that was."""
         engine = self.engine
         workers = list(engine.workers.values())
         pools = [worker.kv_cache.pool for worker in workers]
@@ -311,6 +313,7 @@ class Scheduler:
             "service_deaths": self.peers.deaths,
             "services_failing": self.peers.failing,
             "steps_in_flight": sum(len(worker.in_flight) for worker in workers),
+            "stats_timestamp_seconds": time.time(),
             "step_seconds": max((estimator.step_ms for estimator in estimators), default=0.0)
             / 1000,
             "step_time_ratio": max((estimator.ratio for estimator in estimators), default=1.0),
