@@ -67,6 +67,48 @@ def test_a_distrusted_worker_is_told_to_end_at_once_and_again_until_it_has():
     assert list(w.scheduler.engine.workers) == [4242]
 
 
+def test_a_result_that_is_taken_in_by_half_costs_the_worker_its_place(monkeypatch):
+    """No answer would come otherwise: the scheduler's own fault must not end streams."""
+    w = world(workers=2)
+    handle = w.submit(range(40), max_tokens=20)
+    w.tick()
+    (victim,) = [worker for worker in w.workers.values() if worker.inbox]
+
+    def fails(*_):
+        raise IndexError("list index out of range")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pagewire.scheduler.results._seal_full", fails)
+        victim.execute()
+        w.deliver(victim)
+        w.tick()
+    assert w.end(handle).finish is Finish.LOST and w.end(handle).worker_died
+    assert [address for address, _ in w.shutdowns] == [victim.peer.inbox]
+    assert "could not be handled" in w.shutdowns[0][1]
+    del w.workers[victim.peer.inbox]
+    again = w.submit(range(40), max_tokens=20)
+    w.run()
+    assert w.output(again) == w.expected(again)
+
+
+def test_a_request_that_cannot_be_taken_in_has_an_end(monkeypatch):
+    w = world()
+
+    def fails(*_):
+        raise IndexError("list index out of range")
+
+    for name in ("engine.Engine._find_twin", "placement.Queue.push"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pagewire.scheduler.{name}", fails)
+            handle = w.submit([1, 2, 3], max_tokens=20)
+            w.tick()
+        end = w.end(handle)
+        assert (end.finish, end.status) == (Finish.FAILED, 500) and "log" in end.message
+        assert not w.scheduler.engine.live
+    w.run()
+    w.assert_idle()
+
+
 # --- announced deaths ---
 
 

@@ -145,6 +145,32 @@ def test_counts_that_do_not_fit_are_a_fault_of_the_worker(counts, tokens):
     w.assert_idle()
 
 
+def test_tokens_beyond_the_blocks_of_a_row_are_a_fault_of_the_worker():
+    """Found before anything is changed: that the tokens are not in the cache."""
+    w = world(facts={"num_blocks": 24, "block_size": 4, "forced": (15,)}, steps_in_flight=1)
+    w.submit(PROMPT, max_tokens=40)
+    (worker,) = w.workers.values()
+    (state,) = w.scheduler.engine.workers.values()
+    w.tick()
+    worker.execute()
+    w.deliver(worker)
+    w.tick()
+    worker.execute()
+    result = worker.results[0]
+    allocated = int(state.slots.num_allocated[0])
+    count = allocated - int(state.slots.num_received[0]) + 2
+    assert 1 < count <= 16
+    changed = msgspec.structs.replace(
+        result, counts=pack("i", [count]), tokens=pack("i", [next_token(PROMPT)] * count)
+    )
+    engine = w.scheduler.engine
+    with pytest.raises(WorkerFault, match=f"computed {allocated + 1} tokens .* hold {allocated}"):
+        absorb(state, changed, engine.out, engine.end, engine._failed)
+    w.deliver(worker)
+    w.run()
+    w.assert_idle()
+
+
 def test_logprobs_follow_the_tokens_that_were_taken():
     """Of a row of three the second token ends the request."""
     first = next_token(PROMPT)

@@ -40,7 +40,9 @@ class Request:
 class Bench:
     """A fake worker whose requests come and go."""
 
-    def __init__(self, seed: int, late: float = 0.0, max_run: int = 0) -> None:
+    def __init__(self, seed: int, late: float = 0.0, max_run: int = 0, blocks: int = 99) -> None:
+        """blocks: of 16 tokens, that each request comes with."""
+        self.blocks = blocks
         self.random = Random(seed)
         self.room = Room(SLOTS, VOCAB, late, seed)
         config = WorkerConfig(device="fake", fake_vocab_size=VOCAB)
@@ -53,8 +55,13 @@ class Bench:
         self.n = 0
         self.empty = 0
 
-    def step(self, retire: list[int] = [], admit: dict[int, Request] | None = None) -> None:  # noqa: B006
-        """All slots compute one token, new ones their prompts."""
+    def step(
+        self,
+        retire: list[int] = [],  # noqa: B006
+        admit: dict[int, Request] | None = None,
+        grow: list[int] = [],  # noqa: B006
+    ) -> None:
+        """All slots compute one token, new ones their prompts. The slots `grow` get a block."""
         for slot in retire:
             self.slots.pop(slot)
         admit = admit or {}
@@ -71,7 +78,7 @@ class Bench:
                 self.n,
                 pack("i", request.prompt),
                 pack("i", request.output),
-                b"",
+                pack("i", range(self.blocks)),
                 0,
                 Sampling(seed=0, max_tokens=99),
                 grammar=request.grammar,
@@ -84,6 +91,8 @@ class Bench:
                 self.n,
                 retire=pack("i", retire),
                 admit=tuple(admissions),
+                grow_slots=pack("i", grow),
+                grow_blocks=pack("i", [99] * len(grow)),
                 run_slots=pack("i", run),
                 run_counts=pack("i", counts),
             )
@@ -278,6 +287,26 @@ def test_a_forced_run_comes_in_one_step() -> None:
         steps[max_run] = bench.n
         assert len(other.output) == bench.n, "a row beside it gets one token a step"
     assert steps[0] == 30 and steps[MAX_RUN] <= 15
+
+
+def test_a_forced_run_ends_with_the_blocks_of_its_row() -> None:
+    """The scheduler adds a block when it hears of the tokens, not before; until then the row waits,
+    and no other one."""
+    bench = Bench(0, max_run=MAX_RUN, blocks=1)
+    request, other = Request("G", [1, 2, 3]), Request(None, [4])
+    bench.step(admit={2: request, 3: other})
+    for _ in range(30):
+        bench.step()
+    assert len(request.output) == 16 - 3 + 1 and bench.empty
+    assert len(other.output) == bench.n
+    bench.step(grow=[2])
+    assert 14 < len(request.output) <= 30
+    whole = Bench(0, max_run=MAX_RUN)
+    same = Request("G", [1, 2, 3])
+    whole.step(admit={2: same, 3: Request(None, [4])})
+    for _ in range(30):
+        whole.step()
+    assert same.output[: len(request.output)] == request.output
 
 
 def test_rows_without_grammars_wait_no_longer_than_for_their_logits(

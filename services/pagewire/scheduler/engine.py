@@ -122,10 +122,14 @@ class Engine:
         elif (finish := self._finished_before(request)) is not None:
             self._report_end(reply_route, request.handle, request.attempt, finish[0], finish[1])
         else:
+            self.queue.push(request)
             self.live[request.rid] = request
             if submit.timeout_ms:
                 self._timed[request.rid] = request
-            self.queue.push(request)
+
+    def fail(self, submit: Submit, reply_route: ReplyRoute, why: Refusal) -> None:
+        """`submit` was not accepted, by a fault of this program."""
+        self._report_end(reply_route, submit.handle, submit.attempt, Finish.FAILED, refusal=why)
 
     def _find_twin(self, request: Request, prompt: bytes) -> None:
         key = prompt, request.root

@@ -113,8 +113,7 @@ class Loop:
         except Exception:
             if isinstance(event, Tick):
                 raise
-            # A peer's message ends no service. A worker whose result was taken in by half does not
-            # fit its next one, and is then not trusted any more.
+            # A peer's message ends no service.
             log.exception("a %s could not be handled", type(event).__name__)
         while self._unreachable:
             self.state.handle(Unreachable(self._unreachable.popleft()))

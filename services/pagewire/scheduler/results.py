@@ -71,6 +71,8 @@ def absorb(
     flags = _flags(step, result)
     sampled = _sampled_rows(worker, step, result, flags)
     _check_prompt_logprobs(step, result)
+    if sampled.counts is not None:
+        _check_room(worker, step, sampled.slots, sampled.counts)
 
     _pass_prompt_logprobs(worker, step, result, out)
     worker.in_flight.steps.popleft()
@@ -198,6 +200,19 @@ def _check_prompt_logprobs(step: InFlightStep, result: StepResult) -> None:
     if any(entry.slot not in run for entry in result.prompt_logprobs):
         raise WorkerFault(
             f"step {result.n} came back with the prompts of slots that it did not run"
+        )
+
+
+def _check_room(worker: WorkerState, step: InFlightStep, rows: I32, counts: I32) -> None:
+    """All tokens of a row but the last one have been computed, and so lie in its blocks."""
+    slots = worker.slots
+    length = np.minimum(slots.num_received[rows] + counts, slots.max_len[rows])
+    beyond = (length - 1 > slots.num_allocated[rows]) & (slots.admitted_step[rows] <= step.n)
+    if beyond.any():
+        row = int(np.flatnonzero(beyond)[0])
+        raise WorkerFault(
+            f"it computed {length[row] - 1} tokens of a row of step {step.n} whose blocks hold "
+            f"{slots.num_allocated[rows[row]]}"
         )
 
 

@@ -32,9 +32,10 @@ from pagewire_protocol.messages import (
 
 from pagewire.config import SchedulerConfig
 
+from .blocks import BlockError
 from .engine import Engine
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
-from .request import Phase
+from .request import Phase, Refusal
 from .results import WorkerFault
 from .throughput import ThroughputLog
 
@@ -44,6 +45,7 @@ HOUSEKEEPING_S: Final = 1.0
 """How often silent peers are looked for and rosters refreshed."""
 REFUSAL_S: Final = 0.1
 """Least time between two rosters that say that the queue is full."""
+NOT_HANDLED: Final = Refusal(500, "the scheduler could not handle this request; its log says why")
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
 """A new scheduler gives the workers of its predecessor this long to say Hello before it says that
@@ -139,16 +141,32 @@ class Scheduler:
         inbox = submit.reply_to
         route = self.reply_routes.number(inbox, bool(self.peers.at(inbox)), self.now)
         worker_expected = self.peers.loading() or self.now - self._started < START_S
-        self.engine.submit(submit, route, worker_expected, self.now)
+        try:
+            self.engine.submit(submit, route, worker_expected, self.now)
+        except BlockError:
+            raise
+        except Exception:
+            # Its owner waits for an end, and another attempt would come to the same.
+            log.exception("a request could not be handled")
+            self.engine.fail(submit, route, NOT_HANDLED)
 
     def _result(self, result: StepResult) -> None:
         try:
             self.engine.result(result)
         except WorkerFault as fault:
-            log.error("worker %x is told to end: %s", result.incarnation, fault)
-            for peer in self.peers.of_group(result.incarnation):
-                self._distrusted[peer.incarnation] = peer.inbox, str(fault)[:4096]
-            self._remove(result.incarnation, "cannot be trusted", died=True)
+            self._distrust(result.incarnation, str(fault))
+        except BlockError:
+            raise
+        except Exception:
+            # Taken in by half: its requests go on from what their owners have.
+            log.exception("a result could not be handled")
+            self._distrust(result.incarnation, f"step {result.n}'s result could not be handled")
+
+    def _distrust(self, incarnation: Incarnation, why: str) -> None:
+        log.error("worker %x is told to end: %s", incarnation, why)
+        for peer in self.peers.of_group(incarnation):
+            self._distrusted[peer.incarnation] = peer.inbox, why[:4096]
+        self._remove(incarnation, "cannot be trusted", died=True)
 
     # --- peers ---
 

@@ -3,8 +3,8 @@ it.
 
 A client that knows `next_token` can check every token it gets, so a lost, doubled, swapped or
 foreign token is seen at once. The runner keeps slots as the real one does, refuses the steps that
-it would refuse, and scores the part of a prompt that a step computes; it has no KV tensors and no
-opinion of block tables. Only numpy is needed.
+it would refuse, and scores the part of a prompt that a step computes; it has no KV tensors, and
+knows of block tables only how long they are. Only numpy is needed.
 """
 
 import time
@@ -157,6 +157,8 @@ class FakeRunner:
         self._known = np.zeros(0, np.int64)
         self._prompt = np.zeros(0, np.int64)
         self._computed = np.zeros(0, np.int64)
+        self._allocated = np.zeros(0, np.int64)
+        """Tokens that the slots' blocks have room for."""
         self._logprobs = np.zeros(0, np.int32)
         self._prefill_only = np.zeros(0, np.bool_)
         self._last = np.zeros(0, np.int32)
@@ -195,6 +197,9 @@ class FakeRunner:
         began = time.monotonic()
         if step.retire or step.admit:
             self._admit_and_retire(step)
+        if step.grow_slots:
+            grown = np.frombuffer(step.grow_slots, np.int32)
+            np.add.at(self._allocated, grown, self._block_size)
         slots, counts = self._rows(step)
         scores = self._score(slots, counts)
         self._computed[slots] += counts
@@ -231,23 +236,30 @@ class FakeRunner:
 
     def _with_masks(self, slots: npt.NDArray[np.int32]) -> MaskedRows:
         """What grammars say of `slots`, which sample. Those whose masks are not there compute their
-        last token again."""
-        runs = self._take_runs(slots)
-        ready = self._masks.ready(slots.astype(np.int64), self._known[slots] - self._prompt[slots])
+        last token again, and so do those whose forced runs have left no room for another token."""
+        room = self._allocated[slots] - self._computed[slots]
+        ready = (room >= 0) | ~self._masks.concerns(slots.astype(np.int64))
+        held = slots[ready]
+        runs = self._take_runs(slots, room)
+        positions = self._known[held] - self._prompt[held]
+        ready[ready] = self._masks.ready(held.astype(np.int64), positions)
         self._computed[slots[~ready]] -= 1
         flags = np.zeros(len(slots), np.uint8)
         flags[self._masks.failed(slots)] = GRAMMAR_FAILED
         return MaskedRows(runs, ready, flags.tobytes(), any(runs) or not bool(ready.all()))
 
-    def _take_runs(self, slots: npt.NDArray[np.int32]) -> list[list[int]]:
-        """The forced runs of `slots`: they are computed with this step."""
+    def _take_runs(
+        self, slots: npt.NDArray[np.int32], room: npt.NDArray[np.int64]
+    ) -> list[list[int]]:
+        """The forced runs of `slots`, whose blocks have `room` for so many tokens behind those of
+        this step: they are computed with it."""
         runs: list[list[int]] = [[] for _ in slots]
         concerned = self._masks.concerns(slots.astype(np.int64)) & (self._logprobs[slots] < 0)
-        rows = np.flatnonzero(concerned)
+        rows = np.flatnonzero(concerned & (room >= 0))
         if not len(rows) or not self._max_run:
             return runs
         taking = slots[rows].astype(np.int64)
-        most = (self._max_model_len - self._known[taking]).clip(0, MAX_RUN)
+        most = np.minimum(room[rows], self._max_model_len - self._known[taking]).clip(0, MAX_RUN)
         for row, run in zip(rows.tolist(), self._masks.take_runs(taking, most), strict=True):
             runs[row] = run
             slot = slots[row]
@@ -336,6 +348,7 @@ class FakeRunner:
         self._known[slot] = len(tokens)
         self._prompt[slot] = len(admission.prompt) // 4
         self._computed[slot] = admission.computed
+        self._allocated[slot] = len(admission.blocks) // 4 * self._block_size
         self._logprobs[slot] = admission.sampling.logprobs
         self._prefill_only[slot] = admission.sampling.max_tokens == 0
         prompt = len(admission.prompt) // 4
@@ -344,8 +357,8 @@ class FakeRunner:
             self._scorers[slot] = PromptScorer(tokens[:prompt].tolist(), asked, int(self._vocab))
 
     def _grow_to(self, count: int) -> None:
-        columns = ("_active", "_state", "_known", "_prompt", "_computed", "_logprobs")
-        for name in (*columns, "_prefill_only"):
+        columns = ("_active", "_state", "_known", "_prompt", "_computed", "_allocated")
+        for name in (*columns, "_logprobs", "_prefill_only"):
             old: npt.NDArray[np.generic] = getattr(self, name)
             new = np.zeros(count, old.dtype)
             new[: len(old)] = old
