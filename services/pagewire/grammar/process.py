@@ -74,6 +74,9 @@ class Process:
         """Why this model's texts cannot be held to a grammar."""
         self._compiling: dict[int, Check | Open] = {}
         """What waits for its grammar to be compiled, by key."""
+        self._later: dict[int, list[int]] = {}
+        """Tokens that came for an Open while it waited, by key: a worker opens a stream with what
+        it knows, while a step of it may be under way."""
         self._compiled: queue.SimpleQueue[Check | Open] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
@@ -106,16 +109,26 @@ class Process:
                 case Check() | Open():
                     self._compile(message)
                 case Advance() if self._matchers is not None:
-                    keys = np.frombuffer(message.keys, np.uint64).tolist()
-                    tokens = np.frombuffer(message.tokens, np.int32).tolist()
-                    self._fill(self._matchers, self._matchers.advance(keys, tokens))
+                    self._advance(self._matchers, message)
                 case Close():
                     for key in message.keys:
                         self._compiling.pop(key, None)
+                        self._later.pop(key, None)
                         if self._matchers is not None:
                             self._matchers.close(key)
                 case _:
                     pass
+
+    def _advance(self, matchers: Matchers, message: Advance) -> None:
+        keys = np.frombuffer(message.keys, np.uint64).tolist()
+        tokens = np.frombuffer(message.tokens, np.int32).tolist()
+        if self._compiling:
+            for key, token in zip(keys, tokens, strict=True):
+                if key in self._compiling:
+                    self._later.setdefault(key, []).append(token)
+            present = [i for i, key in enumerate(keys) if key not in self._compiling]
+            keys, tokens = [keys[i] for i in present], [tokens[i] for i in present]
+        self._fill(matchers, matchers.advance(keys, tokens))
 
     def _start(self, start: Start) -> None:
         try:
@@ -137,6 +150,7 @@ class Process:
             self._refuse(message, self._unusable)
             return
         self._compiling[message.key] = message
+        self._later.pop(message.key, None)
         self._pool.submit(self._compile_in_thread, message)
 
     def _compile_in_thread(self, message: Check | Open) -> None:
@@ -151,14 +165,16 @@ class Process:
         opened: list[int] = []
         while not self._compiled.empty():
             message = self._compiled.get()
-            if self._compiling.pop(message.key, None) is not message:
-                continue  # closed meanwhile
+            if self._compiling.get(message.key) is not message:
+                continue  # closed or opened again meanwhile
+            del self._compiling[message.key]
             try:
                 if isinstance(message, Check):
                     ignored = self._compiler.compiled(message.grammar).ignored
                     self._send(Checked(message.key, "", ignored))
                 elif self._matchers is not None:
                     output = np.frombuffer(message.output, np.int32).tolist()
+                    output += self._later.pop(message.key, [])
                     self._matchers.open(message.key, message.row, message.grammar, output)
                     opened.append(message.key)
             except GrammarError as error:
