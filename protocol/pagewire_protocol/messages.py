@@ -357,8 +357,8 @@ class Step(Message, tag=True, frozen=True):
     repeat: bool = False
     shared: Shared | None = None
     clear: bool = False
-    """All slots are cleared first: the worker was given up, and it is not known which of the steps
-    before it has taken."""
+    """All slots are cleared first. So says the first step to a worker: it may have been given up and
+    have come back, and it is not known which of the steps before it has taken."""
 
 
 class Shutdown(Message, tag=True, frozen=True):

@@ -115,6 +115,17 @@ BUGS: Final = (
         (Change(_Server, "_take", "if step.n <= self._newest_step:", "if False:"),),
     ),
     Bug(
+        "the steps of a worker that is taken back are numbered from 1 again",
+        (
+            Change(
+                Engine,
+                "add_worker",
+                "worker.in_flight.continue_after(self._newest_lost_step)",
+                "pass",
+            ),
+        ),
+    ),
+    Bug(
         "a worker that is taken back keeps what its slots hold",
         (Change(_Server, "_take", "if step.clear:", "if False:"),),
     ),

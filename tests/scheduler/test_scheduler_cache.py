@@ -231,3 +231,14 @@ def test_blocks_are_given_out_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch)
     w.run()
     assert all(w.output(h) == w.expected(h) for h in handles)
     w.assert_idle()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_requests_with_one_prompt_do_not_keep_each_other(caching):
+    """Without a prefix cache none of them makes the hashes for which it knows the one before."""
+    w = world(enable_prefix_caching=caching)
+    for _ in range(20):
+        w.submit([1, 2, 3, 4, 5], max_tokens=1)
+        w.run()
+    (latest,) = w.scheduler.engine._same_prompt.values()
+    assert latest.twin is None or latest.twin.twin is None

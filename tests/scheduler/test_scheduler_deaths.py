@@ -227,6 +227,28 @@ def test_a_worker_that_was_given_up_clears_its_slots_when_it_is_back():
     assert others and not any(step.clear for step in others)
 
 
+def test_a_worker_that_comes_back_takes_its_steps_however_many_were_given_up_meanwhile():
+    """A worker ignores a step whose number is no higher than that of an earlier one."""
+    w = world()
+    (worker,) = w.workers.values()
+    w.submit([1, 2, 3], max_tokens=40)
+    for _ in range(10):
+        w.step()
+    newest = max(step.n for step in [*worker.steps, *worker.inbox])
+    w.kill_worker(worker)
+    for _ in range(100):
+        w.kill_worker(w.add_worker())
+    w.workers[worker.peer.inbox] = worker
+    worker.inbox.clear()
+    worker.shadow.runs.clear()
+    w.send(Hello(worker.peer, worker.facts))
+    handle = w.submit([4, 5, 6], max_tokens=8)
+    w.tick()
+    assert worker.inbox[0].n > newest and worker.inbox[0].clear
+    w.run()
+    assert w.output(handle) == w.expected(handle)
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_requests_are_spread_again_when_a_worker_is_back(caching):
     w = world(enable_prefix_caching=caching)

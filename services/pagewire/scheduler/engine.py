@@ -52,8 +52,6 @@ SPREAD_ROUNDS = 30
 SPREAD_AT_ONCE = 8
 LEAST_SURPLUS = 2
 """Requests that one worker must have above the mean of two for any of them to be moved."""
-REMEMBERED_LOSSES = 64
-"""Workers that were given up of which it is remembered how many steps they were sent."""
 
 
 class Engine:
@@ -77,7 +75,8 @@ class Engine:
         """Those of them whose clients read nothing, by rid."""
         self._timed: dict[bytes, Request] = {}
         """Those of them that have a deadline, by rid."""
-        self._lost: dict[Incarnation, WorkerState] = {}
+        self._newest_lost_step = 0
+        """No worker that was given up has been sent a step with a higher number."""
         self._newcomers: dict[Incarnation, int] = {}
         """Workers that have joined busy ones lately, and for how many rounds those give them
         requests."""
@@ -132,8 +131,12 @@ class Engine:
         self._report_end(reply_route, submit.handle, submit.attempt, Finish.FAILED, refusal=why)
 
     def _find_twin(self, request: Request, prompt: bytes) -> None:
+        """The latest request with the same prompt, or where that one still has a twin, that: so no
+        request keeps a row of earlier ones."""
         key = prompt, request.root
-        request.twin = self._same_prompt.get(key)
+        latest = self._same_prompt.get(key)
+        if latest is not None:
+            request.twin = latest.twin or latest
         self._same_prompt[key] = request
         self._same_prompt.move_to_end(key)
         if len(self._same_prompt) > SAME_PROMPTS:
@@ -264,13 +267,11 @@ class Engine:
     # --- workers ---
 
     def add_worker(self, incarnation: Incarnation, inbox: str, facts: WorkerFacts) -> None:
-        """A worker is ready. One that was given up and comes back is told to clear its slots: which
-        of its steps it has taken is not known."""
+        """A worker is ready. It may be one that was given up and comes back, which takes no number
+        a second time: its steps are numbered on from those of all that were given up, so that none
+        of them need be remembered."""
         worker = WorkerState(incarnation, inbox, facts, self.config, self.counters)
-        former = self._lost.pop(incarnation, None)
-        if former is not None:
-            worker.in_flight.continue_after(former.in_flight.num_sent)
-            worker.must_clear = True
+        worker.in_flight.continue_after(self._newest_lost_step)
         if any(other.load for other in self.workers.values()):
             self._newcomers[incarnation] = SPREAD_ROUNDS
         self.workers[incarnation] = worker
@@ -307,9 +308,7 @@ class Engine:
         for request in worker.requests():
             self.end(request, Finish.LOST, worker_died=request.slot in computing)
         del self.workers[incarnation]
-        self._lost[incarnation] = worker
-        if len(self._lost) > REMEMBERED_LOSSES:
-            del self._lost[next(iter(self._lost))]
+        self._newest_lost_step = max(self._newest_lost_step, worker.in_flight.num_sent)
         self._refuse_unservable()
 
     def _refuse_unservable(self) -> None:

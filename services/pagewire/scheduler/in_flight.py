@@ -1,6 +1,6 @@
 """The steps that one worker has been sent and has not answered yet.
 
-Steps are numbered from 1 and answered in order. Knows neither what a step costs nor what its
+Steps are numbered one after the other and answered in order. Knows neither what a step costs nor what its
 result means.
 """
 
@@ -57,7 +57,6 @@ class InFlightSteps:
         return next((s.n for s in reversed(self.steps) if bool((s.run == slot).any())), 0)
 
     def continue_after(self, number: int) -> None:
-        """Number the next step `number` + 1, with nothing in flight: the worker was dropped and has
-        come back."""
+        """Number the first step `number` + 1."""
         self.num_sent = number
         self.num_returned = number

@@ -94,8 +94,9 @@ class WorkerState:
         """Requests whose Admission goes out with the next step."""
         self.to_retire: list[Slot] = []
         """Slots that the next step retires."""
-        self.must_clear = False
-        """The next step has the worker forget what it holds."""
+        self.must_clear = True
+        """The next step has the worker forget what it holds. The first one has: the worker may have
+        been given up before, and which of its earlier steps it has taken is not known."""
         self.requeued: list[Request] = []
         """Preempted requests that wait again, to be fetched by the engine."""
         self.suspects: list[Request] = []

@@ -362,7 +362,8 @@ class _Server:
     def _take(self, step: Step, frame: bytes) -> None:
         """A step that a newer one has overtaken is void: a scheduler that gave this worker up and
         takes it back has a new connection to it, and what was left in the old one comes between.
-        Since such steps may have been void, the first one after them forgets what they left."""
+        Since such steps may have been void, the first one after them forgets what they left. Its
+        number need not be the next one."""
         if step.n <= self._newest_step:
             log.warning("step %d came after step %d: ignored", step.n, self._newest_step)
             return
