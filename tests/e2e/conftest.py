@@ -109,11 +109,13 @@ class Stack:
         raise AssertionError("the stack did not come back:\n" + "\n".join(self.lines))
 
     def end(self) -> int:
-        """The exit code. Raises AssertionError where a service was sent what it could not decode:
-        services only send what fits."""
+        """The exit code. Raises AssertionError where a service was sent what it could not decode,
+        for services only send what fits, and where one has failed by a fault of its own."""
         code = self._end()
         dropped = [line for line in self.lines if "cannot be decoded" in line]
         assert not dropped, dropped
+        failed = next((i for i, line in enumerate(self.lines) if "Traceback" in line), None)
+        assert failed is None, "\n".join(self.lines[max(0, failed - 1) : failed + 40])
         return code
 
     def _end(self) -> int:
@@ -170,8 +172,9 @@ def start_stack() -> Iterator[Callable[..., Stack]]:
         return stacks[-1]
 
     yield start
-    for stack in stacks:
-        stack.end()
+    with contextlib.ExitStack() as each:
+        for stack in stacks:
+            each.callback(stack.end)
 
 
 @pytest.fixture(scope="session")

@@ -261,6 +261,7 @@ def test_what_a_grammar_forces_takes_fewer_steps_and_is_the_same(stack) -> None:
     schema = {"type": "array", "items": {"enum": words}, "minItems": 12, "maxItems": 12}
     form = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
     fields = {**form, "return_token_ids": True}
+    deaths = gauges(stack)["service_deaths_total"]
     with stack.client() as client:
 
         def counted(**options: Any) -> tuple[Any, int]:
@@ -282,6 +283,10 @@ def test_what_a_grammar_forces_takes_fewer_steps_and_is_the_same(stack) -> None:
             assert cut.token_ids == one.token_ids[:limit] and cut.finish_reason == "length"
         (stopped,), _ = counted(stop=["5f6"])
         assert stopped.message.content == one.message.content.partition("5f6")[0]
+        for number in range(20):  # runs that begin anywhere in a block
+            several, _ = counted(n=3, content="x" * number)
+            assert len({choice.message.content for choice in several}) == 1
+    assert gauges(stack)["service_deaths_total"] == deaths
 
 
 @pytest.mark.parametrize("victim", ["matcher", "checker", "worker", "scheduler", "tokenizer"])
