@@ -79,6 +79,19 @@ class Stack:
     def pid(self, kind: str) -> int:
         return next(pid for pid, name in self.children().items() if name == kind)
 
+    def matchers(self, kind: str) -> list[int]:
+        """The process ids of the matcher processes of the services of a kind."""
+        services = [pid for pid, name in self.children().items() if name == kind]
+        pids: list[int] = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    is_matcher = "pagewire.grammar.process" in (entry / "cmdline").read_text()
+                    if is_matcher and fields[0] != "Z" and int(fields[1]) in services:
+                        pids.append(int(entry.name))
+        return pids
+
     def run_dir(self) -> Path:
         pid = next(iter(self.children()))
         flags = Path(f"/proc/{pid}/cmdline").read_text().split("\0")

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -124,20 +123,6 @@ def ask(client: openai.OpenAI, fields: dict[str, Any], **options: Any) -> Any:
 def streamed(client: openai.OpenAI, fields: dict[str, Any], **options: Any) -> str:
     events = ask(client, fields, stream=True, **options)
     return "".join(event.choices[0].delta.content or "" for event in events if event.choices)
-
-
-def matchers(stack: Any, kind: str) -> list[int]:
-    """The process ids of the matcher processes of the services of a kind."""
-    services = [pid for pid, name in stack.children().items() if name == kind]
-    pids: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                is_matcher = "pagewire.grammar.process" in (entry / "cmdline").read_text()
-                if is_matcher and fields[0] != "Z" and int(fields[1]) in services:
-                    pids.append(int(entry.name))
-    return pids
 
 
 @pytest.mark.parametrize(
@@ -309,7 +294,7 @@ def test_kills_change_nothing_in_a_text(stack, victim: str) -> None:
 def _kill(stack: Any, victim: str) -> None:
     if victim in ("matcher", "checker"):
         service = "worker" if victim == "matcher" else "tokenizer"
-        for pid in matchers(stack, service):
+        for pid in stack.matchers(service):
             os.kill(pid, signal.SIGKILL)
     else:
         os.kill(stack.pid(victim), signal.SIGKILL)
@@ -355,7 +340,7 @@ def test_a_client_that_leaves_while_its_grammar_is_checked_leaves_nothing(stack)
 
 
 def test_no_process_is_started_for_those_who_do_not_ask(fake_stack) -> None:
-    assert not matchers(fake_stack, "worker") and not matchers(fake_stack, "tokenizer")
+    assert not fake_stack.matchers("worker") and not fake_stack.matchers("tokenizer")
     with (
         fake_stack.client() as client,
         pytest.raises(openai.BadRequestError, match="--skip-tokenizer-init"),

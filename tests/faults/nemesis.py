@@ -2,12 +2,14 @@
 
     python -m tests.faults.nemesis --minutes 60 --report report.md
     python -m tests.faults.nemesis --minutes 10 --single --report stalls.md
+    python -m tests.faults.nemesis --minutes 10 --held 0.4
 
 The model is the fake one, whose next token is a hash of all tokens before it, so a client knows each
 token that must come. Services of each kind are killed (SIGKILL), stopped for good (SIGSTOP), paused
 (SIGSTOP, then SIGCONT), ended (SIGTERM), one or two at a time; with `--single` one after the other,
-each once the last one's effects are over, which shows how long a stream waits for each. A run in which the clients did not
-keep the stack busy proves nothing, and is void.
+each once the last one's effects are over, which shows how long a stream waits for each. With `--held` a share of the
+requests has grammars, matcher processes are killed too, and what must come is what came before the first fault. A run in
+which the clients did not keep the stack busy proves nothing, and is void.
 """
 
 import argparse
@@ -24,17 +26,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from e2e.conftest import Stack, gone
+from pagewire.hub.huggingface import demo_gguf
 from pagewire.worker.fake import chain
 
 VOCAB: Final = 1000
 KINDS: Final = ("worker", "tokenizer", "scheduler", "frontend")
+MATCHER: Final = "matcher"
 FAULTS: Final = ("kill", "stop", "pause", "term")
 LONGEST_PAUSE_S: Final = 1.2
 """Of a paused service: less than what counts as hung."""
@@ -48,6 +52,16 @@ REPLACED_S: Final = 30.0
 QUIET_S: Final = 2.0
 """A fault is a single one if no other is as near as this."""
 MOST_DOWN: Final = 3
+HELD_VOCAB: Final = 49152
+"""Of the demo model, whose texts grammars hold."""
+WORDS: Final = {"enum": ["a1b2c3d4e5f6g7h8i9", "0z1y2x3w4v5u"]}
+GRAMMARS: Final = (
+    {"json": {"type": "array", "items": WORDS, "minItems": 12, "maxItems": 12}},
+    {"json": {"type": "array", "items": WORDS, "minItems": 2}, "disable_any_whitespace": True},
+    {"regex": "([a-f]{3,9}-){8}[0-9]{40}"},
+)
+"""Long forced runs, free whitespace between them, and hardly anything forced."""
+NUM_KNOWN: Final = 24
 
 
 @dataclass
@@ -104,14 +118,35 @@ class Record:
         return not (self.wrong or self.lost or self.endless or self.statuses)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A request, the tokens that must come, and why they end."""
+
+    body: dict[str, Any]
+    tokens: list[int]
+    reason: str
+
+
 class Clients:
     """`count` clients, each with one stream after the other."""
 
     def __init__(
-        self, url: str, count: int, record: Record, make: random.Random, leaving: float = 0.0
+        self,
+        url: str,
+        count: int,
+        record: Record,
+        make: random.Random,
+        leaving: float = 0.0,
+        vocab: int = VOCAB,
+        held: float = 0.0,
+        known: Sequence[Known] = (),
     ) -> None:
-        """leaving: the share of streams that the client leaves before their end."""
+        """leaving: the share of streams that the client leaves before their end. vocab: of the fake
+        model. held: the share of requests that are some of `known`."""
         self._leaving = leaving
+        self._vocab = vocab
+        self._held = held
+        self._known = known
         self.under_way = 0
         self.stopping = False
         self._url = url
@@ -138,25 +173,35 @@ class Clients:
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while not self.stopping:
-            prompt = [self._make.randrange(VOCAB) for _ in range(self._make.randrange(1, 200))]
-            count = self._make.randrange(50, 500)
+            wanted = self._request()
+            count = len(wanted.tokens)
             began = time.monotonic()
             tokens: list[int] = []
             self._record.streams += 1
             self.under_way += 1
             try:
                 leave_after = self._make.randrange(count) if self._leaves() else 0
-                reason = await self._stream(session, prompt, count, tokens, leave_after)
+                reason = await self._stream(session, wanted.body, tokens, leave_after)
             except (aiohttp.ClientError, ConnectionError, StreamError) as error:
                 await self._broken(began, f"{type(error).__name__}: {error}")
                 reason = "broken"
             finally:
                 self.under_way -= 1
-            expected = chain(prompt, count, VOCAB)
-            whole = reason == "length"
-            if tokens != expected[: len(tokens)] or (whole and len(tokens) != count):
+            whole = reason not in ("broken", "left")
+            if tokens != wanted.tokens[: len(tokens)] or (
+                whole and (len(tokens), reason) != (count, wanted.reason)
+            ):
                 self._record.wrong.append(f"{len(tokens)} tokens of {count}, reason {reason}")
             self._record.tokens += len(tokens)
+
+    def _request(self) -> Known:
+        if self._known and self._make.random() < self._held:
+            return self._make.choice(self._known)
+        length = self._make.randrange(1, 200)
+        prompt = [self._make.randrange(self._vocab) for _ in range(length)]
+        count = self._make.randrange(50, 500)
+        body = {"prompt": prompt, "max_tokens": count, "ignore_eos": True}
+        return Known(body, chain(prompt, count, self._vocab), "length")
 
     def _leaves(self) -> bool:
         return self._make.random() < self._leaving
@@ -164,13 +209,12 @@ class Clients:
     async def _stream(
         self,
         session: aiohttp.ClientSession,
-        prompt: list[int],
-        count: int,
+        body: dict[str, Any],
         tokens: list[int],
         leave_after: int,
     ) -> str:
         """Why it ended; "left" where the client has left after so many tokens, unless that is 0."""
-        body = {"prompt": prompt, "max_tokens": count, "stream": True, "return_token_ids": True}
+        body = {**body, "stream": True, "return_token_ids": True}
         last = time.monotonic()
         reason = ""
         async with session.post(f"{self._url}/completions", json=body) as answer:
@@ -213,6 +257,24 @@ class Clients:
             self._record.lost.append(error[:200])
 
 
+async def known_requests(url: str, make: random.Random) -> list[Known]:
+    """Requests with grammars, and what they get from the stack at `url`, to which nothing happens
+    meanwhile."""
+    known: list[Known] = []
+    async with aiohttp.ClientSession() as session:
+        for number in range(NUM_KNOWN):
+            prompt = [make.randrange(3, HELD_VOCAB) for _ in range(make.randrange(1, 40))]
+            form = GRAMMARS[number % len(GRAMMARS)]
+            body = {"prompt": prompt, "max_tokens": 300, "structured_outputs": form}
+            asked = {**body, "return_token_ids": True}
+            async with session.post(f"{url}/completions", json=asked) as answer:
+                if answer.status != 200:
+                    raise StreamError(await answer.text(), answer.status)
+                (choice,) = (await answer.json())["choices"]
+            known.append(Known(body, choice["token_ids"], choice["finish_reason"]))
+    return known
+
+
 class StreamError(Exception):
     """The server answered, and not with a stream to its end."""
 
@@ -224,7 +286,16 @@ class StreamError(Exception):
 class Nemesis:
     """Sends signals to services of `stack`."""
 
-    def __init__(self, stack: Stack, clients: Clients, record: Record, make: random.Random) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        clients: Clients,
+        record: Record,
+        make: random.Random,
+        matchers: bool = False,
+    ) -> None:
+        """matchers: their processes are killed too, one at every other time."""
+        self._matchers = matchers
         self._stack = stack
         self._clients = clients
         self._record = record
@@ -235,12 +306,23 @@ class Nemesis:
     async def strike(self, most: int = 2) -> None:
         """One fault, or up to `most` at the same time."""
         self._record.under_way.append(self._clients.under_way)
+        if self._matchers and self._make.random() < 0.5:
+            self._kill_a_matcher()
         await asyncio.gather(
             *(
                 self.hit(self._make.choice(KINDS), self._make.choice(FAULTS))
                 for _ in range(min(most, self._make.choice((1, 1, 1, 2))))
             )
         )
+
+    def _kill_a_matcher(self) -> None:
+        """It has a successor, of which nobody speaks."""
+        pids = [*self._stack.matchers("worker"), *self._stack.matchers("tokenizer")]
+        if pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._make.choice(pids), signal.SIGKILL)
+                fault = Fault(time.monotonic(), "kill", MATCHER, len(pids) - 1, ready_s=0.0)
+                self._record.faults.append(fault)
 
     async def hit(self, kind: str, fault: str) -> None:
         """One fault, until the service has a successor."""
@@ -309,15 +391,19 @@ async def attack(
     pause_s: float,
     seed: int,
     single: bool = False,
+    held: float = 0.0,
 ) -> Record:
     """Until the time is over or so many faults were sent. Between two of them are at most `pause_s`
     seconds, twice that now and then, and no more than MOST_DOWN services are down at a time.
-    single: the next fault comes when the last one's successor is ready and QUIET_S have passed."""
+    single: the next fault comes when the last one's successor is ready and QUIET_S have passed.
+    held: the share of requests with grammars, for a stack with the demo model's vocabulary."""
     make = random.Random(seed)
     record = Record()
-    clients = Clients(stack.url, streams, record, make)
+    known = await known_requests(stack.url, make) if held else []
+    vocab = HELD_VOCAB if held else VOCAB
+    clients = Clients(stack.url, streams, record, make, vocab=vocab, held=held, known=known)
     running = asyncio.create_task(clients.run())
-    nemesis = Nemesis(stack, clients, record, make)
+    nemesis = Nemesis(stack, clients, record, make, matchers=bool(held))
     end = time.monotonic() + seconds
     await asyncio.sleep(1.0)
     strikes: set[asyncio.Task[None]] = set()
@@ -340,6 +426,13 @@ async def attack(
     clients.stopping = True
     await running
     return record
+
+
+def model_flags(held: float) -> tuple[str, ...]:
+    """Of a stack for `attack`."""
+    if held:
+        return ("--device", "fake", "--model", str(demo_gguf()), "--fake-eos-token-id", "2")
+    return ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", str(VOCAB))
 
 
 def is_void(record: Record, streams: int) -> bool:
@@ -390,11 +483,11 @@ def report(record: Record, streams: int, stack_flags: Sequence[str]) -> str:
         "single faults |",
         "|---|---|---|---|---|---|",
     ]
-    for kind in KINDS:
-        for fault in FAULTS:
+    for kind in (*KINDS, MATCHER):
+        for fault in FAULTS if kind != MATCHER else ("kill",):
             entries = [e for e in record.faults if (e.kind, e.fault) == (kind, fault)]
             gone_after = [e.gone_s for e in entries if e.gone_s is not None]
-            ready_after = [e.ready_s for e in entries if e.ready_s is not None]
+            ready_after = [e.ready_s for e in entries if e.ready_s]
             lines.append(
                 f"| {kind} | {fault} | {len(entries)} | {_figures(gone_after)} | "
                 f"{_figures(ready_after)} | {_figures(stalls_of(record, kind, fault))} |"
@@ -419,10 +512,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--replicas", type=int, default=2, help="of all but the scheduler")
     parser.add_argument("--ranks", type=int, default=1, help="of each worker")
+    parser.add_argument("--held", type=float, default=0.0, help="share of requests with grammars")
     options = parser.parse_args()
     count = str(options.replicas)
-    flags = ("--device", "fake", "--skip-tokenizer-init", "--fake-vocab-size", str(VOCAB))
-    flags += ("--fake-step-ms", "4", "--num-frontends", count)
+    flags = (*model_flags(options.held), "--fake-step-ms", "4", "--num-frontends", count)
     flags += ("--num-tokenizers", count, "--num-workers", count)
     flags += ("--tensor-parallel-size", str(options.ranks))
     stack = Stack(*flags).wait_ready()
@@ -436,6 +529,7 @@ def main() -> int:
                 options.pause,
                 options.seed,
                 options.single,
+                options.held,
             )
         )
     finally:
