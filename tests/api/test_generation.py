@@ -4,10 +4,12 @@ accidents."""
 import json
 import socket
 import struct
+import threading
 
 import httpx2 as httpx
 import openai
 import pytest
+from aiohttp import ClientConnectionResetError, web
 from api.fake_stack import expected, tokens_of, word
 from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
@@ -167,6 +169,32 @@ def test_the_connection_serves_the_next_request_after_a_stream(server) -> None:
             assert b"[DONE]" in b"".join(answer.iter_bytes())
         assert local == getattr(server, "local", local)
         server.local = local
+
+
+@pytest.mark.parametrize("at", ["prepare", "write", "write_eof"])
+def test_a_client_that_leaves_at_the_ends_of_a_stream_is_no_fault(
+    server, at: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """aiohttp raises where it finds the connection closed."""
+    raised = threading.Event()
+
+    async def fails(self: web.StreamResponse, *_: object) -> None:
+        raised.set()
+        raise ClientConnectionResetError("Cannot write to closing transport")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web.StreamResponse, at, fails)
+        body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
+        with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                % len(body)
+                + body
+            )
+            assert raised.wait(10)
+        server.settle(lambda: not server.frontend.service.state.generating)
+    assert server.complete("hi").status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]
 
 
 def test_prompts_and_choices_get_their_places(server) -> None:

@@ -2,6 +2,7 @@
 answer or an event stream."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -231,8 +232,11 @@ async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     chunked = request.version >= (1, 1)
     if chunked:
         response.enable_chunked_encoding()
-    await response.prepare(request)
-    await response.write(b"")
+    try:
+        await response.prepare(request)
+        await response.write(b"")
+    except ConnectionResetError:
+        return response  # the client has left
     transport = request.transport
     if transport is None:
         return response
@@ -243,5 +247,6 @@ async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
         reply.outlet.flush()
     finally:
         reply.outlet.detach()
-    await response.write_eof()
+    with contextlib.suppress(ConnectionResetError):  # the client has left
+        await response.write_eof()
     return response
