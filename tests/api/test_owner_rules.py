@@ -529,6 +529,25 @@ def test_nobody_waits_for_a_first_start_or_for_what_keeps_failing(h: Harness) ->
     assert not fresh.can_hold
 
 
+def test_each_new_scheduler_has_time_to_hear_of_the_others(h: Harness) -> None:
+    """One after the other ends before it has heard of all: to a request each is the first."""
+    h.roster(2, worker=False)
+    h.wait(GRACE_S - 1)
+    h.roster(3, worker=False)
+    h.wait(GRACE_S - 1)
+    sink = Sink()
+    h.owner.submit(JOB, sink)
+    h.roster(3, t1=True)
+    assert h.last.attempt == 1 and sink.end is None
+    # the same scheduler's next roster is no news
+    h.roster(3, worker=False)
+    h.wait(GRACE_S - 1)
+    h.roster(3, worker=False)
+    h.wait(GRACE_S - 1)
+    with pytest.raises(RequestError):
+        h.owner.submit(JOB, Sink())
+
+
 def test_a_pause_of_the_owner_s_process_counts_for_no_deadline(h: Harness) -> None:
     """The refusal came while it stood still, and is read when it goes on."""
     h.roster(1, worker=False, t1=True)

@@ -90,13 +90,13 @@ def test_everything_in_one_run(
         "--json",
         str(file),
         "--budget-s",
-        "100",
+        "400",
     ]
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments, *flags],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=420,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

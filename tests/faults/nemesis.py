@@ -106,6 +106,8 @@ class Record:
     endless: int = 0
     statuses: Counter[int] = field(default_factory=Counter[int])
     """Of requests that were refused."""
+    refusals: list[str] = field(default_factory=list[str])
+    """What was said to them, and after how many seconds."""
     under_way: list[int] = field(default_factory=list[int])
     """Streams under way at each fault."""
     stalls: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
@@ -253,6 +255,7 @@ class Clients:
             self._record.excused += 1
         elif error.startswith("StreamError: status "):
             self._record.statuses[int(error.split()[2].rstrip(":"))] += 1
+            self._record.refusals.append(f"after {now - began:.1f} s: {error[:300]}")
         else:
             self._record.lost.append(error[:200])
 
@@ -492,7 +495,7 @@ def report(record: Record, streams: int, stack_flags: Sequence[str]) -> str:
                 f"| {kind} | {fault} | {len(entries)} | {_figures(gone_after)} | "
                 f"{_figures(ready_after)} | {_figures(stalls_of(record, kind, fault))} |"
             )
-    lines += ["", *record.wrong[:20], *record.lost[:20]]
+    lines += ["", *record.wrong[:20], *record.lost[:20], *record.refusals[:20]]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -210,7 +210,8 @@ class RequestOwner:
         self._notice_pause(self._clock())
         if roster.epoch < self._epoch:
             return
-        all_lost = bool(self._epoch) and roster.epoch > self._epoch
+        is_successor = bool(self._epoch) and roster.epoch > self._epoch
+        all_lost = is_successor
         self._epoch = roster.epoch
         if any(peer.inbox == self._inbox for peer in roster.peers):
             self._listed_in = roster.epoch
@@ -223,7 +224,10 @@ class RequestOwner:
             peer.incarnation: peer.inbox for peer in ready if peer.role is Role.TOKENIZER
         }
         self._has_worker = any(peer.role is Role.WORKER for peer in ready)
-        if was_complete and not self.is_complete:
+        if not self.is_complete and (
+            was_complete or (is_successor and self._incomplete_since != NEVER)
+        ):
+            # A new scheduler knows nobody yet, however long that was so of the one before.
             self._incomplete_since = self._clock()
         self._are_on_their_way = all(
             _is_on_its_way(role, roster) for role in (Role.TOKENIZER, Role.WORKER)
