@@ -112,8 +112,8 @@ class Rank:
         self.thread = threading.Thread(target=child.run_rank, args=(str(path), None), daemon=True)
         with handover.listening(path) as listener:
             self.thread.start()
-            self.proxy = handover.accept(listener, 20.0)
-        assert self.proxy is not None
+            listener.settimeout(20.0)
+            self.proxy, _ = listener.accept()
         assert not path.exists()
         descriptors = RankDescriptors(theirs, page, place.fds)
         handover.send(self.proxy, process, descriptors)

@@ -19,6 +19,7 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 from pagewire_kernels import cpu_native
+from pagewire_protocol.channels import Inbox
 from pagewire_protocol.messages import Role, Roster, Shutdown, Step, ToWorker
 
 from ..checkpoint import quantization
@@ -30,6 +31,7 @@ from ..process.group import Place, RingReader, RingWriter
 from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
+from ..process.stream_node import Stream, StreamNode
 from .device import driver
 from .load.in_thread import Ticker
 from .rank_link import Follower, Leader, Link, RecordKind
@@ -65,6 +67,10 @@ SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
 default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
 where another process wants one."""
+
+
+WorkerNode = Node[ToWorker] | StreamNode
+"""The latter is of a rank on another host than the rest of its stack."""
 
 
 class Distrusted(Exception):
@@ -116,9 +122,12 @@ def run(
     return status
 
 
-def _node(run: RunConfig, place: Place | None) -> Node[ToWorker]:
+def _node(run: RunConfig, place: Place | None) -> WorkerNode:
     if place is None:
         return Node(run.run_dir, Role.WORKER, run.name)
+    stream = Stream.inherited()
+    if stream is not None:
+        return StreamNode(stream, run.run_dir, run.name, place.group, place.rank, place.size)
     return Node(run.run_dir, Role.WORKER, run.name, place.group, place.rank, place.size)
 
 
@@ -141,7 +150,7 @@ def _say_why(error: Exception) -> None:
     last_words.say("worker", line)
 
 
-def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
+def _end_at_once(node: WorkerNode, error: Exception) -> NoReturn:
     """End a worker that has served. An orderly exit would wait for a device that may have failed
     for good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
@@ -156,7 +165,7 @@ def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
 
 
 def _load(
-    node: Node[ToWorker],
+    node: WorkerNode,
     model: ModelConfig,
     scheduler: SchedulerConfig,
     config: WorkerConfig,
@@ -283,7 +292,7 @@ class _Narrator:
             self._membership.tick(time.monotonic())
 
 
-def _serve(runner: AsyncRunner, node: Node[ToWorker], link: Link | None, watched: bool) -> None:
+def _serve(runner: AsyncRunner, node: WorkerNode, link: Link | None, watched: bool) -> None:
     if isinstance(link, Follower):
         _FollowingServer(runner, node, link, watched).serve()
     else:
@@ -296,7 +305,7 @@ class _Server:
     def __init__(
         self,
         runner: AsyncRunner,
-        node: Node[ToWorker],
+        node: WorkerNode,
         watched: bool = True,
         leader: Leader | None = None,
     ) -> None:
@@ -319,6 +328,7 @@ class _Server:
         """Until Stopped. Steps run in the order they came; those of an older scheduler than the
         newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
         inbox = self._node.inbox
+        assert isinstance(inbox, Inbox)
         self._runner.notify(inbox.wake, self._send_results_meanwhile)
         has_used_idle_time = False
         while True:
@@ -437,7 +447,7 @@ class _FollowingServer(_Server):
     answers nobody."""
 
     def __init__(
-        self, runner: AsyncRunner, node: Node[ToWorker], follower: Follower, watched: bool
+        self, runner: AsyncRunner, node: WorkerNode, follower: Follower, watched: bool
     ) -> None:
         super().__init__(runner, node, watched)
         self._follower = follower
