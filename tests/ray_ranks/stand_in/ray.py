@@ -1,8 +1,10 @@
 """What Pagewire uses of Ray to start ranks, on this machine alone and without a cluster: an actor is
-a child process of the driver. STAND_IN_CPUS and STAND_IN_GPUS say what the node has that is this
-machine's, STAND_IN_OTHER_CPUS what another one has, if there is one; actors of the latter start in
-STAND_IN_OTHER_DIRECTORY. STAND_IN_LOG names a file in which calls are noted, a line each. One file,
-which brings Ray's modules with it."""
+a child process of the driver. One file, which brings Ray's modules with it.
+
+STAND_IN_CPUS and STAND_IN_GPUS say what the node has that is this machine's, STAND_IN_OTHER_CPUS what
+another one has, if there is one; actors of the latter start in STAND_IN_OTHER_DIRECTORY, with
+STAND_IN_OTHER_VERSION of Pagewire if that is set. STAND_IN_LOG names a file in which calls are noted,
+a line each."""
 
 import json
 import os
@@ -19,6 +21,8 @@ from typing import Any
 NODE_ID = "a1"
 OTHER_ID = "b2"
 ACTOR = "from ray import actor_main; actor_main()"
+OTHER_VERSION = """import os, pagewire.version as version
+version.__version__ = os.environ.get("STAND_IN_OTHER_VERSION", version.__version__)"""
 _next_gpu = iter(range(64))
 
 
@@ -50,14 +54,14 @@ def nodes() -> list[dict[str, Any]]:
         "node:10.0.0.1": 1.0,
     }
     other = {"CPU": float(os.environ.get("STAND_IN_OTHER_CPUS", "0")), "node:10.0.0.2": 1.0}
-    return [_node(OTHER_ID, other), _node(NODE_ID, own)]
+    return [_node(OTHER_ID, "127.0.0.2", other), _node(NODE_ID, "127.0.0.1", own)]
 
 
-def _node(node_id: str, resources: dict[str, float]) -> dict[str, Any]:
+def _node(node_id: str, address: str, resources: dict[str, float]) -> dict[str, Any]:
     return {
         "NodeID": node_id,
         "Alive": True,
-        "NodeManagerAddress": "127.0.0.1",
+        "NodeManagerAddress": address,
         "Resources": resources,
     }
 
@@ -93,12 +97,14 @@ class _Actor:
         strategy = options.pop("scheduling_strategy")
         note("actor", bundle=strategy.index, **options)
         gpus = ",".join(str(next(_next_gpu)) for _ in range(options["num_gpus"]))
+        is_elsewhere = strategy.node_id == OTHER_ID
+        program = f"{OTHER_VERSION}\n{ACTOR}" if is_elsewhere else ACTOR
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ACTOR, options["name"]],
+            [sys.executable, "-c", program, options["name"]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "STAND_IN_OWN_GPUS": gpus},
-            cwd=os.environ["STAND_IN_OTHER_DIRECTORY"] if strategy.node_id == OTHER_ID else None,
+            cwd=os.environ["STAND_IN_OTHER_DIRECTORY"] if is_elsewhere else None,
         )
         self._lock = threading.Lock()
         self._tell(actor_class)

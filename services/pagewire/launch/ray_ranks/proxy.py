@@ -69,6 +69,9 @@ class _Proxy:
         """Rank 0's: of Ray's cluster, for the whole group. It ends with its standard input."""
         self._pass_signal: Callable[[int], None] | None = None
         """To the rank, once there is one."""
+        self._is_ending = False
+        """The rank was asked to end; with rank 0 Ray's actors end as well, perhaps before they have
+        said how."""
 
     def run(self, process: RankProcess, descriptors: RankDescriptors) -> int:
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -82,7 +85,7 @@ class _Proxy:
         except Stopped:
             return 0
         if status is None:
-            if self._driver_status(DRIVER_S) != SAID_WHY:
+            if not self._is_ending and self._driver_status(DRIVER_S) != SAID_WHY:
                 last_words.say("worker", f"Ray's actor of rank {self._place.rank} has ended")
             return 1
         return _ended(status)
@@ -114,15 +117,16 @@ class _Proxy:
             relay = Relay(actor, self._place, run_dir, descriptors.page, descriptors.output)
             self._pass_signal = relay.signal
             status = relay.run(process)
-        if status is None:
+        if status is not None:
+            return _ended(status)
+        if not self._is_ending:
             where = f" on {hello.host}" if hello is not None else ""
             last_words.say(
                 "worker",
                 f"the connection to rank {rank}{where} is gone: its host, the network or Ray's actor "
                 "has ended",
             )
-            return 1
-        return _ended(status)
+        return 1
 
     def _connect(self) -> socket.socket | FrameStream | None:
         """The actor's connection, from this host or another one; None when the driver has failed,
@@ -183,6 +187,7 @@ class _Proxy:
     def _on_signal(self, number: int, frame: object) -> None:
         if self._pass_signal is None:
             raise Stopped
+        self._is_ending = True
         # where the actor is gone, `run` is about to see it
         with contextlib.suppress(OSError):
             self._pass_signal(number)
