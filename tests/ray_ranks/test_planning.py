@@ -1,13 +1,17 @@
 """On which nodes of Ray's cluster ranks go, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from pagewire.launch.ray_ranks import planning
 from pagewire.launch.ray_ranks.planning import HostNode, Needs, NotPlaced
 from pagewire.process.group import Place
 from pagewire.process.hosts import HOSTS_VARIABLE, Hosts
 from pagewire.worker import communicators
+from pagewire.worker.load.rank_agreement import ALONE
+from torch.distributed import HashStore
 
 GPU = Needs(gpus=1, cpus=0)
 CPU = Needs(gpus=0, cpus=1)
@@ -142,6 +146,23 @@ def test_a_rank_takes_a_gpu_of_its_host_by_its_number_there() -> None:
         (0, 1),
     ]
     assert [communicators.gpu_of(place, None) for place in places] == [(n, 6) for n in range(6)]
+
+
+def test_ranks_connect_by_their_hosts_addresses_and_divide_what_a_host_has() -> None:
+    """Cores, memory and caches are divided among the ranks of a host, not all."""
+    store = HashStore()
+
+    def connect(rank: int) -> tuple[tuple[int, int], list[float]]:
+        hosts = Hosts((0, 0, 1), f"127.0.0.{1 + (rank == 2)}", "127.0.0.1", 1)
+        place = Place("worker-0", rank, 3, "life", 0, (), ())
+        ranks = communicators.connect_ranks(store, place, "cpu", 3, 60.0, hosts)
+        return ranks.local, ranks.host.all_gather(torch.full((1,), float(rank)), 0).tolist()
+
+    with ThreadPoolExecutor(3) as pool:
+        connected = list(pool.map(connect, range(3)))
+    assert [local for local, _ in connected] == [(0, 2), (1, 2), (0, 1)]
+    assert all(gathered == [0.0, 1.0, 2.0] for _, gathered in connected)
+    assert ALONE.local == (0, 1)
 
 
 def test_memory_is_shared_by_gpus_of_one_host_alone() -> None:

@@ -66,12 +66,19 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
     stack.check_backend(worker)
     gpus = ranks_gpus(worker, probe)
     size = worker.world_size
-    by_ray = worker.distributed_executor_backend == "ray"
+    by_ray = stack.is_placed_by_ray(worker)
     placed = f"; placed by Ray {importlib.metadata.version('ray')}" if by_ray else ""
     if not gpus:
         mark, text = _on_cpus(worker)
         return mark, text + placed
     titles = ", ".join(gpu.title() for gpu in gpus)
+    if len(gpus) < size and by_ray:
+        missing = size - len(gpus)
+        return (
+            "note",
+            f"{size} ranks need {missing} GPU(s) of other hosts beside this one's {len(gpus)}{placed}, "
+            "whose cluster is not asked here: `ray status` says what it has",
+        )
     if len(gpus) < size:
         return (
             "BROKEN",

@@ -99,7 +99,8 @@ def connect_ranks(
     if not stage.is_whole:
         pairs = _Pairs(store, place.rank, gpu, stage_timeout_s, address)
         links = pairs.links(stage, size)
-    return Ranks(layers, host, stage, links)
+    of_host = hosts.local(place.rank) if hosts is not None else None
+    return Ranks(layers, host, stage, links, of_host)
 
 
 def share_memory(hosts: Hosts | None, ranks: Sequence[int]) -> bool:
