@@ -236,6 +236,47 @@ def test_a_ring_goes_through_descriptors_that_were_passed_on() -> None:
     memory.close()
 
 
+HERE = planning.HostNode("a", "10.0.0.1", 2, 2)
+THERE = planning.HostNode("b", "10.0.0.2", 2, 2)
+
+
+class RemoteMethods:
+    """An actor whose methods answer at once, by their names."""
+
+    def __init__(self, **answers: Any) -> None:
+        for name, answer in answers.items():
+            setattr(self, name, SimpleNamespace(remote=lambda *_, answer=answer: answer))
+
+
+def got(reference: Any) -> Any:
+    """As ray.get of what RemoteMethods gives."""
+    if isinstance(reference, list):
+        return [got(each) for each in reference]
+    if isinstance(reference, Exception):
+        raise reference
+    return reference
+
+
+def test_a_host_without_pagewire_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ray", SimpleNamespace(get=got))
+    died = RuntimeError(
+        "The actor died because of an error\n  in its creation\nNo module 'pagewire'"
+    )
+    actors = [RemoteMethods(devices=[]), RemoteMethods(devices=died)]
+    line = (
+        r"could not start a rank on 10\.0\.0\.2 \(No module 'pagewire'\): install the same version"
+    )
+    with pytest.raises(NotPlaced, match=line):
+        placement._check_hosts(planning.Plan((HERE, THERE)), actors)
+
+
+def test_a_rank_sees_the_gpus_of_its_host_s_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ray", SimpleNamespace(get=got))
+    actors = [RemoteMethods(devices=[name]) for name in ("3", "1", "0", "1")]
+    plan = planning.Plan((HERE, HERE, THERE, THERE))
+    assert placement._devices(actors, plan) == ["3,1", "3,1", "0,1", "0,1"]
+
+
 def test_all_ranks_see_the_gpus_of_all_in_the_order_of_the_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -95,6 +95,8 @@ class StreamNode:
     ) -> None:
         """run_dir: of this process's own. Raises as Node."""
         self.run_dir = prepare_run_dir(str(run_dir))
+        self.where = f"rank {rank} on {socket.gethostname()}"
+        """For errors: files and GPUs are those of another host than the reader's."""
         self.incarnation = Incarnation(stream.incarnation)
         liveness.own.introduce(self.incarnation)
         connection = FrameStream(socket.socket(fileno=stream.fd))

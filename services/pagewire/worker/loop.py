@@ -19,7 +19,6 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 from pagewire_kernels import cpu_native
-from pagewire_protocol.channels import Inbox
 from pagewire_protocol.messages import Role, Roster, Shutdown, Step, ToWorker
 
 from ..checkpoint import quantization
@@ -31,7 +30,7 @@ from ..process.group import Place, RingReader, RingWriter
 from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
-from ..process.stream_node import Stream, StreamNode
+from ..process.stream_node import Stream, StreamInbox, StreamNode
 from .device import driver
 from .load.in_thread import Ticker
 from .rank_link import Follower, Leader, Link, RecordKind
@@ -116,7 +115,7 @@ def run(
             _end_at_once(node, error)
         status = 1
         log.debug("the worker failed", exc_info=True)
-        _say_why(error)
+        _say_why(node, error)
     membership.goodbye(failed=status != 0)
     node.close(linger_ms=500)
     return status
@@ -145,9 +144,10 @@ def _wait_to_be_ended() -> None:
     time.sleep(AFTER_OTHERS_S)
 
 
-def _say_why(error: Exception) -> None:
+def _say_why(node: WorkerNode, error: Exception) -> None:
     line = error_line(error, (*EXPECTED, Stuck, Distrusted))
-    last_words.say("worker", line)
+    where = f"{node.where}: " if isinstance(node, StreamNode) else ""
+    last_words.say("worker", where + line)
 
 
 def _end_at_once(node: WorkerNode, error: Exception) -> NoReturn:
@@ -156,7 +156,7 @@ def _end_at_once(node: WorkerNode, error: Exception) -> NoReturn:
     log.debug("the worker failed", exc_info=error)
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _say_why(error)
+    _say_why(node, error)
     with contextlib.suppress(Exception):
         node.membership.goodbye(failed=True)
         node.close(linger_ms=int(1000 * LINGER_S))
@@ -328,7 +328,7 @@ class _Server:
         """Until Stopped. Steps run in the order they came; those of an older scheduler than the
         newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
         inbox = self._node.inbox
-        assert isinstance(inbox, Inbox)
+        assert not isinstance(inbox, StreamInbox)
         self._runner.notify(inbox.wake, self._send_results_meanwhile)
         has_used_idle_time = False
         while True:

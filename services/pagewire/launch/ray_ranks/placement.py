@@ -130,6 +130,8 @@ def place(request: Request) -> list[Any]:
         reserved = placement_group(here, strategy="STRICT_PACK", name=name)
     _wait(reserved, plan, needs)
     actors = [_actor(request, rank, needs, reserved) for rank in range(ranks)]
+    if plan.spans_hosts:
+        _check_hosts(plan, actors)
     devices = _devices(actors, plan) if needs.gpus else [None] * ranks
     if plan.spans_hosts:
         return _run_on_hosts(request, plan, actors, devices)
@@ -146,6 +148,19 @@ def _devices(actors: list[Any], plan: Plan) -> list[str]:
     for node, names in zip(plan.nodes, each, strict=True):
         by_node.setdefault(node.node_id, []).extend(names)
     return [",".join(by_node[node.node_id]) for node in plan.nodes]
+
+
+def _check_hosts(plan: Plan, actors: list[Any]) -> None:
+    """Raises NotPlaced for a host on which Pagewire cannot be imported."""
+    for node, actor in zip(plan.nodes, actors, strict=True):
+        try:
+            ray.get(actor.devices.remote())
+        except Exception as error:  # of many kinds
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise NotPlaced(
+                f"Ray could not start a rank on {node.address} ({reason[-1][:200]}): install the same "
+                "version of Pagewire on all hosts, for the Python that Ray runs there"
+            ) from None
 
 
 def _run_on_hosts(request: Request, plan: Plan, actors: list[Any], devices: list[Any]) -> list[Any]:

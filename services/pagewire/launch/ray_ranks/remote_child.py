@@ -151,7 +151,8 @@ class _RemoteRank:
 
     def _kill_if_hung(self) -> None:
         if self._watched.look(time.monotonic()):
-            line = f"a rank on {socket.gethostname()} made no progress for {self._watched.silent_s:.1f} s: killed\n"
+            who = f"rank {self._group.rank} on {socket.gethostname()}"
+            line = f"{who} made no progress for {self._watched.silent_s:.1f} s: killed\n"
             self._connection.send(Kind.OUTPUT, line.encode())
             self._is_alone = True
 
