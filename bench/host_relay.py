@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pagewire.launch.ray_ranks import door, relay, remote_child
+from pagewire.launch.ray_ranks import handshake, relay, remote_child
 from pagewire.launch.ray_ranks.handover import RankProcess
-from pagewire.launch.ray_ranks.remote_child import Invitation
+from pagewire.launch.ray_ranks.remote_child import Assignment
 from pagewire.process import liveness
 from pagewire.process.group import PLACE_VARIABLE, GroupMemory, Place, RingWriter
 from pagewire.process.hosts import Hosts
@@ -88,7 +88,7 @@ def start_here(place: Place, command: list[str], output: int) -> list[int]:
 
 def start_elsewhere(place: Place, command: list[str], output: int) -> list[int]:
     """A rank's proxy and its actor, in processes of their own, as there are."""
-    listener = door.listen("127.0.0.1")
+    listener = handshake.listen("127.0.0.1")
     port = listener.getsockname()[1]
     process = RankProcess(tuple(command), os.getcwd(), dict(os.environ), place.as_variable())
     return [
@@ -98,9 +98,9 @@ def start_elsewhere(place: Place, command: list[str], output: int) -> list[int]:
 
 
 def _run_proxy(listener, place: Place, process: RankProcess, output: int) -> None:
-    entrance = door.Door(listener, SECRET)
-    connection = entrance.enter(START_S)
-    assert connection is not None and relay.greet(connection) is not None
+    opened = handshake.AuthenticatedListener(listener, SECRET)
+    connection = opened.accept(START_S)
+    assert connection is not None and relay.receive_hello(connection) is not None
     with tempfile.TemporaryDirectory(prefix="pw-") as directory:
         run_dir = prepare_run_dir(str(Path(directory)))
         relay.Relay(connection, place, run_dir, liveness.new_page(), output).run(process)
@@ -108,7 +108,7 @@ def _run_proxy(listener, place: Place, process: RankProcess, output: int) -> Non
 
 def _run_actor(port: int) -> None:
     hosts = Hosts((0, 1), "127.0.0.1", "127.0.0.1", 1)
-    remote_child.run_rank(Invitation("127.0.0.1", port, SECRET, None, hosts))
+    remote_child.run_rank(Assignment("127.0.0.1", port, SECRET, None, hosts))
 
 
 def _forked(run) -> int:

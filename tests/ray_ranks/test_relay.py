@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from pagewire.launch import stack
-from pagewire.launch.ray_ranks import door, relay, remote_child
+from pagewire.launch.ray_ranks import handshake, relay, remote_child
 from pagewire.launch.ray_ranks.handover import RankProcess
 from pagewire.launch.ray_ranks.relay import Relay
-from pagewire.launch.ray_ranks.remote_child import Invitation
+from pagewire.launch.ray_ranks.remote_child import Assignment
 from pagewire.process import liveness
 from pagewire.process.group import GroupMemory, RingWriter
 from pagewire.process.hosts import Hosts
@@ -71,18 +71,18 @@ class RemoteRank:
         self.page_fd = liveness.new_page()
         read, self.theirs = os.pipe()
         self.output = os.fdopen(read, "r")
-        listener = door.listen("127.0.0.1")
+        listener = handshake.listen("127.0.0.1")
         port = listener.getsockname()[1]
-        entrance = door.Door(listener, bytes(32))
+        opened = handshake.AuthenticatedListener(listener, bytes(32))
         hosts = Hosts((0, 0, 1), "127.0.0.1", "127.0.0.1", 1)
-        invitation = Invitation("127.0.0.1", port, bytes(32), None, hosts)
-        self.actor = threading.Thread(target=remote_child.run_rank, args=(invitation,))
+        assignment = Assignment("127.0.0.1", port, bytes(32), None, hosts)
+        self.actor = threading.Thread(target=remote_child.run_rank, args=(assignment,))
         self.actor.start()
-        connection = entrance.enter(WAIT_S)
+        connection = opened.accept(WAIT_S)
         assert connection is not None
-        entrance.close()
+        opened.close()
         self.connection = connection
-        self.hello = relay.greet(connection)
+        self.hello = relay.receive_hello(connection)
         self.relay = Relay(connection, place, self.run_dir, self.page_fd, self.theirs)
         self.process = RankProcess(
             ("no-such-python", "-c", PROGRAM, f"--run-dir={self.run_dir}"),

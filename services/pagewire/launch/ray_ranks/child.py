@@ -16,8 +16,8 @@ from ...process.hosts import HOSTS_VARIABLE, Hosts
 from ...process.liveness import PAGE_VARIABLE
 from ...process.parent import PARENT_VARIABLE
 from . import handover
-from .door import CONNECT_S, RETRY_S, NoProxy
 from .handover import RankDescriptors, RankProcess
+from .handshake import CONNECT_S, RETRY_S, NoProxy
 
 
 def run_rank(

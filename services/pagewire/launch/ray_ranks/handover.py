@@ -7,7 +7,7 @@ sends the rank's exit status when it has ended. Either side is gone when its end
 closed.
 
 Between hosts it goes over TCP, as frames of a `Kind`: with the above, what the descriptors stand
-for. The actor begins with who it is, the proxy answers with an `Order`.
+for. The actor begins with who it is, the proxy answers with an `StartRequest`.
 """
 
 import json
@@ -56,8 +56,8 @@ class Kind(IntEnum):
 
     HELLO = 1
     """From the actor: JSON of a `Hello`."""
-    ORDER = 2
-    """From the proxy: JSON of an `Order`."""
+    START = 2
+    """From the proxy: JSON of an `StartRequest`."""
     RECORD = 3
     """From the proxy: a record of the ring."""
     MESSAGE = 4
@@ -90,7 +90,7 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Order:
+class StartRequest:
     """What an actor on another host is to start. incarnation, address: of the rank's inbox."""
 
     process: RankProcess
@@ -102,7 +102,7 @@ class Order:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def decode(cls, data: bytes) -> "Order":
+    def decode(cls, data: bytes) -> "StartRequest":
         """What `encode` wrote."""
         fields = json.loads(data)
         return cls(**{**fields, "process": _rank_process(fields["process"])})

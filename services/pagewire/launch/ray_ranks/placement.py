@@ -25,9 +25,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ...process import last_words, logs
 from ...process.errors import EXPECTED, error_line
 from ...process.hosts import Hosts
-from . import child, door, planning, remote_child
+from . import child, handshake, planning, remote_child
 from .planning import Needs, NotPlaced, Plan
-from .remote_child import Invitation
+from .remote_child import Assignment
 
 log = logging.getLogger("pagewire.ray_ranks")
 NAMESPACE: Final = "pagewire"
@@ -65,16 +65,16 @@ class RankActor:
 
     def listen(self, address: str) -> int:
         """The port at which rank 0 will be found by the others, at `address` of this host."""
-        self._listener = door.listen(address)
+        self._listener = handshake.listen(address)
         return self._listener.getsockname()[1]
 
     def run(self, path: str, devices: str | None, hosts: Hosts | None = None) -> None:
         """As child.run_rank."""
         child.run_rank(path, devices, hosts, self._listener)
 
-    def run_remote(self, invitation: Invitation) -> None:
+    def run_remote(self, assignment: Assignment) -> None:
         """As remote_child.run_rank."""
-        remote_child.run_rank(invitation)
+        remote_child.run_rank(assignment)
 
 
 def main() -> int:
@@ -175,12 +175,12 @@ def _run_on_hosts(request: Request, plan: Plan, actors: list[Any], devices: list
             runs.append(actor.run.remote(path, devices[rank], hosts))
         else:
             secret = secrets.token_bytes(SECRET_BYTES)
-            with door.listen(first.address) as listener:
+            with handshake.listen(first.address) as listener:
                 own_port = listener.getsockname()[1]
-                door.offer(path, listener, secret)
+                handshake.hand_listener(path, listener, secret)
             runs.append(
                 actor.run_remote.remote(
-                    Invitation(first.address, own_port, secret, devices[rank], hosts)
+                    Assignment(first.address, own_port, secret, devices[rank], hosts)
                 )
             )
     return runs

@@ -19,9 +19,9 @@ from ...process import last_words, liveness
 from ...process.frames import FrameStream
 from ...process.group import Place
 from ...process.parent import FAILURES_VARIABLE, HEALTH_VARIABLE, Started, how_it_ended
-from . import door, handover
+from . import handover, handshake
 from .handover import RankDescriptors, RankProcess
-from .relay import Relay, UnlikeVersions, greet
+from .relay import Relay, UnlikeVersions, receive_hello
 
 ON_THIS_HOST: Final = "--distributed-executor-backend=mp"
 """Of the rank itself, which is placed already."""
@@ -84,6 +84,9 @@ class _Proxy:
             status = self._status_of(actor, process, descriptors)
         except Stopped:
             return 0
+        except ConnectionError as error:
+            last_words.say("worker", str(error))
+            return 1
         if status is None:
             if not self._is_ending and self._driver_status(DRIVER_S) != SAID_WHY:
                 last_words.say("worker", f"Ray's actor of rank {self._place.rank} has ended")
@@ -107,7 +110,7 @@ class _Proxy:
         """The same on another host, with the whole of `run`'s result."""
         rank = self._place.rank
         try:
-            hello = greet(actor)
+            hello = receive_hello(actor)
         except UnlikeVersions as error:
             last_words.say("worker", str(error))
             return 1
@@ -134,7 +137,7 @@ class _Proxy:
         path = handover.socket_path(self._run_dir, self._place, self._place.rank)
         with (
             handover.listening(path) as listener,
-            handover.listening(door.offer_path(path)) as offers,
+            handover.listening(handshake.listener_path(path)) as offers,
         ):
             if self._place.rank == 0:
                 self._start_driver()
@@ -152,8 +155,8 @@ class _Proxy:
     def _connect_remote(self, offer: socket.socket) -> FrameStream:
         """Waits for the actor as long as the group is not ended: the proxy of rank 0 sees when Ray
         has lost it."""
-        with contextlib.closing(door.take_offer(offer)) as entrance:
-            while (actor := entrance.enter(LOOK_S)) is None:
+        with contextlib.closing(handshake.take_listener(offer)) as listener:
+            while (actor := listener.accept(LOOK_S)) is None:
                 liveness.own.turn()
         return actor
 

@@ -27,7 +27,7 @@ from ...process.frames import Frame, FrameStream
 from ...process.group import Place, RingReader
 from ...version import __version__
 from . import handover
-from .handover import Hello, Kind, Order, RankProcess
+from .handover import Hello, Kind, RankProcess, StartRequest
 
 LOOK_S: Final = 1.0
 LINGER_MS: Final = 500
@@ -38,7 +38,7 @@ class UnlikeVersions(ValueError):
     """The other host has another version of Pagewire; the message names both."""
 
 
-def greet(connection: FrameStream) -> Hello | None:
+def receive_hello(connection: FrameStream) -> Hello | None:
     """Who is at the other end; None when it is gone. Raises UnlikeVersions."""
     try:
         frame = connection.receive()
@@ -76,11 +76,11 @@ class Relay:
     def run(self, process: RankProcess) -> int | None:
         """Start the rank, and pass on all that comes and goes. Its exit status, when it has ended;
         None when the connection is gone."""
-        order = Order(process, self._incarnation, self._inbox.address)
+        request = StartRequest(process, self._incarnation, self._inbox.address)
         listener = threading.Thread(target=self._pass_messages, name="messages", daemon=True)
         status = None
         with contextlib.suppress(OSError):
-            self._connection.send(Kind.ORDER, order.encode())
+            self._connection.send(Kind.START, request.encode())
             listener.start()
             for passing in (self._pass_records, self._pass_signals):
                 threading.Thread(target=passing, name=passing.__name__, daemon=True).start()

@@ -23,8 +23,8 @@ from ...process.hosts import HOSTS_VARIABLE, Hosts
 from ...process.stream_node import MESSAGE, STREAM_VARIABLE, Stream
 from ...version import __version__
 from .. import stack
-from . import child, door, handover
-from .handover import Hello, Kind, Order, RankDescriptors, RankProcess
+from . import child, handover, handshake
+from .handover import Hello, Kind, RankDescriptors, RankProcess, StartRequest
 
 PAGE_S: Final = 0.1
 """How often it is looked whether the rank makes progress."""
@@ -37,7 +37,7 @@ OF_THE_ACTOR: Final = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
-class Invitation:
+class Assignment:
     """Where the proxy of a rank listens, and the secret by which it knows the actor. devices,
     hosts: as of child.run_rank."""
 
@@ -48,9 +48,9 @@ class Invitation:
     hosts: Hosts
 
 
-def run_rank(invitation: Invitation) -> None:
+def run_rank(assignment: Assignment) -> None:
     """As child.run_rank. Raises NoProxy and, for a program that cannot be started, OSError."""
-    connection = door.knock(invitation.host, invitation.port, invitation.secret)
+    connection = handshake.connect(assignment.host, assignment.port, assignment.secret)
     try:
         connection.send(Kind.HELLO, Hello(__version__, socket.gethostname()).encode())
         frame = connection.receive()
@@ -58,7 +58,7 @@ def run_rank(invitation: Invitation) -> None:
             return  # the proxy says why, if it is not gone
         run_dir = stack.new_run_dir()
         try:
-            _RemoteRank(connection, Order.decode(frame.data), invitation, run_dir).run()
+            _RemoteRank(connection, StartRequest.decode(frame.data), assignment, run_dir).run()
         finally:
             stack.remove_run_dir(run_dir)
     finally:
@@ -69,11 +69,11 @@ class _RemoteRank:
     """One rank, from its start to its end."""
 
     def __init__(
-        self, connection: FrameStream, order: Order, invitation: Invitation, run_dir: Path
+        self, connection: FrameStream, request: StartRequest, assignment: Assignment, run_dir: Path
     ) -> None:
         """Starts the rank."""
         self._connection = connection
-        self._group = Place.read(order.process.place)
+        self._group = Place.read(request.process.place)
         self._memory = GroupMemory(self._group.group, 2)
         self._ring = RingWriter(self._memory.place(0))
         page = liveness.new_page()
@@ -81,16 +81,16 @@ class _RemoteRank:
         self._output, output = os.pipe()
         own, theirs = socket.socketpair()
         self._messages = FrameStream(own)
-        stream = Stream(theirs.fileno(), order.incarnation, order.address)
+        stream = Stream(theirs.fileno(), request.incarnation, request.address)
         variables = {
             STREAM_VARIABLE: stream.as_variable(),
-            HOSTS_VARIABLE: invitation.hosts.as_variable(),
+            HOSTS_VARIABLE: assignment.hosts.as_variable(),
         }
         with theirs:
             self._child = child.start(
-                of_this_host(order.process, run_dir),
+                of_this_host(request.process, run_dir),
                 RankDescriptors(output, page, self._place_fds()),
-                invitation.devices,
+                assignment.devices,
                 variables,
                 (theirs.fileno(),),
             )

@@ -21,12 +21,12 @@ from ...process.frames import FrameStream
 GONE_S: Final = 10
 """After so long without an answer from the other host a connection is taken for broken."""
 KEEPALIVE_S: Final = 2
-KNOCK_S: Final = 5.0
+HANDSHAKE_S: Final = 5.0
 """How long one that has connected may take to show that it has the secret."""
-MOST_KNOCKING: Final = 64
+MOST_PENDING: Final = 64
 """So many may be about to show it at a time; more are dropped."""
 CONNECT_S: Final = 30.0
-"""How long an actor tries to reach the proxy."""
+"""How long Ray's actor or driver tries to reach the proxy of a rank."""
 RETRY_S: Final = 0.1
 NONCE_BYTES: Final = 16
 PROOF_BYTES: Final = 32
@@ -41,7 +41,7 @@ def listen(address: str) -> socket.socket:
     """At a free port of this host's `address`. Raises OSError with the address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, 0), family=family, backlog=MOST_KNOCKING)
+        return socket.create_server((address, 0), family=family, backlog=MOST_PENDING)
     except OSError as error:
         raise OSError(
             f"ranks on other hosts cannot reach this one: listening at {address}, by which Ray knows "
@@ -49,43 +49,50 @@ def listen(address: str) -> socket.socket:
         ) from None
 
 
-def offer_path(path: str | Path) -> Path:
+def listener_path(path: str | Path) -> Path:
     """Where the proxy that listens at `path` is told that its rank is on another host."""
     return Path(f"{path}.tcp")
 
 
-def offer(path: str | Path, listener: socket.socket, secret: bytes) -> None:
-    """Tell that proxy, by whom `listener` is served from now on. Raises OSError."""
+def hand_listener(path: str | Path, listener: socket.socket, secret: bytes) -> None:
+    """Tell that proxy, by whom `listener` is served from now on; it was started at the same time as
+    the one of rank 0. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(str(offer_path(path)))
+        deadline = time.monotonic() + CONNECT_S
+        while connection.connect_ex(str(listener_path(path))):
+            if time.monotonic() > deadline:
+                raise NoProxy(f"the proxy of a rank does not listen at {listener_path(path)}")
+            time.sleep(RETRY_S)
         text = json.dumps({"secret": secret.hex()}).encode()
         socket.send_fds(connection, [text], [listener.fileno()])
 
 
-def take_offer(connection: socket.socket) -> "Door":
+def take_listener(connection: socket.socket) -> "AuthenticatedListener":
     """What the driver has offered. Raises ConnectionError when it has gone."""
     with connection:
         text, fds, _, _ = socket.recv_fds(connection, OFFER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     if not fds:
         raise ConnectionError("the group's driver of Ray has ended")
-    return Door(socket.socket(fileno=fds[0]), bytes.fromhex(json.loads(text)["secret"]))
+    return AuthenticatedListener(
+        socket.socket(fileno=fds[0]), bytes.fromhex(json.loads(text)["secret"])
+    )
 
 
-class Door:
+class AuthenticatedListener:
     """Lets in the one that has the secret."""
 
     def __init__(self, listener: socket.socket, secret: bytes) -> None:
         """`listener` is this object's from now on."""
         self._listener = listener
         self._secret = secret
-        self._room = threading.Semaphore(MOST_KNOCKING)
-        self._entered: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="door", daemon=True).start()
+        self._room = threading.Semaphore(MOST_PENDING)
+        self._accepted: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="handshakes", daemon=True).start()
 
-    def enter(self, timeout_s: float) -> FrameStream | None:
+    def accept(self, timeout_s: float) -> FrameStream | None:
         """The one that had the secret; None when none has come within `timeout_s` seconds."""
         try:
-            return FrameStream(self._entered.get(timeout=timeout_s))
+            return FrameStream(self._accepted.get(timeout=timeout_s))
         except queue.Empty:
             return None
 
@@ -96,7 +103,7 @@ class Door:
         self._listener.close()
         with contextlib.suppress(queue.Empty):
             while True:
-                self._entered.get_nowait().close()
+                self._accepted.get_nowait().close()
 
     def _listen(self) -> None:
         while True:
@@ -114,23 +121,23 @@ class Door:
     def _check(self, connection: socket.socket) -> None:
         try:
             _tune(connection)
-            has_it = _ask(connection, self._secret)
+            is_right = _verify(connection, self._secret)
         except OSError:
-            has_it = False
+            is_right = False
         finally:
             self._room.release()
-        if has_it:
-            self._entered.put(connection)
+        if is_right:
+            self._accepted.put(connection)
         else:
             connection.close()
 
 
-def knock(host: str, port: int, secret: bytes) -> FrameStream:
+def connect(host: str, port: int, secret: bytes) -> FrameStream:
     """Connect to the proxy that listens there. Raises NoProxy."""
     deadline = time.monotonic() + CONNECT_S
     while True:
         try:
-            return FrameStream(_enter(host, port, secret))
+            return FrameStream(_connect(host, port, secret))
         except NoProxy:
             raise
         except OSError as error:
@@ -142,20 +149,20 @@ def knock(host: str, port: int, secret: bytes) -> FrameStream:
         time.sleep(RETRY_S)
 
 
-def _enter(host: str, port: int, secret: bytes) -> socket.socket:
-    connection = socket.create_connection((host, port), timeout=KNOCK_S)
+def _connect(host: str, port: int, secret: bytes) -> socket.socket:
+    connection = socket.create_connection((host, port), timeout=HANDSHAKE_S)
     try:
         _tune(connection)
-        _show(connection, secret)
+        _authenticate(connection, secret)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _ask(connection: socket.socket, secret: bytes) -> bool:
+def _verify(connection: socket.socket, secret: bytes) -> bool:
     """Of the proxy: whether the other end has the secret; it hears then that this one has it."""
-    deadline = time.monotonic() + KNOCK_S
+    deadline = time.monotonic() + HANDSHAKE_S
     own = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(own)
     theirs = _exactly(connection, NONCE_BYTES, deadline)
@@ -167,9 +174,9 @@ def _ask(connection: socket.socket, secret: bytes) -> bool:
     return True
 
 
-def _show(connection: socket.socket, secret: bytes) -> None:
+def _authenticate(connection: socket.socket, secret: bytes) -> None:
     """Of the actor. Raises OSError, and NoProxy when the other end has another secret."""
-    deadline = time.monotonic() + KNOCK_S
+    deadline = time.monotonic() + HANDSHAKE_S
     theirs = _exactly(connection, NONCE_BYTES, deadline)
     own = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(own + _proof(secret, b"actor", theirs, own))

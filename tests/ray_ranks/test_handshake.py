@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pagewire.launch.ray_ranks import door, handover, relay
-from pagewire.launch.ray_ranks.handover import Hello, Kind, Order, RankProcess
+from pagewire.launch.ray_ranks import handover, handshake, relay
+from pagewire.launch.ray_ranks.handover import Hello, Kind, RankProcess, StartRequest
 from pagewire.process import frames
 from pagewire.process.frames import Frame, FrameStream, FrameTooLong
 from pagewire.version import __version__
@@ -19,18 +19,20 @@ SECRET = bytes(range(32))
 
 
 @pytest.fixture
-def entrance() -> Iterator[tuple[door.Door, int]]:
-    listener = door.listen("127.0.0.1")
+def listening() -> Iterator[tuple[handshake.AuthenticatedListener, int]]:
+    listener = handshake.listen("127.0.0.1")
     port = listener.getsockname()[1]
-    opened = door.Door(listener, SECRET)
+    opened = handshake.AuthenticatedListener(listener, SECRET)
     yield opened, port
     opened.close()
 
 
-def test_the_one_with_the_secret_is_let_in(entrance: tuple[door.Door, int]) -> None:
-    opened, port = entrance
-    actor = door.knock("127.0.0.1", port, SECRET)
-    proxy = opened.enter(10)
+def test_the_one_with_the_secret_is_let_in(
+    listening: tuple[handshake.AuthenticatedListener, int],
+) -> None:
+    opened, port = listening
+    actor = handshake.connect("127.0.0.1", port, SECRET)
+    proxy = opened.accept(10)
     assert proxy is not None
     actor.send(7, b"after the secret")
     assert proxy.receive() == Frame(7, b"after the secret")
@@ -45,28 +47,32 @@ def test_the_one_with_the_secret_is_let_in(entrance: tuple[door.Door, int]) -> N
 
 
 def test_one_with_another_secret_hears_nothing(
-    entrance: tuple[door.Door, int], monkeypatch: pytest.MonkeyPatch
+    listening: tuple[handshake.AuthenticatedListener, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, port = entrance
-    monkeypatch.setattr(door, "CONNECT_S", 0.0)
-    with pytest.raises(door.NoProxy, match=rf"cannot reach 127\.0\.0\.1 port {port}"):
-        door.knock("127.0.0.1", port, SECRET[::-1])
-    assert opened.enter(0.05) is None
+    opened, port = listening
+    monkeypatch.setattr(handshake, "CONNECT_S", 0.0)
+    with pytest.raises(handshake.NoProxy, match=rf"cannot reach 127\.0\.0\.1 port {port}"):
+        handshake.connect("127.0.0.1", port, SECRET[::-1])
+    assert opened.accept(0.05) is None
 
 
-def test_garbage_and_silence_keep_nobody_waiting(entrance: tuple[door.Door, int]) -> None:
-    """Neither as many silent ones as may knock at a time, less one, nor some that say anything."""
-    opened, port = entrance
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(door.MOST_KNOCKING - 1)]
+def test_garbage_and_silence_keep_nobody_waiting(
+    listening: tuple[handshake.AuthenticatedListener, int],
+) -> None:
+    """Neither as many silent ones as may connect at a time, less one, nor some that say anything."""
+    opened, port = listening
+    silent = [
+        socket.create_connection(("127.0.0.1", port)) for _ in range(handshake.MOST_PENDING - 1)
+    ]
     garbage = socket.create_connection(("127.0.0.1", port))
     with garbage, contextlib.suppress(ConnectionResetError):
         garbage.sendall(os.urandom(4096))
         while garbage.recv(64):
             pass
     began = time.monotonic()
-    actor = door.knock("127.0.0.1", port, SECRET)
-    proxy = opened.enter(10)
-    assert proxy is not None and time.monotonic() - began < door.KNOCK_S
+    actor = handshake.connect("127.0.0.1", port, SECRET)
+    proxy = opened.accept(10)
+    assert proxy is not None and time.monotonic() - began < handshake.HANDSHAKE_S
     for each in (*silent, actor, proxy):
         each.close()
 
@@ -78,34 +84,52 @@ def test_an_actor_tells_nothing_to_one_that_does_not_know_the_secret() -> None:
         def pretend() -> None:
             connection, _ = listener.accept()
             with connection:
-                connection.sendall(bytes(door.NONCE_BYTES))
-                connection.recv(door.NONCE_BYTES + door.PROOF_BYTES)
-                connection.sendall(bytes(door.PROOF_BYTES))
+                connection.sendall(bytes(handshake.NONCE_BYTES))
+                connection.recv(handshake.NONCE_BYTES + handshake.PROOF_BYTES)
+                connection.sendall(bytes(handshake.PROOF_BYTES))
 
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(door.NoProxy, match="does not know the secret"):
-            door.knock("127.0.0.1", listener.getsockname()[1], SECRET)
+        with pytest.raises(handshake.NoProxy, match="does not know the secret"):
+            handshake.connect("127.0.0.1", listener.getsockname()[1], SECRET)
         thread.join()
 
 
-def test_the_driver_offers_a_proxy_what_to_listen_at(tmp_path: Path) -> None:
+def test_the_driver_hands_a_proxy_what_to_listen_at(tmp_path: Path) -> None:
+    """Also one that listens only after a while."""
     path = tmp_path / "life.1"
-    with handover.listening(door.offer_path(path)) as offers, door.listen("127.0.0.1") as listener:
+    with handshake.listen("127.0.0.1") as listener:
         port = listener.getsockname()[1]
-        door.offer(path, listener, SECRET)
-        opened = door.take_offer(offers.accept()[0])
-    actor = door.knock("127.0.0.1", port, SECRET)
-    proxy = opened.enter(10)
+        driver = threading.Thread(
+            target=handshake.hand_listener, args=(path, listener, SECRET), daemon=True
+        )
+        driver.start()
+        time.sleep(0.05)
+        with handover.listening(handshake.listener_path(path)) as offers:
+            opened = handshake.take_listener(offers.accept()[0])
+        driver.join()
+    actor = handshake.connect("127.0.0.1", port, SECRET)
+    proxy = opened.accept(10)
     assert proxy is not None
     opened.close()
     for each in (actor, proxy):
         each.close()
 
 
+def test_a_proxy_that_does_not_listen_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "CONNECT_S", 0.0)
+    with (
+        handshake.listen("127.0.0.1") as listener,
+        pytest.raises(handshake.NoProxy, match=r"does not listen at .*/life\.1\.tcp"),
+    ):
+        handshake.hand_listener(tmp_path / "life.1", listener, SECRET)
+
+
 def test_an_address_that_is_not_this_machine_s_is_named() -> None:
     with pytest.raises(OSError, match=r"listening at 192\.0\.2\.200, by which Ray knows it"):
-        door.listen("192.0.2.200")
+        handshake.listen("192.0.2.200")
 
 
 def pair() -> tuple[FrameStream, FrameStream]:
@@ -142,19 +166,19 @@ def test_another_version_on_another_host_is_named() -> None:
     actor.send(Kind.HELLO, Hello("0.0.9", "node-b").encode())
     line = f"node-b has Pagewire 0.0.9, and this machine {__version__}: install one version on all hosts"
     with pytest.raises(relay.UnlikeVersions, match=line):
-        relay.greet(proxy)
+        relay.receive_hello(proxy)
     actor.send(Kind.HELLO, Hello(__version__, "node-b").encode())
-    hello = relay.greet(proxy)
+    hello = relay.receive_hello(proxy)
     assert hello is not None and hello.host == "node-b"
     actor.close()
-    assert relay.greet(proxy) is None
+    assert relay.receive_hello(proxy) is None
     proxy.close()
 
 
 def test_an_order_says_what_to_start_and_carries_no_secrets() -> None:
     process = RankProcess(("python", "-m"), "/here", {"PAGEWIRE_A": "\udcff"}, "1/2/life/3,4,5/w")
-    order = Order(process, 5, "ipc:///run/worker.sock")
-    assert Order.decode(order.encode()) == order
+    request = StartRequest(process, 5, "ipc:///run/worker.sock")
+    assert StartRequest.decode(request.encode()) == request
     here = {
         "PAGEWIRE_TEST": "1", "NCCL_DEBUG": "INFO", "HF_HOME": "/models", "OMP_NUM_THREADS": "4",
         "PAGEWIRE_API_KEY": "secret", "HF_TOKEN": "secret", "CUDA_VISIBLE_DEVICES": "0",
