@@ -66,7 +66,7 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
     stack.check_backend(worker)
     gpus = ranks_gpus(worker, probe)
     size = worker.world_size
-    by_ray = stack.is_placed_by_ray(worker)
+    by_ray = worker.distributed_executor_backend == "ray"
     placed = f"; placed by Ray {importlib.metadata.version('ray')}" if by_ray else ""
     if not gpus:
         mark, text = _on_cpus(worker)
