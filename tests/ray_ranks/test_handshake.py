@@ -180,9 +180,10 @@ def test_an_order_says_what_to_start_and_carries_no_secrets() -> None:
     request = StartRequest(process, 5, "ipc:///run/worker.sock")
     assert StartRequest.decode(request.encode()) == request
     here = {
-        "PAGEWIRE_TEST": "1", "NCCL_DEBUG": "INFO", "HF_HOME": "/models", "OMP_NUM_THREADS": "4",
+        "PAGEWIRE_TEST": "1", "NCCL_DEBUG": "INFO", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "4",
         "PAGEWIRE_API_KEY": "secret", "HF_TOKEN": "secret", "CUDA_VISIBLE_DEVICES": "0",
+        "HF_HOME": "/models", "CUDA_HOME": "/cuda", "TRITON_CACHE_DIR": "/here",
         "PATH": "/bin", "HOME": "/root", "LD_LIBRARY_PATH": "/lib", "AWS_SECRET_ACCESS_KEY": "secret",
     }  # fmt: skip
-    kept = ["PAGEWIRE_TEST", "NCCL_DEBUG", "HF_HOME", "OMP_NUM_THREADS"]
+    kept = ["PAGEWIRE_TEST", "NCCL_DEBUG", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"]
     assert list(handover.carried(here)) == kept

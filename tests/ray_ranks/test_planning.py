@@ -11,6 +11,7 @@ from pagewire.process.group import Place
 from pagewire.process.hosts import HOSTS_VARIABLE, Hosts
 from pagewire.worker import communicators
 from pagewire.worker.load.rank_agreement import ALONE
+from pagewire_kernels import cuda_communicator
 from torch.distributed import HashStore
 
 GPU = Needs(gpus=1, cpus=0)
@@ -171,3 +172,14 @@ def test_memory_is_shared_by_gpus_of_one_host_alone() -> None:
     assert communicators.share_memory(HOSTS, range(2, 4))
     assert not communicators.share_memory(HOSTS, range(4, 6))
     assert not communicators.share_memory(HOSTS, range(6))
+
+
+def test_between_hosts_nccl_takes_all_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symmetric memory is not even tried there."""
+    made: list[str] = []
+    for name in ("NcclCommunicator", "connect"):
+        monkeypatch.setattr(cuda_communicator, name, lambda *_, name=name: made.append(name))
+    gpu = torch.device("cuda", 0)
+    communicators._on_gpu(HashStore(), 0, 2, gpu, communicators.share_memory(HOSTS, range(2)))
+    communicators._on_gpu(HashStore(), 0, 2, gpu, communicators.share_memory(HOSTS, range(4, 6)))
+    assert made == ["connect", "NcclCommunicator"]

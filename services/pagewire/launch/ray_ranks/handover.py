@@ -113,8 +113,11 @@ CARRIED: Final = (
     "OMP_", "GOMP_", "MKL_", "PYTHONSAFEPATH", "PYTHONHASHSEED",
 )  # fmt: skip
 """Beginnings of the names of variables that go to another host; the others are that host's own."""
-NOT_CARRIED: Final = ("_TOKEN", "_KEY", "_KEYS", "CUDA_VISIBLE_DEVICES")
-"""Endings of those that do not: nothing on the way is encrypted."""
+NOT_CARRIED: Final = (
+    "_TOKEN", "_KEY", "_KEYS", "_HOME", "_PATH", "_DIR", "_CACHE", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""Endings of those that do not: nothing on the way is encrypted, and directories and GPUs are the
+other host's own."""
 
 
 def carried(variables: dict[str, str]) -> dict[str, str]:
