@@ -66,6 +66,7 @@ def test_garbage_and_silence_keep_nobody_waiting(
     ]
     garbage = socket.create_connection(("127.0.0.1", port))
     with garbage, contextlib.suppress(ConnectionResetError):
+        garbage.settimeout(10)
         garbage.sendall(os.urandom(4096))
         while garbage.recv(64):
             pass
