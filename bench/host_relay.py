@@ -2,11 +2,11 @@
 
     PYTHONPATH=protocol:services python bench/host_relay.py [--records 5000]
 
-Both hosts are this machine: what is measured is the relay, from the ring of rank 0 through the rank's
-proxy, a TCP connection of the loopback and the rank's actor to a ring of its own, and not a network.
-Beside it the same through the one ring of ranks on one host. Records as long as steps of decodes, of
-256 rows with new blocks, and of a long prompt; the pause between two of them lets everybody fall
-asleep, as between real steps.
+Both hosts are this machine: what is measured is the relay, from the ring of rank 0 through the
+rank's proxy, a TCP connection of the loopback and the rank's actor to a ring of its own, and not a
+network. Beside it the same through the one ring of ranks on one host. Records as long as steps of
+decodes, of 256 rows with new blocks, and of a long prompt; the pause between two of them lets
+everybody fall asleep, as between real steps.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""The place in a stack of a rank that runs on another host than the stack: its messages go through a
-stream that it has inherited, whose other end has an inbox for it in the stack's run directory.
+"""The place in a stack of a rank that runs on another host than the stack: its messages go through
+a stream that it has inherited, whose other end has an inbox for it in the stack's run directory.
 
 Such a rank is never the first of its group: it only talks to the scheduler, and hears from it who
 is there, and whether it is to end.

@@ -109,8 +109,8 @@ class StartRequest:
 
 
 CARRIED: Final = (
-    "PAGEWIRE_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "GLOO_", "UCX_", "CUDA_",
-    "OMP_", "GOMP_", "MKL_", "PYTHONSAFEPATH", "PYTHONHASHSEED",
+    "PAGEWIRE_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "GLOO_", "UCX_",
+    "CUDA_", "OMP_", "GOMP_", "MKL_", "PYTHONSAFEPATH", "PYTHONHASHSEED",
 )  # fmt: skip
 """Beginnings of the names of variables that go to another host; the others are that host's own."""
 NOT_CARRIED: Final = (

@@ -1,5 +1,5 @@
-"""How the actor of a rank on another host reaches the rank's proxy: TCP, and a secret that both have
-from Ray's driver. Only the standard library is imported here.
+"""How the actor of a rank on another host reaches the rank's proxy: TCP, and a secret that both
+have from Ray's driver. Only the standard library is imported here.
 
 Each side shows that it has the secret, which does not go over the network, before anything else is
 said. What comes without it is dropped, and keeps nobody else waiting.
@@ -44,8 +44,8 @@ def listen(address: str) -> socket.socket:
         return socket.create_server((address, 0), family=family, backlog=MOST_PENDING)
     except OSError as error:
         raise OSError(
-            f"ranks on other hosts cannot reach this one: listening at {address}, by which Ray knows "
-            f"it, failed ({error.strerror}); `ray start --node-ip-address` names another address"
+            f"ranks on other hosts cannot reach this one: listening at {address}, by which Ray "
+            f"knows it, failed ({error.strerror}); `ray start --node-ip-address` names another"
         ) from None
 
 
@@ -143,8 +143,9 @@ def connect(host: str, port: int, secret: bytes) -> FrameStream:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise NoProxy(
-                    f"{socket.gethostname()} cannot reach {host} port {port}, where `pagewire serve` "
-                    f"runs ({error.strerror or error}): the hosts of a group must reach each other at any port"
+                    f"{socket.gethostname()} cannot reach {host} port {port}, where `pagewire "
+                    f"serve` runs ({error.strerror or error}): the hosts of a group must reach "
+                    "each other at any port"
                 ) from None
         time.sleep(RETRY_S)
 

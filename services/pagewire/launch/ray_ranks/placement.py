@@ -3,8 +3,8 @@ pagewire.launch.ray_ranks.placement` is a driver of the cluster for one life of 
 sense: what it has reserved and started ends with it. It is a process of its own, so that signals
 for the proxy of rank 0, its parent, do not reach the cluster that it may have started.
 
-The placement group is one node's, this machine's, where that has enough in all; else it is dealt out
-over nodes (`planning.py`), and the proxies of ranks elsewhere are told to listen for them.
+The placement group is one node's, this machine's, where that has enough in all; else it is dealt
+out over nodes (`planning.py`), and the proxies of ranks elsewhere are told to listen for them.
 """
 
 import logging
@@ -158,8 +158,8 @@ def _check_hosts(plan: Plan, actors: list[Any]) -> None:
         except Exception as error:  # of many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise NotPlaced(
-                f"Ray could not start a rank on {node.address} ({reason[-1][:200]}): install the same "
-                "version of Pagewire on all hosts, for the Python that Ray runs there"
+                f"Ray could not start a rank on {node.address} ({reason[-1][:200]}): install the "
+                "same version of Pagewire on all hosts, for the Python that Ray runs there"
             ) from None
 
 
@@ -212,8 +212,8 @@ def _join_cluster(ranks: int) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if "://" in address:
         raise NotPlaced(
-            f"RAY_ADDRESS={address}: this machine has to be a node of the cluster, since rank 0 shares "
-            "memory with it; give the address of the cluster's head, HOST:6379"
+            f"RAY_ADDRESS={address}: this machine has to be a node of the cluster, since rank 0 "
+            "shares memory with it; give the address of the cluster's head, HOST:6379"
         )
     options: dict[str, Any] = {
         "namespace": NAMESPACE,

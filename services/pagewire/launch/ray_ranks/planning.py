@@ -94,9 +94,9 @@ class Plan:
         which = f"stage {', '.join(map(str, torn))}" if len(stages) > 1 else "the model"
         hosts = ", ".join(dict.fromkeys(node.address for node in self.nodes))
         return (
-            f"the ranks of {which} are on several hosts ({hosts}): each layer waits for the network "
-            "twice; a --tensor-parallel-size that fits on one host and --pipeline-parallel-size "
-            "over hosts is faster"
+            f"the ranks of {which} are on several hosts ({hosts}): each layer waits for the "
+            "network twice; a --tensor-parallel-size that fits on one host and "
+            "--pipeline-parallel-size over hosts is faster"
         )
 
 

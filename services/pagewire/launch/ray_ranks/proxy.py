@@ -126,8 +126,8 @@ class _Proxy:
             where = f" on {hello.host}" if hello is not None else ""
             last_words.say(
                 "worker",
-                f"the connection to rank {rank}{where} is gone: its host, the network or Ray's actor "
-                "has ended",
+                f"the connection to rank {rank}{where} is gone: its host, the network or Ray's "
+                "actor has ended",
             )
         return 1
 

@@ -1,5 +1,5 @@
-"""The proxy's side of a rank on another host: it is the rank's end of all that the ranks of one host
-share, and passes it on.
+"""The proxy's side of a rank on another host: it is the rank's end of all that the ranks of one
+host share, and passes it on.
 
 It reads the ring and the rank's inbox, and writes the page of progress, the output and what the
 rank says to the scheduler. Each direction that waits has a thread of its own.
@@ -49,8 +49,8 @@ def receive_hello(connection: FrameStream) -> Hello | None:
         return None
     if hello.version != __version__:
         raise UnlikeVersions(
-            f"{hello.host} has Pagewire {hello.version}, and this machine {__version__}: install one "
-            "version on all hosts of a group"
+            f"{hello.host} has Pagewire {hello.version}, and this machine {__version__}: install "
+            "one version on all hosts of a group"
         )
     return hello
 

@@ -1,6 +1,6 @@
-"""What the actor of a rank does on another host than `pagewire serve`: it has there what the ranks of
-one host share, a ring, a page of progress, a pipe and an inbox's place, all for this rank alone, and
-passes on what comes and goes.
+"""What the actor of a rank does on another host than `pagewire serve`: it has there what the ranks
+of one host share, a ring, a page of progress, a pipe and an inbox's place, all for this rank alone,
+and passes on what comes and goes.
 """
 
 import contextlib
