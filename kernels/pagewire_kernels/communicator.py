@@ -28,6 +28,10 @@ MOST_SENT: Final = 2
 """Tensors that a rank sends to another one ahead of its receiving them."""
 
 
+LOOPBACK: Final = "127.0.0.1"
+"""The address at which ranks of one host reach each other."""
+
+
 class CommunicatorFailed(ConnectionError):
     """Another rank did not take part: it has ended, or it hangs. The message says which operation
     waited, and how long."""
@@ -139,15 +143,23 @@ SINGLE_RANK: Final = SingleRank()
 
 
 class GlooCommunicator:
-    """A Communicator of processes or threads of one host, on CPU tensors, through torch's gloo."""
+    """A Communicator of processes or threads, on CPU tensors, through torch's gloo."""
 
-    def __init__(self, store: "Store", rank: int, size: int, timeout_s: float = TIMEOUT_S) -> None:
-        """Raises CommunicatorFailed when not all are there within `timeout_s` seconds."""
+    def __init__(
+        self,
+        store: "Store",
+        rank: int,
+        size: int,
+        timeout_s: float = TIMEOUT_S,
+        address: str = LOOPBACK,
+    ) -> None:
+        """address: of this process's host, by which the other ranks reach it. Raises
+        CommunicatorFailed when not all are there within `timeout_s` seconds."""
         self.rank = rank
         self.size = size
         self._timeout_s = timeout_s
         self._who = f"rank {rank} of {size}"
-        self._group = _gloo_group(store, rank, size, timeout_s, self._who)
+        self._group = _gloo_group(store, rank, size, timeout_s, self._who, address)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Communicator. gloo's own sums are in the type of x, in an order that depends on its
@@ -174,8 +186,7 @@ class GlooCommunicator:
 
 
 class GlooPointToPoint:
-    """A PointToPoint between processes or threads of one host, of CPU tensors, through torch's
-    gloo."""
+    """A PointToPoint between processes or threads, of CPU tensors, through torch's gloo."""
 
     def __init__(
         self,
@@ -185,14 +196,15 @@ class GlooPointToPoint:
         *,
         is_sender: bool,
         timeout_s: float = TIMEOUT_S,
+        address: str = LOOPBACK,
     ) -> None:
-        """From `rank`, which this is, to `peer`, or the other way. Raises CommunicatorFailed when
-        not both are there within `timeout_s` seconds."""
+        """From `rank`, which this is, to `peer`, or the other way. address: as of GlooCommunicator.
+        Raises CommunicatorFailed when not both are there within `timeout_s` seconds."""
         self._who = f"rank {rank}, connected to rank {peer},"
         self._timeout_s = timeout_s
         number = 0 if is_sender else 1
         self._other = 1 - number
-        self._group = _gloo_group(store, number, 2, timeout_s, self._who)
+        self._group = _gloo_group(store, number, 2, timeout_s, self._who, address)
         self._sent: deque[Any] = deque()
         """Of each tensor that may not have been received: torch's handle, which keeps its
         memory."""
@@ -214,12 +226,14 @@ class GlooPointToPoint:
             raise _failed(self._who, "receiving", self._timeout_s, error) from None
 
 
-def _gloo_group(store: "Store", rank: int, size: int, timeout_s: float, who: str) -> Any:
+def _gloo_group(
+    store: "Store", rank: int, size: int, timeout_s: float, who: str, address: str
+) -> Any:
     """torch's group of these ranks. who: this one, in words. Raises CommunicatorFailed."""
     # torch's stubs lack most of this class
     gloo: Any = torch.distributed.ProcessGroupGloo
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     try:
         return gloo(store, rank, size, options)

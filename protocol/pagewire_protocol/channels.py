@@ -199,6 +199,15 @@ class Inbox(Generic[M]):
     def drain(self, limit: int = 1024) -> Iterator[M]:
         """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped:
         no sender can stop a service."""
+        for frame in self.frames(limit):
+            self.frame = frame
+            try:
+                yield self._decoder.decode(frame)
+            except DECODE_ERRORS as error:
+                self._count_undecodable(f"{type(error).__name__}: {error}")
+
+    def frames(self, limit: int = 1024) -> Iterator[bytes]:
+        """The same as bytes, for whoever passes them on; any sender may have sent them."""
         for taken in range(limit):
             if (
                 taken and not int(self._socket.get(zmq.EVENTS)) & READABLE
@@ -211,11 +220,7 @@ class Inbox(Generic[M]):
             if self._socket.get(zmq.RCVMORE):
                 self._drop_rest()
                 continue
-            self.frame = frame
-            try:
-                yield self._decoder.decode(frame)
-            except DECODE_ERRORS as error:
-                self._count_undecodable(f"{type(error).__name__}: {error}")
+            yield frame
 
     def _drop_rest(self) -> None:
         """MAXMSGSIZE is per frame, so a message here is one frame; more are refused."""
@@ -259,12 +264,20 @@ class Outbox:
     def send(self, address: str, message: Message) -> bool:
         """True when the message is queued. False when the peer's queue is full, or the address is
         none, as one that came with a message may be: its loss must be handled by the caller."""
+        try:
+            frame = _encoder.encode(message)
+        except (ValueError, OverflowError):
+            return False
+        return self.send_frame(address, frame)
+
+    def send_frame(self, address: str, frame: bytes) -> bool:
+        """The same of a message that is encoded already."""
         socket = self._sockets.get(address)
         try:
             if socket is None:
                 socket = self._sockets[address] = self._connect(address)
-            socket.send(_encoder.encode(message), zmq.NOBLOCK, copy=True)
-        except (zmq.ZMQError, ValueError, OverflowError):
+            socket.send(frame, zmq.NOBLOCK, copy=True)
+        except (zmq.ZMQError, ValueError):
             return False
         return True
 

@@ -8,13 +8,7 @@ import asyncio
 import json
 import os
 import random
-import re
-import secrets
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,21 +30,11 @@ from e2e.test_stack_fake import VOCAB, ask
 from pagewire.offline.llm import LLM
 from pagewire.offline.sampling_params import SamplingParams
 from pagewire.worker.fake import chain
+from ray_ranks.clusters import cluster, on_cluster, with_stand_in
 
-STAND_IN = Path(__file__).parent / "stand_in"
 RANKS = 3
 NAMES = ["worker-0", "worker-0.1", "worker-0.2"]
 RAY = ("--distributed-executor-backend", "ray")
-on_cluster = pytest.mark.skipif(
-    not os.environ.get("PAGEWIRE_TEST_RAY_CLUSTER"),
-    reason="a Ray cluster needs a machine for itself: set PAGEWIRE_TEST_RAY_CLUSTER=1",
-)
-
-
-def with_stand_in(**variables: str) -> dict[str, str]:
-    """An environment in which the stand-in is Ray."""
-    path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
-    return {"PYTHONPATH": path, **variables}
 
 
 def processes(stack: Any) -> dict[str, tuple[int, int]]:
@@ -91,41 +75,13 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
 
 def on_a_cluster(flags: tuple[str, ...]) -> Iterator[Stack]:
     """As a user has it: `ray start`, then `pagewire serve`."""
-    directory = tempfile.mkdtemp(prefix="pw-ray-", dir="/tmp")
-    ray = str(Path(sys.executable).with_name("ray"))
-    variables = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [
-        ray, "start", "--head", "--num-cpus=8", "--num-gpus=0", "--port=0", "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1", f"--temp-dir={directory}", "--object-store-memory=100000000", "--block",
-    ]  # fmt: skip
-    log = Path(directory, "log")
-    with log.open("w") as file:
-        cluster = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + 120
-        while not (match := re.search(r"--address='([\d.:]+)'", log.read_text())):
-            assert cluster.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
-        stack = Stack(*flags, environment={**variables, "RAY_ADDRESS": match[1]})
+    with cluster(8) as variables:
+        stack = Stack(*flags, environment=variables)
         try:
             yield stack.wait_ready()
         finally:
             print("\n".join(stack.lines))
             assert stack.end() == 0
-    finally:
-        os.killpg(cluster.pid, signal.SIGTERM)
-        try:
-            cluster.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(cluster.pid, signal.SIGKILL)
-            cluster.wait(10)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_each_rank_is_the_child_of_an_actor(stack: Stack) -> None:
@@ -262,10 +218,10 @@ def test_what_ray_is_asked_for(tmp_path: Path) -> None:
     assert shutdown["call"] == "shutdown"
 
 
-def test_a_cluster_that_there_is_is_joined_and_too_small_a_node_is_one_line(tmp_path: Path) -> None:
+def test_a_cluster_that_there_is_is_joined_and_too_small_a_one_is_one_line(tmp_path: Path) -> None:
     stack, calls = calls_of(tmp_path, RAY_ADDRESS="10.0.0.1:6379", STAND_IN_CPUS="1")
     assert calls[0] == {"call": "init", "sizes": []}
     assert stack.lines[-2] == (
-        "pagewire serve: worker: --distributed-executor-backend ray: 2 ranks need 2 CPU of this machine's Ray node, "
-        "which has 1: use fewer ranks, or `ray start` with --num-cpus 2; the ranks of a group are on one host"
+        "pagewire serve: worker: --distributed-executor-backend ray: 2 ranks need 2 CPU, and the 2 nodes of Ray's "
+        "cluster have 1: this machine 1, 127.0.0.2 0: use fewer ranks, or add hosts with `ray start --address`"
     )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from pagewire.config import BadSetting, WorkerConfig
 from pagewire.launch import flags, stack
-from pagewire.launch.ray_ranks import child, handover, placement
+from pagewire.launch.ray_ranks import child, handover, placement, planning
 from pagewire.launch.ray_ranks.handover import RankDescriptors, RankProcess
-from pagewire.launch.ray_ranks.placement import Needs, NotPlaced
+from pagewire.launch.ray_ranks.planning import Needs, NotPlaced
 from pagewire.offline.settings import configure
 from pagewire.process import liveness
 from pagewire.process.group import GroupMemory, Place, RingReader, RingWriter
@@ -43,30 +43,11 @@ def test_a_rank_needs_a_gpu_where_the_model_runs_on_gpus(
     needs: Needs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(placement.driver, "has_device", lambda: has_device)
+    monkeypatch.setattr(planning.driver, "has_device", lambda: has_device)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert placement.needs_of(device) == needs
-
-
-def test_a_bundle_a_rank_on_the_driver_s_own_node() -> None:
-    nodes: list[dict[str, Any]] = [
-        {"NodeID": "a", "Resources": {"CPU": 8.0, "node:10.0.0.2": 1.0}},
-        {"NodeID": "b", "Resources": {"node:__internal_head__": 1.0, "GPU": 2.0, "node:10.0.0.1": 1.0}},
-    ]  # fmt: skip
-    node, resources = placement.own_node(nodes, "b")
-    assert node == "node:10.0.0.1"
-    assert placement.bundles(2, GPU, node) == [{"GPU": 1.0, "node:10.0.0.1": 0.001}] * 2
-    placement.check_node(resources, 2, GPU)
-    with pytest.raises(
-        NotPlaced, match="3 ranks need 3 GPU of this machine's Ray node, which has 2: "
-    ):
-        placement.check_node(resources, 3, GPU)
-    with pytest.raises(
-        NotPlaced, match="2 ranks need 2 CPU of this machine's Ray node, which has 0: "
-    ):
-        placement.check_node(resources, 2, CPU)
+    assert planning.needs_of(device) == needs
 
 
 def test_a_client_s_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +93,8 @@ class Rank:
         self.thread = threading.Thread(target=child.run_rank, args=(str(path), None), daemon=True)
         with handover.listening(path) as listener:
             self.thread.start()
-            self.proxy = handover.accept(listener, 20.0)
-        assert self.proxy is not None
+            listener.settimeout(20.0)
+            self.proxy, _ = listener.accept()
         assert not path.exists()
         descriptors = RankDescriptors(theirs, page, place.fds)
         handover.send(self.proxy, process, descriptors)
@@ -255,6 +236,47 @@ def test_a_ring_goes_through_descriptors_that_were_passed_on() -> None:
     memory.close()
 
 
+HERE = planning.HostNode("a", "10.0.0.1", 2, 2)
+THERE = planning.HostNode("b", "10.0.0.2", 2, 2)
+
+
+class RemoteMethods:
+    """An actor whose methods answer at once, by their names."""
+
+    def __init__(self, **answers: Any) -> None:
+        for name, answer in answers.items():
+            setattr(self, name, SimpleNamespace(remote=lambda *_, answer=answer: answer))
+
+
+def got(reference: Any) -> Any:
+    """As ray.get of what RemoteMethods gives."""
+    if isinstance(reference, list):
+        return [got(each) for each in reference]
+    if isinstance(reference, Exception):
+        raise reference
+    return reference
+
+
+def test_a_host_without_pagewire_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ray", SimpleNamespace(get=got))
+    died = RuntimeError(
+        "The actor died because of an error\n  in its creation\nNo module 'pagewire'"
+    )
+    actors = [RemoteMethods(devices=[]), RemoteMethods(devices=died)]
+    line = (
+        r"could not start a rank on 10\.0\.0\.2 \(No module 'pagewire'\): install the same version"
+    )
+    with pytest.raises(NotPlaced, match=line):
+        placement._check_hosts(planning.Plan((HERE, THERE)), actors)
+
+
+def test_a_rank_sees_the_gpus_of_its_host_s_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "ray", SimpleNamespace(get=got))
+    actors = [RemoteMethods(devices=[name]) for name in ("3", "1", "0", "1")]
+    plan = planning.Plan((HERE, HERE, THERE, THERE))
+    assert placement._devices(actors, plan) == ["3,1", "3,1", "0,1", "0,1"]
+
+
 def test_all_ranks_see_the_gpus_of_all_in_the_order_of_the_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -268,7 +290,10 @@ def test_all_ranks_see_the_gpus_of_all_in_the_order_of_the_ranks(
 
     class Cluster:
         def nodes(self) -> list[Any]:
-            return [{"NodeID": "a", "Resources": {"GPU": 4.0, "node:10.0.0.1": 1.0}}]
+            resources = {"GPU": 4.0, "node:10.0.0.1": 1.0}
+            return [
+                {"NodeID": "a", "Alive": True, "NodeManagerAddress": "h", "Resources": resources}
+            ]
 
         def get_runtime_context(self) -> Any:
             return SimpleNamespace(get_node_id=lambda: "a")
@@ -296,6 +321,7 @@ def test_all_ranks_see_the_gpus_of_all_in_the_order_of_the_ranks(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(placement, "ray", Cluster())
     monkeypatch.setattr(placement, "placement_group", reserve)
+    monkeypatch.setattr(placement, "available_resources_per_node", dict)
     placement.place(placement.Request("worker-0", "life", "cuda", ["/a", "/b"]))
     assert reserved == [[{"GPU": 1.0, "node:10.0.0.1": 0.001}] * 2]
     assert ran == [("/a", "3,GPU-1f2e"), ("/b", "3,GPU-1f2e")]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pagewire.commands import doctor, doctor_container, doctor_ranks
 from pagewire.config import BadSetting, FrontendConfig, ModelConfig, WorkerConfig
@@ -214,6 +215,12 @@ def test_who_places_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_ranks.importlib.metadata, "version", lambda name: "2.60.0")
     monkeypatch.setattr(doctor_ranks.stack.importlib.util, "find_spec", lambda name: object())
     assert doctor_ranks.check_places(worker, probe())[1].endswith("; placed by Ray 2.60.0")
+    on_gpus = msgspec.structs.replace(worker, device="cuda")
+    assert doctor_ranks.check_places(on_gpus, probe(H100)) == (
+        "note",
+        "2 ranks need 1 GPU(s) of other hosts beside this one's 1; placed by Ray 2.60.0, whose cluster is not asked "
+        "here: `ray status` says what it has",
+    )
     monkeypatch.setattr(doctor_ranks.stack.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadSetting, match=r"pip install 'pagewire\[ray\]'"):
         doctor_ranks.check_places(worker, probe())

@@ -72,6 +72,13 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
         mark, text = _on_cpus(worker)
         return mark, text + placed
     titles = ", ".join(gpu.title() for gpu in gpus)
+    if len(gpus) < size and by_ray:
+        missing = size - len(gpus)
+        return (
+            "note",
+            f"{size} ranks need {missing} GPU(s) of other hosts beside this one's {len(gpus)}{placed}, "
+            "whose cluster is not asked here: `ray status` says what it has",
+        )
     if len(gpus) < size:
         return (
             "BROKEN",

@@ -94,6 +94,8 @@ def check_workers(config: StackConfig) -> StackConfig:
     """`config` itself. Raises BadSetting when there are more workers than the GPUs have room
     for, and when their ranks cannot be started as asked for."""
     check_backend(config.worker)
+    if is_placed_by_ray(config.worker):
+        return config  # other hosts of Ray's cluster may have GPUs, too
     visible = gpus() if config.worker.device in ("auto", "cuda") else []
     _check_ranks(config, visible)
     share = config.worker.gpu_memory_utilization
@@ -123,6 +125,11 @@ def check_backend(worker: WorkerConfig) -> None:
             backend,
             "Ray is not installed: pip install 'pagewire[ray]'",
         )
+
+
+def is_placed_by_ray(worker: WorkerConfig) -> bool:
+    """Whether Ray says which GPUs the ranks get, of this host and others."""
+    return worker.distributed_executor_backend == "ray" and worker.world_size > 1
 
 
 def _check_ranks(config: StackConfig, visible: list[str]) -> None:

@@ -36,6 +36,9 @@ def _each(names: str, why: str, **options: Any) -> dict[str, Foreign]:
 
 
 BY_RANKS: Final = "a model is divided by --tensor-parallel-size and --pipeline-parallel-size alone in this version"
+BY_RAY: Final = (
+    "hosts are joined by `ray start`, and --distributed-executor-backend ray places ranks on them"
+)
 NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
@@ -155,10 +158,11 @@ REFUSED: Final[dict[str, Foreign]] = {
         refused=True,
     ),
     **_each("prefill_context_parallel_size", BY_RANKS, neutral=("1",), refused=True),
-    "nnodes": Foreign("one stack is one host in this version", ("1",), True),
+    "nnodes": Foreign(BY_RAY, ("1",), True),
+    **_each("node_rank master_addr", BY_RAY, refused=True),
     **_each(
-        "data_parallel_rank node_rank data_parallel_address master_addr",
-        "one stack is one host in this version",
+        "data_parallel_rank data_parallel_address",
+        "copies of a model on several hosts are several stacks",
         refused=True,
     ),
     **_each("quantization_config quantization_param_path", QUANTIZATION, refused=True),

@@ -35,6 +35,8 @@ _LIFE_AT: Final = 16
 _PID: Final = struct.Struct("=i")
 _PID_AT: Final = 28
 PAGE_BYTES: Final = 32
+SHARED_BYTES: Final = _PID_AT
+"""Of a page, what holds on every host: all but the process id."""
 
 
 class Liveness:

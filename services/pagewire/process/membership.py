@@ -7,15 +7,16 @@ loop calls `tick`.
 
 import logging
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec.structs import replace
-from pagewire_protocol.channels import NO_INCARNATION, Inbox, Outbox, inbox_address
+from pagewire_protocol.channels import NO_INCARNATION, inbox_address
 from pagewire_protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
     Incarnation,
+    Message,
     Peer,
     Role,
     Roster,
@@ -35,6 +36,21 @@ STAGE_LENGTH: Final = 256
 log = logging.getLogger("pagewire.process.membership")
 
 
+class Addressed(Protocol):
+    """Of an inbox."""
+
+    address: str
+    """By which others send to it."""
+
+
+class Sender(Protocol):
+    """Of an outbox."""
+
+    def send(self, address: str, message: Message) -> bool:
+        """See channels.Outbox."""
+        ...
+
+
 class Membership:
     """What the process `name` says of itself, and the latest roster it was sent. `group`, `rank`
     and `group_size` as in Peer."""
@@ -44,8 +60,8 @@ class Membership:
         role: Role,
         name: str,
         incarnation: Incarnation,
-        inbox: Inbox,
-        outbox: Outbox,
+        inbox: Addressed,
+        outbox: Sender,
         run_dir: Path,
         group: str = "",
         rank: int = 0,

@@ -1,10 +1,13 @@
 """How the ranks of a group find each other, and which communicators they get."""
 
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import torch
 from pagewire_kernels.communicator import (
+    LOOPBACK,
     SINGLE_RANK,
     TIMEOUT_S,
     Communicator,
@@ -12,10 +15,11 @@ from pagewire_kernels.communicator import (
     GlooPointToPoint,
     PointToPoint,
 )
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from ..config import ranks_share_a_gpu
 from ..process.group import Place
+from ..process.hosts import Hosts
 from .load.rank_agreement import ALONE, Ranks, StageLinks
 from .models.ranks import PipelineStage
 
@@ -38,6 +42,9 @@ def connect(place: Place | None, run_dir: Path, device: str, stages: int = 1) ->
     CommunicatorFailed."""
     if place is None or place.size == 1:
         return ALONE
+    hosts = Hosts.inherited()
+    if hosts is not None:
+        return connect_ranks(_store_of(hosts, place), place, device, stages, hosts=hosts)
     path = run_dir / f"{place.group}-{place.life}.store"
     store = FileStore(str(path), place.size)
     ranks = connect_ranks(store, place, device, stages)
@@ -48,39 +55,76 @@ def connect(place: Place | None, run_dir: Path, device: str, stages: int = 1) ->
     return ranks
 
 
+def _store_of(hosts: Hosts, place: Place) -> Store:
+    """Where the ranks of several hosts find each other: in memory of rank 0."""
+    is_first = place.rank == 0
+    return TCPStore(
+        hosts.store_host,
+        hosts.store_port,
+        place.size,
+        is_first,
+        timedelta(seconds=LOADING_TIMEOUT_S),
+        wait_for_workers=False,
+        master_listen_fd=hosts.listen_fd if is_first else None,
+    )
+
+
 def connect_ranks(
-    store: Store, place: Place, device: str, stages: int, stage_timeout_s: float = STAGE_TIMEOUT_S
+    store: Store,
+    place: Place,
+    device: str,
+    stages: int,
+    stage_timeout_s: float = STAGE_TIMEOUT_S,
+    hosts: Hosts | None = None,
 ) -> Ranks:
-    """The same through `store`, which no group has used before."""
-    host = GlooCommunicator(PrefixStore("host", store), place.rank, place.size, LOADING_TIMEOUT_S)
+    """The same through `store`, which no group has used before. hosts: of a group that has
+    several."""
+    address = hosts.address if hosts is not None else LOOPBACK
+    everyone = PrefixStore("host", store)
+    host = GlooCommunicator(everyone, place.rank, place.size, LOADING_TIMEOUT_S, address)
     size = place.size // stages
     stage = PipelineStage(place.rank // size, stages)
-    gpu = _take_gpu(place) if device == "cuda" else None
+    gpu = _take_gpu(place, hosts) if device == "cuda" else None
     layers: Communicator = SINGLE_RANK
     if size > 1:
         own = PrefixStore(f"layers-{stage.index}", store)
         number = place.rank % size
+        first = place.rank - number
         layers = (
-            GlooCommunicator(own, number, size, TIMEOUT_S)
+            GlooCommunicator(own, number, size, TIMEOUT_S, address)
             if gpu is None
-            else _on_gpu(own, number, size, gpu)
+            else _on_gpu(own, number, size, gpu, share_memory(hosts, range(first, first + size)))
         )
     links = StageLinks()
     if not stage.is_whole:
-        pairs = _Pairs(store, place.rank, gpu, stage_timeout_s)
+        pairs = _Pairs(store, place.rank, gpu, stage_timeout_s, address)
         links = pairs.links(stage, size)
-    return Ranks(layers, host, stage, links)
+    of_host = hosts.local(place.rank) if hosts is not None else None
+    return Ranks(layers, host, stage, links, of_host)
+
+
+def share_memory(hosts: Hosts | None, ranks: Sequence[int]) -> bool:
+    """Whether the GPUs of `ranks` may reach each other's memory: those of one host."""
+    return hosts is None or hosts.are_together(ranks)
 
 
 class _Pairs:
     """Connections of rank `rank` to single other ones. gpu: where its hidden states are, None on a
-    CPU."""
+    CPU. address: of this rank's host."""
 
-    def __init__(self, store: Store, rank: int, gpu: torch.device | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        gpu: torch.device | None,
+        timeout_s: float,
+        address: str = LOOPBACK,
+    ) -> None:
         self._store = store
         self._rank = rank
         self._gpu = gpu
         self._timeout_s = timeout_s
+        self._address = address
 
     def links(self, stage: PipelineStage, size: int) -> StageLinks:
         """Of a rank of a stage of `size` ranks. All connect in the order of the stages."""
@@ -108,7 +152,14 @@ class _Pairs:
     def _by_gloo(self, sender: int, receiver: int, of: str) -> PointToPoint:
         store, peer, is_sender = self._ends(sender, receiver, of)
         timeout_s = self._timeout_s if self._gpu is None else TIMEOUT_S
-        return GlooPointToPoint(store, self._rank, peer, is_sender=is_sender, timeout_s=timeout_s)
+        return GlooPointToPoint(
+            store,
+            self._rank,
+            peer,
+            is_sender=is_sender,
+            timeout_s=timeout_s,
+            address=self._address,
+        )
 
     def _ends(self, sender: int, receiver: int, of: str) -> tuple[Store, int, bool]:
         """(a store for the two, the other one, whether this one sends)."""
@@ -117,24 +168,35 @@ class _Pairs:
         return store, receiver if is_sender else sender, is_sender
 
 
-def _take_gpu(place: Place) -> torch.device:
+def gpu_of(place: Place, hosts: Hosts | None) -> tuple[int, int]:
+    """(which of the GPUs that it sees a rank takes, how many it must see): those of its host's
+    ranks."""
+    return (place.rank, place.size) if hosts is None else hosts.local(place.rank)
+
+
+def _take_gpu(place: Place, hosts: Hosts | None) -> torch.device:
     """This rank's, which is torch's current device from now on. Raises NoCommunicator."""
     if ranks_share_a_gpu():
         return torch.device("cuda", 0)
+    number, needed = gpu_of(place, hosts)
     count = torch.cuda.device_count()
-    if count < place.size:
+    if count < needed:
         raise NoCommunicator(
-            f"{place.size} ranks need as many GPUs, and this process sees {count}: lower "
+            f"{needed} ranks need as many GPUs, and this process sees {count}: lower "
             "--tensor-parallel-size or --pipeline-parallel-size"
         )
-    torch.cuda.set_device(place.rank)
-    return torch.device("cuda", place.rank)
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
-def _on_gpu(store: Store, rank: int, size: int, device: torch.device) -> Communicator:
+def _on_gpu(
+    store: Store, rank: int, size: int, device: torch.device, shares_memory: bool
+) -> Communicator:
     """To the other ranks of a tensor-parallel group of `size`."""
     from pagewire_kernels import cuda_communicator
 
+    if not shares_memory:
+        return cuda_communicator.NcclCommunicator(store, rank, size, device)
     connect = (
         cuda_communicator.connect_on_one_gpu if ranks_share_a_gpu() else cuda_communicator.connect
     )

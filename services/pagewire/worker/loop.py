@@ -30,6 +30,7 @@ from ..process.group import Place, RingReader, RingWriter
 from ..process.imports import imported
 from ..process.membership import HEARTBEAT_S, Membership
 from ..process.node import Node, settle_gc
+from ..process.stream_node import Stream, StreamInbox, StreamNode
 from .device import driver
 from .load.in_thread import Ticker
 from .rank_link import Follower, Leader, Link, RecordKind
@@ -65,6 +66,10 @@ SPIN_COUNT = "10000"
 """How long OpenMP threads spin for each other (the GNU run-time reads it when torch loads). By
 default they spin for milliseconds: a few percent faster where cores are idle, tens of times slower
 where another process wants one."""
+
+
+WorkerNode = Node[ToWorker] | StreamNode
+"""The latter is of a rank on another host than the rest of its stack."""
 
 
 class Distrusted(Exception):
@@ -110,15 +115,18 @@ def run(
             _end_at_once(node, error)
         status = 1
         log.debug("the worker failed", exc_info=True)
-        _say_why(error)
+        _say_why(node, error)
     membership.goodbye(failed=status != 0)
     node.close(linger_ms=500)
     return status
 
 
-def _node(run: RunConfig, place: Place | None) -> Node[ToWorker]:
+def _node(run: RunConfig, place: Place | None) -> WorkerNode:
     if place is None:
         return Node(run.run_dir, Role.WORKER, run.name)
+    stream = Stream.inherited()
+    if stream is not None:
+        return StreamNode(stream, run.run_dir, run.name, place.group, place.rank, place.size)
     return Node(run.run_dir, Role.WORKER, run.name, place.group, place.rank, place.size)
 
 
@@ -136,18 +144,19 @@ def _wait_to_be_ended() -> None:
     time.sleep(AFTER_OTHERS_S)
 
 
-def _say_why(error: Exception) -> None:
+def _say_why(node: WorkerNode, error: Exception) -> None:
     line = error_line(error, (*EXPECTED, Stuck, Distrusted))
-    last_words.say("worker", line)
+    where = f"{node.where}: " if isinstance(node, StreamNode) else ""
+    last_words.say("worker", where + line)
 
 
-def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
+def _end_at_once(node: WorkerNode, error: Exception) -> NoReturn:
     """End a worker that has served. An orderly exit would wait for a device that may have failed
     for good or hang: after a sticky CUDA error every call fails, and some do not return."""
     log.debug("the worker failed", exc_info=error)
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _say_why(error)
+    _say_why(node, error)
     with contextlib.suppress(Exception):
         node.membership.goodbye(failed=True)
         node.close(linger_ms=int(1000 * LINGER_S))
@@ -156,7 +165,7 @@ def _end_at_once(node: Node[ToWorker], error: Exception) -> NoReturn:
 
 
 def _load(
-    node: Node[ToWorker],
+    node: WorkerNode,
     model: ModelConfig,
     scheduler: SchedulerConfig,
     config: WorkerConfig,
@@ -283,7 +292,7 @@ class _Narrator:
             self._membership.tick(time.monotonic())
 
 
-def _serve(runner: AsyncRunner, node: Node[ToWorker], link: Link | None, watched: bool) -> None:
+def _serve(runner: AsyncRunner, node: WorkerNode, link: Link | None, watched: bool) -> None:
     if isinstance(link, Follower):
         _FollowingServer(runner, node, link, watched).serve()
     else:
@@ -296,7 +305,7 @@ class _Server:
     def __init__(
         self,
         runner: AsyncRunner,
-        node: Node[ToWorker],
+        node: WorkerNode,
         watched: bool = True,
         leader: Leader | None = None,
     ) -> None:
@@ -319,6 +328,7 @@ class _Server:
         """Until Stopped. Steps run in the order they came; those of an older scheduler than the
         newest one heard of are ignored. Raises Stuck, Distrusted, and what the runner raises."""
         inbox = self._node.inbox
+        assert not isinstance(inbox, StreamInbox)
         self._runner.notify(inbox.wake, self._send_results_meanwhile)
         has_used_idle_time = False
         while True:
@@ -438,7 +448,7 @@ class _FollowingServer(_Server):
     answers nobody."""
 
     def __init__(
-        self, runner: AsyncRunner, node: Node[ToWorker], follower: Follower, watched: bool
+        self, runner: AsyncRunner, node: WorkerNode, follower: Follower, watched: bool
     ) -> None:
         super().__init__(runner, node, watched)
         self._follower = follower

@@ -1,6 +1,10 @@
 """What Pagewire uses of Ray to start ranks, on this machine alone and without a cluster: an actor is
-a child process of the driver. STAND_IN_CPUS and STAND_IN_GPUS say what the one node has; STAND_IN_LOG
-names a file in which calls are noted, a line each. One file, which brings Ray's modules with it."""
+a child process of the driver. One file, which brings Ray's modules with it.
+
+STAND_IN_CPUS and STAND_IN_GPUS say what the node has that is this machine's, STAND_IN_OTHER_CPUS what
+another one has, if there is one; actors of the latter start in STAND_IN_OTHER_DIRECTORY, with
+STAND_IN_OTHER_VERSION of Pagewire if that is set. STAND_IN_LOG names a file in which calls are noted,
+a line each."""
 
 import json
 import os
@@ -15,7 +19,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 NODE_ID = "a1"
+OTHER_ID = "b2"
 ACTOR = "from ray import actor_main; actor_main()"
+OTHER_VERSION = """import os, pagewire.version as version
+version.__version__ = os.environ.get("STAND_IN_OTHER_VERSION", version.__version__)"""
 _next_gpu = iter(range(64))
 
 
@@ -40,18 +47,27 @@ def shutdown() -> None:
 
 
 def nodes() -> list[dict[str, Any]]:
-    return [
-        {"NodeID": "b2", "Resources": {"CPU": 99.0, "node:10.0.0.2": 1.0}},
-        {
-            "NodeID": NODE_ID,
-            "Resources": {
-                "CPU": float(os.environ.get("STAND_IN_CPUS", "8")),
-                "GPU": float(os.environ.get("STAND_IN_GPUS", "0")),
-                "node:__internal_head__": 1.0,
-                "node:10.0.0.1": 1.0,
-            },
-        },
-    ]
+    own = {
+        "CPU": float(os.environ.get("STAND_IN_CPUS", "8")),
+        "GPU": float(os.environ.get("STAND_IN_GPUS", "0")),
+        "node:__internal_head__": 1.0,
+        "node:10.0.0.1": 1.0,
+    }
+    other = {"CPU": float(os.environ.get("STAND_IN_OTHER_CPUS", "0")), "node:10.0.0.2": 1.0}
+    return [_node(OTHER_ID, "127.0.0.2", other), _node(NODE_ID, "127.0.0.1", own)]
+
+
+def _node(node_id: str, address: str, resources: dict[str, float]) -> dict[str, Any]:
+    return {
+        "NodeID": node_id,
+        "Alive": True,
+        "NodeManagerAddress": address,
+        "Resources": resources,
+    }
+
+
+def available_resources_per_node() -> dict[str, dict[str, float]]:
+    return {node["NodeID"]: node["Resources"] for node in nodes()}
 
 
 def get_runtime_context() -> Any:
@@ -81,11 +97,14 @@ class _Actor:
         strategy = options.pop("scheduling_strategy")
         note("actor", bundle=strategy.index, **options)
         gpus = ",".join(str(next(_next_gpu)) for _ in range(options["num_gpus"]))
+        is_elsewhere = strategy.node_id == OTHER_ID
+        program = f"{OTHER_VERSION}\n{ACTOR}" if is_elsewhere else ACTOR
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ACTOR, options["name"]],
+            [sys.executable, "-c", program, options["name"]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "STAND_IN_OWN_GPUS": gpus},
+            cwd=os.environ["STAND_IN_OTHER_DIRECTORY"] if is_elsewhere else None,
         )
         self._lock = threading.Lock()
         self._tell(actor_class)
@@ -149,18 +168,28 @@ def actor_main() -> None:
 
 
 class _Reserved:
+    def __init__(self, node_ids: list[str]) -> None:
+        self.node_ids = node_ids
+
     def wait(self, timeout_s: float) -> bool:
         return True
 
 
-def placement_group(bundles: list[dict[str, float]], **options: Any) -> Any:
-    note("placement_group", bundles=bundles, strategy=options["strategy"])
-    return _Reserved()
+def placement_group(
+    bundles: list[dict[str, float]],
+    bundle_label_selector: list[dict[str, str]] | None = None,
+    **options: Any,
+) -> Any:
+    selectors = bundle_label_selector or [{"ray.io/node-id": NODE_ID} for _ in bundles]
+    node_ids = [selector["ray.io/node-id"] for selector in selectors]
+    note("placement_group", bundles=bundles, strategy=options["strategy"], nodes=node_ids)
+    return _Reserved(node_ids)
 
 
 class PlacementGroupSchedulingStrategy:
-    def __init__(self, reserved: Any, placement_group_bundle_index: int) -> None:
+    def __init__(self, reserved: _Reserved, placement_group_bundle_index: int) -> None:
         self.index = placement_group_bundle_index
+        self.node_id = reserved.node_ids[placement_group_bundle_index]
 
 
 def _module(name: str, *contents: Any) -> None:
@@ -170,6 +199,8 @@ def _module(name: str, *contents: Any) -> None:
     sys.modules[name] = module
 
 
+_module("ray._private")
+_module("ray._private.state", available_resources_per_node)
 _module("ray.util")
 _module("ray.util.placement_group", placement_group)
 _module("ray.util.scheduling_strategies", PlacementGroupSchedulingStrategy)

@@ -9,4 +9,9 @@ for a child (`child.py`).
 
 A proxy lives exactly as long as its rank, and both end together. So a group is watched, ended and
 started again as without Ray, and between ready ranks there is neither Ray nor a proxy.
+
+Where this host has too little for all ranks, they are dealt out over the cluster's nodes
+(`planning.py`). The actor of a rank on another host connects over TCP (`handshake.py`), its proxy
+is the rank's end of what the ranks of one host share (`relay.py`), and the actor has the same there
+for this rank alone (`remote_child.py`).
 """

@@ -8,35 +8,44 @@ import signal
 import socket
 import subprocess
 import time
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import replace
 
 from ...process.group import PLACE_VARIABLE, Place
+from ...process.hosts import HOSTS_VARIABLE, Hosts
 from ...process.liveness import PAGE_VARIABLE
 from ...process.parent import PARENT_VARIABLE
 from . import handover
 from .handover import RankDescriptors, RankProcess
-
-CONNECT_S: Final = 30.0
-"""How long an actor waits for the proxy of its rank, which was started at the same time as that of
-rank 0."""
-RETRY_S: Final = 0.1
+from .handshake import CONNECT_S, RETRY_S, NoProxy
 
 
-class NoProxy(ConnectionError):
-    """The proxy of the rank cannot be reached from the actor's process; the message says why."""
-
-
-def run_rank(path: str, devices: str | None) -> None:
+def run_rank(
+    path: str,
+    devices: str | None,
+    hosts: Hosts | None = None,
+    listener: socket.socket | None = None,
+) -> None:
     """Start the rank whose proxy listens at `path`; returns when it has ended. It ends at the
     latest when this thread does, or the proxy. devices: for CUDA_VISIBLE_DEVICES; None: as the
-    proxy has it. Raises NoProxy and, for a program that cannot be started, OSError."""
+    proxy has it. hosts, and of rank 0 the socket that listens: of a group that spans several hosts.
+    Raises NoProxy and, for a program that cannot be started, OSError."""
+    variables: dict[str, str] = {}
+    fds: tuple[int, ...] = ()
+    if hosts is not None and listener is not None:
+        hosts = replace(hosts, listen_fd=listener.fileno())
+        fds = (listener.fileno(),)
+    if hosts is not None:
+        variables[HOSTS_VARIABLE] = hosts.as_variable()
     with _connect(path) as proxy:
         process, descriptors = handover.receive(proxy)
-        child = _start(process, descriptors, devices)
+        child = start(process, descriptors, devices, variables, fds)
+        if listener is not None:
+            listener.close()
         try:
             _watch(child, proxy)
         finally:
-            _signal(child, signal.SIGKILL)
+            signal_group(child, signal.SIGKILL)
             status = child.wait()
         with contextlib.suppress(OSError):
             handover.send_status(proxy, status)
@@ -59,12 +68,19 @@ def _connect(path: str) -> socket.socket:
         time.sleep(RETRY_S)
 
 
-def _start(
-    process: RankProcess, descriptors: RankDescriptors, devices: str | None
+def start(
+    process: RankProcess,
+    descriptors: RankDescriptors,
+    devices: str | None,
+    variables: Mapping[str, str],
+    fds: tuple[int, ...],
 ) -> "subprocess.Popen[bytes]":
+    """The process of a rank, as a child of this one, with `variables` and `fds` beside those of
+    `process` and `descriptors`; the latter are closed here."""
     place = Place.read(process.place).with_fds(descriptors.place)
     variables = {
         **process.variables,
+        **variables,
         PARENT_VARIABLE: str(os.getpid()),
         PAGE_VARIABLE: str(descriptors.page),
         PLACE_VARIABLE: place.as_variable(),
@@ -79,7 +95,7 @@ def _start(
             stderr=subprocess.STDOUT,
             cwd=process.directory,
             env=variables,
-            pass_fds=(descriptors.page, *descriptors.place),
+            pass_fds=(descriptors.page, *descriptors.place, *fds),
             process_group=0,
         )
     finally:
@@ -98,13 +114,15 @@ def _watch(child: "subprocess.Popen[bytes]", proxy: socket.socket) -> None:
             if not numbers:
                 return
             for number in numbers:
-                _signal(child, number)
+                signal_group(child, number)
     except ConnectionError:
         return
     finally:
         os.close(end)
 
 
-def _signal(child: "subprocess.Popen[bytes]", number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+def signal_group(child: "subprocess.Popen[bytes]", number: int) -> None:
+    """To the rank and its children, if it has not ended."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)

@@ -1,9 +1,13 @@
-"""What the proxy of a rank and the rank's actor say to each other, over a socket of the run
-directory. Only the standard library is imported here.
+"""What the proxy of a rank and the rank's actor say to each other. Only the standard library is
+imported here.
 
-The proxy sends a `RankProcess` and the descriptors that the rank inherits, then a byte for each
-signal that the rank is to get. The actor sends the rank's exit status when it has ended. Either
-side is gone when its end of the socket is closed.
+On one host it goes over a socket of the run directory. The proxy sends a `RankProcess` and the
+descriptors that the rank inherits, then a byte for each signal that the rank is to get. The actor
+sends the rank's exit status when it has ended. Either side is gone when its end of the socket is
+closed.
+
+Between hosts it goes over TCP, as frames of a `Kind`: with the above, what the descriptors stand
+for. The actor begins with who it is, the proxy answers with an `StartRequest`.
 """
 
 import json
@@ -13,8 +17,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ...process.group import Place
 
@@ -46,6 +51,84 @@ class RankDescriptors:
     place: tuple[int, ...]
 
 
+class Kind(IntEnum):
+    """Of a frame between hosts."""
+
+    HELLO = 1
+    """From the actor: JSON of a `Hello`."""
+    START = 2
+    """From the proxy: JSON of an `StartRequest`."""
+    RECORD = 3
+    """From the proxy: a record of the ring."""
+    MESSAGE = 4
+    """Both ways: a message of the stack, to or from the rank."""
+    SIGNAL = 5
+    """From the proxy: its number, a byte."""
+    PAGE = 6
+    """From the actor: the rank's page of progress, but for the process id."""
+    OUTPUT = 7
+    """From the actor: what the rank printed."""
+    STATUS = 8
+    """From the actor: the rank's exit status, the last frame."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """version: of Pagewire, where the actor is. host: its name."""
+
+    version: str
+    host: str
+
+    def encode(self) -> bytes:
+        """As the data of a frame."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Hello":
+        """Raises ValueError and TypeError for what is none."""
+        return cls(**json.loads(data))
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """What an actor on another host is to start. incarnation, address: of the rank's inbox."""
+
+    process: RankProcess
+    incarnation: int
+    address: str
+
+    def encode(self) -> bytes:
+        """As the data of a frame."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StartRequest":
+        """What `encode` wrote."""
+        fields = json.loads(data)
+        return cls(**{**fields, "process": _rank_process(fields["process"])})
+
+
+CARRIED: Final = (
+    "PAGEWIRE_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "GLOO_", "UCX_",
+    "CUDA_", "OMP_", "GOMP_", "MKL_", "PYTHONSAFEPATH", "PYTHONHASHSEED",
+)  # fmt: skip
+"""Beginnings of the names of variables that go to another host; the others are that host's own."""
+NOT_CARRIED: Final = (
+    "_TOKEN", "_KEY", "_KEYS", "_HOME", "_PATH", "_DIR", "_CACHE", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""Endings of those that do not: nothing on the way is encrypted, and directories and GPUs are the
+other host's own."""
+
+
+def carried(variables: dict[str, str]) -> dict[str, str]:
+    """Those that a rank on another host gets from this one."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name.startswith(CARRIED) and not name.endswith(NOT_CARRIED)
+    }
+
+
 def socket_path(run_dir: str | Path, place: Place, rank: int) -> Path:
     """Where the proxy of `rank` listens, in this life of the group."""
     return Path(run_dir) / f"{place.life}.{rank}"
@@ -62,17 +145,6 @@ def listening(path: Path) -> Iterator[socket.socket]:
     finally:
         listener.close()
         path.unlink(missing_ok=True)
-
-
-def accept(listener: socket.socket, timeout_s: float) -> socket.socket | None:
-    """The actor's connection; None when it does not come within `timeout_s` seconds."""
-    listener.settimeout(timeout_s)
-    try:
-        connection = listener.accept()[0]
-    except TimeoutError:
-        return None
-    connection.settimeout(None)
-    return connection
 
 
 def send(connection: socket.socket, process: RankProcess, descriptors: RankDescriptors) -> None:
@@ -93,19 +165,32 @@ def receive(connection: socket.socket) -> tuple[RankProcess, RankDescriptors]:
     (length,) = _LENGTH.unpack(head)
     fields = json.loads(_read(connection, length))
     output, page, *place = fds
-    process = RankProcess(**{**fields, "command": tuple(fields["command"])})
-    return process, RankDescriptors(output, page, tuple(place))
+    return _rank_process(fields), RankDescriptors(output, page, tuple(place))
+
+
+def _rank_process(fields: dict[str, Any]) -> RankProcess:
+    return RankProcess(**{**fields, "command": tuple(fields["command"])})
 
 
 def send_status(connection: socket.socket, status: int) -> None:
     """As of subprocess. Raises OSError when the proxy is gone."""
-    connection.sendall(_STATUS.pack(status))
+    connection.sendall(encode_status(status))
+
+
+def encode_status(status: int) -> bytes:
+    """Of subprocess, as bytes."""
+    return _STATUS.pack(status)
+
+
+def decode_status(data: bytes) -> int:
+    """What `encode_status` wrote."""
+    return _STATUS.unpack(data)[0]
 
 
 def receive_status(connection: socket.socket) -> int | None:
     """Waits for the end of the rank; None when the actor is gone."""
     try:
-        return _STATUS.unpack(_read(connection, _STATUS.size))[0]
+        return decode_status(_read(connection, _STATUS.size))
     except ConnectionError:
         return None
 

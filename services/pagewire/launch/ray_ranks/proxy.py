@@ -1,22 +1,27 @@
 """The process that the supervisor starts and watches in the place of a rank that Ray places. It
-ends as the rank does, with its exit status or by the same signal; what the rank prints goes to the
-supervisor without it."""
+ends as the rank does, with its exit status or by the same signal; what a rank of this host prints
+goes to the supervisor without it."""
 
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final, NoReturn
 
 from ...config import RunConfig, WorkerConfig
 from ...process import last_words, liveness
+from ...process.frames import FrameStream
 from ...process.group import Place
 from ...process.parent import FAILURES_VARIABLE, HEALTH_VARIABLE, Started, how_it_ended
-from . import handover
+from . import handover, handshake
 from .handover import RankDescriptors, RankProcess
+from .relay import Relay, UnlikeVersions, receive_hello
 
 ON_THIS_HOST: Final = "--distributed-executor-backend=mp"
 """Of the rank itself, which is placed already."""
@@ -57,10 +62,16 @@ class _Proxy:
     def __init__(self, run_config: RunConfig, worker: WorkerConfig, place: Place) -> None:
         self._run_dir = run_config.run_dir
         self._device = worker.device
+        self._log_format = run_config.log_format
+        self._stage_size = worker.tensor_parallel_size
         self._place = place
         self._driver: subprocess.Popen[bytes] | None = None
         """Rank 0's: of Ray's cluster, for the whole group. It ends with its standard input."""
-        self._actor: socket.socket | None = None
+        self._pass_signal: Callable[[int], None] | None = None
+        """To the rank, once there is one."""
+        self._is_ending = False
+        """The rank was asked to end; with rank 0 Ray's actors end as well, perhaps before they have
+        said how."""
 
     def run(self, process: RankProcess, descriptors: RankDescriptors) -> int:
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -68,16 +79,19 @@ class _Proxy:
             actor = self._connect()
             if actor is None:
                 return 1
+            if isinstance(actor, FrameStream):
+                return self._run_remote(actor, process, descriptors)
             status = self._status_of(actor, process, descriptors)
         except Stopped:
             return 0
+        except ConnectionError as error:
+            last_words.say("worker", str(error))
+            return 1
         if status is None:
-            if self._driver_status(DRIVER_S) != SAID_WHY:
+            if not self._is_ending and self._driver_status(DRIVER_S) != SAID_WHY:
                 last_words.say("worker", f"Ray's actor of rank {self._place.rank} has ended")
             return 1
-        if status < 0:
-            _end_by(-status)
-        return status
+        return _ended(status)
 
     def _status_of(
         self, actor: socket.socket, process: RankProcess, descriptors: RankDescriptors
@@ -86,24 +100,65 @@ class _Proxy:
         with contextlib.suppress(OSError):
             handover.send(actor, process, descriptors)
             handover.close_all(descriptors)
-            self._actor = actor
+            self._pass_signal = lambda number: actor.sendall(bytes((number,)))
             return handover.receive_status(actor)
         return None
 
-    def _connect(self) -> socket.socket | None:
-        """The actor's connection; None when the driver has failed, and it was said why."""
+    def _run_remote(
+        self, actor: FrameStream, process: RankProcess, descriptors: RankDescriptors
+    ) -> int:
+        """The same on another host, with the whole of `run`'s result."""
+        rank = self._place.rank
+        try:
+            hello = receive_hello(actor)
+        except UnlikeVersions as error:
+            last_words.say("worker", str(error))
+            return 1
+        status = None
+        if hello is not None:
+            run_dir = Path(self._run_dir)
+            relay = Relay(actor, self._place, run_dir, descriptors.page, descriptors.output)
+            self._pass_signal = relay.signal
+            status = relay.run(process)
+        if status is not None:
+            return _ended(status)
+        if not self._is_ending:
+            where = f" on {hello.host}" if hello is not None else ""
+            last_words.say(
+                "worker",
+                f"the connection to rank {rank}{where} is gone: its host, the network or Ray's "
+                "actor has ended",
+            )
+        return 1
+
+    def _connect(self) -> socket.socket | FrameStream | None:
+        """The actor's connection, from this host or another one; None when the driver has failed,
+        and it was said why."""
         path = handover.socket_path(self._run_dir, self._place, self._place.rank)
-        with handover.listening(path) as listener:
+        with (
+            handover.listening(path) as listener,
+            handover.listening(handshake.listener_path(path)) as offers,
+        ):
             if self._place.rank == 0:
                 self._start_driver()
             while (status := self._driver_status(0)) is None:
                 liveness.own.turn()
-                actor = handover.accept(listener, LOOK_S)
-                if actor is not None:
-                    return actor
+                readable, _, _ = select.select([listener, offers], [], [], LOOK_S)
+                if listener in readable:
+                    return listener.accept()[0]
+                if offers in readable:
+                    return self._connect_remote(offers.accept()[0])
         if status != SAID_WHY:
             last_words.say("worker", f"the group's driver of Ray {how_it_ended(status)}")
         return None
+
+    def _connect_remote(self, offer: socket.socket) -> FrameStream:
+        """Waits for the actor as long as the group is not ended: the proxy of rank 0 sees when Ray
+        has lost it."""
+        with contextlib.closing(handshake.take_listener(offer)) as listener:
+            while (actor := listener.accept(LOOK_S)) is None:
+                liveness.own.turn()
+        return actor
 
     def _start_driver(self) -> None:
         place = self._place
@@ -112,6 +167,8 @@ class _Proxy:
             "group": place.group,
             "life": place.life,
             "device": self._device,
+            "stage_size": self._stage_size,
+            "log_format": self._log_format,
             "paths": [str(handover.socket_path(self._run_dir, place, rank)) for rank in ranks],
         }
         self._driver = subprocess.Popen(
@@ -131,11 +188,19 @@ class _Proxy:
         return self._driver.returncode
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._actor is None:
+        if self._pass_signal is None:
             raise Stopped
+        self._is_ending = True
         # where the actor is gone, `run` is about to see it
         with contextlib.suppress(OSError):
-            self._actor.send(bytes((number,)))
+            self._pass_signal(number)
+
+
+def _ended(status: int) -> int:
+    """As the rank did: its exit status, or its signal for this process."""
+    if status < 0:
+        _end_by(-status)
+    return status
 
 
 def _end_by(number: int) -> NoReturn:

@@ -273,7 +273,7 @@ def _compile_ahead(
             tokens,
             parts.slots.count,
         ),
-        (ranks.rank, ranks.size),
+        ranks.local,
         lambda fraction: progress("compiling kernels", fraction),
     )
 

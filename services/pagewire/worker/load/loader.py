@@ -166,7 +166,7 @@ def load(
 def _use_cores(threads: int, ranks: Ranks) -> None:
     """threads: 0 for a fair share of those that this process may use."""
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // ranks.size))
+    torch.set_num_threads(threads or max(1, cores // ranks.local[1]))
 
 
 def _gpu(device: str, ranks: Ranks) -> Gpu | None:
@@ -438,7 +438,7 @@ def choose_dtype(asked: str, config: Config, gpu: Gpu | None) -> torch.dtype:
 def _size_on_cpu(
     arch: Architecture, load_plan: LoadPlan, model: ModelConfig, config: WorkerConfig
 ) -> Sizing:
-    """Of one of the ranks, which share the machine's memory. arch: of the whole model. A pipeline
+    """Of one of the ranks; those of a host share its memory. arch: of the whole model. A pipeline
     stage gets memory for KV blocks by its layers, so that all have as many."""
     ranks = load_plan.ranks
     stage = ranks.stage
@@ -451,7 +451,7 @@ def _size_on_cpu(
         cache_spec(rank_arch, kv_dtype.choose(config.kv_cache_dtype, dtype)),
         weights=kv_sizing.rank_share(quantized, arch, rank_arch, stage)
         or kv_sizing.weight_bytes(rank_arch, dtype.itemsize, head_copy=True, stage=stage),
-        available=kv_sizing.available_memory() // ranks.size,
+        available=kv_sizing.available_memory() // ranks.local[1],
         kv_bytes=config.kv_cache_memory_bytes
         or for_cache * rank_arch.num_layers // (arch.num_layers * ranks.layers.size),
         blocks=config.num_kv_blocks,

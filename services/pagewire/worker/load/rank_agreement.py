@@ -46,12 +46,15 @@ class StageLinks:
 class Ranks:
     """How a worker reaches the other ranks of its group. layers: those that hold parts of the same
     layers, for tensors on the model's device, within steps. host: all of them, for tensors on the
-    CPU while a model is loaded, which may take long. stage: which layers those are."""
+    CPU while a model is loaded, which may take long. stage: which layers those are. of_host: (the
+    number of this one among those of its host, how many these are) where there are several
+    hosts."""
 
     layers: Communicator
     host: Communicator
     stage: PipelineStage = WHOLE_MODEL
     links: StageLinks = StageLinks()
+    of_host: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -62,6 +65,12 @@ class Ranks:
     def size(self) -> int:
         """How many there are."""
         return self.host.size
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """(the number of this process among the ranks of its host, how many these are), who share
+        cores, memory and caches."""
+        return self.of_host or (self.rank, self.size)
 
     def checked(self) -> CheckedCommunicator | None:
         """The connections whose operations may fail unseen, as one; None: there are none."""
