@@ -2,6 +2,7 @@
 requests at which they die."""
 
 import pytest
+from pagewire.scheduler.state import Tick
 from pagewire_protocol.messages import (
     Death,
     Finish,
@@ -67,36 +68,63 @@ def test_a_distrusted_worker_is_told_to_end_at_once_and_again_until_it_has():
     assert list(w.scheduler.engine.workers) == [4242]
 
 
-def test_a_result_that_is_taken_in_by_half_costs_the_worker_its_place(monkeypatch):
-    """No answer would come otherwise: the scheduler's own fault must not end streams."""
-    w = world(workers=2)
-    handle = w.submit(range(40), max_tokens=20)
-    w.tick()
-    (victim,) = [worker for worker in w.workers.values() if worker.inbox]
+def fails(*_, **__):
+    raise IndexError("list index out of range")
 
-    def fails(*_):
-        raise IndexError("list index out of range")
 
+def _since_clear(worker):
+    """(step, what it runs) of the steps from the last one on that clears the slots."""
+    steps = list(worker.inbox)
+    first = max((i for i, step in enumerate(steps) if step.clear), default=len(steps))
+    return [(step, worker.shadow.runs[step.n]) for step in steps[first:]]
+
+
+FAULTS = (
+    "results._seal_full",
+    "results._take",
+    "batch._select_decodes",
+    "batch._message",
+    "worker_state.WorkerState.place",
+    "kv_cache.KVCacheManager.allocate",
+)
+
+
+@pytest.mark.parametrize("where", FAULTS)
+def test_a_fault_of_the_scheduler_costs_a_worker_no_more_than_its_requests(where, monkeypatch):
+    """No answer would come otherwise. What was known of the worker is forgotten, and it begins
+    anew, without being started again."""
+    w = World()
+    for _ in range(2):
+        w.add_worker(num_blocks=256, row_tokens=(1, 2))
+    w.add_tokenizer()
+    handles = [w.submit(range(i, 14 + i), max_tokens=45) for i in range(4)]
+    for _ in range(4):
+        w.step()
+    known = dict(w.scheduler.engine.workers)
     with monkeypatch.context() as patch:
-        patch.setattr("pagewire.scheduler.results._seal_full", fails)
-        victim.execute()
-        w.deliver(victim)
-        w.tick()
-    assert w.end(handle).finish is Finish.LOST and w.end(handle).worker_died
-    assert [address for address, _ in w.shutdowns] == [victim.peer.inbox]
-    assert "could not be handled" in w.shutdowns[0][1]
-    del w.workers[victim.peer.inbox]
-    again = w.submit(range(40), max_tokens=20)
+        patch.setattr(f"pagewire.scheduler.{where}", fails)
+        handles.append(w.submit(range(9, 23), max_tokens=45))
+        for worker in w.workers.values():
+            while worker.inbox and w.scheduler.engine.workers == known:
+                worker.execute()
+                w.deliver(worker)
+        w.send(Tick(w.now + 0.001))
+    lost = [handle for handle in handles if w.attempts[handle].ends]
+    assert lost and all(w.end(h).finish is Finish.LOST and w.end(h).worker_died for h in lost)
+    assert not w.shutdowns and w.scheduler.engine.workers.keys() == known.keys()
+    for worker in w.workers.values():
+        if w.scheduler.engine.workers[worker.incarnation] is not known[worker.incarnation]:
+            # What it was sent before is void, and is executed before the step that clears its slots.
+            worker.shadow.runs = {step.n: run for step, run in _since_clear(worker)}
+    again = [w.submit(range(i, 14 + i), max_tokens=20) for i in range(4)]
     w.run()
-    assert w.output(again) == w.expected(again)
+    for handle in [*again, *(h for h in handles if h not in lost)]:
+        assert w.output(handle) == w.expected(handle)
+    w.assert_idle()
 
 
 def test_a_request_that_cannot_be_taken_in_has_an_end(monkeypatch):
     w = world()
-
-    def fails(*_):
-        raise IndexError("list index out of range")
-
     for name in ("engine.Engine._find_twin", "placement.Queue.push"):
         with monkeypatch.context() as patch:
             patch.setattr(f"pagewire.scheduler.{name}", fails)

@@ -27,10 +27,11 @@ from pagewire_protocol.messages import (
 from pagewire.config import SchedulerConfig
 
 from . import batch, results
+from .blocks import BlockError
 from .outgoing import Outgoing
 from .placement import Queue, choose, overload, unservable
 from .queue_rate import QueueRate
-from .request import Phase, Refusal, ReplyRoute, Request, malformed
+from .request import NO_SLOT, Phase, Refusal, ReplyRoute, Request, malformed
 from .step_estimator import Waiting
 from .worker_state import Counters, WorkerState
 
@@ -52,6 +53,14 @@ SPREAD_ROUNDS = 30
 SPREAD_AT_ONCE = 8
 LEAST_SURPLUS = 2
 """Requests that one worker must have above the mean of two for any of them to be moved."""
+
+
+class StepFault(Exception):
+    """The next step of the worker `incarnation` could not be formed, by a fault of this program."""
+
+    def __init__(self, incarnation: Incarnation) -> None:
+        super().__init__(f"no step could be formed for worker {incarnation:x}")
+        self.incarnation = incarnation
 
 
 class Engine:
@@ -207,6 +216,17 @@ class Engine:
             self.workers[request.worker].release(request)
         elif request.phase is not Phase.PARKED:
             self.queue.forget(request)
+        self._finish(request, finish, stop, refusal, worker_died)
+
+    def _finish(
+        self,
+        request: Request,
+        finish: Finish,
+        stop: int | None = None,
+        refusal: Refusal | None = None,
+        worker_died: bool = False,
+    ) -> None:
+        """The same of one that neither a worker nor the queue has."""
         self.parked.pop(request.rid, None)
         self._timed.pop(request.rid, None)
         request.phase = Phase.ENDED
@@ -294,6 +314,22 @@ class Engine:
                 busiest.send_away(request)
             self._requeue_preempted(busiest)
 
+    def renew_worker(self, incarnation: Incarnation) -> None:
+        """What is known of a worker cannot be relied on, by a fault of this program, which may come
+        of any of its requests: forget all of it, and begin as with a new one, which clears its
+        slots."""
+        former = self.workers.pop(incarnation, None)
+        if former is None:
+            return
+        self._requeue_preempted(former)
+        for request in [r for r in self.live.values() if r.worker == incarnation]:
+            request.slot = NO_SLOT
+            request.worker = None
+            self._finish(request, Finish.LOST, worker_died=True)
+        self._newest_lost_step = max(self._newest_lost_step, former.in_flight.num_sent)
+        self.add_worker(incarnation, former.inbox, former.facts)
+        self.workers[incarnation].accepting = former.accepting
+
     def lose_worker(self, incarnation: Incarnation, died: bool = False) -> None:
         """A worker is gone. Its requests end as lost, and their owners resubmit them. `died`: it
         may be one of those that it computed which ended it."""
@@ -336,7 +372,7 @@ class Engine:
 
     def advance(self, send: Callable[[str, Step], None], now: float) -> None:
         """Place what can be placed and fill every worker's steps in flight. `now`: monotonic
-        seconds."""
+        seconds. Raises StepFault."""
         for worker in self.workers.values():
             worker.estimator.returned(worker.in_flight.num_returned, now)
         due = [worker for worker in self.workers.values() if self._due(worker) <= now]
@@ -344,12 +380,20 @@ class Engine:
             self._place()
             stepped: list[WorkerState] = []
             for worker in due:
-                step = batch.form(worker, self.epoch, now, self._waiting())
+                step = self._form(worker, now)
                 self._requeue_preempted(worker)
                 if step is not None:
                     send(worker.inbox, step)
                     stepped.append(worker)
             due = [worker for worker in stepped if self._due(worker) <= now]
+
+    def _form(self, worker: WorkerState, now: float) -> Step | None:
+        try:
+            return batch.form(worker, self.epoch, now, self._waiting())
+        except BlockError:
+            raise
+        except Exception as error:
+            raise StepFault(worker.incarnation) from error
 
     def due(self, now: float) -> float:
         """When `advance` has something to do, if nothing happens before; inf when it has not. What
@@ -390,7 +434,13 @@ class Engine:
                 return
             self.queue.pop()
             self.queue_rate.placed(len(request.tokens))
-            self._put(request, *choice)
+            request.worker = choice[0].incarnation
+            try:
+                self._put(request, *choice)
+            except BlockError:
+                raise
+            except Exception as error:
+                raise StepFault(choice[0].incarnation) from error
             blocks += len(request.blocks)
 
     def _put(self, request: Request, worker: WorkerState, cached: list[BlockId]) -> None:

@@ -33,7 +33,7 @@ from pagewire_protocol.messages import (
 from pagewire.config import SchedulerConfig
 
 from .blocks import BlockError
-from .engine import Engine
+from .engine import Engine, StepFault
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
 from .request import Phase, Refusal
 from .results import WorkerFault
@@ -159,8 +159,8 @@ class Scheduler:
             raise
         except Exception:
             # Taken in by half: its requests go on from what their owners have.
-            log.exception("a result could not be handled")
-            self._distrust(result.incarnation, f"step {result.n}'s result could not be handled")
+            log.exception("a result could not be handled; its worker begins anew")
+            self.engine.renew_worker(result.incarnation)
 
     def _distrust(self, incarnation: Incarnation, why: str) -> None:
         log.error("worker %x is told to end: %s", incarnation, why)
@@ -257,7 +257,11 @@ class Scheduler:
         # Tokens go out before the next steps, which are not urgent while others are under way, and
         # again after them, for the requests that got their slots.
         self._send_tokens()
-        self.engine.advance(self._send, now)
+        try:
+            self.engine.advance(self._send, now)
+        except StepFault as fault:
+            log.exception("a step could not be formed; its worker begins anew")
+            self.engine.renew_worker(fault.incarnation)
         self._send_tokens()
         if self.engine.has_refused and now >= self._next_refusal:
             # Frontends refuse by themselves what finds no room, once they know.
