@@ -434,6 +434,7 @@ class Engine:
                 return
             self.queue.pop()
             self.queue_rate.placed(len(request.tokens))
+            # Set first, so that a request which is placed by half goes down with the worker's books.
             request.worker = choice[0].incarnation
             try:
                 self._put(request, *choice)

@@ -7,7 +7,7 @@ sends the rank's exit status when it has ended. Either side is gone when its end
 closed.
 
 Between hosts it goes over TCP, as frames of a `Kind`: with the above, what the descriptors stand
-for. The actor begins with who it is, the proxy answers with an `StartRequest`.
+for. The actor begins with who it is, the proxy answers with a `StartRequest`.
 """
 
 import json
@@ -57,7 +57,7 @@ class Kind(IntEnum):
     HELLO = 1
     """From the actor: JSON of a `Hello`."""
     START = 2
-    """From the proxy: JSON of an `StartRequest`."""
+    """From the proxy: JSON of a `StartRequest`."""
     RECORD = 3
     """From the proxy: a record of the ring."""
     MESSAGE = 4
