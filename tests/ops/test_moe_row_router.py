@@ -1,6 +1,12 @@
 """The router of one row in one launch, against norm, product and choice one by one, in Triton's
 interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ops.test_triton_moe import ROUTINGS
@@ -108,3 +114,28 @@ def test_other_rows_and_experts_are_refused() -> None:
 def test_few_warps_share_a_row_where_the_choice_is_among_many() -> None:
     assert pick_warps(4096, 8) == 8
     assert [pick_warps(block, 128) for block in (64, 2048, 4096, 8192)] == [1, 1, 2, 4]
+
+
+COMPILED = (
+    (128, 8, 2048, 768, "bfloat16", "softmax"),
+    (8, 2, 4096, 14336, "bfloat16", "softmax"),
+    (128, 8, 4096, 1536, "float16", "softmax"),
+    (256, 8, 7168, 2048, "bfloat16", "groups"),
+)
+
+
+def test_the_kernels_of_one_row_compile_for_hopper_without_spills(tmp_path: Path) -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    program = Path(__file__).with_name("compile_moe_row.py")
+    finished = subprocess.run(
+        [sys.executable, str(program), json.dumps(COMPILED)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    kernels = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(kernels) == 3 * len(COMPILED)
+    for kernel in kernels:
+        assert kernel["spilled"] == 0 and kernel["waits"] == 1, kernel
