@@ -21,13 +21,21 @@ from torch import Tensor
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-5
+SUM_ERROR = 5e-7
+"""Of float32 sums, as a part of the largest logit."""
 
 
 def router(experts: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x [1, H], the norm's weight [H] and the router's [E, H]."""
-    x = (torch.randn(1, hidden) * 2).to(dtype)
-    weight = torch.randn(experts, hidden) * hidden**-0.5
-    return x, (torch.rand(hidden) + 0.5).to(dtype), weight.to(dtype)
+    """x [1, H], the norm's weight [H] and the router's [E, H]: such that logits are rounded alike
+    whatever the order of their sums."""
+    while True:
+        x = (torch.randn(1, hidden) * 2).to(dtype)
+        norm = (torch.rand(hidden) + 0.5).to(dtype)
+        weight = (torch.randn(experts, hidden) * hidden**-0.5).to(dtype)
+        logits = rms_norm(x, norm, EPS).double() @ weight.double().T
+        near = SUM_ERROR * logits.abs().max()
+        if dtype == torch.float32 or (logits - near).to(dtype).equal((logits + near).to(dtype)):
+            return x, norm, weight
 
 
 def one_by_one(
