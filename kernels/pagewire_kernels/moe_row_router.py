@@ -39,7 +39,7 @@ class Routed(NamedTuple):
 
 
 @triton.jit
-def _norm_route(x, norm, weight, correction_bias, slot_mapping, normed, logits, arrived, top_k_ids, top_k_weights, eps, scaling_factor,
+def _row_router(x, norm, weight, correction_bias, slot_mapping, normed, logits, arrived, top_k_ids, top_k_weights, eps, scaling_factor,
                 least_sum, H: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr,
                 K_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr,
                 BIAS: tl.constexpr, PADDED: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -100,7 +100,7 @@ def norm_route(
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     logits = torch.empty(experts, dtype=x.dtype, device=x.device)
     ids, weights = empty_choice(1, routing, x.device)
-    _norm_route[(experts,)](
+    _row_router[(experts,)](
         x, norm, weight, correction_bias, slot_mapping, normed, logits, counters(x.device, "router of one row", 1), ids, weights, eps,
         routing.routed_scaling_factor, LEAST_SUM, H=hidden, BLOCK=block, **choice_constants(routing, correction_bias, slot_mapping),
         num_warps=warps or pick_warps(block, experts), **overlap(x.device))  # fmt: skip

@@ -21,7 +21,7 @@ from pagewire_kernels import moe_row_router, moe_rows
 from pagewire_kernels.routing import Routing
 from triton.runtime import driver
 
-KERNELS = {"_norm_route": moe_row_router, "_pair_up": moe_rows, "_token_down": moe_rows}
+KERNELS = {"_row_router": moe_row_router, "_pair_up": moe_rows, "_token_down": moe_rows}
 
 
 def launch(experts: int, top_k: int, hidden: int, inner: int, name: str, kind: str) -> None:
