@@ -72,7 +72,7 @@ def _row_router(x, norm, weight, correction_bias, slot_mapping, normed, logits, 
 
 def pick_warps(block: int, experts: int) -> int:
     """Of a program that holds a row of up to `block` inputs. Those that make a choice among many
-    experts exchange their maxima many times, so few share the row."""
+    experts exchange what they reduce many times, so few share the row."""
     if experts <= ONE_WARP:
         return norms.warps(block)
     return max(1, min(16, block // (32 * THREAD_INPUTS)))
