@@ -150,6 +150,37 @@ class FusedOps(Protocol):
         """linear(x, weight, bias) + residual of one row."""
         ...
 
+    def takes_router(self, weight: Any) -> bool:
+        """Whether norm_route takes a packed weight."""
+        ...
+
+    def norm_route(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weight: Any,
+        routing: Routing,
+        correction_bias: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(normed, *route(linear(normed, weight), ...)) of one row, normed = rms_norm(x): x [1, K],
+        norm [K], weight [E, K]."""
+        ...
+
+    def experts_add(
+        self,
+        x: Tensor,
+        gate_up: Any,
+        down: Any,
+        top_k_ids: Tensor,
+        top_k_weights: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        """experts(x, gate_up, down, top_k_ids, top_k_weights) + residual of one row, with ids and
+        weights from norm_route."""
+        ...
+
 
 class Ops(Protocol):
     """T tokens, H hidden size, I intermediate size, Hq and Hkv query and KV heads of size D; caches

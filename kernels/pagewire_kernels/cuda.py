@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activation, attention_torch, gemm, gemm_row, moe, moe_quantized, norm
+from . import (
+    activation,
+    attention_torch,
+    gemm,
+    gemm_row,
+    moe,
+    moe_quantized,
+    moe_row_router,
+    moe_rows,
+    norm,
+)
 from .attention_decode import Rope, decode_attention
 from .attention_prefill import prefill_attention
 from .backend import Ops
@@ -66,6 +76,7 @@ class CudaOps:
     relu = staticmethod(activation.relu)
     pack_experts = staticmethod(moe.pack_experts)
     route = staticmethod(moe.route)
+    norm_route = staticmethod(moe_row_router.norm_route)
     rope_and_cache = staticmethod(rope_and_cache)
 
     def __init__(self, choices: KernelChoices) -> None:
@@ -141,6 +152,26 @@ class CudaOps:
     ) -> Tensor:
         """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
         return gemm_row.linear_add(x, _row_weight(weight), bias, residual)
+
+    def takes_router(self, weight: Tensor | QuantizedMatrices) -> bool:
+        """See backend.FusedOps: matrices in full."""
+        return isinstance(weight, Tensor)
+
+    def experts_add(
+        self,
+        x: Tensor,
+        gate_up: Tensor | PackedExperts,
+        down: Tensor | PackedExperts,
+        top_k_ids: Tensor,
+        top_k_weights: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        """See backend.FusedOps; the matrices of all experts are full, or quantized."""
+        choice = (top_k_ids, top_k_weights)
+        if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+            return moe_quantized.experts(x, gate_up, down, *choice, residual=residual)
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        return moe_rows.experts_of_rows(x, gate_up, down, *choice, residual=residual)
 
     def paged_attention(
         self,

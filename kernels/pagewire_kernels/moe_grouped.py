@@ -101,8 +101,8 @@ def _grouped(x, weight, out, order, tiles, slots, x_stride, N, K: tl.constexpr, 
 
 
 @triton.jit
-def _combine(rows, positions, top_k_ids, top_k_weights, out, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-             PDL: tl.constexpr):  # fmt: skip
+def _combine(rows, positions, top_k_ids, top_k_weights, residual, out, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+             ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -116,6 +116,8 @@ def _combine(rows, positions, top_k_ids, top_k_weights, out, H, TOP_K: tl.conste
         row = tl.load(positions + pair).to(tl.int64)
         value = tl.load(rows + row * H + h, mask=chosen & (h < H), other=0.0)
         acc += share * value.to(tl.float32)
+    if ADD:
+        acc += tl.load(residual + token * H + h, mask=h < H, other=0.0).to(tl.float32)
     tl.store(out + token * H + h, acc.to(out.dtype.element_ty), mask=h < H)
 
 
@@ -177,15 +179,19 @@ def _launch(
 
 
 def combine(
-    rows: torch.Tensor, aligned: Aligned, top_k_ids: torch.Tensor, top_k_weights: torch.Tensor
+    rows: torch.Tensor,
+    aligned: Aligned,
+    top_k_ids: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weighted sums of rows [T * k, H] in the order of `aligned` -> [T, H], over each token's
-    experts in their order, in float32."""
+    experts in their order, plus residual [T, H], in float32."""
     tokens = top_k_ids.shape[0]
     width = rows.shape[1]
     out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     block = min(1024, triton.next_power_of_2(width))
     _combine[(tokens, triton.cdiv(width, block))](
-        rows, aligned.positions, top_k_ids, top_k_weights, out, width, TOP_K=top_k_ids.shape[1], BLOCK=block, num_warps=4,
-        **overlap(rows.device))  # fmt: skip
+        rows, aligned.positions, top_k_ids, top_k_weights, residual, out, width, TOP_K=top_k_ids.shape[1], BLOCK=block,
+        ADD=residual is not None, num_warps=4, **overlap(rows.device))  # fmt: skip
     return out

@@ -152,9 +152,10 @@ def experts(
     top_k_ids: Tensor,
     top_k_weights: Tensor,
     config: ExpertsConfig | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """As moe.experts: x [T, H] -> [T, H]; gate_up: halves [I, H], down: [H, I]. config: the launch
-    shape of both products, with block_k as the matrices allow it."""
+    shape of both products, with block_k as the matrices allow it. residual [T, H]: is added."""
     tokens, k = top_k_ids.shape
     if tokens == 0:
         return torch.empty_like(x)
@@ -170,7 +171,7 @@ def experts(
     _launch(x, gate_up, inner, aligned, k, config or pick_config(rows_per_expert, gate_up))
     rows = torch.empty(tokens * k, down.shape[0], dtype=x.dtype, device=x.device)
     _launch(inner, down, rows, aligned, 0, config or pick_config(rows_per_expert, down))
-    return combine(rows, aligned, top_k_ids, top_k_weights)
+    return combine(rows, aligned, top_k_ids, top_k_weights, residual)
 
 
 def _as_they_are(top_k_ids: Tensor) -> Aligned:

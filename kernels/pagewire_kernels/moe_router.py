@@ -9,6 +9,7 @@ Nothing here depends on timing: there are no atomic operations.
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,22 +26,16 @@ ALIGN_BLOCK = 4096
 
 
 @triton.jit
-def _route(logits, correction_bias, slot_mapping, top_k_ids, top_k_weights, logits_stride, scaling_factor, least_sum, E: tl.constexpr,
-           E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr,
-           TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr, RENORMALIZE: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """One token. Scores that are no number count as the least there is, so that ids stay in range;
-    the weights of such a token are NaN."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    token = tl.program_id(0)
+def choose_experts(logit, correction_bias, slot_mapping, top_k_ids, top_k_weights, token, scaling_factor, least_sum, E: tl.constexpr,
+                   E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr,
+                   TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
+                   RENORMALIZE: tl.constexpr):  # fmt: skip
+    """Stores a token's experts and their weights; logit [E_PAD] float32, -inf from E on. Scores that
+    are no number count as the least there is, so that ids stay in range; the weights of such a token
+    are NaN."""
     expert = tl.arange(0, E_PAD)
     inside = expert < E
     none = float("-inf")
-    logit = tl.load(
-        logits + token.to(tl.int64) * logits_stride + expert, mask=inside, other=none
-    ).to(tl.float32)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logit))
     else:
@@ -91,6 +86,51 @@ def _route(logits, correction_bias, slot_mapping, top_k_ids, top_k_weights, logi
     tl.store(top_k_weights + token * K + lane, weights, mask=lane < K)
 
 
+@triton.jit
+def _route(logits, correction_bias, slot_mapping, top_k_ids, top_k_weights, logits_stride, scaling_factor, least_sum, E: tl.constexpr,
+           E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr,
+           TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr, RENORMALIZE: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """One token."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    expert = tl.arange(0, E_PAD)
+    logit = tl.load(
+        logits + token.to(tl.int64) * logits_stride + expert, mask=expert < E, other=float("-inf")
+    ).to(tl.float32)
+    choose_experts(logit, correction_bias, slot_mapping, top_k_ids, top_k_weights, token, scaling_factor, least_sum, E, E_PAD, K, K_PAD,
+                   GROUPS, GROUPS_PAD, TOP_GROUPS, SIGMOID, BIAS, PADDED, RENORMALIZE)  # fmt: skip
+
+
+def choice_constants(
+    routing: Routing, correction_bias: torch.Tensor | None, slot_mapping: torch.Tensor | None
+) -> dict[str, Any]:
+    """What `choose_experts` is compiled for."""
+    return {
+        "E": routing.num_experts,
+        "E_PAD": triton.next_power_of_2(routing.num_experts),
+        "K": routing.top_k,
+        "K_PAD": triton.next_power_of_2(routing.top_k),
+        "GROUPS": routing.num_expert_group,
+        "GROUPS_PAD": triton.next_power_of_2(routing.num_expert_group),
+        "TOP_GROUPS": routing.topk_group,
+        "SIGMOID": routing.scoring_func == "sigmoid",
+        "BIAS": correction_bias is not None,
+        "PADDED": slot_mapping is not None,
+        "RENORMALIZE": routing.renormalize,
+    }
+
+
+def empty_choice(
+    tokens: int, routing: Routing, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(top_k_ids int32 [T, k], top_k_weights float32 [T, k]), not written yet."""
+    ids = torch.empty(tokens, routing.top_k, dtype=torch.int32, device=device)
+    return ids, torch.empty(tokens, routing.top_k, dtype=torch.float32, device=device)
+
+
 def route(
     logits: torch.Tensor,
     routing: Routing,
@@ -98,17 +138,12 @@ def route(
     slot_mapping: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See backend.Ops."""
-    tokens, experts = logits.shape
-    ids = torch.empty(tokens, routing.top_k, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=logits.device)
-    padded = triton.next_power_of_2(experts)
-    if tokens:
-        _route[(tokens,)](
-            logits, correction_bias, slot_mapping, ids, weights, logits.stride(0), routing.routed_scaling_factor, LEAST_SUM, E=experts,
-            E_PAD=padded, K=routing.top_k, K_PAD=triton.next_power_of_2(routing.top_k), GROUPS=routing.num_expert_group,
-            GROUPS_PAD=triton.next_power_of_2(routing.num_expert_group), TOP_GROUPS=routing.topk_group,
-            SIGMOID=routing.scoring_func == "sigmoid", BIAS=correction_bias is not None, PADDED=slot_mapping is not None,
-            RENORMALIZE=routing.renormalize, num_warps=1 if padded <= 256 else 4, **overlap(logits.device))  # fmt: skip
+    constants = choice_constants(routing, correction_bias, slot_mapping)
+    ids, weights = empty_choice(len(logits), routing, logits.device)
+    if len(logits):
+        _route[(len(logits),)](
+            logits, correction_bias, slot_mapping, ids, weights, logits.stride(0), routing.routed_scaling_factor, LEAST_SUM,
+            **constants, num_warps=1 if constants["E_PAD"] <= 256 else 4, **overlap(logits.device))  # fmt: skip
     return ids, weights
 
 

@@ -34,11 +34,9 @@ def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _pair_up(x, norm, gate_up, top_k_ids, inner, eps, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-             PDL: tl.constexpr):  # fmt: skip
-    """silu(gate x) * (up x) of a pair. The norm's factor is a number for the whole row, by which
-    the sums are multiplied at the end."""
+def _pair_up(x, gate_up, top_k_ids, inner, x_stride, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """silu(gate x) * (up x) of a pair."""
     pair = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     if PDL:
@@ -53,23 +51,15 @@ def _pair_up(x, norm, gate_up, top_k_ids, inner, eps, x_stride, N, K: tl.constex
     row = x + (pair // TOP_K).to(tl.int64) * x_stride
     acc = tl.zeros([BN, BK], tl.float32)
     acc_up = tl.zeros([BN, BK], tl.float32)
-    squares = tl.zeros([BK], tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         h = _vector(row, k, K, EVEN)
-        if NORM:
-            squares += h * h
-            h = h * _vector(norm, k, K, EVEN)
         acc += _matrix_rows(gate, n, k, N, K, EVEN) * h[None, :]
         acc_up += _matrix_rows(up, n, k, N, K, EVEN) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
-    scale = 1.0
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        result = result * scale
-    result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc_up, 1) * scale)
+    result = result / (1.0 + tl.exp(-result)) * tl.sum(acc_up, 1)
     tl.store(inner + pair.to(tl.int64) * N + n, result.to(inner.dtype.element_ty), mask=n < N)
 
 
@@ -113,21 +103,18 @@ def pair_up(
     x: torch.Tensor,
     gate_up: torch.Tensor,
     top_k_ids: torch.Tensor,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     config: PairConfig | None = None,
 ) -> torch.Tensor:
     """silu(gate x) * (up x) of each pair: x [T, H], gate_up [E, 2I, H], top_k_ids [T, k] ->
-    [T * k, I]. norm [H]: x is normalised before (RMSNorm). Rows of no expert are left as they
-    are."""
+    [T * k, I]. Rows of no expert are left as they are."""
     hidden = x.shape[1]
     width = gate_up.shape[1] // 2
     c = config or pick_up(hidden)
     inner = torch.empty(top_k_ids.numel(), width, dtype=x.dtype, device=x.device)
     _pair_up[(len(inner), triton.cdiv(width, c.block_n))](
-        x, norm, gate_up, top_k_ids, inner, eps, x.stride(0), width, K=hidden, TOP_K=top_k_ids.shape[1], BN=c.block_n, BK=c.block_k,
-        NORM=norm is not None, EVEN=hidden % c.block_k == 0 and width % c.block_n == 0, STAGES=c.stages, EARLY=c.early,
-        num_warps=c.warps, **overlap(x.device))  # fmt: skip
+        x, gate_up, top_k_ids, inner, x.stride(0), width, K=hidden, TOP_K=top_k_ids.shape[1], BN=c.block_n, BK=c.block_k,
+        EVEN=hidden % c.block_k == 0 and width % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
+        **overlap(x.device))  # fmt: skip
     return inner
 
 
@@ -157,11 +144,8 @@ def experts_of_rows(
     down: torch.Tensor,
     top_k_ids: torch.Tensor,
     top_k_weights: torch.Tensor,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """moe.experts of few tokens, with the norm of x before (weight `norm` [H], `eps`) and the sum
-    with `residual` [T, H] after where they are given. Ids and weights are contiguous."""
-    inner = pair_up(x, gate_up, top_k_ids, norm, eps)
+    """moe.experts of few tokens, plus residual [T, H]. Ids and weights are contiguous."""
+    inner = pair_up(x, gate_up, top_k_ids)
     return token_down(inner, down, top_k_ids, top_k_weights, residual)

@@ -32,7 +32,7 @@ def test_a_back_end_is_complete(device: str) -> None:
     ops = backend(device)
     assert len(operations(Ops)) > 12 and missing(ops, Ops) == []
     if ops.fused is not None:
-        assert len(operations(FusedOps)) == 5 and missing(ops.fused, FusedOps) == []
+        assert len(operations(FusedOps)) == 8 and missing(ops.fused, FusedOps) == []
 
 
 def test_what_only_some_have_is_said() -> None:

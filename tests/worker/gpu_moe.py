@@ -1,6 +1,6 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
-    python tests/worker/gpu_moe.py [--device cuda|cpu] [--parts check,time] [--rows 1,32] [--processes 12]
+    python tests/worker/gpu_moe.py [--device cuda|cpu] [--parts check,time,row] [--rows 1,32] [--processes 12]
 
 Mixtures of experts of Qwen3-30B-A3B's and Mixtral 8x7B's sizes. Check: every path at several row
 counts in bfloat16, float16 and float32 against float64 (or float32 where that takes too long), on
@@ -8,9 +8,10 @@ fresh random inputs, with memory that was never written being NaN, with padding,
 replay of a CUDA graph whose inputs change. Time: each product in the launch shapes of the tables
 below, the layer from logits to sums as the tables of moe_shapes.py choose, with the best shapes
 found here, and as it was before (rows sorted by torch, its grouped products), beside the time that
-the bytes or the operations need at rates measured in the same run. The table comes last; the exit
-status is 0 when every check passed. With `--device cpu`, tiny sizes in Triton's interpreter: does
-the check itself work?
+the bytes or the operations need at rates measured in the same run. Row: what follows attention in a
+layer of one row, by the kernels for any number of rows and by those for one (models/single.py),
+checked and timed. The tables come last; the exit status is 0 when every check passed. With
+`--device cpu`, tiny sizes in Triton's interpreter: does the check itself work?
 """
 
 import argparse
@@ -35,10 +36,23 @@ import torch
 import torch.nn.functional as F
 from ops.moe_cases import MoeCase, moe_case
 from ops.triton_cases import error
-from pagewire_kernels import moe, moe_grouped, moe_router, moe_rows, moe_shapes, reference
+from pagewire_kernels import (
+    gemm,
+    moe,
+    moe_grouped,
+    moe_router,
+    moe_row_router,
+    moe_rows,
+    moe_shapes,
+    norm,
+    reference,
+)
 from pagewire_kernels.activation import silu_mul
+from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
+from pagewire_kernels.moe_row_router import Routed
 from pagewire_kernels.moe_shapes import GroupedConfig, GroupedPair, PairConfig
 from pagewire_kernels.routing import NO_EXPERT, Routing
+from pagewire_kernels.workspace import counters
 from torch import Tensor
 
 # --- what is tried: edit here ---
@@ -398,17 +412,15 @@ def check_router(sizes: Sizes, device: str, checks: Checks) -> None:
                 )
 
 
-def check_fused(sizes: Sizes, device: str, checks: Checks) -> None:
-    """The norm before and the residual after, of one row."""
+def check_residual(sizes: Sizes, device: str, checks: Checks) -> None:
+    """Added to the sums of one row."""
     case = moe_case(
         1, sizes.experts, sizes.top_k, sizes.hidden, sizes.inner, torch.bfloat16, 0, device
     )
-    norm, residual = (torch.randn(n, sizes.hidden, device=device).bfloat16() for n in (1, 1))
+    residual = torch.randn(1, sizes.hidden, device=device).bfloat16()
     with poisoned_memory():
-        out = moe_rows.experts_of_rows(*case.inputs, norm=norm[0], eps=1e-6, residual=residual)
-    normed = reference.rms_norm(case.x.double(), norm[0].double(), 1e-6)
-    exact = MoeCase(normed, *case.inputs[1:]).exact() + residual.double()
-    checks.error("rows", f"{sizes.name} with norm and residual", out, exact)
+        out = moe_rows.experts_of_rows(*case.inputs, residual=residual)
+    checks.error("rows", f"{sizes.name} with residual", out, case.exact() + residual.double())
 
 
 def check_replays(sizes: Sizes, checks: Checks) -> None:
@@ -696,6 +708,155 @@ def measure_grouped(
     return total, shapes_
 
 
+# --- one row, from the sum behind attention to the layer's result ---
+
+
+ROW_TRIES: Final = 30
+"""Random rows of each type."""
+ROW_WARPS: Final = (1, 2, 4, 8)
+ROW_SETS: Final = 16
+EPS: Final = 1e-6
+
+
+@dataclass
+class RowInputs:
+    """Of one row: x and residual [1, H], the norm's weight [H], the router's [E, H], a slot [1]."""
+
+    x: Tensor
+    residual: Tensor
+    norm: Tensor
+    router: Tensor
+    slot: Tensor
+
+
+def row_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> RowInputs:
+    x, residual = (torch.randn(1, sizes.hidden, device=device).to(dtype) for _ in range(2))
+    router = torch.randn(sizes.experts, sizes.hidden, device=device) * sizes.hidden**-0.5
+    weight = torch.rand(sizes.hidden, device=device) + 0.5
+    slot = torch.zeros(1, dtype=torch.int64, device=device)
+    return RowInputs(x, residual, weight.to(dtype), router.to(dtype), slot)
+
+
+def row_now(sizes: Sizes, inputs: RowInputs, warps: int | None = None) -> Routed:
+    """Norm, product and choice in one kernel."""
+    i = inputs
+    return moe_row_router.norm_route(i.x, i.norm, EPS, i.router, sizes.routing, None, i.slot, warps)
+
+
+def row_before(sizes: Sizes, inputs: RowInputs, algorithms: GemmAlgorithms) -> Routed:
+    """By three kernels; adds x to the residual."""
+    i = inputs
+    normed, _ = norm.add_rms_norm(i.x, i.residual, i.norm, EPS)
+    logits = gemm.linear(normed, i.router, None, algorithms)
+    return Routed(normed, *moe.route(logits, sizes.routing, None, i.slot))
+
+
+def check_row(sizes: Sizes, device: str, checks: Checks) -> None:
+    """One kernel against float64 and against three, which rarely choose otherwise."""
+    algorithms = GemmAlgorithms()
+    for dtype in TYPES:
+        same: list[float] = []
+        for _ in range(ROW_TRIES if device == "cuda" else 2):
+            inputs = row_inputs(sizes, dtype, device)
+            with poisoned_memory():
+                out = row_now(sizes, inputs)
+                again = row_now(sizes, inputs)
+            what = f"{sizes.name} one row's router"
+            normed = reference.rms_norm(inputs.x.double(), inputs.norm.double(), EPS)
+            checks.error("row", f"{what}, norm", out.normed, normed)
+            checks.that(choice_is_right(sizes, inputs, out), f"{what}, {dtype}: wrong experts")
+            equal = all(a.equal(b) for a, b in zip(out, again, strict=True))
+            checks.that(equal, f"{what}, {dtype}: not the same when repeated")
+            inputs.residual.zero_()
+            before = row_before(sizes, inputs, algorithms)
+            same.append(before.top_k_ids.eq(out.top_k_ids).double().mean().item())
+        share = statistics.mean(same)
+        checks.that(share > 0.97, f"{sizes.name} {dtype}: {share:.3f} of ids as by three kernels")
+    arrived = counters(torch.empty(0, device=device).device, "router of one row", 1)
+    checks.that(arrived[0].item() == 0, f"{sizes.name}: the router's counter is not at zero")
+
+
+def choice_is_right(sizes: Sizes, inputs: RowInputs, out: Routed) -> bool:
+    """Whether the experts are the best by logits in float64, within the logits' rounding, and their
+    weights what follows from those logits."""
+    logits = (out.normed.double() @ inputs.router.double().T)[0]
+    ids = out.top_k_ids[0].long()
+    if not bool(((ids >= 0) & (ids < sizes.experts)).all()) or len(ids.unique()) < len(ids):
+        return False
+    rounding = 2 * max(torch.finfo(inputs.x.dtype).eps, 1e-6) * logits.abs().max()
+    least = logits.topk(sizes.top_k).values[-1]
+    weights = torch.softmax(logits[ids], -1)
+    close = (out.top_k_weights[0].double() - weights).abs().max() <= 2 * rounding
+    return bool((logits[ids] >= least - rounding).all()) and bool(close)
+
+
+def check_row_replays(sizes: Sizes, checks: Checks) -> None:
+    """A captured graph of the kernels of one row, replayed over other rows."""
+    inputs = row_inputs(sizes, torch.bfloat16, "cuda")
+    weights = make_weights(sizes, "cuda")[0]
+
+    def layer() -> Tensor:
+        routed = row_now(sizes, inputs)
+        return moe_rows.experts_of_rows(
+            routed.normed, *weights, routed.top_k_ids, routed.top_k_weights, residual=inputs.x
+        )
+
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer()
+    for number in range(ROW_TRIES):
+        inputs.x.normal_()
+        graph.replay()
+        checks.that(out.equal(layer()), f"{sizes.name} one row: replay {number} differs")
+
+
+def time_row(sizes: Sizes, device: str) -> str:
+    """A line of the table: microseconds of three kernels and of one, by warps, and of all from the
+    sum behind attention to the layer's result."""
+    algorithms = GemmAlgorithms()
+    weights = make_weights(sizes, device)
+    sets = [row_inputs(sizes, torch.bfloat16, device) for _ in range(ROW_SETS)]
+    for inputs in sets:
+        # additions in place would grow without end
+        inputs.residual.zero_()
+        inputs.x.mul_(1e-3)
+
+    def before(i: int) -> Tensor:
+        routed = row_before(sizes, sets[i], algorithms)
+        gate_up, down = weights[i % len(weights)]
+        return moe.experts(routed.normed, gate_up, down, *routed[1:])
+
+    def now(i: int) -> Tensor:
+        routed = row_now(sizes, sets[i])
+        gate_up, down = weights[i % len(weights)]
+        choice = (routed.top_k_ids, routed.top_k_weights)
+        return moe_rows.experts_of_rows(routed.normed, gate_up, down, *choice, residual=sets[i].x)
+
+    three = graph_us(lambda i: row_before(sizes, sets[i], algorithms), ROW_SETS)
+    one = graph_us(lambda i: row_now(sizes, sets[i]), ROW_SETS)
+    tried = [
+        graph_us(lambda i, warps=warps: row_now(sizes, sets[i], warps), ROW_SETS)
+        for warps in ROW_WARPS
+    ]
+    by_warps = " ".join(f"{us:.1f}" for us in tried)
+    halves = graph_us(before, ROW_SETS), graph_us(now, ROW_SETS)
+    return f"{sizes.name:14} {three:8.1f} {one:8.1f} {halves[0]:9.1f} {halves[1]:9.1f}  {by_warps}"
+
+
+def row_table(lines: list[str]) -> str:
+    warps = ", ".join(map(str, ROW_WARPS))
+    return "\n".join(
+        [
+            "one row, us: norm, product and choice by three kernels and by one; with the experts, "
+            "five and three; one by warps",
+            f"{'model':14} {'three':>8} {'one':>8} {'five':>9} {'three':>9}  one with {warps} warps",
+            *lines,
+        ]
+    )
+
+
 def tables(timings: list[Timing], rate: Rates, name: str) -> str:
     lines = [
         f"{name}: copy {rate.copied / 1e6:.2f} TB/s, bf16 product {rate.multiplied / 1e6:.0f} TFLOP/s; us of a layer from logits to sums",
@@ -714,7 +875,7 @@ def tables(timings: list[Timing], rate: Rates, name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--parts", default="check,time")
+    parser.add_argument("--parts", default="check,time,row")
     parser.add_argument("--rows", default="", help="row counts, like 1,32 (default: all)")
     parser.add_argument("--models", default="Qwen3-30B-A3B,Mixtral-8x7B")
     parser.add_argument("--processes", type=int, default=12, help="that compile at once")
@@ -729,15 +890,23 @@ def main() -> int:
     if not cpu:
         compile_all(parts, options.processes)
     checks, timings, rate = Checks(), list[Timing](), Rates(1.0, 1.0)
+    row_lines: list[str] = []
     with torch.inference_mode():
         if "check" in parts:
             for sizes in models:
                 check_router(sizes, options.device, checks)
                 check_sizes(sizes, options.device, wanted, checks)
-                check_fused(sizes, options.device, checks)
+                check_residual(sizes, options.device, checks)
             if not cpu:
                 check_replays(models[0], checks)
             print(f"checked after {time.monotonic() - began:.0f} s", flush=True)
+        if "row" in parts:
+            for sizes in models:
+                check_row(sizes, options.device, checks)
+                if not cpu:
+                    check_row_replays(sizes, checks)
+                row_lines.append(time_row(sizes, options.device))
+            print(f"one row after {time.monotonic() - began:.0f} s", flush=True)
         if "time" in parts:
             rate = rates() if not cpu else rate
             for sizes in models:
@@ -758,6 +927,8 @@ def main() -> int:
     name = "the interpreter" if cpu else torch.cuda.get_device_name()
     if timings:
         print(tables(timings, rate, name))
+    if row_lines:
+        print(f"{name}:", row_table(row_lines))
     print(*checks.faults, sep="\n", end="\n" if checks.faults else "")
     print(
         f"gpu_moe: {checks.count} checks, {len(checks.faults)} wrong, seed {seed}, {time.monotonic() - began:.0f} s: "

@@ -183,44 +183,48 @@ class Mixture:
         hidden = arch.hidden_size
         assert moe is not None
         self._ops = build.ops
-        self._routing = moe.routing
-        self._router = build.replicated(
-            f"{name}.gate", moe.num_experts, hidden, keep_precision=True
-        )
-        self._experts = build.experts(
+        self.routing = moe.routing
+        self.router = build.replicated(f"{name}.gate", moe.num_experts, hidden, keep_precision=True)
+        self.experts = build.experts(
             f"{name}.experts", moe.num_experts, hidden, moe.intermediate_size
         )
         self._correction: CorrectionBias | None = None
         if moe.correction_bias:
             self._correction = CorrectionBias(build, f"{name}.gate", moe.num_experts)
-        self._shared = self._gate = None
+        self.shared = self._gate = None
         if moe.shared_size:
-            self._shared = Mlp(arch, build, f"{name}.shared_expert", moe.shared_size)
+            self.shared = Mlp(arch, build, f"{name}.shared_expert", moe.shared_size)
             self._gate = build.replicated(f"{name}.shared_expert_gate", 1, hidden)
 
     def parts(self) -> Sequence[Part]:
         """Those with weights."""
-        parts: list[Part] = [self._router, self._experts]
+        parts: list[Part] = [self.router, self.experts]
         if self._correction is not None:
             parts.append(self._correction)
-        if self._shared is not None and self._gate is not None:
-            parts += [*self._shared.parts(), self._gate]
+        if self.shared is not None and self._gate is not None:
+            parts += [*self.shared.parts(), self._gate]
         return parts
 
     @property
     def readers(self) -> Sequence[InputReader]:
         """What reads its input."""
-        readers: list[InputReader] = [self._router, self._experts]
-        if self._shared is not None and self._gate is not None:
-            readers += [*self._shared.readers, self._gate]
+        readers: list[InputReader] = [self.router, self.experts]
+        if self.shared is not None and self._gate is not None:
+            readers += [*self.shared.readers, self._gate]
         return readers
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """See Ops.route."""
+        return None if self._correction is None else self._correction.bias
 
     def __call__(self, x: Activations, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H], of several ranks to be added up."""
-        bias = None if self._correction is None else self._correction.bias
-        logits = self._router(x, batch)
-        top_k_ids, top_k_weights = self._ops.route(logits, self._routing, bias, batch.slot_mapping)
-        out = self._experts(full_rows(x), top_k_ids, top_k_weights, batch)
-        if self._shared is None or self._gate is None:
+        logits = self.router(x, batch)
+        top_k_ids, top_k_weights = self._ops.route(
+            logits, self.routing, self.correction_bias, batch.slot_mapping
+        )
+        out = self.experts(full_rows(x), top_k_ids, top_k_weights, batch)
+        if self.shared is None or self._gate is None:
             return out
-        return out.addcmul_(torch.sigmoid(self._gate(x, batch)), self._shared(x, batch))
+        return out.addcmul_(torch.sigmoid(self._gate(x, batch)), self.shared(x, batch))

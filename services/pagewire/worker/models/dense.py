@@ -187,6 +187,11 @@ class DenseExperts(ExpertsWeight):
         yield from self._gate_up
         yield from self._down
 
+    @property
+    def kernel_weights(self) -> tuple[Any, Any]:
+        """See ExpertsWeight."""
+        return self._gate_up, self._down
+
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsWeight."""
         return self._ops.experts(x, self._gate_up, self._down, top_k_ids, top_k_weights)

@@ -156,6 +156,11 @@ class InputReader(Protocol):
 class ExpertsWeight(Weight):
     """The weights of all experts of a mixture."""
 
+    @property
+    @abstractmethod
+    def kernel_weights(self) -> tuple[Any, Any]:
+        """Gate and up of all experts, and down, for Ops.experts; once packed."""
+
     @abstractmethod
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
         """x [T, H] -> [T, H]; top_k_ids [T, k] integer, top_k_weights [T, k] float32."""

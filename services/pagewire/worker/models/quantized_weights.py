@@ -201,6 +201,11 @@ class QuantizedExperts(ExpertsWeight):
         """See Weight."""
         return sum(weight.nbytes for weight in (*self._gate_up, *self._down))
 
+    @property
+    def kernel_weights(self) -> tuple[Any, Any]:
+        """See ExpertsWeight."""
+        return self._packed
+
     def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsWeight."""
         gate_up, down = self._packed
@@ -285,10 +290,15 @@ class StackedExperts(ExpertsWeight):
         """See Weight."""
         return 0 if self._packed is None else sum(weight.nbytes for weight in self._packed)
 
-    def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+    @property
+    def kernel_weights(self) -> tuple[Any, Any]:
         """See ExpertsWeight."""
         assert self._packed is not None
-        gate_up, down = self._packed
+        return self._packed
+
+    def apply(self, x: Tensor, top_k_ids: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsWeight."""
+        gate_up, down = self.kernel_weights
         return self._ops.experts(x, gate_up, down, top_k_ids, top_k_weights)
 
 
