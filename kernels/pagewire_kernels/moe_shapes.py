@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
+import triton
 
 from .capability import TRITON_TENSOR_CORES_FROM
 from .shapes import Candidate, Choice
@@ -113,9 +114,9 @@ def pick_up(k: int) -> PairConfig:
 
 def pick_down(k: int) -> PairConfig:
     """Of the second product of single rows: of size k for each chosen expert."""
-    if k <= 2048:
-        return PairConfig(8, _divisor(k, 256), 2, 4)
-    return PairConfig(4, _divisor(k, 1024), 2, 3)
+    if k <= 1024:
+        return PairConfig(1, triton.next_power_of_2(k), 4, 1, early=True)
+    return PairConfig(1, _divisor(k, 1024), 4, 3)
 
 
 def _divisor(k: int, most: int) -> int:

@@ -116,7 +116,7 @@ def test_slopes() -> None:
     ("dim", "group", "normed", "window"),
     [(64, 3, False, None), (80, 1, True, None), (128, 4, True, 20)],
 )
-@pytest.mark.parametrize("config", [SMALL, None])
+@pytest.mark.parametrize("config", [SMALL, None, DecodeConfig(16, 2, 2, 16, 4, ahead=True), DecodeConfig(32, 2, 2, 64, 2, ahead=True)])
 def test_decode_with_rope(
     dim: int, group: int, normed: bool, window: int | None, config: DecodeConfig | None
 ) -> None:
