@@ -12,15 +12,23 @@ from .shapes import Candidate, Choice, elements
 @dataclass(frozen=True)
 class DecodeConfig:
     """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a
-    request. ahead: with the rotary embedding inside, lengths, pages and the first tile are read
-    before the wait for the kernel before; early: the next kernel's programs are let in at once."""
+    request."""
 
     block_n: int
     warps: int
     stages: int
     chunk: int
     splits: int
-    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """Launch shape of attention_decode_few. block_n: tokens a tile; splits: most splits of a
+    request. early: the next kernel's programs are let in at once."""
+
+    block_n: int
+    warps: int
+    splits: int
     early: bool = False
 
 
