@@ -21,17 +21,6 @@ class DecodeConfig:
     splits: int
 
 
-@dataclass(frozen=True)
-class FewConfig:
-    """Launch shape of attention_decode_few. block_n: tokens a tile; splits: most splits of a
-    request. early: the next kernel's programs are let in at once."""
-
-    block_n: int
-    warps: int
-    splits: int
-    early: bool = False
-
-
 _TABLE: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
     (64, DecodeConfig(32, 2, 4, 128, 16)),
