@@ -89,29 +89,33 @@ def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: 
 
 
 @triton.jit
-def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, softcap, M: tl.constexpr,
-        D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _fold(q, k, v, n, acc, peak, total, stop, visible_from, position, slope, scale_log2, softcap, WINDOW: tl.constexpr,
+        CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Fold a tile of tokens n, before `stop`, into the online softmax."""
+    s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
+    s = _visible_scores(s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI)
+    return softmax_step(
+        s, v, acc, peak, total, score_scale(scale_log2, CAP or ALIBI), PRECISION
+    )
+
+
+@triton.jit
+def _walk(q, acc, peak, total, k_base, v_base, table, lo, hi, visible_from, position, slope, block_stride, scale_log2,
+        softcap, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+        CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Online softmax of the rows of q, whose token is at `position`, over tokens lo..hi."""
-    acc = tl.zeros([M, D_PAD], tl.float32)
-    peak = tl.full([M], MASKED, tl.float32)
-    total = tl.zeros([M], tl.float32)
-    scale = score_scale(scale_log2, CAP or ALIBI)
-    page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
+    page = load_pages(table, lo, hi, PAGE, BLOCK_N, False)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         k = load_tile(
-            k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+            k_base, page, start, hi, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
         )
         v = load_tile(
-            v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+            v_base, page, start, hi, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
         )
-        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
-        s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
-        s = _visible_scores(
-            s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
-        )
-        acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
+        page = load_pages(table, start + BLOCK_N, hi, PAGE, BLOCK_N, False)
+        acc, peak, total = _fold(q, k, v, n, acc, peak, total, hi, visible_from, position, slope, scale_log2, softcap, WINDOW, CAP,
+                                 ALIBI, PRECISION)  # fmt: skip
     return acc, peak, total
 
 
@@ -191,45 +195,70 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
 
 
 @triton.jit
-def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding (neox halves):
-    float32 [M, D_PAD].
-
-    Each element is loaded with its partner in the other half, so no tile is taken apart or
-    joined."""
-    HALF: tl.constexpr = D // 2
-    partner = tl.where(d < HALF, d + HALF, d - HALF)
-    a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
-        a = a * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        b = b * factor * tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    factors = cos_sin + position.to(tl.int64) * D + d % HALF
-    cos = tl.load(factors, mask=d < D, other=1.0)[None, :]
-    sin = tl.load(factors + HALF, mask=d < D, other=0.0)[None, :]
-    return a * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * b * sin
+def _partners(d, D: tl.constexpr):
+    """The place of each element's partner in the rotary embedding (neox halves)."""
+    return tl.where(d < D // 2, d + D // 2, d - D // 2)
 
 
 @triton.jit
-def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k_scale, v_scale, block_stride,
-        HKV: tl.constexpr, HQ: tl.constexpr, head, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
-        FORM: tl.constexpr):  # fmt: skip
-    """The key and value of one head of the token at `position` into its page, seen by this
-    program's later loads."""
-    d = tl.arange(0, D_PAD)
-    one = tl.arange(0, 1)
-    inside = (one == 0)[:, None] & (d < D)[None, :]
-    pointers = qkv + ((HQ + head) * D + one)[:, None]
-    key = _roped(pointers, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(
-        qkv.dtype.element_ty
-    )
-    value = tl.load(pointers + HKV * D + d[None, :], mask=inside, other=0.0)
+def _rotation(cos_sin, position, d, D: tl.constexpr):
+    """Cosines and sines [D_PAD] of a position; sines with the sign they have for each element."""
+    HALF: tl.constexpr = D // 2
+    factors = cos_sin + position.to(tl.int64) * D + d % HALF
+    cos = tl.load(factors, mask=d < D, other=1.0)
+    sin = tl.load(factors + HALF, mask=d < D, other=0.0)
+    return cos, tl.where(d < HALF, -1.0, 1.0) * sin
+
+
+@triton.jit
+def _norm_weights(weight, d, D: tl.constexpr, NORM: tl.constexpr):
+    """Of the QK-norm, and of each element's partner: float32 [D_PAD]."""
+    own = d.to(tl.float32)
+    partner = own
+    if NORM:
+        own = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        partner = tl.load(weight + _partners(d, D), mask=d < D, other=0.0).to(tl.float32)
+    return own, partner
+
+
+@triton.jit
+def _roped(x, own, partner, cos, sin, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding: float32 [M,
+    D_PAD].
+
+    Each element is loaded with its partner in the other half, so no tile is taken apart or
+    joined."""
+    a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + _partners(d, D)[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        a = a * factor * own[None, :]
+        b = b * factor * partner[None, :]
+    return a * cos[None, :] + sin[None, :] * b
+
+
+@triton.jit
+def _fold_new(q, key, value, acc, peak, total, own, scale_log2, softcap, CAP: tl.constexpr):
+    """Fold the new token's key and value [1, D_PAD] into the online softmax, if they are of this
+    program's split."""
+    s = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)
+    s = capped(s, scale_log2, softcap, CAP) * score_scale(scale_log2, CAP)
+    s = tl.where(own, s, MASKED)
+    new_peak = tl.maximum(peak, s)
+    weight = tl.exp2(s - new_peak)
+    shrink = tl.exp2(peak - new_peak)
+    acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)
+    return acc, new_peak, total * shrink + weight
+
+
+@triton.jit
+def _write_new(key, value, k_cache, v_cache, table, position, k_scale, v_scale, block_stride, inside, head, d, D: tl.constexpr,
+        PAGE: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+    """The key and value [1, D_PAD] of one head of the token at `position` into its page."""
     block = tl.load(table + position // PAGE).to(tl.int64)
-    place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
+    place = block * block_stride + (head * PAGE + position % PAGE) * D + d[None, :]
     tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)
     tl.store(v_cache + place, kept(value, v_scale, v_cache, FORM), mask=inside)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -240,8 +269,11 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
             CAP: tl.constexpr, ALIBI: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
             MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
-    if PDL:
+            AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """AHEAD: what the kernel before does not write is read before the wait for it: lengths, pages,
+    and the first tile of keys and values, whose new token it lacks. Lengths and older tokens were
+    written before that kernel's own wait was over."""
+    if PDL and not AHEAD:
         gdc_wait()
     row = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -257,6 +289,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
     out_base = (token.to(tl.int64) * HKV + head) * GROUP * D
     if length <= 0:
+        if PDL and AHEAD:
+            gdc_wait()
         if split == 0:
             tl.store(
                 out + out_base + g[:, None] * D + d[None, :],
@@ -277,33 +311,78 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     active = tl.cdiv(length - begin, chunk)
     lo = begin + split * chunk
     if lo >= length:
+        if PDL and AHEAD:
+            gdc_wait()
         return
-    q_at = q + token.to(tl.int64) * q_stride + head * GROUP * D
+    position = length - 1
+    row_at = q + token.to(tl.int64) * q_stride
+    q_at = row_at + head * GROUP * D
     page_base = head.to(tl.int64) * (PAGE * D)
+    keys = k_cache + page_base
+    values = v_cache + page_base
     table = tables + row.to(tl.int64) * table_stride
     hi = tl.minimum(lo + chunk, length)
-    if ROPE:
-        query = _roped(
-            q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM
-        ).to(q.dtype.element_ty)
-        if hi == length:
-            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, k_scale, v_scale,
-                block_stride, HKV, HKV * GROUP, head, D, D_PAD, PAGE, NORM, FORM)  # fmt: skip
-    else:
-        query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
+    old = hi
+    if ROPE and FORM == "full":
+        # the new token is not read back
+        old = tl.minimum(hi, position)
+    acc = tl.zeros([M, D_PAD], tl.float32)
+    peak = tl.full([M], MASKED, tl.float32)
+    total = tl.zeros([M], tl.float32)
     slope = g.to(tl.float32)
     if ALIBI:
         slope = (
             tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
         )
-    if FORM == "full":
-        acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
-            block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+    if ROPE:
+        cos, sin = _rotation(cos_sin, position, d, D)
+        own, partner = _norm_weights(q_weight, d, D, NORM)
+        key_own, key_partner = _norm_weights(k_weight, d, D, NORM)
+    if AHEAD:
+        page = load_pages(table, lo, old, PAGE, BLOCK_N, False)
+        first_k = load_tile(
+            keys, page, lo, old, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+        )
+        first_v = load_tile(
+            values, page, lo, old, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
+        )
+        if PDL:
+            gdc_wait()
+    if PDL and EARLY:
+        gdc_launch_dependents()
+    if ROPE:
+        query = _roped(
+            q_at + (g * D)[:, None], own, partner, cos, sin, d, inside, eps, D, NORM
+        ).to(q.dtype.element_ty)
+        one = (tl.arange(0, 1) == 0)[:, None] & (d < D)[None, :]
+        key_at = row_at + (HKV * GROUP + head) * D + tl.arange(0, 1)[:, None]
+        key = _roped(key_at, key_own, key_partner, cos, sin, d, one, eps, D, NORM).to(
+            q.dtype.element_ty
+        )
+        value = tl.load(key_at + HKV * D + d[None, :], mask=one, other=0.0)
+        if hi == length:
+            _write_new(
+                key, value, k_cache, v_cache, table, position, k_scale, v_scale, block_stride, one, head, d, D, PAGE, FORM
+            )  # fmt: skip
+            if FORM != "full":
+                # codes are read back
+                tl.debug_barrier()
     else:
-        acc, peak, total = _walk_codes(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1,
+        query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if AHEAD:
+        acc, peak, total = _fold(query, first_k, first_v, lo + tl.arange(0, BLOCK_N), acc, peak, total, old, visible_from, position,
+                                 slope, scale_log2, softcap, WINDOW, CAP, ALIBI, PRECISION)  # fmt: skip
+        lo += BLOCK_N
+    if FORM == "full":
+        acc, peak, total = _walk(query, acc, peak, total, keys, values, table, lo, old, visible_from, position, slope, block_stride,
+            scale_log2, softcap, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+        if ROPE:
+            acc, peak, total = _fold_new(query, key, value, acc, peak, total, hi == length, scale_log2, softcap, CAP)  # fmt: skip
+    else:
+        acc, peak, total = _walk_codes(query, keys, values, table, lo, hi, hi, visible_from, position,
             slope, block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE,
             FORM)  # fmt: skip
-    if PDL:
+    if PDL and not EARLY:
         gdc_launch_dependents()
     acc = acc / total[:, None]
     if FORM != "full":
@@ -415,4 +494,4 @@ def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, w
         CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=caches.keys.numel() >= 2**31, FORM=caches.form,
-        num_warps=c.warps, **overlap(q.device))  # fmt: skip
+        AHEAD=c.ahead and rope is not None and caches.form == "full", EARLY=c.early, num_warps=c.warps, **overlap(q.device))  # fmt: skip

@@ -12,13 +12,16 @@ from .shapes import Candidate, Choice, elements
 @dataclass(frozen=True)
 class DecodeConfig:
     """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a
-    request."""
+    request. ahead: with the rotary embedding inside, lengths, pages and the first tile are read
+    before the wait for the kernel before; early: the next kernel's programs are let in at once."""
 
     block_n: int
     warps: int
     stages: int
     chunk: int
     splits: int
+    ahead: bool = False
+    early: bool = False
 
 
 _TABLE: Final = (
