@@ -211,20 +211,17 @@ def _rotation(cos_sin, position, d, D: tl.constexpr):
 
 
 @triton.jit
-def _norm_weights(weight, d, D: tl.constexpr, NORM: tl.constexpr):
-    """Of the QK-norm, and of each element's partner: float32 [D_PAD]."""
-    own = d.to(tl.float32)
-    partner = own
-    if NORM:
-        own = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        partner = tl.load(weight + _partners(d, D), mask=d < D, other=0.0).to(tl.float32)
-    return own, partner
+def _norm_weights(q_weight, k_weight, is_key, d, D: tl.constexpr):
+    """Of the QK-norm for rows of queries and of keys: float32 [M, D_PAD]."""
+    q = tl.load(q_weight + d, mask=d < D, other=0.0).to(tl.float32)
+    k = tl.load(k_weight + d, mask=d < D, other=0.0).to(tl.float32)
+    return tl.where(is_key[:, None], k[None, :], q[None, :])
 
 
 @triton.jit
 def _roped(x, own, partner, cos, sin, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
     """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding: float32 [M,
-    D_PAD].
+    D_PAD]. own, partner: the norm's weights of each element and of its partner.
 
     Each element is loaded with its partner in the other half, so no tile is taken apart or
     joined."""
@@ -232,33 +229,16 @@ def _roped(x, own, partner, cos, sin, d, inside, eps, D: tl.constexpr, NORM: tl.
     b = tl.load(x + _partners(d, D)[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
         factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
-        a = a * factor * own[None, :]
-        b = b * factor * partner[None, :]
+        a = a * factor * own
+        b = b * factor * partner
     return a * cos[None, :] + sin[None, :] * b
 
 
 @triton.jit
-def _fold_new(q, key, value, acc, peak, total, own, scale_log2, softcap, CAP: tl.constexpr):
-    """Fold the new token's key and value [1, D_PAD] into the online softmax, if they are of this
-    program's split."""
-    s = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)
-    s = capped(s, scale_log2, softcap, CAP) * score_scale(scale_log2, CAP)
-    s = tl.where(own, s, MASKED)
-    new_peak = tl.maximum(peak, s)
-    weight = tl.exp2(s - new_peak)
-    shrink = tl.exp2(peak - new_peak)
-    acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)
-    return acc, new_peak, total * shrink + weight
-
-
-@triton.jit
-def _write_new(key, value, k_cache, v_cache, table, position, k_scale, v_scale, block_stride, inside, head, d, D: tl.constexpr,
-        PAGE: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
-    """The key and value [1, D_PAD] of one head of the token at `position` into its page."""
-    block = tl.load(table + position // PAGE).to(tl.int64)
-    place = block * block_stride + (head * PAGE + position % PAGE) * D + d[None, :]
-    tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)
-    tl.store(v_cache + place, kept(value, v_scale, v_cache, FORM), mask=inside)
+def _new_scores(q, is_key, scale_log2, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [M] in base 2 of the rows of q with the one that is the new token's key."""
+    s = raw_scores(q, q, scale_log2, softcap, CAP, PRECISION)
+    return tl.sum(tl.where(is_key[None, :], s, 0.0), 1) * score_scale(scale_log2, CAP)
 
 
 @triton.jit
@@ -335,9 +315,15 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
             tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
         )
     if ROPE:
+        # the row behind the queries is the key
+        is_key = g == GROUP
+        taken = (g <= GROUP)[:, None] & (d < D)[None, :]
         cos, sin = _rotation(cos_sin, position, d, D)
-        own, partner = _norm_weights(q_weight, d, D, NORM)
-        key_own, key_partner = _norm_weights(k_weight, d, D, NORM)
+        own = cos
+        partner = cos
+        if NORM:
+            own = _norm_weights(q_weight, k_weight, is_key, d, D)
+            partner = _norm_weights(q_weight, k_weight, is_key, _partners(d, D), D)
     if AHEAD:
         page = load_pages(table, lo, old, PAGE, BLOCK_N, False)
         first_k = load_tile(
@@ -351,22 +337,28 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     if PDL and EARLY:
         gdc_launch_dependents()
     if ROPE:
-        query = _roped(
-            q_at + (g * D)[:, None], own, partner, cos, sin, d, inside, eps, D, NORM
-        ).to(q.dtype.element_ty)
-        one = (tl.arange(0, 1) == 0)[:, None] & (d < D)[None, :]
-        key_at = row_at + (HKV * GROUP + head) * D + tl.arange(0, 1)[:, None]
-        key = _roped(key_at, key_own, key_partner, cos, sin, d, one, eps, D, NORM).to(
+        at = tl.where(is_key, HKV * GROUP + head, head * GROUP + g) * D
+        query = _roped(row_at + at[:, None], own, partner, cos, sin, d, taken, eps, D, NORM).to(
             q.dtype.element_ty
         )
-        value = tl.load(key_at + HKV * D + d[None, :], mask=one, other=0.0)
+        value_at = row_at + (HKV * GROUP + HKV + head) * D + tl.arange(0, 1)[:, None]
+        value = tl.load(value_at + d[None, :], mask=(d < D)[None, :], other=0.0)
         if hi == length:
-            _write_new(
-                key, value, k_cache, v_cache, table, position, k_scale, v_scale, block_stride, one, head, d, D, PAGE, FORM
-            )  # fmt: skip
+            block = tl.load(table + position // PAGE).to(tl.int64)
+            place = block * block_stride + (position % PAGE) * D + d[None, :]
+            key_row = is_key[:, None] & (d < D)[None, :]
+            tl.store(keys + place + (g * 0)[:, None], kept(query, k_scale, k_cache, FORM), mask=key_row)
+            tl.store(values + place, kept(value, v_scale, v_cache, FORM), mask=(d < D)[None, :])
             if FORM != "full":
                 # codes are read back
                 tl.debug_barrier()
+        if FORM == "full":
+            # the online softmax begins with the new token, where it is of this split
+            mine = hi == length
+            new = _new_scores(query, is_key, scale_log2, softcap, CAP, PRECISION)
+            peak = tl.where(mine, new, peak)
+            total = tl.where(mine, 1.0, total)
+            acc = tl.where(mine, value.to(tl.float32), acc)
     else:
         query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     if AHEAD:
@@ -376,8 +368,6 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     if FORM == "full":
         acc, peak, total = _walk(query, acc, peak, total, keys, values, table, lo, old, visible_from, position, slope, block_stride,
             scale_log2, softcap, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
-        if ROPE:
-            acc, peak, total = _fold_new(query, key, value, acc, peak, total, hi == length, scale_log2, softcap, CAP)  # fmt: skip
     else:
         acc, peak, total = _walk_codes(query, keys, values, table, lo, hi, hi, visible_from, position,
             slope, block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE,
@@ -488,7 +478,7 @@ def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, w
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),
         caches.score_scale * LOG2E, softcap or 1.0, eps, caches.k_scale, caches.v_scale, q.stride(0), tables.stride(0),
         caches.keys.stride(0),
-        HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
+        HKV=hkv, GROUP=group, M=max(16, triton.next_power_of_2(group + (rope is not None))), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
         PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0,
         CAP=softcap is not None, ALIBI=alibi_slopes is not None,

@@ -146,7 +146,7 @@ def token_down(
     """The weighted sum over each token's experts, plus residual [T, H]: inner [T * k, I], down
     [E, H, I] -> [T, H]."""
     (tokens, k), (hidden, width) = top_k_ids.shape, down.shape[1:]
-    c = config or pick_down(width)
+    c = config or pick_down(width, k)
     out = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
     _token_down[(tokens, triton.cdiv(hidden, c.block_n))](
         inner, down, top_k_ids, top_k_weights, residual, out, hidden, K=width, TOP_K=k, EB=triton.next_power_of_2(k), BN=c.block_n,
