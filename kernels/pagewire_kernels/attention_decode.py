@@ -425,7 +425,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     kv_itemsize = k_cache.element_size()
-    splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize)).splits
+    splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize, rope is not None)).splits
     if shared is None:
         part = torch.empty(
             rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device
@@ -441,7 +441,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if config is not None:
         launch(config)
     else:
-        choose(dim, group, rows * hkv, q.element_size(), kv_itemsize).launch(q.device, launch)
+        choose(dim, group, rows * hkv, q.element_size(), kv_itemsize, rope is not None).launch(q.device, launch)
     return out
 
 

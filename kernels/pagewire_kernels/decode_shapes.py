@@ -33,6 +33,9 @@ _TABLE: Final = (
     (4096, DecodeConfig(32, 1, 2, 2048, 2)),
 )
 """Up to so many programs (rows * KV heads); measured on an H200 (docs/performance.md)."""
+_FEW_ROPED: Final = (16, DecodeConfig(32, 2, 2, 32, 32, ahead=True, early=True))
+"""The same with the rotary embedding inside, measured in chains of layers: latency counts there, so
+tiles are small, and what can be read before the wait is."""
 _BEYOND: Final = DecodeConfig(32, 1, 2, 2048, 1)
 _TABLE_OF_BYTES: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
@@ -50,10 +53,15 @@ MARGIN: Final = 512
 
 
 @functools.cache
-def pick_config(head_dim: int, group: int, programs: int, kv_itemsize: int) -> DecodeConfig:
+def pick_config(
+    head_dim: int, group: int, programs: int, kv_itemsize: int, roped: bool = False
+) -> DecodeConfig:
     """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that
-    has the shared memory for it. kv_itemsize: bytes of an element of the caches."""
+    has the shared memory for it. kv_itemsize: bytes of an element of the caches. roped: with the
+    rotary embedding and the new token's key and value."""
     table, beyond = (_TABLE_OF_BYTES, _BEYOND_OF_BYTES) if kv_itemsize == 1 else (_TABLE, _BEYOND)
+    if roped and kv_itemsize > 1:
+        table = (_FEW_ROPED, *table)
     config = next((config for limit, config in table if programs <= limit), beyond)
     if head_dim > 128:
         return replace(config, block_n=32, warps=2, stages=4)
@@ -87,19 +95,26 @@ def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
 
 @functools.cache
 def _choice(
-    best: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int
+    best: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int, roped: bool
 ) -> Choice[DecodeConfig]:
+    # the new key lies behind the queries
+    rows = group + roped
     shapes = tuple(
-        Candidate(config, shared_bytes(config, head_dim, group, itemsize, kv_itemsize))
+        Candidate(config, shared_bytes(config, head_dim, rows, itemsize, kv_itemsize))
         for config in _ladder(best)
     )
     return Choice(f"decode attention ({elements(head_dim, itemsize, kv_itemsize)})", shapes)
 
 
 def choose(
-    head_dim: int, group: int, programs: int, itemsize: int, kv_itemsize: int
+    head_dim: int,
+    group: int,
+    programs: int,
+    itemsize: int,
+    kv_itemsize: int,
+    roped: bool = False,
 ) -> Choice[DecodeConfig]:
     """The launch shapes for elements of queries and of caches of so many bytes; all of them have
     the same splits."""
-    best = pick_config(head_dim, group, programs, kv_itemsize)
-    return _choice(best, head_dim, group, itemsize, kv_itemsize)
+    best = pick_config(head_dim, group, programs, kv_itemsize, roped)
+    return _choice(best, head_dim, group, itemsize, kv_itemsize, roped)
