@@ -14,7 +14,6 @@ length 0 are padding and give zeros.
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,105 +29,15 @@ from .attention_common import (
     load_pages,
     load_tile,
     pair_numbers,
-    raw_scores,
     score_scale,
-    softmax_step,
     softmax_weights,
-    with_slopes,
 )
-from .decode_shapes import DecodeConfig, choose, pick_config
+from .attention_decode_few import decode_few
+from .attention_rope import Rope, norm_weights, roped, rotation
+from .attention_softmax import merge, visible_scores, walk
+from .decode_shapes import DecodeConfig, choose, pick_config, pick_few
 from .kv_cache import UNSCALED, KernelCaches, KVScales, kernel_caches
 from .workspace import counters, overlap
-
-
-@triton.jit
-def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE: tl.constexpr, GP, SB, D, D_PAD):  # fmt: skip
-    """Fold SB partial results, from number `first` on, of the GP heads at `base` into (acc [GP,
-    D_PAD], peak [GP], total [GP])."""
-    s = first + tl.arange(0, SB)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, D_PAD)
-    seen = (s < active)[:, None] & (g < GROUP)[None, :]
-    slot = base + g[None, :] * STRIDE + s[:, None]
-    weight_log = tl.load(lse + slot, mask=seen, other=-1e30, cache_modifier=".cg")
-    tile = tl.load(
-        part + slot[:, :, None] * D + d[None, None, :],
-        mask=seen[:, :, None] & (d < D)[None, None, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    new_peak = tl.maximum(peak, tl.max(weight_log, 0))
-    weight = tl.where(seen, tl.exp2(weight_log - new_peak[None, :]), 0.0)
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(weight, 0)
-    acc = acc * shrink[:, None] + tl.sum(
-        tl.where(weight[:, :, None] > 0, tile * weight[:, :, None], 0.0), 0
-    )
-    return acc, new_peak, total
-
-
-@triton.jit
-def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-        GP: tl.constexpr, SB: tl.constexpr):  # fmt: skip
-    """Combine the first `active` partial results of the heads at `base` into out."""
-    acc = tl.zeros([GP, D_PAD], tl.float32)
-    peak = tl.full([GP], MASKED, tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    for first in range(0, active, SB):
-        acc, peak, total = _merge_tile(
-            part, lse, base, first, active, acc, peak, total, GROUP, STRIDE, GP, SB, D, D_PAD
-        )
-    g = tl.arange(0, GP)
-    d = tl.arange(0, D_PAD)
-    result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
-    tl.store(
-        out + out_base + g[:, None] * D + d[None, :],
-        result,
-        mask=(g < GROUP)[:, None] & (d < D)[None, :],
-    )
-
-
-@triton.jit
-def _fold(q, k, v, n, acc, peak, total, stop, visible_from, position, slope, scale_log2, softcap, WINDOW: tl.constexpr,
-        CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Fold a tile of tokens n, before `stop`, into the online softmax."""
-    s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
-    s = _visible_scores(s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI)
-    return softmax_step(
-        s, v, acc, peak, total, score_scale(scale_log2, CAP or ALIBI), PRECISION
-    )
-
-
-@triton.jit
-def _walk(q, acc, peak, total, k_base, v_base, table, lo, hi, visible_from, position, slope, block_stride, scale_log2,
-        softcap, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-        CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Online softmax of the rows of q, whose token is at `position`, over tokens lo..hi."""
-    page = load_pages(table, lo, hi, PAGE, BLOCK_N, False)
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)
-        k = load_tile(
-            k_base, page, start, hi, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        v = load_tile(
-            v_base, page, start, hi, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        page = load_pages(table, start + BLOCK_N, hi, PAGE, BLOCK_N, False)
-        acc, peak, total = _fold(q, k, v, n, acc, peak, total, hi, visible_from, position, slope, scale_log2, softcap, WINDOW, CAP,
-                                 ALIBI, PRECISION)  # fmt: skip
-    return acc, peak, total
-
-
-@triton.jit
-def _visible_scores(s, n, stop, visible_from, position, slope, scale_log2, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        ALIBI: tl.constexpr):  # fmt: skip
-    """Raw scores of tokens n, with slopes, masked from `stop` on and before `visible_from`."""
-    if ALIBI:
-        s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
-    visible = n < stop
-    if WINDOW > 0:
-        visible = visible & (n >= visible_from)
-    return tl.where(visible[None, :], s, MASKED)
 
 
 @triton.jit
@@ -136,7 +45,7 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
         M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
         CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
         FORM: tl.constexpr):  # fmt: skip
-    """_walk over caches of 8-bit codes, which are read two dimensions at a time: even and odd ones
+    """walk over caches of 8-bit codes, which are read two dimensions at a time: even and odd ones
     have tiles of their own, and results of their own until the end."""
     HALF: tl.constexpr = D_PAD // 2
     q_even, q_odd = tl.split(tl.reshape(q, [M, HALF, 2]))
@@ -183,7 +92,7 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
         s = tl.dot(q_even, tl.trans(k_even), input_precision=PRECISION)
         s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision=PRECISION)
         s = capped(s, scale_log2, softcap, CAP)
-        s = _visible_scores(
+        s = visible_scores(
             s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
         )
         p, shrink, peak, total = softmax_weights(s, peak, total, scale)
@@ -195,50 +104,23 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
 
 
 @triton.jit
-def _partners(d, D: tl.constexpr):
-    """The place of each element's partner in the rotary embedding (neox halves)."""
-    return tl.where(d < D // 2, d + D // 2, d - D // 2)
-
-
-@triton.jit
-def _rotation(cos_sin, position, d, D: tl.constexpr):
-    """Cosines and sines [D_PAD] of a position; sines with the sign they have for each element."""
-    HALF: tl.constexpr = D // 2
-    factors = cos_sin + position.to(tl.int64) * D + d % HALF
-    cos = tl.load(factors, mask=d < D, other=1.0)
-    sin = tl.load(factors + HALF, mask=d < D, other=0.0)
-    return cos, tl.where(d < HALF, -1.0, 1.0) * sin
-
-
-@triton.jit
-def _norm_weights(q_weight, k_weight, is_key, d, D: tl.constexpr):
-    """Of the QK-norm for rows of queries and of keys: float32 [M, D_PAD]."""
-    q = tl.load(q_weight + d, mask=d < D, other=0.0).to(tl.float32)
-    k = tl.load(k_weight + d, mask=d < D, other=0.0).to(tl.float32)
-    return tl.where(is_key[:, None], k[None, :], q[None, :])
-
-
-@triton.jit
-def _roped(x, own, partner, cos, sin, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding: float32 [M,
-    D_PAD]. own, partner: the norm's weights of each element and of its partner.
-
-    Each element is loaded with its partner in the other half, so no tile is taken apart or
-    joined."""
-    a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + _partners(d, D)[None, :], mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
-        a = a * factor * own
-        b = b * factor * partner
-    return a * cos[None, :] + sin[None, :] * b
-
-
-@triton.jit
-def _new_scores(q, is_key, scale_log2, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [M] in base 2 of the rows of q with the one that is the new token's key."""
-    s = raw_scores(q, q, scale_log2, softcap, CAP, PRECISION)
-    return tl.sum(tl.where(is_key[None, :], s, 0.0), 1) * score_scale(scale_log2, CAP)
+def _write_new(qkv, k_weight, cos, sin, k_cache, v_cache, table, position, eps, k_scale, v_scale, block_stride,
+        HKV: tl.constexpr, HQ: tl.constexpr, head, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+        FORM: tl.constexpr):  # fmt: skip
+    """The key and value of one head of the token at `position` into its page, seen by this
+    program's later loads."""
+    d = tl.arange(0, D_PAD)
+    one = tl.arange(0, 1)
+    inside = (one == 0)[:, None] & (d < D)[None, :]
+    pointers = qkv + ((HQ + head) * D + one)[:, None]
+    own, partner = norm_weights(k_weight, d, D, NORM)
+    key = roped(pointers, own, partner, cos, sin, d, inside, eps, D, NORM).to(qkv.dtype.element_ty)
+    value = tl.load(pointers + HKV * D + d[None, :], mask=inside, other=0.0)
+    block = tl.load(table + position // PAGE).to(tl.int64)
+    place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
+    tl.store(k_cache + place, kept(key, k_scale, k_cache, FORM), mask=inside)
+    tl.store(v_cache + place, kept(value, v_scale, v_cache, FORM), mask=inside)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -249,11 +131,8 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
             BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PREFIXES: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
             CAP: tl.constexpr, ALIBI: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
             MIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr,
-            AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """AHEAD: what the kernel before does not write is read before the wait for it: lengths, pages,
-    and the first tile of keys and values, whose new token it lacks. Lengths and older tokens were
-    written before that kernel's own wait was over."""
-    if PDL and not AHEAD:
+            PDL: tl.constexpr):  # fmt: skip
+    if PDL:
         gdc_wait()
     row = tl.program_id(0) // HKV
     head = tl.program_id(0) % HKV
@@ -269,8 +148,6 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
     out_base = (token.to(tl.int64) * HKV + head) * GROUP * D
     if length <= 0:
-        if PDL and AHEAD:
-            gdc_wait()
         if split == 0:
             tl.store(
                 out + out_base + g[:, None] * D + d[None, :],
@@ -291,88 +168,38 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     active = tl.cdiv(length - begin, chunk)
     lo = begin + split * chunk
     if lo >= length:
-        if PDL and AHEAD:
-            gdc_wait()
         return
-    position = length - 1
-    row_at = q + token.to(tl.int64) * q_stride
-    q_at = row_at + head * GROUP * D
+    q_at = q + token.to(tl.int64) * q_stride + head * GROUP * D
     page_base = head.to(tl.int64) * (PAGE * D)
-    keys = k_cache + page_base
-    values = v_cache + page_base
     table = tables + row.to(tl.int64) * table_stride
     hi = tl.minimum(lo + chunk, length)
-    old = hi
-    if ROPE and FORM == "full":
-        # the new token is not read back
-        old = tl.minimum(hi, position)
-    acc = tl.zeros([M, D_PAD], tl.float32)
-    peak = tl.full([M], MASKED, tl.float32)
-    total = tl.zeros([M], tl.float32)
+    if ROPE:
+        cos, sin = rotation(cos_sin, length - 1, d, D)
+        own, partner = norm_weights(q_weight, d, D, NORM)
+        heads = q_at + (g * D)[:, None]
+        query = roped(heads, own, partner, cos, sin, d, inside, eps, D, NORM).to(q.dtype.element_ty)
+        if hi == length:
+            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos, sin, k_cache, v_cache, table, length - 1, eps, k_scale, v_scale,
+                block_stride, HKV, HKV * GROUP, head, D, D_PAD, PAGE, NORM, FORM)  # fmt: skip
+    else:
+        query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
     slope = g.to(tl.float32)
     if ALIBI:
         slope = (
             tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
         )
-    if ROPE:
-        # the row behind the queries is the key
-        is_key = g == GROUP
-        taken = (g <= GROUP)[:, None] & (d < D)[None, :]
-        cos, sin = _rotation(cos_sin, position, d, D)
-        own = cos
-        partner = cos
-        if NORM:
-            own = _norm_weights(q_weight, k_weight, is_key, d, D)
-            partner = _norm_weights(q_weight, k_weight, is_key, _partners(d, D), D)
-    if AHEAD:
-        page = load_pages(table, lo, old, PAGE, BLOCK_N, False)
-        first_k = load_tile(
-            keys, page, lo, old, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        first_v = load_tile(
-            values, page, lo, old, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        if PDL:
-            gdc_wait()
-    if PDL and EARLY:
-        gdc_launch_dependents()
-    if ROPE:
-        at = tl.where(is_key, HKV * GROUP + head, head * GROUP + g) * D
-        query = _roped(row_at + at[:, None], own, partner, cos, sin, d, taken, eps, D, NORM).to(
-            q.dtype.element_ty
-        )
-        value_at = row_at + (HKV * GROUP + HKV + head) * D + tl.arange(0, 1)[:, None]
-        value = tl.load(value_at + d[None, :], mask=(d < D)[None, :], other=0.0)
-        if hi == length:
-            block = tl.load(table + position // PAGE).to(tl.int64)
-            place = block * block_stride + (position % PAGE) * D + d[None, :]
-            key_row = is_key[:, None] & (d < D)[None, :]
-            tl.store(keys + place + (g * 0)[:, None], kept(query, k_scale, k_cache, FORM), mask=key_row)
-            tl.store(values + place, kept(value, v_scale, v_cache, FORM), mask=(d < D)[None, :])
-            if FORM != "full":
-                # codes are read back
-                tl.debug_barrier()
-        if FORM == "full":
-            # the online softmax begins with the new token, where it is of this split
-            mine = hi == length
-            new = _new_scores(query, is_key, scale_log2, softcap, CAP, PRECISION)
-            peak = tl.where(mine, new, peak)
-            total = tl.where(mine, 1.0, total)
-            acc = tl.where(mine, value.to(tl.float32), acc)
-    else:
-        query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
-    if AHEAD:
-        acc, peak, total = _fold(query, first_k, first_v, lo + tl.arange(0, BLOCK_N), acc, peak, total, old, visible_from, position,
-                                 slope, scale_log2, softcap, WINDOW, CAP, ALIBI, PRECISION)  # fmt: skip
-        lo += BLOCK_N
     if FORM == "full":
-        acc, peak, total = _walk(query, acc, peak, total, keys, values, table, lo, old, visible_from, position, slope, block_stride,
-            scale_log2, softcap, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+        acc = tl.zeros([M, D_PAD], tl.float32)
+        peak = tl.full([M], MASKED, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc, peak, total = walk(query, acc, peak, total, k_cache + page_base, v_cache + page_base, table, lo, hi, visible_from,
+            length - 1, slope, block_stride, scale_log2, softcap, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES,
+            WIDE)  # fmt: skip
     else:
-        acc, peak, total = _walk_codes(query, keys, values, table, lo, hi, hi, visible_from, position,
+        acc, peak, total = _walk_codes(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1,
             slope, block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE,
             FORM)  # fmt: skip
-    if PDL and not EARLY:
+    if PDL:
         gdc_launch_dependents()
     acc = acc / total[:, None]
     if FORM != "full":
@@ -390,18 +217,7 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     tl.debug_barrier()
     if tl.atomic_add(arrived + row * HKV + head, 1) == active - 1:
         tl.store(arrived + row * HKV + head, 0)
-        _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of
-    the QK-norm or None; its eps."""
-
-    cos_sin: torch.Tensor
-    q_weight: torch.Tensor | None
-    k_weight: torch.Tensor | None
-    eps: float
+        merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
@@ -425,7 +241,15 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     kv_itemsize = k_cache.element_size()
-    splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize, rope is not None)).splits
+    if rope is not None and config is None:
+        normed = rope.q_weight is not None
+        few = pick_few(dim, group, rows * hkv, q.element_size(), kv_itemsize, normed)
+        if few is not None:
+            decode_few(
+                q, k_cache, v_cache, tables, seq_lens, scale, window, softcap, rope, out, few
+            )
+            return out
+    splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize)).splits
     if shared is None:
         part = torch.empty(
             rows * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=q.device
@@ -441,7 +265,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if config is not None:
         launch(config)
     else:
-        choose(dim, group, rows * hkv, q.element_size(), kv_itemsize, rope is not None).launch(q.device, launch)
+        choose(dim, group, rows * hkv, q.element_size(), kv_itemsize).launch(q.device, launch)
     return out
 
 
@@ -478,10 +302,10 @@ def _launch(inputs: _Inputs, rope: Rope | None, partial: _Partial, group: int, w
         out, partial.part, partial.lse, counters(q.device, "decode attention", rows * hkv),
         caches.score_scale * LOG2E, softcap or 1.0, eps, caches.k_scale, caches.v_scale, q.stride(0), tables.stride(0),
         caches.keys.stride(0),
-        HKV=hkv, GROUP=group, M=max(16, triton.next_power_of_2(group + (rope is not None))), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
+        HKV=hkv, GROUP=group, M=max(16, gp), GP=gp, SB=max(1, min(16, 8192 // (gp * d_pad))), D=dim, D_PAD=d_pad, PAGE=page,
         BLOCK_N=c.block_n, SPLITS=c.splits,
         PREFIXES=partial.prefixes, CHUNK=max(c.chunk, c.block_n), WINDOW=window or 0,
         CAP=softcap is not None, ALIBI=alibi_slopes is not None,
         ROPE=rope is not None, NORM=q_weight is not None, MIXED=query_start is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=c.stages, WIDE=caches.keys.numel() >= 2**31, FORM=caches.form,
-        AHEAD=c.ahead and rope is not None and caches.form == "full", EARLY=c.early, num_warps=c.warps, **overlap(q.device))  # fmt: skip
+        num_warps=c.warps, **overlap(q.device))  # fmt: skip

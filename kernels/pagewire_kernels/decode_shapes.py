@@ -12,18 +12,33 @@ from .shapes import Candidate, Choice, elements
 @dataclass(frozen=True)
 class DecodeConfig:
     """Launch shape. block_n: tokens a tile; chunk: least tokens a split; splits: most splits of a
-    request. ahead: with the rotary embedding inside, lengths, pages and the first tile are read
-    before the wait for the kernel before; early: the next kernel's programs are let in at once."""
+    request."""
 
     block_n: int
     warps: int
     stages: int
     chunk: int
     splits: int
-    ahead: bool = False
-    early: bool = False
 
 
+@dataclass(frozen=True)
+class FewConfig:
+    """Launch shape of attention_decode_few. first_n: tokens of the first tile, which is read ahead,
+    and of the least split; block_n: of the tiles behind it; splits: most splits of a request."""
+
+    first_n: int
+    block_n: int
+    warps: int
+    stages: int
+    splits: int
+
+
+FEW: Final = 8
+"""Programs (rows * KV heads) up to which latency counts."""
+_FEW: Final = FewConfig(32, 64, 2, 2, 32)
+_FEW_NORMED: Final = FewConfig(64, 64, 2, 2, 32)
+"""With QK-norm. Both were measured in chains of layers on an H200 (docs/performance.md); with heads
+of 128 in 16 bits they have 39 KiB of shared memory, which every GPU has."""
 _TABLE: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
     (64, DecodeConfig(32, 2, 4, 128, 16)),
@@ -33,9 +48,6 @@ _TABLE: Final = (
     (4096, DecodeConfig(32, 1, 2, 2048, 2)),
 )
 """Up to so many programs (rows * KV heads); measured on an H200 (docs/performance.md)."""
-_FEW_ROPED: Final = (16, DecodeConfig(32, 2, 2, 32, 32, ahead=True, early=True))
-"""The same with the rotary embedding inside, measured in chains of layers: latency counts there, so
-tiles are small, and what can be read before the wait is."""
 _BEYOND: Final = DecodeConfig(32, 1, 2, 2048, 1)
 _TABLE_OF_BYTES: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
@@ -53,15 +65,10 @@ MARGIN: Final = 512
 
 
 @functools.cache
-def pick_config(
-    head_dim: int, group: int, programs: int, kv_itemsize: int, roped: bool = False
-) -> DecodeConfig:
+def pick_config(head_dim: int, group: int, programs: int, kv_itemsize: int) -> DecodeConfig:
     """The best launch shape for `programs` = rows * KV heads of `group` query heads, on a GPU that
-    has the shared memory for it. kv_itemsize: bytes of an element of the caches. roped: with the
-    rotary embedding and the new token's key and value."""
+    has the shared memory for it. kv_itemsize: bytes of an element of the caches."""
     table, beyond = (_TABLE_OF_BYTES, _BEYOND_OF_BYTES) if kv_itemsize == 1 else (_TABLE, _BEYOND)
-    if roped and kv_itemsize > 1:
-        table = (_FEW_ROPED, *table)
     config = next((config for limit, config in table if programs <= limit), beyond)
     if head_dim > 128:
         return replace(config, block_n=32, warps=2, stages=4)
@@ -95,26 +102,30 @@ def _ladder(best: DecodeConfig) -> Iterator[DecodeConfig]:
 
 @functools.cache
 def _choice(
-    best: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int, roped: bool
+    best: DecodeConfig, head_dim: int, group: int, itemsize: int, kv_itemsize: int
 ) -> Choice[DecodeConfig]:
-    # the new key lies behind the queries
-    rows = group + roped
     shapes = tuple(
-        Candidate(config, shared_bytes(config, head_dim, rows, itemsize, kv_itemsize))
+        Candidate(config, shared_bytes(config, head_dim, group, itemsize, kv_itemsize))
         for config in _ladder(best)
     )
     return Choice(f"decode attention ({elements(head_dim, itemsize, kv_itemsize)})", shapes)
 
 
 def choose(
-    head_dim: int,
-    group: int,
-    programs: int,
-    itemsize: int,
-    kv_itemsize: int,
-    roped: bool = False,
+    head_dim: int, group: int, programs: int, itemsize: int, kv_itemsize: int
 ) -> Choice[DecodeConfig]:
     """The launch shapes for elements of queries and of caches of so many bytes; all of them have
     the same splits."""
-    best = pick_config(head_dim, group, programs, kv_itemsize, roped)
-    return _choice(best, head_dim, group, itemsize, kv_itemsize, roped)
+    best = pick_config(head_dim, group, programs, kv_itemsize)
+    return _choice(best, head_dim, group, itemsize, kv_itemsize)
+
+
+def pick_few(
+    head_dim: int, group: int, programs: int, itemsize: int, kv_itemsize: int, normed: bool
+) -> FewConfig | None:
+    """The launch shape of attention_decode_few; None where it does not serve: for many programs,
+    and for sizes whose tiles do not fit the registers. normed: with QK-norm."""
+    fits = head_dim <= 128 and group < 16 and itemsize == kv_itemsize == 2
+    if programs > FEW or not fits:
+        return None
+    return _FEW_NORMED if normed else _FEW

@@ -69,9 +69,15 @@ RESIDENT_OF_SMALL_GROUPS: Final = {
     ("pair", 4): 3,
 }
 """The same of groups under 128, with more scales a step."""
-MOST_SPLITS: Final = 8
+MOST_SPLITS: Final = 12
+SMALL: Final = 2
+"""Chunks of the steps whose programs take so few registers that several rounds of them do no harm."""
 LEAST_SMALL_STEPS: Final = 4
-"""Of 2 chunks, a split."""
+"""Of those, a split."""
+ODD: Final = 0.92
+"""What an odd number of such steps does to the speed, and"""
+LARGE_STEPS: Final = 0.97
+"""what steps of more chunks do, with gate and up."""
 
 
 @dataclass(frozen=True)
@@ -259,15 +265,14 @@ def _forms(gated: bool, norm: bool, group: int) -> list[tuple[int, int, int]]:
 
 
 def _splits(chunks: int, steps: int, tiles: int, at_a_time: int) -> Iterator[tuple[int, int]]:
-    """(splits, their steps) that are considered. Steps of 16 chunks are for programs of one step.
-    Those of 2, whose programs take few registers, may come in several rounds; others must run at a
-    time, if they can."""
-    least = LEAST_SMALL_STEPS if chunks == 2 else 1
+    """(splits, their steps) that are considered. Steps of 16 chunks are for programs of one step;
+    where steps are not small, programs must run at a time, if they can."""
+    least = LEAST_SMALL_STEPS if chunks == SMALL else 1
     for span in range(1, steps + 1):
         splits = triton.cdiv(steps, span)
         if splits > 1 and (splits > MOST_SPLITS or span < least):
             continue
-        if splits > 1 and chunks > 2 and splits * tiles > at_a_time:
+        if splits > 1 and chunks > SMALL and splits * tiles > at_a_time:
             continue
         if chunks < 16 or span == 1:
             yield splits, span
@@ -278,7 +283,8 @@ def pick_config(n: int, k: int, gated: bool, norm: bool, group: int) -> Int4RowC
     """The launch shape for n results of inner size k, with a norm before or without, whose weights
     have scales for `group` inputs: the one whose programs fill the multiprocessors best, with equal
     parts of the inner dimension. Measured on an H200 in groups of 128 (docs/performance.md)."""
-    shapes: list[tuple[float, int, int, int]] = []
+    best = (0.0, 0, 0.0, 0)
+    chosen = Int4RowConfig(1, 1, 1, early=True)
     for strips, most, at_a_time in _forms(gated, norm, group):
         tiles = triton.cdiv(n, TILE if gated else strips * TILE)
         chunks = min(most, triton.next_power_of_2(k // 64))
@@ -286,10 +292,14 @@ def pick_config(n: int, k: int, gated: bool, norm: bool, group: int) -> Int4RowC
         for splits, span in _splits(most, steps, tiles, at_a_time):
             rounds = splits * tiles / at_a_time
             filled = rounds / math.ceil(rounds) * steps / (splits * span)
-            # equally good to two digits: larger steps, then more programs
-            shapes.append((round(filled, 2), chunks, splits, -strips))
-    _, chunks, splits, strips = max(shapes)
-    return Int4RowConfig(-strips, chunks, splits, early=True)
+            if gated:
+                odd = ODD if span % 2 else 1.0
+                filled *= odd if most == SMALL else LARGE_STEPS
+            # equally good to two digits: larger steps, fewer rounds, two strips
+            rank = (round(filled, 2), chunks, -math.ceil(rounds), strips)
+            if rank > best:
+                best, chosen = rank, Int4RowConfig(strips, chunks, splits, early=True)
+    return chosen
 
 
 def takes(matrix: PackedMatrix) -> bool:
