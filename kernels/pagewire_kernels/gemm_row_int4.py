@@ -269,7 +269,7 @@ def _splits(chunks: int, steps: int, tiles: int, at_a_time: int) -> Iterator[tup
     where steps are not small, programs must run at a time, if they can."""
     least = LEAST_SMALL_STEPS if chunks == SMALL else 1
     for span in range(1, steps + 1):
-        splits = triton.cdiv(steps, span)
+        splits = -(-steps // span)
         if splits > 1 and (splits > MOST_SPLITS or span < least):
             continue
         if splits > 1 and chunks > SMALL and splits * tiles > at_a_time:

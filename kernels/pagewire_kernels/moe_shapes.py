@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-import triton
 
 from .capability import TRITON_TENSOR_CORES_FROM
 from .shapes import Candidate, Choice
@@ -117,7 +116,7 @@ def pick_up(k: int) -> PairConfig:
 def pick_down(k: int, top_k: int) -> PairConfig:
     """Of the second product of single rows, of size k for each of `top_k` experts: tiles of 8,192
     weights, whatever the number of experts they are of."""
-    most = max(128, 2048 // triton.next_power_of_2(top_k))
+    most = max(128, 2048 >> (top_k - 1).bit_length())
     return PairConfig(4, _divisor(k, most), 4, 2, early=True)
 
 
