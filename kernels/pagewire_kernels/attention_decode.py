@@ -14,7 +14,6 @@ length 0 are padding and give zeros.
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,101 +29,15 @@ from .attention_common import (
     load_pages,
     load_tile,
     pair_numbers,
-    raw_scores,
     score_scale,
-    softmax_step,
     softmax_weights,
-    with_slopes,
 )
-from .decode_shapes import DecodeConfig, choose, pick_config
+from .attention_decode_few import decode_few
+from .attention_rope import Rope, norm_weights, roped, rotation
+from .attention_softmax import merge, visible_scores, walk
+from .decode_shapes import DecodeConfig, choose, pick_config, pick_few
 from .kv_cache import UNSCALED, KernelCaches, KVScales, kernel_caches
 from .workspace import counters, overlap
-
-
-@triton.jit
-def _merge_tile(part, lse, base, first, active, acc, peak, total, GROUP, STRIDE: tl.constexpr, GP, SB, D, D_PAD):  # fmt: skip
-    """Fold SB partial results, from number `first` on, of the GP heads at `base` into (acc [GP,
-    D_PAD], peak [GP], total [GP])."""
-    s = first + tl.arange(0, SB)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, D_PAD)
-    seen = (s < active)[:, None] & (g < GROUP)[None, :]
-    slot = base + g[None, :] * STRIDE + s[:, None]
-    weight_log = tl.load(lse + slot, mask=seen, other=-1e30, cache_modifier=".cg")
-    tile = tl.load(
-        part + slot[:, :, None] * D + d[None, None, :],
-        mask=seen[:, :, None] & (d < D)[None, None, :],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    new_peak = tl.maximum(peak, tl.max(weight_log, 0))
-    weight = tl.where(seen, tl.exp2(weight_log - new_peak[None, :]), 0.0)
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(weight, 0)
-    acc = acc * shrink[:, None] + tl.sum(
-        tl.where(weight[:, :, None] > 0, tile * weight[:, :, None], 0.0), 0
-    )
-    return acc, new_peak, total
-
-
-@triton.jit
-def _merge(part, lse, out, base, out_base, active, GROUP: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-        GP: tl.constexpr, SB: tl.constexpr):  # fmt: skip
-    """Combine the first `active` partial results of the heads at `base` into out."""
-    acc = tl.zeros([GP, D_PAD], tl.float32)
-    peak = tl.full([GP], MASKED, tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    for first in range(0, active, SB):
-        acc, peak, total = _merge_tile(
-            part, lse, base, first, active, acc, peak, total, GROUP, STRIDE, GP, SB, D, D_PAD
-        )
-    g = tl.arange(0, GP)
-    d = tl.arange(0, D_PAD)
-    result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
-    tl.store(
-        out + out_base + g[:, None] * D + d[None, :],
-        result,
-        mask=(g < GROUP)[:, None] & (d < D)[None, :],
-    )
-
-
-@triton.jit
-def _walk(q, k_base, v_base, table, lo, hi, stop, visible_from, position, slope, block_stride, scale_log2, softcap, M: tl.constexpr,
-        D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Online softmax of the rows of q, whose token is at `position`, over tokens lo..hi."""
-    acc = tl.zeros([M, D_PAD], tl.float32)
-    peak = tl.full([M], MASKED, tl.float32)
-    total = tl.zeros([M], tl.float32)
-    scale = score_scale(scale_log2, CAP or ALIBI)
-    page = load_pages(table, lo, stop, PAGE, BLOCK_N, False)
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)
-        k = load_tile(
-            k_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        v = load_tile(
-            v_base, page, start, stop, block_stride, PAGE, D, D_PAD, BLOCK_N, WIDE, False, True
-        )
-        page = load_pages(table, start + BLOCK_N, stop, PAGE, BLOCK_N, False)
-        s = raw_scores(q, k, scale_log2, softcap, CAP, PRECISION)
-        s = _visible_scores(
-            s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
-        )
-        acc, peak, total = softmax_step(s, v, acc, peak, total, scale, PRECISION)
-    return acc, peak, total
-
-
-@triton.jit
-def _visible_scores(s, n, stop, visible_from, position, slope, scale_log2, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        ALIBI: tl.constexpr):  # fmt: skip
-    """Raw scores of tokens n, with slopes, masked from `stop` on and before `visible_from`."""
-    if ALIBI:
-        s = with_slopes(s, (n - position)[None, :], slope, scale_log2, CAP)
-    visible = n < stop
-    if WINDOW > 0:
-        visible = visible & (n >= visible_from)
-    return tl.where(visible[None, :], s, MASKED)
 
 
 @triton.jit
@@ -132,7 +45,7 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
         M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
         CAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
         FORM: tl.constexpr):  # fmt: skip
-    """_walk over caches of 8-bit codes, which are read two dimensions at a time: even and odd ones
+    """walk over caches of 8-bit codes, which are read two dimensions at a time: even and odd ones
     have tiles of their own, and results of their own until the end."""
     HALF: tl.constexpr = D_PAD // 2
     q_even, q_odd = tl.split(tl.reshape(q, [M, HALF, 2]))
@@ -179,7 +92,7 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
         s = tl.dot(q_even, tl.trans(k_even), input_precision=PRECISION)
         s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision=PRECISION)
         s = capped(s, scale_log2, softcap, CAP)
-        s = _visible_scores(
+        s = visible_scores(
             s, n, stop, visible_from, position, slope, scale_log2, WINDOW, CAP, ALIBI
         )
         p, shrink, peak, total = softmax_weights(s, peak, total, scale)
@@ -191,28 +104,7 @@ def _walk_codes(q, k_base, v_base, table, lo, hi, stop, visible_from, position, 
 
 
 @triton.jit
-def _roped(x, weight, cos_sin, position, d, inside, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Rows of heads at the addresses x [M, 1], after QK-norm and rotary embedding (neox halves):
-    float32 [M, D_PAD].
-
-    Each element is loaded with its partner in the other half, so no tile is taken apart or
-    joined."""
-    HALF: tl.constexpr = D // 2
-    partner = tl.where(d < HALF, d + HALF, d - HALF)
-    a = tl.load(x + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
-        a = a * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        b = b * factor * tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    factors = cos_sin + position.to(tl.int64) * D + d % HALF
-    cos = tl.load(factors, mask=d < D, other=1.0)[None, :]
-    sin = tl.load(factors + HALF, mask=d < D, other=0.0)[None, :]
-    return a * cos + tl.where(d < HALF, -1.0, 1.0)[None, :] * b * sin
-
-
-@triton.jit
-def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k_scale, v_scale, block_stride,
+def _write_new(qkv, k_weight, cos, sin, k_cache, v_cache, table, position, eps, k_scale, v_scale, block_stride,
         HKV: tl.constexpr, HQ: tl.constexpr, head, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
         FORM: tl.constexpr):  # fmt: skip
     """The key and value of one head of the token at `position` into its page, seen by this
@@ -221,9 +113,8 @@ def _write_new(qkv, k_weight, cos_sin, k_cache, v_cache, table, position, eps, k
     one = tl.arange(0, 1)
     inside = (one == 0)[:, None] & (d < D)[None, :]
     pointers = qkv + ((HQ + head) * D + one)[:, None]
-    key = _roped(pointers, k_weight, cos_sin, position, d, inside, eps, D, NORM).to(
-        qkv.dtype.element_ty
-    )
+    own, partner = norm_weights(k_weight, d, D, NORM)
+    key = roped(pointers, own, partner, cos, sin, d, inside, eps, D, NORM).to(qkv.dtype.element_ty)
     value = tl.load(pointers + HKV * D + d[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // PAGE).to(tl.int64)
     place = block * block_stride + (head * PAGE + position % PAGE) * D + (one[:, None] + d[None, :])
@@ -283,11 +174,12 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     table = tables + row.to(tl.int64) * table_stride
     hi = tl.minimum(lo + chunk, length)
     if ROPE:
-        query = _roped(
-            q_at + (g * D)[:, None], q_weight, cos_sin, length - 1, d, inside, eps, D, NORM
-        ).to(q.dtype.element_ty)
+        cos, sin = rotation(cos_sin, length - 1, d, D)
+        own, partner = norm_weights(q_weight, d, D, NORM)
+        heads = q_at + (g * D)[:, None]
+        query = roped(heads, own, partner, cos, sin, d, inside, eps, D, NORM).to(q.dtype.element_ty)
         if hi == length:
-            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos_sin, k_cache, v_cache, table, length - 1, eps, k_scale, v_scale,
+            _write_new(q + token.to(tl.int64) * q_stride, k_weight, cos, sin, k_cache, v_cache, table, length - 1, eps, k_scale, v_scale,
                 block_stride, HKV, HKV * GROUP, head, D, D_PAD, PAGE, NORM, FORM)  # fmt: skip
     else:
         query = tl.load(q_at + g[:, None] * D + d[None, :], mask=inside, other=0.0)
@@ -297,8 +189,12 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
             tl.load(alibi_slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * 1.4426950408889634
         )
     if FORM == "full":
-        acc, peak, total = _walk(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1, slope,
-            block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE)  # fmt: skip
+        acc = tl.zeros([M, D_PAD], tl.float32)
+        peak = tl.full([M], MASKED, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc, peak, total = walk(query, acc, peak, total, k_cache + page_base, v_cache + page_base, table, lo, hi, visible_from,
+            length - 1, slope, block_stride, scale_log2, softcap, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES,
+            WIDE)  # fmt: skip
     else:
         acc, peak, total = _walk_codes(query, k_cache + page_base, v_cache + page_base, table, lo, hi, hi, visible_from, length - 1,
             slope, block_stride, scale_log2, softcap, M, D, D_PAD, PAGE, BLOCK_N, WINDOW, CAP, ALIBI, PRECISION, STAGES, WIDE,
@@ -321,18 +217,7 @@ def _decode(q, k_cache, v_cache, tables, seq_lens, query_start, shared, alibi_sl
     tl.debug_barrier()
     if tl.atomic_add(arrived + row * HKV + head, 1) == active - 1:
         tl.store(arrived + row * HKV + head, 0)
-        _merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """What comes before attention: cos_sin [positions, D] float32, cosines first; weights [D] of
-    the QK-norm or None; its eps."""
-
-    cos_sin: torch.Tensor
-    q_weight: torch.Tensor | None
-    k_weight: torch.Tensor | None
-    eps: float
+        merge(part, lse, out, base, out_base, active + prefixes, GROUP, STRIDE, D, D_PAD, GP, SB)
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, seq_lens: torch.Tensor,
@@ -356,6 +241,14 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     kv_itemsize = k_cache.element_size()
+    if rope is not None and config is None:
+        normed = rope.q_weight is not None
+        few = pick_few(dim, group, rows * hkv, q.element_size(), kv_itemsize, normed)
+        if few is not None:
+            decode_few(
+                q, k_cache, v_cache, tables, seq_lens, scale, window, softcap, rope, out, few
+            )
+            return out
     splits = (config or pick_config(dim, group, rows * hkv, kv_itemsize)).splits
     if shared is None:
         part = torch.empty(

@@ -21,6 +21,24 @@ class DecodeConfig:
     splits: int
 
 
+@dataclass(frozen=True)
+class FewConfig:
+    """Launch shape of attention_decode_few. first_n: tokens of the first tile, which is read ahead,
+    and of the least split; block_n: of the tiles behind it; splits: most splits of a request."""
+
+    first_n: int
+    block_n: int
+    warps: int
+    stages: int
+    splits: int
+
+
+FEW: Final = 8
+"""Programs (rows * KV heads) up to which latency counts."""
+_FEW: Final = FewConfig(32, 64, 2, 2, 32)
+_FEW_NORMED: Final = FewConfig(64, 64, 2, 2, 32)
+"""With QK-norm. Both were measured in chains of layers on an H200 (docs/performance.md); with heads
+of 128 in 16 bits they have 39 KiB of shared memory, which every GPU has."""
 _TABLE: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
     (64, DecodeConfig(32, 2, 4, 128, 16)),
@@ -100,3 +118,14 @@ def choose(
     the same splits."""
     best = pick_config(head_dim, group, programs, kv_itemsize)
     return _choice(best, head_dim, group, itemsize, kv_itemsize)
+
+
+def pick_few(
+    head_dim: int, group: int, programs: int, itemsize: int, kv_itemsize: int, normed: bool
+) -> FewConfig | None:
+    """The launch shape of attention_decode_few; None where it does not serve: for many programs,
+    and for sizes whose tiles do not fit the registers. normed: with QK-norm."""
+    fits = head_dim <= 128 and group < 16 and itemsize == kv_itemsize == 2
+    if programs > FEW or not fits:
+        return None
+    return _FEW_NORMED if normed else _FEW

@@ -132,12 +132,16 @@ def pick_config(n: int, k: int, gated: bool) -> RowConfig:
         return RowConfig(8, 512, 2, 3)
     if gated:
         return RowConfig(2, 512, 1, 3, early=True) if k <= 2048 else RowConfig(4, 1024, 4, 3)
+    if k <= 1024:
+        return RowConfig(4, 1024, 1, 3, early=True)
     if k <= 3072:
-        return (
-            RowConfig(4, 1024, 1, 3, early=True)
-            if k <= 1024
-            else RowConfig(2, 1024, 4, 3, early=True)
-        )
+        if n > 4096:
+            return RowConfig(4, 512, 2, 3)
+        if n <= 2048 and k <= 2048:
+            return RowConfig(2, 2048, 4, 1, early=True)
+        return RowConfig(2, 1024, 4, 3, early=True)
+    if n <= 2048:
+        return RowConfig(2, 1024, 4, 1, early=True)
     return RowConfig(2, 1024, 1, 3, early=True) if n <= 4096 else RowConfig(8, 512, 2, 3)
 
 

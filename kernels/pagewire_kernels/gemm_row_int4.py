@@ -16,6 +16,9 @@ float32, and zero points need not be whole numbers. The sum of x is a product to
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,10 +50,34 @@ from .workspace import counters, overlap
 
 GROUPS: Final = (32, 64, 128)
 """Inputs that may share a scale."""
-PROGRAMS: Final = {1: 400, 2: 264}
-"""How many run at a time on 132 multiprocessors, by their strips, as far as registers go."""
-CHUNKS: Final = 8
-"""Of a step: few steps of many bytes were fastest."""
+MULTIPROCESSORS: Final = 132
+RESIDENT: Final = {
+    ("gated", 8): 2,
+    ("gated", 2): 6,
+    ("norm", 8): 3,
+    ("plain", 8): 4,
+    ("plain", 16): 2,
+    ("pair", 8): 2,
+}
+"""Programs a multiprocessor holds, as far as registers go, by what they do (pair: two strips without
+a gate) and the chunks of a step."""
+RESIDENT_OF_SMALL_GROUPS: Final = {
+    ("gated", 4): 3,
+    ("gated", 2): 5,
+    ("norm", 8): 3,
+    ("plain", 8): 3,
+    ("pair", 4): 3,
+}
+"""The same of groups under 128, with more scales a step."""
+MOST_SPLITS: Final = 12
+SMALL: Final = 2
+"""Chunks of the steps whose programs take so few registers that several rounds of them do no harm."""
+LEAST_SMALL_STEPS: Final = 4
+"""Of those, a split."""
+ODD: Final = 0.92
+"""What an odd number of such steps does to the speed, and"""
+LARGE_STEPS: Final = 0.97
+"""what steps of more chunks do, with gate and up."""
 
 
 @dataclass(frozen=True)
@@ -224,23 +251,55 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
             finish(result2, result2, scale, bias, residual, out, n2, N, NORM, False, BIAS, ADD)
 
 
-def pick_config(n: int, k: int, gated: bool, group: int) -> Int4RowConfig:
-    """The launch shape for n results of inner size k, whose weights have scales for `group` inputs:
-    as many programs as run at a time, or what comes nearest to that. Measured on an H200 in groups
-    of 128 (docs/performance.md)."""
-    shapes: list[tuple[float, int, int, int]] = []
-    for strips in (2,) if gated else (1, 2):
-        # with scales for each chunk, registers for two strips and a norm end at fewer
-        most = CHUNKS // 2 if strips == 2 and group < 128 else CHUNKS
+def _forms(gated: bool, norm: bool, group: int) -> list[tuple[int, int, int]]:
+    """(strips, chunks a step, programs that run at a time) of the shapes for a product."""
+    one = "norm" if norm else "plain"
+    kinds = {"gated": 2} if gated else {"pair": 2, one: 1}
+    resident = RESIDENT if group >= 128 else RESIDENT_OF_SMALL_GROUPS
+    return [
+        (strips, chunks, MULTIPROCESSORS * resident[kind, chunks])
+        for kind, strips in kinds.items()
+        for chunks in (16, 8, 4, 2)
+        if (kind, chunks) in resident
+    ]
+
+
+def _splits(chunks: int, steps: int, tiles: int, at_a_time: int) -> Iterator[tuple[int, int]]:
+    """(splits, their steps) that are considered. Steps of 16 chunks are for programs of one step;
+    where steps are not small, programs must run at a time, if they can."""
+    least = LEAST_SMALL_STEPS if chunks == SMALL else 1
+    for span in range(1, steps + 1):
+        splits = -(-steps // span)
+        if splits > 1 and (splits > MOST_SPLITS or span < least):
+            continue
+        if splits > 1 and chunks > SMALL and splits * tiles > at_a_time:
+            continue
+        if chunks < 16 or span == 1:
+            yield splits, span
+
+
+@functools.cache
+def pick_config(n: int, k: int, gated: bool, norm: bool, group: int) -> Int4RowConfig:
+    """The launch shape for n results of inner size k, with a norm before or without, whose weights
+    have scales for `group` inputs: the one whose programs fill the multiprocessors best, with equal
+    parts of the inner dimension. Measured on an H200 in groups of 128 (docs/performance.md)."""
+    best = (0.0, 0, 0.0, 0)
+    chosen = Int4RowConfig(1, 1, 1, early=True)
+    for strips, most, at_a_time in _forms(gated, norm, group):
+        tiles = triton.cdiv(n, TILE if gated else strips * TILE)
         chunks = min(most, triton.next_power_of_2(k // 64))
         steps = triton.cdiv(k // 64, chunks)
-        tiles = triton.cdiv(n, TILE if gated else strips * TILE)
-        splits = 1
-        while 2 * splits <= steps and 2 * splits * tiles <= PROGRAMS[strips]:
-            splits *= 2
-        shapes.append((min(1.0, splits * tiles / PROGRAMS[strips]), strips, chunks, splits))
-    _, strips, chunks, splits = max(shapes)
-    return Int4RowConfig(strips, chunks, splits, early=True)
+        for splits, span in _splits(most, steps, tiles, at_a_time):
+            rounds = splits * tiles / at_a_time
+            filled = rounds / math.ceil(rounds) * steps / (splits * span)
+            if gated:
+                odd = ODD if span % 2 else 1.0
+                filled *= odd if most == SMALL else LARGE_STEPS
+            # equally good to two digits: larger steps, fewer rounds, two strips
+            rank = (round(filled, 2), chunks, -math.ceil(rounds), strips)
+            if rank > best:
+                best, chosen = rank, Int4RowConfig(strips, chunks, splits, early=True)
+    return chosen
 
 
 def takes(matrix: PackedMatrix) -> bool:
@@ -260,7 +319,7 @@ def launch(
     """See gemm_row._launch. gated: halves of the matrix are multiples of 64 rows."""
     k = matrix.shape[1]
     n = out.shape[1]
-    c = config or pick_config(n, k, gated, matrix.group)
+    c = config or pick_config(n, k, gated, norm is not None, matrix.group)
     strips = triton.cdiv(n, TILE)
     pair = not gated and c.strips == 2 and strips % 2 == 0
     chunks = max(c.chunks, matrix.group // 64)

@@ -64,36 +64,53 @@ def _pair_up(x, gate_up, top_k_ids, inner, x_stride, N, K: tl.constexpr, TOP_K: 
 
 
 @triton.jit
-def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    """The weighted sum of a token's experts. Places without an expert read nothing."""
+def _experts_tile(down, expert, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
+    """[EB, BN, BK] of the chosen experts' matrices; zeros for places without one."""
+    matrix = down + tl.maximum(expert, 0).to(tl.int64) * N * K
+    pointers = matrix[:, None, None] + n.to(tl.int64)[None, :, None] * K + k[None, None, :]
+    mask = (expert >= 0)[:, None, None] & (k < K)[None, None, :]
+    if not EVEN:
+        mask = mask & (n < N)[None, :, None]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _shared_inputs(inner, first, place, share, k, K: tl.constexpr):
+    """[EB, BK] of a token's inner results, times their shares."""
+    # rows without an expert, whose share is 0, hold anything
+    inside = (share != 0.0)[:, None] & (k < K)[None, :]
+    h = tl.load(inner + (first + place)[:, None] * K + k[None, :], mask=inside, other=0.0)
+    return h.to(tl.float32) * share[:, None]
+
+
+@triton.jit
+def _token_down(inner, down, top_k_ids, top_k_weights, residual, out, N, K: tl.constexpr, TOP_K: tl.constexpr, EB: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+                EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The weighted sum of a token's experts, whose tiles are read together. Places without an
+    expert read nothing. The first tile is asked for before the wait for the inner results: the
+    kernel that gives them begins after the choice was made."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    place = tl.arange(0, EB)
+    first = token * TOP_K
+    expert = tl.load(top_k_ids + first + place, mask=place < TOP_K, other=-1)
+    share = tl.load(top_k_weights + first + place, mask=expert >= 0, other=0.0)
+    w = _experts_tile(down, expert, n, k, N, K, EVEN)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    STEPS: tl.constexpr = (K + BK - 1) // BK
-    acc = tl.zeros([BN, BK], tl.float32)
-    for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
-        pair = token * TOP_K + step // STEPS
-        k = (step % STEPS) * BK + tl.arange(0, BK)
-        expert = tl.load(top_k_ids + pair)
-        chosen = expert >= 0
-        share = tl.load(top_k_weights + pair, mask=chosen, other=0.0)
-        inside = chosen & (k < K)
-        h = tl.load(inner + pair * K + k, mask=inside, other=0.0).to(tl.float32) * share
-        matrix = down + tl.maximum(expert, 0).to(tl.int64) * N * K
-        pointers = matrix + n.to(tl.int64)[:, None] * K + k[None, :]
-        mask = inside[None, :]
-        if not EVEN:
-            mask = mask & (n < N)[:, None]
-        w = tl.load(pointers, mask=mask, other=0.0)
-        acc += w.to(tl.float32) * h[None, :]
+    h = _shared_inputs(inner, first, place, share, k, K)
+    acc = w.to(tl.float32) * h[:, None, :]
+    for start in tl.range(BK, K, BK, num_stages=STAGES):
+        h = _shared_inputs(inner, first, place, share, start + k, K)
+        w = _experts_tile(down, expert, n, start + k, N, K, EVEN)
+        acc += w.to(tl.float32) * h[:, None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
-    result = tl.sum(acc, 1)
+    result = tl.sum(tl.sum(acc, 2), 0)
     if ADD:
         result += tl.load(residual + token * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + token * N + n, result.to(out.dtype.element_ty), mask=n < N)
@@ -129,11 +146,11 @@ def token_down(
     """The weighted sum over each token's experts, plus residual [T, H]: inner [T * k, I], down
     [E, H, I] -> [T, H]."""
     (tokens, k), (hidden, width) = top_k_ids.shape, down.shape[1:]
-    c = config or pick_down(width)
+    c = config or pick_down(width, k)
     out = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
     _token_down[(tokens, triton.cdiv(hidden, c.block_n))](
-        inner, down, top_k_ids, top_k_weights, residual, out, hidden, K=width, TOP_K=k, BN=c.block_n, BK=c.block_k,
-        ADD=residual is not None, EVEN=hidden % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
+        inner, down, top_k_ids, top_k_weights, residual, out, hidden, K=width, TOP_K=k, EB=triton.next_power_of_2(k), BN=c.block_n,
+        BK=c.block_k, ADD=residual is not None, EVEN=hidden % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
         **overlap(inner.device))  # fmt: skip
     return out
 

@@ -106,16 +106,18 @@ def _capability(device: torch.device) -> int:
 
 def pick_up(k: int) -> PairConfig:
     """Of gate and up of single rows of size k."""
-    if k <= 2048:
+    if 1024 < k <= 2048:
+        return PairConfig(1, 2048, 1, 1, early=True)
+    if k <= 1024:
         return PairConfig(2, _divisor(k, 512), 1, 3, early=True)
     return PairConfig(4, _divisor(k, 1024), 4, 3)
 
 
-def pick_down(k: int) -> PairConfig:
-    """Of the second product of single rows: of size k for each chosen expert."""
-    if k <= 2048:
-        return PairConfig(8, _divisor(k, 256), 2, 4)
-    return PairConfig(4, _divisor(k, 1024), 2, 3)
+def pick_down(k: int, top_k: int) -> PairConfig:
+    """Of the second product of single rows, of size k for each of `top_k` experts: tiles of 8,192
+    weights, whatever the number of experts they are of."""
+    most = max(128, 2048 >> (top_k - 1).bit_length())
+    return PairConfig(4, _divisor(k, most), 4, 2, early=True)
 
 
 def _divisor(k: int, most: int) -> int:

@@ -62,8 +62,10 @@ def overlap(device: torch.device) -> dict[str, Any]:
 
     From compute capability 9.0 on, its blocks are then set up while the kernel before it ends, and
     wait for its results (programmatic dependent launch). All such kernels must wait in every block,
-    so that waiting for one is waiting for all before it. Long kernels let the next one in near
-    their end: blocks that come earlier fill the multiprocessors unevenly.
+    so that waiting for one is waiting for all before it, and must not let the next one in before
+    they have waited: so a kernel may read before its wait what was written before the one before
+    it. Long kernels let the next one in near their end: blocks that come earlier fill the
+    multiprocessors unevenly.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {"PDL": False}

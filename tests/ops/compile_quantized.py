@@ -209,7 +209,7 @@ def row(form: str) -> dict[str, Any]:
 
 def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
     """One row and codes of 4 bits: gate and up with a norm, or a sum with a residual."""
-    chosen = gemm_row_int4.pick_config(N, K, gated, group)
+    chosen = gemm_row_int4.pick_config(N, K, gated, gated, group)
     asm, of_inputs, times = row_int4_products.assembly(dtype)
     constants = {
         "bias": None, "residual" if gated else "norm": None, "K": K, "CHUNKS": chosen.chunks, "GROUP": group, "NORM": gated,

@@ -3,10 +3,20 @@ changes one measures again."""
 
 from typing import Any
 
-from pagewire_kernels import attention_prefill, cascade, decode_shapes, gemm, sampling
+from pagewire_kernels import (
+    attention_prefill,
+    cascade,
+    decode_shapes,
+    gemm,
+    gemm_row_int4,
+    moe_shapes,
+    sampling,
+)
 from pagewire_kernels.attention_prefill import PrefillConfig
-from pagewire_kernels.decode_shapes import DecodeConfig
+from pagewire_kernels.decode_shapes import DecodeConfig, FewConfig
 from pagewire_kernels.gemm import SkinnyConfig
+from pagewire_kernels.gemm_row_int4 import Int4RowConfig
+from pagewire_kernels.moe_shapes import PairConfig
 from torch import device
 
 PREFILL = {
@@ -44,6 +54,32 @@ SKINNY = {
 }
 """By rows, results and inner size."""
 SEARCH = 8192
+FEW = {False: FewConfig(32, 64, 2, 2, 32), True: FewConfig(64, 64, 2, 2, 32)}
+"""Decode attention of few rows, without and with QK-norm."""
+INT4_ROW = {
+    (14336, 4096, True, True): (2, 2, 7),
+    (12288, 4096, True, True): (2, 2, 4),
+    (9728, 2560, True, True): (2, 2, 5),
+    (17408, 5120, True, True): (2, 2, 5),
+    (25600, 5120, True, True): (2, 2, 5),
+    (28672, 8192, True, True): (2, 2, 7),
+    (3072, 1024, True, True): (2, 8, 2),
+    (6144, 4096, False, True): (1, 8, 4),
+    (6144, 2560, False, True): (2, 8, 5),
+    (10240, 8192, False, True): (2, 8, 3),
+    (4096, 4096, False, False): (1, 16, 4),
+    (4096, 14336, False, False): (2, 8, 7),
+    (2560, 9728, False, False): (2, 8, 10),
+    (5120, 17408, False, False): (2, 8, 6),
+    (8192, 28672, False, False): (2, 8, 4),
+}
+"""One row of 4 bits in groups of 128, by results, inner size, with gate and up, and with a norm:
+strips, chunks a step, splits."""
+EXPERTS = {
+    "up": (moe_shapes.pick_up(2048), PairConfig(1, 2048, 1, 1, early=True)),
+    "down": (moe_shapes.pick_down(768, 8), PairConfig(4, 256, 4, 2, early=True)),
+}
+"""Of single rows, Qwen3-30B-A3B."""
 
 
 def choices(place: device) -> list[tuple[str, Any, Any]]:
@@ -76,4 +112,12 @@ def choices(place: device) -> list[tuple[str, Any, Any]]:
         (f"search {itemsize}", sampling.choose_block(itemsize).first(place), SEARCH)
         for itemsize in (2, 4)
     ]
+    for normed, few in FEW.items():
+        chosen = decode_shapes.pick_few(128, 4, 8, 2, 2, normed)
+        found.append((f"decode of few rows, QK-norm {normed}", chosen, few))
+    for (n, k, gated, norm), fields in INT4_ROW.items():
+        config = gemm_row_int4.pick_config(n, k, gated, norm, 128)
+        measured = Int4RowConfig(*fields, early=True)
+        found.append((f"row of int4 {n} x {k}, {gated=} {norm=}", config, measured))
+    found += [(f"experts' {what}", *shapes) for what, shapes in EXPERTS.items()]
     return found

@@ -94,7 +94,7 @@ def round_apart(decoder: Decoder) -> None:
     for layer in decoder.layers:
         for norm in layer.input_norms:
             norm._quantizing = None
-        mlp = layer.mlp._shared if isinstance(layer.mlp, Mixture) else layer.mlp
+        mlp = layer.mlp.shared if isinstance(layer.mlp, Mixture) else layer.mlp
         assert isinstance(mlp, Mlp)
         mlp._rounded_activation = None
 

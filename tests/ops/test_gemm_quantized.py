@@ -355,7 +355,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     rows = [launch for launch in launches if launch["launch"].startswith("one row, int4")]
     for launch in rows:
         # 32 neighbours of the first axis are a warp: mma's operands
-        assert len(launch["products"]) >= 3, launch
+        assert len(launch["products"]) >= 2, launch
         assert not launch["spilled"], launch
         assert all(
             "threadsPerWarp = [32, 1], warpsPerCTA = [4, 1]" in p for p in launch["products"]

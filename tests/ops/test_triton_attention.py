@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from ops.triton_cases import error, paged
-from pagewire_kernels import reference
+from pagewire_kernels import attention_decode, reference
 from pagewire_kernels.attention_decode import DecodeConfig, Rope, decode_attention
+from pagewire_kernels.attention_decode_few import decode_few
 from pagewire_kernels.attention_prefill import PrefillConfig, prefill_attention
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.cuda import paged_attention
+from pagewire_kernels.decode_shapes import FewConfig
 
 SMALL = DecodeConfig(block_n=16, warps=1, stages=2, chunk=16, splits=4)
 
@@ -141,6 +143,69 @@ def test_decode_with_rope(
     for mine, wanted in zip(ours, theirs, strict=True):
         assert torch.equal(mine.isnan(), wanted.isnan())
         assert error(mine.nan_to_num(), wanted.nan_to_num()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "normed", "window", "cap"),
+    [
+        (64, 3, False, None, None),
+        (80, 1, True, None, 5.0),
+        (128, 4, True, 20, None),
+        (128, 8, False, 33, 3.0),
+        (96, 15, True, None, None),
+    ],
+)
+@pytest.mark.parametrize(
+    "config", [FewConfig(16, 32, 1, 2, 4), FewConfig(32, 16, 2, 2, 32), FewConfig(64, 64, 2, 1, 2)]
+)
+def test_few_rows(
+    dim: int, group: int, normed: bool, window: int | None, cap: float | None, config: FewConfig
+) -> None:
+    """Contexts that end with a tile and that begin one, of one split and of many; a row of
+    padding. What the caches hold where nothing was written is no number."""
+    lengths, hkv = [1, 2, 37, 64, 65, 150, 1], 2
+    _, k, v, batch = paged([1] * 7, lengths, hkv, group, dim, 16)
+    qkv = torch.randn(7, (group + 2) * hkv * dim)
+    cos_sin = torch.randn(200, dim)
+    weights = (torch.randn(dim), torch.randn(dim)) if normed else (None, None)
+    batch.seq_lens[6] = 0
+    batch.slot_mapping[6] = -1
+    ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
+    roped = reference.rope_and_cache(qkv.clone(), cos_sin, *weights, 1e-6, *theirs, batch)
+    expected = reference.paged_attention(roped[:6], *theirs, _first(batch, 6), 0.1, window, cap)
+    out = torch.full((7, group * hkv * dim), float("nan"))
+    rope = Rope(cos_sin, *weights, 1e-6)
+    decode_few(qkv, *ours, batch.block_tables, batch.seq_lens, 0.1, window, cap, rope, out, config)
+    assert error(out[:6], expected) < 1e-5
+    assert out[6].eq(0).all()
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.isnan(), wanted.isnan())
+        assert error(mine.nan_to_num(), wanted.nan_to_num()) < 1e-6
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_few_rows_of_16_bits_are_decoded_so(normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others are not."""
+    seen = list[int]()
+    monkeypatch.setattr(
+        attention_decode,
+        "decode_few",
+        lambda qkv, *rest: (seen.append(len(qkv)), decode_few(qkv, *rest)),
+    )
+    for dtype, rows in ((torch.bfloat16, 2), (torch.bfloat16, 5), (torch.float32, 2)):
+        _, k, v, batch = paged([1] * rows, [70, 33, 5, 9, 4][:rows], 2, 4, 64, 16)
+        caches = k.to(dtype), v.to(dtype)
+        theirs = tuple(cache.float() for cache in caches)
+        qkv = torch.randn(rows, 6 * 2 * 64).to(dtype)
+        cos_sin = torch.randn(100, 64)
+        weights = (torch.ones(64, dtype=dtype),) * 2 if normed else (None, None)
+        rope = Rope(cos_sin, *weights, 1e-6)
+        out = decode_attention(qkv, *caches, batch.block_tables, batch.seq_lens, 0.1, rope=rope)
+        wide = [None if weight is None else weight.float() for weight in weights]
+        roped = reference.rope_and_cache(qkv.float(), cos_sin, *wide, 1e-6, *theirs, batch)
+        expected = reference.paged_attention(roped, *theirs, batch, 0.1, None)
+        assert error(out.float(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert seen == [2]
 
 
 def _first(batch: Batch, rows: int) -> Batch:

@@ -231,7 +231,12 @@ def compilations(parts: list[str]) -> list[Compilation]:
     for sizes in (QWEN, MIXTRAL):
         for dtype in TYPES if sizes == QWEN else TYPES[:1]:
             wanted[Compilation(sizes, dtype, "other", None)] = None
-            want(sizes, dtype, moe_shapes.pick_up(sizes.hidden), moe_shapes.pick_down(sizes.inner))
+            want(
+                sizes,
+                dtype,
+                moe_shapes.pick_up(sizes.hidden),
+                moe_shapes.pick_down(sizes.inner, sizes.top_k),
+            )
             for rows in {*CHECKED[sizes], *TIMED[sizes]}:
                 pair = grouped_default(sizes, rows, dtype)
                 want(sizes, dtype, pair.up, pair.down)

@@ -162,7 +162,7 @@ def timed(other_shapes: bool) -> Iterator[str]:
         product = products(around(k, n, x.dtype, "cuda"))[name]
         gated = name == "norm_gated"
         results = n // 2 if gated else n
-        chosen = gemm_row_int4.pick_config(results, k, gated, 128)
+        chosen = gemm_row_int4.pick_config(results, k, gated, name.startswith("norm"), 128)
         others = set(candidates(results, k, gated)) if other_shapes else set[Int4RowConfig]()
         tried = {c: _time(product, copies, x, c) for c in others | {chosen}}
         alone = microseconds([lambda x, w=w: quantized_linear(x, w) for w in copies], x)
