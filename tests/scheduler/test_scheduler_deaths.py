@@ -2,6 +2,7 @@
 requests at which they die."""
 
 import pytest
+from pagewire.scheduler.kv_cache import KVCacheManager
 from pagewire.scheduler.state import Tick
 from pagewire_protocol.messages import (
     Death,
@@ -134,6 +135,30 @@ def test_a_request_that_cannot_be_taken_in_has_an_end(monkeypatch):
         assert (end.finish, end.status) == (Finish.FAILED, 500) and "log" in end.message
         assert not w.scheduler.engine.live
     w.run()
+    w.assert_idle()
+
+
+@pytest.mark.parametrize("before", ["cached_blocks", "is_being_computed"])
+def test_a_request_for_which_no_worker_can_be_chosen_has_an_end(before, monkeypatch):
+    """Others are placed, those behind it too. The scheduler would end with it otherwise, and so
+    would the one after it."""
+    w = world(workers=2)
+    others = [w.submit(range(i, 14 + i), max_tokens=20) for i in range(3)]
+    real = getattr(KVCacheManager, before)
+
+    def fault(self, request, *rest):
+        if len(request.prompt) == 5:
+            raise IndexError("list index out of range")
+        return real(self, request, *rest)
+
+    monkeypatch.setattr(KVCacheManager, before, fault)
+    handle = w.submit(range(5), max_tokens=20)
+    others.append(w.submit(range(40, 54), max_tokens=20))
+    w.run()
+    end = w.end(handle)
+    assert (end.finish, end.status) == (Finish.FAILED, 500) and "log" in end.message
+    for other in others:
+        assert w.output(other) == w.expected(other)
     w.assert_idle()
 
 

@@ -40,6 +40,7 @@ log = logging.getLogger("pagewire.scheduler")
 NO_WORKER = Refusal(
     503, "no worker is ready or loading; start one (pagewire worker) and try again", retry_after_s=5
 )
+NOT_HANDLED = Refusal(500, "the scheduler could not handle this request; its log says why")
 TIMED_OUT = Refusal(TIMEOUT_STATUS, "the request's time is over")
 OVERDUE_S = 1.0
 """After a deadline: the owner's own cancellation is under way, and arrivals are dated by the tick
@@ -429,7 +430,15 @@ class Engine:
                 self.queue.pop()
                 request.phase = Phase.PARKED
                 continue
-            choice = choose(request, workers)
+            try:
+                choice = choose(request, workers)
+            except BlockError:
+                raise
+            except Exception:
+                # Of no worker, and the request would meet it again in every next scheduler.
+                log.exception("no worker could be chosen for a request")
+                self.end(request, Finish.FAILED, refusal=NOT_HANDLED)
+                continue
             if choice is None:
                 return
             self.queue.pop()

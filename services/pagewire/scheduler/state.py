@@ -33,9 +33,9 @@ from pagewire_protocol.messages import (
 from pagewire.config import SchedulerConfig
 
 from .blocks import BlockError
-from .engine import Engine, StepFault
+from .engine import NOT_HANDLED, Engine, StepFault
 from .peers import PAUSE_S, Peers, PeerState, ReplyRoutes
-from .request import Phase, Refusal
+from .request import Phase
 from .results import WorkerFault
 from .throughput import ThroughputLog
 
@@ -45,7 +45,6 @@ HOUSEKEEPING_S: Final = 1.0
 """How often silent peers are looked for and rosters refreshed."""
 REFUSAL_S: Final = 0.1
 """Least time between two rosters that say that the queue is full."""
-NOT_HANDLED: Final = Refusal(500, "the scheduler could not handle this request; its log says why")
 NOT_YET: Final = float("-inf")
 START_S: Final = 5.0
 """A new scheduler gives the workers of its predecessor this long to say Hello before it says that
