@@ -12,7 +12,7 @@ whole answer with jsonschema or re, and of one that was cut that it is the begin
 Answers are kept in a file as they come, and what is there is not asked again. `forced` says how
 many of their tokens had to be what they were. `load` gives the time per token of streams without
 grammars, first alone and then with a share of the traffic structured, and the throughput with all
-of it structured.
+of it structured; several processes read the streams.
 """
 
 import argparse
@@ -20,18 +20,23 @@ import asyncio
 import contextlib
 import json
 import lzma
+import multiprocessing
 import random
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MAX_TOKENS = 200
+USAGE = re.compile(rb'"usage": ?\{')
+START_S = 60
+"""In which all clients must be there."""
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -479,17 +484,52 @@ def count_forced(matcher: Any, vocabulary: Any, tokens: list[int]) -> Counter[st
 # --- load ---
 
 
-async def load_all(args: argparse.Namespace) -> None:
-    for name, share in (("none", 0.0), (f"{args.share:.0%}", args.share), ("all", 1.0)):
-        for _ in range(args.repeats):
-            gaps, tokens, seconds = await load_once(args, share)
-            plain = gaps["plain"] or [0.0]
-            held = gaps["held"] or [0.0]
-            print(
-                f"structured {name:>5}: {tokens / seconds:8.0f} tokens/s; ms per token without a "
-                f"grammar {statistics.median(plain):6.2f}, with one {statistics.median(held):6.2f}",
-                flush=True,
-            )
+class Load(NamedTuple):
+    """What some streams had: ms a token of those without and with a grammar, tokens in all, and when
+    the first began and the last ended (time.perf_counter, which processes share)."""
+
+    plain: list[float]
+    held: list[float]
+    tokens: int
+    began: float
+    ended: float
+
+
+def load_all(args: argparse.Namespace) -> None:
+    """One process reads some 70,000 tokens a second at most, so there are several."""
+    context = multiprocessing.get_context("spawn")
+    clients = min(args.clients, args.streams)
+    barrier = context.Barrier(clients)
+    with ProcessPoolExecutor(clients, context, load_starts, (barrier,)) as pool:
+        for name, share in (("none", 0.0), (f"{args.share:.0%}", args.share), ("all", 1.0)):
+            for _ in range(args.repeats):
+                parts = [pool.submit(load_part, args, share, k, clients) for k in range(clients)]
+                print(load_line(name, [part.result() for part in parts]), flush=True)
+
+
+def load_line(name: str, parts: Sequence[Load]) -> str:
+    """A line of the table, of all clients together."""
+    tokens = sum(part.tokens for part in parts)
+    seconds = max(part.ended for part in parts) - min(part.began for part in parts)
+    plain = [gap for part in parts for gap in part.plain] or [0.0]
+    held = [gap for part in parts for gap in part.held] or [0.0]
+    return (
+        f"structured {name:>5}: {tokens / seconds:8.0f} tokens/s; ms per token without a "
+        f"grammar {statistics.median(plain):6.2f}, with one {statistics.median(held):6.2f}"
+    )
+
+
+_together: list[Any] = []
+"""In a client: where all clients meet before they begin."""
+
+
+def load_starts(barrier: Any) -> None:
+    _together.append(barrier)
+
+
+def load_part(args: argparse.Namespace, share: float, client: int, clients: int) -> Load:
+    """Streams client, client + clients, ... of all."""
+    return asyncio.run(load_once(args, share, range(client, args.streams, clients)))
 
 
 def load_body(index: int, max_tokens: int, held: bool) -> dict[str, Any]:
@@ -509,19 +549,17 @@ def load_body(index: int, max_tokens: int, held: bool) -> dict[str, Any]:
     return body
 
 
-async def load_once(
-    args: argparse.Namespace, share: float
-) -> tuple[dict[str, list[float]], int, float]:
-    """Time per token of each stream in ms, all tokens, and how long it took."""
+async def load_once(args: argparse.Namespace, share: float, indexes: Sequence[int]) -> Load:
     import aiohttp
 
-    gaps: dict[str, list[float]] = {"plain": [], "held": []}
+    plain: list[float] = []
+    held: list[float] = []
     total = 0
 
     async def stream(session: aiohttp.ClientSession, index: int) -> None:
         nonlocal total
-        held = int((index + 1) * share) > int(index * share)
-        body = load_body(index, args.max_tokens, held)
+        has_grammar = int((index + 1) * share) > int(index * share)
+        body = load_body(index, args.max_tokens, has_grammar)
         first = last = 0.0
         used = 0
         async with session.post(f"{args.url}/v1/completions", json=body) as answer:
@@ -530,16 +568,18 @@ async def load_once(
                 if line.startswith(b"data: {"):
                     last = time.perf_counter()
                     first = first or last
-                    used = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", used)
+                    if USAGE.search(line):
+                        used = json.loads(line[6:])["usage"]["completion_tokens"]
         total += used
-        gaps["held" if held else "plain"].append(1000 * (last - first) / max(1, used - 1))
+        (held if has_grammar else plain).append(1000 * (last - first) / max(1, used - 1))
 
-    began = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(3600)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await asyncio.gather(*(stream(session, index) for index in range(args.streams)))
-    return gaps, total, time.perf_counter() - began
+        _together[0].wait(START_S)
+        began = time.perf_counter()
+        await asyncio.gather(*(stream(session, index) for index in indexes))
+    return Load(plain, held, total, began, time.perf_counter())
 
 
 def main() -> None:
@@ -560,6 +600,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=36000, help="after which no more is asked")
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=4, help="processes that read streams")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -571,7 +612,7 @@ def main() -> None:
         case "forced":
             forced(args)
         case "load":
-            asyncio.run(load_all(args))
+            load_all(args)
 
 
 if __name__ == "__main__":
