@@ -13,9 +13,12 @@ from aiohttp import web
 SCRIPT = Path(__file__).parents[2] / "bench" / "structured.py"
 
 
+ASKED = web.AppKey("asked", list[dict[str, Any]])
+
+
 async def stream(request: web.Request) -> web.StreamResponse:
     body = await request.json()
-    request.app["asked"].append(body)
+    request.app[ASKED].append(body)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     for number in range(body["max_tokens"]):
@@ -29,7 +32,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
 async def load(*options: str) -> tuple[int, str, str, list[dict[str, Any]]]:
     """Of the script beside a server: its exit status, what it said, and what it asked."""
     app = web.Application()
-    app["asked"] = []
+    app[ASKED] = []
     app.router.add_post("/v1/completions", stream)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -40,7 +43,7 @@ async def load(*options: str) -> tuple[int, str, str, list[dict[str, Any]]]:
     out, error = await asyncio.wait_for(process.communicate(), 120)
     await runner.cleanup()
     assert process.returncode is not None
-    return process.returncode, out.decode(), error.decode(), app["asked"]
+    return process.returncode, out.decode(), error.decode(), app[ASKED]
 
 
 def test_all_streams_are_read_by_several_clients() -> None:
