@@ -128,7 +128,7 @@ def test_experts_are_divided_by_their_inner_size() -> None:
     def experts(made: Build) -> Tensor:
         layer = loaded(arch, tensors, made).layers[0].mlp
         ids = torch.tensor([[0, 2], [1, 3], [3, 0], [2, 1], [0, 1]])
-        return layer._experts(x, ids, torch.full((5, 2), 0.5), batch)  # type: ignore[union-attr]
+        return layer.experts(x, ids, torch.full((5, 2), 0.5), batch)  # type: ignore[union-attr]
 
     halves = [experts(build(shard=Shard(rank, 2))) for rank in range(2)]
     torch.testing.assert_close(halves[0] + halves[1], experts(build()), atol=1e-5, rtol=1e-4)
