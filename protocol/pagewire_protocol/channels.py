@@ -197,8 +197,8 @@ class Inbox(Generic[M]):
         self._poller.unregister(fileno)
 
     def drain(self, limit: int = 1024) -> Iterator[M]:
-        """The messages that have arrived, up to `limit`. Undecodable ones are counted and dropped:
-        no sender can stop a service."""
+        """The messages that have arrived, up to `limit`; none once the inbox is closed. Undecodable
+        ones are counted and dropped: no sender can stop a service."""
         for frame in self.frames(limit):
             self.frame = frame
             try:
@@ -209,6 +209,9 @@ class Inbox(Generic[M]):
     def frames(self, limit: int = 1024) -> Iterator[bytes]:
         """The same as bytes, for whoever passes them on; any sender may have sent them."""
         for taken in range(limit):
+            if self._socket.closed:
+                # a loop may still have been asked to look here when its service closed
+                return
             if (
                 taken and not int(self._socket.get(zmq.EVENTS)) & READABLE
             ):  # cheaper than the exception, and mostly there is one message

@@ -98,6 +98,17 @@ def test_drain_stops_at_its_limit(inbox: "Inbox[Any]", outbox: Outbox) -> None:
     assert got == [Goodbye(i) for i in range(1, 6)]
 
 
+def test_a_closed_inbox_has_no_messages(inbox: "Inbox[Any]", outbox: Outbox) -> None:
+    """A loop that was asked to look may come to it after its service closed; or a message is why."""
+    for i in range(1, 4):
+        outbox.send(inbox.address, Goodbye(i))
+    assert inbox.wait(PATIENCE_S)
+    messages = inbox.drain()
+    assert next(messages) == Goodbye(1)
+    inbox.close()
+    assert list(messages) == [] and list(inbox.drain()) == []
+
+
 def test_a_message_of_several_frames_is_refused(
     inbox: "Inbox[Any]", raw: Callable[[str], Any]
 ) -> None:

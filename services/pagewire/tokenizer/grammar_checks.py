@@ -29,6 +29,9 @@ pagewire_protocol.grammar and llguidance's own keep nearly all of them under a s
 LOAD_S: Final = 300.0
 """How long it may load its vocabulary, which may have to be downloaded."""
 MAX_DEATHS: Final = 2
+"""Processes that a grammar may end."""
+MAX_STARTS: Final = 6
+"""Processes that may end before they are ready, which no grammar is to blame for."""
 MISSING: Final = (
     "structured output needs the package llguidance, which is not installed where this server's "
     "tokenizer runs"
@@ -156,14 +159,19 @@ class GrammarChecks:
 
     def _lost(self, why: str) -> None:
         log.warning("the process that checks grammars %s", why)
+        was_ready = self._process is not None and self._process.is_ready
         self.close()
         asked = {key: pending for key, pending in self._pending.items() if pending.since}
         alone = len(asked) == 1
         for key, pending in asked.items():
             pending.since = 0.0
-            pending.deaths += alone
+            pending.deaths += alone and was_ready
+            pending.starts += not was_ready
             if pending.deaths >= MAX_DEATHS:
                 text = "it cannot be compiled: the process that tried has ended each time"
+                self._settle(key, Outcome(text))
+            elif pending.starts >= MAX_STARTS:
+                text = f"{MAX_STARTS} processes that compile grammars have ended before they were ready; the tokenizer's log says how"
                 self._settle(key, Outcome(text))
         self._one_by_one = bool(self._pending)
         self._ask()
@@ -172,7 +180,7 @@ class GrammarChecks:
 class _Pending:
     """A grammar that has not been found out about."""
 
-    __slots__ = ("deaths", "grammar", "since")
+    __slots__ = ("deaths", "grammar", "since", "starts")
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
@@ -180,3 +188,5 @@ class _Pending:
         """When it was asked about; 0: not yet."""
         self.deaths = 0
         """Processes that ended while they worked for it alone."""
+        self.starts = 0
+        """Processes that ended before they were ready, and would have worked for it."""
