@@ -37,8 +37,9 @@ FEW: Final = 8
 """Programs (rows * KV heads) up to which latency counts."""
 _FEW: Final = FewConfig(32, 64, 2, 2, 32)
 _FEW_NORMED: Final = FewConfig(64, 64, 2, 2, 32)
-"""With QK-norm. Both were measured in chains of layers on an H200 (docs/performance.md); with heads
-of 128 in 16 bits they have 39 KiB of shared memory, which every GPU has."""
+"""With QK-norm. First tiles were chosen in chains of layers on an H200; tiles of 64 behind one of 32
+are not measured yet (docs/performance.md). With heads of 128 in 16 bits both have 39 KiB of shared
+memory, which every GPU has."""
 _TABLE: Final = (
     (16, DecodeConfig(64, 2, 3, 64, 32)),
     (64, DecodeConfig(32, 2, 4, 128, 16)),

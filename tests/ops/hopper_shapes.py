@@ -55,7 +55,7 @@ SKINNY = {
 """By rows, results and inner size."""
 SEARCH = 8192
 FEW = {False: FewConfig(32, 64, 2, 2, 32), True: FewConfig(64, 64, 2, 2, 32)}
-"""Decode attention of few rows, without and with QK-norm."""
+"""Decode attention of few rows, without and with QK-norm; block_n is not measured yet."""
 INT4_ROW = {
     (14336, 4096, True, True): (2, 2, 7),
     (12288, 4096, True, True): (2, 2, 4),

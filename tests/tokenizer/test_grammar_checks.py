@@ -8,7 +8,12 @@ from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherGone
 from pagewire.grammar.messages import Check, Checked
 from pagewire.tokenizer import grammar_checks
-from pagewire.tokenizer.grammar_checks import MAX_DEATHS, MAX_STARTS, NO_GRAMMAR, GrammarChecks
+from pagewire.tokenizer.grammar_checks import (
+    MAX_DEATHS,
+    MAX_FAILED_STARTS,
+    NO_GRAMMAR,
+    GrammarChecks,
+)
 from pagewire_protocol.grammar import Grammar
 
 ONE, OTHER = Grammar("regex", "a+"), Grammar("regex", "b+")
@@ -74,7 +79,7 @@ def test_a_grammar_that_ends_its_process_each_time_is_refused(checks: GrammarChe
 
 def test_processes_that_end_while_they_load_are_nobody_s_fault(checks: GrammarChecks) -> None:
     assert outcome(checks, ONE) is None
-    for _ in range(MAX_STARTS - 1):
+    for _ in range(MAX_FAILED_STARTS - 1):
         assert ends(checks, ready=False) == []
     everyone[-1].answers = [Checked(everyone[-1].asked[0].key, "")]
     assert checks.settle() == [ONE] and outcome(checks, ONE) == NO_GRAMMAR
@@ -82,8 +87,11 @@ def test_processes_that_end_while_they_load_are_nobody_s_fault(checks: GrammarCh
 
 def test_processes_that_never_start_are_told(checks: GrammarChecks) -> None:
     assert outcome(checks, ONE) is None
-    found = [grammar for _ in range(MAX_STARTS) for grammar in ends(checks, ready=False)]
+    found = [grammar for _ in range(MAX_FAILED_STARTS) for grammar in ends(checks, ready=False)]
     assert found == [ONE] and "before they were ready" in outcome(checks, ONE).wrong
+    # those that come later are tried again
+    assert outcome(checks, OTHER) is None and ends(checks, ready=False) == []
+    assert [check.grammar for check in everyone[-1].asked] == [OTHER]
 
 
 def test_which_of_several_ends_processes_is_found_out(checks: GrammarChecks) -> None:

@@ -30,8 +30,14 @@ LOAD_S: Final = 300.0
 """How long it may load its vocabulary, which may have to be downloaded."""
 MAX_DEATHS: Final = 2
 """Processes that a grammar may end."""
-MAX_STARTS: Final = 6
-"""Processes that may end before they are ready, which no grammar is to blame for."""
+MAX_FAILED_STARTS: Final = 5
+"""Processes in a row that end before they are ready, after which those that wait are refused. No
+grammar is to blame for that."""
+ENDS_ITS_PROCESS: Final = "it cannot be compiled: the process that tried has ended each time"
+NO_PROCESS: Final = (
+    f"{MAX_FAILED_STARTS} processes that compile grammars have ended before they were ready; the "
+    "tokenizer's log says how"
+)
 MISSING: Final = (
     "structured output needs the package llguidance, which is not installed where this server's "
     "tokenizer runs"
@@ -77,6 +83,7 @@ class GrammarChecks:
         self._last_key = 0
         self._one_by_one = False
         """A process has ended while it had several to compile."""
+        self._failed_starts = 0
         self._settled: list[Grammar] = []
         self._vocabulary: tuple[int, tuple[int, ...]] = (0, ())
 
@@ -124,14 +131,17 @@ class GrammarChecks:
             self._process = None
 
     def _settle(self, key: int, outcome: Outcome) -> None:
+        self._keep(key, outcome)
+        self._one_by_one = self._one_by_one and bool(self._pending)
+        self._ask()
+
+    def _keep(self, key: int, outcome: Outcome) -> None:
         grammar = self._pending.pop(key).grammar
         del self._key_of[grammar]
         self._outcomes[grammar] = outcome
         if len(self._outcomes) > KEPT:
             self._outcomes.popitem(last=False)
         self._settled.append(grammar)
-        self._one_by_one = self._one_by_one and bool(self._pending)
-        self._ask()
 
     def _ask(self) -> None:
         """What has not been asked yet."""
@@ -161,18 +171,18 @@ class GrammarChecks:
         log.warning("the process that checks grammars %s", why)
         was_ready = self._process is not None and self._process.is_ready
         self.close()
+        self._failed_starts = 0 if was_ready else self._failed_starts + 1
         asked = {key: pending for key, pending in self._pending.items() if pending.since}
         alone = len(asked) == 1
         for key, pending in asked.items():
             pending.since = 0.0
             pending.deaths += alone and was_ready
-            pending.starts += not was_ready
             if pending.deaths >= MAX_DEATHS:
-                text = "it cannot be compiled: the process that tried has ended each time"
-                self._settle(key, Outcome(text))
-            elif pending.starts >= MAX_STARTS:
-                text = f"{MAX_STARTS} processes that compile grammars have ended before they were ready; the tokenizer's log says how"
-                self._settle(key, Outcome(text))
+                self._keep(key, Outcome(ENDS_ITS_PROCESS))
+            elif self._failed_starts >= MAX_FAILED_STARTS:
+                self._keep(key, Outcome(NO_PROCESS))
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self._failed_starts = 0
         self._one_by_one = bool(self._pending)
         self._ask()
 
@@ -180,7 +190,7 @@ class GrammarChecks:
 class _Pending:
     """A grammar that has not been found out about."""
 
-    __slots__ = ("deaths", "grammar", "since", "starts")
+    __slots__ = ("deaths", "grammar", "since")
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
@@ -188,5 +198,3 @@ class _Pending:
         """When it was asked about; 0: not yet."""
         self.deaths = 0
         """Processes that ended while they worked for it alone."""
-        self.starts = 0
-        """Processes that ended before they were ready, and would have worked for it."""
